@@ -1,0 +1,509 @@
+"""The CogVideoX diffusion transformer (arXiv:2408.06072): text and video tokens, concatenated, attend to each other.
+
+`DiffusionTransformer` is a SwissArmyTransformer `BaseModel`; what makes it CogVideoX is in its mixins, in the order
+data flows: patch embedding, position embedding, adaptive layer norm with QK norm, final layer.
+
+Shapes: b batch, t latent frames, c channels, h and w latent height and width, d `hidden_size`, l text tokens,
+n = l + v tokens of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q) the patch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from sat.model.base_model import BaseMixin, BaseModel, non_conflict
+from sat.model.transformer import BaseTransformer
+from sat.transformer_defaults import ARGS_DEFAULT
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from position_tables import Grid, leading_corner, rotary_angles, rotary_table, sincos_3d
+from process_groups import initialize_process_groups
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.util import timestep_embedding
+from sgm.util import instantiate_from_config
+
+# Of the norms defined here; SwissArmyTransformer's own take `layernorm_epsilon` of `transformer_args` (1e-5).
+LAYERNORM_EPSILON = 1e-6
+
+
+def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
+    """`2` (CogVideoX 1.0) means (1, 2, 2): no patching of time; 1.5 gives all three."""
+    return (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift, for x (b, n, d) and shift, scale (b, 1, d)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# Patch embedding
+
+
+class ImagePatchEmbeddingMixin(BaseMixin):
+    """Projects video patches and text states to tokens (b, n, d), text first.
+
+    The projection is stored as a Conv2d kernel where only space is patched (1.0) and as a Linear weight where time
+    is too (1.5); both are applied as one matrix product on features ordered (c o p q).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_size: int,
+        patch_size: int | Sequence[int],
+        text_hidden_size: int,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.patch = o, p, q = patch_sizes(patch_size)
+        if isinstance(patch_size, int):
+            self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=(p, q), stride=(p, q), bias=bias)
+        else:
+            self.proj = nn.Linear(in_channels * o * p * q, hidden_size, bias=bias)
+        self.text_proj = nn.Linear(text_hidden_size, hidden_size)
+
+    def reinit(self, parent_model: BaseModel | None = None) -> None:
+        del self.transformer.word_embeddings  # tokens come from patches, not from a vocabulary
+        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.weight.shape[0], -1))
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
+
+    def word_embedding_forward(
+        self, input_ids: Tensor | None, *, images: Tensor, encoder_outputs: Tensor, **_: Any
+    ) -> Tensor:
+        """`images` (b, t, c, h, w) and text states `encoder_outputs` (b, l, text_hidden_size) to tokens (b, n, d)."""
+        o, p, q = self.patch
+        patches = rearrange(images, "b (t o) c (h p) (w q) -> b (t h w) (c o p q)", o=o, p=p, q=q)
+        video = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return torch.cat((self.text_proj(encoder_outputs), video), dim=1)
+
+
+# Position embedding
+
+
+class Basic3DPositionEmbeddingMixin(BaseMixin):
+    """Absolute sin-cos positions added to the video tokens; zeros on text. Frozen, but part of the state dict."""
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        compressed_num_frames: int,
+        hidden_size: int,
+        text_length: int,
+        time_interpolation: float = 1.0,
+        height_interpolation: float = 1.0,
+        width_interpolation: float = 1.0,
+    ):
+        super().__init__()
+        self.grid: Grid = (compressed_num_frames, height, width)
+        self.text_length = text_length
+        video = sincos_3d(hidden_size, self.grid, time_interpolation, height_interpolation, width_interpolation)
+        self.pos_embedding = nn.Parameter(F.pad(video, (0, 0, text_length, 0))[None], requires_grad=False)
+
+    def reinit(self, parent_model: BaseModel | None = None) -> None:
+        del self.transformer.position_embeddings
+
+    def position_embedding_forward(
+        self, position_ids: Tensor | None, *, grid: Grid, text_length: int, **_: Any
+    ) -> Tensor:
+        text, video = self.pos_embedding[:, :text_length], self.pos_embedding[:, self.text_length :]
+        return torch.cat((text, leading_corner(video, self.grid, grid)), dim=1)
+
+    def rotary(self, grid: Grid, dtype: torch.dtype) -> None:
+        return None
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    """(x₀, x₁) -> (−x₁, x₀) on each pair of neighbouring features."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((-second, first), dim=-1).flatten(-2)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the video tokens, the last ones, of x (b, heads, n, head_dim); cos and sin are (v, head_dim)."""
+    text, video = x.split((x.shape[2] - cos.shape[0], cos.shape[0]), dim=2)
+    return torch.cat((text, torch.addcmul(video * cos, rotate_pairs(video), sin)), dim=2)
+
+
+class Rotary3DPositionEmbeddingMixin(BaseMixin):
+    """Rotary positions on the queries and keys of video tokens, optionally with a learnt absolute embedding.
+
+    Checkpoints of 1.0 models hold the cosines and sines (`store_tables`); those of 1.5 do not.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        compressed_num_frames: int,
+        hidden_size: int,
+        hidden_size_head: int,
+        text_length: int,
+        theta: float = 10000.0,
+        learnable_pos_embed: bool = False,
+        store_tables: bool = True,
+    ):
+        super().__init__()
+        self.grid: Grid = (compressed_num_frames, height, width)
+        self.text_length = text_length
+        self.axes = rotary_angles(hidden_size_head, self.grid, theta)
+        self.store_tables = store_tables
+        if store_tables:
+            angles = rotary_table(self.axes, self.grid)
+            self.register_buffer("freqs_sin", angles.sin())
+            self.register_buffer("freqs_cos", angles.cos())
+        self.pos_embedding = None
+        if learnable_pos_embed:
+            tokens = text_length + compressed_num_frames * height * width
+            self.pos_embedding = nn.Parameter(torch.zeros(1, tokens, hidden_size))
+
+    def position_embedding_forward(
+        self, position_ids: Tensor | None, *, grid: Grid, text_length: int, **_: Any
+    ) -> Tensor | None:
+        if self.pos_embedding is None:
+            return None
+        text, video = self.pos_embedding[:, :text_length], self.pos_embedding[:, self.text_length :]
+        return torch.cat((text, leading_corner(video, self.grid, grid)), dim=1)
+
+    def rotary(self, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (v, head_dim) of the leading corner of size `grid`."""
+        if self.store_tables:
+            return tuple(leading_corner(table, self.grid, grid).to(dtype) for table in (self.freqs_cos, self.freqs_sin))
+        angles = rotary_table(self.axes, grid)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @non_conflict
+    def attention_fn(self, q, k, v, mask, dropout=None, *, rotary, old_impl=None, **kwargs):
+        cos, sin = rotary
+        return old_impl(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask, dropout, **kwargs)
+
+
+# Transformer layer
+
+
+class AdaLNMixin(BaseMixin):
+    """A pre-norm layer whose norms are modulated and whose branches are gated by the time embedding.
+
+    Vision and text share weights but have their own shift, scale and gate ("expert adaptive layer norm").
+    `qk_ln` normalises queries and keys over the head dimension, before the rotary embedding.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        time_embed_dim: int,
+        hidden_size_head: int,
+        qk_ln: bool = True,
+        elementwise_affine: bool = True,
+    ):
+        super().__init__()
+        self.adaLN_modulations = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
+        )
+        self.qk_ln = qk_ln
+        if qk_ln:
+
+            def norms() -> nn.ModuleList:
+                return nn.ModuleList(
+                    nn.LayerNorm(hidden_size_head, eps=LAYERNORM_EPSILON, elementwise_affine=elementwise_affine)
+                    for _ in range(num_layers)
+                )
+
+            self.query_layernorm_list, self.key_layernorm_list = norms(), norms()
+
+    def reinit(self, parent_model: BaseModel | None = None) -> None:
+        """Zero modulation: at the start of training every layer is the identity (adaLN-Zero, arXiv:2212.09748)."""
+        for modulation in self.adaLN_modulations:
+            nn.init.zeros_(modulation[1].weight)
+            nn.init.zeros_(modulation[1].bias)
+
+    def layer_forward(
+        self, hidden_states: Tensor, mask: Tensor | None, *, layer_id: int, emb: Tensor, text_length: int, **kwargs: Any
+    ) -> Tensor:
+        """`hidden_states` (b, n, d), text first; `emb` (b, time_embed_dim)."""
+        layer = self.transformer.layers[layer_id]
+        chunks = self.adaLN_modulations[layer_id](emb).unsqueeze(1).chunk(12, dim=-1)
+        vision, text = chunks[:6], chunks[6:]
+        split = (text_length, hidden_states.shape[1] - text_length)
+        text_states, vision_states = hidden_states.split(split, dim=1)
+
+        branches = (
+            (layer.input_layernorm, layer.attention, {"mask": mask, "text_length": text_length, **kwargs}),
+            (layer.post_attention_layernorm, layer.mlp, {}),
+        )
+        for i, (norm, branch, arguments) in enumerate(branches):
+            text_shift, text_scale, text_gate = text[3 * i : 3 * i + 3]
+            vision_shift, vision_scale, vision_gate = vision[3 * i : 3 * i + 3]
+            x = torch.cat(
+                (
+                    modulate(norm(text_states), text_shift, text_scale),
+                    modulate(norm(vision_states), vision_shift, vision_scale),
+                ),
+                dim=1,
+            )
+            text_update, vision_update = branch(x, layer_id=layer_id, **arguments).split(split, dim=1)
+            text_states = torch.addcmul(text_states, text_gate, text_update)
+            vision_states = torch.addcmul(vision_states, vision_gate, vision_update)
+        return torch.cat((text_states, vision_states), dim=1)
+
+    @non_conflict
+    def attention_fn(self, q, k, v, mask, dropout=None, *, layer_id, old_impl=None, **kwargs):
+        if self.qk_ln:
+            q = self.query_layernorm_list[layer_id](q)
+            k = self.key_layernorm_list[layer_id](k)
+        return old_impl(q, k, v, mask, dropout, layer_id=layer_id, **kwargs)
+
+
+# Final layer
+
+
+class FinalLayerMixin(BaseMixin):
+    """Modulated norm, projection and unpatchify: tokens (b, n, d) back to latents (b, t, out_channels, h, w)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        time_embed_dim: int,
+        patch_size: int | Sequence[int],
+        out_channels: int,
+        elementwise_affine: bool = True,
+    ):
+        super().__init__()
+        self.patch = o, p, q = patch_sizes(patch_size)
+        self.norm_final = nn.LayerNorm(hidden_size, eps=LAYERNORM_EPSILON, elementwise_affine=elementwise_affine)
+        self.linear = nn.Linear(hidden_size, o * p * q * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 2 * hidden_size))
+
+    def reinit(self, parent_model: BaseModel | None = None) -> None:
+        for linear in (self.linear, self.adaLN_modulation[1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def final_forward(self, logits: Tensor, *, emb: Tensor, grid: Grid, text_length: int, **_: Any) -> Tensor:
+        shift, scale = self.adaLN_modulation(emb).unsqueeze(1).chunk(2, dim=-1)
+        x = self.linear(modulate(self.norm_final(logits[:, text_length:]), shift, scale))
+        (t, h, w), (o, p, q) = grid, self.patch
+        return rearrange(x, "b (t h w) (c o p q) -> b (t o) c (h p) (w q)", t=t, h=h, w=w, o=o, p=p, q=q)
+
+
+# The network
+
+
+class DiffusionTransformer(BaseModel):
+    """Predicts v for noised video latents, given timesteps and T5 states.
+
+    Args:
+        num_frames, time_compressed_rate: pixel frames of the longest clip and how many of them make a latent frame.
+        latent_width, latent_height: size of the largest latent, before patching.
+        patch_size: `2` for CogVideoX 1.0, `[2, 2, 2]` for 1.5.
+        modules: configurations of the mixins, `pos_embed_config`, `patch_embed_config`, `adaln_layer_config`,
+            `final_layer_config` and optionally `lora_config`.
+        transformer_args: SwissArmyTransformer's own (`checkpoint_activations`, `model_parallel_size`, ...).
+        ofs_embed_dim: width of the sinusoid of `ofs`, which 1.5 image-to-video takes beside the timestep.
+        height_interpolation, width_interpolation, time_interpolation: given here or with the position embedding.
+        adm_in_channels: read by older configurations; no CogVideoX model is conditioned on a class.
+    """
+
+    def __init__(
+        self,
+        num_frames: int,
+        time_compressed_rate: int,
+        latent_width: int,
+        latent_height: int,
+        patch_size: int | Sequence[int],
+        in_channels: int,
+        out_channels: int,
+        hidden_size: int,
+        num_layers: int,
+        num_attention_heads: int,
+        time_embed_dim: int,
+        modules: Mapping[str, Any],
+        transformer_args: Mapping[str, Any],
+        elementwise_affine: bool = True,
+        ofs_embed_dim: int | None = None,
+        height_interpolation: float | None = None,
+        width_interpolation: float | None = None,
+        time_interpolation: float | None = None,
+        adm_in_channels: int | None = None,
+    ):
+        model_parallel_size = transformer_args.get("model_parallel_size", 1)
+        if num_attention_heads % model_parallel_size:
+            raise UserError(
+                f"model_parallel_size {model_parallel_size} does not divide {num_attention_heads} attention heads"
+            )
+        initialize_process_groups(model_parallel_size)
+        transformer_args = SimpleNamespace(
+            **{
+                "vocab_size": 1,
+                "max_sequence_length": 64,
+                "layernorm_order": "pre",
+                "skip_init": False,
+                **transformer_args,
+            }
+        )
+        # Built here rather than by BaseModel, which would reseed the global random generators.
+        transformer = BaseTransformer(
+            num_layers=num_layers,
+            vocab_size=transformer_args.vocab_size,
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            max_sequence_length=transformer_args.max_sequence_length,
+            layernorm_order=transformer_args.layernorm_order,
+            skip_init=transformer_args.skip_init,
+            layernorm=nn.LayerNorm,
+            activation_func=gelu_tanh,
+            **{name: getattr(transformer_args, arg, default) for name, (arg, default) in ARGS_DEFAULT.items()},
+        )
+        super().__init__(transformer_args, transformer=transformer)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.hidden_size, self.num_layers, self.ofs_embed_dim = hidden_size, num_layers, ofs_embed_dim
+        self.patch = patch_sizes(patch_size)
+        # Replaced where layers are kept elsewhere and fetched when they run (layer_streaming).
+        self.layer_weights: Callable[[int], AbstractContextManager] = nullcontext
+
+        def embedding_mlp(dim: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
+
+        self.time_embed = embedding_mlp(hidden_size)
+        if ofs_embed_dim is not None:
+            self.ofs_embed = embedding_mlp(ofs_embed_dim)
+
+        # A mixin's attention_fn wraps those of the mixins added before it, so QK norm runs before the rotation.
+        interpolation = {
+            "time_interpolation": time_interpolation,
+            "height_interpolation": height_interpolation,
+            "width_interpolation": width_interpolation,
+        }
+        pos_embed_config = modules["pos_embed_config"]
+        position = {
+            "height": latent_height // self.patch[1],
+            "width": latent_width // self.patch[2],
+            "compressed_num_frames": (num_frames - 1) // time_compressed_rate + 1,
+            "hidden_size": hidden_size,
+            **{name: factor for name, factor in interpolation.items() if factor is not None},
+        }
+        if pos_embed_config["target"].endswith("Rotary3DPositionEmbeddingMixin"):
+            position["store_tables"] = isinstance(patch_size, int)
+        self.add_mixin("pos_embed", instantiate_from_config(pos_embed_config, **position), reinit=True)
+        self.add_mixin(
+            "patch_embed",
+            instantiate_from_config(
+                modules["patch_embed_config"], in_channels=in_channels, hidden_size=hidden_size, patch_size=patch_size
+            ),
+            reinit=True,
+        )
+        width = {"hidden_size": hidden_size, "time_embed_dim": time_embed_dim, "elementwise_affine": elementwise_affine}
+        self.add_mixin(
+            "adaln_layer",
+            instantiate_from_config(
+                modules["adaln_layer_config"],
+                num_layers=num_layers,
+                hidden_size_head=hidden_size // num_attention_heads,
+                **width,
+            ),
+            reinit=True,
+        )
+        self.add_mixin(
+            "final_layer",
+            instantiate_from_config(
+                modules["final_layer_config"], patch_size=patch_size, out_channels=out_channels, **width
+            ),
+            reinit=True,
+        )
+        if "lora_config" in modules:
+            self.add_mixin("lora", instantiate_from_config(modules["lora_config"], layer_num=num_layers), reinit=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.time_embed[0].weight.dtype
+
+    def collect_hooks_(self) -> dict[str, Any]:
+        hooks = super().collect_hooks_()
+        if hasattr(self, "transformer"):  # its sub-layers look their hooks up there
+            self.transformer.hooks.clear()
+            self.transformer.hooks.update(hooks)
+        return hooks
+
+    def attention_fn(self, q, k, v, mask, dropout=None, **_: Any) -> Tensor:
+        """Full attention of q, k, v (b, heads, n, head_dim) through the fused kernel: no mask is ever built."""
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout.p if dropout is not None else 0.0)
+
+    def patch_grid(self, latents: Tensor) -> Grid:
+        """Number of patches along (t, h, w) of latents (b, t, c, h, w).
+
+        Raises:
+            UserError: the latents do not divide into patches or are larger than the position table.
+        """
+        size, patch, largest = (latents.shape[1], *latents.shape[3:]), self.patch, self.mixins["pos_embed"].grid
+        if any(s % p for s, p in zip(size, patch, strict=True)):
+            raise UserError(f"latents of size {size} (frames, height, width) do not divide into patches of {patch}")
+        grid = tuple(s // p for s, p in zip(size, patch, strict=True))
+        if any(g > limit for g, limit in zip(grid, largest, strict=True)):
+            limits = tuple(limit * p for limit, p in zip(largest, patch, strict=True))
+            raise UserError(f"latents of size {size} (frames, height, width) exceed this model's {limits}")
+        return grid
+
+    def embed_condition(self, timesteps: Tensor, ofs: Tensor | None = None) -> Tensor:
+        """Time embedding (b, time_embed_dim), with that of `ofs` added where the model has one."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size, dtype=self.dtype))
+        if self.ofs_embed_dim is not None:
+            if ofs is None:
+                raise UserError("this network takes `ofs` (2.0 for CogVideoX1.5 image-to-video), but none was given")
+            emb = emb + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim, dtype=self.dtype))
+        return emb
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, y: None = None, ofs: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x: noised latents (b, t, in_channels, h, w), in the network's dtype.
+            timesteps: integer timestep indices (b,).
+            context: text states (b, l, text_hidden_size).
+            y: part of the calling convention; no CogVideoX model takes a vector condition.
+            ofs: (b,), for 1.5 image-to-video only.
+
+        Returns:
+            Prediction (b, t, out_channels, h, w).
+        """
+        grid, text_length = self.patch_grid(x), context.shape[1]
+        arguments = {
+            "emb": self.embed_condition(timesteps, ofs),
+            "grid": grid,
+            "text_length": text_length,
+            "rotary": self.mixins["pos_embed"].rotary(grid, x.dtype),
+            **kwargs,
+        }
+        hidden = self.hooks["word_embedding_forward"](None, images=x, encoder_outputs=context, **arguments)
+        position = self.hooks["position_embedding_forward"](None, **arguments)
+        if position is not None:
+            hidden = hidden + position
+        for layer_id in range(self.num_layers):
+            hidden = self.run_layer(layer_id, hidden, arguments)
+        hidden = self.transformer.final_layernorm(hidden)
+        return self.hooks["final_forward"](hidden, **arguments)
+
+    def run_layer(self, layer_id: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        layer_forward = self.hooks["layer_forward"]
+        if self.transformer.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return checkpoint(layer_forward, hidden, None, layer_id=layer_id, use_reentrant=False, **arguments)
+        with self.layer_weights(layer_id):
+            return layer_forward(hidden, None, layer_id=layer_id, **arguments)
+
+    def disable_untrainable_params(self) -> None:
+        """Freeze what training leaves alone: everything but the adapter for LoRA, nothing for full fine-tuning."""
+        if "lora" in self.mixins:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(".matrix_A." in name or ".matrix_B." in name)

@@ -1,0 +1,47 @@
+"""The image that an image-to-video model starts from: file in, tensor out."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sgm.errors import UserError
+
+
+def load_condition_image(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """An image file as a first frame.
+
+    The image is turned as its EXIF orientation says, laid on white where it is transparent, resized (antialiased
+    bicubic, aspect ratio kept) to cover `size`, and what protrudes is cut off evenly on both sides.
+
+    Args:
+        size: (height, width) in pixels.
+
+    Returns:
+        (3, height, width), float32 in [-1, 1], RGB.
+
+    Raises:
+        UserError: the file is missing, no image, or damaged.
+    """
+    height, width = size
+    try:
+        with Image.open(path) as file:
+            image = _to_rgb(ImageOps.exif_transpose(file))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no image {path}") from error
+    # Pillow's decoders report damaged files by whichever of these came up.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+    pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,0 +1,200 @@
+"""Finding a checkpoint of the network and filling the network with it, without a second copy in memory."""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from sat import mpu
+from sat.mpu import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sgm.errors import UserError
+from sgm.weights import assign_weights, module_weights, read_state_dict
+
+logger = logging.getLogger(__name__)
+
+NETWORK_PREFIX = "model.diffusion_model."
+# What else a checkpoint of the whole engine may hold; these parts have files of their own.
+OTHER_PARTS = ("first_stage_model.", "conditioner.", "denoiser.", "loss_fn.", "sampler.")
+ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
+
+
+# Building
+
+
+class allocate_on_meta(TorchFunctionMode):
+    """Within it, tensor factories allocate nothing: their tensors are on the meta device.
+
+    Unlike `torch.device("meta")` as a context, it also overrules a `device` that the caller names, as
+    SwissArmyTransformer's layers do. Tables made with NumPy stay real.
+    """
+
+    FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in self.FACTORIES:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+# Finding
+
+
+def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Path, bool]:
+    """The file with the weights of a model-parallel `rank` of `size`, and whether it holds only that rank's share.
+
+    `path` is a weight file, a folder with a file `latest` beside the iteration folders, an iteration folder with
+    `mp_rank_XX_model_states.pt`, or a folder of safetensors.
+
+    Raises:
+        UserError: nothing of that kind is there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path, False
+    if not path.is_dir():
+        raise UserError(f"load: there is no checkpoint at {path}")
+    latest = path / "latest"
+    folder = path
+    if latest.is_file():
+        folder = path / latest.read_text().strip()
+        if not folder.is_dir():
+            raise UserError(f"load: {latest} names the iteration '{folder.name}', but there is no folder {folder}")
+    shares = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    if len(shares) == 1:
+        return shares[0], False
+    if shares:
+        if len(shares) != size:
+            raise UserError(f"load: {folder} is split over {len(shares)} model-parallel ranks, this run has {size}")
+        return shares[rank], size > 1
+    if list(folder.glob("*.safetensors*")):
+        return folder, False
+    raise UserError(
+        f"load: {path} holds no checkpoint; expected a file 'latest' beside iteration folders, "
+        "mp_rank_00_model_states.pt, or safetensors"
+    )
+
+
+def network_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of the network in the file `path`, named as in its state dict."""
+    weights = module_weights(read_state_dict(path), what=str(path))
+    if any(name.startswith(NETWORK_PREFIX) for name in weights):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OTHER_PARTS)}
+    return {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in weights.items()}
+
+
+# Filling
+
+
+def load_network(
+    network: nn.Module,
+    load: str | Path | None,
+    *,
+    lora_load: str | Path | None = None,
+    allow_missing: bool = False,
+    device: torch.device | str | None = None,
+) -> None:
+    """Fill `network`, which may be on the meta device, from a checkpoint and optionally an adapter on top of it.
+
+    Args:
+        load: full checkpoint, with or without an adapter in it. See `checkpoint_file`.
+        lora_load: an adapter alone, or a checkpoint whose adapter is taken.
+        allow_missing: leave out what the checkpoint does not hold, with a warning; it is initialised from scratch.
+        device: where the weights go.
+
+    Raises:
+        UserError: a file is missing or unreadable, or its names or shapes do not fit.
+    """
+    rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
+    is_lora = "lora" in network.mixins
+    if lora_load and not is_lora:
+        raise UserError("lora_load is given, but the configuration has no lora_config: use its '_lora' twin")
+    if is_lora and size > 1:
+        raise UserError("lora_config does not work with model_parallel_size > 1: merge the adapter first")
+
+    weights, sources = {}, []
+    if load:
+        file, is_share = checkpoint_file(load, rank, size)
+        weights |= network_weights(file)
+        sources.append(str(file))
+        if size > 1 and not is_share:
+            weights = shares_of_rank(network, weights, rank, size)
+    if lora_load:
+        file, _ = checkpoint_file(lora_load)
+        adapter = {name: tensor for name, tensor in network_weights(file).items() if is_adapter(name)}
+        if not adapter:
+            raise UserError(f"lora_load: {file} holds no adapter (no matrix_A, matrix_B)")
+        weights |= adapter
+        sources.append(str(file))
+    if is_lora:
+        weights = rename_for_lora(network, weights)
+        if not any(map(is_adapter, weights)) and not allow_missing:
+            raise UserError(f"{load} holds no adapter, but the configuration has a lora_config: give lora_load")
+    elif any(map(is_adapter, weights)):
+        raise UserError(f"{load} holds a LoRA adapter: use the '_lora' twin of the configuration")
+    missing, _ = assign_weights(
+        network, weights, what=" and ".join(sources) or "nothing", allow_missing=allow_missing, device=device
+    )
+    if missing:
+        logger.warning(
+            "%s lack %d of the network's tensors, which start from scratch: %s%s",
+            " and ".join(sources) or "no checkpoint given: files",
+            len(missing),
+            ", ".join(missing[:3]),
+            ", ..." if len(missing) > 3 else "",
+        )
+        initialise_missing(network, device)
+
+
+def is_adapter(name: str) -> bool:
+    return any(mark in name for mark in ADAPTER_MARKS)
+
+
+def rename_for_lora(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a checkpoint made without LoRA, for a network with it: `….weight` becomes `….original.weight`."""
+    wrapped = {name for name, module in network.named_modules() if hasattr(module, "matrix_A")}
+
+    def rename(name: str) -> str:
+        layer, _, tensor = name.rpartition(".")
+        return f"{layer}.original.{tensor}" if layer in wrapped else name
+
+    return {rename(name): tensor for name, tensor in weights.items()}
+
+
+def shares_of_rank(network: nn.Module, weights: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """This rank's slices of the full weights.
+
+    Column-parallel layers are cut along output features, each of their `stride` parts apart, so that every rank gets
+    whole heads of q, k and v; row-parallel layers along input features.
+    """
+    shares = dict(weights)
+    for prefix, module in network.named_modules():
+        weight, bias = f"{prefix}.weight", f"{prefix}.bias"
+        if isinstance(module, ColumnParallelLinear):
+            for name in (weight, bias):
+                if name in shares:
+                    parts = shares[name].chunk(module.stride)
+                    shares[name] = torch.cat([part.chunk(size)[rank] for part in parts])
+        elif isinstance(module, RowParallelLinear) and weight in shares:
+            shares[weight] = shares[weight].chunk(size, dim=1)[rank].contiguous()
+    return shares
+
+
+def initialise_missing(network: nn.Module, device: torch.device | str | None) -> None:
+    """Give tensors that are still on the meta device the values a new network or a new adapter starts from."""
+    for prefix, module in network.named_modules():
+        for entries in (module._parameters, module._buffers):
+            for name, old in entries.items():
+                if old is None or not old.is_meta:
+                    continue
+                new = torch.zeros(old.shape, dtype=old.dtype, device=device or "cpu")
+                if prefix.endswith("matrix_A"):
+                    nn.init.kaiming_uniform_(new, a=math.sqrt(5))
+                elif isinstance(module, nn.LayerNorm) and name == "weight":
+                    new.fill_(1.0)
+                elif new.ndim >= 2 and not prefix.endswith("matrix_B"):
+                    new.normal_(std=0.02)
+                entries[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

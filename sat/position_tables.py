@@ -1,0 +1,82 @@
+"""Tables of the two 3D position embeddings: absolute sin-cos and rotary.
+
+A grid of `frames × height × width` patches is numbered with the width running fastest, as the tokens are.
+"""
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+Grid = tuple[int, int, int]  # frames, height, width in patches
+
+
+def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
+    """Sinusoids of `positions` (n,), float64 (n, dim): sines in the first half, cosines in the second."""
+    frequencies = 10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim / 2))
+    angles = positions[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_3d(
+    dim: int,
+    grid: Grid,
+    time_interpolation: float = 1.0,
+    height_interpolation: float = 1.0,
+    width_interpolation: float = 1.0,
+) -> Tensor:
+    """Sin-cos position embedding, float32 (frames·height·width, dim).
+
+    The first quarter of the features encodes time, the rest space: width, then height, in equal shares.
+    Dividing the coordinates by an interpolation factor stretches a table learnt at a lower resolution.
+    """
+    frames, height, width = grid
+    time_dim, axis_dim = dim // 4, dim * 3 // 8
+    time = sincos_1d(np.arange(frames) / time_interpolation, time_dim)
+    rows = sincos_1d(np.arange(height) / height_interpolation, axis_dim)
+    columns = sincos_1d(np.arange(width) / width_interpolation, axis_dim)
+    table = np.concatenate(
+        [
+            repeat(time, "t d -> (t h w) d", h=height, w=width),
+            repeat(columns, "w d -> (t h w) d", t=frames, h=height),
+            repeat(rows, "h d -> (t h w) d", t=frames, w=width),
+        ],
+        axis=1,
+    )
+    return torch.from_numpy(table.astype(np.float32))
+
+
+def rotary_angles(head_dim: int, grid: Grid, theta: float = 10000.0) -> list[Tensor]:
+    """Rotation angles of each axis, float32: (frames, ¼ head_dim), (height, ⅜ head_dim), (width, ⅜ head_dim).
+
+    Both members of a pair carry the same angle (RoFormer, arXiv:2104.09864, in its interleaved form).
+    """
+    axes = []
+    for size, dim in zip(grid, (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8), strict=True):
+        frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float32) / dim)
+        angles = np.arange(size, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+        axes.append(torch.from_numpy(np.repeat(angles, 2, axis=1)))
+    return axes
+
+
+def rotary_table(axes: list[Tensor], grid: Grid) -> Tensor:
+    """Angles of every patch in the leading corner of size `grid`, (frames·height·width, head_dim)."""
+    (frames, height, width), (time, rows, columns) = grid, axes
+    return torch.cat(
+        [
+            repeat(time[:frames], "t d -> (t h w) d", h=height, w=width),
+            repeat(rows[:height], "h d -> (t h w) d", t=frames, w=width),
+            repeat(columns[:width], "w d -> (t h w) d", t=frames, h=height),
+        ],
+        dim=1,
+    )
+
+
+def leading_corner(table: Tensor, table_grid: Grid, grid: Grid) -> Tensor:
+    """The rows (…, frames·height·width, d) of `table` that belong to its leading corner of size `grid`."""
+    if grid == table_grid:
+        return table
+    frames, height, width = table_grid
+    table = rearrange(table, "... (t h w) d -> ... t h w d", t=frames, h=height, w=width)
+    frames, height, width = grid
+    return table[..., :frames, :height, :width, :].flatten(-4, -2)

@@ -1,0 +1,39 @@
+"""Process groups that SwissArmyTransformer's layers expect, with or without a launcher."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from sat import mpu
+
+from sgm.errors import UserError
+
+
+def initialize_process_groups(model_parallel_size: int = 1) -> None:
+    """Make sure that torch.distributed and SwissArmyTransformer's `mpu` groups exist; a second call does nothing.
+
+    Under torchrun the launcher's variables are used (NCCL on CUDA, gloo on a CPU). In a plain process the group
+    consists of that process alone and opens no port.
+
+    Raises:
+        UserError: the number of processes is no multiple of `model_parallel_size`, or the groups exist already
+            with another size.
+    """
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        else:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if mpu.model_parallel_is_initialized():
+        current = mpu.get_model_parallel_world_size()
+        if current != model_parallel_size:
+            raise UserError(
+                f"model_parallel_size is {model_parallel_size}, but this process already runs with {current}"
+            )
+        return
+    world_size = dist.get_world_size()
+    if world_size % model_parallel_size:
+        raise UserError(f"model_parallel_size {model_parallel_size} does not divide the {world_size} processes")
+    mpu.initialize_model_parallel(model_parallel_size)

@@ -1,0 +1,241 @@
+"""The stages of sampling: text, first frames, latents, pixels. What `sample_video.py` does once PyTorch is needed."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from sat import mpu
+from torch import Tensor
+from tqdm import tqdm
+
+from arguments import SamplingArguments
+from diffusion_video import SATVideoDiffusionEngine
+from image_inputs import load_condition_image
+from layer_streaming import stream_layers
+from model_limits import SPACE_FACTOR, video_frames
+from process_groups import initialize_process_groups
+from prompt_inputs import PromptRequest, derive_seed, prompts_of_rank, request_seed, typed_prompts
+from sgm.errors import UserError
+from video_output import VideoWriter, decide_existing, output_path, save_latents
+
+logger = logging.getLogger("sample_video")
+
+# With parts taking turns, so many videos are sampled before they are decoded: few enough to lose little when a run is
+# cut off, enough for the change of parts not to matter.
+STAGE_GROUP = 8
+
+
+@dataclass
+class Job:
+    """One video on its way: what was asked, where it goes, and what the stages have made of it so far."""
+
+    request: PromptRequest
+    path: Path
+    seed: int
+    frames: int  # latent
+    size: tuple[int, int]  # pixels
+
+    cond: Tensor | None = None
+    uncond: Tensor | None = None
+    image_latent: Tensor | None = None
+    random_state: Tensor | None = None
+    latents: Tensor | None = None
+    failure: str | None = None
+
+
+class Stages:
+    """Has the part of the engine that is in use on the device, and, unless `offload` is none, no other."""
+
+    def __init__(self, engine: SATVideoDiffusionEngine, offload: str):
+        self.engine = engine
+        self.offload = offload
+
+    def use(self, part: str) -> None:
+        engine = self.engine
+        if self.offload != "none":
+            for other in ("conditioner", "first_stage_model", "model"):
+                if other != part and getattr(engine, other) is not None:
+                    engine.release(other)
+        if part == "model" and self.offload == "sequential" and engine.model is None:
+            engine.build(part, device="cpu")
+            stream_layers(engine.network, engine.device)
+        else:
+            engine.build(part)
+
+
+def run(args: SamplingArguments, requests: list[PromptRequest] | None) -> int:
+    """Sample the given prompts, or typed ones for None; the exit code.
+
+    Raises:
+        UserError: the device, a checkpoint or an existing output stands in the way of the whole run.
+    """
+    initialize_process_groups(args.model_parallel_size)
+    engine = SATVideoDiffusionEngine(args, parts=(), device=choose_device(args.device))
+    engine.sampler.verbose = False  # one bar for the whole run instead
+    stages = Stages(engine, args.offload)
+    failed = 0
+    if requests is None:
+        for request in typed_prompts(args.image2video):
+            failed += sample_jobs(stages, list(plan([request], args)), args, keep_conditioner=True)
+    else:
+        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        own = prompts_of_rank(requests, replica, replicas)
+        failed = sample_jobs(stages, list(plan(own, args)), args, keep_conditioner=False)
+    return 1 if total_over_processes(failed) else 0
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or this process's GPU, or the CPU where there is none."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' is not known; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device is cuda, but PyTorch finds no GPU; use --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"device is {device}, but there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def plan(requests: Iterable[PromptRequest], args: SamplingArguments) -> Iterator[Job]:
+    """A job for every video that is to be made."""
+    for request in requests:
+        for sample in range(args.batch_size):
+            path = output_path(args.output_dir, request.index, request.text, sample)
+            if args.only_save_latents:
+                path = path.with_suffix(".safetensors")
+            if not decide_existing(path, args.overwrite, args.skip_existing):
+                logger.info("skipped, it exists: %s", path)
+                continue
+            yield Job(
+                request,
+                path,
+                seed=derive_seed(request_seed(args.seed, request), sample),
+                frames=request.num_frames or args.sampling_num_frames,
+                size=tuple(request.size or args.sampling_image_size),
+            )
+
+
+def sample_jobs(stages: Stages, jobs: list[Job], args: SamplingArguments, keep_conditioner: bool) -> int:
+    """Take jobs through the stages; the number of them that failed."""
+    engine = stages.engine
+    if not jobs:
+        return 0
+    stages.use("conditioner")
+    attempt_each(jobs, lambda job: encode_text(engine, job, args.negative_prompt))
+    if not keep_conditioner:
+        engine.release("conditioner")
+    if args.image2video:
+        stages.use("first_stage_model")
+        attempt_each(jobs, lambda job: encode_image(engine, job))
+
+    steps = args.sampling_num_steps or engine.sampler.num_steps
+    writes = mpu.get_model_parallel_rank() == 0
+    group_size = 1 if stages.offload == "none" else STAGE_GROUP
+    with tqdm(total=len(jobs) * steps, desc="sampling", unit="step", disable=dist.get_rank() != 0) as bar:
+        pending = [job for job in jobs if job.failure is None]
+        for group in (pending[i : i + group_size] for i in range(0, len(pending), group_size)):
+            stages.use("model")
+            attempt_each(group, lambda job: sample_latents(engine, job, args, lambda done, total: bar.update()))
+            if writes and args.only_save_latents:
+                attempt_each(group, lambda job: save_latents(job.path, job.latents))
+            elif writes:
+                stages.use("first_stage_model")
+                engine.first_stage_model.tile_size = args.vae_tile_size
+                attempt_each(group, lambda job: write_video(engine, job, args.sampling_fps))
+            for job in group:
+                job.latents = None
+                if writes and job.failure is None:
+                    logger.info("wrote %s", job.path)
+    return sum(job.failure is not None for job in jobs)
+
+
+def attempt_each(jobs: Iterable[Job], stage: Callable[[Job], Any]) -> None:
+    """Run a stage on every job that has not failed; a failure is reported with its prompt and ends that job alone."""
+    for job in jobs:
+        if job.failure is not None:
+            continue
+        try:
+            stage(job)
+        except Exception as error:
+            job.failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.error("failed: prompt %d ('%.60s'): %s", job.request.index + 1, job.request.text, job.failure)
+            logger.debug("where it failed:", exc_info=error)
+
+
+# The stages
+
+
+@torch.no_grad()
+def encode_text(engine: SATVideoDiffusionEngine, job: Job, negative_prompt: str) -> None:
+    """Sets `cond` and `uncond` (1, tokens, features). Without a negative prompt the unconditional states are zeros, as
+    in training, where a dropped caption leaves zeros."""
+    negative = job.request.negative_prompt or negative_prompt
+    cond, uncond = engine.conditioner.get_unconditional_conditioning(
+        {"txt": [job.request.text]}, {"txt": [negative]}, force_uc_zero_embeddings=[] if negative else ["txt"]
+    )
+    job.cond, job.uncond = cond["crossattn"].cpu(), uncond["crossattn"].cpu()
+
+
+@torch.no_grad()
+def encode_image(engine: SATVideoDiffusionEngine, job: Job) -> None:
+    """Sets `image_latent` (1, 1, c, h, w), with the first random draws that belong to the job's seed."""
+    image = load_condition_image(job.request.image, job.size)
+    torch.manual_seed(job.seed)
+    clip = rearrange(image, "c h w -> 1 c 1 h w").to(engine.device)
+    job.image_latent = engine.encode_condition_image(clip).cpu()
+    job.random_state = torch.get_rng_state()
+
+
+@torch.no_grad()
+def sample_latents(
+    engine: SATVideoDiffusionEngine, job: Job, args: SamplingArguments, callback: Callable[[int, int], None]
+) -> None:
+    """Sets `latents` (1, t, c, h, w), without the leading frame that 1.5 models add."""
+    torch.manual_seed(job.seed)
+    if job.random_state is not None:
+        torch.set_rng_state(job.random_state)
+    concat_images = ofs = None
+    if job.image_latent is not None:
+        concat_images = engine.concat_condition(job.image_latent.to(engine.device), job.frames)
+        ofs = engine.default_ofs(1)
+    height, width = (side // SPACE_FACTOR for side in job.size)
+    latents = engine.sample(
+        {"crossattn": job.cond.to(engine.device)},
+        {"crossattn": job.uncond.to(engine.device)},
+        batch_size=1,
+        shape=(job.frames, args.latent_channels, height, width),
+        concat_images=concat_images,
+        ofs=ofs,
+        num_steps=args.sampling_num_steps,
+        callback=callback,
+    )
+    job.latents = engine.drop_extra_frame(latents).cpu()
+    if not torch.isfinite(job.latents).all():
+        raise FloatingPointError("the sampled latents are not finite; try bf16 or float32 instead of fp16")
+
+
+def write_video(engine: SATVideoDiffusionEngine, job: Job, fps: int) -> None:
+    """Decode `latents` into the job's video file, chunk by chunk."""
+    started = time.perf_counter()
+    with VideoWriter(job.path, fps, *job.size) as video:
+        for frames in engine.decode_stream(rearrange(job.latents, "1 t c h w -> 1 c t h w")):
+            video.write(rearrange(frames, "1 c t h w -> t c h w"))
+    count = video_frames(job.latents.shape[1])
+    logger.debug("decoded %d frames in %.1f s", count, time.perf_counter() - started)
+
+
+def total_over_processes(count: int) -> int:
+    """Sum over all processes. Waits for them, since a launcher ends all processes when one exits with an error."""
+    total = torch.tensor(count)
+    dist.all_reduce(total)
+    return int(total)

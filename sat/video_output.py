@@ -1,0 +1,211 @@
+"""Where sampled videos go, what they are called, and how they are written: complete or not at all."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sgm.errors import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Illegal on some file system, or a nuisance in a shell (typographic quotes included).
+_NOT_IN_NAMES = frozenset("/\\:*?<>|\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb")
+
+
+def safe_name(text: str, limit: int = 120) -> str:
+    """`text` as the name of a file or folder: legal on every file system, at most `limit` bytes of UTF-8.
+
+    White space becomes `_`; slashes, quotes, wildcards, control characters and what the file system cannot encode are
+    left out; letters of any script and emoji stay. Never empty, never hidden (leading dot), no trailing dot.
+    """
+    encoding = sys.getfilesystemencoding()
+    kept = []
+    for char in unicodedata.normalize("NFC", text.strip()):
+        if char.isspace():
+            kept.append("_")
+        elif char not in _NOT_IN_NAMES and unicodedata.category(char)[0] != "C" and char.encode(encoding, "ignore"):
+            kept.append(char)
+    name = "".join(kept).lstrip(".").encode()[:limit].decode(errors="ignore")  # a character cut in two goes as a whole
+    return name.rstrip("._") or "unnamed"
+
+
+def output_path(output_dir: str | Path, n: int, prompt: str, sample_index: int) -> Path:
+    """`output_dir/{n}_{prompt}/{sample_index}/000000.mp4`, the prompt made safe: the file of one sampled video."""
+    return Path(output_dir) / f"{n}_{safe_name(prompt)}" / str(sample_index) / "000000.mp4"
+
+
+def decide_existing(path: Path, overwrite: bool, skip_existing: bool) -> bool:
+    """Whether to write `path`: False when it exists and is to be kept.
+
+    Raises:
+        UserError: it exists and neither flag says what to do, or both flags are set.
+    """
+    if overwrite and skip_existing:
+        raise UserError("--overwrite and --skip_existing exclude each other: give one of them")
+    if not path.exists() or overwrite:
+        return True
+    if skip_existing:
+        return False
+    raise UserError(f"{path} exists: give --overwrite to replace it or --skip_existing to keep it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VideoWriter:
+    """Writes one H.264 video as its frames are decoded: `with VideoWriter(...) as video: video.write(frames)`.
+
+    The file appears under its name when it is complete; after an exception nothing is left of it. Pixels are stored
+    as 8-bit yuv420p in the BT.709 colour space, which every player takes, near the visually lossless quality (crf 17).
+
+    Args:
+        path: the video file; missing parent folders are made, an existing file is replaced.
+        fps: frames a second.
+        height, width: size of a frame in pixels; both even, as yuv420p halves the colour resolution.
+
+    Raises:
+        UserError: odd size; a frame that is not finite; no frames; the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, fps: float, height: int, width: int):
+        self.path = Path(path)
+        self.height, self.width = height, width
+        if fps <= 0:
+            raise UserError(f"cannot write {self.path}: frames a second must be positive, got {fps}")
+        if height <= 0 or width <= 0 or height % 2 or width % 2:
+            raise UserError(f"cannot write {self.path}: height and width must be even, got {height}x{width}")
+        self.fps = fps
+        self.num_frames = 0
+
+    def __enter__(self) -> Self:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        with ExitStack() as stack:
+            part = stack.enter_context(replaced_when_complete(self.path))
+            # To a file, not a pipe: a pipe that nobody reads while frames go in would block both sides when full.
+            self._messages = stack.enter_context(tempfile.TemporaryFile())
+            command = [get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-y"]
+            command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
+            command += ["-i", "pipe:0", "-an", "-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p"]
+            # Untagged video is taken for BT.601 by some players and for BT.709 by others: convert to one and say so.
+            command += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-color_range", "tv"]
+            command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
+            command += ["-movflags", "+faststart", "-f", "mp4", f"file:{part}"]
+            with reported_as_user_error(self.path):
+                self._ffmpeg = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._messages
+                )
+            stack.push(self._end_encoding)
+            self._open = stack.pop_all()
+        return self
+
+    def write(self, frames: Tensor) -> None:
+        """Append frames (frames, 3, height, width) in [-1, 1], of any floating dtype, on any device."""
+        if frames.shape[1:] != (3, self.height, self.width):
+            expected = f"(frames, 3, {self.height}, {self.width})"
+            raise ValueError(f"{self.path}: expected frames of shape {expected}, got {tuple(frames.shape)}")
+        pixels, finite = _to_pixels(frames)
+        if not finite:
+            raise UserError(f"{self.path}: the decoded frames hold NaN or infinity; sample in bf16 or float32 instead")
+        try:
+            self._ffmpeg.stdin.write(pixels.numpy())
+        except BrokenPipeError:  # ffmpeg ended early; its last words say why
+            self._ffmpeg.wait()
+            raise self._failure() from None
+        self.num_frames += len(frames)
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def _end_encoding(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                with suppress(BrokenPipeError):  # the exit status tells
+                    self._ffmpeg.stdin.close()
+                if self._ffmpeg.wait() != 0:
+                    raise self._failure()
+                if self.num_frames == 0:
+                    raise UserError(f"cannot write {self.path}: no frames were given")
+        finally:
+            self._ffmpeg.kill()  # it still runs only after an exception
+            with suppress(BrokenPipeError):
+                self._ffmpeg.stdin.close()
+            self._ffmpeg.wait()
+
+    def _failure(self) -> UserError:
+        self._messages.seek(0)
+        lines = self._messages.read().decode(errors="replace").strip().splitlines()
+        reason = "; ".join(lines[-2:]) or f"it ended with status {self._ffmpeg.returncode}"
+        return UserError(f"cannot write {self.path}: ffmpeg: {reason}")
+
+
+def _to_pixels(frames: Tensor) -> tuple[Tensor, bool]:
+    """(t, 3, h, w) in [-1, 1] to uint8 (t, h, w, 3) on the CPU, and whether all values were finite.
+
+    The conversion runs where the frames are, so that one byte a value is transferred.
+    """
+    finite = torch.isfinite(frames).all()
+    pixels = ((frames.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+    pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu()
+    return pixels, bool(finite)
+
+
+def save_latents(path: str | Path, latents: Tensor) -> None:
+    """Write latents, under the key `latents`, to a safetensors file that appears when it is complete.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    with replaced_when_complete(path) as part, reported_as_user_error(path, (OSError, SafetensorError)):
+        save_file({"latents": latents.detach().contiguous()}, part)
+
+
+@contextmanager
+def replaced_when_complete(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; it takes the name `path`, on disk, when the block ends well.
+
+    After an exception it is removed. Missing parent folders are made.
+
+    Raises:
+        UserError: the operating system refuses (permissions, disk full, ...).
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with reported_as_user_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()
+        yield part
+        with reported_as_user_error(path):
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def reported_as_user_error(path: Path, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Turns exceptions of these kinds into a UserError that names the file being written."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}") from error

@@ -1,0 +1,106 @@
+"""The whole engine against reference numbers: text embeddings, encoded latents, training loss, sampled latents."""
+
+import random
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from seeded import seed_module_, seeded_input
+from support import REFERENCE, Reference, assert_close
+
+from diffusion_video import SATVideoDiffusionEngine
+
+
+def seed_everything(seed: int) -> None:
+    for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+        set_seed(seed)
+
+
+@pytest.fixture(scope="module", params=["t2v_2b", "i2v_5b"])
+def case(request):
+    """Name, reference numbers, seeded engine and seeded clip (b, t, c, h, w) of one case."""
+    name = request.param
+    reference = Reference(f"engine/{name}")
+    config, seed = reference.case["model"], reference.case["seed"]
+    config["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(REFERENCE / "tiny_t5")
+    engine = SATVideoDiffusionEngine(Namespace(model_config=config))
+    frozen = ("pos_embed.pos_embedding",) if name == "t2v_2b" else ()
+    seed_module_(engine.model, seed, prefix="model.", skip=frozen)
+    seed_module_(engine.first_stage_model, seed, prefix="first_stage_model.")
+    clip = seeded_input(f"{name}.video", reference.case["video"], seed).clamp(-1, 1)
+    return name, reference, engine, clip
+
+
+def embeddings(reference, engine) -> tuple[torch.Tensor, torch.Tensor]:
+    texts = reference.case["texts"]
+    cond, uncond = engine.conditioner.get_unconditional_conditioning(
+        {"txt": texts}, {"txt": [""] * len(texts)}, force_uc_zero_embeddings=["txt"]
+    )
+    return cond["crossattn"], uncond["crossattn"]
+
+
+def test_text_embeddings(case):
+    _, reference, engine, _ = case
+    cond, uncond = embeddings(reference, engine)
+    assert_close(cond, reference["crossattn"], 1e-5)
+    assert torch.equal(uncond, reference["uncond"])
+
+
+def test_encoded_latents(case):
+    _, reference, engine, clip = case
+    torch.manual_seed(reference.case["torch_manual_seed"]["encode"])
+    assert_close(engine.encode_first_stage(rearrange(clip, "b t c h w -> b c t h w")), reference["latent"], 2e-4)
+
+
+def test_training_loss(case):
+    """Also fixes the order of all random draws of a training step."""
+    _, reference, engine, clip = case
+    seed_everything(reference.case["torch_manual_seed"]["loss (torch, numpy and random)"])
+    loss, logged = engine.shared_step({"mp4": clip, "txt": reference.case["texts"]})
+    assert_close(loss, reference["loss"], 2e-4)
+    assert torch.equal(logged["loss"], loss)
+
+
+def test_sampled_latents(case):
+    name, reference, engine, _ = case
+    cond, uncond = embeddings(reference, engine)
+    concat_images = None
+    if reference.case["image_latent"]:
+        image = seeded_input(f"{name}.image_latent", reference.case["image_latent"], reference.case["seed"])
+        concat_images = engine.concat_condition(image, reference.case["sample_shape"][0])
+    torch.manual_seed(reference.case["torch_manual_seed"]["sample"])
+    samples = engine.sample(
+        {"crossattn": cond[:1]},
+        {"crossattn": uncond[:1]},
+        shape=tuple(reference.case["sample_shape"]),
+        concat_images=concat_images,
+    )
+    assert_close(samples, reference["sample"], 2e-4)
+
+
+def test_decoding_all_at_once_equals_the_stream(case):
+    _, reference, engine, _ = case
+    latents = reference["latent"][:1]
+    frames = engine.decode_first_stage(latents)
+    assert frames.shape == (1, 3, 9, 64, 96)
+    assert torch.equal(frames, torch.cat(list(engine.decode_stream(latents)), dim=2))
+
+
+def test_log_video_shows_inputs_reconstructions_and_samples(case):
+    _, reference, engine, clip = case
+    batch = {"mp4": clip, "txt": reference.case["texts"]}
+    log = engine.log_video(batch, N=1, num_steps=2)
+    assert log["txt"] == reference.case["texts"][:1]
+    for key in ("inputs", "reconstructions", "samples"):
+        assert log[key].shape == (1, *clip.shape[1:]) and torch.isfinite(log[key]).all()
+    latents = engine.log_video(batch, N=1, num_steps=2, only_log_video_latents=True)["latents"]
+    assert latents.shape == (1, *reference.case["sample_shape"])
+
+
+def test_only_the_network_trains(case):
+    _, _, engine, _ = case
+    engine.disable_untrainable_params()
+    trainable = {name.split(".")[0] for name, parameter in engine.named_parameters() if parameter.requires_grad}
+    assert trainable == {"model"}

@@ -1,0 +1,184 @@
+"""Names are legal for any prompt; a video file is complete, plays everywhere and shows the frames, or is not there."""
+
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import video_output
+from sgm.errors import UserError
+from video_output import VideoWriter, decide_existing, output_path, safe_name, save_latents
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("a red circle moving left", "a_red_circle_moving_left"),
+        ("cat/dog\\fox", "catdogfox"),
+        ("“quoted” 'and' \"more\" `", "quoted_and_more"),
+        ("tab\tline\nend\x00\x1b\x7f", "tab_line_end"),
+        ("...hidden. ", "hidden"),
+        ("Ein Café im Wald 🌲", "Ein_Café_im_Wald_🌲"),
+        ("日本の桜", "日本の桜"),
+        ("lone \udc80 surrogate", "lone__surrogate"),
+        ("cafe\u0301", "café"),
+        ("right\u202eleft", "rightleft"),
+        ("", "unnamed"),
+        ("..", "unnamed"),
+        (" / . ", "unnamed"),
+    ],
+)
+def test_safe_name(text, name):
+    assert safe_name(text) == name
+
+
+@pytest.mark.parametrize("unit", ["a", "é", "桜", "🌲", "a🌲"])
+def test_names_are_cut_at_whole_characters_and_the_file_system_takes_them(tmp_path, unit):
+    name = safe_name(unit * 500)
+    assert 117 <= len(name.encode()) <= 120
+    assert (unit * 500).startswith(name)
+    (tmp_path / name).mkdir()
+
+
+def test_every_single_character_gives_a_legal_name(tmp_path):
+    for code in range(sys.maxunicode + 1):
+        name = safe_name(f"{chr(code)}")
+        assert name not in (".", "..", "")
+        assert not set(name) & set("/\0\\\n")
+        name.encode()
+
+
+def test_output_path():
+    assert output_path("outputs", 3, "a cat/dog", 1).as_posix() == "outputs/3_a_catdog/1/000000.mp4"
+
+
+def test_existing_files_are_never_replaced_unasked(tmp_path):
+    path = tmp_path / "a.mp4"
+    assert decide_existing(path, overwrite=False, skip_existing=False)
+    path.touch()
+    assert decide_existing(path, overwrite=True, skip_existing=False)
+    assert not decide_existing(path, overwrite=False, skip_existing=True)
+    with pytest.raises(UserError, match=r"a.mp4 exists.*--overwrite.*--skip_existing"):
+        decide_existing(path, overwrite=False, skip_existing=False)
+    with pytest.raises(UserError, match="exclude each other"):
+        decide_existing(path, overwrite=True, skip_existing=True)
+
+
+def gradient(frames: int, height: int, width: int) -> torch.Tensor:
+    """A smooth coloured clip in [-1, 1], brighter from frame to frame."""
+    time, rows, columns = torch.meshgrid(
+        torch.linspace(-0.5, 0.5, frames), torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+    )
+    return torch.stack([time + rows / 2, time + columns / 2, time], dim=1)
+
+
+def read_video(path) -> tuple[dict, torch.Tensor]:
+    """The stream's properties and the frames, (frames, 3, height, width) in [-1, 1]."""
+    from imageio_ffmpeg import read_frames
+
+    reader = read_frames(path, output_params=["-vf", "scale=in_color_matrix=bt709:out_color_matrix=bt709"])
+    meta = next(reader)
+    width, height = meta["size"]
+    frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3) for frame in reader]
+    return meta, torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_frames_written_in_chunks_come_back(tmp_path, dtype):
+    clip = gradient(9, 34, 50)  # not multiples of 16: the frames must not be rescaled
+    path = tmp_path / "new folder" / "a%03d:b.mp4"
+    with VideoWriter(path, fps=7.5, height=34, width=50) as video:
+        for chunk in clip.to(dtype).split([5, 2, 2]):
+            video.write(chunk)
+        assert not path.exists()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    meta, frames = read_video(path)
+    assert (meta["codec"], meta["pix_fmt"].split("(")[0], meta["fps"]) == ("h264", "yuv420p", 7.5)
+    assert frames.shape == clip.shape
+    assert (frames - clip).abs().mean() < 0.02
+
+
+def test_decord_sees_the_same_colours(tmp_path):
+    """A second decoder, with its own ideas of colour spaces, agrees: the file is tagged correctly."""
+    decord = pytest.importorskip("decord")
+    colours = torch.tensor([[0.8, -0.8, -0.8], [-0.8, 0.8, -0.8], [-0.8, -0.8, 0.8], [0.5, 0.5, -0.5]])
+    with VideoWriter(tmp_path / "a.mp4", fps=8, height=32, width=32) as video:
+        video.write(colours[:, :, None, None].expand(-1, -1, 32, 32))
+    frames = torch.from_numpy(decord.VideoReader(str(tmp_path / "a.mp4")).get_batch(range(4)).asnumpy())
+    assert (frames[:, 16, 16].float() / 127.5 - 1 - colours).abs().max() < 0.05
+
+
+def test_values_outside_the_range_saturate_and_are_rounded(tmp_path):
+    frames = torch.tensor([-3.0, -1.0, 0.0, 1 / 255, 1.0, 7.0])[:, None, None, None].expand(-1, 3, 2, 2)
+    pixels, finite = video_output._to_pixels(frames)
+    assert pixels[:, 0, 0, 0].tolist() == [0, 0, 128, 128, 255, 255]
+    assert pixels.shape == (6, 2, 2, 3)
+    assert finite
+
+
+def test_a_single_frame_is_a_video_too(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", fps=8, height=16, width=16) as video:
+        video.write(gradient(1, 16, 16))
+    assert len(read_video(tmp_path / "a.mp4")[1]) == 1
+
+
+def test_nothing_is_left_after_an_exception_and_an_older_file_survives(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_text("older")
+    with pytest.raises(KeyError, match="passes through"), VideoWriter(path, fps=8, height=16, width=16) as video:
+        video.write(gradient(3, 16, 16))
+        raise KeyError("passes through")
+    assert path.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_frames_that_are_not_finite_are_refused(tmp_path, value):
+    frames = gradient(3, 16, 16)
+    frames[1, 2, 3, 4] = value
+    writer = VideoWriter(tmp_path / "a.mp4", fps=8, height=16, width=16)
+    with pytest.raises(UserError, match=r"a\.mp4: the decoded frames hold NaN"), writer as video:
+        video.write(frames)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_sizes_shapes_and_empty_videos_are_refused(tmp_path):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(UserError, match="must be even, got 15x16"):
+        VideoWriter(path, fps=8, height=15, width=16)
+    with pytest.raises(UserError, match="must be positive, got 0"):
+        VideoWriter(path, fps=0, height=16, width=16)
+    writer = VideoWriter(path, fps=8, height=16, width=16)
+    with pytest.raises(ValueError, match=r"expected frames of shape \(frames, 3, 16, 16\)"), writer as video:
+        video.write(gradient(3, 16, 18))
+    with pytest.raises(UserError, match="no frames were given"), writer:
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
+    """ffmpeg writes to /dev/full, where every write fails as on a full disk."""
+    monkeypatch.setattr(video_output, "replaced_when_complete", lambda path: nullcontext("/dev/full"))
+    writer = VideoWriter(tmp_path / "a.mp4", fps=8, height=256, width=256)
+    with pytest.raises(UserError, match=r"cannot write .*a\.mp4: ffmpeg: .*No space left"), writer as video:
+        for _ in range(20):
+            video.write(torch.rand(8, 3, 256, 256) * 2 - 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_reported_with_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "a.mp4"
+    with pytest.raises(UserError, match=f"cannot write {path}"), VideoWriter(path, fps=8, height=16, width=16):
+        pass
+    with pytest.raises(UserError, match=f"cannot write {path}"):
+        save_latents(path, torch.zeros(1))
+
+
+def test_latents_are_saved_whole(tmp_path):
+    latents = torch.randn(1, 3, 16, 4, 6, dtype=torch.bfloat16).transpose(1, 2)
+    save_latents(tmp_path / "b" / "latents.safetensors", latents)
+    assert torch.equal(load_file(tmp_path / "b" / "latents.safetensors")["latents"], latents)
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["latents.safetensors"]
