@@ -270,7 +270,7 @@ class SATVideoDiffusionEngine(nn.Module):
         clip = batch[self.input_key][:N].to(self.device, self.dtype)
         count = clip.shape[0]
         texts = {"txt": list(batch["txt"][:count])}
-        cond, uc = self.conditioner.get_unconditional_conditioning(texts, {"txt": [""] * count})
+        cond, uc = self.conditioner.get_unconditional_conditioning(texts, force_uc_zero_embeddings=["txt"])
         x = clip if self.latent_input else rearrange(clip, "b t c h w -> b c t h w")
         latent = self.encode_first_stage(x, batch)
         shape = (latent.shape[2] + int(self.is_15), latent.shape[1], *latent.shape[3:])

@@ -1,12 +1,16 @@
 """Process groups that SwissArmyTransformer's layers expect, with or without a launcher."""
 
+import atexit
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from sat import mpu
 
 from sgm.errors import UserError
+
+LONGEST_WAIT = timedelta(days=7)
 
 
 def initialize_process_groups(model_parallel_size: int = 1) -> None:
@@ -23,9 +27,11 @@ def initialize_process_groups(model_parallel_size: int = 1) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            # Processes wait for the slowest at the end of a run, however long its prompts take.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT)
         else:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(destroy_process_groups)  # gloo may abort a process that ends with its groups alive
     if mpu.model_parallel_is_initialized():
         current = mpu.get_model_parallel_world_size()
         if current != model_parallel_size:
@@ -37,3 +43,10 @@ def initialize_process_groups(model_parallel_size: int = 1) -> None:
     if world_size % model_parallel_size:
         raise UserError(f"model_parallel_size {model_parallel_size} does not divide the {world_size} processes")
     mpu.initialize_model_parallel(model_parallel_size)
+
+
+def destroy_process_groups() -> None:
+    """The opposite of `initialize_process_groups`; nothing where there are no groups."""
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

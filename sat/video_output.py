@@ -93,11 +93,15 @@ class VideoWriter:
     def __enter__(self) -> Self:
         from imageio_ffmpeg import get_ffmpeg_exe
 
+        try:
+            ffmpeg = get_ffmpeg_exe()
+        except RuntimeError as error:  # the package has none for this platform
+            raise UserError(f"cannot write {self.path}: no ffmpeg: install it or set IMAGEIO_FFMPEG_EXE") from error
         with ExitStack() as stack:
             part = stack.enter_context(replaced_when_complete(self.path))
             # To a file, not a pipe: a pipe that nobody reads while frames go in would block both sides when full.
             self._messages = stack.enter_context(tempfile.TemporaryFile())
-            command = [get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-y"]
+            command = [ffmpeg, "-hide_banner", "-loglevel", "error", "-y"]
             command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
             command += ["-i", "pipe:0", "-an", "-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p"]
             # Untagged video is taken for BT.601 by some players and for BT.709 by others: convert to one and say so.
@@ -169,12 +173,12 @@ def save_latents(path: str | Path, latents: Tensor) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
-    with replaced_when_complete(path) as part, reported_as_user_error(path, (OSError, SafetensorError)):
-        save_file({"latents": latents.detach().contiguous()}, part)
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        # Not safetensors' own save_file, which leaves the file readable by its owner only.
+        part.write_bytes(save({"latents": latents.detach().contiguous()}))
 
 
 @contextmanager
@@ -202,10 +206,9 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def reported_as_user_error(path: Path, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
-    """Turns exceptions of these kinds into a UserError that names the file being written."""
+def reported_as_user_error(path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a UserError that names the file being written."""
     try:
         yield
-    except kinds as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

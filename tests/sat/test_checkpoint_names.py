@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from support import REFERENCE
 
 from config_files import load_configs
 from network_weights import NETWORK_PREFIX, allocate_on_meta
 from sgm.util import instantiate_from_config
+from support import REFERENCE
 
 FAMILIES = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"]
 

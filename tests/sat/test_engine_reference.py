@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from seeded import seed_module_, seeded_input
-from support import REFERENCE, Reference, assert_close
 
 from diffusion_video import SATVideoDiffusionEngine
+from seeded import seed_module_, seeded_input
+from support import REFERENCE, Reference, assert_close
 
 
 def seed_everything(seed: int) -> None:

@@ -168,6 +168,16 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_ffmpeg_is_reported(tmp_path, monkeypatch):
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    with pytest.raises(UserError, match="no ffmpeg"), VideoWriter(tmp_path / "a.mp4", fps=8, height=16, width=16):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_reported_with_the_file(tmp_path):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "a.mp4"

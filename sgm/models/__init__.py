@@ -1,0 +1,1 @@
+"""Models that bind networks, losses and checkpoints together."""

@@ -1,0 +1,1 @@
+"""Parts that autoencoders share, in two and in three dimensions."""

@@ -1,0 +1,72 @@
+"""How the network's output becomes a denoised sample: D = c_skip·x + c_out·network(c_in·x, c_noise).
+
+Each scaling maps noise levels, (batch,) or broadcastable, to (c_skip, c_out, c_in, c_noise). Karras et al. 2022
+("EDM", section 5) is the source of the form. `takes_alpha` says that a scaling works on a = sqrt(ᾱ), not on σ.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+Scales = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class DenoiserScaling(Protocol):
+    """A scaling is called with the noise levels and whatever else the network is called with."""
+
+    takes_alpha: bool
+
+    def __call__(self, level: Tensor, **model_inputs) -> Scales: ...
+
+
+class EDMScaling:
+    """Unit variance at the network's input and target (Karras et al. 2022, table 1)."""
+
+    takes_alpha = False
+
+    def __init__(self, sigma_data: float = 0.5):
+        self.sigma_data = sigma_data
+
+    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = sigma * self.sigma_data / variance**0.5
+        c_in = variance**-0.5
+        c_noise = 0.25 * sigma.log()
+        return c_skip, c_out, c_in, c_noise
+
+
+class EpsScaling:
+    """The network predicts the noise ε (Ho et al. 2020)."""
+
+    takes_alpha = False
+
+    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+        return sigma.new_ones(sigma.shape), -sigma, (sigma**2 + 1.0) ** -0.5, sigma
+
+
+class VScaling:
+    """The network predicts the velocity v (Salimans and Ho 2022)."""
+
+    takes_alpha = False
+
+    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+        variance = sigma**2 + 1.0
+        return 1.0 / variance, -sigma * variance**-0.5, variance**-0.5, sigma
+
+
+class VScalingWithEDMcNoise(VScaling):
+    """`VScaling`, telling the network the noise level as `EDMScaling` does."""
+
+    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+        c_skip, c_out, c_in, _ = super().__call__(sigma)
+        return c_skip, c_out, c_in, 0.25 * sigma.log()
+
+
+class VideoScaling:
+    """The network predicts the velocity v of x = a·x0 + sqrt(1 − a²)·ε and is told the timestep `idx`."""
+
+    takes_alpha = True
+
+    def __call__(self, alpha: Tensor, *, idx: Tensor, **model_inputs) -> Scales:
+        return alpha, -((1.0 - alpha**2) ** 0.5), alpha.new_ones(alpha.shape), idx

@@ -1,0 +1,156 @@
+"""Noise schedules: the noise level of each of n sampling (or training) steps.
+
+Two quantities are in use. `EDMDiscretization` and `LegacyDDPMDiscretization` give noise-to-signal ratios σ;
+`ZeroSNRDDPMDiscretization` gives a = sqrt(ᾱ), the share of signal in x = a·x0 + sqrt(1 − a²)·ε. The two are related
+by σ = sqrt(1 − a²)/a, and `to_alpha` brings the values of either kind to a.
+
+Tables are made in NumPy, so that samplers can turn them into Python numbers without asking a device for anything.
+"""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgm.errors import UserError
+
+
+def equally_spaced_steps(num_steps: int, num_timesteps: int) -> np.ndarray:
+    """`num_steps` of the timesteps 0 … num_timesteps − 1, ascending, always with the last one.
+
+    Raises:
+        UserError: there are not that many timesteps.
+    """
+    if not 1 <= num_steps <= num_timesteps:
+        raise UserError(f"num_steps is {num_steps}, but this noise schedule has 1 to {num_timesteps} steps")
+    return np.linspace(num_timesteps - 1, 0, num_steps, endpoint=False).astype(np.int64)[::-1].copy()
+
+
+def linear_alphas_cumprod(start: float, end: float, num_timesteps: int) -> np.ndarray:
+    """ᾱ of the "scaled linear" β schedule: sqrt(β) runs linearly from sqrt(start) to sqrt(end). float64."""
+    betas = np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
+    return np.cumprod(1.0 - betas)
+
+
+class Discretization(ABC):
+    """A noise schedule that can be sampled at any number of steps."""
+
+    gives_alpha = False
+
+    @abstractmethod
+    def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `n` noise levels from noisy to clean (float32), and their timesteps, ascending (int64)."""
+
+    def __call__(
+        self,
+        n: int,
+        do_append_zero: bool = True,
+        device: torch.device | str = "cpu",
+        flip: bool = False,
+        return_idx: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The noise levels of `n` steps, from noisy to clean, or from clean to noisy with `flip`.
+
+        Args:
+            n: number of steps.
+            do_append_zero: put a 0 after the last (cleanest) level.
+            device: where the result is put.
+            flip: reverse the order of the levels.
+            return_idx: also return the timesteps, ascending: the first belongs to the cleanest level.
+
+        Returns:
+            float32 (n,) or (n + 1,); with `return_idx` a pair of it and int64 (n,).
+        """
+        levels, timesteps = self.table(n)
+        if do_append_zero:
+            levels = np.append(levels, np.float32(0.0))
+        if flip:
+            levels = levels[::-1].copy()
+        levels = torch.from_numpy(levels).to(device)
+        return (levels, torch.from_numpy(timesteps).to(device)) if return_idx else levels
+
+    def to_alpha(self, levels: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """a = sqrt(ᾱ) of levels of this schedule."""
+        return levels if self.gives_alpha else (1.0 + levels**2) ** -0.5
+
+
+class EDMDiscretization(Discretization):
+    """σ^(1/ρ) falls linearly from `sigma_max` to `sigma_min` (Karras et al. 2022, equation 5).
+
+    The schedule is continuous; its timesteps number the `num_timesteps` steps of its finest grid.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, num_timesteps: int = 1000):
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.rho = rho
+        self.num_timesteps = num_timesteps
+
+    def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        if n < 1:
+            raise UserError(f"num_steps is {n}, but sampling takes at least 1 step")
+        ramp = np.linspace(0.0, 1.0, n)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        sigmas = (high + ramp * (low - high)) ** self.rho
+        timesteps = np.rint((self.num_timesteps - 1) * (1.0 - ramp)).astype(np.int64)
+        return sigmas.astype(np.float32), timesteps[::-1].copy()
+
+
+class LegacyDDPMDiscretization(Discretization):
+    """σ = sqrt((1 − ᾱ)/ᾱ) of the scaled linear DDPM schedule (Rombach et al. 2022)."""
+
+    def __init__(self, linear_start: float = 0.00085, linear_end: float = 0.0120, num_timesteps: int = 1000):
+        self.num_timesteps = num_timesteps
+        self.alphas_cumprod = linear_alphas_cumprod(linear_start, linear_end, num_timesteps)
+
+    def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        timesteps = equally_spaced_steps(n, self.num_timesteps)
+        alphas_cumprod = self.alphas_cumprod[timesteps][::-1]
+        return np.sqrt((1 - alphas_cumprod) / alphas_cumprod).astype(np.float32), timesteps
+
+
+class ZeroSNRDDPMDiscretization(Discretization):
+    """a = sqrt(ᾱ) of the scaled linear DDPM schedule, shifted in SNR and stretched to a = 0 at the noisy end.
+
+    The stretch is that of Lin et al. 2023 ("Common diffusion noise schedules and sample steps are flawed", algorithm
+    1), applied to the n chosen steps. The shift divides the signal-to-noise ratio by `shift_scale`, since
+    ᾱ/(k + (1−k)·ᾱ) has the SNR ᾱ/(1−ᾱ)/k.
+
+    Args:
+        shift_scale: k; 1 shifts nothing, larger is noisier.
+        keep_start: shift the first β as well, to keep the clean end of the schedule where it was.
+        post_shift: shift after the stretch in place of before.
+    """
+
+    gives_alpha = True
+
+    def __init__(
+        self,
+        linear_start: float = 0.00085,
+        linear_end: float = 0.0120,
+        num_timesteps: int = 1000,
+        shift_scale: float = 1.0,
+        keep_start: bool = False,
+        post_shift: bool = False,
+    ):
+        if keep_start:
+            linear_start = linear_start / (shift_scale + (1 - shift_scale) * linear_start)
+        self.num_timesteps = num_timesteps
+        self.shift_scale = shift_scale
+        self.post_shift = post_shift
+        alphas_cumprod = linear_alphas_cumprod(linear_start, linear_end, num_timesteps)
+        self.alphas_cumprod = alphas_cumprod if post_shift else self._shift(alphas_cumprod)
+
+    def _shift(self, alphas_cumprod: np.ndarray) -> np.ndarray:
+        return alphas_cumprod / (self.shift_scale + (1 - self.shift_scale) * alphas_cumprod)
+
+    def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        timesteps = equally_spaced_steps(n, self.num_timesteps)
+        a = np.sqrt(self.alphas_cumprod[timesteps].astype(np.float32))
+        first, last = a[0], a[-1]
+        # A single step starts from pure noise; the stretch of one value to two ends has no meaning.
+        a = (a - last) * (first / (first - last)) if n > 1 else np.zeros_like(a)
+        if self.post_shift:
+            a = np.sqrt(self._shift(a**2))
+        return a[::-1].copy(), timesteps

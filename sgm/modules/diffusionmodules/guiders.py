@@ -1,0 +1,111 @@
+"""Guidance: how the denoised samples of a conditional and an unconditional run of the network are combined.
+
+A sampler calls `prepare_inputs` to lay out the batch for the network, and the guider itself on what comes back.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.util import append_dims
+
+Cond = Mapping[str, Tensor]
+
+
+class IdentityGuider:
+    """No guidance: the network runs on the conditional batch alone."""
+
+    def prepare_inputs(self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None) -> tuple[Tensor, Tensor, dict]:
+        """The network's inputs: `x` (batch, ...), its levels `s` (batch,) and the conditioning, as they are."""
+        return x, s, dict(c)
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        scale: float | Tensor | None = None,
+        step_index: int | None = None,
+        progress: float | None = None,
+    ) -> Tensor:
+        return x
+
+
+class VanillaCFG:
+    """Classifier-free guidance u + w·(c − u) (Ho and Salimans 2022), with the same weight w at every step."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def prepare_inputs(self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None) -> tuple[Tensor, Tensor, dict]:
+        """The network's inputs, twice the batch: the unconditional half first.
+
+        Raises:
+            UserError: the two conditionings do not hold the same kinds of tensors.
+        """
+        if uc is None or uc.keys() != c.keys():
+            raise UserError(
+                f"guidance needs the unconditional conditioning to hold what the conditional one does, {sorted(c)}; "
+                f"it holds {sorted(uc or ())}"
+            )
+        return torch.cat([x, x]), torch.cat([s, s]), {kind: torch.cat([uc[kind], c[kind]]) for kind in c}
+
+    def weight(self, scale: float | Tensor, step_index: int | None, progress: float | None) -> float | Tensor:
+        return scale
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        scale: float | Tensor | None = None,
+        step_index: int | None = None,
+        progress: float | None = None,
+    ) -> Tensor:
+        """Combine the two halves of `x`.
+
+        Args:
+            x: (2·batch, ...) denoised samples, in the order of `prepare_inputs`.
+            sigma: (batch,) noise levels; guidance that depends on the noise reads them.
+            scale: takes the place of the guider's own scale: a number, or a (batch,) tensor.
+            step_index: num_steps − timestep, what `DynamicCFG` counts.
+            progress: the share of the steps that is done, 0 ≤ progress < 1.
+
+        Returns:
+            (batch, ...).
+        """
+        weight = self.weight(self.scale if scale is None else scale, step_index, progress)
+        if isinstance(weight, Tensor):
+            weight = append_dims(weight, x.ndim)
+        uncond, cond = x.chunk(2)
+        return uncond + weight * (cond - uncond)
+
+
+class DynamicCFG(VanillaCFG):
+    """Classifier-free guidance with the weight 1 + scale·(1 − cos(π·(k/num_steps)^exp))/2.
+
+    Args:
+        exp: exponent; a whole number unless `count` is "step", since k may be negative.
+        num_steps: number of sampling steps.
+        count: what k is. "timestep": num_steps − timestep, mostly negative; the released models are sampled so.
+            "step": the number of steps done.
+
+    Raises:
+        UserError: `count` is neither, or `exp` is fractional for a negative k.
+    """
+
+    def __init__(self, scale: float, exp: float, num_steps: int, count: str = "timestep"):
+        super().__init__(scale)
+        if count not in ("timestep", "step"):
+            raise UserError(f"DynamicCFG: count is '{count}', it can be 'timestep' or 'step'")
+        if count == "timestep" and exp != int(exp):
+            raise UserError(f"DynamicCFG: exp is {exp}, it must be a whole number unless count is 'step'")
+        self.exp = exp
+        self.num_steps = num_steps
+        self.count = count
+
+    def weight(self, scale: float | Tensor, step_index: int | None, progress: float | None) -> float | Tensor:
+        # Python floats: for the large k the cosine's argument needs all their digits.
+        fraction = step_index / self.num_steps if self.count == "timestep" else progress
+        return 1 + scale * (1 - math.cos(math.pi * fraction**self.exp)) / 2

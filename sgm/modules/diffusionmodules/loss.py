@@ -1,0 +1,166 @@
+"""Training losses: noise a batch, denoise it, weigh the error. Each returns one number a sample."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.util import append_dims, broadcast_in_group, reject_options
+from sgm.util import instantiate_from_config
+
+
+class DiffusionLoss(nn.Module):
+    """What the losses share: conditioning, noise and the error.
+
+    Args:
+        sigma_sampler_config: which noise levels are trained, see `sigma_sampling`.
+        type: "l2" or "l1".
+        offset_noise_level: share of noise that is constant over each channel of a sample (offset noise).
+        batch2model_keys: entries of the batch that the network is given by name.
+
+    Attributes:
+        model_parallel_group: processes that compute one sample together; they all use the first one's noise.
+
+    Raises:
+        UserError: `type` is neither.
+    """
+
+    model_parallel_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self,
+        sigma_sampler_config: Mapping[str, Any],
+        type: str = "l2",
+        offset_noise_level: float = 0.0,
+        batch2model_keys: str | Iterable[str] | None = None,
+    ):
+        super().__init__()
+        if type not in ("l2", "l1"):
+            raise UserError(f"loss_fn_config: type is '{type}', it can be 'l2' or 'l1'")
+        self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
+        self.type = type
+        self.offset_noise_level = offset_noise_level
+        keys = [batch2model_keys] if isinstance(batch2model_keys, str) else batch2model_keys
+        self.batch2model_keys = tuple(keys or ())
+
+    def set_parallel_groups(
+        self, model_parallel: dist.ProcessGroup | None = None, data_parallel: dist.ProcessGroup | None = None
+    ) -> None:
+        """Tell the loss which processes share a sample, and which train on different ones."""
+        self.model_parallel_group = model_parallel
+        self.sigma_sampler.data_parallel_group = data_parallel
+
+    def condition(
+        self, conditioner: Callable[[Mapping], dict[str, Tensor]], batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The conditioning of a batch, with `batch["concat_images"]` as "concat", and what the network gets by name."""
+        cond = dict(conditioner(batch))
+        if "concat_images" in batch:
+            cond["concat"] = batch["concat_images"]
+        return cond, {key: batch[key] for key in self.batch2model_keys if key in batch}
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """The tensor of the first process of the model-parallel group."""
+        return broadcast_in_group(tensor, self.model_parallel_group)
+
+    def noise_like(self, clean: Tensor) -> Tensor:
+        """Noise of the shape (batch, ..., channel, height, width) of `clean`."""
+        noise = torch.randn(clean.shape, device=clean.device)
+        if self.offset_noise_level > 0:
+            per_channel = (*clean.shape[:1], *[1] * (clean.ndim - 4), clean.shape[-3], 1, 1)
+            noise = noise + self.offset_noise_level * torch.randn(per_channel, device=clean.device)
+        return self.share(noise)
+
+    def error(self, denoised: Tensor, clean: Tensor, weight: Tensor) -> Tensor:
+        """Mean over each sample, times its weight: (batch,)."""
+        difference = denoised - clean
+        error = difference.square() if self.type == "l2" else difference.abs()
+        return weight * error.flatten(1).mean(1)
+
+
+class StandardDiffusionLoss(DiffusionLoss):
+    """w(σ)·|D(x0 + σ·ε; σ) − x0|², averaged (Karras et al. 2022, equation 8)."""
+
+    def forward(
+        self,
+        network: nn.Module,
+        denoiser: nn.Module,
+        conditioner: Callable[[Mapping], dict[str, Tensor]],
+        input: Tensor,
+        batch: Mapping[str, Any],
+    ) -> Tensor:
+        """The loss of each sample: float32 (batch,). Arguments as in `VideoDiffusionLoss.forward`."""
+        clean = input.float()
+        cond, model_inputs = self.condition(conditioner, batch)
+        sigma = self.share(self.sigma_sampler(len(clean)).to(clean.device))
+        noised = clean + append_dims(sigma, clean.ndim) * self.noise_like(clean)
+        denoised = denoiser(network, noised, sigma, cond, **model_inputs)
+        return self.error(denoised, clean, denoiser.w(sigma))
+
+
+class VideoDiffusionLoss(DiffusionLoss):
+    """|D(a·x0 + s·ε) − x0|²/s², averaged, with a = sqrt(ᾱ), s = sqrt(1 − a²): the squared error of the velocity v.
+
+    Args:
+        min_snr_value: an upper limit for the weight 1/s² = SNR + 1 (Hang et al. 2023, "Min-SNR weighting").
+        fixed_frames, block_scale, block_size: accepted at their neutral values only.
+        kwargs: see `DiffusionLoss`; the sigma sampler must be a `DiscreteSampling`.
+
+    Raises:
+        UserError: an option that is not supported is set.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        min_snr_value: float | None = None,
+        fixed_frames: int = 0,
+        block_scale: float | None = None,
+        block_size: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        reject_options(type(self).__name__, fixed_frames=fixed_frames, block_scale=block_scale, block_size=block_size)
+        self.min_snr_value = min_snr_value
+
+    def forward(
+        self,
+        network: nn.Module,
+        denoiser: nn.Module,
+        conditioner: Callable[[Mapping], dict[str, Tensor]],
+        input: Tensor,
+        batch: Mapping[str, Any],
+    ) -> Tensor:
+        """The loss of each sample.
+
+        Random numbers are drawn in this order: the conditioner's dropout, the timesteps, the noise.
+
+        Args:
+            network: what the denoiser calls, see `Denoiser.forward`.
+            denoiser: a `Denoiser` with `VideoScaling`.
+            conditioner: turns `batch` into the conditioning.
+            input: clean latents (batch, time, channel, height, width).
+            batch: what the conditioner needs; `concat_images`, if there, is concatenated to the noised latents.
+
+        Returns:
+            float32 (batch,).
+        """
+        clean = input.float()
+        cond, model_inputs = self.condition(conditioner, batch)
+
+        levels, idx = self.sigma_sampler(len(clean), return_idx=True)
+        alpha = self.sigma_sampler.discretization.to_alpha(levels)
+        alpha, idx = self.share(alpha.to(clean.device)), self.share(idx.to(clean.device))
+        variance = 1 - alpha**2
+
+        a, s = append_dims(alpha, clean.ndim), append_dims(variance**0.5, clean.ndim)
+        noised = a * clean + s * self.noise_like(clean)
+        denoised = denoiser(network, noised, alpha, cond, idx=idx, **model_inputs)
+
+        weight = 1 / variance
+        if self.min_snr_value is not None:
+            weight = weight.clamp(max=self.min_snr_value)
+        return self.error(denoised, clean, weight)

@@ -1,0 +1,411 @@
+"""Samplers: from noise to a clean sample, step by step along a noise schedule.
+
+Samples are x = a·x0 + s·ε. The video samplers preserve the variance, a = sqrt(ᾱ) and s = sqrt(1 − a²); the classic
+ones let it grow, a = 1 and s = σ. All the numbers of a step are worked out as Python floats from the schedule's table,
+so the loops never wait for a device.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.guiders import IdentityGuider
+from sgm.modules.diffusionmodules.sampling_utils import (
+    Generators,
+    ancestral_step,
+    half_log_snr,
+    linear_multistep_coefficients,
+    noise_like,
+    to_d,
+)
+from sgm.modules.diffusionmodules.util import reject_options
+from sgm.util import instantiate_from_config
+
+
+@dataclass
+class Run:
+    """One call of a sampler, as its loop sees it.
+
+    `a` and `s` run from noisy to clean and hold one more number than there are steps: the clean sample, where s is 0.
+    `steps` counts from 0 and takes care of the progress bar. `denoise(x, step, level)` is the guided estimate of the
+    clean sample, by default at the level of the step. `noise(x)` is fresh noise shaped like `x`.
+    """
+
+    a: list[float]
+    s: list[float]
+    steps: Iterable[int]
+    denoise: Callable[..., Tensor]
+    noise: Callable[[Tensor], Tensor]
+
+
+class Sampler(ABC):
+    """What every sampler does around its loop.
+
+    Args:
+        discretization_config: the noise schedule.
+        num_steps: number of steps, unless a call says otherwise.
+        guider_config: guidance; none by default.
+        verbose: show a progress bar (on the first process only).
+        device: accepted from configurations; sampling takes place where `x` is.
+    """
+
+    variance_preserving: bool  # then the denoiser takes a as the level, and the timestep as `idx`; else it takes s
+
+    def __init__(
+        self,
+        discretization_config: Mapping[str, Any],
+        num_steps: int | None = None,
+        guider_config: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+        device: str | None = None,
+    ):
+        self.discretization = instantiate_from_config(discretization_config)
+        self.num_steps = num_steps
+        self.guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
+        self.verbose = verbose
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Callable[..., Tensor],
+        x: Tensor,
+        cond: dict[str, Tensor],
+        uc: dict[str, Tensor] | None = None,
+        num_steps: int | None = None,
+        scale: float | Tensor | None = None,
+        scale_emb: Tensor | None = None,
+        ofs: float | Tensor | None = None,
+        generator: Generators = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Sample.
+
+        Args:
+            denoiser: called as `denoiser(x, level, cond, **model_inputs)`, see `Denoiser.forward`.
+            x: (batch, ...) standard normal noise.
+            cond: conditioning by kind, (batch, ...) each.
+            uc: the unconditional conditioning, with the same kinds; without it there is no guidance.
+            num_steps: number of steps in place of the configured one.
+            scale: guidance scale in place of the guider's, a number or (batch,); the number 1 turns guidance off.
+            scale_emb: embedding of the guidance scale, (batch, features), for networks distilled to take one.
+            ofs: what the network is told besides the timestep (CogVideoX 1.5 image-to-video), a number or (batch,).
+            generator: source of the noise that is added on the way, see `draw_noise`.
+            callback: called as `callback(steps done, steps in all)` after each step.
+
+        Returns:
+            The clean samples, shaped like `x`, float32.
+
+        Raises:
+            UserError: the number of steps is not known, or the noise schedule does not have that many.
+        """
+        num_steps = self.num_steps if num_steps is None else num_steps
+        if num_steps is None:
+            raise UserError("sampler_config: num_steps is missing; set it there or pass it when sampling")
+        x = x.float()
+        a, s, timesteps = self.schedule(num_steps)
+        levels = a if self.variance_preserving else s
+        configured_steps = num_steps if self.num_steps is None else self.num_steps
+
+        unguided = uc is None or (not isinstance(scale, Tensor) and scale == 1)
+        guider = IdentityGuider() if unguided else self.guider
+        scale = scale.to(x.device) if isinstance(scale, Tensor) else scale
+        given = {"scale_emb": scale_emb, "ofs": ofs}
+        given = {name: _per_sample(value, x) for name, value in given.items() if value is not None}
+
+        def denoise(x: Tensor, step: int, level: float | None = None) -> Tensor:
+            level_of_each = x.new_full((len(x),), levels[step] if level is None else level)
+            inputs = guider.prepare_inputs(x, level_of_each, cond, uc)
+            copies = len(inputs[0]) // len(x)
+            model_inputs = {name: torch.cat([value] * copies) for name, value in given.items()}
+            if self.variance_preserving:
+                model_inputs["idx"] = x.new_full((copies * len(x),), timesteps[step], dtype=torch.long)
+            denoised = denoiser(*inputs, **model_inputs).float()
+            k = configured_steps - timesteps[step]
+            return guider(denoised, level_of_each, scale=scale, step_index=k, progress=step / num_steps)
+
+        steps = self._count_steps(num_steps, callback)
+        return self.sample(x, Run(a, s, steps, denoise, lambda x: noise_like(x, generator)))
+
+    @abstractmethod
+    def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
+        """`a` and `s` of `Run`, and the timestep of each step."""
+
+    @abstractmethod
+    def sample(self, x: Tensor, run: Run) -> Tensor:
+        """The loop."""
+
+    def _count_steps(self, num_steps: int, callback: Callable[[int, int], None] | None) -> Iterator[int]:
+        first_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        for step in tqdm(range(num_steps), desc="Sampling", disable=not (self.verbose and first_process)):
+            yield step
+            if callback is not None:
+                callback(step + 1, num_steps)
+
+
+def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
+    """`value` as a tensor (batch, ...) on the device of `x`; a number or a batch of one stands for all samples."""
+    if not isinstance(value, Tensor):
+        return x.new_full((len(x),), value)
+    value = value.to(x.device)
+    return value.expand(len(x), *value.shape[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm that both families share.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dpmpp_2m(x: Tensor, run: Run, stochastic: bool) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, algorithm 2), or with `stochastic` its SDE form.
+
+    λ = log(a/s), h = λ' − λ, D̂ = (1 + 1/2r)·D − (1/2r)·D_prev with r = h_prev/h, then
+    x' = (s'/s)·x − expm1(−h)·a'·D̂, or
+    x' = (s'/s)·e^(−h)·x − expm1(−2h)·a'·D̂ + s'·sqrt(1 − e^(−2h))·ε.
+    """
+    h_prev, denoised_prev = None, None
+    for i in run.steps:
+        a, s, a_next, s_next = run.a[i], run.s[i], run.a[i + 1], run.s[i + 1]
+        denoised = run.denoise(x, i)
+        if s_next == 0:
+            x = denoised
+            continue
+
+        h = half_log_snr(a_next, s_next) - half_log_snr(a, s)
+        if denoised_prev is None:
+            estimate = denoised
+        else:
+            half_inverse_r = h / (2 * h_prev)
+            estimate = (1 + half_inverse_r) * denoised - half_inverse_r * denoised_prev
+
+        if stochastic:
+            eps = run.noise(x)
+            if denoised_prev is not None:
+                # A second draw, the first unused: so a seed keeps giving the video it has always given.
+                eps = run.noise(x)
+            x = s_next / s * math.exp(-h) * x - math.expm1(-2 * h) * a_next * estimate
+            x = x + s_next * math.sqrt(-math.expm1(-2 * h)) * eps
+        else:
+            x = s_next / s * x - math.expm1(-h) * a_next * estimate
+        h_prev, denoised_prev = h, denoised
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video samplers: the variance is preserved.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VideoSampler(Sampler):
+    """What the video samplers share: the schedule of a, ending at 1.
+
+    Args:
+        fixed_frames, sdedit: accepted at their neutral values only.
+        kwargs: see `Sampler`.
+
+    Raises:
+        UserError: an option that is not supported is set.
+    """
+
+    variance_preserving = True
+
+    def __init__(self, *args: Any, fixed_frames: int = 0, sdedit: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        reject_options(type(self).__name__, fixed_frames=fixed_frames, sdedit=sdedit)
+
+    def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
+        levels, timesteps = self.discretization.table(num_steps)
+        a = [*self.discretization.to_alpha(levels.astype(float)).tolist(), 1.0]
+        return a, [math.sqrt(1 - a_i * a_i) for a_i in a], timesteps[::-1].tolist()
+
+
+class VideoDDIMSampler(VideoSampler):
+    """The deterministic first-order step (Song et al. 2021, DDIM, equation 12 with σ = 0)."""
+
+    def sample(self, x: Tensor, run: Run) -> Tensor:
+        for i in run.steps:
+            a, s, a_next, s_next = run.a[i], run.s[i], run.a[i + 1], run.s[i + 1]
+            denoised = run.denoise(x, i)
+            x = s_next / s * x + (a_next - a * s_next / s) * denoised
+        return x
+
+
+class VPODEDPMPP2MSampler(VideoSampler):
+    """DPM-Solver++(2M)."""
+
+    def sample(self, x: Tensor, run: Run) -> Tensor:
+        return dpmpp_2m(x, run, stochastic=False)
+
+
+class VPSDEDPMPP2MSampler(VideoSampler):
+    """SDE-DPM-Solver++(2M), which the released models are sampled with."""
+
+    def sample(self, x: Tensor, run: Run) -> Tensor:
+        return dpmpp_2m(x, run, stochastic=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classic samplers: x = x0 + σ·ε.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SigmaSampler(Sampler):
+    """What the classic samplers share: the schedule of σ, ending at 0, and an `x` of the variance of its start."""
+
+    variance_preserving = False
+
+    def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
+        if self.discretization.gives_alpha:
+            raise UserError(
+                f"sampler_config: {type(self).__name__} needs a schedule of sigma, which "
+                f"{type(self.discretization).__name__} is not; EDMDiscretization or LegacyDDPMDiscretization would fit"
+            )
+        sigmas, timesteps = self.discretization.table(num_steps)
+        return [1.0] * (num_steps + 1), [*sigmas.tolist(), 0.0], timesteps[::-1].tolist()
+
+    def sample(self, x: Tensor, run: Run) -> Tensor:
+        # x0 is taken to have unit variance.
+        return self.loop(x * math.sqrt(1 + run.s[0] ** 2), run)
+
+    @abstractmethod
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        """The loop, from `x` at σ = `run.s[0]`."""
+
+
+class DPMPP2MSampler(SigmaSampler):
+    """DPM-Solver++(2M)."""
+
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        return dpmpp_2m(x, run, stochastic=False)
+
+
+class SDEDPMPP2MSampler(SigmaSampler):
+    """SDE-DPM-Solver++(2M)."""
+
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        return dpmpp_2m(x, run, stochastic=True)
+
+
+class EulerEDMSampler(SigmaSampler):
+    """Euler's method with optional churn (Karras et al. 2022, algorithm 2 without its second-order correction).
+
+    Args:
+        s_churn, s_tmin, s_tmax, s_noise: how much noise is put back before a step, in which range of σ, and its scale.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.s_churn = s_churn
+        self.s_tmin = s_tmin
+        self.s_tmax = s_tmax
+        self.s_noise = s_noise
+
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        num_steps = len(run.s) - 1
+        for i in run.steps:
+            sigma, sigma_next = run.s[i], run.s[i + 1]
+            churned = self.s_tmin <= sigma <= self.s_tmax
+            gamma = min(self.s_churn / num_steps, math.sqrt(2) - 1) if churned else 0.0
+            sigma_hat = sigma * (1 + gamma)
+            if gamma > 0:
+                x = x + run.noise(x) * self.s_noise * math.sqrt(sigma_hat**2 - sigma**2)
+            d = to_d(x, sigma_hat, run.denoise(x, i, sigma_hat))
+            x_euler = x + (sigma_next - sigma_hat) * d
+            x = self.correct(x, x_euler, d, sigma_hat, sigma_next, i, run)
+        return x
+
+    def correct(
+        self, x: Tensor, x_euler: Tensor, d: Tensor, sigma: float, sigma_next: float, step: int, run: Run
+    ) -> Tensor:
+        """A better `x_euler`, for methods of a higher order."""
+        return x_euler
+
+
+class HeunEDMSampler(EulerEDMSampler):
+    """Heun's second-order method with optional churn (Karras et al. 2022, algorithm 2)."""
+
+    def correct(
+        self, x: Tensor, x_euler: Tensor, d: Tensor, sigma: float, sigma_next: float, step: int, run: Run
+    ) -> Tensor:
+        if sigma_next == 0:
+            return x_euler
+        d_next = to_d(x_euler, sigma_next, run.denoise(x_euler, step, sigma_next))
+        return x + (sigma_next - sigma) * (d + d_next) / 2
+
+
+class AncestralSampler(SigmaSampler):
+    """Samplers that step down below the next level and put noise back.
+
+    Args:
+        eta: share of the noise that is put back; 0 makes the sampler deterministic.
+        s_noise: scale of that noise.
+    """
+
+    def __init__(self, *args: Any, eta: float = 1.0, s_noise: float = 1.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.eta = eta
+        self.s_noise = s_noise
+
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        for i in run.steps:
+            sigma, sigma_next = run.s[i], run.s[i + 1]
+            sigma_down, sigma_up = ancestral_step(sigma, sigma_next, self.eta)
+            x = self.step_down(x, run.denoise(x, i), sigma, sigma_down, i, run)
+            x = x + run.noise(x) * self.s_noise * sigma_up
+        return x
+
+    @abstractmethod
+    def step_down(self, x: Tensor, denoised: Tensor, sigma: float, sigma_down: float, step: int, run: Run) -> Tensor:
+        """The deterministic part of a step."""
+
+
+class EulerAncestralSampler(AncestralSampler):
+    """Euler's method with ancestral noise (k-diffusion's `sample_euler_ancestral`)."""
+
+    def step_down(self, x: Tensor, denoised: Tensor, sigma: float, sigma_down: float, step: int, run: Run) -> Tensor:
+        return x + (sigma_down - sigma) * to_d(x, sigma, denoised)
+
+
+class DPMPP2SAncestralSampler(AncestralSampler):
+    """DPM-Solver++(2S) with ancestral noise (Lu et al. 2022, DPM-Solver++, algorithm 1, r = 1/2)."""
+
+    def step_down(self, x: Tensor, denoised: Tensor, sigma: float, sigma_down: float, step: int, run: Run) -> Tensor:
+        if sigma_down == 0:
+            return denoised
+        h = math.log(sigma / sigma_down)
+        sigma_mid = math.sqrt(sigma * sigma_down)
+        x_mid = sigma_mid / sigma * x - math.expm1(-h / 2) * denoised
+        return sigma_down / sigma * x - math.expm1(-h) * run.denoise(x_mid, step, sigma_mid)
+
+
+class LinearMultistepSampler(SigmaSampler):
+    """Linear multistep (Adams-Bashforth) on the derivatives of the last `order` steps."""
+
+    def __init__(self, *args: Any, order: int = 4, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.order = order
+
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        derivatives: list[Tensor] = []
+        for i in run.steps:
+            sigma, sigma_next = run.s[i], run.s[i + 1]
+            derivatives = [*derivatives, to_d(x, sigma, run.denoise(x, i))][-self.order :]
+            past_sigmas = run.s[i + 1 - len(derivatives) : i + 1]
+            weights = linear_multistep_coefficients(past_sigmas, sigma_next)
+            x = x + sum(weight * d for weight, d in zip(weights, derivatives, strict=True))
+        return x

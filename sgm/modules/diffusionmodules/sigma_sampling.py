@@ -1,0 +1,93 @@
+"""Which noise levels training sees."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.util import group_rank_and_size
+from sgm.util import instantiate_from_config
+
+
+class EDMSampling:
+    """log σ ~ N(p_mean, p_std²) (Karras et al. 2022, table 1)."""
+
+    def __init__(self, p_mean: float = -1.2, p_std: float = 1.2):
+        self.p_mean = p_mean
+        self.p_std = p_std
+
+    def __call__(self, n_samples: int, rand: Tensor | None = None) -> Tensor:
+        """σ of `n_samples` samples: float32 (n_samples,); `rand` takes the place of the standard normal draws."""
+        return (self.p_mean + self.p_std * (torch.randn(n_samples) if rand is None else rand)).exp()
+
+
+class DiscreteSampling:
+    """Uniform over the `num_idx` noise levels of a schedule.
+
+    With `uniform_sampling` the processes of `data_parallel_group` are split into `group_num` equal groups, and each
+    group draws from its own share of the levels, lowest indices first: a batch over all processes then covers the
+    schedule evenly.
+
+    Args:
+        discretization_config: the noise schedule.
+        num_idx: number of levels; index 0 is the cleanest, unless `flip` is off.
+        do_append_zero, flip: as in `Discretization.__call__`.
+        uniform_sampling: stratify over processes.
+        group_num: number of groups; 0: as many as divide both the processes and the levels.
+
+    Attributes:
+        data_parallel_group: the processes that train on different samples; None: this process alone.
+    """
+
+    data_parallel_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self,
+        discretization_config: Mapping[str, Any],
+        num_idx: int,
+        do_append_zero: bool = False,
+        flip: bool = True,
+        uniform_sampling: bool = False,
+        group_num: int = 0,
+    ):
+        self.discretization = instantiate_from_config(discretization_config)
+        self.levels = self.discretization(num_idx, do_append_zero=do_append_zero, flip=flip)
+        self.num_idx = num_idx
+        self.uniform_sampling = uniform_sampling
+        self.group_num = group_num
+
+    def index_range(self) -> tuple[int, int]:
+        """The indices that this process draws from: first, and one past the last.
+
+        Raises:
+            UserError: `group_num` groups of equal size are not possible.
+        """
+        if not self.uniform_sampling:
+            return 0, self.num_idx
+        rank, processes = group_rank_and_size(self.data_parallel_group)
+        groups = self.group_num or math.gcd(processes, self.num_idx)
+        if processes % groups or self.num_idx % groups:
+            raise UserError(
+                f"sigma_sampler_config: group_num is {groups}, but it must divide both the {processes} data-parallel "
+                f"processes and num_idx, {self.num_idx}"
+            )
+        group = rank // (processes // groups)
+        width = self.num_idx // groups
+        return group * width, (group + 1) * width
+
+    def __call__(
+        self, n_samples: int, rand: Tensor | None = None, return_idx: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Noise levels of `n_samples` samples: float32 (n_samples,), on the CPU.
+
+        Args:
+            rand: indices that take the place of the drawn ones.
+            return_idx: also return the indices, int64 (n_samples,).
+        """
+        idx = torch.randint(*self.index_range(), (n_samples,)) if rand is None else rand
+        levels = self.levels[idx]
+        return (levels, idx) if return_idx else levels

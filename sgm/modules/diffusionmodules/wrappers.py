@@ -1,0 +1,42 @@
+"""What stands between a denoiser and a network."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OpenAIWrapper(nn.Module):
+    """Calls a network with the conditioning laid out as its arguments.
+
+    Args:
+        diffusion_model: the network; the name of the attribute is part of every checkpoint key.
+        compile_model: run the network through torch.compile. State-dict names stay as they are.
+        dtype: what the network computes in; None: that of its parameters at the time of the call.
+    """
+
+    def __init__(self, diffusion_model: nn.Module, compile_model: bool = False, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.diffusion_model = diffusion_model
+        self.dtype = dtype
+        if compile_model:
+            self.diffusion_model.compile()
+
+    def forward(self, x: Tensor, t: Tensor, c: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: latents (batch, time, channel, height, width), or images (batch, channel, height, width).
+            t: (batch,) timesteps or noise levels; kept as they are.
+            c: "crossattn" (batch, tokens, features) becomes `context`, "vector" (batch, features) becomes `y`, and
+                "concat", shaped like `x` but for the channels, is appended to the channels of `x`.
+            kwargs: passed on (`idx`, `ofs`, `scale_emb`, ...).
+
+        Returns:
+            float32, shaped like `x` in all but the channels, which are the network's.
+        """
+        dtype = self.dtype or next(self.diffusion_model.parameters()).dtype
+        if "concat" in c:
+            x = torch.cat([x.to(dtype), c["concat"].to(dtype)], dim=x.ndim - 3)
+        context, vector = (c[kind].to(dtype) if kind in c else None for kind in ("crossattn", "vector"))
+        return self.diffusion_model(x.to(dtype), timesteps=t, context=context, y=vector, **kwargs).float()

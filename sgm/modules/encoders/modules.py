@@ -1,0 +1,242 @@
+"""The conditioner and its embedders."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.util import append_dims
+from sgm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+KIND_OF_RANK = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
+
+
+class AbstractEmbModel(nn.Module):
+    """One part of a conditioner: turns one or several entries of a batch into an embedding.
+
+    `GeneralConditioner` sets the attributes from its configuration.
+
+    Attributes:
+        input_keys: entries of the batch that `forward` takes, in order.
+        output_key: kind of the embedding; None: by its rank, see `KIND_OF_RANK`.
+        is_trainable: whether gradients flow into the embedder.
+        ucg_rate: probability with which a sample loses this embedding in training (classifier-free guidance).
+        legacy_ucg_value: what replaces the input of such a sample; None: its embedding becomes zeros instead.
+    """
+
+    input_keys: tuple[str, ...]
+    output_key: str | None = None
+    is_trainable = False
+    ucg_rate = 0.0
+    legacy_ucg_value: Any = None
+
+
+class GeneralConditioner(nn.Module):
+    """Turns a batch into the conditioning of the network, through any number of embedders.
+
+    Args:
+        emb_models: for each embedder its `target` and `params`, `input_key` (or `input_keys`), and optionally
+            `is_trainable` (False), `ucg_rate` (0), `legacy_ucg_value` and `output_key`; see `AbstractEmbModel`.
+
+    Raises:
+        UserError: an embedder is not an `AbstractEmbModel` or names no input.
+    """
+
+    def __init__(self, emb_models: Sequence[Mapping[str, Any]]):
+        super().__init__()
+        self.embedders = nn.ModuleList(self._build(config) for config in emb_models)
+
+    @staticmethod
+    def _build(config: Mapping[str, Any]) -> AbstractEmbModel:
+        embedder = instantiate_from_config(config)
+        if not isinstance(embedder, AbstractEmbModel):
+            raise UserError(f"conditioner_config: {config['target']} is not an AbstractEmbModel")
+        if "input_key" in config:
+            embedder.input_keys = (config["input_key"],)
+        elif "input_keys" in config:
+            embedder.input_keys = tuple(config["input_keys"])
+        else:
+            raise UserError(f"conditioner_config: {config['target']} has neither 'input_key' nor 'input_keys'")
+        embedder.output_key = config.get("output_key")
+        embedder.is_trainable = config.get("is_trainable", False)
+        embedder.ucg_rate = config.get("ucg_rate", 0.0)
+        embedder.legacy_ucg_value = config.get("legacy_ucg_value")
+        if not embedder.is_trainable:
+            embedder.requires_grad_(False).eval()
+        return embedder
+
+    def train(self, mode: bool = True) -> "GeneralConditioner":
+        """Embedders that are not trained stay in evaluation mode."""
+        super().train(mode)
+        for embedder in self.embedders:
+            if not embedder.is_trainable:
+                embedder.eval()
+        return self
+
+    def forward(
+        self, batch: Mapping[str, Any], force_zero_embeddings: Iterable[str] | None = None, drop: bool = True
+    ) -> dict[str, Tensor]:
+        """Embed a batch.
+
+        Args:
+            batch: the entries that the embedders name.
+            force_zero_embeddings: input keys whose embeddings become zeros.
+            drop: drop samples at the embedders' `ucg_rate`, in any mode of the module.
+
+        Returns:
+            "vector" (batch, features), "crossattn" (batch, tokens, features) and "concat" (batch, [time,] channels,
+            height, width), those that occur; embeddings of one kind are concatenated on features or channels.
+
+        Raises:
+            UserError: the batch lacks an entry.
+        """
+        zeroed = set(force_zero_embeddings or ())
+        embeddings: dict[str, list[Tensor]] = {}
+        for embedder in self.embedders:
+            inputs = [self._entry(batch, key) for key in embedder.input_keys]
+            rate = embedder.ucg_rate if drop else 0.0
+            if rate > 0 and embedder.legacy_ucg_value is not None:
+                inputs[0] = _replace_some(inputs[0], embedder.legacy_ucg_value, rate)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and embedder.is_trainable):
+                embedded = embedder(*inputs)
+            for embedding in [embedded] if isinstance(embedded, Tensor) else embedded:
+                if rate > 0 and embedder.legacy_ucg_value is None:
+                    kept = torch.bernoulli((1 - rate) * torch.ones(len(embedding), device=embedding.device))
+                    embedding = append_dims(kept.to(embedding.dtype), embedding.ndim) * embedding
+                if not zeroed.isdisjoint(embedder.input_keys):
+                    embedding = torch.zeros_like(embedding)
+                kind = embedder.output_key or KIND_OF_RANK[embedding.ndim]
+                embeddings.setdefault(kind, []).append(embedding)
+        return {kind: torch.cat(parts, dim=_features_dim(parts[0])) for kind, parts in embeddings.items()}
+
+    @staticmethod
+    def _entry(batch: Mapping[str, Any], key: str) -> Any:
+        if key not in batch:
+            raise UserError(f"the conditioner needs '{key}', the batch has {sorted(batch)}")
+        return batch[key]
+
+    def get_unconditional_conditioning(
+        self,
+        batch_c: Mapping[str, Any],
+        batch_uc: Mapping[str, Any] | None = None,
+        force_uc_zero_embeddings: Iterable[str] | None = None,
+        force_cond_zero_embeddings: Iterable[str] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Conditional and unconditional conditioning for sampling, nothing dropped.
+
+        Args:
+            batch_c: as for `forward`.
+            batch_uc: the unconditional batch; `batch_c` if None.
+            force_uc_zero_embeddings, force_cond_zero_embeddings: input keys whose embeddings become zeros.
+        """
+        cond = self(batch_c, force_cond_zero_embeddings, drop=False)
+        uncond = self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings, drop=False)
+        return cond, uncond
+
+
+def _replace_some(values: Any, replacement: Any, rate: float) -> list:
+    """The samples of a batch, each replaced with probability `rate`."""
+    dropped = (torch.rand(len(values)) < rate).tolist()
+    return [replacement if drop else value for value, drop in zip(values, dropped, strict=True)]
+
+
+def _features_dim(embedding: Tensor) -> int:
+    """The axis of features (vector, crossattn) or of channels (concat)."""
+    return embedding.ndim - 3 if embedding.ndim >= 4 else embedding.ndim - 1
+
+
+class FrozenT5Embedder(AbstractEmbModel):
+    """Text to the last hidden states of a T5 encoder (Raffel et al. 2020).
+
+    Every text takes `max_length` tokens: shorter ones are padded, and the padding is attended to like text, since the
+    released networks learnt from such states; longer ones are cut.
+
+    Args:
+        model_dir: a folder with `config.json`, the weights and `spiece.model` (or `tokenizer.json`).
+        device: where the model is put at first; `.to()` moves it. None: the CPU.
+        max_length: tokens per text.
+        freeze: evaluation mode, without gradients.
+        cache_dir: if given, `model_dir` is a name on the Hugging Face hub, and downloads are kept here.
+        dtype: of the weights, such as torch.bfloat16 or "bfloat16"; None: as they are stored.
+
+    Raises:
+        UserError: the folder or something in it is missing or cannot be read.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        device: str | torch.device | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        cache_dir: str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ):
+        super().__init__()
+        self.tokenizer, self.transformer = load_t5(model_dir, cache_dir, dtype)
+        self.max_length = max_length
+        if device is not None:
+            self.transformer.to(device)
+        if freeze:
+            self.requires_grad_(False).eval()
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        """Embed `text`, one or several; the unconditional text is the empty one.
+
+        Returns:
+            (batch, max_length, hidden), on the device and in the dtype of the weights.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        encoding = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        for one, mask in zip(texts, encoding["attention_mask"], strict=True):
+            if mask.all():
+                self._warn_of_cut(one)
+        tokens = encoding["input_ids"].to(self.transformer.device)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.transformer(input_ids=tokens).last_hidden_state
+
+    def _warn_of_cut(self, text: str) -> None:
+        excess = len(self.tokenizer(text, verbose=False)["input_ids"]) - self.max_length
+        if excess > 0:
+            start = text[:60].replace("\n", " ")
+            logger.warning("text cut to %d tokens, the last %d are lost: '%s...'", self.max_length, excess, start)
+
+
+def load_t5(model_dir: str, cache_dir: str | None = None, dtype: torch.dtype | str | None = None) -> tuple[Any, Any]:
+    """The tokenizer and the encoder of `FrozenT5Embedder`, which describes the arguments."""
+    if cache_dir is None:
+        _check_t5_folder(Path(model_dir))
+    # Imported here, since it takes seconds.
+    from transformers import T5EncoderModel, T5Tokenizer, __version__
+
+    dtype_argument = "torch_dtype" if __version__.startswith("4.") else "dtype"
+    source = {"cache_dir": cache_dir, "local_files_only": cache_dir is None}
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(model_dir, **source)
+        # Straight into the dtype asked for: the released encoder takes 19 GB in float32.
+        model, loaded = T5EncoderModel.from_pretrained(
+            model_dir, output_loading_info=True, **{dtype_argument: dtype or "auto"}, **source
+        )
+    except Exception as error:  # the loaders raise errors of many libraries
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot load the T5 encoder from '{model_dir}': {type(error).__name__}: {reason}") from error
+    if loaded["missing_keys"]:
+        raise UserError(f"the T5 weights in '{model_dir}' are incomplete: no '{min(loaded['missing_keys'])}'")
+    return tokenizer, model
+
+
+def _check_t5_folder(folder: Path) -> None:
+    content = "config.json, the weights (*.safetensors or *.bin) and spiece.model (or tokenizer.json)"
+    if not folder.is_dir():
+        raise UserError(f"model_dir '{folder}' is not a folder; it should hold {content} of a T5 encoder")
+    for patterns in (["config.json"], ["*.safetensors", "*.bin"], ["spiece.model", "tokenizer.json"]):
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise UserError(f"model_dir '{folder}' has no {' or '.join(patterns)}; it should hold {content}")

@@ -1,0 +1,239 @@
+"""Reading weights from files, and putting them into modules without a copy."""
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_state_dict(path: str | Path) -> Any:
+    """What the weight file at `path` holds, on the CPU, its tensors mapped from the file where the format allows.
+
+    `path` is one of
+      * a `.safetensors` file, or an index `*.safetensors.index.json` of several (or the folder that holds either):
+        returns a dict of tensors;
+      * any other file: a `torch.save` pickle, read with `weights_only`, so that nothing in it is executed. Returns
+        the object that was saved; `module_weights` picks the weights out of it.
+
+    Do not overwrite the file in place while its tensors are in use: they are read when first touched.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is a pickle of anything but weights and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _only_safetensors_in(path)
+    if not path.exists():
+        raise UserError(f"there is no weight file {path}")
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_sharded(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_pickle(path)
+
+
+def module_weights(content: Any, *, what: str) -> dict[str, Tensor]:
+    """The name -> tensor mapping inside what `read_state_dict` returned.
+
+    DeepSpeed keeps it under "module", Lightning under "state_dict"; a mapping of tensors is taken as it is, and
+    values that are not tensors are left out. `what` names the file in the error message.
+
+    Raises:
+        UserError: there are no tensors in any of these places.
+    """
+    if isinstance(content, Mapping):
+        for key in ("module", "state_dict"):
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+        weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if weights:
+            return weights
+        raise UserError(f"{what} holds no weights: none under 'module' or 'state_dict' nor among {_some(content)}")
+    raise UserError(f"{what} holds no weights: it is a {type(content).__name__}, not a mapping of names to tensors")
+
+
+def _only_safetensors_in(folder: Path) -> Path:
+    candidates = sorted(folder.glob("*" + INDEX_SUFFIX)) or sorted(folder.glob("*.safetensors"))
+    if len(candidates) != 1:
+        raise UserError(
+            f"{folder} holds {len(candidates)} safetensors indices or files, expected one: name the file instead"
+        )
+    return candidates[0]
+
+
+def _read_sharded(index: Path) -> dict[str, Tensor]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not a safetensors index: it needs a mapping under 'weight_map'") from error
+    weights: dict[str, Tensor] = {}
+    for shard in shards:
+        if not (index.parent / shard).exists():
+            raise UserError(f"{index} names the file {shard}, which is not beside it")
+        weights.update(_read_safetensors(index.parent / shard))
+    missing = weight_map.keys() - weights.keys()
+    if missing:
+        raise UserError(f"{index} lists {_some(missing)}, which its files do not hold")
+    return weights
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+
+
+def _harmless_classes() -> list:
+    """Classes beside tensors and plain values that DeepSpeed and SAT checkpoints hold: arguments and RNG states."""
+    from _codecs import encode
+
+    from numpy._core.multiarray import _reconstruct
+
+    dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    # Older NumPy versions pickled the same function under the second name.
+    reconstruct = [_reconstruct, (_reconstruct, "numpy.core.multiarray._reconstruct")]
+    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *reconstruct, encode]
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_harmless_classes()):
+            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            reason = f"it needs {foreign[1]}, and code in a weight file is never run"
+        else:
+            reason = "it is damaged or not a PyTorch file"
+        raise UserError(f"cannot read weights from {path}: {reason}") from error
+    # A damaged pickle stream can fail in any of the operations that it asks for.
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"it is damaged or not a PyTorch file ({_first_line(error)})"
+        raise UserError(f"cannot read weights from {path}: {reason}") from error
+
+
+# ---------------------------------------------------------------- modules
+
+
+def assign_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    what: str,
+    allow_missing: bool | Collection[str] = False,
+    allow_unexpected: bool | Collection[str] = False,
+    device: torch.device | str | None = None,
+) -> tuple[list[str], list[str]]:
+    """Make `weights` the parameters and persistent buffers of `module`, by assignment instead of copying.
+
+    `module` may be on the meta device. Each tensor is cast to the dtype of the entry that it replaces and moved to
+    `device` (default: that of the entry, or of the tensor where the entry is on meta), one at a time; a tensor that
+    fits as it is shares its storage with `weights`. `requires_grad`, ties between parameters and attributes set on
+    them are kept. Entries that `weights` does not name, and non-persistent buffers, stay as they are. Parameters
+    become new objects, so build optimizers afterwards.
+
+    Args:
+        what: names the source of the weights in error messages.
+        allow_missing, allow_unexpected: True for any, or the prefixes of names that may be missing from
+            `weights` or unknown to `module`.
+
+    Returns:
+        The names that were missing and those that were unexpected, all of them allowed.
+
+    Raises:
+        UserError: names are missing or unexpected or shapes differ; nothing has then been assigned.
+    """
+    slots = _slots(module)
+    # By identity: one name of a tied parameter speaks for all of them.
+    given = {id(entries[key]) for name, (entries, key) in slots.items() if name in weights}
+    missing = [name for name, (entries, key) in slots.items() if id(entries[key]) not in given]
+    unexpected = [name for name in weights if name not in slots]
+    misshapen = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(entries[key].shape)}"
+        for name, (entries, key) in slots.items()
+        if name in weights and weights[name].shape != entries[key].shape
+    ]
+    problems = []
+    if refused := _not_allowed(missing, allow_missing):
+        problems.append(f"does not hold {_some(refused)}")
+    if refused := _not_allowed(unexpected, allow_unexpected):
+        problems.append(f"holds {_some(refused)}, unknown to {type(module).__name__}")
+    if misshapen:
+        problems.append(f"has the shapes {_some(misshapen)}")
+    if problems:
+        raise UserError(f"{what} does not fit {type(module).__name__}: it {'; it '.join(problems)}")
+
+    replaced: dict[int, Tensor] = {}  # from the id of an old entry, so that tied entries stay tied
+    for name, (entries, key) in slots.items():
+        old = entries[key]
+        if name in weights and id(old) not in replaced:
+            replaced[id(old)] = _like(old, weights[name], device)
+    for entries, key in slots.values():
+        entries[key] = replaced.get(id(entries[key]), entries[key])
+    return missing, unexpected
+
+
+def _slots(module: nn.Module) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """Where each entry of `module.state_dict()` lives: name -> (the dict that holds it, its key there)."""
+    slots = {}
+    for prefix, submodule in module.named_modules(remove_duplicate=False):
+        dot = prefix + "." if prefix else ""
+        for key, value in submodule._parameters.items():
+            if value is not None:
+                slots[dot + key] = (submodule._parameters, key)
+        for key, value in submodule._buffers.items():
+            if value is not None and key not in submodule._non_persistent_buffers_set:
+                slots[dot + key] = (submodule._buffers, key)
+    return slots
+
+
+def _like(old: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:
+    """`value` with the dtype, kind, `requires_grad` and attributes of `old`."""
+    if device is None and not old.is_meta:
+        device = old.device
+    value = value.detach().to(device=device, dtype=old.dtype)
+    if not isinstance(old, nn.Parameter):
+        return value
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def _not_allowed(names: Iterable[str], allowed: bool | Collection[str]) -> list[str]:
+    if allowed is True:
+        return []
+    prefixes = () if allowed is False else tuple(allowed)
+    return [name for name in names if not name.startswith(prefixes)]
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    """The first few of `names` and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" ... and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Sets up the environment where needed, then checks the style (ruff) and runs the tests (pytest).
+# Arguments go to pytest; paths are relative to the repository root.
+#
+#   bash tests/run.sh
+#   bash tests/run.sh tests/sgm -k sampler
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' tests/run.sh
+    exit
+fi
+
+python=$(bash tools/setup_environment.sh requirements.txt tests/requirements.txt)
+export PATH="$(dirname "$python"):$PATH" TOKENIZERS_PARALLELISM=false
+
+style=0
+"$python" -m ruff check || style=$?
+"$python" -m pytest "$@"
+exit "$style"

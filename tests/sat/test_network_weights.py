@@ -1,0 +1,171 @@
+"""Checkpoints of every layout load into the network, adapters combine with bases, and a misfit is one clear line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusion_video import set_lora_scale
+from network_weights import NETWORK_PREFIX, allocate_on_meta, checkpoint_file, is_adapter, load_network
+from seeded import seed_module_, seeded_input
+from sgm.errors import UserError
+from sgm.util import instantiate_from_config
+from support import Reference
+
+
+def build(name: str, on_meta: bool = True) -> torch.nn.Module:
+    config = Reference(f"dit/{name}").case["network_config"]
+    if not on_meta:
+        return seed_module_(instantiate_from_config(config))
+    with allocate_on_meta():
+        return instantiate_from_config(config)
+
+
+def save(weights: dict[str, torch.Tensor], path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"module": {NETWORK_PREFIX + name: tensor for name, tensor in weights.items()}}, path)
+
+
+@torch.no_grad()
+def output(network: torch.nn.Module) -> torch.Tensor:
+    x = seeded_input("x", (1, 3, network.in_channels, 8, 12))
+    return network(x, torch.tensor([37]), seeded_input("context", (1, 16, 64)))
+
+
+@pytest.fixture(scope="module")
+def seeded_base():
+    return build("t2v_2b", on_meta=False)
+
+
+@pytest.fixture(scope="module")
+def seeded_lora():
+    return build("t2v_2b_lora", on_meta=False)
+
+
+def test_a_folder_with_latest(seeded_base, tmp_path):
+    save(seeded_base.state_dict(), tmp_path / "1000" / "mp_rank_00_model_states.pt")
+    (tmp_path / "latest").write_text("1000\n")
+    for load in (tmp_path, tmp_path / "1000", tmp_path / "1000" / "mp_rank_00_model_states.pt"):
+        network = build("t2v_2b")
+        load_network(network, load)
+        assert not any(parameter.is_meta for parameter in network.parameters())
+        assert torch.equal(output(network), output(seeded_base))
+
+
+def test_safetensors(seeded_base, tmp_path):
+    save_file(
+        {name: tensor.contiguous() for name, tensor in seeded_base.state_dict().items()}, tmp_path / "a.safetensors"
+    )
+    for load in (tmp_path, tmp_path / "a.safetensors"):
+        network = build("t2v_2b")
+        load_network(network, load)
+        assert torch.equal(output(network), output(seeded_base))
+
+
+def test_weights_are_mapped_from_the_file_not_copied(seeded_base, tmp_path):
+    save(seeded_base.state_dict(), tmp_path / "a.pt")
+    network = build("t2v_2b")
+    load_network(network, tmp_path / "a.pt")
+    maps = [
+        line.split()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(tmp_path / "a.pt"))
+    ]
+    ranges = [[int(address, 16) for address in fields[0].split("-")] for fields in maps]
+    assert all(any(start <= p.data_ptr() < end for start, end in ranges) for p in network.parameters())
+
+
+def test_other_parts_of_an_engine_checkpoint_are_left_out(seeded_base, tmp_path):
+    weights = {NETWORK_PREFIX + name: tensor for name, tensor in seeded_base.state_dict().items()}
+    others = {"first_stage_model.encoder.x": torch.ones(1), "conditioner.embedders.0.y": torch.ones(1)}
+    torch.save({"module": weights | others}, tmp_path / "a.pt")
+    network = build("t2v_2b")
+    load_network(network, tmp_path / "a.pt")
+    assert torch.equal(output(network), output(seeded_base))
+
+
+def test_weights_take_the_dtype_of_the_network(seeded_base, tmp_path):
+    save(seeded_base.state_dict(), tmp_path / "a.pt")
+    network = build("t2v_2b").to(torch.bfloat16)
+    load_network(network, tmp_path / "a.pt")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+
+
+def test_full_checkpoint_with_adapter(seeded_lora, tmp_path):
+    save(seeded_lora.state_dict(), tmp_path / "a.pt")
+    network = build("t2v_2b_lora")
+    load_network(network, tmp_path / "a.pt")
+    assert torch.equal(output(network), output(seeded_lora))
+
+
+def test_adapter_on_top_of_a_base(seeded_lora, tmp_path):
+    weights = seeded_lora.state_dict()
+    base = {k.replace(".original.", "."): v for k, v in weights.items() if not is_adapter(k)}
+    save(base, tmp_path / "base.pt")
+    save({k: v for k, v in weights.items() if is_adapter(k)}, tmp_path / "adapter.pt")
+    network = build("t2v_2b_lora")
+    load_network(network, tmp_path / "base.pt", lora_load=tmp_path / "adapter.pt")
+    assert torch.equal(output(network), output(seeded_lora))
+
+    plain = build("t2v_2b")
+    load_network(plain, tmp_path / "base.pt")
+    set_lora_scale(network, 0.0)
+    assert torch.equal(output(network), output(plain))
+    assert not torch.equal(output(seeded_lora), output(plain))
+
+
+def test_a_new_adapter_starts_as_the_base_model(seeded_base, tmp_path, caplog):
+    save(seeded_base.state_dict(), tmp_path / "base.pt")
+    network = build("t2v_2b_lora")
+    load_network(network, tmp_path / "base.pt", allow_missing=True)
+    assert torch.equal(output(network), output(seeded_base))
+    assert "start from scratch" in caplog.text
+    attention = network.transformer.layers[0].attention
+    assert attention.dense.matrix_A[0].abs().sum() > 0
+
+
+def refused(*parts: str, **arguments) -> None:
+    network = arguments.pop("network")
+    with pytest.raises(UserError) as error:
+        load_network(network, **arguments)
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_misfits_are_named(seeded_base, seeded_lora, tmp_path):
+    base, lora = tmp_path / "base.pt", tmp_path / "lora.pt"
+    save(seeded_base.state_dict(), base)
+    save(seeded_lora.state_dict(), lora)
+    refused("no checkpoint at", "nowhere", network=build("t2v_2b"), load=tmp_path / "nowhere")
+    refused("(64, 16, 2, 2) instead of (96, 16, 2, 2)", "more", network=build("t2v_2b_wide"), load=base)
+    refused("pos_embedding", network=build("t2v_5b"), load=base)
+    refused("holds no adapter", network=build("t2v_2b_lora"), load=base)
+    refused("_lora", network=build("t2v_2b"), load=lora)
+    refused("lora_load", "_lora", network=build("t2v_2b"), load=base, lora_load=lora)
+    refused("holds no adapter", network=build("t2v_2b_lora"), load=base, lora_load=base)
+
+
+def test_missing_weights_need_permission(seeded_base, tmp_path):
+    weights = seeded_base.state_dict()
+    del weights["transformer.layers.1.mlp.dense_h_to_4h.weight"]
+    save(weights, tmp_path / "a.pt")
+    refused("transformer.layers.1.mlp.dense_h_to_4h.weight", network=build("t2v_2b"), load=tmp_path / "a.pt")
+    network = build("t2v_2b")
+    load_network(network, tmp_path / "a.pt", allow_missing=True)
+    assert torch.isfinite(output(network)).all()
+
+
+def test_layouts_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint_file(tmp_path)
+    (tmp_path / "latest").write_text("7")
+    with pytest.raises(UserError, match="names the iteration '7'"):
+        checkpoint_file(tmp_path)
+    for rank in range(2):
+        (tmp_path / "7").mkdir(exist_ok=True)
+        (tmp_path / "7" / f"mp_rank_0{rank}_model_states.pt").touch()
+    with pytest.raises(UserError, match="split over 2 model-parallel ranks"):
+        checkpoint_file(tmp_path)
+    assert checkpoint_file(tmp_path, rank=1, size=2) == (tmp_path / "7" / "mp_rank_01_model_states.pt", True)

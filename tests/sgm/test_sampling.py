@@ -1,0 +1,330 @@
+"""The samplers against the recorded reference numbers, and what they promise beyond them."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from seeded import seeded_input
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.guiders import DynamicCFG
+from sgm.util import instantiate_from_config
+from support import Reference, assert_close
+
+MODULES = "sgm.modules.diffusionmodules"
+VIDEO = Reference("sampling/video_samplers")
+SIGMA = Reference("sampling/sigma_samplers")
+
+
+def video_network(x, t, cond, **model_inputs):
+    rest = (slice(None),) + (None,) * (x.ndim - 1)
+    return x.tanh() * torch.cos(t / 300)[rest] + 0.3 * cond["crossattn"].mean(dim=(1, 2))[rest]
+
+
+def sigma_network(x, t, cond, **model_inputs):
+    rest = (slice(None),) + (None,) * (x.ndim - 1)
+    return x.tanh() / (1 + t)[rest] + 0.3 * cond["crossattn"].mean(dim=(1, 2))[rest]
+
+
+def video_denoiser(discretization_config, network=video_network):
+    denoiser = instantiate_from_config(
+        {
+            "target": f"{MODULES}.denoiser.DiscreteDenoiser",
+            "params": {
+                "num_idx": 1000,
+                "quantize_c_noise": False,
+                "weighting_config": {"target": f"{MODULES}.denoiser_weighting.EpsWeighting"},
+                "scaling_config": {"target": f"{MODULES}.denoiser_scaling.VideoScaling"},
+                "discretization_config": discretization_config,
+            },
+        }
+    )
+    return lambda x, alpha, cond, **model_inputs: denoiser(network, x, alpha, cond, **model_inputs)
+
+
+def sigma_denoiser(network=sigma_network):
+    denoiser = instantiate_from_config(
+        {
+            "target": f"{MODULES}.denoiser.Denoiser",
+            "params": {
+                "weighting_config": {"target": f"{MODULES}.denoiser_weighting.EDMWeighting"},
+                "scaling_config": {"target": f"{MODULES}.denoiser_scaling.EDMScaling"},
+            },
+        }
+    )
+    return lambda x, sigma, cond, **model_inputs: denoiser(network, x, sigma, cond, **model_inputs)
+
+
+def inputs(reference):
+    seed = reference.case["seed"]
+    noise = seeded_input("noise", reference.case["shape"], seed)
+    cond = {"crossattn": seeded_input("cond", (2, 7, 8), seed)}
+    uncond = {"crossattn": seeded_input("uncond", (2, 7, 8), seed)}
+    return noise, cond, uncond
+
+
+@pytest.mark.parametrize("name", VIDEO.case["cases"])
+def test_video_sampler_gives_the_reference_numbers(name):
+    config = VIDEO.case["cases"][name]
+    denoiser = video_denoiser(config["params"]["discretization_config"])
+    torch.manual_seed(VIDEO.case["torch_manual_seed"])
+    assert_close(instantiate_from_config(config)(denoiser, *inputs(VIDEO)), VIDEO[name], 2e-5)
+
+
+@pytest.mark.parametrize("name", SIGMA.case["cases"])
+def test_sigma_sampler_gives_the_reference_numbers(name):
+    torch.manual_seed(SIGMA.case["torch_manual_seed"])
+    sampler = instantiate_from_config(SIGMA.case["cases"][name])
+    assert_close(sampler(sigma_denoiser(), *inputs(SIGMA)), SIGMA[name], 2e-5)
+
+
+VIDEO_SAMPLERS = ["VPSDEDPMPP2MSampler", "VPODEDPMPP2MSampler", "VideoDDIMSampler"]
+SIGMA_SAMPLERS = sorted({name.split(".")[0] for name in SIGMA.case["cases"]})
+NOISELESS = ["VPODEDPMPP2MSampler", "VideoDDIMSampler", "EulerEDMSampler", "HeunEDMSampler", "DPMPP2MSampler"]
+SCHEDULES = {
+    "zerosnr": {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}},
+    "legacy": {"target": f"{MODULES}.discretizer.LegacyDDPMDiscretization"},
+    "edm": {"target": f"{MODULES}.discretizer.EDMDiscretization"},
+}
+VANILLA = {"target": f"{MODULES}.guiders.VanillaCFG", "params": {"scale": 6.0}}
+EVERY_COMBINATION = [(name, schedule) for name in VIDEO_SAMPLERS for schedule in SCHEDULES] + [
+    (name, schedule) for name in SIGMA_SAMPLERS for schedule in ("legacy", "edm")
+]
+
+
+def make_sampler(name, schedule="zerosnr", **params):
+    config = {"discretization_config": SCHEDULES[schedule], "num_steps": 5, **params}
+    return instantiate_from_config({"target": f"{MODULES}.sampling.{name}", "params": config})
+
+
+def make_denoiser(name, schedule="zerosnr", network=None):
+    if name in VIDEO_SAMPLERS:
+        return video_denoiser(SCHEDULES[schedule], network or video_network)
+    return sigma_denoiser(network or sigma_network)
+
+
+class CountingNetwork:
+    """Passes calls on, keeping the batch sizes, the timesteps and the other inputs."""
+
+    def __init__(self, network):
+        self.network, self.batches, self.timesteps, self.model_inputs = network, [], [], []
+
+    def __call__(self, x, t, cond, **model_inputs):
+        self.batches.append(len(x))
+        self.timesteps.append(t.tolist())
+        self.model_inputs.append(model_inputs)
+        return self.network(x, t, cond, **model_inputs)
+
+
+@pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
+@pytest.mark.parametrize("guider", ["IdentityGuider", None])
+def test_without_guidance_the_network_sees_the_conditional_batch_alone(name, schedule, guider):
+    network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
+    config = {"guider_config": {"target": f"{MODULES}.guiders.{guider}"}} if guider else {}
+    noise, cond, uncond = inputs(VIDEO)
+    sample = make_sampler(name, schedule, **config)(make_denoiser(name, schedule, network), noise, cond, uncond)
+    assert sample.isfinite().all() and sample.shape == noise.shape
+    assert set(network.batches) == {len(noise)}
+    if name not in ("HeunEDMSampler", "DPMPP2SAncestralSampler"):
+        assert len(network.batches) == 5
+
+
+@pytest.mark.parametrize("name", VIDEO_SAMPLERS)
+def test_guidance_of_weight_one_changes_nothing(name):
+    """`scale=1` and a missing unconditional conditioning turn guidance off, and agree with u + 1·(c − u)."""
+    noise, cond, uncond = inputs(VIDEO)
+    samples = []
+    for arguments in ({"uc": uncond, "scale": 1}, {}, {"uc": uncond, "scale": torch.ones(2)}):
+        network = CountingNetwork(video_network)
+        torch.manual_seed(0)
+        sampler = make_sampler(name, guider_config=VANILLA)
+        samples.append(sampler(make_denoiser(name, network=network), noise, cond, **arguments))
+        assert set(network.batches) == ({4} if isinstance(arguments.get("scale"), torch.Tensor) else {2})
+    assert torch.equal(samples[0], samples[1])
+    assert_close(samples[2], samples[0], 1e-5)
+
+
+def test_scale_of_a_call_replaces_the_guiders():
+    noise, cond, uncond = inputs(VIDEO)
+    denoiser = make_denoiser("VideoDDIMSampler")
+    sampler = make_sampler("VideoDDIMSampler", guider_config=VANILLA)
+    other = make_sampler("VideoDDIMSampler", guider_config={**VANILLA, "params": {"scale": 3.0}})
+    three = other(denoiser, noise, cond, uncond)
+    assert torch.equal(sampler(denoiser, noise, cond, uncond, scale=3.0), three)
+    each = sampler(denoiser, noise, cond, uncond, scale=torch.tensor([3.0, 6.0]))
+    assert_close(each[:1], three[:1], 1e-5)
+    assert_close(each[1:], sampler(denoiser, noise, cond, uncond)[1:], 1e-5)
+
+
+@pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
+@pytest.mark.parametrize("num_steps", [1, 2, 1000])
+def test_any_number_of_steps(name, schedule, num_steps):
+    """From one step to every timestep of the schedule, and the call's number wins over the configured one."""
+    network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
+    x = seeded_input("noise", (2, 1, 1, 2, 2))
+    cond = {"crossattn": seeded_input("cond", (2, 3, 4))}
+    counted = []
+    sample = make_sampler(name, schedule)(
+        make_denoiser(name, schedule, network), x, cond, num_steps=num_steps, callback=lambda *c: counted.append(c)
+    )
+    assert sample.isfinite().all()
+    assert counted == [(done, num_steps) for done in range(1, num_steps + 1)]
+    if name in VIDEO_SAMPLERS and num_steps == 1000:
+        assert network.timesteps == [[t, t] for t in range(999, -1, -1)]
+
+
+@pytest.mark.parametrize(("name", "schedule"), [pair for pair in EVERY_COMBINATION if pair[0] in NOISELESS])
+def test_samplers_solve_the_probability_flow(name, schedule):
+    """For data N(0, d²) the flow is linear: noise x of level (a, s) becomes x·d/sqrt(a²d² + s²)."""
+    d = 0.5
+
+    def ideal_video(x, alpha, cond, **model_inputs):
+        a = alpha.reshape(-1, 1, 1, 1, 1)
+        return a * d**2 / (a**2 * d**2 + 1 - a**2) * x
+
+    def ideal_sigma(x, sigma, cond, **model_inputs):
+        s = sigma.reshape(-1, 1, 1, 1, 1)
+        return d**2 / (d**2 + s**2) * x
+
+    sampler = make_sampler(name, schedule, num_steps=400)
+    noise = seeded_input("noise", (2, 1, 1, 3, 4))
+    a, s, _ = sampler.schedule(400)
+    start = ((a[0] * d) ** 2 + s[0] ** 2) ** 0.5 / (a[0] ** 2 + s[0] ** 2) ** 0.5
+    # The last step ends at the denoised sample, not on the flow.
+    end = a[-2] * d**2 / ((a[-2] * d) ** 2 + s[-2] ** 2) ** 0.5
+    first_order = name in ("VideoDDIMSampler", "EulerEDMSampler")
+    ideal = ideal_video if name in VIDEO_SAMPLERS else ideal_sigma
+    assert_close(sampler(ideal, noise, {}), noise * end / start, 2e-2 if first_order else 2e-3)
+
+
+@pytest.mark.parametrize("name", VIDEO_SAMPLERS + SIGMA_SAMPLERS)
+def test_samples_depend_on_their_own_generator_alone(name):
+    """Two samples with a generator each are the two samples taken one by one, and the global generator is not used."""
+    schedule = "zerosnr" if name in VIDEO_SAMPLERS else "edm"
+    sampler, denoiser = make_sampler(name, schedule, guider_config=VANILLA), make_denoiser(name, schedule)
+    noise, cond, uncond = inputs(VIDEO)
+    cond, uncond = cond["crossattn"], uncond["crossattn"]
+
+    def sample(rows, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sampler(
+            denoiser, noise[rows], {"crossattn": cond[rows]}, {"crossattn": uncond[rows]}, generator=generators
+        )
+
+    state = torch.get_rng_state()
+    together = sample(slice(0, 2), [11, 12])
+    assert_close(torch.cat([sample(slice(0, 1), [11]), sample(slice(1, 2), [12])]), together, 1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    if "SDE" in name or "Ancestral" in name:
+        assert not torch.allclose(sample(slice(0, 2), [11, 13])[1], together[1])
+
+
+def test_a_generator_draws_as_the_global_one_does():
+    noise, cond, _ = inputs(VIDEO)
+    sampler, denoiser = make_sampler("VPSDEDPMPP2MSampler"), make_denoiser("VPSDEDPMPP2MSampler")
+    torch.manual_seed(3)
+    by_global = sampler(denoiser, noise, cond)
+    assert torch.equal(sampler(denoiser, noise, cond, generator=torch.Generator().manual_seed(3)), by_global)
+    with pytest.raises(UserError, match="3 random generators for a batch of 2"):
+        sampler(denoiser, noise, cond, generator=[torch.Generator()] * 3)
+
+
+def test_what_the_network_is_told():
+    """`ofs` and `scale_emb` reach every sample of the doubled batch, `idx` is the timestep; nothing else is passed."""
+    network = CountingNetwork(video_network)
+    noise, cond, uncond = inputs(VIDEO)
+    sampler = make_sampler("VPODEDPMPP2MSampler", guider_config=VANILLA)
+    denoiser = make_denoiser("VPODEDPMPP2MSampler", network=network)
+    sampler(denoiser, noise, cond, uncond, ofs=2.0, scale_emb=torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    seen = network.model_inputs[0]
+    assert seen["ofs"].tolist() == [2.0] * 4
+    assert seen["scale_emb"].tolist() == [[1.0, 2.0], [3.0, 4.0]] * 2
+    assert seen["idx"].tolist() == network.timesteps[0] == [999] * 4 and seen["idx"].dtype == torch.long
+
+    sampler(denoiser, noise, cond, uncond, ofs=torch.tensor([2.0]))
+    assert network.model_inputs[-1]["ofs"].tolist() == [2.0] * 4 and "scale_emb" not in network.model_inputs[-1]
+
+
+class NoTransfers(TorchDispatchMode):
+    """Fails on an operation that brings a tensor from the accelerator to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        on_cuda = [arg for arg in tree_leaves(args) if isinstance(arg, torch.Tensor) and arg.device.type == "cuda"]
+        if on_cuda and isinstance(output, torch.Tensor):
+            assert output.device.type == "cuda", f"{func} brings its result to the host"
+        return output
+
+
+@pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
+@pytest.mark.parametrize("generator", [False, True])
+def test_the_loop_never_waits_for_the_device(name, schedule, generator):
+    """Tensors without values run through it: nothing in it reads one, and all stays on the device of `x`."""
+    dynamic = {"target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": 5}}
+    sampler, denoiser = make_sampler(name, schedule, guider_config=dynamic), make_denoiser(name, schedule)
+    generator = torch.Generator().manual_seed(0) if generator else None
+    with FakeTensorMode(allow_non_fake_inputs=True), NoTransfers():
+        x = torch.empty(2, 3, 4, 5, 6, device="cuda")
+        cond = {"crossattn": torch.empty(2, 7, 8, device="cuda")}
+        sample = sampler(denoiser, x, cond, cond, ofs=2.0, generator=generator)
+    assert sample.device.type == "cuda" and sample.shape == x.shape
+
+
+def test_dynamic_guidance_weight():
+    """1 + scale·(1 − cos(π·(k/n)^exp))/2 with k = n − timestep, or with the share of steps done."""
+    denoised = torch.cat([torch.zeros(1, 4), torch.ones(1, 4)])
+    k, n = 50 - 979, 50
+    by_timestep = DynamicCFG(scale=6, exp=5, num_steps=n)(denoised, None, step_index=k, progress=0.5)
+    assert by_timestep[0, 0].item() == pytest.approx(1 + 3 * (1 - math.cos(math.pi * (k / n) ** 5)), rel=1e-6)
+    by_step = DynamicCFG(scale=6, exp=0.5, num_steps=n, count="step")(denoised, None, step_index=k, progress=0.25)
+    assert by_step[0, 0].item() == pytest.approx(1 + 3 * (1 - math.cos(math.pi * 0.5)), rel=1e-6)
+    with pytest.raises(UserError, match="count is 'steps'"):
+        DynamicCFG(scale=6, exp=5, num_steps=n, count="steps")
+    with pytest.raises(UserError, match=r"exp is 2\.5"):
+        DynamicCFG(scale=6, exp=2.5, num_steps=n)
+
+
+def test_churn_and_ancestral_noise():
+    """With s_churn, or eta > 0, samples differ by seed; with eta = 0 the ancestral sampler is Euler's."""
+    noise, cond, _ = inputs(SIGMA)
+    samples = {}
+    for label, name, options in (
+        ("euler", "EulerEDMSampler", {}),
+        ("churned", "HeunEDMSampler", {"s_churn": 2.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}),
+        ("ancestral", "EulerAncestralSampler", {"eta": 0.5}),
+        ("eta 0", "EulerAncestralSampler", {"eta": 0.0}),
+    ):
+        sampler = make_sampler(name, "edm", **options)
+        samples[label] = [
+            sampler(sigma_denoiser(), noise, cond, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+        ]
+    assert_close(samples["eta 0"][0], samples["euler"][0], 1e-5)
+    assert torch.equal(*samples["eta 0"])
+    for label in ("churned", "ancestral"):
+        assert samples[label][0].isfinite().all() and not torch.allclose(*samples[label])
+
+
+def test_progress_bar_only_when_verbose(capsys):
+    noise, cond, _ = inputs(VIDEO)
+    for verbose in (False, True):
+        make_sampler("VideoDDIMSampler", verbose=verbose)(make_denoiser("VideoDDIMSampler"), noise, cond)
+        assert ("5/5" in capsys.readouterr().err) is verbose
+
+
+def test_sampler_mistakes():
+    noise, cond, _ = inputs(VIDEO)
+    denoiser = make_denoiser("VideoDDIMSampler")
+    with pytest.raises(UserError, match="num_steps is missing"):
+        make_sampler("VideoDDIMSampler", num_steps=None)(denoiser, noise, cond)
+    with pytest.raises(UserError, match="num_steps is 1001"):
+        make_sampler("VideoDDIMSampler")(denoiser, noise, cond, num_steps=1001)
+    with pytest.raises(UserError, match="does not support fixed_frames, which is set to 3"):
+        make_sampler("VideoDDIMSampler", fixed_frames=3)
+    with pytest.raises(UserError, match="EulerEDMSampler needs a schedule of sigma"):
+        make_sampler("EulerEDMSampler")(denoiser, noise, cond)
+    with pytest.raises(UserError, match=r"\['concat', 'crossattn'\]; it holds \['crossattn'\]"):
+        sampler = make_sampler("VideoDDIMSampler", guider_config=VANILLA)
+        sampler(denoiser, noise, {**cond, "concat": noise}, cond)

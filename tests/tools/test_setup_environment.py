@@ -1,0 +1,203 @@
+"""The set-up finds an environment that will do, makes .venv where there is none, and never trusts a half one.
+
+Every test runs the scripts in a copy of them, in a folder with a space in its name; `tiny-package`, the one package
+that is installed, comes from a folder of wheels instead of the package index.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> Path:
+    """A folder with the wheel of `tiny-package`, version 1.0."""
+    folder = tmp_path_factory.mktemp("wheels")
+    info = "tiny_package-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tiny_package-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_package.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-package\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", f"tiny_package.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return folder
+
+
+class Repository:
+    """A copy of the scripts with requirements of its own."""
+
+    def __init__(self, root: Path, wheels: Path):
+        self.root = root
+        self.venv_python = root / ".venv" / "bin" / "python"
+        (root / "tools").mkdir(parents=True)
+        for name in ("tools/setup_environment.sh", "tools/setup_environment.py", "inference.sh"):
+            shutil.copy(ROOT / name, root / name)
+        (root / "requirements.txt").write_text("# comment\ntiny-package>=1.0  # why\nnone; sys_platform == 'none'\n")
+        (root / "impossible.txt").write_text("tiny-package>=2.0\n")
+        (root / "present.txt").write_text("pytest>=1\n")
+        self.environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PYTHON": sys.executable}
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", self.root / "tools" / "setup_environment.sh", *arguments],
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": self.environment},
+            cwd="/",
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error of one run of the set-up, started in another directory."""
+        process = self.start(*arguments)
+        output, messages = process.communicate(timeout=120)
+        return process.returncode, output.strip(), messages
+
+    def requirements(self, name: str = "requirements.txt") -> str:
+        return str(self.root / name)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, wheels) -> Repository:
+    """One whose .venv the first test that needs it makes."""
+    return Repository(tmp_path_factory.mktemp("with a space") / "repo", wheels)
+
+
+@pytest.fixture
+def fresh(tmp_path, wheels) -> Repository:
+    return Repository(tmp_path / "with a space", wheels)
+
+
+def test_two_runs_at_once_make_one_environment_and_the_next_is_quick(repository):
+    runs = [repository.start(), repository.start()]
+    outcomes = [(*run.communicate(timeout=120), run.returncode) for run in runs]
+    assert [(output.strip(), status) for output, _, status in outcomes] == [(str(repository.venv_python), 0)] * 2
+    assert sum(messages.count("installing the packages") for _, messages, _ in outcomes) == 1
+    subprocess.run([repository.venv_python, "-c", "import tiny_package"], check=True)
+    started = time.perf_counter()
+    assert repository.run() == (0, str(repository.venv_python), "")
+    assert time.perf_counter() - started < 1
+    # The same from inside .venv, which counts as any other active environment.
+    repository.environment["PYTHON"] = str(repository.venv_python)
+    assert repository.run() == (0, str(repository.venv_python), "")
+
+
+def test_what_pip_cannot_install_is_reported_and_keeps_the_environment(repository):
+    status, output, messages = repository.run(repository.requirements("impossible.txt"))
+    assert (status, output) == (1, "")
+    assert "No matching distribution found for tiny-package>=2.0" in messages
+    assert "pip failed (exit status 1)" in messages
+    assert repository.run() == (0, str(repository.venv_python), "")
+
+
+def test_an_interrupted_installation_is_started_over(fresh):
+    process = fresh.start()
+    assert "installing the packages" in process.stderr.readline()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert fresh.run("--check")[0] == 1
+    status, output, messages = fresh.run()
+    assert (status, output) == (0, str(fresh.venv_python))
+    assert "replacing the incomplete" in messages
+    assert fresh.run("--check")[:2] == (0, str(fresh.venv_python))
+
+
+def test_an_active_environment_that_has_the_packages_is_used(fresh):
+    assert fresh.run(fresh.requirements("present.txt")) == (0, sys.executable, "")
+    assert not (fresh.root / ".venv").exists()
+
+
+def test_check_installs_nothing(fresh):
+    status, output, messages = fresh.run("--check")
+    assert (status, output) == (1, "")
+    assert messages.startswith("setup: neither ")
+    assert messages.count("\n") == 1
+    assert not (fresh.root / ".venv").exists()
+
+
+def test_an_older_python_is_refused_in_one_line(fresh):
+    old = fresh.root / "old python"
+    old.write_text("#!/bin/sh\necho /usr/bin/python3.8\nexit 1\n")  # what the version probe gets from one
+    old.chmod(0o755)
+    fresh.environment["PYTHON"] = str(old)
+    assert fresh.run() == (
+        1,
+        "",
+        f"setup: {old} is missing or older than 3.11: install Python 3.11 or newer, or name one by PYTHON=...\n",
+    )
+
+
+def test_a_missing_requirement_file_is_named(fresh):
+    assert fresh.run("none.txt") == (1, "", "setup: there is no requirement file none.txt\n")
+
+
+@pytest.fixture
+def sampling(fresh):
+    """Runs inference.sh with a sampling command and a tiny-model builder that print how they are called."""
+    (fresh.root / "sat").mkdir()
+    shutil.copy(fresh.root / "present.txt", fresh.root / "requirements.txt")
+    report = "import sys; print({!r}, sys.argv[1:]); sys.exit({})\n"
+    (fresh.root / "sat" / "sample_video.py").write_text(report.format("sample", 7))
+    (fresh.root / "tools" / "build_tiny_model.py").write_text(report.format("build", 0))
+
+    def run(*arguments: str, script: str | None = None) -> tuple[int, list[str]]:
+        if script:
+            (fresh.root / "inference.sh").write_text(script)
+        command = ["bash", str(fresh.root / "inference.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=fresh.environment, cwd="/", timeout=60)
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    return run
+
+
+def test_inference_passes_arguments_and_exit_status_through(sampling):
+    assert sampling("--base", "a b.yaml", "--note", "it's $HOME") == (
+        7,
+        ["sample ['--base', 'a b.yaml', '--note', \"it's $HOME\"]"],
+    )
+
+
+def test_inference_builds_the_tiny_model_for_its_configs_only(sampling):
+    _, lines = sampling("--base", "configs/tiny/a.yaml", "configs/inference.yaml")
+    assert lines == [
+        "build ['--config', 'configs/tiny/a.yaml']",
+        "sample ['--base', 'configs/tiny/a.yaml', 'configs/inference.yaml']",
+    ]
+    status, lines = sampling()
+    assert status == 7
+    assert lines[0].startswith("build ['--config', 'configs/tiny/")
+
+
+def test_inference_runs_an_edited_command(sampling):
+    command = 'run_cmd="TOKENIZERS_PARALLELISM=true python sat/sample_video.py --base x.yaml"'
+    edited, replaced = re.subn('^run_cmd=".*$', command, (ROOT / "inference.sh").read_text(), flags=re.MULTILINE)
+    assert replaced == 1
+    assert sampling(script=edited) == (7, ["sample ['--base', 'x.yaml']"])
+
+
+def test_signals_reach_the_sampling_command(sampling, fresh):
+    script = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)\n"
+    (fresh.root / "sat" / "sample_video.py").write_text(script)
+    process = subprocess.Popen(["bash", fresh.root / "inference.sh", "--base", "x.yaml"], env=fresh.environment)
+    deadline = time.monotonic() + 20
+    while not (fresh.root / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()  # the process that was started, not its children
+    assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_help_builds_nothing_and_is_quick(sampling):
+    started = time.perf_counter()
+    _, lines = sampling("--help")
+    assert time.perf_counter() - started < 1
+    assert lines[-1] == "sample ['--help']"
+    assert not any(line.startswith("build") for line in lines)
+    assert any("bash inference.sh --base" in line for line in lines)

@@ -1,0 +1,280 @@
+"""The video autoencoder gives the reference numbers, agrees with diffusers, and keeps its state straight."""
+
+import gc
+import json
+
+import pytest
+import torch
+from diffusers_vae import as_diffusers, diffusers_name
+from safetensors.torch import save_file
+from seeded import seed_module_, seeded_input
+from support import REFERENCE, Reference, assert_close, relative_error
+
+from sgm.errors import UserError
+from sgm.util import instantiate_from_config
+from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper, decoding_schedule
+from vae_modules.clip import Chunk
+
+CASES = ["vae_small", "vae_two_blocks"]
+
+
+def build(case: dict, **params) -> VideoAutoencoderInferenceWrapper:
+    config = case["first_stage_config"]
+    return instantiate_from_config({**config, "params": {**config["params"], **params}}).eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def recorded(request):
+    """(reference, its autoencoder, the name of its inputs)"""
+    reference = Reference(f"vae/{request.param}")
+    return reference, seed_module_(build(reference.case), reference.case["seed"]), request.param
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return seed_module_(build(Reference("vae/vae_small").case))
+
+
+def latent(frames: int, height: int = 4, width: int = 6, channels: int = 16) -> torch.Tensor:
+    return seeded_input("latent", (1, channels, frames, height, width))
+
+
+def video(frames: int, height: int = 32, width: int = 48) -> torch.Tensor:
+    return seeded_input("video", (1, 3, frames, height, width)).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------- reference numbers
+
+
+def test_parameter_names_and_shapes(recorded):
+    reference, vae, _ = recorded
+    assert {name: list(value.shape) for name, value in vae.state_dict().items()} == reference.case["keys"]
+
+
+def test_full_size_is_that_of_the_released_weights():
+    manifest = json.loads((REFERENCE / "manifests/vae.json").read_text())
+    case = Reference("vae/vae_small").case
+    params = case["first_stage_config"]["params"]
+    for part in ("encoder_config", "decoder_config"):
+        params[part]["params"] |= {"ch": 128, "num_res_blocks": 3}
+    with torch.device("meta"):
+        vae = build(case)
+    assert {name: list(value.shape) for name, value in vae.state_dict().items()} == manifest["keys"]
+    assert sum(value.numel() for value in vae.parameters()) == manifest["parameters"]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_encoder_reference(recorded, gradient):
+    """With gradients wanted the layers take their plain, differentiable form, without them the fast one."""
+    reference, vae, name = recorded
+    for frames in reference.case["frames"]:
+        x = seeded_input(f"{name}.video{frames}", (1, 3, frames, *reference.case["video_hw"]), reference.case["seed"])
+        with torch.set_grad_enabled(gradient):
+            moments = vae.encode(x.clamp(-1, 1), unregularized=True)
+        assert_close(moments, reference[f"moments.{frames}"], 1e-5)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_decoder_reference(recorded, gradient):
+    reference, vae, name = recorded
+    for frames in reference.case["latents"]:
+        expected = reference[f"frames.{frames}"]
+        height, width = (side // 8 for side in reference.case["video_hw"])
+        channels = vae.decoder.conv_in.conv.in_channels
+        z = seeded_input(f"{name}.latent{frames}", (1, channels, frames, height, width), reference.case["seed"])
+        schedule = reference.case["decode_chunks"][str(frames)]
+        assert decoding_schedule(frames) == schedule
+        with torch.set_grad_enabled(gradient):
+            streamed = torch.cat(list(vae.decode_chunks(z)), dim=2)
+            chunks = z.split(schedule, dim=2)
+            called = [vae.decode(c, clear_fake_cp_cache=c is chunks[-1]) for c in chunks]
+        assert_close(streamed, expected, 1e-5)
+        assert torch.equal(torch.cat(called, dim=2), streamed)
+
+
+@pytest.mark.parametrize("name", ["t2v_2b", "i2v_5b"])
+def test_sampled_latent_reference(name):
+    """The posterior's noise comes from the CPU generator, in the recorded order."""
+    reference = Reference(f"engine/{name}")
+    config = reference.case["model"]["first_stage_config"]
+    vae = seed_module_(instantiate_from_config(config), reference.case["seed"], prefix="first_stage_model.")
+    x = seeded_input(f"{name}.video", reference.case["video"], reference.case["seed"]).clamp(-1, 1)
+    torch.manual_seed(reference.case["torch_manual_seed"]["encode"])
+    with torch.no_grad():
+        z = vae.encode(x.transpose(1, 2))
+    assert_close(z * reference.case["model"]["scale_factor"], reference["latent"], 1e-5)
+
+
+# ---------------------------------------------------------------- diffusers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5, 9, 21])
+def test_encode_agrees_with_diffusers(vae, frames):
+    x = video(frames).repeat(2, 1, 1, 1, 1) * torch.tensor([1.0, -0.5]).view(2, 1, 1, 1, 1)
+    expected = as_diffusers(vae, 32, 1, 16).encode(x).latent_dist.parameters
+    assert_close(vae.encode(x, unregularized=True), expected, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7])
+def test_decode_agrees_with_diffusers(vae, frames):
+    """Even counts too, where no frame stands alone."""
+    z = latent(frames).repeat(2, 1, 1, 1, 1) * torch.tensor([1.0, -0.5]).view(2, 1, 1, 1, 1)
+    decoded = torch.cat(list(vae.decode_chunks(z)), dim=2)
+    assert_close(decoded, as_diffusers(vae, 32, 1, 16).decode(z).sample, 1e-5)
+
+
+def test_gradients_agree_with_diffusers(vae):
+    other = as_diffusers(vae, 32, 1, 16)
+    cotangent = seeded_input("cotangent", (1, 32, 3, 4, 6))
+    (vae.encode(video(9), unregularized=True) * cotangent).sum().backward()
+    (other.encode(video(9)).latent_dist.parameters * cotangent).sum().backward()
+    cotangent = seeded_input("cotangent", (1, 3, 17, 32, 48))
+    z, other_z = latent(5).requires_grad_(), latent(5).requires_grad_()
+    (torch.cat(list(vae.decode_chunks(z)), dim=2) * cotangent).sum().backward()
+    (other.decode(other_z).sample * cotangent).sum().backward()
+    assert_close(z.grad, other_z.grad, 1e-4)
+    others = dict(other.named_parameters())
+    for name, parameter in vae.named_parameters():
+        expected = others[diffusers_name(name)].grad
+        # A bias right before a norm of one channel a group has no effect: its gradient is rounding.
+        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm() + 1e-3, name
+    vae.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_float32(dtype):
+    case = Reference("vae/vae_small").case
+    vae, half = seed_module_(build(case)), seed_module_(build(case)).to(dtype)
+    moments = half.encode(video(9).to(dtype), unregularized=True)
+    assert moments.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
+    assert relative_error(moments, vae.encode(video(9), unregularized=True)) < tolerance
+    decoded = torch.cat(list(half.decode_chunks(latent(3).to(dtype))), dim=2)
+    assert relative_error(decoded, torch.cat(list(vae.decode_chunks(latent(3))), dim=2)) < tolerance
+
+
+# ---------------------------------------------------------------- state
+
+
+def test_schedule():
+    assert decoding_schedule(13) == [3, 2, 2, 2, 2, 2]
+    assert decoding_schedule(22) == [2] * 11
+    assert [sum(decoding_schedule(n)) for n in range(1, 30)] == list(range(1, 30))
+    with pytest.raises(UserError, match="0 latent frames"):
+        decoding_schedule(0)
+
+
+@torch.no_grad()
+def test_an_unfinished_clip_leaves_nothing_behind(vae):
+    z = latent(5)
+    expected = list(vae.decode_chunks(z))
+    chunks = vae.decode_chunks(z)
+    next(chunks)  # a consumer that stops early
+    del chunks
+    gc.collect()
+    for a, b in zip(vae.decode_chunks(z), expected, strict=True):
+        assert torch.equal(a, b)
+
+    vae.decode(z[:, :, :3])
+    with pytest.raises(RuntimeError):
+        vae.decode(z[:, :, 3:, :2])  # not the size of the open clip
+    assert torch.equal(vae.decode(z[:, :, :3], clear_fake_cp_cache=True), expected[0])
+
+
+@torch.no_grad()
+def test_two_streams_at_once(vae):
+    one, two = latent(5), latent(5).flip(2)
+    interleaved = [torch.cat(parts, dim=2) for parts in zip(*zip(vae.decode_chunks(one), vae.decode_chunks(two)))]
+    assert torch.equal(interleaved[0], torch.cat(list(vae.decode_chunks(one)), dim=2))
+    assert torch.equal(interleaved[1], torch.cat(list(vae.decode_chunks(two)), dim=2))
+
+
+@torch.no_grad()
+def test_a_decoder_may_be_told_that_the_first_of_an_even_number_stands_alone(vae):
+    """As when a clip of five frames, two latent ones, is decoded at once."""
+    assert vae.decoder(latent(2), Chunk(lead=True)).shape[2] == 5
+    assert vae.decoder(latent(2)).shape[2] == 8
+
+
+def test_inputs_are_not_modified(vae):
+    x, z = video(5), latent(3)
+    with torch.no_grad():
+        vae.encode(x)
+        list(vae.decode_chunks(z))
+    assert torch.equal(x, video(5)) and torch.equal(z, latent(3))
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 48), (5, 30, 48), (5, 32, 44), (0, 32, 48)])
+def test_unfit_clips_are_refused(vae, shape):
+    with pytest.raises(UserError, match=rf"{shape[0]} frames of {shape[1]}x{shape[2]}"):
+        vae.encode(torch.zeros(1, 3, *shape))
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@torch.no_grad()
+def test_tiles_are_close_to_the_whole_image():
+    """Constant-mean tiles: with the same content everywhere, statistics agree and only borders differ."""
+    vae = seed_module_(build(Reference("vae/vae_small").case))
+    x, z = video(5, 64, 96), latent(5, 8, 12)
+    whole = vae.encode(x, unregularized=True), torch.cat(list(vae.decode_chunks(z)), dim=2)
+    vae.tile_size = 48
+    tiled = vae.encode(x, unregularized=True), torch.cat(list(vae.decode_chunks(z)), dim=2)
+    for a, b in zip(tiled, whole, strict=True):
+        assert 0 < relative_error(a, b) < 0.5
+
+
+@torch.no_grad()
+def test_one_tile_is_the_whole_image(vae):
+    whole = torch.cat(list(vae.decode_chunks(latent(3))), dim=2)
+    tiled = build(Reference("vae/vae_small").case, tile_size=48)
+    tiled.load_state_dict(vae.state_dict())
+    assert torch.equal(torch.cat(list(tiled.decode_chunks(latent(3))), dim=2), whole)
+    tiled.tile_size = 20
+    with pytest.raises(UserError, match="20 is no positive multiple of 8"):
+        tiled.encode(video(1))
+
+
+@torch.no_grad()
+def test_each_tile_has_its_own_past(vae):
+    """A tile of a chunked decode equals the same tile decoded alone."""
+    z = latent(5, 4, 16)
+    alone = torch.cat(list(vae.decode_chunks(z[..., :4])), dim=2)
+    vae.tile_size = 32
+    try:
+        tiled = torch.cat(list(vae.decode_chunks(z)), dim=2)
+    finally:
+        vae.tile_size = None
+    assert_close(tiled[..., :24], alone[..., :24], 1e-5)
+
+
+# ---------------------------------------------------------------- weights and options
+
+
+def test_weights_from_files(vae, tmp_path):
+    weights = vae.state_dict()
+    torch.save({"state_dict": {**weights, "loss.logvar": torch.zeros(1)}}, tmp_path / "3d-vae.pt")
+    save_file(weights, tmp_path / "vae.safetensors")
+    for file in ("3d-vae.pt", "vae.safetensors"):
+        loaded = build(Reference("vae/vae_small").case, ckpt_path=tmp_path / file)
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    del weights["decoder.conv_in.conv.bias"]
+    save_file(weights, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match=r"vae\.safetensors does not fit .*decoder\.conv_in\.conv\.bias"):
+        build(Reference("vae/vae_small").case, ckpt_path=tmp_path / "vae.safetensors")
+
+
+def test_unfit_options_are_refused():
+    case = Reference("vae/vae_small").case
+    encoder = case["first_stage_config"]["params"]["encoder_config"]
+    for options in ({"attn_resolutions": [16]}, {"temporal_compress_times": 3}, {"temporal_compress_times": 16}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            instantiate_from_config({**encoder, "params": {**encoder["params"], **options}})
+
+
+def test_last_layer(vae):
+    assert vae.get_last_layer() is vae.decoder.conv_out.conv.weight

@@ -1,0 +1,75 @@
+"""What the layers must know of the clip beyond the frames in hand."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sgm.context_parallel import group_rank, group_size, receive_from_previous, send_to_next
+
+TailCache = dict[nn.Module, Tensor]
+"""The last input frames that each causal convolution saw, for the next chunk of the same clip."""
+
+
+@dataclass
+class Chunk:
+    """Where the frames in hand lie in their clip: a piece in time, perhaps spread over the ranks of `group`.
+
+    Attributes:
+        lead: the frames in hand start with the one that stands alone when time is halved or doubled.
+        tails: what earlier chunks left for the convolutions of this one; this chunk's own tails replace it.
+        last: no chunk follows, so tails need not be kept.
+        group: the ranks that hold neighbouring frames, in order; None for a single process.
+        gather_norm: whether normalization statistics are those of all ranks' frames. None leaves it to each layer.
+    """
+
+    lead: bool
+    tails: TailCache = field(default_factory=dict)
+    last: bool = True
+    group: ProcessGroup | None = None
+    gather_norm: bool | None = None
+
+    def frames_before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
+        """The `count` input frames of `conv` that precede `x` (batch, channel, time, height, width) in the clip.
+
+        None at the start of the clip (or its first frame repeated). Also sees to it that whoever holds the frames
+        that follow `x`, the next chunk or the next rank, gets its tail.
+        """
+        if self.group is None:
+            before = self.tails.pop(conv, None)
+            if not self.last:
+                self.tails[conv] = _tail(before, x, count).clone()  # a view would keep all of x in memory
+            return before
+
+        rank, size = group_rank(self.group), group_size(self.group)
+        sends = rank < size - 1 or not self.last
+        token = x[:, :, :0]
+        if x.shape[2] >= count:
+            # The tail does not depend on what comes before: all ranks send at once.
+            if sends:
+                token = send_to_next(x[:, :, -count:], self.group)
+            before = self._before(conv, x, count)
+        else:
+            before = self._before(conv, x, count)
+            if sends:
+                token = send_to_next(_tail(before, x, count), self.group)
+        if rank == 0 and not self.last:
+            self.tails[conv] = receive_from_previous(x, count, self.group)
+        if before is None:
+            before = x[:, :, :1].expand(-1, -1, count, -1, -1)
+        return torch.cat([token, before], dim=2)
+
+    def _before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
+        if group_rank(self.group) == 0:
+            return self.tails.pop(conv, None)
+        return receive_from_previous(x, count, self.group)
+
+
+def _tail(before: Tensor | None, x: Tensor, count: int) -> Tensor:
+    """The last `count` frames of the clip up to and including `x`."""
+    if x.shape[2] >= count:
+        return x[:, :, -count:]
+    if before is None:
+        before = x[:, :, :1].expand(-1, -1, count, -1, -1)
+    return torch.cat([before, x], dim=2)[:, :, -count:]

@@ -1,0 +1,163 @@
+"""The causal 3D encoder and decoder."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+from vae_modules.clip import Chunk
+from vae_modules.layers import CausalConv3d, Downsample3D, GroupNorm, ResnetBlock3D, SpatialNorm3D, Upsample3D, silu
+
+
+class ContextParallelEncoder3D(nn.Module):
+    """Video (batch, in_channels, 4k+1, H, W) -> moments (batch, 2 * z_channels, k+1, H/8, W/8).
+
+    The sizes hold for four levels, of which every one but the last halves space, and the first
+    log2(temporal_compress_times) also time. Under context parallelism the frames are this rank's; see `Chunk`.
+
+    Args:
+        ch, ch_mult: level i has ch * ch_mult[i] channels.
+        double_z: give means and log-variances rather than z_channels values.
+        gather_norm: take normalization statistics over the frames of all ranks.
+        resolution, out_ch, attn_resolutions: accepted for the configs that name them. There is no attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        z_channels: int,
+        in_channels: int = 3,
+        out_ch: int = 3,
+        ch_mult: Sequence[int] = (1, 2, 2, 4),
+        num_res_blocks: int,
+        dropout: float = 0.0,
+        double_z: bool = True,
+        gather_norm: bool = False,
+        temporal_compress_times: int = 4,
+        attn_resolutions: Sequence[int] = (),
+        resolution: int | None = None,
+    ):
+        super().__init__()
+        _refuse_attention(attn_resolutions)
+        time_levels = _time_levels(temporal_compress_times, len(ch_mult))
+        self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
+
+        def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
+            return ResnetBlock3D(in_channels, out_channels, dropout, gather_norm=gather_norm)
+
+        self.conv_in = CausalConv3d(in_channels, ch, 3)
+
+        channels = ch
+        self.down = nn.ModuleList()
+        for level, multiple in enumerate(ch_mult):
+            down = nn.Module()
+            down.block = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                down.block.append(block(channels, ch * multiple))
+                channels = ch * multiple
+            if level < len(ch_mult) - 1:
+                down.downsample = Downsample3D(channels, compress_time=level < time_levels)
+            self.down.append(down)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = block(channels, channels)
+        self.mid.block_2 = block(channels, channels)
+
+        self.norm_out = GroupNorm(channels, gather_norm)
+        self.conv_out = CausalConv3d(channels, 2 * z_channels if double_z else z_channels, 3)
+
+    def forward(self, x: Tensor, chunk: Chunk | None = None) -> Tensor:
+        """Encode a whole clip; `chunk` says otherwise."""
+        chunk = chunk or Chunk(lead=x.shape[2] % 2 == 1)
+        h = self.conv_in(x, chunk)
+        for down in self.down:
+            for block in down.block:
+                h = block(h, chunk)
+            if hasattr(down, "downsample"):
+                h = down.downsample(h, chunk)
+        h = self.mid.block_1(h, chunk)
+        h = self.mid.block_2(h, chunk)
+        return self.conv_out(silu(self.norm_out(h, chunk)), chunk)
+
+
+class ContextParallelDecoder3D(nn.Module):
+    """Latent (batch, z_channels, k+1, h, w) -> video (batch, out_ch, 4k+1, 8h, 8w).
+
+    The mirror image of the encoder, with one more block a level, and norms conditioned on the latent. Of an even
+    number of latent frames none stands alone: n of them give 4n frames.
+
+    Args: those of the encoder.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        z_channels: int,
+        in_channels: int = 3,
+        out_ch: int = 3,
+        ch_mult: Sequence[int] = (1, 2, 2, 4),
+        num_res_blocks: int,
+        dropout: float = 0.0,
+        double_z: bool = True,
+        gather_norm: bool = False,
+        temporal_compress_times: int = 4,
+        attn_resolutions: Sequence[int] = (),
+        resolution: int | None = None,
+    ):
+        super().__init__()
+        _refuse_attention(attn_resolutions)
+        time_levels = _time_levels(temporal_compress_times, len(ch_mult))
+        self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
+
+        def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
+            return ResnetBlock3D(in_channels, out_channels, dropout, z_channels, gather_norm)
+
+        channels = ch * ch_mult[-1]
+        self.conv_in = CausalConv3d(z_channels, channels, 3)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = block(channels, channels)
+        self.mid.block_2 = block(channels, channels)
+
+        levels = []
+        for level, multiple in reversed(list(enumerate(ch_mult))):
+            up = nn.Module()
+            up.block = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                up.block.append(block(channels, ch * multiple))
+                channels = ch * multiple
+            if level > 0:
+                up.upsample = Upsample3D(channels, compress_time=level >= len(ch_mult) - time_levels)
+            levels.append(up)
+        self.up = nn.ModuleList(reversed(levels))  # up[i] is the level of ch_mult[i], as in the encoder
+
+        self.norm_out = SpatialNorm3D(channels, z_channels, gather_norm)
+        self.conv_out = CausalConv3d(channels, out_ch, 3)
+
+    def forward(self, z: Tensor, chunk: Chunk | None = None) -> Tensor:
+        """Decode a whole clip at once; `chunk` says otherwise."""
+        chunk = chunk or Chunk(lead=z.shape[2] % 2 == 1)
+        h = self.conv_in(z, chunk)
+        h = self.mid.block_1(h, chunk, z)
+        h = self.mid.block_2(h, chunk, z)
+        for up in reversed(self.up):
+            for block in up.block:
+                h = block(h, chunk, z)
+            if hasattr(up, "upsample"):
+                h = up.upsample(h, chunk)
+        return self.conv_out(silu(self.norm_out(h, z, chunk)), chunk)
+
+
+def _refuse_attention(attn_resolutions: Sequence[int]) -> None:
+    if len(attn_resolutions):
+        raise UserError(f"attn_resolutions: the video autoencoder has no attention, got {list(attn_resolutions)}, not []")
+
+
+def _time_levels(compress_times: int, levels: int) -> int:
+    """How many levels halve time."""
+    halvings = compress_times.bit_length() - 1
+    if compress_times != 2**halvings or halvings >= levels:
+        raise UserError(f"temporal_compress_times: {compress_times} is no power of two below 2^{levels - 1}")
+    return halvings

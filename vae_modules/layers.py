@@ -1,0 +1,233 @@
+"""The layers of the causal video autoencoder, on (batch, channel, time, height, width) in channels-last memory."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sgm.context_parallel import all_reduce_sum
+from vae_modules import winograd
+from vae_modules.clip import Chunk
+
+# ---------------------------------------------------------------- convolution
+
+
+class CausalConv3d(nn.Module):
+    """A 3D convolution that looks back in time only; before the clip's first frame it sees that frame repeated.
+
+    Zeros around in space; time, height and width keep their sizes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size)
+
+    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        weight, bias = self.conv.weight, self.conv.bias
+        time, height, width = self.conv.kernel_size
+        padding = (0, height // 2, width // 2)
+        if time == 1:
+            return _pointwise_in_time(self.conv, x)
+        before = chunk.frames_before(self, x, time - 1)
+        if before is None:
+            before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+            if x.shape[2] == 1:  # all taps see the same frame
+                return F.conv3d(x, weight.sum(2, keepdim=True), bias, padding=padding)
+        if x.shape[2] == 0:  # a rank without frames: no output, but a place in the graph for the frames it passed on
+            return F.conv3d(F.pad(before, (0, 0, 0, 0, 0, 1)), weight, bias, padding=padding)[:, :, :0]
+        if winograd.serves(x, weight):
+            return winograd.causal_conv3d(before, x, weight, bias)
+        return F.conv3d(torch.cat([before, x], dim=2), weight, bias, padding=padding)
+
+
+# ---------------------------------------------------------------- normalization
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization over space and time; with `gather_norm` over all ranks' frames, else over this rank's."""
+
+    def __init__(self, channels: int, gather_norm: bool = False, groups: int = 32, eps: float = 1e-6):
+        super().__init__(groups, channels, eps)
+        self.gather_norm = gather_norm
+
+    def coefficients(self, x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The float32 scale and shift, each (batch, channel, 1, 1, 1), that normalize `x`: x * scale + shift."""
+        gather = self.gather_norm if chunk.gather_norm is None else chunk.gather_norm
+        mean, variance = _group_moments(x, self.num_groups, chunk.group if gather else None)
+        scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(self.num_channels // self.num_groups, 1)
+        shift = self.bias - scale * mean.repeat_interleave(self.num_channels // self.num_groups, 1)
+        return scale.float()[:, :, None, None, None], shift.float()[:, :, None, None, None]
+
+    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        scale, shift = self.coefficients(x, chunk)
+        return _scale_and_shift(x, scale, shift, lead=False)
+
+
+class SpatialNorm3D(nn.Module):
+    """Group normalization, scaled and shifted by maps of the latent: GroupNorm(f) * conv_y(z) + conv_b(z).
+
+    Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation", eq. 4.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, gather_norm: bool = False):
+        super().__init__()
+        self.norm_layer = GroupNorm(channels, gather_norm)
+        self.conv_y = CausalConv3d(latent_channels, channels, 1)
+        self.conv_b = CausalConv3d(latent_channels, channels, 1)
+
+    def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
+        """f (batch, channel, T, H, W) with the latent z (batch, latent_channel, t, h, w) of the same frames."""
+        scale, shift = self.norm_layer.coefficients(f, chunk)
+        # Pointwise maps commute with nearest resizing, so everything but one multiply-add is done at z's resolution.
+        y, b = self.conv_y(z, chunk), self.conv_b(z, chunk)
+        return _scale_and_shift(f, scale * y, shift * y + b, chunk.lead)
+
+
+def _group_moments(x: Tensor, groups: int, ranks: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group of channels of `x` over space and time (and `ranks`), (batch, groups), float64.
+
+    Sums run along one row of a frame in float32 and from there on in float64, so a clip of any size is summed to
+    full precision.
+    """
+    rows = x.permute(0, 2, 3, 4, 1)  # b t h w c: contiguous in channels-last memory
+    row_sum = rows.sum(3, dtype=torch.float32)
+    row_square = torch.linalg.vector_norm(rows, dim=3, dtype=torch.float32)
+    sums = torch.stack([row_sum.double().sum((1, 2)), row_square.double().square().sum((1, 2))])  # 2 b c
+    sums = sums.unflatten(2, (groups, -1)).sum(3)
+    count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // groups].numel())
+    total, square, count = all_reduce_sum(torch.cat([sums, count]), ranks)
+    mean = total / count
+    return mean, (square / count - mean.square()).clamp_min(0)
+
+
+def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tensor:
+    """x * scale + shift, the maps resized to `x` by nearest neighbour: space, and time with the first frame apart.
+
+    `x` (batch, channel, T, H, W); `scale` and `shift` (batch, channel, t, h, w) where each size divides that of `x`,
+    after the leading frame is taken off both if there is one. Computed in the wider type, returned in that of `x`.
+    """
+    if x.shape[2] == 0:
+        return x + (scale.sum() + shift.sum()).to(x.dtype)  # empty, but the graph goes on through the statistics
+    sections = [slice(0, 1), slice(1, None)] if lead and x.shape[2] > 1 else [slice(None)]
+    if torch.is_grad_enabled():
+        parts = [_blockwise(x[:, :, s], scale[:, :, s], shift[:, :, s]).to(x.dtype) for s in sections]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    out = torch.empty_like(x)
+    for s in sections:
+        _blockwise(x[:, :, s], scale[:, :, s], shift[:, :, s], out=out[:, :, s])
+    return out
+
+
+def _blockwise(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """x * scale + shift where each element of the maps holds for a block of `x`, without ever resizing them."""
+    time, height, width = scale.shape[2:]
+
+    def blocks(full: Tensor) -> Tensor:  # b c (t k) (h p) (w q) -> b c t k h p w q
+        return full.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (time, -1))
+
+    def one_each(small: Tensor) -> Tensor:  # b c t h w -> b c t 1 h 1 w 1
+        return small[:, :, :, None, :, None, :, None]
+
+    if out is not None:
+        return torch.addcmul(one_each(shift), blocks(x), one_each(scale), out=blocks(out))
+    return torch.addcmul(one_each(shift), blocks(x), one_each(scale)).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a temporary tensor, which it overwrites when no gradient is wanted."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+# ---------------------------------------------------------------- blocks
+
+
+class ResnetBlock3D(nn.Module):
+    """Two rounds of norm, SiLU and causal convolution, beside a shortcut. Conditioned on the latent in a decoder."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        latent_channels: int | None = None,
+        gather_norm: bool = False,
+    ):
+        super().__init__()
+
+        def norm(channels: int) -> nn.Module:
+            if latent_channels is None:
+                return GroupNorm(channels, gather_norm)
+            return SpatialNorm3D(channels, latent_channels, gather_norm)
+
+        self.norm1 = norm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, 3)
+        self.norm2 = norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(out_channels, out_channels, 3)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None) -> Tensor:
+        condition = () if z is None else (z,)
+        h = self.conv1(silu(self.norm1(x, *condition, chunk)), chunk)
+        h = self.conv2(self.dropout(silu(self.norm2(h, *condition, chunk))), chunk)
+        if hasattr(self, "nin_shortcut"):
+            x = _pointwise_in_time(self.nin_shortcut, x)
+        return x + h if torch.is_grad_enabled() else h.add_(x)
+
+
+class Downsample3D(nn.Module):
+    """Halve height and width by a strided convolution, and time, where asked, by averaging pairs of frames."""
+
+    def __init__(self, channels: int, compress_time: bool):
+        super().__init__()
+        self.compress_time = compress_time
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        if self.compress_time:
+            lead = int(chunk.lead)
+            pairs = 0.5 * (x[:, :, lead::2] + x[:, :, lead + 1 :: 2])
+            x = torch.cat([x[:, :, :1], pairs], dim=2) if lead else pairs
+        return _framewise(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
+
+
+class Upsample3D(nn.Module):
+    """Double height and width, and time where asked, by nearest neighbour, then convolve each frame."""
+
+    def __init__(self, channels: int, compress_time: bool):
+        super().__init__()
+        self.compress_time = compress_time
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3)
+
+    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        # A 3x3 kernel meets only 2x2 different pixels of a doubled image. Adding up the taps that meet the same pixel
+        # makes it a transposed convolution of the small image, with 4 instead of 9 products a pixel.
+        kernel = _overlapping_sums(_overlapping_sums(self.conv.weight, dim=2), dim=3).transpose(0, 1).flip(2, 3)
+        x = _framewise(lambda frames: F.conv_transpose2d(frames, kernel, self.conv.bias, stride=2, padding=1), x)
+        if self.compress_time:  # after the convolution, which would only repeat itself
+            first, rest = x[:, :, : int(chunk.lead)], x[:, :, int(chunk.lead) :]
+            doubled = rest.unsqueeze(3).expand(-1, -1, -1, 2, -1, -1).flatten(2, 3)
+            x = torch.cat([first, doubled], dim=2)
+        return x
+
+
+def _overlapping_sums(kernel: Tensor, dim: int) -> Tensor:
+    """The taps (a, b, c) along `dim` -> (a, a + b, b + c, c): what a doubled row makes of them."""
+    before = torch.cat([kernel, kernel.narrow(dim, 0, 1) * 0], dim)
+    return before + before.roll(1, dim)
+
+
+def _pointwise_in_time(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """Apply a convolution that is one frame long; unlike a 3D convolution this also takes no frames at all."""
+    padding = [size // 2 for size in conv.kernel_size[1:]]
+    return _framewise(lambda frames: F.conv2d(frames, conv.weight[:, :, 0], conv.bias, padding=padding), x)
+
+
+def _framewise(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an image operation to every frame of `x`."""
+    batch, time = x.shape[0], x.shape[2]
+    y = operation(x.transpose(1, 2).flatten(0, 1))  # b c t h w -> (b t) c h w
+    return y.unflatten(0, (batch, time)).transpose(1, 2)

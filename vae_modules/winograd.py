@@ -1,0 +1,51 @@
+"""Causal 3x3x3 convolution with two thirds of the multiplications, for float32 inference on a CPU.
+
+Winograd's minimal filtering F(2, 3) along time (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks",
+section 4.1): two output frames of a three-tap filter take four products of frames, here four 2D convolutions,
+instead of six. On a GPU and in half precision a plain 3D convolution is faster, or more exact.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `causal_conv3d` applies to this input and is worth it."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and weight.shape[2:] == (3, 3, 3)
+        and min(weight.shape[:2]) >= 16  # else the additions outweigh the products that are saved
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def causal_conv3d(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve `x` (batch, channel, time, height, width), preceded by two frames `before`, with a 3x3x3 `weight`.
+
+    Zeros around in space. Returns (batch, weight.shape[0], time, height, width).
+    """
+    batch, _, time, height, width = x.shape
+    frames = [*before.unbind(2), *x.unbind(2)]
+    y = torch.empty((batch, len(weight), time, height, width), memory_format=torch.channels_last_3d)
+
+    g0, g1, g2 = weight.unbind(2)
+    outer, middle = (g0 + g2) / 2, g1 / 2
+    plus, minus = outer + middle, outer - middle
+    mixed = torch.empty_like(frames[-1])
+    for t in range(0, time - 1, 2):
+        d0, d1, d2, d3 = frames[t : t + 4]
+        even, odd = y[:, :, t], y[:, :, t + 1]
+        m1 = F.conv2d(torch.add(d1, d2, out=mixed), plus, bias, padding=1)
+        m2 = F.conv2d(torch.sub(d2, d1, out=mixed), minus, padding=1)
+        torch.add(m1, m2, out=even)
+        torch.sub(m1, m2, out=odd)
+        del m1, m2
+        even += F.conv2d(torch.sub(d0, d2, out=mixed), g0, padding=1)
+        odd -= F.conv2d(torch.sub(d1, d3, out=mixed), g2, padding=1)
+    if time % 2:
+        last = torch.stack(frames[-3:], dim=2)
+        y[:, :, -1:] = F.conv3d(last, weight, bias, padding=(0, 1, 1))
+    return y
