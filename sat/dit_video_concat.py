@@ -21,7 +21,7 @@ from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from position_tables import Grid, leading_corner, rotary_angles, rotary_table, sincos_3d
+from position_tables import Grid, leading_corner, rotary_angles, sincos_3d
 from process_groups import initialize_process_groups
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import timestep_embedding
@@ -119,7 +119,7 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         text, video = self.pos_embedding[:, :text_length], self.pos_embedding[:, self.text_length :]
         return torch.cat((text, leading_corner(video, self.grid, grid)), dim=1)
 
-    def rotary(self, grid: Grid, dtype: torch.dtype) -> None:
+    def rotary(self, grid: Grid, like: Tensor) -> None:
         return None
 
 
@@ -156,10 +156,10 @@ class Rotary3DPositionEmbeddingMixin(BaseMixin):
         super().__init__()
         self.grid: Grid = (compressed_num_frames, height, width)
         self.text_length = text_length
-        self.axes = rotary_angles(hidden_size_head, self.grid, theta)
+        self.head_dim, self.theta = hidden_size_head, theta
         self.store_tables = store_tables
         if store_tables:
-            angles = rotary_table(self.axes, self.grid)
+            angles = rotary_angles(hidden_size_head, self.grid, theta)
             self.register_buffer("freqs_sin", angles.sin())
             self.register_buffer("freqs_cos", angles.cos())
         self.pos_embedding = None
@@ -175,12 +175,14 @@ class Rotary3DPositionEmbeddingMixin(BaseMixin):
         text, video = self.pos_embedding[:, :text_length], self.pos_embedding[:, self.text_length :]
         return torch.cat((text, leading_corner(video, self.grid, grid)), dim=1)
 
-    def rotary(self, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (v, head_dim) of the leading corner of size `grid`."""
+    def rotary(self, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (v, head_dim) of the leading corner of size `grid`, in the dtype of `like`."""
         if self.store_tables:
-            return tuple(leading_corner(table, self.grid, grid).to(dtype) for table in (self.freqs_cos, self.freqs_sin))
-        angles = rotary_table(self.axes, grid)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+            return tuple(
+                leading_corner(table, self.grid, grid).to(like.dtype) for table in (self.freqs_cos, self.freqs_sin)
+            )
+        angles = rotary_angles(self.head_dim, grid, self.theta, like.device)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
     @non_conflict
     def attention_fn(self, q, k, v, mask, dropout=None, *, rotary, old_impl=None, **kwargs):
@@ -483,7 +485,7 @@ class DiffusionTransformer(BaseModel):
             "emb": self.embed_condition(timesteps, ofs),
             "grid": grid,
             "text_length": text_length,
-            "rotary": self.mixins["pos_embed"].rotary(grid, x.dtype),
+            "rotary": self.mixins["pos_embed"].rotary(grid, x),
             **kwargs,
         }
         hidden = self.hooks["word_embedding_forward"](None, images=x, encoder_outputs=context, **arguments)

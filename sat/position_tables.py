@@ -46,27 +46,25 @@ def sincos_3d(
     return torch.from_numpy(table.astype(np.float32))
 
 
-def rotary_angles(head_dim: int, grid: Grid, theta: float = 10000.0) -> list[Tensor]:
-    """Rotation angles of each axis, float32: (frames, ¼ head_dim), (height, ⅜ head_dim), (width, ⅜ head_dim).
+def rotary_angles(
+    head_dim: int, grid: Grid, theta: float = 10000.0, device: torch.device | str | None = None
+) -> Tensor:
+    """Rotation angle of every feature of every patch, float32 (frames·height·width, head_dim).
 
-    Both members of a pair carry the same angle (RoFormer, arXiv:2104.09864, in its interleaved form).
+    A quarter of the features turns with time, three eighths each with height and width. Both members of a pair carry
+    the same angle (RoFormer, arXiv:2104.09864, in its interleaved form).
     """
     axes = []
     for size, dim in zip(grid, (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8), strict=True):
-        frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float32) / dim)
-        angles = np.arange(size, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
-        axes.append(torch.from_numpy(np.repeat(angles, 2, axis=1)))
-    return axes
-
-
-def rotary_table(axes: list[Tensor], grid: Grid) -> Tensor:
-    """Angles of every patch in the leading corner of size `grid`, (frames·height·width, head_dim)."""
+        frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+        positions = torch.arange(size, dtype=torch.float32, device=device)
+        axes.append((positions[:, None] * frequencies).repeat_interleave(2, dim=1))
     (frames, height, width), (time, rows, columns) = grid, axes
     return torch.cat(
         [
-            repeat(time[:frames], "t d -> (t h w) d", h=height, w=width),
-            repeat(rows[:height], "h d -> (t h w) d", t=frames, w=width),
-            repeat(columns[:width], "w d -> (t h w) d", t=frames, h=height),
+            repeat(time, "t d -> (t h w) d", h=height, w=width),
+            repeat(rows, "h d -> (t h w) d", t=frames, w=width),
+            repeat(columns, "w d -> (t h w) d", t=frames, h=height),
         ],
         dim=1,
     )

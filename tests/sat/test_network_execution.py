@@ -1,0 +1,115 @@
+"""How the network runs: fused attention without a mask, nothing read back to the host, one graph for the compiler."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from network_weights import allocate_on_meta
+from seeded import seed_module_, seeded_input
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.util import instantiate_from_config
+from support import Reference
+
+FAMILIES = ["t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15"]
+
+
+def network_and_inputs(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    case = Reference(f"dit/{name}").case
+    network = seed_module_(instantiate_from_config(case["network_config"])).eval()
+    b, t, _, h, w = case["latent"]
+    inputs = {
+        "x": seeded_input("x", (b, t, network.in_channels, h, w)),
+        "timesteps": torch.tensor(case["timesteps"]),
+        "context": seeded_input("context", case["context"]),
+    }
+    if case["ofs"] is not None:
+        inputs["ofs"] = torch.tensor(case["ofs"])
+    return network, inputs
+
+
+@torch.no_grad()
+def test_attention_takes_the_fused_kernel():
+    network, inputs = network_and_inputs("t2v_5b")
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        network(**inputs)
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert calls[fused] == network.num_layers
+    assert "aten::_scaled_dot_product_attention_math" not in calls and "aten::softmax" not in calls
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_nothing_is_read_back_to_the_host(name):
+    """Tensors without values: reading one, or branching on one, raises."""
+    network, inputs = network_and_inputs(name)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.to("cuda")
+        output = network(**{key: value.to("cuda") for key, value in inputs.items()})
+        assert output.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_compiler_sees_one_graph(name):
+    """Without graph breaks and, from step to step, without recompilation."""
+    network, inputs = network_and_inputs(name)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shift in range(3):
+            inputs["timesteps"] = inputs["timesteps"] + shift
+            assert torch.equal(compiled(**inputs), network(**inputs))
+
+
+@torch.no_grad()
+def test_compile_model_changes_neither_numbers_nor_names():
+    network, inputs = network_and_inputs("t2v_2b")
+    names = OpenAIWrapper(network).state_dict().keys()
+    expected = network(**inputs)
+    wrapper = OpenAIWrapper(network, compile_model=True)
+    assert wrapper.state_dict().keys() == names
+    output = wrapper(inputs["x"], inputs["timesteps"], {"crossattn": inputs["context"]})
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        network, inputs = network_and_inputs("t2v_5b")
+        network.train()
+        network.transformer.checkpoint_activations = checkpointing
+        network(**inputs).square().sum().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_clips_that_do_not_fit_are_refused():
+    config = Reference("dit/t2v_15").case["network_config"]
+    with allocate_on_meta():
+        network = instantiate_from_config(config)
+    assert network.patch_grid(torch.empty(1, 4, 16, 8, 12)) == (2, 4, 6)
+    with pytest.raises(UserError, match="do not divide into patches"):
+        network.patch_grid(torch.empty(1, 3, 16, 8, 12))
+    with pytest.raises(UserError, match=r"exceed this model's \(8, 8, 12\)"):
+        network.patch_grid(torch.empty(1, 4, 16, 8, 14))
+
+
+@torch.no_grad()
+def test_a_smaller_clip_takes_the_leading_corner_of_the_positions():
+    """Fewer frames and a smaller frame: the rotary and sin-cos tables are cut, not squeezed."""
+    for name in ("t2v_2b", "t2v_5b"):
+        mixin = instantiate_from_config(Reference(f"dit/{name}").case["network_config"]).mixins["pos_embed"]
+        grid = (2, 3, 5)
+        t, h, w = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+        rows = ((t * mixin.grid[1] + h) * mixin.grid[2] + w).flatten()
+        if name == "t2v_5b":
+            cos, _ = mixin.rotary(grid, torch.empty(0))
+            assert torch.equal(cos, mixin.freqs_cos[rows])
+        else:
+            table = mixin.position_embedding_forward(None, grid=grid, text_length=mixin.text_length)
+            assert torch.equal(table[0, mixin.text_length :], mixin.pos_embedding[0, mixin.text_length + rows])
+            assert not table[0, : mixin.text_length].any()
