@@ -6,6 +6,7 @@ section of a configuration file; the command line wins. Nothing here imports PyT
 
 import argparse
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -13,7 +14,11 @@ from types import UnionType
 from typing import Any
 
 from config_files import load_configs
+from model_limits import SPACE_FACTOR
 from sgm.errors import UserError
+
+MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "whole numbers"}
 
 
 def argument(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -21,6 +26,12 @@ def argument(default: Any, help: str, choices: Sequence[str] | None = None) -> A
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+_INPUT_FILE_HELP = (
+    "prompts: .txt, one a line (`prompt@@image` for image-to-video), or .jsonl, one object a line with prompt and "
+    "optionally negative_prompt, image, seed, num_frames (latent frames) and size ([height, width])"
+)
 
 
 @dataclass
@@ -36,7 +47,7 @@ class SamplingArguments:
     # Prompts
     mode: str = argument("inference", "what the command is for", choices=("inference",))
     input_type: str = argument("txt", "where prompts come from: a file or the keyboard", choices=("txt", "cli"))
-    input_file: str | None = argument(None, "prompts, one a line (.txt; `prompt@@image` for image-to-video) or .jsonl")
+    input_file: str | None = argument(None, _INPUT_FILE_HELP)
     image2video: bool = argument(False, "start from an image given with each prompt")
     negative_prompt: str = argument("", "what guidance steers away from; a .jsonl line may have its own")
     seed: int = argument(1234, "seed of the run; every prompt's noise depends on it and on the prompt's index")
@@ -86,13 +97,12 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
     given = vars(known)
     if "base" not in given:
         raise UserError("--base is missing: name the model's configuration, then configs/inference.yaml")
-    config = load_configs(given.pop("base"))
+    config = load_configs(given.pop("base"), used=("model",))
     values = {**check_section(config.get("args") or {}), **given}
     for dtype, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if given.get(dtype) and other not in given:  # a flag replaces the dtype of the file
             values[other] = False
-    if "network_config" not in (config.get("model") or {}):
-        raise UserError("the configuration has no model.network_config: name a model's file too, as in --help")
+    check_model_section(config.get("model"))
     args = SamplingArguments(**values, model_config=config["model"])
     check_values(args)
     return args
@@ -144,25 +154,35 @@ def nearest(name: str, prefix: str = "") -> str:
     return f"; did you mean {prefix}{matches[0]}?" if matches else "; --help lists them all"
 
 
-def check_section(section: Mapping[str, Any]) -> dict[str, Any]:
+def check_model_section(section: Any) -> None:
+    """Raises UserError unless the `model:` section describes all parts that sampling needs."""
+    for part in MODEL_PARTS:
+        if not isinstance(section, dict) or not isinstance(section.get(part), dict):
+            raise UserError(f"the configuration has no model.{part}: name a model's file too, as in --help")
+
+
+def check_section(section: Any) -> dict[str, Any]:
     """The `args:` section, with its keys known and its values of the right type."""
+    if not isinstance(section, Mapping):
+        raise UserError(f"args is {section!r}; expected keys and values")
     known, values = argument_fields(), {}
     for name, value in section.items():
         if name not in known:
             raise UserError(f"args: unknown key '{name}'{nearest(name)}")
         kind = value_type(known[name])
-        if isinstance(value, int) and kind is float:
+        if type(value) is int and kind is float:
             value = float(value)
         if kind is int and isinstance(value, list) and len(value) == 1:
             value = value[0]  # `batch_size: [1]`, as older files have it
-        fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-        if value is not None and not fits:
-            raise UserError(f"args: {name} is {value!r}; expected {kind.__name__}")
+        if value is None:
+            continue  # as if it were not there
+        fits = type(value) is kind and (kind is not list or all(type(item) is int for item in value))
+        if not fits:
+            raise UserError(f"args: {name} is {value!r}; expected {TYPE_NAMES[kind]}")
         choices = known[name].metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"args: {name} is '{value}'; it can be {', '.join(choices)}")
-        if value is not None or known[name].default is None:
-            values[name] = value
+        values[name] = value
     return values
 
 
@@ -174,10 +194,17 @@ def check_values(args: SamplingArguments) -> None:
         raise UserError("overwrite and skip_existing exclude each other")
     if len(args.sampling_image_size) != 2:
         raise UserError(f"sampling_image_size is {args.sampling_image_size}; expected height and width")
-    for name in ("batch_size", "sampling_fps", "sampling_num_frames", "model_parallel_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"seed is {args.seed}; it must not be negative")
+    for name in ("batch_size", "sampling_fps", "sampling_num_frames", "sampling_num_steps", "model_parallel_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if args.vae_tile_size is not None and (args.vae_tile_size < 1 or args.vae_tile_size % SPACE_FACTOR):
+        raise UserError(f"vae_tile_size is {args.vae_tile_size}; it must be a positive multiple of {SPACE_FACTOR}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"seed is {args.seed}; it can be from 0 to 2^63 - 1")
+    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise UserError(f"device is '{args.device}'; it can be cpu, cuda or cuda:N")
+    if not args.load and not args.force_inference:
+        raise UserError("load is missing: name the checkpoint of the network")
     if args.input_type == "txt" and not args.input_file:
         raise UserError("input_file is missing: give --input_file, or --input_type cli to type prompts")

@@ -21,13 +21,17 @@ PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir")
 SECTIONS = ("args", "model", "deepspeed", "data")
 
 
-def load_configs(paths: Sequence[str | Path]) -> dict[str, Any]:
+def load_configs(paths: Sequence[str | Path], used: Sequence[str] = SECTIONS) -> dict[str, Any]:
     """The merged content of configuration files, later ones overriding earlier ones.
 
     A file may start from others: `include: other.yaml`, or a list, relative to itself.
 
+    Args:
+        used: the sections whose targets must import.
+
     Raises:
-        UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve.
+        UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve; a
+            target does not import.
     """
     files = [file for path in paths for file in _with_includes(Path(path), ())]
     try:
@@ -36,7 +40,7 @@ def load_configs(paths: Sequence[str | Path]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         names = ", ".join(str(path) for path in paths)
         raise UserError(f"{names}: cannot merge: {str(error).splitlines()[0]}") from error
-    for key, target in iterate_targets(config):
+    for key, target in iterate_targets({section: config.get(section) for section in used}):
         if problem := why_target_fails(target):
             where = next((path for path, content in reversed(files) if _get(content, key) == target), paths[-1])
             raise UserError(f"{where}: {key}: {target}: {problem}")
@@ -85,7 +89,7 @@ def _iterate_paths(node: Any, key: str = "") -> Iterator[tuple[str, str | None]]
         path = f"{key}{name}"
         if isinstance(child, dict | list):
             yield from _iterate_paths(child, f"{path}.")
-        elif name in PATH_KEYS:
+        elif name in PATH_KEYS and not (isinstance(node, dict) and node.get("cache_dir")):  # else a name on a hub
             yield path, child
 
 

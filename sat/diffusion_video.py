@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from network_weights import allocate_on_meta, load_network
+from process_groups import parallel_groups
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import get_obj_from_str, instantiate_from_config
@@ -124,6 +125,8 @@ class SATVideoDiffusionEngine(nn.Module):
             )
         else:
             network = instantiate_from_config(config, **overrides).to(device=device, dtype=self.dtype)
+        if self.loss_fn is not None:  # building the network has set up the groups
+            self.loss_fn.set_parallel_groups(*parallel_groups())
         lora_scale = getattr(self.args, "lora_scale", None)
         if lora_scale is not None:
             set_lora_scale(network, lora_scale)

@@ -21,15 +21,29 @@ class ModelLimits:
 
     @classmethod
     def from_config(cls, model_config: Mapping[str, Any]) -> "ModelLimits":
-        params = model_config["network_config"]["params"]
-        size = params["patch_size"]
-        patch = (1, size, size) if isinstance(size, int) else tuple(size)
-        table_frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
+        """Read the limits from the `model:` section of a configuration.
+
+        Raises:
+            UserError: a number that they follow from is missing or is none.
+        """
+        params = (model_config.get("network_config") or {}).get("params")
+        if not isinstance(params, Mapping):
+            raise UserError("model.network_config.params is missing")
+
+        def number(name: str) -> int:
+            return _positive(params.get(name), name)
+
+        size = params.get("patch_size")
+        if isinstance(size, list) and len(size) == 3:
+            patch = tuple(_positive(side, "patch_size") for side in size)
+        else:
+            patch = (1, number("patch_size"), number("patch_size"))
+        table_frames = (number("num_frames") - 1) // number("time_compressed_rate") + 1
         return cls(
             patch=patch,
-            largest=(table_frames * patch[0], params["latent_height"], params["latent_width"]),
-            in_channels=params["in_channels"],
-            latent_channels=params["out_channels"],
+            largest=(table_frames * patch[0], number("latent_height"), number("latent_width")),
+            in_channels=number("in_channels"),
+            latent_channels=number("out_channels"),
         )
 
     @property
@@ -68,6 +82,12 @@ class ModelLimits:
             raise UserError("this is an image-to-video model: set image2video: true and give prompts as prompt@@image")
         if latent_channels != self.latent_channels:
             raise UserError(f"latent_channels is {latent_channels}; this model has {self.latent_channels}")
+
+
+def _positive(value: Any, name: str) -> int:
+    if type(value) is not int or value < 1:
+        raise UserError(f"model.network_config.params.{name} is {value!r}; expected a positive whole number")
+    return value
 
 
 def video_frames(latent_frames: int) -> int:

@@ -45,6 +45,12 @@ def initialize_process_groups(model_parallel_size: int = 1) -> None:
     mpu.initialize_model_parallel(model_parallel_size)
 
 
+def parallel_groups() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The model-parallel and the data-parallel group of this process; None for a group of one."""
+    groups = mpu.get_model_parallel_group(), mpu.get_data_parallel_group()
+    return tuple(group if dist.get_world_size(group) > 1 else None for group in groups)
+
+
 def destroy_process_groups() -> None:
     """The opposite of `initialize_process_groups`; nothing where there are no groups."""
     mpu.destroy_model_parallel()

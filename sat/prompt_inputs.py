@@ -1,10 +1,10 @@
-"""The prompts to sample: read from a file or typed in, shared out over processes, each with its own seed."""
+"""The prompts to sample: read from a file or typed in, each with its own seed."""
 
 import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,13 +205,8 @@ def _ask(question: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared out, with a seed each
+# A seed each
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def prompts_of_rank(requests: Sequence[PromptRequest], rank: int, world_size: int) -> list[PromptRequest]:
-    """The prompts that process `rank` of `world_size` samples: every `world_size`-th, so that lengths differ by one."""
-    return list(requests[rank::world_size])
 
 
 def request_seed(base_seed: int, request: PromptRequest) -> int:

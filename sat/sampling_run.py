@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +12,19 @@ from einops import rearrange
 from sat import mpu
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import SamplingArguments
 from diffusion_video import SATVideoDiffusionEngine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
 from model_limits import SPACE_FACTOR, video_frames
-from process_groups import initialize_process_groups
-from prompt_inputs import PromptRequest, derive_seed, prompts_of_rank, request_seed, typed_prompts
+from network_weights import checkpoint_file
+from process_groups import destroy_process_groups, initialize_process_groups
+from prompt_inputs import PromptRequest, typed_prompts
+from sampling_plan import PlannedVideo, plan_videos
 from sgm.errors import UserError
-from video_output import VideoWriter, decide_existing, output_path, save_latents
+from video_output import VideoWriter, save_latents
 
 logger = logging.getLogger("sample_video")
 
@@ -33,14 +35,9 @@ STAGE_GROUP = 8
 
 @dataclass
 class Job:
-    """One video on its way: what was asked, where it goes, and what the stages have made of it so far."""
+    """A planned video on its way, with what the stages have made of it so far."""
 
-    request: PromptRequest
-    path: Path
-    seed: int
-    frames: int  # latent
-    size: tuple[int, int]  # pixels
-
+    video: PlannedVideo
     cond: Tensor | None = None
     uncond: Tensor | None = None
     image_latent: Tensor | None = None
@@ -69,33 +66,56 @@ class Stages:
             engine.build(part)
 
 
-def run(args: SamplingArguments, requests: list[PromptRequest] | None) -> int:
-    """Sample the given prompts, or typed ones for None; the exit code.
+def run(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
+    """Make the planned videos, shared out over processes, or those of typed prompts for None; the exit code.
 
     Raises:
-        UserError: the device, a checkpoint or an existing output stands in the way of the whole run.
+        UserError: the device or a checkpoint stands in the way of the whole run.
     """
     initialize_process_groups(args.model_parallel_size)
+    try:
+        failed = sample_all(args, videos)
+        return 1 if total_over_processes(failed) else 0
+    except Exception:
+        # The others finish their videos first; but those that share a network with this process wait for it inside the
+        # network, until the launcher sees it gone and ends them.
+        if args.model_parallel_size == 1:
+            total_over_processes(1)
+        raise
+    finally:
+        destroy_process_groups()
+
+
+def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
+    """Make this process's videos; the number of them that failed."""
+    for path in filter(None, (args.load, args.lora_load)):  # before minutes go into the text encoder
+        checkpoint_file(path, mpu.get_model_parallel_rank(), args.model_parallel_size)
     engine = SATVideoDiffusionEngine(args, parts=(), device=choose_device(args.device))
     engine.sampler.verbose = False  # one bar for the whole run instead
+    steps = args.sampling_num_steps or engine.sampler.num_steps
+    if steps is None:
+        raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
+    engine.sampler.schedule(steps)  # raises if there are not that many
     stages = Stages(engine, args.offload)
-    failed = 0
-    if requests is None:
-        for request in typed_prompts(args.image2video):
-            failed += sample_jobs(stages, list(plan([request], args)), args, keep_conditioner=True)
-    else:
-        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        own = prompts_of_rank(requests, replica, replicas)
-        failed = sample_jobs(stages, list(plan(own, args)), args, keep_conditioner=False)
-    return 1 if total_over_processes(failed) else 0
+    if videos is None:
+        return sum(sample_typed(stages, request, args) for request in typed_prompts(args.image2video))
+    own = videos[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+    return sample_videos(stages, own, args, keep_conditioner=False)
+
+
+def sample_typed(stages: Stages, request: PromptRequest, args: SamplingArguments) -> int:
+    """Make the videos of one typed prompt; the number of them that failed."""
+    try:
+        videos = plan_videos([request], args)
+    except UserError as error:  # an output exists; the next prompt may do
+        logger.error("%s", error)
+        return args.batch_size
+    return sample_videos(stages, videos, args, keep_conditioner=True)
 
 
 def choose_device(name: str | None) -> torch.device:
     """The named device, or this process's GPU, or the CPU where there is none."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"device '{name}' is not known; use cpu, cuda or cuda:N") from error
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device is cuda, but PyTorch finds no GPU; use --device cpu")
@@ -106,30 +126,13 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def plan(requests: Iterable[PromptRequest], args: SamplingArguments) -> Iterator[Job]:
-    """A job for every video that is to be made."""
-    for request in requests:
-        for sample in range(args.batch_size):
-            path = output_path(args.output_dir, request.index, request.text, sample)
-            if args.only_save_latents:
-                path = path.with_suffix(".safetensors")
-            if not decide_existing(path, args.overwrite, args.skip_existing):
-                logger.info("skipped, it exists: %s", path)
-                continue
-            yield Job(
-                request,
-                path,
-                seed=derive_seed(request_seed(args.seed, request), sample),
-                frames=request.num_frames or args.sampling_num_frames,
-                size=tuple(request.size or args.sampling_image_size),
-            )
-
-
-def sample_jobs(stages: Stages, jobs: list[Job], args: SamplingArguments, keep_conditioner: bool) -> int:
-    """Take jobs through the stages; the number of them that failed."""
-    engine = stages.engine
-    if not jobs:
+def sample_videos(
+    stages: Stages, videos: Sequence[PlannedVideo], args: SamplingArguments, keep_conditioner: bool
+) -> int:
+    """Take videos through the stages; the number of them that failed."""
+    if not videos:
         return 0
+    engine, jobs = stages.engine, [Job(video) for video in videos]
     stages.use("conditioner")
     attempt_each(jobs, lambda job: encode_text(engine, job, args.negative_prompt))
     if not keep_conditioner:
@@ -137,26 +140,33 @@ def sample_jobs(stages: Stages, jobs: list[Job], args: SamplingArguments, keep_c
     if args.image2video:
         stages.use("first_stage_model")
         attempt_each(jobs, lambda job: encode_image(engine, job))
-
+    pending = [job for job in jobs if job.failure is None]
     steps = args.sampling_num_steps or engine.sampler.num_steps
-    writes = mpu.get_model_parallel_rank() == 0
-    group_size = 1 if stages.offload == "none" else STAGE_GROUP
-    with tqdm(total=len(jobs) * steps, desc="sampling", unit="step", disable=dist.get_rank() != 0) as bar:
-        pending = [job for job in jobs if job.failure is None]
-        for group in (pending[i : i + group_size] for i in range(0, len(pending), group_size)):
-            stages.use("model")
-            attempt_each(group, lambda job: sample_latents(engine, job, args, lambda done, total: bar.update()))
-            if writes and args.only_save_latents:
-                attempt_each(group, lambda job: save_latents(job.path, job.latents))
-            elif writes:
-                stages.use("first_stage_model")
-                engine.first_stage_model.tile_size = args.vae_tile_size
-                attempt_each(group, lambda job: write_video(engine, job, args.sampling_fps))
-            for job in group:
-                job.latents = None
-                if writes and job.failure is None:
-                    logger.info("wrote %s", job.path)
+    bar = tqdm(total=len(pending) * steps, desc="sampling", unit="step", disable=dist.get_rank() != 0)
+    with bar, logging_redirect_tqdm():
+        group_size = 1 if stages.offload == "none" else STAGE_GROUP
+        for start in range(0, len(pending), group_size):
+            sample_group(stages, pending[start : start + group_size], args, bar)
     return sum(job.failure is not None for job in jobs)
+
+
+def sample_group(stages: Stages, jobs: list[Job], args: SamplingArguments, bar: tqdm) -> None:
+    """From embeddings to files."""
+    engine = stages.engine
+    stages.use("model")
+    attempt_each(jobs, lambda job: sample_latents(engine, job, args, lambda done, steps: bar.update()))
+    if mpu.get_model_parallel_rank() != 0:
+        return  # the first process of a model-parallel group writes
+    if args.only_save_latents:
+        attempt_each(jobs, lambda job: save_latents(job.video.path, job.latents))
+    else:
+        stages.use("first_stage_model")
+        engine.first_stage_model.tile_size = args.vae_tile_size
+        attempt_each(jobs, lambda job: write_video(engine, job, args.sampling_fps))
+    for job in jobs:
+        job.latents = None
+        if job.failure is None:
+            logger.info("wrote %s", job.video.path)
 
 
 def attempt_each(jobs: Iterable[Job], stage: Callable[[Job], Any]) -> None:
@@ -168,7 +178,8 @@ def attempt_each(jobs: Iterable[Job], stage: Callable[[Job], Any]) -> None:
             stage(job)
         except Exception as error:
             job.failure = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.error("failed: prompt %d ('%.60s'): %s", job.request.index + 1, job.request.text, job.failure)
+            request = job.video.request
+            logger.error("failed: prompt %d ('%.60s'): %s", request.index + 1, request.text, job.failure)
             logger.debug("where it failed:", exc_info=error)
 
 
@@ -179,9 +190,9 @@ def attempt_each(jobs: Iterable[Job], stage: Callable[[Job], Any]) -> None:
 def encode_text(engine: SATVideoDiffusionEngine, job: Job, negative_prompt: str) -> None:
     """Sets `cond` and `uncond` (1, tokens, features). Without a negative prompt the unconditional states are zeros, as
     in training, where a dropped caption leaves zeros."""
-    negative = job.request.negative_prompt or negative_prompt
+    negative = job.video.request.negative_prompt or negative_prompt
     cond, uncond = engine.conditioner.get_unconditional_conditioning(
-        {"txt": [job.request.text]}, {"txt": [negative]}, force_uc_zero_embeddings=[] if negative else ["txt"]
+        {"txt": [job.video.request.text]}, {"txt": [negative]}, force_uc_zero_embeddings=[] if negative else ["txt"]
     )
     job.cond, job.uncond = cond["crossattn"].cpu(), uncond["crossattn"].cpu()
 
@@ -189,8 +200,8 @@ def encode_text(engine: SATVideoDiffusionEngine, job: Job, negative_prompt: str)
 @torch.no_grad()
 def encode_image(engine: SATVideoDiffusionEngine, job: Job) -> None:
     """Sets `image_latent` (1, 1, c, h, w), with the first random draws that belong to the job's seed."""
-    image = load_condition_image(job.request.image, job.size)
-    torch.manual_seed(job.seed)
+    image = load_condition_image(job.video.request.image, job.video.size)
+    torch.manual_seed(job.video.seed)
     clip = rearrange(image, "c h w -> 1 c 1 h w").to(engine.device)
     job.image_latent = engine.encode_condition_image(clip).cpu()
     job.random_state = torch.get_rng_state()
@@ -201,19 +212,19 @@ def sample_latents(
     engine: SATVideoDiffusionEngine, job: Job, args: SamplingArguments, callback: Callable[[int, int], None]
 ) -> None:
     """Sets `latents` (1, t, c, h, w), without the leading frame that 1.5 models add."""
-    torch.manual_seed(job.seed)
+    torch.manual_seed(job.video.seed)
     if job.random_state is not None:
         torch.set_rng_state(job.random_state)
     concat_images = ofs = None
     if job.image_latent is not None:
-        concat_images = engine.concat_condition(job.image_latent.to(engine.device), job.frames)
+        concat_images = engine.concat_condition(job.image_latent.to(engine.device), job.video.frames)
         ofs = engine.default_ofs(1)
-    height, width = (side // SPACE_FACTOR for side in job.size)
+    height, width = (side // SPACE_FACTOR for side in job.video.size)
     latents = engine.sample(
         {"crossattn": job.cond.to(engine.device)},
         {"crossattn": job.uncond.to(engine.device)},
         batch_size=1,
-        shape=(job.frames, args.latent_channels, height, width),
+        shape=(job.video.frames, args.latent_channels, height, width),
         concat_images=concat_images,
         ofs=ofs,
         num_steps=args.sampling_num_steps,
@@ -227,7 +238,7 @@ def sample_latents(
 def write_video(engine: SATVideoDiffusionEngine, job: Job, fps: int) -> None:
     """Decode `latents` into the job's video file, chunk by chunk."""
     started = time.perf_counter()
-    with VideoWriter(job.path, fps, *job.size) as video:
+    with VideoWriter(job.video.path, fps, *job.video.size) as video:
         for frames in engine.decode_stream(rearrange(job.latents, "1 t c h w -> 1 c t h w")):
             video.write(rearrange(frames, "1 c t h w -> t c h w"))
     count = video_frames(job.latents.shape[1])

@@ -83,7 +83,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization = instantiate_from_config(regularizer_config)
         self.tile_size = tile_size
-        self._open_clip: Clip | None = None  # between calls of `decode`
+        self._open_clip: tuple[tuple[int, ...], Clip] | None = None  # its size and tails, between calls of `decode`
 
         if cp_size > 1:
             initialize_context_parallel(cp_size)
@@ -162,9 +162,17 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         An odd number 2k+1 of latent frames gives 8k+1 frames, an even number 2k gives 8k. What the next chunk needs of
         this one is kept for the next call, until `clear_fake_cp_cache` marks the last chunk of the clip; an exception
         also ends the clip. Normalization statistics are the whole chunk's, on however many ranks.
+
+        Raises:
+            UserError: the last call left a clip of another size unfinished.
         """
-        clip, self._open_clip = self._open_clip, None
-        clip = defaultdict(dict) if clip is None else clip
+        size = (z.shape[0], *z.shape[3:])
+        (open_size, clip), self._open_clip = self._open_clip or (size, defaultdict(dict)), None
+        if size != open_size:
+            raise UserError(
+                f"cannot decode a chunk of (batch, height, width) {size} after one of {open_size}: "
+                "the unfinished clip must end with clear_fake_cp_cache=True"
+            )
         shares = self._shares(z.shape[2], input_cp)
         if not input_cp:
             z = split_frames(z, shares, self.group)
@@ -172,7 +180,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         own_lead = lead and group_rank(self.group) == 0
         frames = self._decode(z, clip, own_lead, last=clear_fake_cp_cache, gather_norm=True)
         if not clear_fake_cp_cache:
-            self._open_clip = clip
+            self._open_clip = size, clip
         return frames if output_cp else gather_frames(frames, self._frames(shares, lead), self.group)
 
     def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:

@@ -31,14 +31,14 @@ class CausalConv3d(nn.Module):
         if time == 1:
             return _pointwise_in_time(self.conv, x)
         before = chunk.frames_before(self, x, time - 1)
-        if before is None:
-            before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
-            if x.shape[2] == 1:  # all taps see the same frame
-                return F.conv3d(x, weight.sum(2, keepdim=True), bias, padding=padding)
         if x.shape[2] == 0:  # a rank without frames: no output, but a place in the graph for the frames it passed on
             return F.conv3d(F.pad(before, (0, 0, 0, 0, 0, 1)), weight, bias, padding=padding)[:, :, :0]
+        if before is None and x.shape[2] == 1:  # all taps see the same frame
+            return F.conv3d(x, weight.sum(2, keepdim=True), bias, padding=padding)
         if winograd.serves(x, weight):
             return winograd.causal_conv3d(before, x, weight, bias)
+        if before is None:
+            before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
         return F.conv3d(torch.cat([before, x], dim=2), weight, bias, padding=padding)
 
 
@@ -56,8 +56,9 @@ class GroupNorm(nn.GroupNorm):
         """The float32 scale and shift, each (batch, channel, 1, 1, 1), that normalize `x`: x * scale + shift."""
         gather = self.gather_norm if chunk.gather_norm is None else chunk.gather_norm
         mean, variance = _group_moments(x, self.num_groups, chunk.group if gather else None)
-        scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(self.num_channels // self.num_groups, 1)
-        shift = self.bias - scale * mean.repeat_interleave(self.num_channels // self.num_groups, 1)
+        per_group = self.num_channels // self.num_groups
+        scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1)
+        shift = self.bias - scale * mean.repeat_interleave(per_group, dim=1)
         return scale.float()[:, :, None, None, None], shift.float()[:, :, None, None, None]
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:

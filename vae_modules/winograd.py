@@ -22,20 +22,25 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def causal_conv3d(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve `x` (batch, channel, time, height, width), preceded by two frames `before`, with a 3x3x3 `weight`.
+def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve `x` (batch, channel, time, height, width) with a 3x3x3 `weight`, zeros around in space.
 
-    Zeros around in space. Returns (batch, weight.shape[0], time, height, width).
+    Two frames `before` precede it; None: the first frame, repeated. Returns (batch, len(weight), time, height, width).
     """
     batch, _, time, height, width = x.shape
-    frames = [*before.unbind(2), *x.unbind(2)]
+    frames = [x[:, :, 0], x[:, :, 0]] if before is None else list(before.unbind(2))
+    frames += x.unbind(2)
     y = torch.empty((batch, len(weight), time, height, width), memory_format=torch.channels_last_3d)
 
     g0, g1, g2 = weight.unbind(2)
-    outer, middle = (g0 + g2) / 2, g1 / 2
-    plus, minus = outer + middle, outer - middle
+    if time % 2:
+        if before is None:
+            y[:, :, 0] = F.conv2d(frames[2], g0 + g1 + g2, bias, padding=1)
+        else:
+            y[:, :, 0] = F.conv2d(torch.cat(frames[:3], 1), torch.cat([g0, g1, g2], 1), bias, padding=1)
+    plus, minus = (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2
     mixed = torch.empty_like(frames[-1])
-    for t in range(0, time - 1, 2):
+    for t in range(time % 2, time, 2):
         d0, d1, d2, d3 = frames[t : t + 4]
         even, odd = y[:, :, t], y[:, :, t + 1]
         m1 = F.conv2d(torch.add(d1, d2, out=mixed), plus, bias, padding=1)
@@ -45,7 +50,4 @@ def causal_conv3d(before: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Te
         del m1, m2
         even += F.conv2d(torch.sub(d0, d2, out=mixed), g0, padding=1)
         odd -= F.conv2d(torch.sub(d1, d3, out=mixed), g2, padding=1)
-    if time % 2:
-        last = torch.stack(frames[-3:], dim=2)
-        y[:, :, -1:] = F.conv3d(last, weight, bias, padding=(0, 1, 1))
     return y

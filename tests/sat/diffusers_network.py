@@ -52,39 +52,44 @@ def map_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def diffusers_network(network: torch.nn.Module, params: dict) -> CogVideoXTransformer3DModel:
-    """The diffusers twin of `network`, which was built from `params`."""
-    is_15 = not isinstance(params["patch_size"], int)
-    position = params["modules"]["pos_embed_config"]
-    rotary = "Rotary" in position["target"]
-    head_dim = params["hidden_size"] // params["num_attention_heads"]
-    interpolation = position["params"].get("height_interpolation", 1.0)
-    text_hidden_size = params["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
-    twin = CogVideoXTransformer3DModel(
-        num_attention_heads=params["num_attention_heads"],
-        attention_head_dim=head_dim,
-        in_channels=params["in_channels"],
-        out_channels=params["out_channels"],
-        time_embed_dim=params["time_embed_dim"],
-        ofs_embed_dim=params.get("ofs_embed_dim"),
-        text_embed_dim=text_hidden_size,
-        num_layers=params["num_layers"],
-        sample_width=params["latent_width"],
-        sample_height=params["latent_height"],
-        sample_frames=params["num_frames"],
-        patch_size=2,
-        patch_size_t=2 if is_15 else None,
-        patch_bias=True,
-        max_text_seq_length=position["params"]["text_length"],
-        spatial_interpolation_scale=interpolation,
-        use_rotary_positional_embeddings=rotary,
-        use_learned_positional_embeddings=position["params"].get("learnable_pos_embed", False),
-    )
+    """The diffusers twin of `network`, which was built from `params`; on the same device, in the same dtype."""
+    parameter = next(network.parameters())
+    twin = build_diffusers_network(params, parameter.device, parameter.dtype)
     weights = map_weights(network.state_dict())
-    if rotary is False:
+    if not twin.config.use_rotary_positional_embeddings:
         weights.pop("patch_embed.pos_embedding")  # diffusers computes its own
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"patch_embed.pos_embedding"}, (missing, unexpected)
-    return twin.eval()
+    return twin
+
+
+def build_diffusers_network(
+    params: dict, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> CogVideoXTransformer3DModel:
+    """The network of diffusers that `params` describe, with random weights."""
+    position = params["modules"]["pos_embed_config"]
+    with torch.device(device):
+        twin = CogVideoXTransformer3DModel(
+            num_attention_heads=params["num_attention_heads"],
+            attention_head_dim=params["hidden_size"] // params["num_attention_heads"],
+            in_channels=params["in_channels"],
+            out_channels=params["out_channels"],
+            time_embed_dim=params["time_embed_dim"],
+            ofs_embed_dim=params.get("ofs_embed_dim"),
+            text_embed_dim=params["modules"]["patch_embed_config"]["params"]["text_hidden_size"],
+            num_layers=params["num_layers"],
+            sample_width=params["latent_width"],
+            sample_height=params["latent_height"],
+            sample_frames=params["num_frames"],
+            patch_size=2,
+            patch_size_t=None if isinstance(params["patch_size"], int) else 2,
+            patch_bias=True,
+            max_text_seq_length=position["params"]["text_length"],
+            spatial_interpolation_scale=position["params"].get("height_interpolation", 1.0),
+            use_rotary_positional_embeddings="Rotary" in position["target"],
+            use_learned_positional_embeddings=position["params"].get("learnable_pos_embed", False),
+        )
+    return twin.to(dtype).eval()
 
 
 def diffusers_rotary(params: dict, grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -1,5 +1,8 @@
 """Checkpoints of every layout load into the network, adapters combine with bases, and a misfit is one clear line."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,39 @@ def test_layouts_that_are_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="split over 2 model-parallel ranks"):
         checkpoint_file(tmp_path)
     assert checkpoint_file(tmp_path, rank=1, size=2) == (tmp_path / "7" / "mp_rank_01_model_states.pt", True)
+
+
+LOAD_AND_READ = """
+import resource, sys
+import torch
+from network_weights import allocate_on_meta, load_network
+from sgm.util import instantiate_from_config
+from support import Reference
+
+config = Reference("dit/t2v_2b").case["network_config"]
+config["params"].update(num_layers=6, hidden_size=1024, num_attention_heads=16)
+with allocate_on_meta():
+    network = instantiate_from_config(config).to(torch.bfloat16)
+if sys.argv[2] == "save":
+    torch.save({"module": {k: torch.zeros_like(v, device="cpu") for k, v in network.state_dict().items()}}, sys.argv[1])
+else:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    load_network(network, sys.argv[1])
+    for parameter in network.parameters():
+        parameter.data.view(torch.int16).max()  # touch every page, as running the network does
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_memory_peaks_under_the_size_of_the_file(tmp_path):
+    """A checkpoint in the dtype of the network is used where it lies: no second copy, not even of a part."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def run(what: str) -> str:
+        command = [sys.executable, "-c", LOAD_AND_READ, str(tmp_path / "a.pt"), what]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    run("save")
+    size = (tmp_path / "a.pt").stat().st_size
+    assert size > 150e6
+    assert int(run("load").split()[-1]) < 1.2 * size

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_inputs import _JSON_KEYS, PromptRequest, prompts_of_rank, read_prompts, request_seed, typed_prompts
+from prompt_inputs import _JSON_KEYS, PromptRequest, read_prompts, request_seed, typed_prompts
 from sgm.errors import UserError
 
 
@@ -155,14 +155,6 @@ def test_typed_images_come_with_the_prompt_or_after_it_and_mistakes_are_asked_ag
     requests = list(typed_prompts(image_to_video=True))
     assert requests == [PromptRequest(0, "a", image=Path("cat.png")), PromptRequest(1, "b", image=Path("cat.png"))]
     assert "there is no image dog.png" in caplog.text
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_every_prompt_goes_to_exactly_one_rank(world_size):
-    requests = [PromptRequest(index, "a") for index in range(5)]
-    shares = [prompts_of_rank(requests, rank, world_size) for rank in range(world_size)]
-    assert sorted(request.index for share in shares for request in share) == [0, 1, 2, 3, 4]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_seeds_are_fixed_distinct_and_can_be_overridden():

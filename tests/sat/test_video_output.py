@@ -1,6 +1,5 @@
-"""Names are legal for any prompt; a video file is complete, plays everywhere and shows the frames, or is not there."""
+"""A video file is complete, plays everywhere and shows the frames, or is not there."""
 
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -9,61 +8,8 @@ from safetensors.torch import load_file
 
 import video_output
 from sgm.errors import UserError
-from video_output import VideoWriter, decide_existing, output_path, safe_name, save_latents
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("a red circle moving left", "a_red_circle_moving_left"),
-        ("cat/dog\\fox", "catdogfox"),
-        ("“quoted” 'and' \"more\" `", "quoted_and_more"),
-        ("tab\tline\nend\x00\x1b\x7f", "tab_line_end"),
-        ("...hidden. ", "hidden"),
-        ("Ein Café im Wald 🌲", "Ein_Café_im_Wald_🌲"),
-        ("日本の桜", "日本の桜"),
-        ("lone \udc80 surrogate", "lone__surrogate"),
-        ("cafe\u0301", "café"),
-        ("right\u202eleft", "rightleft"),
-        ("", "unnamed"),
-        ("..", "unnamed"),
-        (" / . ", "unnamed"),
-    ],
-)
-def test_safe_name(text, name):
-    assert safe_name(text) == name
-
-
-@pytest.mark.parametrize("unit", ["a", "é", "桜", "🌲", "a🌲"])
-def test_names_are_cut_at_whole_characters_and_the_file_system_takes_them(tmp_path, unit):
-    name = safe_name(unit * 500)
-    assert 117 <= len(name.encode()) <= 120
-    assert (unit * 500).startswith(name)
-    (tmp_path / name).mkdir()
-
-
-def test_every_single_character_gives_a_legal_name(tmp_path):
-    for code in range(sys.maxunicode + 1):
-        name = safe_name(f"{chr(code)}")
-        assert name not in (".", "..", "")
-        assert not set(name) & set("/\0\\\n")
-        name.encode()
-
-
-def test_output_path():
-    assert output_path("outputs", 3, "a cat/dog", 1).as_posix() == "outputs/3_a_catdog/1/000000.mp4"
-
-
-def test_existing_files_are_never_replaced_unasked(tmp_path):
-    path = tmp_path / "a.mp4"
-    assert decide_existing(path, overwrite=False, skip_existing=False)
-    path.touch()
-    assert decide_existing(path, overwrite=True, skip_existing=False)
-    assert not decide_existing(path, overwrite=False, skip_existing=True)
-    with pytest.raises(UserError, match=r"a.mp4 exists.*--overwrite.*--skip_existing"):
-        decide_existing(path, overwrite=False, skip_existing=False)
-    with pytest.raises(UserError, match="exclude each other"):
-        decide_existing(path, overwrite=True, skip_existing=True)
+from video_output import VideoWriter, save_latents
+from videos import read_video
 
 
 def gradient(frames: int, height: int, width: int) -> torch.Tensor:
@@ -72,17 +18,6 @@ def gradient(frames: int, height: int, width: int) -> torch.Tensor:
         torch.linspace(-0.5, 0.5, frames), torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
     )
     return torch.stack([time + rows / 2, time + columns / 2, time], dim=1)
-
-
-def read_video(path) -> tuple[dict, torch.Tensor]:
-    """The stream's properties and the frames, (frames, 3, height, width) in [-1, 1]."""
-    from imageio_ffmpeg import read_frames
-
-    reader = read_frames(path, output_params=["-vf", "scale=in_color_matrix=bt709:out_color_matrix=bt709"])
-    meta = next(reader)
-    width, height = meta["size"]
-    frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3) for frame in reader]
-    return meta, torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,98 @@
+"""What the benchmarks share: fair timing of contenders in one process, peak memory of each, tables of results."""
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def alternating_medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each contender: the median of `repeats` runs after one to warm up.
+
+    They take turns, and every other round in reverse order, so that whatever else the machine does falls on all.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for round_number in range(repeats + 1):
+        for name in order:
+            synchronize()
+            start = time.perf_counter()
+            contenders[name]()
+            synchronize()
+            if round_number:
+                times[name].append(time.perf_counter() - start)
+        order.reverse()
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float:
+    """GiB that this process had in use at most during `run`: of the GPU's memory, or for a CPU its resident memory.
+
+    The peak of resident memory is that of the process's whole life, so measure each contender in a process of its own
+    (`in_own_process`).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    run()
+    # Not getrusage, whose peak a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
+
+
+def in_own_process(*arguments: str) -> float:
+    """Run this script again with `arguments`; returns the number it prints last, as JSON."""
+    done = subprocess.run([sys.executable, *sys.argv, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(device: torch.device) -> str:
+    """One line that says where the numbers come from."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{name}; PyTorch {torch.__version__}; Python {platform.python_version()}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+
+    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+
+def write_results(section: str, text: str) -> None:
+    """Put `text` under the heading `section` of RESULTS.md, in place of what was there."""
+    content = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n"
+    block = f"## {section}\n\n{text}\n"
+    pattern = re.compile(rf"^## {re.escape(section)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+    if pattern.search(content):
+        content = pattern.sub(lambda _: block + "\n", content)
+    else:
+        content = f"{content.rstrip()}\n\n{block}"
+    RESULTS.write_text(content.rstrip() + "\n")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,153 @@
+"""One evaluation of the network against diffusers' CogVideoXTransformer3DModel: same weights, same inputs.
+
+    python benchmarks/network.py [--model cogvideox_5b] [--device cuda] [--dtype bfloat16] [--compile] [--write]
+
+The batch of two is one step of sampling with classifier-free guidance. On a CPU the network keeps its width but loses
+most of its layers, and the clip is small; on a GPU both are full size, with random weights.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests/sat", "benchmarks"))]
+
+from harness import (  # noqa: E402
+    alternating_medians,
+    in_own_process,
+    machine,
+    markdown_table,
+    peak_memory,
+    write_results,
+)
+
+from config_files import load_configs  # noqa: E402
+from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
+from network_weights import allocate_on_meta, initialise_missing  # noqa: E402
+from sgm.util import instantiate_from_config  # noqa: E402
+
+BATCH = 2
+CPU_LAYERS = 2
+CPU_CLIP = (5, 30, 44)  # latent frames, height, width; an even number of frames for 1.5
+
+
+def main() -> None:
+    args = arguments()
+    if args.memory_of:
+        print(json.dumps(peak_memory(build(args)[args.memory_of], args.device)))  # noqa: T201
+        return
+    contenders = build(args)
+    seconds = alternating_medians(contenders, args.repeats)
+    error = relative_error(*(run() for run in contenders.values()))
+    del contenders
+    memory = {name: in_own_process("--memory-of", name) for name in seconds}
+    flops = floating_point_operations(args)
+    rows = [
+        [
+            name,
+            seconds[name],
+            flops / seconds[name] / 1e12,
+            f"{memory[name]:.2f}",
+            f"{seconds[name] / seconds['diffusers']:.3f}",
+        ]
+        for name in seconds
+    ]
+    header = ["", "s per step", "TFLOP/s", "peak GiB", "time ratio"]
+    clip = "×".join(map(str, args.clip))
+    text = (
+        f"{args.layers} layers, latents {clip} (frames×height×width), batch {BATCH}, {args.dtype}"
+        f"{', ours compiled' if args.compile else ''}; {machine(args.device)}\n\n"
+        f"{markdown_table(header, rows)}\n\nRelative difference of the outputs: {error:.1e}"
+    )
+    print(text)  # noqa: T201
+    if args.write:
+        write_results(
+            f"Network, {args.model}, {args.device.type}, {args.dtype}{', compiled' if args.compile else ''}", text
+        )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cogvideox_5b", help="configuration in configs/")
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--layers", type=int, help="of the network")
+    parser.add_argument("--clip", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the latents")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
+    parser.add_argument("--memory-of", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    config = load_configs([ROOT / "configs" / f"{args.model}.yaml"])
+    args.network_config = config["model"]["network_config"]
+    params = args.network_config["params"]
+    on_cpu = args.device.type == "cpu"
+    args.layers = args.layers or (CPU_LAYERS if on_cpu else params["num_layers"])
+    params["num_layers"] = args.layers
+    if not args.clip:
+        height, width = config["args"]["sampling_image_size"]
+        full = (config["args"]["sampling_num_frames"], height // 8, width // 8)
+        args.clip = CPU_CLIP if on_cpu else full
+        if isinstance(params["patch_size"], list):
+            args.clip = (args.clip[0] + args.clip[0] % 2, *args.clip[1:])
+    return args
+
+
+def build(args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
+    """The contenders' forward passes; with `--memory-of` that one alone is made."""
+    params, dtype = args.network_config["params"], getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    with allocate_on_meta():
+        network = instantiate_from_config(args.network_config).to(dtype)
+    frames, height, width = args.clip
+    text_length = params["modules"]["pos_embed_config"]["params"]["text_length"]
+    text_width = params["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
+    x = torch.randn(BATCH, frames, params["in_channels"], height, width, device=args.device, dtype=dtype)
+    context = torch.randn(BATCH, text_length, text_width, device=args.device, dtype=dtype)
+    timesteps = torch.full((BATCH,), 500, device=args.device)
+    ofs = torch.full((BATCH,), 2.0, device=args.device) if params.get("ofs_embed_dim") else None
+    rotary = diffusers_rotary(params, network.patch_grid(x))
+    rotary = rotary and tuple(table.to(args.device) for table in rotary)
+
+    if args.memory_of == "diffusers":
+        twin = build_diffusers_network(params, args.device, dtype)
+    else:
+        initialise_missing(network, args.device)
+        network.to(args.device).eval()
+        twin = None if args.memory_of else diffusers_network(network, params)
+        if args.compile:
+            network.compile()
+
+    @torch.no_grad()
+    def diffusers() -> torch.Tensor:
+        return twin(x, context, timesteps, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
+
+    @torch.no_grad()
+    def ours() -> torch.Tensor:
+        return network(x, timesteps, context, ofs=ofs)
+
+    return {"diffusers": diffusers, "ours": ours}
+
+
+def floating_point_operations(args: argparse.Namespace) -> float:
+    """Of the matrix products of all layers: 24·n·d² of the projections and the MLP, 4·n²·d of the attention."""
+    params = args.network_config["params"]
+    patch = params["patch_size"]
+    o, p, q = (1, patch, patch) if isinstance(patch, int) else patch
+    frames, height, width = args.clip
+    text = params["modules"]["pos_embed_config"]["params"]["text_length"]
+    n, d = text + frames * height * width // (o * p * q), params["hidden_size"]
+    return BATCH * args.layers * (24 * n * d**2 + 4 * n**2 * d)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+if __name__ == "__main__":
+    main()

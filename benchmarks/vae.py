@@ -1,0 +1,121 @@
+"""Encode and decode of the video autoencoder against diffusers' AutoencoderKLCogVideoX: same weights, same inputs.
+
+    python benchmarks/vae.py [--device cuda] [--dtype bfloat16] [--size tiny] [--write]
+
+Both encode the clip at once, and decode it in chunks of the same size.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from harness import (  # noqa: E402
+    alternating_medians,
+    in_own_process,
+    machine,
+    markdown_table,
+    peak_memory,
+    write_results,
+)
+
+from diffusers_vae import as_diffusers  # noqa: E402
+from seeded import seed_module_, seeded_input  # noqa: E402
+from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper  # noqa: E402
+
+NETWORKS = {"tiny": {"ch": 32, "num_res_blocks": 1}, "full": {"ch": 128, "num_res_blocks": 3}}
+CLIPS = {  # frames, height, width
+    ("tiny", "cpu"): (9, 64, 96),
+    ("tiny", "cuda"): (9, 64, 96),
+    ("full", "cpu"): (9, 96, 144),
+    ("full", "cuda"): (49, 480, 720),
+}
+LATENT_CHANNELS = 16
+
+
+def main() -> None:
+    args = arguments()
+    if args.memory_of:
+        task, contender = args.memory_of
+        print(json.dumps(peak_memory(build(args, contender)[task], args.device)))  # noqa: T201
+        return
+
+    ours, theirs = build(args, "ours"), build(args, "diffusers")
+    rows = []
+    for task in ("encode", "decode"):
+        seconds = alternating_medians({"ours": ours[task], "diffusers": theirs[task]}, args.repeats)
+        memory = {name: in_own_process("--memory-of", task, name) for name in seconds}
+        error = relative_error(ours[task](), theirs[task]())
+        ratio = seconds["diffusers"] / seconds["ours"]
+        rows.append([task, *seconds.values(), f"{ratio:.2f}×", *memory.values(), f"{error:.1e}"])
+    header = ["", "ours, s", "diffusers, s", "faster by", "ours, GiB", "diffusers, GiB", "relative difference"]
+    clip = f"{args.frames} frames of {args.height}x{args.width}"
+    text = f"{args.size} network, {clip}, {args.dtype}; {machine(args.device)}\n\n{markdown_table(header, rows)}"
+    print(text)  # noqa: T201
+    if args.write:
+        write_results(f"Video autoencoder, {args.size}, {args.device.type}, {args.dtype}", text)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--size", choices=list(NETWORKS), default="full", help="of the network")
+    parser.add_argument("--frames", type=int, help="of the video, 4k+1")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
+    parser.add_argument("--memory-of", nargs=2, metavar=("TASK", "CONTENDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    default = CLIPS[args.size, args.device.type]
+    args.frames, args.height, args.width = (
+        given or usual for given, usual in zip((args.frames, args.height, args.width), default, strict=True)
+    )
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def build(args: argparse.Namespace, contender: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """The contender's two tasks, as functions of no arguments."""
+    network = NETWORKS[args.size]
+    coder = {"z_channels": LATENT_CHANNELS, **network}
+    vae = VideoAutoencoderInferenceWrapper(
+        encoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelEncoder3D", "params": coder},
+        decoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelDecoder3D", "params": coder},
+        regularizer_config={"target": "vae_modules.regularizers.DiagonalGaussianRegularizer"},
+    )
+    seed_module_(vae)
+    placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    x = seeded_input("video", (1, 3, args.frames, args.height, args.width)).clamp(-1, 1).to(**placement)
+    latent_size = ((args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
+    z = seeded_input("latent", (1, LATENT_CHANNELS, *latent_size)).to(**placement)
+    if contender == "ours":
+        vae.to(**placement)
+        tasks = {
+            "encode": lambda: vae.encode(x, unregularized=True),
+            "decode": lambda: torch.cat(list(vae.decode_chunks(z)), dim=2),
+        }
+    else:
+        other = as_diffusers(vae, network["ch"], network["num_res_blocks"], LATENT_CHANNELS).to(**placement)
+        del vae
+        tasks = {
+            "encode": lambda: other.encode(x).latent_dist.parameters,
+            "decode": lambda: other.decode(z).sample,
+        }
+    return {name: torch.no_grad()(task) for name, task in tasks.items()}
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Where sampled videos go and what they are called. Nothing here imports PyTorch, so that names are settled first."""
+
+import os
+import sys
+import unicodedata
+from pathlib import Path
+
+from sgm.errors import UserError
+
+# Illegal on some file system, or a nuisance in a shell (typographic quotes included).
+_NOT_IN_NAMES = frozenset("/\\:*?<>|\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb")
+
+
+def safe_name(text: str, limit: int = 120) -> str:
+    """`text` as the name of a file or folder: legal on every file system, at most `limit` bytes of UTF-8.
+
+    White space becomes `_`; slashes, quotes, wildcards, control characters and what the file system cannot encode are
+    left out; letters of any script and emoji stay. Never empty, never hidden (leading dot), no trailing dot.
+    """
+    encoding = sys.getfilesystemencoding()
+    kept = []
+    for char in unicodedata.normalize("NFC", text.strip()):
+        if char.isspace():
+            kept.append("_")
+        elif char not in _NOT_IN_NAMES and unicodedata.category(char)[0] != "C" and char.encode(encoding, "ignore"):
+            kept.append(char)
+    name = "".join(kept).lstrip(".").encode()[:limit].decode(errors="ignore")  # a character cut in two goes as a whole
+    return name.rstrip("._") or "unnamed"
+
+
+def output_path(output_dir: str | Path, n: int, prompt: str, sample_index: int) -> Path:
+    """`output_dir/{n}_{prompt}/{sample_index}/000000.mp4`, the prompt made safe: the file of one sampled video."""
+    return Path(output_dir) / f"{n}_{safe_name(prompt)}" / str(sample_index) / "000000.mp4"
+
+
+def decide_existing(path: Path, overwrite: bool, skip_existing: bool) -> bool:
+    """Whether to write `path`: False when it exists and is to be kept.
+
+    Raises:
+        UserError: it exists and neither flag says what to do.
+    """
+    if not path.exists() or overwrite:
+        return True
+    if skip_existing:
+        return False
+    raise UserError(f"{path} exists: give --overwrite to replace it or --skip_existing to keep it")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises UserError if files cannot be put into `folder`, which need not exist yet."""
+    folder = Path(folder)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output_dir {folder}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {folder}: no permission to write to {nearest}")

@@ -1,0 +1,93 @@
+"""What a sampling run will make: read, checked and named before anything heavy is imported.
+
+Under a launcher every process plans the whole run, so that all of them stop at a mistake; they share out the videos
+later, once all have planned and therefore before any has written.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from arguments import SamplingArguments
+from config_files import check_paths
+from model_limits import ModelLimits
+from output_paths import check_folder, decide_existing, output_path
+from prompt_inputs import PromptRequest, derive_seed, read_prompts, request_seed
+from sgm.errors import UserError
+
+logger = logging.getLogger("sample_video")
+
+
+@dataclass(frozen=True)
+class PlannedVideo:
+    """One video to make: `frames` are latent frames, `size` is (height, width) in pixels."""
+
+    request: PromptRequest
+    path: Path
+    seed: int
+    frames: int
+    size: tuple[int, int]
+
+
+def plan_run(args: SamplingArguments) -> list[PlannedVideo] | None:
+    """The videos that the prompts of the input file ask for, or None when prompts will be typed.
+
+    Raises:
+        UserError: the model cannot do what is asked, a file that it needs is not there, or an output exists.
+    """
+    limits = ModelLimits.from_config(args.model_config)
+    limits.check_mode(args.image2video, args.latent_channels)
+    limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)
+    check_combinations(args)
+    check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
+    check_folder(args.output_dir)
+    if args.input_type == "cli":
+        return None
+    requests = read_prompts(args.input_file, args.image2video)
+    for request in requests:
+        size, frames = request.size or args.sampling_image_size, request.num_frames or args.sampling_num_frames
+        try:
+            limits.check_clip(frames, *size)
+        except UserError as error:
+            raise UserError(f"{args.input_file}, prompt {request.index + 1}: {error}") from error
+    return plan_videos(requests, args)
+
+
+def check_combinations(args: SamplingArguments) -> None:
+    """Raises UserError for arguments that this model, or this way of starting the command, does not go with."""
+    params = args.model_config["network_config"]["params"]
+    has_lora = "lora_config" in (params.get("modules") or {})
+    if args.lora_load and not has_lora:
+        raise UserError("lora_load is given, but the model has no lora_config: use the '_lora' twin of its file")
+    if args.offload == "sequential" and args.model_config.get("compile_model"):
+        raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
+    if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("prompts are typed into one process: start it without torchrun, or give an input_file")
+
+
+def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> list[PlannedVideo]:
+    """Every video that is to be made of `requests`, those left out that exist and are to be kept.
+
+    Raises:
+        UserError: an output exists, and the arguments do not say what to do with it.
+    """
+    videos = []
+    for request in requests:
+        for sample in range(args.batch_size):
+            path = output_path(args.output_dir, request.index, request.text, sample)
+            if args.only_save_latents:
+                path = path.with_suffix(".safetensors")
+            if not decide_existing(path, args.overwrite, args.skip_existing):
+                logger.info("skipped, it exists: %s", path)
+                continue
+            video = PlannedVideo(
+                request,
+                path,
+                seed=derive_seed(request_seed(args.seed, request), sample),
+                frames=request.num_frames or args.sampling_num_frames,
+                size=tuple(request.size or args.sampling_image_size),
+            )
+            videos.append(video)
+    return videos
