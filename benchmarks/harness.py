@@ -42,15 +42,16 @@ def synchronize() -> None:
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
     """GiB that this process had in use at most during `run`: of the GPU's memory, or for a CPU its resident memory.
 
-    The peak of resident memory is that of the process's whole life, so measure each contender in a process of its own
-    (`in_own_process`).
+    Resident memory counts what anything before has left behind, so measure each contender in a process of its own
+    (`in_own_process`). Linux only.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # Not getrusage, whose peak a process inherits from the one that started it and cannot set back.
+    Path("/proc/self/clear_refs").write_text("5")
     run()
-    # Not getrusage, whose peak a process inherits from the one that started it.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
 
@@ -66,7 +67,7 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+        name = f"{_processor()}, threads: {torch.get_num_threads()}"
     return f"{name}; PyTorch {torch.__version__}; Python {platform.python_version()}"
 
 

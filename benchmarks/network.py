@@ -28,8 +28,7 @@ from harness import (  # noqa: E402
 
 from config_files import load_configs  # noqa: E402
 from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
-from network_weights import allocate_on_meta, initialise_missing  # noqa: E402
-from sgm.util import instantiate_from_config  # noqa: E402
+from network_weights import initialise_missing, instantiate_on_meta  # noqa: E402
 
 BATCH = 2
 CPU_LAYERS = 2
@@ -102,8 +101,7 @@ def build(args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
     """The contenders' forward passes; with `--memory-of` that one alone is made."""
     params, dtype = args.network_config["params"], getattr(torch, args.dtype)
     torch.manual_seed(0)
-    with allocate_on_meta():
-        network = instantiate_from_config(args.network_config).to(dtype)
+    network = instantiate_on_meta(args.network_config).to(dtype)
     frames, height, width = args.clip
     text_length = params["modules"]["pos_embed_config"]["params"]["text_length"]
     text_width = params["modules"]["patch_embed_config"]["params"]["text_hidden_size"]

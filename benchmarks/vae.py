@@ -33,7 +33,7 @@ NETWORKS = {"tiny": {"ch": 32, "num_res_blocks": 1}, "full": {"ch": 128, "num_re
 CLIPS = {  # frames, height, width
     ("tiny", "cpu"): (9, 64, 96),
     ("tiny", "cuda"): (9, 64, 96),
-    ("full", "cpu"): (9, 96, 144),
+    ("full", "cpu"): (9, 128, 192),
     ("full", "cuda"): (49, 480, 720),
 }
 LATENT_CHANNELS = 16

@@ -102,7 +102,7 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
     for dtype, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if given.get(dtype) and other not in given:  # a flag replaces the dtype of the file
             values[other] = False
-    check_model_section(config.get("model"))
+    check_model_section(config.get("model") or {})
     args = SamplingArguments(**values, model_config=config["model"])
     check_values(args)
     return args
@@ -154,17 +154,15 @@ def nearest(name: str, prefix: str = "") -> str:
     return f"; did you mean {prefix}{matches[0]}?" if matches else "; --help lists them all"
 
 
-def check_model_section(section: Any) -> None:
+def check_model_section(section: Mapping[str, Any]) -> None:
     """Raises UserError unless the `model:` section describes all parts that sampling needs."""
     for part in MODEL_PARTS:
-        if not isinstance(section, dict) or not isinstance(section.get(part), dict):
+        if not isinstance(section.get(part), dict):
             raise UserError(f"the configuration has no model.{part}: name a model's file too, as in --help")
 
 
-def check_section(section: Any) -> dict[str, Any]:
+def check_section(section: Mapping[str, Any]) -> dict[str, Any]:
     """The `args:` section, with its keys known and its values of the right type."""
-    if not isinstance(section, Mapping):
-        raise UserError(f"args is {section!r}; expected keys and values")
     known, values = argument_fields(), {}
     for name, value in section.items():
         if name not in known:

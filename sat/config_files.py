@@ -37,7 +37,7 @@ def load_configs(paths: Sequence[str | Path], used: Sequence[str] = SECTIONS) ->
     try:
         merged = OmegaConf.merge(*(OmegaConf.create(content) for _, content in files))
         config = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list over a mapping
         names = ", ".join(str(path) for path in paths)
         raise UserError(f"{names}: cannot merge: {str(error).splitlines()[0]}") from error
     for key, target in iterate_targets({section: config.get(section) for section in used}):
@@ -55,10 +55,12 @@ def _with_includes(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[Path
     includes = content.pop("include", [])
     for include in [includes] if isinstance(includes, str) else includes:
         yield from _with_includes(path.parent / include, (*parents, path.resolve()))
-    for section in content:
+    for section, value in content.items():
         if section not in SECTIONS:
             raise UserError(f"{path}: unknown section '{section}'; there are {', '.join(SECTIONS)} (and include)")
-    yield path, content
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{path}: the section '{section}' is {value!r}; expected keys and values")
+    yield path, {section: value for section, value in content.items() if value is not None}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

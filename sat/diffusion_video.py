@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from network_weights import allocate_on_meta, load_network
+from network_weights import instantiate_on_meta, load_network
 from process_groups import parallel_groups
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
@@ -114,8 +114,7 @@ class SATVideoDiffusionEngine(nn.Module):
             overrides["transformer_args"] = {**config["params"]["transformer_args"], "model_parallel_size": size}
         load, lora_load = (getattr(self.args, name, None) for name in ("load", "lora_load"))
         if load:
-            with allocate_on_meta():
-                network = instantiate_from_config(config, **overrides).to(self.dtype)
+            network = instantiate_on_meta(config, **overrides).to(self.dtype)
             load_network(
                 network,
                 load,

@@ -7,7 +7,6 @@ from typing import Any
 from sgm.errors import UserError
 
 SPACE_FACTOR = 8  # pixels per latent along height and width, of the 3D VAE
-TIME_FACTOR = 4  # frames per latent frame after the first
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,3 @@ def _positive(value: Any, name: str) -> int:
     if type(value) is not int or value < 1:
         raise UserError(f"model.network_config.params.{name} is {value!r}; expected a positive whole number")
     return value
-
-
-def video_frames(latent_frames: int) -> int:
-    """Frames of video that `latent_frames` decode to."""
-    return TIME_FACTOR * (latent_frames - 1) + 1

@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from sat import mpu
@@ -10,7 +12,9 @@ from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from config_files import iterate_targets
 from sgm.errors import UserError
+from sgm.util import get_obj_from_str, instantiate_from_config
 from sgm.weights import assign_weights, module_weights, read_state_dict
 
 logger = logging.getLogger(__name__)
@@ -24,12 +28,23 @@ ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
 # Building
 
 
-class allocate_on_meta(TorchFunctionMode):
-    """Within it, tensor factories allocate nothing: their tensors are on the meta device.
+def instantiate_on_meta(config: Mapping[str, Any], **extra: Any) -> nn.Module:
+    """`instantiate_from_config`, but the module's tensors are on the meta device: shapes and dtypes without memory.
 
-    Unlike `torch.device("meta")` as a context, it also overrules a `device` that the caller names, as
-    SwissArmyTransformer's layers do. Tables made with NumPy stay real.
+    Tables that are made with NumPy, or step by step from `torch.arange`, stay real.
     """
+    # What modules allocate when they are imported must be real.
+    import torch._dynamo  # noqa: F401  (einops imports it when first used)
+
+    for _, target in iterate_targets(config):
+        get_obj_from_str(target)
+    with _AllocateOnMeta():
+        return instantiate_from_config(config, **extra)
+
+
+class _AllocateOnMeta(TorchFunctionMode):
+    """Unlike `torch.device("meta")` as a context, it overrules a `device` that the caller names, as
+    SwissArmyTransformer's layers do."""
 
     FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 

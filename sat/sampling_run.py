@@ -1,7 +1,6 @@
 """The stages of sampling: text, first frames, latents, pixels. What `sample_video.py` does once PyTorch is needed."""
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from arguments import SamplingArguments
 from diffusion_video import SATVideoDiffusionEngine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
-from model_limits import SPACE_FACTOR, video_frames
+from model_limits import SPACE_FACTOR
 from network_weights import checkpoint_file
 from process_groups import destroy_process_groups, initialize_process_groups
 from prompt_inputs import PromptRequest, typed_prompts
@@ -177,10 +176,16 @@ def attempt_each(jobs: Iterable[Job], stage: Callable[[Job], Any]) -> None:
         try:
             stage(job)
         except Exception as error:
-            job.failure = str(error).splitlines()[0] if str(error) else type(error).__name__
-            request = job.video.request
-            logger.error("failed: prompt %d ('%.60s'): %s", request.index + 1, request.text, job.failure)
-            logger.debug("where it failed:", exc_info=error)
+            job.failure = describe(error)
+            where = None if isinstance(error, UserError) else error
+            number, text = job.video.request.index + 1, job.video.request.text
+            logger.error("failed: prompt %d ('%.60s'): %s", number, text, job.failure, exc_info=where)
+
+
+def describe(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the memory of the device is full; try --offload sequential, --vae_tile_size or a smaller video"
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # The stages
@@ -232,17 +237,14 @@ def sample_latents(
     )
     job.latents = engine.drop_extra_frame(latents).cpu()
     if not torch.isfinite(job.latents).all():
-        raise FloatingPointError("the sampled latents are not finite; try bf16 or float32 instead of fp16")
+        raise UserError("the sampled latents are not finite; try bf16 or float32 instead of fp16")
 
 
 def write_video(engine: SATVideoDiffusionEngine, job: Job, fps: int) -> None:
     """Decode `latents` into the job's video file, chunk by chunk."""
-    started = time.perf_counter()
     with VideoWriter(job.video.path, fps, *job.video.size) as video:
         for frames in engine.decode_stream(rearrange(job.latents, "1 t c h w -> 1 c t h w")):
             video.write(rearrange(frames, "1 c t h w -> t c h w"))
-    count = video_frames(job.latents.shape[1])
-    logger.debug("decoded %d frames in %.1f s", count, time.perf_counter() - started)
 
 
 def total_over_processes(count: int) -> int:

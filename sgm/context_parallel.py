@@ -122,7 +122,7 @@ def split_evenly(total: int, parts: int) -> list[int]:
 
 
 def split_frames(x: Tensor, frames: list[int], group: ProcessGroup | None) -> Tensor:
-    """This rank's frames (a view) of `x` (batch, channel, time, ...), which every rank holds; rank r gets `frames[r]`."""
+    """This rank's frames (a view) of `x` (batch, channel, time, ...), which every rank holds: `frames[rank]` many."""
     return x if group is None else _SplitFrames.apply(x, frames, group)
 
 

@@ -152,7 +152,7 @@ class ContextParallelDecoder3D(nn.Module):
 
 def _refuse_attention(attn_resolutions: Sequence[int]) -> None:
     if len(attn_resolutions):
-        raise UserError(f"attn_resolutions: the video autoencoder has no attention, so [], not {list(attn_resolutions)}")
+        raise UserError(f"attn_resolutions: the video autoencoder has no attention: {list(attn_resolutions)} is not []")
 
 
 def _time_levels(compress_times: int, levels: int) -> int:

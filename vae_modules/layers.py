@@ -94,8 +94,9 @@ def _group_moments(x: Tensor, groups: int, ranks: ProcessGroup | None) -> tuple[
     """
     rows = x.permute(0, 2, 3, 4, 1)  # b t h w c: contiguous in channels-last memory
     row_sum = rows.sum(3, dtype=torch.float32)
-    row_square = torch.linalg.vector_norm(rows, dim=3, dtype=torch.float32)
-    sums = torch.stack([row_sum.double().sum((1, 2)), row_square.double().square().sum((1, 2))])  # 2 b c
+    # Frame by frame, so that the squares take little memory. split() gives one empty piece of no frames.
+    row_square = torch.cat([frame.float().square().sum(3) for frame in rows.split(1, dim=1)], dim=1)
+    sums = torch.stack([each.double().sum((1, 2)) for each in (row_sum, row_square)])  # 2 b c
     sums = sums.unflatten(2, (groups, -1)).sum(3)
     count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // groups].numel())
     total, square, count = all_reduce_sum(torch.cat([sums, count]), ranks)

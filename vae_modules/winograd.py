@@ -32,13 +32,14 @@ def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor
     frames += x.unbind(2)
     y = torch.empty((batch, len(weight), time, height, width), memory_format=torch.channels_last_3d)
 
-    g0, g1, g2 = weight.unbind(2)
+    g0, g1, g2 = weight.movedim(2, 0).contiguous()  # each tap by itself in memory, or every conv2d would copy it
     if time % 2:
         if before is None:
             y[:, :, 0] = F.conv2d(frames[2], g0 + g1 + g2, bias, padding=1)
         else:
             y[:, :, 0] = F.conv2d(torch.cat(frames[:3], 1), torch.cat([g0, g1, g2], 1), bias, padding=1)
-    plus, minus = (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2
+    half_sum, half_middle = (g0 + g2).div_(2), g1 / 2
+    plus, minus = half_sum + half_middle, half_sum - half_middle
     mixed = torch.empty_like(frames[-1])
     for t in range(time % 2, time, 2):
         d0, d1, d2, d3 = frames[t : t + 4]

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from config_files import load_configs
-from network_weights import NETWORK_PREFIX, allocate_on_meta
-from sgm.util import instantiate_from_config
+from network_weights import NETWORK_PREFIX, instantiate_on_meta
 from support import REFERENCE
 
 FAMILIES = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"]
@@ -15,8 +14,7 @@ FAMILIES = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b
 
 def build(name: str) -> torch.nn.Module:
     config = load_configs([f"configs/{name}.yaml"])["model"]["network_config"]
-    with allocate_on_meta():
-        return instantiate_from_config(config)
+    return instantiate_on_meta(config)
 
 
 @pytest.fixture(autouse=True)

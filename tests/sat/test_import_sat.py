@@ -7,27 +7,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FIND = "import importlib.util; print(importlib.util.find_spec('sat').origin)"
+FOLDERS = {"root": ROOT, "sat": ROOT / "sat", "elsewhere": Path("/")}
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "sat", Path("/")], ids=["root", "sat", "elsewhere"])
-@pytest.mark.parametrize("as_module", [False, True], ids=["script", "working folder on the path"])
-def test_sat_is_swissarmytransformer(folder, as_module, tmp_path):
-    script = tmp_path / "find_sat.py"
-    script.write_text(FIND)
-    command = [sys.executable, "-c", FIND] if as_module else [sys.executable, str(script)]
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    assert found.endswith("/sat/__init__.py")
-    assert ROOT / "sat" not in Path(found).parents
-    assert (Path(found).parent / "model" / "base_model.py").is_file()
+def find_sat(folder: Path, *first_on_path: Path) -> Path:
+    """The file that a Python started in `folder` would import as `sat`."""
+    path = [str(entry) for entry in first_on_path]
+    code = f"import sys, importlib.util as u; sys.path[:0] = {path!r}; print(u.find_spec('sat').origin)"
+    return Path(subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout.strip())
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("first_on_path", [(), (ROOT / "sat", ROOT)], ids=["plain", "as the commands do"])
+def test_sat_is_swissarmytransformer(folder, first_on_path):
+    found = find_sat(folder, *first_on_path)
+    assert found.name == "__init__.py"
+    assert ROOT / "sat" not in found.parents
+    assert (found.parent / "model" / "base_model.py").is_file()
 
 
 def test_the_folder_is_no_package():
     assert not (ROOT / "sat" / "__init__.py").exists()
-
-
-def test_scripts_in_the_folder_find_it_too():
-    """A script's own folder comes first on the path, and holds no module called sat."""
-    code = f"import sys; sys.path[:0] = [{str(ROOT / 'sat')!r}, {str(ROOT)!r}]; {FIND}"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "site-packages" in found

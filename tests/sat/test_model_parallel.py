@@ -3,7 +3,7 @@
 import torch
 
 from distributed import run_distributed
-from network_weights import allocate_on_meta, load_network
+from network_weights import instantiate_on_meta, load_network
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
@@ -23,23 +23,28 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def output_of_rank(name: str, checkpoint: str) -> tuple[torch.Tensor, int]:
-    with allocate_on_meta():
-        network = instantiate_from_config(network_config(name, 2))
-    load_network(network, checkpoint)
-    qkv = network.transformer.layers[0].attention.query_key_value.weight
-    with torch.no_grad():
-        return network(**inputs()), qkv.shape[0]
+def outputs_of_rank(checkpoints: dict[str, str]) -> dict[str, tuple[torch.Tensor, int]]:
+    """Of every network: what this rank computes, and how many rows it holds of the first qkv weight."""
+    outputs = {}
+    for name, checkpoint in checkpoints.items():
+        network = instantiate_on_meta(network_config(name, 2))
+        load_network(network, checkpoint)
+        with torch.no_grad():
+            rows = network.transformer.layers[0].attention.query_key_value.weight.shape[0]
+            outputs[name] = network(**inputs()), rows
+    return outputs
 
 
 def test_two_processes_equal_one(tmp_path):
+    expected, checkpoints = {}, {}
     for name in ("t2v_2b", "t2v_5b"):
         network = seed_module_(instantiate_from_config(network_config(name, 1)))
-        checkpoint = tmp_path / f"{name}.pt"
-        torch.save({"module": {f"model.diffusion_model.{k}": v for k, v in network.state_dict().items()}}, checkpoint)
+        weights = {f"model.diffusion_model.{key}": value for key, value in network.state_dict().items()}
+        checkpoints[name] = str(tmp_path / f"{name}.pt")
+        torch.save({"module": weights}, checkpoints[name])
         with torch.no_grad():
-            expected = network(**inputs())
-        qkv = network.transformer.layers[0].attention.query_key_value.weight
-        for output, rows in run_distributed(output_of_rank, 2, name, str(checkpoint)):
-            assert_close(output, expected, 1e-4)
-            assert rows == qkv.shape[0] // 2
+            expected[name] = network(**inputs())
+    for outputs in run_distributed(outputs_of_rank, 2, checkpoints):
+        for name, (output, rows) in outputs.items():
+            assert_close(output, expected[name], 1e-4)
+            assert rows == 3 * 64 // 2

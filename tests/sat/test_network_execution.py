@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from network_weights import allocate_on_meta
+from network_weights import instantiate_on_meta
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
@@ -89,8 +89,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 def test_clips_that_do_not_fit_are_refused():
     config = Reference("dit/t2v_15").case["network_config"]
-    with allocate_on_meta():
-        network = instantiate_from_config(config)
+    network = instantiate_on_meta(config)
     assert network.patch_grid(torch.empty(1, 4, 16, 8, 12)) == (2, 4, 6)
     with pytest.raises(UserError, match="do not divide into patches"):
         network.patch_grid(torch.empty(1, 3, 16, 8, 12))

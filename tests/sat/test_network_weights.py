@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_video import set_lora_scale
-from network_weights import NETWORK_PREFIX, allocate_on_meta, checkpoint_file, is_adapter, load_network
+from network_weights import NETWORK_PREFIX, checkpoint_file, instantiate_on_meta, is_adapter, load_network
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
@@ -21,8 +21,7 @@ def build(name: str, on_meta: bool = True) -> torch.nn.Module:
     config = Reference(f"dit/{name}").case["network_config"]
     if not on_meta:
         return seed_module_(instantiate_from_config(config))
-    with allocate_on_meta():
-        return instantiate_from_config(config)
+    return instantiate_on_meta(config)
 
 
 def save(weights: dict[str, torch.Tensor], path) -> None:
@@ -175,24 +174,26 @@ def test_layouts_that_are_no_checkpoint(tmp_path):
 
 
 LOAD_AND_READ = """
-import resource, sys
+import re, sys
 import torch
-from network_weights import allocate_on_meta, load_network
+from network_weights import instantiate_on_meta, load_network
 from sgm.util import instantiate_from_config
 from support import Reference
 
 config = Reference("dit/t2v_2b").case["network_config"]
 config["params"].update(num_layers=6, hidden_size=1024, num_attention_heads=16)
-with allocate_on_meta():
-    network = instantiate_from_config(config).to(torch.bfloat16)
+network = instantiate_on_meta(config).to(torch.bfloat16)
 if sys.argv[2] == "save":
     torch.save({"module": {k: torch.zeros_like(v, device="cpu") for k, v in network.state_dict().items()}}, sys.argv[1])
 else:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def peak():  # not getrusage, whose peak a process inherits from the one that started it
+        return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+
+    before = peak()
     load_network(network, sys.argv[1])
     for parameter in network.parameters():
         parameter.data.view(torch.int16).max()  # touch every page, as running the network does
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(peak() - before)
 """
 
 
@@ -207,4 +208,4 @@ def test_memory_peaks_under_the_size_of_the_file(tmp_path):
     run("save")
     size = (tmp_path / "a.pt").stat().st_size
     assert size > 150e6
-    assert int(run("load").split()[-1]) < 1.2 * size
+    assert 0.5 * size < int(run("load").split()[-1]) < 1.2 * size

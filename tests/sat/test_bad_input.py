@@ -1,0 +1,225 @@
+"""A mistake gets exit code 2 and one line that says what is wrong, at once: before PyTorch is imported, and before
+anything is written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config_files import load_configs
+
+ROOT = Path(__file__).parents[2]
+
+# Runs each command line of a JSON list and prints, as JSON, its exit code, what it logged, and whether PyTorch came in.
+DRIVER = """
+import io, json, logging, sys, traceback
+from sample_video import main
+results = []
+for command in json.load(sys.stdin):
+    log = io.StringIO()
+    logging.basicConfig(stream=log, force=True, level=logging.INFO, format="%(message)s")
+    try:
+        code = main(command)
+    except Exception:
+        code = traceback.format_exc()
+    results.append([code, log.getvalue(), "torch" in sys.modules])
+print(json.dumps(results))
+"""
+
+
+def case(*arguments: str, says: str, config: dict | str | None = None, prompts: str = "a boat", i2v: bool = False):
+    """A command line (`{folder}` stands for the test's), what is merged into the model's file, and the complaint."""
+    return {"arguments": arguments, "says": says, "config": config, "prompts": prompts, "i2v": i2v}
+
+
+def params(**changes) -> dict:
+    return {"model": {"network_config": {"params": changes}}}
+
+
+CASES = {
+    # Arguments
+    "unknown argument": case("--sampling_fpss", "8", says="--sampling_fpss; did you mean --sampling_fps?"),
+    "unknown argument with =": case("--sede=4", says="unknown argument --sede; did you mean --seed?"),
+    "unlike any argument": case("--xyzzy", says="unknown argument --xyzzy; --help lists them all"),
+    "stray word": case("--seed", "4", "boat", says="unexpected 'boat'"),
+    "not a number": case("--seed", "four", says="--seed: invalid int value: 'four'"),
+    "not a choice": case("--offload", "all", says="--offload: invalid choice: 'all'"),
+    "negative seed": case("--seed", "-1", says="seed is -1; it can be from 0 to"),
+    "huge seed": case("--seed", str(2**63), says="it can be from 0 to 2^63 - 1"),
+    "no steps": case("--sampling_num_steps", "0", says="sampling_num_steps is 0; it must be at least 1"),
+    "no videos": case("--batch_size", "0", says="batch_size is 0"),
+    "odd tiles": case("--vae_tile_size", "100", says="vae_tile_size is 100; it must be a positive multiple of 8"),
+    "odd device": case("--device", "gpu", says="device is 'gpu'; it can be cpu, cuda or cuda:N"),
+    "both dtypes": case("--fp16", "--bf16", says="fp16 and bf16 are both on"),
+    "contradiction": case("--overwrite", "--skip_existing", says="exclude each other"),
+    "one side": case("--sampling_image_size", "32", says="expected height and width"),
+    # The args section
+    "unknown key": case(config={"args": {"batchsize": 2}}, says="unknown key 'batchsize'; did you mean batch_size?"),
+    "key of training": case(config={"args": {"train_iters": 8}}, says="args: unknown key 'train_iters'"),
+    "wrong type": case(config={"args": {"batch_size": "two"}}, says="batch_size is 'two'; expected a whole number"),
+    "bool for int": case(config={"args": {"seed": True}}, says="args: seed is True; expected a whole number"),
+    "wrong items": case(config={"args": {"sampling_image_size": [32, "48"]}}, says="expected whole numbers"),
+    "wrong choice": case(config={"args": {"mode": "finetune"}}, says="args: mode is 'finetune'; it can be inference"),
+    "args a list": case(config="args: [load]\n", says="the section 'args' is ['load']; expected keys"),
+    # Configuration files
+    "no --base": case(says="--base is missing"),
+    "missing file": case("--base", "{folder}/nothing.yaml", says="nothing.yaml: No such file"),
+    "a folder": case("--base", "{folder}", says="Is a directory"),
+    "not YAML": case(config="model:\n  - a\n  b: [\n", says="not valid YAML"),
+    "no mapping": case(config="- a\n", says="expected sections (args, model, deepspeed, data)"),
+    "not text": case("--base", "{folder}/binary", says="is not UTF-8 text"),
+    "unknown section": case(config={"modle": {}}, says="unknown section 'modle'"),
+    "no model": case("--base", "{folder}/empty.yaml", says="has no model.network_config"),
+    "model a text": case("--base", "{folder}/model_text.yaml", says="the section 'model' is 'text'"),
+    "list over mapping": case(config={"model": {"sampler_config": [1]}}, says="cannot merge"),
+    "no sampler": case(config={"model": {"sampler_config": None}}, says="has no model.sampler_config"),
+    "unresolved": case(config={"args": {"output_dir": "${nowhere}"}}, says="cannot merge"),
+    "no such module": case(
+        config={"model": {"first_stage_config": {"target": "vae_modules.nothing.VAE"}}},
+        says="change.yaml: model.first_stage_config.target: vae_modules.nothing.VAE: there is no module",
+    ),
+    "no such class": case(
+        config=params(modules={"pos_embed_config": {"target": "dit_video_concat.Rotary"}}),
+        says="model.network_config.params.modules.pos_embed_config.target: dit_video_concat.Rotary: module",
+    ),
+    "no import path": case(config={"model": {"sampler_config": {"target": "Euler"}}}, says="not an import path"),
+    "no size": case(config=params(latent_width=None), says="params.latent_width is None; expected a positive whole"),
+    "odd patch": case(config=params(patch_size=[2, 2]), says="params.patch_size is [2, 2]"),
+    "compiled and streamed": case(
+        "--offload", "sequential", config={"model": {"compile_model": True}}, says="offload sequential does not go with"
+    ),
+    # What the model can take
+    "even frames": case("--sampling_num_frames", "4", says="this model takes an odd number of latent frames up to 5"),
+    "too long": case("--sampling_num_frames", "7", says="latent frames up to 5"),
+    "odd size": case("--sampling_image_size", "32", "50", says="width 50 does not fit; this model takes multiples"),
+    "too large": case("--sampling_image_size", "320", "48", says="height 320 does not fit"),
+    "images for text-to-video": case("--image2video", says="this is a text-to-video model"),
+    "image-to-video without": case("--no-image2video", i2v=True, says="set image2video: true"),
+    "latent channels": case("--latent_channels", "8", says="latent_channels is 8; this model has 16"),
+    "an adapter without LoRA": case("--lora_load", "{folder}/there", says="use the '_lora' twin"),
+    # Files
+    "no checkpoint": case("--load", "{folder}/gone", says="args.load: there is no"),
+    "no load": case(config={"args": {"load": None}}, says="load is missing"),
+    "no T5": case(
+        config={"model": {"conditioner_config": {"params": {"emb_models": [
+            {"target": "sgm.modules.encoders.modules.FrozenT5Embedder", "params": {"model_dir": "gone"}}
+        ]}}}},
+        says="model.conditioner_config.params.emb_models.0.params.model_dir: there is no gone",
+    ),
+    "no VAE": case(
+        config={"model": {"first_stage_config": {"params": {"ckpt_path": "gone"}}}}, says="ckpt_path: there is no gone"
+    ),
+    "no prompt file": case("--input_file", "{folder}/gone.txt", says="gone.txt: No such file"),
+    "no input_file": case("--input_file", "", says="input_file is missing"),
+    "no prompt": case(prompts="\n\n", says="holds no prompt"),
+    "no image": case(i2v=True, says="needs an image: prompt@@image_path"),
+    "missing image": case(prompts="a boat@@gone.png", i2v=True, says="line 1: there is no image gone.png"),
+    "image unasked": case(prompts="a boat@@there", says="this is a text-to-video model"),
+    "output a file": case("--output_dir", "{folder}/there", says="there is not a folder"),
+    "output exists": case("--output_dir", "{folder}/made", says="000000.mp4 exists: give --overwrite"),
+}  # fmt: skip
+WARNINGS = {"no prompt"}  # whose empty lines are reported too
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad_input")
+    (folder / "there").touch()
+    (folder / "binary").write_bytes(bytes(range(128, 256)))
+    (folder / "empty.yaml").write_text("args: {}\n")
+    (folder / "model_text.yaml").write_text("model: text\n")
+    video = folder / "made" / "0_a_boat" / "0" / "000000.mp4"
+    video.parent.mkdir(parents=True)
+    video.touch()
+    for name in ("cogvideox_tiny", "cogvideox_tiny_i2v"):
+        config = load_configs([ROOT / "configs" / "tiny" / f"{name}.yaml"])
+        config["args"]["load"] = str(folder / "there")
+        config["model"]["first_stage_config"]["params"]["ckpt_path"] = str(folder / "there")
+        config["model"]["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def command(folder: Path, name: str) -> list[str]:
+    case, own = CASES[name], folder / name.replace(" ", "_").replace("=", "")
+    own.mkdir()
+    (own / "prompts.txt").write_text(case["prompts"])
+    model = folder / ("cogvideox_tiny_i2v.yaml" if case["i2v"] else "cogvideox_tiny.yaml")
+    base = ["--base", str(model)]
+    if case["config"] is not None:
+        text = case["config"] if isinstance(case["config"], str) else yaml.safe_dump(case["config"])
+        (own / "change.yaml").write_text(text)
+        base.append(str(own / "change.yaml"))
+    given = [argument.format(folder=folder) for argument in case["arguments"]]
+    if "--base" in given or name == "no --base":
+        base = []
+    return [*base, "--input_file", str(own / "prompts.txt"), "--output_dir", str(own / "videos"), *given]
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict[str, tuple[int, str, bool]]:
+    """By case: exit code, what was logged, whether PyTorch was imported."""
+    commands = [command(folder, name) for name in CASES]
+    process = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "sat")},
+    )
+    assert process.returncode == 0, process.stderr
+    return dict(zip(CASES, json.loads(process.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_nothing_written(results, folder, name):
+    code, logged, torch_imported = results[name]
+    lines = logged.splitlines()
+    assert code == 2
+    assert len(lines) == 1 or name in WARNINGS, logged
+    assert lines[-1].startswith("error: ")
+    assert CASES[name]["says"] in lines[-1]
+    assert not torch_imported
+    assert not (folder / name.replace(" ", "_") / "videos").exists()
+
+
+def run_command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "sat" / "sample_video.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+
+
+def test_the_process_ends_with_the_code_and_the_line():
+    result = run_command("--base", "gone.yaml")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: configuration gone.yaml: No such file or directory\n"
+
+
+def test_every_process_of_a_launcher_stops_at_a_mistake_without_waiting_for_the_others(folder):
+    """This one is the second of two, whose first never comes; and the existing output is in the first's share."""
+    (folder / "p.txt").write_text("a boat\nanother\n")
+    result = run_command(
+        *("--base", folder / "cogvideox_tiny.yaml", "--input_file", folder / "p.txt", "--output_dir", folder / "made"),
+        **{"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+    )
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "000000.mp4 exists" in result.stderr
+
+
+def test_prompts_are_typed_into_one_process(folder):
+    result = run_command("--base", folder / "cogvideox_tiny.yaml", "--input_type", "cli", WORLD_SIZE="2")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "without torchrun" in result.stderr
+
+
+def test_help_names_every_argument_and_needs_no_pytorch():
+    code = "import sys, sample_video\ntry: sample_video.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "sat")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    for name in ("--base", "--seed", "--offload {none,stage,sequential}", "--lora_scale", "--no-bf16"):
+        assert name in result.stdout

@@ -1,0 +1,364 @@
+"""The sampling command, from prompts to files: every family and option, and that a mistake loses nothing."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from arguments import SamplingArguments
+from sample_video import main
+from sgm.errors import UserError
+from videos import read_video
+
+SCRIPT = Path(__file__).parents[2] / "sat" / "sample_video.py"
+FAST = ("--sampling_num_steps", "2", "--sampling_image_size", "32", "48")
+LATENT_FRAMES = {"2b": 3, "5b": 3, "5b_i2v": 3, "1.5": 4, "1.5_i2v": 4}  # each of 9 frames of video
+ONE_PROMPT = ["a paper boat on a pond"]
+TWO_PROMPTS = ["a paper boat on a pond", "a red kite over the hills"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small only lose by more threads; and the order of sums is then that of a process of torchrun."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "first.png"
+    Image.fromarray(np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base_videos(tiny, tmp_path_factory) -> Path:
+    """The output folder of the 5B model for TWO_PROMPTS, what variants are compared with."""
+    folder = tmp_path_factory.mktemp("base")
+    assert main(command(tiny.config("5b"), folder, TWO_PROMPTS)) == 0
+    return folder / "videos"
+
+
+def command(config: Path, folder: Path, prompts: list[str | dict], *arguments: str, name: str = "videos") -> list[str]:
+    """The arguments that sample `prompts` (texts, or objects for .jsonl) into `folder / name`."""
+    as_json = isinstance(prompts[0], dict)
+    file = folder / f"{name}.{'jsonl' if as_json else 'txt'}"
+    file.write_text("\n".join(map(json.dumps, prompts) if as_json else prompts) + "\n")
+    frames = next((str(LATENT_FRAMES[family]) for family in LATENT_FRAMES if config.stem == family), "3")
+    given = ("--base", config, "--input_file", file, "--output_dir", folder / name, "--sampling_num_frames", frames)
+    return [*map(str, given), *FAST, *arguments]
+
+
+def run_process(*command: str) -> subprocess.CompletedProcess:
+    """Run in a process of its own, with one thread and from a foreign folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=180)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files(folder)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", LATENT_FRAMES)
+def test_every_family_writes_a_playable_video(tiny, tmp_path, image, family):
+    prompt = f"a boat@@{image}" if family.endswith("i2v") else "a boat"
+    assert main(command(tiny.config(family), tmp_path, [prompt], "--sampling_fps", "16")) == 0
+    assert files(tmp_path / "videos") == [tmp_path / "videos" / "0_a_boat" / "0" / "000000.mp4"]
+    meta, frames = read_video(files(tmp_path / "videos")[0])
+    assert (meta["codec"], meta["fps"], meta["size"]) == ("h264", 16, (48, 32))
+    assert len(frames) == 9
+    assert frames.std() > 0.05
+
+
+def test_another_decoder_plays_it_too(base_videos):
+    decord = pytest.importorskip("decord")
+    video = decord.VideoReader(str(files(base_videos)[0]))
+    assert (len(video), video[0].shape[:2], video.get_avg_fps()) == (9, (32, 48), 8)
+
+
+def test_the_image_matters_to_image_to_video(tiny, tmp_path, image):
+    other = tmp_path / "other.png"
+    Image.new("RGB", (60, 40), "red").save(other)
+    for family in ("5b_i2v", "1.5_i2v"):
+        for name, path in (("first", image), ("second", other)):
+            output = f"{family}_{name}"
+            assert main(command(tiny.config(family), tmp_path, [f"a boat@@{path}"], name=output)) == 0
+        assert contents(tmp_path / f"{family}_first") != contents(tmp_path / f"{family}_second")
+
+
+@pytest.mark.parametrize(("family", "decoded"), [("5b", 3), ("1.5", 3)])
+def test_only_latents(tiny, tmp_path, family, decoded):
+    assert main(command(tiny.config(family), tmp_path, ONE_PROMPT, "--only_save_latents")) == 0
+    (path,) = files(tmp_path / "videos")
+    assert path.name == "000000.safetensors"
+    assert load_file(path)["latents"].shape == (1, decoded, 16, 4, 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_video_depends_on_seed_prompt_and_index_alone(tiny, tmp_path, base_videos):
+    base = list(contents(base_videos).values())
+    assert base[0] != base[1]
+    assert main(command(tiny.config("5b"), tmp_path, ["another", TWO_PROMPTS[1]], name="same")) == 0
+    same = list(contents(tmp_path / "same").values())
+    assert (same[0] == base[0], same[1] == base[1]) == (False, True)
+    assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, "--seed", str(2**63 - 1), name="seed")) == 0
+    assert next(iter(contents(tmp_path / "seed").values())) not in base
+
+
+def test_samples_of_a_prompt_differ_and_the_first_is_what_one_alone_would_be(tiny, tmp_path, base_videos):
+    assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, "--batch_size", "2")) == 0
+    names, videos = zip(*contents(tmp_path / "videos").items(), strict=True)
+    assert [name.split("/")[1] for name in names] == ["0", "1"]
+    assert videos[0] == next(iter(contents(base_videos).values()))
+    assert videos[0] != videos[1]
+
+
+def test_processes_share_the_prompts_and_make_the_same_videos(tiny, tmp_path, base_videos):
+    """The third prompt fails in its process, which both report by their exit code."""
+    arguments = command(tiny.config("5b"), tmp_path, [*TWO_PROMPTS, "blocked"])
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "2_blocked").touch()  # where its folder belongs
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run_process(*launcher, str(SCRIPT), *arguments)
+    assert result.returncode == 1
+    assert result.stderr.count("failed: prompt 3 ('blocked'): cannot write") == 1
+    (tmp_path / "videos" / "2_blocked").unlink()
+    assert contents(tmp_path / "videos") == contents(base_videos)
+    assert result.stdout == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where prompts come from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_json_lines_set_each_video(tiny, tmp_path, base_videos):
+    text = ONE_PROMPT[0]
+    records = [
+        {"prompt": text},
+        {"prompt": text, "seed": 1234},
+        {"prompt": text, "seed": 1234, "negative_prompt": "blurred"},
+        {"prompt": text, "size": [48, 32], "num_frames": 1},
+    ]
+    assert main(command(tiny.config("5b"), tmp_path, records)) == 0
+    plain, seeded, negative, sized = files(tmp_path / "videos")
+    first = files(base_videos)[0].read_bytes()
+    assert plain.read_bytes() == first
+    assert seeded.read_bytes() == first  # the seed of the run, which the first prompt takes as it is
+    assert negative.read_bytes() != first
+    meta, frames = read_video(sized)
+    assert (meta["size"], len(frames)) == ((32, 48), 1)
+
+
+def test_json_lines_name_images(tiny, tmp_path, image):
+    records = [{"prompt": "a boat", "image": image.name}]
+    assert main(command(tiny.config("5b_i2v"), tmp_path, records, name="json")) == 0
+    assert main(command(tiny.config("5b_i2v"), tmp_path, [f"a boat@@{image}"], name="text")) == 0
+    assert contents(tmp_path / "json") == contents(tmp_path / "text")
+
+
+def test_typed_prompts(tiny, tmp_path, base_videos, monkeypatch):
+    arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS, "--input_type", "cli")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TWO_PROMPTS) + "\nq\n"))
+    assert main(arguments) == 0
+    assert contents(tmp_path / "videos") == contents(base_videos)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TWO_PROMPTS[0]}\na third\n"))
+    assert main(arguments) == 1  # the first exists, and that does not end the session
+    assert len(files(tmp_path / "videos")) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways of computing the same
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", ["stage", "sequential"])
+def test_offloading_changes_no_bit(tiny, tmp_path, base_videos, offload):
+    assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS, "--offload", offload)) == 0
+    assert contents(tmp_path / "videos") == contents(base_videos)
+
+
+def test_lora_scale(tiny, tmp_path, base_videos):
+    lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4}}
+    config = tiny.variant(
+        "5b", tmp_path / "lora.yaml", model={"network_config": {"params": {"modules": {"lora_config": lora}}}}
+    )
+    weights = {}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        for name, parts in (("query_key_value", 3), ("dense", 1)):
+            for part in range(parts):
+                stem = f"transformer.layers.{layer}.attention.{name}"
+                weights[f"{stem}.matrix_A.{part}"] = torch.randn(4, 256, generator=generator)
+                weights[f"{stem}.matrix_B.{part}"] = torch.randn(256, 4, generator=generator)
+    save_file(weights, tmp_path / "adapter.safetensors")
+    for scale in ("0", "1"):
+        arguments = ("--lora_load", str(tmp_path / "adapter.safetensors"), "--lora_scale", scale)
+        assert main(command(config, tmp_path, TWO_PROMPTS, *arguments, name=scale)) == 0
+    assert contents(tmp_path / "0") == contents(base_videos)
+    assert not set(contents(tmp_path / "1").values()) & set(contents(base_videos).values())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_close(tiny, tmp_path, base_videos, dtype):
+    assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, f"--{dtype}")) == 0
+    half, full = (read_video(files(folder)[0])[1] for folder in (tmp_path / "videos", base_videos))
+    assert 0 < (half - full).abs().mean() < 0.1
+
+
+def test_tiles(tiny, tmp_path, base_videos):
+    assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, "--vae_tile_size", "32")) == 0
+    tiled, whole = (read_video(files(folder)[0])[1] for folder in (tmp_path / "videos", base_videos))
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().mean() < 0.5
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled(tiny, tmp_path, base_videos):
+    config = tiny.variant("5b", tmp_path / "compiled.yaml", model={"compile_model": True})
+    assert main(command(config, tmp_path, ONE_PROMPT)) == 0
+    compiled, eager = (read_video(files(folder)[0])[1] for folder in (tmp_path / "videos", base_videos))
+    assert (compiled - eager).abs().mean() < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs that exist, prompts that fail
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_existing_outputs(tiny, tmp_path, base_videos, caplog):
+    shutil.copytree(base_videos, tmp_path / "videos")
+    first, second = files(tmp_path / "videos")
+    first.write_text("mine")
+    second.unlink()
+    arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS)
+    assert main(arguments) == 2
+    assert f"{first} exists: give --overwrite" in caplog.text
+    assert files(tmp_path / "videos") == [first]
+    assert main([*arguments, "--skip_existing"]) == 0
+    assert first.read_text() == "mine"
+    assert second.read_bytes() == files(base_videos)[1].read_bytes()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert contents(tmp_path / "videos") == contents(base_videos)
+
+
+@pytest.mark.parametrize("offload", ["none", "stage"])
+def test_a_prompt_that_fails_is_named_and_the_others_are_made(tiny, tmp_path, image, caplog, offload):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(image.read_bytes()[:100])
+    prompts = [f"first@@{image}", f"second@@{broken}", f"third@@{image}"]
+    assert main(command(tiny.config("5b_i2v"), tmp_path, prompts, "--offload", offload)) == 1
+    assert [path.parts[-3] for path in files(tmp_path / "videos")] == ["0_first", "2_third"]
+    assert "failed: prompt 2 ('second'): cannot read the image" in caplog.text
+
+
+def test_a_video_that_cannot_be_written_is_named_and_the_others_are_made(tiny, tmp_path, caplog):
+    arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "0_a_paper_boat_on_a_pond").touch()  # where its folder belongs
+    assert main(arguments) == 1
+    assert "failed: prompt 1 ('a paper boat on a pond'): cannot write" in caplog.text
+    assert [path.parts[-3] for path in files(tmp_path / "videos")][1:] == ["1_a_red_kite_over_the_hills"]
+
+
+def test_a_process_that_cannot_go_on_takes_part_in_the_end_of_the_run(monkeypatch):
+    """Else the launcher would see it gone and end the others before their videos are made."""
+    import sampling_run
+
+    def fail(*_):
+        raise UserError("no such checkpoint")
+
+    counts = []
+    monkeypatch.setattr(sampling_run, "sample_all", fail)
+    monkeypatch.setattr(sampling_run, "total_over_processes", counts.append)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        sampling_run.run(SamplingArguments(load="gone"), [])
+    assert counts == [1]
+    assert not torch.distributed.is_initialized()
+
+
+def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, monkeypatch, caplog):
+    import sampling_run
+
+    def fail(engine, job, fps):
+        if job.video.request.index == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(sampling_run, "write_video", fail)
+    assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS)) == 1
+    full, surprise = (record for record in caplog.records if record.getMessage().startswith("failed: prompt"))
+    assert "--offload sequential" in full.getMessage()
+    assert surprise.exc_info[1].args == ("surprise",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights that do not fit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_do_not_fit_stop_the_run(tiny, tmp_path, caplog):
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(b"PK" + bytes(100))
+    (tmp_path / "empty").mkdir()
+    for load, complaint in {
+        damaged: "damaged",
+        tmp_path / "empty": "holds no checkpoint",
+        tiny.folder / "5b_i2v": "does not fit DiffusionTransformer",
+    }.items():
+        caplog.clear()
+        assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, "--load", str(load))) == 2
+        (message,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert message.startswith("error: ") and complaint in message and "\n" not in message
+        assert not files(tmp_path / "videos")
+
+
+def test_force_inference_lets_weights_be_missing(tiny, tmp_path, caplog):
+    weights = torch.load(tiny.folder / "5b" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    del weights["model.diffusion_model.time_embed.0.bias"]
+    torch.save({"module": weights}, tmp_path / "incomplete.pt")
+    arguments = command(tiny.config("5b"), tmp_path, ONE_PROMPT, "--load", str(tmp_path / "incomplete.pt"))
+    assert main(arguments) == 2
+    assert "time_embed.0.bias" in caplog.text
+    assert main([*arguments, "--force_inference"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As its own process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_terminal_shows_the_bar_and_the_files_only(tiny, tmp_path, base_videos):
+    arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS)
+    result = run_process(sys.executable, str(SCRIPT), *arguments)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "videos") == contents(base_videos)
+    assert result.stdout == ""
+    shown = [line.strip() for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    written = [line for line in shown if not line.startswith("sampling: ")]
+    assert written == [f"wrote {path}" for path in files(tmp_path / "videos")]
+    assert any("4/4" in line for line in shown)
