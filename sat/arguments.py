@@ -18,6 +18,7 @@ from model_limits import SPACE_FACTOR
 from sgm.errors import UserError
 
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
+EXCLUSIVE = (("fp16", "bf16"), ("overwrite", "skip_existing"))
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "whole numbers"}
 
 
@@ -99,8 +100,8 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
         raise UserError("--base is missing: name the model's configuration, then configs/inference.yaml")
     config = load_configs(given.pop("base"), used=("model",))
     values = {**check_section(config.get("args") or {}), **given}
-    for dtype, other in (("fp16", "bf16"), ("bf16", "fp16")):
-        if given.get(dtype) and other not in given:  # a flag replaces the dtype of the file
+    for one, other in (*EXCLUSIVE, *(pair[::-1] for pair in EXCLUSIVE)):
+        if given.get(one) and other not in given:  # a flag replaces what the files chose
             values[other] = False
     check_model_section(config.get("model") or {})
     args = SamplingArguments(**values, model_config=config["model"])
@@ -150,7 +151,8 @@ def value_type(f: Field) -> type:
 
 
 def nearest(name: str, prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, [*argument_fields(), "base"], n=1, cutoff=0.5)
+    known = [*argument_fields(), *(["base"] if prefix else [])]  # base is a flag only
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{matches[0]}?" if matches else "; --help lists them all"
 
 
@@ -166,7 +168,7 @@ def check_section(section: Mapping[str, Any]) -> dict[str, Any]:
     known, values = argument_fields(), {}
     for name, value in section.items():
         if name not in known:
-            raise UserError(f"args: unknown key '{name}'{nearest(name)}")
+            raise UserError(f"args: unknown key '{name}'{nearest(str(name))}")
         kind = value_type(known[name])
         if type(value) is int and kind is float:
             value = float(value)
@@ -186,10 +188,9 @@ def check_section(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_values(args: SamplingArguments) -> None:
     """What can be said about the values without looking at the model."""
-    if args.fp16 and args.bf16:
-        raise UserError("fp16 and bf16 are both on: choose one (--no-fp16 or --no-bf16)")
-    if args.overwrite and args.skip_existing:
-        raise UserError("overwrite and skip_existing exclude each other")
+    for one, other in EXCLUSIVE:
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f"{one} and {other} are both on: choose one (--no-{one} or --no-{other})")
     if len(args.sampling_image_size) != 2:
         raise UserError(f"sampling_image_size is {args.sampling_image_size}; expected height and width")
     for name in ("batch_size", "sampling_fps", "sampling_num_frames", "sampling_num_steps", "model_parallel_size"):

@@ -52,8 +52,11 @@ def _with_includes(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[Path
     if path.resolve() in parents:
         raise UserError(f"{path}: includes itself")
     content = _read_yaml(path)
-    includes = content.pop("include", [])
-    for include in [includes] if isinstance(includes, str) else includes:
+    includes = content.pop("include", None) or []
+    includes = includes if isinstance(includes, list) else [includes]
+    if not all(isinstance(include, str) for include in includes):
+        raise UserError(f"{path}: include is {includes!r}; expected the names of files")
+    for include in includes:
         yield from _with_includes(path.parent / include, (*parents, path.resolve()))
     for section, value in content.items():
         if section not in SECTIONS:
@@ -82,11 +85,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def check_paths(config: dict[str, Any]) -> None:
     """Raises UserError if a file or folder that a configuration loads from is not there."""
     for key, path in _iterate_paths(config):
-        if path and not Path(path).exists():
+        if path and not Path(str(path)).exists():
             raise UserError(f"{key}: there is no {path}; the README says where to get it and where to put it")
 
 
-def _iterate_paths(node: Any, key: str = "") -> Iterator[tuple[str, str | None]]:
+def _iterate_paths(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     for name, child in _children(node):
         path = f"{key}{name}"
         if isinstance(child, dict | list):

@@ -2,7 +2,7 @@
 
 The parts of the model take turns: prompts are encoded, then first frames, then latents are sampled, then decoded into
 video files. A prompt that fails is reported and the others go on. Exit codes: 0 all videos are there, 1 some prompts
-failed, 2 the command cannot start.
+failed, 2 a mistake in the arguments or files stands in the way of all.
 """
 
 import sys

@@ -57,10 +57,14 @@ def plan_run(args: SamplingArguments) -> list[PlannedVideo] | None:
 
 def check_combinations(args: SamplingArguments) -> None:
     """Raises UserError for arguments that this model, or this way of starting the command, does not go with."""
-    params = args.model_config["network_config"]["params"]
-    has_lora = "lora_config" in (params.get("modules") or {})
-    if args.lora_load and not has_lora:
+    modules = args.model_config["network_config"]["params"].get("modules")
+    if not isinstance(modules, dict):
+        raise UserError("model.network_config.params.modules is missing")
+    if args.lora_load and "lora_config" not in modules:
         raise UserError("lora_load is given, but the model has no lora_config: use the '_lora' twin of its file")
+    first_stage = args.model_config["first_stage_config"].get("params")
+    if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
+        raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
     if args.offload == "sequential" and args.model_config.get("compile_model"):
         raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:

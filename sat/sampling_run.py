@@ -96,6 +96,8 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
         raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
     engine.sampler.schedule(steps)  # raises if there are not that many
     stages = Stages(engine, args.offload)
+    if not args.only_save_latents:
+        stages.use("first_stage_model")  # weights that do not fit are found before sampling, not after
     if videos is None:
         return sum(sample_typed(stages, request, args) for request in typed_prompts(args.image2video))
     own = videos[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]

@@ -43,6 +43,11 @@ def test_a_flag_replaces_the_dtype_of_the_file():
     assert (args.bf16, args.fp16) == (False, False)
 
 
+def test_a_flag_replaces_what_the_file_does_with_existing_outputs(tmp_path):
+    args = args_of("--skip_existing", overlay={"overwrite": True}, folder=tmp_path)
+    assert (args.overwrite, args.skip_existing) == (False, True)
+
+
 def test_values_of_files_are_taken_as_they_are_meant(tmp_path):
     overlay = {"batch_size": [2], "lora_scale": 1, "sampling_num_steps": None, "sampling_fps": None, "seed": 2**63 - 1}
     args = args_of(overlay=overlay, folder=tmp_path)

@@ -55,7 +55,7 @@ CASES = {
     "odd tiles": case("--vae_tile_size", "100", says="vae_tile_size is 100; it must be a positive multiple of 8"),
     "odd device": case("--device", "gpu", says="device is 'gpu'; it can be cpu, cuda or cuda:N"),
     "both dtypes": case("--fp16", "--bf16", says="fp16 and bf16 are both on"),
-    "contradiction": case("--overwrite", "--skip_existing", says="exclude each other"),
+    "contradiction": case("--overwrite", "--skip_existing", says="overwrite and skip_existing are both on"),
     "one side": case("--sampling_image_size", "32", says="expected height and width"),
     # The args section
     "unknown key": case(config={"args": {"batchsize": 2}}, says="unknown key 'batchsize'; did you mean batch_size?"),
@@ -77,6 +77,7 @@ CASES = {
     "model a text": case("--base", "{folder}/model_text.yaml", says="the section 'model' is 'text'"),
     "list over mapping": case(config={"model": {"sampler_config": [1]}}, says="cannot merge"),
     "no sampler": case(config={"model": {"sampler_config": None}}, says="has no model.sampler_config"),
+    "odd include": case(config={"include": [5]}, says="include is [5]; expected the names of files"),
     "unresolved": case(config={"args": {"output_dir": "${nowhere}"}}, says="cannot merge"),
     "no such module": case(
         config={"model": {"first_stage_config": {"target": "vae_modules.nothing.VAE"}}},
@@ -88,6 +89,7 @@ CASES = {
     ),
     "no import path": case(config={"model": {"sampler_config": {"target": "Euler"}}}, says="not an import path"),
     "no size": case(config=params(latent_width=None), says="params.latent_width is None; expected a positive whole"),
+    "no modules": case(config=params(modules=None), says="model.network_config.params.modules is missing"),
     "odd patch": case(config=params(patch_size=[2, 2]), says="params.patch_size is [2, 2]"),
     "compiled and streamed": case(
         "--offload", "sequential", config={"model": {"compile_model": True}}, says="offload sequential does not go with"
@@ -112,6 +114,12 @@ CASES = {
     ),
     "no VAE": case(
         config={"model": {"first_stage_config": {"params": {"ckpt_path": "gone"}}}}, says="ckpt_path: there is no gone"
+    ),
+    "a number for the VAE": case(
+        config={"model": {"first_stage_config": {"params": {"ckpt_path": 7}}}}, says="ckpt_path: there is no 7"
+    ),
+    "no VAE at all": case(
+        config={"model": {"first_stage_config": {"params": {"ckpt_path": None}}}}, says="ckpt_path is missing"
     ),
     "no prompt file": case("--input_file", "{folder}/gone.txt", says="gone.txt: No such file"),
     "no input_file": case("--input_file", "", says="input_file is missing"),

@@ -191,6 +191,16 @@ def test_typed_prompts(tiny, tmp_path, base_videos, monkeypatch):
     assert len(files(tmp_path / "videos")) == 3
 
 
+def test_awkward_prompts_give_safe_names_and_warnings(tiny, tmp_path, caplog):
+    """Slashes, quotes, emoji, an empty line, and more tokens than the encoder takes."""
+    prompts = ['../a "cat"/dog 🐈', "", "over and over " * 30]
+    assert main(command(tiny.config("5b"), tmp_path, prompts, "--only_save_latents")) == 0
+    names = [path.parts[-3] for path in files(tmp_path / "videos")]
+    assert names == ["0_a_catdog_🐈", f"1_{('over_and_over_' * 9)[:120]}"]
+    assert "line 2: skipped, it is empty" in caplog.text
+    assert "text cut to 64 tokens" in caplog.text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ways of computing the same
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,6 +345,19 @@ def test_weights_that_do_not_fit_stop_the_run(tiny, tmp_path, caplog):
         (message,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
         assert message.startswith("error: ") and complaint in message and "\n" not in message
         assert not files(tmp_path / "videos")
+
+
+def test_a_vae_that_does_not_fit_is_found_before_sampling(tiny, tmp_path, monkeypatch, caplog):
+    import sampling_run
+
+    sampled = []
+    monkeypatch.setattr(sampling_run, "sample_latents", lambda *_: sampled.append(1))
+    torch.save({"state_dict": {"encoder.conv_in.conv.weight": torch.zeros(1)}}, tmp_path / "vae.pt")
+    first_stage = {"params": {"ckpt_path": str(tmp_path / "vae.pt")}}
+    config = tiny.variant("5b", tmp_path / "vae.yaml", model={"first_stage_config": first_stage})
+    assert main(command(config, tmp_path, ONE_PROMPT)) == 2
+    assert "vae.pt does not fit" in caplog.text
+    assert not sampled
 
 
 def test_force_inference_lets_weights_be_missing(tiny, tmp_path, caplog):
