@@ -25,8 +25,6 @@ def initialize_process_groups(model_parallel_size: int = 1) -> None:
     """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             # Processes wait for the slowest at the end of a run, however long its prompts take.
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT)
         else:

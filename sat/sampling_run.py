@@ -1,6 +1,7 @@
 """The stages of sampling: text, first frames, latents, pixels. What `sample_video.py` does once PyTorch is needed."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,8 @@ def choose_device(name: str | None) -> torch.device:
             raise UserError("device is cuda, but PyTorch finds no GPU; use --device cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UserError(f"device is {device}, but there are {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        device = torch.device("cuda", own if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
 
@@ -135,7 +137,8 @@ def sample_videos(
         return 0
     engine, jobs = stages.engine, [Job(video) for video in videos]
     stages.use("conditioner")
-    attempt_each(jobs, lambda job: encode_text(engine, job, args.negative_prompt))
+    encoded: dict[int, Job] = {}  # by prompt: the videos of one prompt share its embeddings
+    attempt_each(jobs, lambda job: encode_text(engine, job, args.negative_prompt, encoded))
     if not keep_conditioner:
         engine.release("conditioner")
     if args.image2video:
@@ -194,14 +197,21 @@ def describe(error: Exception) -> str:
 
 
 @torch.no_grad()
-def encode_text(engine: SATVideoDiffusionEngine, job: Job, negative_prompt: str) -> None:
+def encode_text(engine: SATVideoDiffusionEngine, job: Job, negative_prompt: str, encoded: dict[int, Job]) -> None:
     """Sets `cond` and `uncond` (1, tokens, features). Without a negative prompt the unconditional states are zeros, as
     in training, where a dropped caption leaves zeros."""
-    negative = job.video.request.negative_prompt or negative_prompt
-    cond, uncond = engine.conditioner.get_unconditional_conditioning(
-        {"txt": [job.video.request.text]}, {"txt": [negative]}, force_uc_zero_embeddings=[] if negative else ["txt"]
-    )
-    job.cond, job.uncond = cond["crossattn"].cpu(), uncond["crossattn"].cpu()
+    request = job.video.request
+    if request.index in encoded:
+        job.cond, job.uncond = encoded[request.index].cond, encoded[request.index].uncond
+        return
+
+    def embed(text: str) -> Tensor:
+        return engine.conditioner({"txt": [text]}, drop=False)["crossattn"].cpu()
+
+    negative = request.negative_prompt or negative_prompt
+    job.cond = embed(request.text)
+    job.uncond = embed(negative) if negative else torch.zeros_like(job.cond)
+    encoded[request.index] = job
 
 
 @torch.no_grad()

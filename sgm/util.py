@@ -1,6 +1,7 @@
 """Building objects from configuration."""
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,4 +39,11 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     if "target" not in config:
         raise UserError(f"expected a mapping with the key 'target', got the keys {sorted(config)}")
     factory = get_obj_from_str(config["target"])
-    return factory(**{**(config.get("params") or {}), **extra})
+    params = {**(config.get("params") or {}), **extra}
+    try:
+        inspect.signature(factory).bind(**params)
+    except TypeError as error:
+        raise UserError(f"{config['target']}: {error}; see its params in the configuration") from error
+    except ValueError:  # a built-in that does not tell its signature
+        pass
+    return factory(**params)

@@ -110,9 +110,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
     # ------------------------------------------------------------ encode
 
-    def encode(
-        self, x: Tensor, unregularized: bool = False, input_cp: bool = False, output_cp: bool = False
-    ) -> Tensor:
+    def encode(self, x: Tensor, unregularized: bool = False, input_cp: bool = False, output_cp: bool = False) -> Tensor:
         """Encode a whole clip of 4k+1 frames -> k+1 latent frames at an eighth of the height and width.
 
         Returns a sample of the posterior, with noise from the CPU generator (of the group's first rank), or with
