@@ -9,6 +9,7 @@ n = l + v tokens of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q)
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +37,24 @@ def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
     return (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
 
 
+def may_overwrite() -> bool:
+    """Whether temporaries may be reused: gradients need them, and a compiler does better without being told how."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift, for x (b, n, d) and shift, scale (b, 1, d)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """x·(1 + scale) + shift, for x (b, n, d) and shift, scale (b, 1, d). Overwrites x if it may."""
+    return torch.addcmul(shift, x, 1 + scale, out=x if may_overwrite() else None)
+
+
+def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate·update, for x and update (b, n, d) and gate (b, 1, d). Overwrites x if it may."""
+    return torch.addcmul(x, gate, update, out=x if may_overwrite() else None)
+
+
+def joined(whole: Tensor, text: Tensor, vision: Tensor) -> Tensor:
+    """Text and vision tokens one after the other: `whole` if they are its parts, overwritten."""
+    return whole if may_overwrite() else torch.cat((text, vision), dim=1)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -130,9 +146,16 @@ def rotate_pairs(x: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the video tokens, the last ones, of x (b, heads, n, head_dim); cos and sin are (v, head_dim)."""
+    """Rotate the video tokens, the last ones, of x (b, heads, n, head_dim); cos and sin are (v, head_dim).
+
+    Overwrites x if it may.
+    """
     text, video = x.split((x.shape[2] - cos.shape[0], cos.shape[0]), dim=2)
-    return torch.cat((text, torch.addcmul(video * cos, rotate_pairs(video), sin)), dim=2)
+    rotated = rotate_pairs(video)
+    if may_overwrite():
+        video.mul_(cos).addcmul_(rotated, sin)
+        return x
+    return torch.cat((text, torch.addcmul(video * cos, rotated, sin)), dim=2)
 
 
 class Rotary3DPositionEmbeddingMixin(BaseMixin):
@@ -235,29 +258,24 @@ class AdaLNMixin(BaseMixin):
     ) -> Tensor:
         """`hidden_states` (b, n, d), text first; `emb` (b, time_embed_dim)."""
         layer = self.transformer.layers[layer_id]
-        chunks = self.adaLN_modulations[layer_id](emb).unsqueeze(1).chunk(12, dim=-1)
-        vision, text = chunks[:6], chunks[6:]
         split = (text_length, hidden_states.shape[1] - text_length)
-        text_states, vision_states = hidden_states.split(split, dim=1)
+        chunks = self.adaLN_modulations[layer_id](emb).unsqueeze(1).chunk(12, dim=-1)
+        vision_attention, vision_mlp, text_attention, text_mlp = (chunks[i : i + 3] for i in range(0, 12, 3))
 
-        branches = (
-            (layer.input_layernorm, layer.attention, {"mask": mask, "text_length": text_length, **kwargs}),
-            (layer.post_attention_layernorm, layer.mlp, {}),
-        )
-        for i, (norm, branch, arguments) in enumerate(branches):
-            text_shift, text_scale, text_gate = text[3 * i : 3 * i + 3]
-            vision_shift, vision_scale, vision_gate = vision[3 * i : 3 * i + 3]
-            x = torch.cat(
-                (
-                    modulate(norm(text_states), text_shift, text_scale),
-                    modulate(norm(vision_states), vision_shift, vision_scale),
-                ),
-                dim=1,
-            )
-            text_update, vision_update = branch(x, layer_id=layer_id, **arguments).split(split, dim=1)
-            text_states = torch.addcmul(text_states, text_gate, text_update)
-            vision_states = torch.addcmul(vision_states, vision_gate, vision_update)
-        return torch.cat((text_states, vision_states), dim=1)
+        def branch(
+            x: Tensor, norm: nn.Module, run: Callable, vision: Sequence[Tensor], text: Sequence[Tensor]
+        ) -> Tensor:
+            (shift, scale, gate), (text_shift, text_scale, text_gate) = vision, text
+            normed = norm(x)
+            t, v = normed.split(split, dim=1)
+            update = run(joined(normed, modulate(t, text_shift, text_scale), modulate(v, shift, scale)))
+            (t, v), (text_update, update) = x.split(split, dim=1), update.split(split, dim=1)
+            return joined(x, add_gated(t, text_gate, text_update), add_gated(v, gate, update))
+
+        attention = partial(layer.attention, mask=mask, layer_id=layer_id, text_length=text_length, **kwargs)
+        mlp = partial(layer.mlp, layer_id=layer_id)
+        x = branch(hidden_states, layer.input_layernorm, attention, vision_attention, text_attention)
+        return branch(x, layer.post_attention_layernorm, mlp, vision_mlp, text_mlp)
 
     @non_conflict
     def attention_fn(self, q, k, v, mask, dropout=None, *, layer_id, old_impl=None, **kwargs):
@@ -365,7 +383,10 @@ class DiffusionTransformer(BaseModel):
             skip_init=transformer_args.skip_init,
             layernorm=nn.LayerNorm,
             activation_func=gelu_tanh,
-            **{name: getattr(transformer_args, arg, default) for name, (arg, default) in ARGS_DEFAULT.items()},
+            **{
+                **{name: getattr(transformer_args, arg, default) for name, (arg, default) in ARGS_DEFAULT.items()},
+                "row_parallel_linear_final_bias": False,  # added within the matrix product
+            },
         )
         super().__init__(transformer_args, transformer=transformer)
         self.in_channels, self.out_channels = in_channels, out_channels
