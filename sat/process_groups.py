@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from sat import mpu
 
+from sgm.context_parallel import destroy_context_parallel
 from sgm.errors import UserError
 
 LONGEST_WAIT = timedelta(days=7)
@@ -52,5 +53,6 @@ def parallel_groups() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | Non
 def destroy_process_groups() -> None:
     """The opposite of `initialize_process_groups`; nothing where there are no groups."""
     mpu.destroy_model_parallel()
+    destroy_context_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -65,6 +65,12 @@ def check_combinations(args: SamplingArguments) -> None:
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
+    cp_size = first_stage.get("cp_size") or 1
+    if cp_size > 1 and cp_size != args.model_parallel_size:
+        raise UserError(
+            f"first_stage_config: cp_size is {cp_size} and model_parallel_size {args.model_parallel_size}; processes "
+            "that share a clip in the VAE are those that share a network, so these must be equal"
+        )
     if args.offload == "sequential" and args.model_config.get("compile_model"):
         raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:

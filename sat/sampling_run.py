@@ -23,6 +23,7 @@ from network_weights import checkpoint_file
 from process_groups import destroy_process_groups, initialize_process_groups
 from prompt_inputs import PromptRequest, typed_prompts
 from sampling_plan import PlannedVideo, plan_videos
+from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError
 from video_output import VideoWriter, save_latents
 
@@ -159,17 +160,16 @@ def sample_group(stages: Stages, jobs: list[Job], args: SamplingArguments, bar: 
     engine = stages.engine
     stages.use("model")
     attempt_each(jobs, lambda job: sample_latents(engine, job, args, lambda done, steps: bar.update()))
-    if mpu.get_model_parallel_rank() != 0:
-        return  # the first process of a model-parallel group writes
+    writes = mpu.get_model_parallel_rank() == 0  # for all processes of its model-parallel group
     if args.only_save_latents:
-        attempt_each(jobs, lambda job: save_latents(job.video.path, job.latents))
-    else:
+        attempt_each(jobs if writes else [], lambda job: save_latents(job.video.path, job.latents))
+    elif writes or get_context_parallel_world_size() > 1:
         stages.use("first_stage_model")
         engine.first_stage_model.tile_size = args.vae_tile_size
-        attempt_each(jobs, lambda job: write_video(engine, job, args.sampling_fps))
+        attempt_each(jobs, lambda job: decode_video(engine, job, args.sampling_fps if writes else None))
     for job in jobs:
         job.latents = None
-        if job.failure is None:
+        if writes and job.failure is None:
             logger.info("wrote %s", job.video.path)
 
 
@@ -252,11 +252,19 @@ def sample_latents(
         raise UserError("the sampled latents are not finite; try bf16 or float32 instead of fp16")
 
 
-def write_video(engine: SATVideoDiffusionEngine, job: Job, fps: int) -> None:
-    """Decode `latents` into the job's video file, chunk by chunk."""
-    with VideoWriter(job.video.path, fps, *job.video.size) as video:
-        for frames in engine.decode_stream(rearrange(job.latents, "1 t c h w -> 1 c t h w")):
-            video.write(rearrange(frames, "1 c t h w -> t c h w"))
+def decode_video(engine: SATVideoDiffusionEngine, job: Job, fps: int | None) -> None:
+    """Decode `latents` into the job's video file, chunk by chunk; without `fps` only for the other processes that
+    decode it too."""
+    chunks = engine.decode_stream(rearrange(job.latents, "1 t c h w -> 1 c t h w"))
+    try:
+        if fps is not None:
+            with VideoWriter(job.video.path, fps, *job.video.size) as video:
+                for frames in chunks:
+                    video.write(rearrange(frames, "1 c t h w -> t c h w"))
+    finally:
+        if get_context_parallel_world_size() > 1:  # the others wait for this process, whatever became of the file
+            for _ in chunks:
+                pass
 
 
 def total_over_processes(count: int) -> int:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from arguments import SamplingArguments
 from sample_video import main
 from sgm.errors import UserError
+from support import assert_close
 from videos import read_video
 
 SCRIPT = Path(__file__).parents[2] / "sat" / "sample_video.py"
@@ -149,6 +150,19 @@ def test_processes_share_the_prompts_and_make_the_same_videos(tiny, tmp_path, ba
     (tmp_path / "videos" / "2_blocked").unlink()
     assert contents(tmp_path / "videos") == contents(base_videos)
     assert result.stdout == ""
+
+
+def test_processes_share_one_network_and_one_vae(tiny, tmp_path, base_videos):
+    """Two processes hold half of the network each and decode half of each clip; sums run in another order there."""
+    sharing = {"first_stage_config": {"params": {"cp_size": 2}}}
+    config = tiny.variant("5b", tmp_path / "5b.yaml", model=sharing)
+    arguments = command(config, tmp_path, TWO_PROMPTS, "--model_parallel_size", "2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run_process(*launcher, str(SCRIPT), *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("wrote") == len(TWO_PROMPTS)
+    for shared, alone in zip(files(tmp_path / "videos"), files(base_videos), strict=True):
+        assert_close(read_video(shared)[1], read_video(alone)[1], 0.02)  # lossy compression of nearly equal frames
 
 
 # ---------------------------------------------------------------------------------------------------------------------
