@@ -3,11 +3,13 @@
 import json
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -68,7 +70,7 @@ def machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_processor()}, threads: {torch.get_num_threads()}"
-    return f"{name}; PyTorch {torch.__version__}; Python {platform.python_version()}"
+    return f"{name}; PyTorch {torch.__version__}; Python {platform.python_version()}; {date.today()}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -79,7 +81,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def write_results(section: str, text: str) -> None:
-    """Put `text` under the heading `section` of RESULTS.md, in place of what was there."""
+    """Put `text` and the command under the heading `section` of RESULTS.md, in place of what was there."""
+    script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parents[1])
+    text = f"`{shlex.join(['python', str(script), *sys.argv[1:]])}`\n\n{text}"
     content = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n"
     block = f"## {section}\n\n{text}\n"
     pattern = re.compile(rf"^## {re.escape(section)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)

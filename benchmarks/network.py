@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests/sat", "benchmarks"))]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests", "tests/sat", "benchmarks"))]
 
 from harness import (  # noqa: E402
     alternating_medians,
@@ -29,6 +29,7 @@ from harness import (  # noqa: E402
 from config_files import load_configs  # noqa: E402
 from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
 from network_weights import initialise_missing, instantiate_on_meta  # noqa: E402
+from support import relative_error  # noqa: E402
 
 BATCH = 2
 CPU_LAYERS = 2
@@ -141,10 +142,6 @@ def floating_point_operations(args: argparse.Namespace) -> float:
     text = params["modules"]["pos_embed_config"]["params"]["text_length"]
     n, d = text + frames * height * width // (o * p * q), params["hidden_size"]
     return BATCH * args.layers * (24 * n * d**2 + 4 * n**2 * d)
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from harness import (  # noqa: E402
 
 from diffusers_vae import as_diffusers  # noqa: E402
 from seeded import seed_module_, seeded_input  # noqa: E402
+from support import relative_error  # noqa: E402
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper  # noqa: E402
 
 NETWORKS = {"tiny": {"ch": 32, "num_res_blocks": 1}, "full": {"ch": 128, "num_res_blocks": 3}}
@@ -111,10 +112,6 @@ def build(args: argparse.Namespace, contender: str) -> dict[str, Callable[[], to
             "decode": lambda: other.decode(z).sample,
         }
     return {name: torch.no_grad()(task) for name, task in tasks.items()}
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ CASES = {
     "odd tiles": case("--vae_tile_size", "100", says="vae_tile_size is 100; it must be a positive multiple of 8"),
     "odd device": case("--device", "gpu", says="device is 'gpu'; it can be cpu, cuda or cuda:N"),
     "a VAE shared otherwise than the network": case(
-        config={"model": {"first_stage_config": {"params": {"cp_size": 2}}}}, says="cp_size is 2 and model_parallel_size 1"
+        config={"model": {"first_stage_config": {"params": {"cp_size": 2}}}},
+        says="cp_size is 2 and model_parallel_size 1",
     ),
     "both dtypes": case("--fp16", "--bf16", says="fp16 and bf16 are both on"),
     "contradiction": case("--overwrite", "--skip_existing", says="overwrite and skip_existing are both on"),

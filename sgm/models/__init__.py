@@ -1,1 +1,0 @@
-"""Models that bind networks, losses and checkpoints together."""
