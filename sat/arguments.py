@@ -13,11 +13,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any
 
-from config_files import load_configs
+from config_files import load_configs, replace_exclusive
 from model_limits import SPACE_FACTOR
 from sgm.errors import UserError
 
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
+SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
 EXCLUSIVE = (("fp16", "bf16"), ("overwrite", "skip_existing"))
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "whole numbers"}
 
@@ -76,7 +77,7 @@ class SamplingArguments:
         "what leaves the device to make room: nothing, the stages not running, or also the network's idle layers",
         choices=("none", "stage", "sequential"),
     )
-    vae_tile_size: int | None = argument(None, "decode in square tiles of this many pixels, to save memory")
+    vae_tile_size: int | None = argument(None, "run the VAE in square tiles of this many pixels, to save memory")
     model_parallel_size: int = argument(1, "processes that share one network")
 
     model_config: dict[str, Any] = field(default_factory=dict)
@@ -98,11 +99,9 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
     given = vars(known)
     if "base" not in given:
         raise UserError("--base is missing: name the model's configuration, then configs/inference.yaml")
-    config = load_configs(given.pop("base"), used=("model",))
+    config = load_configs(given.pop("base"), used=("model",), exclusive=EXCLUSIVE)
+    replace_exclusive(given, EXCLUSIVE)
     values = {**check_section(config.get("args") or {}), **given}
-    for one, other in (*EXCLUSIVE, *(pair[::-1] for pair in EXCLUSIVE)):
-        if given.get(one) and other not in given:  # a flag replaces what the files chose
-            values[other] = False
     check_model_section(config.get("model") or {})
     args = SamplingArguments(**values, model_config=config["model"])
     check_values(args)
@@ -197,8 +196,10 @@ def check_values(args: SamplingArguments) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    if args.vae_tile_size is not None and (args.vae_tile_size < 1 or args.vae_tile_size % SPACE_FACTOR):
-        raise UserError(f"vae_tile_size is {args.vae_tile_size}; it must be a positive multiple of {SPACE_FACTOR}")
+    if args.vae_tile_size is not None and (args.vae_tile_size < SMALLEST_TILE or args.vae_tile_size % SPACE_FACTOR):
+        raise UserError(
+            f"vae_tile_size is {args.vae_tile_size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}"
+        )
     if not 0 <= args.seed < 2**63:
         raise UserError(f"seed is {args.seed}; it can be from 0 to 2^63 - 1")
     if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):

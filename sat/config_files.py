@@ -21,19 +21,24 @@ PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir")
 SECTIONS = ("args", "model", "deepspeed", "data")
 
 
-def load_configs(paths: Sequence[str | Path], used: Sequence[str] = SECTIONS) -> dict[str, Any]:
+def load_configs(
+    paths: Sequence[str | Path], used: Sequence[str] = SECTIONS, exclusive: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
     """The merged content of configuration files, later ones overriding earlier ones.
 
     A file may start from others: `include: other.yaml`, or a list, relative to itself.
 
     Args:
         used: the sections whose targets must import.
+        exclusive: pairs of switches in `args`; a file that turns one on turns off the other, unless it sets both.
 
     Raises:
         UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve; a
             target does not import.
     """
     files = [file for path in paths for file in _with_includes(Path(path), ())]
+    for _, content in files:
+        replace_exclusive(content.get("args", {}), exclusive)
     try:
         merged = OmegaConf.merge(*(OmegaConf.create(content) for _, content in files))
         config = OmegaConf.to_container(merged, resolve=True)
@@ -45,6 +50,13 @@ def load_configs(paths: Sequence[str | Path], used: Sequence[str] = SECTIONS) ->
             where = next((path for path, content in reversed(files) if _get(content, key) == target), paths[-1])
             raise UserError(f"{where}: {key}: {target}: {problem}")
     return config
+
+
+def replace_exclusive(args: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
+    """Turn off the other of each pair of switches that `args` turns on, so that it overrides what came before."""
+    for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
+        if args.get(one) is True and other not in args:
+            args[other] = False
 
 
 def _with_includes(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """The engine: conditioner, first stage, network and the glue between them."""
 
 import copy
+import gc
 import logging
 import random
 from argparse import Namespace
@@ -11,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from model_limits import patch_sizes
 from network_weights import instantiate_on_meta, load_network
 from process_groups import parallel_groups
 from sgm.errors import UserError
@@ -91,6 +93,7 @@ class SATVideoDiffusionEngine(nn.Module):
     def release(self, part: str) -> None:
         """Drop a part and return its memory."""
         setattr(self, part, None)
+        gc.collect()  # SwissArmyTransformer's hooks tie a network into a circle that reference counts do not free
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -141,8 +144,7 @@ class SATVideoDiffusionEngine(nn.Module):
     @property
     def is_15(self) -> bool:
         """Whether the network patches two latent frames at a time, as CogVideoX1.5 does."""
-        patch_size = self.config["network_config"]["params"]["patch_size"]
-        return not isinstance(patch_size, int) and patch_size[0] > 1
+        return patch_sizes(self.config["network_config"]["params"]["patch_size"])[0] > 1
 
     def disable_untrainable_params(self) -> None:
         """Freeze what training leaves alone: `not_trainable_prefixes` and, with LoRA, all but the adapter."""

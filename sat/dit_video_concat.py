@@ -22,6 +22,7 @@ from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model_limits import patch_sizes
 from position_tables import Grid, leading_corner, rotary_angles, sincos_3d
 from process_groups import initialize_process_groups
 from sgm.errors import UserError
@@ -30,11 +31,6 @@ from sgm.util import instantiate_from_config
 
 # Of the norms defined here; SwissArmyTransformer's own take `layernorm_epsilon` of `transformer_args` (1e-5).
 LAYERNORM_EPSILON = 1e-6
-
-
-def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
-    """`2` (CogVideoX 1.0) means (1, 2, 2): no patching of time; 1.5 gives all three."""
-    return (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
 
 
 def may_overwrite() -> bool:
@@ -175,8 +171,13 @@ class Rotary3DPositionEmbeddingMixin(BaseMixin):
         theta: float = 10000.0,
         learnable_pos_embed: bool = False,
         store_tables: bool = True,
+        time_interpolation: float = 1.0,
+        height_interpolation: float = 1.0,
+        width_interpolation: float = 1.0,
     ):
         super().__init__()
+        if not time_interpolation == height_interpolation == width_interpolation == 1:
+            raise UserError("interpolation factors other than 1 belong to Basic3DPositionEmbeddingMixin, not to rotary")
         self.grid: Grid = (compressed_num_frames, height, width)
         self.text_length = text_length
         self.head_dim, self.theta = hidden_size_head, theta

@@ -1,7 +1,7 @@
 """Running a network whose layers do not fit on the device: they wait in host memory and come over one by one."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,46 +35,66 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 class LayerStreamer:
     """Context manager `streamer(i)`: inside it, the weights of layer i are on the device.
 
-    While layer i computes, the weights of the next one are copied, from pinned memory on a stream of their own, so
-    at most two layers are on the device.
+    Two sets of buffers on the device take turns. While layer i computes in one of them, the weights of the next layer
+    are copied into the other, from pinned memory on a stream of its own.
     """
 
     def __init__(self, layers: list[list[nn.Module]], device: torch.device):
         self.device = device
-        self.on_cuda = device.type == "cuda"
-        self.copy_stream = torch.cuda.Stream(device) if self.on_cuda else None
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.layers = [[tensor for module in modules for tensor in tensors_of(module)] for modules in layers]
-        self.host: list[list[Tensor]] = [
-            [tensor.data.pin_memory() if self.on_cuda else tensor.data for tensor in tensors] for tensors in self.layers
-        ]
+        self.host = [[self._pinned(tensor.data) for tensor in tensors] for tensors in self.layers]
         for tensors, host in zip(self.layers, self.host, strict=True):
-            for tensor, data in zip(tensors, host, strict=True):
-                tensor.data = data
-        self.fetched: dict[int, list[Tensor]] = {}
+            _point(tensors, host)
+        self.current, self.next = Slot(), Slot()
 
-    def fetch(self, index: int) -> None:
-        """Start copying the weights of a layer to the device."""
-        if index in self.fetched:
-            return
-        if not self.on_cuda:
-            self.fetched[index] = [data.to(self.device, copy=True) for data in self.host[index]]
-            return
-        with torch.cuda.stream(self.copy_stream):
-            self.fetched[index] = [data.to(self.device, non_blocking=True) for data in self.host[index]]
+    def _pinned(self, data: Tensor) -> Tensor:
+        return data.pin_memory() if self.copy_stream else data
+
+    def fetch(self, index: int, slot: "Slot") -> None:
+        """Start copying the weights of a layer into a slot, once what last computed there is done."""
+        with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
+            slot.make_room_for(self.host[index], self.device)
+            if slot.used is not None:
+                self.copy_stream.wait_event(slot.used)
+            for buffer, data in zip(slot.buffers, self.host[index], strict=True):
+                buffer.copy_(data, non_blocking=True)
+            slot.filled = self.copy_stream and self.copy_stream.record_event()
+        slot.layer = index
 
     @contextmanager
     def __call__(self, index: int) -> Iterator[None]:
-        self.fetch(index)
-        if self.on_cuda:
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_stream(self.copy_stream)
-            for data in self.fetched[index]:
-                data.record_stream(compute)  # its memory is free for reuse only once this layer has run
-        for tensor, data in zip(self.layers[index], self.fetched.pop(index), strict=True):
-            tensor.data = data
-        self.fetch((index + 1) % len(self.layers))
+        if self.next.layer != index:
+            self.fetch(index, self.next)
+        self.current, self.next = self.next, self.current
+        compute = self.copy_stream and torch.cuda.current_stream(self.device)
+        if compute:
+            compute.wait_event(self.current.filled)
+        self.fetch((index + 1) % len(self.layers), self.next)
+        _point(self.layers[index], self.current.buffers)
         try:
             yield
         finally:
-            for tensor, data in zip(self.layers[index], self.host[index], strict=True):
-                tensor.data = data
+            _point(self.layers[index], self.host[index])
+            self.current.used = compute and compute.record_event()
+
+
+class Slot:
+    """Room for one layer on the device: which layer is in it, and on CUDA when it was filled and last used."""
+
+    def __init__(self):
+        self.buffers: list[Tensor] = []
+        self.layer: int | None = None
+        self.filled: torch.cuda.Event | None = None
+        self.used: torch.cuda.Event | None = None
+
+    def make_room_for(self, host: list[Tensor], device: torch.device) -> None:
+        """Layers mostly have the same shapes, so the same buffers serve them all."""
+        if [(b.shape, b.dtype) for b in self.buffers] != [(data.shape, data.dtype) for data in host]:
+            self.buffers = [torch.empty_like(data, device=device, pin_memory=False) for data in host]
+
+
+def _point(tensors: list[Tensor], data: list[Tensor]) -> None:
+    """Let parameters and buffers use other memory."""
+    for tensor, value in zip(tensors, data, strict=True):
+        tensor.data = value

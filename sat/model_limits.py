@@ -1,12 +1,17 @@
 """What a model can take, read off its configuration, so that a wrong request is refused before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sgm.errors import UserError
 
 SPACE_FACTOR = 8  # pixels per latent along height and width, of the 3D VAE
+
+
+def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
+    """Patch along (frames, height, width): `2` (CogVideoX 1.0) means (1, 2, 2), no patching of time; 1.5 gives all."""
+    return (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,9 @@ class ModelLimits:
             return _positive(params.get(name), name)
 
         size = params.get("patch_size")
-        if isinstance(size, list) and len(size) == 3:
-            patch = tuple(_positive(side, "patch_size") for side in size)
-        else:
-            patch = (1, number("patch_size"), number("patch_size"))
+        if not (isinstance(size, list) and len(size) == 3):
+            size = number("patch_size")
+        patch = tuple(_positive(side, "patch_size") for side in patch_sizes(size))
         table_frames = (number("num_frames") - 1) // number("time_compressed_rate") + 1
         return cls(
             patch=patch,

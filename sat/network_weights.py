@@ -155,13 +155,14 @@ def load_network(
     )
     if missing:
         logger.warning(
-            "%s lack %d of the network's tensors, which start from scratch: %s%s",
+            "%s lack %d of the network's tensors, which keep their initial values: %s%s",
             " and ".join(sources) or "no checkpoint given: files",
             len(missing),
             ", ".join(missing[:3]),
             ", ..." if len(missing) > 3 else "",
         )
         initialise_missing(network, device)
+        network.to(device)  # tables that were never on the meta device
 
 
 def is_adapter(name: str) -> bool:

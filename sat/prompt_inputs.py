@@ -67,6 +67,9 @@ def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[P
             logger.warning("%s: skipped, it is empty", where)
             continue
         request = parse(line.strip(), len(requests), path.parent, where)
+        if not request.text.strip():
+            logger.warning("%s: skipped, its prompt is empty", where)
+            continue
         _check_image_use(request, image_to_video, where)
         requests.append(request)
     if not requests:

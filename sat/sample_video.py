@@ -11,11 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modules, wherever the command is run from
 
 import logging
-import os
-import warnings
 from collections.abc import Sequence
 
 from arguments import get_args
+from library_messages import quiet_libraries
 from sampling_plan import plan_run
 from sgm.errors import UserError
 
@@ -37,17 +36,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted")
         return 130
-
-
-def quiet_libraries() -> None:
-    """Keep what libraries say at import off the terminal; their errors still show."""
-    os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', while it loads the text encoder
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 if __name__ == "__main__":

@@ -48,23 +48,31 @@ class Job:
 
 
 class Stages:
-    """Has the part of the engine that is in use on the device, and, unless `offload` is none, no other."""
+    """Has the part of the engine that is in use on the device, and, unless `offload` is none, no other.
 
-    def __init__(self, engine: SATVideoDiffusionEngine, offload: str):
+    With `sequential` the network stays built, since its layers wait in host memory anyway.
+    """
+
+    def __init__(self, engine: SATVideoDiffusionEngine, args: SamplingArguments):
         self.engine = engine
-        self.offload = offload
+        self.offload = args.offload
+        self.vae_tile_size = args.vae_tile_size
 
     def use(self, part: str) -> None:
         engine = self.engine
+        streams = self.offload == "sequential"
         if self.offload != "none":
             for other in ("conditioner", "first_stage_model", "model"):
-                if other != part and getattr(engine, other) is not None:
+                waits_elsewhere = streams and other == "model"
+                if other != part and not waits_elsewhere and getattr(engine, other) is not None:
                     engine.release(other)
-        if part == "model" and self.offload == "sequential" and engine.model is None:
+        if part == "model" and streams and engine.model is None:
             engine.build(part, device="cpu")
             stream_layers(engine.network, engine.device)
         else:
             engine.build(part)
+        if part == "first_stage_model":
+            engine.first_stage_model.tile_size = self.vae_tile_size
 
 
 def run(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
@@ -97,7 +105,7 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
     if steps is None:
         raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
     engine.sampler.schedule(steps)  # raises if there are not that many
-    stages = Stages(engine, args.offload)
+    stages = Stages(engine, args)
     if not args.only_save_latents:
         stages.use("first_stage_model")  # weights that do not fit are found before sampling, not after
     if videos is None:
@@ -127,6 +135,7 @@ def choose_device(name: str | None) -> torch.device:
         own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         device = torch.device("cuda", own if device.index is None else device.index)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # the same seed gives the same video
     return device
 
 
@@ -165,7 +174,6 @@ def sample_group(stages: Stages, jobs: list[Job], args: SamplingArguments, bar: 
         attempt_each(jobs if writes else [], lambda job: save_latents(job.video.path, job.latents))
     elif writes or get_context_parallel_world_size() > 1:
         stages.use("first_stage_model")
-        engine.first_stage_model.tile_size = args.vae_tile_size
         attempt_each(jobs, lambda job: decode_video(engine, job, args.sampling_fps if writes else None))
     for job in jobs:
         job.latents = None
@@ -181,8 +189,11 @@ def attempt_each(jobs: Iterable[Job], stage: Callable[[Job], Any]) -> None:
         try:
             stage(job)
         except Exception as error:
+            foreseen = isinstance(error, UserError | torch.OutOfMemoryError)
+            if mpu.get_model_parallel_world_size() > 1 and not isinstance(error, UserError):
+                raise  # the others are inside the network and would pair this one's next call with their present one
             job.failure = describe(error)
-            where = None if isinstance(error, UserError) else error
+            where = None if foreseen else error
             number, text = job.video.request.index + 1, job.video.request.text
             logger.error("failed: prompt %d ('%.60s'): %s", number, text, job.failure, exc_info=where)
 

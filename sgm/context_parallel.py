@@ -220,14 +220,16 @@ def _start_sending(x: Tensor, step: int, group: ProcessGroup) -> None:
     while _sending:
         _sending.pop()[0].wait()
     x = x.permute(0, 2, 3, 4, 1).contiguous()  # channels last in memory, as the receiver will want it
+    # By way of the CPU (gloo): with NCCL two ranks that first send and then receive would wait for each other.
+    x = x.cpu()
     _sending.append((dist.isend(x, group=group, group_dst=_neighbour(step, group)), x))
 
 
 def _receive(like: Tensor, shape: tuple[int, ...], step: int, group: ProcessGroup) -> Tensor:
     batch, channel, time, height, width = shape
-    x = like.new_empty((batch, time, height, width, channel))
+    x = torch.empty((batch, time, height, width, channel), dtype=like.dtype)
     dist.recv(x, group=group, group_src=_neighbour(step, group))
-    return x.permute(0, 4, 1, 2, 3)
+    return x.to(like.device).permute(0, 4, 1, 2, 3)
 
 
 def _neighbour(step: int, group: ProcessGroup) -> int:

@@ -33,7 +33,7 @@ class CausalConv3d(nn.Module):
         before = chunk.frames_before(self, x, time - 1)
         if x.shape[2] == 0:  # a rank without frames: no output, but a place in the graph for the frames it passed on
             return F.conv3d(F.pad(before, (0, 0, 0, 0, 0, 1)), weight, bias, padding=padding)[:, :, :0]
-        if before is None and x.shape[2] == 1:  # all taps see the same frame
+        if before is None and x.shape[2] == 1 and x.dtype == torch.float32:  # all taps see the same frame
             return F.conv3d(x, weight.sum(2, keepdim=True), bias, padding=padding)
         if winograd.serves(x, weight):
             return winograd.causal_conv3d(before, x, weight, bias)
@@ -205,15 +205,21 @@ class Upsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3)
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
-        # A 3x3 kernel meets only 2x2 different pixels of a doubled image. Adding up the taps that meet the same pixel
-        # makes it a transposed convolution of the small image, with 4 instead of 9 products a pixel.
-        kernel = _overlapping_sums(_overlapping_sums(self.conv.weight, dim=2), dim=3).transpose(0, 1).flip(2, 3)
-        x = _framewise(lambda frames: F.conv_transpose2d(frames, kernel, self.conv.bias, stride=2, padding=1), x)
+        x = _framewise(self._double_and_convolve, x)
         if self.compress_time:  # after the convolution, which would only repeat itself
             first, rest = x[:, :, : int(chunk.lead)], x[:, :, int(chunk.lead) :]
             doubled = rest.unsqueeze(3).expand(-1, -1, -1, 2, -1, -1).flatten(2, 3)
             x = torch.cat([first, doubled], dim=2)
         return x
+
+    def _double_and_convolve(self, frames: Tensor) -> Tensor:
+        weight, bias = self.conv.weight, self.conv.bias
+        if frames.device.type != "cpu" or frames.dtype != torch.float32:  # where it is exact and pays
+            return F.conv2d(F.interpolate(frames, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+        # A 3x3 kernel meets only 2x2 different pixels of a doubled image. Adding up the taps that meet the same pixel
+        # makes it a transposed convolution of the small image, with 4 instead of 9 products a pixel.
+        kernel = _overlapping_sums(_overlapping_sums(weight, dim=2), dim=3).transpose(0, 1).flip(2, 3)
+        return F.conv_transpose2d(frames, kernel, bias, stride=2, padding=1)
 
 
 def _overlapping_sums(kernel: Tensor, dim: int) -> Tensor:

@@ -52,7 +52,7 @@ CASES = {
     "huge seed": case("--seed", str(2**63), says="it can be from 0 to 2^63 - 1"),
     "no steps": case("--sampling_num_steps", "0", says="sampling_num_steps is 0; it must be at least 1"),
     "no videos": case("--batch_size", "0", says="batch_size is 0"),
-    "odd tiles": case("--vae_tile_size", "100", says="vae_tile_size is 100; it must be a positive multiple of 8"),
+    "odd tiles": case("--vae_tile_size", "100", says="vae_tile_size is 100; it must be a multiple of 8, at least 64"),
     "odd device": case("--device", "gpu", says="device is 'gpu'; it can be cpu, cuda or cuda:N"),
     "a VAE shared otherwise than the network": case(
         config={"model": {"first_stage_config": {"params": {"cp_size": 2}}}},

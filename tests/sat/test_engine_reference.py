@@ -1,6 +1,7 @@
 """The whole engine against reference numbers: text embeddings, encoded latents, training loss, sampled latents."""
 
 import random
+import weakref
 from argparse import Namespace
 
 import numpy as np
@@ -104,3 +105,23 @@ def test_only_the_network_trains(case):
     engine.disable_untrainable_params()
     trainable = {name.split(".")[0] for name, parameter in engine.named_parameters() if parameter.requires_grad}
     assert trainable == {"model"}
+
+
+def test_a_released_part_gives_its_memory_back():
+    """At once, not when the garbage collector happens to run."""
+    config = Reference("engine/t2v_2b").case["model"]
+    engine = SATVideoDiffusionEngine(Namespace(model_config=config), parts=("model", "first_stage_model"))
+    for part in ("model", "first_stage_model"):
+        weight = weakref.ref(next(getattr(engine, part).parameters()))
+        engine.release(part)
+        assert weight() is None and getattr(engine, part) is None
+
+
+def test_loss_reaches_every_parameter_of_the_network(case):
+    _, reference, engine, clip = case
+    loss, _ = engine.shared_step({"mp4": clip[:1], "txt": reference.case["texts"][:1]})
+    loss.backward()
+    unused = {"transformer.position_embeddings.weight", "mixins.pos_embed.pos_embedding"}
+    for name, parameter in engine.network.named_parameters():
+        assert name in unused or (parameter.grad is not None and torch.isfinite(parameter.grad).all()), name
+    engine.zero_grad()

@@ -122,7 +122,7 @@ def test_a_new_adapter_starts_as_the_base_model(seeded_base, tmp_path, caplog):
     network = build("t2v_2b_lora")
     load_network(network, tmp_path / "base.pt", allow_missing=True)
     assert torch.equal(output(network), output(seeded_base))
-    assert "start from scratch" in caplog.text
+    assert "keep their initial values" in caplog.text
     attention = network.transformer.layers[0].attention
     assert attention.dense.matrix_A[0].abs().sum() > 0
 

@@ -65,9 +65,15 @@ def test_the_last_separator_splits(prompt_file, tmp_path):
 
 def test_json_lines_take_every_field(prompt_file, tmp_path):
     record = {"prompt": "a@@b", "negative_prompt": "blur", "image": "cat.png", "seed": 3, "num_frames": 5}
-    requests = read_prompts(prompt_file([{**record, "size": [64, 96]}, {"prompt": "", "seed": None}]))
+    requests = read_prompts(prompt_file([{**record, "size": [64, 96]}, {"prompt": "b", "seed": None}]))
     assert requests[0] == PromptRequest(0, "a@@b", "blur", tmp_path / "cat.png", 3, 5, (64, 96))
-    assert requests[1] == PromptRequest(1, "")
+    assert requests[1] == PromptRequest(1, "b")
+
+
+def test_empty_prompts_are_skipped_with_a_warning(prompt_file, caplog):
+    requests = read_prompts(prompt_file([{"prompt": "a"}, {"prompt": ""}, {"prompt": "  "}, {"prompt": "b"}]))
+    assert [(request.index, request.text) for request in requests] == [(0, "a"), (1, "b")]
+    assert caplog.text.count("skipped, its prompt is empty") == 2
 
 
 def test_every_field_of_a_request_can_be_given_in_json():

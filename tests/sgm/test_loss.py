@@ -179,7 +179,8 @@ def test_uniform_sampling_stratifies_over_processes(monkeypatch, processes, grou
     torch.manual_seed(0)
     drawn = []
     for rank in range(processes):
-        monkeypatch.setattr(sigma_sampling, "group_rank_and_size", lambda group, rank=rank: (rank, processes))
+        monkeypatch.setattr(sigma_sampling, "group_rank", lambda group, rank=rank: rank)
+        monkeypatch.setattr(sigma_sampling, "group_size", lambda group: processes)
         _, idx = sampler(2000, return_idx=True)
         group, width = rank * groups // processes, 1000 // groups
         assert group * width <= idx.min() and idx.max() < (group + 1) * width
@@ -191,7 +192,7 @@ def test_uniform_sampling_stratifies_over_processes(monkeypatch, processes, grou
 
 def test_impossible_number_of_groups(monkeypatch):
     sampler = DiscreteSampling(ZERO_SNR, num_idx=1000, uniform_sampling=True, group_num=3)
-    monkeypatch.setattr(sigma_sampling, "group_rank_and_size", lambda group: (0, 8))
+    monkeypatch.setattr(sigma_sampling, "group_size", lambda group: 8)
     with pytest.raises(UserError, match="group_num is 3, but it must divide both the 8 data-parallel processes"):
         sampler(1)
 

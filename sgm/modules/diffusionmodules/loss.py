@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sgm.context_parallel import broadcast
 from sgm.errors import UserError
-from sgm.modules.diffusionmodules.util import append_dims, broadcast_in_group, reject_options
+from sgm.modules.diffusionmodules.util import append_dims, reject_options
 from sgm.util import instantiate_from_config
 
 
@@ -64,7 +65,7 @@ class DiffusionLoss(nn.Module):
 
     def share(self, tensor: Tensor) -> Tensor:
         """The tensor of the first process of the model-parallel group."""
-        return broadcast_in_group(tensor, self.model_parallel_group)
+        return broadcast(tensor.contiguous(), self.model_parallel_group)
 
     def noise_like(self, clean: Tensor) -> Tensor:
         """Noise of the shape (batch, ..., channel, height, width) of `clean`."""

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sgm.context_parallel import group_rank, group_size
 from sgm.errors import UserError
-from sgm.modules.diffusionmodules.util import group_rank_and_size
 from sgm.util import instantiate_from_config
 
 
@@ -68,7 +68,7 @@ class DiscreteSampling:
         """
         if not self.uniform_sampling:
             return 0, self.num_idx
-        rank, processes = group_rank_and_size(self.data_parallel_group)
+        rank, processes = group_rank(self.data_parallel_group), group_size(self.data_parallel_group)
         groups = self.group_num or math.gcd(processes, self.num_idx)
         if processes % groups or self.num_idx % groups:
             raise UserError(

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sgm.errors import UserError
@@ -44,19 +43,3 @@ def reject_options(owner: str, **options: Any) -> None:
     for name, value in options.items():
         if value:
             raise UserError(f"{owner} does not support {name}, which is set to {value}; remove it")
-
-
-def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Position of this process in `group`; (0, 1) without a group or without torch.distributed."""
-    if group is None or not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
-
-
-def broadcast_in_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The tensor of the first process of `group`, on all of them; `tensor` itself for a group of one or None."""
-    _, size = group_rank_and_size(group)
-    if size > 1:
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
-    return tensor
