@@ -254,9 +254,11 @@ def test_half_precision_is_close(tiny, tmp_path, base_videos, dtype):
     assert 0 < (half - full).abs().mean() < 0.1
 
 
-def test_tiles(tiny, tmp_path, base_videos):
-    assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, "--vae_tile_size", "32")) == 0
-    tiled, whole = (read_video(files(folder)[0])[1] for folder in (tmp_path / "videos", base_videos))
+def test_tiles(tiny, tmp_path):
+    size = ("--sampling_image_size", "64", "96")
+    for name, tiles in (("whole", ()), ("tiled", ("--vae_tile_size", "64"))):
+        assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, *size, *tiles, name=name)) == 0
+    tiled, whole = (read_video(files(tmp_path / name)[0])[1] for name in ("tiled", "whole"))
     assert tiled.shape == whole.shape
     assert 0 < (tiled - whole).abs().mean() < 0.5
 
@@ -333,7 +335,7 @@ def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         raise KeyError("surprise")
 
-    monkeypatch.setattr(sampling_run, "write_video", fail)
+    monkeypatch.setattr(sampling_run, "decode_video", fail)
     assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS)) == 1
     full, surprise = (record for record in caplog.records if record.getMessage().startswith("failed: prompt"))
     assert "--offload sequential" in full.getMessage()
