@@ -6,6 +6,7 @@ section of a configuration file; the command line wins. Nothing here imports PyT
 
 import argparse
 import difflib
+import logging
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,17 @@ from config_files import load_configs, replace_exclusive
 from model_limits import SPACE_FACTOR
 from sgm.errors import UserError
 
+logger = logging.getLogger("sample_video")
+
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
 SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
+# What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
+MODEL_KEYS = (
+    *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
+    *("noised_image_input", "noised_image_all_concat", "noised_image_dropout"),
+    *("loss_fn_config", "network_wrapper", "compile_model"),
+    "disable_first_stage_autocast",
+)
 EXCLUSIVE = (("fp16", "bf16"), ("overwrite", "skip_existing"))
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "whole numbers"}
 
@@ -160,6 +170,11 @@ def check_model_section(section: Mapping[str, Any]) -> None:
     for part in MODEL_PARTS:
         if not isinstance(section.get(part), dict):
             raise UserError(f"the configuration has no model.{part}: name a model's file too, as in --help")
+    for key in section:
+        if key not in MODEL_PARTS and key not in MODEL_KEYS:
+            near = difflib.get_close_matches(str(key), [*MODEL_PARTS, *MODEL_KEYS], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            logger.warning("model.%s is not used%s", key, hint)
 
 
 def check_section(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,18 @@ def test_values_on_the_command_line():
     assert args.device == "cuda:1"
 
 
+def test_a_later_file_replaces_the_dtype_of_an_earlier_one(tmp_path):
+    args = args_of(overlay={"fp16": True}, folder=tmp_path)
+    assert (args.bf16, args.fp16) == (False, True)
+
+
+def test_a_key_of_the_model_that_nothing_reads_is_named(tmp_path, caplog):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"model": {"scale_facter": 0.5}}))
+    get_args(["--base", MODEL, str(overlay), *PROMPTS])
+    assert "model.scale_facter is not used; did you mean scale_factor?" in caplog.text
+
+
 def test_a_flag_replaces_the_dtype_of_the_file():
     assert (args_of().bf16, args_of().fp16) == (True, False)
     args = args_of("--fp16")

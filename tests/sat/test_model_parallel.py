@@ -15,11 +15,12 @@ def network_config(name: str, model_parallel_size: int) -> dict:
     return config
 
 
-def inputs() -> dict[str, torch.Tensor]:
+def inputs(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {
-        "x": seeded_input("x", (2, 3, 16, 8, 12)),
+        "x": seeded_input("x", (2, 2, network.in_channels, 8, 12)),
         "timesteps": torch.tensor([37, 811]),
         "context": seeded_input("context", (2, 16, 64)),
+        "ofs": torch.tensor([2.0, 2.0]),
     }
 
 
@@ -31,19 +32,19 @@ def outputs_of_rank(checkpoints: dict[str, str]) -> dict[str, tuple[torch.Tensor
         load_network(network, checkpoint)
         with torch.no_grad():
             rows = network.transformer.layers[0].attention.query_key_value.weight.shape[0]
-            outputs[name] = network(**inputs()), rows
+            outputs[name] = network(**inputs(network)), rows
     return outputs
 
 
 def test_two_processes_equal_one(tmp_path):
     expected, checkpoints = {}, {}
-    for name in ("t2v_2b", "t2v_5b"):
+    for name in ("t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15"):
         network = seed_module_(instantiate_from_config(network_config(name, 1)))
         weights = {f"model.diffusion_model.{key}": value for key, value in network.state_dict().items()}
         checkpoints[name] = str(tmp_path / f"{name}.pt")
         torch.save({"module": weights}, checkpoints[name])
         with torch.no_grad():
-            expected[name] = network(**inputs())
+            expected[name] = network(**inputs(network))
     for outputs in run_distributed(outputs_of_rank, 2, checkpoints):
         for name, (output, rows) in outputs.items():
             assert_close(output, expected[name], 1e-4)
