@@ -28,6 +28,7 @@ from harness import (  # noqa: E402
 
 from config_files import load_configs  # noqa: E402
 from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
+from model_limits import patch_sizes  # noqa: E402
 from network_weights import initialise_missing, instantiate_on_meta  # noqa: E402
 from support import relative_error  # noqa: E402
 
@@ -93,8 +94,7 @@ def arguments() -> argparse.Namespace:
         height, width = config["args"]["sampling_image_size"]
         full = (config["args"]["sampling_num_frames"], height // 8, width // 8)
         args.clip = CPU_CLIP if on_cpu else full
-        if isinstance(params["patch_size"], list):
-            args.clip = (args.clip[0] + args.clip[0] % 2, *args.clip[1:])
+        args.clip = (args.clip[0] + args.clip[0] % patch_sizes(params["patch_size"])[0], *args.clip[1:])
     return args
 
 
@@ -136,8 +136,7 @@ def build(args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
 def floating_point_operations(args: argparse.Namespace) -> float:
     """Of the matrix products of all layers: 24·n·d² of the projections and the MLP, 4·n²·d of the attention."""
     params = args.network_config["params"]
-    patch = params["patch_size"]
-    o, p, q = (1, patch, patch) if isinstance(patch, int) else patch
+    o, p, q = patch_sizes(params["patch_size"])
     frames, height, width = args.clip
     text = params["modules"]["pos_embed_config"]["params"]["text_length"]
     n, d = text + frames * height * width // (o * p * q), params["hidden_size"]
