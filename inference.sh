@@ -11,40 +11,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 run_cmd="python sat/sample_video.py --base configs/tiny/cogvideox_tiny.yaml configs/tiny/inference.yaml --seed 42"
 
-if (($#)); then
-    run_cmd=$(printf '%q ' python sat/sample_video.py "$@")
-fi
-eval "words=($run_cmd)"
-
-tiny_configs=() help=
-for word in "${words[@]}"; do
-    case "$word" in
-        -h | --help) help=yes ;;
-        *configs/tiny/*.yaml) tiny_configs+=("$word") ;;
-    esac
-done
-
-if [[ $help ]]; then
-    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' inference.sh
-    # The options themselves need the packages, which asking for help must not install.
-    python=$(bash tools/setup_environment.sh --check requirements.txt 2>/dev/null) || exit 0
-    echo
-    exec "$python" sat/sample_video.py --help
-fi
-
-environment_python=$(bash tools/setup_environment.sh requirements.txt)
-export PATH="$(dirname "$environment_python"):$PATH" TOKENIZERS_PARALLELISM=false
-
-# What `python` means in the command: that of the environment, under torchrun for several processes. It takes the place
-# of this script, so that signals reach it.
-python() {
-    if ((${NPROC:-1} > 1)); then
-        exec "$environment_python" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
-    fi
-    exec "$environment_python" "$@"
-}
-
-if ((${#tiny_configs[@]})); then
-    "$environment_python" tools/build_tiny_model.py --config "${tiny_configs[@]}"
-fi
-eval "$run_cmd"
+source tools/run_command.sh
+run "python sat/sample_video.py" "$@"

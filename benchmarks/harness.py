@@ -64,6 +64,12 @@ def in_own_process(*arguments: str) -> float:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def layer_flops(tokens: int, width: int) -> tuple[int, int]:
+    """Of one layer's forward pass on one clip: floating-point operations of the products with weight matrices (of the
+    attention's projections and the MLP, 24·n·d²) and of the attention (4·n²·d)."""
+    return 24 * tokens * width**2, 4 * tokens**2 * width
+
+
 def machine(device: torch.device) -> str:
     """One line that says where the numbers come from."""
     if device.type == "cuda":

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests", "
 from harness import (  # noqa: E402
     alternating_medians,
     in_own_process,
+    layer_flops,
     machine,
     markdown_table,
     peak_memory,
@@ -134,13 +135,13 @@ def build(args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def floating_point_operations(args: argparse.Namespace) -> float:
-    """Of the matrix products of all layers: 24·n·d² of the projections and the MLP, 4·n²·d of the attention."""
+    """Of the matrix products of all layers."""
     params = args.network_config["params"]
     o, p, q = patch_sizes(params["patch_size"])
     frames, height, width = args.clip
     text = params["modules"]["pos_embed_config"]["params"]["text_length"]
     n, d = text + frames * height * width // (o * p * q), params["hidden_size"]
-    return BATCH * args.layers * (24 * n * d**2 + 4 * n**2 * d)
+    return BATCH * args.layers * sum(layer_flops(n, d))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 import copy
 import gc
-import logging
-import random
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 from model_limits import patch_sizes
 from network_weights import instantiate_on_meta, load_network
 from process_groups import parallel_groups
+from sgm import randomness
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import get_obj_from_str, instantiate_from_config
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("conditioner", "first_stage_model", "model")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,7 +43,8 @@ class SATVideoDiffusionEngine(nn.Module):
 
     Args:
         args: `model_config` is the `model:` section of a configuration; `fp16` or `bf16` set the dtype of all parts;
-            `load` and `lora_load` name the network's weights, `force_inference` lets some be missing;
+            `load` and `lora_load` name the network's weights, `force_inference` lets some be missing, `new_adapter`
+            only a LoRA adapter;
             `model_parallel_size` overrides that of the network's configuration.
         parts: which of `PARTS` to build now.
         device: where parts are put.
@@ -67,8 +66,10 @@ class SATVideoDiffusionEngine(nn.Module):
         self.not_trainable_prefixes = tuple(config.get("not_trainable_prefixes", ("first_stage_model", "conditioner")))
 
         self.denoiser = instantiate_from_config(config["denoiser_config"])
-        self.sampler = instantiate_from_config(config["sampler_config"]) if "sampler_config" in config else None
-        self.loss_fn = instantiate_from_config(config["loss_fn_config"]) if "loss_fn_config" in config else None
+        self.sampler = instantiate_from_config(config["sampler_config"]) if config.get("sampler_config") else None
+        self.loss_fn = instantiate_from_config(config["loss_fn_config"]) if config.get("loss_fn_config") else None
+        # The first stage's own, for latents that were encoded before.
+        self.regularizer = instantiate_from_config(config["first_stage_config"]["params"]["regularizer_config"])
         for part in PARTS:
             setattr(self, part, None)
         for part in parts:
@@ -123,6 +124,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 load,
                 lora_load=lora_load,
                 allow_missing=getattr(self.args, "force_inference", False),
+                new_adapter=getattr(self.args, "new_adapter", False),
                 device=device,
             )
         else:
@@ -152,10 +154,21 @@ class SATVideoDiffusionEngine(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith(self.not_trainable_prefixes):
                 parameter.requires_grad_(False)
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        logger.info("trainable parameters: %d of %d", trainable, sum(p.numel() for p in self.parameters()))
 
     # Pixels and latents
+
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with its tensors on the engine's device."""
+        return {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+
+    def load_clip(self, frames: Tensor) -> Tensor:
+        """Frames (b, frames, 3, height, width), uint8 or in [-1, 1], as the first stage takes them:
+        (b, 3, frames, height, width) in [-1, 1], in the engine's dtype."""
+        clip = rearrange(frames, "b t c h w -> b c t h w")
+        return (clip.float() / 127.5 - 1 if clip.dtype == torch.uint8 else clip).to(self.dtype)
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor, batch: Mapping[str, Any] | None = None) -> Tensor:
@@ -168,6 +181,15 @@ class SATVideoDiffusionEngine(nn.Module):
         return self.scale_factor * self.first_stage_model.encode(x.to(self.dtype))
 
     @torch.no_grad()
+    def encode_moments(self, x: Tensor) -> Tensor:
+        """Clips (b, 3, frames, height, width) in [-1, 1] to the moments (b, 2c, t, h, w) of their unscaled latents."""
+        return self.first_stage_model.encode(x.to(self.dtype), unregularized=True)
+
+    def sample_latent(self, moments: Tensor) -> Tensor:
+        """Moments (b, 2c, t, h, w) to scaled latents (b, c, t, h, w), as `encode_first_stage` draws them."""
+        return self.scale_factor * self.regularizer(moments.to(self.dtype))[0]
+
+    @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (b, c, t, h, w) to clips (b, 3, frames, height, width); see `decode_stream` for long ones."""
         return torch.cat(list(self.decode_stream(z)), dim=2)
@@ -178,11 +200,14 @@ class SATVideoDiffusionEngine(nn.Module):
         yield from self.first_stage_model.decode_chunks((z / self.scale_factor).to(self.device, self.dtype))
 
     def encode_condition_image(self, image: Tensor) -> Tensor:
-        """First frame (b, 3, 1, height, width) to its latent (b, 1, c, h, w), scaled as the network learnt to expect.
+        """First frame (b, 3, 1, height, width) to its latent (b, 1, c, h, w), scaled as the network learnt it."""
+        return self.scale_condition(self.encode_first_stage(image))
+
+    def scale_condition(self, latent: Tensor) -> Tensor:
+        """Scaled latent (b, c, 1, h, w) of a first frame as the condition (b, 1, c, h, w).
 
         1.0 models saw the scaled latent, 1.5 models the plain one.
         """
-        latent = self.encode_first_stage(image)
         if self.is_15:
             latent = latent / self.scale_factor
         return rearrange(latent, "b c t h w -> b t c h w")
@@ -196,32 +221,57 @@ class SATVideoDiffusionEngine(nn.Module):
 
     # Training
 
-    def shared_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch: clips `mp4` (b, frames, 3, height, width) in [-1, 1] and captions `txt`.
+    def shared_step(self, batch: dict[str, Any], drop: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch.
 
         Random numbers are drawn in the order: noise level and noise of the first frame, encoding of the first frame,
         encoding of the clip, image dropout, then those of the loss.
+
+        Args:
+            batch: clips `mp4` (b, frames, 3, height, width), uint8 or in [-1, 1], and captions `txt`; or, encoded
+                before, `moments` (b, 2c, t, h, w) and, for image-to-video, `image_moments` (b, 2c, 1, h, w).
+            drop: drop captions and images at random, as training does.
         """
-        clip = batch[self.input_key].to(self.device, self.dtype)
-        x = clip if self.latent_input else rearrange(clip, "b t c h w -> b c t h w")
-        if self.noised_image_input:
-            if self.latent_input:
-                raise UserError("noised_image_input needs pixels to add noise to: set latent_input: False")
-            image = self.encode_condition_image(noise_first_frame(x[:, :, :1]))
+        batch = self.on_device(batch)
+        image, latent = self.encode_batch(batch)
         # Contiguous, since noise drawn in its likeness follows the order in memory.
-        latent = rearrange(self.encode_first_stage(x, batch), "b c t h w -> b t c h w").contiguous()
+        latent = rearrange(latent, "b c t h w -> b t c h w").contiguous()
         if self.is_15:  # an even number of latent frames: the first one twice
             latent = torch.cat((latent[:, :1], latent), dim=1)
-        if self.noised_image_input:
+        if image is not None:
             condition = self.concat_condition(image, latent.shape[1])
-            if random.random() < self.noised_image_dropout:
-                condition = torch.zeros_like(condition)
+            if drop:
+                rate = self.noised_image_dropout
+                keep = randomness.keep_whole_batch(len(latent), rate, purpose="image dropout", device=self.device)
+                condition = condition * keep.to(condition.dtype)[:, None, None, None, None]
             batch = {**batch, "concat_images": condition}
-        return self(latent, batch)
+        return self(latent, batch, drop)
 
-    def forward(self, x: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def encode_batch(self, batch: Mapping[str, Any], noise: bool = True) -> tuple[Tensor | None, Tensor]:
+        """The condition image (b, 1, c, h, w), if the model takes one, and the scaled latents (b, c, t, h, w).
+
+        The image is the first frame with some noise, or without `noise` as it is.
+        """
+        image = None
+        if "moments" in batch:
+            if self.noised_image_input:
+                image = self.scale_condition(self.sample_latent(batch["image_moments"]))
+            return image, self.sample_latent(batch["moments"])
+        if self.latent_input:
+            if self.noised_image_input:
+                raise UserError("noised_image_input needs pixels to add noise to: set latent_input: False")
+            return None, self.encode_first_stage(batch[self.input_key].to(self.dtype), batch)
+        clip = self.load_clip(batch[self.input_key])
+        if self.noised_image_input:
+            first = clip[:, :, :1]
+            image = self.encode_condition_image(noise_first_frame(first) if noise else first)
+        return image, self.encode_first_stage(clip, batch)
+
+    def forward(self, x: Tensor, batch: dict[str, Any], drop: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of latents (b, t, c, h, w): its mean, and the same by name for logging."""
-        loss = self.loss_fn(self.model, self.denoiser, self.conditioner, x, batch).mean()
+        ofs = self.default_ofs(len(x))
+        network = self.model if ofs is None else partial(self.model, ofs=ofs)
+        loss = self.loss_fn(network, self.denoiser, partial(self.conditioner, drop=drop), x, batch).mean()
         return loss, {"loss": loss}
 
     # Sampling
@@ -264,34 +314,45 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @torch.no_grad()
     def log_video(
-        self, batch: dict[str, Any], N: int = 4, only_log_video_latents: bool = False, **sample_arguments: Any
+        self,
+        batch: dict[str, Any],
+        N: int = 4,
+        only_log_video_latents: bool = False,
+        reconstruct: bool = True,
+        **sample_arguments: Any,
     ) -> dict[str, Any]:
         """What a trainer shows of a batch: `inputs`, `reconstructions` and `samples` of its first N clips and captions.
 
         Clips are (n, frames, 3, height, width) in [-1, 1]; with `only_log_video_latents` the samples are `latents`
-        (n, t, c, h, w) instead, and the first stage decodes nothing.
+        (n, t, c, h, w) instead, and the first stage decodes nothing. Without `reconstruct` there are only samples. Of
+        a batch that was encoded before there are no `inputs`; a first stage that is not there is built for the time
+        of the call.
         """
-        clip = batch[self.input_key][:N].to(self.device, self.dtype)
-        count = clip.shape[0]
-        texts = {"txt": list(batch["txt"][:count])}
-        cond, uc = self.conditioner.get_unconditional_conditioning(texts, force_uc_zero_embeddings=["txt"])
-        x = clip if self.latent_input else rearrange(clip, "b t c h w -> b c t h w")
-        latent = self.encode_first_stage(x, batch)
-        shape = (latent.shape[2] + int(self.is_15), latent.shape[1], *latent.shape[3:])
-        concat_images = ofs = None
-        if self.noised_image_input:
-            concat_images = self.concat_condition(self.encode_condition_image(x[:, :, :1]), shape[0])
-            ofs = self.default_ofs(count)
-        samples = self.sample(cond, uc, count, shape, concat_images=concat_images, ofs=ofs, **sample_arguments)
+        batch = {key: value[:N] if isinstance(value, Tensor | list) else value for key, value in batch.items()}
+        batch = self.on_device(batch)
+        texts = [key for embedder in self.conditioner.embedders for key in embedder.input_keys]
+        cond, uc = self.conditioner.get_unconditional_conditioning(batch, force_uc_zero_embeddings=texts)
+        image, latent = self.encode_batch(batch, noise=False)
+        count, channels, frames, *size = latent.shape
+        shape = (frames + int(self.is_15), channels, *size)
+        concat_images = None if image is None else self.concat_condition(image, shape[0])
+        samples = self.sample(
+            cond, uc, count, shape, concat_images=concat_images, ofs=self.default_ofs(count), **sample_arguments
+        )
         samples = self.drop_extra_frame(samples)
 
-        log: dict[str, Any] = {key: list(batch[key][:count]) for key in self.log_keys if key in batch}
+        log: dict[str, Any] = {key: batch[key] for key in self.log_keys if key in batch}
         if only_log_video_latents:
             return log | {"latents": samples}
-        if not self.latent_input:
-            log["inputs"] = clip
-        log["reconstructions"] = rearrange(self.decode_first_stage(latent), "b c t h w -> b t c h w")
+        if reconstruct and self.input_key in batch and not self.latent_input:
+            log["inputs"] = rearrange(self.load_clip(batch[self.input_key]), "b c t h w -> b t c h w")
+        borrowed = self.first_stage_model is None
+        self.build("first_stage_model")
+        if reconstruct:
+            log["reconstructions"] = rearrange(self.decode_first_stage(latent), "b c t h w -> b t c h w")
         decoded = self.decode_first_stage(rearrange(samples, "b t c h w -> b c t h w"))
+        if borrowed:
+            self.release("first_stage_model")
         return log | {"samples": rearrange(decoded, "b c t h w -> b t c h w")}
 
     def default_ofs(self, batch_size: int) -> Tensor | None:
@@ -307,9 +368,9 @@ class SATVideoDiffusionEngine(nn.Module):
 
 def noise_first_frame(image: Tensor) -> Tensor:
     """Frames (b, 3, 1, height, width) plus noise with log σ ~ N(−3, 0.5²), so that the condition may be imperfect."""
-    sigma = torch.normal(mean=-3.0, std=0.5, size=(image.shape[0],)).to(image.device)
-    sigma = sigma.exp().to(image.dtype)
-    return image + torch.randn_like(image) * sigma[:, None, None, None, None]
+    sigma = (0.5 * randomness.normal(image.shape[:1], purpose="first frame level") - 3.0).exp()
+    noise = randomness.normal(image.shape, purpose="first frame noise", device=image.device, dtype=image.dtype)
+    return image + noise * sigma.to(noise)[:, None, None, None, None]
 
 
 def set_lora_scale(network: nn.Module, scale: float) -> None:

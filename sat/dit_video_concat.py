@@ -22,6 +22,7 @@ from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from low_rank import use_fused_adapters
 from model_limits import patch_sizes
 from position_tables import Grid, leading_corner, rotary_angles, sincos_3d
 from process_groups import initialize_process_groups
@@ -447,6 +448,7 @@ class DiffusionTransformer(BaseModel):
         )
         if "lora_config" in modules:
             self.add_mixin("lora", instantiate_from_config(modules["lora_config"], layer_num=num_layers), reinit=True)
+            use_fused_adapters(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -461,6 +463,9 @@ class DiffusionTransformer(BaseModel):
 
     def attention_fn(self, q, k, v, mask, dropout=None, **_: Any) -> Tensor:
         """Full attention of q, k, v (b, heads, n, head_dim) through the fused kernel: no mask is ever built."""
+        if torch.is_grad_enabled():
+            # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
+            v = v.transpose(1, 2).contiguous().transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout.p if dropout is not None else 0.0)
 
     def patch_grid(self, latents: Tensor) -> Grid:
@@ -527,7 +532,10 @@ class DiffusionTransformer(BaseModel):
             return layer_forward(hidden, None, layer_id=layer_id, **arguments)
 
     def disable_untrainable_params(self) -> None:
-        """Freeze what training leaves alone: everything but the adapter for LoRA, nothing for full fine-tuning."""
+        """Freeze what training leaves alone: everything but the adapter for LoRA, and for full fine-tuning a table of
+        positions that SwissArmyTransformer makes and rotary models do not use."""
+        if hasattr(self.transformer, "position_embeddings"):
+            self.transformer.position_embeddings.requires_grad_(False)
         if "lora" in self.mixins:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(".matrix_A." in name or ".matrix_B." in name)

@@ -7,6 +7,7 @@ from typing import Any
 from sgm.errors import UserError
 
 SPACE_FACTOR = 8  # pixels per latent along height and width, of the 3D VAE
+TIME_FACTOR = 4  # frames per latent frame after the first
 
 
 def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -60,20 +61,39 @@ class ModelLimits:
 
     def check_clip(self, latent_frames: int, height: int, width: int) -> None:
         """Raises UserError unless the model can sample `latent_frames` of `height`×`width` pixels."""
-        o, p, q = self.patch
-        frames_limit, *latent_limits = self.largest
+        o, frames_limit = self.patch[0], self.largest[0]
         decoded = latent_frames - self.extra_frames
         if latent_frames % o or decoded % 2 == 0 or not 1 <= decoded <= frames_limit:
             # The first of an odd number of latent frames is one frame of video; an even number has no such frame.
             kind = "an odd number" if o == 1 else "an even number"
             fits = f"{kind} of latent frames up to {frames_limit}"
             raise UserError(f"sampling_num_frames is {latent_frames}; this model takes {fits}")
-        for name, pixels, patch, limit in zip(("height", "width"), (height, width), (p, q), latent_limits, strict=True):
+        self.check_size(height, width, "sampling_image_size")
+
+    def check_training_clip(self, frames: int, height: int, width: int) -> None:
+        """Raises UserError unless the model can be trained on `frames` frames of `height`×`width` pixels.
+
+        After the first frame, every patch takes `TIME_FACTOR` frames for each of its latent frames. 1.5 fills its first
+        patch by repeating the first latent frame.
+        """
+        step, frames_limit = TIME_FACTOR * self.patch[0], self.largest[0]
+        most = (frames_limit - self.patch[0]) * TIME_FACTOR + 1
+        if frames % step != 1 or not 1 <= frames <= most:
+            nearest = min(max(round((frames - 1) / step), 0) * step + 1, most)
+            raise UserError(
+                f"max_num_frames is {frames}; this model takes {step}k+1 frames up to {most}, for example {nearest}"
+            )
+        self.check_size(height, width, "video_size")
+
+    def check_size(self, height: int, width: int, argument: str) -> None:
+        """Raises UserError, about `argument`, unless the model takes frames of `height`×`width` pixels."""
+        sides = zip(("height", "width"), (height, width), self.patch[1:], self.largest[1:], strict=True)
+        for name, pixels, patch, limit in sides:
             step, most = SPACE_FACTOR * patch, SPACE_FACTOR * limit
             if pixels % step or not step <= pixels <= most:
                 nearest = min(max(round(pixels / step) * step, step), most)
                 raise UserError(
-                    f"sampling_image_size: {name} {pixels} does not fit; "
+                    f"{argument}: {name} {pixels} does not fit; "
                     f"this model takes multiples of {step} up to {most}, for example {nearest}"
                 )
 
@@ -85,6 +105,27 @@ class ModelLimits:
             raise UserError("this is an image-to-video model: set image2video: true and give prompts as prompt@@image")
         if latent_channels != self.latent_channels:
             raise UserError(f"latent_channels is {latent_channels}; this model has {self.latent_channels}")
+
+
+def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lora_load: str | None) -> None:
+    """Raises UserError unless processes can share the model as asked, and an adapter that is given has its place."""
+    params = model_config["network_config"]["params"]
+    modules, heads = params.get("modules"), _positive(params.get("num_attention_heads"), "num_attention_heads")
+    if not isinstance(modules, dict):
+        raise UserError("model.network_config.params.modules is missing")
+    if lora_load and "lora_config" not in modules:
+        raise UserError("lora_load is given, but the model has no lora_config: use the '_lora' twin of its file")
+    if model_parallel_size > 1 and "lora_config" in modules:
+        raise UserError(f"model_parallel_size is {model_parallel_size}; a model with lora_config takes 1 only")
+    if heads % model_parallel_size:
+        raise UserError(f"model_parallel_size {model_parallel_size} does not divide the model's {heads} heads")
+    first_stage = model_config["first_stage_config"].get("params")
+    cp_size = (first_stage if isinstance(first_stage, dict) else {}).get("cp_size") or 1
+    if cp_size > 1 and cp_size != model_parallel_size:
+        raise UserError(
+            f"first_stage_config: cp_size is {cp_size} and model_parallel_size {model_parallel_size}; processes "
+            "that share a clip in the VAE are those that share a network, so these must be equal"
+        )
 
 
 def _positive(value: Any, name: str) -> int:

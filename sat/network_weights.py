@@ -110,6 +110,7 @@ def load_network(
     *,
     lora_load: str | Path | None = None,
     allow_missing: bool = False,
+    new_adapter: bool = False,
     device: torch.device | str | None = None,
 ) -> None:
     """Fill `network`, which may be on the meta device, from a checkpoint and optionally an adapter on top of it.
@@ -118,6 +119,7 @@ def load_network(
         load: full checkpoint, with or without an adapter in it. See `checkpoint_file`.
         lora_load: an adapter alone, or a checkpoint whose adapter is taken.
         allow_missing: leave out what the checkpoint does not hold, with a warning; it is initialised from scratch.
+        new_adapter: initialise the adapter where neither file holds one, for training.
         device: where the weights go.
 
     Raises:
@@ -146,21 +148,26 @@ def load_network(
         sources.append(str(file))
     if is_lora:
         weights = rename_for_lora(network, weights)
-        if not any(map(is_adapter, weights)) and not allow_missing:
+        if any(map(is_adapter, weights)):
+            new_adapter = False
+        elif not (allow_missing or new_adapter):
             raise UserError(f"{load} holds no adapter, but the configuration has a lora_config: give lora_load")
     elif any(map(is_adapter, weights)):
         raise UserError(f"{load} holds a LoRA adapter: use the '_lora' twin of the configuration")
+    if new_adapter and not allow_missing:
+        allow_missing = [name for name in network.state_dict() if is_adapter(name)]
     missing, _ = assign_weights(
         network, weights, what=" and ".join(sources) or "nothing", allow_missing=allow_missing, device=device
     )
-    if missing:
+    if unforeseen := [name for name in missing if not (new_adapter and is_adapter(name))]:
         logger.warning(
             "%s lack %d of the network's tensors, which keep their initial values: %s%s",
             " and ".join(sources) or "no checkpoint given: files",
-            len(missing),
-            ", ".join(missing[:3]),
-            ", ..." if len(missing) > 3 else "",
+            len(unforeseen),
+            ", ".join(unforeseen[:3]),
+            ", ..." if len(unforeseen) > 3 else "",
         )
+    if missing:
         initialise_missing(network, device)
         network.to(device)  # tables that were never on the meta device
 

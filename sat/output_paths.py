@@ -46,11 +46,11 @@ def decide_existing(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     raise UserError(f"{path} exists: give --overwrite to replace it or --skip_existing to keep it")
 
 
-def check_folder(folder: str | Path) -> None:
-    """Raises UserError if files cannot be put into `folder`, which need not exist yet."""
+def check_folder(folder: str | Path, argument: str = "output_dir") -> None:
+    """Raises UserError, about `argument`, if files cannot be put into `folder`, which need not exist yet."""
     folder = Path(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise UserError(f"output_dir {folder}: {nearest} is not a folder")
+        raise UserError(f"{argument} {folder}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {folder}: no permission to write to {nearest}")
+        raise UserError(f"{argument} {folder}: no permission to write to {nearest}")

@@ -25,11 +25,12 @@ def initialize_process_groups(model_parallel_size: int = 1) -> None:
             with another size.
     """
     if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Processes wait for the slowest at the end of a run, however long its prompts take.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT)
+            dist.init_process_group(backend, timeout=LONGEST_WAIT)
         else:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(destroy_process_groups)  # gloo may abort a process that ends with its groups alive
     if mpu.model_parallel_is_initialized():
         current = mpu.get_model_parallel_world_size()

@@ -1,7 +1,6 @@
 """The prompts to sample: read from a file or typed in, each with its own seed."""
 
 import difflib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm.errors import UserError
+from sgm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -215,16 +215,3 @@ def _ask(question: str) -> str | None:
 def request_seed(base_seed: int, request: PromptRequest) -> int:
     """The seed of a request's noise: its own, else one derived from the run's seed and its index."""
     return derive_seed(base_seed, request.index) if request.seed is None else request.seed
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """A seed in [0, 2^63) for the item `index`, depending on (seed, index) alone; for index 0 it is `seed` itself.
-
-    The others are the first eight bytes (big-endian, without the top bit) of the BLAKE2b hash of the text
-    "seed:index". Neighbouring items and neighbouring seeds therefore share nothing (seed + index would give item 1
-    of seed 42 and item 0 of seed 43 the same noise), and processes, batches and the Python version do not matter.
-    """
-    if index == 0:
-        return seed
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") & (2**63 - 1)

@@ -16,26 +16,23 @@ from collections.abc import Sequence
 from arguments import get_args
 from library_messages import quiet_libraries
 from sampling_plan import plan_run
-from sgm.errors import UserError
+from sgm.errors import exit_code
 
 logger = logging.getLogger("sample_video")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        args = get_args(command_line)
-        videos = plan_run(args)
-        quiet_libraries()
-        from sampling_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    return exit_code(lambda: sample(command_line), logger)
 
-        return run(args, videos)
-    except UserError as error:
-        logger.error("error: %s", " ".join(str(error).split("\n")))
-        return 2
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return 130
+
+def sample(command_line: Sequence[str] | None) -> int:
+    args = get_args(command_line)
+    videos = plan_run(args)
+    quiet_libraries()
+    from sampling_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+
+    return run(args, videos)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from arguments import SamplingArguments
 from config_files import check_paths
-from model_limits import ModelLimits
+from model_limits import ModelLimits, check_sharing
 from output_paths import check_folder, decide_existing, output_path
-from prompt_inputs import PromptRequest, derive_seed, read_prompts, request_seed
+from prompt_inputs import PromptRequest, read_prompts, request_seed
 from sgm.errors import UserError
+from sgm.seeds import derive_seed
 
 logger = logging.getLogger("sample_video")
 
@@ -57,20 +58,10 @@ def plan_run(args: SamplingArguments) -> list[PlannedVideo] | None:
 
 def check_combinations(args: SamplingArguments) -> None:
     """Raises UserError for arguments that this model, or this way of starting the command, does not go with."""
-    modules = args.model_config["network_config"]["params"].get("modules")
-    if not isinstance(modules, dict):
-        raise UserError("model.network_config.params.modules is missing")
-    if args.lora_load and "lora_config" not in modules:
-        raise UserError("lora_load is given, but the model has no lora_config: use the '_lora' twin of its file")
+    check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
-    cp_size = first_stage.get("cp_size") or 1
-    if cp_size > 1 and cp_size != args.model_parallel_size:
-        raise UserError(
-            f"first_stage_config: cp_size is {cp_size} and model_parallel_size {args.model_parallel_size}; processes "
-            "that share a clip in the VAE are those that share a network, so these must be equal"
-        )
     if args.offload == "sequential" and args.model_config.get("compile_model"):
         raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:

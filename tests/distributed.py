@@ -62,8 +62,9 @@ def _process(folder: str, rank: int, world_size: int) -> None:
     Path(folder, f"partial{rank}").write_bytes(pickle.dumps(outcome))
     Path(folder, f"partial{rank}").rename(Path(folder, f"result{rank}"))
     if outcome[0]:
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # else the function has left the group by itself
+            dist.barrier()
+            dist.destroy_process_group()
     else:
         os._exit(1)  # the others may be waiting for this rank: leave at once
 

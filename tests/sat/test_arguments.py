@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arguments import SamplingArguments, argument_fields, build_parser, get_args
+from argument_schema import argument_fields
+from arguments import SamplingArguments, build_parser, get_args
 from sgm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -67,13 +68,29 @@ def test_values_of_files_are_taken_as_they_are_meant(tmp_path):
     assert (type(args.lora_scale), args.seed) == (float, 2**63 - 1)
 
 
+def test_keys_of_training_may_stand_in_the_same_file(tmp_path):
+    """Also those of older files, which training ignores; a configuration that training has saved can be sampled."""
+    overlay = {"mode": "finetune", "train_iters": 8, "train_data": ["clips"], "no_load_rng": True, "sampling_fps": 12}
+    args = args_of(overlay=overlay, folder=tmp_path)
+    assert (args.mode, args.sampling_fps) == ("finetune", 12)
+    with pytest.raises(UserError, match="unknown key 'train_itres'"):
+        args_of(overlay={"train_itres": 8}, folder=tmp_path)
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    """YAML takes `1e-1` for text."""
+    assert args_of(overlay={"lora_scale": "1e-1"}, folder=tmp_path).lora_scale == 0.1
+    with pytest.raises(UserError, match="lora_scale is 'strong'; expected a number"):
+        args_of(overlay={"lora_scale": "strong"}, folder=tmp_path)
+
+
 def test_defaults_are_not_shared():
     first, second = (SamplingArguments(load="x") for _ in range(2))
     first.sampling_image_size.append(1)
     assert second.sampling_image_size == [480, 720]
 
 
-@pytest.mark.parametrize("name", argument_fields())
+@pytest.mark.parametrize("name", argument_fields(SamplingArguments))
 def test_every_argument_is_a_flag_with_help(name):
     (action,) = [action for action in build_parser()._actions if f"--{name}" in action.option_strings]
     assert len(action.help) > 10

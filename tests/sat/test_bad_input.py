@@ -63,11 +63,11 @@ CASES = {
     "one side": case("--sampling_image_size", "32", says="expected height and width"),
     # The args section
     "unknown key": case(config={"args": {"batchsize": 2}}, says="unknown key 'batchsize'; did you mean batch_size?"),
-    "key of training": case(config={"args": {"train_iters": 8}}, says="args: unknown key 'train_iters'"),
+    "key of no command": case(config={"args": {"train_itres": 8}}, says="args: unknown key 'train_itres'"),
     "wrong type": case(config={"args": {"batch_size": "two"}}, says="batch_size is 'two'; expected a whole number"),
     "bool for int": case(config={"args": {"seed": True}}, says="args: seed is True; expected a whole number"),
     "wrong items": case(config={"args": {"sampling_image_size": [32, "48"]}}, says="expected whole numbers"),
-    "wrong choice": case(config={"args": {"mode": "finetune"}}, says="args: mode is 'finetune'; it can be inference"),
+    "wrong choice": case(config={"args": {"mode": "serve"}}, says="mode is 'serve'; it can be inference, finetune"),
     "args a list": case(config="args: [load]\n", says="the section 'args' is ['load']; expected keys"),
     # Configuration files
     "no --base": case(says="--base is missing"),

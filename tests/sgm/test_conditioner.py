@@ -13,6 +13,7 @@ import sgm.modules.encoders.modules as encoders
 from sgm.errors import UserError
 from sgm.modules import GeneralConditioner
 from sgm.modules.encoders.modules import AbstractEmbModel, FrozenT5Embedder
+from sgm.randomness import per_sample
 from sgm.util import instantiate_from_config
 from support import REFERENCE, Reference, assert_close
 
@@ -89,6 +90,26 @@ def test_legacy_value_replaces_the_input(monkeypatch):
     lengths = conditioner_of(config, monkeypatch=monkeypatch)(batch)["vector"]
     assert set(lengths.flatten().tolist()) == {0.0, 4.0} and 1.7 < lengths.mean() < 2.3
     assert batch["txt"] == ["four"] * 1000
+
+
+def test_precomputed_embeddings_are_dropped_as_texts_are():
+    """A conditioner that takes the embeddings of T5 gives what one that takes the texts gives."""
+    reference = Reference("engine/t2v_2b")
+    conditioner, texts = t5_conditioner(reference.case), [f"a circle, number {i}" for i in range(8)]
+    precomputed = {"input_key": "txt_embedding", "ucg_rate": conditioner.embedders[0].ucg_rate}
+    target = "sgm.modules.encoders.modules.PrecomputedEmbedder"
+    light = GeneralConditioner([{**precomputed, "target": target}])
+    batch = {"txt": texts, "txt_embedding": conditioner({"txt": texts}, drop=False)["crossattn"]}
+    assert torch.equal(light(batch, drop=False)["crossattn"], batch["txt_embedding"])
+    kept = set()
+    for seed in range(4):
+        with per_sample(range(8 * seed, 8 * seed + 8)):
+            expected = conditioner(batch)["crossattn"]
+        with per_sample(range(8 * seed, 8 * seed + 8)):
+            embedding = light(batch)["crossattn"]
+        assert torch.equal(embedding, expected)
+        kept.update(embedding.any(dim=2).any(dim=1).tolist())
+    assert kept == {True, False}
 
 
 def test_kinds_follow_rank_or_output_key(monkeypatch):

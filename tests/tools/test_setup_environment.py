@@ -5,7 +5,6 @@ that is installed, comes from a folder of wheels instead of the package index.
 """
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +38,7 @@ class Repository:
         self.root = root
         self.venv_python = root / ".venv" / "bin" / "python"
         (root / "tools").mkdir(parents=True)
-        for name in ("tools/setup_environment.sh", "tools/setup_environment.py", "inference.sh"):
+        for name in ("tools/setup_environment.sh", "tools/setup_environment.py"):
             shutil.copy(ROOT / name, root / name)
         (root / "requirements.txt").write_text("# comment\ntiny-package>=1.0  # why\nnone; sys_platform == 'none'\n")
         (root / "impossible.txt").write_text("tiny-package>=2.0\n")
@@ -136,68 +135,3 @@ def test_an_older_python_is_refused_in_one_line(fresh):
 
 def test_a_missing_requirement_file_is_named(fresh):
     assert fresh.run("none.txt") == (1, "", "setup: there is no requirement file none.txt\n")
-
-
-@pytest.fixture
-def sampling(fresh):
-    """Runs inference.sh with a sampling command and a tiny-model builder that print how they are called."""
-    (fresh.root / "sat").mkdir()
-    shutil.copy(fresh.root / "present.txt", fresh.root / "requirements.txt")
-    report = "import sys; print({!r}, sys.argv[1:]); sys.exit({})\n"
-    (fresh.root / "sat" / "sample_video.py").write_text(report.format("sample", 7))
-    (fresh.root / "tools" / "build_tiny_model.py").write_text(report.format("build", 0))
-
-    def run(*arguments: str, script: str | None = None) -> tuple[int, list[str]]:
-        if script:
-            (fresh.root / "inference.sh").write_text(script)
-        command = ["bash", str(fresh.root / "inference.sh"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=fresh.environment, cwd="/", timeout=60)
-        return done.returncode, (done.stdout + done.stderr).splitlines()
-
-    return run
-
-
-def test_inference_passes_arguments_and_exit_status_through(sampling):
-    assert sampling("--base", "a b.yaml", "--note", "it's $HOME") == (
-        7,
-        ["sample ['--base', 'a b.yaml', '--note', \"it's $HOME\"]"],
-    )
-
-
-def test_inference_builds_the_tiny_model_for_its_configs_only(sampling):
-    _, lines = sampling("--base", "configs/tiny/a.yaml", "configs/inference.yaml")
-    assert lines == [
-        "build ['--config', 'configs/tiny/a.yaml']",
-        "sample ['--base', 'configs/tiny/a.yaml', 'configs/inference.yaml']",
-    ]
-    status, lines = sampling()
-    assert status == 7
-    assert lines[0].startswith("build ['--config', 'configs/tiny/")
-
-
-def test_inference_runs_an_edited_command(sampling):
-    command = 'run_cmd="TOKENIZERS_PARALLELISM=true python sat/sample_video.py --base x.yaml"'
-    edited, replaced = re.subn('^run_cmd=".*$', command, (ROOT / "inference.sh").read_text(), flags=re.MULTILINE)
-    assert replaced == 1
-    assert sampling(script=edited) == (7, ["sample ['--base', 'x.yaml']"])
-
-
-def test_signals_reach_the_sampling_command(sampling, fresh):
-    script = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)\n"
-    (fresh.root / "sat" / "sample_video.py").write_text(script)
-    process = subprocess.Popen(["bash", fresh.root / "inference.sh", "--base", "x.yaml"], env=fresh.environment)
-    deadline = time.monotonic() + 20
-    while not (fresh.root / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.terminate()  # the process that was started, not its children
-    assert process.wait(timeout=10) == -signal.SIGTERM
-
-
-def test_help_builds_nothing_and_is_quick(sampling):
-    started = time.perf_counter()
-    _, lines = sampling("--help")
-    assert time.perf_counter() - started < 1
-    assert lines[-1] == "sample ['--help']"
-    assert not any(line.startswith("build") for line in lines)
-    assert any("bash inference.sh --base" in line for line in lines)

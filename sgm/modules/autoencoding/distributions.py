@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sgm import randomness
+
 
 class DiagonalGaussianDistribution:
     """Independent normals; `moments` (batch, 2 * channel, ...) holds their means, then their log-variances."""
@@ -13,7 +15,7 @@ class DiagonalGaussianDistribution:
 
     def noise(self) -> Tensor:
         """Standard normals of the shape of one sample, float32 on the CPU, so that a seed means the same everywhere."""
-        return torch.randn(self.mean.shape)
+        return randomness.normal(self.mean.shape, purpose="posterior")
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
         """mean + std * noise (batch, channel, ...); the noise is drawn anew unless it is given."""

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sgm import randomness
 from sgm.context_parallel import broadcast
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import append_dims, reject_options
@@ -69,10 +69,11 @@ class DiffusionLoss(nn.Module):
 
     def noise_like(self, clean: Tensor) -> Tensor:
         """Noise of the shape (batch, ..., channel, height, width) of `clean`."""
-        noise = torch.randn(clean.shape, device=clean.device)
+        noise = randomness.normal(clean.shape, purpose="noise", device=clean.device)
         if self.offset_noise_level > 0:
             per_channel = (*clean.shape[:1], *[1] * (clean.ndim - 4), clean.shape[-3], 1, 1)
-            noise = noise + self.offset_noise_level * torch.randn(per_channel, device=clean.device)
+            offset = randomness.normal(per_channel, purpose="offset noise", device=clean.device)
+            noise = noise + self.offset_noise_level * offset
         return self.share(noise)
 
     def error(self, denoised: Tensor, clean: Tensor, weight: Tensor) -> Tensor:

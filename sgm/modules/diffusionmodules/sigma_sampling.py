@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sgm import randomness
 from sgm.context_parallel import group_rank, group_size
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
@@ -22,7 +22,8 @@ class EDMSampling:
 
     def __call__(self, n_samples: int, rand: Tensor | None = None) -> Tensor:
         """σ of `n_samples` samples: float32 (n_samples,); `rand` takes the place of the standard normal draws."""
-        return (self.p_mean + self.p_std * (torch.randn(n_samples) if rand is None else rand)).exp()
+        rand = randomness.normal((n_samples,), purpose="noise level") if rand is None else rand
+        return (self.p_mean + self.p_std * rand).exp()
 
 
 class DiscreteSampling:
@@ -88,6 +89,6 @@ class DiscreteSampling:
             rand: indices that take the place of the drawn ones.
             return_idx: also return the indices, int64 (n_samples,).
         """
-        idx = torch.randint(*self.index_range(), (n_samples,)) if rand is None else rand
+        idx = randomness.integers(*self.index_range(), n_samples, purpose="noise level") if rand is None else rand
         levels = self.levels[idx]
         return (levels, idx) if return_idx else levels

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm import randomness
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import append_dims
 from sgm.util import instantiate_from_config
@@ -107,7 +108,9 @@ class GeneralConditioner(nn.Module):
                 embedded = embedder(*inputs)
             for embedding in [embedded] if isinstance(embedded, Tensor) else embedded:
                 if rate > 0 and embedder.legacy_ucg_value is None:
-                    kept = torch.bernoulli((1 - rate) * torch.ones(len(embedding), device=embedding.device))
+                    kept = randomness.keep_mask(
+                        len(embedding), rate, purpose="caption dropout", device=embedding.device
+                    )
                     embedding = append_dims(kept.to(embedding.dtype), embedding.ndim) * embedding
                 if not zeroed.isdisjoint(embedder.input_keys):
                     embedding = torch.zeros_like(embedding)
@@ -142,13 +145,20 @@ class GeneralConditioner(nn.Module):
 
 def _replace_some(values: Any, replacement: Any, rate: float) -> list:
     """The samples of a batch, each replaced with probability `rate`."""
-    dropped = (torch.rand(len(values)) < rate).tolist()
+    dropped = (randomness.uniform(len(values), purpose="caption dropout") < rate).tolist()
     return [replacement if drop else value for value, drop in zip(values, dropped, strict=True)]
 
 
 def _features_dim(embedding: Tensor) -> int:
     """The axis of features (vector, crossattn) or of channels (concat)."""
     return embedding.ndim - 3 if embedding.ndim >= 4 else embedding.ndim - 1
+
+
+class PrecomputedEmbedder(AbstractEmbModel):
+    """Embeddings (batch, tokens, features) that were computed before, as they are."""
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return embedding
 
 
 class FrozenT5Embedder(AbstractEmbModel):

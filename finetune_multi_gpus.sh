@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Fine-tunes a model on several GPUs, on one machine or many: with the command below, or with the arguments given here.
+# Sets up the environment where needed, and for the configurations of configs/tiny builds the tiny model and draws the
+# clips that it is trained on. Paths are relative to the repository root.
+#
+#   bash finetune_multi_gpus.sh --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --train_data DATA --seed 42
+#   NPROC=4 bash finetune_multi_gpus.sh --base ...          on four GPUs (default: all; without any, one process)
+#   bash finetune_multi_gpus.sh --base ... --resume latest  goes on with the last run
+#
+# On many machines run the same command on each, with torchrun's own arguments in TORCHRUN_ARGS, and `save` on storage
+# that all of them see:
+#
+#   TORCHRUN_ARGS="--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" bash finetune_multi_gpus.sh --base ...
+#
+# SIGTERM finishes the step and saves.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+NPROC=${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
+launch="torchrun ${TORCHRUN_ARGS:---standalone} --nproc_per_node=$((NPROC > 0 ? NPROC : 1)) sat/train_video.py"
+
+run_cmd="$launch --base configs/tiny/cogvideox_tiny.yaml configs/tiny/sft.yaml --seed 42"
+
+source tools/run_command.sh
+run "$launch" "$@"

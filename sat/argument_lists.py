@@ -1,0 +1,116 @@
+"""What arguments there are: the fields of two dataclasses, with their defaults and help. Nothing here imports PyTorch.
+
+Both lists are here since each command takes configurations with arguments of the other.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from argument_schema import MODES, CommonArguments, argument
+
+MISSING_LABEL = ("empty", "stop")
+LR_DECAY_STYLES = ("constant", "linear", "cosine")
+# Of SwissArmyTransformer's own trainer, in files that were written for it: how things are done here in any case, or
+# means that have no counterpart.
+IGNORED_KEYS = (
+    *("no_load_rng", "no_save_rng", "split", "resume_dataloader", "iterable_dataset", "strict_eval", "log_image"),
+    *("checkpoint_num_layers", "distributed_backend", "local_rank", "save_args", "summary_dir", "block_size"),
+)
+
+_INPUT_FILE_HELP = (
+    "prompts: .txt, one a line (`prompt@@image` for image-to-video), or .jsonl, one object a line with prompt and "
+    "optionally negative_prompt, image, seed, num_frames (latent frames) and size ([height, width])"
+)
+
+
+@dataclass
+class SamplingArguments(CommonArguments):
+    """Arguments of `sample_video.py`."""
+
+    # Weights
+    lora_scale: float = argument(1.0, "strength of the adapter; 0 is the base model")
+    force_inference: bool = argument(False, "let weights be missing from the checkpoint")
+
+    # Prompts
+    input_type: str = argument("txt", "where prompts come from: a file or the keyboard", choices=("txt", "cli"))
+    input_file: str | None = argument(None, _INPUT_FILE_HELP)
+    image2video: bool = argument(False, "start from an image given with each prompt")
+    negative_prompt: str = argument("", "what guidance steers away from; a .jsonl line may have its own")
+    seed: int = argument(1234, "seed of the run; every prompt's noise depends on it and on the prompt's index")
+
+    # Videos
+    batch_size: int = argument(1, "videos per prompt")
+    sampling_image_size: list[int] = argument([480, 720], "height and width in pixels")  # noqa: RUF009
+    sampling_num_frames: int = argument(13, "latent frames: 13, 11 or 9 for 1.0 models, 22 or 42 for 1.5")
+    latent_channels: int = argument(16, "channels of the latents")
+
+    # Output
+    output_dir: str = argument("outputs", "folder of the videos")
+    only_save_latents: bool = argument(False, "save latents (.safetensors) and decode nothing")
+    overwrite: bool = argument(False, "replace videos that exist")
+    skip_existing: bool = argument(False, "leave out prompts whose videos exist")
+
+    # Machine
+    offload: str = argument(
+        "stage",
+        "what leaves the device to make room: nothing, the stages not running, or also the network's idle layers",
+        choices=("none", "stage", "sequential"),
+    )
+    vae_tile_size: int | None = argument(None, "run the VAE in square tiles of this many pixels, to save memory")
+
+
+@dataclass
+class TrainingArguments(CommonArguments):
+    """Arguments of `train_video.py`.
+
+    `data_config` and `deepspeed_config` are those sections of the configuration, the latter checked; `merged_config` is
+    all of it, the command line included, to be saved beside what it leads to.
+    """
+
+    # Start
+    mode: str = argument("finetune", "what the configuration was written for; both commands take both", MODES)
+    force_train: bool = argument(False, "let weights be missing from `load`; they start at random")
+    resume: str | None = argument(
+        None, "go on with a run: `latest` (the newest of this experiment_name), or the folder of a run or a checkpoint"
+    )
+
+    # Data
+    train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards, latent caches")  # noqa: RUF009
+    valid_data: list[str] = argument([], "validation data, of the same kinds")  # noqa: RUF009
+    num_workers: int = argument(2, "processes that read clips, for each training process")
+    missing_label: str = argument("empty", "clips without a caption: train with an empty one, or stop", MISSING_LABEL)
+    max_unreadable_share: float = argument(0.1, "stop when more than this share of the clips read is unreadable")
+
+    # Steps
+    train_iters: int = argument(1000, "steps, each of gradient_accumulation_steps micro-batches")
+    warmup: float = argument(0.01, "share of train_iters over which the learning rate rises")
+    auto_warmup_steps: int = argument(100, "steps at the start with at most 5 % of the learning rate")
+    lr_decay_style: str = argument("linear", "how the learning rate falls", LR_DECAY_STYLES)
+    lr_decay_iters: int | None = argument(None, "steps over which it falls (default: train_iters)")
+    lr_decay_ratio: float = argument(0.1, "share of the learning rate that a cosine falls to")
+    checkpoint_activations: bool | None = argument(
+        None, "recompute activations in the backward pass, to save memory (default: as the model's file says)"
+    )
+    max_skipped_steps: int = argument(20, "stop after this many steps in a row without a finite loss and gradient")
+
+    # Checkpoints
+    save: str = argument("checkpoints_finetune", "folder of the runs")
+    experiment_name: str = argument("finetune", "first part of the name of the run's folder")
+    save_interval: int = argument(500, "steps between checkpoints")
+    keep_last: int | None = argument(None, "checkpoints to keep (default: all)")
+    save_full: bool = argument(False, "with LoRA, write the base model's weights beside the adapter's")
+
+    # Watching
+    log_interval: int = argument(20, "steps between lines of the log")
+    tensorboard: bool = argument(True, "write TensorBoard events into the run's folder")
+    wandb: bool = argument(False, "report to Weights & Biases; WANDB_MODE=offline works without a network")
+    wandb_project: str = argument("cogvideox-sat", "project on Weights & Biases")
+    eval_interval: int | None = argument(None, "steps between evaluations on valid_data (default: none)")
+    eval_iters: int = argument(1, "batches of an evaluation")
+    eval_batch_size: int = argument(1, "clips of such a batch")
+    num_log_videos: int = argument(1, "validation clips whose captions are sampled at each evaluation; 0: none")
+    only_log_video_latents: bool = argument(False, "save those samples as latents and decode nothing")
+
+    data_config: dict[str, Any] = field(default_factory=dict)
+    deepspeed_config: dict[str, Any] = field(default_factory=dict)
+    merged_config: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,242 @@
+"""Arguments of a command as fields of a dataclass: given on the command line (`--name value`) or in the `args:` section
+of a configuration file. Nothing here imports PyTorch.
+"""
+
+import argparse
+import difflib
+import re
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import UnionType
+from typing import Any
+
+from config_files import load_configs, replace_exclusive
+from sgm.errors import UserError
+
+PRECISIONS = ("fp16", "bf16")
+MODES = ("inference", "finetune")
+MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
+# What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
+MODEL_KEYS = (
+    *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
+    *("noised_image_input", "noised_image_all_concat", "noised_image_dropout"),
+    *("loss_fn_config", "network_wrapper", "compile_model"),
+    "disable_first_stage_autocast",
+)
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+ITEM_NAMES = {int: "whole numbers", str: "texts"}
+FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Declaring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def argument(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field that is an argument; fields made otherwise are not."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class CommonArguments:
+    """What sampling and training share; `model_config` is the `model:` section of the configuration."""
+
+    load: str | None = argument(None, "checkpoint of the network: a folder with `latest`, or a weight file")
+    lora_load: str | None = argument(None, "adapter to put on top of `load`")
+    mode: str = argument("inference", "what the configuration was written for; both commands take both", choices=MODES)
+    seed: int = argument(1234, "seed of the run")
+    device: str | None = argument(None, "cpu, cuda or cuda:N; default: a GPU if there is one")
+    fp16: bool = argument(False, "compute in float16")
+    bf16: bool = argument(False, "compute in bfloat16")
+    model_parallel_size: int = argument(1, "processes that share one network")
+    sampling_num_steps: int | None = argument(None, "sampling steps, if not the sampler's own number")
+    sampling_fps: int = argument(8, "frames per second of sampled videos")
+
+    model_config: dict[str, Any] = field(default_factory=dict)
+
+
+def argument_fields(command: type) -> dict[str, Field]:
+    """The arguments of a command by name; `command` is a dataclass."""
+    return {f.name: f for f in fields(command) if "help" in f.metadata}
+
+
+def value_type(f: Field) -> type:
+    """`int` for `int | None`, `list` for `list[int]`."""
+    return typing.get_origin(_without_none(f.type)) or _without_none(f.type)
+
+
+def item_type(f: Field) -> type:
+    """`int` for `list[int]`."""
+    return typing.get_args(_without_none(f.type))[0]
+
+
+def _without_none(kind: Any) -> Any:
+    if isinstance(kind, UnionType):
+        return next(option for option in typing.get_args(kind) if option is not type(None))
+    return kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_command_line(
+    command: type,
+    parser: argparse.ArgumentParser,
+    command_line: Sequence[str] | None,
+    used: Sequence[str],
+    exclusive: Sequence[tuple[str, str]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments given on the command line, and the merged configuration files that it names with `--base`.
+
+    Args:
+        used: the sections of the configuration whose targets must import.
+        exclusive: pairs of switches; one that is turned on turns off the other of earlier files.
+
+    Raises:
+        UserError: a file is missing or malformed, a flag is unknown or has a wrong value.
+        SystemExit: for `--help`.
+    """
+    known, unknown = parser.parse_known_args(command_line)
+    for flag in unknown:
+        if flag.startswith("-"):
+            hint = nearest(flag.strip("-").split("=")[0], ["base", *argument_fields(command)], prefix="--")
+            raise UserError(f"unknown argument {flag.split('=')[0]}{hint}")
+        raise UserError(f"unexpected '{flag}' on the command line: values follow an argument such as --load")
+    given = vars(known)
+    if "base" not in given:
+        raise UserError(f"--base is missing: {parser.epilog}")
+    config = load_configs(given.pop("base"), used, exclusive)
+    replace_exclusive(given, exclusive)
+    return given, config
+
+
+def build_parser(command: type, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser with `--base` and a flag for every argument; what is not given is absent from its result."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"for example: {example}",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = _raise_user_error
+    parser.add_argument("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
+    for name, f in argument_fields(command).items():
+        kind = value_type(f)
+        default = f.default_factory() if f.default is MISSING else f.default
+        shown = f" (default: {default})" if default not in (None, "", []) else ""
+        options: dict[str, Any] = {"help": f.metadata["help"].replace("%", "%%") + shown}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is list:
+            options |= {"type": item_type(f), "nargs": "+", "metavar": item_type(f).__name__.upper()}
+        else:
+            choices = f.metadata["choices"]
+            options |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+        parser.add_argument(f"--{name}", **options)
+    return parser
+
+
+def _raise_user_error(message: str) -> typing.NoReturn:
+    raise UserError(message)
+
+
+def nearest(name: str, known: Collection[str], prefix: str = "", otherwise: str = "; --help lists them all") -> str:
+    """The end of a message about an unknown name: the known one most like it, or `otherwise`."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else otherwise
+
+
+def check_section(command: type, section: Mapping[str, Any], foreign: Collection[str] = ()) -> dict[str, Any]:
+    """The `args:` section, with its keys known and its values of the right type.
+
+    Keys in `foreign`, which mean something to another command, are left out.
+
+    Raises:
+        UserError: a key is unknown or a value is of the wrong type or none of the choices.
+    """
+    known, values = argument_fields(command), {}
+    for name, value in section.items():
+        if name not in known:
+            if name in foreign:
+                continue
+            raise UserError(f"args: unknown key '{name}'{nearest(str(name), known)}")
+        if value is not None:  # else as if it were not there
+            values[name] = check_value(known[name], value)
+    return values
+
+
+def check_value(f: Field, value: Any) -> Any:
+    """A value of a configuration file as what the argument takes: `3` and `1e-3` for a float, `[1]` for an int, ...
+
+    Raises:
+        UserError: it is of another type, or none of the choices.
+    """
+    kind = value_type(f)
+    if kind is float and (type(value) is int or (isinstance(value, str) and FLOAT.fullmatch(value))):
+        value = float(value)  # YAML takes 1e-3, which has no point, for text
+    if kind is int and isinstance(value, list) and len(value) == 1:
+        value = value[0]  # `batch_size: [1]`, as older files have it
+    if kind is list and item_type(f) is str and isinstance(value, str):
+        value = [value]
+    fits = type(value) is kind and (kind is not list or all(type(item) is item_type(f) for item in value))
+    if not fits:
+        expected = ITEM_NAMES[item_type(f)] if kind is list else TYPE_NAMES[kind]
+        raise UserError(f"args: {f.name} is {value!r}; expected {expected}")
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"args: {f.name} is '{value}'; it can be {', '.join(choices)}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_exclusive(args: Any, pairs: Sequence[tuple[str, str]]) -> None:
+    """Raises UserError if both switches of a pair are on."""
+    for one, other in pairs:
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f"{one} and {other} are both on: choose one (--no-{one} or --no-{other})")
+
+
+def check_least(args: Any, names: Sequence[str], least: int = 1) -> None:
+    """Raises UserError unless each of the arguments is None or at least `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_common(args: CommonArguments) -> None:
+    """Raises UserError for a value that no command takes."""
+    check_exclusive(args, (PRECISIONS,))
+    check_least(args, ("model_parallel_size", "sampling_num_steps", "sampling_fps"))
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"seed is {args.seed}; it can be from 0 to 2^63 - 1")
+    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise UserError(f"device is '{args.device}'; it can be cpu, cuda or cuda:N")
+
+
+def unused_model_keys(section: Mapping[str, Any], parts: Sequence[str] = MODEL_PARTS) -> list[str]:
+    """Keys of the `model:` section that nothing reads, each as a sentence for the log.
+
+    Raises:
+        UserError: a part of the model is not described.
+    """
+    for part in parts:
+        if not isinstance(section.get(part), dict):
+            raise UserError(f"the configuration has no model.{part}: name a model's file too, as in --help")
+    unused, known = [], [*MODEL_PARTS, *MODEL_KEYS]
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            unused.append(f"model.{key} is not used" + (f"; did you mean {near[0]}?" if near else ""))
+    return unused

@@ -1,0 +1,100 @@
+"""Size and length of every clip of a dataset, read once: an index beside the data, `.clip_index.json`, keeps them."""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from clip_reading import ClipInfo, UnreadableClip, probe
+from clip_sources import READERS, ClipSource
+from sgm.errors import UserError
+from video_output import replaced_when_complete
+
+logger = logging.getLogger("train_video")
+
+INDEX = ".clip_index.json"
+VERSION = 1
+REPORT_EVERY = 10  # seconds
+
+Stamp = tuple[int, int]  # size in bytes and time of the last change in nanoseconds
+Index = dict[str, tuple[Stamp, ClipInfo]]
+
+
+def probe_clips(sources: Sequence[ClipSource], folder: Path) -> tuple[list[ClipInfo | None], list[str]]:
+    """Probe all clips, those that the index of `folder` knows and that have not changed since excepted.
+
+    Several processes that start together wait for the first to write the index, where the file system can lock and be
+    written to; otherwise each probes for itself.
+
+    Returns:
+        for every source what it is, None for those that cannot be read; and a line for each of these.
+    """
+    with _taking_turns(folder):
+        known = _read_index(folder / INDEX)
+        infos, problems, index = [], [], {}
+        said = time.monotonic()
+        with ThreadPoolExecutor(READERS) as threads:
+            results = threads.map(lambda source: _probe(source, folder, known), sources)
+            for source, (key, stamp, result) in zip(sources, results, strict=True):
+                if isinstance(result, ClipInfo):
+                    infos.append(result)
+                    index[key] = (stamp, result)
+                else:
+                    infos.append(None)
+                    problems.append(f"{source.name}: {result}")
+                if time.monotonic() - said > REPORT_EVERY:
+                    logger.info("looked at %d of %d clips", len(infos), len(sources))
+                    said = time.monotonic()
+        if any(known.get(key) != entry for key, entry in index.items()):
+            _write_index(folder / INDEX, {**known, **index})
+    return infos, problems
+
+
+def _probe(source: ClipSource, folder: Path, known: Index) -> tuple[str, Stamp, ClipInfo | str]:
+    """The clip's key in the index, its stamp, and what it is or why that cannot be said."""
+    key = os.path.relpath(source.name, folder)
+    try:
+        status = Path(source.path).stat()
+        stamp = (status.st_size, status.st_mtime_ns)
+        if key in known and known[key][0] == stamp:
+            return key, *known[key]
+        return key, stamp, probe(source)
+    except OSError as error:
+        return key, (0, 0), error.strerror or str(error)
+    except UnreadableClip as problem:
+        return key, stamp, str(problem)
+
+
+@contextmanager
+def _taking_turns(folder: Path) -> Iterator[None]:
+    descriptor = None
+    with suppress(OSError):  # a folder that is not there, or a file system without locks
+        if os.access(folder, os.W_OK):  # else there will be no index to wait for
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _read_index(path: Path) -> Index:
+    """What an earlier run found; nothing if there is none, or it was written in another form."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content["version"] != VERSION:
+            return {}
+        return {key: (tuple(stamp), ClipInfo(*info)) for key, (stamp, info) in content["clips"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write_index(path: Path, index: Index) -> None:
+    with suppress(UserError), replaced_when_complete(path) as part:  # not to be written: then the next run probes again
+        part.write_text(json.dumps({"version": VERSION, "clips": index}))

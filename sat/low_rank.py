@@ -1,0 +1,71 @@
+"""How LoRA (arXiv:2106.09685) is applied: to SwissArmyTransformer's layers, with fewer passes over memory."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sat import mpu
+from sat.mpu import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+
+def use_fused_adapters(network: nn.Module) -> None:
+    """Let all `LoraLinear` layers of a network compute through `apply_adapter`; parameters and names stay."""
+    for module in network.modules():
+        if hasattr(module, "matrix_A"):
+            module.forward = partial(apply_adapter, module)
+
+
+def apply_adapter(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a `LoraLinear` computes.
+
+    x is (..., in); the result is (..., out).
+    """
+    drops = layer.training and isinstance(layer.lora_dropout, nn.Dropout)
+    is_plain = isinstance(layer.original, ColumnParallelLinear | RowParallelLinear)  # not quantised, as in QLoRA
+    if drops or not is_plain or mpu.get_model_parallel_world_size() > 1:
+        return type(layer).forward(layer, x)
+    original = layer.original
+    return AddLowRank.apply(x, original.weight, original.bias, layer.scaling, *layer.matrix_A, *layer.matrix_B)
+
+
+class AddLowRank(torch.autograd.Function):
+    """x·Wᵀ + bias, to whose i-th part of the features scale·x·Aᵢᵀ·Bᵢᵀ is added in place.
+
+    All Aᵢ are applied in one product; what is as large as the result is written once in each direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *matrices: Tensor) -> Tensor:
+        down, up = torch.cat(matrices[: len(matrices) // 2]), matrices[len(matrices) // 2 :]
+        out, low = F.linear(x, weight, bias), F.linear(x, down)
+        for part, low_part, matrix in zip(*split_by_rows(out.flatten(0, -2), low.flatten(0, -2), up), up, strict=True):
+            part.addmm_(low_part, matrix.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, low, *matrices)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, low, *matrices = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        down, up = torch.cat(matrices[: len(matrices) // 2]), matrices[len(matrices) // 2 :]
+        shape, x, low, grad = x.shape, x.flatten(0, -2), low.flatten(0, -2), grad.flatten(0, -2)
+        grad_low, grad_up = torch.empty_like(low), []
+        parts = zip(*split_by_rows(grad, low, up), split_by_rows(grad, grad_low, up)[1], up, strict=True)
+        for part, low_part, grad_low_part, matrix in parts:
+            torch.mm(part, matrix, out=grad_low_part)
+            grad_up.append((part.t() @ low_part).mul_(ctx.scale))
+        grad_low.mul_(ctx.scale)
+        grad_down = (grad_low.t() @ x).split([matrix.shape[1] for matrix in up])
+        grad_x = (grad @ weight).addmm_(grad_low, down).view(shape) if needs_x else None
+        grad_weight = grad.t() @ x if needs_weight else None
+        grad_bias = grad.sum(0) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, *grad_down, *grad_up
+
+
+def split_by_rows(wide: Tensor, low: Tensor, up: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The features of `wide` (n, Σ outᵢ) and `low` (n, Σ rᵢ) that belong to each of the matrices (outᵢ, rᵢ)."""
+    return wide.split([len(matrix) for matrix in up], dim=1), low.split([matrix.shape[1] for matrix in up], dim=1)

@@ -1,0 +1,183 @@
+"""What an optimizer knows of each parameter, in a form that does not depend on how DeepSpeed spreads it over processes.
+
+ZeRO keeps float32 copies of the trained weights and the optimizer's tensors (moments, moving average) in flat pieces,
+one on each data-parallel process. Here they are put together parameter by parameter, and taken apart again, so that a
+checkpoint fits any number of processes and any ZeRO stage. All functions are collective over the data-parallel group.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from sat import mpu
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+
+MASTER = "master"  # the float32 copy of a weight, beside the optimizer's own kinds of tensors
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def tensor_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    """Kinds of tensors that are kept of each parameter; none but `MASTER` before the first step."""
+    kinds = {
+        kind
+        for piece, state in engine.basic_optimizer.state.items()
+        for kind, value in state.items()
+        if isinstance(value, Tensor) and value.shape == piece.shape and value.ndim > 0
+    }
+    return sorted(kinds) + ([MASTER] if engine.zero_optimization() else [])
+
+
+def check_storable(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Raises UserError, once a step is made, if the optimizer keeps anything else than numbers and, for each parameter
+    alike, tensors of its shape: factors, for instance, or bytes."""
+    optimizer = engine.basic_optimizer
+    kinds = set(tensor_kinds(engine)) - {MASTER}
+    for piece, state in optimizer.state.items():
+        tensors = {kind for kind, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
+        if tensors != kinds or any(state[kind].shape != piece.shape for kind in tensors):
+            raise UserError(
+                f"the state of {type(optimizer).__name__} cannot be saved, since its tensors do not have the shapes of "
+                "the weights: choose another optimizer, sat.ops.FusedEmaAdam or torch.optim.AdamW for instance"
+            )
+
+
+def full_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, parameter name, float32 tensor of the parameter's shape), one at a time, on the parameter's device.
+
+    A tensor may be the optimizer's own: do not change it, and copy it before the next step.
+    """
+    kinds = tensor_kinds(engine)
+    _link(engine)
+    for name, parameter in trained_parameters(engine.module).items():
+        for kind in kinds:
+            if kind == MASTER:
+                tensor = safe_get_full_fp32_param(parameter)
+            elif engine.zero_optimization():
+                tensor = safe_get_full_optimizer_state(parameter, kind)
+            else:
+                tensor = engine.basic_optimizer.state[parameter][kind]
+            yield kind, name, tensor.detach().view(full_shape(parameter))
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has left an empty tensor in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def counters(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    """The plain numbers that the optimizer keeps (its step), which are the same for all parameters; JSON-able."""
+    optimizer = engine.basic_optimizer
+    state = next(iter(optimizer.state.values()), {})
+    numbers = {kind: _number(value) for kind, value in state.items() if _is_number(value)}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    added = optimizer.param_groups[0].keys() - optimizer.defaults.keys() - {"params", "initial_lr"}
+    group = {key: optimizer.param_groups[0][key] for key in added if _is_number(optimizer.param_groups[0][key])}
+    return {
+        "kinds": tensor_kinds(engine),
+        "model_parallel_size": mpu.get_model_parallel_world_size(),
+        "state": numbers,
+        "group": group,
+        "rates": rates,
+        "loss_scaler": _loss_scale(engine),
+    }
+
+
+def restore(
+    engine: deepspeed.DeepSpeedEngine, tensors: Mapping[tuple[str, str], Tensor], numbers: dict[str, Any]
+) -> None:
+    """Give the optimizer, which has made no step yet, what `full_tensors` and `counters` returned.
+
+    Raises:
+        UserError: a tensor is missing.
+    """
+    kinds = numbers["kinds"]
+    _create_states(engine, [kind for kind in kinds if kind != MASTER], numbers)
+    for name, parameter in trained_parameters(engine.module).items():
+        for kind in kinds:
+            if (kind, name) not in tensors:
+                raise UserError(f"resume: the training state has no {kind} of {name}")
+            _set(engine, parameter, kind, tensors[kind, name])
+    for group, rate in zip(engine.basic_optimizer.param_groups, numbers["rates"], strict=True):
+        group.update(numbers["group"], lr=rate)
+    if _loss_scale(engine) and numbers["loss_scaler"]:
+        vars(engine.optimizer.loss_scaler).update(numbers["loss_scaler"])
+
+
+def _set(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    if not engine.zero_optimization():
+        target = parameter.data if kind == MASTER else engine.basic_optimizer.state[parameter][kind]
+        target.copy_(value)
+    elif hasattr(parameter, "ds_id"):  # ZeRO-3: equal pieces, the last one padded
+        piece = parameter.ds_tensor.ds_numel
+        rank = mpu.get_data_parallel_rank()
+        local = value.flatten()[rank * piece : (rank + 1) * piece]
+        local = torch.nn.functional.pad(local, (0, piece - local.numel())).to(parameter.device)
+        if kind == MASTER:
+            safe_set_local_fp32_param(parameter, local)
+        else:
+            safe_set_local_optimizer_state(parameter, local, kind)
+    elif kind == MASTER:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def _create_states(engine: deepspeed.DeepSpeedEngine, kinds: list[str], numbers: dict[str, Any]) -> None:
+    """The entries that the optimizer itself would make at its first step."""
+    zero, optimizer = engine.optimizer, engine.basic_optimizer
+    if not engine.zero_optimization():
+        pieces = list(trained_parameters(engine.module).values())
+    elif engine.zero_optimization_partition_weights():
+        pieces = zero.fp32_partitioned_groups_flat
+    else:
+        pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
+    on_device = any(optimizer.defaults.get(option) for option in ("fused", "capturable"))
+    for piece in pieces:
+        device = piece.device if on_device else "cpu"
+        state = {kind: torch.zeros_like(piece) for kind in kinds}
+        for kind, number in numbers["state"].items():
+            is_tensor = isinstance(number, float)
+            state[kind] = torch.tensor(number, dtype=torch.float32, device=device) if is_tensor else number
+        optimizer.state[piece] = state
+    _link(engine)
+
+
+def _link(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let parameters find their parts of ZeRO-1's and 2's flat tensors. They do so by themselves at the first step, but
+    when there are several groups of parameters only those of the first one then have a state to be found."""
+    zero = engine.optimizer
+    if hasattr(zero, "_hp_optimizer_states_linked") and engine.basic_optimizer.state:
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _number(value: Any) -> int | float:
+    """PyTorch's own optimizers count in float32 tensors: a float in JSON."""
+    return float(value) if isinstance(value, Tensor) else value
+
+
+def _loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, int | float]:
+    """What a dynamic loss scale has come to; nothing of a fixed one."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not isinstance(scaler, DynamicLossScaler):
+        return {}
+    return {key: getattr(scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}

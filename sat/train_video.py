@@ -1,0 +1,58 @@
+"""Fine-tune a model: `python sat/train_video.py --base MODEL.yaml configs/sft.yaml --seed N`, or for several processes
+`torchrun --standalone --nproc_per_node=N sat/train_video.py ...`.
+
+A configuration with a `lora_config` trains its adapter alone, one without trains the network. Checkpoints go to
+`{save}/{experiment_name}-MM-DD-HH-MM/{iteration}`; `--resume latest` goes on from the last. SIGTERM and SIGINT finish
+the step and save. Exit codes: 0 the run is complete, or was asked to stop and is saved; 2 a mistake in the arguments or
+files, or losses that are not finite, stand in its way; 130 interrupted before there was anything to save.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modules, wherever the command is run from
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from library_messages import quiet_libraries
+from sgm.errors import UserError, exit_code
+from training_arguments import get_training_args
+from training_plan import plan_run
+
+logger = logging.getLogger("train_video")
+
+# Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
+# the others, who would say the same.
+SILENCE = 5
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    return exit_code(lambda: train(command_line), logger)
+
+
+def train(command_line: Sequence[str] | None) -> int:
+    try:
+        args = get_training_args(command_line)
+        plan = plan_run(args)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SILENCE)
+        raise
+    if plan.finished:
+        logger.info("%s is at the last step: raise train_iters to go on", plan.resume)
+        return 0
+    quiet_libraries()
+    if args.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
+    from training_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+
+    return run(args, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

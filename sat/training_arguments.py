@@ -1,0 +1,119 @@
+"""The arguments of the training command: from where they are read, and what they may be; `argument_lists` has the list.
+
+An argument is a field of `TrainingArguments`, given as in `arguments`, whose keys may stand beside these in one
+configuration. Nothing here imports PyTorch.
+"""
+
+import argparse
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import argument_schema
+from argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
+from argument_schema import PRECISIONS, argument_fields
+from deepspeed_config import check_deepspeed_config, enabled_precision, with_precision
+from sgm.errors import UserError
+
+logger = logging.getLogger("train_video")
+
+TRAINED_PARTS = ("network_config", "denoiser_config", "loss_fn_config", "conditioner_config", "first_stage_config")
+# Arguments of SwissArmyTransformer's own trainer which are set in the `deepspeed:` section alone.
+SET_ELSEWHERE = {
+    "lr": "optimizer.params.lr",
+    "weight_decay": "optimizer.params.weight_decay",
+    "zero_stage": "zero_optimization.stage",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
+    "clip_grad": "gradient_clipping",
+}
+
+
+def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArguments:
+    """Read the command line and the configuration files it names.
+
+    Raises:
+        UserError: a file is missing or malformed, an argument or a key of DeepSpeed is unknown or has a wrong value.
+        SystemExit: for `--help`.
+    """
+    given, config = argument_schema.read_command_line(
+        TrainingArguments, build_parser(), command_line, used=("model", "data"), exclusive=(PRECISIONS,)
+    )
+    sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
+    values = check_args_section(sections["args"])
+    for sentence in argument_schema.unused_model_keys(sections["model"], TRAINED_PARTS):
+        logger.warning(sentence)
+    if not isinstance(sections["data"].get("target"), str):
+        raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
+    sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
+    if enabled := enabled_precision(sections["deepspeed"]):
+        values |= {name: name == enabled for name in PRECISIONS}
+    values |= given
+    args = TrainingArguments(
+        **values,
+        model_config=sections["model"],
+        data_config=sections["data"],
+        deepspeed_config=with_precision(sections["deepspeed"], values),
+    )
+    check_values(args)
+    args.merged_config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return argument_schema.build_parser(
+        TrainingArguments,
+        "Fine-tune a model on video clips with captions.",
+        "python sat/train_video.py --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --seed 42",
+    )
+
+
+def check_args_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The `args:` section without what belongs to sampling or to SwissArmyTransformer's own trainer.
+
+    Raises:
+        UserError: a key is unknown, belongs elsewhere, or has a wrong value.
+    """
+    known = argument_fields(TrainingArguments)
+    for name, place in SET_ELSEWHERE.items():
+        if section.get(name) is not None:
+            raise UserError(f"args: {name} is not set here but as deepspeed.{place}")
+    check_split(section.get("split"))
+    if ignored := [name for name in section if name in IGNORED_KEYS]:
+        logger.info("args: not used here: %s", ", ".join(ignored))
+    return argument_schema.check_section(
+        TrainingArguments, section, foreign={*argument_fields(SamplingArguments), *IGNORED_KEYS} - {*known}
+    )
+
+
+def check_split(split: Any) -> None:
+    """Raises UserError for a `split:` that wants validation data taken out of the training data."""
+    if split is None:
+        return
+    parts = [part.strip() for part in str(split).split(",")]
+    if any(part.strip("0.") for part in parts[1:]):
+        raise UserError(f"args: split is {split}; training data is not split: name validation data as valid_data")
+
+
+def check_values(args: TrainingArguments) -> None:
+    """What can be said about the values without looking at the model, the data or DeepSpeed's section."""
+    argument_schema.check_common(args)
+    argument_schema.check_least(
+        args,
+        (
+            *("train_iters", "lr_decay_iters", "save_interval", "keep_last", "log_interval", "max_skipped_steps"),
+            *("eval_interval", "eval_iters", "eval_batch_size"),
+        ),
+    )
+    argument_schema.check_least(args, ("num_workers", "num_log_videos", "auto_warmup_steps"), least=0)
+    for name in ("warmup", "max_unreadable_share"):
+        value = getattr(args, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
+    if not 0 < args.lr_decay_ratio <= 1:
+        raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; it is a share, above 0 and up to 1")
+    if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
+        raise UserError(f"experiment_name is '{args.experiment_name}'; it names a folder: no spaces or slashes")
+    if not args.load and not args.force_train:
+        raise UserError("load is missing: name the checkpoint to start from, or give --force_train to start at random")

@@ -1,0 +1,406 @@
+"""One fine-tuning run: its assembly, and the loop. What `train_video.py` does once PyTorch is needed."""
+
+import logging
+import signal
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import replace
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from sat import mpu
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import deepspeed_engine
+import random_state
+import validation
+from batch_order import BatchOrder
+from data_video import make_dataset, make_loader
+from diffusion_video import SATVideoDiffusionEngine
+from latent_cache import conditioner_for_cache
+from optimizer_state import check_storable
+from parameter_report import report
+from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
+from sampling_run import choose_device
+from sgm import randomness
+from sgm.context_parallel import all_reduce_sum, group_size
+from sgm.errors import UserError
+from training_arguments import TrainingArguments
+from training_checkpoint import read_state, restore_optimizer, save_checkpoint
+from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
+from training_plan import TrainingPlan, new_run_folder
+
+logger = logging.getLogger("train_video")
+
+
+def run(args: TrainingArguments, plan: TrainingPlan) -> int:
+    """Train as planned; the exit code.
+
+    Raises:
+        UserError: the device, the data, a checkpoint or DeepSpeed stands in the way.
+    """
+    initialize_process_groups(args.model_parallel_size)
+    try:
+        Trainer(args, plan).train()
+        return 0
+    finally:
+        destroy_process_groups()
+
+
+class Trainer:
+    """Everything a run consists of, and the loop over its steps.
+
+    A step is one update of the weights; it takes `gradient_accumulation_steps` micro-batches on every data-parallel
+    process. All random numbers of a sample follow from the seed of the run, the epoch and the sample's index.
+    """
+
+    def __init__(self, args: TrainingArguments, plan: TrainingPlan):
+        self.args = args
+        self.device = choose_device(args.device)
+        self.leads = dist.get_rank() == 0
+        self.batch = plan.batch
+        resume = from_first_process(lambda: plan.resume)
+        state = read_state(resume) if resume else None
+        self.run_folder = resume.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
+        self.step = state["step"] if state else 0
+        self.unreadable: set[str] = set()  # found by this process, now or before it was resumed
+        if state and (unreadable := self.unreadable_file()).exists():
+            self.unreadable.update(unreadable.read_text().splitlines())
+
+        torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
+        with removed_if_empty(self.run_folder):
+            self._load_data(state)
+            self._build_engine(resume, plan.cached)
+        self.network = deepspeed_engine.initialize(self.engine.model, args, self.engine.dtype)
+        self.engine.model = self.network
+        if state:
+            optimizer = type(self.network.basic_optimizer).__name__
+            if state["optimizer_type"] != optimizer:
+                raise UserError(f"resume: {resume} was trained with {state['optimizer_type']}, not with {optimizer}")
+            restore_optimizer(self.network, resume, state)
+            self.network.lr_scheduler.load_state_dict(state["schedule"])
+            if len(state["random"]) == dist.get_world_size():
+                random_state.restore(state["random"][dist.get_rank()], self.device)
+
+        self.clock = StepClock()
+        self.losses = torch.zeros(2, device=self.device)  # since the last line of the log: their sum and number
+        self.skipped = {"in a row": 0, "in all": 0}
+        if state:
+            self.losses += torch.tensor(state["losses"], device=self.device)
+            self.skipped = state["skipped"]
+        self._open_run_folder()
+
+    # Assembly
+
+    def _load_data(self, state: dict[str, Any] | None) -> None:
+        args = self.args
+        # Whether too many clips are unreadable is decided here, where there is a folder to list them in.
+        self.dataset = make_dataset(args.train_data, args.data_config, replace(args, max_unreadable_share=1.0))
+        if self.leads:
+            self.list_unreadable(self.dataset.unreadable)
+        self.check_unreadable(0)
+        logger.info("train_data: %s", describe_data(self.dataset, args.train_iters * self.batch.total))
+        self.order = BatchOrder(
+            [self.dataset.bucket(index) for index in range(len(self.dataset))],
+            self.batch.micro,
+            mpu.get_data_parallel_rank(),
+            mpu.get_data_parallel_world_size(),
+            args.seed,
+            state=state["data"] if state else None,
+            locality=getattr(self.dataset, "locality", None),
+        )
+        self.consumed = 0  # micro-batches since the order was made
+        self.batches = iter(make_loader(self.dataset, self.order, args.num_workers))
+        self.validation_data = self.validation_batches = None
+        if args.valid_data and args.eval_interval:
+            self.validation_data = make_dataset(args.valid_data, args.data_config, args, random_start=False)
+            self.validation_batches = validation.ValidationLoader(
+                self.validation_data,
+                batches=args.eval_iters,
+                batch_size=args.eval_batch_size,
+                seed=args.seed,
+                rank=mpu.get_data_parallel_rank(),
+                world_size=mpu.get_data_parallel_world_size(),
+                num_workers=min(args.num_workers, 1),
+            )
+
+    def _build_engine(self, resume: Path | None, cached: bool) -> None:
+        args, model = self.args, deepcopy(self.args.model_config)
+        params = model["network_config"]["params"]
+        if args.checkpoint_activations is not None:
+            params["transformer_args"]["checkpoint_activations"] = args.checkpoint_activations
+        self.has_adapter = "lora_config" in params["modules"]
+        parts = ("conditioner", "model") if cached else ("conditioner", "first_stage_model", "model")
+        if cached:
+            model["conditioner_config"] = conditioner_for_cache(model["conditioner_config"])
+        weights = {"load": args.load, "lora_load": args.lora_load}
+        if resume:  # what was trained lies there, the rest where it lay at first
+            weights["lora_load" if self.has_adapter else "load"] = resume
+        engine_args = Namespace(
+            **{**vars(args), **weights},
+            new_adapter=True,
+            force_inference=args.force_train,
+        )
+        engine_args.model_config = model
+        self.engine = SATVideoDiffusionEngine(engine_args, parts, self.device)
+        if self.engine.sampler is not None:
+            self.engine.sampler.verbose = False
+        self.engine.disable_untrainable_params()
+        self.engine.model.train()
+        for line in report(self.engine, args, self.dataset):
+            logger.info("%s", line)
+
+    def _open_run_folder(self) -> None:
+        self.writer = None
+        if not self.leads:
+            return
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        args = self.args
+        (self.run_folder / "training_config.yaml").write_text(yaml.safe_dump(args.merged_config, sort_keys=False))
+        self.writer = MetricsWriter(
+            self.run_folder,
+            tensorboard=args.tensorboard,
+            wandb=args.wandb,
+            wandb_project=args.wandb_project,
+            name=self.run_folder.name,
+            config=args.merged_config,
+            start_step=self.step,
+        )
+
+    # The loop
+
+    def train(self) -> None:
+        """Step until `train_iters` or a signal; the checkpoint is then written."""
+        args, first = self.args, self.step + 1
+        bar = progress_bar(args.train_iters, self.step, disabled=not self.leads)
+        with stop_requests() as signals, bar, logging_redirect_tqdm():
+            while self.step < args.train_iters:
+                self.train_step()
+                self.step += 1
+                bar.update()
+                if self.step == first:
+                    check_storable(self.network)
+                if self.is_due(args.log_interval):
+                    self.log(bar)
+                if self.validation_batches and self.is_due(args.eval_interval):
+                    with self.clock.paused():
+                        self.evaluate()
+                stopped = any_process(bool(signals))
+                if stopped or self.is_due(args.save_interval):
+                    with self.clock.paused():
+                        self.save()
+                if stopped:
+                    logger.info("stopped after step %d, which is saved: go on with --resume latest", self.step)
+                    break
+        if self.writer:
+            self.writer.close()
+            argument = "--lora_load" if self.has_adapter else "--load"
+            logger.info("the run is in %s; to sample with it, give it to inference.sh as %s", self.run_folder, argument)
+
+    def is_due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.args.train_iters
+
+    def train_step(self) -> None:
+        """One update of the weights, unless the gradients are not finite."""
+        self.learning_rate = self.network.basic_optimizer.param_groups[0]["lr"]
+        losses = torch.zeros_like(self.losses[0])
+        for _ in range(self.batch.accumulation):
+            with self.clock.waiting():
+                batch = next(self.batches)
+            self.consumed += 1
+            self.list_unreadable(chain.from_iterable(batch["unreadable"]))
+            with randomness.per_sample(batch["seed"]):
+                loss, _ = self.engine.shared_step(batch)
+            self.network.backward(loss)
+            self.network.step()
+            losses += loss.detach() / self.batch.accumulation
+        self.clock.step(self.batch.total)
+        if deepspeed_engine.step_was_skipped(self.network):
+            self.count_skipped(losses)
+        else:
+            self.skipped["in a row"] = 0
+            self.losses += torch.stack((losses, torch.ones_like(losses)))
+
+    def count_skipped(self, loss: Tensor) -> None:
+        """Tell of a step that was left out; raises UserError when there were too many in a row."""
+        for count in self.skipped:
+            self.skipped[count] += 1
+        what = "gradients are" if torch.isfinite(loss) else "loss is"
+        logger.warning(
+            "step %d is left out: the %s not finite (%d in a row, %d in all)",
+            self.step + 1,
+            what,
+            self.skipped["in a row"],
+            self.skipped["in all"],
+        )
+        if self.skipped["in a row"] >= self.args.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped['in a row']} steps in a row had no finite loss and gradients: lower the learning rate, "
+                "or train in bf16 or float32; the last checkpoint is as it was"
+            )
+
+    def list_unreadable(self, clips: Iterable[str]) -> None:
+        """Add clips that could not be read, of which others took the place, to this process's list in the folder."""
+        new = [clip for clip in dict.fromkeys(clips) if clip not in self.unreadable]
+        if new:
+            self.unreadable.update(new)
+            with self.unreadable_file().open("a") as file:
+                file.writelines(f"{clip}\n" for clip in new)
+
+    def unreadable_file(self) -> Path:
+        return self.run_folder / f"unreadable-{dist.get_rank():04d}.txt"
+
+    def check_unreadable(self, found: int) -> int:
+        """The number of unreadable clips, of which `found` turned up in training; raises UserError if they are too
+        many. The same on all processes."""
+        left_out = len(self.dataset.unreadable)
+        clips, unreadable = len(self.dataset) + left_out, left_out + found
+        if unreadable > self.args.max_unreadable_share * clips:
+            raise UserError(
+                f"{unreadable} of {clips} clips are unreadable, more than max_unreadable_share "
+                f"{self.args.max_unreadable_share:g} allows: {self.run_folder}/unreadable-*.txt lists them"
+            )
+        return unreadable
+
+    # Beside the steps
+
+    def log(self, bar: Any) -> None:
+        """Write the mean loss since the last line, over all processes, and how the run goes."""
+        found = len(self.unreadable - set(self.dataset.unreadable))
+        sums = torch.cat((self.losses, self.losses.new_tensor([found])))
+        total, count, found = all_reduce_sum(sums, parallel_groups()[1]).tolist()
+        self.losses.zero_()
+        values = {
+            "loss": total / count if count else float("nan"),
+            "lr": self.learning_rate,
+            "grad_norm": float(self.network.get_global_grad_norm() or 0.0),
+            "skipped_steps": self.skipped["in all"],
+            "unreadable_clips": self.check_unreadable(int(found)),
+            "peak_memory_gib": peak_memory(self.device),
+            **self.clock.rates(),
+        }
+        if self.engine.dtype == torch.float16:
+            values["loss_scale"] = float(self.network.optimizer.cur_scale)
+        bar.show(values)
+        logger.info("step %d: %s", self.step, format_values(values))
+        if self.writer:
+            self.writer.write(self.step, values)
+
+    def evaluate(self) -> None:
+        """Validation loss, and videos sampled from validation captions."""
+        args = self.args
+        loss = validation.validation_loss(self.engine, self.validation_batches)
+        logger.info("step %d: validation loss %.6f", self.step, loss)
+        if self.writer:
+            self.writer.write(self.step, {"validation_loss": loss})
+        validation.save_samples(
+            self.engine,
+            self.validation_data,
+            self.run_folder,
+            self.step,
+            count=args.num_log_videos,
+            seed=args.seed,
+            fps=args.sampling_fps,
+            only_latents=args.only_log_video_latents,
+            num_steps=args.sampling_num_steps,
+            writer=self.writer,
+        )
+
+    def save(self) -> None:
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, random_state.capture(self.device))
+        losses = all_reduce_sum(self.losses.clone(), parallel_groups()[1])
+        state = {
+            "optimizer_type": type(self.network.basic_optimizer).__name__,
+            "data": self.order.state(self.consumed),
+            "schedule": self.network.lr_scheduler.state_dict(),
+            "random": states,
+            "losses": (losses / group_size(parallel_groups()[1])).tolist(),
+            "skipped": self.skipped,
+        }
+        folder = save_checkpoint(
+            self.run_folder,
+            self.step,
+            self.network,
+            state,
+            full=self.args.save_full or not self.has_adapter,
+            keep_last=self.args.keep_last,
+        )
+        logger.info("step %d: wrote %s", self.step, folder)
+
+
+def describe_data(dataset: Dataset, samples: int) -> str:
+    """What there is to train on, and how often a run that takes so many `samples` goes through it."""
+    buckets = Counter(dataset.bucket(index) for index in range(len(dataset)))
+    shapes = [f"{count} of {bucket}" for bucket, count in buckets.most_common(5)]
+    more = [f"{len(buckets) - 5} more shapes"] if len(buckets) > 5 else []
+    passes = samples / len(dataset)
+    return f"{len(dataset)} clips, {passes:.1f} passes over them: {', '.join([*shapes, *more])}"
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process. On the CPU: no device is waited for."""
+    if dist.get_world_size() == 1:
+        return flag
+    total = torch.tensor(int(flag))
+    dist.all_reduce(total)
+    return bool(total)
+
+
+def from_first_process(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the first process, on all of them.
+
+    Raises:
+        UserError: it failed there.
+    """
+    result = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            result[0] = make()
+        except UserError as error:
+            result[1] = str(error)
+    dist.broadcast_object_list(result)
+    if result[1]:
+        raise UserError(result[1])
+    return result[0]
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leaves no empty folder behind when the block fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty, or another process was faster
+            folder.rmdir()
+        raise
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """The signals SIGTERM and SIGINT that came, instead of their usual effect, which a second SIGINT has again."""
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if not received:
+            logger.info("%s: finishing the step, then saving", signal.Signals(number).name)
+        received.append(number)
+        if number == signal.SIGINT:  # launchers may send SIGTERM twice
+            signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,216 @@
+"""Evaluations during training: the loss on validation clips, and videos sampled from their captions."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from batch_order import Bucket, SampleKey
+from data_video import collate, make_loader
+from diffusion_video import SATVideoDiffusionEngine
+from model_limits import TIME_FACTOR
+from output_paths import safe_name
+from process_groups import parallel_groups
+from sgm import randomness
+from sgm.context_parallel import all_reduce_sum
+from sgm.errors import UserError
+from sgm.seeds import hashed_seed
+from training_metrics import MetricsWriter
+from video_output import VideoWriter, save_latents
+
+logger = logging.getLogger("train_video")
+
+
+# ---------------------------------------------------------------- which clips
+
+
+def validation_key(seed: int, index: int) -> SampleKey:
+    """What the validation clip `index` is read and noised with in every evaluation of runs with this seed."""
+    return SampleKey(index, hashed_seed(seed, "validation", index))
+
+
+def plan_batches(
+    buckets: Sequence[Bucket], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+) -> list[tuple[list[SampleKey], int]]:
+    """The batches of one data-parallel rank, each with its weight in the mean.
+
+    All ranks get as many, since the network may be spread over them and then runs on all or none. Where the batches
+    do not come out even, they start over, with weight 0.
+
+    Args:
+        buckets: the shapes of the clips; a batch holds clips of one shape, the last of a shape may be smaller.
+    """
+    of_shape: dict[Bucket, list[int]] = {}
+    for index, bucket in enumerate(buckets):
+        of_shape.setdefault(bucket, []).append(index)
+    batches = [
+        [validation_key(seed, index) for index in indices[first : first + batch_size]]
+        for indices in of_shape.values()
+        for first in range(0, len(indices), batch_size)
+    ]
+    own = range(rank, -(-len(batches) // world_size) * world_size, world_size)
+    return [(batches[i % len(batches)], len(batches[i % len(batches)]) if i < len(batches) else 0) for i in own]
+
+
+class ValidationLoader:
+    """Iterates over (batch, weight): the first `batches * batch_size` clips of a dataset, the same at each pass.
+
+    That is their number over all ranks, so that the loss does not depend on how many there are.
+
+    Args:
+        dataset: as `data_video` makes it; with `random_start=False` clips do not depend on the seed either.
+        num_workers: processes that read ahead; they live on between passes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batches: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ):
+        buckets = [dataset.bucket(index) for index in range(min(batches * batch_size, len(dataset)))]
+        plan = plan_batches(buckets, batch_size, seed, rank, world_size)
+        self.weights = [weight for _, weight in plan]
+        self._loader = make_loader(dataset, [keys for keys, _ in plan], num_workers)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], int]]:
+        for batch, weight in zip(self._loader, self.weights, strict=True):
+            for path in chain.from_iterable(batch["unreadable"]):
+                logger.warning("validation: another clip stands in for one that is unreadable: %s", path)
+            yield batch, weight
+
+
+# ---------------------------------------------------------------- loss
+
+
+def validation_loss(engine: SATVideoDiffusionEngine, batches: Iterable[tuple[dict[str, Any], int]]) -> float:
+    """The mean loss of the clips in `batches`, a `ValidationLoader`, over all data-parallel ranks.
+
+    A clip's noise and timestep follow from its own seed, and captions and images are not dropped: the loss is
+    comparable between evaluations, runs, batch sizes and numbers of processes. Call it on all ranks. The network's mode
+    and the global random generators are left as they were.
+    """
+    total = torch.zeros(2, dtype=torch.float64)  # of losses, and of clips
+    with evaluating(engine):
+        for batch, weight in batches:
+            with randomness.per_sample(batch["seed"]):
+                loss, _ = engine.shared_step(batch, drop=False)
+            if weight:
+                total += torch.tensor([weight * loss.item(), weight], dtype=torch.float64)
+    _, data_parallel = parallel_groups()
+    losses, clips = all_reduce_sum(total.to(engine.device), data_parallel).tolist()
+    return losses / clips
+
+
+@contextmanager
+def evaluating(engine: SATVideoDiffusionEngine) -> Iterator[None]:
+    """Within the block the network is in evaluation mode, nothing is recorded for gradients, the timesteps come from
+    their whole range on each process, and what is drawn from PyTorch's generators has not been drawn afterwards."""
+    network, levels = engine.model, engine.loss_fn.sigma_sampler
+    training, group = network.training, getattr(levels, "data_parallel_group", None)
+    with ExitStack() as stack:
+        stack.callback(network.train, training)
+        stack.callback(setattr, levels, "data_parallel_group", group)
+        stack.enter_context(torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        network.eval()
+        levels.data_parallel_group = None
+        yield
+
+
+# ---------------------------------------------------------------- samples
+
+
+def save_samples(
+    engine: SATVideoDiffusionEngine,
+    dataset: Dataset,
+    folder: str | Path,
+    step: int,
+    *,
+    count: int,
+    seed: int,
+    fps: float,
+    only_latents: bool = False,
+    num_steps: int | None = None,
+    writer: MetricsWriter | None = None,
+) -> list[Path]:
+    """Sample a video for the captions of the first `count` validation clips, as large as those and, see `decodable`, as
+    long.
+
+    The files are `{folder}/samples/{step}/{i}_{caption}.mp4`, or latents (t, c, h, w) in `.safetensors` with
+    `only_latents`. A clip's noise is the same at each evaluation. Call it on all processes, over which the network may
+    be spread: each samples everything, the first one writes. What cannot be written is reported and left out.
+
+    Args:
+        fps: of the video files.
+        num_steps: sampling steps, if not the sampler's own number.
+        writer: shows the videos, as `samples/{i}`.
+
+    Returns:
+        The files that this process wrote.
+    """
+    written = []
+    first_process = not dist.is_initialized() or dist.get_rank() == 0
+    for index in range(min(count, len(dataset))):
+        key = validation_key(seed, index)
+        batch = decodable(collate([dataset[key]]))
+        with evaluating(engine):
+            torch.manual_seed(key.seed)
+            log = engine.log_video(
+                batch, N=1, only_log_video_latents=only_latents, reconstruct=False, num_steps=num_steps
+            )
+        if not first_process:
+            continue
+        path = Path(folder, "samples", str(step), f"{index}_{safe_name(batch['txt'][0])}")
+        try:
+            if only_latents:
+                written.append(_write_latents(path, log["latents"][0]))
+            else:
+                written.append(_write_video(path, log["samples"][0], fps))
+                if writer is not None:
+                    writer.write_video(step, f"samples/{index}", written[-1])
+        except UserError as error:  # a full disk, or a network that went astray: training says so itself
+            logger.warning("sample left out: %s", error)
+    return written
+
+
+def decodable(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of clips, or of their moments, cut to an odd number of latent frames: 8k + 1 frames.
+
+    The VAE encodes an even number too, but then decodes no single first frame.
+    """
+    cut = dict(batch)
+    if "moments" in batch:
+        latents = batch["moments"].shape[2]
+        cut["moments"] = batch["moments"][:, :, : latents - (latents - 1) % 2]
+    else:
+        frames = batch["mp4"].shape[1]
+        cut["mp4"] = batch["mp4"][:, : frames - (frames - 1) % (2 * TIME_FACTOR)]
+    return cut
+
+
+def _write_latents(path: Path, latents: torch.Tensor) -> Path:
+    path = path.with_name(f"{path.name}.safetensors")
+    save_latents(path, latents)
+    return path
+
+
+def _write_video(path: Path, frames: torch.Tensor, fps: float) -> Path:
+    path = path.with_name(f"{path.name}.mp4")
+    with VideoWriter(path, fps, *frames.shape[2:]) as video:
+        video.write(frames)
+    return path

@@ -1,0 +1,102 @@
+"""Random numbers of training: one stream for the process, or streams for each sample.
+
+By default draws come from the global generators, in the order in which they are made. Within `per_sample` every sample
+of a batch has generators of its own, one for each purpose. What is drawn for it then depends on its seed alone: not on
+the other samples of its batch, nor on the number of processes, nor on what was drawn before, so that a resumed run, a
+run on more processes and a run from cached latents all see the same numbers.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from sgm.seeds import hashed_seed
+
+
+class SampleStreams:
+    """The generators of a batch, made when they are first asked for."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self.seeds = list(seeds)
+        self.generators: dict[tuple[int, str, str], torch.Generator] = {}
+
+    def of_batch(self, count: int, purpose: str, device: torch.device | str) -> Iterator[torch.Generator]:
+        """The generators of the samples, in order, on `device`."""
+        if count != len(self.seeds):
+            raise ValueError(f"{purpose}: {count} samples, but seeds of {len(self.seeds)}")
+        for sample, seed in enumerate(self.seeds):
+            key = (sample, purpose, str(device))
+            if key not in self.generators:
+                self.generators[key] = torch.Generator(device).manual_seed(hashed_seed(seed, purpose))
+            yield self.generators[key]
+
+
+_streams: ContextVar[SampleStreams | None] = ContextVar("sample_streams", default=None)
+
+
+@contextmanager
+def per_sample(seeds: Sequence[int]) -> Iterator[None]:
+    """Within the block, draws for a batch of `len(seeds)` come from each sample's own generators.
+
+    A draw for another number of samples is a ValueError.
+    """
+    token = _streams.set(SampleStreams(seeds))
+    try:
+        yield
+    finally:
+        _streams.reset(token)
+
+
+def normal(
+    shape: Sequence[int],
+    *,
+    purpose: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals (batch, ...)."""
+    streams = _streams.get()
+    if streams is None:
+        return torch.randn(*shape, device=device, dtype=dtype)
+    out = torch.empty(*shape, device=device, dtype=dtype)
+    for sample, generator in zip(out, streams.of_batch(len(out), purpose, out.device), strict=True):
+        sample.normal_(generator=generator)
+    return out
+
+
+def uniform(count: int, *, purpose: str, device: torch.device | str | None = None) -> Tensor:
+    """Uniform over [0, 1): float32 (count,)."""
+    streams = _streams.get()
+    if streams is None:
+        return torch.rand(count, device=device)
+    draws = [torch.rand((), generator=generator) for generator in streams.of_batch(count, purpose, "cpu")]
+    return torch.stack(draws).to(device)
+
+
+def integers(low: int, high: int, count: int, *, purpose: str) -> Tensor:
+    """Uniform over low, ..., high - 1: int64 (count,), on the CPU."""
+    streams = _streams.get()
+    if streams is None:
+        return torch.randint(low, high, (count,))
+    return torch.cat(
+        [torch.randint(low, high, (1,), generator=generator) for generator in streams.of_batch(count, purpose, "cpu")]
+    )
+
+
+def keep_mask(count: int, drop_rate: float, *, purpose: str, device: torch.device | str | None = None) -> Tensor:
+    """Ones, or with probability `drop_rate` zeros: float32 (count,)."""
+    if _streams.get() is None:
+        return torch.bernoulli((1 - drop_rate) * torch.ones(count, device=device))
+    return (uniform(count, purpose=purpose, device=device) >= drop_rate).float()
+
+
+def keep_whole_batch(count: int, drop_rate: float, *, purpose: str, device: torch.device | str | None = None) -> Tensor:
+    """`keep_mask`, but by default with one decision for the batch, from Python's generator: this is how the released
+    image-to-video models were trained."""
+    if _streams.get() is None:
+        return torch.full((count,), float(random.random() >= drop_rate), device=device)
+    return keep_mask(count, drop_rate, purpose=purpose, device=device)

@@ -1,0 +1,38 @@
+"""The adapter as it is applied here against SwissArmyTransformer's own computation."""
+
+import pytest
+import torch
+
+from support import assert_close
+
+
+@pytest.mark.parametrize("trains_base", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_outputs_and_gradients_are_those_of_the_layer(parts, trains_base):
+    from sat.model.finetune.lora2 import LoraLinear
+    from sat.mpu import ColumnParallelLinear, RowParallelLinear
+
+    from low_rank import use_fused_adapters
+    from process_groups import initialize_process_groups
+
+    initialize_process_groups()
+    torch.manual_seed(0)
+    kind = ColumnParallelLinear if parts == 3 else RowParallelLinear
+    original = kind(12, 12 * parts, params_dtype=torch.float64, **({"stride": 3} if parts == 3 else {}))
+    torch.nn.init.normal_(original.bias)
+    layer = LoraLinear(kind, parts, 12, 12 * parts, r=5, lora_alpha=2.0, original_obj=original)
+    for matrix in (*layer.matrix_A, *layer.matrix_B):
+        torch.nn.init.normal_(matrix)
+    layer.original.requires_grad_(trains_base)
+    x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 7, 12 * parts, dtype=torch.float64)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+    def results():
+        out = layer(x)
+        return [out, *torch.autograd.grad((out * weight).sum(), [x, *trained])]
+
+    expected = results()
+    use_fused_adapters(layer)
+    for ours, theirs in zip(results(), expected, strict=True):
+        assert_close(ours, theirs, 1e-12)

@@ -1,0 +1,148 @@
+"""The command: mistakes are one line before PyTorch comes in, and a killed run goes on where it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latent_cache import LatentDataset
+from tools.precompute_latents import main
+from training_clips import write_dataset
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "precompute_latents.py"
+
+# Runs each command line of a JSON list and prints, as JSON, its exit code, what it logged, and whether PyTorch came in.
+MISTAKES = """
+import io, json, logging, sys
+from tools.precompute_latents import main
+results = []
+for command in json.load(sys.stdin):
+    log = io.StringIO()
+    logging.basicConfig(stream=log, force=True, level=logging.INFO, format="%(message)s")
+    results.append([main(command), log.getvalue(), "torch" in sys.modules])
+print(json.dumps(results))
+"""
+
+# Is killed while it writes its second shard.
+KILLED = """
+import os, signal, sys
+import latent_encoding
+from tools.precompute_latents import main
+
+save = latent_encoding.save
+latent_encoding.SHARD_SAMPLES = 2
+
+def save_and_die(tensors, metadata):
+    if "4.text" in tensors or "2.text" in tensors:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(tensors, metadata)
+
+latent_encoding.save = save_and_die
+main(sys.argv[1:])
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "sat")]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
+    """Clips in `data`, and the configurations `2b.yaml`, `5b_i2v.yaml`."""
+    folder = tmp_path_factory.mktemp("precompute")
+    write_dataset(folder / "data", 5, frames=12)
+    sections = {
+        "args": {"train_data": [str(folder / "data")], "num_workers": 1, "device": "cpu"},
+        "data": {
+            "target": "data_video.SFTDataset",
+            "params": {"video_size": [32, 48], "fps": 8, "max_num_frames": 5, "skip_frms_num": 0},
+        },
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-3}},
+        },
+    }
+    for family in ("2b", "5b_i2v"):
+        tiny.variant(family, folder / f"{family}.yaml", **sections)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "cache.json").write_text("{}")
+    for name, model in (
+        ("no_vae", {"first_stage_config": {"params": {"ckpt_path": "/nowhere/vae.pt"}}}),
+        ("latent_input", {"latent_input": True}),
+        ("large", None),
+    ):
+        content = {"include": str(folder / "2b.yaml"), **({"model": model} if model else {})}
+        if model is None:
+            content["data"] = {"params": {"video_size": [480, 720]}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+CASES = {
+    "no output": (["--base", "{folder}/2b.yaml"], "--output is missing: name the folder of the cache"),
+    "no files": (["--output", "x"], "--base is missing"),
+    "unknown store": (["--store", "pixels"], "--store: invalid choice: 'pixels'"),
+    "unknown argument": (["--trane_data", "x"], "unknown argument --trane_data; did you mean --train_data?"),
+    "no data": (["--train_data", "/nowhere"], "train_data: there is no /nowhere"),
+    "latents": (["--train_data", "{folder}/cache"], "train_data is a cache of latents already"),
+    "variants of nothing": (["--image_variants", "2"], "image_variants is for image-to-video models"),
+    "no variants": (["--base", "{folder}/5b_i2v.yaml", "--image_variants", "0"], "it must be at least 1"),
+    "shared network": (["--model_parallel_size", "2"], "every process encodes clips: leave it at 1"),
+    "no VAE": (["--base", "{folder}/no_vae.yaml"], "there is no /nowhere/vae.pt"),
+    "latent input": (["--base", "{folder}/latent_input.yaml"], "there is nothing to encode"),
+    "too large": (["--base", "{folder}/large.yaml"], "data.params.video_size: height 480 does not fit"),
+}
+
+
+def test_mistakes_are_one_line_before_pytorch_comes_in(folder):
+    commands = []
+    for name, (arguments, _) in CASES.items():
+        given = [argument.format(folder=folder) for argument in arguments]
+        if "--base" not in given and name != "no files":
+            given += ["--base", f"{folder}/2b.yaml"]
+        if "--output" not in given and name != "no output":
+            given += ["--output", f"{folder}/latents"]
+        commands.append(given)
+    run = [sys.executable, "-c", MISTAKES]
+    process = subprocess.run(run, input=json.dumps(commands), env=environment(), capture_output=True, text=True)
+    results = dict(zip(CASES, json.loads(process.stdout), strict=True))
+    for name, (_, says) in CASES.items():
+        code, log, torch_came_in = results[name]
+        assert (code, torch_came_in) == (2, False), (name, log)
+        assert log.startswith("error: ") and says in log and log.count("\n") == 1, (name, log)
+    assert not (folder / "latents").exists()
+
+
+def test_help_needs_no_pytorch():
+    command = [sys.executable, "-X", "importtime", str(TOOL), "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    for flag in ("--output", "--store", "--dtype", "--image_variants", "torchrun"):
+        assert flag in process.stdout
+    assert " torch\n" not in process.stderr
+
+
+def test_a_killed_run_goes_on(folder, monkeypatch):
+    """Killed outright while it writes, and started again, it leaves the files of a run in one go."""
+    base = ["--base", str(folder / "5b_i2v.yaml"), "--bf16", "--image_variants", "2", "--output"]
+    command = [sys.executable, "-c", KILLED, *base, str(folder / "killed")]
+    process = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    left = sorted(path.name for path in (folder / "killed").iterdir())
+    assert left[1:] == ["cache.json", "rank0000-00000.safetensors"] and left[0].endswith(".part")
+
+    import latent_encoding
+
+    monkeypatch.setattr(latent_encoding, "SHARD_SAMPLES", 2)
+    for name in ("killed", "whole"):
+        assert main([*base, str(folder / name)]) == 0
+    killed, whole = ({path.name: path.read_bytes() for path in (folder / n).iterdir()} for n in ("killed", "whole"))
+    assert killed == whole and len(whole) == 4
+    dataset = LatentDataset([folder / "killed"])
+    assert len(dataset) == 5 and dataset.encodings[folder / "killed"]["dtype"] == "bfloat16"
+    assert dataset.encodings[folder / "killed"]["image_variants"] == 2

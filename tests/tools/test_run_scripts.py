@@ -1,0 +1,181 @@
+"""inference.sh and the finetune scripts set up what their command needs and then become it: arguments, exit status and
+signals pass through.
+
+Every test runs them in a copy, in a folder with a space in its name, where programs only print how they are called.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {
+    "inference.sh": "sat/sample_video.py",
+    "finetune_single_gpu.sh": "sat/train_video.py",
+    "finetune_multi_gpus.sh": "sat/train_video.py",
+}
+SINGLE = ("inference.sh", "finetune_single_gpu.sh")
+# Prints its path, its arguments and what a launcher would tell it.
+REPORT = "import os, sys; print(sys.argv[0], sys.argv[1:], os.environ.get('WORLD_SIZE')); sys.exit({})\n"
+# Stands for torchrun, whose start takes seconds.
+LAUNCHER = "import sys; print('torchrun', sys.argv[1:]); sys.exit(7)\n"
+
+
+class Scripts:
+    def __init__(self, root: Path):
+        self.root = root
+        for folder in ("tools", "sat", "bin"):
+            (root / folder).mkdir(parents=True)
+        for name in (*PROGRAMS, "tools/run_command.sh", "tools/setup_environment.sh", "tools/setup_environment.py"):
+            shutil.copy(ROOT / name, root / name)
+        (root / "requirements.txt").write_text("pytest>=1\n")  # which the environment of the tests has
+        for program in PROGRAMS.values():
+            (root / program).write_text(REPORT.format(7))
+        for tool in ("build_tiny_model.py", "make_shapes_dataset.py"):
+            (root / "tools" / tool).write_text(REPORT.format(0))
+        (root / "tools" / "torchrun.py").write_text(LAUNCHER)
+        path = os.pathsep.join((str(root / "bin"), os.environ["PATH"]))
+        self.environment = {**os.environ, "PYTHON": sys.executable, "PATH": path, "NPROC": ""}
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", self.root / script, *arguments],
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": "/"},
+            env={**self.environment, **environment},
+        )
+
+    def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, list[str]]:
+        process = self.start(script, *arguments, **environment)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output.splitlines()
+
+    def gpus(self, count: int) -> None:
+        """Pretend that the machine has so many."""
+        lines = "".join(f"echo 'GPU {i}: NVIDIA'\n" for i in range(count))
+        (self.root / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
+        (self.root / "bin" / "nvidia-smi").chmod(0o755)
+
+
+@pytest.fixture
+def scripts(tmp_path) -> Scripts:
+    return Scripts(tmp_path / "with a space")
+
+
+@pytest.mark.parametrize("script", SINGLE)
+def test_arguments_and_exit_status_pass_through(scripts, script):
+    arguments = ["--base", "a b.yaml", "--note", "it's $HOME"]
+    assert scripts.run(script, *arguments) == (7, [f"{PROGRAMS[script]} {arguments} None"])
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_the_tiny_model_is_built_for_its_configurations_only(scripts, script):
+    model = "tools/build_tiny_model.py ['--config', 'configs/tiny/a.yaml'] None"
+    _, lines = scripts.run(
+        script, "--base", "configs/tiny/a.yaml", "configs/sft.yaml", PYTHONPATH=str(scripts.root / "bin")
+    )
+    assert lines[:-1] == [model]
+    status, lines = scripts.run(script, PYTHONPATH=str(scripts.root / "bin"))
+    assert status == 7
+    assert lines[0].startswith("tools/build_tiny_model.py ['--config', 'configs/tiny/")
+
+
+def test_clips_are_drawn_for_the_tiny_training_unless_they_are_there(scripts):
+    arguments = ("--base", "configs/tiny/a.yaml", "configs/tiny/sft.yaml")
+    _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
+    assert [line.split()[0] for line in lines] == [
+        "tools/build_tiny_model.py",
+        "tools/make_shapes_dataset.py",
+        "sat/train_video.py",
+    ]
+    (scripts.root / "data" / "shapes").mkdir(parents=True)
+    _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
+    assert [line.split()[0] for line in lines] == ["tools/build_tiny_model.py", "sat/train_video.py"]
+
+
+@pytest.mark.parametrize("script", SINGLE)
+def test_an_edited_command_is_run(scripts, script):
+    command = f'run_cmd="TOKENIZERS_PARALLELISM=true python {PROGRAMS[script]} --base x.yaml"'
+    edited, replaced = re.subn('^run_cmd=".*$', command, (ROOT / script).read_text(), flags=re.MULTILINE)
+    assert replaced == 1
+    (scripts.root / script).write_text(edited)
+    assert scripts.run(script) == (7, [f"{PROGRAMS[script]} ['--base', 'x.yaml'] None"])
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "gpus", "launch"),
+    [
+        ("inference.sh", {"NPROC": "3"}, 0, ["--standalone", "--nproc_per_node=3"]),
+        ("finetune_multi_gpus.sh", {}, 0, ["--standalone", "--nproc_per_node=1"]),
+        ("finetune_multi_gpus.sh", {}, 8, ["--standalone", "--nproc_per_node=8"]),
+        ("finetune_multi_gpus.sh", {"NPROC": "3"}, 8, ["--standalone", "--nproc_per_node=3"]),
+        (
+            "finetune_multi_gpus.sh",
+            {"TORCHRUN_ARGS": "--nnodes=2 --node_rank=1"},
+            8,
+            ["--nnodes=2", "--node_rank=1", "--nproc_per_node=8"],
+        ),
+    ],
+)
+def test_several_processes_go_through_torchrun(scripts, script, environment, gpus, launch):
+    scripts.gpus(gpus)
+    arguments = ["--base", "a b.yaml"]
+    outcome = scripts.run(script, *arguments, **environment, PYTHONPATH=str(scripts.root / "bin"))
+    assert outcome == (7, [f"torchrun {[*launch, PROGRAMS[script], *arguments]}"])
+
+
+def test_the_single_process_script_is_one_process(scripts):
+    assert scripts.run("finetune_single_gpu.sh", "--base", "x.yaml", NPROC="4")[1] == [
+        "sat/train_video.py ['--base', 'x.yaml'] None"
+    ]
+
+
+@pytest.mark.parametrize("script", SINGLE)
+def test_signals_reach_the_command(scripts, script):
+    waiting = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)\n"
+    (scripts.root / PROGRAMS[script]).write_text(waiting)
+    process = scripts.start(script, "--base", "x.yaml")
+    deadline = time.monotonic() + 20
+    while not (scripts.root / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()  # the process that was started, not its children
+    assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_help_builds_nothing(scripts, script):
+    _, lines = scripts.run(script, "--help")
+    assert lines[-1] == f"{PROGRAMS[script]} ['--help'] None"
+    assert not any(line.startswith("tools/") for line in lines)
+    assert any(f"bash {script} --base" in line for line in lines)
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_help_installs_nothing(scripts, script):
+    (scripts.root / "requirements.txt").write_text("no-such-package>=1\n")
+    status, lines = scripts.run(script, "--help")
+    assert status == 0
+    assert any(f"bash {script} --base" in line for line in lines)
+    assert not (scripts.root / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "says"),
+    [
+        ("pass", 0, ""),
+        ("import sys; sys.exit(5)", 5, ""),
+        ("import os; os.kill(os.getpid(), 9)", 128 + 9, "error: process 0 was ended by signal 9; 9 may mean no memory"),
+    ],
+)
+def test_the_launcher_adds_no_traceback(tmp_path, program, code, says):
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, ROOT / "tools" / "torchrun.py", "--standalone", "--nproc_per_node=1", "program.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.strip()) == (code, says)

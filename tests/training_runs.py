@@ -1,0 +1,154 @@
+"""Runs of the training command in this process or in others, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from conftest import TinyModels
+from distributed import run_distributed
+
+ROOT = Path(__file__).parents[1]
+LORA = {
+    "model": {
+        "network_config": {
+            "params": {"modules": {"lora_config": {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4}}}}
+        }
+    }
+}
+
+
+def write_config(
+    path: Path,
+    tiny: TinyModels,
+    family: str,
+    data: str | Path,
+    lora: bool = False,
+    zero: int = 0,
+    micro_batch: int = 1,
+    model: dict[str, Any] | None = None,
+    deepspeed: dict[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
+    **args: Any,
+) -> Path:
+    """A configuration that trains a tiny model for a few steps; `args` and the sections are added to it."""
+    from omegaconf import OmegaConf
+
+    config = {
+        "args": {
+            "mode": "finetune",
+            "train_data": [str(data)],
+            "save": str(path.parent / "runs"),
+            "train_iters": 4,
+            "save_interval": 100,
+            "log_interval": 1,
+            "num_workers": 0,
+            "auto_warmup_steps": 0,
+            "tensorboard": False,
+            **args,
+        },
+        "model": {
+            # With it processes draw timesteps from ranges of their own.
+            "loss_fn_config": {"params": {"sigma_sampler_config": {"params": {"uniform_sampling": False}}}},
+        },
+        "data": {
+            "target": "data_video.SFTDataset",
+            "params": {"video_size": [64, 96], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0, **(params or {})},
+        },
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_clipping": 1.0,
+            # With the threshold, ZeRO-3 divides even the smallest tensors.
+            "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
+            # Adam divides by the size of a gradient: with its usual eps, rounding of the smallest would grow into steps.
+            "optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-4}},
+        },
+    }
+    extra = {"model": model or {}, "deepspeed": deepspeed or {}}
+    merged = OmegaConf.merge(config, LORA if lora else {}, extra)
+    return tiny.variant(family, path, **OmegaConf.to_container(merged))
+
+
+def train(config: Path, *flags: str) -> Path:
+    """Run the command here; the folder of its run."""
+    from train_video import main
+
+    before = set(runs_of(config))
+    assert main(["--base", str(config), *flags]) == 0
+    made = [run for run in runs_of(config) if run not in before] or runs_of(config)
+    return made[-1]
+
+
+def precomputed(folder: Path, tiny: TinyModels, family: str, data: Path, **sections: Any) -> Path:
+    """The data, encoded by the VAE and the text encoder of a tiny model."""
+    from tools.precompute_latents import main
+
+    config = write_config(folder / "precompute.yaml", tiny, family, data, **sections)
+    assert main(["--base", str(config), "--output", str(folder / "latents")]) == 0
+    return folder / "latents"
+
+
+def train_in_processes(config: Path, count: int, *flags: str) -> Path:
+    """Run the command in `count` processes that are joined by gloo; the folder of its run."""
+    run_distributed(_train_as_one_of, count, str(config), *flags)
+    return runs_of(config)[-1]
+
+
+def _train_as_one_of(config: str, *flags: str) -> None:
+    import torch.distributed as dist
+
+    from train_video import main
+
+    os.environ.update(WORLD_SIZE=str(dist.get_world_size()), RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()))
+    assert main(["--base", config, *flags]) == 0
+
+
+def start(config: Path, *flags: str, **environment: str) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, str(ROOT / "sat" / "train_video.py"), "--base", str(config), *flags]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def train_alone(config: Path, *flags: str) -> Path:
+    """Run the command in a process of its own, as `start` does, to its end; the folder of its run. What was computed
+    before in a process, and on how many threads, changes the last bit of its sums."""
+    process = start(config, *flags)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return runs_of(config)[-1]
+
+
+def runs_of(config: Path) -> list[Path]:
+    """The folders of the runs of a configuration, oldest first."""
+    save = Path(yaml.safe_load(config.read_text())["args"]["save"])
+    return sorted(save.glob("*/"), key=lambda run: run.stat().st_ctime_ns)
+
+
+def metrics(run: Path, name: str = "loss") -> dict[int, float]:
+    """The values of a metric by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def weights(run: Path, suffix: str = "") -> dict[str, Tensor]:
+    """What the newest checkpoint of a run holds; `suffix` "-ema" for the averages."""
+    folder = run / ((run / "latest").read_text() + suffix)
+    return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.allclose(ours[name].float(), theirs[name].float(), rtol=0, atol=tolerance), name

@@ -1,0 +1,123 @@
+"""Encodes a data set once through the VAE and the text encoder, so that training needs neither.
+
+  python tools/precompute_latents.py --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --output data/latents
+  torchrun --standalone --nproc_per_node=8 tools/precompute_latents.py --base ... --output data/latents
+
+The clips are those of `train_data`, read as `data:` says; every argument of sat/train_video.py is taken here too. Train
+with `--train_data data/latents` then. With the same seed, the losses are those of a run on the clips themselves as long
+as that cuts each clip at the same place: in its first epoch, or always with `random_start: false` in `data.params`.
+Validation data is encoded by a run of its own, with `--train_data VALIDATION --output data/latents_validation`.
+
+A run that was cut off goes on where it was when it is started again, on any number of processes. Exit codes: 0 the
+cache is complete, 2 a mistake in the arguments or files stands in the way.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from config_files import check_paths  # noqa: E402
+from latent_cache import STORES, text_embedder  # noqa: E402
+from library_messages import quiet_libraries  # noqa: E402
+from model_limits import ModelLimits  # noqa: E402
+from sgm.errors import UserError, exit_code  # noqa: E402
+from training_arguments import TrainingArguments, get_training_args  # noqa: E402
+from training_plan import check_clips, check_data  # noqa: E402
+
+logger = logging.getLogger("train_video")
+
+IMAGE_VARIANTS = 4
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    # Each process of a launcher would say the same.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    return exit_code(lambda: precompute(command_line), logger, "interrupted; start the same command again to go on")
+
+
+def precompute(command_line: Sequence[str] | None) -> int:
+    options, rest = build_parser().parse_known_args(command_line)
+    if options.output is None:
+        raise UserError("--output is missing: name the folder of the cache")
+    args = get_training_args(rest)
+    variants = check(args, options.image_variants)
+    if args.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # SwissArmyTransformer imports DeepSpeed, which chooses then
+    quiet_libraries()
+    from latent_encoding import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+
+    return run(args, options.output, options.store, options.dtype, variants)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = _raise_user_error
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="the cache: a new folder, or one to go on with")
+    parser.add_argument(
+        "--store",
+        choices=STORES,
+        default="moments",
+        help="of each clip its distribution, from which every epoch draws anew, or one draw, half as large "
+        "(default: moments)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of what is stored (default: that of the computation, which loses nothing)",
+    )
+    parser.add_argument(
+        "--image_variants",
+        type=int,
+        metavar="K",
+        help="for image-to-video: how often to encode the first frame, with the noise of as many epochs; later epochs "
+        f"go through them again (default: {IMAGE_VARIANTS})",
+    )
+    return parser
+
+
+def _raise_user_error(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def check(args: TrainingArguments, image_variants: int | None) -> int:
+    """The number of first frames to encode of each clip, 0 for text-to-video.
+
+    Raises:
+        UserError: the data or a part of the model is not there, or not such as can be cached.
+    """
+    model = args.model_config
+    if check_data(replace(args, valid_data=[])):
+        raise UserError("train_data is a cache of latents already: name the clips that it was made of")
+    check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(model))
+    if args.model_parallel_size > 1:
+        raise UserError("model_parallel_size: the network is not used here, every process encodes clips: leave it at 1")
+    if model.get("latent_input"):
+        raise UserError("latent_input: the model takes latents as they are, there is nothing to encode")
+    text_embedder(model["conditioner_config"])
+    first_stage = model["first_stage_config"].get("params") or {}
+    if not first_stage.get("ckpt_path"):
+        raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
+    check_paths({"model": {name: model[name] for name in ("conditioner_config", "first_stage_config")}})
+    if not model.get("noised_image_input"):
+        if image_variants is not None:
+            raise UserError("image_variants is for image-to-video models, and this is a text-to-video model")
+        return 0
+    variants = IMAGE_VARIANTS if image_variants is None else image_variants
+    if variants < 1:
+        raise UserError(f"image_variants is {variants}; it must be at least 1")
+    return variants
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+# The common part of inference.sh and finetune_*.sh, which source it in the repository root. `run COMMAND ARGUMENTS`
+# runs COMMAND with the ARGUMENTS, or without any what the script has set as `run_cmd`. Before that the environment is
+# set up, and what a configuration in configs/tiny needs is built: the tiny model, and for training its clips.
+
+# What `python` and `torchrun` mean in a command: those of the environment. They take the place of the script, so that
+# signals reach them.
+python() {
+    if ((${NPROC:-1} > 1)); then
+        torchrun --standalone --nproc_per_node="$NPROC" "$@"
+    fi
+    exec "$environment_python" "$@"
+}
+
+torchrun() {
+    exec "$environment_python" tools/torchrun.py "$@"
+}
+
+run() {
+    local command=$1 script word words program= help= models=() clips=
+    shift
+    if (($#)); then
+        run_cmd="$command $(printf '%q ' "$@")"
+    fi
+    eval "words=($run_cmd)"
+    for word in "${words[@]}"; do
+        case "$word" in
+            -h | --help) help=yes ;;
+            *.py) program=${program:-$word} ;;
+            *configs/tiny/sft.yaml) clips=yes ;;
+            *configs/tiny/*.yaml) models+=("$word") ;;
+        esac
+    done
+
+    if [[ $help ]]; then
+        script=$(basename "${BASH_SOURCE[-1]}")
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$script"
+        # The options themselves need the packages, which asking for help must not install.
+        environment_python=$(bash tools/setup_environment.sh --check requirements.txt 2>/dev/null) || exit 0
+        echo
+        exec "$environment_python" "$program" --help
+    fi
+
+    environment_python=$(bash tools/setup_environment.sh requirements.txt)
+    export PATH="$(dirname "$environment_python"):$PATH" TOKENIZERS_PARALLELISM=false
+    if ((${#models[@]})); then
+        "$environment_python" tools/build_tiny_model.py --config "${models[@]}"
+    fi
+    if [[ $clips && ! -e data/shapes ]]; then
+        "$environment_python" tools/make_shapes_dataset.py --output data/shapes \
+            --clips 8 --frames 17 --size 64 96 --fps 8 --seed 0
+    fi
+    eval "$run_cmd"
+}

@@ -1,0 +1,33 @@
+"""torchrun without its traceback: what the processes have said is the last word.
+
+  python tools/torchrun.py --standalone --nproc_per_node=2 sat/train_video.py --base ...
+
+Takes torchrun's own arguments. Exit codes: that of the process which failed first; after SIGTERM or Ctrl-C, which the
+processes have had time to act on, 128 plus the signal's number.
+"""
+
+import logging
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def run() -> int:
+    logging.disable(logging.ERROR)  # in the launcher alone
+    try:
+        main()
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            sys.stderr.write(f"error: process {rank} was ended by signal {-failure.exitcode}; 9 may mean no memory\n")
+            return 128 - failure.exitcode
+        return failure.exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
