@@ -10,6 +10,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from sat import mpu
 from sat.mpu import RowParallelLinear
 from sat.training.learning_rates import AnnealingLR
@@ -38,8 +39,12 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
         dtype: float16, bfloat16 or float32.
 
     Raises:
-        UserError: DeepSpeed or the optimizer refuses its part of the configuration.
+        UserError: DeepSpeed or the optimizer refuses its part of the configuration, or the device the dtype.
     """
+    accelerator = get_accelerator()
+    if dtype == torch.float16 and not accelerator.is_fp16_supported():
+        device = "processor" if accelerator.device_name() == "cpu" else "device"
+        raise UserError(f"deepspeed.fp16: this {device} does not train in float16; set bf16 or neither")
     # A C++ extension for sums between processes on a CPU, whose compilation takes a minute; gloo does it too.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = next(network.parameters()).device

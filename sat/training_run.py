@@ -81,7 +81,7 @@ class Trainer:
         with removed_if_empty(self.run_folder):
             self._load_data(state)
             self._build_engine(resume, plan.cached)
-        self.network = deepspeed_engine.initialize(self.engine.model, args, self.engine.dtype)
+            self.network = deepspeed_engine.initialize(self.engine.model, args, self.engine.dtype)
         self.engine.model = self.network
         if state:
             optimizer = type(self.network.basic_optimizer).__name__

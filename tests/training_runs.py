@@ -66,7 +66,7 @@ def write_config(
             "gradient_clipping": 1.0,
             # With the threshold, ZeRO-3 divides even the smallest tensors.
             "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
-            # Adam divides by the size of a gradient: with its usual eps, rounding of the smallest would grow into steps.
+            # Adam divides by the size of a gradient: with its usual eps, the rounding of tiny ones would become steps.
             "optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-4}},
         },
     }

@@ -1,69 +1,36 @@
-"""The video autoencoder as the diffusion engine uses it: encode a clip at once, decode it chunk by chunk."""
+"""The video autoencoder as the diffusion engine uses it; and, by another path, the engines that train autoencoders."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from sgm.context_parallel import (
-    all_gather_integer,
-    broadcast,
-    gather_frames,
-    get_context_parallel_group,
-    group_rank,
-    group_size,
-    initialize_context_parallel,
-    split_evenly,
-    split_frames,
-)
-from sgm.errors import UserError
-from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
+from sgm.context_parallel import get_context_parallel_group, initialize_context_parallel
+from sgm.models.video_coder import VideoCoder
 from sgm.util import instantiate_from_config
 from sgm.weights import assign_weights, module_weights, read_state_dict
-from vae_modules import tiling
-from vae_modules.clip import Chunk, TailCache
 
 log = logging.getLogger(__name__)
 
-Clip = defaultdict[int, TailCache]
-"""The tails of each tile, from one chunk of a clip to the next."""
+
+def __getattr__(name: str) -> Any:
+    """The engines of `sgm.models.autoencoder`, imported when asked for: Lightning takes seconds to load."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    from sgm.models import autoencoder
+
+    return getattr(autoencoder, name)
 
 
-def decoding_schedule(latent_frames: int) -> list[int]:
-    """How many latent frames each chunk of a clip takes: twos, and before them the odd one in a chunk of three.
-
-    A clip of 2k+1 latent frames starts with the frame that stands alone in time, and gives 8k+1 frames; a clip of 2k
-    has no such frame, and gives 8k. A chunk's normalization statistics are part of the result, so this is fixed.
-    """
-    if latent_frames < 1:
-        raise UserError(f"cannot decode {latent_frames} latent frames: there must be at least one")
-    if latent_frames == 1:
-        return [1]
-    return [2 + latent_frames % 2] + [2] * (latent_frames // 2 - 1)
-
-
-class VideoAutoencoderInferenceWrapper(nn.Module):
-    """Pixels to latents and back.
-
-    Video is (batch, channel, time, height, width) in [-1, 1], latents are (batch, z_channels, time, height, width).
-
-    With `cp_size` > 1 the frames of each call are spread over the context parallel group (see `split_frames`), and
-    results equal those of one process. Every rank of a group makes the same calls. Frames are dealt out in units of
-    one latent frame, as evenly as possible with the larger shares first; the first frame of the clip is a unit by
-    itself. With `input_cp` a call takes this rank's share, otherwise every rank passes the whole; likewise
-    `output_cp` for what it returns.
+class VideoAutoencoderInferenceWrapper(VideoCoder):
+    """The first stage of the diffusion models: an autoencoder that is not trained.
 
     Args:
         encoder_config, decoder_config, regularizer_config: what to build.
         loss_config: a loss that training needs; not built here.
         cp_size: ranks that share a clip; 0 means whatever `initialize_context_parallel` has set up.
         ckpt_path, ignore_keys: a file of weights (see `read_state_dict`), and prefixes of its entries to leave out.
-        tile_size: encode and decode in overlapping tiles of this many pixels a side, for images too large for the
-            memory; results then differ a little. None: whole images. Can be changed at any time between clips.
+        tile_size: see `VideoCoder`.
     """
 
     def __init__(
@@ -83,7 +50,6 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization = instantiate_from_config(regularizer_config)
         self.tile_size = tile_size
-        self._open_clip: tuple[tuple[int, ...], Clip] | None = None  # its size and tails, between calls of `decode`
 
         if cp_size > 1:
             initialize_context_parallel(cp_size)
@@ -103,136 +69,3 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         _, unexpected = assign_weights(self, weights, what=str(path), allow_unexpected=True)
         if unexpected:
             log.warning("%s: left out %d entries unknown to the autoencoder: %s", path, len(unexpected), unexpected)
-
-    def get_last_layer(self) -> nn.Parameter:
-        """The weight that makes the pixels, for losses that balance their terms by its gradient."""
-        return self.decoder.conv_out.conv.weight
-
-    # ------------------------------------------------------------ encode
-
-    def encode(self, x: Tensor, unregularized: bool = False, input_cp: bool = False, output_cp: bool = False) -> Tensor:
-        """Encode a whole clip of 4k+1 frames -> k+1 latent frames at an eighth of the height and width.
-
-        Returns a sample of the posterior, with noise from the CPU generator (of the group's first rank), or with
-        `unregularized` the posterior's moments (batch, 2 * z_channels, ...).
-
-        Raises:
-            UserError: the clip's frame count, height or width does not fit.
-        """
-        time_factor, space_factor = self.encoder.time_factor, self.encoder.space_factor
-        leading = int(group_rank(self.group) == 0 or not input_cp)
-        frames, height, width = x.shape[2:]
-        if (frames - leading) % time_factor or frames < leading or height % space_factor or width % space_factor:
-            raise UserError(
-                f"cannot encode {frames} frames of {height}x{width}: the number of frames must be "
-                f"{time_factor}k{'+1' if leading else ''}, height and width multiples of {space_factor}"
-            )
-        shares = self._shares((frames - leading) // time_factor + leading, input_cp)
-        if not input_cp:
-            x = split_frames(x, self._frames(shares, lead=True), self.group)
-
-        def encode_tile(_: int, tile: Tensor) -> Tensor:
-            return self.encoder(_channels_last(tile), Chunk(lead=group_rank(self.group) == 0, group=self.group))
-
-        grid = self._tiles(height // space_factor, width // space_factor)
-        moments = tiling.process(grid, x, encode_tile, factor=(space_factor, 1))
-        if unregularized and output_cp:
-            return moments
-        moments = gather_frames(moments, shares, self.group)
-        latent = moments if unregularized else self._regularize(moments)
-        return split_frames(latent, shares, self.group) if output_cp else latent
-
-    def _regularize(self, moments: Tensor) -> Tensor:
-        noise = None
-        if self.group is not None:
-            # Every rank draws, so that their generators stay in step, and takes the first rank's noise.
-            noise = DiagonalGaussianDistribution(moments).noise().to(moments.device)
-            broadcast(noise, self.group)
-        return self.regularization(moments, noise)[0]
-
-    # ------------------------------------------------------------ decode
-
-    def decode(
-        self, z: Tensor, clear_fake_cp_cache: bool = False, input_cp: bool = False, output_cp: bool = False
-    ) -> Tensor:
-        """Decode one chunk of a clip -> frames at eight times the height and width.
-
-        An odd number 2k+1 of latent frames gives 8k+1 frames, an even number 2k gives 8k. What the next chunk needs of
-        this one is kept for the next call, until `clear_fake_cp_cache` marks the last chunk of the clip; an exception
-        also ends the clip. Normalization statistics are the whole chunk's, on however many ranks.
-
-        Raises:
-            UserError: the last call left a clip of another size unfinished.
-        """
-        size = (z.shape[0], *z.shape[3:])
-        (open_size, clip), self._open_clip = self._open_clip or (size, defaultdict(dict)), None
-        if size != open_size:
-            raise UserError(
-                f"cannot decode a chunk of (batch, height, width) {size} after one of {open_size}: "
-                "the unfinished clip must end with clear_fake_cp_cache=True"
-            )
-        shares = self._shares(z.shape[2], input_cp)
-        if not input_cp:
-            z = split_frames(z, shares, self.group)
-        lead = sum(shares) % 2 == 1
-        own_lead = lead and group_rank(self.group) == 0
-        frames = self._decode(z, clip, own_lead, last=clear_fake_cp_cache, gather_norm=True)
-        if not clear_fake_cp_cache:
-            self._open_clip = size, clip
-        return frames if output_cp else gather_frames(frames, self._frames(shares, lead), self.group)
-
-    def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
-        """Decode a whole clip, yielding (batch, channel, frames, height, width) in order as they get ready.
-
-        The chunks are those of `decoding_schedule`. With context parallelism each rank decodes one chunk of every
-        round, and all ranks yield the frames of the round. A consumer may stop early, on all ranks alike.
-        """
-        schedule = decoding_schedule(z.shape[2])
-        ranks, rank = group_size(self.group), group_rank(self.group)
-        clip: Clip = defaultdict(dict)
-        done = 0
-        for first in range(0, len(schedule), ranks):
-            shares = schedule[first : first + ranks]
-            shares += [0] * (ranks - len(shares))
-            lead = shares[0] % 2 == 1
-            start = done + sum(shares[:rank])
-            done += sum(shares)
-            chunk = z[:, :, start : start + shares[rank]]
-            last = first + ranks >= len(schedule)
-            frames = self._decode(chunk, clip, lead and rank == 0, last, gather_norm=False)
-            yield gather_frames(frames, self._frames(shares, lead), self.group)
-
-    def _decode(self, z: Tensor, clip: Clip, lead: bool, last: bool, gather_norm: bool) -> Tensor:
-        def decode_tile(index: int, tile: Tensor) -> Tensor:
-            return self.decoder(_channels_last(tile), Chunk(lead, clip[index], last, self.group, gather_norm))
-
-        grid = self._tiles(*z.shape[3:])
-        return tiling.process(grid, z, decode_tile, factor=(1, self.decoder.space_factor))
-
-    # ------------------------------------------------------------ shared
-
-    def _shares(self, latent_frames: int, input_cp: bool) -> list[int]:
-        """How many latent frames each rank has, given those of the whole clip, or with `input_cp` this rank's."""
-        ranks = group_size(self.group)
-        if self.group is None or not input_cp:
-            return split_evenly(latent_frames, ranks)
-        return all_gather_integer(latent_frames, self.group)
-
-    def _frames(self, shares: list[int], lead: bool) -> list[int]:
-        """How many video frames belong to each rank's latent frames."""
-        factor = self.decoder.time_factor
-        alone = [int(lead and rank == 0) for rank in range(len(shares))]
-        return [factor * (share - first) + first for share, first in zip(shares, alone, strict=True)]
-
-    def _tiles(self, height: int, width: int) -> list[tiling.Tile]:
-        """The tiles of a latent image."""
-        if self.tile_size is None:
-            return tiling.cover(height, width, max(height, width))
-        size, rest = divmod(self.tile_size, self.decoder.space_factor)
-        if size < 1 or rest:
-            raise UserError(f"tile_size: {self.tile_size} is no positive multiple of {self.decoder.space_factor}")
-        return tiling.cover(height, width, size)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sgm.errors import UserError
-from vae_modules.clip import Chunk
+from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.layers import CausalConv3d, Downsample3D, GroupNorm, ResnetBlock3D, SpatialNorm3D, Upsample3D, silu
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sgm.context_parallel import all_reduce_sum
+from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
-from vae_modules.clip import Chunk
 
 # ---------------------------------------------------------------- convolution
 

@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from diffusers_vae import as_diffusers, diffusers_name
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
+from sgm.models.video_coder import decoding_schedule
+from sgm.modules.autoencoding import tiling
+from sgm.modules.autoencoding.clip import Chunk
 from sgm.util import instantiate_from_config
 from support import REFERENCE, Reference, assert_close, relative_error
-from vae_modules import tiling
-from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper, decoding_schedule
-from vae_modules.clip import Chunk
+from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 
 CASES = ["vae_small", "vae_two_blocks"]
 

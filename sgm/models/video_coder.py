@@ -1,0 +1,220 @@
+"""Encoding and decoding video with a causal autoencoder: a clip at once or chunk by chunk, on one process or more."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sgm.context_parallel import (
+    all_gather_integer,
+    broadcast,
+    gather_frames,
+    group_rank,
+    group_size,
+    split_evenly,
+    split_frames,
+)
+from sgm.errors import UserError
+from sgm.modules.autoencoding import tiling
+from sgm.modules.autoencoding.clip import Chunk, TailCache
+from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
+from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
+
+Clip = defaultdict[int, TailCache]
+"""The tails of each tile, from one chunk of a clip to the next."""
+
+
+def decoding_schedule(latent_frames: int) -> list[int]:
+    """How many latent frames each chunk of a clip takes: twos, and before them the odd one in a chunk of three.
+
+    A clip of 2k+1 latent frames starts with the frame that stands alone in time, and gives 8k+1 frames; a clip of 2k
+    has no such frame, and gives 8k. A chunk's normalization statistics are part of the result, so this is fixed.
+    """
+    if latent_frames < 1:
+        raise UserError(f"cannot decode {latent_frames} latent frames: there must be at least one")
+    if latent_frames == 1:
+        return [1]
+    return [2 + latent_frames % 2] + [2] * (latent_frames // 2 - 1)
+
+
+class VideoCoder(nn.Module):
+    """Pixels to latents and back, for a class that has an `encoder`, a `decoder` and a `regularization`.
+
+    Video is (batch, channel, time, height, width) in [-1, 1], latents are (batch, z_channels, time, height, width).
+
+    With a context parallel `group` the frames of each call are spread over its ranks (see `split_frames`). Every rank
+    makes the same calls. Frames are dealt out in units of one latent frame, as evenly as possible with the larger
+    shares first; the first frame of the clip is a unit by itself. With `input_cp` a call takes this rank's share,
+    otherwise every rank passes the whole; likewise `output_cp` for what it returns.
+
+    Attributes:
+        group: the ranks that share a clip; None for one process.
+        tile_size: encode and decode in overlapping tiles of this many pixels a side, for images too large for the
+            memory; results then differ a little. None: whole images. Can be changed at any time between clips.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    regularization: nn.Module
+    group: ProcessGroup | None = None
+    tile_size: int | None = None
+    _open_clip: tuple[tuple[int, ...], Clip] | None = None  # its size and tails, between calls of `decode`
+
+    def get_last_layer(self) -> nn.Parameter:
+        """The weight that makes the pixels, for losses that balance their terms by its gradient."""
+        return self.decoder.conv_out.conv.weight
+
+    # ------------------------------------------------------------ encode
+
+    def encode(
+        self,
+        x: Tensor,
+        return_reg_log: bool = False,
+        unregularized: bool = False,
+        input_cp: bool = False,
+        output_cp: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Encode a whole clip of 4k+1 frames -> k+1 latent frames at an eighth of the height and width.
+
+        Returns what the regularizer makes of the encoder's output, which for a Gaussian is a sample with noise from
+        the CPU generator (of the group's first rank); with `return_reg_log` also what it reports. With
+        `unregularized` the encoder's own output: the posterior's moments (batch, 2 * z_channels, ...).
+
+        The regularizer always sees the whole clip, on every rank.
+
+        Raises:
+            UserError: the clip's frame count, height or width does not fit.
+        """
+        time_factor, space_factor = self.encoder.time_factor, self.encoder.space_factor
+        leading = int(group_rank(self.group) == 0 or not input_cp)
+        frames, height, width = x.shape[2:]
+        if (frames - leading) % time_factor or frames < leading or height % space_factor or width % space_factor:
+            raise UserError(
+                f"cannot encode {frames} frames of {height}x{width}: the number of frames must be "
+                f"{time_factor}k{'+1' if leading else ''}, height and width multiples of {space_factor}"
+            )
+        shares = self._shares((frames - leading) // time_factor + leading, input_cp)
+        if not input_cp:
+            x = split_frames(x, self._frames(shares, lead=True), self.group)
+
+        def encode_tile(_: int, tile: Tensor) -> Tensor:
+            return self.encoder(_channels_last(tile), Chunk(lead=group_rank(self.group) == 0, group=self.group))
+
+        grid = self._tiles(height // space_factor, width // space_factor)
+        moments = tiling.process(grid, x, encode_tile, factor=(space_factor, 1))
+        if unregularized and output_cp and not return_reg_log:
+            return moments
+        moments = gather_frames(moments, shares, self.group)
+        latent, report = (moments, {}) if unregularized else self._regularize(moments)
+        if output_cp:
+            latent = split_frames(latent, shares, self.group)
+        return (latent, report) if return_reg_log else latent
+
+    def _regularize(self, moments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.group is None or not isinstance(self.regularization, DiagonalGaussianRegularizer):
+            return self.regularization(moments)
+        # Every rank draws, so that their generators stay in step, and takes the first rank's noise.
+        noise = DiagonalGaussianDistribution(moments).noise().to(moments.device)
+        return self.regularization(moments, broadcast(noise, self.group))
+
+    # ------------------------------------------------------------ decode
+
+    def decode(
+        self, z: Tensor, clear_fake_cp_cache: bool = False, input_cp: bool = False, output_cp: bool = False
+    ) -> Tensor:
+        """Decode one chunk of a clip -> frames at eight times the height and width.
+
+        An odd number 2k+1 of latent frames gives 8k+1 frames, an even number 2k gives 8k. What the next chunk needs of
+        this one is kept for the next call, until `clear_fake_cp_cache` marks the last chunk of the clip; an exception
+        also ends the clip. Normalization statistics are the whole chunk's, on however many ranks.
+
+        Raises:
+            UserError: the last call left a clip of another size unfinished.
+        """
+        size = (z.shape[0], *z.shape[3:])
+        (open_size, clip), self._open_clip = self._open_clip or (size, defaultdict(dict)), None
+        if size != open_size:
+            raise UserError(
+                f"cannot decode a chunk of (batch, height, width) {size} after one of {open_size}: "
+                "the unfinished clip must end with clear_fake_cp_cache=True"
+            )
+        shares = self._shares(z.shape[2], input_cp)
+        if not input_cp:
+            z = split_frames(z, shares, self.group)
+        lead = sum(shares) % 2 == 1
+        own_lead = lead and group_rank(self.group) == 0
+        frames = self._decode(z, clip, own_lead, last=clear_fake_cp_cache, gather_norm=True)
+        if not clear_fake_cp_cache:
+            self._open_clip = size, clip
+        return frames if output_cp else gather_frames(frames, self._frames(shares, lead), self.group)
+
+    def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
+        """Decode a whole clip, yielding (batch, channel, frames, height, width) in order as they get ready.
+
+        The chunks are those of `decoding_schedule`. With context parallelism each rank decodes one chunk of every
+        round, and all ranks yield the frames of the round. A consumer may stop early, on all ranks alike.
+        """
+        schedule = decoding_schedule(z.shape[2])
+        ranks, rank = group_size(self.group), group_rank(self.group)
+        clip: Clip = defaultdict(dict)
+        done = 0
+        for first in range(0, len(schedule), ranks):
+            shares = schedule[first : first + ranks]
+            shares += [0] * (ranks - len(shares))
+            lead = shares[0] % 2 == 1
+            start = done + sum(shares[:rank])
+            done += sum(shares)
+            chunk = z[:, :, start : start + shares[rank]]
+            last = first + ranks >= len(schedule)
+            frames = self._decode(chunk, clip, lead and rank == 0, last, gather_norm=False)
+            yield gather_frames(frames, self._frames(shares, lead), self.group)
+
+    def decode_at_once(self, z: Tensor, input_cp: bool = False, output_cp: bool = False) -> Tensor:
+        """Decode a whole clip of k+1 latent frames -> 4k+1 frames in one piece, as an autoencoder is trained.
+
+        On several ranks each norm's own `gather_norm` says whether its statistics are the whole clip's or, as in
+        chunks, those of the rank's frames.
+        """
+        shares = self._shares(z.shape[2], input_cp)
+        if not input_cp:
+            z = split_frames(z, shares, self.group)
+        own_lead = group_rank(self.group) == 0
+        frames = self._decode(z, defaultdict(dict), own_lead, last=True, gather_norm=None)
+        return frames if output_cp else gather_frames(frames, self._frames(shares, lead=True), self.group)
+
+    def _decode(self, z: Tensor, clip: Clip, lead: bool, last: bool, gather_norm: bool | None) -> Tensor:
+        def decode_tile(index: int, tile: Tensor) -> Tensor:
+            return self.decoder(_channels_last(tile), Chunk(lead, clip[index], last, self.group, gather_norm))
+
+        grid = self._tiles(*z.shape[3:])
+        return tiling.process(grid, z, decode_tile, factor=(1, self.decoder.space_factor))
+
+    # ------------------------------------------------------------ shared
+
+    def _shares(self, latent_frames: int, input_cp: bool) -> list[int]:
+        """How many latent frames each rank has, given those of the whole clip, or with `input_cp` this rank's."""
+        ranks = group_size(self.group)
+        if self.group is None or not input_cp:
+            return split_evenly(latent_frames, ranks)
+        return all_gather_integer(latent_frames, self.group)
+
+    def _frames(self, shares: list[int], lead: bool) -> list[int]:
+        """How many video frames belong to each rank's latent frames."""
+        factor = self.decoder.time_factor
+        alone = [int(lead and rank == 0) for rank in range(len(shares))]
+        return [factor * (share - first) + first for share, first in zip(shares, alone, strict=True)]
+
+    def _tiles(self, height: int, width: int) -> list[tiling.Tile]:
+        """The tiles of a latent image."""
+        if self.tile_size is None:
+            return tiling.cover(height, width, max(height, width))
+        size, rest = divmod(self.tile_size, self.decoder.space_factor)
+        if size < 1 or rest:
+            raise UserError(f"tile_size: {self.tile_size} is no positive multiple of {self.decoder.space_factor}")
+        return tiling.cover(height, width, size)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
