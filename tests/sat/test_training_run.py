@@ -182,7 +182,7 @@ def test_eight_clips_are_learnt_by_heart(tmp_path, tiny, clips):
         log_interval=20,
         warmup=0.05,
         lr_decay_style="cosine",
-        deepspeed={"optimizer": {"params": {"lr": 4e-3}}},
+        deepspeed={"optimizer": {"params": {"lr": 4e-3, "eps": 1e-8}}},
         **settings,
     )
     losses = list(metrics(train(config)).values())
