@@ -80,6 +80,19 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
+def sum_over_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of every rank's `x`, on every rank, with the gradient of this rank's own `x` alone.
+
+    For the terms of one loss of which each rank computes its share: every rank holds the whole loss, and its backward
+    pass gives the part of the gradient that comes from its own share.
+    """
+    if group is None:
+        return x
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return x + (total - x.detach())
+
+
 def broadcast(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The first rank's `x`, on every rank; shapes and dtypes must agree. Overwrites `x` on the others."""
     if group is not None:

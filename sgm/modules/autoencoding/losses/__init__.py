@@ -1,0 +1,6 @@
+"""What autoencoders are trained on."""
+
+from sgm.modules.autoencoding.losses.discriminator_loss import GeneralLPIPSWithDiscriminator
+from sgm.modules.autoencoding.losses.lpips import LatentLPIPS
+
+__all__ = ["GeneralLPIPSWithDiscriminator", "LatentLPIPS"]

@@ -1,0 +1,301 @@
+"""The loss of autoencoders: reconstruction, perception, regularization and an adversary."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sgm.context_parallel import FRAMES, all_reduce_sum, gather_frames, sum_over_ranks
+from sgm.errors import UserError
+from sgm.modules.autoencoding.discriminators import NLayerDiscriminator
+from sgm.modules.autoencoding.losses.lpips import LPIPS, resize
+from sgm.util import instantiate_from_config
+
+
+class GeneralLPIPSWithDiscriminator(nn.Module):
+    """The loss of VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 6-7) with a learned variance (Rombach et al. 2022).
+
+    For an image x and its reconstruction x', or for each frame of a clip (`dims` 3), with s = logvar:
+
+        rec   = |x - x'| + perceptual_weight * LPIPS(x, x')            for each pixel and channel
+        nll   = rec / exp(s) + s                                       summed, a image
+        g     = -mean D(x')
+        total = nll + disc_factor * d_weight * g + sum of regularization_weights[name] * regularization_log[name]
+        d_weight = disc_weight * min(|dnll/dw| / (|dg/dw| + 1e-4), 1e4)     w: the decoder's last layer
+
+        disc  = mean of max(0, 1 - D(x)) and max(0, 1 + D(x'))         hinge, averages over patches
+              = mean of softplus(-D(x)) and softplus(D(x'))            vanilla
+
+    Everything is float32, but for the discriminator's convolutions under autocast.
+
+    Args:
+        disc_start: the step from which on the discriminator is used; before, nothing of it is computed.
+        disc_num_layers, disc_in_channels: of the discriminator, unless `discriminator_config` names one. It gets
+            frames one by one, or whole clips if its attribute `dims` is 3.
+        disc_factor: times the adversarial term and the discriminator's loss; 0 is to go without.
+        disc_loss: "hinge" or "vanilla".
+        perceptual_weight: 0 is to go without LPIPS.
+        lpips_net, lpips_weights: see `LPIPS`.
+        pixel_loss: "l1", or "l2" for squares.
+        scale_input_to_tgt_size: resize x to the size of x'.
+        learn_logvar: train s, from `logvar_init` on, with the autoencoder.
+        regularization_weights: of what the regularizer reports; entries that are not named have no weight.
+        additional_log_keys: the entries of the regularizer's report to log. None: all of them.
+
+    Raises:
+        UserError: an option is none of those above, or sizes do not fit (on a forward pass).
+    """
+
+    def __init__(
+        self,
+        disc_start: int,
+        logvar_init: float = 0.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        disc_loss: str = "hinge",
+        scale_input_to_tgt_size: bool = False,
+        dims: int = 2,
+        learn_logvar: bool = False,
+        regularization_weights: Mapping[str, float] | None = None,
+        additional_log_keys: Iterable[str] | None = None,
+        discriminator_config: Mapping[str, Any] | None = None,
+        lpips_weights: str | Path | None = None,
+        lpips_net: str = "vgg",
+        pixel_loss: str = "l1",
+    ):
+        super().__init__()
+        _check_choice("dims", dims, (2, 3))
+        _check_choice("disc_loss", disc_loss, _DISCRIMINATOR_LOSSES)
+        _check_choice("pixel_loss", pixel_loss, _PIXEL_LOSSES)
+        self.dims = dims
+        self.discriminator_loss = _DISCRIMINATOR_LOSSES[disc_loss]
+        self.pixel_loss = _PIXEL_LOSSES[pixel_loss]
+        self.perceptual_loss = LPIPS(lpips_net, lpips_weights) if perceptual_weight else None
+        self.perceptual_weight = perceptual_weight
+        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
+        self.scale_input_to_tgt_size = scale_input_to_tgt_size
+        self.regularization_weights = dict(regularization_weights or {})
+        self.additional_log_keys = None if additional_log_keys is None else set(additional_log_keys)
+
+        if discriminator_config is None:
+            self.discriminator = NLayerDiscriminator(disc_in_channels, n_layers=disc_num_layers)
+        else:
+            self.discriminator = instantiate_from_config(discriminator_config)
+        self.discriminator.requires_grad_(disc_factor != 0)
+        self.takes_clips = getattr(self.discriminator, "dims", 2) == 3
+        if self.takes_clips and dims == 2:
+            raise UserError("loss_config: dims is 2, but the discriminator is one for clips, which go with dims: 3")
+        self.disc_start = disc_start
+        self.disc_factor = disc_factor
+        self.disc_weight = disc_weight
+
+    def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The discriminator's; none if nothing trains it."""
+        if self.disc_factor:
+            yield from self.discriminator.parameters()
+
+    def get_trainable_autoencoder_parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained with the autoencoder."""
+        if self.logvar.requires_grad:
+            yield self.logvar
+
+    def forward(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        *,
+        regularization_log: Mapping[str, Tensor],
+        optimizer_idx: int,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        split: str = "train",
+        weights: float | Tensor | None = None,
+        group: ProcessGroup | None = None,
+        frames: Sequence[int] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the autoencoder (`optimizer_idx` 0) or of the discriminator (1), and numbers to log.
+
+        With a `group` of ranks that share a clip every rank returns the whole loss, and its backward pass gives each
+        rank what comes through its own frames of the gradients before `reconstructions`; these parts add up to the
+        gradient of one process. Other parameters, those of the loss itself, get their whole gradient on each rank.
+
+        Where no gradient is taken, in validation, g is logged but no part of the total.
+
+        Args:
+            inputs, reconstructions: images (batch, channel, h, w), or clips (batch, channel, time, h, w) for `dims` 3.
+            regularization_log: scalars that the regularizer reports.
+            last_layer: the weight w above; None gives the adversarial term the constant weight `disc_weight`.
+            weights: factor of nll in the total, a number or a tensor that broadcasts with `inputs`.
+            frames: how many frames each rank holds, where `inputs` and `reconstructions` are this rank's share of the
+                clip. None: they are the whole clip, on every rank.
+        """
+        split_group = None if frames is None else group  # the ranks among which the frames are spread
+        inputs, reconstructions = self._prepare(inputs, reconstructions)
+        if optimizer_idx == 1:
+            return self._discriminator_step(inputs, reconstructions, global_step, split, split_group, frames)
+        if optimizer_idx != 0:
+            raise ValueError(f"optimizer_idx {optimizer_idx} is neither 0 nor 1")
+
+        log: dict[str, Tensor] = {}
+        images = inputs.shape[0]
+        if self.dims == 3:
+            images *= inputs.shape[FRAMES] if frames is None else sum(frames)
+        image_size = inputs.shape[1] * inputs.shape[-2:].numel()
+
+        def per_image(x: Tensor) -> Tensor:
+            return sum_over_ranks(x.sum(), split_group) / images
+
+        rec = self.pixel_loss(inputs - reconstructions)
+        if self.perceptual_loss is not None:
+            perceptual = self._perceptual(inputs, reconstructions)
+            rec = rec + self.perceptual_weight * perceptual
+            log["loss/perceptual"] = per_image(perceptual.detach())
+        logvar = self.logvar.float()
+        rec_per_image = per_image(rec)
+        nll = loss = rec_per_image / logvar.exp() + logvar * image_size
+        if weights is not None:
+            weights = torch.ones_like(rec) * weights
+            loss = per_image(weights * rec) / logvar.exp() + logvar * per_image(weights)
+
+        g = d_weight = torch.zeros_like(nll)
+        if self._is_adversarial(global_step):
+            fake = reconstructions if split_group is None else gather_frames(reconstructions, frames, split_group)
+            g = -self._logits(fake, frozen=True).mean()
+            if torch.is_grad_enabled():
+                d_weight = self.disc_weight * self._adaptive_weight(nll, g, last_layer, group)
+                loss = loss + self.disc_factor * d_weight * g
+        loss = loss + self._penalty(regularization_log)
+
+        log |= {
+            "loss/total": loss,
+            "loss/nll": nll,
+            "loss/rec": rec_per_image / image_size,
+            "loss/g": g,
+            "loss/d_weight": d_weight,
+            "loss/logvar": logvar.clone(),  # a parameter: it changes in place
+        }
+        log |= self._reported(regularization_log)
+        return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
+
+    # ------------------------------------------------------------ reconstruction
+
+    def _prepare(self, inputs: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in float32 and of one size."""
+        if reconstructions.ndim != self.dims + 2:
+            raise UserError(
+                f"the loss with dims: {self.dims} takes {'images' if self.dims == 2 else 'clips'} of "
+                f"{self.dims + 2} dimensions, got {tuple(reconstructions.shape)}"
+            )
+        inputs, reconstructions = inputs.float(), reconstructions.float()
+        if self.scale_input_to_tgt_size:
+            batch = inputs.shape[0]
+            inputs = _from_images(resize(_to_images(inputs), reconstructions.shape[-2:]), batch, self.dims)
+        if inputs.shape != reconstructions.shape:
+            raise UserError(
+                f"the loss cannot compare inputs {tuple(inputs.shape)} with reconstructions "
+                f"{tuple(reconstructions.shape)}; scale_input_to_tgt_size: true adapts height and width"
+            )
+        return inputs, reconstructions
+
+    def _perceptual(self, inputs: Tensor, reconstructions: Tensor) -> Tensor:
+        """LPIPS of each image or frame, with the dimensions of `inputs`."""
+        distances = self.perceptual_loss(_to_images(inputs), _to_images(reconstructions))
+        return _from_images(distances, inputs.shape[0], self.dims)
+
+    def _penalty(self, regularization_log: Mapping[str, Tensor]) -> Tensor | float:
+        for name in self.regularization_weights:
+            if name not in regularization_log:
+                raise UserError(
+                    f"regularization_weights: the regularizer reports no '{name}', "
+                    f"only {', '.join(regularization_log) or 'nothing'}"
+                )
+        return sum(weight * regularization_log[name].float() for name, weight in self.regularization_weights.items())
+
+    def _reported(self, regularization_log: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        wanted = self.additional_log_keys
+        return {name: value for name, value in regularization_log.items() if wanted is None or name in wanted}
+
+    # ------------------------------------------------------------ adversary
+
+    def _is_adversarial(self, global_step: int) -> bool:
+        return global_step >= self.disc_start and self.disc_factor != 0
+
+    def _discriminator_step(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        global_step: int,
+        split: str,
+        split_group: ProcessGroup | None,
+        frames: Sequence[int] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self._is_adversarial(global_step):
+            # It can be differentiated, as any loss.
+            loss = torch.zeros((), device=inputs.device, requires_grad=torch.is_grad_enabled())
+            return loss, {f"{split}/loss/disc": loss.detach()}
+        real, fake = inputs.detach(), reconstructions.detach()
+        if split_group is not None:
+            real, fake = (gather_frames(x, frames, split_group) for x in (real, fake))
+        real, fake = self._logits(real), self._logits(fake)
+        loss = self.disc_factor * self.discriminator_loss(real, fake)
+        log = {"loss/disc": loss, "logits/real": real.mean(), "logits/fake": fake.mean()}
+        return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
+
+    def _logits(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """What the discriminator makes of `x`; if it is `frozen`, no gradient goes to its parameters."""
+        if not self.takes_clips:
+            x = _to_images(x)
+        parameters = dict(self.discriminator.named_parameters())
+        x = x.to(next(iter(parameters.values())).dtype)
+        if not frozen:
+            return self.discriminator(x).float()
+        parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        return torch.func.functional_call(self.discriminator, parameters, (x,)).float()
+
+    def _adaptive_weight(self, nll: Tensor, g: Tensor, last_layer: Tensor | None, group: ProcessGroup | None) -> Tensor:
+        if last_layer is None:
+            return torch.ones_like(nll)
+        if not last_layer.requires_grad:
+            raise UserError(
+                "the weight of the discriminator is found from gradients at the decoder's last layer, "
+                "which is not trained: train it (trainable_ae_params) or set disc_factor: 0"
+            )
+        gradients = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (nll, g)]
+        # Each rank of a group has the part of its own frames.
+        whole = all_reduce_sum(torch.stack(gradients).float(), group)
+        of_nll, of_g = whole.flatten(1).norm(dim=1)
+        return (of_nll / (of_g + 1e-4)).clamp(0.0, 1e4)
+
+
+def _to_images(x: Tensor) -> Tensor:
+    """Clips as their frames; images as they are."""
+    return x if x.ndim == 4 else rearrange(x, "b c t h w -> (b t) c h w")
+
+
+def _from_images(x: Tensor, batch: int, dims: int) -> Tensor:
+    return x if dims == 2 else rearrange(x, "(b t) c h w -> b c t h w", b=batch)
+
+
+def _hinge(real: Tensor, fake: Tensor) -> Tensor:
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def _vanilla(real: Tensor, fake: Tensor) -> Tensor:
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+_DISCRIMINATOR_LOSSES = {"hinge": _hinge, "vanilla": _vanilla}
+_PIXEL_LOSSES = {"l1": torch.abs, "l2": torch.square}
+
+
+def _check_choice(name: str, value: Any, choices: Collection) -> None:
+    if value not in choices:
+        raise UserError(f"loss_config: {name} is {value!r}, it can be {' or '.join(map(repr, choices))}")

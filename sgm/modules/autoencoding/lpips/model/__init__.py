@@ -1,0 +1,1 @@
+"""Paths under which configurations in the wild name parts of the losses."""
