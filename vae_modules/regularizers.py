@@ -1,5 +1,23 @@
-"""The regularizer under the name that the released configs use."""
+"""The regularizers under the path that the released configurations use."""
 
-from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
+from sgm.modules.autoencoding.regularizers import (
+    FSQ,
+    LFQ,
+    AbstractQuantizer,
+    AbstractRegularizer,
+    DiagonalGaussianRegularizer,
+    EMAVectorQuantizer,
+    IdentityRegularizer,
+    VectorQuantizer,
+)
 
-__all__ = ["DiagonalGaussianRegularizer"]
+__all__ = [
+    "FSQ",
+    "LFQ",
+    "AbstractQuantizer",
+    "AbstractRegularizer",
+    "DiagonalGaussianRegularizer",
+    "EMAVectorQuantizer",
+    "IdentityRegularizer",
+    "VectorQuantizer",
+]

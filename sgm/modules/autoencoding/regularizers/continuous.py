@@ -1,18 +1,26 @@
-"""What turns an encoder's output into a latent, and the penalty that keeps the latents well-behaved."""
+"""Latents of real numbers."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
+from sgm.modules.autoencoding.regularizers.base import AbstractRegularizer, Log
 
 
-class DiagonalGaussianRegularizer(nn.Module):
+class IdentityRegularizer(AbstractRegularizer):
+    """Latents that are the encoder's output, without a penalty."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Log]:
+        return z, {}
+
+
+class DiagonalGaussianRegularizer(AbstractRegularizer):
     """Latents drawn from the encoder's Gaussian (its mean where `sample` is false), penalised by KL divergence."""
 
     def __init__(self, sample: bool = True):
         super().__init__()
         self.sample = sample
 
-    def forward(self, moments: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, moments: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Log]:
         """moments (batch, 2 * channel, ...) -> latent (batch, channel, ...) and {"kl_loss": mean over the batch}."""
         posterior = DiagonalGaussianDistribution(moments)
         latent = posterior.sample(noise) if self.sample else posterior.mode()

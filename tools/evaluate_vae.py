@@ -1,0 +1,152 @@
+"""Reports how well a VAE reconstructs clips: PSNR, SSIM, LPIPS, and with the weights of I3D the Fréchet video distance.
+
+  python tools/evaluate_vae.py --base configs/vae_3d.yaml --data data/held_out --ckpt ckpts/vae-01-31-12-00/3d-vae.pt
+  python tools/evaluate_vae.py --base configs/cogvideox_2b.yaml configs/sft.yaml --data data/held_out
+
+The configuration is that of a VAE's training, or of a diffusion model with its first stage; its `data:` section says
+how clips are read and cut. Latents are means, not draws. Every clip is decoded in chunks as sampling does, if it has
+8k+1 frames, else at once. PSNR, SSIM and LPIPS are means over clips. Videos show the input, the reconstruction and four
+times their difference. Exit codes: 0 done, 2 a mistake in the arguments or files stands in the way.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from config_files import load_configs  # noqa: E402
+from latent_cache import is_cache  # noqa: E402
+from library_messages import quiet_libraries  # noqa: E402
+from output_paths import check_folder  # noqa: E402
+from sgm.errors import UserError, exit_code  # noqa: E402
+from vae_training_plan import check_clips, compression  # noqa: E402
+
+logger = logging.getLogger("evaluate_vae")
+
+INFERENCE = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
+INFERENCE_PARAMS = ("encoder_config", "decoder_config", "regularizer_config", "ckpt_path", "ignore_keys", "tile_size")
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return exit_code(lambda: evaluate(command_line), logger)
+
+
+def evaluate(command_line: Sequence[str] | None) -> int:
+    options = build_parser().parse_args(command_line)
+    check_options(options)
+    config = load_configs(options.base, used=("model", "data"))
+    vae_config = find_vae(config.get("model") or {}, options.ckpt)
+    data_config = find_data(config.get("data") or {}, vae_config["params"])
+    quiet_libraries()
+    from tools.vae_report import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+
+    report = run(options, vae_config, data_config)
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = _raise_user_error
+    add = parser.add_argument
+    add("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
+    add("--data", nargs="+", metavar="DATA", help="clips, best such as training has not seen: as for train_video.py")
+    add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: those that the configuration names)")
+    add("--num_clips", type=int, default=64, help="how many, spread over the data, or all there are (default: 64)")
+    add("--num_videos", type=int, default=4, help="of the first so many clips a video is written (default: 4)")
+    add("--output", type=Path, default=Path("outputs/vae"), help="folder of the videos (default: outputs/vae)")
+    add("--json", type=Path, metavar="FILE", help="write all numbers, those of each clip too; null for infinity")
+    add("--lpips_net", choices=("alex", "vgg", "squeeze", "none"), default="alex", help="of LPIPS (default: alex)")
+    add("--lpips_weights", type=Path, metavar="FILE", help="torchvision's weights of it (default: downloaded once)")
+    add("--i3d_weights", type=Path, metavar="FILE", help="rgb_imagenet.pt or i3d_pretrained_400.pt, for rFVD")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the VAE (default: float32)")
+    add("--whole", action="store_true", help="decode every clip at once, as in training, rather than in chunks")
+    return parser
+
+
+def _raise_user_error(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError if something is missing, is not there, or makes no sense."""
+    if not options.base:
+        raise UserError("--base is missing: name the configuration of the VAE, configs/vae_3d.yaml for instance")
+    if not options.data:
+        raise UserError("--data is missing: name a folder of clips, a .jsonl or .csv manifest, or .tar shards")
+    for path in options.data:
+        is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
+        if not (is_pattern or "://" in path or Path(path).exists()):
+            raise UserError(f"--data: there is no {path}")
+        if is_cache(path):
+            raise UserError(f"--data: {path} holds latents; name the clips that it was made of")
+    for name in ("ckpt", "lpips_weights", "i3d_weights"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            raise UserError(f"--{name}: there is no {path}")
+    for name, least in (("num_clips", 2 if options.i3d_weights else 1), ("num_videos", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+    if options.lpips_weights and options.lpips_net == "none":
+        raise UserError("--lpips_weights is given, but --lpips_net is none")
+    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        raise UserError(f"--device is '{options.device}'; it can be cpu, cuda or cuda:N")
+    check_folder(options.output, "--output")
+    if options.json:
+        check_folder(options.json.parent, "--json")
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def find_vae(model: Mapping[str, Any], ckpt: Path | None) -> dict[str, Any]:
+    """The VAE without what only its training needs: `target` and `params`.
+
+    Raises:
+        UserError: the section describes none, or there are no weights.
+    """
+    section = "model" if "target" in model else "model.first_stage_config"
+    described = model if "target" in model else model.get("first_stage_config") or {}
+    params = described.get("params") or {}
+    for part in ("encoder_config", "decoder_config", "regularizer_config"):
+        if not isinstance(params.get(part), dict):
+            raise UserError(f"the configuration has no {section}.params.{part}: name that of a video autoencoder")
+    params = {name: params[name] for name in INFERENCE_PARAMS if params.get(name) is not None}
+    if ckpt is not None:
+        params["ckpt_path"] = str(ckpt)
+    if "ckpt_path" not in params:
+        raise UserError(f"--ckpt is missing, and {section}.params.ckpt_path: name the weights of the VAE")
+    if not Path(params["ckpt_path"]).exists():
+        raise UserError(f"{section}.params.ckpt_path: there is no {params['ckpt_path']}; or give --ckpt")
+    return {"target": INFERENCE, "params": params}
+
+
+def find_data(data: Mapping[str, Any], vae_params: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data:` section, with clips cut to what the VAE takes.
+
+    Raises:
+        UserError: there is none, or its sizes are none that the VAE takes.
+    """
+    if not isinstance(data.get("target"), str):
+        raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
+    params = data.get("params") or {}
+    time_factor, space_factor = compression(vae_params)
+    check_clips(params, time_factor, space_factor)
+    return {"target": data["target"], "params": {"frame_multiple": time_factor, **params}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
