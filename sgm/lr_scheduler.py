@@ -1,0 +1,112 @@
+"""Learning-rate schedules for `torch.optim.lr_scheduler.LambdaLR`, which multiplies the base rate by `schedule(step)`.
+
+Each is a chain of cycles: a linear warm-up from `f_start` to `f_max`, then a decay to `f_min`. Loshchilov and Hutter,
+"SGDR: Stochastic Gradient Descent with Warm Restarts", eq. 5, is the cosine one. After the last cycle the factor stays.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
+
+from sgm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class _Cycles(ABC):
+    """Warm-up and decay, once a cycle.
+
+    Args:
+        warm_up_steps, cycle_lengths: in steps, for each cycle; the warm-up is part of the cycle.
+        f_start, f_max, f_min: factors, for each cycle.
+        verbosity_interval: log the factor every so many steps; 0 for never.
+
+    Raises:
+        UserError: the lists differ in length, or a warm-up is as long as its cycle.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ):
+        lists = {
+            "warm_up_steps": warm_up_steps,
+            "f_min": f_min,
+            "f_max": f_max,
+            "f_start": f_start,
+            "cycle_lengths": cycle_lengths,
+        }
+        name = type(self).__name__
+        lengths = {key: len(values) for key, values in lists.items()}
+        if len(set(lengths.values())) > 1 or not cycle_lengths:
+            raise UserError(f"{name}: each list has one value a cycle, but their lengths are {lengths}")
+        for warm_up, length in zip(warm_up_steps, cycle_lengths, strict=True):
+            if not 0 <= warm_up < length:
+                raise UserError(f"{name}: a warm-up of {warm_up} steps does not fit a cycle of {length}")
+        # Plain lists of numbers: the scheduler's state, which checkpoints hold, is read without running code.
+        self.warm_up_steps, self.cycle_lengths = list(warm_up_steps), list(cycle_lengths)
+        self.f_min, self.f_max, self.f_start = list(f_min), list(f_max), list(f_start)
+        self.verbosity_interval = verbosity_interval
+
+    def schedule(self, n: int) -> float:
+        """The factor at step `n`, counted from 0."""
+        ends = list(accumulate(self.cycle_lengths))
+        cycle = next((index for index, end in enumerate(ends) if n <= end), len(ends) - 1)
+        length, warm_up = self.cycle_lengths[cycle], self.warm_up_steps[cycle]
+        step = min(n - (ends[cycle] - length), length)
+        if step < warm_up:
+            factor = self.f_start[cycle] + (self.f_max[cycle] - self.f_start[cycle]) * step / warm_up
+        else:
+            factor = self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * self._decay(step, warm_up, length)
+        if self.verbosity_interval > 0 and n % self.verbosity_interval == 0:
+            log.info("step %d: the learning rate is multiplied by %g (cycle %d)", n, factor, cycle)
+        return factor
+
+    __call__ = schedule
+
+    @staticmethod
+    @abstractmethod
+    def _decay(step: int, warm_up: int, length: int) -> float:
+        """How much is left at a step of a cycle, warm_up <= step <= length: 0 at its end."""
+
+
+class LambdaWarmUpCosineScheduler2(_Cycles):
+    """Cycles that decay along half a cosine, which begins when the warm-up is over. See the module."""
+
+    @staticmethod
+    def _decay(step: int, warm_up: int, length: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (length - warm_up)))
+
+
+class LambdaLinearScheduler(_Cycles):
+    """Cycles that decay linearly, on the line from f_max at the cycle's *start*: after a warm-up the factor jumps."""
+
+    @staticmethod
+    def _decay(step: int, warm_up: int, length: int) -> float:
+        return (length - step) / length
+
+
+class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
+    """A single cycle of `max_decay_steps`, from `lr_start` to `lr_max` to `lr_min`, that decays along half a cosine.
+
+    Raises:
+        UserError: the warm-up is as long as the cycle.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ):
+        super().__init__([warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval)

@@ -1,0 +1,387 @@
+"""Attention over tokens and over the pixels of an image, and the transformer blocks that are made of it.
+
+Shapes: b batch, n tokens, m context tokens, c channels, h and w height and width.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sgm.errors import UserError
+
+# ---------------------------------------------------------------- the products
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, for q (b, heads, n, d) and k, v (b, heads, m, d); `mask` is True where q may look."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_memory_efficiently(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attend`, by xformers if it is installed and has a kernel for these tensors."""
+    if mask is None and q.is_cuda and _has_xformers():
+        try:
+            return attend_with_xformers(q, k, v)
+        except NotImplementedError:  # its word for a head size, dtype or device that none of its kernels takes
+            pass
+    return attend(q, k, v, mask)
+
+
+def attend_with_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` by xformers, whose layout is (b, n, heads, d)."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+@cache
+def _has_xformers() -> bool:
+    return importlib.util.find_spec("xformers") is not None
+
+
+ATTENTION = {"softmax": attend, "softmax-xformers": attend_memory_efficiently}
+
+
+def attention_named(kind: str) -> Callable[..., Tensor]:
+    """The product that a configuration names by `attn_mode` or `attn_type`."""
+    if kind not in ATTENTION:
+        raise UserError(f"attention '{kind}' is unknown, it can be {' or '.join(map(repr, ATTENTION))}")
+    return ATTENTION[kind]
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """`module` with all its parameters zero, so that a residual branch that ends in it starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+# ---------------------------------------------------------------- feed-forward
+
+
+class GEGLU(nn.Module):
+    """A linear map whose one half is gated by the GELU of the other: (..., dim_in) -> (..., dim_out).
+
+    Shazeer, "GLU Variants Improve Transformer", sec. 2.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The two-layer network of a transformer block, `mult` times as wide inside: (..., dim) -> (..., dim_out)."""
+
+    def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, glu: bool = False, dropout: float = 0.0):
+        super().__init__()
+        inner = int(dim * mult)
+        project_in = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
+        self.net = nn.Sequential(project_in, nn.Dropout(dropout), nn.Linear(inner, dim_out or dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+# ---------------------------------------------------------------- attention over an image
+
+
+class LinearAttention(nn.Module):
+    """Attention between pixels at a cost linear in their number: (b, dim, h, w) -> the same shape.
+
+    The keys' softmax runs over the pixels, and queries are used as they are. Shen et al., "Efficient Attention:
+    Attention with Linear Complexities", sec. 3.2, without the queries' softmax.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Conv2d(dim, 3 * heads * dim_head, 1, bias=False)
+        self.to_out = nn.Conv2d(heads * dim_head, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        q, k, v = rearrange(self.to_qkv(x), "b (qkv heads d) h w -> qkv b heads d (h w)", qkv=3, heads=self.heads)
+        summary = v @ k.softmax(dim=-1).transpose(-1, -2)  # (b, heads, d, d): the size does not depend on the image
+        out = rearrange(summary @ q, "b heads d (h w) -> b (heads d) h w", h=height, w=width)
+        return self.to_out(out)
+
+
+class SpatialSelfAttention(nn.Module):
+    """Each pixel attends to all pixels of its image, added to the input: (b, in_channels, h, w) -> the same shape."""
+
+    def __init__(self, in_channels: int, attn_type: str = "softmax"):
+        super().__init__()
+        self.attend = attention_named(attn_type)
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.q = nn.Conv2d(in_channels, in_channels, 1)
+        self.k = nn.Conv2d(in_channels, in_channels, 1)
+        self.v = nn.Conv2d(in_channels, in_channels, 1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """What the pixels gather from each other, before the output projection."""
+        normed = self.norm(x)
+        q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        return rearrange(self.attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj_out(self.attention(x))
+
+
+# ---------------------------------------------------------------- attention over tokens
+
+
+class CrossAttention(nn.Module):
+    """Tokens (b, n, query_dim) attend to a context (b, m, context_dim), or without one to each other."""
+
+    attend = staticmethod(attend)
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim or query_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        additional_tokens: Tensor | None = None,
+        n_times_crossframe_attn_in_self: int = 0,
+    ) -> Tensor:
+        """x (b, n, query_dim) -> the same shape.
+
+        Args:
+            mask: bool, (b, m) or (b, n, m), True where a query may look.
+            additional_tokens: (b, extra, query_dim) that take part in front of `x` and are not returned.
+            n_times_crossframe_attn_in_self: the batch is made of clips of this many frames, and every frame attends
+                to the first one of its clip.
+
+        Raises:
+            UserError: the batch is no whole number of such clips.
+        """
+        extra = 0
+        if additional_tokens is not None:
+            extra = additional_tokens.shape[1]
+            x = torch.cat([additional_tokens, x], dim=1)
+        context = x if context is None else context
+        frames = n_times_crossframe_attn_in_self or 1
+        if len(context) % frames:
+            raise UserError(f"cross-frame attention: a batch of {len(context)} is no multiple of {frames} frames")
+        first = context[::frames]
+        q, k, v = (
+            rearrange(tokens, "b n (heads d) -> b heads n d", heads=self.heads)
+            for tokens in (self.to_q(x), self.to_k(first), self.to_v(first))
+        )
+        if frames > 1:
+            k, v = (repeat(each, "b ... -> (b frames) ...", frames=frames) for each in (k, v))
+        if mask is not None:
+            mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        out = rearrange(self.attend(q, k, v, mask), "b heads n d -> b n (heads d)")
+        return self.to_out(out[:, extra:])
+
+
+class MemoryEfficientCrossAttention(CrossAttention):
+    """`CrossAttention` by xformers where that is installed and serves, with the same numbers."""
+
+    attend = staticmethod(attend_memory_efficiently)
+
+
+def cross_attention(attn_mode: str, **params: int | float | None) -> CrossAttention:
+    """The class that a configuration names by `attn_mode`, built."""
+    kinds = {attend: CrossAttention, attend_memory_efficiently: MemoryEfficientCrossAttention}
+    return kinds[attention_named(attn_mode)](**params)
+
+
+# ---------------------------------------------------------------- transformers
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to a context, and a feed-forward network, each normed first and added to its input.
+
+    Args:
+        checkpoint: compute the block again in the backward pass instead of keeping what is inside.
+        disable_self_attn: the first attention too looks at the context.
+        attn_mode: `softmax`, or `softmax-xformers`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        checkpoint: bool = True,
+        disable_self_attn: bool = False,
+        attn_mode: str = "softmax",
+    ):
+        super().__init__()
+        heads = {"heads": n_heads, "dim_head": d_head, "dropout": dropout}
+        self.checkpoint, self.disable_self_attn = checkpoint, disable_self_attn
+        self.attn1 = cross_attention(
+            attn_mode, query_dim=dim, context_dim=context_dim if disable_self_attn else None, **heads
+        )
+        self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
+        self.attn2 = cross_attention(attn_mode, query_dim=dim, context_dim=context_dim, **heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        additional_tokens: Tensor | None = None,
+        n_times_crossframe_attn_in_self: int = 0,
+    ) -> Tensor:
+        """x (b, n, dim) and context (b, m, context_dim) -> (b, n, dim); see `CrossAttention` for the rest."""
+        arguments = (x, context, additional_tokens, n_times_crossframe_attn_in_self)
+        return checkpointed(self._forward, *arguments) if self.checkpoint else self._forward(*arguments)
+
+    def _forward(self, x: Tensor, context: Tensor | None, additional_tokens: Tensor | None, frames: int) -> Tensor:
+        if self.disable_self_attn:
+            x = x + self.attn1(self.norm1(x), context, additional_tokens=additional_tokens)
+        else:
+            x = x + self.attn1(
+                self.norm1(x), additional_tokens=additional_tokens, n_times_crossframe_attn_in_self=frames
+            )
+        x = x + self.attn2(self.norm2(x), context, additional_tokens=additional_tokens)
+        return x + self.ff(self.norm3(x))
+
+
+class BasicTransformerSingleLayerBlock(nn.Module):
+    """Attention to a context (or without one among the tokens) and a feed-forward network, each added to its input.
+
+    Args: those of `BasicTransformerBlock`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        checkpoint: bool = True,
+        attn_mode: str = "softmax",
+    ):
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.attn1 = cross_attention(
+            attn_mode, query_dim=dim, context_dim=context_dim, heads=n_heads, dim_head=d_head, dropout=dropout
+        )
+        self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (b, n, dim) and context (b, m, context_dim) -> (b, n, dim)."""
+        return checkpointed(self._forward, x, context) if self.checkpoint else self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context)
+        return x + self.ff(self.norm2(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of an image, between projections, added to it: (b, in_channels, h, w).
+
+    The output projection starts at zero, so that the whole starts as the identity.
+
+    Args:
+        depth: number of blocks.
+        context_dim: size of a context token, for all blocks or for each.
+        use_linear: project tokens by a linear layer rather than pixels by a 1x1 convolution.
+        attn_type: `softmax`, or `softmax-xformers`.
+        use_checkpoint: compute each block again in the backward pass instead of keeping what is inside.
+
+    Raises:
+        UserError: `context_dim` names another number of blocks than `depth`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | Sequence[int] | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        attn_type: str = "softmax",
+        use_checkpoint: bool = True,
+    ):
+        super().__init__()
+        inner = n_heads * d_head
+        context_dims = list(context_dim) if isinstance(context_dim, Sequence) else depth * [context_dim]
+        if len(context_dims) != depth:
+            raise UserError(f"context_dim: {len(context_dims)} sizes, {context_dims}, do not fit depth {depth}")
+        self.in_channels, self.inner_dim, self.use_linear = in_channels, inner, use_linear
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                inner,
+                n_heads,
+                d_head,
+                dropout=dropout,
+                context_dim=each,
+                disable_self_attn=disable_self_attn,
+                attn_mode=attn_type,
+                checkpoint=use_checkpoint,
+            )
+            for each in context_dims
+        )
+        self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
+        """x (b, in_channels, h, w) with a context (b, m, context_dim), or one for each block -> the shape of x."""
+        contexts = list(context) if isinstance(context, Sequence) else len(self.transformer_blocks) * [context]
+        tokens = self.tokens(x)
+        for block, each in zip(self.transformer_blocks, contexts, strict=True):
+            tokens = block(tokens, each)
+        return x + self.image(tokens, x.shape[2])
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The image's tokens (b, h * w, inner)."""
+        x = self.norm(x)
+        if self.use_linear:
+            return self.proj_in(rearrange(x, "b c h w -> b (h w) c"))
+        return rearrange(self.proj_in(x), "b c h w -> b (h w) c")
+
+    def image(self, tokens: Tensor, height: int) -> Tensor:
+        """The image (b, in_channels, h, w) of tokens (b, h * w, inner)."""
+        if self.use_linear:
+            return rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=height)
+        return self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
+
+
+def checkpointed(forward: Callable[..., Tensor], *arguments: Tensor | int | None) -> Tensor:
+    """forward(*arguments), of which only the arguments are kept for the backward pass."""
+    return checkpoint(forward, *arguments, use_reentrant=False)

@@ -1,0 +1,209 @@
+"""A 2D decoder that is extended in time, so that the frames of a clip agree with each other.
+
+Blattmann et al., "Align your Latents", sec. 3.1.1; the parameters have the names of "Stable Video Diffusion". Every
+temporal part starts as the identity: with the weights of a 2D decoder it decodes as that does, and learns to use the
+other frames from there.
+
+Shapes: frames of b clips of t frames each are a batch (b t, channel, h, w).
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+from sgm.modules.attention import SpatialSelfAttention, zero_module
+from sgm.modules.diffusionmodules.model import Decoder, ResnetBlock
+from sgm.modules.video_attention import (
+    VideoTransformerBlock,
+    clips,
+    frame_embedding,
+    mix_share,
+    register_mix_factor,
+    time_embedding,
+)
+
+KernelSize = int | Sequence[int]
+
+
+class TemporalResBlock(nn.Module):
+    """Two rounds of norm, SiLU and 3D convolution, added to the input: (b, channels, t, h, w) -> the same shape."""
+
+    def __init__(self, channels: int, kernel_size: KernelSize, dropout: float = 0.0):
+        super().__init__()
+        # The indices are part of the names in checkpoints.
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), _conv3d(channels, channels, kernel_size))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(_conv3d(channels, channels, kernel_size)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out_layers(self.in_layers(x))
+
+
+class VideoResBlock(ResnetBlock):
+    """A 2D residual block and one over space and time, (1 - a) of the one's output and a of the other's.
+
+    Args:
+        video_kernel_size: of the 3D convolutions, odd: for time, height and width alike, or for each.
+        alpha, merge_strategy: `fixed`: a = alpha; `learned`: a is learned, sigmoid(alpha) to begin with.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        video_kernel_size: KernelSize = 3,
+        alpha: float = 0.0,
+        merge_strategy: str = "learned",
+    ):
+        super().__init__(in_channels, out_channels, dropout)
+        self.time_stack = TemporalResBlock(out_channels, video_kernel_size, dropout)
+        register_mix_factor(self, alpha, merge_strategy)
+
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """x (b t, in_channels, h, w) -> (b t, out_channels, h, w)."""
+        x = rearrange(super().forward(x), "(b t) c h w -> b c t h w", t=timesteps)
+        x = torch.lerp(x, self.time_stack(x), mix_share(self).to(x.dtype))
+        return rearrange(x, "b c t h w -> (b t) c h w")
+
+
+class VideoBlock(SpatialSelfAttention):
+    """Self-attention within each frame, and a transformer block over time on what it gathered, blended.
+
+    Args: see `VideoResBlock`; `mix_factor` here stands for the *spatial* share, 1 - a.
+    """
+
+    def __init__(
+        self, in_channels: int, alpha: float = 0.0, merge_strategy: str = "learned", attn_type: str = "softmax"
+    ):
+        super().__init__(in_channels, attn_type)
+        block = VideoTransformerBlock(in_channels, 1, in_channels, ff_in=True, checkpoint=False, attn_mode=attn_type)
+        self.time_mix_block = block
+        self.video_time_embed = time_embedding(in_channels, in_channels)
+        for layer in (
+            block.ff_in.net[-1],
+            block.attn1.to_out[0],
+            block.attn2.to_out[0],
+            block.ff.net[-1],
+            self.video_time_embed[-1],
+        ):
+            zero_module(layer)
+        register_mix_factor(self, 1 - alpha if merge_strategy == "fixed" else -alpha, merge_strategy)
+
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """x (b t, in_channels, h, w) -> the same shape."""
+        within = rearrange(self.attention(x), "b c h w -> b (h w) c")
+        position = self.video_time_embed(frame_embedding(x, timesteps, x.shape[1]))
+        position = repeat(position, "t c -> (b t) 1 c", b=len(x) // timesteps)
+        over_time = self.time_mix_block(within + position, timesteps=timesteps)
+        blended = torch.lerp(over_time, within, mix_share(self).to(within.dtype))
+        return x + self.proj_out(rearrange(blended, "b (h w) c -> b c h w", h=x.shape[2]))
+
+
+class AE3DConv(nn.Conv2d):
+    """A 2D convolution, then one over space and time: (b t, in_channels, h, w) -> (b t, out_channels, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, video_kernel_size: KernelSize = 3):
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.time_mix_conv = _conv3d(out_channels, out_channels, video_kernel_size)
+        nn.init.dirac_(self.time_mix_conv.weight)
+        nn.init.zeros_(self.time_mix_conv.bias)
+
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        x = self.time_mix_conv(rearrange(super().forward(x), "(b t) c h w -> b c t h w", t=timesteps))
+        return rearrange(x, "b c t h w -> (b t) c h w")
+
+
+class VideoDecoder(Decoder):
+    """Latents of clips (b t, z_channels, h, w) -> frames (b t, out_ch, f * h, f * w).
+
+    Args: those of `Decoder` (`decoder`), and
+        time_mode: what is extended in time: residual blocks and the last convolution (`conv-only`), attention
+            (`attn-only`), or `all` of them.
+        video_kernel_size, alpha, merge_strategy: see `VideoResBlock`.
+
+    Raises:
+        UserError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        time_mode: str = "conv-only",
+        video_kernel_size: KernelSize = 3,
+        alpha: float = 0.0,
+        merge_strategy: str = "learned",
+        **decoder: Any,
+    ):
+        if time_mode not in TIME_MODES:
+            raise UserError(f"time_mode: '{time_mode}' is unknown, it can be {', '.join(TIME_MODES)}")
+        if merge_strategy == "learned_with_images":
+            raise UserError("merge_strategy: a decoder gets no indicator of images, it can be fixed or learned")
+        try:
+            inspect.signature(Decoder).bind(**decoder)
+        except TypeError as error:
+            raise UserError(f"VideoDecoder: {error}") from error
+        self.time_mode, self.video_kernel_size = time_mode, video_kernel_size  # before the layers are made
+        self.blend = {"alpha": alpha, "merge_strategy": merge_strategy}
+        super().__init__(**decoder)
+
+    def forward(self, z: Tensor, timesteps: int) -> Tensor:
+        """Decode; with `timesteps` 1 every latent is an image of its own.
+
+        Raises:
+            UserError: (b t) is no whole number of clips of `timesteps` frames.
+        """
+        clips(z, timesteps)
+
+        def call(layer: nn.Module, h: Tensor) -> Tensor:
+            return layer(h, timesteps) if isinstance(layer, MIXES_FRAMES) else layer(h)
+
+        return self._decode(z, call)
+
+    def get_last_layer(self, skip_time_mix: bool = False) -> nn.Parameter:
+        """The weight that makes the pixels, or with `skip_time_mix` the last one that sees each frame apart."""
+        if isinstance(self.conv_out, AE3DConv) and not skip_time_mix:
+            return self.conv_out.time_mix_conv.weight
+        return self.conv_out.weight
+
+    def _make_resblock(self, in_channels: int, out_channels: int) -> nn.Module:
+        if self.time_mode == "attn-only":
+            return super()._make_resblock(in_channels, out_channels)
+        return VideoResBlock(in_channels, out_channels, self.dropout, self.video_kernel_size, **self.blend)
+
+    def _make_attn(self, channels: int) -> nn.Module:
+        if self.time_mode == "conv-only":
+            return super()._make_attn(channels)
+        kinds = {"vanilla": "softmax", "vanilla-xformers": "softmax-xformers"}
+        if self.attn_type not in kinds:
+            raise UserError(
+                f"attn_type: '{self.attn_type}' cannot be extended in time by time_mode '{self.time_mode}', "
+                f"{' or '.join(kinds)} can"
+            )
+        return VideoBlock(channels, attn_type=kinds[self.attn_type], **self.blend)
+
+    def _make_conv(self, in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+        if self.time_mode == "attn-only":
+            return super()._make_conv(in_channels, out_channels, kernel_size)
+        return AE3DConv(in_channels, out_channels, kernel_size, self.video_kernel_size)
+
+
+TIME_MODES = ("all", "conv-only", "attn-only")
+MIXES_FRAMES = (VideoResBlock, VideoBlock, AE3DConv)
+
+
+def _conv3d(in_channels: int, out_channels: int, kernel_size: KernelSize) -> nn.Conv3d:
+    """A 3D convolution that keeps sizes, with zeros around."""
+    sizes = [kernel_size] * 3 if isinstance(kernel_size, int) else list(kernel_size)
+    if len(sizes) != 3 or any(size % 2 == 0 for size in sizes):
+        raise UserError(f"video_kernel_size: {kernel_size} is neither an odd number nor three of them")
+    return nn.Conv3d(in_channels, out_channels, sizes, padding=[size // 2 for size in sizes])

@@ -1,0 +1,226 @@
+"""Transformers over video: attention within each frame, then between the frames at each place, blended.
+
+Shapes: b clips of t frames, the batch of frames being (b t); s = h * w places in a frame, c channels.
+Blattmann et al., "Align your Latents: High-Resolution Video Synthesis with Latent Diffusion Models", sec. 3.1; the
+parameters have the names of "Stable Video Diffusion".
+"""
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+from sgm.modules.attention import BasicTransformerBlock, FeedForward, SpatialTransformer, checkpointed
+from sgm.modules.diffusionmodules.util import append_dims, timestep_embedding
+
+MERGE_STRATEGIES = ("fixed", "learned", "learned_with_images")
+
+
+def clips(frames: Tensor, timesteps: int) -> int:
+    """How many clips of `timesteps` frames the batch of `frames` (b t, ...) holds."""
+    if timesteps < 1 or len(frames) % timesteps:
+        raise UserError(f"a batch of {len(frames)} frames does not hold whole clips of {timesteps}")
+    return len(frames) // timesteps
+
+
+# ---------------------------------------------------------------- blending
+
+
+def register_mix_factor(module: nn.Module, alpha: float, merge_strategy: str) -> None:
+    """Give `module` a `mix_factor`: a constant share, or a parameter whose sigmoid is the share (`alpha`: its start).
+
+    Raises:
+        UserError: there is no such strategy, or a fixed share is outside [0, 1].
+    """
+    if merge_strategy not in MERGE_STRATEGIES:
+        raise UserError(f"merge_strategy: '{merge_strategy}' is unknown, it can be {', '.join(MERGE_STRATEGIES)}")
+    if merge_strategy == "fixed":
+        if not 0 <= alpha <= 1:
+            raise UserError(f"a fixed share of {alpha:g} for one of two branches must lie between 0 and 1")
+        module.register_buffer("mix_factor", torch.tensor([float(alpha)]))
+    else:
+        module.mix_factor = nn.Parameter(torch.tensor([float(alpha)]))
+
+
+def mix_share(module: nn.Module) -> Tensor:
+    """The share (1,) that `mix_factor` stands for."""
+    factor = module.mix_factor
+    return factor.sigmoid() if isinstance(factor, nn.Parameter) else factor
+
+
+class AlphaBlender(nn.Module):
+    """share * spatial + (1 - share) * temporal.
+
+    Args:
+        alpha: the spatial share if the strategy is `fixed`, otherwise the logit that it starts from.
+        merge_strategy: `fixed`; `learned`; or `learned_with_images`, where frames that are images of their own take
+            nothing from the temporal branch.
+    """
+
+    def __init__(self, alpha: float, merge_strategy: str = "learned_with_images"):
+        super().__init__()
+        register_mix_factor(self, alpha, merge_strategy)
+        self.with_images = merge_strategy == "learned_with_images"
+
+    def forward(self, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator: Tensor | None = None) -> Tensor:
+        """Both (b t, ...). `image_only_indicator` (b, t) is true (or 1) for images; None: there are none."""
+        share = mix_share(self)
+        if self.with_images and image_only_indicator is not None:
+            share = torch.where(image_only_indicator.flatten().bool(), torch.ones_like(share), share)
+        return torch.lerp(x_temporal, x_spatial, append_dims(share, x_spatial.ndim).to(x_spatial.dtype))
+
+
+# ---------------------------------------------------------------- transformers
+
+
+class VideoTransformerBlock(BasicTransformerBlock):
+    """A transformer block between the frames of a clip, at each place apart.
+
+    Args: those of `BasicTransformerBlock`, and
+        ff_in: put another feed-forward network, normed and added to its input, first.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        checkpoint: bool = True,
+        disable_self_attn: bool = False,
+        attn_mode: str = "softmax",
+        ff_in: bool = False,
+    ):
+        super().__init__(dim, n_heads, d_head, dropout, context_dim, gated_ff, checkpoint, disable_self_attn, attn_mode)
+        if ff_in:
+            self.norm_in = nn.LayerNorm(dim)
+            self.ff_in = FeedForward(dim, dropout=dropout, glu=gated_ff)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, timesteps: int) -> Tensor:
+        """x (b t, s, dim) and context (b s, m, context_dim) -> (b t, s, dim).
+
+        Raises:
+            UserError: (b t) is no whole number of clips of `timesteps` frames.
+        """
+        clips(x, timesteps)
+        arguments = (x, context, timesteps)
+        return checkpointed(self._mix, *arguments) if self.checkpoint else self._mix(*arguments)
+
+    def _mix(self, x: Tensor, context: Tensor | None, timesteps: int) -> Tensor:
+        places = x.shape[1]
+        x = rearrange(x, "(b t) s c -> (b s) t c", t=timesteps)
+        if hasattr(self, "ff_in"):
+            x = x + self.ff_in(self.norm_in(x))
+        x = self._forward(x, context, None, 0)
+        return rearrange(x, "(b s) t c -> (b t) s c", s=places)
+
+
+class SpatialVideoTransformer(SpatialTransformer):
+    """A spatial transformer, each of whose blocks is followed by one over time: (b t, in_channels, h, w) as they come.
+
+    Args: those of `SpatialTransformer`, and
+        use_spatial_context: the temporal blocks attend to the context of each clip's first frame.
+        time_context_dim: size of a token of `time_context`, where that is given instead.
+        merge_strategy, merge_factor: how the two branches are blended; see `AlphaBlender`.
+        ff_in: see `VideoTransformerBlock`.
+        max_time_embed_period: the longest period, in frames, of the embedding of a frame's place in its clip.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        use_spatial_context: bool = False,
+        time_context_dim: int | None = None,
+        merge_strategy: str = "fixed",
+        merge_factor: float = 0.5,
+        ff_in: bool = False,
+        attn_mode: str = "softmax",
+        checkpoint: bool = False,
+        max_time_embed_period: float = 10000,
+    ):
+        super().__init__(
+            in_channels,
+            n_heads,
+            d_head,
+            depth=depth,
+            dropout=dropout,
+            context_dim=context_dim,
+            disable_self_attn=disable_self_attn,
+            use_linear=use_linear,
+            attn_type=attn_mode,
+            use_checkpoint=checkpoint,
+        )
+        self.use_spatial_context, self.max_time_embed_period = use_spatial_context, max_time_embed_period
+        self.time_stack = nn.ModuleList(
+            VideoTransformerBlock(
+                self.inner_dim,
+                n_heads,
+                d_head,
+                ff_in=ff_in,
+                dropout=dropout,
+                context_dim=context_dim if use_spatial_context else time_context_dim,
+                disable_self_attn=disable_self_attn,
+                attn_mode=attn_mode,
+                checkpoint=checkpoint,
+            )
+            for _ in range(depth)
+        )
+        self.time_pos_embed = time_embedding(in_channels, self.inner_dim)
+        self.time_mixer = AlphaBlender(merge_factor, merge_strategy)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        time_context: Tensor | None = None,
+        *,
+        timesteps: int,
+        image_only_indicator: Tensor | None = None,
+    ) -> Tensor:
+        """x (b t, in_channels, h, w) -> the same shape.
+
+        Args:
+            context: (b t, m, context_dim), for the spatial blocks.
+            time_context: (b, m, time_context_dim), for the temporal ones.
+            timesteps: the number of frames t of each clip.
+            image_only_indicator: see `AlphaBlender`.
+
+        Raises:
+            UserError: (b t) is no whole number of clips of `timesteps` frames, or the context that the temporal
+                blocks are to share is missing.
+        """
+        batch, (height, width) = clips(x, timesteps), x.shape[2:]
+        if self.use_spatial_context:
+            if context is None:
+                raise UserError("use_spatial_context: the temporal blocks need a context (frames, tokens, channels)")
+            time_context = context[::timesteps]
+        if time_context is not None:
+            time_context = repeat(time_context, "b m c -> (b s) m c", s=height * width)
+        position = frame_embedding(x, timesteps, self.in_channels, self.max_time_embed_period)
+        position = repeat(self.time_pos_embed(position), "t c -> (b t) 1 c", b=batch)
+
+        tokens = self.tokens(x)
+        for block, time_block in zip(self.transformer_blocks, self.time_stack, strict=True):
+            tokens = block(tokens, context)
+            over_time = time_block(tokens + position, time_context, timesteps=timesteps)
+            tokens = self.time_mixer(tokens, over_time, image_only_indicator)
+        return x + self.image(tokens, height)
+
+
+def frame_embedding(x: Tensor, timesteps: int, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoidal embedding (t, dim) of each frame's place in its clip, on the device and in the dtype of `x`."""
+    return timestep_embedding(torch.arange(timesteps, device=x.device), dim, max_period, dtype=x.dtype)
+
+
+def time_embedding(dim: int, out_dim: int) -> nn.Sequential:
+    """The network (..., dim) -> (..., out_dim) on top of a `frame_embedding`."""
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, out_dim))
