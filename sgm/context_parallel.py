@@ -37,9 +37,11 @@ def initialize_context_parallel(size: int) -> None:
         return
     if _group is not None:
         raise UserError(f"context parallelism over {size} processes: it is already set up over {_initialized_size}")
+    # Tails go by way of the CPU, which NCCL by itself cannot.
+    backend = "cpu:gloo,cuda:nccl" if world > 1 and dist.get_backend() == "nccl" else None
     for first in range(0, world, size):
         ranks = list(range(first, first + size))
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, backend=backend)
         if dist.get_rank() in ranks:
             _group = group
     _initialized_size = size

@@ -1,16 +1,13 @@
 """The video autoencoder as the diffusion engine uses it; and, by another path, the engines that train autoencoders."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgm.context_parallel import get_context_parallel_group, initialize_context_parallel
 from sgm.models.video_coder import VideoCoder
+from sgm.modules.checkpoint import load_autoencoder
 from sgm.util import instantiate_from_config
-from sgm.weights import assign_weights, module_weights, read_state_dict
-
-log = logging.getLogger(__name__)
 
 
 def __getattr__(name: str) -> Any:
@@ -62,10 +59,6 @@ class VideoAutoencoderInferenceWrapper(VideoCoder):
         """Take the weights from a file, all but its entries that start with one of `ignore_keys`.
 
         Raises:
-            UserError: the file cannot be read, or lacks weights, or their shapes differ.
+            UserError: the file cannot be read, or is of another architecture.
         """
-        weights = module_weights(read_state_dict(path), what=str(path))
-        weights = {name: value for name, value in weights.items() if not name.startswith(tuple(ignore_keys))}
-        _, unexpected = assign_weights(self, weights, what=str(path), allow_unexpected=True)
-        if unexpected:
-            log.warning("%s: left out %d entries unknown to the autoencoder: %s", path, len(unexpected), unexpected)
+        load_autoencoder(self, path, ignore_keys)

@@ -15,6 +15,7 @@ from sgm.context_parallel import (
     group_size,
     split_evenly,
     split_frames,
+    sum_over_ranks,
 )
 from sgm.errors import UserError
 from sgm.modules.autoencoding import tiling
@@ -87,23 +88,10 @@ class VideoCoder(nn.Module):
         Raises:
             UserError: the clip's frame count, height or width does not fit.
         """
-        time_factor, space_factor = self.encoder.time_factor, self.encoder.space_factor
-        leading = int(group_rank(self.group) == 0 or not input_cp)
-        frames, height, width = x.shape[2:]
-        if (frames - leading) % time_factor or frames < leading or height % space_factor or width % space_factor:
-            raise UserError(
-                f"cannot encode {frames} frames of {height}x{width}: the number of frames must be "
-                f"{time_factor}k{'+1' if leading else ''}, height and width multiples of {space_factor}"
-            )
-        shares = self._shares((frames - leading) // time_factor + leading, input_cp)
+        shares = self._shares_of_video(x, input_cp)
         if not input_cp:
             x = split_frames(x, self._frames(shares, lead=True), self.group)
-
-        def encode_tile(_: int, tile: Tensor) -> Tensor:
-            return self.encoder(_channels_last(tile), Chunk(lead=group_rank(self.group) == 0, group=self.group))
-
-        grid = self._tiles(height // space_factor, width // space_factor)
-        moments = tiling.process(grid, x, encode_tile, factor=(space_factor, 1))
+        moments = self._encode(x, shares)
         if unregularized and output_cp and not return_reg_log:
             return moments
         moments = gather_frames(moments, shares, self.group)
@@ -112,12 +100,48 @@ class VideoCoder(nn.Module):
             latent = split_frames(latent, shares, self.group)
         return (latent, report) if return_reg_log else latent
 
+    def _shares_of_video(self, x: Tensor, input_cp: bool) -> list[int]:
+        """How many latent frames each rank makes of the clip `x`, or with `input_cp` of its share `x` of a clip."""
+        time_factor, space_factor = self.encoder.time_factor, self.encoder.space_factor
+        leading = int(group_rank(self.group) == 0 or not input_cp)
+        frames, height, width = x.shape[2:]
+        if (frames - leading) % time_factor or frames < leading or height % space_factor or width % space_factor:
+            raise UserError(
+                f"cannot encode {frames} frames of {height}x{width}: the number of frames must be "
+                f"{time_factor}k{'+1' if leading else ''}, height and width multiples of {space_factor}"
+            )
+        return self._shares((frames - leading) // time_factor + leading, input_cp)
+
+    def _encode(self, x: Tensor, shares: list[int]) -> Tensor:
+        """This rank's frames -> its moments."""
+
+        def encode_tile(_: int, tile: Tensor) -> Tensor:
+            lead = group_rank(self.group) == 0
+            return self.encoder(_channels_last(tile), Chunk(lead, group=self.group, gather_norm=_gather_norm(shares)))
+
+        factor = self.encoder.space_factor
+        grid = self._tiles(x.shape[3] // factor, x.shape[4] // factor)
+        return tiling.process(grid, x, encode_tile, factor=(factor, 1))
+
     def _regularize(self, moments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.group is None or not isinstance(self.regularization, DiagonalGaussianRegularizer):
+        if self.group is None or not self.regularizes_places_alone:
             return self.regularization(moments)
         # Every rank draws, so that their generators stay in step, and takes the first rank's noise.
         noise = DiagonalGaussianDistribution(moments).noise().to(moments.device)
         return self.regularization(moments, broadcast(noise, self.group))
+
+    @property
+    def regularizes_places_alone(self) -> bool:
+        """Whether the regularizer treats each place of a latent by itself, and its penalties are sums over places."""
+        return isinstance(self.regularization, DiagonalGaussianRegularizer)
+
+    def _regularize_share(self, moments: Tensor, shares: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`_regularize` for this rank's moments alone; the report is the whole clip's."""
+        batch, channels, _, height, width = moments.shape
+        whole = moments.new_empty((batch, channels, sum(shares), height, width), device="meta")
+        noise = broadcast(DiagonalGaussianDistribution(whole).noise().to(moments.device), self.group)
+        latent, report = self.regularization(moments, split_frames(noise, shares, self.group))
+        return latent, {name: sum_over_ranks(value, self.group) for name, value in report.items()}
 
     # ------------------------------------------------------------ decode
 
@@ -180,9 +204,13 @@ class VideoCoder(nn.Module):
         shares = self._shares(z.shape[2], input_cp)
         if not input_cp:
             z = split_frames(z, shares, self.group)
-        own_lead = group_rank(self.group) == 0
-        frames = self._decode(z, defaultdict(dict), own_lead, last=True, gather_norm=None)
+        frames = self._decode_at_once(z, shares)
         return frames if output_cp else gather_frames(frames, self._frames(shares, lead=True), self.group)
+
+    def _decode_at_once(self, z: Tensor, shares: list[int]) -> Tensor:
+        """This rank's latent frames -> its frames."""
+        lead = group_rank(self.group) == 0
+        return self._decode(z, defaultdict(dict), lead, last=True, gather_norm=_gather_norm(shares))
 
     def _decode(self, z: Tensor, clip: Clip, lead: bool, last: bool, gather_norm: bool | None) -> Tensor:
         def decode_tile(index: int, tile: Tensor) -> Tensor:
@@ -214,6 +242,14 @@ class VideoCoder(nn.Module):
         if size < 1 or rest:
             raise UserError(f"tile_size: {self.tile_size} is no positive multiple of {self.decoder.space_factor}")
         return tiling.cover(height, width, size)
+
+
+def _gather_norm(shares: list[int]) -> bool | None:
+    """Whether norms take the statistics of all ranks' frames; None: as each of them is set.
+
+    A single frame has the same statistics either way, and the ranks that are left without any have none of their own.
+    """
+    return True if sum(shares) == 1 else None
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -1,0 +1,141 @@
+"""What all autoencoders share that Lightning trains."""
+
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sgm.errors import UserError
+from sgm.modules.checkpoint import TRAINING_ONLY, CheckpointEngine
+from sgm.modules.ema import LitEma
+from sgm.util import instantiate_from_config
+
+Config = Mapping[str, Any]
+
+
+class AbstractAutoencoder(pl.LightningModule, ABC):
+    """An autoencoder for Lightning: where its batches, its first weights and their running average come from.
+
+    Args:
+        ema_decay: keep an average of the trained weights (see `LitEma`); None: keep none.
+        monitor: the logged number that says which checkpoint is best.
+        input_key: the entry of a batch that is encoded.
+        ckpt_path, ignore_keys: a file of weights to start from, and prefixes of its entries to leave out.
+        ckpt_engine: the same as one setting: a path, or the configuration of something to call with this module that
+            loads weights into it and returns the names it had no weights for (see `CheckpointEngine`).
+
+    Raises:
+        UserError: a setting is wrong or unknown, or the weights to start from do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        ema_decay: float | None = None,
+        monitor: str | None = None,
+        input_key: str = "jpg",
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
+        ckpt_engine: str | Path | Config | None = None,
+        **unknown: Any,
+    ):
+        super().__init__()
+        if unknown:
+            raise UserError(f"{type(self).__name__} has no setting {_with_nearest(type(self), unknown)}")
+        if ema_decay is not None and not 0 <= ema_decay <= 1:
+            raise UserError(f"ema_decay is {ema_decay}; it is from 0 to 1")
+        if ckpt_path is not None and ckpt_engine is not None:
+            raise UserError("ckpt_path and ckpt_engine both name weights to start from: give one of them")
+        self.ema_decay, self.monitor, self.input_key = ema_decay, monitor, input_key
+        self.model_ema: LitEma | None = None
+        self._checkpoint = ckpt_engine
+        if ckpt_path is not None:
+            self._checkpoint = CheckpointEngine(ckpt_path, ignore_keys)
+        elif isinstance(ckpt_engine, str | Path):
+            self._checkpoint = CheckpointEngine(ckpt_engine, ignore_keys)
+        elif ckpt_engine is not None:
+            self._checkpoint = instantiate_from_config(ckpt_engine)
+
+    @abstractmethod
+    def encode(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Pixels -> latents."""
+
+    @abstractmethod
+    def decode(self, z: Tensor, **options: Any) -> Tensor:
+        """Latents -> pixels."""
+
+    def get_input(self, batch: Mapping[str, Any]) -> Tensor:
+        """The images of a batch (b, c, h, w): floats in [-1, 1] as they are, bytes scaled to that.
+
+        Raises:
+            UserError: the batch has no entry `input_key`.
+        """
+        if self.input_key not in batch:
+            raise UserError(f"input_key: a batch has no '{self.input_key}', but {', '.join(map(str, batch))}")
+        x = batch[self.input_key]
+        return x.to(self.dtype) / 127.5 - 1 if x.dtype == torch.uint8 else x.to(self.dtype)
+
+    # ------------------------------------------------------------ weights
+
+    def load_start(self) -> None:
+        """Load the weights to start from and begin their average; for a constructor, when all parts are built."""
+        self._begin_average()
+        if self._checkpoint is not None:
+            missing = self._checkpoint(self)
+            if missing is None or any(name.startswith("model_ema.") for name in missing):
+                self._begin_average()
+
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
+        """Take the weights from a file, before training: all but entries that start with one of `ignore_keys`.
+
+        Raises:
+            UserError: the file cannot be read, or is of another architecture.
+        """
+        self._checkpoint = CheckpointEngine(path, ignore_keys)
+        self.load_start()
+
+    def _begin_average(self) -> None:
+        if self.ema_decay is not None:
+            self.model_ema = LitEma(self, self.ema_decay, skip=TRAINING_ONLY)
+
+    @contextmanager
+    def ema_scope(self) -> Iterator[None]:
+        """Within the block the weights are their averages, where these are kept."""
+        if self.model_ema is None:
+            yield
+            return
+        parameters = self.model_ema.averaged_parameters(self)
+        self.model_ema.store(parameters)
+        self.model_ema.copy_to(self)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(parameters)
+
+    # ------------------------------------------------------------ several processes
+
+    def setup(self, stage: str) -> None:
+        # DDP would broadcast all buffers before every step. The averages are the same everywhere as it is.
+        names = [] if self.model_ema is None else [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def on_train_start(self) -> None:
+        if self.model_ema is not None and dist.is_initialized():
+            for average in self.model_ema.buffers():
+                dist.broadcast(average, src=0)
+
+
+def _with_nearest(engine: type, unknown: Iterable[str]) -> str:
+    known = {name for base in engine.__mro__ for name in inspect.signature(base.__init__).parameters}
+    name = min(unknown)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"'{name}'" + (f"; did you mean '{near[0]}'?" if near else "")

@@ -1,0 +1,108 @@
+"""The autoencoders that configurations name: all are trained by Lightning, and serve as first stages."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.models.abstract_autoencoder import AbstractAutoencoder, Config
+from sgm.models.autoencoding_engine import AutoencodingEngine
+from sgm.models.video_autoencoding_engine import VideoAutoencodingEngine
+
+__all__ = [
+    "AbstractAutoencoder",
+    "AutoencoderKL",
+    "AutoencodingEngine",
+    "AutoencodingEngineLegacy",
+    "IdentityFirstStage",
+    "VideoAutoencodingEngine",
+]
+
+
+class IdentityFirstStage(AbstractAutoencoder):
+    """The first stage of a diffusion model in pixel space: latents are the pixels. There is nothing to train."""
+
+    def encode(self, x: Tensor, **options: Any) -> Tensor:
+        return x
+
+    def decode(self, z: Tensor, **options: Any) -> Tensor:
+        return z
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class AutoencodingEngineLegacy(AutoencodingEngine):
+    """An autoencoder of the 2D networks with a linear map of each pixel's channels before and after the latent.
+
+    Images (b, in_channels, h, w), latents (b, embed_dim, h/f, w/f), f = 2^(len(ch_mult) - 1).
+
+    Args:
+        embed_dim: channels of the latents.
+        ddconfig: the parameters of both networks, `sgm.modules.diffusionmodules.model.Encoder` and `Decoder`.
+        max_batch_size: encode and decode this many images at once; None: the whole batch.
+        loss_config, regularizer_config, others: see `AutoencodingEngine`.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        ddconfig: Config,
+        loss_config: Config,
+        regularizer_config: Config,
+        max_batch_size: int | None = None,
+        **others: Any,
+    ):
+        # A Gaussian has a mean and a variance for each channel.
+        copies = 2 if ddconfig.get("double_z", True) else 1
+        channels = ddconfig["z_channels"]
+        super().__init__(
+            encoder_config={"target": "sgm.modules.diffusionmodules.model.Encoder", "params": ddconfig},
+            decoder_config={"target": "sgm.modules.diffusionmodules.model.Decoder", "params": ddconfig},
+            loss_config=loss_config,
+            regularizer_config=regularizer_config,
+            parts={
+                "quant_conv": nn.Conv2d(copies * channels, copies * embed_dim, 1),
+                "post_quant_conv": nn.Conv2d(embed_dim, channels, 1),
+            },
+            **others,
+        )
+        self.max_batch_size = max_batch_size
+
+    def encode(
+        self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        z = torch.cat([self.quant_conv(self.encoder(images)) for images in x.split(self.max_batch_size or len(x))])
+        latent, report = (z, {}) if unregularized else self.regularization(z)
+        return (latent, report) if return_reg_log else latent
+
+    def decode(self, z: Tensor, **options: Any) -> Tensor:
+        batches = z.split(self.max_batch_size or len(z))
+        return torch.cat([self.decoder(self.post_quant_conv(latents), **options) for latents in batches])
+
+
+class AutoencoderKL(AutoencodingEngineLegacy):
+    """The autoencoder of latent diffusion (Rombach et al. 2022): Gaussian latents under a small KL penalty.
+
+    Args:
+        lossconfig: another name of `loss_config`; with neither it cannot be trained.
+        embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        ddconfig: Config,
+        loss_config: Config | None = None,
+        lossconfig: Config | None = None,
+        **others: Any,
+    ):
+        super().__init__(
+            embed_dim=embed_dim,
+            ddconfig=ddconfig,
+            loss_config=loss_config or lossconfig or {"target": "torch.nn.Identity"},
+            regularizer_config={"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"},
+            **others,
+        )

@@ -1,0 +1,389 @@
+"""Training an autoencoder with Lightning: reconstruction, a penalty on the latents, and a discriminator."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from sgm.context_parallel import gather_frames, sum_over_ranks
+from sgm.errors import UserError
+from sgm.models.abstract_autoencoder import AbstractAutoencoder, Config
+from sgm.models.parameter_groups import match_groups, pair_arguments
+from sgm.modules.checkpoint import TRAINING_ONLY
+from sgm.randomness import per_sample
+from sgm.seeds import hashed_seed
+from sgm.util import instantiate_from_config
+
+AUTOENCODER, DISCRIMINATOR = 0, 1  # `optimizer_idx` of the loss
+
+
+class Reconstruction(NamedTuple):
+    """What the loss compares, pixels (b c h w) or (b c t h w), and what the regularizer reports.
+
+    With `frames` the pixels are this rank's share of a clip, of which rank r has frames[r] frames. `weight` multiplies
+    the reconstruction's part of the loss.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    report: dict[str, Tensor]
+    frames: list[int] | None = None
+    weight: float = 1.0
+
+
+class AutoencodingEngine(AbstractAutoencoder):
+    """Trains an encoder, a decoder and a regularizer, and in turn with them the discriminator that their loss may have.
+
+    Optimization is manual, so the trainer's own accumulation and clipping are settings here. One step of the trainer
+    (`global_step`) is a step of one optimizer: the autoencoder's up to `disc_start_iter`, from there the
+    discriminator's and the autoencoder's in turn. All processes take the same turns. With a discriminator the DDP
+    strategy must be `ddp_find_unused_parameters_true`.
+
+    A batch may have a `seed` for each of its samples, from which alone then come the random numbers of that sample.
+
+    Args:
+        encoder_config, decoder_config, regularizer_config, loss_config: what to build. A regularizer returns a latent
+            and a dictionary of scalars; see `GeneralLPIPSWithDiscriminator` for what a loss takes and returns.
+        optimizer_config: target and params of both optimizers, by default `torch.optim.Adam`. The rate of the
+            discriminator's is the `lr` of these params, or else `learning_rate`.
+        lr_g_factor: the rate of the autoencoder (the generator) is this multiple of the discriminator's.
+        scheduler_config: target and params of a function, such as those of `sgm.lr_scheduler`, from the number of
+            steps that an optimizer has taken to a factor of its rates.
+        trainable_ae_params, trainable_disc_params: groups of parameters to train, each a list of regular expressions
+            that match names from their beginning (`encoder\\.conv_in`); what no group matches stays fixed. None: one
+            group of all, which is that of the encoder, decoder, regularizer and the loss's log-variance, or of the
+            discriminator.
+        ae_optimizer_args, disc_optimizer_args: for each group the optimizer's arguments that differ (`lr`, as it is
+            given; `weight_decay`, ...).
+        disc_start_iter: the step with which the discriminator starts, unless the loss has a later `disc_start`.
+        diff_boost_factor: how much `log_images` multiplies differences to make them visible.
+        accumulate_grad_batches: batches whose mean gradient makes a step.
+        gradient_clip_val: the largest norm of the gradient of a step; None: any.
+        parts: more modules, by their names here, that are trained with the encoder and decoder.
+        others: see `AbstractAutoencoder`.
+
+    Attributes:
+        learning_rate: to be set before training, unless the optimizer's params have an `lr`.
+
+    Raises:
+        UserError: a setting is wrong, or the weights to start from do not fit.
+    """
+
+    learning_rate: float | None = None
+    group: ProcessGroup | None = None  # of the ranks that share a clip
+
+    def __init__(
+        self,
+        *,
+        encoder_config: Config,
+        decoder_config: Config,
+        loss_config: Config,
+        regularizer_config: Config,
+        optimizer_config: Config | None = None,
+        lr_g_factor: float = 1.0,
+        scheduler_config: Config | None = None,
+        trainable_ae_params: Sequence[Sequence[str]] | None = None,
+        ae_optimizer_args: Sequence[Mapping[str, Any]] | None = None,
+        trainable_disc_params: Sequence[Sequence[str]] | None = None,
+        disc_optimizer_args: Sequence[Mapping[str, Any]] | None = None,
+        disc_start_iter: int = 0,
+        diff_boost_factor: float = 3.0,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        parts: Mapping[str, nn.Module] | None = None,
+        **others: Any,
+    ):
+        super().__init__(**others)
+        self.automatic_optimization = False
+        if accumulate_grad_batches < 1:
+            raise UserError(f"accumulate_grad_batches is {accumulate_grad_batches}; it is at least 1")
+        self.encoder = instantiate_from_config(encoder_config)
+        self.decoder = instantiate_from_config(decoder_config)
+        for name, part in (parts or {}).items():
+            self.add_module(name, part)
+        self.regularization = instantiate_from_config(regularizer_config)
+        self.loss = instantiate_from_config(loss_config)
+
+        self.optimizer_config = optimizer_config or {"target": "torch.optim.Adam"}
+        self.lr_g_factor = lr_g_factor
+        self.scheduler_config = scheduler_config
+        self.disc_start_iter = disc_start_iter
+        self.diff_boost_factor = diff_boost_factor
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self._accumulated = 0
+
+        settings = {
+            "ae": (trainable_ae_params, ae_optimizer_args),
+            "disc": (trainable_disc_params, disc_optimizer_args),
+        }
+        self._groups = [
+            self._choose(kind, candidates, *settings[kind])
+            for kind, candidates in zip(settings, self._trainable(), strict=True)
+        ]
+        if not any(names for names, _ in self._groups[AUTOENCODER]):
+            raise UserError("trainable_ae_params: there is nothing of the autoencoder to train")
+        chosen = {name for groups in self._groups for names, _ in groups for name in names}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        self.load_start()
+
+    # ------------------------------------------------------------ parameters
+
+    def _trainable(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """The parameters that can be trained: the autoencoder's and the discriminator's."""
+        special = {id(each) for module in (self.loss, self.regularization) for each in module.parameters()}
+        autoencoder = {
+            *_identities(self.loss, "get_trainable_autoencoder_parameters"),
+            *_identities(self.regularization, "get_trainable_parameters"),
+        }
+        discriminator = _identities(self.loss, "get_trainable_parameters")
+        named = {name: each for name, each in self.named_parameters() if each.requires_grad}
+        return (
+            {name: each for name, each in named.items() if id(each) in autoencoder or id(each) not in special},
+            {name: each for name, each in named.items() if id(each) in discriminator},
+        )
+
+    @staticmethod
+    def _choose(
+        kind: str,
+        candidates: Mapping[str, nn.Parameter],
+        patterns: Sequence[Sequence[str]] | None,
+        arguments: Sequence[Mapping[str, Any]] | None,
+    ) -> list[tuple[list[str], Mapping[str, Any]]]:
+        """Groups of an optimizer: the names of their parameters, and their own arguments."""
+        if patterns is None:
+            groups = [dict(candidates)] if candidates else []
+        else:
+            groups = match_groups(candidates, patterns, what=f"trainable_{kind}_params")
+        return pair_arguments(groups, arguments, what=f"{kind}_optimizer_args")
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
+        params = dict(self.optimizer_config.get("params") or {})
+        rate = params.pop("lr", self.learning_rate)
+        if rate is None:
+            raise UserError("no learning rate: set learning_rate, or lr in the params of optimizer_config")
+        if isinstance(self.loss, nn.Identity):
+            raise UserError("loss_config: torch.nn.Identity is no loss to train an autoencoder with")
+        parameters = dict(self.named_parameters())
+        optimizers = []
+        for groups, lr in zip(self._groups, (rate * self.lr_g_factor, rate), strict=True):
+            if groups:
+                members = [{"params": [parameters[name] for name in names], **own} for names, own in groups]
+                config = {**self.optimizer_config, "params": {**params, "lr": lr}}
+                optimizers.append(instantiate_from_config(config, params=members))
+        if self.scheduler_config is None:
+            return optimizers, []
+        schedule = instantiate_from_config(self.scheduler_config)
+        return optimizers, [LambdaLR(optimizer, schedule) for optimizer in optimizers]
+
+    @property
+    def has_discriminator(self) -> bool:
+        return bool(self._groups[DISCRIMINATOR])
+
+    def get_last_layer(self) -> nn.Parameter:
+        """The weight that makes the pixels, for losses that balance their terms by its gradient."""
+        if hasattr(self.decoder, "get_last_layer"):
+            return self.decoder.get_last_layer()
+        return self.decoder.conv_out.weight
+
+    def coder_state_dict(self, ema: bool) -> dict[str, Tensor]:
+        """The weights that make an autoencoder without its training, on their device; their averages with `ema`.
+
+        Raises:
+            UserError: there are no averages.
+        """
+        weights = {name: value for name, value in self.state_dict().items() if not name.startswith(TRAINING_ONLY)}
+        if not ema:
+            return weights
+        if self.model_ema is None:
+            raise UserError("ema_decay: no average of the weights is kept")
+        return {**weights, **self.model_ema.shadows()}
+
+    # ------------------------------------------------------------ reconstruction
+
+    def encode(
+        self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Images (b, c, h, w) -> latents, and with `return_reg_log` what the regularizer reports.
+
+        With `unregularized` the encoder's own output.
+        """
+        z = self.encoder(x)
+        latent, report = (z, {}) if unregularized else self.regularization(z)
+        return (latent, report) if return_reg_log else latent
+
+    def decode(self, z: Tensor, **options: Any) -> Tensor:
+        """Latents -> images (b, c, h, w). `options` go to the decoder."""
+        return self.decoder(z, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Latents, reconstruction and the regularizer's report of whole images (b, c, h, w)."""
+        z, report = self.encode(x, return_reg_log=True)
+        return z, self.decode(z), report
+
+    def reconstruct(self, x: Tensor) -> Reconstruction:
+        """Encode and decode the input of a step.
+
+        Raises:
+            UserError: the sizes do not fit the autoencoder.
+        """
+        _, outputs, report = self(x)
+        return Reconstruction(x, outputs, report)
+
+    # ------------------------------------------------------------ training
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """One batch of whose turn it is: {"loss": scalar, "log": named scalars}, all detached."""
+        turn = self.next_optimizer()
+        optimizer = _as_list(self.optimizers())[turn]
+        self._accumulated += 1
+        complete = self._accumulated == self.accumulate_grad_batches
+        with optimizer.toggle_model(sync_grad=complete):
+            loss, log = self.compute_loss(batch, turn)
+            self.manual_backward(loss / self.accumulate_grad_batches)
+        if complete:
+            self._accumulated = 0
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if schedulers := _as_list(self.lr_schedulers()):
+                schedulers[turn].step()
+            if turn == AUTOENCODER and self.model_ema is not None:
+                self.model_ema(self)
+        self.log_dict(log)
+        return {"loss": loss.detach(), "log": log}
+
+    def next_optimizer(self) -> int:
+        """Whose turn it is. The discriminator starts, so that the autoencoder never learns from an untrained one."""
+        start = max(self.disc_start_iter, getattr(self.loss, "disc_start", 0))
+        since_start = self.global_step - start
+        return DISCRIMINATOR if self.has_discriminator and since_start >= 0 and since_start % 2 == 0 else AUTOENCODER
+
+    def compute_loss(
+        self, batch: Mapping[str, Any], optimizer_idx: int, split: str = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch for the autoencoder (0) or the discriminator (1), and its detached parts by name."""
+        with _random_numbers(batch), torch.set_grad_enabled(torch.is_grad_enabled() and optimizer_idx == AUTOENCODER):
+            reconstruction = self.reconstruct(self.get_input(batch))
+        return self._loss(reconstruction, optimizer_idx, split)
+
+    def _loss(self, reconstruction: Reconstruction, optimizer_idx: int, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(
+            reconstruction.inputs,
+            reconstruction.outputs,
+            regularization_log=reconstruction.report,
+            optimizer_idx=optimizer_idx,
+            global_step=self.global_step,
+            last_layer=self.get_last_layer(),
+            split=split,
+            weights=None if reconstruction.weight == 1 else reconstruction.weight,
+            group=self.group,
+            frames=reconstruction.frames,
+        )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip: here the gradients are averaged over processes and, with mixed precision, unscaled."""
+        if self.gradient_clip_val is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        model = self.trainer.strategy.model
+        if self.has_discriminator and isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+            raise UserError(
+                "strategy: with a discriminator half of the parameters rest in each step, "
+                "for which DDP must be ddp_find_unused_parameters_true"
+            )
+
+    # ------------------------------------------------------------ validation
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        log = self.validate(batch, batch_idx)
+        self.log_dict(log, sync_dist=True, batch_size=len(batch[self.input_key]))
+        return log
+
+    def validate(self, batch: Mapping[str, Any], batch_idx: int = 0) -> dict[str, Tensor]:
+        """The loss's parts as `val/...`, with the averaged weights as `val_ema/...`; `.../rec` is the mean |x - x̂|.
+
+        The random numbers of a sample follow from its `seed`, or else from its place, so that values compare.
+        """
+        with self._evaluating():
+            log = self._evaluate(batch, batch_idx, "val")
+            if self.model_ema is not None:
+                with self.ema_scope():
+                    log |= self._evaluate(batch, batch_idx, "val_ema")
+        return log
+
+    def _evaluate(self, batch: Mapping[str, Any], batch_idx: int, split: str) -> dict[str, Tensor]:
+        with _random_numbers(batch, len(batch[self.input_key]), batch_idx):
+            reconstruction = self.reconstruct(self.get_input(batch))
+        log = {}
+        for optimizer_idx in range(1 + self.has_discriminator):
+            log |= self._loss(reconstruction, optimizer_idx, split)[1]
+        distance = (reconstruction.inputs - reconstruction.outputs).abs().sum(dtype=torch.float32)
+        count = torch.tensor(float(reconstruction.inputs.numel()), device=distance.device)
+        group = None if reconstruction.frames is None else self.group
+        total, count = sum_over_ranks(torch.stack([distance, count]), group)
+        return {**log, f"{split}/rec": total / count}
+
+    def log_images(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`inputs`, `reconstructions`, `diff` and `diff_boost`, and of all but the first `..._ema`: in [-1, 1].
+
+        Differences are |x - x̂| / 2, and that times `diff_boost_factor`; no difference is -1.
+        """
+        with self._evaluating():
+            images = self._images(batch, "")
+            if self.model_ema is not None:
+                with self.ema_scope():
+                    images |= self._images(batch, "_ema")
+        return images
+
+    def _images(self, batch: Mapping[str, Any], suffix: str) -> dict[str, Tensor]:
+        with _random_numbers(batch, len(batch[self.input_key])):
+            inputs, outputs, _, frames, _ = self.reconstruct(self.get_input(batch))
+        if frames is not None:
+            inputs, outputs = (gather_frames(share, frames, self.group) for share in (inputs, outputs))
+        inputs, outputs = (x.float().clamp(-1, 1) for x in (inputs, outputs))
+        difference = (inputs - outputs).abs() / 2
+        return {
+            "inputs": inputs,
+            f"reconstructions{suffix}": outputs,
+            f"diff{suffix}": 2 * difference - 1,
+            f"diff_boost{suffix}": 2 * (self.diff_boost_factor * difference).clamp(max=1) - 1,
+        }
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+
+def _identities(module: nn.Module, method: str) -> set[int]:
+    parameters: Iterable[nn.Parameter] = getattr(module, method, tuple)()
+    return {id(parameter) for parameter in parameters}
+
+
+def _random_numbers(batch: Mapping[str, Any], count: int | None = None, *place: int) -> AbstractContextManager[None]:
+    """Where a batch has no seeds, its random numbers follow from its `place`; without a `count` they are the next."""
+    if "seed" in batch:
+        return per_sample([int(seed) for seed in batch["seed"]])
+    if count is None:
+        return nullcontext()
+    return per_sample([hashed_seed("validation", *place, sample) for sample in range(count)])
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Lightning gives None, one or a list of optimizers and schedulers."""
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,369 @@
+"""The engines that train autoencoders: the reference numbers, training in turns, weights and settings."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autoencoder_training import LOSS, fit, image_config, moving_squares
+from seeded import seed_module_, seeded_input
+from sgm.errors import UserError
+from sgm.models.autoencoder import AutoencodingEngine, IdentityFirstStage
+from sgm.models.autoencoding_engine import AUTOENCODER, DISCRIMINATOR
+from sgm.util import instantiate_from_config
+from support import Reference, assert_close
+
+SGD = {"target": "torch.optim.SGD", "params": {"lr": 1e-5}}  # the loss of an image is a sum over its pixels
+NO_ADVERSARY = {**LOSS, "params": {**LOSS["params"], "disc_start": 10**6}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(target: str = "AutoencodingEngine", **params: Any) -> AutoencodingEngine:
+    torch.manual_seed(0)
+    return instantiate_from_config(image_config(target, **params))
+
+
+def batches(count: int, size: int = 4) -> list[dict[str, Any]]:
+    images = moving_squares(count * size, 1)[:, 0]
+    seeds = range(count * size)
+    return [{"jpg": images[i : i + size], "seed": list(seeds[i : i + size])} for i in range(0, count * size, size)]
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """The parts (`encoder`, `loss`, ...) of which a parameter has changed."""
+    return {
+        name.split(".")[0] for name, value in module.named_parameters() if not torch.equal(value.detach(), before[name])
+    }
+
+
+# ---------------------------------------------------------------- reference numbers
+
+
+def test_the_legacy_engine_gives_the_reference_numbers():
+    reference = Reference("autoencoder_2d")
+    engine = seed_module_(instantiate_from_config(reference.case["config"]), reference.case["seed"])
+    assert list(engine.state_dict()) == list(reference.case["keys"])
+    x = seeded_input("image", (2, 3, 32, 32), reference.case["seed"]).clamp(-1, 1)
+    for engine.max_batch_size in (None, 1):
+        z, reconstruction, report = engine(x)
+        assert_close(z, reference["z"], 1e-5)
+        assert_close(reconstruction, reference["x"], 1e-5)
+        assert_close(report["kl_loss"], reference["kl"], 1e-5)
+
+
+def test_the_identity_first_stage_gives_back_what_it_gets():
+    stage, x = instantiate_from_config({"target": "sgm.models.autoencoder.IdentityFirstStage"}), torch.randn(2, 3, 4, 4)
+    assert isinstance(stage, IdentityFirstStage)
+    assert stage.encode(x) is x and stage.decode(x) is x
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("target", ["AutoencodingEngine", "AutoencodingEngineLegacy", "AutoencoderKL"])
+def test_training_brings_reconstructions_closer(target):
+    """With the adversarial phase in the second half."""
+    engine = build(target, disc_start_iter=24, ema_decay=0.8)
+    engine.learning_rate = 2e-3
+    data = batches(8)
+    start = engine.validate(data[0])
+    fit(engine, data * 5, steps=36)
+    end = engine.validate(data[0])
+    for split in ("val", "val_ema"):
+        assert end[f"{split}/rec"] < 0.6 * start[f"{split}/rec"], split
+        assert torch.isfinite(end[f"{split}/loss/disc"])
+        assert end[f"{split}/loss/disc"] != start[f"{split}/loss/disc"]
+
+
+def test_autoencoder_and_discriminator_take_turns():
+    """The one whose turn it is not neither moves nor collects a gradient."""
+    engine = build(disc_start_iter=2, optimizer_config=SGD)
+    seen = []
+
+    def spy(batch: Any, turn: int, split: str = "train", compute: Any = engine.compute_loss) -> Any:
+        seen.append((turn, engine.global_step, weights(engine)))
+        return compute(batch, turn, split)
+
+    engine.compute_loss = spy
+    fit(engine, batches(5), steps=5)
+    assert [turn for turn, _, _ in seen] == [AUTOENCODER, AUTOENCODER, DISCRIMINATOR, AUTOENCODER, DISCRIMINATOR]
+    assert [step for _, step, _ in seen] == [0, 1, 2, 3, 4]
+    states = [state for _, _, state in seen] + [weights(engine)]
+    for (turn, _, before), after in zip(seen, states[1:], strict=True):
+        changed = {
+            name.split(".")[1] if name.startswith("loss") else "coder"
+            for name, _ in engine.named_parameters()
+            if not torch.equal(before[name], after[name])
+        }
+        assert changed >= ({"discriminator"} if turn else {"coder", "logvar"})
+        assert not changed & ({"coder", "logvar"} if turn else {"discriminator"})
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in engine.parameters())
+
+
+def test_without_a_discriminator_there_is_one_optimizer():
+    engine = build(loss_config={"target": "autoencoder_training.MeanSquare"}, optimizer_config=SGD)
+    before = weights(engine)
+    assert len(engine.configure_optimizers()[0]) == 1
+    fit(engine, batches(2), steps=2)
+    assert moved(engine, before) == {"encoder", "decoder"}
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch():
+    data = batches(4)
+    pairs = [
+        {"jpg": torch.cat([a["jpg"], b["jpg"]]), "seed": a["seed"] + b["seed"]}
+        for a, b in zip(data[::2], data[1::2], strict=True)
+    ]
+    params = {
+        "optimizer_config": {**SGD, "params": {"lr": 0.1}},
+        "loss_config": {"target": "autoencoder_training.MeanSquare"},
+    }
+    whole, parts = build(**params), build(**params, accumulate_grad_batches=2)
+    fit(whole, pairs, steps=2)
+    fit(parts, data, steps=2)
+    assert moved(whole, weights(build())) >= {"encoder", "decoder"}
+    for name, value in weights(whole).items():
+        assert_close(parts.state_dict()[name], value, 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_gradients_are_clipped_by_their_norm(precision):
+    """That of the loss itself, also where the loss is scaled up for the backward pass."""
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":
+        options = {"plugins": [MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}
+    loss = {"target": "autoencoder_training.MeanSquare"}
+    engine = build(optimizer_config={**SGD, "params": {"lr": 1.0}}, loss_config=loss, gradient_clip_val=1e-3)
+    before = weights(engine)
+    fit(engine, batches(1), steps=1, **options)
+    change = torch.stack([(value.detach() - before[name]).norm() for name, value in engine.named_parameters()]).norm()
+    assert 0.99e-3 < change < 1.01e-3
+
+
+def test_the_schedule_counts_the_steps_of_its_own_optimizer():
+    schedule = {
+        "target": "sgm.lr_scheduler.LambdaLinearScheduler",
+        "params": {"warm_up_steps": [0], "f_start": [1.0], "f_max": [1.0], "f_min": [0.0], "cycle_lengths": [4]},
+    }
+    engine = build(optimizer_config=SGD, scheduler_config=schedule, disc_start_iter=2)
+    trainer = fit(engine, batches(4), steps=4)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+    assert rates == pytest.approx([1e-5 * (1 - 3 / 4), 1e-5 * (1 - 1 / 4)])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    """Both optimizers, the schedules, the averages and the generators of samples go on."""
+    schedule = {
+        "target": "sgm.lr_scheduler.LambdaWarmUpCosineScheduler",
+        "params": {"warm_up_steps": 2, "lr_min": 0.1, "lr_max": 1.0, "lr_start": 0.1, "max_decay_steps": 6},
+    }
+    params = {"disc_start_iter": 2, "ema_decay": 0.9, "scheduler_config": schedule}
+    data = batches(8)
+
+    def new() -> AutoencodingEngine:
+        engine = build(**params)
+        engine.learning_rate = 1e-3
+        return engine
+
+    whole, half, rest = new(), new(), new()
+    fit(whole, data, steps=8)
+    trainer = fit(half, data, steps=4)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    for parameter in rest.parameters():
+        nn.init.zeros_(parameter)  # nothing of its own may matter
+    fit(rest, data[4:] * 2, steps=8, ckpt_path=tmp_path / "half.ckpt")
+    assert moved(whole, weights(half)) >= {"encoder", "decoder", "loss"}
+    for name, value in weights(whole).items():
+        assert torch.equal(rest.state_dict()[name], value), name
+
+
+# ---------------------------------------------------------------- parameter groups
+
+
+def test_groups_have_their_own_arguments_and_the_rest_is_fixed():
+    engine = build(
+        optimizer_config={**SGD, "params": {"lr": 1e-2, "momentum": 0.5}},
+        lr_g_factor=0.1,
+        trainable_ae_params=[[r"encoder\.conv_out", r"decoder\.conv_in"], [r"decoder\.conv_out"]],
+        ae_optimizer_args=[{}, {"lr": 0.5, "weight_decay": 0.25}],
+        trainable_disc_params=[[r".*\.weight"]],
+        disc_optimizer_args=[{"momentum": 0.0}],
+        ema_decay=0.5,
+    )
+    (autoencoder, discriminator), _ = engine.configure_optimizers()
+    names = {id(parameter): name for name, parameter in engine.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in autoencoder.param_groups]
+    assert groups == [
+        {"encoder.conv_out.weight", "encoder.conv_out.bias", "decoder.conv_in.weight", "decoder.conv_in.bias"},
+        {"decoder.conv_out.weight", "decoder.conv_out.bias"},
+    ]
+    settings = [[group[key] for key in ("lr", "momentum", "weight_decay")] for group in autoencoder.param_groups]
+    assert settings == [pytest.approx([1e-3, 0.5, 0]), [0.5, 0.5, 0.25]]
+    assert [discriminator.param_groups[0][key] for key in ("lr", "momentum")] == [1e-2, 0.0]
+    assert all(names[id(p)].startswith("loss.discriminator") for p in discriminator.param_groups[0]["params"])
+
+    before = weights(engine)
+    fit(engine, batches(2), steps=2)
+    trained = set().union(*groups) | {names[id(p)] for p in discriminator.param_groups[0]["params"]}
+    for name, parameter in engine.named_parameters():
+        assert torch.equal(parameter, before[name]) != (name in trained), name
+    assert engine.model_ema.shadows().keys() == set().union(*groups)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"trainable_ae_params": [["encoder.conv_ot"]]}, r"'encoder\.conv_ot' matches no .*encoder\.conv_out\.weight"),
+        ({"trainable_ae_params": [["encoder"], [".*conv_in"]]}, r"encoder\.conv_in\.weight is in group 0 and in group"),
+        ({"trainable_ae_params": [["encoder("]]}, r"'encoder\(' is no regular expression"),
+        ({"trainable_ae_params": ["encoder"]}, "a list of groups"),
+        ({"trainable_ae_params": []}, "nothing of the autoencoder to train"),
+        ({"trainable_ae_params": [["loss.discriminator"]]}, r"'loss\.discriminator' matches no parameter"),
+        ({"trainable_disc_params": [["encoder"]]}, r"trainable_disc_params: 'encoder' matches .*loss\.discriminator\."),
+        ({"ae_optimizer_args": [{}, {}]}, "2 sets of arguments for 1 groups"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
+        ({"ema_decay": 2}, "ema_decay is 2"),
+        ({"ckpt_path": "a.pt", "ckpt_engine": "b.pt"}, "ckpt_path and ckpt_engine"),
+        ({"ckpt_path": "/nowhere.pt"}, r"no weight file /nowhere\.pt"),
+        ({"monitr": 1}, "AutoencodingEngine has no setting 'monitr'; did you mean 'monitor'"),
+    ],
+)  # fmt: skip
+def test_unfit_settings_are_refused_in_one_line(setting, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(**setting)
+    assert "\n" not in str(error.value)
+
+
+def test_training_without_what_it_needs_is_refused():
+    with pytest.raises(UserError, match="no learning rate"):
+        fit(build(), batches(1), steps=1)
+    with pytest.raises(UserError, match="the key 'target'"):
+        fit(build(optimizer_config={"params": {"lr": 1e-5}}), batches(1), steps=1)
+    with pytest.raises(UserError, match="Identity is no loss"):
+        fit(build(loss_config={"target": "torch.nn.Identity"}, optimizer_config=SGD), batches(1), steps=1)
+    with pytest.raises(UserError, match="a batch has no 'png', but jpg, seed"):
+        fit(build(input_key="png", optimizer_config=SGD), batches(1), steps=1)
+    with pytest.raises(UserError, match="images of 15x16"):
+        fit(build(optimizer_config=SGD), [{"jpg": torch.zeros(1, 3, 15, 16)}], steps=1)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_weights_from_files(tmp_path):
+    """Of an autoencoder alone, in two formats, and of a run of Lightning; the discriminator is left as it is."""
+    source = build(optimizer_config=SGD, ema_decay=0.5)
+    fit(source, batches(2), steps=2).save_checkpoint(tmp_path / "run.ckpt")
+    torch.save({"state_dict": source.coder_state_dict(ema=False)}, tmp_path / "vae.pt")
+    save_file(source.coder_state_dict(ema=False), tmp_path / "vae.safetensors")
+    assert {name.split(".")[0] for name in source.coder_state_dict(ema=False)} == {"encoder", "decoder"}
+    for file in ("vae.pt", "vae.safetensors", "run.ckpt"):
+        engine = build(ckpt_path=tmp_path / file, ema_decay=0.5)
+        for name, value in source.coder_state_dict(ema=False).items():
+            assert torch.equal(engine.state_dict()[name], value)
+        averages = source.coder_state_dict(ema=file == "run.ckpt")  # without averages they start from the weights
+        assert all(torch.equal(value, averages[name]) for name, value in engine.coder_state_dict(ema=True).items())
+    engine = build(ckpt_engine=str(tmp_path / "run.ckpt"), ignore_keys=["loss"])
+    assert torch.equal(engine.decoder.conv_out.weight, source.decoder.conv_out.weight)
+    config = {"target": "sgm.modules.checkpoint.CheckpointEngine", "params": {"ckpt_path": tmp_path / "vae.pt"}}
+    assert torch.equal(build(ckpt_engine=config).decoder.conv_out.weight, source.decoder.conv_out.weight)
+    with pytest.raises(UserError, match="no average"):
+        engine.coder_state_dict(ema=True)
+
+
+@pytest.mark.parametrize("change", [{"ch": 64}, {"num_res_blocks": 2}, {"ch_mult": [1, 1, 1]}])
+@pytest.mark.parametrize("larger", ["file", "engine"])
+def test_a_checkpoint_of_another_architecture_is_refused_in_one_line(tmp_path, change, larger):
+    config = image_config()
+    other = copy.deepcopy(config)
+    for part in ("encoder_config", "decoder_config"):
+        other["params"][part]["params"] |= change
+    first, second = (other, config) if larger == "file" else (config, other)
+    torch.save(instantiate_from_config(first).coder_state_dict(ema=False), tmp_path / "other.pt")
+    second["params"]["ckpt_path"] = tmp_path / "other.pt"
+    with pytest.raises(UserError, match=r"other\.pt does not fit AutoencodingEngine") as error:
+        instantiate_from_config(second)
+    assert "\n" not in str(error.value)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"state_dict": build().state_dict(), "hyper_parameters": IdentityFirstStage}, tmp_path / "code.ckpt")
+    with pytest.raises(UserError, match="never run"):
+        build(ckpt_path=tmp_path / "code.ckpt")
+
+
+# ---------------------------------------------------------------- validation and images
+
+
+def test_validation_reports_every_term_with_the_weights_and_their_averages():
+    engine = build(optimizer_config=SGD, ema_decay=0.99)
+    data = batches(4)
+    fit(engine, data, steps=4)
+    before = weights(engine)
+    log, again = engine.validate(data[0]), engine.validate(data[0])
+    terms = {"rec", "loss/total", "loss/rec", "loss/nll", "loss/g", "loss/logvar", "loss/disc", "loss/kl_loss"}
+    for split in ("val", "val_ema"):
+        missing = {term for term in terms if f"{split}/{term}" not in log and f"{split}/{term[5:]}" not in log}
+        assert not missing
+    assert log["val/rec"] != log["val_ema/rec"]
+    assert all(torch.equal(value, again[name]) for name, value in log.items())
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in engine.state_dict().items()
+        if "num_batches" not in name and "running" not in name
+    )
+    with engine.ema_scope():
+        assert torch.equal(engine.decoder.conv_out.weight, engine.model_ema.shadows()["decoder.conv_out.weight"])
+        x = engine.get_input(data[0])
+    assert x.min() >= -1 and x.max() <= 1
+    assert torch.equal(engine.decoder.conv_out.weight, before["decoder.conv_out.weight"])
+
+
+def test_images_to_look_at():
+    engine = build(ema_decay=0.9, diff_boost_factor=5.0)
+    batch = batches(1)[0]
+    images = engine.log_images(batch)
+    kinds = ("reconstructions", "diff", "diff_boost")
+    assert set(images) == {"inputs", *kinds, *(f"{kind}_ema" for kind in kinds)}
+    for image in images.values():
+        assert image.shape == batch["jpg"].shape and image.min() >= -1 and image.max() <= 1
+    assert_close(images["inputs"], batch["jpg"] / 127.5 - 1, 1e-6)
+    difference = (images["inputs"] - images["reconstructions"]).abs()
+    assert_close(images["diff"], difference - 1, 1e-5)
+    assert_close(images["diff_boost"], (5 * difference).clamp(max=2) - 1, 1e-5)
+    assert engine.training
+
+
+def test_regularizer_parameters_are_trained():
+    """A codebook, for one, is trained with the autoencoder, averaged, and part of what is exported."""
+    config = image_config()
+    config["params"]["encoder_config"]["params"] = {**config["params"]["encoder_config"]["params"], "double_z": False}
+    config["params"] |= {
+        "regularizer_config": {
+            "target": "sgm.modules.autoencoding.regularizers.VectorQuantizer",
+            "params": {"n_e": 16, "e_dim": 4, "beta": 0.25},
+        },
+        "optimizer_config": SGD,
+        "ema_decay": 0.5,
+    }
+    config["params"]["loss_config"] = {"target": "autoencoder_training.MeanSquare", "params": {"penalty": 1.0}}
+    engine = instantiate_from_config(config)
+    before = weights(engine)
+    fit(engine, batches(2), steps=2)
+    assert moved(engine, before) == {"encoder", "decoder", "regularization"}
+    assert any(name.startswith("regularization.") for name in engine.coder_state_dict(ema=True))
