@@ -56,15 +56,21 @@ def main() -> None:
         ratio = seconds["diffusers"] / seconds["ours"]
         rows.append([task, *seconds.values(), f"{ratio:.2f}×", *memory.values(), f"{error:.1e}"])
     header = ["", "ours, s", "diffusers, s", "faster by", "ours, GiB", "diffusers, GiB", "relative difference"]
-    clip = f"{args.frames} frames of {args.height}x{args.width}"
-    text = f"{args.size} network, {clip}, {args.dtype}; {machine(args.device)}\n\n{markdown_table(header, rows)}"
+    text = f"{setting(args)}\n\n{markdown_table(header, rows)}"
     print(text)  # noqa: T201
     if args.write:
         write_results(f"Video autoencoder, {args.size}, {args.device.type}, {args.dtype}", text)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common_parser(__doc__)
+    parser.add_argument("--memory-of", nargs=2, metavar=("TASK", "CONTENDER"), help=argparse.SUPPRESS)
+    return parse(parser)
+
+
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of every benchmark of the autoencoder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--size", choices=list(NETWORKS), default="full", help="of the network")
@@ -74,7 +80,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
-    parser.add_argument("--memory-of", nargs=2, metavar=("TASK", "CONTENDER"), help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with a clip that suits network and device where none is given."""
     args = parser.parse_args()
     default = CLIPS[args.size, args.device.type]
     args.frames, args.height, args.width = (
@@ -84,29 +94,47 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace, contender: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """The contender's two tasks, as functions of no arguments."""
-    network = NETWORKS[args.size]
-    coder = {"z_channels": LATENT_CHANNELS, **network}
+def setting(args: argparse.Namespace) -> str:
+    """One line that says what was measured, and where."""
+    clip = f"{args.frames} frames of {args.height}x{args.width}"
+    return f"{args.size} network, {clip}, {args.dtype}; {machine(args.device)}"
+
+
+def autoencoder(size: str, **coder: object) -> VideoAutoencoderInferenceWrapper:
+    """Ours, with the seeded weights of every benchmark; `coder` are further options of encoder and decoder."""
+    params = {"z_channels": LATENT_CHANNELS, **NETWORKS[size], **coder}
     vae = VideoAutoencoderInferenceWrapper(
-        encoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelEncoder3D", "params": coder},
-        decoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelDecoder3D", "params": coder},
+        encoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelEncoder3D", "params": params},
+        decoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelDecoder3D", "params": params},
         regularizer_config={"target": "vae_modules.regularizers.DiagonalGaussianRegularizer"},
     )
-    seed_module_(vae)
+    return seed_module_(vae)
+
+
+def diffusers_autoencoder(size: str) -> torch.nn.Module:
+    """Theirs, with the same weights."""
+    network = NETWORKS[size]
+    return as_diffusers(autoencoder(size), network["ch"], network["num_res_blocks"], LATENT_CHANNELS)
+
+
+def seeded_video(args: argparse.Namespace) -> torch.Tensor:
+    return seeded_input("video", (1, 3, args.frames, args.height, args.width)).clamp(-1, 1)
+
+
+def build(args: argparse.Namespace, contender: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """The contender's two tasks, as functions of no arguments."""
     placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-    x = seeded_input("video", (1, 3, args.frames, args.height, args.width)).clamp(-1, 1).to(**placement)
+    x = seeded_video(args).to(**placement)
     latent_size = ((args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
     z = seeded_input("latent", (1, LATENT_CHANNELS, *latent_size)).to(**placement)
     if contender == "ours":
-        vae.to(**placement)
+        vae = autoencoder(args.size).to(**placement)
         tasks = {
             "encode": lambda: vae.encode(x, unregularized=True),
             "decode": lambda: torch.cat(list(vae.decode_chunks(z)), dim=2),
         }
     else:
-        other = as_diffusers(vae, network["ch"], network["num_res_blocks"], LATENT_CHANNELS).to(**placement)
-        del vae
+        other = diffusers_autoencoder(args.size).to(**placement)
         tasks = {
             "encode": lambda: other.encode(x).latent_dist.parameters,
             "decode": lambda: other.decode(z).sample,

@@ -1,12 +1,12 @@
-"""What arguments there are: the fields of two dataclasses, with their defaults and help. Nothing here imports PyTorch.
+"""What arguments there are: the fields of dataclasses, with their defaults and help. Nothing here imports PyTorch.
 
-Both lists are here since each command takes configurations with arguments of the other.
+The lists of sampling and fine-tuning are both here since each takes configurations with arguments of the other.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from argument_schema import MODES, CommonArguments, argument
+from argument_schema import MODES, CommonArguments, RunArguments, argument
 
 MISSING_LABEL = ("empty", "stop")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
@@ -36,6 +36,7 @@ class SamplingArguments(CommonArguments):
     input_file: str | None = argument(None, _INPUT_FILE_HELP)
     image2video: bool = argument(False, "start from an image given with each prompt")
     negative_prompt: str = argument("", "what guidance steers away from; a .jsonl line may have its own")
+    refine_prompts: bool = argument(False, "let a language model write prompts out, see tools/convert_demo.py")
     seed: int = argument(1234, "seed of the run; every prompt's noise depends on it and on the prompt's index")
 
     # Videos
@@ -60,26 +61,16 @@ class SamplingArguments(CommonArguments):
 
 
 @dataclass
-class TrainingArguments(CommonArguments):
-    """Arguments of `train_video.py`.
-
-    `data_config` and `deepspeed_config` are those sections of the configuration, the latter checked; `merged_config` is
-    all of it, the command line included, to be saved beside what it leads to.
-    """
+class TrainingArguments(RunArguments, CommonArguments):
+    """Arguments of `train_video.py`; `deepspeed_config` is that section of the configuration, checked."""
 
     # Start
     mode: str = argument("finetune", "what the configuration was written for; both commands take both", MODES)
     force_train: bool = argument(False, "let weights be missing from `load`; they start at random")
-    resume: str | None = argument(
-        None, "go on with a run: `latest` (the newest of this experiment_name), or the folder of a run or a checkpoint"
-    )
 
     # Data
     train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards, latent caches")  # noqa: RUF009
-    valid_data: list[str] = argument([], "validation data, of the same kinds")  # noqa: RUF009
-    num_workers: int = argument(2, "processes that read clips, for each training process")
     missing_label: str = argument("empty", "clips without a caption: train with an empty one, or stop", MISSING_LABEL)
-    max_unreadable_share: float = argument(0.1, "stop when more than this share of the clips read is unreadable")
 
     # Steps
     train_iters: int = argument(1000, "steps, each of gradient_accumulation_steps micro-batches")
@@ -96,21 +87,26 @@ class TrainingArguments(CommonArguments):
     # Checkpoints
     save: str = argument("checkpoints_finetune", "folder of the runs")
     experiment_name: str = argument("finetune", "first part of the name of the run's folder")
-    save_interval: int = argument(500, "steps between checkpoints")
-    keep_last: int | None = argument(None, "checkpoints to keep (default: all)")
     save_full: bool = argument(False, "with LoRA, write the base model's weights beside the adapter's")
 
     # Watching
-    log_interval: int = argument(20, "steps between lines of the log")
-    tensorboard: bool = argument(True, "write TensorBoard events into the run's folder")
-    wandb: bool = argument(False, "report to Weights & Biases; WANDB_MODE=offline works without a network")
-    wandb_project: str = argument("cogvideox-sat", "project on Weights & Biases")
-    eval_interval: int | None = argument(None, "steps between evaluations on valid_data (default: none)")
-    eval_iters: int = argument(1, "batches of an evaluation")
-    eval_batch_size: int = argument(1, "clips of such a batch")
     num_log_videos: int = argument(1, "validation clips whose captions are sampled at each evaluation; 0: none")
     only_log_video_latents: bool = argument(False, "save those samples as latents and decode nothing")
 
-    data_config: dict[str, Any] = field(default_factory=dict)
     deepspeed_config: dict[str, Any] = field(default_factory=dict)
-    merged_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class VaeTrainingArguments(RunArguments):
+    """Arguments of `train_vae.py`; `model_config` and `lightning_config` are those sections of the configuration."""
+
+    train_iters: int = argument(1000, "steps, each of accumulate_grad_batches batches")
+    batch_size: int = argument(1, "clips of a batch, on every process that has clips of its own")
+    seed: int = argument(1234, "seed of the run")
+    device: str | None = argument(None, "cpu, cuda or cuda:N; default: a GPU if there is one")
+    save: str = argument("checkpoints_vae", "folder of the runs")
+    experiment_name: str = argument("vae", "first part of the name of the run's folder")
+    num_log_videos: int = argument(1, "validation clips shown beside their reconstructions at each evaluation; 0: none")
+
+    model_config: dict[str, Any] = field(default_factory=dict)
+    lightning_config: dict[str, Any] = field(default_factory=dict)

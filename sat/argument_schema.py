@@ -60,6 +60,42 @@ class CommonArguments:
     model_config: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class RunArguments:
+    """What all training commands share; `merged_config` is the whole configuration with the command line in it, to be
+    saved beside what it leads to."""
+
+    resume: str | None = argument(
+        None, "go on with a run: `latest` (the newest of this experiment_name), or the folder of a run or a checkpoint"
+    )
+
+    # Data
+    train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards")  # noqa: RUF009
+    valid_data: list[str] = argument([], "validation data, of the same kinds")  # noqa: RUF009
+    num_workers: int = argument(2, "processes that read clips, for each training process")
+    max_unreadable_share: float = argument(0.1, "stop when more than this share of the clips read is unreadable")
+
+    # Steps and checkpoints
+    train_iters: int = argument(1000, "steps, each an update of the weights")
+    save: str = argument("checkpoints", "folder of the runs")
+    experiment_name: str = argument("train", "first part of the name of the run's folder")
+    save_interval: int = argument(500, "steps between checkpoints")
+    keep_last: int | None = argument(None, "checkpoints to keep (default: all)")
+
+    # Watching
+    log_interval: int = argument(20, "steps between lines of the log")
+    tensorboard: bool = argument(True, "write TensorBoard events into the run's folder")
+    wandb: bool = argument(False, "report to Weights & Biases; WANDB_MODE=offline works without a network")
+    wandb_project: str = argument("cogvideox-sat", "project on Weights & Biases")
+    eval_interval: int | None = argument(None, "steps between evaluations on valid_data (default: none)")
+    eval_iters: int = argument(1, "batches of an evaluation")
+    eval_batch_size: int = argument(1, "clips of such a batch")
+    num_log_videos: int = argument(1, "validation clips of which a video is made at each evaluation; 0: none")
+
+    data_config: dict[str, Any] = field(default_factory=dict)
+    merged_config: dict[str, Any] = field(default_factory=dict)
+
+
 def argument_fields(command: type) -> dict[str, Field]:
     """The arguments of a command by name; `command` is a dataclass."""
     return {f.name: f for f in fields(command) if "help" in f.metadata}
@@ -219,10 +255,33 @@ def check_common(args: CommonArguments) -> None:
     """Raises UserError for a value that no command takes."""
     check_exclusive(args, (PRECISIONS,))
     check_least(args, ("model_parallel_size", "sampling_num_steps", "sampling_fps"))
+    check_seed_and_device(args)
+
+
+def check_seed_and_device(args: Any) -> None:
+    """Raises UserError unless `seed` and `device` are such as any command takes."""
     if not 0 <= args.seed < 2**63:
         raise UserError(f"seed is {args.seed}; it can be from 0 to 2^63 - 1")
     if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise UserError(f"device is '{args.device}'; it can be cpu, cuda or cuda:N")
+
+
+def check_run(args: RunArguments) -> None:
+    """Raises UserError for a value that no training command takes."""
+    check_least(args, ("train_iters", "save_interval", "keep_last", "log_interval"))
+    check_least(args, ("eval_interval", "eval_iters", "eval_batch_size"))
+    check_least(args, ("num_workers", "num_log_videos"), least=0)
+    check_shares(args, ("max_unreadable_share",))
+    if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
+        raise UserError(f"experiment_name is '{args.experiment_name}'; it names a folder: no spaces or slashes")
+
+
+def check_shares(args: Any, names: Sequence[str]) -> None:
+    """Raises UserError unless each of the arguments is from 0 to 1."""
+    for name in names:
+        value = getattr(args, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
 
 
 def unused_model_keys(section: Mapping[str, Any], parts: Sequence[str] = MODEL_PARTS) -> list[str]:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sgm.errors import UserError
 
 PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir")
-SECTIONS = ("args", "model", "deepspeed", "data")
+SECTIONS = ("args", "model", "deepspeed", "data", "lightning")
 
 
 def load_configs(

@@ -53,7 +53,8 @@ class SFTDataset(Dataset):
         frame_multiple: clips have `frame_multiple * k + 1` frames; 8 for CogVideoX1.5.
         txt_key: of captions in tar shards, see `clip_sources.find_clips`.
         shuffle_buffer: how far, in samples, a clip in a tar shard moves at most when it is shuffled.
-        missing_label: what to do about a clip without caption: use an "empty" one, or "stop".
+        missing_label: what to do about a clip without caption: use an "empty" one, or "stop"; "ignore" is for training
+            that uses no captions.
         max_unreadable_share: of the clips, above which the data is refused.
 
     Raises:
@@ -241,7 +242,7 @@ def _count_missing(sources: Sequence[ClipSource], missing_label: str) -> int:
             f"{len(missing)} of {len(sources)} clips have no caption, the first is {missing[0].name}; write labels, or "
             "set missing_label: empty to train with empty captions"
         )
-    if missing:
+    if missing and missing_label != "ignore":
         logger.warning("%d of %d clips have no caption and are used with an empty one", len(missing), len(sources))
     return len(missing)
 

@@ -1,37 +1,21 @@
 """Process groups that SwissArmyTransformer's layers expect, with or without a launcher."""
 
-import atexit
-import os
-from datetime import timedelta
-
-import torch
 import torch.distributed as dist
 from sat import mpu
 
-from sgm.context_parallel import destroy_context_parallel
+from run_control import join_processes, leave_processes
 from sgm.errors import UserError
-
-LONGEST_WAIT = timedelta(days=7)
 
 
 def initialize_process_groups(model_parallel_size: int = 1) -> None:
-    """Make sure that torch.distributed and SwissArmyTransformer's `mpu` groups exist; a second call does nothing.
-
-    Under torchrun the launcher's variables are used (NCCL on CUDA, gloo on a CPU). In a plain process the group
-    consists of that process alone and opens no port.
+    """Make sure that torch.distributed and SwissArmyTransformer's `mpu` groups exist; a second call does nothing. See
+    `run_control.join_processes`.
 
     Raises:
         UserError: the number of processes is no multiple of `model_parallel_size`, or the groups exist already
             with another size.
     """
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Processes wait for the slowest at the end of a run, however long its prompts take.
-            dist.init_process_group(backend, timeout=LONGEST_WAIT)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(destroy_process_groups)  # gloo may abort a process that ends with its groups alive
+    join_processes()
     if mpu.model_parallel_is_initialized():
         current = mpu.get_model_parallel_world_size()
         if current != model_parallel_size:
@@ -54,6 +38,4 @@ def parallel_groups() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | Non
 def destroy_process_groups() -> None:
     """The opposite of `initialize_process_groups`; nothing where there are no groups."""
     mpu.destroy_model_parallel()
-    destroy_context_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()

@@ -14,35 +14,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modu
 
 import logging
 import os
-import time
 from collections.abc import Sequence
 
 from library_messages import quiet_libraries
-from sgm.errors import UserError, exit_code
-from training_arguments import get_training_args
-from training_plan import plan_run
+from training_arguments import TrainingArguments, get_training_args
+from training_command import run_command
+from training_plan import TrainingPlan, plan_run
 
 logger = logging.getLogger("train_video")
 
-# Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
-# the others, who would say the same.
-SILENCE = 5
-
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    return exit_code(lambda: train(command_line), logger)
+    return run_command(lambda: plan(command_line), train, logger)
 
 
-def train(command_line: Sequence[str] | None) -> int:
-    try:
-        args = get_training_args(command_line)
-        plan = plan_run(args)
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(SILENCE)
-        raise
+def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, TrainingPlan]:
+    args = get_training_args(command_line)
+    return args, plan_run(args)
+
+
+def train(planned: tuple[TrainingArguments, TrainingPlan]) -> int:
+    args, plan = planned
     if plan.finished:
         logger.info("%s is at the last step: raise train_iters to go on", plan.resume)
         return 0

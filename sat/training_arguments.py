@@ -6,7 +6,6 @@ configuration. Nothing here imports PyTorch.
 
 import argparse
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,21 +98,11 @@ def check_split(split: Any) -> None:
 def check_values(args: TrainingArguments) -> None:
     """What can be said about the values without looking at the model, the data or DeepSpeed's section."""
     argument_schema.check_common(args)
-    argument_schema.check_least(
-        args,
-        (
-            *("train_iters", "lr_decay_iters", "save_interval", "keep_last", "log_interval", "max_skipped_steps"),
-            *("eval_interval", "eval_iters", "eval_batch_size"),
-        ),
-    )
-    argument_schema.check_least(args, ("num_workers", "num_log_videos", "auto_warmup_steps"), least=0)
-    for name in ("warmup", "max_unreadable_share"):
-        value = getattr(args, name)
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
+    argument_schema.check_run(args)
+    argument_schema.check_least(args, ("lr_decay_iters", "max_skipped_steps"))
+    argument_schema.check_least(args, ("auto_warmup_steps",), least=0)
+    argument_schema.check_shares(args, ("warmup",))
     if not 0 < args.lr_decay_ratio <= 1:
         raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; it is a share, above 0 and up to 1")
-    if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
-        raise UserError(f"experiment_name is '{args.experiment_name}'; it names a folder: no spaces or slashes")
     if not args.load and not args.force_train:
         raise UserError("load is missing: name the checkpoint to start from, or give --force_train to start at random")

@@ -325,9 +325,9 @@ def peak_memory(device: torch.device | str) -> float:
 # ---------------------------------------------------------------- for people
 
 
-def format_values(values: Mapping[str, float]) -> str:
+def format_values(values: Mapping[str, float], formats: Mapping[str, str] = FORMATS) -> str:
     """The values that people watch, as `loss 0.1234, lr 1.00e-04, ...`; those that are missing are left out."""
-    return ", ".join(text.format(values[name]) for name, text in FORMATS.items() if name in values)
+    return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)
 
 
 class ProgressBar(tqdm):

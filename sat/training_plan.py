@@ -5,12 +5,11 @@ Under a launcher every process plans the run, so that all of them stop at a mist
 
 import logging
 import os
-import re
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import run_folders
 from config_files import check_paths
 from deepspeed_config import BatchSizes, batch_sizes
 from latent_cache import is_cache
@@ -30,7 +29,7 @@ class TrainingPlan:
     """What a run starts from.
 
     Args:
-        resume: the folder of the iteration to go on from; None: a new run, in a folder that `new_run_folder` makes.
+        resume: the folder of the iteration to go on from; None: a new run, in a folder of its own.
         finished: the run that `resume: latest` means is complete; there is nothing to do.
         cached: the data are caches of latents, so that neither VAE nor text encoder is needed to train.
         batch: sizes of a step.
@@ -175,57 +174,13 @@ def check_clips(params: dict[str, Any], limits: ModelLimits) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def new_run_folder(args: TrainingArguments, now: datetime) -> Path:
-    """Make the folder `{save}/{experiment_name}-MM-DD-HH-MM` of a new run, or with -2, -3, ... if that is taken.
-
-    One process does this and tells the others.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    stem = Path(args.save) / f"{args.experiment_name}-{now:%m-%d-%H-%M}"
-    folder, number = stem, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-            folder = stem.with_name(f"{stem.name}-{number}")
-        except OSError as error:
-            raise UserError(f"cannot make {folder}: {error.strerror}") from error
-
-
 def find_resume(args: TrainingArguments) -> Path | None:
-    """The folder of the iteration that `resume` means; None for a new run.
-
-    `latest` is the run of this `experiment_name` that saved last; when there is none yet a new one starts, so that a
-    command that is started again and again needs no change. A path names a run, or one of its iterations.
+    """The folder of the iteration that `resume` means; None for a new run. See `run_folders.find_resume`.
 
     Raises:
         UserError: there is no training state at that place.
     """
-    if args.resume is None:
-        return None
-    if args.resume == "latest":
-        runs = runs_of(args)
-        if not runs:
-            logger.warning(
-                "resume: no run '%s' has saved anything in %s yet: starting a new one", args.experiment_name, args.save
-            )
-            return None
-        folder = iteration_folder(max(runs, key=lambda run: (run / "latest").stat().st_mtime_ns))
-    else:
-        folder = iteration_folder(Path(args.resume))
-    return folder
-
-
-def runs_of(args: TrainingArguments) -> list[Path]:
-    """The folders of all runs of this `experiment_name` that have saved something."""
-    name = re.compile(re.escape(args.experiment_name) + r"-\d\d-\d\d-\d\d-\d\d(-\d+)?")
-    save = Path(args.save)
-    runs = save.iterdir() if save.is_dir() else ()
-    return [run for run in runs if name.fullmatch(run.name) and (run / "latest").is_file()]
+    return run_folders.find_resume(args, iteration_folder)
 
 
 def iteration_folder(path: Path) -> Path:

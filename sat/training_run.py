@@ -1,11 +1,8 @@
 """One fine-tuning run: its assembly, and the loop. What `train_video.py` does once PyTorch is needed."""
 
 import logging
-import signal
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
@@ -18,7 +15,6 @@ import torch.distributed as dist
 import yaml
 from sat import mpu
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import deepspeed_engine
@@ -31,6 +27,8 @@ from latent_cache import conditioner_for_cache
 from optimizer_state import check_storable
 from parameter_report import report
 from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
+from run_control import any_process, describe_data, from_first_process, removed_if_empty, stop_requests
+from run_folders import new_run_folder
 from sampling_run import choose_device
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum, group_size
@@ -38,7 +36,8 @@ from sgm.errors import UserError
 from training_arguments import TrainingArguments
 from training_checkpoint import read_state, restore_optimizer, save_checkpoint
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
-from training_plan import TrainingPlan, new_run_folder
+from training_plan import TrainingPlan
+from validation_clips import ValidationLoader
 
 logger = logging.getLogger("train_video")
 
@@ -124,7 +123,7 @@ class Trainer:
         self.validation_data = self.validation_batches = None
         if args.valid_data and args.eval_interval:
             self.validation_data = make_dataset(args.valid_data, args.data_config, args, random_start=False)
-            self.validation_batches = validation.ValidationLoader(
+            self.validation_batches = ValidationLoader(
                 self.validation_data,
                 batches=args.eval_iters,
                 batch_size=args.eval_batch_size,
@@ -337,70 +336,3 @@ class Trainer:
             keep_last=self.args.keep_last,
         )
         logger.info("step %d: wrote %s", self.step, folder)
-
-
-def describe_data(dataset: Dataset, samples: int) -> str:
-    """What there is to train on, and how often a run that takes so many `samples` goes through it."""
-    buckets = Counter(dataset.bucket(index) for index in range(len(dataset)))
-    shapes = [f"{count} of {bucket}" for bucket, count in buckets.most_common(5)]
-    more = [f"{len(buckets) - 5} more shapes"] if len(buckets) > 5 else []
-    passes = samples / len(dataset)
-    return f"{len(dataset)} clips, {passes:.1f} passes over them: {', '.join([*shapes, *more])}"
-
-
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is set on any process. On the CPU: no device is waited for."""
-    if dist.get_world_size() == 1:
-        return flag
-    total = torch.tensor(int(flag))
-    dist.all_reduce(total)
-    return bool(total)
-
-
-def from_first_process(make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first process, on all of them.
-
-    Raises:
-        UserError: it failed there.
-    """
-    result = [None, ""]
-    if dist.get_rank() == 0:
-        try:
-            result[0] = make()
-        except UserError as error:
-            result[1] = str(error)
-    dist.broadcast_object_list(result)
-    if result[1]:
-        raise UserError(result[1])
-    return result[0]
-
-
-@contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Leaves no empty folder behind when the block fails."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # it is not empty, or another process was faster
-            folder.rmdir()
-        raise
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """The signals SIGTERM and SIGINT that came, instead of their usual effect, which a second SIGINT has again."""
-    received: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if not received:
-            logger.info("%s: finishing the step, then saving", signal.Signals(number).name)
-        received.append(number)
-        if number == signal.SIGINT:  # launchers may send SIGTERM twice
-            signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,9 +2,11 @@
 
   python tools/make_shapes_dataset.py --output data/shapes --clips 8 --frames 49 --size 64 96 --fps 8 --seed 0
 
-Every clip has a caption such as "a large red circle moving left on a blue background". Files are `videos/00000.mp4` and
-`labels/00000.txt`, as `data_video.SFTDataset` reads them. The same settings give the same dataset; one that is there
-and complete is left alone, and a folder that this tool did not write is never touched.
+With `--images N` there are as many images beside, as a VAE is trained on: single moments of other such clips. Every
+clip has a caption such as "a large red circle moving left on a blue background". Files are `videos/00000.mp4` and
+`labels/00000.txt`, or `images/00000.png` and `images/00000.txt`, as `data_video.SFTDataset` reads them. The same
+settings give the same dataset; one that is there and complete is left alone, and a folder that this tool did not write
+is never touched.
 """
 
 import argparse
@@ -115,15 +117,19 @@ def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
     """The clip: (frames, 3, height, width) in [-1, 1], edges antialiased."""
     import torch
 
+    return torch.stack([draw_moment(scene, t, height, width) for t in torch.linspace(0, 1, frames).tolist()])
+
+
+def draw_moment(scene: Scene, progress: float, height: int, width: int) -> "Tensor":
+    """The frame (3, height, width) when the share `progress` of the clip is over."""
+    import torch
+
     radius = SIZES[scene.size] * min(height, width)
     rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     shape_colour, background = (torch.tensor(COLOURS[name])[:, None, None] for name in (scene.colour, scene.background))
-    clip = []
-    for progress in torch.linspace(0, 1, frames).tolist():
-        row, column = centre(scene, progress, height, width)
-        inside = (0.5 - _distance(scene.shape, rows - row, columns - column, radius)).clamp(0, 1)
-        clip.append(inside * shape_colour + (1 - inside) * background)
-    return torch.stack(clip) * 2 - 1
+    row, column = centre(scene, progress, height, width)
+    inside = (0.5 - _distance(scene.shape, rows - row, columns - column, radius)).clamp(0, 1)
+    return (inside * shape_colour + (1 - inside) * background) * 2 - 1
 
 
 def _distance(shape: str, down: "Tensor", right: "Tensor", radius: float) -> "Tensor":
@@ -151,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder (default: data/shapes)")
     parser.add_argument("--clips", type=int, default=8, help="how many (default: 8)")
+    parser.add_argument("--images", type=int, default=0, help="how many images beside them (default: 0)")
     parser.add_argument("--frames", type=int, default=49, help="of a clip (default: 49)")
     parser.add_argument("--size", type=int, nargs=2, default=[64, 96], metavar=("HEIGHT", "WIDTH"), help="in pixels")
     parser.add_argument("--fps", type=float, default=8, help="frames a second (default: 8)")
@@ -167,11 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_dataset(options: argparse.Namespace) -> None:
     """Raises UserError if the settings make no sense, or the folder holds something else or cannot be written."""
-    if min(options.clips, options.frames) < 1 or not options.fps > 0 or min(options.size) < 16:
-        raise UserError("clips, frames and fps must be positive, and height and width at least 16 pixels")
+    if min(options.clips, options.frames) < 1 or options.images < 0 or not options.fps > 0 or min(options.size) < 16:
+        raise UserError(
+            "clips, frames and fps must be positive, images not negative, and height and width at least 16 pixels"
+        )
     if any(side % 2 for side in options.size):
         raise UserError(f"height and width must be even, got {options.size[0]} and {options.size[1]}")
     settings = {name: getattr(options, name) for name in ("clips", "frames", "size", "fps", "seed")}
+    settings |= {"images": options.images} if options.images else {}
     settings["version"] = VERSION
     output = options.output
     marker = output / MARKER
@@ -190,7 +200,8 @@ def make_dataset(options: argparse.Namespace) -> None:
             new.rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-    logger.info("%s: %d clips of %d frames", output, options.clips, options.frames)
+    images = f" and {options.images} images" if options.images else ""
+    logger.info("%s: %d clips of %d frames%s", output, options.clips, options.frames, images)
 
 
 def write_clips(folder: Path, settings: dict) -> None:
@@ -202,7 +213,23 @@ def write_clips(folder: Path, settings: dict) -> None:
         with VideoWriter(folder / "videos" / f"{number:05d}.mp4", settings["fps"], height, width) as video:
             video.write(draw(scene, settings["frames"], height, width))
         (folder / "labels" / f"{number:05d}.txt").write_text(scene.caption + "\n")
+    write_images(folder / "images", settings)
     (folder / MARKER).write_text(json.dumps(settings))
+
+
+def write_images(folder: Path, settings: dict) -> None:
+    """Moments of clips that none of the dataset's own is."""
+    from PIL import Image
+
+    chance = random.Random(f"images {settings['seed']}")
+    count = settings.get("images", 0)
+    if count:
+        folder.mkdir()
+    for number, scene in enumerate(random_scenes(count, chance.getrandbits(32))):
+        frame = draw_moment(scene, chance.random(), *settings["size"])
+        pixels = ((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+        (folder / f"{number:05d}.txt").write_text(scene.caption + "\n")
 
 
 if __name__ == "__main__":

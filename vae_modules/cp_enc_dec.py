@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
-from vae_modules.layers import CausalConv3d, Downsample3D, GroupNorm, ResnetBlock3D, SpatialNorm3D, Upsample3D, silu
+from vae_modules.initialization import NOISE, initialize
+from vae_modules.layers import CausalConv3d, Downsample3D, GroupNorm, ResnetBlock3D, SpatialNorm3D, Upsample3D
+from vae_modules.recomputation import check_levels, run_layer
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -19,6 +21,8 @@ class ContextParallelEncoder3D(nn.Module):
         ch, ch_mult: level i has ch * ch_mult[i] channels.
         double_z: give means and log-variances rather than z_channels values.
         gather_norm: take normalization statistics over the frames of all ranks.
+        checkpoint_levels: levels whose activations are recomputed in the backward pass, which saves memory and costs
+            another forward pass of these. Level i is that of ch_mult[i]; 0 takes the most memory.
         resolution, out_ch, attn_resolutions: accepted for the configs that name them. There is no attention.
     """
 
@@ -37,10 +41,12 @@ class ContextParallelEncoder3D(nn.Module):
         temporal_compress_times: int = 4,
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
+        checkpoint_levels: Sequence[int] = (),
     ):
         super().__init__()
         _refuse_attention(attn_resolutions)
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
+        self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
@@ -66,19 +72,23 @@ class ContextParallelEncoder3D(nn.Module):
 
         self.norm_out = GroupNorm(channels, gather_norm)
         self.conv_out = CausalConv3d(channels, 2 * z_channels if double_z else z_channels, 3)
+        initialize(self)
+        if double_z:
+            nn.init.constant_(self.conv_out.conv.bias[z_channels:], NOISE)
 
     def forward(self, x: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Encode a whole clip; `chunk` says otherwise."""
         chunk = chunk or Chunk(lead=x.shape[2] % 2 == 1)
         h = self.conv_in(x, chunk)
-        for down in self.down:
+        for level, down in enumerate(self.down):
+            recompute = level in self.checkpoint_levels
             for block in down.block:
-                h = block(h, chunk)
+                h = run_layer(block, h, chunk, recompute=recompute)
             if hasattr(down, "downsample"):
-                h = down.downsample(h, chunk)
+                h = run_layer(down.downsample, h, chunk, recompute=recompute)
         h = self.mid.block_1(h, chunk)
         h = self.mid.block_2(h, chunk)
-        return self.conv_out(silu(self.norm_out(h, chunk)), chunk)
+        return self.conv_out(self.norm_out(h, chunk), chunk)
 
 
 class ContextParallelDecoder3D(nn.Module):
@@ -105,10 +115,12 @@ class ContextParallelDecoder3D(nn.Module):
         temporal_compress_times: int = 4,
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
+        checkpoint_levels: Sequence[int] = (),
     ):
         super().__init__()
         _refuse_attention(attn_resolutions)
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
+        self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
@@ -135,6 +147,7 @@ class ContextParallelDecoder3D(nn.Module):
 
         self.norm_out = SpatialNorm3D(channels, z_channels, gather_norm)
         self.conv_out = CausalConv3d(channels, out_ch, 3)
+        initialize(self)
 
     def forward(self, z: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Decode a whole clip at once; `chunk` says otherwise."""
@@ -142,12 +155,13 @@ class ContextParallelDecoder3D(nn.Module):
         h = self.conv_in(z, chunk)
         h = self.mid.block_1(h, chunk, z)
         h = self.mid.block_2(h, chunk, z)
-        for up in reversed(self.up):
+        for level, up in reversed(list(enumerate(self.up))):
+            recompute = level in self.checkpoint_levels
             for block in up.block:
-                h = block(h, chunk, z)
+                h = run_layer(block, h, chunk, z, recompute=recompute)
             if hasattr(up, "upsample"):
                 h = up.upsample(h, chunk)
-        return self.conv_out(silu(self.norm_out(h, z, chunk)), chunk)
+        return self.conv_out(self.norm_out(h, z, chunk), chunk)
 
 
 def _refuse_attention(attn_resolutions: Sequence[int]) -> None:

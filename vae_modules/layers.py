@@ -5,11 +5,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from sgm.context_parallel import all_reduce_sum
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
+from vae_modules.modulation import channel_sums, modulated_silu
 
 # ---------------------------------------------------------------- convolution
 
@@ -46,28 +45,36 @@ class CausalConv3d(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization over space and time; with `gather_norm` over all ranks' frames, else over this rank's."""
+    """Group normalization over space and time, then SiLU.
+
+    Statistics are those of this rank's frames, or with `gather_norm` of all ranks'.
+    """
 
     def __init__(self, channels: int, gather_norm: bool = False, groups: int = 32, eps: float = 1e-6):
         super().__init__(groups, channels, eps)
         self.gather_norm = gather_norm
 
     def coefficients(self, x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The float32 scale and shift, each (batch, channel, 1, 1, 1), that normalize `x`: x * scale + shift."""
-        gather = self.gather_norm if chunk.gather_norm is None else chunk.gather_norm
-        mean, variance = _group_moments(x, self.num_groups, chunk.group if gather else None)
+        """The scale and shift, each (batch, channel, 1, 1, 1), that normalize `x`: x * scale + shift."""
+        # The first and second moment of each group; float64.
+        sums = channel_sums(x).unflatten(2, (self.num_groups, -1)).sum(3)
+        count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // self.num_groups].numel())
+        total, square, count = chunk.total(torch.cat([sums, count]), self.gather_norm)
+        mean = total / count
+        variance = (square / count - mean.square()).clamp_min(0)
         per_group = self.num_channels // self.num_groups
         scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1)
         shift = self.bias - scale * mean.repeat_interleave(per_group, dim=1)
-        return scale.float()[:, :, None, None, None], shift.float()[:, :, None, None, None]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None]
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         scale, shift = self.coefficients(x, chunk)
-        return _scale_and_shift(x, scale, shift, lead=False)
+        return modulated_silu(x, scale, shift, lead=False)
 
 
 class SpatialNorm3D(nn.Module):
-    """Group normalization, scaled and shifted by maps of the latent: GroupNorm(f) * conv_y(z) + conv_b(z).
+    """Group normalization, scaled and shifted by maps of the latent: GroupNorm(f) * conv_y(z) + conv_b(z); then SiLU.
 
     Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation", eq. 4.
     """
@@ -83,63 +90,7 @@ class SpatialNorm3D(nn.Module):
         scale, shift = self.norm_layer.coefficients(f, chunk)
         # Pointwise maps commute with nearest resizing, so everything but one multiply-add is done at z's resolution.
         y, b = self.conv_y(z, chunk), self.conv_b(z, chunk)
-        return _scale_and_shift(f, scale * y, shift * y + b, chunk.lead)
-
-
-def _group_moments(x: Tensor, groups: int, ranks: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of channels of `x` over space and time (and `ranks`), (batch, groups), float64.
-
-    Sums run along one row of a frame in float32 and from there on in float64, so a clip of any size is summed to
-    full precision.
-    """
-    rows = x.permute(0, 2, 3, 4, 1)  # b t h w c: contiguous in channels-last memory
-    row_sum = rows.sum(3, dtype=torch.float32)
-    # Frame by frame, so that the squares take little memory. split() gives one empty piece of no frames.
-    row_square = torch.cat([frame.float().square().sum(3) for frame in rows.split(1, dim=1)], dim=1)
-    sums = torch.stack([each.double().sum((1, 2)) for each in (row_sum, row_square)])  # 2 b c
-    sums = sums.unflatten(2, (groups, -1)).sum(3)
-    count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // groups].numel())
-    total, square, count = all_reduce_sum(torch.cat([sums, count]), ranks)
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp_min(0)
-
-
-def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tensor:
-    """x * scale + shift, the maps resized to `x` by nearest neighbour: space, and time with the first frame apart.
-
-    `x` (batch, channel, T, H, W); `scale` and `shift` (batch, channel, t, h, w) where each size divides that of `x`,
-    after the leading frame is taken off both if there is one. Computed in the wider type, returned in that of `x`.
-    """
-    if x.shape[2] == 0:
-        return x + (scale.sum() + shift.sum()).to(x.dtype)  # empty, but the graph goes on through the statistics
-    sections = [slice(0, 1), slice(1, None)] if lead and x.shape[2] > 1 else [slice(None)]
-    if torch.is_grad_enabled():
-        parts = [_blockwise(x[:, :, s], scale[:, :, s], shift[:, :, s]).to(x.dtype) for s in sections]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    out = torch.empty_like(x)
-    for s in sections:
-        _blockwise(x[:, :, s], scale[:, :, s], shift[:, :, s], out=out[:, :, s])
-    return out
-
-
-def _blockwise(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """x * scale + shift where each element of the maps holds for a block of `x`, without ever resizing them."""
-    time, height, width = scale.shape[2:]
-
-    def blocks(full: Tensor) -> Tensor:  # b c (t k) (h p) (w q) -> b c t k h p w q
-        return full.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (time, -1))
-
-    def one_each(small: Tensor) -> Tensor:  # b c t h w -> b c t 1 h 1 w 1
-        return small[:, :, :, None, :, None, :, None]
-
-    if out is not None:
-        return torch.addcmul(one_each(shift), blocks(x), one_each(scale), out=blocks(out))
-    return torch.addcmul(one_each(shift), blocks(x), one_each(scale)).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
-def silu(x: Tensor) -> Tensor:
-    """SiLU of a temporary tensor, which it overwrites when no gradient is wanted."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+        return modulated_silu(f, scale * y, shift * y + b, chunk.lead)
 
 
 # ---------------------------------------------------------------- blocks
@@ -173,8 +124,8 @@ class ResnetBlock3D(nn.Module):
 
     def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None) -> Tensor:
         condition = () if z is None else (z,)
-        h = self.conv1(silu(self.norm1(x, *condition, chunk)), chunk)
-        h = self.conv2(self.dropout(silu(self.norm2(h, *condition, chunk))), chunk)
+        h = self.conv1(self.norm1(x, *condition, chunk), chunk)
+        h = self.conv2(self.dropout(self.norm2(h, *condition, chunk)), chunk)
         if hasattr(self, "nin_shortcut"):
             x = _pointwise_in_time(self.nin_shortcut, x)
         return x + h if torch.is_grad_enabled() else h.add_(x)

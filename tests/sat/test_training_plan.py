@@ -11,9 +11,10 @@ import yaml
 from config_files import load_configs
 from deepspeed_config import BatchSizes
 from model_limits import ModelLimits
+from run_folders import new_run_folder
 from sgm.errors import UserError
 from training_arguments import TrainingArguments, get_training_args
-from training_plan import find_resume, new_run_folder, plan_run
+from training_plan import find_resume, plan_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SFT = CONFIGS / "sft.yaml"

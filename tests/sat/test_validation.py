@@ -16,7 +16,8 @@ from config_files import load_configs
 from data_video import SFTDataset
 from diffusion_video import SATVideoDiffusionEngine
 from distributed import run_distributed
-from validation import ValidationLoader, decodable, plan_batches, save_samples, validation_key, validation_loss
+from validation import decodable, save_samples, validation_loss
+from validation_clips import ValidationLoader, plan_batches, validation_key
 from video_output import VideoWriter
 from videos import read_video
 

@@ -89,6 +89,19 @@ def test_shapes_differ():
     assert all((one ^ other).sum() > 50 for i, one in enumerate(masks) for other in masks[:i])
 
 
+def test_images_are_moments_of_other_clips(tmp_path):
+    """They are read as clips of one frame, with captions, and are the same for the same seed."""
+    for name in ("a", "b"):
+        assert make(tmp_path / name, clips=1, images=3) == 0
+    data = SFTDataset(str(tmp_path / "a"), [64, 96], fps=8, max_num_frames=5, skip_frms_num=0)
+    assert sorted(data.bucket(index).frames for index in range(len(data))) == [1, 1, 1, 5]
+    images = [data[index] for index in range(len(data)) if data.bucket(index).frames == 1]
+    assert all(image["mp4"].shape == (1, 3, 64, 96) and " background" in image["txt"] for image in images)
+    assert len({image["mp4"].numpy().tobytes() for image in images}) == 3
+    contents = [{name: data for name, (_, data) in files(tmp_path / folder / "images").items()} for folder in "ab"]
+    assert contents[0] == contents[1]
+
+
 def test_the_same_settings_give_the_same_files_and_others_replace_them(tmp_path):
     assert make(tmp_path / "one") == make(tmp_path / "two") == 0
     one, two = files(tmp_path / "one"), files(tmp_path / "two")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sgm.context_parallel import group_rank, group_size, receive_from_previous, send_to_next
+from sgm.context_parallel import all_reduce_sum, group_rank, group_size, receive_from_previous, send_to_next
 
 TailCache = dict[nn.Module, Tensor]
 """The last input frames that each causal convolution saw, for the next chunk of the same clip."""
@@ -60,6 +60,11 @@ class Chunk:
             before = x[:, :, :1].expand(-1, -1, count, -1, -1)
         return torch.cat([token, before], dim=2)
 
+    def total(self, sums: Tensor, gather_norm: bool) -> Tensor:
+        """`sums` that a norm takes of its input, added up over the ranks if it (`gather_norm`) or the chunk says so."""
+        gather = gather_norm if self.gather_norm is None else self.gather_norm
+        return all_reduce_sum(sums, self.group if gather else None)
+
     def _before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
         if group_rank(self.group) == 0:
             return self.tails.pop(conv, None)
@@ -73,3 +78,39 @@ def _tail(before: Tensor | None, x: Tensor, count: int) -> Tensor:
     if before is None:
         before = x[:, :, :1].expand(-1, -1, count, -1, -1)
     return torch.cat([before, x], dim=2)[:, :, -count:]
+
+
+class RepeatableChunk(Chunk):
+    """A chunk for a layer that runs more than once on the same input, to recompute its activations.
+
+    What the first run learns from other chunks and ranks is kept for the later ones: they neither communicate nor
+    touch the tails. Call `rewind` before each run.
+    """
+
+    def __init__(self, chunk: Chunk):
+        super().__init__(**vars(chunk))
+        self._learned: list[Tensor | None] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        self._next = 0
+
+    def frames_before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
+        return self._recall() if self._knows() else self._learn(super().frames_before(conv, x, count))
+
+    def total(self, sums: Tensor, gather_norm: bool) -> Tensor:
+        return self._recall() if self._knows() else self._learn(super().total(sums, gather_norm))
+
+    def _knows(self) -> bool:
+        return self._next < len(self._learned)
+
+    def _recall(self) -> Tensor | None:
+        self._next += 1
+        return self._learned[self._next - 1]
+
+    def _learn(self, result: Tensor | None) -> Tensor | None:
+        # Detached: the graph that leads here refers to whoever recomputes, and thereby to this. But still asking for
+        # a gradient, or autograd would save other tensors the next time.
+        self._learned.append(None if result is None else result.detach().requires_grad_(result.requires_grad))
+        self._next += 1
+        return result

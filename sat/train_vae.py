@@ -1,0 +1,48 @@
+"""Train a video autoencoder: `python sat/train_vae.py --base configs/vae_3d.yaml --train_data data/train`, or for
+several processes `torchrun --standalone --nproc_per_node=N sat/train_vae.py ...`.
+
+A run goes to `{save}/{experiment_name}-MM-DD-HH-MM`. With each checkpoint it writes `3d-vae.pt`, which sampling and
+fine-tuning take as `first_stage_config.params.ckpt_path`. `--resume latest` goes on from the last checkpoint. SIGTERM
+and SIGINT finish the step and save. Exit codes: 0 the run is complete, or was asked to stop and is saved; 2 a mistake
+in the arguments or files, or losses that are not finite, stand in its way; 130 interrupted before there was anything
+to save.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modules, wherever the command is run from
+
+import logging
+from collections.abc import Sequence
+
+from library_messages import quiet_libraries
+from training_command import run_command
+from vae_training_arguments import VaeTrainingArguments, get_vae_training_args
+from vae_training_plan import VaeTrainingPlan, plan_vae_run
+
+logger = logging.getLogger("train_vae")
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    return run_command(lambda: plan(command_line), train, logger)
+
+
+def plan(command_line: Sequence[str] | None) -> tuple[VaeTrainingArguments, VaeTrainingPlan]:
+    args = get_vae_training_args(command_line)
+    return args, plan_vae_run(args)
+
+
+def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan]) -> int:
+    args, plan = planned
+    if plan.finished:
+        logger.info("%s is the last step: raise train_iters to go on", plan.resume)
+        return 0
+    quiet_libraries()
+    from vae_training_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+
+    return run(args, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

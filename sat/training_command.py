@@ -1,0 +1,34 @@
+"""What every training command does before PyTorch is imported."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sgm.errors import UserError, exit_code
+
+# Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
+# the others, who would say the same.
+SILENCE = 5
+
+
+def run_command(plan: Callable[[], Any], train: Callable[[Any], int], logger: logging.Logger) -> int:
+    """The exit code of `train(plan())`.
+
+    Args:
+        plan: looks at arguments and files alone, and raises UserError for any mistake in them.
+    """
+    leads = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="%(message)s")
+
+    def command() -> int:
+        try:
+            planned = plan()
+        except UserError:
+            if not leads:
+                time.sleep(SILENCE)
+            raise
+        return train(planned)
+
+    return exit_code(command, logger)

@@ -1,0 +1,256 @@
+"""One training run of a VAE: its assembly around Lightning's `Trainer`. What `train_vae.py` does once PyTorch is
+needed; `vae_run_keeper` is what happens beside the steps."""
+
+import logging
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+
+from argument_lists import VaeTrainingArguments
+from batch_order import BatchOrder
+from data_video import SFTDataset, make_dataset, make_loader
+from run_control import describe_data, from_first_process, join_processes, leave_processes, removed_if_empty
+from run_folders import new_run_folder
+from sgm.context_parallel import split_evenly
+from sgm.errors import UserError
+from sgm.util import instantiate_from_config
+from training_metrics import StepClock
+from vae_checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
+from vae_reconstructions import ReconstructionReport
+from vae_run_keeper import RunKeeper
+from vae_training_arguments import ENGINE_KEYS, TRAINER_KEYS
+from vae_training_plan import VaeTrainingPlan
+from validation_clips import ValidationLoader
+
+logger = logging.getLogger("train_vae")
+
+
+def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
+    """Train as planned; the exit code.
+
+    Raises:
+        UserError: the device, the data, the model or a checkpoint stands in the way.
+    """
+    quiet_lightning()
+    accelerator, devices = choose_devices(args, plan.processes)
+    join_processes()
+    try:
+        resume = from_first_process(lambda: plan.resume)
+        content = read_checkpoint(resume) if resume else None
+        folder = resume.parent.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
+        torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
+        with removed_if_empty(folder):
+            fit(args, plan, folder, resume, content, accelerator, devices)
+        return 0
+    finally:
+        leave_processes()
+
+
+def fit(
+    args: VaeTrainingArguments,
+    plan: VaeTrainingPlan,
+    folder: Path,
+    resume: Path | None,
+    content: dict[str, Any] | None,
+    accelerator: str,
+    devices: int | list[int],
+) -> None:
+    """Put the parts together, and have Lightning train.
+
+    Args:
+        folder: of the run.
+        resume, content: the checkpoint to go on from, and what is in it.
+    """
+    state = content[RUN_STATE] if content else None
+    data_rank = dist.get_rank() // plan.ranks_per_clip
+    clips = open_data(args, plan, args.train_data)
+    logger.info("train_data: %s", describe_data(clips, args.train_iters * step_size(args, plan)))
+    order = BatchOrder(
+        [clips.bucket(index) for index in range(len(clips))],
+        args.batch_size,
+        data_rank,
+        plan.data_ranks,
+        args.seed,
+        state=state["data"] if state else None,
+        locality=getattr(clips, "locality", None),
+    )
+    report = None
+    if args.valid_data and args.eval_interval:
+        held_out = open_data(args, plan, args.valid_data, random_start=False)
+        loader = ValidationLoader(
+            held_out,
+            batches=args.eval_iters,
+            batch_size=args.eval_batch_size,
+            seed=args.seed,
+            rank=data_rank,
+            world_size=plan.data_ranks,
+            num_workers=min(args.num_workers, 1),
+        )
+        report = ReconstructionReport(loader, folder, args.num_log_videos, fps=held_out.sampling.fps)
+
+    engine = build_engine(args)
+    if content:
+        check_fits(content, engine, resume)
+    clock = StepClock()
+    keeper = RunKeeper(args, plan, folder, order, clips, clock, state, report)
+    trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, WholeFiles(content))
+    del content
+    try:
+        trainer.fit(
+            engine,
+            train_dataloaders=Batches(make_loader(clips, order, args.num_workers), plan, clock),
+            val_dataloaders=Batches(report.clips, plan) if report else None,
+            ckpt_path=resume,
+        )
+    except SystemExit:  # what Lightning makes of it
+        raise KeyboardInterrupt from None
+
+
+def step_size(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
+    """Clips of a step, over all processes."""
+    return args.batch_size * plan.accumulation * plan.data_ranks
+
+
+def open_data(
+    args: VaeTrainingArguments, plan: VaeTrainingPlan, paths: list[str], random_start: bool = True
+) -> SFTDataset:
+    config = dict(args.data_config)
+    config["params"] = {"frame_multiple": plan.time_factor, **(config.get("params") or {})}
+    settings = Namespace(missing_label="ignore", max_unreadable_share=args.max_unreadable_share)
+    return make_dataset(paths, config, settings, random_start)
+
+
+class Batches:
+    """Iterates over the batches of a loader, as much of each as is for this process.
+
+    Args:
+        clock: counts the time that batches are waited for.
+    """
+
+    def __init__(self, loader: Iterable[Any], plan: VaeTrainingPlan, clock: StepClock | None = None):
+        self.loader, self.plan, self.clock = loader, plan, clock
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = iter(self.loader)
+        while True:
+            with self.clock.waiting() if self.clock else nullcontext():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield own_frames(batch[0] if isinstance(batch, tuple) else batch, self.plan)
+
+
+def own_frames(batch: dict[str, Any], plan: VaeTrainingPlan) -> dict[str, Any]:
+    """The batch, of its clips only the frames of this process where processes that share them take each its own."""
+    if not plan.divides_input:
+        return batch
+    rank = dist.get_rank() % plan.ranks_per_clip
+    latents = split_evenly((batch["mp4"].shape[1] - 1) // plan.time_factor + 1, plan.ranks_per_clip)
+    end = (sum(latents[: rank + 1]) - 1) * plan.time_factor + 1  # the first latent frame is one frame, others more
+    begin = (sum(latents[:rank]) - 1) * plan.time_factor + 1 if rank else 0
+    return {**batch, "mp4": batch["mp4"][:, begin:end]}
+
+
+# ---------------------------------------------------------------- model and trainer
+
+
+def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
+    """The Lightning module that the `model:` section describes."""
+    trainer = args.lightning_config.get("trainer") or {}
+    settings = {name: trainer[name] for name in ENGINE_KEYS if trainer.get(name) is not None}
+    engine = instantiate_from_config({name: args.model_config[name] for name in ("target", "params")}, **settings)
+    if not isinstance(engine, pl.LightningModule) or not hasattr(engine, "coder_state_dict"):
+        raise UserError(
+            f"model.target: {args.model_config['target']} cannot be trained: use "
+            "vae_modules.autoencoder.VideoAutoencodingEngine"
+        )
+    engine.learning_rate = args.model_config["base_learning_rate"]
+    trained = sum(parameter.numel() for parameter in engine.parameters() if parameter.requires_grad)
+    logger.info("%s: %.1f million parameters to train", type(engine).__name__, trained / 1e6)
+    return engine
+
+
+def choose_devices(args: VaeTrainingArguments, processes: int) -> tuple[str, int | list[int]]:
+    """Lightning's `accelerator` and `devices` for this process and those beside it.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    wanted = args.device or (args.lightning_config.get("trainer") or {}).get("accelerator", "auto")
+    if wanted == "auto":
+        wanted = "gpu" if torch.cuda.is_available() else "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if wanted == "cpu":
+        return "cpu", here
+    index = int(wanted.partition(":")[2] or 0)
+    if not torch.cuda.is_available() or max(index + 1, here) > torch.cuda.device_count():
+        raise UserError(
+            f"device {wanted}: there are {torch.cuda.device_count()} GPUs here; give --device cpu, or fewer"
+        )
+    if processes == 1:
+        return "gpu", [index]
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL takes the current device
+    return "gpu", here
+
+
+def make_trainer(
+    args: VaeTrainingArguments,
+    plan: VaeTrainingPlan,
+    engine: pl.LightningModule,
+    accelerator: str,
+    devices: int | list[int],
+    keeper: RunKeeper,
+    files: WholeFiles,
+) -> pl.Trainer:
+    given = args.lightning_config.get("trainer") or {}
+    settings = {name: given[name] for name in TRAINER_KEYS if given.get(name) is not None}
+    plugins: list[Any] = [files]
+    if plan.processes > 1:
+        plugins.append(TorchElasticEnvironment())  # whatever has started the processes, its variables say who is who
+    try:
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=plan.processes // devices if plan.processes > 1 else 1,
+            strategy=strategy(plan, engine),
+            plugins=plugins,
+            callbacks=[keeper],
+            max_epochs=-1,  # the keeper ends the run
+            max_steps=-1,
+            val_check_interval=args.eval_interval * plan.accumulation if keeper.report else None,
+            check_val_every_n_epoch=None if keeper.report else 1,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **settings,
+        )
+    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
+
+
+def strategy(plan: VaeTrainingPlan, engine: pl.LightningModule) -> str | Strategy:
+    if plan.processes == 1:
+        return "auto"
+    # Where autoencoder and discriminator take turns, every step leaves parameters without a gradient.
+    return DDPStrategy(find_unused_parameters=getattr(engine, "has_discriminator", True))
+
+
+def quiet_lightning() -> None:
+    """Leave out what Lightning says about itself, and its advice for other kinds of runs."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\.")

@@ -1,0 +1,232 @@
+"""The command that trains a VAE, on a very small one, start to finish: what it saves, resumes and does on several
+processes."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from config_files import load_configs
+from sgm.util import instantiate_from_config
+from training_metrics import StepClock
+from training_runs import assert_same, metrics, runs_of
+from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
+from vae_runs import (
+    ROOT,
+    SIZE,
+    checkpoint,
+    finish,
+    start,
+    train,
+    train_in_processes,
+    weights,
+    write_config,
+    write_mixed_dataset,
+)
+from videos import read_video
+
+NO_ADVERSARY = {"model": {"params": {"loss_config": {"params": {"disc_factor": 0.0}}, "disc_start_iter": 1000}}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_mixed_dataset(tmp_path_factory.mktemp("clips") / "data")
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    """All that is logged of each step's loss."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if not any(name.startswith("val") for name in line)]
+    return {
+        line["step"]: {name: value for name, value in line.items() if name.startswith(("train/", "lr"))}
+        for line in steps
+    }
+
+
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, data):
+    """Six steps on images and videos, the discriminator's among them, against a kill -9 in the fifth or sixth and the
+    rest from step 4; in processes of their own, as what was computed before changes the last bit of sums."""
+    settings = {"args": {"save_interval": 2, "train_iters": 6}}
+    straight = write_config(tmp_path / "straight.yaml", data, **settings)
+    broken = write_config(tmp_path / "broken.yaml", data, args={**settings["args"], "save": str(tmp_path / "broken")})
+    process, whole = start(broken), start(straight)
+    for line in process.stdout:
+        if line.startswith("step 5"):
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (run,) = runs_of(broken)
+    assert (run / "latest").read_text() == "step=4.ckpt"
+    finish(start(broken, "--resume", "latest"))
+    finish(whole)
+    (expected,) = runs_of(straight)
+
+    assert losses(run) == losses(expected)
+    assert {name for values in losses(run).values() for name in values} >= {"train/loss/disc", "train/loss/d_weight"}
+    assert_same(weights(run), weights(expected))
+    ours, theirs = checkpoint(run), checkpoint(expected)
+    assert_same(ours["state_dict"], theirs["state_dict"])
+    assert ours["global_step"] == theirs["global_step"] == 6
+    assert ours["run"]["data"] == theirs["run"]["data"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, data) -> Path:
+    """Four steps at batch 2 on one process, without adversary."""
+    return train(write_config(tmp_path_factory.mktemp("one") / "config.yaml", data, **NO_ADVERSARY))
+
+
+def assert_same_losses(ours: Path, theirs: Path, rel: float = 1e-4) -> None:
+    ours, theirs = losses(ours), losses(theirs)
+    assert ours.keys() == theirs.keys()
+    for step in theirs:
+        assert ours[step] == pytest.approx(theirs[step], rel=rel, abs=1e-6), step
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, data) -> dict[str, Path]:
+    """The runs of two processes: one in which each has its own half of a batch, and one in which they share clips, of
+    which input, latents and reconstructions are each process's own."""
+    folder = tmp_path_factory.mktemp("two")
+    shared = {"context_parallel_size": 2, "input_cp": True, "latent_cp": True, "output_cp": True}
+    configs = {
+        "batch": write_config(
+            folder / "batch.yaml", data, args={"batch_size": 1, "save": str(folder / "batch")}, **NO_ADVERSARY
+        ),
+        "clips": write_config(
+            folder / "clips.yaml", data, args={"save": str(folder / "clips")}, model={"params": shared}
+        ),
+    }
+    return dict(zip(configs, train_in_processes([*configs.values()], 2), strict=True))
+
+
+def test_two_processes_equal_one_with_twice_the_batch(two_processes, one_process):
+    assert_same_losses(two_processes["batch"], one_process)
+    assert_same(weights(two_processes["batch"]), weights(one_process), 1e-4)
+
+
+def test_processes_that_share_clips_equal_one(tmp_path, data, two_processes):
+    """Also with images, of which one process has all, and with the discriminator."""
+    expected = train(write_config(tmp_path / "config.yaml", data))
+    assert_same_losses(two_processes["clips"], expected)
+    assert_same(weights(two_processes["clips"]), weights(expected), 1e-4)
+
+
+def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path):
+    data = write_mixed_dataset(tmp_path / "data", images=0)
+    expected = train(write_config(tmp_path / "one.yaml", data, **NO_ADVERSARY))
+    accumulated = {
+        "args": {"batch_size": 1, "save": str(tmp_path / "two")},
+        "lightning": {"trainer": {"accumulate_grad_batches": 2}},
+    }
+    run = train(write_config(tmp_path / "two.yaml", data, **accumulated, **NO_ADVERSARY))
+    assert_same_losses(run, expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, data, number, monkeypatch):
+    config = write_config(tmp_path / "config.yaml", data, args={"train_iters": 10000})
+    with monkeypatch.context() as patch:
+        step = StepClock.step
+
+        def step_and_signal(clock: StepClock, samples: int) -> None:
+            step(clock, samples)
+            signals.append(number)
+            if len(signals) == 3:
+                signal.raise_signal(number)
+
+        signals: list[int] = []
+        patch.setattr(StepClock, "step", step_and_signal)
+        run = train(config)
+    assert (run / "latest").read_text() == "step=3.ckpt"
+    assert list(losses(run)) == [1, 2, 3]
+    train(config, "--resume", "latest", "--train_iters", "4")
+    assert list(losses(run)) == [1, 2, 3, 4]
+
+
+def test_an_evaluation_writes_losses_psnr_and_videos_and_changes_nothing(tmp_path, data, one_process):
+    held_out = write_mixed_dataset(tmp_path / "held_out", videos=1, images=0)
+    evaluating = {"valid_data": [str(held_out)], "eval_interval": 2, "num_log_videos": 1, "save_interval": 1}
+    config = write_config(tmp_path / "config.yaml", data, args=evaluating, **NO_ADVERSARY)
+    run = train(config)
+    assert losses(run) == losses(one_process)
+    for name in ("val/psnr", "val_ema/psnr", "val/loss/total", "val_ema/rec"):
+        assert metrics(run, name).keys() == {2, 4}
+    _, frames = read_video(run / "reconstructions" / "4" / "0.mp4")
+    assert frames.shape == (5, 3, SIZE, 3 * SIZE)
+
+    values = metrics(run, "val_ema/psnr")
+    for step in (2, 3):
+        train(config, "--resume", str(run / "checkpoints" / f"step={step}.ckpt"))
+        assert metrics(run, "val_ema/psnr") == pytest.approx(values)
+
+
+def test_an_autoencoder_learns(tmp_path):
+    """On a few images, in seconds; the adversarial phase at the end moves the discriminator and ruins nothing."""
+    data = write_mixed_dataset(tmp_path / "data", videos=0, images=8)
+    settings = {"args": {"train_iters": 80, "batch_size": 4, "log_interval": 10}}
+    model = {
+        "base_learning_rate": 3e-3,
+        "params": {"disc_start_iter": 60, "optimizer_config": {"params": {"eps": 1e-8}}},
+    }
+    run = train(write_config(tmp_path / "config.yaml", data, model=model, **settings))
+    errors, disc = metrics(run, "train/loss/rec"), metrics(run, "train/loss/disc")
+    assert errors[60] < errors[10] * 2 / 3
+    assert errors[80] < errors[10] * 2 / 3
+    assert disc.keys() == {70, 80} and disc[80] < disc[70]
+    assert all(0 < weight < 1e4 for step, weight in metrics(run, "train/loss/d_weight").items() if step > 60)
+
+
+def test_the_weights_serve_as_a_first_stage(tmp_path, data, one_process):
+    """They have exactly the names of a first stage, and are the averages that the checkpoint holds."""
+    params = yaml.safe_load((one_process / "training_config.yaml").read_text())["model"]["params"]
+    parts = {name: params[name] for name in ("encoder_config", "decoder_config", "regularizer_config")}
+    vae = VideoAutoencoderInferenceWrapper(**parts, ckpt_path=one_process / "3d-vae.pt")
+    assert_same(vae.state_dict(), weights(one_process))
+    state = checkpoint(one_process)["state_dict"]
+    name = "encoder.conv_in.conv.weight"
+    averages = [
+        value for key, value in state.items() if key.startswith("model_ema.") and value.shape == state[name].shape
+    ]
+    assert any(torch.equal(value, vae.state_dict()[name]) for value in averages)
+    assert not torch.equal(state[name], vae.state_dict()[name])
+
+
+def test_checkpoints_of_a_future_that_was_given_up_are_deleted(tmp_path, data):
+    settings = {"args": {"save_interval": 1, "keep_last": 2}}
+    config = write_config(tmp_path / "config.yaml", data, **settings)
+    run = train(config)
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"step=3.ckpt", "step=4.ckpt"}
+    train(config, "--resume", str(run / "checkpoints" / "step=3.ckpt"), "--keep_last", "1", "--save_interval", "9")
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"step=4.ckpt"}
+    assert list(losses(run)) == [1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------- the configurations that come along
+
+
+def built(name: str) -> Any:
+    """The engine of a configuration, without memory for its weights."""
+    model = load_configs([ROOT / "configs" / name])["model"]
+    model["params"]["loss_config"]["params"]["perceptual_weight"] = 0.0
+    model["params"]["ema_decay"] = None
+    with torch.device("meta"):
+        return instantiate_from_config({"target": model["target"], "params": model["params"]})
+
+
+def test_the_full_configuration_trains_the_released_autoencoder():
+    manifest = json.loads((ROOT / "tests/reference/manifests/vae.json").read_text())
+    keys = manifest.get("keys", manifest)
+    state = built("vae_3d.yaml").coder_state_dict(ema=False)
+    assert {name: list(value.shape) for name, value in state.items()} == keys
+
+
+def test_the_tiny_configuration_trains_the_first_stage_of_the_tiny_models():
+    first_stage = load_configs([ROOT / "configs" / "tiny" / "cogvideox_tiny.yaml"])["model"]["first_stage_config"]
+    with torch.device("meta"):
+        vae = instantiate_from_config({**first_stage, "params": {**first_stage["params"], "ckpt_path": None}})
+    expected = {name: value.shape for name, value in vae.state_dict().items()}
+    assert {name: value.shape for name, value in built("tiny/vae.yaml").coder_state_dict(ema=False).items()} == expected

@@ -1,0 +1,47 @@
+"""What the encoder and the decoder start to train from: a signal that neither vanishes nor explodes."""
+
+import pytest
+import torch
+
+from seeded import seeded_input
+from sgm.modules.autoencoding.clip import Chunk
+from vae_modules.cp_enc_dec import ContextParallelDecoder3D, ContextParallelEncoder3D
+from vae_modules.layers import ResnetBlock3D
+
+SIZES = {"ch": 32, "z_channels": 4, "ch_mult": (1, 2, 2), "num_res_blocks": 2, "temporal_compress_times": 4}
+
+
+@pytest.fixture
+def coders() -> tuple[ContextParallelEncoder3D, ContextParallelDecoder3D]:
+    torch.manual_seed(0)
+    return ContextParallelEncoder3D(**SIZES), ContextParallelDecoder3D(**SIZES)
+
+
+def test_blocks_start_as_the_identity(coders):
+    blocks = [block for coder in coders for block in coder.modules() if isinstance(block, ResnetBlock3D)]
+    for block in blocks:
+        channels = block.conv1.conv.in_channels
+        x, z = seeded_input("x", (1, channels, 3, 4, 4), 0), seeded_input("z", (1, 4, 3, 2, 2), 0)
+        if channels == block.conv1.conv.out_channels:
+            condition = (z,) if hasattr(block.norm1, "conv_y") else ()
+            assert torch.equal(block(x, Chunk(lead=True), *condition), x)
+    assert len(blocks) > 10
+
+
+def test_latents_start_of_unit_size_and_nearly_without_noise(coders):
+    moments = coders[0](seeded_input("video", (2, 3, 5, 32, 32), 0).clamp(-1, 1))
+    mean, log_variance = moments.chunk(2, dim=1)
+    assert 0.3 < mean.std() < 3
+    assert (log_variance.exp().mean() / mean.var()).sqrt() < 0.5
+
+
+def test_every_latent_shows_in_the_first_reconstruction(coders):
+    """As much of the video's variation comes from the latent as there is, and all weights but the blocks' get a
+    gradient in the first step."""
+    z = seeded_input("latent", (2, 4, 2, 8, 8), 0).requires_grad_()
+    video = coders[1](z)
+    assert 0.1 < video.std() < 10
+    (video * seeded_input("cotangent", tuple(video.shape), 0)).sum().backward()
+    assert (z.grad.abs().amax((0, 2, 3, 4)) > 0).all()
+    silent = [name for name, weight in coders[1].named_parameters() if not weight.grad.any()]
+    assert all(".block" in name for name in silent)
