@@ -74,7 +74,7 @@ CASES = {
     "missing file": case("--base", "{folder}/nothing.yaml", says="nothing.yaml: No such file"),
     "a folder": case("--base", "{folder}", says="Is a directory"),
     "not YAML": case(config="model:\n  - a\n  b: [\n", says="not valid YAML"),
-    "no mapping": case(config="- a\n", says="expected sections (args, model, deepspeed, data)"),
+    "no mapping": case(config="- a\n", says="expected sections (args, model, deepspeed, data, lightning)"),
     "not text": case("--base", "{folder}/binary", says="is not UTF-8 text"),
     "unknown section": case(config={"modle": {}}, says="unknown section 'modle'"),
     "no model": case("--base", "{folder}/empty.yaml", says="has no model.network_config"),

@@ -14,7 +14,7 @@ from network_weights import NETWORK_PREFIX, checkpoint_file, instantiate_on_meta
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
-from support import Reference
+from support import Reference, assert_close
 
 
 def build(name: str, on_meta: bool = True) -> torch.nn.Module:
@@ -62,7 +62,10 @@ def test_safetensors(seeded_base, tmp_path):
     for load in (tmp_path, tmp_path / "a.safetensors"):
         network = build("t2v_2b")
         load_network(network, load)
-        assert torch.equal(output(network), output(seeded_base))
+        for ours, theirs in zip(network.state_dict().values(), seeded_base.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
+        # Mapped tensors lie at other addresses, where some processors sum in another order.
+        assert_close(output(network), output(seeded_base), 1e-6)
 
 
 def test_weights_are_mapped_from_the_file_not_copied(seeded_base, tmp_path):

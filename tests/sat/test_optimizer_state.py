@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distributed import run_distributed
-from support import assert_close
+from support import assert_close, needs_fp16
 
 STEPS = 4
 
@@ -137,7 +137,7 @@ def first_half(stage, optimizer, dtype=torch.float32):
     return saved, (train(engine, range(STEPS, 2 * STEPS)), weights(engine), everything(engine))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=needs_fp16)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("optimizer", ["sat.ops.FusedEmaAdam", "torch.optim.AdamW"])
 def test_a_restored_optimizer_goes_on_to_the_bit(stage, optimizer, dtype):

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import training_checkpoint
+from support import needs_fp16
 from train_video import main
 from training_clips import write_dataset
 from training_runs import assert_same, metrics, runs_of, train, weights, write_config
@@ -87,6 +88,7 @@ def test_losses_that_are_not_finite_stop_a_run_and_leave_the_weights(tmp_path, t
     assert_same({k: v.nan_to_num() for k, v in weights(run).items()}, {k: v.nan_to_num() for k, v in first.items()})
 
 
+@needs_fp16
 def test_fp16_losses_that_are_not_finite_stop_a_run_too(tmp_path, tiny, clips, caplog):
     """DeepSpeed would give up by itself when the loss scale is at its minimum."""
     optimizer = {"optimizer": {"params": {"lr": 1e38}}, "fp16": {"enabled": True, "initial_scale_power": 1}}

@@ -14,6 +14,7 @@ import train_video
 from conftest import TinyModels
 from diffusion_video import DTYPES
 from network_weights import NETWORK_PREFIX, checkpoint_file, is_adapter, network_weights
+from support import FP16_PROCESSOR, needs_fp16
 from training_clips import write_dataset
 from training_runs import (
     LORA,
@@ -337,13 +338,7 @@ def test_a_run_goes_on_with_other_processes_and_stages(tmp_path, tiny, clips, on
     assert_same(weights(run), weights(one_process), 1e-5)
 
 
-FP16_PROCESSOR = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # what DeepSpeed asks on a CPU
-
-
-@pytest.mark.parametrize(
-    "precision",
-    [pytest.param("fp16", marks=pytest.mark.skipif(not FP16_PROCESSOR, reason="no fp16 on this processor")), "bf16"],
-)
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=needs_fp16), "bf16"])
 def test_fp16_bf16_and_offload_train(tmp_path, tiny, clips, precision):
     sections = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, precision: {"enabled": True}}
     run = train(write_config(tmp_path / "config.yaml", tiny, "5b", clips, deepspeed=sections))

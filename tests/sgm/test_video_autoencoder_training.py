@@ -114,9 +114,9 @@ def test_unfit_clips_are_refused_in_training(shape, message):
 
 
 def test_context_parallelism_needs_its_processes():
-    engine = build(context_parallel_size=2, optimizer_config=SGD)  # the trainer may start them
     with pytest.raises(UserError, match="over 2 processes: the number of processes, 1, is no multiple"):
-        fit(engine, batches(1), steps=1)
+        # Built before there are processes, which the trainer may start.
+        fit(build(context_parallel_size=2, optimizer_config=SGD), batches(1), steps=1)
 
 
 # ---------------------------------------------------------------- afterwards
