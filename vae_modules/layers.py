@@ -56,7 +56,6 @@ class GroupNorm(nn.GroupNorm):
 
     def coefficients(self, x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The scale and shift, each (batch, channel, 1, 1, 1), that normalize `x`: x * scale + shift."""
-        # The first and second moment of each group; float64.
         sums = channel_sums(x).unflatten(2, (self.num_groups, -1)).sum(3)
         count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // self.num_groups].numel())
         total, square, count = chunk.total(torch.cat([sums, count]), self.gather_norm)

@@ -14,10 +14,8 @@ from sgm.modules.autoencoding.clip import Chunk, RepeatableChunk
 
 
 def run_layer(layer: nn.Module, x: Tensor, chunk: Chunk, *condition: Tensor, recompute: bool) -> Tensor:
-    """layer(x, chunk, *condition). With `recompute` only these arguments are kept for the backward pass.
-
-    So are the frames before `x` that a convolution gets from another chunk or rank, and the sums over ranks of a norm:
-    to recompute takes no communication.
+    """layer(x, chunk, *condition). With `recompute`, all that is kept for the backward pass are these arguments, the
+    frames that convolutions got from another chunk or rank, and the sums of norms: to recompute takes no communication.
     """
     if not (recompute and torch.is_grad_enabled()):
         return layer(x, chunk, *condition)

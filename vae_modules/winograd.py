@@ -17,15 +17,16 @@ from torch.autograd.function import once_differentiable
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `causal_conv3d` applies to this input and is worth it."""
-    return (
+    applies = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.shape[2:] == (3, 3, 3)
-        and min(weight.shape[:2]) >= 16  # else the additions outweigh the products that are saved, likewise for
-        and (weight.numel() < 2**20 or x[0, 0, 0].numel() * len(x) >= 256)  # tiny images and kernels beyond the cache
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+    # It adds frames to save products with channels, and makes six kernels of three, which below this cost more.
+    cached, pixels = weight.numel() < 2**20, len(x) * x.shape[3] * x.shape[4]
+    return applies and min(weight.shape[:2]) >= 16 and (cached or pixels >= 256)
 
 
 def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -79,13 +80,13 @@ def _division(time: int, repeated: bool) -> Iterator[tuple[Filtering, list[int]]
 
 def _combination(coefficients: Sequence[float], frames: Sequence[Tensor]) -> Tensor:
     """Their weighted sum: a new tensor, or the only frame that counts."""
-    terms = [(c, frame) for c, frame in zip(coefficients, frames, strict=True) if c]
-    (c, total), *rest = terms
-    if c != 1:
+    (c, total), *rest = [(c, frame) for c, frame in zip(coefficients, frames, strict=True) if c]
+    fresh = c != 1
+    if fresh:
         total = total * c
-    for index, (c, frame) in enumerate(rest):
-        fresh = index or terms[0][0] != 1
+    for c, frame in rest:
         total = total.add_(frame, alpha=c) if fresh else torch.add(total, frame, alpha=c)
+        fresh = True
     return total
 
 

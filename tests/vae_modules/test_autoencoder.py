@@ -76,7 +76,7 @@ def test_full_size_is_that_of_the_released_weights():
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_encoder_reference(recorded, gradient):
-    """With gradients wanted the layers take their plain, differentiable form, without them the fast one."""
+    """Where no gradient is wanted, some layers overwrite their temporaries."""
     reference, vae, name = recorded
     for frames in reference.case["frames"]:
         x = seeded_input(f"{name}.video{frames}", (1, 3, frames, *reference.case["video_hw"]), reference.case["seed"])
