@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from config_files import iterate_targets
+from diffusers_names import TABLES, assemble, from_diffusers, is_diffusers_network
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str, instantiate_from_config
-from sgm.weights import assign_weights, module_weights, read_state_dict
+from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, assign_weights, module_weights, read_state_dict, safetensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ NETWORK_PREFIX = "model.diffusion_model."
 # What else a checkpoint of the whole engine may hold; these parts have files of their own.
 OTHER_PARTS = ("first_stage_model.", "conditioner.", "denoiser.", "loss_fn.", "sampler.")
 ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
+# In a diffusers folder: what of `TABLES` would come out otherwise when it is computed anew.
+EXTRA_TABLES = "sat_tables.safetensors"
 
 
 # Building
@@ -62,7 +65,7 @@ def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Pat
     """The file with the weights of a model-parallel `rank` of `size`, and whether it holds only that rank's share.
 
     `path` is a weight file, a folder with a file `latest` beside the iteration folders, an iteration folder with
-    `mp_rank_XX_model_states.pt`, or a folder of safetensors.
+    `mp_rank_XX_model_states.pt`, a folder of safetensors, or one with a pipeline of diffusers.
 
     Raises:
         UserError: nothing of that kind is there.
@@ -73,7 +76,7 @@ def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Pat
     if not path.is_dir():
         raise UserError(f"load: there is no checkpoint at {path}")
     latest = path / "latest"
-    folder = path
+    folder = path / "transformer" if (path / PIPELINE_FILE).is_file() else path
     if latest.is_file():
         folder = path / latest.read_text().strip()
         if not folder.is_dir():
@@ -86,7 +89,7 @@ def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Pat
             raise UserError(f"load: {folder} is split over {len(shares)} model-parallel ranks, this run has {size}")
         return shares[rank], size > 1
     if list(folder.glob("*.safetensors*")):
-        return folder, False
+        return safetensors_in(folder), False
     raise UserError(
         f"load: {path} holds no checkpoint; expected a file 'latest' beside iteration folders, "
         "mp_rank_00_model_states.pt, or safetensors"
@@ -94,8 +97,16 @@ def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Pat
 
 
 def network_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of the network in the file `path`, named as in its state dict."""
+    """Weights of the network in the file `path`, named as in its state dict.
+
+    Those of diffusers lack `TABLES`, unless a file `EXTRA_TABLES` beside them holds some.
+    """
     weights = module_weights(read_state_dict(path), what=str(path))
+    if is_diffusers_network(weights):
+        weights = {name: assemble(pieces, weights) for name, pieces in from_diffusers(weights).items()}
+        if (beside := path.parent / EXTRA_TABLES).is_file():
+            weights |= read_state_dict(beside)
+        return weights
     if any(name.startswith(NETWORK_PREFIX) for name in weights):
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OTHER_PARTS)}
     return {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in weights.items()}
@@ -135,7 +146,7 @@ def load_network(
     weights, sources = {}, []
     if load:
         file, is_share = checkpoint_file(load, rank, size)
-        weights |= network_weights(file)
+        weights |= own_tables(network) | network_weights(file) if is_diffusers_file(file) else network_weights(file)
         sources.append(str(file))
         if size > 1 and not is_share:
             weights = shares_of_rank(network, weights, rank, size)
@@ -170,6 +181,19 @@ def load_network(
     if missing:
         initialise_missing(network, device)
         network.to(device)  # tables that were never on the meta device
+
+
+def is_diffusers_file(file: Path) -> bool:
+    """Whether the network's weights in `file` are those of diffusers; a checkpoint of ours is no safetensors file with
+    such a name."""
+    return file.name in DIFFUSERS_FILES
+
+
+def own_tables(network: nn.Module) -> dict[str, Tensor]:
+    """The tables of positions as the network makes them, zeros for what it does not use."""
+    state = network.state_dict()
+    tables = {name: state[name] for name in TABLES if name in state}
+    return {name: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t for name, t in tables.items()}
 
 
 def is_adapter(name: str) -> bool:

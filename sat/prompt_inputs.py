@@ -3,7 +3,8 @@
 import difflib
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,49 @@ def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[P
     return requests
 
 
+def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> str:
+    """The content of a prompt file with other texts, all else as it is; to be written to a file in `folder`.
+
+    Args:
+        texts: one for each request that `read_prompts` returns, None to keep the prompt.
+    """
+    is_json = path.suffix.lower() == ".jsonl"
+    pieces, remaining = re.split(r"(\r\n|\r|\n)", _read_text(path)), iter(texts)
+    for i, line in enumerate(pieces):
+        if not line.strip():
+            continue
+        request = (_parse_json if is_json else _parse_text)(line.strip(), 0, path.parent, str(path))
+        if not request.text.strip():
+            continue
+        text = next(remaining)
+        name = _image_name(line, is_json)
+        # An image that was found beside the prompt file would not be found beside another.
+        moves = name is not None and folder.resolve() != path.parent.resolve() and request.image != Path(name)
+        if text is None and not moves:
+            continue
+        text, name = text or request.text, str(request.image.resolve()) if moves else name
+        if is_json:
+            record = {**json.loads(line), "prompt": text, **({} if name is None else {"image": name})}
+            pieces[i] = json.dumps(record, ensure_ascii=line.isascii())
+        else:
+            pieces[i] = text if name is None else f"{text}{IMAGE_SEPARATOR}{name}"
+    return "".join(pieces)
+
+
+def _image_name(line: str, is_json: bool) -> str | None:
+    if is_json:
+        return json.loads(line).get("image")
+    _, separator, name = line.rpartition(IMAGE_SEPARATOR)
+    return name.strip() if separator else None
+
+
 def _read_lines(path: Path) -> list[str]:
+    # Not str.splitlines, which also breaks at characters such as U+2028 that may stand inside a prompt.
+    lines = re.split(r"\r\n|\r|\n", _read_text(path))
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -89,9 +132,7 @@ def _read_lines(path: Path) -> list[str]:
         raise UserError(f"prompt file {path} is not UTF-8 text (line {line}): save it as UTF-8") from error
     if "\0" in text:  # what UTF-16 without a byte order mark decodes to
         raise UserError(f"prompt file {path} is not UTF-8 text, it holds NUL characters: save it as UTF-8")
-    # Not str.splitlines, which also breaks at characters such as U+2028 that may stand inside a prompt.
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
+    return text
 
 
 def _parse_text(line: str, index: int, folder: Path, where: str) -> PromptRequest:

@@ -6,8 +6,8 @@ later, once all have planned and therefore before any has written.
 
 import logging
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arguments import SamplingArguments
@@ -15,6 +15,7 @@ from config_files import check_paths
 from model_limits import ModelLimits, check_sharing
 from output_paths import check_folder, decide_existing, output_path
 from prompt_inputs import PromptRequest, read_prompts, request_seed
+from prompt_refinement import Endpoint, Prompt, refine
 from sgm.errors import UserError
 from sgm.seeds import derive_seed
 
@@ -66,6 +67,8 @@ def check_combinations(args: SamplingArguments) -> None:
         raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("prompts are typed into one process: start it without torchrun, or give an input_file")
+    if args.refine_prompts:
+        Endpoint.from_environment()  # raises before minutes go into anything else
 
 
 def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> list[PlannedVideo]:
@@ -92,3 +95,21 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
             )
             videos.append(video)
     return videos
+
+
+def refine_videos(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:
+    """The same videos of prompts that a language model has written out, where it could; each is written where it would
+    have been, so that running again finds it, and keeps its seed.
+
+    Raises:
+        UserError: the model cannot be asked at all.
+    """
+    requests = {video.request.index: video.request for video in videos}
+    logger.info("refining %d prompts", len(requests))
+    prompts = [Prompt(request.text, request.image) for request in requests.values()]
+    texts = dict(zip(requests, refine(prompts, Endpoint.from_environment()), strict=True))
+    for index, text in texts.items():
+        if text is not None:
+            logger.info("prompt %d is now: %s", index + 1, text)
+            requests[index] = replace(requests[index], text=text)
+    return [replace(video, request=requests[video.request.index]) for video in videos]

@@ -22,7 +22,7 @@ from model_limits import SPACE_FACTOR
 from network_weights import checkpoint_file
 from process_groups import destroy_process_groups, initialize_process_groups
 from prompt_inputs import PromptRequest, typed_prompts
-from sampling_plan import PlannedVideo, plan_videos
+from sampling_plan import PlannedVideo, plan_videos, refine_videos
 from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError
 from video_output import VideoWriter, save_latents
@@ -83,6 +83,8 @@ def run(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
     """
     initialize_process_groups(args.model_parallel_size)
     try:
+        if args.refine_prompts and videos:
+            videos = refine_once(videos)
         failed = sample_all(args, videos)
         return 1 if total_over_processes(failed) else 0
     except Exception:
@@ -93,6 +95,20 @@ def run(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
         raise
     finally:
         destroy_process_groups()
+
+
+def refine_once(videos: list[PlannedVideo]) -> list[PlannedVideo]:
+    """`refine_videos` by the first process, for all: the answers would differ."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [refine_videos(videos)]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
@@ -118,7 +134,9 @@ def sample_typed(stages: Stages, request: PromptRequest, args: SamplingArguments
     """Make the videos of one typed prompt; the number of them that failed."""
     try:
         videos = plan_videos([request], args)
-    except UserError as error:  # an output exists; the next prompt may do
+        if args.refine_prompts:
+            videos = refine_videos(videos)
+    except UserError as error:  # an output exists, say; the next prompt may do
         logger.error("%s", error)
         return args.batch_size
     return sample_videos(stages, videos, args, keep_conditioner=True)

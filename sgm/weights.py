@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sgm.diffusers_vae_names import from_diffusers, is_diffusers_vae
 from sgm.errors import UserError
 
 INDEX_SUFFIX = ".safetensors.index.json"
+PIPELINE_FILE = "model_index.json"  # in the folder of a pipeline of diffusers, beside a folder for each part
+DIFFUSERS_FILES = ("diffusion_pytorch_model" + INDEX_SUFFIX, "diffusion_pytorch_model.safetensors")
 
 
 # ---------------------------------------------------------------- files
@@ -27,6 +30,8 @@ def read_state_dict(path: str | Path) -> Any:
     `path` is one of
       * a `.safetensors` file, or an index `*.safetensors.index.json` of several (or the folder that holds either):
         returns a dict of tensors;
+      * a folder with a pipeline of diffusers, or with its autoencoder: returns the autoencoder's tensors, by the names
+        that they have here;
       * any other file: a `torch.save` pickle, read with `weights_only`, so that nothing in it is executed. Returns
         the object that was saved; `module_weights` picks the weights out of it.
 
@@ -37,7 +42,11 @@ def read_state_dict(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.is_dir():
-        path = _only_safetensors_in(path)
+        path = path / "vae" if (path / PIPELINE_FILE).is_file() else path
+        weights = read_state_dict(safetensors_in(path))
+        if not is_diffusers_vae(weights):
+            return weights
+        return {ours: weights[theirs] for ours, theirs in from_diffusers(weights).items()}
     if not path.exists():
         raise UserError(f"there is no weight file {path}")
     if path.name.endswith(INDEX_SUFFIX):
@@ -68,8 +77,14 @@ def module_weights(content: Any, *, what: str) -> dict[str, Tensor]:
     raise UserError(f"{what} holds no weights: it is a {type(content).__name__}, not a mapping of names to tensors")
 
 
-def _only_safetensors_in(folder: Path) -> Path:
+def safetensors_in(folder: Path) -> Path:
+    """The one safetensors file or index in a folder; where diffusers wrote one, there may be others beside it.
+
+    Raises:
+        UserError: there is none, or it is not clear which.
+    """
     candidates = sorted(folder.glob("*" + INDEX_SUFFIX)) or sorted(folder.glob("*.safetensors"))
+    candidates = [path for path in candidates if path.name in DIFFUSERS_FILES] or candidates
     if len(candidates) != 1:
         raise UserError(
             f"{folder} holds {len(candidates)} safetensors indices or files, expected one: name the file instead"
@@ -104,8 +119,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
 
 
+class _Bookkeeping:
+    """Stands for objects of DeepSpeed beside the weights, whose own classes are not imported."""
+
+
 def _harmless_classes() -> list:
-    """Classes beside tensors and plain values that DeepSpeed and SAT checkpoints hold: arguments and RNG states."""
+    """Classes beside tensors and plain values that DeepSpeed and SAT checkpoints hold: arguments and RNG states, and
+    beside the optimizer's pieces of weights the ZeRO stage, loss scales and places in those pieces."""
     from _codecs import encode
 
     from numpy._core.multiarray import _reconstruct
@@ -113,7 +133,11 @@ def _harmless_classes() -> list:
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     # Older NumPy versions pickled the same function under the second name.
     reconstruct = [_reconstruct, (_reconstruct, "numpy.core.multiarray._reconstruct")]
-    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *reconstruct, encode]
+    deepspeed = [(int, "deepspeed.runtime.zero.config.ZeroStageEnum")]
+    bookkeeping = ("utils.tensor_fragment.fragment_address",)
+    bookkeeping += tuple(f"runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler"))
+    deepspeed += [(_Bookkeeping, f"deepspeed.{name}") for name in bookkeeping]
+    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *reconstruct, encode, *deepspeed]
 
 
 def _read_pickle(path: Path) -> Any:

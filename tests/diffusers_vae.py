@@ -1,25 +1,13 @@
 """The video autoencoder of diffusers with the weights of ours, as an independent implementation to compare with."""
 
-import re
-
 from torch import nn
 
-# our name -> diffusers' name; the decoder's levels are numbered from the other end
-RENAMES = [
-    (r"down\.(\d)\.block", r"down_blocks.\1.resnets"),
-    (r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0"),
-    (r"up\.(\d)\.block", lambda m: f"up_blocks.{3 - int(m[1])}.resnets"),
-    (r"up\.(\d)\.upsample", lambda m: f"up_blocks.{3 - int(m[1])}.upsamplers.0"),
-    (r"mid\.block_1", "mid_block.resnets.0"),
-    (r"mid\.block_2", "mid_block.resnets.1"),
-    (r"nin_shortcut", "conv_shortcut"),
-]
+from sgm import diffusers_vae_names
 
 
 def diffusers_name(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """Ours or diffusers' name of a tensor as diffusers'."""
+    return diffusers_vae_names.diffusers_name(name, levels=4)
 
 
 def as_diffusers(vae: nn.Module, ch: int, num_res_blocks: int, z_channels: int) -> nn.Module:

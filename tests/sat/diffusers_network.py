@@ -1,53 +1,17 @@
 """The same network in Hugging Face diffusers, an independent implementation, with our weights mapped across."""
 
-import re
-
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-RENAMED = [
-    (r"^mixins\.patch_embed\.(text_)?proj\.", r"patch_embed.\1proj."),
-    (r"^mixins\.pos_embed\.pos_embedding$", "patch_embed.pos_embedding"),
-    (r"^(time|ofs)_embed\.0\.", r"\1_embedding.linear_1."),
-    (r"^(time|ofs)_embed\.2\.", r"\1_embedding.linear_2."),
-    (r"^transformer\.layers\.(\d+)\.input_layernorm\.", r"transformer_blocks.\1.norm1.norm."),
-    (r"^transformer\.layers\.(\d+)\.post_attention_layernorm\.", r"transformer_blocks.\1.norm2.norm."),
-    (r"^transformer\.layers\.(\d+)\.attention\.dense\.", r"transformer_blocks.\1.attn1.to_out.0."),
-    (r"^transformer\.layers\.(\d+)\.mlp\.dense_h_to_4h\.", r"transformer_blocks.\1.ff.net.0.proj."),
-    (r"^transformer\.layers\.(\d+)\.mlp\.dense_4h_to_h\.", r"transformer_blocks.\1.ff.net.2."),
-    (r"^mixins\.adaln_layer\.query_layernorm_list\.(\d+)\.", r"transformer_blocks.\1.attn1.norm_q."),
-    (r"^mixins\.adaln_layer\.key_layernorm_list\.(\d+)\.", r"transformer_blocks.\1.attn1.norm_k."),
-    (r"^transformer\.final_layernorm\.", "norm_final."),
-    (r"^mixins\.final_layer\.norm_final\.", "norm_out.norm."),
-    (r"^mixins\.final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
-    (r"^mixins\.final_layer\.linear\.", "proj_out."),
-]
-UNUSED = r"transformer\.position_embeddings|mixins\.pos_embed\.freqs_"
+from diffusers_names import POSITION_TABLE, assemble, to_diffusers
 
 
 def map_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of our DiffusionTransformer under the names of diffusers; every key is accounted for."""
-    mapped = {}
-    for name, tensor in weights.items():
-        if re.match(UNUSED, name):
-            continue
-        if match := re.match(r"transformer\.layers\.(\d+)\.attention\.query_key_value\.(weight|bias)", name):
-            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
-                mapped[f"transformer_blocks.{match[1]}.attn1.to_{part}.{match[2]}"] = chunk
-        elif match := re.match(r"mixins\.adaln_layer\.adaLN_modulations\.(\d+)\.1\.(weight|bias)", name):
-            chunks = tensor.chunk(12)  # vision then text; of each: shift, scale, gate of attention, then of the MLP
-            for norm, start in (("norm1", 0), ("norm2", 3)):
-                parts = chunks[start : start + 3] + chunks[start + 6 : start + 9]
-                mapped[f"transformer_blocks.{match[1]}.{norm}.linear.{match[2]}"] = torch.cat(parts)
-        else:
-            for pattern, replacement in RENAMED:
-                new_name, found = re.subn(pattern, replacement, name)
-                if found:
-                    mapped[new_name] = tensor
-                    break
-            else:
-                raise KeyError(name)
+    """Tensors of our DiffusionTransformer, weights or gradients, under the names of diffusers."""
+    mapped = {name: assemble(pieces, weights) for name, pieces in to_diffusers(weights).items()}
+    if POSITION_TABLE in weights:  # among gradients there is nothing that tells whether it is learnt
+        mapped["patch_embed.pos_embedding"] = weights[POSITION_TABLE]
     return mapped
 
 
@@ -58,8 +22,7 @@ def diffusers_network(network: torch.nn.Module, params: dict) -> CogVideoXTransf
     weights = map_weights(network.state_dict())
     if not twin.config.use_rotary_positional_embeddings:
         weights.pop("patch_embed.pos_embedding")  # diffusers computes its own
-    missing, unexpected = twin.load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= {"patch_embed.pos_embedding"}, (missing, unexpected)
+    twin.load_state_dict(weights)
     return twin
 
 

@@ -1,0 +1,185 @@
+"""What the tensors of the network are called here and in diffusers' CogVideoXTransformer3DModel, in both directions.
+
+Most have one counterpart under another name. Two kinds are cut differently:
+
+    transformer.layers.N.attention.query_key_value   ↔  transformer_blocks.N.attn1.to_q, to_k, to_v
+    mixins.adaln_layer.adaLN_modulations.N.1         ↔  transformer_blocks.N.norm1.linear, norm2.linear
+
+Of the twelve chunks of a modulation (vision, then text; of each: shift, scale, gate of the attention, then of the MLP)
+diffusers keeps those of the attention, vision and text, in `norm1`, those of the MLP in `norm2`.
+
+What a tensor is made of is a list of `Piece`s, rows of tensors of the other side that follow each other. Tables of
+positions that follow from the sizes of the model have no counterpart; see `TABLES`. The autoencoder's names are in
+`sgm.diffusers_vae_names`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgm.errors import UserError
+
+FREQUENCIES = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
+POSITION_TABLE = "mixins.pos_embed.pos_embedding"  # learnt where there are frequencies, else computed
+UNUSED_TABLE = "transformer.position_embeddings.weight"  # SwissArmyTransformer's own, which rotary models do not use
+TABLES = (UNUSED_TABLE, *FREQUENCIES, POSITION_TABLE)
+
+# Ours and theirs, without `.weight` and `.bias`.
+_OUTSIDE_LAYERS = {
+    "mixins.patch_embed.proj": "patch_embed.proj",
+    "mixins.patch_embed.text_proj": "patch_embed.text_proj",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "ofs_embed.0": "ofs_embedding.linear_1",
+    "ofs_embed.2": "ofs_embedding.linear_2",
+    "transformer.final_layernorm": "norm_final",
+    "mixins.final_layer.norm_final": "norm_out.norm",
+    "mixins.final_layer.adaLN_modulation.1": "norm_out.linear",
+    "mixins.final_layer.linear": "proj_out",
+}
+_IN_LAYERS = {
+    "transformer.layers.{}.input_layernorm": "transformer_blocks.{}.norm1.norm",
+    "transformer.layers.{}.post_attention_layernorm": "transformer_blocks.{}.norm2.norm",
+    "transformer.layers.{}.attention.dense": "transformer_blocks.{}.attn1.to_out.0",
+    "transformer.layers.{}.mlp.dense_h_to_4h": "transformer_blocks.{}.ff.net.0.proj",
+    "transformer.layers.{}.mlp.dense_4h_to_h": "transformer_blocks.{}.ff.net.2",
+    "mixins.adaln_layer.query_layernorm_list.{}": "transformer_blocks.{}.attn1.norm_q",
+    "mixins.adaln_layer.key_layernorm_list.{}": "transformer_blocks.{}.attn1.norm_k",
+}
+_QKV, _TO_QKV = (
+    "transformer.layers.{}.attention.query_key_value",
+    [f"transformer_blocks.{{}}.attn1.to_{x}" for x in "qkv"],
+)
+_MODULATION, _NORMS = (
+    "mixins.adaln_layer.adaLN_modulations.{}.1",
+    [f"transformer_blocks.{{}}.norm{i}.linear" for i in (1, 2)],
+)
+_NAME = re.compile(r"(.+)\.(weight|bias)")
+_LAYER = re.compile(r"(?:transformer\.layers|_list|adaLN_modulations|transformer_blocks)\.(\d+)(?=\.|$)")
+
+
+class Piece(NamedTuple):
+    """The `index`-th of the `count` equal parts that the rows of the tensor `name` make."""
+
+    name: str
+    index: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return self.name if self.count == 1 else f"{self.name} [{self.index + 1}/{self.count}]"
+
+
+Pieces = tuple[Piece, ...]
+
+
+def is_diffusers_network(names: Iterable[str]) -> bool:
+    return any(name.startswith("transformer_blocks.") for name in names)
+
+
+def to_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
+    """What each tensor of diffusers' network is made of, `names` being all of ours, `TABLES` included.
+
+    Raises:
+        UserError: a name is none of a CogVideoX network's.
+    """
+    names = list(names)
+    learnt = any(name in FREQUENCIES for name in names)
+    pieces: dict[str, Pieces] = {}
+    for name in names:
+        if name in TABLES:
+            if name == POSITION_TABLE and learnt:
+                pieces["patch_embed.pos_embedding"] = (Piece(name),)
+            continue
+        pattern, layer, end = _split(name)
+        if pattern == _QKV:
+            for i, part in enumerate(_TO_QKV):
+                pieces[part.format(layer) + end] = (Piece(name, i, 3),)
+        elif pattern == _MODULATION:
+            for norm, start in zip(_NORMS, (0, 3), strict=True):
+                chunks = (*range(start, start + 3), *range(start + 6, start + 9))
+                pieces[norm.format(layer) + end] = tuple(Piece(name, i, 12) for i in chunks)
+        elif pattern in _IN_LAYERS:
+            pieces[_IN_LAYERS[pattern].format(layer) + end] = (Piece(name),)
+        elif pattern in _OUTSIDE_LAYERS:
+            pieces[_OUTSIDE_LAYERS[pattern] + end] = (Piece(name),)
+        else:
+            raise UserError(f"'{name}' is no tensor of a CogVideoX network")
+    return pieces
+
+
+def from_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
+    """What each tensor of our network is made of, except computed `TABLES`, `names` being all of diffusers'.
+
+    Raises:
+        UserError: a name is none of a CogVideoX network's, or a part of a tensor is missing.
+    """
+    names = list(names)
+    there = set(names)
+    outside = {theirs: ours for ours, theirs in _OUTSIDE_LAYERS.items()}
+    inside = {theirs: ours for ours, theirs in _IN_LAYERS.items()}
+    pieces: dict[str, Pieces] = {}
+    for name in names:
+        if name == "patch_embed.pos_embedding":
+            pieces[POSITION_TABLE] = (Piece(name),)
+            continue
+        pattern, layer, end = _split(name)
+        if pattern in _TO_QKV:
+            parts = [part.format(layer) + end for part in _TO_QKV]
+            pieces[_QKV.format(layer) + end] = tuple(Piece(part) for part in parts)
+        elif pattern in _NORMS:
+            parts = [norm.format(layer) + end for norm in _NORMS]
+            chunks = [Piece(part, i, 6) for half in (range(3), range(3, 6)) for part in parts for i in half]
+            pieces[_MODULATION.format(layer) + end] = tuple(chunks)
+        elif pattern in inside:
+            pieces[inside[pattern].format(layer) + end] = (Piece(name),)
+            continue
+        elif pattern in outside:
+            pieces[outside[pattern] + end] = (Piece(name),)
+            continue
+        else:
+            raise UserError(f"'{name}' is no tensor of a CogVideoX network of diffusers")
+        if missing := [part for part in parts if part not in there]:
+            raise UserError(f"'{missing[0]}' is missing, though '{name}' is there")
+    return pieces
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """The name with `{}` for the number of the layer, that number, and `.weight` or `.bias`."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return name, "", ""
+    stem, end = match.groups()
+    layer = _LAYER.search(stem)
+    if layer is None:
+        return stem, "", f".{end}"
+    return f"{stem[: layer.start(1)]}{{}}{stem[layer.end(1) :]}", layer[1], f".{end}"
+
+
+def assemble(pieces: Pieces, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that `pieces` of `tensors` make; a view where it is one piece."""
+    parts: dict[str, Tensor] = {}  # each is read once
+    for name in dict.fromkeys(piece.name for piece in pieces):
+        parts[name] = tensors[name]
+    rows = [parts[name].chunk(count)[index] if count > 1 else parts[name] for name, index, count in pieces]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def check_divisible(pieces: Mapping[str, Pieces], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises UserError unless all tensors can be cut and put together as `pieces` say."""
+    for target, parts in pieces.items():
+        for name, _, count in parts:
+            if count > 1 and (not shapes[name] or shapes[name][0] % count):
+                raise UserError(
+                    f"{where}: {name} is {list(shapes[name])}, which does not divide into {count} for {target}"
+                )
+        if len({shapes[name][1:] for name, _, _ in parts}) > 1:
+            raise UserError(f"{where}: {', '.join(map(str, parts))} do not fit together as {target}")
+
+
+def assembled_shape(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    if len(pieces) == 1 and pieces[0].count == 1:
+        return shapes[pieces[0].name]
+    return sum(shapes[name][0] // count for name, _, count in pieces), *shapes[pieces[0].name][1:]

@@ -1,0 +1,95 @@
+"""What the tensors of a LoRA adapter are called in SwissArmyTransformer's checkpoints and in diffusers' files.
+
+Nothing here imports PyTorch. One projection of one layer has two matrices, A (rank, in) and B (out, rank):
+
+    transformer.layers.7.attention.query_key_value.matrix_A.1    ↔    transformer.transformer_blocks.7.attn1.to_k.lora_A.weight
+    transformer.layers.7.attention.dense.matrix_B.0              ↔    transformer.transformer_blocks.7.attn1.to_out.0.lora_B.weight
+"""  # noqa: E501
+
+import re
+from typing import NamedTuple
+
+# By its name in diffusers: where a projection is in SwissArmyTransformer's layer, as (module, number of its A and B).
+PROJECTIONS = {
+    "to_q": ("query_key_value", 0),
+    "to_k": ("query_key_value", 1),
+    "to_v": ("query_key_value", 2),
+    "to_out.0": ("dense", 0),
+}
+PARTS = {module: [p for p, (m, _) in PROJECTIONS.items() if m == module] for module in ("query_key_value", "dense")}
+
+_SAT = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)")
+# Files of diffusers' pipelines start with `transformer.`, those of its models with nothing, peft's own with
+# `base_model.model.`; an adapter may be named before `.weight`; `down` and `up` are what A and B were called before.
+_PREFIX = r"(?:(?:base_model\.model|transformer|diffusion_model|module)\.)*"
+_MODULE = re.compile(_PREFIX + r"transformer_blocks\.(\d+)\.attn1\.(to_q|to_k|to_v|to_out(?:\.0)?)")
+_MATRIX = re.compile(r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)(?:\.(?!weight$)\w+)?\.weight")
+_ALPHA = re.compile(r"(.+?)(?:\.lora_[AB])?\.alpha")
+
+
+class Projection(NamedTuple):
+    """A linear map that an adapter adds to; `name` is a key of `PROJECTIONS`."""
+
+    layer: int
+    name: str
+
+    @property
+    def part(self) -> int:
+        return PROJECTIONS[self.name][1]
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.name}"
+
+
+class Slot(NamedTuple):
+    """One matrix of an adapter, `A` or `B`."""
+
+    projection: Projection
+    matrix: str
+
+    @property
+    def sat_name(self) -> str:
+        layer, name = self.projection
+        module, number = PROJECTIONS[name]
+        return f"transformer.layers.{layer}.attention.{module}.matrix_{self.matrix}.{number}"
+
+    @property
+    def diffusers_name(self) -> str:
+        return f"transformer.{diffusers_module(self.projection)}.lora_{self.matrix}.weight"
+
+
+def diffusers_module(projection: Projection) -> str:
+    """The module of diffusers' transformer that is a projection."""
+    return f"transformer_blocks.{projection.layer}.attn1.{projection.name}"
+
+
+def parse_sat_name(name: str) -> Slot | None:
+    """The matrix that a tensor of a SwissArmyTransformer checkpoint is; None if it is none of those above."""
+    if not (match := _SAT.fullmatch(name)):
+        return None
+    layer, module, matrix, number = match.groups()
+    parts = PARTS[module]
+    return Slot(Projection(int(layer), parts[int(number)]), matrix) if int(number) < len(parts) else None
+
+
+def parse_diffusers_name(name: str) -> Slot | None:
+    """The matrix that a tensor of a diffusers or peft file is; None if SwissArmyTransformer's adapters have no such."""
+    if not (match := _MATRIX.fullmatch(name)) or not (projection := parse_diffusers_module(match[1])):
+        return None
+    return Slot(projection, "A" if match[2] in ("lora_A", "lora.down", "lora_down") else "B")
+
+
+def parse_alpha_name(name: str) -> Projection | None:
+    """The projection that a tensor of a diffusers or peft file holds the alpha of; None if it is none."""
+    match = _ALPHA.fullmatch(name)
+    return parse_diffusers_module(match[1]) if match else None
+
+
+def parse_diffusers_module(name: str) -> Projection | None:
+    match = _MODULE.fullmatch(name)
+    return Projection(int(match[1]), "to_out.0" if match[2] == "to_out" else match[2]) if match else None
+
+
+def base_weight(layer: int, module: str) -> str:
+    """The weight that the projections of `module`, a key of `PARTS`, are rows of, in that order."""
+    return f"transformer.layers.{layer}.attention.{module}.weight"

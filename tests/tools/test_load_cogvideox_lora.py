@@ -1,0 +1,131 @@
+"""diffusers samples with an exported LoRA: text- and image-to-video, at the strength of the file and at others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lora_adapters import error_of, save
+from pipelines import convert
+from tools.export_sat_lora_weight import FILE
+from tools.export_sat_lora_weight import main as export
+from tools.load_cogvideox_lora import main
+from videos import read_video
+
+WIDTH, LAYERS, RANK = 256, 2, 4  # of the tiny models
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
+    """The pipelines `5b` and `1.5_i2v`, and an adapter that fits both, exported to `lora`."""
+    folder = tmp_path_factory.mktemp("load_lora")
+    for family in ("5b", "1.5_i2v"):
+        convert(tiny, family, folder / family)
+    generator, adapter = torch.Generator().manual_seed(0), {}
+    for layer in range(LAYERS):
+        for module, parts in (("query_key_value", 3), ("dense", 1)):
+            for part in range(parts):
+                name = f"transformer.layers.{layer}.attention.{module}.matrix"
+                adapter[f"{name}_A.{part}"] = torch.randn(RANK, WIDTH, generator=generator)
+                adapter[f"{name}_B.{part}"] = torch.randn(WIDTH, RANK, generator=generator)
+    save(adapter, folder / "sat", "1")
+    command = ["--sat_pt_path", folder / "sat", "--lora_save_directory", folder / "lora"]
+    assert export(list(map(str, command))) == 0
+    return folder
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "first.png")
+    return tmp_path / "first.png"
+
+
+def command(folder: Path, output: Path, *flags: str | Path, family: str = "5b", lora: str = "lora") -> list[str]:
+    given = (
+        "--model_path",
+        folder / family,
+        "--lora_path",
+        folder / lora,
+        "--prompt",
+        "a boat",
+        "--output_path",
+        output,
+    )
+    small = ("--size", "32", "48", "--num_frames", "9", "--num_inference_steps", "2", "--device", "cpu")
+    return list(map(str, (*given, *small, *flags)))
+
+
+def test_text_to_video_at_several_strengths(folder, tmp_path):
+    videos = {}
+    for scale in ("0", "0.5", "1"):
+        assert main(command(folder, tmp_path / f"{scale}.mp4", "--lora_scale", scale)) == 0
+        meta, videos[scale] = read_video(tmp_path / f"{scale}.mp4")
+    assert (meta["size"], meta["fps"], len(videos["1"])) == ((48, 32), 8, 9)
+    assert not torch.equal(torch.as_tensor(videos["0"]), torch.as_tensor(videos["1"]))
+    assert not torch.equal(torch.as_tensor(videos["0.5"]), torch.as_tensor(videos["1"]))
+    assert main(command(folder, tmp_path / "again.mp4", lora=f"lora/{FILE}")) == 0  # 1 is what nobody has to give
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
+    assert main(command(folder, tmp_path / "seed.mp4", "--seed", "1")) == 0
+    assert (tmp_path / "seed.mp4").read_bytes() != (tmp_path / "1.mp4").read_bytes()
+
+
+def test_image_to_video(folder, tmp_path, image):
+    flags = ("--image_path", image, "--negative_prompt", "blurred", "--no-dynamic_cfg")
+    assert main(command(folder, tmp_path / "out.mp4", *flags, family="1.5_i2v")) == 0
+    meta, frames = read_video(tmp_path / "out.mp4")
+    assert (meta["size"], meta["fps"], len(frames)) == ((48, 32), 16, 9)
+
+
+def test_a_dry_run_shows_what_goes_where(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert main(command(folder, tmp_path / "out.mp4", "--dry_run")) == 0
+    assert "transformer_blocks.1.attn1.to_k.lora_B.weight [256, 4] -> transformer_blocks.1.attn1.to_k" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes(folder, tmp_path, image, caplog, monkeypatch):
+    out = tmp_path / "new" / "out.mp4"
+
+    def message(*flags: str | Path, **what: str) -> str:
+        text = error_of(main, caplog, *command(folder, out, *flags, **what))
+        assert not out.parent.exists()
+        return text
+
+    assert "CogVideoXImageToVideoPipeline: give --image_path" in message(family="1.5_i2v")
+    assert "it takes no --image_path" in message("--image_path", image)
+    assert "there is no image" in message("--image_path", tmp_path / "no.png")
+    assert "must be multiples of 16" in message("--size", "30", "48")
+    assert "must be 4k+1" in message("--num_frames", "8")
+    assert "must be at least 1" in message("--num_inference_steps", "0")
+    assert "is no pipeline of diffusers" in message(family="lora")
+    assert "lora_path: there is no" in message(lora="nothing")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert "is a FluxPipeline; this tool takes" in message("--model_path", tmp_path / "other")
+    tensors = load_file(folder / "lora" / FILE)
+    deeper = {name.replace("blocks.1", "blocks.5"): tensor for name, tensor in tensors.items()}
+    save_file(deeper, tmp_path / "deeper.safetensors")
+    text = message("--lora_path", tmp_path / "deeper.safetensors")
+    assert "does not fit: layer 5 to_k has width 256; the network has 2 layers of 256" in text
+    (tmp_path / "cut.safetensors").write_bytes((folder / "lora" / FILE).read_bytes()[:-100])
+    assert "not a readable safetensors file" in message("--lora_path", tmp_path / "cut.safetensors")
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "5b", broken)
+    next((broken / "transformer").glob("*.safetensors")).write_bytes(b"no")
+    assert "diffusers cannot load" in message("--model_path", broken)
+    (tmp_path / "first.png").write_bytes(b"no")
+    assert "cannot read the image" in message("--image_path", image, family="1.5_i2v")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "nor could model_index.json be had from the hub" in message("--model_path", "someone/no-such-model")
+
+    existing = tmp_path / "mine.mp4"
+    existing.write_text("mine")
+    assert "exists: give --overwrite" in error_of(main, caplog, *command(folder, existing))
+    assert existing.read_text() == "mine"
+    monkeypatch.setattr("tools.load_cogvideox_lora.find_spec", lambda name: None)
+    assert "pip install diffusers peft" in message()

@@ -1,0 +1,124 @@
+"""Refines short prompts into the long descriptions that the models were trained on.
+
+  python tools/convert_demo.py --prompt "a fox in the snow"
+  python tools/convert_demo.py --prompt "it turns its head" --image_path fox.png
+  python tools/convert_demo.py --input_file configs/test.txt --output_file refined.txt
+
+Any endpoint that speaks OpenAI's protocol is asked: OPENAI_API_KEY is the key, OPENAI_BASE_URL the address (default:
+OpenAI's own), OPENAI_MODEL the model. With an image, which the model must be able to see, it describes what moves.
+A prompt file (.txt, with `prompt@@image` or not, or .jsonl) comes out as it was but for the prompts. A prompt that
+cannot be refined stays as it is, with a warning. `sat/sample_video.py --refine_prompts` does this on the way.
+
+Exit codes: 0 done, 2 a mistake stands in the way.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from prompt_inputs import read_prompts, replace_prompts  # noqa: E402
+from prompt_refinement import Endpoint, Prompt, refine  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
+from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+
+logger = logging.getLogger("convert_demo")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(convert, arguments, logger.name)
+
+
+def convert(arguments: Sequence[str] | None) -> None:
+    options = build_parser().parse_args(arguments)
+    check(options)
+    if options.input_file:
+        image_to_video = {None: None, "t2v": False, "i2v": True}[options.type]
+        requests = read_prompts(options.input_file, image_to_video)
+        prompts = [Prompt(request.text, request.image) for request in requests]
+    else:
+        prompts = [Prompt(options.prompt or "", options.image_path)]
+    endpoint = Endpoint.from_environment(
+        model=options.model, timeout=options.timeout, tries=options.retry_times + 1, workers=options.workers
+    )
+    if options.dry_run:
+        for prompt in prompts:
+            image = f" with {prompt.image}" if prompt.image else ""
+            logger.info("would ask %s to refine%s: %s", endpoint.model, image, prompt.text)
+        return
+    texts = refine_with_bar(prompts, endpoint)
+    if options.input_file:
+        write(options.output_file, replace_prompts(options.input_file, texts, options.output_file.parent))
+        logger.info("refined %d of %d prompts: %s", sum(map(bool, texts)), len(texts), options.output_file)
+    else:
+        sys.stdout.write(f"{texts[0] or prompts[0].text}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ToolParser(__doc__)
+    parser.add_argument("--prompt", help="one prompt; the refined one goes to standard output")
+    parser.add_argument("--image_path", type=Path, metavar="FILE", help="the first frame, for image-to-video")
+    parser.add_argument("--input_file", type=Path, metavar="FILE", help="prompts: .txt or .jsonl")
+    parser.add_argument("--output_file", type=Path, metavar="FILE", help="where the refined prompts of a file go")
+    parser.add_argument("--type", choices=("t2v", "i2v"), help="insist on prompts without or with images")
+    parser.add_argument("--model", help="model to ask (default: OPENAI_MODEL, else gpt-4o)")
+    parser.add_argument("--retry_times", type=int, default=3, help="further tries after a failure (default: 3)")
+    parser.add_argument("--timeout", type=positive, help="seconds to wait for an answer (default: 60)")
+    parser.add_argument("--workers", type=int, default=4, help="prompts sent at the same time, 1 to 16 (default: 4)")
+    parser.add_writing_arguments()
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError for arguments that do not go together."""
+    if options.input_file:
+        if options.prompt is not None or options.image_path:
+            raise UserError("--prompt and --image_path do not go with --input_file, whose lines have them")
+        if options.output_file is None:
+            raise UserError("--output_file is missing: name the file that the refined prompts go to")
+        if options.output_file.suffix.lower() != options.input_file.suffix.lower():
+            raise UserError(
+                f"--output_file {options.output_file}: it will be of the kind of {options.input_file}, so name it "
+                f"'…{options.input_file.suffix}'"
+            )
+        if options.output_file.exists() and not options.overwrite and not options.dry_run:
+            raise UserError(f"{options.output_file} exists: give --overwrite to replace it")
+    else:
+        if not (options.prompt or "").strip() and not options.image_path:
+            raise UserError("--prompt or --input_file is missing: name what to refine")
+        if options.output_file:
+            raise UserError("--output_file goes with --input_file; one prompt goes to standard output")
+        if options.image_path and not options.image_path.is_file():
+            raise UserError(f"there is no image {options.image_path}")
+        if options.type and (options.type == "i2v") != bool(options.image_path):
+            raise UserError(f"--type {options.type} {'needs' if options.type == 'i2v' else 'takes no'} --image_path")
+    if options.retry_times < 0 or not 1 <= options.workers <= 16:
+        raise UserError("--retry_times must be at least 0, --workers from 1 to 16")
+
+
+def refine_with_bar(prompts: Sequence[Prompt], endpoint: Endpoint) -> list[str | None]:
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with tqdm(total=len(prompts), desc="refining", unit="prompt", leave=False) as bar, logging_redirect_tqdm():
+        return refine(prompts, endpoint, done=bar.update)
+
+
+def write(path: Path, content: str) -> None:
+    """Raises UserError if the file cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content.encode())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

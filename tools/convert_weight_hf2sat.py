@@ -1,0 +1,167 @@
+"""Converts a CogVideoX pipeline of diffusers to SwissArmyTransformer checkpoints, with a configuration that loads them.
+
+  python tools/convert_weight_hf2sat.py --hf_path THUDM/CogVideoX-2b --output_path checkpoints/cogvideox_2b
+  bash inference.sh --base checkpoints/cogvideox_2b/model.yaml checkpoints/cogvideox_2b/inference.yaml
+
+`--hf_path` is a folder or the name of a repository on the Hugging Face hub, which is downloaded to the hub's cache
+first. Written are
+
+    transformer/latest, transformer/1/mp_rank_00_model_states.pt    the network
+    vae/3d-vae.pt                                                   the VAE
+    t5-v1_1-xxl/                                                    text encoder and tokenizer, copied
+    model.yaml, inference.yaml                                      configurations, with paths to these
+
+Nothing needs to be converted to be sampled: `load` and the VAE's `ckpt_path` in a configuration also take the folder of
+a pipeline. Exit codes: 0 the folder is written, 2 a mistake stands in the way, and nothing is written.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from sgm.errors import UserError  # noqa: E402
+from tools.tool_parser import ToolParser, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from pipeline_reading import Pipeline
+
+logger = logging.getLogger("convert_weight_hf2sat")
+
+T5_FOLDER = "t5-v1_1-xxl"
+DOWNLOADED = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(convert, arguments, logger.name)
+
+
+def build_parser() -> ToolParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add("--hf_path", required=True, metavar="PATH", help="a pipeline: its folder, or a repository on the hub")
+    add("--output_path", type=Path, required=True, metavar="FOLDER", help="what is written")
+    add("--revision", help="of the repository (default: its main branch)")
+    add("--cache_dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's cache)")
+    add("--text_encoder", action=argparse.BooleanOptionalAction, default=True, help="copy T5 and its tokenizer")
+    add("--fp16", action="store_true", help="write float16 (default: as it is stored)")
+    add("--bf16", action="store_true", help="write bfloat16")
+    parser.add_writing_arguments()
+    return parser
+
+
+def convert(arguments: Sequence[str] | None) -> None:
+    options = build_parser().parse_args(arguments)
+    if options.fp16 and options.bf16:
+        raise UserError("--fp16 and --bf16 are both given: choose one")
+    output = options.output_path
+    if output.exists() and not options.overwrite and not options.dry_run:
+        raise UserError(f"{output} exists: give --overwrite to replace it, or another name")
+    folder = pipeline_folder(options)
+    if output.exists() and folder.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"{output} is read from and cannot be written to: name another folder")
+
+    import torch
+
+    from model_sizes import title
+    from pipeline_reading import read_pipeline
+
+    dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None
+    pipeline = read_pipeline(folder, dtype, options.text_encoder)
+    logger.info("%s is %s", options.hf_path, title(pipeline.family))
+    if options.text_encoder and pipeline.text_files is None:
+        logger.info("%s has no text encoder; the configuration names that of the released model's file", folder)
+    if options.dry_run:
+        show(pipeline)
+    else:
+        write(pipeline, output)
+        logger.info("wrote %s", output)
+        logger.info("sample with: bash inference.sh --base %s %s", output / "model.yaml", output / "inference.yaml")
+
+
+def pipeline_folder(options: Any) -> Path:
+    """The folder that is named, or that of a repository on the hub once it is downloaded.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(options.hf_path).is_dir():
+        return Path(options.hf_path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", options.hf_path):
+        raise UserError(f"--hf_path: there is no folder {options.hf_path}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            options.hf_path, revision=options.revision, cache_dir=options.cache_dir, allow_patterns=DOWNLOADED
+        )
+    except Exception as error:  # every version has other classes for what is missing, private or out of reach
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"--hf_path: there is no folder {options.hf_path}, nor could it be had from the hub: {reason[:300]}"
+        ) from error
+    return Path(folder)
+
+
+def show(pipeline: "Pipeline") -> None:
+    from diffusers_names import Piece, assembled_shape
+
+    for pieces, shapes in (
+        (pipeline.network_pieces, pipeline.network_shapes),
+        ({ours: (Piece(theirs),) for ours, theirs in pipeline.vae_names.items()}, pipeline.vae_shapes),
+    ):
+        for name, parts in pieces.items():
+            logger.info("%s %s <- %s", name, list(assembled_shape(parts, shapes)), ", ".join(map(str, parts)))
+    for name, tensor in pipeline.tables.like.items():
+        logger.info("%s %s <- computed, or kept beside diffusers' files", name, list(tensor.shape))
+
+
+def write(pipeline: "Pipeline", output: Path) -> None:
+    from checkpoint_folders import FILE, ITERATION, new_folder, write_tensors
+    from config_files import load_configs
+    from config_writing import inference_config, model_config, write_yaml
+    from diffusers_folders import check_equal, copy_files
+    from model_sizes import sizes_of_config
+    from network_weights import NETWORK_PREFIX
+    from stored_weights import open_weights
+
+    family, files = pipeline.family, pipeline.text_files
+    final = output.resolve()
+    config = model_config(
+        family,
+        pipeline.sizes,
+        pipeline.autoencoder,
+        load=final / "transformer",
+        vae=final / "vae" / "3d-vae.pt",
+        text_encoder=final / T5_FOLDER if files else None,
+        **pipeline.precision,
+    )
+    needed = pipeline.network.nbytes + pipeline.vae.nbytes + 2**21
+    needed += sum(file.stat().st_size for group in files or () for file in group)
+    with new_folder(output, needed) as part:
+        (part / "transformer" / ITERATION).mkdir(parents=True)
+        network_file, vae_file = part / "transformer" / ITERATION / FILE, part / "vae" / "3d-vae.pt"
+        vae_file.parent.mkdir()
+        write_tensors(network_file, pipeline.network.like, pipeline.network.__getitem__)
+        write_tensors(vae_file, pipeline.vae.like, pipeline.vae.__getitem__, key="state_dict", prefix="")
+        written = open_weights(network_file).renamed(lambda name: name.removeprefix(NETWORK_PREFIX))
+        check_equal(written, pipeline.network, network_file)
+        check_equal(open_weights(vae_file), pipeline.vae, vae_file)
+        (part / "transformer" / "latest").write_text(ITERATION)
+        if files:
+            copy_files([*files[0], *files[1]], part / T5_FOLDER)
+        write_yaml(part / "model.yaml", config, family, "goes before inference.yaml, or sft.yaml")
+        write_yaml(part / "inference.yaml", inference_config(family), family, "goes after model.yaml")
+        described = sizes_of_config(load_configs([part / "model.yaml", part / "inference.yaml"]), family, "model.yaml")
+        if described != pipeline.sizes:
+            raise UserError(f"model.yaml would say {described} of a model that has {pipeline.sizes}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Converts a SwissArmyTransformer checkpoint and the weights of the VAE to a pipeline folder of diffusers.
+
+  python tools/convert_weight_sat2hf.py --transformer_ckpt_path checkpoints/cogvideox_5b/transformer \\
+      --vae_ckpt_path checkpoints/vae/3d-vae.pt --text_encoder_cache_dir checkpoints/t5-v1_1-xxl --output_path out
+  python tools/convert_weight_sat2hf.py --transformer_ckpt_path ckpts/RUN --vae_ckpt_path VAE --output_path out --bf16
+
+`--transformer_ckpt_path` is a run, one of its iterations (`1000`, `1000-ema`), a file, or a folder that DeepSpeed saved
+under ZeRO. An adapter in it, or given as `--lora_load`, is merged. The tensors tell which model it is: flags that say
+so are not needed, and checked if given. What tensors do not tell comes from the run's training_config.yaml or `--base`,
+and without these is as in the released model.
+
+`CogVideoXPipeline.from_pretrained(out)` (or `CogVideoXImageToVideoPipeline`) takes the result; the scheduler is that of
+the released pipeline. With one of the network and the VAE, only its folder is written. Exit codes: 0 the folder is
+written, 2 a mistake stands in the way, and nothing is written.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from sgm.errors import UserError  # noqa: E402
+from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from model_sizes import ModelSizes
+    from network_sources import NetworkSource
+    from stored_weights import StoredWeights
+    from weight_family import NetworkFamily
+
+logger = logging.getLogger("convert_weight_sat2hf")
+
+GB = 10**9
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(convert, arguments, logger.name)
+
+
+def build_parser() -> ToolParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add(
+        "--transformer_ckpt_path", type=Path, metavar="PATH", help="the network: a file, a run or one of its iterations"
+    )
+    add("--vae_ckpt_path", type=Path, metavar="PATH", help="the VAE, 3d-vae.pt")
+    add("--text_encoder_cache_dir", type=Path, metavar="FOLDER", help="T5 and its tokenizer, copied into the pipeline")
+    add("--output_path", type=Path, required=True, metavar="FOLDER", help="the pipeline")
+    add("--lora_load", type=Path, metavar="PATH", help="an adapter to merge into the network")
+    add("--lora_scale", type=float, default=1.0, help="its strength (default: 1)")
+    add("--lora_alpha", type=positive, help="of adapters (default: as recorded beside each; without that 1)")
+    add("--base", type=Path, nargs="+", metavar="YAML", help="configuration of the model, for what tensors do not tell")
+    add("--fp16", action="store_true", help="write float16 (default: as it is stored)")
+    add("--bf16", action="store_true", help="write bfloat16")
+    add("--max_shard_size", type=positive, default=5.0, metavar="GB", help="of a file of tensors (default: 5)")
+    checked = parser.add_argument_group("checked if given")
+    checked.add_argument("--num_layers", type=int)
+    checked.add_argument("--num_attention_heads", type=int)
+    checked.add_argument("--use_rotary_positional_embeddings", action="store_true", help="the model is not the 2B one")
+    checked.add_argument("--i2v", action="store_true", help="the model is image-to-video")
+    checked.add_argument("--version", choices=("1.0", "1.5"))
+    checked.add_argument("--scaling_factor", type=positive, help="of latents; needed for a VAE alone")
+    checked.add_argument("--snr_shift_scale", type=positive)
+    parser.add_writing_arguments()
+    return parser
+
+
+def convert(arguments: Sequence[str] | None) -> None:
+    options = build_parser().parse_args(arguments)
+    check_arguments(options)
+
+    import torch
+
+    from diffusers_folders import check_text_encoder, text_files
+    from model_sizes import title
+
+    dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None
+    parts: dict[str, tuple[dict[str, Any], StoredWeights]] = {}
+    tables: StoredWeights | None = None
+    family = sizes = None
+    if options.transformer_ckpt_path:
+        family, sizes, parts["transformer"], tables = read_network(options, dtype)
+        logger.info("%s is %s", options.transformer_ckpt_path, title(family))
+        check_flags(options, family, sizes)
+    if options.vae_ckpt_path:
+        parts["vae"] = read_vae(options, family, sizes, dtype)
+    files = text_files(options.text_encoder_cache_dir) if options.text_encoder_cache_dir else None
+    if files and family:
+        check_text_encoder(files[0], family.text_hidden_size)
+    if options.dry_run:
+        return
+    write(options, family, sizes, parts, tables, files)
+
+
+def check_arguments(options: Any) -> None:
+    """Raises UserError for what can be told without reading weights."""
+    inputs = [options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_cache_dir, options.lora_load]
+    for path in filter(None, inputs):
+        if not path.exists():
+            raise UserError(f"there is no {path}")
+    if not options.transformer_ckpt_path and not options.vae_ckpt_path:
+        raise UserError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or both")
+    if options.fp16 and options.bf16:
+        raise UserError("--fp16 and --bf16 are both given: choose one")
+    if options.lora_load and not options.transformer_ckpt_path:
+        raise UserError("--lora_load needs --transformer_ckpt_path, the network to merge it into")
+    output = options.output_path
+    if output.exists() and not options.overwrite and not options.dry_run:
+        raise UserError(f"{output} exists: give --overwrite to replace it, or another name")
+    for path in filter(None, inputs):
+        if output.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"{output} is read from and cannot be written to: name another folder")
+
+
+def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
+    """Family and sizes of the network, its part of the pipeline, and what diffusers has no place for.
+
+    Raises:
+        UserError: it is no CogVideoX network.
+    """
+    from diffusers_folders import transformer_config
+    from diffusers_names import TABLES, check_divisible, to_diffusers
+    from model_sizes import sizes_of_tables
+    from network_sources import open_network
+    from weight_family import check_shapes, detect_network, table_shapes
+
+    source = open_network(options.transformer_ckpt_path, options.lora_load, options.lora_alpha, options.lora_scale)
+    shapes = source.weights.shapes
+    family = detect_network(shapes, source.name)
+    tables = source.weights.select(name for name in TABLES if name in shapes)
+    sizes = find_sizes(options, source, family, sizes_of_tables(tables, family, source.name))
+    expected = table_shapes(family, sizes.grid(family.patch), sizes.text_length)
+    given = {name: shape for name, shape in tables.shapes.items() if name in expected}
+    check_shapes(given, {name: expected[name] for name in given}, source.name, ())
+    config = transformer_config(family, sizes)
+    pieces = to_diffusers(shapes)
+    check_divisible(pieces, shapes, source.name)
+    source_weights = source.weights.cast(dtype)
+    extra = unreproducible(tables.cast(dtype), family, sizes)
+    if options.dry_run:
+        show(pieces, shapes)
+        for name in tables:
+            if not any(name == piece.name for parts in pieces.values() for piece in parts):
+                kept = "kept beside diffusers' files" if name in extra else "follows from the sizes"
+                logger.info("%s %s: %s", name, list(shapes[name]), kept)
+    return family, sizes, (config, assembled(pieces, source_weights)), extra
+
+
+def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", found: dict[str, Any]) -> "ModelSizes":
+    from config_files import load_configs
+    from model_sizes import combined, released_config, sizes_of_config
+
+    if options.base:
+        name = " ".join(map(str, options.base))
+        return combined(sizes_of_config(load_configs(options.base), family, name), found, name)
+    if source.config:
+        name = str(source.config)
+        return combined(sizes_of_config(load_configs([source.config], used=()), family, name), found, name)
+    released = released_config(family)
+    released["model"]["network_config"]["params"] |= family.parameters()
+    return combined(sizes_of_config(released, family, "the released model"), found, None)
+
+
+def assembled(pieces: Any, weights: "StoredWeights") -> "StoredWeights":
+    """The tensors that `pieces` of `weights` make."""
+    import torch
+
+    from diffusers_names import assemble, assembled_shape
+    from stored_weights import Stored, StoredWeights
+
+    shapes = weights.shapes
+    entries = {}
+    for name, parts in pieces.items():
+        shape = torch.Size(assembled_shape(parts, shapes))
+        dtype = weights.entries[parts[0].name].dtype
+        entries[name] = Stored(shape, dtype, lambda parts=parts: assemble(parts, weights))
+    return StoredWeights(entries)
+
+
+def unreproducible(tables: "StoredWeights", family: "NetworkFamily", sizes: "ModelSizes") -> "StoredWeights":
+    """The tables that are neither in diffusers' form nor come out the same when computed anew."""
+    import torch
+
+    from diffusers_names import UNUSED_TABLE
+    from model_sizes import computed_tables
+
+    if not tables:
+        return tables
+    rows = tables.shapes[UNUSED_TABLE][0] if UNUSED_TABLE in tables else 0
+    dtype = next(iter(tables.entries.values())).dtype
+    computed = computed_tables(family, sizes, dtype, rows)
+    return tables.select(
+        name for name in tables if name in computed and not torch.equal(computed[name], tables[name])
+    )  # fmt: skip
+
+
+def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> None:
+    """Raises UserError for a flag that says otherwise than the weights."""
+    import math
+
+    version = "1.5" if family.is_15 else "1.0"
+    for flag, is_so in (("i2v", family.image_to_video), ("use_rotary_positional_embeddings", family.rotary)):
+        if getattr(options, flag) and not is_so:
+            raise UserError(f"--{flag} is given, but by its weights the model is {describe(family)}")
+    for flag, value in (
+        ("num_layers", family.num_layers),
+        ("num_attention_heads", family.num_attention_heads),
+        ("version", version),
+    ):
+        if getattr(options, flag) not in (None, value):
+            raise UserError(f"--{flag} is {getattr(options, flag)}, but the weights are those of {value}")
+    for flag, value in (("scaling_factor", sizes.scale_factor), ("snr_shift_scale", sizes.shift_scale)):
+        given = getattr(options, flag)
+        if given is not None and not math.isclose(given, value, rel_tol=1e-6):
+            raise UserError(
+                f"--{flag} is {given:g}, but that of {describe(family)} is {value:g}; if this one differs, name its "
+                "configuration as --base"
+            )
+
+
+def describe(family: "NetworkFamily") -> str:
+    from model_sizes import title
+
+    return title(family)
+
+
+def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | None", dtype: Any) -> tuple[Any, Any]:
+    """
+    Raises:
+        UserError: it is no CogVideoX autoencoder.
+    """
+    from diffusers_folders import vae_config
+    from diffusers_names import Piece
+    from sgm.diffusers_vae_names import to_diffusers
+    from sgm.modules.checkpoint import TRAINING_ONLY
+    from stored_weights import StoredWeights, open_weights
+    from weight_family import detect_autoencoder
+
+    path = options.vae_ckpt_path
+    if path.is_dir():
+        raise UserError(f"--vae_ckpt_path is the folder {path}; name the file of the VAE's weights in it")
+    weights = open_weights(path)
+    weights = weights.select(name for name in weights if not name.startswith(TRAINING_ONLY))
+    autoencoder = detect_autoencoder(weights.shapes, str(path))
+    if sizes is None and options.scaling_factor is None:
+        raise UserError("--scaling_factor is needed for a VAE alone: 1.15258426 for CogVideoX-2B, else 0.7")
+    scale = options.scaling_factor if sizes is None else sizes.scale_factor
+    is_15 = options.version == "1.5" if family is None else family.is_15
+    if family and family.out_channels != autoencoder.z_channels:
+        raise UserError(
+            f"{path} has latents of {autoencoder.z_channels} channels, the network of {family.out_channels}"
+        )  # fmt: skip
+    names = to_diffusers(weights)
+    if options.dry_run:
+        show({theirs: (Piece(ours),) for theirs, ours in names.items()}, weights.shapes)
+    cast = weights.cast(dtype)
+    renamed = StoredWeights({theirs: cast.entries[ours] for theirs, ours in names.items()})
+    return vae_config(autoencoder, scale, is_15), renamed
+
+
+def show(pieces: Any, shapes: Any) -> None:
+    from diffusers_names import assembled_shape
+
+    for name, parts in pieces.items():
+        logger.info("%s %s <- %s", name, list(assembled_shape(parts, shapes)), ", ".join(map(str, parts)))
+
+
+def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any) -> None:
+    from checkpoint_folders import new_folder
+    from diffusers_folders import (
+        check_equal,
+        copy_files,
+        pipeline_index,
+        scheduler_config,
+        write_json,
+        write_part,
+        write_safetensors,
+    )
+    from network_weights import EXTRA_TABLES
+    from sgm.weights import PIPELINE_FILE
+    from stored_weights import open_weights
+
+    needed = sum(weights.nbytes for _, weights in parts.values()) + 2**20 * (len(parts) + 1)
+    needed += sum(file.stat().st_size for group in files or () for file in group)
+    needed += tables.nbytes if tables else 0
+    with new_folder(options.output_path, needed) as folder:
+        for name, (config, weights) in parts.items():
+            write_part(folder / name, config, weights, int(options.max_shard_size * GB))
+        if tables:
+            write_safetensors(folder / "transformer" / EXTRA_TABLES, tables)
+            check_equal(open_weights(folder / "transformer" / EXTRA_TABLES), tables, folder)
+        if files:
+            copy_files(files[0], folder / "text_encoder")
+            copy_files(files[1], folder / "tokenizer")
+        if len(parts) == 2:
+            write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(family, sizes.shift_scale))
+            write_json(folder / PIPELINE_FILE, pipeline_index(family, files is not None))
+    logger.info("wrote %s", options.output_path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Turns a LoRA adapter that was trained here into a file for diffusers.
+
+  python tools/export_sat_lora_weight.py --sat_pt_path ckpts/RUN --lora_save_directory exported
+
+Then, in diffusers, `pipe.load_lora_weights("exported")` applies it at the strength that it was trained with: alpha and
+rank are in the file's header, and no scale needs to be set. `--sat_pt_path` is a run, one of its iterations (`1000`,
+`1000-ema`) or a file, with the base model's weights in it or not, of any CogVideoX.
+
+diffusers before 0.34, and programs that do not read the header, take alpha to be the rank: for these give
+`--fold_scale`.
+Exit codes: 0 the file is written, 2 a mistake stands in the way.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from sgm.errors import UserError  # noqa: E402
+from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from lora_files import Adapter
+
+logger = logging.getLogger("export_sat_lora_weight")
+
+FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(export, arguments, logger.name)
+
+
+def export(arguments: Sequence[str] | None) -> None:
+    parser = ToolParser(__doc__)
+    parser.add_argument("--sat_pt_path", type=Path, required=True, metavar="PATH", help="checkpoint with the adapter")
+    parser.add_argument(
+        "--lora_save_directory", type=Path, required=True, metavar="FOLDER", help=f"where to write {FILE}"
+    )
+    parser.add_argument(
+        "--lora_alpha",
+        type=positive,
+        help="lora_alpha of the configuration it was trained with (default: as in training_config.yaml of its run; "
+        "without that 1)",
+    )
+    parser.add_argument("--fold_scale", action="store_true", help="multiply B by alpha/rank and let alpha be the rank")
+    parser.add_writing_arguments()
+    options = parser.parse_args(arguments)
+    target = options.lora_save_directory / FILE
+    if options.lora_save_directory.exists() and not options.lora_save_directory.is_dir():
+        raise UserError(f"{options.lora_save_directory} is a file: name a folder")
+    if not options.sat_pt_path.exists():
+        raise UserError(f"there is no checkpoint at {options.sat_pt_path}")
+    if target.exists() and not options.overwrite:
+        raise UserError(f"{target} exists: give --overwrite to replace it")
+
+    from lora_files import read_sat_adapter
+
+    adapter = read_sat_adapter(options.sat_pt_path, options.lora_alpha)
+    alpha = next(iter(adapter.scales.values())) * adapter.rank
+    if options.fold_scale:
+        alpha = float(adapter.rank)
+        adapter = adapter.with_alpha(alpha)
+    count = len(adapter.layers)
+    logger.info("%s: %d layers, width %d, rank %d, alpha %g", adapter.source, count, adapter.width, adapter.rank, alpha)
+    if options.dry_run:
+        for slot, tensor in adapter.matrices.items():
+            shape = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            logger.info("%s -> %s %s", slot.sat_name, slot.diffusers_name, shape)
+        return
+    write(target, adapter, alpha)
+    logger.info("wrote %s: pipe.load_lora_weights('%s')", target, options.lora_save_directory)
+
+
+def write(target: Path, adapter: "Adapter", alpha: float) -> None:
+    """Write the file and check that it reads back.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from checkpoint_folders import new_file
+    from lora_files import METADATA_KEY
+    from lora_names import diffusers_module
+
+    whole_alpha = int(alpha) if alpha.is_integer() else alpha
+    modules = [diffusers_module(projection) for projection in sorted(adapter.scales)]
+    config = {"r": adapter.rank, "lora_alpha": whole_alpha, "target_modules": modules}
+    header = {
+        "format": "pt",
+        METADATA_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True),
+    }
+    tensors = {}
+    for slot, tensor in adapter.matrices.items():
+        is_part = tensor.untyped_storage().nbytes() != tensor.nbytes  # of a larger one, which safetensors refuses
+        tensors[slot.diffusers_name] = tensor.clone() if is_part else tensor.contiguous()
+    with new_file(target, sum(tensor.nbytes for tensor in tensors.values())) as part:
+        mode = part.stat().st_mode  # safetensors' own is that of a private file
+        save_file(tensors, part, header)
+        part.chmod(mode)
+        with safe_open(part, "pt") as file:
+            same = file.metadata() == header and set(file.keys()) == tensors.keys()
+            if not same or not all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items()):
+                raise UserError(f"{target} does not read back as it was written; nothing is left of it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

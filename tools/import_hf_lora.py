@@ -1,0 +1,82 @@
+"""Turns a LoRA file of diffusers or peft into an adapter for `lora_load`.
+
+  python tools/import_hf_lora.py --lora_path pytorch_lora_weights.safetensors --output checkpoints/lora
+  bash inference.sh --base configs/cogvideox_5b.yaml checkpoints/lora/lora.yaml configs/inference.yaml
+
+The folder that is written holds the adapter and `lora.yaml`, which adds it to the configuration of its model. Our
+strength alpha/rank equals that of the file: what differs goes into the matrices B. `--lora_path` is a file, a folder,
+or the name of a repository on the hub; the adapter may be on attn1.to_q, to_k, to_v and to_out of any layers.
+Exit codes: 0 the folder is written, 2 a mistake stands in the way.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from sgm.errors import UserError  # noqa: E402
+from tools.hub_files import local_file  # noqa: E402
+from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+
+logger = logging.getLogger("import_hf_lora")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(import_lora, arguments, logger.name)
+
+
+def import_lora(arguments: Sequence[str] | None) -> None:
+    parser = ToolParser(__doc__)
+    parser.add_argument("--lora_path", required=True, metavar="PATH", help="file, folder, or repository on the hub")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the adapter's folder")
+    parser.add_argument(
+        "--lora_alpha", type=positive, default=1.0, help="lora_alpha of configurations it will run with (default: 1)"
+    )
+    parser.add_argument(
+        "--file_alpha",
+        type=positive,
+        help="alpha that it was trained with (default: what the file says; if it says nothing, its rank)",
+    )
+    parser.add_writing_arguments()
+    options = parser.parse_args(arguments)
+    if options.output.exists() and not options.overwrite and not options.dry_run:
+        raise UserError(f"{options.output} exists: give --overwrite to replace it, or another name")
+    path = local_file(options.lora_path, "pytorch_lora_weights.safetensors", "lora_path")
+
+    from checkpoint_folders import write_checkpoint
+    from lora_files import read_diffusers_adapter
+
+    adapter = read_diffusers_adapter(path, options.file_alpha)
+    adapter = adapter.with_alpha(options.lora_alpha)
+    count = len(adapter.layers)
+    logger.info("%s: %d layers, width %d, rank %d", adapter.source, count, adapter.width, adapter.rank)
+    if options.dry_run:
+        for slot, tensor in adapter.matrices.items():
+            shape = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            logger.info("%s -> %s %s", slot.diffusers_name, slot.sat_name, shape)
+        return
+    tensors = {slot.sat_name: adapter.matrices[slot] for slot in sorted(adapter.matrices)}
+    config = configuration(options.output, adapter.rank, options.lora_alpha, adapter.layers)
+    write_checkpoint(options.output, tensors, tensors.__getitem__, options.overwrite, lora__yaml=config)
+    logger.info("wrote %s: add %s after the model's configuration", options.output, options.output / "lora.yaml")
+
+
+def configuration(folder: Path, rank: int, alpha: float, layers: list[int]) -> str:
+    """The lines that put the adapter in `folder` into a configuration."""
+    import yaml
+
+    params = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "layer_range": layers}
+    lora_config = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
+    content = {
+        "args": {"lora_load": str(folder)},
+        "model": {"network_config": {"params": {"modules": {"lora_config": lora_config}}}},
+    }
+    comment = "# The adapter beside this file; give it after the model's own file, which is one without LoRA.\n"
+    return comment + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

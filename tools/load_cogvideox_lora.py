@@ -1,0 +1,258 @@
+"""Samples a video with diffusers and a LoRA file that tools/export_sat_lora_weight.py has written.
+
+  python tools/load_cogvideox_lora.py --model_path THUDM/CogVideoX-5b --lora_path exported --prompt "a fox in the snow"
+  python tools/load_cogvideox_lora.py --model_path PIPELINE --lora_path LORA --prompt "it jumps" --image_path fox.png
+
+`--model_path` is a pipeline of diffusers, in a folder or on the hub; an image-to-video one needs `--image_path`.
+The file itself says how strongly it applies; `--lora_scale` multiplies that. Needs diffusers and peft.
+Exit codes: 0 the video is written, 2 a mistake stands in the way.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from output_paths import check_folder  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
+from tools.hub_files import local_file  # noqa: E402
+from tools.tool_parser import ToolParser, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger("load_cogvideox_lora")
+
+PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}  # and whether it takes an image
+SIDE_STEP = 16  # pixels of a patch
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the files of a pipeline say of it before it is loaded."""
+
+    pipeline: str
+    scheduler: str
+    transformer: dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(sample, arguments, logger.name)
+
+
+def sample(arguments: Sequence[str] | None) -> None:
+    options = build_parser().parse_args(arguments)
+    check(options)
+    model = read_model(options.model_path)
+    if PIPELINES[model.pipeline] != bool(options.image_path):
+        raise UserError(
+            f"{options.model_path} is a {model.pipeline}: "
+            + ("give --image_path" if PIPELINES[model.pipeline] else "it takes no --image_path")
+        )
+    lora = local_file(options.lora_path, "pytorch_lora_weights.safetensors", "lora_path")
+    check_lora(lora, model.transformer, options.dry_run)
+    if options.dry_run:
+        return
+    frames = run(options, model, lora)
+    write(options, model, frames)
+    logger.info("wrote %s", options.output_path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add("--model_path", required=True, metavar="PATH", help="pipeline: a folder, or a repository on the hub")
+    add("--lora_path", required=True, metavar="PATH", help="LoRA: a file, a folder, or a repository on the hub")
+    add("--lora_scale", type=float, default=1.0, help="times the strength that the file names (default: 1)")
+    add("--prompt", required=True, help="what to sample")
+    add("--negative_prompt", help="what guidance steers away from")
+    add("--image_path", type=Path, metavar="FILE", help="the first frame, for image-to-video")
+    add("--output_path", type=Path, default=Path("output.mp4"), metavar="FILE", help="(default: output.mp4)")
+    add("--num_inference_steps", type=int, default=50, help="(default: 50)")
+    add("--guidance_scale", type=float, default=6.0, help="(default: 6)")
+    add(
+        "--dynamic_cfg",
+        action=argparse.BooleanOptionalAction,
+        help="let guidance grow over the steps (default: with the DPM scheduler)",
+    )
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: the model's)")
+    add("--num_frames", type=int, help="of the video, 4k+1 (default: the model's)")
+    add("--fps", type=int, help="frames a second of the file (default: 8; 16 for 1.5)")
+    add("--seed", type=int, default=42, help="(default: 42)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16; float32 on a CPU)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        default="none",
+        help="what waits in host memory: nothing, the parts not in use, or also the network's idle layers",
+    )
+    add("--vae_tiling", action="store_true", help="decode in tiles: less memory, a slightly different picture")
+    parser.add_writing_arguments()
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError for what can be told before the model is looked at."""
+    for package in ("diffusers", "peft"):
+        if find_spec(package) is None:
+            raise UserError(f"this tool needs {package}: pip install diffusers peft")
+    if options.output_path.exists() and not options.overwrite and not options.dry_run:
+        raise UserError(f"{options.output_path} exists: give --overwrite to replace it")
+    check_folder(options.output_path.parent, "output_path")
+    if options.image_path and not options.image_path.is_file():
+        raise UserError(f"there is no image {options.image_path}")
+    if options.size and any(side < SIDE_STEP or side % SIDE_STEP for side in options.size):
+        raise UserError(f"--size is {options.size[0]} {options.size[1]}; both must be multiples of {SIDE_STEP}")
+    if options.num_frames is not None and (options.num_frames < 1 or options.num_frames % 4 != 1):
+        raise UserError(f"--num_frames is {options.num_frames}; it must be 4k+1, for example 49")
+    for name in ("num_inference_steps", "fps"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed is {options.seed}; it can be from 0 to 2^63 - 1")
+
+
+def read_model(path: str) -> Model:
+    """
+    Raises:
+        UserError: it is no pipeline of CogVideoX.
+    """
+    index = local_file(path, "model_index.json", "model_path")
+    if index.is_dir():
+        index = index / "model_index.json"
+    content = read_json(index, path)
+    name = content.get("_class_name")
+    if name not in PIPELINES:
+        raise UserError(f"{path} is a {name}; this tool takes {' and '.join(PIPELINES)}")
+    scheduler = content.get("scheduler")
+    if Path(path).exists():
+        config = index.parent / "transformer" / "config.json"
+    else:
+        config = local_file(path, "transformer/config.json", "model_path")
+    return Model(name, str(scheduler[-1] if isinstance(scheduler, list) else ""), read_json(config, path))
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} is no pipeline of diffusers: cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return content
+
+
+def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
+    """Raises UserError unless the matrices of a LoRA file are of the size of the network."""
+    from lora_files import adapter_metadata, diffusers_file
+    from lora_names import diffusers_module, parse_diffusers_name
+    from sgm.weights import read_state_dict
+
+    file = diffusers_file(path)
+    weights = read_state_dict(file)
+    try:
+        layers, width = (
+            transformer["num_layers"],
+            transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"transformer/config.json does not say the size of the network: {error}") from error
+    slots = {name: slot for name in weights if (slot := parse_diffusers_name(name))}
+    if not slots:
+        raise UserError(f"{file} holds no LoRA on a CogVideoX attention")
+    for name, slot in slots.items():
+        side = weights[name].shape[1 if slot.matrix == "A" else 0]
+        if slot.projection.layer >= layers or side != width:
+            raise UserError(
+                f"{file} does not fit: {slot.projection} has width {side}; the network has {layers} layers of {width}"
+            )
+        if show:
+            logger.info("%s %s -> %s", name, list(weights[name].shape), diffusers_module(slot.projection))
+    if not adapter_metadata(file):
+        logger.warning("%s does not say its alpha: diffusers takes it to be its rank; see --lora_scale", file)
+
+
+def run(options: argparse.Namespace, model: Model, lora: Path) -> "np.ndarray":
+    """The frames (frames, height, width, 3) in [0, 1].
+
+    Raises:
+        UserError: diffusers cannot load the files.
+    """
+    import diffusers
+    import torch
+    from PIL import Image, ImageOps
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    inputs: dict[str, Any] = {}
+    if options.image_path:
+        try:
+            with Image.open(options.image_path) as file:
+                inputs["image"] = ImageOps.exif_transpose(file).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"cannot read the image {options.image_path}: {error}") from error
+    if options.size:
+        inputs |= {"height": options.size[0], "width": options.size[1]}
+    if options.num_frames:
+        inputs["num_frames"] = options.num_frames
+    try:
+        # Not pickles, which could hold code.
+        pipe = getattr(diffusers, model.pipeline).from_pretrained(
+            options.model_path, torch_dtype=dtype, use_safetensors=True
+        )
+        pipe.load_lora_weights(str(lora if lora.is_dir() else lora.parent), weight_name=_file_name(lora))
+        pipe.set_adapters(pipe.get_active_adapters(), [options.lora_scale])
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"diffusers cannot load {options.model_path} with {lora}: {reason:.300}") from error
+    if options.vae_tiling:
+        pipe.vae.enable_tiling()
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif options.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    dynamic = "DPM" in model.scheduler if options.dynamic_cfg is None else options.dynamic_cfg
+    return pipe(
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        use_dynamic_cfg=dynamic,
+        generator=torch.Generator().manual_seed(options.seed),
+        max_sequence_length=model.transformer.get("max_text_seq_length", 226),
+        output_type="np",
+        **inputs,
+    ).frames[0]
+
+
+def _file_name(lora: Path) -> str:
+    from lora_files import diffusers_file
+
+    return diffusers_file(lora).name
+
+
+def write(options: argparse.Namespace, model: Model, frames: "np.ndarray") -> None:
+    import torch
+
+    from video_output import VideoWriter
+
+    fps = options.fps or (16 if model.transformer.get("patch_size_t") else 8)
+    with VideoWriter(options.output_path, fps, *frames.shape[1:3]) as video:
+        video.write(torch.from_numpy(frames).permute(0, 3, 1, 2) * 2 - 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Adds LoRA adapters to the weights of their base model: one checkpoint that runs without a lora_config.
+
+  python tools/merge_lora.py --load checkpoints/cogvideox_5b/transformer --lora ckpts/RUN --output checkpoints/merged
+  python tools/merge_lora.py --load BASE --lora ckpts/STYLE:0.8 exported:0.5 --output OUT
+
+`--lora PATH:WEIGHT` adds an adapter at WEIGHT times its own strength; PATH is a run, one of its iterations (`1000`,
+`1000-ema`), a file, or a LoRA file or folder of diffusers. `--load` is a full checkpoint; an adapter in it is merged
+too. So is that of a run whose `training_config.yaml` says what it was trained on: `--load ckpts/RUN` alone will do.
+Sums are in float32, the result has the dtype of the base. Exit codes: 0 the checkpoint is written, 2 a mistake stands
+in the way.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from sgm.errors import UserError  # noqa: E402
+from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from network_sources import NetworkSource
+
+logger = logging.getLogger("merge_lora")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(merge, arguments, logger.name)
+
+
+def merge(arguments: Sequence[str] | None) -> None:
+    parser = ToolParser(__doc__)
+    parser.add_argument("--load", type=Path, required=True, metavar="PATH", help="checkpoint of the base model")
+    parser.add_argument(
+        "--lora", nargs="+", action="extend", metavar="PATH[:WEIGHT]", help="adapters (default weight: 1)"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the merged checkpoint")
+    parser.add_argument(
+        "--lora_alpha", type=positive, help="of all adapters (default: as recorded beside each; without that 1)"
+    )
+    parser.add_writing_arguments()
+    options = parser.parse_args(arguments)
+    chosen = [path_and_weight(text) for text in options.lora or []]
+    for path in (options.load, *(path for path, _ in chosen)):
+        if not path.exists():
+            raise UserError(f"there is no checkpoint at {path}")
+    if options.output.exists() and not options.overwrite and not options.dry_run:
+        raise UserError(f"{options.output} exists: give --overwrite to replace it, or another name")
+    if options.output.exists() and options.output.resolve() in {path.resolve() for path, _ in chosen} | {
+        options.load.resolve()
+    }:
+        raise UserError(f"{options.output} is read from and cannot be written to: name another folder")
+
+    from checkpoint_folders import write_checkpoint
+    from lora_files import read_adapter
+    from network_sources import open_network
+
+    chosen = [(read_adapter(path, options.lora_alpha), weight) for path, weight in chosen]
+    source = open_network(options.load, lora_alpha=options.lora_alpha, further=chosen)
+    if not source.adapters:
+        raise UserError(f"{options.load} holds no adapter: name at least one with --lora")
+    if options.dry_run:
+        show(source)
+        return
+    write_checkpoint(options.output, source.weights.like, source.weights.__getitem__, options.overwrite)
+    logger.info("wrote %s: load it with a configuration without LoRA", options.output)
+
+
+def show(source: "NetworkSource") -> None:
+    """Log each tensor, and whether it is merged."""
+    from lora_names import PARTS, base_weight
+
+    adapted = {
+        base_weight(layer, module) for adapter, _ in source.adapters for layer in adapter.layers for module in PARTS
+    }
+    for name, tensor in source.weights.like.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        logger.info("%s %s %s: %s", name, list(tensor.shape), dtype, "merged" if name in adapted else "as it is")
+
+
+def path_and_weight(text: str) -> tuple[Path, float]:
+    """`PATH[:WEIGHT]`; a path may have colons of its own.
+
+    Raises:
+        UserError: the weight is no number.
+    """
+    path, separator, weight = text.rpartition(":")
+    if not separator or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"--lora {text}: '{weight}' is no weight; write PATH:0.8")
+    return Path(path), value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The command lines of tools that turn files into files."""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from library_messages import quiet_libraries
+from sgm.errors import UserError, exit_code
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Takes its help from the tool's docstring; a mistake on the command line is a UserError."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def add_writing_arguments(self) -> None:
+        """`--dry_run` and `--overwrite`."""
+        self.add_argument("--dry_run", action="store_true", help="show what would be written, check it, write nothing")
+        self.add_argument("--overwrite", action="store_true", help="replace what exists")
+
+
+def positive(text: str) -> float:
+    """An argument that is a finite number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def run_tool(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None, name: str) -> int:
+    """Run a tool; its exit code: 0, 2 for a mistake, which is logged in one line, 130 when interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+
+    def run() -> int:
+        command(arguments)
+        return 0
+
+    return exit_code(run, logging.getLogger(name))
