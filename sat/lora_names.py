@@ -9,14 +9,10 @@ Nothing here imports PyTorch. One projection of one layer has two matrices, A (r
 import re
 from typing import NamedTuple
 
-# By its name in diffusers: where a projection is in SwissArmyTransformer's layer, as (module, number of its A and B).
-PROJECTIONS = {
-    "to_q": ("query_key_value", 0),
-    "to_k": ("query_key_value", 1),
-    "to_v": ("query_key_value", 2),
-    "to_out.0": ("dense", 0),
-}
-PARTS = {module: [p for p, (m, _) in PROJECTIONS.items() if m == module] for module in ("query_key_value", "dense")}
+# The projections, by their names in diffusers, that a module of SwissArmyTransformer's layer has A and B for, in order.
+PARTS = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0",)}
+# Of each projection: the module, and the number of its A and B there.
+PROJECTIONS = {name: (module, number) for module, names in PARTS.items() for number, name in enumerate(names)}
 
 _SAT = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)")
 # Files of diffusers' pipelines start with `transformer.`, those of its models with nothing, peft's own with
