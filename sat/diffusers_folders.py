@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from diffusers_names import EXTRA_TABLES
 from model_sizes import TIME_FACTOR, ModelSizes
-from network_weights import EXTRA_TABLES
 from sgm.errors import UserError
 from sgm.weights import DIFFUSERS_FILES, INDEX_SUFFIX, PIPELINE_FILE, safetensors_in
 from stored_weights import StoredWeights, open_weights

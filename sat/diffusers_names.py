@@ -26,6 +26,8 @@ FREQUENCIES = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"  # learnt where there are frequencies, else computed
 UNUSED_TABLE = "transformer.position_embeddings.weight"  # SwissArmyTransformer's own, which rotary models do not use
 TABLES = (UNUSED_TABLE, *FREQUENCIES, POSITION_TABLE)
+# A file in the folder of diffusers' network: what of `TABLES` would come out otherwise when it is computed anew.
+EXTRA_TABLES = "sat_tables.safetensors"
 
 # Ours and theirs, without `.weight` and `.bias`.
 _OUTSIDE_LAYERS = {

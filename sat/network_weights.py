@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from config_files import iterate_targets
-from diffusers_names import TABLES, assemble, from_diffusers, is_diffusers_network
+from diffusers_names import EXTRA_TABLES, TABLES, assemble, from_diffusers, is_diffusers_network
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str, instantiate_from_config
 from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, assign_weights, module_weights, read_state_dict, safetensors_in
@@ -24,8 +24,6 @@ NETWORK_PREFIX = "model.diffusion_model."
 # What else a checkpoint of the whole engine may hold; these parts have files of their own.
 OTHER_PARTS = ("first_stage_model.", "conditioner.", "denoiser.", "loss_fn.", "sampler.")
 ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
-# In a diffusers folder: what of `TABLES` would come out otherwise when it is computed anew.
-EXTRA_TABLES = "sat_tables.safetensors"
 
 
 # Building

@@ -280,7 +280,7 @@ def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files:
         write_part,
         write_safetensors,
     )
-    from network_weights import EXTRA_TABLES
+    from diffusers_names import EXTRA_TABLES
     from sgm.weights import PIPELINE_FILE
     from stored_weights import open_weights
 
