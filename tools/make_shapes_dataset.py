@@ -1,23 +1,30 @@
-"""Makes a small dataset to try training on: clips of a coloured shape that moves over a plain background.
+"""Makes a dataset to try training on: clips of one or two coloured shapes that move over a plain or patterned ground.
 
   python tools/make_shapes_dataset.py --output data/shapes --clips 8 --frames 49 --size 64 96 --fps 8 --seed 0
+  python tools/make_shapes_dataset.py --output data/stars --concept star --clips 64 --frames 9 --size 64 64
+  python tools/make_shapes_dataset.py --prompts_file prompts.txt --prompts 64 --split held_out
 
-With `--images N` there are as many images beside, as a VAE is trained on: single moments of other such clips. Every
-clip has a caption such as "a large red circle moving left on a blue background". Files are `videos/00000.mp4` and
-`labels/00000.txt`, or `images/00000.png` and `images/00000.txt`, as `data_video.SFTDataset` reads them. The same
-settings give the same dataset; one that is there and complete is left alone, and a folder that this tool did not write
-is never touched.
+Every clip has a caption such as "a large red circle moving left on a blue background", phrased in one of several ways.
+With `--images N` there are as many images beside, as a VAE is trained on: single moments of other such clips. Files are
+`videos/00000.mp4` and `labels/00000.txt`, or `images/00000.png` and `images/00000.txt`, as `data_video.SFTDataset`
+reads them. The same settings give the same dataset; one that is there and complete is left alone, and a folder that
+this tool did not write is never touched.
+
+Of all combinations of colour, shape, motion and background, 22 % are held out: `--split train`, the default, never
+shows one, `--split held_out` shows nothing else. `--concept star` draws purple stars, which no other dataset has.
+
+With `--prompts_file FILE` no dataset is made, but a file of captions of single shapes to sample from. With
+`--with_first_frames` each names an image, `prompt@@prompts/00000.png`, and the clip that begins with it lies beside it,
+`prompts/00000.mp4`, in the folder named like the file.
 """
 
 import argparse
 import json
 import logging
-import math
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,164 +32,75 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
+from tools.shape_scenes import CONCEPTS, SPLITS, Scene, phrase, random_scenes  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger("make_shapes_dataset")
 
-VERSION = 1  # of what this tool draws: raise it when the same settings give other clips
+VERSION = 2  # of what this tool draws: raise it when the same settings give other clips
 MARKER = ".shapes.json"  # in the output folder: the settings of a complete dataset
-
-COLOURS = {  # red, green, blue in [0, 1]
-    "red": (0.9, 0.1, 0.1),
-    "green": (0.1, 0.7, 0.2),
-    "blue": (0.1, 0.2, 0.9),
-    "yellow": (0.95, 0.9, 0.1),
-    "purple": (0.6, 0.1, 0.7),
-    "orange": (1.0, 0.55, 0.05),
-    "white": (1.0, 1.0, 1.0),
-    "black": (0.0, 0.0, 0.0),
-}
-SHAPES = ("circle", "square", "triangle", "ring")
-SIZES = {"small": 0.14, "large": 0.26}  # radius, in parts of the shorter side
-MOTIONS = ("moving left", "moving right", "moving up", "moving down", "turning in a circle", "standing still")
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What one clip shows, in the words of its caption.
-
-    Args:
-        phase: in [0, 1), where the shape starts.
-        offset: in [-1, 1], where it is across the direction in which it moves.
-    """
-
-    size: str
-    colour: str
-    shape: str
-    motion: str
-    background: str
-    phase: float
-    offset: float
-
-    @property
-    def caption(self) -> str:
-        shape = f"{self.size} {self.colour} {self.shape}"
-        return f"{_article(shape)} {shape} {self.motion} on {_article(self.background)} {self.background} background"
-
-
-def _article(words: str) -> str:
-    return "an" if words[0] in "aeiou" else "a"
-
-
-def random_scenes(count: int, seed: int) -> list[Scene]:
-    """As many scenes; their captions differ as long as there are others left."""
-    chance = random.Random(seed)
-    kinds = [
-        (size, colour, shape, motion, background)
-        for size in SIZES
-        for colour in COLOURS
-        for shape in SHAPES
-        for motion in MOTIONS
-        for background in COLOURS
-        if background != colour
-    ]
-    chosen = []
-    while len(chosen) < count:
-        chosen += chance.sample(kinds, min(count - len(chosen), len(kinds)))
-    return [Scene(*kind, phase=chance.random(), offset=chance.uniform(-1, 1)) for kind in chosen]
-
-
-def centre(scene: Scene, progress: float, height: int, width: int) -> tuple[float, float]:
-    """(row, column) of the middle of the shape, in pixels, when the share `progress` of the clip is over.
-
-    The shape never leaves the picture.
-    """
-    margin = SIZES[scene.size] * min(height, width)
-    if scene.motion == "turning in a circle":
-        reach, angle = min(height, width) / 2 - margin, 2 * math.pi * (scene.phase + progress)
-        return height / 2 + reach * math.sin(angle), width / 2 + reach * math.cos(angle)
-    vertical = scene.motion in ("moving up", "moving down")
-    length, breadth = (height, width) if vertical else (width, height)
-    travelled = scene.phase if scene.motion == "standing still" else 0.3 * scene.phase + 0.7 * progress
-    if scene.motion in ("moving left", "moving up"):
-        travelled = 1 - travelled
-    along = margin + travelled * (length - 2 * margin)
-    across = breadth / 2 + scene.offset * (breadth / 2 - margin)
-    return (along, across) if vertical else (across, along)
-
-
-def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
-    """The clip: (frames, 3, height, width) in [-1, 1], edges antialiased."""
-    import torch
-
-    return torch.stack([draw_moment(scene, t, height, width) for t in torch.linspace(0, 1, frames).tolist()])
-
-
-def draw_moment(scene: Scene, progress: float, height: int, width: int) -> "Tensor":
-    """The frame (3, height, width) when the share `progress` of the clip is over."""
-    import torch
-
-    radius = SIZES[scene.size] * min(height, width)
-    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    shape_colour, background = (torch.tensor(COLOURS[name])[:, None, None] for name in (scene.colour, scene.background))
-    row, column = centre(scene, progress, height, width)
-    inside = (0.5 - _distance(scene.shape, rows - row, columns - column, radius)).clamp(0, 1)
-    return (inside * shape_colour + (1 - inside) * background) * 2 - 1
-
-
-def _distance(shape: str, down: "Tensor", right: "Tensor", radius: float) -> "Tensor":
-    """How far pixels are outside the shape (inside: negative), in pixels; near its edge, where it matters."""
-    import torch
-
-    from_centre = torch.hypot(down, right)
-    if shape == "circle":
-        return from_centre - radius
-    if shape == "ring":
-        return (from_centre - 0.75 * radius).abs() - 0.25 * radius
-    if shape == "square":
-        return torch.maximum(down.abs(), right.abs()) - 0.8 * radius
-    # An equilateral triangle standing on its base: the largest of the distances from its three sides.
-    slanted = right.abs() * math.sin(math.pi / 3) - down * math.cos(math.pi / 3)
-    return torch.maximum(down, slanted) - radius / 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder (default: data/shapes)")
-    parser.add_argument("--clips", type=int, default=8, help="how many (default: 8)")
-    parser.add_argument("--images", type=int, default=0, help="how many images beside them (default: 0)")
-    parser.add_argument("--frames", type=int, default=49, help="of a clip (default: 49)")
-    parser.add_argument("--size", type=int, nargs=2, default=[64, 96], metavar=("HEIGHT", "WIDTH"), help="in pixels")
-    parser.add_argument("--fps", type=float, default=8, help="frames a second (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of what the clips show (default: 0)")
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        make_dataset(options)
+        check_options(options)
+        if options.prompts_file:
+            make_prompts(options)
+        else:
+            make_dataset(options)
     except UserError as error:
         logger.error("error: %s", error)
         return 1
     return 0
 
 
-def make_dataset(options: argparse.Namespace) -> None:
-    """Raises UserError if the settings make no sense, or the folder holds something else or cannot be written."""
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("data/shapes"), help="folder (default: data/shapes)")
+    add("--clips", type=int, default=8, help="how many (default: 8)")
+    add("--images", type=int, default=0, help="how many images beside them (default: 0)")
+    add("--frames", type=int, default=49, help="of a clip (default: 49)")
+    add("--size", type=int, nargs=2, default=[64, 96], metavar=("HEIGHT", "WIDTH"), help="in pixels")
+    add("--fps", type=float, default=8, help="frames a second (default: 8)")
+    add("--seed", type=int, default=0, help="of what the clips show (default: 0)")
+    add("--split", choices=SPLITS, default="train", help="which combinations are shown (default: train)")
+    add("--concept", choices=tuple(CONCEPTS), help="draw this and nothing else")
+    add("--prompts_file", type=Path, metavar="FILE", help="write prompts to this file instead of a dataset")
+    add("--prompts", type=int, default=64, help="how many (default: 64)")
+    add("--with_first_frames", action="store_true", help="for image-to-video: images and clips beside the prompts")
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError if the settings make no sense."""
     if min(options.clips, options.frames) < 1 or options.images < 0 or not options.fps > 0 or min(options.size) < 16:
         raise UserError(
             "clips, frames and fps must be positive, images not negative, and height and width at least 16 pixels"
         )
     if any(side % 2 for side in options.size):
         raise UserError(f"height and width must be even, got {options.size[0]} and {options.size[1]}")
-    settings = {name: getattr(options, name) for name in ("clips", "frames", "size", "fps", "seed")}
-    settings |= {"images": options.images} if options.images else {}
-    settings["version"] = VERSION
+    if options.prompts < 1:
+        raise UserError(f"--prompts must be positive, got {options.prompts}")
+    if options.with_first_frames and not options.prompts_file:
+        raise UserError("--with_first_frames needs --prompts_file")
+    if options.with_first_frames and not options.prompts_file.suffix:
+        raise UserError(f"--prompts_file {options.prompts_file}: a suffix such as .txt tells it from its folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_dataset(options: argparse.Namespace) -> None:
+    """Raises UserError if the folder holds something else or cannot be written."""
+    names = ("clips", "images", "frames", "size", "fps", "seed", "split", "concept")
+    settings = {name: getattr(options, name) for name in names} | {"version": VERSION}
     output = options.output
     marker = output / MARKER
     if marker.is_file() and marker.read_text() == json.dumps(settings):
@@ -205,31 +123,87 @@ def make_dataset(options: argparse.Namespace) -> None:
 
 
 def write_clips(folder: Path, settings: dict) -> None:
-    from video_output import VideoWriter
-
-    height, width = settings["size"]
     (folder / "labels").mkdir(parents=True)
-    for number, scene in enumerate(random_scenes(settings["clips"], settings["seed"])):
-        with VideoWriter(folder / "videos" / f"{number:05d}.mp4", settings["fps"], height, width) as video:
-            video.write(draw(scene, settings["frames"], height, width))
-        (folder / "labels" / f"{number:05d}.txt").write_text(scene.caption + "\n")
+    chance = random.Random(f"captions {settings['seed']}")
+    scenes = random_scenes(settings["clips"], settings["seed"], settings["split"], settings["concept"])
+    for number, scene in enumerate(scenes):
+        write_clip(folder / "videos" / f"{number:05d}.mp4", scene, settings)
+        (folder / "labels" / f"{number:05d}.txt").write_text(phrase(scene, chance) + "\n")
     write_images(folder / "images", settings)
     (folder / MARKER).write_text(json.dumps(settings))
 
 
+def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
+    """The clip: (frames, 3, height, width) in [-1, 1], edges antialiased."""
+    from tools import shape_drawing  # imports PyTorch: seconds, spent only once there is something to draw
+
+    return shape_drawing.draw(scene, frames, height, width)
+
+
+def write_clip(path: Path, scene: Scene, settings: dict) -> None:
+    from video_output import VideoWriter
+
+    height, width = settings["size"]
+    with VideoWriter(path, settings["fps"], height, width) as video:
+        video.write(draw(scene, settings["frames"], height, width))
+
+
 def write_images(folder: Path, settings: dict) -> None:
     """Moments of clips that none of the dataset's own is."""
+    chance = random.Random(f"images {settings['seed']}")
+    if settings["images"]:
+        folder.mkdir()
+    scenes = random_scenes(settings["images"], chance.getrandbits(32), settings["split"], settings["concept"])
+    for number, scene in enumerate(scenes):
+        write_image(folder / f"{number:05d}.png", scene, chance.random(), settings["size"])
+        (folder / f"{number:05d}.txt").write_text(phrase(scene, chance) + "\n")
+
+
+def write_image(path: Path, scene: Scene, moment: float, size: Sequence[int]) -> None:
     from PIL import Image
 
-    chance = random.Random(f"images {settings['seed']}")
-    count = settings.get("images", 0)
-    if count:
-        folder.mkdir()
-    for number, scene in enumerate(random_scenes(count, chance.getrandbits(32))):
-        frame = draw_moment(scene, chance.random(), *settings["size"])
-        pixels = ((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{number:05d}.png")
-        (folder / f"{number:05d}.txt").write_text(scene.caption + "\n")
+    from tools.shape_drawing import draw_moments
+
+    frame = draw_moments(scene, [moment], *size)[0]
+    pixels = ((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_prompts(options: argparse.Namespace) -> None:
+    """Raises UserError if the file, or its folder of images, is there already and holds something else."""
+    file, folder = options.prompts_file, options.prompts_file.with_suffix("")
+    chance = random.Random(f"captions {options.seed}")
+    scenes = random_scenes(options.prompts, options.seed, options.split, options.concept, pairs=False)
+    images = [f"@@{folder.name}/{number:05d}.png" if options.with_first_frames else "" for number in range(len(scenes))]
+    content = "".join(f"{phrase(scene, chance)}{image}\n" for scene, image in zip(scenes, images, strict=True))
+    settings = {name: getattr(options, name) for name in ("frames", "size", "fps")} | {"version": VERSION}
+    marker = folder / MARKER
+    try:
+        if file.exists() and file.read_bytes() != content.encode():
+            raise UserError(f"{file} exists and holds something else: give another --prompts_file")
+        if options.with_first_frames and folder.exists():
+            if not marker.is_file() or marker.read_text() != json.dumps(settings | {"prompts": content}):
+                raise UserError(f"{folder} exists and holds something else: give another --prompts_file")
+        elif options.with_first_frames:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shapes-") as temporary:
+                new = Path(temporary, "new")
+                new.mkdir()
+                for number, scene in enumerate(scenes):
+                    write_image(new / f"{number:05d}.png", scene, 0.0, options.size)
+                    write_clip(new / f"{number:05d}.mp4", scene, settings)
+                (new / MARKER).write_text(json.dumps(settings | {"prompts": content}))
+                new.rename(folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+    logger.info("%s: %d prompts", file, options.prompts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The generated clips show what their captions say, and are made only when needed."""
+"""Datasets and prompt files of generated clips are read as training data and sampling read them, and only made anew
+when needed."""
 
 import logging
 import subprocess
@@ -6,20 +7,27 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from PIL import Image
 
 from data_video import SFTDataset
-from tools.make_shapes_dataset import COLOURS, MOTIONS, SHAPES, SIZES, Scene, draw, main, random_scenes
+from image_inputs import load_condition_image
+from prompt_inputs import read_prompts
+from tools.make_shapes_dataset import main
+from tools.shape_drawing import draw
+from tools.shape_scenes import parse, random_scenes
 from videos import read_video
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_shapes_dataset.py"
 
 
-def make(folder: Path, **settings) -> int:
+def make(folder: Path, *switches: str, **settings) -> int:
     settings = {"clips": 2, "frames": 5, "seed": 0, **settings}
-    return main(
-        ["--output", str(folder), *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
-    )
+    values = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
+    return main(["--output", str(folder), *values, *switches])
+
+
+def make_prompts(file: Path, *switches: str, **settings) -> int:
+    return make(file.parent / "unused", "--prompts_file", str(file), *switches, **{"prompts": 3, **settings})
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -28,65 +36,29 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def scene(shape="circle", motion="standing still", size="large", phase=0.5) -> Scene:
-    return Scene(size, "red", shape, motion, "blue", phase, offset=0.0)
-
-
-def mask(clip: torch.Tensor) -> torch.Tensor:
-    """Where the red shape is on the blue background."""
-    return clip[:, 0] > clip[:, 2]
-
-
 def test_it_is_read_as_training_data(tmp_path):
     assert make(tmp_path / "shapes", clips=3, frames=9) == 0
     dataset = SFTDataset(tmp_path / "shapes", [64, 96], fps=8, max_num_frames=9, skip_frms_num=0)
-    assert len(dataset) == 3
-    assert [dataset[index]["txt"] for index in range(3)] == [scene.caption for scene in random_scenes(3, 0)]
+    scenes = random_scenes(3, 0)
+    assert [parse(dataset[index]["txt"]) for index in range(3)] == scenes
     assert all(dataset[index]["mp4"].shape == (9, 3, 64, 96) for index in range(3))
     meta, frames = read_video(tmp_path / "shapes" / "videos" / "00001.mp4")
     assert meta["fps"] == 8
-    assert (frames - draw(random_scenes(3, 0)[1], 9, 64, 96)).abs().mean() < 0.05
+    assert (frames - draw(scenes[1], 9, 64, 96)).abs().mean() < 0.05
 
 
-def test_captions_are_english_and_differ():
-    assert scene().caption == "a large red circle standing still on a blue background"
-    assert Scene("small", "red", "ring", "moving up", "orange", 0, 0).caption.endswith("on an orange background")
-    captions = [scene.caption for scene in random_scenes(500, seed=3)]
-    assert len(set(captions)) == 500
-    assert all(any(word in caption for caption in captions) for word in (*COLOURS, *SHAPES, *SIZES, *MOTIONS))
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_clips_and_images_are_of_the_split(tmp_path, split):
+    assert make(tmp_path / "shapes", "--split", split, images=5) == 0
+    labels = [*(tmp_path / "shapes").glob("*/*.txt")]
+    assert len(labels) == 7
+    assert {parse(label.read_text()).split for label in labels} == {split}
 
 
-@pytest.mark.parametrize(
-    ("motion", "down", "right"),
-    [
-        ("moving left", 0, -1),
-        ("moving right", 0, 1),
-        ("moving up", -1, 0),
-        ("moving down", 1, 0),
-        ("standing still", 0, 0),
-    ],
-)
-def test_shapes_move_as_their_captions_say(motion, down, right):
-    where = [m.nonzero().float().mean(dim=0) for m in mask(draw(scene(motion=motion), 9, 64, 96))]
-    steps = torch.stack(where).diff(dim=0)
-    assert (steps[:, 0].sign() == down).all() or (down == 0 and steps[:, 0].abs().max() < 0.1)
-    assert (steps[:, 1].sign() == right).all() or (right == 0 and steps[:, 1].abs().max() < 0.1)
-
-
-@pytest.mark.parametrize("motion", MOTIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_stay_in_the_picture_and_keep_their_size(shape, motion):
-    for phase in (0.0, 0.99):
-        area = mask(draw(scene(shape, motion, phase=phase), 9, 64, 96)).sum(dim=(1, 2)).float()
-        assert area.min() > 100
-        assert area.max() / area.min() < 1.15
-    small = mask(draw(scene(shape, motion, size="small"), 1, 64, 96)).sum()
-    assert small < 0.5 * area.min()
-
-
-def test_shapes_differ():
-    masks = [mask(draw(scene(shape), 1, 64, 96)) for shape in SHAPES]
-    assert all((one ^ other).sum() > 50 for i, one in enumerate(masks) for other in masks[:i])
+def test_a_concept_is_drawn_alone(tmp_path):
+    assert make(tmp_path / "stars", "--concept", "star") == 0
+    captions = [label.read_text() for label in (tmp_path / "stars" / "labels").iterdir()]
+    assert all(" purple star " in caption for caption in captions)
 
 
 def test_images_are_moments_of_other_clips(tmp_path):
@@ -115,6 +87,51 @@ def test_the_same_settings_give_the_same_files_and_others_replace_them(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+# ---------------------------------------------------------------- prompts
+
+
+def test_prompts_are_read_by_sampling(tmp_path):
+    file = tmp_path / "prompts.txt"
+    assert make_prompts(file, "--split", "held_out") == 0
+    scenes = [parse(request.text) for request in read_prompts(file, image_to_video=False)]
+    assert scenes == random_scenes(3, 0, "held_out", pairs=False)
+    assert {len(scene.items) for scene in scenes} == {1}
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+    assert make_prompts(tmp_path / "stars.txt", "--concept", "star") == 0
+    assert (tmp_path / "stars.txt").read_text().count(" purple star ") == 3
+
+
+def test_prompts_with_first_frames_begin_the_clips_beside_them(tmp_path):
+    assert make_prompts(tmp_path / "prompts.txt", "--with_first_frames") == 0
+    requests = read_prompts(tmp_path / "prompts.txt", image_to_video=True)
+    assert [parse(request.text) for request in requests] == random_scenes(3, 0, pairs=False)
+    for request in requests:
+        assert request.image.parent == tmp_path / "prompts"
+        with Image.open(request.image) as image:
+            assert image.size == (96, 64)
+        _, clip = read_video(request.image.with_suffix(".mp4"))
+        assert len(clip) == 5
+        assert (load_condition_image(request.image, (64, 96)) - clip[0]).abs().mean() < 0.05
+
+
+def test_prompt_files_are_made_again_but_never_replaced(tmp_path):
+    for _ in range(2):
+        assert make_prompts(tmp_path / "a.txt", "--with_first_frames") == 0
+        before = files(tmp_path / "a")
+    assert files(tmp_path / "a") == before
+    assert make_prompts(tmp_path / "a.txt", "--with_first_frames", frames=9) == 1
+    assert make_prompts(tmp_path / "a.txt", seed=1) == 1
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("precious")
+    assert make_prompts(tmp_path / "b.txt", "--with_first_frames") == 1
+    assert not (tmp_path / "b.txt").exists()
+    assert files(tmp_path / "a") == before
+    assert (tmp_path / "b" / "mine.txt").read_text() == "precious"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
 def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("precious")
@@ -123,7 +140,11 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
         assert make(tmp_path / "mine") == make(tmp_path / "file") == make(tmp_path / "file" / "below") == 1
         assert make(tmp_path / "new", frames=0) == 1
         assert main(["--output", str(tmp_path / "new"), "--size", "64", "97"]) == 1
-    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 5
+        assert (
+            make_prompts(tmp_path / "new", "--with_first_frames") == make(tmp_path / "new", "--with_first_frames") == 1
+        )
+        assert make_prompts(tmp_path / "new", prompts=0) == 1
+    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 8
     assert "mine exists and was not made by this tool" in caplog.text
     assert "must be even, got 64 and 97" in caplog.text
     assert (tmp_path / "mine" / "a.txt").read_text() == "precious"

@@ -1,0 +1,273 @@
+"""What the generated clips show: the words of a scene, its captions, the way back from a caption, and the split.
+
+A scene is one or two coloured shapes, each with a size and a motion, over a plain or patterned background. A caption
+can be phrased in several ways; `parse` understands each. The combination (colour, shape, motion, background) of every
+shape decides whether a scene may be trained on, so that a model can be tested on combinations that it never saw.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from sgm.errors import UserError
+
+COLOURS = {  # red, green, blue in [0, 1]
+    "red": (0.9, 0.1, 0.1),
+    "green": (0.1, 0.7, 0.2),
+    "blue": (0.1, 0.2, 0.9),
+    "yellow": (0.95, 0.9, 0.1),
+    "purple": (0.6, 0.1, 0.7),
+    "orange": (1.0, 0.55, 0.05),
+    "white": (1.0, 1.0, 1.0),
+    "black": (0.0, 0.0, 0.0),
+}
+SHAPES = ("circle", "square", "triangle", "ring", "cross")
+CONCEPTS = {"star": "purple"}  # shapes that are drawn only when asked for, each in one colour
+SIZES = {"small": 0.14, "medium": 0.20, "large": 0.27}  # radius, in parts of the shorter side
+PATTERNS = ("striped", "checkered", "dotted")
+PLAIN = "plain"
+# Motion: how it is said of a shape ("a circle ..."), first with a participle, then with a verb.
+MOTIONS = {
+    "moving left": (("moving left", "moving to the left"), ("moves left", "moves to the left", "is moving left")),
+    "moving right": (("moving right", "moving to the right"), ("moves right", "moves to the right", "is moving right")),
+    "moving up": (("moving up", "moving upwards"), ("moves up", "moves upwards", "is moving up")),
+    "moving down": (("moving down", "moving downwards"), ("moves down", "moves downwards", "is moving down")),
+    "growing": (("growing", "getting bigger"), ("grows", "gets bigger", "is growing")),
+    "shrinking": (("shrinking", "getting smaller"), ("shrinks", "gets smaller", "is shrinking")),
+    "moving in a circle": (
+        ("moving in a circle", "going round in a circle"),
+        ("moves in a circle", "goes round in a circle", "is moving in a circle"),
+    ),
+    "bouncing": (("bouncing", "bouncing up and down"), ("bounces", "bounces up and down", "is bouncing")),
+    "standing still": (("standing still", "not moving"), ("stands still", "does not move", "is standing still")),
+}
+SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
+PATTERN_WORDS = {PLAIN: ("", "plain"), **{pattern: (pattern,) for pattern in PATTERNS}}
+
+# Layout: for each shape the part of the picture in which it stays (top, left, height, width).
+LAYOUTS = {
+    "alone": ((0.0, 0.0, 1.0, 1.0),),
+    "left and right": ((0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 0.5)),
+    "right and left": ((0.0, 0.5, 1.0, 0.5), (0.0, 0.0, 1.0, 0.5)),
+    "above and below": ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 0.5, 1.0)),
+    "below and above": ((0.5, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 1.0)),
+}
+PATTERNED_SHARE = 0.3
+PAIR_SHARE = 0.2
+HELD_OUT_PERCENT = 22
+SPLITS = ("train", "held_out", "all")
+BASE_PHRASING = 0.4  # so often a caption is in the first phrasing, with the first word for everything
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape of a scene. Two are equal when a caption says the same of them.
+
+    Args:
+        phase: in [0, 1), where the shape starts along its way.
+        offset: in [-1, 1], where it is across the direction in which it moves.
+    """
+
+    size: str
+    colour: str
+    shape: str
+    motion: str
+    phase: float = field(default=0.5, compare=False)
+    offset: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one clip shows.
+
+    Args:
+        items: one, or two of different colours, in the order of the caption.
+        background: its colour, one that no item has.
+        pattern: "plain", or one of PATTERNS: of the background's colour and a shade of it.
+        layout: one of LAYOUTS, with a place for each item.
+    """
+
+    items: tuple[Item, ...]
+    background: str
+    pattern: str = PLAIN
+    layout: str = field(default="alone", compare=False)
+
+    @property
+    def caption(self) -> str:
+        """In the first phrasing: "a large red circle moving left on a striped blue background"."""
+        return phrase(self)
+
+    @property
+    def combinations(self) -> list[tuple[str, str, str, str]]:
+        """(colour, shape, motion, background) of each item; the background with its pattern."""
+        background = f"{self.pattern} {self.background}"
+        return [(item.colour, item.shape, item.motion, background) for item in self.items]
+
+    @property
+    def split(self) -> str:
+        """That of all its items' combinations, "train" or "held_out"; "mixed" if they differ."""
+        splits = {split_of(combination) for combination in self.combinations}
+        return splits.pop() if len(splits) == 1 else "mixed"
+
+
+def split_of(combination: Sequence[str]) -> str:
+    """The split of a combination, "train" or "held_out": the same on every machine, for ever."""
+    digest = hashlib.sha256("|".join(combination).encode()).digest()
+    return "held_out" if int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT else "train"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+# {p}: shapes with participles, {v}: with verbs, {b}: the background. The first is the base phrasing.
+TEMPLATES = (
+    "{p} on {b}",
+    "{v} on {b}",
+    "on {b}, {v}",
+    "{v} in front of {b}",
+    "{b} with {p}",
+    "a video of {p} on {b}",
+)
+FILLERS = ("a", "an", "and", "on", "with", "in front of", "a video of")
+
+
+def phrase(scene: Scene, chance: random.Random | None = None) -> str:
+    """A caption: in the base phrasing, or with `chance` in any."""
+    if chance is None or chance.random() < BASE_PHRASING:
+        template, pick = TEMPLATES[0], lambda words: words[0]
+    else:
+        template, pick = chance.choice(TEMPLATES), chance.choice
+    said = {}
+    for kind, form in (("p", 0), ("v", 1)):
+        if f"{{{kind}}}" in template:
+            said[kind] = " and ".join(
+                f"{_with_article(pick(SIZE_WORDS[item.size]), item.colour, item.shape)} "
+                f"{pick(MOTIONS[item.motion][form])}"
+                for item in scene.items
+            )
+    background = _with_article(pick(PATTERN_WORDS[scene.pattern]), scene.background, "background")
+    return template.format(b=background, **said)
+
+
+def _with_article(*words: str) -> str:
+    text = " ".join(word for word in words if word)
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+
+def _phrases() -> dict[str, tuple[str, str]]:
+    """Everything that captions are made of: phrase -> (kind, what it means)."""
+    known = dict.fromkeys(FILLERS, ("filler", ""))
+    known |= {colour: ("colour", colour) for colour in COLOURS}
+    known |= {shape: ("shape", shape) for shape in (*SHAPES, *CONCEPTS)}
+    known |= {word: ("size", size) for size, words in SIZE_WORDS.items() for word in words}
+    known |= {word: ("pattern", pattern) for pattern, words in PATTERN_WORDS.items() for word in words if word}
+    known |= {said: ("motion", motion) for motion, forms in MOTIONS.items() for form in forms for said in form}
+    known["background"] = ("background", "")
+    return known
+
+
+_KNOWN = _phrases()
+_PHRASE = re.compile("|".join(rf"{re.escape(said)}(?![\w-])" for said in sorted(_KNOWN, key=len, reverse=True)))
+
+
+def parse(caption: str) -> Scene:
+    """The scene that a caption tells of, whatever its phrasing; starts and layout, which it does not tell, are default.
+
+    Raises:
+        UserError: a word that no caption has, or something is missing.
+    """
+    tokens = [token for token in _tokens(caption) if token[0] != "filler"]
+    kinds = " ".join(kind for kind, _ in tokens) + " "
+    item = "size colour shape motion "
+    background = "(pattern )?colour background "
+    if not re.fullmatch(f"({item}){{1,2}}{background}|{background}({item}){{1,2}}", kinds):
+        raise UserError(
+            f"not a caption of a scene: '{caption}'; one is 'a large red circle moving left on a blue background'"
+        )
+    words = iter(tokens)
+    items, ground = [], {}
+    for kind, word in words:
+        if kind == "size":
+            items.append(Item(word, *(next(words)[1] for _ in range(3))))
+        elif kind != "background":
+            ground[kind] = word
+    layout = "alone" if len(items) == 1 else "left and right"
+    return Scene(tuple(items), ground["colour"], ground.get("pattern", PLAIN), layout)
+
+
+def _tokens(caption: str) -> Iterator[tuple[str, str]]:
+    text = caption.lower().replace(",", " ").rstrip(" .\n")
+    position = 0
+    while rest := text[position:].lstrip():
+        position = len(text) - len(rest)
+        match = _PHRASE.match(text, position)
+        if match is None:
+            raise UserError(f"the caption '{caption.strip()}' has a word that no scene is told in: '{rest.split()[0]}'")
+        yield _KNOWN[match.group()]
+        position = match.end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing lots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_scenes(
+    count: int, seed: int, split: str = "train", concept: str | None = None, pairs: bool = True
+) -> list[Scene]:
+    """As many scenes of a split; what they show differs while there are others left.
+
+    Args:
+        concept: one of CONCEPTS, to get scenes with nothing else.
+        pairs: whether some scenes may have two shapes; those of a concept never do.
+    """
+    chance = random.Random(seed)
+    seen: set[Scene] = set()
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        patterned = chance.random() < PATTERNED_SHARE
+        paired = pairs and concept is None and chance.random() < PAIR_SHARE
+        for _ in range(50):  # when all scenes of this kind are there, they come again, elsewhere in the picture
+            scene = _random_scene(chance, patterned, paired, split, concept)
+            if scene not in seen:
+                break
+        seen.add(scene)
+        scenes.append(scene)
+    return scenes
+
+
+def _random_scene(chance: random.Random, patterned: bool, paired: bool, split: str, concept: str | None) -> Scene:
+    while True:
+        pattern = chance.choice(PATTERNS) if patterned else PLAIN
+        if concept:
+            colours = [CONCEPTS[concept], chance.choice([name for name in COLOURS if name != CONCEPTS[concept]])]
+        else:
+            colours = chance.sample(list(COLOURS), 3 if paired else 2)
+        layout = chance.choice([name for name, places in LAYOUTS.items() if len(places) == 1 + paired])
+        sizes = ("small", "medium") if paired else tuple(SIZES)
+        items = tuple(
+            Item(
+                chance.choice(sizes),
+                colour,
+                concept or chance.choice(SHAPES),
+                chance.choice(list(MOTIONS)),
+                chance.random(),
+                chance.uniform(-1, 1),
+            )
+            for colour in colours[:-1]
+        )
+        scene = Scene(items, colours[-1], pattern, layout)
+        if all(_has_room(item, layout) for item in items) and split in (scene.split, "all"):
+            return scene
+
+
+def _has_room(item: Item, layout: str) -> bool:
+    """Whether the motion is plain to see: across half a picture, only a small shape has far enough to go."""
+    if layout == "alone" or item.size == "small" or item.motion in ("growing", "shrinking", "standing still"):
+        return True
+    sideways = item.motion in ("moving left", "moving right")
+    upright = item.motion in ("moving up", "moving down", "bouncing")
+    return sideways if layout in ("above and below", "below and above") else upright
