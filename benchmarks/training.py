@@ -447,7 +447,7 @@ def names_of_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def random_base(args: argparse.Namespace, path: Path) -> Path:
     """A checkpoint of random weights for a run of `args.model`, with or without an adapter on top."""
-    from network_weights import is_adapter
+    from network_files import is_adapter
 
     weights = build_network(args).state_dict()
     base = {name.replace(".original.", "."): tensor for name, tensor in weights.items() if not is_adapter(name)}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from network_weights import NETWORK_PREFIX, checkpoint_file
+from network_files import NETWORK_PREFIX, checkpoint_file
 from sgm.errors import UserError
 from sgm.weights import module_weights, read_state_dict
 from video_output import replaced_when_complete

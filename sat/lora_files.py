@@ -25,7 +25,7 @@ from lora_names import (
     parse_diffusers_name,
     parse_sat_name,
 )
-from network_weights import checkpoint_file, is_adapter, network_weights
+from network_files import checkpoint_file, is_adapter, network_weights
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_files import Adapter, read_adapter, sat_adapter
 from lora_merging import MergedWeights
-from network_weights import NETWORK_PREFIX, OTHER_PARTS, checkpoint_file, is_adapter, is_diffusers_file
+from network_files import NETWORK_PREFIX, OTHER_PARTS, checkpoint_file, is_adapter, is_diffusers_file
 from sgm.errors import UserError
 from stored_weights import Stored, StoredWeights, open_weights
 from zero_checkpoints import read_zero, zero_folder

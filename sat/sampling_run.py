@@ -19,7 +19,7 @@ from diffusion_video import SATVideoDiffusionEngine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
 from model_limits import SPACE_FACTOR
-from network_weights import checkpoint_file
+from network_files import checkpoint_file
 from process_groups import destroy_process_groups, initialize_process_groups
 from prompt_inputs import PromptRequest, typed_prompts
 from sampling_plan import PlannedVideo, plan_videos, refine_videos

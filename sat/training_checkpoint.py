@@ -31,7 +31,7 @@ from sat import mpu
 from torch import Tensor, nn
 
 import optimizer_state
-from network_weights import NETWORK_PREFIX
+from network_files import NETWORK_PREFIX
 from sgm.errors import UserError
 from training_plan import STATE_FILE
 from video_output import replaced_when_complete

@@ -128,7 +128,7 @@ def write(pipeline: "Pipeline", output: Path) -> None:
     from config_writing import inference_config, model_config, write_yaml
     from diffusers_folders import check_equal, copy_files
     from model_sizes import sizes_of_config
-    from network_weights import NETWORK_PREFIX
+    from network_files import NETWORK_PREFIX
     from stored_weights import open_weights
 
     family, files = pipeline.family, pipeline.text_files

@@ -9,7 +9,7 @@ import torch
 from diffusers_folders import transformer_config, vae_config
 from diffusers_names import TABLES, Piece, assemble, assembled_shape, check_divisible, from_diffusers, to_diffusers
 from model_sizes import released_config, sizes_of_config
-from network_weights import NETWORK_PREFIX
+from network_files import NETWORK_PREFIX
 from sgm import diffusers_vae_names
 from sgm.errors import UserError
 from support import REFERENCE

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_video import set_lora_scale
-from network_weights import NETWORK_PREFIX, checkpoint_file, instantiate_on_meta, is_adapter, load_network
+from network_files import NETWORK_PREFIX, checkpoint_file, is_adapter
+from network_weights import instantiate_on_meta, load_network
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config

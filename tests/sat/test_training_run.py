@@ -13,7 +13,7 @@ import yaml
 import train_video
 from conftest import TinyModels
 from diffusion_video import DTYPES
-from network_weights import NETWORK_PREFIX, checkpoint_file, is_adapter, network_weights
+from network_files import NETWORK_PREFIX, checkpoint_file, is_adapter, network_weights
 from support import FP16_PROCESSOR, needs_fp16
 from training_clips import write_dataset
 from training_runs import (

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_names import FREQUENCIES, POSITION_TABLE, UNUSED_TABLE
 from model_sizes import combined, computed_tables, released_config, sizes_of_config, sizes_of_tables
-from network_weights import NETWORK_PREFIX
+from network_files import NETWORK_PREFIX
 from sgm.errors import UserError
 from support import REFERENCE
 from weight_family import (

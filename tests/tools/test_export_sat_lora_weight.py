@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from diffusers_network import build_diffusers_network, diffusers_rotary, map_weights
 from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, error_of, save
-from network_weights import NETWORK_PREFIX
+from network_files import NETWORK_PREFIX
 from support import assert_close, relative_error
 from tools.export_sat_lora_weight import FILE, main
 from training_clips import write_dataset

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from arguments import get_args
 from diffusers_network import build_diffusers_network, diffusers_rotary, map_weights
 from lora_adapters import AdaptedNetwork, adapted_network, error_of
-from network_weights import checkpoint_file, network_weights
+from network_files import checkpoint_file, network_weights
 from support import assert_close
 from tools.export_sat_lora_weight import main as export
 from tools.import_hf_lora import main

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, error_of, save
-from network_weights import checkpoint_file, is_adapter, network_weights
+from network_files import checkpoint_file, is_adapter, network_weights
 from support import assert_close, relative_error
 from tools.export_sat_lora_weight import main as export
 from tools.merge_lora import main, path_and_weight
