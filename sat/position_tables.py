@@ -32,9 +32,12 @@ def sincos_3d(
     """
     frames, height, width = grid
     time_dim, axis_dim = dim // 4, dim * 3 // 8
-    time = sincos_1d(np.arange(frames) / time_interpolation, time_dim)
-    rows = sincos_1d(np.arange(height) / height_interpolation, axis_dim)
-    columns = sincos_1d(np.arange(width) / width_interpolation, axis_dim)
+    lines = (
+        sincos_1d(np.arange(frames) / time_interpolation, time_dim),
+        sincos_1d(np.arange(height) / height_interpolation, axis_dim),
+        sincos_1d(np.arange(width) / width_interpolation, axis_dim),
+    )
+    time, rows, columns = (line.astype(np.float32) for line in lines)  # while they are small
     table = np.concatenate(
         [
             repeat(time, "t d -> (t h w) d", h=height, w=width),
@@ -43,7 +46,7 @@ def sincos_3d(
         ],
         axis=1,
     )
-    return torch.from_numpy(table.astype(np.float32))
+    return torch.from_numpy(table)
 
 
 def rotary_angles(

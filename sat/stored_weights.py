@@ -7,6 +7,7 @@ go by, so that a checkpoint of any size is converted in the memory of a few of i
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from sgm.errors import UserError
 from sgm.weights import module_weights, read_state_dict
 
-WINDOW_BYTES = 256 * 2**20  # that may be read through one map
+WINDOW_BYTES = 128 * 2**20  # that may be read through one map
 
 
 @dataclass(frozen=True)
@@ -89,34 +90,57 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
+class Window:
+    """Counts what is read through the maps of some files, and after `WINDOW_BYTES` lets all of them be renewed."""
+
+    def __init__(self) -> None:
+        self.files: WeakSet[MappedFile] = WeakSet()  # they hold the window, and are to be unmapped when they go
+        self.bytes_read = 0
+
+    def make_room(self) -> None:
+        if self.bytes_read >= WINDOW_BYTES:
+            for file in self.files:
+                file.release()
+            self.bytes_read = 0
+
+
 class MappedFile:
-    """Tensors of a file by any key, mapped; the map is renewed after `WINDOW_BYTES` have been read.
+    """Tensors of a file by any key, mapped.
 
     Args:
         open_tensors: maps the file anew and returns its tensors.
+        window: that of all files that are read together.
     """
 
-    def __init__(self, open_tensors: Callable[[], Mapping[str, Tensor]]):
+    def __init__(self, open_tensors: Callable[[], Mapping[str, Tensor]], window: Window):
         self._open = open_tensors
         self._tensors: Mapping[str, Tensor] | None = open_tensors()
-        self._bytes_read = 0
+        self._window = window
+        window.files.add(self)
 
     def stored(self) -> dict[str, Stored]:
         return {
             name: Stored(tensor.shape, tensor.dtype, lambda name=name: self.read(name))
-            for name, tensor in self._tensors.items()
+            for name, tensor in self.tensors.items()
         }
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        if self._tensors is None:
+            self._tensors = self._open()
+        return self._tensors
+
+    def release(self) -> None:
+        """Unmap the file; what was read of it stays mapped for as long as someone holds it."""
+        self._tensors = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or its entries from `start` to `stop`; use it before the next one is read, and let go of it."""
-        if self._bytes_read >= WINDOW_BYTES:
-            self._tensors, self._bytes_read = None, 0
-        if self._tensors is None:
-            self._tensors = self._open()
-        tensor = self._tensors[name].detach()  # DeepSpeed saves frozen weights as parameters
+        self._window.make_room()
+        tensor = self.tensors[name].detach()  # DeepSpeed saves frozen weights as parameters
         if stop is not None:
             tensor = tensor[start:stop]
-        self._bytes_read += tensor.nbytes
+        self._window.bytes_read += tensor.nbytes
         return tensor
 
 
@@ -128,8 +152,9 @@ def open_weights(path: Path) -> StoredWeights:
     """
     files = shard_files(path)
     entries: dict[str, Stored] = {}
+    window = Window()
     for file in files:
-        entries |= MappedFile(lambda file=file: module_weights(read_state_dict(file), what=str(file))).stored()
+        entries |= MappedFile(lambda file=file: module_weights(read_state_dict(file), what=str(file)), window).stored()
     if len(files) > 1:
         read_state_dict(path)  # checks that the index and its files agree
     return StoredWeights(entries)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
-from stored_weights import MappedFile, Stored, StoredWeights
+from stored_weights import MappedFile, Stored, StoredWeights, Window
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -42,14 +42,15 @@ def read_zero(folder: Path) -> StoredWeights:
         UserError: files are missing, damaged, or do not go together.
     """
     files = _optimizer_files(folder)
-    groups = [_FlatGroups(file) for file in files]
+    window = Window()
+    groups = [_FlatGroups(file, window) for file in files]
     stage, count = groups[0].stage, groups[0].partitions
     if count != len(files):
         raise UserError(f"{folder} holds the pieces of {len(files)} of {count} processes: copy the others there too")
     if stage <= 2:
-        return _whole(folder, groups)
+        return _whole(folder, groups, window)
     if stage == 3:
-        return _partitioned(folder, groups)
+        return _partitioned(folder, groups, window)
     raise UserError(f"{folder} is of ZeRO stage {stage}, which is not known")
 
 
@@ -71,7 +72,7 @@ def _optimizer_files(folder: Path) -> list[Path]:
 class _FlatGroups:
     """One process's float32 pieces, one tensor a group."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, window: Window):
         self.name = file
         state = self._optimizer_state()
         stage, partitions = state.get("zero_stage"), state.get("partition_count")
@@ -80,7 +81,7 @@ class _FlatGroups:
             raise UserError(f"{file} is no optimizer state of ZeRO: it does not say its stage or its processes")
         self.stage = int(stage)
         self.paddings = state.get("param_alignment_paddings")
-        self.file = MappedFile(lambda: dict(enumerate(self._pieces(self._optimizer_state()))))
+        self.file = MappedFile(lambda: dict(enumerate(self._pieces(self._optimizer_state()))), window)
         self.sizes = [tensor.numel() for tensor in self._pieces(state)]
 
     def _optimizer_state(self) -> Mapping[str, Any]:
@@ -110,12 +111,12 @@ def _model_states(file: Path) -> Mapping[str, Any]:
     return content
 
 
-def _module(file: Path) -> dict[str, Stored]:
+def _module(file: Path, window: Window) -> dict[str, Stored]:
     def tensors() -> dict[str, Tensor]:
         module = _model_states(file).get("module") or {}
         return {name: value for name, value in module.items() if isinstance(value, Tensor) and value.numel()}
 
-    return MappedFile(tensors).stored()
+    return MappedFile(tensors, window).stored()
 
 
 def _concatenated(parts: Sequence[tuple[_FlatGroups, int, int, int]], shape: torch.Size) -> Tensor:
@@ -134,11 +135,11 @@ def _with_aliases(entries: dict[str, Stored], states: Mapping[str, Any]) -> Stor
     return StoredWeights(entries)
 
 
-def _whole(folder: Path, ranks: list[_FlatGroups]) -> StoredWeights:
+def _whole(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeights:
     """Stages 1 and 2."""
     file = folder / "mp_rank_00_model_states.pt"
     states = _model_states(file)
-    entries = _module(file)
+    entries = _module(file, window)
     if any(len(rank.sizes) != len(states["param_shapes"]) for rank in ranks):
         raise UserError(f"{folder}: the number of parameter groups differs between the files")
     for group, shapes in enumerate(states["param_shapes"]):
@@ -159,17 +160,17 @@ def _whole(folder: Path, ranks: list[_FlatGroups]) -> StoredWeights:
     return _with_aliases(entries, states)
 
 
-def _partitioned(folder: Path, ranks: list[_FlatGroups]) -> StoredWeights:
+def _partitioned(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeights:
     """Stage 3."""
     files = [folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(len(ranks))]
     states = [_model_states(file) for file in files]
-    entries = _module(files[0])
+    entries = _module(files[0], window)
     for name in states[0].get("frozen_param_shapes") or {}:
         if any(name not in (state.get("frozen_param_fragments") or {}) for state in states):
             raise UserError(f"{folder}: a process has no piece of {name}")
     if states[0].get("frozen_param_shapes"):
         fragments = [
-            MappedFile(lambda file=file: dict(_model_states(file)["frozen_param_fragments"])) for file in files
+            MappedFile(lambda file=file: dict(_model_states(file)["frozen_param_fragments"]), window) for file in files
         ]
         for name, shape in states[0]["frozen_param_shapes"].items():
 

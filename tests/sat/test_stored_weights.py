@@ -16,17 +16,21 @@ from stored_weights import open_weights
 
 ROOT = Path(__file__).parents[2]
 
-# Converts 600 MB, of which no tensor has more than 4 MB, and prints by how many MB the peak of the memory rises.
+# Converts 600 MB, of which no tensor has more than 4 MB, twice, into files of at most so many MB, and prints by how
+# many MB the peak of the memory rises.
 CONVERT = """
 import re, sys, torch
 from pathlib import Path
 from diffusers_folders import write_part
 from stored_weights import open_weights
+from sgm.weights import safetensors_in
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) // 1024
 torch.zeros(1).add_(1)
 before = peak()
-write_part(Path(sys.argv[2]), {}, open_weights(Path(sys.argv[1])).cast(torch.bfloat16), 10**9)
+source, first, second = map(Path, sys.argv[1:4])
+write_part(first, {}, open_weights(source).cast(torch.bfloat16), int(sys.argv[4]) * 10**6)
+write_part(second, {}, open_weights(safetensors_in(first)), int(sys.argv[4]) * 10**6)
 print(peak() - before)
 """
 
@@ -97,9 +101,11 @@ def test_casting(tmp_path):
         cast["large"]
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path):
+@pytest.mark.parametrize("megabytes", [1000, 20])
+def test_memory_does_not_grow_with_files_or_their_number(tmp_path, megabytes):
+    """Source and result are read side by side, so two windows are mapped at most."""
     torch.save({"module": {f"w{i}": torch.ones(2**20) for i in range(150)}}, tmp_path / "a.pt")
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'sat'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-c", CONVERT, str(tmp_path / "a.pt"), str(tmp_path / "part")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert int(result.stdout.split()[-1]) < 600  # libraries may have written before
+    command = [sys.executable, "-c", CONVERT, tmp_path / "a.pt", tmp_path / "one", tmp_path / "two", megabytes]
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
+    assert int(result.stdout.split()[-1]) < 2 * stored_weights.WINDOW_BYTES / 2**20 + 64
