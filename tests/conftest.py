@@ -45,6 +45,8 @@ FAMILY_FILES = {
     "1.5": "cogvideox1.5_tiny",
     "1.5_i2v": "cogvideox1.5_tiny_i2v",
 }
+# A smaller one of the released shape, whatever configs/tiny trains: diffusers has no other.
+VAE = {"ch": 32, "ch_mult": [1, 2, 2, 4], "num_res_blocks": 1}
 
 
 def tiny_config(folder: Path, family: str, name: str) -> dict[str, Any]:
@@ -57,6 +59,10 @@ def tiny_config(folder: Path, family: str, name: str) -> dict[str, Any]:
     model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "t5")
     model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae.pt")
     model["network_config"]["params"]["num_layers"] = 2
+    for coder in ("encoder_config", "decoder_config"):
+        params = model["first_stage_config"]["params"][coder]["params"]
+        params |= VAE
+        params.pop("norm_groups", None)
     if family == "2b":
         model["scale_factor"] = 1.15258426
         model["network_config"]["params"]["modules"]["pos_embed_config"] = {

@@ -1,0 +1,104 @@
+"""The same sampling run in our engine and in a pipeline of diffusers.
+
+Both get the same prompt embeddings, initial noise, condition image and constant guidance, and take all steps in
+float32. Two things are made to match. Our discretization stretches the steps that are taken to zero signal at the noisy
+end, diffusers the whole table of 1000: here both do the latter. And the latent of a 1.5 image-to-video condition is
+divided by the VAE's factor in the released pipelines, but not where these models are sampled by SwissArmyTransformer:
+here neither does so.
+
+DDIM in diffusers is our VideoDDIMSampler. Its DPM scheduler is our VPSDEDPMPP2MSampler, which the released models are
+sampled with, down to the order in which noise is drawn.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config_files import load_configs
+from diffusion_video import SATVideoDiffusionEngine
+from seeded import seeded_input
+from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
+from sgm.modules.diffusionmodules.guiders import VanillaCFG
+from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler, VPSDEDPMPP2MSampler
+
+FRAMES, HEIGHT, WIDTH = 17, 128, 192  # the largest clip of the tiny models, the one whose positions need no resizing
+SEED = 3
+DDIM, DPM = "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"
+SAMPLERS = {DDIM: VideoDDIMSampler, DPM: VPSDEDPMPP2MSampler}
+Run = tuple[str, int]  # one of `SAMPLERS`, and the number of steps
+
+
+class WholeTable(ZeroSNRDDPMDiscretization):
+    """Some steps of the table of all, stretched as a whole."""
+
+    def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        _, timesteps = super().table(n)
+        levels, _ = super().table(self.num_timesteps)
+        return levels[::-1][timesteps][::-1].copy(), timesteps
+
+
+def our_latents(config: dict[str, Any], run: Run, load: Path, lora_load: Path | None = None) -> Tensor:
+    """Latents (1, frames, 16, height, width) of our engine; `config` is the section `model` of a configuration."""
+    args = Namespace(model_config=config, load=str(load), lora_load=lora_load and str(lora_load))
+    engine = SATVideoDiffusionEngine(args, parts=("first_stage_model", "model"))
+    schedule = config["sampler_config"]["params"]["discretization_config"]
+    scheduler, steps = run
+    sampler = SAMPLERS[scheduler](schedule, num_steps=steps)
+    sampler.discretization = WholeTable(**schedule["params"])
+    sampler.guider = VanillaCFG(6.0)
+    engine.sampler = sampler
+    frames = (FRAMES - 1) // 4 + (2 if engine.is_15 else 1)
+    torch.manual_seed(SEED)
+    condition = None
+    if engine.noised_image_input:
+        condition = engine.concat_condition(engine.encode_condition_image(image()[:, :, None]), frames)
+    cond, uncond = embeddings()
+    shape = (frames, 16, HEIGHT // 8, WIDTH // 8)
+    ofs = engine.default_ofs(1)
+    return engine.sample({"crossattn": cond}, {"crossattn": uncond}, 1, shape, concat_images=condition, ofs=ofs)
+
+
+def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
+    """The same of the pipeline in `folder`, with a LoRA file's folder at its default scale."""
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    scheduler, steps = run
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    if lora:
+        pipe.load_lora_weights(str(lora))
+    inputs = {}
+    if type(pipe) is diffusers.CogVideoXImageToVideoPipeline:
+        inputs["image"] = (image() + 1) / 2
+        if pipe.transformer.config.patch_size_t:
+            pipe.vae_scaling_factor_image = 1.0
+    else:
+        assert type(pipe) is diffusers.CogVideoXPipeline
+    cond, uncond = embeddings()
+    return pipe(
+        prompt_embeds=cond,
+        negative_prompt_embeds=uncond,
+        num_frames=FRAMES,
+        num_inference_steps=steps,
+        guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+        **inputs,
+    ).frames
+
+
+def embeddings() -> tuple[Tensor, Tensor]:
+    return seeded_input("prompt", (1, 64, 64)), torch.zeros(1, 64, 64)
+
+
+def image() -> Tensor:
+    return seeded_input("image", (1, 3, HEIGHT, WIDTH)).clamp(-1, 1)
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    return load_configs([path])["model"]
