@@ -21,6 +21,7 @@ class ContextParallelEncoder3D(nn.Module):
         ch, ch_mult: level i has ch * ch_mult[i] channels.
         double_z: give means and log-variances rather than z_channels values.
         gather_norm: take normalization statistics over the frames of all ranks.
+        norm_groups: of channels that are normalized together; it divides those of every level.
         checkpoint_levels: levels whose activations are recomputed in the backward pass, which saves memory and costs
             another forward pass of these. Level i is that of ch_mult[i]; 0 takes the most memory.
         resolution, out_ch, attn_resolutions: accepted for the configs that name them. There is no attention.
@@ -38,6 +39,7 @@ class ContextParallelEncoder3D(nn.Module):
         dropout: float = 0.0,
         double_z: bool = True,
         gather_norm: bool = False,
+        norm_groups: int = 32,
         temporal_compress_times: int = 4,
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
@@ -50,7 +52,7 @@ class ContextParallelEncoder3D(nn.Module):
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
-            return ResnetBlock3D(in_channels, out_channels, dropout, gather_norm=gather_norm)
+            return ResnetBlock3D(in_channels, out_channels, dropout, None, gather_norm, norm_groups)
 
         self.conv_in = CausalConv3d(in_channels, ch, 3)
 
@@ -70,7 +72,7 @@ class ContextParallelEncoder3D(nn.Module):
         self.mid.block_1 = block(channels, channels)
         self.mid.block_2 = block(channels, channels)
 
-        self.norm_out = GroupNorm(channels, gather_norm)
+        self.norm_out = GroupNorm(channels, gather_norm, norm_groups)
         self.conv_out = CausalConv3d(channels, 2 * z_channels if double_z else z_channels, 3)
         initialize(self)
         if double_z:
@@ -112,6 +114,7 @@ class ContextParallelDecoder3D(nn.Module):
         dropout: float = 0.0,
         double_z: bool = True,
         gather_norm: bool = False,
+        norm_groups: int = 32,
         temporal_compress_times: int = 4,
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
@@ -124,7 +127,7 @@ class ContextParallelDecoder3D(nn.Module):
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
-            return ResnetBlock3D(in_channels, out_channels, dropout, z_channels, gather_norm)
+            return ResnetBlock3D(in_channels, out_channels, dropout, z_channels, gather_norm, norm_groups)
 
         channels = ch * ch_mult[-1]
         self.conv_in = CausalConv3d(z_channels, channels, 3)
@@ -145,7 +148,7 @@ class ContextParallelDecoder3D(nn.Module):
             levels.append(up)
         self.up = nn.ModuleList(reversed(levels))  # up[i] is the level of ch_mult[i], as in the encoder
 
-        self.norm_out = SpatialNorm3D(channels, z_channels, gather_norm)
+        self.norm_out = SpatialNorm3D(channels, z_channels, gather_norm, norm_groups)
         self.conv_out = CausalConv3d(channels, out_ch, 3)
         initialize(self)
 

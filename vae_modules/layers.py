@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
 from vae_modules.modulation import channel_sums, modulated_silu
@@ -51,6 +52,8 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def __init__(self, channels: int, gather_norm: bool = False, groups: int = 32, eps: float = 1e-6):
+        if channels % groups:
+            raise UserError(f"norm_groups: {groups} groups do not divide the {channels} channels of a level")
         super().__init__(groups, channels, eps)
         self.gather_norm = gather_norm
 
@@ -78,9 +81,9 @@ class SpatialNorm3D(nn.Module):
     Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation", eq. 4.
     """
 
-    def __init__(self, channels: int, latent_channels: int, gather_norm: bool = False):
+    def __init__(self, channels: int, latent_channels: int, gather_norm: bool = False, groups: int = 32):
         super().__init__()
-        self.norm_layer = GroupNorm(channels, gather_norm)
+        self.norm_layer = GroupNorm(channels, gather_norm, groups)
         self.conv_y = CausalConv3d(latent_channels, channels, 1)
         self.conv_b = CausalConv3d(latent_channels, channels, 1)
 
@@ -105,13 +108,14 @@ class ResnetBlock3D(nn.Module):
         dropout: float = 0.0,
         latent_channels: int | None = None,
         gather_norm: bool = False,
+        norm_groups: int = 32,
     ):
         super().__init__()
 
         def norm(channels: int) -> nn.Module:
             if latent_channels is None:
-                return GroupNorm(channels, gather_norm)
-            return SpatialNorm3D(channels, latent_channels, gather_norm)
+                return GroupNorm(channels, gather_norm, norm_groups)
+            return SpatialNorm3D(channels, latent_channels, gather_norm, norm_groups)
 
         self.norm1 = norm(in_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels, 3)

@@ -1,6 +1,6 @@
 """Training the video autoencoder, with the frames of a clip on one process or spread over several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
             loss.
         image_video_weights: what multiplies the reconstruction's part of the loss, which is a mean over frames, for
             batches of images and for batches of videos: it balances them, beside their shares of the data.
+        image_taps: which taps in time of the causal convolutions images train. "all": they get the gradient of a clip
+            that stands still, the same for every tap, by which a new autoencoder learns to average over frames.
+            "last": only the tap of the present frame, and videos train the others.
         only_train_decoder: leave encoder and regularizer as they are.
         tile_size: see `VideoCoder`.
         encoder_config, decoder_config, loss_config, regularizer_config, others: see `AutoencodingEngine`.
@@ -59,6 +62,8 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
     Raises:
         UserError: a setting is wrong, or the weights to start from do not fit.
     """
+
+    _is_image = False  # whether the clip that was reconstructed last is one
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         latent_cp: bool = False,
         output_cp: bool = False,
         image_video_weights: Sequence[float] = (1, 1),
+        image_taps: str = "all",
         only_train_decoder: bool = False,
         tile_size: int | None = None,
         input_key: str = "mp4",
@@ -94,6 +100,11 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         self.context_parallel_size = context_parallel_size
         self.input_cp, self.latent_cp, self.output_cp = input_cp, latent_cp, output_cp
         self.image_weight, self.video_weight = map(float, image_video_weights)
+        if image_taps not in ("all", "last"):
+            raise UserError(f"image_taps is {image_taps!r}; expected 'all' or 'last'")
+        if image_taps == "last":
+            for weight in self._weights_in_time():
+                weight.register_hook(self._last_tap_of_images)
         self.only_train_decoder = only_train_decoder
         self.tile_size = tile_size
         if context_parallel_size <= 1 or dist.is_initialized():
@@ -124,7 +135,7 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
             UserError: the number of frames or a side does not fit the autoencoder or the group.
         """
         shares = self._shares_of_video(x, self.input_cp)
-        is_image = sum(shares) == 1
+        is_image = self._is_image = sum(shares) == 1
         if min(shares) == 0 and not is_image:
             raise UserError(
                 f"context_parallel_size: {len(shares)} processes cannot share a clip of {sum(shares)} latent frames"
@@ -146,6 +157,20 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
             return self._regularize_share(moments, shares)
         latent, report = self._regularize(gather_frames(moments, shares, self.group))
         return split_frames(latent, shares, self.group), report
+
+    def _weights_in_time(self) -> Iterator[Tensor]:
+        """Trained kernels (out, in, time, height, width) of encoder and decoder that see more than one frame."""
+        for coder in (self.encoder, self.decoder):
+            for weight in coder.parameters():
+                if weight.requires_grad and weight.ndim == 5 and weight.shape[2] > 1:
+                    yield weight
+
+    def _last_tap_of_images(self, gradient: Tensor) -> Tensor:
+        """What is left of a kernel's gradient from the batch that was reconstructed last."""
+        if not self._is_image:
+            return gradient
+        past, present = gradient.split([gradient.shape[2] - 1, 1], dim=2)
+        return torch.cat([torch.zeros_like(past), present], dim=2)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.group is not None:

@@ -58,6 +58,27 @@ def test_training_brings_reconstructions_closer():
     assert all(torch.isfinite(value) for value in end.values())
 
 
+@pytest.mark.parametrize("frames", [1, 5])
+def test_images_can_train_the_last_taps_alone(frames):
+    """With `image_taps: last` the gradients of videos are what they are, and those of images hold for one tap."""
+    batch = batches(1, frames)[0]
+    gradients = {}
+    for taps in ("all", "last"):
+        engine = seed_module_(build(image_taps=taps, loss_config={"target": "autoencoder_training.MeanSquare"}), 0)
+        engine.compute_loss(batch, 0)[0].backward()
+        gradients[taps] = {name: each.grad for name, each in engine.named_parameters() if each.grad is not None}
+    in_time = 0
+    for name, expected in gradients["all"].items():
+        if name.startswith(("encoder", "decoder")) and expected.ndim == 5 and expected.shape[2] == 3:
+            in_time += 1
+            if frames == 1:
+                expected = torch.cat([torch.zeros_like(expected[:, :, :2]), expected[:, :, 2:]], dim=2)
+        assert torch.equal(gradients["last"][name], expected), name
+    assert in_time > 10
+    with pytest.raises(UserError, match="image_taps is 'first'"):
+        build(image_taps="first")
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Through the adversarial phase, with both optimizers, their schedules and the averages."""
     schedule = {

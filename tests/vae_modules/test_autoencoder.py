@@ -16,6 +16,7 @@ from sgm.modules.autoencoding.clip import Chunk
 from sgm.util import instantiate_from_config
 from support import REFERENCE, Reference, assert_close, relative_error
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
+from vae_modules.cp_enc_dec import ContextParallelDecoder3D, ContextParallelEncoder3D
 
 CASES = ["vae_small", "vae_two_blocks"]
 
@@ -286,6 +287,18 @@ def test_unfit_options_are_refused():
     for options in ({"attn_resolutions": [16]}, {"temporal_compress_times": 3}, {"temporal_compress_times": 16}):
         with pytest.raises(UserError, match=next(iter(options))):
             instantiate_from_config({**encoder, "params": {**encoder["params"], **options}})
+
+
+def test_norm_groups():
+    """As many groups as asked for, in every norm; more channels than 32 are not needed then."""
+    sizes = {"ch": 8, "ch_mult": (1, 2), "num_res_blocks": 0, "z_channels": 4, "temporal_compress_times": 2}
+    coders = [coder(**sizes, norm_groups=4) for coder in (ContextParallelEncoder3D, ContextParallelDecoder3D)]
+    norms = [module for coder in coders for module in coder.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {4}
+    moments = coders[0](seeded_input("video", (1, 3, 5, 16, 16), 0))
+    assert coders[1](moments[:, :4]).shape == (1, 3, 5, 16, 16)
+    with pytest.raises(UserError, match="norm_groups: 3 groups do not divide the 8 channels"):
+        ContextParallelEncoder3D(**sizes, norm_groups=3)
 
 
 def test_last_layer(vae):

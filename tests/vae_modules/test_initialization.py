@@ -6,7 +6,7 @@ import torch
 from seeded import seeded_input
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.cp_enc_dec import ContextParallelDecoder3D, ContextParallelEncoder3D
-from vae_modules.layers import ResnetBlock3D
+from vae_modules.layers import CausalConv3d, ResnetBlock3D
 
 SIZES = {"ch": 32, "z_channels": 4, "ch_mult": (1, 2, 2), "num_res_blocks": 2, "temporal_compress_times": 4}
 
@@ -45,3 +45,21 @@ def test_every_latent_shows_in_the_first_reconstruction(coders):
     assert (z.grad.abs().amax((0, 2, 3, 4)) > 0).all()
     silent = [name for name, weight in coders[1].named_parameters() if not weight.grad.any()]
     assert all(".block" in name for name in silent)
+
+
+def test_frames_start_apart(coders):
+    """Convolutions look only at the present frame, so a new encoder takes every frame as an image by itself."""
+    encoder = coders[0]
+    for module in encoder.modules():
+        if isinstance(module, CausalConv3d) and module.conv.kernel_size[0] > 1:
+            assert not module.conv.weight[:, :, :-1].any()
+    x = seeded_input("video", (1, 3, 5, 16, 16), 0)
+    features = encoder.down[0].block[0](encoder.conv_in(x, Chunk(lead=True)), Chunk(lead=True))
+    alone = encoder.conv_in(x[:, :, 3:4], Chunk(lead=True))
+    assert torch.allclose(features[:, :, 3:4], alone, atol=1e-5)
+
+
+def test_kernels_keep_the_variance_of_what_they_get(coders):
+    x = seeded_input("x", (1, 32, 3, 32, 32), 0)
+    y = coders[0].down[0].block[0].conv1(x, Chunk(lead=True))
+    assert 0.8 < y[..., 1:-1, 1:-1].std() / x.std() < 1.25
