@@ -13,7 +13,7 @@ from pathlib import Path
 from clip_reading import ClipInfo, UnreadableClip, probe
 from clip_sources import READERS, ClipSource
 from sgm.errors import UserError
-from video_output import replaced_when_complete
+from whole_files import replaced_when_complete
 
 logger = logging.getLogger("train_video")
 

@@ -26,6 +26,7 @@ from weight_family import AutoencoderFamily, NetworkFamily
 
 INDEX_NAME, WEIGHTS_NAME = DIFFUSERS_FILES
 DIFFUSERS_VERSION = "0.32.0"  # the first that reads all five families
+NORM_GROUPS = 32  # of the autoencoder's channels; tensors do not tell
 TRANSFORMER, AUTOENCODER = "CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX"
 DTYPES = {
     torch.float32: "F32",
@@ -96,6 +97,8 @@ def vae_config(family: AutoencoderFamily, scale_factor: float, is_15: bool) -> d
     """
     if len(family.widths) != 4:
         raise UserError(f"the autoencoder has {len(family.widths)} levels; that of CogVideoX pipelines has 4")
+    if odd := [width for width in family.widths if width % NORM_GROUPS]:
+        raise UserError(f"the autoencoder has {odd[0]} channels, which do not divide into {NORM_GROUPS} for its norms")
     return {
         "_class_name": AUTOENCODER,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -111,7 +114,7 @@ def vae_config(family: AutoencoderFamily, scale_factor: float, is_15: bool) -> d
         "latents_std": None,
         "layers_per_block": family.num_res_blocks,
         "norm_eps": 1e-06,
-        "norm_num_groups": 32,
+        "norm_num_groups": NORM_GROUPS,
         "out_channels": family.in_channels,
         "sample_height": 480,
         "sample_width": 720,
@@ -331,11 +334,14 @@ def _matching(folder: Path, pattern: re.Pattern) -> list[Path]:
 def copy_files(files: Sequence[Path], folder: Path) -> None:
     """Copy files into a folder, a part at a time, and check their sizes."""
     folder.mkdir(exist_ok=True)
+    total = sum(file.stat().st_size for file in files)
+    with tqdm(total=total, desc=folder.name, unit="B", unit_scale=True, leave=False) as bar:
+        for file in files:
+            with file.open("rb") as source, (folder / file.name).open("wb") as sink:
+                while block := source.read(2**24):
+                    bar.update(sink.write(block))
     for file in files:
         target = folder / file.name
-        with file.open("rb") as source, target.open("wb") as sink:
-            while block := source.read(2**24):
-                sink.write(block)
         if target.stat().st_size != file.stat().st_size:
             raise UserError(f"{file} changed while it was copied")
 

@@ -45,7 +45,7 @@ from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
 from sgm.randomness import per_sample
 from sgm.seeds import sample_seed
 from training_arguments import TrainingArguments
-from video_output import replaced_when_complete
+from whole_files import replaced_when_complete
 
 logger = logging.getLogger("train_video")
 

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from lora_names import (
+    LORA_FILE,
     PROJECTIONS,
     Projection,
     Slot,
@@ -25,15 +26,16 @@ from lora_names import (
     parse_diffusers_name,
     parse_sat_name,
 )
-from network_files import checkpoint_file, is_adapter, network_weights
-from sgm.errors import UserError
+from network_files import is_adapter
+from sgm.errors import UserError, some
 from sgm.weights import read_state_dict
+from stored_checkpoints import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
 # Where the configuration of an adapter lies: what a training run saves, and what tools/import_hf_lora.py writes.
 CONFIG_FILES = ("training_config.yaml", "lora.yaml")
-DIFFUSERS_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers; of peft
+LORA_FILES = (LORA_FILE, "adapter_model.safetensors")  # of diffusers; of peft
 METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in the header of a safetensors file
 DEFAULT_ALPHA = 1.0  # SwissArmyTransformer's
 _NAME_PATTERN = re.compile(r"\^?(\w|\\?\.)+\$?")
@@ -105,7 +107,7 @@ def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, 
 
 
 def read_sat_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
-    """The adapter in a checkpoint: a file, or a folder of a run or an iteration; with base weights in it or alone.
+    """The adapter in a checkpoint, see `open_checkpoint`; with base weights in it or alone.
 
     Args:
         alpha: of the configuration that it was trained with; None: as `recorded_alpha` finds it, else 1.
@@ -113,18 +115,18 @@ def read_sat_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     Raises:
         UserError: there is none, or its matrices do not go together.
     """
-    file, _ = checkpoint_file(path)
-    return sat_adapter(file, network_weights(file), alpha)
+    file, weights = open_checkpoint(Path(path))
+    return sat_adapter(file, weights, alpha)
 
 
 def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None = None) -> Adapter:
     """As `read_sat_adapter`, of the weights that were read from `file`."""
-    found = {name: tensor for name, tensor in weights.items() if is_adapter(name)}
+    found = {name: weights[name] for name in weights if is_adapter(name)}
     if not found:
         raise UserError(f"{file} holds no adapter (no matrix_A, matrix_B)")
     slots = {name: parse_sat_name(name) for name in found}
     if foreign := [name for name, slot in slots.items() if slot is None]:
-        raise UserError(f"{file}: its adapter is on modules that CogVideoX has not: {_some(foreign)}")
+        raise UserError(f"{file}: its adapter is on modules that CogVideoX has not: {some(foreign)}")
     matrices = {slots[name]: tensor for name, tensor in found.items()}
     rank, width = check_matrices(file, matrices)
     for layer in {slot.projection.layer for slot in matrices}:
@@ -175,7 +177,7 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     """
     path = Path(path)
     if path.is_dir():
-        is_diffusers = any((path / name).is_file() for name in DIFFUSERS_FILES)
+        is_diffusers = any((path / name).is_file() for name in LORA_FILES)
     else:
         is_diffusers = path.suffix == ".safetensors" and not any(map(is_adapter, read_state_dict(path)))
     return read_diffusers_adapter(path, alpha) if is_diffusers else read_sat_adapter(path, alpha)
@@ -233,7 +235,7 @@ def diffusers_file(path: Path) -> Path:
         if not path.is_file():
             raise UserError(f"there is no LoRA file {path}")
         return path
-    for name in DIFFUSERS_FILES:
+    for name in LORA_FILES:
         if (path / name).is_file():
             return path / name
     files = sorted(path.glob("*.safetensors"))
@@ -320,7 +322,7 @@ def _fill_with_zeros(file: Path, matrices: dict[Slot, Tensor], scales: dict[Proj
                 scales[projection] = scales[present.projection]
                 added.append(str(projection))
     if added:
-        logger.info("%s does not adapt %s: these get zeros, which add nothing", file, _some(added))
+        logger.info("%s does not adapt %s: these get zeros, which add nothing", file, some(added, 4))
 
 
 def _why_foreign(names: list[str]) -> str:
@@ -332,10 +334,5 @@ def _why_foreign(names: list[str]) -> str:
     elif all(name.endswith(".bias") for name in names):
         reason = "it has biases"
     else:
-        reason = f"it adapts {_some(modules)}"
+        reason = f"it adapts {some(modules)}"
     return f"{reason}; an adapter here holds plain LoRA on attn1.to_q, to_k, to_v and to_out alone"
-
-
-def _some(names: Iterable[str], shown: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

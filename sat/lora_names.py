@@ -9,6 +9,7 @@ Nothing here imports PyTorch. One projection of one layer has two matrices, A (r
 import re
 from typing import NamedTuple
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 # The projections, by their names in diffusers, that a module of SwissArmyTransformer's layer has A and B for, in order.
 PARTS = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0",)}
 # Of each projection: the module, and the number of its A and B there.

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from lora_files import Adapter, read_adapter, sat_adapter
 from lora_merging import MergedWeights
-from network_files import NETWORK_PREFIX, OTHER_PARTS, checkpoint_file, is_adapter, is_diffusers_file
+from network_files import is_adapter
 from sgm.errors import UserError
-from stored_weights import Stored, StoredWeights, open_weights
-from zero_checkpoints import read_zero, zero_folder
+from stored_checkpoints import open_checkpoint
+from stored_weights import Stored, StoredWeights
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.yaml"
-WRAPPERS = (NETWORK_PREFIX, "diffusion_model.")  # of whole engines, and of what DeepSpeed is given here
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def open_network(
     Raises:
         UserError: it cannot be read, holds no network, or the adapters do not fit it.
     """
-    location, weights = _open(path)
+    location, weights = open_checkpoint(path)
     adapters = []
     matrices = {name: weights[name].clone() for name in weights if is_adapter(name)}
     if matrices:
@@ -74,7 +73,7 @@ def open_network(
                 f"{location} holds an adapter alone: name the checkpoint of its base model, and this one as --lora_load"
             )
         logger.info("%s holds an adapter alone; its run started from %s", location, base_path)
-        _, weights = _open(base_path)
+        _, weights = open_checkpoint(base_path)
         base = weights.select(name for name in weights if not is_adapter(name))
         if len(base) < len(weights):
             raise UserError(f"{base_path}, which {location} was trained on, holds an adapter itself: merge it first")
@@ -88,23 +87,6 @@ def open_network(
             "adding %s: rank %d, alpha/rank %g, times %g", adapter.source, adapter.rank, alpha_by_rank, strength
         )
     return NetworkSource(str(location), _unified(_merged(base, added)), config, tuple(added))
-
-
-def _open(path: Path) -> tuple[Path, StoredWeights]:
-    """A file, which need not exist, in the folder of the weights; and the network's weights by its own names."""
-    pieces = zero_folder(path)
-    if pieces is not None:
-        location, weights = pieces / "optim_states.pt", read_zero(pieces)
-    else:
-        location, _ = checkpoint_file(path)
-        if is_diffusers_file(location):
-            raise UserError(f"{path} is in the form of diffusers already")
-        weights = open_weights(location)
-    for wrapper in WRAPPERS:
-        if any(name.startswith(wrapper) for name in weights):
-            weights = weights.select(name for name in weights if not name.startswith(OTHER_PARTS))
-            weights = weights.renamed(lambda name, wrapper=wrapper: name.removeprefix(wrapper))
-    return location, weights
 
 
 def find_config(location: Path) -> Path | None:

@@ -34,7 +34,7 @@ import optimizer_state
 from network_files import NETWORK_PREFIX
 from sgm.errors import UserError
 from training_plan import STATE_FILE
-from video_output import replaced_when_complete
+from whole_files import replaced_when_complete
 
 logger = logging.getLogger("train_video")
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from video_output import replaced_when_complete, reported_as_user_error
+from whole_files import replaced_when_complete, reported_as_user_error
 
 logger = logging.getLogger("train_video")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
 from vae_training_plan import CHECKPOINTS, step_of
-from video_output import replaced_when_complete
+from whole_files import replaced_when_complete
 
 RUN_STATE = "run"  # the entry of a checkpoint that the run itself writes
 WEIGHTS_FILE = "3d-vae.pt"

@@ -1,10 +1,8 @@
 """How sampled videos and latents are written to files: complete or not at all. `output_paths` names the files."""
 
-import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sgm.errors import UserError
+from whole_files import replaced_when_complete, reported_as_user_error
 
 
 class VideoWriter:
@@ -128,36 +127,3 @@ def save_latents(path: str | Path, latents: Tensor) -> None:
     with replaced_when_complete(path) as part, reported_as_user_error(path):
         # Not safetensors' own save_file, which leaves the file readable by its owner only.
         part.write_bytes(save({"latents": latents.detach().contiguous()}))
-
-
-@contextmanager
-def replaced_when_complete(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it takes the name `path`, on disk, when the block ends well.
-
-    After an exception it is removed. Missing parent folders are made.
-
-    Raises:
-        UserError: the operating system refuses (permissions, disk full, ...).
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with reported_as_user_error(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()
-        yield part
-        with reported_as_user_error(path):
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def reported_as_user_error(path: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into a UserError that names the file being written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

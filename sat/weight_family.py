@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers_names import FREQUENCIES, POSITION_TABLE, TABLES, UNUSED_TABLE
-from sgm.errors import UserError
+from sgm.errors import UserError, some
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -229,19 +229,30 @@ def detect_autoencoder(shapes: Shapes, source: str) -> AutoencoderFamily:
     Raises:
         UserError: it is no CogVideoX autoencoder, or tensors are missing, unknown or of another shape.
     """
-    levels = {int(m[1]) for name in shapes if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.", name))}
-    blocks = {int(m[1]) for name in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.", name))}
-    widths = tuple(
-        shapes.get(f"encoder.down.{i}.block.0.conv1.conv.weight", (0,))[0] for i in range(len(levels))
-    )  # fmt: skip
+    widths, blocks = _levels(shapes, "encoder.down")
+    up_widths, up_blocks = _levels(shapes, "decoder.up")
     first, last = (shapes.get(f"{name}.conv.weight") for name in ("encoder.conv_in", "decoder.conv_in"))
     if not first or not last or len(first) != 5 or len(last) != 5 or not widths or not all(widths):
         raise UserError(
             f"{source} is no CogVideoX autoencoder: it lacks encoder.conv_in, decoder.conv_in or their levels"
         )
-    family = AutoencoderFamily(widths, len(blocks), z_channels=last[1], in_channels=first[1])
+    if (up_widths, up_blocks) != (widths, blocks + 1):
+        raise UserError(
+            f"{source} is no CogVideoX autoencoder: the levels of its decoder have {list(up_widths)} channels and "
+            f"{up_blocks} blocks, those of its encoder {list(widths)} and {blocks}; expected the same channels and one "
+            "block more"
+        )
+    family = AutoencoderFamily(widths, blocks, z_channels=last[1], in_channels=first[1])
     check_shapes(shapes, autoencoder_shapes(family), source)
     return family
+
+
+def _levels(shapes: Shapes, where: str) -> tuple[tuple[int, ...], int]:
+    """The channels of each level of an encoder or a decoder, finest first, and the number of blocks in the finest."""
+    first = [m[1] for name in shapes if (m := re.fullmatch(rf"{where}\.(\d+)\.block\.0\.conv1\.conv\.weight", name))]
+    blocks = [name for name in shapes if re.fullmatch(rf"{where}\.0\.block\.\d+\.conv1\.conv\.weight", name)]
+    widths = tuple(shapes[f"{where}.{i}.block.0.conv1.conv.weight"][0] for i in sorted(map(int, first)))
+    return widths, len(blocks)
 
 
 def autoencoder_shapes(family: AutoencoderFamily) -> dict[str, tuple[int, ...]]:
@@ -302,9 +313,3 @@ def check_shapes(shapes: Shapes, expected: Shapes, source: str, ignored: tuple[s
     if wrong:
         described = some([f"{name} {list(shapes[name])} instead of {list(expected[name])}" for name in wrong])
         raise UserError(f"{source} has {described}")
-
-
-def some(names: list[str], shown: int = 3) -> str:
-    """The first few of `names` and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.diffusers_vae_names import from_diffusers, is_diffusers_vae
-from sgm.errors import UserError
+from sgm.errors import UserError, some
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE_FILE = "model_index.json"  # in the folder of a pipeline of diffusers, beside a folder for each part
@@ -73,7 +73,7 @@ def module_weights(content: Any, *, what: str) -> dict[str, Tensor]:
         weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if weights:
             return weights
-        raise UserError(f"{what} holds no weights: none under 'module' or 'state_dict' nor among {_some(content)}")
+        raise UserError(f"{what} holds no weights: none under 'module' or 'state_dict' nor among {some(content)}")
     raise UserError(f"{what} holds no weights: it is a {type(content).__name__}, not a mapping of names to tensors")
 
 
@@ -105,7 +105,7 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
         weights.update(_read_safetensors(index.parent / shard))
     missing = weight_map.keys() - weights.keys()
     if missing:
-        raise UserError(f"{index} lists {_some(missing)}, which its files do not hold")
+        raise UserError(f"{index} lists {some(missing)}, which its files do not hold")
     return weights
 
 
@@ -201,11 +201,11 @@ def assign_weights(
     ]
     problems = []
     if refused := _not_allowed(missing, allow_missing):
-        problems.append(f"does not hold {_some(refused)}")
+        problems.append(f"does not hold {some(refused)}")
     if refused := _not_allowed(unexpected, allow_unexpected):
-        problems.append(f"holds {_some(refused)}, unknown to {type(module).__name__}")
+        problems.append(f"holds {some(refused)}, unknown to {type(module).__name__}")
     if misshapen:
-        problems.append(f"has the shapes {_some(misshapen)}")
+        problems.append(f"has the shapes {some(misshapen)}")
     if problems:
         raise UserError(f"{what} does not fit {type(module).__name__}: it {'; it '.join(problems)}")
 
@@ -250,13 +250,6 @@ def _not_allowed(names: Iterable[str], allowed: bool | Collection[str]) -> list[
         return []
     prefixes = () if allowed is False else tuple(allowed)
     return [name for name in names if not name.startswith(prefixes)]
-
-
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    """The first few of `names` and how many more there are."""
-    names = [str(name) for name in names]
-    more = f" ... and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _first_line(error: Exception) -> str:

@@ -99,13 +99,3 @@ def save(weights: dict[str, Tensor], folder: Path, iteration: str) -> Path:
     torch.save({"module": {NETWORK_PREFIX + name: tensor.clone() for name, tensor in weights.items()}}, file)
     (folder / "latest").write_text(iteration)
     return file
-
-
-def error_of(main: Any, caplog: Any, *arguments: str | Path) -> str:
-    """The one line of a tool that refuses."""
-    caplog.clear()
-    assert main([str(argument) for argument in arguments]) == 2
-    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(errors) == 1
-    assert "\n" not in errors[0]
-    return errors[0]

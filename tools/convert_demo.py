@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 from prompt_inputs import read_prompts, replace_prompts  # noqa: E402
 from prompt_refinement import Endpoint, Prompt, refine  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
+from whole_files import new_file  # noqa: E402
 
 logger = logging.getLogger("convert_demo")
 
@@ -85,8 +86,7 @@ def check(options: argparse.Namespace) -> None:
                 f"--output_file {options.output_file}: it will be of the kind of {options.input_file}, so name it "
                 f"'…{options.input_file.suffix}'"
             )
-        if options.output_file.exists() and not options.overwrite and not options.dry_run:
-            raise UserError(f"{options.output_file} exists: give --overwrite to replace it")
+        check_output(options.output_file, options)
     else:
         if not (options.prompt or "").strip() and not options.image_path:
             raise UserError("--prompt or --input_file is missing: name what to refine")
@@ -110,14 +110,9 @@ def refine_with_bar(prompts: Sequence[Prompt], endpoint: Endpoint) -> list[str |
 
 def write(path: Path, content: str) -> None:
     """Raises UserError if the file cannot be written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content.encode())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    data = content.encode()
+    with new_file(path, len(data)) as part:
+        part.write_bytes(data)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ a pipeline. Exit codes: 0 the folder is written, 2 a mistake stands in the way, 
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, run_tool  # noqa: E402
+from tools.hub_files import local_folder  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from pipeline_reading import Pipeline
@@ -61,11 +61,9 @@ def convert(arguments: Sequence[str] | None) -> None:
     if options.fp16 and options.bf16:
         raise UserError("--fp16 and --bf16 are both given: choose one")
     output = options.output_path
-    if output.exists() and not options.overwrite and not options.dry_run:
-        raise UserError(f"{output} exists: give --overwrite to replace it, or another name")
-    folder = pipeline_folder(options)
-    if output.exists() and folder.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"{output} is read from and cannot be written to: name another folder")
+    check_output(output, options)
+    folder = local_folder(options.hf_path, DOWNLOADED, "hf_path", options.revision, options.cache_dir)
+    check_output(output, options, [folder])
 
     import torch
 
@@ -85,30 +83,6 @@ def convert(arguments: Sequence[str] | None) -> None:
         logger.info("sample with: bash inference.sh --base %s %s", output / "model.yaml", output / "inference.yaml")
 
 
-def pipeline_folder(options: Any) -> Path:
-    """The folder that is named, or that of a repository on the hub once it is downloaded.
-
-    Raises:
-        UserError: there is neither.
-    """
-    if Path(options.hf_path).is_dir():
-        return Path(options.hf_path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", options.hf_path):
-        raise UserError(f"--hf_path: there is no folder {options.hf_path}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            options.hf_path, revision=options.revision, cache_dir=options.cache_dir, allow_patterns=DOWNLOADED
-        )
-    except Exception as error:  # every version has other classes for what is missing, private or out of reach
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"--hf_path: there is no folder {options.hf_path}, nor could it be had from the hub: {reason[:300]}"
-        ) from error
-    return Path(folder)
-
-
 def show(pipeline: "Pipeline") -> None:
     from diffusers_names import Piece, assembled_shape
 
@@ -123,13 +97,16 @@ def show(pipeline: "Pipeline") -> None:
 
 
 def write(pipeline: "Pipeline", output: Path) -> None:
-    from checkpoint_folders import FILE, ITERATION, new_folder, write_tensors
+    from tqdm import tqdm
+
+    from checkpoint_folders import FILE, ITERATION, write_tensors
     from config_files import load_configs
     from config_writing import inference_config, model_config, write_yaml
     from diffusers_folders import check_equal, copy_files
     from model_sizes import sizes_of_config
     from network_files import NETWORK_PREFIX
     from stored_weights import open_weights
+    from whole_files import new_folder
 
     family, files = pipeline.family, pipeline.text_files
     final = output.resolve()
@@ -142,7 +119,7 @@ def write(pipeline: "Pipeline", output: Path) -> None:
         text_encoder=final / T5_FOLDER if files else None,
         **pipeline.precision,
     )
-    needed = pipeline.network.nbytes + pipeline.vae.nbytes + 2**21
+    needed = pipeline.network.nbytes + pipeline.vae.nbytes
     needed += sum(file.stat().st_size for group in files or () for file in group)
     with new_folder(output, needed) as part:
         (part / "transformer" / ITERATION).mkdir(parents=True)
@@ -151,8 +128,10 @@ def write(pipeline: "Pipeline", output: Path) -> None:
         write_tensors(network_file, pipeline.network.like, pipeline.network.__getitem__)
         write_tensors(vae_file, pipeline.vae.like, pipeline.vae.__getitem__, key="state_dict", prefix="")
         written = open_weights(network_file).renamed(lambda name: name.removeprefix(NETWORK_PREFIX))
-        check_equal(written, pipeline.network, network_file)
-        check_equal(open_weights(vae_file), pipeline.vae, vae_file)
+        total = len(pipeline.network) + len(pipeline.vae)
+        with tqdm(total=total, desc="reading back", unit="tensor", leave=False) as bar:
+            check_equal(written, pipeline.network, network_file, bar.update)
+            check_equal(open_weights(vae_file), pipeline.vae, vae_file, bar.update)
         (part / "transformer" / "latest").write_text(ITERATION)
         if files:
             copy_files([*files[0], *files[1]], part / T5_FOLDER)

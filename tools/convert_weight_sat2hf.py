@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from model_sizes import ModelSizes
@@ -98,22 +98,15 @@ def convert(arguments: Sequence[str] | None) -> None:
 
 def check_arguments(options: Any) -> None:
     """Raises UserError for what can be told without reading weights."""
-    inputs = [options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_cache_dir, options.lora_load]
-    for path in filter(None, inputs):
-        if not path.exists():
-            raise UserError(f"there is no {path}")
+    sources = [options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_cache_dir, options.lora_load]
+    check_sources(sources)
     if not options.transformer_ckpt_path and not options.vae_ckpt_path:
         raise UserError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or both")
     if options.fp16 and options.bf16:
         raise UserError("--fp16 and --bf16 are both given: choose one")
     if options.lora_load and not options.transformer_ckpt_path:
         raise UserError("--lora_load needs --transformer_ckpt_path, the network to merge it into")
-    output = options.output_path
-    if output.exists() and not options.overwrite and not options.dry_run:
-        raise UserError(f"{output} exists: give --overwrite to replace it, or another name")
-    for path in filter(None, inputs):
-        if output.exists() and path.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"{output} is read from and cannot be written to: name another folder")
+    check_output(options.output_path, options, sources)
 
 
 def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
@@ -202,10 +195,12 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
     """Raises UserError for a flag that says otherwise than the weights."""
     import math
 
+    from model_sizes import title
+
     version = "1.5" if family.is_15 else "1.0"
     for flag, is_so in (("i2v", family.image_to_video), ("use_rotary_positional_embeddings", family.rotary)):
         if getattr(options, flag) and not is_so:
-            raise UserError(f"--{flag} is given, but by its weights the model is {describe(family)}")
+            raise UserError(f"--{flag} is given, but by its weights the model is {title(family)}")
     for flag, value in (
         ("num_layers", family.num_layers),
         ("num_attention_heads", family.num_attention_heads),
@@ -217,15 +212,9 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
         given = getattr(options, flag)
         if given is not None and not math.isclose(given, value, rel_tol=1e-6):
             raise UserError(
-                f"--{flag} is {given:g}, but that of {describe(family)} is {value:g}; if this one differs, name its "
+                f"--{flag} is {given:g}, but that of {title(family)} is {value:g}; if this one differs, name its "
                 "configuration as --base"
             )
-
-
-def describe(family: "NetworkFamily") -> str:
-    from model_sizes import title
-
-    return title(family)
 
 
 def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | None", dtype: Any) -> tuple[Any, Any]:
@@ -270,7 +259,6 @@ def show(pieces: Any, shapes: Any) -> None:
 
 
 def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any) -> None:
-    from checkpoint_folders import new_folder
     from diffusers_folders import (
         check_equal,
         copy_files,
@@ -283,8 +271,9 @@ def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files:
     from diffusers_names import EXTRA_TABLES
     from sgm.weights import PIPELINE_FILE
     from stored_weights import open_weights
+    from whole_files import new_folder
 
-    needed = sum(weights.nbytes for _, weights in parts.values()) + 2**20 * (len(parts) + 1)
+    needed = sum(weights.nbytes for _, weights in parts.values())
     needed += sum(file.stat().st_size for group in files or () for file in group)
     needed += tables.nbytes if tables else 0
     with new_folder(options.output_path, needed) as folder:

@@ -21,15 +21,14 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
+from lora_names import LORA_FILE  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from lora_files import Adapter
 
 logger = logging.getLogger("export_sat_lora_weight")
-
-FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +39,7 @@ def export(arguments: Sequence[str] | None) -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("--sat_pt_path", type=Path, required=True, metavar="PATH", help="checkpoint with the adapter")
     parser.add_argument(
-        "--lora_save_directory", type=Path, required=True, metavar="FOLDER", help=f"where to write {FILE}"
+        "--lora_save_directory", type=Path, required=True, metavar="FOLDER", help=f"where to write {LORA_FILE}"
     )
     parser.add_argument(
         "--lora_alpha",
@@ -51,13 +50,11 @@ def export(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--fold_scale", action="store_true", help="multiply B by alpha/rank and let alpha be the rank")
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
-    target = options.lora_save_directory / FILE
+    target = options.lora_save_directory / LORA_FILE
     if options.lora_save_directory.exists() and not options.lora_save_directory.is_dir():
         raise UserError(f"{options.lora_save_directory} is a file: name a folder")
-    if not options.sat_pt_path.exists():
-        raise UserError(f"there is no checkpoint at {options.sat_pt_path}")
-    if target.exists() and not options.overwrite:
-        raise UserError(f"{target} exists: give --overwrite to replace it")
+    check_sources([options.sat_pt_path])
+    check_output(target, options)
 
     from lora_files import read_sat_adapter
 
@@ -86,10 +83,11 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
+    from tqdm import tqdm
 
-    from checkpoint_folders import new_file
     from lora_files import METADATA_KEY
     from lora_names import diffusers_module
+    from whole_files import new_file
 
     whole_alpha = int(alpha) if alpha.is_integer() else alpha
     modules = [diffusers_module(projection) for projection in sorted(adapter.scales)]
@@ -99,7 +97,7 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
         METADATA_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True),
     }
     tensors = {}
-    for slot, tensor in adapter.matrices.items():
+    for slot, tensor in tqdm(adapter.matrices.items(), desc="reading", unit="tensor", leave=False):
         is_part = tensor.untyped_storage().nbytes() != tensor.nbytes  # of a larger one, which safetensors refuses
         tensors[slot.diffusers_name] = tensor.clone() if is_part else tensor.contiguous()
     with new_file(target, sum(tensor.nbytes for tensor in tensors.values())) as part:
@@ -108,7 +106,8 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
         part.chmod(mode)
         with safe_open(part, "pt") as file:
             same = file.metadata() == header and set(file.keys()) == tensors.keys()
-            if not same or not all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items()):
+            bar = tqdm(tensors.items(), desc="reading back", unit="tensor", leave=False)
+            if not same or not all(torch.equal(file.get_tensor(name), tensor) for name, tensor in bar):
                 raise UserError(f"{target} does not read back as it was written; nothing is left of it")
 
 

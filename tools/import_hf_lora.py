@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from sgm.errors import UserError  # noqa: E402
+from lora_names import LORA_FILE  # noqa: E402
 from tools.hub_files import local_file  # noqa: E402
-from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
 
 logger = logging.getLogger("import_hf_lora")
 
@@ -42,9 +42,9 @@ def import_lora(arguments: Sequence[str] | None) -> None:
     )
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
-    if options.output.exists() and not options.overwrite and not options.dry_run:
-        raise UserError(f"{options.output} exists: give --overwrite to replace it, or another name")
-    path = local_file(options.lora_path, "pytorch_lora_weights.safetensors", "lora_path")
+    check_output(options.output, options)
+    path = local_file(options.lora_path, LORA_FILE, "lora_path")
+    check_output(options.output, options, [path])
 
     from checkpoint_folders import write_checkpoint
     from lora_files import read_diffusers_adapter
@@ -60,7 +60,7 @@ def import_lora(arguments: Sequence[str] | None) -> None:
         return
     tensors = {slot.sat_name: adapter.matrices[slot] for slot in sorted(adapter.matrices)}
     config = configuration(options.output, adapter.rank, options.lora_alpha, adapter.layers)
-    write_checkpoint(options.output, tensors, tensors.__getitem__, options.overwrite, lora__yaml=config)
+    write_checkpoint(options.output, tensors, tensors.__getitem__, {"lora.yaml": config})
     logger.info("wrote %s: add %s after the model's configuration", options.output, options.output / "lora.yaml")
 
 

@@ -9,7 +9,6 @@ Exit codes: 0 the video is written, 2 a mistake stands in the way.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
+from lora_names import LORA_FILE  # noqa: E402
 from output_paths import check_folder  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from tools.hub_files import local_file  # noqa: E402
-from tools.tool_parser import ToolParser, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ def sample(arguments: Sequence[str] | None) -> None:
             f"{options.model_path} is a {model.pipeline}: "
             + ("give --image_path" if PIPELINES[model.pipeline] else "it takes no --image_path")
         )
-    lora = local_file(options.lora_path, "pytorch_lora_weights.safetensors", "lora_path")
+    lora = local_file(options.lora_path, LORA_FILE, "lora_path")
     check_lora(lora, model.transformer, options.dry_run)
     if options.dry_run:
         return
@@ -105,8 +105,7 @@ def check(options: argparse.Namespace) -> None:
     for package in ("diffusers", "peft"):
         if find_spec(package) is None:
             raise UserError(f"this tool needs {package}: pip install diffusers peft")
-    if options.output_path.exists() and not options.overwrite and not options.dry_run:
-        raise UserError(f"{options.output_path} exists: give --overwrite to replace it")
+    check_output(options.output_path, options)
     check_folder(options.output_path.parent, "output_path")
     if options.image_path and not options.image_path.is_file():
         raise UserError(f"there is no image {options.image_path}")
@@ -126,10 +125,14 @@ def read_model(path: str) -> Model:
     Raises:
         UserError: it is no pipeline of CogVideoX.
     """
+    from diffusers_folders import read_json
+
     index = local_file(path, "model_index.json", "model_path")
     if index.is_dir():
         index = index / "model_index.json"
-    content = read_json(index, path)
+        if not index.is_file():
+            raise UserError(f"{path} is no pipeline of diffusers: it has no model_index.json")
+    content = read_json(index)
     name = content.get("_class_name")
     if name not in PIPELINES:
         raise UserError(f"{path} is a {name}; this tool takes {' and '.join(PIPELINES)}")
@@ -138,19 +141,7 @@ def read_model(path: str) -> Model:
         config = index.parent / "transformer" / "config.json"
     else:
         config = local_file(path, "transformer/config.json", "model_path")
-    return Model(name, str(scheduler[-1] if isinstance(scheduler, list) else ""), read_json(config, path))
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} is no pipeline of diffusers: cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object")
-    return content
+    return Model(name, str(scheduler[-1] if isinstance(scheduler, list) else ""), read_json(config))
 
 
 def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, positive, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from network_sources import NetworkSource
@@ -46,15 +46,9 @@ def merge(arguments: Sequence[str] | None) -> None:
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
     chosen = [path_and_weight(text) for text in options.lora or []]
-    for path in (options.load, *(path for path, _ in chosen)):
-        if not path.exists():
-            raise UserError(f"there is no checkpoint at {path}")
-    if options.output.exists() and not options.overwrite and not options.dry_run:
-        raise UserError(f"{options.output} exists: give --overwrite to replace it, or another name")
-    if options.output.exists() and options.output.resolve() in {path.resolve() for path, _ in chosen} | {
-        options.load.resolve()
-    }:
-        raise UserError(f"{options.output} is read from and cannot be written to: name another folder")
+    sources = [options.load, *(path for path, _ in chosen)]
+    check_sources(sources)
+    check_output(options.output, options, sources)
 
     from checkpoint_folders import write_checkpoint
     from lora_files import read_adapter
@@ -67,7 +61,7 @@ def merge(arguments: Sequence[str] | None) -> None:
     if options.dry_run:
         show(source)
         return
-    write_checkpoint(options.output, source.weights.like, source.weights.__getitem__, options.overwrite)
+    write_checkpoint(options.output, source.weights.like, source.weights.__getitem__)
     logger.info("wrote %s: load it with a configuration without LoRA", options.output)
 
 

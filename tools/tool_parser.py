@@ -3,8 +3,10 @@
 import argparse
 import logging
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from library_messages import quiet_libraries
@@ -28,6 +30,23 @@ class ToolParser(argparse.ArgumentParser):
         self.add_argument("--overwrite", action="store_true", help="replace what exists")
 
 
+def check_output(path: Path, options: argparse.Namespace, sources: Iterable[Path | None] = ()) -> None:
+    """Raises UserError if what is to be written exists and was not said to be replaced, or holds one of `sources`."""
+    if not path.exists():
+        return
+    if not options.overwrite and not options.dry_run:
+        raise UserError(f"{path} exists: give --overwrite to replace it, or another name")
+    if any(source and source.resolve().is_relative_to(path.resolve()) for source in sources):
+        raise UserError(f"{path} is read from and cannot be written to: choose another name")
+
+
+def check_sources(paths: Iterable[Path | None]) -> None:
+    """Raises UserError unless all that is to be read is there."""
+    for path in paths:
+        if path and not path.exists():
+            raise UserError(f"there is no {path}")
+
+
 def positive(text: str) -> float:
     """An argument that is a finite number above zero."""
     value = float(text)
@@ -39,6 +58,7 @@ def positive(text: str) -> float:
 def run_tool(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None, name: str) -> int:
     """Run a tool; its exit code: 0, 2 for a mistake, which is logged in one line, 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # a tool may download for an hour
     quiet_libraries()
 
     def run() -> int:

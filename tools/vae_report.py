@@ -24,7 +24,8 @@ from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.util import instantiate_from_config
 from tools.inception3d import load_inception3d
 from tools.video_metrics import FrechetVideoDistance, as_shown, perceptual_distance, psnr, ssim
-from video_output import VideoWriter, replaced_when_complete, reported_as_user_error
+from video_output import VideoWriter
+from whole_files import replaced_when_complete, reported_as_user_error
 
 logger = logging.getLogger("evaluate_vae")
 

@@ -1,6 +1,7 @@
 """Tensors tell their family, whatever the depth and width, and what is no family is refused in one line."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -61,6 +62,9 @@ def test_the_autoencoder():
         detect_autoencoder(
             {name: s for name, s in shapes.items() if name != "decoder.up.1.upsample.conv.weight"}, "vae"
         )
+    fewer = {name: s for name, s in shapes.items() if not re.match(r"decoder\.up\.\d\.block\.3\.", name)}
+    with pytest.raises(UserError, match=r"channels and 3 blocks, those of its encoder \[128, 256, 256, 512\] and 3"):
+        detect_autoencoder(fewer, "vae")
     with pytest.raises(UserError, match="no CogVideoX autoencoder"):
         detect_autoencoder({"encoder.weight": (3, 3)}, "vae")
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from distributed import run_distributed
+from lora_files import read_sat_adapter
 from network_sources import open_network
 from pipelines import assert_identical
 from sgm.errors import UserError
@@ -127,6 +128,15 @@ def test_an_adapter_is_merged(saved):
     assert not torch.allclose(merged[f"{name}.weight"].float(), truth[f"{name}.original.weight"].float(), atol=1e-3)
     assert not any("matrix" in key or "original" in key for key in merged)
     assert len({entry.dtype for entry in merged.entries.values()}) == 1
+
+
+def test_an_adapter_alone_is_read(saved):
+    """What exporting and merging adapters start from."""
+    truth = torch.load(saved / "two_3_lora.pt")
+    adapter = read_sat_adapter(saved / "two_3_lora", alpha=2.0)
+    assert (adapter.rank, len(adapter.matrices)) == (3, 8)
+    for slot, tensor in adapter.matrices.items():
+        assert torch.equal(tensor, truth[slot.sat_name])
 
 
 def test_deepspeed_is_not_imported_to_read(saved):

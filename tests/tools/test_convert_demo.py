@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from chat_server import Reply, chat_server
-from lora_adapters import error_of
 from prompt_inputs import read_prompts
+from tool_runs import error_of
 from tools.convert_demo import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_demo.py"

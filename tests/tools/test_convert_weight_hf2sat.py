@@ -17,6 +17,7 @@ from network_weights import instantiate_on_meta, load_network
 from pipelines import FAMILIES, assert_identical, checkpoint, convert, pipelines  # noqa: F401
 from sgm.util import instantiate_from_config
 from sgm.weights import module_weights, read_state_dict
+from tool_runs import error_of, error_on_a_full_disk
 from tools.convert_weight_hf2sat import main
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +35,7 @@ def run(*arguments) -> int:
 
 
 def mistake(caplog, *arguments) -> str:
-    """The one line of a command that is refused."""
-    caplog.clear()
-    assert run(*arguments) == 2
-    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(lines) == 1 and "\n" not in lines[0], lines
-    return lines[0]
+    return error_of(main, caplog, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +192,19 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         line = mistake(caplog, "--hf_path", folder, "--output_path", tmp_path / "out")
         assert message in line and (str(folder) in line or "attn1" in line or "width" in line), line
         shutil.rmtree(folder)
-    assert "there is no folder /nowhere/at/all" in mistake(
-        caplog, "--hf_path", "/nowhere/at/all", "--output_path", "out"
-    )
+    assert "there is no /nowhere/at/all" in mistake(caplog, "--hf_path", "/nowhere/at/all", "--output_path", "out")
     assert "is read from" in mistake(caplog, "--hf_path", good, "--output_path", tmp_path, "--overwrite")
     assert "exists: give --overwrite" in mistake(caplog, "--hf_path", good, "--output_path", good)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_a_full_disk_leaves_nothing(pipelines, tmp_path):  # noqa: F811
+    out = tmp_path / "new" / "out"
+    line = error_on_a_full_disk(
+        "convert_weight_hf2sat.py", 300_000, "--hf_path", pipelines / "5b", "--output_path", out
+    )
+    assert line == f"error: cannot write {out}: File too large"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_hub_id_without_a_network(tmp_path):
@@ -212,6 +215,6 @@ def test_a_hub_id_without_a_network(tmp_path):
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     lines = result.stderr.splitlines()
     assert (
-        "there is no folder nobody/nothing, nor could it be had from the hub" in lines[-1]
+        "there is no nobody/nothing here, nor could it be had from the hub" in lines[-1]
         and "Traceback" not in result.stderr
     )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_names import assemble, to_diffusers
 from pipelines import FAMILIES, assert_identical, checkpoint, convert, pipelines  # noqa: F401
 from sgm.weights import read_state_dict
+from tool_runs import error_of
 from tools.convert_weight_sat2hf import main
 
 ROOT = Path(__file__).parents[2]
@@ -56,12 +57,7 @@ def run(*arguments) -> int:
 
 
 def mistake(caplog, *arguments) -> str:
-    """The one line of a command that is refused."""
-    caplog.clear()
-    assert run(*arguments) == 2
-    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(lines) == 1 and "\n" not in lines[0], lines
-    return lines[0]
+    return error_of(main, caplog, *arguments)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:

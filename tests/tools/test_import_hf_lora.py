@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from arguments import get_args
 from diffusers_network import build_diffusers_network, diffusers_rotary, map_weights
-from lora_adapters import AdaptedNetwork, adapted_network, error_of
+from lora_adapters import AdaptedNetwork, adapted_network
+from lora_names import LORA_FILE
 from network_files import checkpoint_file, network_weights
 from support import assert_close
+from tool_runs import error_of
 from tools.export_sat_lora_weight import main as export
 from tools.import_hf_lora import main
 from training_runs import assert_same
-
-FILE = "pytorch_lora_weights.safetensors"
 
 
 def run_import(path: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ def adapted(tmp_path_factory) -> AdaptedNetwork:
 def exported(adapted, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     assert export(["--sat_pt_path", str(adapted.folder / "run"), "--lora_save_directory", str(folder)]) == 0
-    return folder / FILE
+    return folder / LORA_FILE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -197,3 +197,5 @@ def test_bad_files(exported, tmp_path, caplog, monkeypatch):
     (tmp_path / "there").mkdir()
     text = error_of(main, caplog, "--lora_path", exported, "--output", tmp_path / "there")
     assert "exists: give --overwrite" in text
+    text = error_of(main, caplog, "--lora_path", exported, "--output", exported.parent, "--overwrite")
+    assert "is read from and cannot be written to" in text and exported.exists()

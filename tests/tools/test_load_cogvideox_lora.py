@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_adapters import error_of, save
+from lora_adapters import save
+from lora_names import LORA_FILE
 from pipelines import convert
-from tools.export_sat_lora_weight import FILE
+from tool_runs import error_of
 from tools.export_sat_lora_weight import main as export
 from tools.load_cogvideox_lora import main
 from videos import read_video
@@ -67,7 +68,7 @@ def test_text_to_video_at_several_strengths(folder, tmp_path):
     assert (meta["size"], meta["fps"], len(videos["1"])) == ((48, 32), 8, 9)
     assert not torch.equal(torch.as_tensor(videos["0"]), torch.as_tensor(videos["1"]))
     assert not torch.equal(torch.as_tensor(videos["0.5"]), torch.as_tensor(videos["1"]))
-    assert main(command(folder, tmp_path / "again.mp4", lora=f"lora/{FILE}")) == 0  # 1 is what nobody has to give
+    assert main(command(folder, tmp_path / "again.mp4", lora=f"lora/{LORA_FILE}")) == 0  # 1 is what nobody has to give
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
     assert main(command(folder, tmp_path / "seed.mp4", "--seed", "1")) == 0
     assert (tmp_path / "seed.mp4").read_bytes() != (tmp_path / "1.mp4").read_bytes()
@@ -107,12 +108,12 @@ def test_mistakes(folder, tmp_path, image, caplog, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     assert "is a FluxPipeline; this tool takes" in message("--model_path", tmp_path / "other")
-    tensors = load_file(folder / "lora" / FILE)
+    tensors = load_file(folder / "lora" / LORA_FILE)
     deeper = {name.replace("blocks.1", "blocks.5"): tensor for name, tensor in tensors.items()}
     save_file(deeper, tmp_path / "deeper.safetensors")
     text = message("--lora_path", tmp_path / "deeper.safetensors")
     assert "does not fit: layer 5 to_k has width 256; the network has 2 layers of 256" in text
-    (tmp_path / "cut.safetensors").write_bytes((folder / "lora" / FILE).read_bytes()[:-100])
+    (tmp_path / "cut.safetensors").write_bytes((folder / "lora" / LORA_FILE).read_bytes()[:-100])
     assert "not a readable safetensors file" in message("--lora_path", tmp_path / "cut.safetensors")
     broken = tmp_path / "broken"
     shutil.copytree(folder / "5b", broken)

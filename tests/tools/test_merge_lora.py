@@ -1,16 +1,14 @@
 """A merged checkpoint runs without LoRA and computes what base and adapters together do."""
 
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, error_of, save
+from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, save
 from network_files import checkpoint_file, is_adapter, network_weights
 from support import assert_close, relative_error
+from tool_runs import error_of, error_on_a_full_disk
 from tools.export_sat_lora_weight import main as export
 from tools.merge_lora import main, path_and_weight
 from training_clips import write_dataset
@@ -134,7 +132,7 @@ def test_bad_input(adapted, tmp_path, caplog):
         return text
 
     assert "name at least one with --lora" in message(folder / "base")
-    assert "there is no checkpoint" in message(folder / "base", "--lora", tmp_path / "nowhere")
+    assert f"there is no {tmp_path / 'nowhere'}" in message(folder / "base", "--lora", tmp_path / "nowhere")
     assert "'strong' is no weight" in message(folder / "base", "--lora", f"{folder / 'run'}:strong")
     assert "'nan' is no weight" in message(folder / "base", "--lora", f"{folder / 'run'}:nan")
     assert "holds no adapter" in message(folder / "base", "--lora", folder / "base")
@@ -165,20 +163,13 @@ def test_what_exists_is_replaced_only_when_told_and_never_what_is_read(adapted, 
     assert not torch.equal(first[name], second[name])
     text = error_of(main, caplog, "--load", base, "--lora", run, "--output", base, "--overwrite")
     assert "is read from and cannot be written to" in text
+    text = error_of(main, caplog, "--load", base / "1", "--lora", run, "--output", base, "--overwrite")
+    assert "is read from and cannot be written to" in text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk_leaves_nothing(adapted, tmp_path):
-    """A process that may not write files larger than 64 KiB, which fails as on a full disk."""
-    command = [sys.executable, str(ROOT / "tools" / "merge_lora.py"), "--load", str(adapted.folder / "base")]
-    command += ["--lora", str(adapted.folder / "run"), "--output", str(tmp_path / "new" / "out")]
-    limit = 2**16
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert result.returncode == 2, result.stderr
-    assert f"error: cannot write {tmp_path / 'new' / 'out'}: File too large" in result.stderr
+    out = tmp_path / "new" / "out"
+    arguments = ("--load", adapted.folder / "base", "--lora", adapted.folder / "run", "--output", out)
+    assert error_on_a_full_disk("merge_lora.py", 2**16, *arguments) == f"error: cannot write {out}: File too large"
     assert not list(tmp_path.iterdir())
