@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("make_shapes_dataset")
 
-VERSION = 2  # of what this tool draws: raise it when the same settings give other clips
+VERSION = 3  # of what this tool draws: raise it when the same settings give other clips
 MARKER = ".shapes.json"  # in the output folder: the settings of a complete dataset
 
 

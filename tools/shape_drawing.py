@@ -9,6 +9,15 @@ from torch import Tensor
 from tools.shape_scenes import COLOURS, LAYOUTS, PLAIN, SIZES, Item, Scene
 
 GROWTH = (0.55, 1.3)  # a growing shape's radius at the start and at the end, in parts of its size's
+# How far a way reaches down and right of its middle, in parts of the shorter side; it is gone in the whole clip.
+REACH = {
+    "moving left": (0, 0.14),
+    "moving right": (0, 0.14),
+    "moving up": (0.14, 0),
+    "moving down": (0.14, 0),
+    "moving in a circle": (0.13, 0.13),
+    "bouncing": (0.14, 0),
+}
 SHADE = 0.65  # of a pattern: so much of the background's colour
 LIGHT_BLACK = 0.3  # the shade of black, which has no darker one
 
@@ -82,36 +91,44 @@ def position(
     The shape never leaves its place in the picture.
     """
     top, left, high, wide = (part * side for part, side in zip(place, (height, width) * 2, strict=True))
-    size = SIZES[item.size] * min(height, width)
+    shorter = min(height, width)
+    size = SIZES[item.size] * shorter
     radius, largest = size, size
     if item.motion in ("growing", "shrinking"):
         grown = progress if item.motion == "growing" else 1 - progress
         largest = min(size * GROWTH[1], high / 2, wide / 2)
         radius = min(size * (GROWTH[0] + grown * (GROWTH[1] - GROWTH[0])), largest)
-    down, right = _way(item, progress)
-    reach_down, reach_right = high / 2 - largest, wide / 2 - largest
+    room = (high / 2 - largest, wide / 2 - largest)
+    reach = [min(part * shorter, free) for part, free in zip(REACH.get(item.motion, (0, 0)), room, strict=True)]
     if item.motion == "moving in a circle":
-        reach_down = reach_right = min(reach_down, reach_right)
-    return top + high / 2 + down * reach_down, left + wide / 2 + right * reach_right, radius
+        reach = [min(reach)] * 2
+    down, right = (
+        middle * (free - far) + way * far
+        for middle, free, far, way in zip(_middle(item), room, reach, _way(item, progress), strict=True)
+    )
+    return top + high / 2 + down, left + wide / 2 + right, radius
+
+
+def _middle(item: Item) -> tuple[float, float]:
+    """Where the middle of the way is, down and right, from -1 to 1 at the ends of what room the way leaves."""
+    first, second = 2 * item.phase - 1, item.offset
+    if item.motion in ("moving left", "moving right"):
+        return second, first
+    if item.motion == "moving in a circle":  # whose phase is an angle: what follows its first digit is as good as new
+        return 2 * (10 * item.phase % 1) - 1, second
+    return first, second
 
 
 def _way(item: Item, progress: float) -> tuple[float, float]:
-    """Where the shape is from -1, the top or left of its room, to 1, the bottom or right."""
+    """Where the shape is on its way, down and right, each from -1 to 1."""
     if item.motion == "moving in a circle":
-        angle, reach = 2 * math.pi * (item.phase + progress), 0.85 + 0.15 * item.offset
-        return reach * math.sin(angle), reach * math.cos(angle)
-    if item.motion == "bouncing":  # twice; it is slow at the top, as things that fall are
-        fallen = 1 - abs(math.cos(2 * math.pi * progress))
-        lift = 0.25 * item.phase
-        return 2 * (lift + (1 - lift) * fallen) - 1, item.offset
-    along = 2 * (0.3 * item.phase + 0.7 * progress) - 1
-    ways = {
-        "moving left": (item.offset, -along),
-        "moving right": (item.offset, along),
-        "moving up": (-along, item.offset),
-        "moving down": (along, item.offset),
-    }
-    return ways.get(item.motion, (2 * item.phase - 1, item.offset))
+        angle = 2 * math.pi * (item.phase + progress)
+        return math.sin(angle), math.cos(angle)
+    if item.motion == "bouncing":  # it is slow at the top, as things that fall are
+        return 1 - 2 * abs(math.cos(math.pi * progress)), 0
+    along = 2 * progress - 1
+    ways = {"moving left": (0, -along), "moving right": (0, along), "moving up": (-along, 0), "moving down": (along, 0)}
+    return ways.get(item.motion, (0, 0))
 
 
 def distance(shape: str, down: Tensor, right: Tensor, radius: Tensor) -> Tensor:

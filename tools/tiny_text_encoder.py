@@ -1,10 +1,15 @@
-"""A small T5 encoder with random weights and a vocabulary learnt on the spot: what `FrozenT5Embedder` loads."""
+"""A small T5 encoder and a vocabulary learnt on the spot: what `FrozenT5Embedder` loads."""
 
 import io
 import random
 import string
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 VOCABULARY_SIZE = 384
 EXTRA_IDS = 100  # the sentinel tokens that T5's tokenizer puts after the vocabulary
@@ -36,18 +41,30 @@ reflections on the surface|golden hour|8 frames per second"""
 
 
 def build_text_encoder(folder: Path, hidden_size: int, seed: int) -> None:
-    """Write `config.json`, `model.safetensors` and `spiece.model` to `folder`.
-
-    The encoder is of the kind of T5 v1.1 (gated GELU, no sharing with an output layer) with two layers.
+    """Write an encoder with random weights, and a vocabulary for descriptions of all kinds, to `folder`.
 
     Args:
         hidden_size: width of the text states, a multiple of 16.
     """
-    import torch
-    from transformers import T5Config, T5EncoderModel
+    write_text_encoder(folder, make_encoder(hidden_size, seed), train_vocabulary(sentences(2000, seed)))
+
+
+def write_text_encoder(folder: Path, encoder: "T5EncoderModel", vocabulary: bytes) -> None:
+    """Write `config.json`, `model.safetensors` and `spiece.model`."""
     from transformers.utils import logging
 
-    vocabulary = train_vocabulary(seed)
+    with warnings.catch_warnings():  # that the environment may want bars all the same
+        warnings.simplefilter("ignore")
+        logging.disable_progress_bar()
+    encoder.save_pretrained(folder)
+    (folder / "spiece.model").write_bytes(vocabulary)
+
+
+def make_encoder(hidden_size: int, seed: int) -> "T5EncoderModel":
+    """An encoder of the kind of T5 v1.1 (gated GELU, no sharing with an output layer) with two layers."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
     config = T5Config(
         vocab_size=VOCABULARY_SIZE + EXTRA_IDS,
         d_model=hidden_size,
@@ -61,13 +78,10 @@ def build_text_encoder(folder: Path, hidden_size: int, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = T5EncoderModel(config)
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    (folder / "spiece.model").write_bytes(vocabulary)
+        return T5EncoderModel(config)
 
 
-def train_vocabulary(seed: int) -> bytes:
+def train_vocabulary(texts: Iterable[str]) -> bytes:
     """A SentencePiece unigram model of some 384 pieces with T5's ids: 0 padding, 1 end of text, 2 unknown.
 
     Every printable ASCII character is a piece, so that no English prompt has unknown tokens.
@@ -76,11 +90,11 @@ def train_vocabulary(seed: int) -> bytes:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences(2000, seed),
+        sentence_iterator=iter(texts),
         model_writer=model,
         model_type="unigram",
         vocab_size=VOCABULARY_SIZE,
-        hard_vocab_limit=False,  # the sentences may not have as many pieces worth keeping
+        hard_vocab_limit=False,  # the texts may not have as many pieces worth keeping
         required_chars=string.ascii_letters + string.digits + string.punctuation,
         character_coverage=1.0,
         pad_id=0,

@@ -37,7 +37,7 @@ def test_values_and_shape():
 )
 @pytest.mark.parametrize("phase", [0.0, 0.99])
 def test_shapes_go_where_their_captions_say(motion, down, right, phase):
-    """All the time in one direction, and a quarter of the picture at least."""
+    """All the time in one direction, and a quarter of the picture."""
     steps = centres(draw(scene(motion=motion, phase=phase), 9, 64, 64)).diff(dim=0)
     for along, sign in ((steps[:, 0], down), (steps[:, 1], right)):
         assert (along.sign() == sign).all() or (sign == 0 and along.abs().max() < 0.1)
@@ -53,15 +53,16 @@ def test_a_circle_is_gone_round_once():
     path = centres(draw(scene(motion="moving in a circle", offset=-1.0), 9, 64, 64))
     assert (path[0] - path[-1]).abs().max() < 0.5
     away = (path - path[:-1].mean(dim=0)).norm(dim=1)
-    assert away.min() > 9
+    assert away.min() > 7
     assert away.max() - away.min() < 1
 
 
 @pytest.mark.parametrize("phase", [0.0, 0.99])
-def test_bouncing_goes_down_and_comes_back_up_twice(phase):
+def test_bouncing_goes_down_faster_and_faster_and_comes_back_up(phase):
     rows, columns = centres(draw(scene(motion="bouncing", phase=phase), 9, 64, 64)).T
-    assert rows.diff().sign().tolist() == [1, 1, -1, -1, 1, 1, -1, -1]
-    assert rows.max() - rows.min() > 20
+    assert rows.diff().sign().tolist() == [1, 1, 1, 1, -1, -1, -1, -1]
+    assert (rows[:5].diff().diff() > 0).all()
+    assert rows.max() - rows.min() > 16
     assert columns.max() - columns.min() < 0.1
 
 

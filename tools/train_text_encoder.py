@@ -1,0 +1,223 @@
+"""Trains the text encoder of the tiny models: T5 with a vocabulary of its own, which reads captions of moving shapes.
+
+  python tools/train_text_encoder.py --output checkpoints/tiny/t5 --steps 3000
+
+From the state of every token, padding included, the encoder learns to tell all that its caption says: size, colour,
+shape and motion of the first and the second thing, colour and pattern of the background. A network that attends to any
+token then finds the whole caption there. Captions are those of `make_shapes_dataset.py`, of combinations that are not
+held out, and such with colours and shapes that it never draws: as T5 does, the encoder knows words of things that the
+video model has yet to see. Writes what `FrozenT5Embedder` loads: `config.json`, `model.safetensors`, `spiece.model`.
+One core takes a few minutes. Exit codes: 0 done, 2 a mistake in the arguments or files stands in the way.
+"""
+
+import logging
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from sgm.errors import UserError  # noqa: E402
+from tools.shape_scenes import (  # noqa: E402
+    COLOURS,
+    CONCEPTS,
+    MOTIONS,
+    PATTERNS,
+    PLAIN,
+    SHAPES,
+    SIZES,
+    Scene,
+    phrase,
+    random_scenes,
+)
+from tools.tiny_text_encoder import HEAD_DIM  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+logger = logging.getLogger("train_text_encoder")
+
+# Words for what no dataset shows, in the place of others of their kind.
+MORE_COLOURS = ("pink", "brown", "grey", "cyan", "golden")
+MORE_SHAPES = ("heart", "hexagon", "diamond", "arrow", "crescent", "oval")
+MORE_SHARE = 0.15  # of captions, for each kind, in which such a word takes another's place
+NOTHING = "nothing"  # of the second thing, where there is one
+
+OF_A_THING = {
+    "size": (NOTHING, *SIZES),
+    "colour": (NOTHING, *COLOURS, *MORE_COLOURS),
+    "shape": (NOTHING, *SHAPES, *CONCEPTS, *MORE_SHAPES),
+    "motion": (NOTHING, *MOTIONS),
+}
+QUESTIONS = {
+    **{f"{order} {kind}": answers for order in ("first", "second") for kind, answers in OF_A_THING.items()},
+    "background": tuple(COLOURS),
+    "pattern": (PLAIN, *PATTERNS),
+}
+LEARNING_RATE = 3e-3
+VOCABULARY_CAPTIONS = 4000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(train_text_encoder, arguments, "train_text_encoder")
+
+
+def build_parser() -> ToolParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("checkpoints/tiny/t5"), help="folder (default: checkpoints/tiny/t5)")
+    add("--hidden_size", type=int, default=128, help="width of the states, a multiple of 16 (default: 128)")
+    add(
+        "--max_length", type=int, default=64, help="tokens of a caption, as the model's configuration has (default: 64)"
+    )
+    add("--steps", type=int, default=3000, help="of the training (default: 3000)")
+    add("--batch_size", type=int, default=32, help="captions of a step (default: 32)")
+    add("--seed", type=int, default=0, help="of the captions and the weights (default: 0)")
+    add("--overwrite", action="store_true", help="replace what exists")
+    parser.set_defaults(dry_run=False)
+    return parser
+
+
+def train_text_encoder(arguments: Sequence[str] | None) -> None:
+    """Raises UserError if the folder exists or cannot be written, or a number makes no sense."""
+    options = build_parser().parse_args(arguments)
+    if min(options.hidden_size, options.max_length, options.steps, options.batch_size) < 1:
+        raise UserError("hidden_size, max_length, steps and batch_size must be positive")
+    if options.hidden_size % HEAD_DIM:
+        raise UserError(f"hidden_size {options.hidden_size} is no multiple of {HEAD_DIM}")
+    check_output(options.output, options)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".t5-") as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            train(new, options.hidden_size, options.max_length, options.steps, options.batch_size, options.seed)
+            if options.output.exists():
+                options.output.rename(old)
+            new.rename(options.output)
+    except OSError as error:
+        raise UserError(f"cannot write {options.output}: {error.strerror or error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def captions(count: int, seed: int, split: str = "train") -> list[tuple[str, dict[str, str]]]:
+    """As many captions, each with the answer to each of the QUESTIONS."""
+    chance = random.Random(f"captions {seed}")
+    result = []
+    for scene in random_scenes(count, seed, split):
+        text, answers = phrase(scene, chance), answers_of(scene)
+        for kind, more in (("colour", MORE_COLOURS), ("shape", (*CONCEPTS, *MORE_SHAPES))):
+            if chance.random() < MORE_SHARE:
+                text, answers = exchange(text, answers, f"first {kind}", chance.choice(more))
+        result.append((text, answers))
+    return result
+
+
+def answers_of(scene: Scene) -> dict[str, str]:
+    answers = {"background": scene.background, "pattern": scene.pattern}
+    for order, item in zip(("first", "second"), (*scene.items, None), strict=False):
+        answers |= {f"{order} {kind}": getattr(item, kind, NOTHING) for kind in OF_A_THING}
+    return answers
+
+
+def exchange(text: str, answers: dict[str, str], question: str, word: str) -> tuple[str, dict[str, str]]:
+    """The caption with another answer to the question; colours of a scene differ, and so its word is found."""
+    others = [answer for name, answer in answers.items() if name != question]
+    old = answers[question]
+    if old in others or word in others:
+        return text, answers
+    words = [word if each == old else each for each in text.replace(",", " ,").split(" ")]
+    words = [
+        "an" if each in ("a", "an") and after[0] in "aeiou" else "a" if each == "an" else each
+        for each, after in zip(words, [*words[1:], "."], strict=True)
+    ]
+    return " ".join(words).replace(" ,", ","), {**answers, question: word}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, hidden_size: int, max_length: int, steps: int, batch_size: int, seed: int) -> None:
+    """Train, and write the encoder to an empty folder."""
+    import torch
+    from tqdm import tqdm
+    from transformers import T5Tokenizer
+
+    from tools.tiny_text_encoder import make_encoder, train_vocabulary, write_text_encoder
+
+    vocabulary = train_vocabulary([text for text, _ in captions(VOCABULARY_CAPTIONS, seed)])
+    encoder = make_encoder(hidden_size, seed)
+    write_text_encoder(folder, encoder, vocabulary)
+    tokenizer = T5Tokenizer.from_pretrained(folder)
+    heads = torch.nn.Linear(hidden_size, sum(map(len, QUESTIONS.values())))
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    examples = captions(max(steps * batch_size // 4, batch_size), seed + 1)
+    tokens, answers = encode(examples, tokenizer, max_length)
+    generator = torch.Generator().manual_seed(seed)
+    encoder.train()
+    bar = tqdm(range(steps), desc="text encoder", unit="step")
+    for _ in bar:
+        chosen = torch.randint(len(tokens), (batch_size,), generator=generator)
+        loss = question_loss(encoder, heads, tokens[chosen], answers[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+    encoder.eval()
+    write_text_encoder(folder, encoder, vocabulary)
+    held_out = encode(captions(500, seed + 2, split="held_out"), tokenizer, max_length)
+    for question, share in accuracy(encoder, heads, *held_out).items():
+        logger.info("%-18s %.2f %% of tokens of held-out captions tell it", question, 100 * share)
+
+
+def encode(examples: Sequence[tuple[str, dict[str, str]]], tokenizer: object, max_length: int) -> tuple["Tensor", ...]:
+    """Token ids (captions, max_length) and the numbers of the answers (captions, questions)."""
+    import torch
+
+    texts = [text for text, _ in examples]
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+    numbers = [[choices.index(answers[name]) for name, choices in QUESTIONS.items()] for _, answers in examples]
+    return tokens["input_ids"], torch.tensor(numbers)
+
+
+def question_loss(encoder: "nn.Module", heads: "nn.Module", tokens: "Tensor", answers: "Tensor") -> "Tensor":
+    """The mean cross entropy of all answers by all tokens."""
+    import torch.nn.functional as F
+
+    logits = heads(encoder(input_ids=tokens).last_hidden_state).split(list(map(len, QUESTIONS.values())), dim=2)
+    losses = [
+        F.cross_entropy(each.flatten(0, 1), answers[:, [number]].expand(tokens.shape).flatten())
+        for number, each in enumerate(logits)
+    ]
+    return sum(losses) / len(losses)
+
+
+def accuracy(encoder: "nn.Module", heads: "nn.Module", tokens: "Tensor", answers: "Tensor") -> dict[str, float]:
+    """For each question the share of tokens from whose state its answer is read."""
+    import torch
+
+    with torch.no_grad():
+        logits = heads(encoder(input_ids=tokens).last_hidden_state).split(list(map(len, QUESTIONS.values())), dim=2)
+    return {
+        name: (each.argmax(2) == answers[:, [number]]).float().mean().item()
+        for number, (name, each) in enumerate(zip(QUESTIONS, logits, strict=True))
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
