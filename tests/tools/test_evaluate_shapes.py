@@ -1,0 +1,142 @@
+"""The command counts which videos show what their prompts say, finds them as sampling names them, and tells chance."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from output_paths import output_path
+from prompt_inputs import read_prompts
+from tools import make_shapes_dataset
+from tools.evaluate_shapes import main
+from tools.shape_drawing import draw
+from tools.shape_report import ASPECTS, by_chance, compare
+from tools.shape_scenes import Item, Scene, parse
+from video_output import VideoWriter
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate_shapes.py"
+RED = Scene((Item("large", "red", "circle", "moving left"),), "blue")
+GREEN = Scene((Item("large", "green", "circle", "moving up"),), "blue")
+PAIR = Scene((*RED.items, Item("small", "green", "square", "growing")), "blue")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_video(path: Path, scene: Scene) -> None:
+    with VideoWriter(path, 8, 64, 64) as video:
+        video.write(draw(scene, 9, 64, 64))
+
+
+def evaluate(folder: Path, *arguments: str, own: int = 0) -> int:
+    numbers = folder.parent / "numbers.json"
+    return main(
+        ["--videos", str(folder), "--own_accuracy_clips", str(own), "--json", str(numbers), *map(str, arguments)]
+    )
+
+
+def numbers(folder: Path) -> dict:
+    return json.loads((folder.parent / "numbers.json").read_text())
+
+
+def test_videos_are_found_and_counted(tmp_path, caplog, capsys):
+    """Of two prompts one is shown twice, once wrongly in two words; another's video is missing."""
+    folder, file = tmp_path / "out", tmp_path / "prompts.txt"
+    file.write_text(f"{RED.caption}\n\n{GREEN.caption}\n")
+    other = Scene((Item("large", "red", "square", "moving right"),), "blue")
+    for number, scene in enumerate((RED, other)):
+        write_video(output_path(folder, 0, RED.caption, number), scene)
+    assert evaluate(folder, "--input_file", file, own=4) == 0
+    found = numbers(folder)
+    assert (found["videos"], found["prompts_without_videos"]) == (2, 1)
+    right = {"colour": 2, "shape": 1, "motion": 1, "background": 2, "all four": 1, "size": 2, "number of shapes": 2}
+    assert found["one_shape"]["right"] == right
+    assert found["one_shape"]["by_chance"]["colour"] == 0
+    assert found["judge"] == {"count": 4, "right": dict.fromkeys(ASPECTS, 4)}
+    assert str(output_path(folder, 1, GREEN.caption, 0)) in caplog.text
+    assert "  colour            100.0 %           2/2        0.0 %\n" in capsys.readouterr().out
+
+
+def test_prompts_are_told_by_the_folders_too(tmp_path):
+    caption = "on a blue background, a big red circle is moving left"
+    write_video(output_path(tmp_path / "out", 12, caption, 0), RED)
+    assert evaluate(tmp_path / "out") == 0
+    assert numbers(tmp_path / "out")["one_shape"]["right"]["all four"] == 1
+
+
+def test_first_frames_are_compared_with_their_images(tmp_path):
+    file, folder = tmp_path / "prompts.txt", tmp_path / "out"
+    settings = ["--prompts", "2", "--with_first_frames", "--frames", "9", "--size", "64", "64"]
+    assert make_shapes_dataset.main(["--prompts_file", str(file), *settings]) == 0
+    for request in read_prompts(file):
+        path = output_path(folder, request.index, request.text, 0)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(request.image.with_suffix(".mp4").read_bytes())
+    assert evaluate(folder, "--input_file", file) == 0
+    assert numbers(folder)["one_shape"]["right"] == dict.fromkeys(ASPECTS, 2)
+    assert numbers(folder)["first_frame_psnr"] > 24
+
+
+def test_two_shapes_are_told_apart_by_colour():
+    swapped = Scene(PAIR.items[::-1], "blue")
+    assert compare(PAIR, swapped) == [dict.fromkeys(ASPECTS, True)] * 2
+    one, other = compare(PAIR, RED)
+    assert [name for name in ASPECTS if not one[name]] == ["number of shapes"]
+    assert [name for name in ASPECTS if other[name]] == ["background"]
+
+
+def test_a_single_shape_is_the_first_one_seen_and_nothing_is_wrong():
+    (first,) = compare(RED, PAIR)
+    assert [name for name in ASPECTS if not first[name]] == ["number of shapes"]
+    (nothing,) = compare(RED, Scene((), "none", "none"))
+    assert not any(nothing.values())
+
+
+def test_chance_by_hand():
+    """Of three prompts two have one colour: of the six ways to swap two prompts, two leave the colour right."""
+    blue = parse("a large green circle moving left on a white background")
+    chance = by_chance([RED, GREEN, blue])
+    assert chance["colour"] == pytest.approx(1 / 3)
+    assert (chance["shape"], chance["all four"], chance["number of shapes"]) == (1, 0, 1)
+
+
+def test_mistakes_are_named_in_one_line(tmp_path, caplog):
+    (tmp_path / "out" / "0_a_large_red_crimson").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "prompts.txt").write_text(RED.caption)
+    broken = output_path(tmp_path / "broken", 0, RED.caption, 0)
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no video")
+    cases = {
+        "--videos is missing": [],
+        "there is no folder": ["--videos", tmp_path / "nowhere"],
+        "'crimson'": ["--videos", tmp_path / "out"],
+        "holds no video": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "prompts.txt"],
+        "cannot read the prompt file": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "none.txt"],
+        "must be at least 0": ["--videos", tmp_path / "empty", "--own_accuracy_clips", "-1"],
+        "cannot read the video": ["--videos", tmp_path / "broken"],
+        "unrecognized arguments": ["--video", tmp_path],
+    }
+    for message, arguments in cases.items():
+        caplog.clear()
+        with caplog.at_level(logging.ERROR):
+            assert main([str(argument) for argument in arguments]) == 2
+        (record,) = caplog.records
+        assert message in record.getMessage()
+        assert "\n" not in record.getMessage()
+
+
+def test_help_has_an_example_and_imports_nothing_heavy():
+    code = "import sys; sys.argv = sys.argv[1:]; import runpy\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, TOOL, "--help"], capture_output=True, check=True, text=True)
+    assert "python tools/evaluate_shapes.py --videos outputs/tiny" in done.stdout

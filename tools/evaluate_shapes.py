@@ -1,0 +1,115 @@
+"""Reports how often sampled videos of moving shapes show what their prompts say, as a judge sees it in their pixels.
+
+  python tools/evaluate_shapes.py --videos outputs/tiny --input_file prompts.txt
+  python tools/evaluate_shapes.py --videos outputs/tiny
+
+The videos are those that sampling writes, `{n}_{prompt}/{i}/000000.mp4`; the prompts are captions as
+`tools/make_shapes_dataset.py` writes them, taken from the prompt file, or else from the names of the folders. First
+comes how often the judge is right about freshly drawn clips of held-out combinations, of the same size and length,
+written and read as videos are. "By chance" is how often a video would be right if it belonged to another of the
+prompts. Where prompts name images, the first frame's PSNR against the image is reported too. Exit codes: 0 done, 2 a
+mistake in the arguments or files stands in the way.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from output_paths import check_folder, output_path  # noqa: E402
+from prompt_inputs import read_prompts  # noqa: E402
+from sgm.errors import UserError, exit_code  # noqa: E402
+from tools.shape_scenes import Scene, parse  # noqa: E402
+from tools.tool_parser import ToolParser  # noqa: E402
+
+logger = logging.getLogger("evaluate_shapes")
+
+
+class Prompted(NamedTuple):
+    """A prompt and the videos that were made of it; none if they are missing."""
+
+    scene: Scene
+    image: Path | None
+    videos: list[Path]
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return exit_code(lambda: evaluate(command_line), logger)
+
+
+def evaluate(command_line: Sequence[str] | None) -> int:
+    options = build_parser().parse_args(command_line)
+    check_options(options)
+    prompted = from_file(options.videos, options.input_file) if options.input_file else from_folders(options.videos)
+    if not any(prompt.videos for prompt in prompted):
+        raise UserError(f"--videos: {options.videos} holds no video of these prompts, such as 0_a_prompt/0/000000.mp4")
+    from tools.shape_report import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+
+    sys.stdout.write(f"{run(options, prompted)}\n")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add("--videos", type=Path, metavar="FOLDER", help="the output_dir of sampling")
+    add("--input_file", type=Path, metavar="FILE", help="the prompt file of sampling (default: the folders' names)")
+    add("--own_accuracy_clips", type=int, default=200, help="to test the judge on; 0: none (default: 200)")
+    add("--seed", type=int, default=0, help="of what those clips show (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers")
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError if something is missing, is not there, or makes no sense."""
+    if options.videos is None:
+        raise UserError("--videos is missing: name the output_dir of sampling, outputs/tiny for instance")
+    if not options.videos.is_dir():
+        raise UserError(f"--videos: there is no folder {options.videos}")
+    if options.own_accuracy_clips < 0:
+        raise UserError(f"--own_accuracy_clips is {options.own_accuracy_clips}; it must be at least 0")
+    if options.json:
+        check_folder(options.json.parent, "--json")
+
+
+def from_file(folder: Path, file: Path) -> list[Prompted]:
+    """Every prompt of the file; those without videos are named in a warning."""
+    prompted = []
+    for request in read_prompts(file):
+        first = output_path(folder, request.index, request.text, 0)
+        prompted.append(Prompted(parse(request.text), request.image, _videos(first.parent.parent)))
+        if not prompted[-1].videos:
+            logger.warning("missing: %s", first)
+    return prompted
+
+
+def from_folders(folder: Path) -> list[Prompted]:
+    """The prompts that the names of the output folders tell, in their order."""
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir() and (match := re.fullmatch(r"(\d+)_(.+)", path.name)):
+            try:
+                scene = parse(match[2].replace("_", " "))
+            except UserError as error:
+                raise UserError(f"{error}; if the folder's name is cut short, give --input_file") from error
+            found.append((int(match[1]), path, Prompted(scene, None, _videos(path))))
+    found.sort(key=lambda entry: entry[:2])
+    for _, path, prompt in found:
+        if not prompt.videos:
+            logger.warning("missing: %s", path / "0" / "000000.mp4")
+    return [prompt for _, _, prompt in found]
+
+
+def _videos(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*/000000.mp4"), key=lambda path: (len(path.parent.name), path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
