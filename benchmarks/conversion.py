@@ -1,14 +1,15 @@
-"""Seconds and memory of converting a checkpoint of a released model's size to diffusers and back.
+"""Seconds and memory of the tools for weights, on a checkpoint of a released model's size.
 
     python benchmarks/conversion.py [--family 5b] [--max-shard-size 1] [--folder /scratch] [--write]
 
-Network and VAE have all tensors of the released model, with random values. Each command runs in a process of its own,
-which is looked at again and again: its resident memory counts what it has mapped of the files it reads, its anonymous
-memory does not. What comes back must be what went out, to the bit. Linux only; takes three times the size of the model
-on the disk.
+Network and VAE go to diffusers and back; an adapter is merged, exported and imported. All have the tensors of the
+released model, with random values. Each command runs in a process of its own, which is looked at again and again: its
+resident memory counts what it has mapped of the files it reads, its anonymous memory does not. PyTorch alone takes half
+a GiB. What comes back must be what went out, to the bit. Linux only; takes four times the model's size on the disk.
 """
 
 import argparse
+import itertools
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +32,30 @@ from harness import machine, markdown_table, write_results  # noqa: E402
 from checkpoint_folders import write_checkpoint, write_tensors  # noqa: E402
 from config_files import load_configs  # noqa: E402
 from diffusers_folders import check_equal  # noqa: E402
+from lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
 from model_sizes import CONFIG_FOLDER  # noqa: E402
 from network_files import checkpoint_file  # noqa: E402
 from network_weights import instantiate_on_meta  # noqa: E402
 from stored_weights import open_weights  # noqa: E402
 from weight_family import CONFIGS, TITLES  # noqa: E402
 
+RANK = 128  # of the adapter
 INTERVAL = 0.01  # seconds between two looks at a process
+
+
+# What is done, how, and where the largest file is that is read or written.
+TASKS = (
+    (
+        "to diffusers",
+        "convert_weight_sat2hf.py --transformer_ckpt_path network --vae_ckpt_path 3d-vae.pt --output_path out "
+        "--max_shard_size {}",
+        "out",
+    ),
+    ("back", "convert_weight_hf2sat.py --hf_path out --output_path back", "out"),
+    ("merge LoRA", "merge_lora.py --load network --lora lora --output merged", "merged"),
+    ("export LoRA", "export_sat_lora_weight.py --sat_pt_path lora --lora_save_directory exported", "exported"),
+    ("import LoRA", "import_hf_lora.py --lora_path exported --output imported", "exported"),
+)
 
 
 @dataclass
@@ -54,17 +73,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         make_checkpoints(args, folder)
-        out, back = folder / "diffusers", folder / "sat"
-        forth = ["convert_weight_sat2hf.py", "--transformer_ckpt_path", folder / "network", "--output_path", out]
-        forth += ["--vae_ckpt_path", folder / "3d-vae.pt", "--max_shard_size", args.max_shard_size]
-        usages = {"to diffusers": run(args, forth)}
-        usages["back"] = run(args, ["convert_weight_hf2sat.py", "--hf_path", out, "--output_path", back])
+        rows = []
+        for task, command, files in TASKS:
+            use = run(args, folder, command.format(args.max_shard_size))
+            size = largest(folder / files)
+            rows.append([task, use.seconds, use.busy, size, use.resident, use.resident / size, use.anonymous])
         for ours, theirs in (
-            (folder / "network", back / "transformer"),
-            (folder / "3d-vae.pt", back / "vae/3d-vae.pt"),
+            ("network", "back/transformer"),
+            ("3d-vae.pt", "back/vae/3d-vae.pt"),
+            ("lora", "imported"),
         ):
-            check_equal(open_weights(file_of(theirs)), open_weights(file_of(ours)), back)
-        text = report(args, usages, largest(out))
+            went, came = (open_weights(file_of(folder / name)) for name in (ours, theirs))
+            check_equal(came, went, folder / theirs)
+        text = report(args, rows)
     print(text)  # noqa: T201
     if args.write:
         write_results(f"Conversion, {CONFIGS[args.family]}, files of at most {args.max_shard_size:g} GB", text)
@@ -88,10 +109,25 @@ def make_checkpoints(args: argparse.Namespace, folder: Path) -> None:
     dtype = torch.float16 if config["args"].get("fp16") else torch.bfloat16
     network = instantiate_on_meta(config["model"]["network_config"]).to(dtype).state_dict()
     write_checkpoint(folder / "network", network, lambda name: random_like(network[name]))
+    adapter = adapter_like(network, dtype)
+    write_checkpoint(folder / "lora", adapter, lambda name: random_like(adapter[name]))
     coder = config["model"]["first_stage_config"]
     coder["params"]["ckpt_path"] = None
     vae = instantiate_on_meta(coder).state_dict()
     write_tensors(folder / "3d-vae.pt", vae, lambda name: random_like(vae[name]), key="state_dict", prefix="")
+
+
+def adapter_like(network: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The matrices of an adapter on a network, without values."""
+    layers = itertools.takewhile(lambda layer: base_weight(layer, "dense") in network, itertools.count())
+    width = network[base_weight(0, "dense")].shape[1]
+    matrices = {}
+    for layer in layers:
+        for part in PROJECTIONS:
+            for matrix, shape in (("A", (RANK, width)), ("B", (width, RANK))):
+                slot = Slot(Projection(layer, part), matrix)
+                matrices[slot.sat_name] = torch.empty(shape, dtype=dtype, device="meta")
+    return matrices
 
 
 def random_like(tensor: Tensor) -> Tensor:
@@ -99,12 +135,13 @@ def random_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=0.02) if tensor.is_meta else tensor
 
 
-def run(args: argparse.Namespace, command: list[object]) -> Usage:
-    """Run a tool, and look at its memory until it ends."""
-    command = [sys.executable, str(ROOT / "tools" / str(command[0])), *map(str, command[1:])]
+def run(args: argparse.Namespace, folder: Path, line: str) -> Usage:
+    """Run a tool in a folder, and look at its memory until it ends."""
+    tool, *arguments = line.split()
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     usage, start, busy = Usage(), time.perf_counter(), processor_seconds()
-    with subprocess.Popen(command, env=environment) as process:
+    command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
+    with subprocess.Popen(command, env=environment, cwd=folder) as process:
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
             usage.resident = max(usage.resident, gib(status, "VmHWM"))
@@ -112,7 +149,7 @@ def run(args: argparse.Namespace, command: list[object]) -> Usage:
             time.sleep(INTERVAL)
     usage.seconds, usage.busy = time.perf_counter() - start, processor_seconds() - busy
     if process.returncode:
-        raise SystemExit(f"{command[1]} failed")
+        raise SystemExit(f"{tool} failed")
     return usage
 
 
@@ -136,15 +173,11 @@ def largest(folder: Path) -> float:
     return max(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
 
 
-def report(args: argparse.Namespace, usages: dict[str, Usage], shard: float) -> str:
-    rows = [
-        [name, use.seconds, use.busy, use.resident, use.resident / shard, use.anonymous, use.anonymous / shard]
-        for name, use in usages.items()
-    ]
-    header = ["", "s", "on a processor, s", "resident GiB", "/ largest file", "anonymous GiB", "/ largest file"]
+def report(args: argparse.Namespace, rows: list[list[object]]) -> str:
+    header = ["", "s", "on a processor, s", "largest file GiB", "resident GiB", "of the largest file", "anonymous GiB"]
     return (
-        f"{TITLES[args.family]} and VAE, random; files for diffusers of at most {args.max_shard_size:g} GB, "
-        f"the largest of {shard:.3g} GiB; {machine(torch.device('cpu'))}\n\n{markdown_table(header, rows)}\n\n"
+        f"{TITLES[args.family]}, VAE and LoRA of rank {RANK}, random; files for diffusers of at most "
+        f"{args.max_shard_size:g} GB; {machine(torch.device('cpu'))}\n\n{markdown_table(header, rows)}\n\n"
         "What came back is what went out, to the bit."
     )
 
