@@ -10,6 +10,7 @@ import torch
 
 from diffusers_folders import (
     AUTOENCODER,
+    NORM_GROUPS,
     TRANSFORMER,
     check_text_encoder,
     is_pipeline,
@@ -45,6 +46,8 @@ FIXED = {
     "temporal_interpolation_scale": 1.0,
     "timestep_activation_fn": "silu",
 }
+# Of vae/config.json likewise.
+VAE_FIXED = {"act_fn": "silu", "norm_eps": 1e-6, "norm_num_groups": NORM_GROUPS, "temporal_compression_ratio": 4}
 DIFFUSERS_TEXT_LENGTH = 226  # what diffusers puts where it is told nothing
 # What the tensors say too.
 TOLD_TWICE = (
@@ -109,6 +112,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> P
     ours = {name: assembled_shape(parts, shapes) for name, parts in pieces.items()}
     family = detect_network(ours, source, bool(config.get("use_rotary_positional_embeddings")))
     vae_configuration, vae_weights = read_part(folder / "vae", AUTOENCODER)
+    check_fixed(vae_configuration, VAE_FIXED, str(folder / "vae"))
     sizes = read_sizes(folder, config, vae_configuration, family)
     check_config(config, family, sizes, source)
     expected = table_shapes(family, sizes.grid(family.patch), sizes.text_length)
@@ -179,11 +183,16 @@ def read_sizes(
     return ModelSizes(**found)
 
 
+def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any], source: str) -> None:
+    """Raises UserError if a config.json says otherwise than `fixed`, which what is left out has."""
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{source}/config.json: {name} is {config[name]!r}; models here have {value!r}")
+
+
 def check_config(config: Mapping[str, Any], family: NetworkFamily, sizes: ModelSizes, source: str) -> None:
     """Raises UserError unless config.json describes the tensors, and a network that is the same here."""
-    for name, value in FIXED.items():
-        if config.get(name, value) != value:
-            raise UserError(f"{source}/config.json: {name} is {config[name]!r}; networks here have {value!r}")
+    check_fixed(config, FIXED, source)
     told = transformer_config(family, sizes)
     for name in TOLD_TWICE:
         if config.get(name) not in (None, told[name]):

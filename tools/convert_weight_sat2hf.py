@@ -147,12 +147,13 @@ def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", f
     from config_files import load_configs
     from model_sizes import combined, released_config, sizes_of_config
 
-    if options.base:
-        name = " ".join(map(str, options.base))
-        return combined(sizes_of_config(load_configs(options.base), family, name), found, name)
-    if source.config:
-        name = str(source.config)
-        return combined(sizes_of_config(load_configs([source.config], used=()), family, name), found, name)
+    if options.base or source.config:
+        name = " ".join(map(str, options.base or [source.config]))
+        config = load_configs(options.base) if options.base else load_configs([source.config], used=())
+        sizes = combined(sizes_of_config(config, family, name), found, name)
+        if options.vae_ckpt_path:
+            check_norms(config, name)
+        return sizes
     released = released_config(family)
     released["model"]["network_config"]["params"] |= family.parameters()
     return combined(sizes_of_config(released, family, "the released model"), found, None)
@@ -217,11 +218,25 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
             )
 
 
+def check_norms(config: dict[str, Any], name: str) -> None:
+    """Raises UserError if a configuration names norms of the VAE that diffusers has not; tensors do not tell."""
+    from diffusers_folders import NORM_GROUPS
+
+    coders = config.get("model", {}).get("first_stage_config", {}).get("params", {})
+    for coder in ("encoder_config", "decoder_config"):
+        groups = coders.get(coder, {}).get("params", {}).get("norm_groups") or NORM_GROUPS
+        if groups != NORM_GROUPS:
+            raise UserError(
+                f"{name}: the VAE has norms of {groups} groups of channels, diffusers' pipelines of {NORM_GROUPS}"
+            )
+
+
 def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | None", dtype: Any) -> tuple[Any, Any]:
     """
     Raises:
         UserError: it is no CogVideoX autoencoder.
     """
+    from config_files import load_configs
     from diffusers_folders import vae_config
     from diffusers_names import Piece
     from sgm.diffusers_vae_names import to_diffusers
@@ -235,6 +250,8 @@ def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | 
     weights = open_weights(path)
     weights = weights.select(name for name in weights if not name.startswith(TRAINING_ONLY))
     autoencoder = detect_autoencoder(weights.shapes, str(path))
+    if options.base and family is None:
+        check_norms(load_configs(options.base), " ".join(map(str, options.base)))
     if sizes is None and options.scaling_factor is None:
         raise UserError("--scaling_factor is needed for a VAE alone: 1.15258426 for CogVideoX-2B, else 0.7")
     scale = options.scaling_factor if sizes is None else sizes.scale_factor

@@ -175,6 +175,10 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         (lambda f: change_json(f / config, sample_frames="many"), "num_frames is 'many'"),
         (lambda f: change_json(f / config, activation_fn="gelu"), "activation_fn is 'gelu'"),
         (
+            lambda f: change_json(f / "vae" / "config.json", norm_num_groups=16),
+            "norm_num_groups is 16; models here have",
+        ),
+        (
             lambda f: without(f, "transformer_blocks.1.attn1.to_k.bias"),
             "'transformer_blocks.1.attn1.to_k.bias' is missing",
         ),

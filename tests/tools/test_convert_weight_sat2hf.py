@@ -199,6 +199,10 @@ def test_flags_that_are_right_are_taken_and_wrong_ones_refused(tiny, tmp_path, c
     vae = ("--vae_ckpt_path", tiny.folder / "vae.pt", "--output_path", tmp_path / "out")
     assert "--scaling_factor is needed for a VAE alone" in mistake(caplog, *vae)
     assert not list(tmp_path.iterdir())
+    groups = {"first_stage_config": {"params": {"decoder_config": {"params": {"norm_groups": 4}}}}}
+    base = ("--base", tiny.variant("2b", tmp_path / "groups.yaml", model=groups))
+    for more in ((), ("--transformer_ckpt_path", tiny.folder / "2b")):
+        assert "groups.yaml: the VAE has norms of 4 groups" in mistake(caplog, *vae, *more, *base)
 
 
 def test_mistakes_are_told_before_pytorch_comes_in(tiny, tmp_path):
