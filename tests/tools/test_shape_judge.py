@@ -42,7 +42,7 @@ def wrong(scenes, change) -> list[tuple[str, Scene]]:
 
 @pytest.mark.parametrize("change", [lambda clip, _: clip, spoilt], ids=["drawn", "spoilt"])
 def test_it_names_every_word(change):
-    """Every shape with every motion, every size and pattern; in steps, so that colours change too."""
+    """Every second pair of a shape and a motion; each word comes, the others change in steps of their own."""
     sizes, patterns = list(SIZES), ["plain", *PATTERNS]
     colours = [("red", "green"), ("orange", "yellow"), ("blue", "purple"), ("white", "black"), ("black", "blue")]
     scenes = []
@@ -50,7 +50,7 @@ def test_it_names_every_word(change):
         colour, background = colours[number % 5]
         item = Item(sizes[number % 3], colour, shape, motion, phase=number % 7 / 7, offset=number % 11 / 5 - 1)
         scenes.append(Scene((item,), background, patterns[number // 3 % 4]))
-    assert wrong(scenes, change) == []
+    assert wrong(scenes[::2], change) == []
 
 
 def test_it_names_both_shapes():
@@ -60,7 +60,7 @@ def test_it_names_both_shapes():
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (192, 256)])
 def test_it_reads_videos_of_any_size_and_length(tmp_path, size):
-    for number, scene in enumerate(random_scenes(6, 1, "held_out", pairs=False)):
+    for number, scene in enumerate(random_scenes(4, 1, "held_out", pairs=False)):
         path = tmp_path / f"{number}.mp4"
         with VideoWriter(path, 8, *size) as video:
             video.write(draw(scene, 9 + 8 * (number % 2), *size))
