@@ -85,11 +85,13 @@ REMOVED_KEYS = {
     *("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue", "elasticity"),
     *("sparse_attention", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"),
 }
+WHOLE_MATRICES = "sgm.muon.Muon"
 ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad", "adam_w_mode", "set_grad_none"}
 TORCH_ADAM_PARAMS = {"torch_adam", "fp32_optimizer_states", "foreach", "fused", "maximize", "capturable"}
 OPTIMIZER_PARAMS = {
     # The misspelling is SwissArmyTransformer's.
     **{name: ADAM_PARAMS | {"ema_decay", "use_num_upates", "use_num_updates"} for name in OUR_OPTIMIZERS},
+    WHOLE_MATRICES: {"lr", "momentum", "adam_lr_factor", "betas", "eps", "weight_decay"},
     "adam": ADAM_PARAMS | TORCH_ADAM_PARAMS,
     "adamw": ADAM_PARAMS | TORCH_ADAM_PARAMS,
 }
@@ -375,9 +377,17 @@ def runtime_config(config: Mapping[str, Any], precision: str) -> dict[str, Any]:
 
     Args:
         precision: `fp16`, `bf16` or `fp32`.
+
+    Raises:
+        UserError: the optimizer needs whole matrices, which ZeRO takes apart.
     """
     zero = dict(config.get("zero_optimization", {}))
     zero["stage"] = max(zero.get("stage", 0), int(precision in PRECISIONS))
+    if zero["stage"] and config["optimizer"]["type"] == WHOLE_MATRICES:
+        raise UserError(
+            f"deepspeed: {WHOLE_MATRICES} needs whole matrices, but in {precision} this is ZeRO stage {zero['stage']}, "
+            "which flattens them: train in float32 with zero_optimization.stage 0, or with another optimizer"
+        )
     return {
         **with_precision(config, {precision: True}),
         "zero_optimization": zero,

@@ -32,7 +32,7 @@ def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tensor_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Kinds of tensors that are kept of each parameter; none but `MASTER` before the first step."""
+    """Kinds of tensors that are kept of parameters; none but `MASTER` before the first step."""
     kinds = {
         kind
         for piece, state in engine.basic_optimizer.state.items()
@@ -43,13 +43,14 @@ def tensor_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
 
 
 def check_storable(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Raises UserError, once a step is made, if the optimizer keeps anything else than numbers and, for each parameter
-    alike, tensors of its shape: factors, for instance, or bytes."""
+    """Raises UserError, once a step is made, if the optimizer keeps anything else of a parameter than numbers and
+    tensors of its shape: factors, for instance, or bytes; or under ZeRO not the same of each."""
     optimizer = engine.basic_optimizer
     kinds = set(tensor_kinds(engine)) - {MASTER}
     for piece, state in optimizer.state.items():
         tensors = {kind for kind, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
-        if tensors != kinds or any(state[kind].shape != piece.shape for kind in tensors):
+        unlike = engine.zero_optimization() and tensors != kinds
+        if unlike or any(state[kind].shape != piece.shape for kind in tensors):
             raise UserError(
                 f"the state of {type(optimizer).__name__} cannot be saved, since its tensors do not have the shapes of "
                 "the weights: choose another optimizer, sat.ops.FusedEmaAdam or torch.optim.AdamW for instance"
@@ -65,6 +66,8 @@ def full_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, str, 
     _link(engine)
     for name, parameter in trained_parameters(engine.module).items():
         for kind in kinds:
+            if _lacks(engine, parameter, kind):
+                continue
             if kind == MASTER:
                 tensor = safe_get_full_fp32_param(parameter)
             elif engine.zero_optimization():
@@ -72,6 +75,11 @@ def full_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, str, 
             else:
                 tensor = engine.basic_optimizer.state[parameter][kind]
             yield kind, name, tensor.detach().view(full_shape(parameter))
+
+
+def _lacks(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> bool:
+    """Whether the optimizer keeps no tensor of this kind of the parameter, though of others."""
+    return not engine.zero_optimization() and kind not in engine.basic_optimizer.state[parameter]
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
@@ -87,8 +95,10 @@ def counters(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     rates = [group["lr"] for group in optimizer.param_groups]
     added = optimizer.param_groups[0].keys() - optimizer.defaults.keys() - {"params", "initial_lr"}
     group = {key: optimizer.param_groups[0][key] for key in added if _is_number(optimizer.param_groups[0][key])}
+    kinds, parameters = tensor_kinds(engine), trained_parameters(engine.module).items()
     return {
-        "kinds": tensor_kinds(engine),
+        "kinds": kinds,
+        "lacking": {kind: [name for name, each in parameters if _lacks(engine, each, kind)] for kind in kinds},
         "model_parallel_size": mpu.get_model_parallel_world_size(),
         "state": numbers,
         "group": group,
@@ -105,10 +115,13 @@ def restore(
     Raises:
         UserError: a tensor is missing.
     """
-    kinds = numbers["kinds"]
+    kinds, lacking = numbers["kinds"], numbers.get("lacking", {})
     _create_states(engine, [kind for kind in kinds if kind != MASTER], numbers)
     for name, parameter in trained_parameters(engine.module).items():
         for kind in kinds:
+            if name in lacking.get(kind, ()):
+                del engine.basic_optimizer.state[parameter][kind]
+                continue
             if (kind, name) not in tensors:
                 raise UserError(f"resume: the training state has no {kind} of {name}")
             _set(engine, parameter, kind, tensors[kind, name])

@@ -66,7 +66,8 @@ class Muon(Optimizer):
 
     def _update_matrix(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
-            state["momentum"] = torch.zeros_like(weight)
+            state.update(step=0, momentum=torch.zeros_like(weight))
+        state["step"] += 1
         momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
         direction = orthogonalize(torch.add(gradient, momentum, alpha=group["momentum"]).flatten(1))
         rows, columns = direction.shape

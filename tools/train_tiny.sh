@@ -22,7 +22,9 @@ train_vae() {
     "$python" sat/train_vae.py --base configs/tiny/vae_images.yaml --resume latest
     take_weights vae_tiny_images checkpoints/tiny_trained/vae_images
     "$python" sat/train_vae.py --base configs/tiny/vae.yaml --resume latest
-    take_weights vae_tiny checkpoints/tiny_trained/vae
+    take_weights vae_tiny checkpoints/tiny_trained/vae_clips
+    "$python" sat/train_vae.py --base configs/tiny/vae_final.yaml --resume latest
+    take_weights vae_tiny_final checkpoints/tiny_trained/vae
 }
 
 train_text() {

@@ -231,3 +231,14 @@ def test_loss_scaling_beside_fp16_means_that_of_fp16():
     config = check_deepspeed_config(section)
     assert config["fp16"] == {"enabled": True, "hysteresis": 1, "loss_scale": 0}
     assert "loss_scale" not in config
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(2, "fp32"), (0, "bf16")])
+def test_muon_gets_whole_matrices_or_a_refusal(stage, precision):
+    muon = {"type": "sgm.muon.Muon", "params": {"lr": 0.02, "momentum": 0.9}}
+    config = checked(optimizer=muon, zero_optimization={"stage": stage})
+    with pytest.raises(UserError, match="needs whole matrices"):
+        runtime_config(config, precision)
+    assert runtime_config(checked(optimizer=muon), "fp32")["optimizer"] == muon
+    with pytest.raises(UserError, match="adam_lr_factor"):
+        checked(optimizer={"type": "sgm.muon.Muon", "params": {"lr": 0.02, "adam_lr": 0.9}})

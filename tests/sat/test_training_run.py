@@ -308,6 +308,19 @@ def test_adam_of_deepspeed_needs_no_compiler_on_a_cpu(tmp_path, tiny, clips):
     assert losses[4] < losses[1]
 
 
+def test_muon_learns_and_goes_on_to_the_bit(tmp_path, tiny, clips):
+    optimizer = {"type": "sgm.muon.Muon", "params": {"lr": 0.01}}
+    config = write_config(
+        tmp_path / "a.yaml", tiny, "5b", clips, save_interval=2, train_iters=6, deepspeed={"optimizer": optimizer}
+    )
+    run = train(config)
+    expected, result = metrics(run), weights(run)
+    assert expected[6] < expected[1]
+    train(config, "--resume", str(run / "2"))
+    assert metrics(run) == expected
+    assert_same(weights(run), result)
+
+
 def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, clips):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, train_iters=1000, save_interval=1, keep_last=2)
     process = start(config)
