@@ -165,12 +165,13 @@ def test_an_evaluation_writes_losses_psnr_and_videos_and_changes_nothing(tmp_pat
 
 
 def test_an_autoencoder_learns(tmp_path):
-    """On a few images, in seconds; the adversarial phase at the end moves the discriminator and ruins nothing."""
+    """On a few images, as a new one should be (`image_taps: last`), in seconds; the adversarial phase at the end moves
+    the discriminator and ruins nothing."""
     data = write_mixed_dataset(tmp_path / "data", videos=0, images=8)
     settings = {"args": {"train_iters": 80, "batch_size": 4, "log_interval": 10}}
     model = {
         "base_learning_rate": 3e-3,
-        "params": {"disc_start_iter": 60, "optimizer_config": {"params": {"eps": 1e-8}}},
+        "params": {"disc_start_iter": 60, "image_taps": "last", "optimizer_config": {"params": {"eps": 1e-8}}},
     }
     run = train(write_config(tmp_path / "config.yaml", data, model=model, **settings))
     errors, disc = metrics(run, "train/loss/rec"), metrics(run, "train/loss/disc")
