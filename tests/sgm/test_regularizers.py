@@ -286,7 +286,7 @@ def test_a_video_autoencoder_trains_with_each_quantizer(name, shapes):
     )
     optimizer = torch.optim.Adam(vae.parameters(), lr=4e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(50):
         latent, log = vae.encode(shapes, return_reg_log=True)
         loss = (vae.decode_at_once(latent) - shapes).abs().mean()
         losses.append(loss.item())
