@@ -1,4 +1,4 @@
-"""What several test files share: the tiny models."""
+"""What several test files share: the tiny models, and a single thread."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,18 @@ class TinyModels:
         """Write to `path` a file that includes the family's own; `changes` are its sections."""
         path.write_text(yaml.safe_dump({"include": str(self.config(family)), **changes}))
         return path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors as small as most tests' gain nothing from more threads, and lose much on a busy machine; and the order of
+    sums is then that of a process of torchrun."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,7 @@ ONE_PROMPT = ["a paper boat on a pond"]
 TWO_PROMPTS = ["a paper boat on a pond", "a red kite over the hills"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small only lose by more threads; and the order of sums is then that of a process of torchrun."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -21,12 +21,7 @@ SGD = {"target": "torch.optim.SGD", "params": {"lr": 1e-5}}  # the loss of an im
 NO_ADVERSARY = {**LOSS, "params": {**LOSS["params"], "disc_start": 10**6}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(target: str = "AutoencodingEngine", **params: Any) -> AutoencodingEngine:

@@ -18,12 +18,7 @@ from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 SGD = {"target": "torch.optim.SGD", "params": {"lr": 1e-5}}  # the loss of a frame is a sum over its pixels
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(**params: Any) -> VideoAutoencodingEngine:

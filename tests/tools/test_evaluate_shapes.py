@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from output_paths import output_path
 from prompt_inputs import read_prompts
@@ -24,12 +23,7 @@ GREEN = Scene((Item("large", "green", "circle", "moving up"),), "blue")
 PAIR = Scene((*RED.items, Item("small", "green", "square", "growing")), "blue")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_video(path: Path, scene: Scene) -> None:

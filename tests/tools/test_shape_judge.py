@@ -10,13 +10,7 @@ from tools.shape_scenes import CONCEPTS, MOTIONS, PATTERNS, SHAPES, SIZES, Item,
 from video_output import VideoWriter
 from videos import read_video
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spoilt(clip: torch.Tensor, seed: int) -> torch.Tensor:

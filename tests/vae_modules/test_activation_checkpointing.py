@@ -16,13 +16,7 @@ from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 ALL_LEVELS = [0, 1, 2, 3]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from more threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(cp_size: int = 1, **coder: Any) -> VideoAutoencoderInferenceWrapper:

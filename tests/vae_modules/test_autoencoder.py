@@ -38,13 +38,7 @@ def vae():
     return seed_module_(build(Reference("vae/vae_small").case))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from more threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def latent(frames: int, height: int = 2, width: int = 3) -> torch.Tensor:

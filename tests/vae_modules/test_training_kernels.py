@@ -12,14 +12,7 @@ from vae_modules import winograd
 from vae_modules.layers import GroupNorm
 from vae_modules.modulation import channel_sums, modulated_silu
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from more threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def clip(name: str, *shape: int) -> Tensor:
