@@ -91,7 +91,7 @@ TORCH_ADAM_PARAMS = {"torch_adam", "fp32_optimizer_states", "foreach", "fused", 
 OPTIMIZER_PARAMS = {
     # The misspelling is SwissArmyTransformer's.
     **{name: ADAM_PARAMS | {"ema_decay", "use_num_upates", "use_num_updates"} for name in OUR_OPTIMIZERS},
-    WHOLE_MATRICES: {"lr", "momentum", "adam_lr_factor", "betas", "eps", "weight_decay"},
+    WHOLE_MATRICES: {"lr", "momentum", "adam_lr_factor", "betas", "eps", "weight_decay", "ema_decay"},
     "adam": ADAM_PARAMS | TORCH_ADAM_PARAMS,
     "adamw": ADAM_PARAMS | TORCH_ADAM_PARAMS,
 }

@@ -27,6 +27,8 @@ class Muon(Optimizer):
         adam_lr_factor: the rate of Adam, as a multiple of `lr`.
         betas, eps: Adam's.
         weight_decay: of matrices, decoupled.
+        ema_decay: keeps of every parameter a moving average, `state[p]["shadow"]`, which forgets at this rate after a
+            warm-up: d = min(ema_decay, (1 + t)/(10 + t)), as EmaAdam's. None: no average.
 
     Raises:
         UserError: a setting is out of its range.
@@ -41,15 +43,17 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        ema_decay: float | None = None,
     ):
-        for name, value in {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
+        shares = {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1], "ema_decay": ema_decay or 0.0}
+        for name, value in shares.items():
             if not 0 <= value < 1:
                 raise UserError(f"Muon: {name} is {value}; it is from 0 to below 1")
         rates = {"lr": lr, "adam_lr_factor": adam_lr_factor, "eps": eps, "weight_decay": weight_decay}
         for name, value in rates.items():
             if value < 0:
                 raise UserError(f"Muon: {name} is {value}; it is not negative")
-        super().__init__(params, {**rates, "momentum": momentum, "betas": tuple(betas)})
+        super().__init__(params, {**rates, "momentum": momentum, "betas": tuple(betas), "ema_decay": ema_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -60,14 +64,26 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
+                    state = self._state_of(parameter, group)
+                    state["step"] += 1
                     update = self._update_matrix if parameter.ndim >= 2 else self._update_vector
-                    update(parameter, parameter.grad, self.state[parameter], group)
+                    update(parameter, parameter.grad, state, group)
+                    if "shadow" in state:
+                        decay = min(group["ema_decay"], (1 + state["step"]) / (10 + state["step"]))
+                        state["shadow"].lerp_(parameter, 1 - decay)
         return loss
 
-    def _update_matrix(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[parameter]
         if not state:
-            state.update(step=0, momentum=torch.zeros_like(weight))
-        state["step"] += 1
+            state["step"] = 0
+            for kind in ("momentum",) if parameter.ndim >= 2 else ("average", "square"):
+                state[kind] = torch.zeros_like(parameter)
+            if group["ema_decay"] is not None:
+                state["shadow"] = parameter.detach().clone()
+        return state
+
+    def _update_matrix(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
         direction = orthogonalize(torch.add(gradient, momentum, alpha=group["momentum"]).flatten(1))
         rows, columns = direction.shape
@@ -76,10 +92,7 @@ class Muon(Optimizer):
         weight.add_(direction.view(weight.shape), alpha=-group["lr"] * scale)
 
     def _update_vector(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if not state:
-            state.update(step=0, average=torch.zeros_like(weight), square=torch.zeros_like(weight))
         beta1, beta2 = group["betas"]
-        state["step"] += 1
         average = state["average"].lerp_(gradient, 1 - beta1)
         square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         rate = group["lr"] * group["adam_lr_factor"] / (1 - beta1 ** state["step"])
@@ -91,9 +104,14 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """The matrix with all its singular values made nearly 1, between about 0.7 and 1.2; zero stays zero.
 
     The iteration X -> (a + b XX' + c (XX')^2) X only multiplies X from the left by polynomials of its Gram matrix, so
-    it runs on that small square matrix, and X is multiplied once. In float32, returned in the matrix's dtype.
+    it runs on that small square matrix, and X is multiplied once. In float32, returned in the matrix's dtype; under
+    autocast too, whose rounding the powers of the Gram matrix would not survive.
     """
-    x = matrix.float()
+    with torch.autocast(matrix.device.type, enabled=False):
+        return _orthogonalize(matrix.float()).to(matrix.dtype)
+
+
+def _orthogonalize(x: Tensor) -> Tensor:
     wide = x if x.shape[0] <= x.shape[1] else x.mT
     wide = wide / wide.norm().clamp_min(1e-12)
     gram = wide @ wide.mT
@@ -105,4 +123,4 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
     result = product @ wide
-    return (result if x.shape[0] <= x.shape[1] else result.mT).to(matrix.dtype)
+    return result if x.shape[0] <= x.shape[1] else result.mT

@@ -32,6 +32,27 @@ def test_zero_stays_zero():
     assert not orthogonalize(torch.zeros(4, 7)).any()
 
 
+def test_autocast_does_not_touch_the_iteration():
+    matrix = seeded_input("matrix", (12, 30), 0)
+    expected = orthogonalize(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(orthogonalize(matrix), expected)
+
+
+def test_the_moving_average_follows_every_parameter():
+    parameters = [nn.Parameter(seeded_input("weight", (4, 6), 0)), nn.Parameter(seeded_input("bias", (4,), 0))]
+    averages = [p.detach().clone() for p in parameters]
+    optimizer = Muon(parameters, lr=0.1, ema_decay=0.3)
+    for step in range(1, 5):
+        for p in parameters:
+            p.grad = seeded_input(f"gradient {step}", tuple(p.shape), 0)
+        optimizer.step()
+        decay = min(0.3, (1 + step) / (10 + step))
+        averages = [decay * average + (1 - decay) * p.detach() for average, p in zip(averages, parameters, strict=True)]
+    for p, average in zip(parameters, averages, strict=True):
+        assert torch.allclose(optimizer.state[p]["shadow"], average, atol=1e-6)
+
+
 def test_the_first_step_of_a_kernel_is_that_of_its_matrix():
     kernel = nn.Parameter(seeded_input("kernel", (8, 4, 3, 3, 3), 0))
     start = kernel.detach().clone()
