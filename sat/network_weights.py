@@ -70,6 +70,7 @@ def load_network(
         load: full checkpoint, with or without an adapter in it. See `checkpoint_file`.
         lora_load: an adapter alone, or a checkpoint whose adapter is taken.
         allow_missing: leave out what the checkpoint does not hold, with a warning; it is initialised from scratch.
+            Input channels that it lacks, as text-to-video lacks those of image-to-video, start without influence.
         new_adapter: initialise the adapter where neither file holds one, for training.
         device: where the weights go.
 
@@ -108,6 +109,8 @@ def load_network(
             raise UserError(f"{load} holds no adapter, but the configuration has a lora_config: give lora_load")
     elif any(map(is_adapter, weights)):
         raise UserError(f"{load} holds a LoRA adapter: use the '_lora' twin of the configuration")
+    if allow_missing:
+        widen_inputs(network, weights)
     if new_adapter and not allow_missing:
         allow_missing = [name for name in network.state_dict() if is_adapter(name)]
     missing, _ = assign_weights(
@@ -124,6 +127,19 @@ def load_network(
     if missing:
         initialise_missing(network, device)
         network.to(device)  # tables that were never on the meta device
+
+
+def widen_inputs(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give `weights`, if they are of a network with fewer input channels, zeros for the others, which come last."""
+    name = "mixins.patch_embed.proj.weight"
+    if name not in weights or "patch_embed" not in network.mixins:
+        return
+    given, wanted = weights[name], network.mixins["patch_embed"].proj.weight.shape
+    # Features are ordered with channels outermost, so that further channels are further columns of a Linear too.
+    if given.ndim == len(wanted) and given.shape[1] < wanted[1]:
+        logger.warning("%s: the input channels that the checkpoint lacks start at zero", name)
+        further = given.new_zeros(given.shape[0], wanted[1] - given.shape[1], *given.shape[2:])
+        weights[name] = torch.cat((given, further), dim=1)
 
 
 def own_tables(network: nn.Module) -> dict[str, Tensor]:

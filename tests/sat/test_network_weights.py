@@ -163,6 +163,30 @@ def test_missing_weights_need_permission(seeded_base, tmp_path):
     assert torch.isfinite(output(network)).all()
 
 
+@pytest.mark.parametrize("base", ["t2v_5b", "t2v_15"])
+def test_image_to_video_starts_as_text_to_video(tmp_path, base, caplog):
+    """Whatever the image is: its channels, which the checkpoint lacks, count for nothing yet."""
+    config = Reference(f"dit/{base}").case["network_config"]
+    config["params"]["in_channels"] = 16
+    given = seed_module_(instantiate_from_config(config))
+    save(given.state_dict(), tmp_path / "a.pt")
+    wide = {**config, "params": {**config["params"], "in_channels": 32}}
+    refused(
+        "(256, 16, 2, 2)" if base == "t2v_5b" else "(256, 128)",
+        network=instantiate_on_meta(wide),
+        load=tmp_path / "a.pt",
+    )
+    network = instantiate_on_meta(wide)
+    load_network(network, tmp_path / "a.pt", allow_missing=True)
+    assert "input channels that the checkpoint lacks start at zero" in caplog.text
+    t = 4
+    x, context = seeded_input("x", (1, t, 16, 8, 12)), seeded_input("context", (1, 16, 64))
+    image = seeded_input("image", (1, t, 16, 8, 12))
+    with torch.no_grad():
+        expected = given(x, torch.tensor([37]), context)
+        assert_close(network(torch.cat((x, image), dim=2), torch.tensor([37]), context), expected, 1e-6)
+
+
 def test_layouts_that_are_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint_file(tmp_path)
