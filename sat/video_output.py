@@ -19,17 +19,22 @@ class VideoWriter:
     The file appears under its name when it is complete; after an exception nothing is left of it. Pixels are stored
     as 8-bit yuv420p in the BT.709 colour space, which every player takes, near the visually lossless quality (crf 17).
 
+    With `lossless` they are stored as yuv444p and without quantization, to be trained on rather than watched: few
+    players take that, and all that is lost is the rounding of colours, below one of 255 steps on average.
+
     Args:
         path: the video file; missing parent folders are made, an existing file is replaced.
         fps: frames a second.
         height, width: size of a frame in pixels; both even, as yuv420p halves the colour resolution.
+        lossless: full colour resolution and no quantization.
 
     Raises:
         UserError: odd size; a frame that is not finite; no frames; the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, fps: float, height: int, width: int):
+    def __init__(self, path: str | Path, fps: float, height: int, width: int, lossless: bool = False):
         self.path = Path(path)
+        self.encoding = ["-crf", "0", "-pix_fmt", "yuv444p"] if lossless else ["-crf", "17", "-pix_fmt", "yuv420p"]
         self.height, self.width = height, width
         if fps <= 0:
             raise UserError(f"cannot write {self.path}: frames a second must be positive, got {fps}")
@@ -51,7 +56,7 @@ class VideoWriter:
             self._messages = stack.enter_context(tempfile.TemporaryFile())
             command = [ffmpeg, "-hide_banner", "-loglevel", "error", "-y"]
             command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
-            command += ["-i", "pipe:0", "-an", "-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p"]
+            command += ["-i", "pipe:0", "-an", "-c:v", "libx264", *self.encoding]
             # Untagged video is taken for BT.601 by some players and for BT.709 by others: convert to one and say so.
             command += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-color_range", "tv"]
             command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("make_shapes_dataset")
 
-VERSION = 3  # of what this tool draws: raise it when the same settings give other clips
+VERSION = 4  # of what this tool draws: raise it when the same settings give other clips
 MARKER = ".shapes.json"  # in the output folder: the settings of a complete dataset
 
 
@@ -144,7 +144,7 @@ def write_clip(path: Path, scene: Scene, settings: dict) -> None:
     from video_output import VideoWriter
 
     height, width = settings["size"]
-    with VideoWriter(path, settings["fps"], height, width) as video:
+    with VideoWriter(path, settings["fps"], height, width, lossless=True) as video:
         video.write(draw(scene, settings["frames"], height, width))
 
 
