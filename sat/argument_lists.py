@@ -50,6 +50,7 @@ class SamplingArguments(CommonArguments):
     only_save_latents: bool = argument(False, "save latents (.safetensors) and decode nothing")
     overwrite: bool = argument(False, "replace videos that exist")
     skip_existing: bool = argument(False, "leave out prompts whose videos exist")
+    contact_sheet: str | None = argument(None, "also write this PNG, with a row of frames for each video")
 
     # Machine
     offload: str = argument(
@@ -66,7 +67,9 @@ class TrainingArguments(RunArguments, CommonArguments):
 
     # Start
     mode: str = argument("finetune", "what the configuration was written for; both commands take both", MODES)
-    force_train: bool = argument(False, "let weights be missing from `load`; they start at random")
+    force_train: bool = argument(
+        False, "let weights be missing from `load`: they start at random, input channels at zero"
+    )
 
     # Data
     train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards, latent caches")  # noqa: RUF009

@@ -45,6 +45,8 @@ def plan_run(args: SamplingArguments) -> list[PlannedVideo] | None:
     check_combinations(args)
     check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
     check_folder(args.output_dir)
+    if args.contact_sheet is not None:
+        check_folder(Path(args.contact_sheet).parent, "contact_sheet")
     if args.input_type == "cli":
         return None
     requests = read_prompts(args.input_file, args.image2video)
@@ -95,6 +97,15 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
             )
             videos.append(video)
     return videos
+
+
+def videos_to_show(args: SamplingArguments) -> list[tuple[str, Path]]:
+    """Each prompt of the input file with each of its videos that are there, for `args.contact_sheet`."""
+    shown = []
+    for request in read_prompts(args.input_file, args.image2video):
+        paths = (output_path(args.output_dir, request.index, request.text, i) for i in range(args.batch_size))
+        shown += [(request.text, path) for path in paths if path.exists()]
+    return shown
 
 
 def refine_videos(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import SamplingArguments
+from contact_sheet import write_contact_sheet
 from diffusion_video import SATVideoDiffusionEngine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
@@ -22,7 +24,7 @@ from model_limits import SPACE_FACTOR
 from network_files import checkpoint_file
 from process_groups import destroy_process_groups, initialize_process_groups
 from prompt_inputs import PromptRequest, typed_prompts
-from sampling_plan import PlannedVideo, plan_videos, refine_videos
+from sampling_plan import PlannedVideo, plan_videos, refine_videos, videos_to_show
 from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError
 from video_output import VideoWriter, save_latents
@@ -83,18 +85,28 @@ def run(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
     """
     initialize_process_groups(args.model_parallel_size)
     try:
+        failed = sample_everywhere(args, videos)
+        if args.contact_sheet is not None and dist.get_rank() == 0:
+            write_contact_sheet(Path(args.contact_sheet), videos_to_show(args))
+            logger.info("wrote %s", args.contact_sheet)
+        return 1 if failed else 0
+    finally:
+        destroy_process_groups()
+
+
+def sample_everywhere(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
+    """Make the videos, each process its own; the number of all that failed, once all are done."""
+    try:
         if args.refine_prompts and videos:
             videos = refine_once(videos)
         failed = sample_all(args, videos)
-        return 1 if total_over_processes(failed) else 0
     except Exception:
         # The others finish their videos first; but those that share a network with this process wait for it inside the
         # network, until the launcher sees it gone and ends them.
         if args.model_parallel_size == 1:
             total_over_processes(1)
         raise
-    finally:
-        destroy_process_groups()
+    return total_over_processes(failed)
 
 
 def refine_once(videos: list[PlannedVideo]) -> list[PlannedVideo]:

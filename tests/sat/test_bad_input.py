@@ -131,6 +131,9 @@ CASES = {
     "no image": case(i2v=True, says="needs an image: prompt@@image_path"),
     "missing image": case(prompts="a boat@@gone.png", i2v=True, says="line 1: there is no image gone.png"),
     "image unasked": case(prompts="a boat@@there", says="this is a text-to-video model"),
+    "sheet no png": case("--contact_sheet", "a.jpg", says="contact_sheet is a.jpg; the name of a PNG ends with .png"),
+    "sheet of latents": case("--contact_sheet", "a.png", "--only_save_latents", says="not with only_save_latents"),
+    "sheet in a file": case("--contact_sheet", "{folder}/there/a.png", says="there is not a folder"),
     "output a file": case("--output_dir", "{folder}/there", says="there is not a folder"),
     "output exists": case("--output_dir", "{folder}/made", says="000000.mp4 exists: give --overwrite"),
 }  # fmt: skip
