@@ -1,0 +1,67 @@
+"""Writes the weights of a checkpoint, of the network or of a VAE, as one safetensors file to share.
+
+  python tools/export_weights.py --input ckpts/RUN/5000-ema --output model.safetensors --dtype float16
+  python tools/export_weights.py --input ckpts/vae-RUN/3d-vae.pt --output vae.safetensors
+
+`--input` is what `load:` and the `ckpt_path:` of a VAE may name: a run, one of its iterations (`1000`, `1000-ema`), or
+a file. Both take the safetensors file in turn; it holds weights alone, nothing else of a checkpoint. Exit codes: 0 the
+file is written, 2 a mistake stands in the way.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from sgm.errors import UserError  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, check_sources, run_tool  # noqa: E402
+
+logger = logging.getLogger("export_weights")
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(export, arguments, logger.name)
+
+
+def export(arguments: Sequence[str] | None) -> None:
+    parser = ToolParser(__doc__)
+    parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="a checkpoint")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as it is)")
+    parser.add_writing_arguments()
+    options = parser.parse_args(arguments)
+    if options.output.suffix != ".safetensors":
+        raise UserError(f"--output {options.output}: the name of a safetensors file ends with .safetensors")
+    check_sources([options.input])
+    check_output(options.output, options, [options.input])
+
+    import torch
+    from safetensors.torch import save
+
+    from network_files import checkpoint_file, network_weights
+    from whole_files import new_file
+
+    file, _ = checkpoint_file(options.input)
+    weights = network_weights(file)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    weights = {
+        name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous() for name, tensor in weights.items()
+    }
+    if spoilt := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{file}: {spoilt[0]} is not finite, or too large for {options.dtype}")
+    size = sum(tensor.nbytes for tensor in weights.values())
+    logger.info("%s: %d tensors, %.2f MB", file, len(weights), size / 1e6)
+    if options.dry_run:
+        return
+    with new_file(options.output, size) as part:
+        part.write_bytes(save(weights))  # save_file would make it readable by its owner only
+    logger.info("wrote %s", options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
