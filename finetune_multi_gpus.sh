@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes a model on several GPUs, on one machine or many: with the command below, or with the arguments given here.
-# Sets up the environment where needed, and for the configurations of configs/tiny builds the tiny model and draws the
-# clips that it is trained on. Paths are relative to the repository root.
+# Sets up the environment where needed, and draws the clips of purple stars that the tiny model is taught by default.
+# Paths are relative to the repository root.
 #
 #   bash finetune_multi_gpus.sh --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --train_data DATA --seed 42
 #   NPROC=4 bash finetune_multi_gpus.sh --base ...          on four GPUs (default: all; without any, one process)
@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 NPROC=${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
 launch="torchrun ${TORCHRUN_ARGS:---standalone} --nproc_per_node=$((NPROC > 0 ? NPROC : 1)) sat/train_video.py"
 
-run_cmd="$launch --base configs/tiny/cogvideox_tiny.yaml configs/tiny/sft.yaml --seed 42"
+run_cmd="$launch --base configs/tiny/cogvideox_tiny_lora.yaml configs/tiny/sft.yaml --seed 42"
 
 source tools/run_command.sh
 run "$launch" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Samples videos: with the command below, or with the arguments given here.
-# Sets up the environment where needed, and builds the tiny model when its configuration (configs/tiny) is used.
+# Sets up the environment where needed. The tiny model comes along in assets/tiny.
 # Paths are relative to the repository root.
 #
 #   bash inference.sh                                                            the tiny model, on any machine

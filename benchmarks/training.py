@@ -478,12 +478,12 @@ def training_from_cache(args: argparse.Namespace, folder: Path) -> Any:
 
     The tiny model's VAE and text encoder make it, which is why the network takes texts of their size.
     """
-    from tools.build_tiny_model import main as build_tiny_model
+    from build_tiny_model import main as build_tiny_model
     from tools.precompute_latents import main as precompute
     from training_arguments import get_training_args
     from training_clips import write_dataset
 
-    tiny = load_configs([ROOT / "configs" / "tiny" / "cogvideox_tiny.yaml"])
+    tiny = load_configs([ROOT / "tests" / "configs" / "5b.yaml"])
     tiny["args"]["load"] = str(folder / "tiny")
     text = tiny["model"]["conditioner_config"]["params"]["emb_models"][0]["params"]
     text["model_dir"] = str(folder / "t5")

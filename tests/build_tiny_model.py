@@ -1,7 +1,6 @@
 """Builds a tiny model, with random weights and nothing downloaded, for the configurations that describe it.
 
-  python tools/build_tiny_model.py
-  python tools/build_tiny_model.py --config configs/tiny/cogvideox_tiny.yaml --seed 1 --force
+  python tests/build_tiny_model.py --config tests/configs/5b.yaml --seed 1 --force
 
 Each configuration says what is built and where it goes: the network to `args.load`, the VAE to `ckpt_path` of
 `first_stage_config`, the T5 encoder to `model_dir` of the conditioner. Configurations may share parts. A part that is
@@ -44,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--config",
         nargs="+",
         type=Path,
-        default=[],
+        required=True,
         metavar="YAML",
-        help="model configurations; those without a model section are merged into the others (default: configs/tiny)",
+        help="model configurations; those without a model section are merged into the others",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the vocabulary (default: 0)")
     parser.add_argument("--force", action="store_true", help="build again what is there already")
@@ -95,10 +94,9 @@ class Part:
 
 def read_models(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     """The configuration of every model among the files; those that describe none are merged into each model's."""
-    chosen = paths or sorted((ROOT / "configs" / "tiny").glob("*.yaml"))
-    models = [path for path in chosen if "network_config" in (load_configs([path]).get("model") or {})]
+    models = [path for path in paths if "network_config" in (load_configs([path]).get("model") or {})]
     if not models:
-        raise UserError(f"none of {', '.join(map(str, paths)) or 'configs/tiny/*.yaml'} has a model.network_config")
+        raise UserError(f"none of {', '.join(map(str, paths))} has a model.network_config")
     others = [path for path in paths if path not in models]
     return {path: load_configs([path, *others]) for path in models}
 

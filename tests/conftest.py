@@ -37,50 +37,26 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+FAMILIES = ["2b", "5b", "5b_i2v", "1.5", "1.5_i2v"]
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> TinyModels:
-    """The five families: `2b`, `5b`, `5b_i2v`, `1.5` and `1.5_i2v`."""
-    from tools.build_tiny_model import main
+    """The five families, each of `tests/configs/FAMILY.yaml`."""
+    from build_tiny_model import main
+    from config_files import load_configs
 
     models = TinyModels(tmp_path_factory.mktemp("tiny"))
-    for family, name in FAMILY_FILES.items():
-        config = tiny_config(models.folder, family, name)
+    for family in FAMILIES:
+        config = load_configs([ROOT / "tests" / "configs" / f"{family}.yaml"])
+        config["args"] = {"load": str(models.folder / family), "image2video": family.endswith("i2v")}
+        place_parts(config["model"], models.folder)
         models.config(family).write_text(yaml.safe_dump(config))
-    assert main(["--config", *(str(models.config(family)) for family in FAMILY_FILES)]) == 0
+    assert main(["--config", *(str(models.config(family)) for family in FAMILIES)]) == 0
     return models
 
 
-FAMILY_FILES = {
-    "2b": "cogvideox_tiny",
-    "5b": "cogvideox_tiny",
-    "5b_i2v": "cogvideox_tiny_i2v",
-    "1.5": "cogvideox1.5_tiny",
-    "1.5_i2v": "cogvideox1.5_tiny_i2v",
-}
-# A smaller one of the released shape, whatever configs/tiny trains: diffusers has no other.
-VAE = {"ch": 32, "ch_mult": [1, 2, 2, 4], "num_res_blocks": 1}
-
-
-def tiny_config(folder: Path, family: str, name: str) -> dict[str, Any]:
-    """`configs/tiny/{name}.yaml`, its parts in `folder`; for `2b` with the classes and numbers of CogVideoX-2B."""
-    from config_files import load_configs
-
-    config = load_configs([ROOT / "configs" / "tiny" / f"{name}.yaml"])
-    config["args"] = {"load": str(folder / family), "image2video": family.endswith("i2v")}
-    model = config["model"]
+def place_parts(model: dict[str, Any], folder: Path) -> None:
+    """Let the model find its text encoder and its VAE in `folder`."""
     model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "t5")
     model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae.pt")
-    model["network_config"]["params"]["num_layers"] = 2
-    for coder in ("encoder_config", "decoder_config"):
-        params = model["first_stage_config"]["params"][coder]["params"]
-        params |= VAE
-        params.pop("norm_groups", None)
-    if family == "2b":
-        model["scale_factor"] = 1.15258426
-        model["network_config"]["params"]["modules"]["pos_embed_config"] = {
-            "target": "dit_video_concat.Basic3DPositionEmbeddingMixin",
-            "params": {"text_length": 64, "height_interpolation": 1.875, "width_interpolation": 1.875},
-        }
-        for part in ("denoiser_config", "sampler_config"):
-            model[part]["params"]["discretization_config"]["params"]["shift_scale"] = 3.0
-    return config

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import FAMILY_FILES, TinyModels
+from conftest import FAMILIES, TinyModels
 from sgm.weights import module_weights, read_state_dict
-
-FAMILIES = list(FAMILY_FILES)
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
+from build_tiny_model import main
 from sgm.util import instantiate_from_config
 from support import Reference
-from tools.build_tiny_model import main
 from tools.tiny_text_encoder import sentences, train_vocabulary
 
-TOOL = Path(__file__).parents[2] / "tools" / "build_tiny_model.py"
+TOOL = Path(__file__).parent / "build_tiny_model.py"
 
 
 def write_config(folder: Path, name: str, case: str) -> Path:

@@ -1,6 +1,6 @@
 # The common part of inference.sh and finetune_*.sh, which source it in the repository root. `run COMMAND ARGUMENTS`
 # runs COMMAND with the ARGUMENTS, or without any what the script has set as `run_cmd`. Before that the environment is
-# set up, and what a configuration in configs/tiny needs is built: the tiny model, and for training its clips.
+# set up, and the clips are drawn that configs/tiny/sft.yaml trains on.
 
 # What `python` and `torchrun` mean in a command: those of the environment. They take the place of the script, so that
 # signals reach them.
@@ -16,7 +16,7 @@ torchrun() {
 }
 
 run() {
-    local command=$1 script word words program= help= models=() clips=
+    local command=$1 script word words program= help= stars=
     shift
     if (($#)); then
         run_cmd="$command $(printf '%q ' "$@")"
@@ -26,8 +26,7 @@ run() {
         case "$word" in
             -h | --help) help=yes ;;
             *.py) program=${program:-$word} ;;
-            *configs/tiny/sft.yaml) clips=yes ;;
-            *configs/tiny/*.yaml) models+=("$word") ;;
+            *configs/tiny/sft.yaml) stars=yes ;;
         esac
     done
 
@@ -42,12 +41,9 @@ run() {
 
     environment_python=$(bash tools/setup_environment.sh requirements.txt)
     export PATH="$(dirname "$environment_python"):$PATH" TOKENIZERS_PARALLELISM=false
-    if ((${#models[@]})); then
-        "$environment_python" tools/build_tiny_model.py --config "${models[@]}"
-    fi
-    if [[ $clips && ! -e data/shapes ]]; then
-        "$environment_python" tools/make_shapes_dataset.py --output data/shapes \
-            --clips 8 --frames 17 --size 64 96 --fps 8 --seed 0
+    if [[ $stars && ! -e data/stars ]]; then
+        "$environment_python" tools/make_shapes_dataset.py --output data/stars \
+            --concept star --clips 30 --frames 9 --size 64 64 --fps 8 --seed 0
     fi
     eval "$run_cmd"
 }

@@ -57,11 +57,12 @@ def write_text_encoder(folder: Path, encoder: "T5EncoderModel", vocabulary: byte
         warnings.simplefilter("ignore")
         logging.disable_progress_bar()
     encoder.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # for others too, as the rest
     (folder / "spiece.model").write_bytes(vocabulary)
 
 
-def make_encoder(hidden_size: int, seed: int) -> "T5EncoderModel":
-    """An encoder of the kind of T5 v1.1 (gated GELU, no sharing with an output layer) with two layers."""
+def make_encoder(hidden_size: int, seed: int, layers: int = 2) -> "T5EncoderModel":
+    """An encoder of the kind of T5 v1.1 (gated GELU, no sharing with an output layer) with few layers."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -70,7 +71,7 @@ def make_encoder(hidden_size: int, seed: int) -> "T5EncoderModel":
         d_model=hidden_size,
         d_kv=HEAD_DIM,
         d_ff=2 * hidden_size,
-        num_layers=2,
+        num_layers=layers,
         num_heads=hidden_size // HEAD_DIM,
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,

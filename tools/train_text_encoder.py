@@ -1,6 +1,6 @@
 """Trains the text encoder of the tiny models: T5 with a vocabulary of its own, which reads captions of moving shapes.
 
-  python tools/train_text_encoder.py --output checkpoints/tiny/t5 --steps 3000
+  python tools/train_text_encoder.py --output checkpoints/t5 --steps 1500
 
 From the state of every token, padding included, the encoder learns to tell all that its caption says: size, colour,
 shape and motion of the first and the second thing, colour and pattern of the background. A network that attends to any
@@ -59,7 +59,8 @@ QUESTIONS = {
     "background": tuple(COLOURS),
     "pattern": (PLAIN, *PATTERNS),
 }
-LEARNING_RATE = 3e-3
+LAYERS = 2
+LEARNING_RATE = 0.02
 VOCABULARY_CAPTIONS = 4000
 
 
@@ -70,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> ToolParser:
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("checkpoints/tiny/t5"), help="folder (default: checkpoints/tiny/t5)")
+    add("--output", type=Path, default=Path("checkpoints/t5"), help="folder (default: checkpoints/t5)")
     add("--hidden_size", type=int, default=128, help="width of the states, a multiple of 16 (default: 128)")
     add(
-        "--max_length", type=int, default=64, help="tokens of a caption, as the model's configuration has (default: 64)"
+        "--max_length", type=int, default=32, help="tokens of a caption, as the model's configuration has (default: 32)"
     )
-    add("--steps", type=int, default=3000, help="of the training (default: 3000)")
+    add("--steps", type=int, default=1500, help="of the training (default: 1500)")
     add("--batch_size", type=int, default=32, help="captions of a step (default: 32)")
     add("--seed", type=int, default=0, help="of the captions and the weights (default: 0)")
     add("--overwrite", action="store_true", help="replace what exists")
@@ -122,6 +123,13 @@ def captions(count: int, seed: int, split: str = "train") -> list[tuple[str, dic
     return result
 
 
+def with_whole_words(texts: Sequence[str]) -> list[str]:
+    """Texts from which SentencePiece learns their words as pieces: it takes for pieces only what is part of several
+    words, and counts a word as another where a comma or a full stop follows it."""
+    words = sorted({word.strip(",.") for text in texts for word in text.split()})
+    return [*texts, *(f"{word} {word}, {word}." for word in words)]
+
+
 def answers_of(scene: Scene) -> dict[str, str]:
     answers = {"background": scene.background, "pattern": scene.pattern}
     for order, item in zip(("first", "second"), (*scene.items, None), strict=False):
@@ -154,15 +162,16 @@ def train(folder: Path, hidden_size: int, max_length: int, steps: int, batch_siz
     from tqdm import tqdm
     from transformers import T5Tokenizer
 
+    from sgm.muon import Muon
     from tools.tiny_text_encoder import make_encoder, train_vocabulary, write_text_encoder
 
-    vocabulary = train_vocabulary([text for text, _ in captions(VOCABULARY_CAPTIONS, seed)])
-    encoder = make_encoder(hidden_size, seed)
+    vocabulary = train_vocabulary(with_whole_words([text for text, _ in captions(VOCABULARY_CAPTIONS, seed)]))
+    encoder = make_encoder(hidden_size, seed, LAYERS)
     write_text_encoder(folder, encoder, vocabulary)
     tokenizer = T5Tokenizer.from_pretrained(folder)
-    heads = torch.nn.Linear(hidden_size, sum(map(len, QUESTIONS.values())))
+    heads = torch.nn.ModuleList(torch.nn.Linear(hidden_size, sum(map(len, QUESTIONS.values()))) for _ in range(LAYERS))
     parameters = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = Muon(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     examples = captions(max(steps * batch_size // 4, batch_size), seed + 1)
     tokens, answers = encode(examples, tokenizer, max_length)
@@ -195,24 +204,29 @@ def encode(examples: Sequence[tuple[str, dict[str, str]]], tokenizer: object, ma
     return tokens["input_ids"], torch.tensor(numbers)
 
 
-def question_loss(encoder: "nn.Module", heads: "nn.Module", tokens: "Tensor", answers: "Tensor") -> "Tensor":
-    """The mean cross entropy of all answers by all tokens."""
+def question_loss(encoder: "nn.Module", heads: "nn.ModuleList", tokens: "Tensor", answers: "Tensor") -> "Tensor":
+    """The mean cross entropy of all answers by all tokens, after every layer, as its own head reads them.
+
+    A layer that only gathers what other tokens say can learn nothing before these know what they are, a colour of the
+    background for instance: that is what the layers before it learn from a loss of their own.
+    """
     import torch.nn.functional as F
 
-    logits = heads(encoder(input_ids=tokens).last_hidden_state).split(list(map(len, QUESTIONS.values())), dim=2)
+    states = encoder(input_ids=tokens, output_hidden_states=True).hidden_states[1:]
     losses = [
         F.cross_entropy(each.flatten(0, 1), answers[:, [number]].expand(tokens.shape).flatten())
-        for number, each in enumerate(logits)
+        for head, state in zip(heads, states, strict=True)
+        for number, each in enumerate(head(state).split(list(map(len, QUESTIONS.values())), dim=2))
     ]
     return sum(losses) / len(losses)
 
 
-def accuracy(encoder: "nn.Module", heads: "nn.Module", tokens: "Tensor", answers: "Tensor") -> dict[str, float]:
+def accuracy(encoder: "nn.Module", heads: "nn.ModuleList", tokens: "Tensor", answers: "Tensor") -> dict[str, float]:
     """For each question the share of tokens from whose state its answer is read."""
     import torch
 
     with torch.no_grad():
-        logits = heads(encoder(input_ids=tokens).last_hidden_state).split(list(map(len, QUESTIONS.values())), dim=2)
+        logits = heads[-1](encoder(input_ids=tokens).last_hidden_state).split(list(map(len, QUESTIONS.values())), dim=2)
     return {
         name: (each.argmax(2) == answers[:, [number]]).float().mean().item()
         for number, (name, each) in enumerate(zip(QUESTIONS, logits, strict=True))

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Trains the parts of the tiny model from nothing, on generated clips: the VAE and the text encoder, or the one named.
-# What is done already is left as it is, and a training that was interrupted goes on where it was.
+# Trains the tiny model of assets/tiny from nothing, on generated clips: all of it, or the parts that are named.
+# What is done already is left as it is, and a training that was interrupted goes on where it was: runs are in
+# ckpts/tiny, clips and latents in data/tiny. To begin anew, move these and checkpoints/tiny away.
 # Sets up the environment where needed.
 #
-#   bash tools/train_tiny.sh            both
-#   bash tools/train_tiny.sh vae        checkpoints/tiny_trained/vae/3d-vae.pt
-#   bash tools/train_tiny.sh text       checkpoints/tiny_trained/t5
+#   bash tools/train_tiny.sh
+#   bash tools/train_tiny.sh text vae                  the text encoder and the VAE
+#   bash tools/train_tiny.sh text_to_video image_to_video
+#
+# Needs about three hours on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,23 +17,51 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     exit
 fi
 
+train_text() {
+    if [[ ! -e checkpoints/tiny/t5/spiece.model ]]; then
+        "$python" tools/train_text_encoder.py --output checkpoints/tiny/t5
+    fi
+    mkdir -p assets/tiny/t5
+    cp checkpoints/tiny/t5/* assets/tiny/t5
+}
+
 train_vae() {
     # Images first: a step with them takes a fraction of the time, and teaches all but motion.
     dataset vae_images --images 6000 --clips 8
     dataset vae_clips --clips 3000 --seed 1
     dataset vae_valid --clips 32 --seed 2 --split held_out
-    "$python" sat/train_vae.py --base configs/tiny/vae_images.yaml --resume latest
-    take_weights vae_tiny_images checkpoints/tiny_trained/vae_images
-    "$python" sat/train_vae.py --base configs/tiny/vae.yaml --resume latest
-    take_weights vae_tiny checkpoints/tiny_trained/vae_clips
-    "$python" sat/train_vae.py --base configs/tiny/vae_final.yaml --resume latest
-    take_weights vae_tiny_final checkpoints/tiny_trained/vae
+    train_vae_part vae_images vae_tiny_images
+    train_vae_part vae vae_tiny
+    train_vae_part vae_again vae_tiny_again
+    train_vae_part vae_final vae_tiny_final
+    export_weights checkpoints/tiny/vae_final/3d-vae.pt vae
 }
 
-train_text() {
-    if [[ ! -e checkpoints/tiny_trained/t5/spiece.model ]]; then
-        "$python" tools/train_text_encoder.py --output checkpoints/tiny_trained/t5
-    fi
+# A configuration, and the name of its run, whose weights go to checkpoints/tiny.
+train_vae_part() {
+    "$python" sat/train_vae.py --base "configs/tiny/$1.yaml" --resume latest
+    mkdir -p "checkpoints/tiny/$1"
+    cp "$(latest_run "$2")/3d-vae.pt" "checkpoints/tiny/$1/3d-vae.pt"
+}
+
+train_text_to_video() {
+    dataset clips --clips 8000 --seed 3
+    train_network text_to_video clips configs/tiny/cogvideox_tiny.yaml configs/tiny/train.yaml
+}
+
+train_image_to_video() {
+    dataset clips_i2v --clips 3000 --seed 4
+    train_network image_to_video clips_i2v configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/train_i2v.yaml
+}
+
+# A name, the clips, and the configurations, which call the run by that name.
+train_network() {
+    local name=$1 clips=$2 run
+    shift 2
+    "$python" tools/precompute_latents.py --base "$@" --train_data "data/tiny/$clips" --output "data/tiny/latents_$name"
+    "$python" sat/train_video.py --base "$@" --resume latest
+    run=$(latest_run "$name")
+    export_weights "$run/$(<"$run/latest")-ema" "$name"
 }
 
 dataset() {
@@ -39,20 +70,25 @@ dataset() {
     "$python" tools/make_shapes_dataset.py --output "data/tiny/$name" --frames 9 --size 64 64 "$@"
 }
 
-# The weights of the run of this name that saved last go to a folder.
-take_weights() {
-    local runs
-    runs=("ckpts/tiny/$1"-[0-9]*/latest)
-    mkdir -p "$2"
-    cp "$(dirname "$(ls -t "${runs[@]}" | head -n 1)")/3d-vae.pt" "$2/3d-vae.pt"
+# The folder of the run of this name that saved last.
+latest_run() {
+    local runs=("ckpts/tiny/$1"-[0-9]*/latest)
+    dirname "$(ls -t "${runs[@]}" | head -n 1)"
 }
 
-case "${1:-all}" in
-    all) stages=(vae text) ;;
-    vae | text) stages=("$1") ;;
-    *) echo "train_tiny: there is no stage '$1': name vae or text, or none for both" >&2; exit 2 ;;
-esac
+export_weights() {
+    "$python" tools/export_weights.py --input "$1" --output "assets/tiny/$2.safetensors" --dtype float16 --overwrite
+    (cd assets/tiny && sha256sum t5/* ./*.safetensors | sed 's# \./# #' > SHA256SUMS)
+}
+
+parts=(text vae text_to_video image_to_video)
+for part in "$@"; do
+    if [[ " ${parts[*]} " != *" $part "* ]]; then
+        echo "train_tiny: there is no part '$part': name some of ${parts[*]}, or none for all" >&2
+        exit 2
+    fi
+done
 python=$(bash tools/setup_environment.sh requirements.txt)
-for stage in "${stages[@]}"; do
-    "train_$stage"
+for part in "${@:-${parts[@]}}"; do
+    "train_$part"
 done

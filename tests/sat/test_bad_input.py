@@ -99,8 +99,8 @@ CASES = {
         "--offload", "sequential", config={"model": {"compile_model": True}}, says="offload sequential does not go with"
     ),
     # What the model can take
-    "even frames": case("--sampling_num_frames", "4", says="this model takes an odd number of latent frames up to 5"),
-    "too long": case("--sampling_num_frames", "7", says="latent frames up to 5"),
+    "even frames": case("--sampling_num_frames", "4", says="this model takes an odd number of latent frames up to 3"),
+    "too long": case("--sampling_num_frames", "7", says="latent frames up to 3"),
     "odd size": case("--sampling_image_size", "32", "50", says="width 50 does not fit; this model takes multiples"),
     "too large": case("--sampling_image_size", "320", "48", says="height 320 does not fit"),
     "images for text-to-video": case("--image2video", says="this is a text-to-video model"),

@@ -9,7 +9,7 @@ from sgm.errors import UserError
 from video_output import VideoWriter
 
 
-def grey_video(path, levels, height=32, width=48):
+def grey_video(path, levels, height=64, width=96):
     with VideoWriter(path, 8, height, width) as video:
         video.write(torch.tensor(levels)[:, None, None, None].expand(-1, 3, height, width))
     return path
@@ -22,7 +22,7 @@ def test_frames_stand_in_a_row_for_each_video(tmp_path):
     ]
     write_contact_sheet(tmp_path / "new" / "sheet.png", videos)
     sheet = Image.open(tmp_path / "new" / "sheet.png").convert("L")
-    frame_width = 48 * FRAME_HEIGHT // 32
+    frame_width = 96 * FRAME_HEIGHT // 64
     row = FONT_SIZE + GAP + FRAME_HEIGHT + GAP
     assert sheet.size == (3 * (frame_width + GAP) + GAP, 2 * row + GAP)
     middle = GAP + FONT_SIZE + GAP + FRAME_HEIGHT // 2

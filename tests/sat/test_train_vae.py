@@ -230,4 +230,6 @@ def test_the_tiny_configuration_trains_the_first_stage_of_the_tiny_models():
     with torch.device("meta"):
         vae = instantiate_from_config({**first_stage, "params": {**first_stage["params"], "ckpt_path": None}})
     expected = {name: value.shape for name, value in vae.state_dict().items()}
-    assert {name: value.shape for name, value in built("tiny/vae.yaml").coder_state_dict(ema=False).items()} == expected
+    assert {
+        name: value.shape for name, value in built("tiny/vae_images.yaml").coder_state_dict(ema=False).items()
+    } == expected

@@ -17,7 +17,7 @@ from vae_runs import ROOT, train, write_config, write_mixed_dataset
 from vae_training_arguments import build_parser, get_vae_training_args
 from vae_training_plan import plan_vae_run
 
-FULL, TINY = ROOT / "configs" / "vae_3d.yaml", ROOT / "configs" / "tiny" / "vae.yaml"
+FULL, TINY = ROOT / "configs" / "vae_3d.yaml", ROOT / "configs" / "tiny" / "vae_images.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,22 @@ def test_decord_sees_the_same_colours(tmp_path):
     assert (frames[:, 16, 16].float() / 127.5 - 1 - colours).abs().max() < 0.05
 
 
+def test_lossless_keeps_colours_to_the_pixel(tmp_path):
+    """For training: a checkerboard of colours, which halved colour resolution and quantization would smear."""
+    decord = pytest.importorskip("decord")
+    colours = torch.tensor([[0.8, -0.8, -0.8], [-0.8, -0.6, 0.8]])
+    cells = (torch.arange(32)[:, None] + torch.arange(32)) % 2
+    board = colours[cells].permute(2, 0, 1).expand(5, -1, -1, -1)
+    errors = []
+    for lossless in (False, True):
+        with VideoWriter(tmp_path / "a.mp4", fps=8, height=32, width=32, lossless=lossless) as video:
+            video.write(board)
+        frames = torch.from_numpy(decord.VideoReader(str(tmp_path / "a.mp4")).get_batch(range(5)).asnumpy())
+        errors.append((frames.permute(0, 3, 1, 2) / 127.5 - 1 - board).abs().max())
+    assert errors[0] > 0.2
+    assert errors[1] < 0.03
+
+
 def test_values_outside_the_range_saturate_and_are_rounded(tmp_path):
     frames = torch.tensor([-3.0, -1.0, 0.0, 1 / 255, 1.0, 7.0])[:, None, None, None].expand(-1, 3, 2, 2)
     pixels, finite = video_output._to_pixels(frames)

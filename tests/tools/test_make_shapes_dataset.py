@@ -44,7 +44,7 @@ def test_it_is_read_as_training_data(tmp_path):
     assert all(dataset[index]["mp4"].shape == (9, 3, 64, 96) for index in range(3))
     meta, frames = read_video(tmp_path / "shapes" / "videos" / "00001.mp4")
     assert meta["fps"] == 8
-    assert (frames - draw(scenes[1], 9, 64, 96)).abs().mean() < 0.05
+    assert (frames - draw(scenes[1], 9, 64, 96)).abs().mean() < 0.006  # not a compressed video
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -111,7 +111,7 @@ def test_prompts_with_first_frames_begin_the_clips_beside_them(tmp_path):
             assert image.size == (96, 64)
         _, clip = read_video(request.image.with_suffix(".mp4"))
         assert len(clip) == 5
-        assert (load_condition_image(request.image, (64, 96)) - clip[0]).abs().mean() < 0.05
+        assert (load_condition_image(request.image, (64, 96)) - clip[0]).abs().mean() < 0.006
 
 
 def test_prompt_files_are_made_again_but_never_replaced(tmp_path):

@@ -38,8 +38,7 @@ class Scripts:
         (root / "requirements.txt").write_text("pytest>=1\n")  # which the environment of the tests has
         for program in PROGRAMS.values():
             (root / program).write_text(REPORT.format(7))
-        for tool in ("build_tiny_model.py", "make_shapes_dataset.py"):
-            (root / "tools" / tool).write_text(REPORT.format(0))
+        (root / "tools" / "make_shapes_dataset.py").write_text(REPORT.format(0))
         (root / "tools" / "torchrun.py").write_text(LAUNCHER)
         path = os.pathsep.join((str(root / "bin"), os.environ["PATH"]))
         self.environment = {**os.environ, "PYTHON": sys.executable, "PATH": path, "NPROC": ""}
@@ -74,29 +73,14 @@ def test_arguments_and_exit_status_pass_through(scripts, script):
     assert scripts.run(script, *arguments) == (7, [f"{PROGRAMS[script]} {arguments} None"])
 
 
-@pytest.mark.parametrize("script", PROGRAMS)
-def test_the_tiny_model_is_built_for_its_configurations_only(scripts, script):
-    model = "tools/build_tiny_model.py ['--config', 'configs/tiny/a.yaml'] None"
-    _, lines = scripts.run(
-        script, "--base", "configs/tiny/a.yaml", "configs/sft.yaml", PYTHONPATH=str(scripts.root / "bin")
-    )
-    assert lines[:-1] == [model]
-    status, lines = scripts.run(script, PYTHONPATH=str(scripts.root / "bin"))
-    assert status == 7
-    assert lines[0].startswith("tools/build_tiny_model.py ['--config', 'configs/tiny/")
-
-
 def test_clips_are_drawn_for_the_tiny_training_unless_they_are_there(scripts):
     arguments = ("--base", "configs/tiny/a.yaml", "configs/tiny/sft.yaml")
     _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
-    assert [line.split()[0] for line in lines] == [
-        "tools/build_tiny_model.py",
-        "tools/make_shapes_dataset.py",
-        "sat/train_video.py",
-    ]
-    (scripts.root / "data" / "shapes").mkdir(parents=True)
+    assert [line.split()[0] for line in lines] == ["tools/make_shapes_dataset.py", "sat/train_video.py"]
+    assert "'--output', 'data/stars', '--concept', 'star'" in lines[0]
+    (scripts.root / "data" / "stars").mkdir(parents=True)
     _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
-    assert [line.split()[0] for line in lines] == ["tools/build_tiny_model.py", "sat/train_video.py"]
+    assert [line.split()[0] for line in lines] == ["sat/train_video.py"]
 
 
 @pytest.mark.parametrize("script", SINGLE)
@@ -179,3 +163,13 @@ def test_the_launcher_adds_no_traceback(tmp_path, program, code, says):
     command = [sys.executable, ROOT / "tools" / "torchrun.py", "--standalone", "--nproc_per_node=1", "program.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr.strip()) == (code, says)
+
+
+def test_the_recipe_of_the_tiny_model_names_its_parts():
+    script = ["bash", ROOT / "tools" / "train_tiny.sh"]
+    result = subprocess.run([*script, "vae", "audio"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "no part 'audio': name some of text vae text_to_video image_to_video" in result.stderr
+    result = subprocess.run([*script, "--help"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "bash tools/train_tiny.sh text vae" in result.stdout

@@ -10,6 +10,7 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 from tools.shape_scenes import COLOURS, SHAPES, Item, Scene
 from tools.tiny_text_encoder import train_vocabulary
 from tools.train_text_encoder import (
+    LAYERS,
     NOTHING,
     QUESTIONS,
     answers_of,
@@ -19,6 +20,7 @@ from tools.train_text_encoder import (
     exchange,
     main,
     question_loss,
+    with_whole_words,
 )
 
 SCENE = Scene((Item("large", "red", "circle", "moving left"),), "blue", "striped")
@@ -88,7 +90,7 @@ def test_it_learns_and_is_what_the_conditioner_loads(tmp_path):
             for parameter in embedder.transformer.parameters():
                 parameter.data = 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
         torch.manual_seed(0)
-        heads = torch.nn.Linear(32, sum(map(len, QUESTIONS.values())))
+        heads = torch.nn.ModuleList(torch.nn.Linear(32, sum(map(len, QUESTIONS.values()))) for _ in range(LAYERS))
         optimizer = torch.optim.Adam(heads.parameters(), lr=0.05)
         for _ in range(30):
             loss = question_loss(embedder.transformer, heads, tokens, answers)
@@ -99,9 +101,16 @@ def test_it_learns_and_is_what_the_conditioner_loads(tmp_path):
     assert losses["trained"] < losses["untrained"]
 
 
+def test_words_of_captions_are_pieces():
+    texts = [text for text, _ in captions(500, 0)]
+    tokenizer = SentencePieceProcessor(model_proto=train_vocabulary(with_whole_words(texts)))
+    words = {word.strip(",") for text in texts for word in text.split()} - {"medium-sized"}
+    assert {word: pieces for word in words if len(pieces := tokenizer.encode(word, out_type=str)) > 1} == {}
+
+
 def test_captions_are_not_cut():
     """Of the longest that there are, in the vocabulary learnt from others."""
-    vocabulary = train_vocabulary([text for text, _ in captions(1500, 0)])
+    vocabulary = train_vocabulary(with_whole_words([text for text, _ in captions(1500, 0)]))
     tokenizer = SentencePieceProcessor(model_proto=vocabulary)
     default = build_parser().parse_args([]).max_length
     assert max(len(tokenizer.encode(text)) for text, _ in captions(1000, 1)) < default

@@ -1,0 +1,58 @@
+"""The tiny model in assets/tiny is complete and shows what it is asked for. Six videos, no measurement: that is in the
+model card."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from output_paths import output_path
+from prompt_inputs import read_prompts
+from sample_video import main
+from tools.shape_judge import judge
+from tools.shape_scenes import parse
+from videos import read_video
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets" / "tiny"
+PROMPTS = ROOT / "configs" / "test.txt"
+
+
+def test_the_files_are_those_of_the_checksums_and_small():
+    expected = dict(reversed(line.split(maxsplit=1)) for line in (ASSETS / "SHA256SUMS").read_text().splitlines())
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    found = {path.relative_to(ASSETS).as_posix(): path for path in files}
+    assert expected.keys() == found.keys() - {"SHA256SUMS", "README.md", "contact_sheet.png"}
+    for name, digest in expected.items():
+        assert hashlib.sha256(found[name].read_bytes()).hexdigest() == digest, name
+    assert sum(path.stat().st_size for path in files) <= 25e6
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    base = [str(ROOT / "configs" / "tiny" / name) for name in ("cogvideox_tiny.yaml", "inference.yaml")]
+    sheet = ["--contact_sheet", str(folder / "sheet.png")]
+    assert (
+        main(["--base", *base, "--input_file", str(PROMPTS), "--output_dir", str(folder), "--seed", "42", *sheet]) == 0
+    )
+    return folder
+
+
+def test_videos_show_what_their_prompts_say(videos):
+    """Of six, colour and background in five at least: chance would be one. Shapes are not there yet, see the card."""
+    right = {"colour": 0, "background": 0}
+    for request in read_prompts(PROMPTS):
+        wanted = parse(request.text)
+        _, frames = read_video(output_path(videos, request.index, request.text, 0))
+        seen = judge(frames)
+        right["colour"] += wanted.items[0].colour in [item.colour for item in seen.items]
+        right["background"] += seen.background == wanted.background
+    assert min(right.values()) >= 5, right
+
+
+def test_the_contact_sheet_is_there(videos):
+    from PIL import Image
+
+    with Image.open(videos / "sheet.png") as sheet:
+        assert sheet.height > 6 * 128
