@@ -476,7 +476,7 @@ def overhead(args: argparse.Namespace) -> str:
 def training_from_cache(args: argparse.Namespace, folder: Path) -> Any:
     """Arguments of a run of `args.model` on a cache, made here, of four generated clips.
 
-    The tiny model's VAE and text encoder make it, which is why the network takes texts of their size.
+    The VAE and the text encoder of the tests' small model make it, which is why the network takes texts of their size.
     """
     from build_tiny_model import main as build_tiny_model
     from tools.precompute_latents import main as precompute

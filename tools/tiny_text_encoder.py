@@ -61,8 +61,8 @@ def write_text_encoder(folder: Path, encoder: "T5EncoderModel", vocabulary: byte
     (folder / "spiece.model").write_bytes(vocabulary)
 
 
-def make_encoder(hidden_size: int, seed: int, layers: int = 2) -> "T5EncoderModel":
-    """An encoder of the kind of T5 v1.1 (gated GELU, no sharing with an output layer) with few layers."""
+def make_encoder(hidden_size: int, seed: int) -> "T5EncoderModel":
+    """An encoder of the kind of T5 v1.1 (gated GELU, no sharing with an output layer) with two layers."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -71,7 +71,7 @@ def make_encoder(hidden_size: int, seed: int, layers: int = 2) -> "T5EncoderMode
         d_model=hidden_size,
         d_kv=HEAD_DIM,
         d_ff=2 * hidden_size,
-        num_layers=layers,
+        num_layers=2,
         num_heads=hidden_size // HEAD_DIM,
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,

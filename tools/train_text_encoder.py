@@ -59,7 +59,6 @@ QUESTIONS = {
     "background": tuple(COLOURS),
     "pattern": (PLAIN, *PATTERNS),
 }
-LAYERS = 2
 LEARNING_RATE = 0.02
 VOCABULARY_CAPTIONS = 4000
 
@@ -166,10 +165,10 @@ def train(folder: Path, hidden_size: int, max_length: int, steps: int, batch_siz
     from tools.tiny_text_encoder import make_encoder, train_vocabulary, write_text_encoder
 
     vocabulary = train_vocabulary(with_whole_words([text for text, _ in captions(VOCABULARY_CAPTIONS, seed)]))
-    encoder = make_encoder(hidden_size, seed, LAYERS)
+    encoder = make_encoder(hidden_size, seed)
     write_text_encoder(folder, encoder, vocabulary)
     tokenizer = T5Tokenizer.from_pretrained(folder)
-    heads = torch.nn.ModuleList(torch.nn.Linear(hidden_size, sum(map(len, QUESTIONS.values()))) for _ in range(LAYERS))
+    heads = make_heads(encoder)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = Muon(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
@@ -192,6 +191,14 @@ def train(folder: Path, hidden_size: int, max_length: int, steps: int, batch_siz
     held_out = encode(captions(500, seed + 2, split="held_out"), tokenizer, max_length)
     for question, share in accuracy(encoder, heads, *held_out).items():
         logger.info("%-18s %.2f %% of tokens of held-out captions tell it", question, 100 * share)
+
+
+def make_heads(encoder: "nn.Module") -> "nn.ModuleList":
+    """For each layer of the encoder what reads the answers to all questions from its states."""
+    from torch import nn
+
+    answers = sum(map(len, QUESTIONS.values()))
+    return nn.ModuleList(nn.Linear(encoder.config.d_model, answers) for _ in range(encoder.config.num_layers))
 
 
 def encode(examples: Sequence[tuple[str, dict[str, str]]], tokenizer: object, max_length: int) -> tuple["Tensor", ...]:

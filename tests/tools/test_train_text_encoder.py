@@ -10,7 +10,6 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 from tools.shape_scenes import COLOURS, SHAPES, Item, Scene
 from tools.tiny_text_encoder import train_vocabulary
 from tools.train_text_encoder import (
-    LAYERS,
     NOTHING,
     QUESTIONS,
     answers_of,
@@ -19,6 +18,7 @@ from tools.train_text_encoder import (
     encode,
     exchange,
     main,
+    make_heads,
     question_loss,
     with_whole_words,
 )
@@ -90,7 +90,7 @@ def test_it_learns_and_is_what_the_conditioner_loads(tmp_path):
             for parameter in embedder.transformer.parameters():
                 parameter.data = 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
         torch.manual_seed(0)
-        heads = torch.nn.ModuleList(torch.nn.Linear(32, sum(map(len, QUESTIONS.values()))) for _ in range(LAYERS))
+        heads = make_heads(embedder.transformer)
         optimizer = torch.optim.Adam(heads.parameters(), lr=0.05)
         for _ in range(30):
             loss = question_loss(embedder.transformer, heads, tokens, answers)
