@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clip_reading import ClipInfo, UnreadableClip, probe
+from clip_reading import ClipInfo, probe
 from clip_sources import READERS, ClipSource
 from sgm.errors import UserError
+from video_reading import UnreadableClip
 from whole_files import replaced_when_complete
 
 logger = logging.getLogger("train_video")

@@ -19,15 +19,12 @@ from image_inputs import load_condition_image
 from mp4_header import VideoHeader, read_header
 from sgm.errors import UserError
 from sgm.seeds import hashed_seed
+from video_reading import UnreadableClip, decode, open_video
 
 if TYPE_CHECKING:
     from decord import VideoReader
 
 ROUNDING = 1e-4  # seconds, or frames: times in files are rounded, decord's are float32
-
-
-class UnreadableClip(Exception):
-    """A clip cannot be read; the message says why."""
 
 
 class ClipInfo(NamedTuple):
@@ -105,9 +102,9 @@ def probe(source: ClipSource) -> ClipInfo:
         return _probe_image(source)
     if header := _mp4_header(source):
         return ClipInfo(*header)
-    reader = _open_video(source, threads=1)
+    reader = open_video(_file(source))
     times = _frame_times(reader)
-    _, height, width, _ = _decode(reader, [0]).shape
+    _, height, width, _ = decode(reader, [0]).shape
     return ClipInfo(width, height, len(reader), float(times[-1]))
 
 
@@ -122,35 +119,15 @@ def read_clip(source: ClipSource, bucket: Bucket, sampling: FrameSampling, seed:
     if source.is_image:
         return _read_image(source, bucket)
     # A worker decodes alone: as many threads in each as there are cores would only be in each other's way.
-    reader = _open_video(source, threads=1 if get_worker_info() else 0)
+    reader = open_video(_file(source), threads=1 if get_worker_info() else 0)
     source_times = _frame_times(reader)
     info = ClipInfo(0, 0, len(source_times), float(source_times[-1]))
     times = sampling.times(info, bucket.frames, seed)
     # By more than rounding: a header gives mean rates, and lengths to one frame more or less.
     if times[-1] > info.seconds + 1.5 * info.frame_duration + ROUNDING:
         raise UnreadableClip(f"it has {info.frames} frames, fewer than its header says")
-    frames = _decode(reader, nearest_frames(source_times, times).tolist())
+    frames = decode(reader, nearest_frames(source_times, times).tolist())
     return _cover(frames.permute(0, 3, 1, 2), bucket.height, bucket.width)
-
-
-def _open_video(source: ClipSource, threads: int) -> "VideoReader":
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's remarks on damaged files, which are reported otherwise
-    file = _file(source)
-    try:
-        # fault_tol: do not fill in damaged frames with copies of others without a word.
-        return decord.VideoReader(file, num_threads=threads, fault_tol=1)
-    except Exception as error:  # decord's own, and what its binding raises
-        raise UnreadableClip("not a video, or too damaged to open") from error
-
-
-def _decode(reader: "VideoReader", indices: list[int]) -> Tensor:
-    """Frames (n, height, width, 3), uint8; others between them are decoded as far as they depend on these."""
-    try:
-        return torch.utils.dlpack.from_dlpack(reader.get_batch(indices).to_dlpack())  # asnumpy would copy
-    except Exception as error:
-        raise UnreadableClip("damaged: its frames cannot be decoded") from error
 
 
 def _file(source: ClipSource) -> io.BytesIO | str:

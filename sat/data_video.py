@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from batch_order import Bucket, Locality, SampleKey
 from clip_probing import probe_clips
-from clip_reading import FrameSampling, UnreadableClip, read_clip
+from clip_reading import FrameSampling, read_clip
 from clip_sources import ClipSource, find_clips
 from model_limits import SPACE_FACTOR, TIME_FACTOR, ModelLimits
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str, instantiate_from_config
+from video_reading import UnreadableClip
 
 logger = logging.getLogger("train_video")
 

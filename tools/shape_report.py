@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from image_inputs import load_condition_image
@@ -19,7 +18,9 @@ from sgm.errors import UserError
 from tools.shape_drawing import draw
 from tools.shape_judge import NONE, judge
 from tools.shape_scenes import Item, Scene, random_scenes
-from video_output import VideoWriter, replaced_when_complete, reported_as_user_error
+from video_output import VideoWriter
+from video_reading import UnreadableClip, decode, open_video
+from whole_files import replaced_when_complete, reported_as_user_error
 
 if TYPE_CHECKING:
     from tools.evaluate_shapes import Prompted
@@ -76,15 +77,11 @@ def read_video(path: Path) -> Tensor:
     Raises:
         UserError: it cannot be read.
     """
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's remarks on damaged files, which are reported otherwise
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        frames = reader.get_batch(range(len(reader))).asnumpy()
-    except Exception as error:  # decord's own, and what its binding raises
-        raise UserError(f"cannot read the video {path}: no video, or damaged") from error
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+        frames = decode(open_video(str(path)))
+    except UnreadableClip as error:
+        raise UserError(f"cannot read the video {path}: {error}") from error
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def own_accuracy(clips: int, seed: int, shape: Sequence[int]) -> dict[str, Any]:

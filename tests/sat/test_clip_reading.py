@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from batch_order import Bucket
-from clip_reading import ClipInfo, FrameSampling, UnreadableClip, nearest_frames, probe, read_clip
+from clip_reading import ClipInfo, FrameSampling, nearest_frames, probe, read_clip
 from clip_sources import ClipSource
 from training_clips import convert, damage, frame_numbers, truncate, vary_rate, write_clip, write_tar
+from video_reading import UnreadableClip
 
 SIZE = (64, 96)
 
