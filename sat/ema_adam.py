@@ -9,6 +9,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from sgm.errors import UserError
+from sgm.modules.ema import kept_share
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,7 +85,7 @@ class EmaAdam(torch.optim.Optimizer):
 
     def decay(self, step: int) -> float:
         """The share of the shadow that step `step`, from 1, keeps."""
-        return min(self.ema_decay, (1 + step) / (10 + step)) if self.use_num_updates else self.ema_decay
+        return kept_share(self.ema_decay, step) if self.use_num_updates else self.ema_decay
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

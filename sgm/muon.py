@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sgm.errors import UserError
+from sgm.modules.ema import kept_share
 
 # x -> a x + b x^3 + c x^5, applied again and again, takes all of (0, 1] close to 1 (Jordan et al. 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -27,8 +28,8 @@ class Muon(Optimizer):
         adam_lr_factor: the rate of Adam, as a multiple of `lr`.
         betas, eps: Adam's.
         weight_decay: of matrices, decoupled.
-        ema_decay: keeps of every parameter a moving average, `state[p]["shadow"]`, which forgets at this rate after a
-            warm-up: d = min(ema_decay, (1 + t)/(10 + t)), as EmaAdam's. None: no average.
+        ema_decay: keeps of every parameter a moving average, `state[p]["shadow"]`, which forgets at this rate after the
+            warm-up of `kept_share`. None: no average.
 
     Raises:
         UserError: a setting is out of its range.
@@ -69,8 +70,8 @@ class Muon(Optimizer):
                     update = self._update_matrix if parameter.ndim >= 2 else self._update_vector
                     update(parameter, parameter.grad, state, group)
                     if "shadow" in state:
-                        decay = min(group["ema_decay"], (1 + state["step"]) / (10 + state["step"]))
-                        state["shadow"].lerp_(parameter, 1 - decay)
+                        kept = kept_share(group["ema_decay"], state["step"])
+                        state["shadow"].lerp_(parameter, 1 - kept)
         return loss
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

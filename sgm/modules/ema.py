@@ -6,6 +6,14 @@ import torch
 from torch import Tensor, nn
 
 
+def kept_share(decay: float, step: int) -> float:
+    """The share of a moving average that its update `step`, from 1, keeps: min(decay, (1 + step)/(10 + step)).
+
+    By this warm-up the average soon forgets the weights that it starts from.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 class LitEma(nn.Module):
     """Averages of the trainable parameters of `model`, in buffers, so that they are saved and moved with it.
 
