@@ -51,6 +51,7 @@ class SamplingArguments(CommonArguments):
     overwrite: bool = argument(False, "replace videos that exist")
     skip_existing: bool = argument(False, "leave out prompts whose videos exist")
     contact_sheet: str | None = argument(None, "also write this PNG, with a row of frames for each video")
+    looping_previews: bool = argument(False, "beside each video write NAME.webp, a picture that plays in a loop")
 
     # Machine
     offload: str = argument(

@@ -28,11 +28,11 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def sample(command_line: Sequence[str] | None) -> int:
     args = get_args(command_line)
-    videos = plan_run(args)
+    plan = plan_run(args)
     quiet_libraries()
     from sampling_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
 
-    return run(args, videos)
+    return run(args, plan)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from arguments import SamplingArguments
 from config_files import check_paths
@@ -33,8 +34,15 @@ class PlannedVideo:
     size: tuple[int, int]
 
 
-def plan_run(args: SamplingArguments) -> list[PlannedVideo] | None:
-    """The videos that the prompts of the input file ask for, or None when prompts will be typed.
+class SamplingPlan(NamedTuple):
+    """The videos that are to be made, and all of the prompts with their files, those that exist among them."""
+
+    videos: list[PlannedVideo]
+    shown: list[tuple[str, Path]]
+
+
+def plan_run(args: SamplingArguments) -> SamplingPlan | None:
+    """What the prompts of the input file ask for, or None when prompts will be typed.
 
     Raises:
         UserError: the model cannot do what is asked, a file that it needs is not there, or an output exists.
@@ -56,7 +64,8 @@ def plan_run(args: SamplingArguments) -> list[PlannedVideo] | None:
             limits.check_clip(frames, *size)
         except UserError as error:
             raise UserError(f"{args.input_file}, prompt {request.index + 1}: {error}") from error
-    return plan_videos(requests, args)
+    shown = [output for request in requests for output in outputs(request, args)]
+    return SamplingPlan(plan_videos(requests, args), shown)
 
 
 def check_combinations(args: SamplingArguments) -> None:
@@ -81,10 +90,7 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
     """
     videos = []
     for request in requests:
-        for sample in range(args.batch_size):
-            path = output_path(args.output_dir, request.index, request.text, sample)
-            if args.only_save_latents:
-                path = path.with_suffix(".safetensors")
+        for sample, (_, path) in enumerate(outputs(request, args)):
             if not decide_existing(path, args.overwrite, args.skip_existing):
                 logger.info("skipped, it exists: %s", path)
                 continue
@@ -99,13 +105,10 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
     return videos
 
 
-def videos_to_show(args: SamplingArguments) -> list[tuple[str, Path]]:
-    """Each prompt of the input file with each of its videos that are there, for `args.contact_sheet`."""
-    shown = []
-    for request in read_prompts(args.input_file, args.image2video):
-        paths = (output_path(args.output_dir, request.index, request.text, i) for i in range(args.batch_size))
-        shown += [(request.text, path) for path in paths if path.exists()]
-    return shown
+def outputs(request: PromptRequest, args: SamplingArguments) -> list[tuple[str, Path]]:
+    """The prompt with each of the files that are made of it."""
+    paths = [output_path(args.output_dir, request.index, request.text, sample) for sample in range(args.batch_size)]
+    return [(request.text, path.with_suffix(".safetensors") if args.only_save_latents else path) for path in paths]
 
 
 def refine_videos(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:

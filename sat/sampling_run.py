@@ -20,11 +20,12 @@ from contact_sheet import write_contact_sheet
 from diffusion_video import SATVideoDiffusionEngine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
+from looping_previews import write_looping_preview
 from model_limits import SPACE_FACTOR
 from network_files import checkpoint_file
 from process_groups import destroy_process_groups, initialize_process_groups
 from prompt_inputs import PromptRequest, typed_prompts
-from sampling_plan import PlannedVideo, plan_videos, refine_videos, videos_to_show
+from sampling_plan import PlannedVideo, SamplingPlan, plan_videos, refine_videos
 from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError
 from video_output import VideoWriter, save_latents
@@ -77,7 +78,7 @@ class Stages:
             engine.first_stage_model.tile_size = self.vae_tile_size
 
 
-def run(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
+def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
     """Make the planned videos, shared out over processes, or those of typed prompts for None; the exit code.
 
     Raises:
@@ -85,13 +86,22 @@ def run(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
     """
     initialize_process_groups(args.model_parallel_size)
     try:
-        failed = sample_everywhere(args, videos)
-        if args.contact_sheet is not None and dist.get_rank() == 0:
-            write_contact_sheet(Path(args.contact_sheet), videos_to_show(args))
-            logger.info("wrote %s", args.contact_sheet)
+        failed = sample_everywhere(args, plan.videos if plan else None)
+        if plan and dist.get_rank() == 0:
+            show(args, [(text, path) for text, path in plan.shown if path.exists()])
         return 1 if failed else 0
     finally:
         destroy_process_groups()
+
+
+def show(args: SamplingArguments, videos: list[tuple[str, Path]]) -> None:
+    """Write the pictures of the videos that the arguments ask for."""
+    if args.contact_sheet is not None:
+        write_contact_sheet(Path(args.contact_sheet), videos)
+        logger.info("wrote %s", args.contact_sheet)
+    if args.looping_previews:
+        for _, path in videos:
+            write_looping_preview(path)
 
 
 def sample_everywhere(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:

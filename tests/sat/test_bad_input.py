@@ -132,6 +132,7 @@ CASES = {
     "missing image": case(prompts="a boat@@gone.png", i2v=True, says="line 1: there is no image gone.png"),
     "image unasked": case(prompts="a boat@@there", says="this is a text-to-video model"),
     "sheet no png": case("--contact_sheet", "a.jpg", says="contact_sheet is a.jpg; the name of a PNG ends with .png"),
+    "previews of latents": case("--looping_previews", "--only_save_latents", says="looping_previews shows the videos"),
     "sheet of latents": case("--contact_sheet", "a.png", "--only_save_latents", says="not with only_save_latents"),
     "sheet in a file": case("--contact_sheet", "{folder}/there/a.png", says="there is not a folder"),
     "output a file": case("--output_dir", "{folder}/there", says="there is not a folder"),

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from arguments import SamplingArguments
+from contact_sheet import FRAME_HEIGHT
 from sample_video import main
 from sgm.errors import UserError
 from support import assert_close
@@ -207,6 +208,20 @@ def test_awkward_prompts_give_safe_names_and_warnings(tiny, tmp_path, caplog):
     assert names == ["0_a_catdog_🐈", f"1_{('over_and_over_' * 9)[:120]}"]
     assert "line 2: skipped, it is empty" in caplog.text
     assert "text cut to 64 tokens" in caplog.text
+
+
+def test_pictures_show_all_videos_old_and_new(tiny, tmp_path, caplog):
+    """The sheet has a row, and the folder a preview, for a video that was there before too; the prompt file is read
+    once, so that what is odd about it is said once."""
+    size = ["--sampling_image_size", "64", "96"]  # the reader of videos takes no narrower ones
+    assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS[:1], *size)) == 0
+    caplog.clear()
+    pictures = ["--contact_sheet", str(tmp_path / "sheet.png"), "--looping_previews", "--skip_existing"]
+    assert main(command(tiny.config("5b"), tmp_path, [*TWO_PROMPTS, ""], *size, *pictures)) == 0
+    videos = list((tmp_path / "videos").rglob("*.mp4"))
+    assert len(videos) == 2 and all(Image.open(video.with_suffix(".webp")).n_frames == 9 for video in videos)
+    assert 2 * FRAME_HEIGHT < Image.open(tmp_path / "sheet.png").height < 3 * FRAME_HEIGHT
+    assert caplog.text.count("skipped, it is empty") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""A video as a picture that plays in a loop, for pages that show pictures only."""
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from sgm.errors import UserError
+from video_reading import UnreadableClip, decode, open_video
+from whole_files import replaced_when_complete, reported_as_user_error
+
+LARGEST_HEIGHT = 256  # pixels; a video that is higher is reduced
+QUALITY = 80
+
+
+def write_looping_preview(video: Path) -> Path:
+    """Write an animated WebP beside `video`, of its name; the path.
+
+    Raises:
+        UserError: the video cannot be read, or the picture not written.
+    """
+    path = video.with_suffix(".webp")
+    try:
+        reader = open_video(str(video))
+        pixels = decode(reader).numpy()
+    except UnreadableClip as error:
+        raise UserError(f"looping_previews: {video} cannot be read: {error}") from error
+    first, *others = (_reduced(Image.fromarray(frame)) for frame in pixels)
+    milliseconds = round(1000 / reader.get_avg_fps())
+    content = io.BytesIO()
+    first.save(
+        content, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=QUALITY, method=6
+    )
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        part.write_bytes(content.getvalue())
+    return path
+
+
+def _reduced(frame: Image.Image) -> Image.Image:
+    if frame.height <= LARGEST_HEIGHT:
+        return frame
+    return frame.resize((round(frame.width * LARGEST_HEIGHT / frame.height), LARGEST_HEIGHT), Image.Resampling.LANCZOS)
