@@ -87,12 +87,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("--base is missing: name the configuration of the VAE, configs/vae_3d.yaml for instance")
     if not options.data:
         raise UserError("--data is missing: name a folder of clips, a .jsonl or .csv manifest, or .tar shards")
-    for path in options.data:
-        is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
-        if not (is_pattern or "://" in path or Path(path).exists()):
-            raise UserError(f"--data: there is no {path}")
-        if is_cache(path):
-            raise UserError(f"--data: {path} holds latents; name the clips that it was made of")
+    check_clip_sources(options.data)
     for name in ("ckpt", "lpips_weights", "i3d_weights"):
         path = getattr(options, name)
         if path is not None and not path.exists():
@@ -107,6 +102,16 @@ def check_options(options: argparse.Namespace) -> None:
     check_folder(options.output, "--output")
     if options.json:
         check_folder(options.json.parent, "--json")
+
+
+def check_clip_sources(sources: Sequence[str]) -> None:
+    """Raises UserError unless all are clips that may be there: a cache of latents is none."""
+    for path in sources:
+        is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
+        if not (is_pattern or "://" in path or Path(path).exists()):
+            raise UserError(f"--data: there is no {path}")
+        if is_cache(path):
+            raise UserError(f"--data: {path} holds latents; name the clips that it was made of")
 
 
 # ---------------------------------------------------------------- configuration

@@ -1,0 +1,145 @@
+"""Gives a VAE latents of unit covariance, without changing what it reconstructs.
+
+  python tools/whiten_latents.py --base configs/vae_3d.yaml --data data/train --ckpt 3d-vae.pt --output vae.safetensors
+
+The channels of a VAE's latents differ in size: of the tiny VAE's, three directions hold the colours of things, the
+other thirteen their outlines, with an eighteenth of the variance. A diffusion model, whose loss is a mean square over
+channels, then learns the former and neglects the latter. Here the covariance C of the channels is measured on clips,
+and W = C^(-1/2) is multiplied into the encoder's last layer, its inverse into those layers of the decoder that see the
+latent. What is decoded stays the same; a diffusion model of such latents has `scale_factor: 1`.
+
+Log-variances are mapped to those of W's image where a posterior's channels vary alike, which is close to it otherwise.
+Exit codes: 0 the file is written, 2 a mistake in the arguments or files stands in the way.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from config_files import load_configs  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
+from tools.evaluate_vae import check_clip_sources, find_data, find_vae  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, check_sources, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+logger = logging.getLogger("whiten_latents")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(whiten, arguments, logger.name)
+
+
+def build_parser() -> ToolParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add("--base", nargs="+", required=True, metavar="FILE", help="configuration of the VAE, with a data: section")
+    add("--data", nargs="+", required=True, metavar="DATA", help="clips to measure on: as for train_video.py")
+    add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: those that the configuration names)")
+    add("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    add("--num_clips", type=int, default=500, help="how many, spread over the data, or all there are (default: 500)")
+    parser.add_writing_arguments()
+    return parser
+
+
+def whiten(arguments: Sequence[str] | None) -> None:
+    options = build_parser().parse_args(arguments)
+    if options.output.suffix != ".safetensors":
+        raise UserError(f"--output {options.output}: the name of a safetensors file ends with .safetensors")
+    if options.num_clips < 1:
+        raise UserError(f"--num_clips is {options.num_clips}; it must be at least 1")
+    check_clip_sources(options.data)
+    check_sources([options.ckpt])
+    config = load_configs(options.base, used=("model", "data"))
+    vae_config = find_vae(config.get("model") or {}, options.ckpt)
+    data_config = find_data(config.get("data") or {}, vae_config["params"])
+    check_output(options.output, options, [Path(vae_config["params"]["ckpt_path"])])
+
+    import torch
+    from safetensors.torch import save
+
+    from data_video import make_dataset
+    from tools.vae_report import build_vae, readable_samples
+    from whole_files import new_file
+
+    with torch.no_grad():
+        vae = build_vae(vae_config, torch.device("cpu"), torch.float32)
+        dataset = make_dataset(options.data, data_config, None, random_start=False)
+        covariance = covariance_of(
+            vae.encode((sample["mp4"].float() / 127.5 - 1).transpose(0, 1)[None])
+            for _, sample in readable_samples(dataset, options.num_clips)
+        )
+        variances = torch.linalg.eigvalsh(covariance)
+        logger.info("variances of the latents' %d directions: %s", len(variances), _in_words(variances))
+        if variances[0] <= 1e-6 * variances[-1]:
+            raise UserError("the latents do not vary in all directions: measure on more clips (--data, --num_clips)")
+        map_latents(vae, inverse_root(covariance))
+    weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+    if options.dry_run:
+        return
+    with new_file(options.output, sum(tensor.nbytes for tensor in weights.values())) as part:
+        part.write_bytes(save(weights))
+    logger.info("wrote %s", options.output)
+
+
+def covariance_of(latents: "Iterator[Tensor]") -> "Tensor":
+    """The covariance (c, c) of the channels of latents (1, c, t, h, w), over all their places; float64."""
+    count, total, products = 0, 0.0, 0.0
+    for latent in latents:
+        places = latent[0].flatten(1).double()
+        count += places.shape[1]
+        total = total + places.sum(1)
+        products = products + places @ places.mT
+    mean = total / count
+    return products / count - mean[:, None] * mean
+
+
+def inverse_root(covariance: "Tensor") -> "Tensor":
+    """C^(-1/2), the symmetric one: of all maps to unit covariance the one that changes the latents least."""
+    import torch
+
+    variances, directions = torch.linalg.eigh(covariance)
+    return directions / variances.sqrt() @ directions.mT
+
+
+def map_latents(vae: "nn.Module", matrix: "Tensor") -> None:
+    """Make the latents of a VAE `matrix` (c, c) times what they were, and its reconstructions what they were.
+
+    The first frame repeated before a clip and the zeros around a frame commute with a linear map, so the convolutions
+    that see the latent take its inverse in whole. The log-variance of channel i becomes the mean of those of all
+    channels j, weighed by matrix[i, j]², plus the logarithm of the sum of these weights.
+    """
+    import torch
+
+    from vae_modules.layers import SpatialNorm3D
+
+    channels = len(matrix)
+    last = vae.encoder.conv_out.conv
+    squares = matrix**2
+    sums = squares.sum(1, keepdim=True)
+    rows = [matrix, squares / sums] if len(last.weight) == 2 * channels else [matrix]
+    into = torch.block_diag(*rows)
+    last.weight.copy_(torch.einsum("oi,i...->o...", into, last.weight.double()))
+    last.bias.copy_(into @ last.bias.double())
+    if len(rows) == 2:
+        last.bias[channels:] += sums[:, 0].log()
+
+    inverse = torch.linalg.inv(matrix)
+    norms = [module for module in vae.decoder.modules() if isinstance(module, SpatialNorm3D)]
+    for seer in (vae.decoder.conv_in, *(conv for norm in norms for conv in (norm.conv_y, norm.conv_b))):
+        weight = seer.conv.weight
+        weight.copy_(torch.einsum("oi...,ij->oj...", weight.double(), inverse))
+
+
+def _in_words(values: "Tensor") -> str:
+    return ", ".join(f"{value:.3g}" for value in values.tolist())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
