@@ -183,6 +183,12 @@ class AutoencodingEngine(AbstractAutoencoder):
         schedule = instantiate_from_config(self.scheduler_config)
         return optimizers, [LambdaLR(optimizer, schedule) for optimizer in optimizers]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What goes on of a schedule is its step; rate and lengths are those of today's configuration."""
+        for state in checkpoint.get("lr_schedulers", ()):
+            state["lr_lambdas"] = [None] * len(state["lr_lambdas"])  # LambdaLR keeps its own for None
+            state.pop("base_lrs", None)
+
     @property
     def has_discriminator(self) -> bool:
         return bool(self._groups[DISCRIMINATOR])

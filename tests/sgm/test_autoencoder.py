@@ -187,6 +187,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         assert torch.equal(rest.state_dict()[name], value), name
 
 
+def test_a_resumed_run_follows_the_schedule_of_its_own_configuration(tmp_path):
+    """Two steps along a line to zero at step 2, then four more along one to zero at step 8, from twice the rate."""
+
+    def new(rate: float, length: int) -> AutoencodingEngine:
+        line = {"warm_up_steps": [0], "f_start": [1.0], "f_max": [1.0], "f_min": [0.0], "cycle_lengths": [length]}
+        schedule = {"target": "sgm.lr_scheduler.LambdaLinearScheduler", "params": line}
+        return build(optimizer_config={**SGD, "params": {"lr": rate}}, scheduler_config=schedule, disc_start_iter=100)
+
+    trainer = fit(new(1e-3, 2), batches(6), steps=2)
+    trainer.save_checkpoint(tmp_path / "short.ckpt")
+    trainer = fit(new(2e-3, 8), batches(6), steps=6, ckpt_path=tmp_path / "short.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(2e-3 * (1 - 6 / 8))
+
+
 # ---------------------------------------------------------------- parameter groups
 
 
