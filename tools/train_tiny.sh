@@ -8,7 +8,7 @@
 #   bash tools/train_tiny.sh text vae                  the text encoder and the VAE
 #   bash tools/train_tiny.sh text_to_video image_to_video
 #
-# Needs about three hours on two cores.
+# Needs about four hours on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,7 +34,9 @@ train_vae() {
     train_vae_part vae vae_tiny
     train_vae_part vae_again vae_tiny_again
     train_vae_part vae_final vae_tiny_final
-    export_weights checkpoints/tiny/vae_final/3d-vae.pt vae
+    "$python" tools/whiten_latents.py --base configs/tiny/vae.yaml --data data/tiny/vae_clips \
+        --ckpt checkpoints/tiny/vae_final/3d-vae.pt --output checkpoints/tiny/vae_white.safetensors --overwrite
+    export_weights checkpoints/tiny/vae_white.safetensors vae
 }
 
 # A configuration, and the name of its run, whose weights go to checkpoints/tiny.
@@ -58,10 +60,19 @@ train_image_to_video() {
 train_network() {
     local name=$1 clips=$2 run
     shift 2
-    "$python" tools/precompute_latents.py --base "$@" --train_data "data/tiny/$clips" --output "data/tiny/latents_$name"
-    "$python" sat/train_video.py --base "$@" --resume latest
+    launch tools/precompute_latents.py --base "$@" --train_data "data/tiny/$clips" --output "data/tiny/latents_$name"
+    launch sat/train_video.py --base "$@" --resume latest
     run=$(latest_run "$name")
     export_weights "$run/$(<"$run/latest")-ema" "$name"
+}
+
+# One process with a GPU; on a CPU two, of a thread each, do more than one of two.
+launch() {
+    if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        "$python" "$@"
+    else
+        OMP_NUM_THREADS=1 "$python" tools/torchrun.py --standalone --nproc_per_node=2 "$@"
+    fi
 }
 
 dataset() {
