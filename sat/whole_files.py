@@ -3,13 +3,17 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from sgm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPARE_BYTES = 1 << 22  # of a disk, for headers and small files
 
@@ -66,6 +70,18 @@ def new_file(path: Path, needed: int) -> Iterator[Path]:
         check_room(path, needed)
         with replaced_when_complete(path) as part:
             yield part
+
+
+def write_safetensors(path: Path, weights: "Mapping[str, Tensor]") -> None:
+    """Write a `new_file` of contiguous tensors by name.
+
+    Raises:
+        UserError: the operating system refuses, or the disk has no room.
+    """
+    from safetensors.torch import save
+
+    with new_file(path, sum(tensor.nbytes for tensor in weights.values())) as part:
+        part.write_bytes(save(weights))  # save_file would make it readable by its owner only
 
 
 def check_room(path: Path, needed: int) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, check_sources, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
 
 logger = logging.getLogger("export_weights")
 
@@ -35,16 +35,14 @@ def export(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as it is)")
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
-    if options.output.suffix != ".safetensors":
-        raise UserError(f"--output {options.output}: the name of a safetensors file ends with .safetensors")
+    check_safetensors_name(options.output)
     check_sources([options.input])
     check_output(options.output, options, [options.input])
 
     import torch
-    from safetensors.torch import save
 
     from network_files import checkpoint_file, network_weights
-    from whole_files import new_file
+    from whole_files import write_safetensors
 
     file, _ = checkpoint_file(options.input)
     weights = network_weights(file)
@@ -58,8 +56,7 @@ def export(arguments: Sequence[str] | None) -> None:
     logger.info("%s: %d tensors, %.2f MB", file, len(weights), size / 1e6)
     if options.dry_run:
         return
-    with new_file(options.output, size) as part:
-        part.write_bytes(save(weights))  # save_file would make it readable by its owner only
+    write_safetensors(options.output, weights)
     logger.info("wrote %s", options.output)
 
 

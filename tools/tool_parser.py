@@ -40,6 +40,12 @@ def check_output(path: Path, options: argparse.Namespace, sources: Iterable[Path
         raise UserError(f"{path} is read from and cannot be written to: choose another name")
 
 
+def check_safetensors_name(output: Path) -> None:
+    """Raises UserError unless `--output` names a safetensors file."""
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: the name of a safetensors file ends with .safetensors")
+
+
 def check_sources(paths: Iterable[Path | None]) -> None:
     """Raises UserError unless all that is to be read is there."""
     for path in paths:

@@ -124,7 +124,7 @@ def readable_samples(dataset: Any, count: int) -> Iterator[tuple[int, dict[str, 
         UserError: none can be read.
     """
     count, found = min(count, len(dataset)), 0
-    bar = tqdm(range(count), desc="reconstructing", unit="clip", leave=False)
+    bar = tqdm(range(count), desc="reading", unit="clip", leave=False)
     with bar, logging_redirect_tqdm():
         for number in bar:
             index = number * len(dataset) // count
@@ -143,14 +143,17 @@ def name_of(dataset: Any, index: int) -> str | None:
     return sources[index].name if sources else None
 
 
+def encode(vae: VideoCoder, clip: Tensor) -> Tensor:
+    """The latent (1, c, t, h, w) of a clip (frames, 3, height, width), uint8."""
+    return vae.encode((clip.float() / 127.5 - 1).to(vae.get_last_layer().dtype).transpose(0, 1)[None])
+
+
 def reconstruct(vae: VideoCoder, clip: Tensor, whole: bool) -> Tensor:
     """The clip (frames, 3, height, width), uint8, through the VAE: the same shape, in [-1, 1].
 
     Chunks, as sampling has them, are for an odd number of latent frames.
     """
-    weight = vae.get_last_layer()
-    video = (clip.float() / 127.5 - 1).to(weight.dtype).transpose(0, 1)[None]
-    latent = vae.encode(video)
+    latent = encode(vae, clip)
     whole = whole or latent.shape[2] % 2 == 0
     decoded = vae.decode_at_once(latent) if whole else torch.cat(list(vae.decode_chunks(latent)), dim=2)
     return decoded[0].transpose(0, 1)

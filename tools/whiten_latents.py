@@ -14,8 +14,9 @@ Exit codes: 0 the file is written, 2 a mistake in the arguments or files stands 
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 from config_files import load_configs  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from tools.evaluate_vae import check_clip_sources, find_data, find_vae  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, check_sources, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,8 +51,7 @@ def build_parser() -> ToolParser:
 
 def whiten(arguments: Sequence[str] | None) -> None:
     options = build_parser().parse_args(arguments)
-    if options.output.suffix != ".safetensors":
-        raise UserError(f"--output {options.output}: the name of a safetensors file ends with .safetensors")
+    check_safetensors_name(options.output)
     if options.num_clips < 1:
         raise UserError(f"--num_clips is {options.num_clips}; it must be at least 1")
     check_clip_sources(options.data)
@@ -62,18 +62,16 @@ def whiten(arguments: Sequence[str] | None) -> None:
     check_output(options.output, options, [Path(vae_config["params"]["ckpt_path"])])
 
     import torch
-    from safetensors.torch import save
 
     from data_video import make_dataset
-    from tools.vae_report import build_vae, readable_samples
-    from whole_files import new_file
+    from tools.vae_report import build_vae, encode, readable_samples
+    from whole_files import write_safetensors
 
     with torch.no_grad():
         vae = build_vae(vae_config, torch.device("cpu"), torch.float32)
-        dataset = make_dataset(options.data, data_config, None, random_start=False)
+        dataset = make_dataset(options.data, data_config, SimpleNamespace(), random_start=False)
         covariance = covariance_of(
-            vae.encode((sample["mp4"].float() / 127.5 - 1).transpose(0, 1)[None])
-            for _, sample in readable_samples(dataset, options.num_clips)
+            encode(vae, sample["mp4"]) for _, sample in readable_samples(dataset, options.num_clips)
         )
         variances = torch.linalg.eigvalsh(covariance)
         logger.info("variances of the latents' %d directions: %s", len(variances), _in_words(variances))
@@ -83,12 +81,11 @@ def whiten(arguments: Sequence[str] | None) -> None:
     weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
     if options.dry_run:
         return
-    with new_file(options.output, sum(tensor.nbytes for tensor in weights.values())) as part:
-        part.write_bytes(save(weights))
+    write_safetensors(options.output, weights)
     logger.info("wrote %s", options.output)
 
 
-def covariance_of(latents: "Iterator[Tensor]") -> "Tensor":
+def covariance_of(latents: "Iterable[Tensor]") -> "Tensor":
     """The covariance (c, c) of the channels of latents (1, c, t, h, w), over all their places; float64."""
     count, total, products = 0, 0.0, 0.0
     for latent in latents:
