@@ -33,6 +33,9 @@ from sgm.util import instantiate_from_config
 # Of the norms defined here; SwissArmyTransformer's own take `layernorm_epsilon` of `transformer_args` (1e-5).
 LAYERNORM_EPSILON = 1e-6
 
+# Attention weights up to which `written_out_attention` may keep them all: 64 MiB in bfloat16.
+WRITTEN_OUT_WEIGHTS = 2**25
+
 
 def may_overwrite() -> bool:
     """Whether temporaries may be reused: gradients need them, and a compiler does better without being told how."""
@@ -52,6 +55,22 @@ def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 def joined(whole: Tensor, text: Tensor, vision: Tensor) -> Tensor:
     """Text and vision tokens one after the other: `whole` if they are its parts, overwritten."""
     return whole if may_overwrite() else torch.cat((text, vision), dim=1)
+
+
+def slow_in_fused_kernel(v: Tensor) -> bool:
+    """Whether v (b, heads, n, head_dim) belongs to an attention that is trained faster without PyTorch's fused kernel.
+
+    The CPU's does not use the processor's bfloat16 instructions in its backward pass: on sequences whose
+    (b, heads, n, n) attention weights take little memory, three matrix products do the same in half the time.
+    """
+    b, heads, n, _ = v.shape
+    return v.device.type == "cpu" and v.dtype == torch.bfloat16 and b * heads * n * n <= WRITTEN_OUT_WEIGHTS
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ / √head_dim)·v, for q, k, v (b, heads, n, head_dim), the softmax in float32."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -463,10 +482,14 @@ class DiffusionTransformer(BaseModel):
 
     def attention_fn(self, q, k, v, mask, dropout=None, **_: Any) -> Tensor:
         """Full attention of q, k, v (b, heads, n, head_dim) through the fused kernel: no mask is ever built."""
-        if torch.is_grad_enabled():
-            # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
-            v = v.transpose(1, 2).contiguous().transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout.p if dropout is not None else 0.0)
+        dropout_p = dropout.p if dropout is not None else 0.0
+        if not torch.is_grad_enabled():
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
+        if dropout_p == 0 and slow_in_fused_kernel(v):
+            return written_out_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 
     def patch_grid(self, latents: Tensor) -> Grid:
         """Number of patches along (t, h, w) of latents (b, t, c, h, w).

@@ -1,10 +1,15 @@
 """How the network runs: fused attention without a mask, nothing read back to the host, one graph for the compiler."""
 
+import shutil
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+import dit_video_concat
+from dit_video_concat import slow_in_fused_kernel, written_out_attention
 from network_weights import instantiate_on_meta
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
@@ -40,6 +45,55 @@ def test_attention_takes_the_fused_kernel():
     assert "aten::_scaled_dot_product_attention_math" not in calls and "aten::softmax" not in calls
 
 
+def test_written_out_attention_is_attention():
+    """Its output and its gradients are those of the fused kernel, to the last digits of float64."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(2, 3, 17, 8, dtype=torch.float64)
+    results = []
+    for attention in (written_out_attention, F.scaled_dot_product_attention):
+        output = attention(*tensors)
+        results.append((output, *torch.autograd.grad((output * weight).sum(), tensors)))
+    for written_out, fused in zip(*results, strict=True):
+        torch.testing.assert_close(written_out, fused, rtol=1e-5, atol=1e-6)  # its softmax is in float32
+
+
+def test_attention_is_written_out_where_that_is_faster(monkeypatch):
+    """In bfloat16 on a CPU, with gradients, where the attention weights fit; its gradients are as good as the kernel's.
+
+    "As good": no further than the kernel's own bfloat16 gradients, give or take half, from those in float32.
+    """
+    short, long = (torch.empty(1, 1, n, 8, dtype=torch.bfloat16, device="cpu") for n in (5792, 5793))
+    assert slow_in_fused_kernel(short) and not slow_in_fused_kernel(long)
+    assert not slow_in_fused_kernel(short.float()) and not slow_in_fused_kernel(short.to("meta"))
+
+    network, inputs = network_and_inputs("t2v_5b")
+    network.train()
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = network(**inputs)
+        output.float().square().mean().backward()
+        return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+        return sum((x - y).square().sum().item() for x, y in zip(a, b, strict=True)) ** 0.5
+
+    calls = []
+    monkeypatch.setattr(
+        dit_video_concat, "written_out_attention", lambda *qkv: calls.append(1) or written_out_attention(*qkv)
+    )
+    exact = gradients(torch.float32)
+    assert not calls
+    written_out = gradients(torch.bfloat16)
+    assert len(calls) == network.num_layers
+    monkeypatch.setattr(dit_video_concat, "slow_in_fused_kernel", lambda v: False)
+    fused = gradients(torch.bfloat16)
+    assert len(calls) == network.num_layers
+    assert 0 < distance(written_out, exact) < 1.5 * distance(fused, exact)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_nothing_is_read_back_to_the_host(name):
@@ -73,6 +127,17 @@ def test_compile_model_changes_neither_numbers_nor_names():
     assert wrapper.state_dict().keys() == names
     output = wrapper(inputs["x"], inputs["timesteps"], {"crossattn": inputs["context"]})
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compile_model_gives_the_same_gradients():
+    gradients = []
+    for compile_model in (False, True):
+        network, inputs = network_and_inputs("t2v_5b")
+        wrapper = OpenAIWrapper(network.train(), compile_model=compile_model)
+        wrapper(inputs["x"], inputs["timesteps"], {"crossattn": inputs["context"]}).square().mean().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
 
 
 def test_activation_checkpointing_gives_the_same_gradients():

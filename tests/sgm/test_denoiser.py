@@ -1,6 +1,7 @@
 """Scalings and weightings against the recorded reference numbers; denoiser, wrapper and helpers by their formulas."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -144,10 +145,18 @@ def test_wrapper_takes_an_explicit_dtype():
 def test_compiled_wrapper_keeps_names_and_numbers(monkeypatch):
     """Names in the state dict are those of an uncompiled network, and its forward goes through torch.compile."""
     compiled = []
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(nn.Module, "compile", lambda module, *args, **kwargs: compiled.append(module))
     wrapper = OpenAIWrapper(RecordingNetwork(), compile_model=True)
     assert compiled == [wrapper.diffusion_model]
     assert list(wrapper.state_dict()) == ["diffusion_model.scale"]
+
+
+def test_compiling_without_a_compiler_is_an_error(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"on a CPU, but there is no .*: install one, name another"):
+        OpenAIWrapper(RecordingNetwork(), compile_model=True)
+    OpenAIWrapper(RecordingNetwork().to("meta"), compile_model=True)  # other devices have their own
 
 
 def test_timestep_embedding():

@@ -1,9 +1,24 @@
 """What stands between a denoiser and a network."""
 
+import os
+import shutil
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sgm.errors import UserError
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise a UserError if torch.compile cannot work on `device` for want of a C++ compiler."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(
+            f"compile_model: true needs a C++ compiler on a CPU, but there is no {compiler}: "
+            "install one, name another in the environment variable CXX, or set compile_model: false"
+        )
 
 
 class OpenAIWrapper(nn.Module):
@@ -13,6 +28,9 @@ class OpenAIWrapper(nn.Module):
         diffusion_model: the network; the name of the attribute is part of every checkpoint key.
         compile_model: run the network through torch.compile. State-dict names stay as they are.
         dtype: what the network computes in; None: that of its parameters at the time of the call.
+
+    Raises:
+        UserError: it is to be compiled for a CPU, and there is no C++ compiler.
     """
 
     def __init__(self, diffusion_model: nn.Module, compile_model: bool = False, dtype: torch.dtype | None = None):
@@ -20,6 +38,7 @@ class OpenAIWrapper(nn.Module):
         self.diffusion_model = diffusion_model
         self.dtype = dtype
         if compile_model:
+            check_compiler(next(self.parameters(), torch.empty(0)).device)
             self.diffusion_model.compile()
 
     def forward(self, x: Tensor, t: Tensor, c: dict[str, Tensor], **kwargs: Any) -> Tensor:
