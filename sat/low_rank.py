@@ -28,7 +28,16 @@ def apply_adapter(layer: nn.Module, x: Tensor) -> Tensor:
     if drops or not is_plain or mpu.get_model_parallel_world_size() > 1:
         return type(layer).forward(layer, x)
     original = layer.original
-    return AddLowRank.apply(x, original.weight, original.bias, layer.scaling, *layer.matrix_A, *layer.matrix_B)
+    x, weight, bias, *matrices = as_autocast(x, original.weight, original.bias, *layer.matrix_A, *layer.matrix_B)
+    return AddLowRank.apply(x, weight, bias, layer.scaling, *matrices)
+
+
+def as_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The tensors in the dtype that autocast gives to a matrix product, which reaches into no `autograd.Function`."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return [None if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 class AddLowRank(torch.autograd.Function):
