@@ -5,6 +5,7 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from diffusers_names import POSITION_TABLE, assemble, to_diffusers
+from model_limits import patch_sizes
 
 
 def map_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -44,7 +45,7 @@ def build_diffusers_network(
             sample_width=params["latent_width"],
             sample_height=params["latent_height"],
             sample_frames=params["num_frames"],
-            patch_size=2,
+            patch_size=patch_sizes(params["patch_size"])[1],
             patch_size_t=None if isinstance(params["patch_size"], int) else 2,
             patch_bias=True,
             max_text_seq_length=position["params"]["text_length"],
