@@ -1,7 +1,7 @@
 """Makes a dataset to try training on: clips of one or two coloured shapes that move over a plain or patterned ground.
 
   python tools/make_shapes_dataset.py --output data/shapes --clips 8 --frames 49 --size 64 96 --fps 8 --seed 0
-  python tools/make_shapes_dataset.py --output data/stars --concept star --clips 64 --frames 9 --size 64 64
+  python tools/make_shapes_dataset.py --output data/spirals --concept spiral --clips 30 --frames 9 --size 64 64
   python tools/make_shapes_dataset.py --prompts_file prompts.txt --prompts 64 --split held_out
 
 Every clip has a caption such as "a large red circle moving left on a blue background", phrased in one of several ways.
@@ -11,7 +11,9 @@ reads them. The same settings give the same dataset; one that is there and compl
 this tool did not write is never touched.
 
 Of all combinations of colour, shape, motion and background, 22 % are held out: `--split train`, the default, never
-shows one, `--split held_out` shows nothing else. `--concept star` draws purple stars, which no other dataset has.
+shows one, `--split held_out` shows nothing else. `--shapes circle cross cross` draws only these, crosses twice as
+often. To teach a trained model what no other dataset has, `--concept spiral` draws shapes that move in a spiral,
+`--concept star` purple stars.
 
 With `--prompts_file FILE` no dataset is made, but a file of captions of single shapes to sample from. With
 `--with_first_frames` each names an image, `prompt@@prompts/00000.png`, and the clip that begins with it lies beside it,
@@ -32,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
-from tools.shape_scenes import CONCEPTS, SPLITS, Scene, phrase, random_scenes  # noqa: E402
+from tools.shape_scenes import CONCEPTS, SHAPES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fps", type=float, default=8, help="frames a second (default: 8)")
     add("--seed", type=int, default=0, help="of what the clips show (default: 0)")
     add("--split", choices=SPLITS, default="train", help="which combinations are shown (default: train)")
+    add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help="draw these; one named twice, twice as often")
     add("--concept", choices=tuple(CONCEPTS), help="draw this and nothing else")
     add("--prompts_file", type=Path, metavar="FILE", help="write prompts to this file instead of a dataset")
     add("--prompts", type=int, default=64, help="how many (default: 64)")
@@ -84,6 +87,8 @@ def check_options(options: argparse.Namespace) -> None:
         )
     if any(side % 2 for side in options.size):
         raise UserError(f"height and width must be even, got {options.size[0]} and {options.size[1]}")
+    if options.shapes and "shape" in CONCEPTS.get(options.concept, {}):
+        raise UserError(f"--concept {options.concept} is a shape: leave out --shapes, or the concept")
     if options.prompts < 1:
         raise UserError(f"--prompts must be positive, got {options.prompts}")
     if options.with_first_frames and not options.prompts_file:
@@ -101,6 +106,8 @@ def make_dataset(options: argparse.Namespace) -> None:
     """Raises UserError if the folder holds something else or cannot be written."""
     names = ("clips", "images", "frames", "size", "fps", "seed", "split", "concept")
     settings = {name: getattr(options, name) for name in names} | {"version": VERSION}
+    if options.shapes:
+        settings["shapes"] = options.shapes
     output = options.output
     marker = output / MARKER
     if marker.is_file() and marker.read_text() == json.dumps(settings):
@@ -125,12 +132,17 @@ def make_dataset(options: argparse.Namespace) -> None:
 def write_clips(folder: Path, settings: dict) -> None:
     (folder / "labels").mkdir(parents=True)
     chance = random.Random(f"captions {settings['seed']}")
-    scenes = random_scenes(settings["clips"], settings["seed"], settings["split"], settings["concept"])
+    scenes = scenes_of(settings, settings["clips"], settings["seed"])
     for number, scene in enumerate(scenes):
         write_clip(folder / "videos" / f"{number:05d}.mp4", scene, settings)
         (folder / "labels" / f"{number:05d}.txt").write_text(phrase(scene, chance) + "\n")
     write_images(folder / "images", settings)
     (folder / MARKER).write_text(json.dumps(settings))
+
+
+def scenes_of(settings: dict, count: int, seed: int) -> list[Scene]:
+    shapes = settings.get("shapes", SHAPES)
+    return random_scenes(count, seed, settings["split"], settings["concept"], shapes=shapes)
 
 
 def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
@@ -153,7 +165,7 @@ def write_images(folder: Path, settings: dict) -> None:
     chance = random.Random(f"images {settings['seed']}")
     if settings["images"]:
         folder.mkdir()
-    scenes = random_scenes(settings["images"], chance.getrandbits(32), settings["split"], settings["concept"])
+    scenes = scenes_of(settings, settings["images"], chance.getrandbits(32))
     for number, scene in enumerate(scenes):
         write_image(folder / f"{number:05d}.png", scene, chance.random(), settings["size"])
         (folder / f"{number:05d}.txt").write_text(phrase(scene, chance) + "\n")
@@ -178,7 +190,8 @@ def make_prompts(options: argparse.Namespace) -> None:
     """Raises UserError if the file, or its folder of images, is there already and holds something else."""
     file, folder = options.prompts_file, options.prompts_file.with_suffix("")
     chance = random.Random(f"captions {options.seed}")
-    scenes = random_scenes(options.prompts, options.seed, options.split, options.concept, pairs=False)
+    shapes = options.shapes or SHAPES
+    scenes = random_scenes(options.prompts, options.seed, options.split, options.concept, pairs=False, shapes=shapes)
     images = [f"@@{folder.name}/{number:05d}.png" if options.with_first_frames else "" for number in range(len(scenes))]
     content = "".join(f"{phrase(scene, chance)}{image}\n" for scene, image in zip(scenes, images, strict=True))
     settings = {name: getattr(options, name) for name in ("frames", "size", "fps")} | {"version": VERSION}

@@ -262,14 +262,18 @@ def find_motion(track: Track) -> str:
     angle = 2 * math.pi * track.moments
     ways = torch.stack([track.rows, track.columns])
     ways = ways - ways.mean(dim=1, keepdim=True)
-    # Each motion's ways down and right, up to a factor; those of a circle in both senses.
+    # Each motion's ways down and right, up to a factor; those of a circle and a spiral in both senses.
     sine, cosine, still = angle.sin(), angle.cos(), torch.zeros_like(angle)
+    rounds = {
+        "clockwise": [torch.stack([sine, cosine]), torch.stack([cosine, -sine])],
+        "anticlockwise": [torch.stack([-sine, cosine]), torch.stack([cosine, sine])],
+    }
     models = {
         "right": [torch.stack([still, track.moments])],
         "down": [torch.stack([track.moments, still])],
         "bouncing": [torch.stack([-(angle / 2).cos().abs(), still])],
-        "clockwise": [torch.stack([sine, cosine]), torch.stack([cosine, -sine])],
-        "anticlockwise": [torch.stack([-sine, cosine]), torch.stack([cosine, sine])],
+        **{f"circle {sense}": parts for sense, parts in rounds.items()},
+        **{f"spiral {sense}": [track.moments * part for part in parts] for sense, parts in rounds.items()},
     }
     left, factors = {}, {}
     for name, parts in models.items():
@@ -286,7 +290,7 @@ def find_motion(track: Track) -> str:
         return "moving down" if forward else "moving up"
     if best == "bouncing":
         return "bouncing" if forward else NONE
-    return "moving in a circle"
+    return "moving in a spiral" if best.startswith("spiral") else "moving in a circle"
 
 
 def _line(moments: Tensor, values: Tensor) -> tuple[float, float]:

@@ -24,7 +24,6 @@ COLOURS = {  # red, green, blue in [0, 1]
     "black": (0.0, 0.0, 0.0),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-CONCEPTS = {"star": "purple"}  # shapes that are drawn only when asked for, each in one colour
 SIZES = {"small": 0.14, "medium": 0.20, "large": 0.27}  # radius, in parts of the shorter side
 PATTERNS = ("striped", "checkered", "dotted")
 PLAIN = "plain"
@@ -42,6 +41,18 @@ MOTIONS = {
     ),
     "bouncing": (("bouncing", "bouncing up and down"), ("bounces", "bounces up and down", "is bouncing")),
     "standing still": (("standing still", "not moving"), ("stands still", "does not move", "is standing still")),
+}
+# What is drawn only when asked for: what of an item each concept decides, and the words for it that no other scene has.
+CONCEPTS = {
+    "star": {"shape": "star", "colour": "purple"},
+    "spiral": {"motion": "moving in a spiral"},
+}
+CONCEPT_SHAPES = ("star",)
+CONCEPT_MOTIONS = {
+    "moving in a spiral": (
+        ("moving in a spiral", "going round in a spiral"),
+        ("moves in a spiral", "goes round in a spiral", "is moving in a spiral"),
+    ),
 }
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
 PATTERN_WORDS = {PLAIN: ("", "plain"), **{pattern: (pattern,) for pattern in PATTERNS}}
@@ -140,12 +151,12 @@ def phrase(scene: Scene, chance: random.Random | None = None) -> str:
         template, pick = TEMPLATES[0], lambda words: words[0]
     else:
         template, pick = chance.choice(TEMPLATES), chance.choice
-    said = {}
+    said, motions = {}, MOTIONS | CONCEPT_MOTIONS
     for kind, form in (("p", 0), ("v", 1)):
         if f"{{{kind}}}" in template:
             said[kind] = " and ".join(
                 f"{_with_article(pick(SIZE_WORDS[item.size]), item.colour, item.shape)} "
-                f"{pick(MOTIONS[item.motion][form])}"
+                f"{pick(motions[item.motion][form])}"
                 for item in scene.items
             )
     background = _with_article(pick(PATTERN_WORDS[scene.pattern]), scene.background, "background")
@@ -161,10 +172,11 @@ def _phrases() -> dict[str, tuple[str, str]]:
     """Everything that captions are made of: phrase -> (kind, what it means)."""
     known = dict.fromkeys(FILLERS, ("filler", ""))
     known |= {colour: ("colour", colour) for colour in COLOURS}
-    known |= {shape: ("shape", shape) for shape in (*SHAPES, *CONCEPTS)}
+    known |= {shape: ("shape", shape) for shape in (*SHAPES, *CONCEPT_SHAPES)}
     known |= {word: ("size", size) for size, words in SIZE_WORDS.items() for word in words}
     known |= {word: ("pattern", pattern) for pattern, words in PATTERN_WORDS.items() for word in words if word}
-    known |= {said: ("motion", motion) for motion, forms in MOTIONS.items() for form in forms for said in form}
+    motions = MOTIONS | CONCEPT_MOTIONS
+    known |= {said: ("motion", motion) for motion, forms in motions.items() for form in forms for said in form}
     known["background"] = ("background", "")
     return known
 
@@ -216,13 +228,20 @@ def _tokens(caption: str) -> Iterator[tuple[str, str]]:
 
 
 def random_scenes(
-    count: int, seed: int, split: str = "train", concept: str | None = None, pairs: bool = True
+    count: int,
+    seed: int,
+    split: str = "train",
+    concept: str | None = None,
+    pairs: bool = True,
+    shapes: Sequence[str] = SHAPES,
 ) -> list[Scene]:
     """As many scenes of a split; what they show differs while there are others left.
 
     Args:
         concept: one of CONCEPTS, to get scenes with nothing else.
         pairs: whether some scenes may have two shapes; those of a concept never do.
+        shapes: to choose from, where the concept decides none; one that is there n times is chosen n times as often,
+            until there are few scenes of it left that differ.
     """
     chance = random.Random(seed)
     seen: set[Scene] = set()
@@ -231,7 +250,7 @@ def random_scenes(
         patterned = chance.random() < PATTERNED_SHARE
         paired = pairs and concept is None and chance.random() < PAIR_SHARE
         for _ in range(50):  # when all scenes of this kind are there, they come again, elsewhere in the picture
-            scene = _random_scene(chance, patterned, paired, split, concept)
+            scene = _random_scene(chance, patterned, paired, split, concept, shapes)
             if scene not in seen:
                 break
         seen.add(scene)
@@ -239,11 +258,14 @@ def random_scenes(
     return scenes
 
 
-def _random_scene(chance: random.Random, patterned: bool, paired: bool, split: str, concept: str | None) -> Scene:
+def _random_scene(
+    chance: random.Random, patterned: bool, paired: bool, split: str, concept: str | None, shapes: Sequence[str]
+) -> Scene:
+    decided = CONCEPTS[concept] if concept else {}
     while True:
         pattern = chance.choice(PATTERNS) if patterned else PLAIN
-        if concept:
-            colours = [CONCEPTS[concept], chance.choice([name for name in COLOURS if name != CONCEPTS[concept]])]
+        if "colour" in decided:
+            colours = [decided["colour"], chance.choice([name for name in COLOURS if name != decided["colour"]])]
         else:
             colours = chance.sample(list(COLOURS), 3 if paired else 2)
         layout = chance.choice([name for name, places in LAYOUTS.items() if len(places) == 1 + paired])
@@ -252,8 +274,8 @@ def _random_scene(chance: random.Random, patterned: bool, paired: bool, split: s
             Item(
                 chance.choice(sizes),
                 colour,
-                concept or chance.choice(SHAPES),
-                chance.choice(list(MOTIONS)),
+                decided.get("shape") or chance.choice(shapes),
+                decided.get("motion") or chance.choice(list(MOTIONS)),
                 chance.random(),
                 chance.uniform(-1, 1),
             )

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 from sgm.errors import UserError  # noqa: E402
 from tools.shape_scenes import (  # noqa: E402
     COLOURS,
-    CONCEPTS,
+    CONCEPT_SHAPES,
     MOTIONS,
     PATTERNS,
     PLAIN,
@@ -51,7 +51,7 @@ NOTHING = "nothing"  # of the second thing, where there is one
 OF_A_THING = {
     "size": (NOTHING, *SIZES),
     "colour": (NOTHING, *COLOURS, *MORE_COLOURS),
-    "shape": (NOTHING, *SHAPES, *CONCEPTS, *MORE_SHAPES),
+    "shape": (NOTHING, *SHAPES, *CONCEPT_SHAPES, *MORE_SHAPES),
     "motion": (NOTHING, *MOTIONS),
 }
 QUESTIONS = {
@@ -115,7 +115,7 @@ def captions(count: int, seed: int, split: str = "train") -> list[tuple[str, dic
     result = []
     for scene in random_scenes(count, seed, split):
         text, answers = phrase(scene, chance), answers_of(scene)
-        for kind, more in (("colour", MORE_COLOURS), ("shape", (*CONCEPTS, *MORE_SHAPES))):
+        for kind, more in (("colour", MORE_COLOURS), ("shape", (*CONCEPT_SHAPES, *MORE_SHAPES))):
             if chance.random() < MORE_SHARE:
                 text, answers = exchange(text, answers, f"first {kind}", chance.choice(more))
         result.append((text, answers))

@@ -55,10 +55,28 @@ def test_clips_and_images_are_of_the_split(tmp_path, split):
     assert {parse(label.read_text()).split for label in labels} == {split}
 
 
-def test_a_concept_is_drawn_alone(tmp_path):
-    assert make(tmp_path / "stars", "--concept", "star") == 0
-    captions = [label.read_text() for label in (tmp_path / "stars" / "labels").iterdir()]
-    assert all(" purple star " in caption for caption in captions)
+def captions_in(folder: Path) -> list[str]:
+    return [label.read_text() for label in folder.glob("*/*.txt")]
+
+
+@pytest.mark.parametrize(("concept", "said"), [("star", " purple star "), ("spiral", " in a spiral")])
+def test_a_concept_is_drawn_alone(tmp_path, concept, said):
+    assert make(tmp_path / "shapes", "--concept", concept) == 0
+    assert all(said in caption for caption in captions_in(tmp_path / "shapes"))
+
+
+def test_only_the_shapes_asked_for_are_drawn(tmp_path):
+    """In clips, images and prompts, and a dataset of other shapes is another."""
+    assert make(tmp_path / "shapes", "--shapes", "ring", "cross", images=6, clips=4) == 0
+    captions = captions_in(tmp_path / "shapes")
+    assert {item.shape for caption in captions for item in parse(caption).items} == {"ring", "cross"}
+    before = files(tmp_path / "shapes")
+    assert make(tmp_path / "shapes", "--shapes", "ring", "cross", images=6, clips=4) == 0
+    assert files(tmp_path / "shapes") == before
+    assert make(tmp_path / "shapes", "--shapes", "ring", images=6, clips=4) == 0
+    assert {item.shape for caption in captions_in(tmp_path / "shapes") for item in parse(caption).items} == {"ring"}
+    assert make_prompts(tmp_path / "prompts.txt", "--shapes", "ring", "--concept", "spiral") == 0
+    assert (tmp_path / "prompts.txt").read_text().count(" ring ") == 3
 
 
 def test_images_are_moments_of_other_clips(tmp_path):
@@ -144,7 +162,8 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
             make_prompts(tmp_path / "new", "--with_first_frames") == make(tmp_path / "new", "--with_first_frames") == 1
         )
         assert make_prompts(tmp_path / "new", prompts=0) == 1
-    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 8
+        assert make(tmp_path / "new", "--concept", "star", "--shapes", "ring") == 1
+    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 9
     assert "mine exists and was not made by this tool" in caplog.text
     assert "must be even, got 64 and 97" in caplog.text
     assert (tmp_path / "mine" / "a.txt").read_text() == "precious"

@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from tools.shape_drawing import GROWTH, coverage, draw, draw_background, draw_moments
-from tools.shape_scenes import COLOURS, LAYOUTS, MOTIONS, PATTERNS, SHAPES, SIZES, Item, Scene, random_scenes
+from tools.shape_scenes import (
+    COLOURS,
+    CONCEPT_MOTIONS,
+    CONCEPT_SHAPES,
+    LAYOUTS,
+    MOTIONS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    random_scenes,
+)
 
-OUTLINES = (*SHAPES, "star")
+OUTLINES = (*SHAPES, *CONCEPT_SHAPES)
 
 
 def scene(shape="circle", motion="standing still", size="large", phase=0.5, offset=0.0) -> Scene:
@@ -57,6 +69,16 @@ def test_a_circle_is_gone_round_once():
     assert away.max() - away.min() < 1
 
 
+def test_a_spiral_goes_round_once_while_it_leaves_its_middle():
+    path = centres(draw(scene(motion="moving in a spiral"), 9, 64, 64))
+    away = (path - path[0]).norm(dim=1)
+    assert away.diff().min() > 0.7
+    assert away[-1] > 9
+    down, right = (path - path[0])[1:].T
+    turned = torch.atan2(down, right).diff().remainder(2 * torch.pi)
+    assert ((turned - 2 * torch.pi / 8).abs() < 0.4).all()
+
+
 @pytest.mark.parametrize("phase", [0.0, 0.99])
 def test_bouncing_goes_down_faster_and_faster_and_comes_back_up(phase):
     rows, columns = centres(draw(scene(motion="bouncing", phase=phase), 9, 64, 64)).T
@@ -77,7 +99,9 @@ def test_growing_and_shrinking_change_the_area_steadily(shape, size):
         assert ratio == pytest.approx((GROWTH[1] / GROWTH[0]) ** 2, rel=0.1)
 
 
-@pytest.mark.parametrize("motion", [motion for motion in MOTIONS if motion not in ("growing", "shrinking")])
+@pytest.mark.parametrize(
+    "motion", [motion for motion in (*MOTIONS, *CONCEPT_MOTIONS) if motion not in ("growing", "shrinking")]
+)
 @pytest.mark.parametrize("shape", OUTLINES)
 def test_shapes_stay_in_the_picture_and_keep_their_size(shape, motion):
     for phase, offset in ((0.0, 1.0), (0.99, -1.0)):

@@ -1,12 +1,24 @@
 """The judge names what clips show, also where they are blurred, noisy, off in colour or larger, and invents nothing."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tools.shape_drawing import draw
 from tools.shape_judge import NONE, judge
-from tools.shape_scenes import CONCEPTS, MOTIONS, PATTERNS, SHAPES, SIZES, Item, Scene, random_scenes
+from tools.shape_scenes import (
+    CONCEPT_MOTIONS,
+    CONCEPT_SHAPES,
+    MOTIONS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    random_scenes,
+)
 from video_output import VideoWriter
 from videos import read_video
 
@@ -40,11 +52,19 @@ def test_it_names_every_word(change):
     sizes, patterns = list(SIZES), ["plain", *PATTERNS]
     colours = [("red", "green"), ("orange", "yellow"), ("blue", "purple"), ("white", "black"), ("black", "blue")]
     scenes = []
-    for number, (shape, motion) in enumerate((shape, motion) for shape in (*SHAPES, *CONCEPTS) for motion in MOTIONS):
+    pairs = product((*SHAPES, *CONCEPT_SHAPES), (*MOTIONS, *CONCEPT_MOTIONS))
+    for number, (shape, motion) in enumerate(pairs):
         colour, background = colours[number % 5]
         item = Item(sizes[number % 3], colour, shape, motion, phase=number % 7 / 7, offset=number % 11 / 5 - 1)
         scenes.append(Scene((item,), background, patterns[number // 3 % 4]))
     assert wrong(scenes[::2], change) == []
+
+
+def test_a_spiral_is_no_circle_wherever_it_starts():
+    for phase in torch.linspace(0, 1, 12).tolist():
+        for motion in ("moving in a circle", "moving in a spiral"):
+            scene = Scene((Item("small", "red", "circle", motion, phase),), "white")
+            assert judge(spoilt(draw(scene, 9, 64, 64), 0)).items[0].motion == motion
 
 
 def test_it_names_both_shapes():

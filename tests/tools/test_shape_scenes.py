@@ -8,6 +8,7 @@ import pytest
 from sgm.errors import UserError
 from tools.shape_scenes import (
     COLOURS,
+    CONCEPTS,
     HELD_OUT_PERCENT,
     LAYOUTS,
     MOTIONS,
@@ -41,14 +42,16 @@ def test_captions_are_english():
 
 
 def test_every_caption_is_read_back():
-    """Of both splits, of one shape and of two, and of the concept, in every phrasing."""
+    """Of both splits, of one shape and of two, and of the concepts, in every phrasing."""
     chance = random.Random(0)
-    scenes = [*random_scenes(3000, 0, "all"), *random_scenes(300, 1, "all", "star")]
+    concepts = [scene for concept in CONCEPTS for scene in random_scenes(300, 1, "all", concept)]
+    scenes = [*random_scenes(3000, 0, "all"), *concepts]
     captions = [phrase(scene, chance) for scene in scenes]
     for scene, caption in zip(scenes, captions, strict=True):
         assert parse(caption) == scene == parse(f" {caption.capitalize()}.\n")
     words = {word for caption in captions for word in caption.replace(",", "").split()}
-    assert words >= {"big", "little", "medium-sized", "plain", "video", "front", "upwards", "bounces", "grows", "star"}
+    assert words >= {"big", "little", "medium-sized", "plain", "video", "front", "upwards", "bounces", "grows"}
+    assert words >= {"star", "spiral"}
 
 
 def test_the_same_scene_is_told_in_several_ways():
@@ -95,7 +98,7 @@ def test_a_fifth_of_all_combinations_is_held_out_whatever_the_word():
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_every_item_of_a_scene_is_in_the_scenes_split(split):
-    for scene in [*random_scenes(1000, 0, split), *random_scenes(100, 0, split, "star")]:
+    for scene in [scene for concept in (None, *CONCEPTS) for scene in random_scenes(500, 0, split, concept)]:
         assert {split_of(combination) for combination in scene.combinations} == {split}
 
 
@@ -122,9 +125,26 @@ def test_there_are_as_many_scenes_as_asked_for_even_if_they_repeat():
 
 
 def test_a_concept_is_drawn_only_when_asked_for():
-    assert all(item.shape in SHAPES for scene in random_scenes(500, 0) for item in scene.items)
-    stars = random_scenes(100, 0, concept="star")
-    assert {(len(scene.items), scene.items[0].colour, scene.items[0].shape) for scene in stars} == {
-        (1, "purple", "star")
-    }
+    for item in [item for scene in random_scenes(500, 0) for item in scene.items]:
+        assert item.shape in SHAPES
+        assert item.motion in MOTIONS
+    for concept, decided in CONCEPTS.items():
+        scenes = random_scenes(200, 0, concept=concept)
+        assert all(len(scene.items) == 1 for scene in scenes)
+        for name, words in (("colour", COLOURS), ("shape", SHAPES), ("motion", MOTIONS)):
+            shown = {getattr(scene.items[0], name) for scene in scenes}
+            assert shown == ({decided[name]} if name in decided else set(words))
+
+
+def test_no_pairs_where_none_are_wanted():
     assert all(len(scene.items) == 1 for scene in random_scenes(200, 0, pairs=False))
+
+
+def test_shapes_come_as_often_as_they_are_named():
+    """As long as there are scenes of them that differ."""
+    items = [item for scene in random_scenes(400, 0, shapes=["ring", *["cross"] * 3]) for item in scene.items]
+    counts = Counter(item.shape for item in items)
+    assert set(counts) == {"ring", "cross"}
+    assert counts["cross"] / counts["ring"] == pytest.approx(3, rel=0.2)
+    spirals = random_scenes(50, 0, concept="spiral", shapes=["ring"])
+    assert {scene.items[0].shape for scene in spirals} == {"ring"}
