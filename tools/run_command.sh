@@ -1,6 +1,6 @@
 # The common part of inference.sh and finetune_*.sh, which source it in the repository root. `run COMMAND ARGUMENTS`
 # runs COMMAND with the ARGUMENTS, or without any what the script has set as `run_cmd`. Before that the environment is
-# set up, and the clips are drawn that configs/tiny/sft.yaml trains on.
+# set up, and the clips that configs/tiny/sft.yaml trains on are drawn and encoded.
 
 # What `python` and `torchrun` mean in a command: those of the environment. They take the place of the script, so that
 # signals reach them.
@@ -16,7 +16,7 @@ torchrun() {
 }
 
 run() {
-    local command=$1 script word words program= help= stars=
+    local command=$1 script word words program= help= spirals=
     shift
     if (($#)); then
         run_cmd="$command $(printf '%q ' "$@")"
@@ -26,7 +26,7 @@ run() {
         case "$word" in
             -h | --help) help=yes ;;
             *.py) program=${program:-$word} ;;
-            *configs/tiny/sft.yaml) stars=yes ;;
+            *configs/tiny/sft.yaml) spirals=yes ;;
         esac
     done
 
@@ -41,9 +41,13 @@ run() {
 
     environment_python=$(bash tools/setup_environment.sh requirements.txt)
     export PATH="$(dirname "$environment_python"):$PATH" TOKENIZERS_PARALLELISM=false
-    if [[ $stars && ! -e data/stars ]]; then
-        "$environment_python" tools/make_shapes_dataset.py --output data/stars \
-            --concept star --clips 30 --frames 9 --size 64 64 --fps 8 --seed 0
+    if [[ $spirals && ! -e data/spirals_latents ]]; then
+        "$environment_python" tools/make_shapes_dataset.py --output data/spirals \
+            --concept spiral --clips 30 --frames 9 --size 64 64 --fps 8 --seed 0
+        # With their first frames, which text-to-video leaves alone.
+        "$environment_python" tools/precompute_latents.py --output data/spirals_latents.unfinished \
+            --base configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/sft.yaml --train_data data/spirals
+        mv data/spirals_latents.unfinished data/spirals_latents
     fi
     eval "$run_cmd"
 }

@@ -19,7 +19,6 @@ REACH = {
     "moving in a spiral": (0.16, 0.16),
     "bouncing": (0.14, 0),
 }
-ROUND = ("moving in a circle", "moving in a spiral")
 SHADE = 0.65  # of a pattern: so much of the background's colour
 LIGHT_BLACK = 0.3  # the shade of black, which has no darker one
 
@@ -102,7 +101,7 @@ def position(
         radius = min(size * (GROWTH[0] + grown * (GROWTH[1] - GROWTH[0])), largest)
     room = (high / 2 - largest, wide / 2 - largest)
     reach = [min(part * shorter, free) for part, free in zip(REACH.get(item.motion, (0, 0)), room, strict=True)]
-    if item.motion in ROUND:
+    if item.motion in ("moving in a circle", "moving in a spiral"):
         reach = [min(reach)] * 2
     down, right = (
         middle * (free - far) + way * far
@@ -116,17 +115,19 @@ def _middle(item: Item) -> tuple[float, float]:
     first, second = 2 * item.phase - 1, item.offset
     if item.motion in ("moving left", "moving right"):
         return second, first
-    if item.motion in ROUND:  # whose phase is an angle: what follows its first digit is as good as new
+    if item.motion == "moving in a circle":  # whose phase is an angle: what follows its first digit is as good as new
         return 2 * (10 * item.phase % 1) - 1, second
     return first, second
 
 
 def _way(item: Item, progress: float) -> tuple[float, float]:
     """Where the shape is on its way, down and right, each from -1 to 1."""
-    if item.motion in ROUND:
+    if item.motion == "moving in a circle":
         angle = 2 * math.pi * (item.phase + progress)
-        away = progress if item.motion == "moving in a spiral" else 1
-        return away * math.sin(angle), away * math.cos(angle)
+        return math.sin(angle), math.cos(angle)
+    if item.motion == "moving in a spiral":  # out of its middle, once round
+        angle = 2 * math.pi * progress
+        return progress * math.sin(angle), progress * math.cos(angle)
     if item.motion == "bouncing":  # it is slow at the top, as things that fall are
         return 1 - 2 * abs(math.cos(math.pi * progress)), 0
     along = 2 * progress - 1

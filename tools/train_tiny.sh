@@ -47,20 +47,33 @@ train_vae_part() {
 }
 
 train_text_to_video() {
+    local base=(configs/tiny/cogvideox_tiny.yaml configs/tiny/train.yaml)
     dataset clips --clips 8000 --seed 3
-    train_network text_to_video clips configs/tiny/cogvideox_tiny.yaml configs/tiny/train.yaml
+    # More of the shapes that take longest to learn.
+    dataset clips_hard --clips 7000 --seed 5 --shapes square ring cross cross cross
+    encode clips latents_text_to_video "${base[@]}"
+    encode clips_hard latents_hard "${base[@]}"
+    train_network text_to_video "${base[@]}"
 }
 
 train_image_to_video() {
+    local base=(configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/train_i2v.yaml)
     dataset clips_i2v --clips 3000 --seed 4
-    train_network image_to_video clips_i2v configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/train_i2v.yaml
+    encode clips_i2v latents_image_to_video "${base[@]}"
+    train_network image_to_video "${base[@]}"
 }
 
-# A name, the clips, and the configurations, which call the run by that name.
-train_network() {
-    local name=$1 clips=$2 run
+# The clips, the latents to make of them, and the configurations.
+encode() {
+    local clips=$1 latents=$2
     shift 2
-    launch tools/precompute_latents.py --base "$@" --train_data "data/tiny/$clips" --output "data/tiny/latents_$name"
+    launch tools/precompute_latents.py --base "$@" --train_data "data/tiny/$clips" --output "data/tiny/$latents"
+}
+
+# A name, and the configurations, which call the run by that name.
+train_network() {
+    local name=$1 run
+    shift
     launch sat/train_video.py --base "$@" --resume latest
     run=$(latest_run "$name")
     export_weights "$run/$(<"$run/latest")-ema" "$name"

@@ -24,6 +24,8 @@ PROGRAMS = {
 SINGLE = ("inference.sh", "finetune_single_gpu.sh")
 # Prints its path, its arguments and what a launcher would tell it.
 REPORT = "import os, sys; print(sys.argv[0], sys.argv[1:], os.environ.get('WORLD_SIZE')); sys.exit({})\n"
+# Stands for the encoder: makes the folder after --output.
+ENCODER = f"import os, sys; os.makedirs(sys.argv[sys.argv.index('--output') + 1])\n{REPORT.format(0)}"
 # Stands for torchrun, whose start takes seconds.
 LAUNCHER = "import sys; print('torchrun', sys.argv[1:]); sys.exit(7)\n"
 
@@ -39,6 +41,7 @@ class Scripts:
         for program in PROGRAMS.values():
             (root / program).write_text(REPORT.format(7))
         (root / "tools" / "make_shapes_dataset.py").write_text(REPORT.format(0))
+        (root / "tools" / "precompute_latents.py").write_text(ENCODER)
         (root / "tools" / "torchrun.py").write_text(LAUNCHER)
         path = os.pathsep.join((str(root / "bin"), os.environ["PATH"]))
         self.environment = {**os.environ, "PYTHON": sys.executable, "PATH": path, "NPROC": ""}
@@ -73,14 +76,15 @@ def test_arguments_and_exit_status_pass_through(scripts, script):
     assert scripts.run(script, *arguments) == (7, [f"{PROGRAMS[script]} {arguments} None"])
 
 
-def test_clips_are_drawn_for_the_tiny_training_unless_they_are_there(scripts):
+def test_clips_are_drawn_and_encoded_for_the_tiny_training_unless_they_are_there(scripts):
     arguments = ("--base", "configs/tiny/a.yaml", "configs/tiny/sft.yaml")
     _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
-    assert [line.split()[0] for line in lines] == ["tools/make_shapes_dataset.py", "sat/train_video.py"]
-    assert "'--output', 'data/stars', '--concept', 'star'" in lines[0]
-    (scripts.root / "data" / "stars").mkdir(parents=True)
+    programs = ["tools/make_shapes_dataset.py", "tools/precompute_latents.py", "sat/train_video.py"]
+    assert [line.split()[0] for line in lines] == programs
+    assert "'--output', 'data/spirals', '--concept', 'spiral'" in lines[0]
+    assert "'--train_data', 'data/spirals'" in lines[1]
     _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
-    assert [line.split()[0] for line in lines] == ["sat/train_video.py"]
+    assert [line.split()[0] for line in lines] == programs[-1:]
 
 
 @pytest.mark.parametrize("script", SINGLE)
