@@ -15,6 +15,20 @@ torchrun() {
     exec "$environment_python" tools/torchrun.py "$@"
 }
 
+# Draws clips in a folder, and encodes them beside it, in FOLDER_latents, unless they are there. The other arguments say
+# what they show.
+prepare_clips() {
+    local folder=$1
+    shift
+    if [[ ! -e ${folder}_latents ]]; then
+        "$environment_python" tools/make_shapes_dataset.py --output "$folder" --frames 9 --size 64 64 --fps 8 "$@"
+        # With their first frames, which text-to-video leaves alone.
+        "$environment_python" tools/precompute_latents.py --output "${folder}_latents.unfinished" \
+            --base configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/sft.yaml --train_data "$folder"
+        mv "${folder}_latents.unfinished" "${folder}_latents"
+    fi
+}
+
 run() {
     local command=$1 script word words program= help= spirals=
     shift
@@ -41,13 +55,9 @@ run() {
 
     environment_python=$(bash tools/setup_environment.sh requirements.txt)
     export PATH="$(dirname "$environment_python"):$PATH" TOKENIZERS_PARALLELISM=false
-    if [[ $spirals && ! -e data/spirals_latents ]]; then
-        "$environment_python" tools/make_shapes_dataset.py --output data/spirals \
-            --concept spiral --clips 30 --frames 9 --size 64 64 --fps 8 --seed 0
-        # With their first frames, which text-to-video leaves alone.
-        "$environment_python" tools/precompute_latents.py --output data/spirals_latents.unfinished \
-            --base configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/sft.yaml --train_data data/spirals
-        mv data/spirals_latents.unfinished data/spirals_latents
+    if [[ $spirals ]]; then
+        prepare_clips data/spirals --concept spiral --clips 30 --seed 0
+        prepare_clips data/known_shapes --clips 120 --seed 1
     fi
     eval "$run_cmd"
 }

@@ -79,12 +79,17 @@ def test_arguments_and_exit_status_pass_through(scripts, script):
 def test_clips_are_drawn_and_encoded_for_the_tiny_training_unless_they_are_there(scripts):
     arguments = ("--base", "configs/tiny/a.yaml", "configs/tiny/sft.yaml")
     _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
-    programs = ["tools/make_shapes_dataset.py", "tools/precompute_latents.py", "sat/train_video.py"]
-    assert [line.split()[0] for line in lines] == programs
-    assert "'--output', 'data/spirals', '--concept', 'spiral'" in lines[0]
-    assert "'--train_data', 'data/spirals'" in lines[1]
+    preparation = ["tools/make_shapes_dataset.py", "tools/precompute_latents.py"]
+    assert [line.split()[0] for line in lines] == [*preparation, *preparation, "sat/train_video.py"]
+    for number, (folder, shown) in enumerate((("data/spirals", "'spiral'"), ("data/known_shapes", "'120'"))):
+        draw, encode = lines[2 * number : 2 * number + 2]
+        assert f"'--output', '{folder}'" in draw
+        assert shown in draw
+        assert f"'--train_data', '{folder}'" in encode
     _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
-    assert [line.split()[0] for line in lines] == programs[-1:]
+    assert [line.split()[0] for line in lines] == ["sat/train_video.py"]
+    (scripts.root / "data" / "spirals_latents").rmdir()
+    assert len(scripts.run("finetune_single_gpu.sh", *arguments)[1]) == 3
 
 
 @pytest.mark.parametrize("script", SINGLE)
