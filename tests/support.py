@@ -7,8 +7,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.wrappers import check_compiler
+
 FP16_PROCESSOR = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # what DeepSpeed asks on a CPU
 needs_fp16 = pytest.mark.skipif(not FP16_PROCESSOR, reason="DeepSpeed does not train in float16 on this processor")
+
+
+def _has_compiler() -> bool:
+    try:
+        check_compiler(torch.device("cpu"))
+    except UserError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="torch.compile needs a C++ compiler")
 REFERENCE = Path(__file__).parent / "reference"
 
 

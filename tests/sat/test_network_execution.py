@@ -1,7 +1,5 @@
 """How the network runs: fused attention without a mask, nothing read back to the host, one graph for the compiler."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import instantiate_from_config
-from support import Reference
+from support import Reference, needs_compiler
 
 FAMILIES = ["t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15"]
 
@@ -118,6 +116,7 @@ def test_the_compiler_sees_one_graph(name):
             assert torch.equal(compiled(**inputs), network(**inputs))
 
 
+@needs_compiler
 @torch.no_grad()
 def test_compile_model_changes_neither_numbers_nor_names():
     network, inputs = network_and_inputs("t2v_2b")
@@ -129,7 +128,7 @@ def test_compile_model_changes_neither_numbers_nor_names():
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compile_model_gives_the_same_gradients():
     gradients = []
     for compile_model in (False, True):

@@ -18,7 +18,7 @@ from arguments import SamplingArguments
 from contact_sheet import FRAME_HEIGHT
 from sample_video import main
 from sgm.errors import UserError
-from support import assert_close
+from support import assert_close, needs_compiler
 from videos import read_video
 
 SCRIPT = Path(__file__).parents[2] / "sat" / "sample_video.py"
@@ -272,7 +272,7 @@ def test_tiles(tiny, tmp_path):
     assert 0 < (tiled - whole).abs().mean() < 0.5
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled(tiny, tmp_path, base_videos):
     config = tiny.variant("5b", tmp_path / "compiled.yaml", model={"compile_model": True})
     assert main(command(config, tmp_path, ONE_PROMPT)) == 0
