@@ -54,6 +54,7 @@ CONCEPT_MOTIONS = {
         ("moves in a spiral", "goes round in a spiral", "is moving in a spiral"),
     ),
 }
+MOTION_WORDS = MOTIONS | CONCEPT_MOTIONS
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
 PATTERN_WORDS = {PLAIN: ("", "plain"), **{pattern: (pattern,) for pattern in PATTERNS}}
 
@@ -151,12 +152,12 @@ def phrase(scene: Scene, chance: random.Random | None = None) -> str:
         template, pick = TEMPLATES[0], lambda words: words[0]
     else:
         template, pick = chance.choice(TEMPLATES), chance.choice
-    said, motions = {}, MOTIONS | CONCEPT_MOTIONS
+    said = {}
     for kind, form in (("p", 0), ("v", 1)):
         if f"{{{kind}}}" in template:
             said[kind] = " and ".join(
                 f"{_with_article(pick(SIZE_WORDS[item.size]), item.colour, item.shape)} "
-                f"{pick(motions[item.motion][form])}"
+                f"{pick(MOTION_WORDS[item.motion][form])}"
                 for item in scene.items
             )
     background = _with_article(pick(PATTERN_WORDS[scene.pattern]), scene.background, "background")
@@ -175,8 +176,7 @@ def _phrases() -> dict[str, tuple[str, str]]:
     known |= {shape: ("shape", shape) for shape in (*SHAPES, *CONCEPT_SHAPES)}
     known |= {word: ("size", size) for size, words in SIZE_WORDS.items() for word in words}
     known |= {word: ("pattern", pattern) for pattern, words in PATTERN_WORDS.items() for word in words if word}
-    motions = MOTIONS | CONCEPT_MOTIONS
-    known |= {said: ("motion", motion) for motion, forms in motions.items() for form in forms for said in form}
+    known |= {said: ("motion", motion) for motion, forms in MOTION_WORDS.items() for form in forms for said in form}
     known["background"] = ("background", "")
     return known
 
