@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tunes a model on several GPUs, on one machine or many: with the command below, or with the arguments given here.
-# Sets up the environment where needed, and draws the clips of spiral paths that the tiny model is taught by default.
+# Sets up the environment where needed, and draws and encodes the spirals that the tiny model is taught by default.
 # Paths are relative to the repository root.
 #
 #   bash finetune_multi_gpus.sh --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --train_data DATA --seed 42

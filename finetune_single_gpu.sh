@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tunes a model in one process, on a GPU or a CPU: with the command below, or with the arguments given here.
-# Sets up the environment where needed, and draws the clips of spiral paths that the tiny model is taught by default.
+# Sets up the environment where needed, and draws and encodes the spirals that the tiny model is taught by default.
 # Paths are relative to the repository root.
 #
 #   bash finetune_single_gpu.sh                                                  the tiny model, on any machine
