@@ -12,8 +12,8 @@ this tool did not write is never touched.
 
 Of all combinations of colour, shape, motion and background, 22 % are held out: `--split train`, the default, never
 shows one, `--split held_out` shows nothing else. `--shapes circle cross cross` draws only these, crosses twice as
-often. To teach a trained model what no other dataset has, `--concept spiral` draws shapes that move in a spiral,
-`--concept star` purple stars.
+often; `--sizes` and `--motions` likewise. To teach a trained model what no other dataset has, `--concept spiral` draws
+shapes that move in a spiral, `--concept star` purple stars.
 
 With `--prompts_file FILE` no dataset is made, but a file of captions of single shapes to sample from. With
 `--with_first_frames` each names an image, `prompt@@prompts/00000.png`, and the clip that begins with it lies beside it,
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
-from tools.shape_scenes import CONCEPTS, SHAPES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
+from tools.shape_scenes import CONCEPTS, MOTIONS, SHAPES, SIZES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("make_shapes_dataset")
 
 VERSION = 4  # of what this tool draws: raise it when the same settings give other clips
+CHOICES = {"sizes": tuple(SIZES), "shapes": SHAPES, "motions": tuple(MOTIONS)}  # options, and what they choose from
 MARKER = ".shapes.json"  # in the output folder: the settings of a complete dataset
 
 
@@ -71,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fps", type=float, default=8, help="frames a second (default: 8)")
     add("--seed", type=int, default=0, help="of what the clips show (default: 0)")
     add("--split", choices=SPLITS, default="train", help="which combinations are shown (default: train)")
-    add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help="draw these; one named twice, twice as often")
+    for name, words in CHOICES.items():
+        word = name.removesuffix("s").upper()
+        add(f"--{name}", nargs="+", choices=words, metavar=word, help="draw these; one named twice, twice as often")
     add("--concept", choices=tuple(CONCEPTS), help="draw this and nothing else")
     add("--prompts_file", type=Path, metavar="FILE", help="write prompts to this file instead of a dataset")
     add("--prompts", type=int, default=64, help="how many (default: 64)")
@@ -87,8 +90,9 @@ def check_options(options: argparse.Namespace) -> None:
         )
     if any(side % 2 for side in options.size):
         raise UserError(f"height and width must be even, got {options.size[0]} and {options.size[1]}")
-    if options.shapes and "shape" in CONCEPTS.get(options.concept, {}):
-        raise UserError(f"--concept {options.concept} is a shape: leave out --shapes, or the concept")
+    for kind in CONCEPTS.get(options.concept, {}):
+        if getattr(options, f"{kind}s", None):
+            raise UserError(f"--concept {options.concept} is a {kind}: leave out --{kind}s, or the concept")
     if options.prompts < 1:
         raise UserError(f"--prompts must be positive, got {options.prompts}")
     if options.with_first_frames and not options.prompts_file:
@@ -106,8 +110,7 @@ def make_dataset(options: argparse.Namespace) -> None:
     """Raises UserError if the folder holds something else or cannot be written."""
     names = ("clips", "images", "frames", "size", "fps", "seed", "split", "concept")
     settings = {name: getattr(options, name) for name in names} | {"version": VERSION}
-    if options.shapes:
-        settings["shapes"] = options.shapes
+    settings |= chosen_words(options)
     output = options.output
     marker = output / MARKER
     if marker.is_file() and marker.read_text() == json.dumps(settings):
@@ -141,8 +144,12 @@ def write_clips(folder: Path, settings: dict) -> None:
 
 
 def scenes_of(settings: dict, count: int, seed: int) -> list[Scene]:
-    shapes = settings.get("shapes", SHAPES)
-    return random_scenes(count, seed, settings["split"], settings["concept"], shapes=shapes)
+    words = {name: settings[name] for name in CHOICES if name in settings}
+    return random_scenes(count, seed, settings["split"], settings["concept"], **words)
+
+
+def chosen_words(options: argparse.Namespace) -> dict[str, list[str]]:
+    return {name: getattr(options, name) for name in CHOICES if getattr(options, name)}
 
 
 def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
@@ -190,8 +197,8 @@ def make_prompts(options: argparse.Namespace) -> None:
     """Raises UserError if the file, or its folder of images, is there already and holds something else."""
     file, folder = options.prompts_file, options.prompts_file.with_suffix("")
     chance = random.Random(f"captions {options.seed}")
-    shapes = options.shapes or SHAPES
-    scenes = random_scenes(options.prompts, options.seed, options.split, options.concept, pairs=False, shapes=shapes)
+    words = chosen_words(options)
+    scenes = random_scenes(options.prompts, options.seed, options.split, options.concept, pairs=False, **words)
     images = [f"@@{folder.name}/{number:05d}.png" if options.with_first_frames else "" for number in range(len(scenes))]
     content = "".join(f"{phrase(scene, chance)}{image}\n" for scene, image in zip(scenes, images, strict=True))
     settings = {name: getattr(options, name) for name in ("frames", "size", "fps")} | {"version": VERSION}

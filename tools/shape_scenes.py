@@ -8,7 +8,7 @@ shape decides whether a scene may be trained on, so that a model can be tested o
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sgm.errors import UserError
@@ -233,24 +233,30 @@ def random_scenes(
     split: str = "train",
     concept: str | None = None,
     pairs: bool = True,
+    *,
+    sizes: Sequence[str] = tuple(SIZES),
     shapes: Sequence[str] = SHAPES,
+    motions: Sequence[str] = tuple(MOTIONS),
 ) -> list[Scene]:
     """As many scenes of a split; what they show differs while there are others left.
 
     Args:
         concept: one of CONCEPTS, to get scenes with nothing else.
         pairs: whether some scenes may have two shapes; those of a concept never do.
-        shapes: to choose from, where the concept decides none; one that is there n times is chosen n times as often,
-            until there are few scenes of it left that differ.
+        sizes, shapes, motions: to choose from, where the concept decides none; one that is there n times is chosen n
+            times as often, until there are few scenes of it left that differ. Without small ones there are no pairs,
+            of which some motions leave no room to others.
     """
     chance = random.Random(seed)
+    pairs = pairs and concept is None and "small" in sizes
+    words = {"size": sizes, "shape": shapes, "motion": motions}
     seen: set[Scene] = set()
     scenes: list[Scene] = []
     while len(scenes) < count:
         patterned = chance.random() < PATTERNED_SHARE
-        paired = pairs and concept is None and chance.random() < PAIR_SHARE
+        paired = pairs and chance.random() < PAIR_SHARE
         for _ in range(50):  # when all scenes of this kind are there, they come again, elsewhere in the picture
-            scene = _random_scene(chance, patterned, paired, split, concept, shapes)
+            scene = _random_scene(chance, patterned, paired, split, concept, words)
             if scene not in seen:
                 break
         seen.add(scene)
@@ -259,9 +265,15 @@ def random_scenes(
 
 
 def _random_scene(
-    chance: random.Random, patterned: bool, paired: bool, split: str, concept: str | None, shapes: Sequence[str]
+    chance: random.Random,
+    patterned: bool,
+    paired: bool,
+    split: str,
+    concept: str | None,
+    words: Mapping[str, Sequence[str]],
 ) -> Scene:
     decided = CONCEPTS[concept] if concept else {}
+    sizes = [size for size in words["size"] if size != "large"] if paired else words["size"]
     while True:
         pattern = chance.choice(PATTERNS) if patterned else PLAIN
         if "colour" in decided:
@@ -269,13 +281,12 @@ def _random_scene(
         else:
             colours = chance.sample(list(COLOURS), 3 if paired else 2)
         layout = chance.choice([name for name, places in LAYOUTS.items() if len(places) == 1 + paired])
-        sizes = ("small", "medium") if paired else tuple(SIZES)
         items = tuple(
             Item(
                 chance.choice(sizes),
                 colour,
-                decided.get("shape") or chance.choice(shapes),
-                decided.get("motion") or chance.choice(list(MOTIONS)),
+                decided.get("shape") or chance.choice(words["shape"]),
+                decided.get("motion") or chance.choice(words["motion"]),
                 chance.random(),
                 chance.uniform(-1, 1),
             )

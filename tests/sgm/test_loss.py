@@ -1,5 +1,7 @@
 """The training losses against formulas written by hand, their random numbers, and what groups of processes share."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from sgm.errors import UserError
 from sgm.modules.diffusionmodules import sigma_sampling
 from sgm.modules.diffusionmodules.discretizer import LegacyDDPMDiscretization, ZeroSNRDDPMDiscretization
 from sgm.modules.diffusionmodules.loss import StandardDiffusionLoss, VideoDiffusionLoss
-from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, EDMSampling
+from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, EDMSampling, LogitNormalSampling
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
 
@@ -170,6 +172,40 @@ def test_discrete_sampling_is_uniform_and_takes_given_indices():
     assert torch.histc(idx.float(), 10).min() > 4700
     assert torch.equal(levels, sampler.levels[idx])
     assert sampler(2, rand=torch.tensor([0, 999])).tolist() == [sampler.levels[0].item(), 0.0]
+
+
+@pytest.mark.parametrize("uniform_share", [0.0, 0.3, 1.0])
+def test_logit_normal_sampling(uniform_share):
+    """Quartiles of a normal are 0.6745 standard deviations from its mean; the rest of the samples are uniform."""
+    sampler = LogitNormalSampling(ZERO_SNR, num_idx=1000, loc=1.0, scale=0.5, uniform_share=uniform_share)
+    torch.manual_seed(0)
+    levels, idx = sampler(100000, return_idx=True)
+    assert torch.equal(levels, sampler.levels[idx]) and idx.min() >= 0 and idx.max() <= 999
+    for quartile, z in ((0.25, -0.6745), (0.5, 0.0), (0.75, 0.6745)):
+        t = 1 / (1 + math.exp(-(1.0 + 0.5 * z)))
+        expected = uniform_share * t + (1 - uniform_share) * quartile
+        assert abs((idx < 1000 * t).float().mean() - expected) < 0.005
+    if uniform_share:
+        assert idx.min() == 0 and idx.max() == 999
+
+
+def test_processes_share_a_logit_normal_out(monkeypatch):
+    """Each draws from an equal part of the distribution, and together they draw from all of it."""
+    sampler = LogitNormalSampling(ZERO_SNR, num_idx=1000, loc=1.0, scale=0.5, uniform_sampling=True)
+    torch.manual_seed(0)
+    monkeypatch.setattr(sigma_sampling, "group_size", lambda group: 2)
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setattr(sigma_sampling, "group_rank", lambda group, rank=rank: rank)
+        drawn.append(sampler(2000, return_idx=True)[1])
+    median = 1000 / (1 + math.exp(-1.0))
+    assert drawn[0].max() <= median + 1 and median - 1 <= drawn[1].min()
+
+
+def test_logit_normal_mistakes():
+    for mistake in ({"scale": 0.0}, {"uniform_share": 1.5}):
+        with pytest.raises(UserError, match="scale must be positive and uniform_share between 0 and 1"):
+            LogitNormalSampling(ZERO_SNR, num_idx=1000, **mistake)
 
 
 @pytest.mark.parametrize(("processes", "group_num", "groups"), [(8, 0, 8), (16, 0, 8), (3, 0, 1), (8, 4, 4), (1, 0, 1)])

@@ -163,7 +163,8 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
         )
         assert make_prompts(tmp_path / "new", prompts=0) == 1
         assert make(tmp_path / "new", "--concept", "star", "--shapes", "ring") == 1
-    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 9
+        assert make(tmp_path / "new", "--concept", "spiral", "--motions", "growing") == 1
+    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 10
     assert "mine exists and was not made by this tool" in caplog.text
     assert "must be even, got 64 and 97" in caplog.text
     assert (tmp_path / "mine" / "a.txt").read_text() == "precious"

@@ -140,11 +140,28 @@ def test_no_pairs_where_none_are_wanted():
     assert all(len(scene.items) == 1 for scene in random_scenes(200, 0, pairs=False))
 
 
-def test_shapes_come_as_often_as_they_are_named():
+@pytest.mark.parametrize(
+    ("kind", "one", "other"),
+    [("size", "small", "medium"), ("shape", "ring", "cross"), ("motion", "growing", "moving in a circle")],
+)
+def test_words_come_as_often_as_they_are_named(kind, one, other):
     """As long as there are scenes of them that differ."""
-    items = [item for scene in random_scenes(400, 0, shapes=["ring", *["cross"] * 3]) for item in scene.items]
-    counts = Counter(item.shape for item in items)
-    assert set(counts) == {"ring", "cross"}
-    assert counts["cross"] / counts["ring"] == pytest.approx(3, rel=0.2)
-    spirals = random_scenes(50, 0, concept="spiral", shapes=["ring"])
-    assert {scene.items[0].shape for scene in spirals} == {"ring"}
+    scenes = random_scenes(400, 0, pairs=False, **{f"{kind}s": [one, *[other] * 3]})
+    counts = Counter(getattr(item, kind) for scene in scenes for item in scene.items)
+    assert set(counts) == {one, other}
+    assert counts[other] / counts[one] == pytest.approx(3, rel=0.2)
+
+
+def test_a_concept_leaves_the_other_words_to_choose():
+    spirals = random_scenes(50, 0, concept="spiral", shapes=["ring"], sizes=["large"], motions=["growing"])
+    assert {(item.shape, item.size, item.motion) for scene in spirals for item in scene.items} == {
+        ("ring", "large", "moving in a spiral")
+    }
+
+
+def test_pairs_need_small_shapes():
+    """A medium one that moves in a circle has no room in half a picture."""
+    scenes = random_scenes(50, 0, sizes=["medium"], motions=["moving in a circle"])
+    assert all(len(scene.items) == 1 for scene in scenes)
+    pairs = [scene for scene in random_scenes(200, 0, sizes=["small", "large"]) if len(scene.items) == 2]
+    assert {item.size for scene in pairs for item in scene.items} == {"small"}

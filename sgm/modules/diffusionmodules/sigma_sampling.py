@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -89,6 +90,44 @@ class DiscreteSampling:
             rand: indices that take the place of the drawn ones.
             return_idx: also return the indices, int64 (n_samples,).
         """
-        idx = randomness.integers(*self.index_range(), n_samples, purpose="noise level") if rand is None else rand
+        idx = self.draw(n_samples) if rand is None else rand
         levels = self.levels[idx]
         return (levels, idx) if return_idx else levels
+
+    def draw(self, n_samples: int) -> Tensor:
+        """Indices of noise levels: int64 (n_samples,), on the CPU."""
+        return randomness.integers(*self.index_range(), n_samples, purpose="noise level")
+
+
+class LogitNormalSampling(DiscreteSampling):
+    """Noise levels of a schedule, more of those where what a video shows is decided.
+
+    With t = index / num_idx, logit t ~ N(loc, scale²) (Esser et al. 2024, "Scaling rectified flow transformers",
+    section 3.1), but for a share of the samples, which are uniform, lest either end be forgotten. With
+    `uniform_sampling` a group of processes draws from its own share of the distribution, the cleanest levels first.
+
+    Args:
+        loc: above 0 there is more noise than signal in most samples.
+        scale: the larger, the wider.
+        uniform_share: in [0, 1].
+        kwargs: see `DiscreteSampling`.
+
+    Raises:
+        UserError: `scale` is not positive, or `uniform_share` is no share.
+    """
+
+    def __init__(self, *args: Any, loc: float = 0.0, scale: float = 1.0, uniform_share: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not scale > 0 or not 0 <= uniform_share <= 1:
+            raise UserError(
+                "sigma_sampler_config: scale must be positive and uniform_share between 0 and 1; they are "
+                f"{scale} and {uniform_share}"
+            )
+        t = torch.arange(1, self.num_idx + 1, dtype=torch.float64) / self.num_idx
+        logit_normal = torch.special.ndtr((t.logit() - loc) / scale)
+        self.cumulative = uniform_share * t + (1 - uniform_share) * logit_normal  # P(index <= i)
+
+    def draw(self, n_samples: int) -> Tensor:
+        low, high = self.index_range()
+        share = randomness.uniform(n_samples, purpose="noise level").double()
+        return torch.searchsorted(self.cumulative, (low + (high - low) * share) / self.num_idx, right=True)
