@@ -53,14 +53,25 @@ train_text_to_video() {
     dataset clips_hard --clips 7000 --seed 5 --shapes square ring cross cross cross
     encode clips latents_text_to_video "${base[@]}"
     encode clips_hard latents_hard "${base[@]}"
-    train_network text_to_video "${base[@]}"
+    train_network text_to_video text_to_video "${base[@]}"
+    # Then more of all that still comes out wrong, from the weights that have just been exported.
+    base=(configs/tiny/cogvideox_tiny.yaml configs/tiny/train_more.yaml)
+    dataset clips_more --clips 12000 --seed 7 --sizes small small medium large \
+        --shapes circle triangle square square ring ring cross cross \
+        --motions "moving left" "moving right" "moving up" "moving down" growing shrinking \
+        "moving in a circle" "moving in a circle" bouncing "standing still"
+    encode clips_more latents_more "${base[@]}"
+    train_network text_to_video_more text_to_video "${base[@]}"
+    # And the same once more for sharper edges.
+    base=(configs/tiny/cogvideox_tiny.yaml configs/tiny/train_last.yaml)
+    train_network text_to_video_last text_to_video "${base[@]}"
 }
 
 train_image_to_video() {
     local base=(configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/train_i2v.yaml)
     dataset clips_i2v --clips 3000 --seed 4
     encode clips_i2v latents_image_to_video "${base[@]}"
-    train_network image_to_video "${base[@]}"
+    train_network image_to_video image_to_video "${base[@]}"
 }
 
 # The clips, the latents to make of them, and the configurations.
@@ -70,13 +81,13 @@ encode() {
     launch tools/precompute_latents.py --base "$@" --train_data "data/tiny/$clips" --output "data/tiny/$latents"
 }
 
-# A name, and the configurations, which call the run by that name.
+# The name of the run, that of the exported weights, and the configurations.
 train_network() {
-    local name=$1 run
-    shift
+    local name=$1 exported=$2 run
+    shift 2
     launch sat/train_video.py --base "$@" --resume latest
     run=$(latest_run "$name")
-    export_weights "$run/$(<"$run/latest")-ema" "$name"
+    export_weights "$run/$(<"$run/latest")-ema" "$exported"
 }
 
 # One process with a GPU; on a CPU two, of a thread each, do more than one of two.
