@@ -8,7 +8,7 @@
 #   bash tools/train_tiny.sh text vae                  the text encoder and the VAE
 #   bash tools/train_tiny.sh text_to_video image_to_video
 #
-# Needs about seven hours on two cores.
+# Needs nine hours on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
