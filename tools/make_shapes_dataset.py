@@ -149,6 +149,7 @@ def scenes_of(settings: dict, count: int, seed: int) -> list[Scene]:
 
 
 def chosen_words(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Those of CHOICES that were given, as `random_scenes` takes them."""
     return {name: getattr(options, name) for name in CHOICES if getattr(options, name)}
 
 

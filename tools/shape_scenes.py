@@ -244,8 +244,8 @@ def random_scenes(
         concept: one of CONCEPTS, to get scenes with nothing else.
         pairs: whether some scenes may have two shapes; those of a concept never do.
         sizes, shapes, motions: to choose from, where the concept decides none; one that is there n times is chosen n
-            times as often, until there are few scenes of it left that differ. Without small ones there are no pairs,
-            of which some motions leave no room to others.
+            times as often, until there are few scenes of it left that differ. Without small ones there are no pairs:
+            for larger ones some motions have no room in half a picture.
     """
     chance = random.Random(seed)
     pairs = pairs and concept is None and "small" in sizes
