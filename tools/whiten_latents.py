@@ -8,6 +8,9 @@ channels, then learns the former and neglects the latter. Here the covariance C 
 and W = C^(-1/2) is multiplied into the encoder's last layer, its inverse into those layers of the decoder that see the
 latent. What is decoded stays the same; a diffusion model of such latents has `scale_factor: 1`.
 
+With `--near old.safetensors` the white latents are also turned to be as near as possible to those of another VAE, such
+as the one that training went on from, so that a diffusion model of its latents has less to learn anew.
+
 Log-variances are mapped to those of W's image where a posterior's channels vary alike, which is close to it otherwise.
 Exit codes: 0 the file is written, 2 a mistake in the arguments or files stands in the way.
 """
@@ -43,6 +46,7 @@ def build_parser() -> ToolParser:
     add("--base", nargs="+", required=True, metavar="FILE", help="configuration of the VAE, with a data: section")
     add("--data", nargs="+", required=True, metavar="DATA", help="clips to measure on: as for train_video.py")
     add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: those that the configuration names)")
+    add("--near", type=Path, metavar="FILE", help="weights, of the same configuration, whose latents to come near to")
     add("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     add("--num_clips", type=int, default=500, help="how many, spread over the data, or all there are (default: 500)")
     parser.add_writing_arguments()
@@ -55,11 +59,13 @@ def whiten(arguments: Sequence[str] | None) -> None:
     if options.num_clips < 1:
         raise UserError(f"--num_clips is {options.num_clips}; it must be at least 1")
     check_clip_sources(options.data)
-    check_sources([options.ckpt])
+    check_sources([options.ckpt, options.near])
     config = load_configs(options.base, used=("model", "data"))
     vae_config = find_vae(config.get("model") or {}, options.ckpt)
     data_config = find_data(config.get("data") or {}, vae_config["params"])
-    check_output(options.output, options, [Path(vae_config["params"]["ckpt_path"])])
+    former_config = find_vae(config["model"], options.near) if options.near else None
+    sources = [described["params"]["ckpt_path"] for described in (vae_config, former_config) if described]
+    check_output(options.output, options, [Path(source) for source in sources])
 
     import torch
 
@@ -68,16 +74,24 @@ def whiten(arguments: Sequence[str] | None) -> None:
     from whole_files import write_safetensors
 
     with torch.no_grad():
-        vae = build_vae(vae_config, torch.device("cpu"), torch.float32)
+        configs = [vae_config, former_config] if former_config else [vae_config]
+        vae, *former = vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in configs]
         dataset = make_dataset(options.data, data_config, SimpleNamespace(), random_start=False)
-        covariance = covariance_of(
-            encode(vae, sample["mp4"]) for _, sample in readable_samples(dataset, options.num_clips)
-        )
+        samples = readable_samples(dataset, options.num_clips)
+        joint = covariance_of(torch.cat([encode(each, sample["mp4"]) for each in vaes], dim=1) for _, sample in samples)
+        channels = len(joint) // len(vaes)
+        covariance = joint[:channels, :channels]
         variances = torch.linalg.eigvalsh(covariance)
         logger.info("variances of the latents' %d directions: %s", len(variances), _in_words(variances))
         if variances[0] <= 1e-6 * variances[-1]:
             raise UserError("the latents do not vary in all directions: measure on more clips (--data, --num_clips)")
-        map_latents(vae, inverse_root(covariance))
+        matrix = inverse_root(covariance)
+        if former:
+            matrix = nearest_rotation(joint[channels:, :channels] @ matrix.mT) @ matrix
+            spreads = joint.diagonal()[channels:].sqrt()
+            correlations = (joint[channels:, :channels] @ matrix.mT).diagonal() / spreads
+            logger.info("correlations of the channels with those of %s: %s", options.near, _in_words(correlations))
+        map_latents(vae, matrix)
     weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
     if options.dry_run:
         return
@@ -103,6 +117,17 @@ def inverse_root(covariance: "Tensor") -> "Tensor":
 
     variances, directions = torch.linalg.eigh(covariance)
     return directions / variances.sqrt() @ directions.mT
+
+
+def nearest_rotation(covariance: "Tensor") -> "Tensor":
+    """The orthogonal R for which R b is nearest to a in the mean square, of covariance E[a bᵀ] (c, c).
+
+    The orthogonal Procrustes problem (Schönemann 1966): R = U Vᵀ where U S Vᵀ is the covariance.
+    """
+    import torch
+
+    left, _, right = torch.linalg.svd(covariance)
+    return left @ right
 
 
 def map_latents(vae: "nn.Module", matrix: "Tensor") -> None:

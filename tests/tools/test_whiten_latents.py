@@ -11,7 +11,7 @@ from data_video import SFTDataset
 from seeded import seed_module_
 from sgm.util import instantiate_from_config
 from support import assert_close
-from tools.whiten_latents import covariance_of, inverse_root, main, map_latents
+from tools.whiten_latents import covariance_of, inverse_root, main, map_latents, nearest_rotation
 from training_clips import write_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,33 @@ def test_latents_are_white_and_clips_come_back_the_same(folder, tmp_path):
 
 
 @torch.no_grad()
+def test_near_turns_white_latents_back(folder, tmp_path):
+    """Of a VAE whose latents have been mixed, --near the white original gives the original's latents again."""
+    assert main(command(folder, tmp_path / "white.safetensors")) == 0
+    mixed = build(folder, tmp_path / "white.safetensors")
+    map_latents(mixed, torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    torch.save({"state_dict": mixed.state_dict()}, tmp_path / "mixed.pt")
+    more = ["--ckpt", f"{tmp_path}/mixed.pt", "--near", f"{tmp_path}/white.safetensors"]
+    assert main(command(folder, tmp_path / "near.safetensors", *more)) == 0
+    white, near = (build(folder, tmp_path / f"{name}.safetensors") for name in ("white", "near"))
+    for clip in clips_of(folder):
+        old, new = (vae.encode(clip, unregularized=True).chunk(2, dim=1)[0] for vae in (white, near))
+        assert_close(new, old, 1e-2)
+
+
+def test_nearest_rotation():
+    """It undoes a rotation, and no other orthogonal map comes nearer to what is no rotation of it."""
+    generator = torch.Generator().manual_seed(3)
+    b = torch.randn(5, 400, generator=generator, dtype=torch.float64)
+    turn, other = (torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    assert_close(nearest_rotation(turn @ b @ b.mT), turn, 1e-9)
+    a = torch.randn(5, 5, generator=generator, dtype=torch.float64) @ b
+    found = nearest_rotation(a @ b.mT)
+    assert_close(found @ found.mT, torch.eye(5, dtype=torch.float64), 1e-9)
+    assert (found @ b - a).square().sum() < min((each @ b - a).square().sum() for each in (turn, other, other @ found))
+
+
+@torch.no_grad()
 def test_posteriors_follow_the_map(folder):
     """Where all channels of a posterior have one variance, the new log-variances are exactly those of the mapped
     posterior, s²·(M·Mᵀ) on the diagonal; means are M times the old ones everywhere."""
@@ -105,6 +132,7 @@ def test_the_map_changes_latents_least():
         (["--data", "{folder}/cache"], "holds latents"),
         (["--data", "/nowhere"], "there is no /nowhere"),
         (["--ckpt", "/nowhere.pt"], "there is no /nowhere.pt"),
+        (["--near", "/nowhere.pt"], "there is no /nowhere.pt"),
         (["--output", "{folder}/there.safetensors"], "exists: give --overwrite"),
     ],
 )
