@@ -15,17 +15,21 @@ torchrun() {
     exec "$environment_python" tools/torchrun.py "$@"
 }
 
-# Draws clips in a folder, and encodes them beside it, in FOLDER_latents, unless they are there. The other arguments say
-# what they show.
+# Draws clips in a folder, and encodes them beside it, in FOLDER_latents, unless they are there and no older than the
+# VAE. The other arguments say what they show.
 prepare_clips() {
-    local folder=$1
+    local folder=$1 latents=$1_latents unfinished=$1_latents.unfinished vae=assets/tiny/vae.safetensors
     shift
-    if [[ ! -e ${folder}_latents ]]; then
+    if [[ ! -e $latents || $vae -nt $latents ]]; then
+        rm -rf "$latents"
+        if [[ $vae -nt $unfinished ]]; then
+            rm -rf "$unfinished"
+        fi
         "$environment_python" tools/make_shapes_dataset.py --output "$folder" --frames 9 --size 64 64 --fps 8 "$@"
         # With their first frames, which text-to-video leaves alone.
-        "$environment_python" tools/precompute_latents.py --output "${folder}_latents.unfinished" \
+        "$environment_python" tools/precompute_latents.py --output "$unfinished" \
             --base configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/sft.yaml --train_data "$folder"
-        mv "${folder}_latents.unfinished" "${folder}_latents"
+        mv "$unfinished" "$latents"
     fi
 }
 

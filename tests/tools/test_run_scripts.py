@@ -92,6 +92,21 @@ def test_clips_are_drawn_and_encoded_for_the_tiny_training_unless_they_are_there
     assert len(scripts.run("finetune_single_gpu.sh", *arguments)[1]) == 3
 
 
+def test_clips_are_encoded_anew_for_another_vae(scripts):
+    """Latents that are older than the VAE's weights are of another VAE: training would refuse them."""
+    arguments = ("--base", "configs/tiny/a.yaml", "configs/tiny/sft.yaml")
+    vae = scripts.root / "assets" / "tiny" / "vae.safetensors"
+    vae.parent.mkdir(parents=True)
+    vae.touch()
+    assert len(scripts.run("finetune_single_gpu.sh", *arguments)[1]) == 5
+    assert len(scripts.run("finetune_single_gpu.sh", *arguments)[1]) == 1
+    (scripts.root / "data" / "spirals_latents" / "old").touch()
+    later = time.time() + 60
+    os.utime(vae, (later, later))
+    assert len(scripts.run("finetune_single_gpu.sh", *arguments)[1]) == 5
+    assert not (scripts.root / "data" / "spirals_latents" / "old").exists()
+
+
 @pytest.mark.parametrize("script", SINGLE)
 def test_an_edited_command_is_run(scripts, script):
     command = f'run_cmd="TOKENIZERS_PARALLELISM=true python {PROGRAMS[script]} --base x.yaml"'
