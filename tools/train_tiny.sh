@@ -32,8 +32,7 @@ train_vae() {
     clips_more
     dataset vae_hard --clips 5000 --seed 11 --sizes small small medium large \
         --shapes circle triangle square ring ring cross cross \
-        --motions "moving left" "moving right" "moving up" "moving down" growing shrinking \
-        "moving in a circle" "moving in a circle" "moving in a circle" bouncing
+        --motions "${hard_motions[@]}" "moving in a circle" bouncing
     dataset vae_valid --clips 32 --seed 2 --split held_out
     train_vae_part vae_images vae_tiny_images
     train_vae_part vae vae_tiny
@@ -80,11 +79,12 @@ train_image_to_video() {
 }
 
 # What is hard: small shapes, corners and holes, motion in a circle.
+hard_motions=("moving left" "moving right" "moving up" "moving down" growing shrinking
+    "moving in a circle" "moving in a circle")
 clips_more() {
     dataset clips_more --clips 12000 --seed 7 --sizes small small medium large \
         --shapes circle triangle square square ring ring cross cross \
-        --motions "moving left" "moving right" "moving up" "moving down" growing shrinking \
-        "moving in a circle" "moving in a circle" bouncing "standing still"
+        --motions "${hard_motions[@]}" bouncing "standing still"
 }
 
 # The clips, the latents to make of them, and the configurations.

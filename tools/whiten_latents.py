@@ -61,11 +61,11 @@ def whiten(arguments: Sequence[str] | None) -> None:
     check_clip_sources(options.data)
     check_sources([options.ckpt, options.near])
     config = load_configs(options.base, used=("model", "data"))
-    vae_config = find_vae(config.get("model") or {}, options.ckpt)
-    data_config = find_data(config.get("data") or {}, vae_config["params"])
-    former_config = find_vae(config["model"], options.near) if options.near else None
-    sources = [described["params"]["ckpt_path"] for described in (vae_config, former_config) if described]
-    check_output(options.output, options, [Path(source) for source in sources])
+    vae_configs = [find_vae(config.get("model") or {}, options.ckpt)]
+    data_config = find_data(config.get("data") or {}, vae_configs[0]["params"])
+    if options.near:
+        vae_configs.append(find_vae(config["model"], options.near))
+    check_output(options.output, options, [Path(each["params"]["ckpt_path"]) for each in vae_configs])
 
     import torch
 
@@ -74,8 +74,7 @@ def whiten(arguments: Sequence[str] | None) -> None:
     from whole_files import write_safetensors
 
     with torch.no_grad():
-        configs = [vae_config, former_config] if former_config else [vae_config]
-        vae, *former = vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in configs]
+        vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in vae_configs]
         dataset = make_dataset(options.data, data_config, SimpleNamespace(), random_start=False)
         samples = readable_samples(dataset, options.num_clips)
         joint = covariance_of(torch.cat([encode(each, sample["mp4"]) for each in vaes], dim=1) for _, sample in samples)
@@ -86,13 +85,14 @@ def whiten(arguments: Sequence[str] | None) -> None:
         if variances[0] <= 1e-6 * variances[-1]:
             raise UserError("the latents do not vary in all directions: measure on more clips (--data, --num_clips)")
         matrix = inverse_root(covariance)
-        if former:
-            matrix = nearest_rotation(joint[channels:, :channels] @ matrix.mT) @ matrix
-            spreads = joint.diagonal()[channels:].sqrt()
-            correlations = (joint[channels:, :channels] @ matrix.mT).diagonal() / spreads
+        if options.near:
+            with_former = joint[channels:, :channels] @ matrix.mT
+            rotation = nearest_rotation(with_former)
+            matrix = rotation @ matrix
+            correlations = (with_former @ rotation.mT).diagonal() / joint.diagonal()[channels:].sqrt()
             logger.info("correlations of the channels with those of %s: %s", options.near, _in_words(correlations))
-        map_latents(vae, matrix)
-    weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+        map_latents(vaes[0], matrix)
+    weights = {name: tensor.contiguous() for name, tensor in vaes[0].state_dict().items()}
     if options.dry_run:
         return
     write_safetensors(options.output, weights)
