@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
     """GiB that this process had in use at most during `run`: of the GPU's memory, or for a CPU its resident memory.
 
     Resident memory counts what anything before has left behind, so measure each contender in a process of its own
-    (`in_own_process`). Linux only.
+    (`peak_memories`). Linux only.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -58,10 +59,16 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
 
 
-def in_own_process(*arguments: str) -> float:
-    """Run this script again with `arguments`; returns the number it prints last, as JSON."""
-    done = subprocess.run([sys.executable, *sys.argv, *arguments], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def peak_memories(contenders: Iterable[str], device: torch.device, *task: str) -> dict[str, float]:
+    """GiB of each contender, by its name: this script run again with `--memory-of TASK CONTENDER` prints it last.
+
+    On a GPU they run at once, since a process is told of its own memory alone, and most of their time goes by before.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # room for them
+    names = list(contenders)
+    with ThreadPoolExecutor(len(names) if device.type == "cuda" else 1) as pool:
+        return dict(zip(names, pool.map(lambda name: _in_own_process("--memory-of", *task, name), names), strict=True))
 
 
 def layer_flops(tokens: int, width: int) -> tuple[int, int]:
@@ -107,3 +114,8 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _in_own_process(*arguments: str) -> float:
+    done = subprocess.run([sys.executable, *sys.argv, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])

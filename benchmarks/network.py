@@ -19,10 +19,10 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests", "
 
 from harness import (  # noqa: E402
     alternating_medians,
-    in_own_process,
     layer_flops,
     machine,
     markdown_table,
+    peak_memories,
     peak_memory,
     write_results,
 )
@@ -47,7 +47,7 @@ def main() -> None:
     seconds = alternating_medians(contenders, args.repeats)
     error = relative_error(*(run() for run in contenders.values()))
     del contenders
-    memory = {name: in_own_process("--memory-of", name) for name in seconds}
+    memory = peak_memories(seconds, args.device)
     flops = floating_point_operations(args)
     rows = [
         [

@@ -35,10 +35,10 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests", "
 
 from harness import (  # noqa: E402
     alternating_medians,
-    in_own_process,
     layer_flops,
     machine,
     markdown_table,
+    peak_memories,
     peak_memory,
     synchronize,
     write_results,
@@ -156,7 +156,7 @@ def compare(args: argparse.Namespace) -> str:
     seconds = alternating_medians({name: each.step for name, each in contenders.items()}, args.repeats)
     last = {name: each.step().item() for name, each in contenders.items()}
     del contenders
-    memory = {name: in_own_process("--memory-of", name) for name in seconds}
+    memory = peak_memories(seconds, args.device)
     flops = floating_point_operations(args)
     rows = [
         [

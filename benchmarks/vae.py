@@ -18,9 +18,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from harness import (  # noqa: E402
     alternating_medians,
-    in_own_process,
     machine,
     markdown_table,
+    peak_memories,
     peak_memory,
     write_results,
 )
@@ -51,7 +51,7 @@ def main() -> None:
     rows = []
     for task in ("encode", "decode"):
         seconds = alternating_medians({"ours": ours[task], "diffusers": theirs[task]}, args.repeats)
-        memory = {name: in_own_process("--memory-of", task, name) for name in seconds}
+        memory = peak_memories(seconds, args.device, task)
         error = relative_error(ours[task](), theirs[task]())
         ratio = seconds["diffusers"] / seconds["ours"]
         rows.append([task, *seconds.values(), f"{ratio:.2f}×", *memory.values(), f"{error:.1e}"])

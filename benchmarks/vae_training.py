@@ -20,7 +20,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from harness import alternating_medians, in_own_process, markdown_table, peak_memory, write_results  # noqa: E402
+from harness import alternating_medians, markdown_table, peak_memories, peak_memory, write_results  # noqa: E402
 from vae import autoencoder, common_parser, diffusers_autoencoder, parse, seeded_video, setting  # noqa: E402
 
 from diffusers_vae import diffusers_name  # noqa: E402
@@ -48,7 +48,7 @@ def main() -> None:
 
     seconds = alternating_medians({name: step for name, (_, step) in contenders.items()}, args.repeats)
     del contenders
-    memory = {name: in_own_process("--memory-of", name) for name in seconds}
+    memory = peak_memories(seconds, args.device)
     rows = [[name, each, f"{seconds['diffusers'] / each:.2f}×", memory[name]] for name, each in seconds.items()]
     text = (
         f"{setting(args)}\n\n{markdown_table(['', 's per step', 'times as fast', 'peak GiB'], rows)}\n\n"

@@ -61,7 +61,7 @@ run() {
     export PATH="$(dirname "$environment_python"):$PATH" TOKENIZERS_PARALLELISM=false
     if [[ $spirals ]]; then
         prepare_clips data/spirals --concept spiral --clips 30 --seed 0
-        prepare_clips data/known_shapes --clips 120 --seed 1 --motions \
+        prepare_clips data/known_shapes --clips 240 --seed 1 --motions \
             "moving left" "moving right" "moving up" "moving down" growing shrinking bouncing "standing still" \
             "moving in a circle" "moving in a circle" "moving in a circle" "moving in a circle"
     fi

@@ -81,7 +81,7 @@ def test_clips_are_drawn_and_encoded_for_the_tiny_training_unless_they_are_there
     _, lines = scripts.run("finetune_single_gpu.sh", *arguments)
     preparation = ["tools/make_shapes_dataset.py", "tools/precompute_latents.py"]
     assert [line.split()[0] for line in lines] == [*preparation, *preparation, "sat/train_video.py"]
-    for number, (folder, shown) in enumerate((("data/spirals", "'spiral'"), ("data/known_shapes", "'120'"))):
+    for number, (folder, shown) in enumerate((("data/spirals", "'spiral'"), ("data/known_shapes", "'240'"))):
         draw, encode = lines[2 * number : 2 * number + 2]
         assert f"'--output', '{folder}'" in draw
         assert shown in draw
