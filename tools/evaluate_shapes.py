@@ -13,30 +13,19 @@ mistake in the arguments or files stands in the way.
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from output_paths import check_folder, output_path  # noqa: E402
-from prompt_inputs import read_prompts  # noqa: E402
+from output_paths import check_folder  # noqa: E402
 from sgm.errors import UserError, exit_code  # noqa: E402
-from tools.shape_scenes import Scene, parse  # noqa: E402
+from tools.prompted_videos import from_file, from_folders  # noqa: E402
 from tools.tool_parser import ToolParser  # noqa: E402
 
 logger = logging.getLogger("evaluate_shapes")
-
-
-class Prompted(NamedTuple):
-    """A prompt and the videos that were made of it; none if they are missing."""
-
-    scene: Scene
-    image: Path | None
-    videos: list[Path]
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -77,38 +66,6 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--own_accuracy_clips is {options.own_accuracy_clips}; it must be at least 0")
     if options.json:
         check_folder(options.json.parent, "--json")
-
-
-def from_file(folder: Path, file: Path) -> list[Prompted]:
-    """Every prompt of the file; those without videos are named in a warning."""
-    prompted = []
-    for request in read_prompts(file):
-        first = output_path(folder, request.index, request.text, 0)
-        prompted.append(Prompted(parse(request.text), request.image, _videos(first.parent.parent)))
-        if not prompted[-1].videos:
-            logger.warning("missing: %s", first)
-    return prompted
-
-
-def from_folders(folder: Path) -> list[Prompted]:
-    """The prompts that the names of the output folders tell, in their order."""
-    found = []
-    for path in folder.iterdir():
-        if path.is_dir() and (match := re.fullmatch(r"(\d+)_(.+)", path.name)):
-            try:
-                scene = parse(match[2].replace("_", " "))
-            except UserError as error:
-                raise UserError(f"{error}; if the folder's name is cut short, give --input_file") from error
-            found.append((int(match[1]), path, Prompted(scene, None, _videos(path))))
-    found.sort(key=lambda entry: entry[:2])
-    for _, path, prompt in found:
-        if not prompt.videos:
-            logger.warning("missing: %s", path / "0" / "000000.mp4")
-    return [prompt for _, _, prompt in found]
-
-
-def _videos(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]*/000000.mp4"), key=lambda path: (len(path.parent.name), path))
 
 
 if __name__ == "__main__":

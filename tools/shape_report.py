@@ -9,21 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from image_inputs import load_condition_image
 from sgm.errors import UserError
+from tools.prompted_videos import Prompted
 from tools.shape_drawing import draw
 from tools.shape_judge import NONE, judge
 from tools.shape_scenes import Item, Scene, random_scenes
 from video_output import VideoWriter
 from video_reading import UnreadableClip, decode, open_video
 from whole_files import replaced_when_complete, reported_as_user_error
-
-if TYPE_CHECKING:
-    from tools.evaluate_shapes import Prompted
 
 logger = logging.getLogger("evaluate_shapes")
 
@@ -41,7 +39,7 @@ ASPECTS: dict[str, Callable[[Item, Scene], Any]] = {
 NOTHING = Item(NONE, NONE, NONE, NONE)
 
 
-def run(options: argparse.Namespace, prompted: Sequence["Prompted"]) -> str:
+def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
     """Judge the videos as the command's options say, write the numbers, and return the report for the terminal.
 
     Raises:
