@@ -24,7 +24,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from batch_order import Bucket, SampleKey
-from data_video import make_dataset, make_loader
+from clip_loader import make_loader
+from data_video import make_dataset
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
 from latent_cache import (
     DESCRIPTION,

@@ -21,7 +21,8 @@ import deepspeed_engine
 import random_state
 import validation
 from batch_order import BatchOrder
-from data_video import make_dataset, make_loader
+from clip_loader import make_loader
+from data_video import make_dataset
 from diffusion_video import SATVideoDiffusionEngine
 from latent_cache import conditioner_for_cache
 from optimizer_state import check_storable

@@ -19,7 +19,8 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
-from data_video import SFTDataset, make_dataset, make_loader
+from clip_loader import make_loader
+from data_video import SFTDataset, make_dataset
 from run_control import describe_data, from_first_process, join_processes, leave_processes, removed_if_empty
 from run_folders import new_run_folder
 from sgm.context_parallel import split_evenly

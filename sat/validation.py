@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from data_video import collate
+from clip_loader import collate
 from diffusion_video import SATVideoDiffusionEngine
 from model_limits import TIME_FACTOR
 from output_paths import safe_name

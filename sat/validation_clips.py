@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from batch_order import Bucket, SampleKey
-from data_video import make_loader
+from clip_loader import make_loader
 from sgm.seeds import hashed_seed
 
 logger = logging.getLogger("train_video")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 import latent_encoding
 from batch_order import Bucket, SampleKey
+from clip_loader import collate
 from config_files import load_configs
-from data_video import collate, make_dataset
+from data_video import make_dataset
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
 from distributed import run_distributed
 from latent_cache import LatentDataset, conditioner_for_cache, is_cache, read_shards
