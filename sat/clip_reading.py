@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
 from batch_order import Bucket
 from clip_sources import ClipSource
+from clip_transforms import CENTRED, Placement, cover
 from image_inputs import load_condition_image
 from mp4_header import VideoHeader, read_header
 from sgm.errors import UserError
@@ -42,6 +42,21 @@ class ClipInfo(NamedTuple):
     @property
     def frame_duration(self) -> float:
         return self.seconds / (self.frames - 1) if self.frames > 1 else 0.0
+
+
+class Part(NamedTuple):
+    """A part of the places where a clip may start, as shares of all places: clips of one source divide them."""
+
+    begin: float = 0.0
+    end: float = 1.0
+
+    def within(self, starts: int) -> tuple[int, int]:
+        """Return the first of `starts` places that belongs to the part, and the one after the last."""
+        first = min(math.floor(self.begin * starts + ROUNDING), starts - 1)
+        return first, max(math.floor(self.end * starts + ROUNDING), first + 1)
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -77,13 +92,15 @@ class FrameSampling:
         frames = min(fit, self.max_frames)
         return frames - (frames - 1) % self.multiple
 
-    def times(self, info: ClipInfo, frames: int, seed: int) -> np.ndarray:
-        """When the frames of a clip of `frames` are, in seconds from the source's first frame."""
+    def times(self, info: ClipInfo, frames: int, seed: int, part: Part = WHOLE) -> np.ndarray:
+        """Return when the frames of a clip of `frames` are, in seconds from the source's first frame."""
         first, last = self.window(info)
         duration = info.frame_duration
         slack = last - first + duration / 2 - (frames - 1) / self.fps
         starts = max(math.floor(slack / duration + ROUNDING) + 1, 1) if duration else 1
-        start = random.Random(hashed_seed(seed, "clip start")).randrange(starts) if self.random_start else 0
+        start, end = part.within(starts)
+        if self.random_start:
+            start = random.Random(hashed_seed(seed, "clip start")).randrange(start, end)
         return first + start * duration + np.arange(frames) / self.fps
 
 
@@ -108,26 +125,35 @@ def probe(source: ClipSource) -> ClipInfo:
     return ClipInfo(width, height, len(reader), float(times[-1]))
 
 
-def read_clip(source: ClipSource, bucket: Bucket, sampling: FrameSampling, seed: int) -> Tensor:
-    """The pixels of a clip: uint8 (frames, 3, height, width), RGB, in the shape of the bucket, not contiguous.
+def read_clip(
+    source: ClipSource,
+    bucket: Bucket,
+    sampling: FrameSampling,
+    seed: int,
+    placement: Placement = CENTRED,
+    part: Part = WHOLE,
+) -> Tensor:
+    """Return the pixels of a clip: uint8 (frames, 3, height, width), RGB, in the bucket's shape, not contiguous.
 
-    Frames are resized (antialiased bicubic, aspect ratio kept) to cover the size; what protrudes is cut off evenly.
+    Args:
+        placement: where frames are cropped, once they cover the size, see `clip_transforms.cover`.
+        part: of the source, in which the clip starts.
 
     Raises:
         UnreadableClip: the file is not there, damaged, or shorter than the bucket.
     """
     if source.is_image:
-        return _read_image(source, bucket)
+        return _read_image(source, bucket, placement)
     # A worker decodes alone: as many threads in each as there are cores would only be in each other's way.
     reader = open_video(_file(source), threads=1 if get_worker_info() else 0)
     source_times = _frame_times(reader)
     info = ClipInfo(0, 0, len(source_times), float(source_times[-1]))
-    times = sampling.times(info, bucket.frames, seed)
+    times = sampling.times(info, bucket.frames, seed, part)
     # By more than rounding: a header gives mean rates, and lengths to one frame more or less.
     if times[-1] > info.seconds + 1.5 * info.frame_duration + ROUNDING:
         raise UnreadableClip(f"it has {info.frames} frames, fewer than its header says")
     frames = decode(reader, nearest_frames(source_times, times).tolist())
-    return _cover(frames.permute(0, 3, 1, 2), bucket.height, bucket.width)
+    return cover(frames.permute(0, 3, 1, 2), bucket.height, bucket.width, placement)
 
 
 def _file(source: ClipSource) -> io.BytesIO | str:
@@ -161,17 +187,6 @@ def _frame_times(reader: "VideoReader") -> np.ndarray:
     return times - times[0]
 
 
-def _cover(frames: Tensor, height: int, width: int) -> Tensor:
-    """(n, 3, h, w) to (n, 3, height, width), uint8."""
-    h, w = frames.shape[-2:]
-    scale = max(height / h, width / w)
-    size = max(height, round(h * scale)), max(width, round(w * scale))
-    if size != (h, w):
-        frames = F.interpolate(frames, size=size, mode="bicubic", antialias=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return frames[..., top : top + height, left : left + width]
-
-
 def _probe_image(source: ClipSource) -> ClipInfo:
     from PIL import Image
 
@@ -186,10 +201,11 @@ def _probe_image(source: ClipSource) -> ClipInfo:
     return ClipInfo(width, height, 1, 0.0)
 
 
-def _read_image(source: ClipSource, bucket: Bucket) -> Tensor:
+def _read_image(source: ClipSource, bucket: Bucket, placement: Placement) -> Tensor:
     file = _file(source)
     try:
-        image = load_condition_image(file, (bucket.height, bucket.width))
+        image = load_condition_image(file, (bucket.height, bucket.width), (placement.left, placement.top))
     except UserError as error:
         raise UnreadableClip("damaged: the image cannot be decoded") from error
-    return ((image + 1) * 127.5).round().to(torch.uint8)[None]
+    pixels = ((image + 1) * 127.5).round().to(torch.uint8)[None]
+    return pixels.flip(-1) if placement.mirrored else pixels

@@ -10,14 +10,15 @@ from torch import Tensor
 from sgm.errors import UserError
 
 
-def load_condition_image(path: str | Path, size: tuple[int, int]) -> Tensor:
+def load_condition_image(path: str | Path, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """An image file as a first frame.
 
     The image is turned as its EXIF orientation says, laid on white where it is transparent, resized (antialiased
-    bicubic, aspect ratio kept) to cover `size`, and what protrudes is cut off evenly on both sides.
+    bicubic, aspect ratio kept) to cover `size`, and what protrudes is cut off.
 
     Args:
         size: (height, width) in pixels.
+        crop: the place of what stays, from left (0) to right (1) and from top to bottom; by default the middle.
 
     Returns:
         (3, height, width), float32 in [-1, 1], RGB.
@@ -34,7 +35,7 @@ def load_condition_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     # Pillow's decoders report damaged files by whichever of these came up.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}") from error
-    pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+    pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, centering=crop))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
