@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from sgm.errors import UserError
 
@@ -22,6 +23,9 @@ class _Cycles(ABC):
         warm_up_steps, cycle_lengths: in steps, for each cycle; the warm-up is part of the cycle.
         f_start, f_max, f_min: factors, for each cycle.
         verbosity_interval: log the factor every so many steps; 0 for never.
+
+    Attributes:
+        last_f: the factor of the latest call, 0 before the first; `last_lr` is another name of it.
 
     Raises:
         UserError: the lists differ in length, or a warm-up is as long as its cycle.
@@ -54,22 +58,38 @@ class _Cycles(ABC):
         self.warm_up_steps, self.cycle_lengths = list(warm_up_steps), list(cycle_lengths)
         self.f_min, self.f_max, self.f_start = list(f_min), list(f_max), list(f_start)
         self.verbosity_interval = verbosity_interval
+        self.last_f = 0.0
 
-    def schedule(self, n: int) -> float:
-        """The factor at step `n`, counted from 0."""
+    @property
+    def last_lr(self) -> float:
+        """Return the factor of the latest call."""
+        return self.last_f
+
+    def find_in_interval(self, n: int) -> int:
+        """Return the cycle that step `n` belongs to, from 0: the last one for all steps after it.
+
+        A step on the border of two cycles is the end of the first.
+        """
         ends = list(accumulate(self.cycle_lengths))
-        cycle = next((index for index, end in enumerate(ends) if n <= end), len(ends) - 1)
+        return next((index for index, end in enumerate(ends) if n <= end), len(ends) - 1)
+
+    def schedule(self, n: int, **kwargs: Any) -> float:
+        """Return the factor at step `n`, counted from 0; other arguments have no effect."""
+        cycle = self.find_in_interval(n)
         length, warm_up = self.cycle_lengths[cycle], self.warm_up_steps[cycle]
-        step = min(n - (ends[cycle] - length), length)
+        step = min(n - sum(self.cycle_lengths[:cycle]), length)
         if step < warm_up:
             factor = self.f_start[cycle] + (self.f_max[cycle] - self.f_start[cycle]) * step / warm_up
         else:
             factor = self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * self._decay(step, warm_up, length)
         if self.verbosity_interval > 0 and n % self.verbosity_interval == 0:
             log.info("step %d: the learning rate is multiplied by %g (cycle %d)", n, factor, cycle)
+        self.last_f = factor
         return factor
 
-    __call__ = schedule
+    def __call__(self, n: int, **kwargs: Any) -> float:
+        """Return `schedule(n)`."""
+        return self.schedule(n, **kwargs)
 
     @staticmethod
     @abstractmethod

@@ -47,3 +47,15 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     except ValueError:  # a built-in that does not tell its signature
         pass
     return factory(**params)
+
+
+_HELPERS = ("sgm.helpers", "sgm.context_parallel")
+
+
+def __getattr__(name: str) -> Any:
+    """Return a helper of `sgm.helpers` or `sgm.context_parallel`: imported when asked for, since they need PyTorch."""
+    if not name.startswith("_"):
+        for module in map(importlib.import_module, _HELPERS):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,31 +6,92 @@ Shapes: b batch, n tokens, m context tokens, c channels, h and w height and widt
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from sgm.errors import UserError
+from sgm.helpers import default, exists, uniq
+
+__all__ = [
+    "ATTENTION",
+    "GEGLU",
+    "BasicTransformerBlock",
+    "BasicTransformerSingleLayerBlock",
+    "CrossAttention",
+    "FeedForward",
+    "LinearAttention",
+    "MemoryEfficientCrossAttention",
+    "Normalize",
+    "SDPBackend",
+    "SpatialSelfAttention",
+    "SpatialTransformer",
+    "attend",
+    "default",
+    "exists",
+    "init_",
+    "max_neg_value",
+    "uniq",
+    "zero_module",
+]
 
 # ---------------------------------------------------------------- the products
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, for q (b, heads, n, d) and k, v (b, heads, m, d); `mask` is True where q may look."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: SDPBackend | None = None) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v, for q (b, heads, n, d) and k, v (b, heads, m, d).
+
+    Args:
+        mask: True where a query may look.
+        backend: the one kernel of PyTorch to use; None: PyTorch chooses.
+
+    Raises:
+        UserError: the kernel cannot compute these tensors.
+    """
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    try:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    except RuntimeError as error:
+        if "kernel" not in str(error) and "backend" not in str(error):
+            raise
+        raise UserError(
+            f"backend: {backend.name} cannot compute attention of {q.dtype} tensors on {q.device.type} "
+            f"({len(q)} x {q.shape[1]} heads of {q.shape[3]}{', with a mask' if mask is not None else ''}); "
+            "choose MATH, or leave the backend out"
+        ) from error
 
 
-def attend_memory_efficiently(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attend`, by xformers if it is installed and has a kernel for these tensors."""
+def attend_memory_efficiently(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: SDPBackend | None = None
+) -> Tensor:
+    """Return what `attend` returns, by xformers if it is installed and has a kernel for these tensors."""
     if mask is None and q.is_cuda and _has_xformers():
         try:
             return attend_with_xformers(q, k, v)
         except NotImplementedError:  # its word for a head size, dtype or device that none of its kernels takes
             pass
-    return attend(q, k, v, mask)
+    return attend(q, k, v, mask, backend)
+
+
+def backend_named(backend: SDPBackend | str | None) -> SDPBackend | None:
+    """Return the kernel of PyTorch that `backend` means: a member of `SDPBackend`, or its name in any case.
+
+    Raises:
+        UserError: there is no such kernel.
+    """
+    if backend is None or isinstance(backend, SDPBackend):
+        return backend
+    names = [name for name in SDPBackend.__members__ if name not in ("ERROR", "OVERRIDEABLE")]
+    if not isinstance(backend, str) or backend.upper() not in names:
+        raise UserError(f"backend: {backend!r} is no kernel of PyTorch; choose one of {', '.join(names)}")
+    return SDPBackend.__members__[backend.upper()]
 
 
 def attend_with_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,6 +121,23 @@ def zero_module(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    """Return the norm of these networks: by groups of channels, with a small epsilon."""
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+
+
+def max_neg_value(t: Tensor) -> float:
+    """Return the lowest finite number of the tensor's dtype, which a softmax makes a zero of."""
+    return -torch.finfo(t.dtype).max
+
+
+@torch.no_grad()
+def init_(tensor: Tensor) -> Tensor:
+    """Fill the tensor from U(-1/sqrt(d), 1/sqrt(d)), d its last size, and return it."""
+    bound = tensor.shape[-1] ** -0.5
+    return tensor.uniform_(-bound, bound)
 
 
 # ---------------------------------------------------------------- feed-forward
@@ -123,7 +201,7 @@ class SpatialSelfAttention(nn.Module):
     def __init__(self, in_channels: int, attn_type: str = "softmax"):
         super().__init__()
         self.attend = attention_named(attn_type)
-        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.norm = Normalize(in_channels)
         self.q = nn.Conv2d(in_channels, in_channels, 1)
         self.k = nn.Conv2d(in_channels, in_channels, 1)
         self.v = nn.Conv2d(in_channels, in_channels, 1)
@@ -143,7 +221,14 @@ class SpatialSelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens (b, n, query_dim) attend to a context (b, m, context_dim), or without one to each other."""
+    """Tokens (b, n, query_dim) attend to a context (b, m, context_dim), or without one to each other.
+
+    Args:
+        backend: the kernel of PyTorch to use, a member of `SDPBackend` or its name; None: PyTorch chooses.
+
+    Raises:
+        UserError: there is no such kernel, or (on a forward pass) it cannot compute these tensors.
+    """
 
     attend = staticmethod(attend)
 
@@ -154,10 +239,12 @@ class CrossAttention(nn.Module):
         heads: int = 8,
         dim_head: int = 64,
         dropout: float = 0.0,
+        backend: SDPBackend | str | None = None,
     ):
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
+        self.backend = backend_named(backend)
         self.to_q = nn.Linear(query_dim, inner, bias=False)
         self.to_k = nn.Linear(context_dim or query_dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
@@ -199,7 +286,7 @@ class CrossAttention(nn.Module):
             k, v = (repeat(each, "b ... -> (b frames) ...", frames=frames) for each in (k, v))
         if mask is not None:
             mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
-        out = rearrange(self.attend(q, k, v, mask), "b heads n d -> b n (heads d)")
+        out = rearrange(self.attend(q, k, v, mask, self.backend), "b heads n d -> b n (heads d)")
         return self.to_out(out[:, extra:])
 
 
@@ -209,7 +296,7 @@ class MemoryEfficientCrossAttention(CrossAttention):
     attend = staticmethod(attend_memory_efficiently)
 
 
-def cross_attention(attn_mode: str, **params: int | float | None) -> CrossAttention:
+def cross_attention(attn_mode: str, **params: Any) -> CrossAttention:
     """The class that a configuration names by `attn_mode`, built."""
     kinds = {attend: CrossAttention, attend_memory_efficiently: MemoryEfficientCrossAttention}
     return kinds[attention_named(attn_mode)](**params)
@@ -225,6 +312,7 @@ class BasicTransformerBlock(nn.Module):
         checkpoint: compute the block again in the backward pass instead of keeping what is inside.
         disable_self_attn: the first attention too looks at the context.
         attn_mode: `softmax`, or `softmax-xformers`.
+        sdp_backend: see `CrossAttention`.
     """
 
     def __init__(
@@ -238,9 +326,10 @@ class BasicTransformerBlock(nn.Module):
         checkpoint: bool = True,
         disable_self_attn: bool = False,
         attn_mode: str = "softmax",
+        sdp_backend: SDPBackend | str | None = None,
     ):
         super().__init__()
-        heads = {"heads": n_heads, "dim_head": d_head, "dropout": dropout}
+        heads = {"heads": n_heads, "dim_head": d_head, "dropout": dropout, "backend": sdp_backend}
         self.checkpoint, self.disable_self_attn = checkpoint, disable_self_attn
         self.attn1 = cross_attention(
             attn_mode, query_dim=dim, context_dim=context_dim if disable_self_attn else None, **heads
@@ -289,12 +378,12 @@ class BasicTransformerSingleLayerBlock(nn.Module):
         gated_ff: bool = True,
         checkpoint: bool = True,
         attn_mode: str = "softmax",
+        sdp_backend: SDPBackend | str | None = None,
     ):
         super().__init__()
         self.checkpoint = checkpoint
-        self.attn1 = cross_attention(
-            attn_mode, query_dim=dim, context_dim=context_dim, heads=n_heads, dim_head=d_head, dropout=dropout
-        )
+        heads = {"heads": n_heads, "dim_head": d_head, "dropout": dropout, "backend": sdp_backend}
+        self.attn1 = cross_attention(attn_mode, query_dim=dim, context_dim=context_dim, **heads)
         self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -315,13 +404,15 @@ class SpatialTransformer(nn.Module):
 
     Args:
         depth: number of blocks.
-        context_dim: size of a context token, for all blocks or for each.
+        context_dim: size of a context token, for all blocks or for each. Equal sizes of another number than `depth`
+            stand for all blocks.
         use_linear: project tokens by a linear layer rather than pixels by a 1x1 convolution.
         attn_type: `softmax`, or `softmax-xformers`.
         use_checkpoint: compute each block again in the backward pass instead of keeping what is inside.
+        sdp_backend: see `CrossAttention`.
 
     Raises:
-        UserError: `context_dim` names another number of blocks than `depth`.
+        UserError: `context_dim` has different sizes, of another number than `depth`.
     """
 
     def __init__(
@@ -336,14 +427,17 @@ class SpatialTransformer(nn.Module):
         use_linear: bool = False,
         attn_type: str = "softmax",
         use_checkpoint: bool = True,
+        sdp_backend: SDPBackend | str | None = None,
     ):
         super().__init__()
         inner = n_heads * d_head
-        context_dims = list(context_dim) if isinstance(context_dim, Sequence) else depth * [context_dim]
+        context_dims = list(context_dim) if isinstance(context_dim, Sequence) else [context_dim]
+        if len(set(context_dims)) == 1:
+            context_dims = depth * context_dims[:1]
         if len(context_dims) != depth:
             raise UserError(f"context_dim: {len(context_dims)} sizes, {context_dims}, do not fit depth {depth}")
         self.in_channels, self.inner_dim, self.use_linear = in_channels, inner, use_linear
-        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.norm = Normalize(in_channels)
         self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
@@ -355,18 +449,35 @@ class SpatialTransformer(nn.Module):
                 disable_self_attn=disable_self_attn,
                 attn_mode=attn_type,
                 checkpoint=use_checkpoint,
+                sdp_backend=sdp_backend,
             )
             for each in context_dims
         )
         self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """x (b, in_channels, h, w) with a context (b, m, context_dim), or one for each block -> the shape of x."""
-        contexts = list(context) if isinstance(context, Sequence) else len(self.transformer_blocks) * [context]
+        """Return the shape of x (b, in_channels, h, w).
+
+        Args:
+            context: (b, m, context_dim), alone or in a list of one: for all blocks; or a list of one for each block.
+
+        Raises:
+            UserError: a list has neither one context nor one for each block.
+        """
         tokens = self.tokens(x)
-        for block, each in zip(self.transformer_blocks, contexts, strict=True):
+        for block, each in zip(self.transformer_blocks, self.contexts(context), strict=True):
             tokens = block(tokens, each)
         return x + self.image(tokens, x.shape[2])
+
+    def contexts(self, context: Tensor | Sequence[Tensor] | None) -> list[Tensor | None]:
+        """Return the context of each block."""
+        blocks = len(self.transformer_blocks)
+        contexts = list(context) if isinstance(context, Sequence) else [context]
+        if len(contexts) == 1:
+            contexts = blocks * contexts
+        if len(contexts) != blocks:
+            raise UserError(f"context: {len(contexts)} contexts for {blocks} blocks; pass one, or one for each block")
+        return contexts
 
     def tokens(self, x: Tensor) -> Tensor:
         """The image's tokens (b, h * w, inner)."""

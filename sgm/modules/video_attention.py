@@ -5,19 +5,24 @@ Blattmann et al., "Align your Latents: High-Resolution Video Synthesis with Late
 parameters have the names of "Stable Video Diffusion".
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from sgm.errors import UserError
-from sgm.modules.attention import BasicTransformerBlock, FeedForward, SpatialTransformer, checkpointed
+from sgm.modules.attention import BasicTransformerBlock, FeedForward, SpatialTransformer, checkpointed, cross_attention
 from sgm.modules.diffusionmodules.util import append_dims, timestep_embedding
 
 MERGE_STRATEGIES = ("fixed", "learned", "learned_with_images")
 
 
-def clips(frames: Tensor, timesteps: int) -> int:
+def clips(frames: Tensor, timesteps: int | None) -> int:
     """How many clips of `timesteps` frames the batch of `frames` (b t, ...) holds."""
+    if timesteps is None:
+        raise UserError("timesteps: the number of frames of a clip is missing; pass it to the call or the constructor")
     if timesteps < 1 or len(frames) % timesteps:
         raise UserError(f"a batch of {len(frames)} frames does not hold whole clips of {timesteps}")
     return len(frames) // timesteps
@@ -77,7 +82,11 @@ class VideoTransformerBlock(BasicTransformerBlock):
     """A transformer block between the frames of a clip, at each place apart.
 
     Args: those of `BasicTransformerBlock`, and
+        timesteps: the frames of a clip, where a call does not say.
         ff_in: put another feed-forward network, normed and added to its input, first.
+        inner_dim: accepted at its neutral value, `dim`.
+        disable_temporal_crossattention: leave out the attention to a context.
+        switch_temporal_ca_to_sa: the second attention too is that of the frames to each other.
     """
 
     def __init__(
@@ -89,21 +98,42 @@ class VideoTransformerBlock(BasicTransformerBlock):
         context_dim: int | None = None,
         gated_ff: bool = True,
         checkpoint: bool = True,
-        disable_self_attn: bool = False,
-        attn_mode: str = "softmax",
+        timesteps: int | None = None,
         ff_in: bool = False,
+        inner_dim: int | None = None,
+        attn_mode: str = "softmax",
+        disable_self_attn: bool = False,
+        disable_temporal_crossattention: bool = False,
+        switch_temporal_ca_to_sa: bool = False,
+        sdp_backend: SDPBackend | str | None = None,
     ):
-        super().__init__(dim, n_heads, d_head, dropout, context_dim, gated_ff, checkpoint, disable_self_attn, attn_mode)
+        if inner_dim not in (None, dim):
+            raise UserError(f"inner_dim: {inner_dim} is not supported; the block is {dim} channels wide, as its input")
+        super().__init__(
+            dim, n_heads, d_head, dropout, context_dim, gated_ff, checkpoint, disable_self_attn, attn_mode, sdp_backend
+        )
+        self.timesteps, self.switch_temporal_ca_to_sa = timesteps, switch_temporal_ca_to_sa
+        if disable_temporal_crossattention and switch_temporal_ca_to_sa:
+            raise UserError(
+                "disable_temporal_crossattention and switch_temporal_ca_to_sa are both on: choose one of them"
+            )
+        if disable_temporal_crossattention:
+            del self.attn2, self.norm2
+        if switch_temporal_ca_to_sa:
+            self.attn2 = cross_attention(
+                attn_mode, query_dim=dim, heads=n_heads, dim_head=d_head, dropout=dropout, backend=sdp_backend
+            )
         if ff_in:
             self.norm_in = nn.LayerNorm(dim)
             self.ff_in = FeedForward(dim, dropout=dropout, glu=gated_ff)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, timesteps: int) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, timesteps: int | None = None) -> Tensor:
         """x (b t, s, dim) and context (b s, m, context_dim) -> (b t, s, dim).
 
         Raises:
             UserError: (b t) is no whole number of clips of `timesteps` frames.
         """
+        timesteps = self.timesteps if timesteps is None else timesteps
         clips(x, timesteps)
         arguments = (x, context, timesteps)
         return checkpointed(self._mix, *arguments) if self.checkpoint else self._mix(*arguments)
@@ -113,7 +143,10 @@ class VideoTransformerBlock(BasicTransformerBlock):
         x = rearrange(x, "(b t) s c -> (b s) t c", t=timesteps)
         if hasattr(self, "ff_in"):
             x = x + self.ff_in(self.norm_in(x))
-        x = self._forward(x, context, None, 0)
+        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+        if hasattr(self, "attn2"):
+            x = x + self.attn2(self.norm2(x), None if self.switch_temporal_ca_to_sa else context)
+        x = x + self.ff(self.norm3(x))
         return rearrange(x, "(b s) t c -> (b t) s c", s=places)
 
 
@@ -121,6 +154,8 @@ class SpatialVideoTransformer(SpatialTransformer):
     """A spatial transformer, each of whose blocks is followed by one over time: (b t, in_channels, h, w) as they come.
 
     Args: those of `SpatialTransformer`, and
+        timesteps: the frames of a clip, where a call does not say.
+        disable_temporal_crossattention: see `VideoTransformerBlock`.
         use_spatial_context: the temporal blocks attend to the context of each clip's first frame.
         time_context_dim: size of a token of `time_context`, where that is given instead.
         merge_strategy, merge_factor: how the two branches are blended; see `AlphaBlender`.
@@ -135,18 +170,24 @@ class SpatialVideoTransformer(SpatialTransformer):
         d_head: int,
         depth: int = 1,
         dropout: float = 0.0,
-        context_dim: int | None = None,
-        disable_self_attn: bool = False,
         use_linear: bool = False,
+        context_dim: int | Sequence[int] | None = None,
         use_spatial_context: bool = False,
-        time_context_dim: int | None = None,
+        timesteps: int | None = None,
         merge_strategy: str = "fixed",
         merge_factor: float = 0.5,
+        time_context_dim: int | None = None,
         ff_in: bool = False,
-        attn_mode: str = "softmax",
         checkpoint: bool = False,
+        time_depth: int = 1,
+        attn_mode: str = "softmax",
+        disable_self_attn: bool = False,
+        disable_temporal_crossattention: bool = False,
         max_time_embed_period: float = 10000,
+        sdp_backend: SDPBackend | str | None = None,
     ):
+        if time_depth != 1:
+            raise UserError(f"time_depth: {time_depth} is not supported; each spatial block has one temporal block")
         super().__init__(
             in_channels,
             n_heads,
@@ -158,7 +199,13 @@ class SpatialVideoTransformer(SpatialTransformer):
             use_linear=use_linear,
             attn_type=attn_mode,
             use_checkpoint=checkpoint,
+            sdp_backend=sdp_backend,
         )
+        self.timesteps = timesteps
+        if isinstance(context_dim, Sequence):
+            context_dim = context_dim[0] if len(set(context_dim)) == 1 else None
+            if context_dim is None and use_spatial_context:
+                raise UserError("context_dim: with use_spatial_context all blocks share one size; give one number")
         self.use_spatial_context, self.max_time_embed_period = use_spatial_context, max_time_embed_period
         self.time_stack = nn.ModuleList(
             VideoTransformerBlock(
@@ -169,8 +216,10 @@ class SpatialVideoTransformer(SpatialTransformer):
                 dropout=dropout,
                 context_dim=context_dim if use_spatial_context else time_context_dim,
                 disable_self_attn=disable_self_attn,
+                disable_temporal_crossattention=disable_temporal_crossattention,
                 attn_mode=attn_mode,
                 checkpoint=checkpoint,
+                sdp_backend=sdp_backend,
             )
             for _ in range(depth)
         )
@@ -180,16 +229,15 @@ class SpatialVideoTransformer(SpatialTransformer):
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | Sequence[Tensor] | None = None,
         time_context: Tensor | None = None,
-        *,
-        timesteps: int,
+        timesteps: int | None = None,
         image_only_indicator: Tensor | None = None,
     ) -> Tensor:
         """x (b t, in_channels, h, w) -> the same shape.
 
         Args:
-            context: (b t, m, context_dim), for the spatial blocks.
+            context: (b t, m, context_dim), for the spatial blocks; or a list, see `SpatialTransformer`.
             time_context: (b, m, time_context_dim), for the temporal ones.
             timesteps: the number of frames t of each clip.
             image_only_indicator: see `AlphaBlender`.
@@ -198,19 +246,21 @@ class SpatialVideoTransformer(SpatialTransformer):
             UserError: (b t) is no whole number of clips of `timesteps` frames, or the context that the temporal
                 blocks are to share is missing.
         """
+        timesteps = self.timesteps if timesteps is None else timesteps
         batch, (height, width) = clips(x, timesteps), x.shape[2:]
+        contexts = self.contexts(context)
         if self.use_spatial_context:
-            if context is None:
+            if contexts[0] is None:
                 raise UserError("use_spatial_context: the temporal blocks need a context (frames, tokens, channels)")
-            time_context = context[::timesteps]
+            time_context = contexts[0][::timesteps]
         if time_context is not None:
             time_context = repeat(time_context, "b m c -> (b s) m c", s=height * width)
         position = frame_embedding(x, timesteps, self.in_channels, self.max_time_embed_period)
         position = repeat(self.time_pos_embed(position), "t c -> (b t) 1 c", b=batch)
 
         tokens = self.tokens(x)
-        for block, time_block in zip(self.transformer_blocks, self.time_stack, strict=True):
-            tokens = block(tokens, context)
+        for block, time_block, each in zip(self.transformer_blocks, self.time_stack, contexts, strict=True):
+            tokens = block(tokens, each)
             over_time = time_block(tokens + position, time_context, timesteps=timesteps)
             tokens = self.time_mixer(tokens, over_time, image_only_indicator)
         return x + self.image(tokens, height)

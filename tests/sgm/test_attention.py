@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from conftest import ROOT
 from seeded import seed_module_, seeded_input
@@ -230,6 +231,61 @@ def test_spatial_transformer_starts_as_the_identity_and_takes_a_context_a_block(
     out = module(x, contexts)
     for gradient in torch.autograd.grad(out.square().sum(), [x, *contexts]):
         assert gradient.norm() > 0
+
+
+def test_one_context_in_a_list_is_for_all_blocks():
+    module = seed_module_(attention.SpatialTransformer(32, 2, 8, depth=3, context_dim=[10])).double()
+    sizes = [block.attn2.to_k.in_features for block in module.transformer_blocks]
+    assert sizes == [10, 10, 10]
+    x, context = rand(2, 32, 4, 3), rand(2, 5, 10)
+    expected = module(x, [context, context, context])
+    assert torch.equal(module(x, [context]), expected) and torch.equal(module(x, context), expected)
+    assert not torch.equal(module(x, [context, context, 2 * context]), expected)
+    with pytest.raises(UserError, match="context: 2 contexts for 3 blocks"):
+        module(x, [context, context])
+    assert len(attention.SpatialTransformer(32, 2, 8, depth=3, context_dim=[10, 10]).transformer_blocks) == 3
+
+
+@pytest.mark.parametrize("kind", [attention.CrossAttention, attention.MemoryEfficientCrossAttention])
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, "math"])
+def test_the_kernel_that_is_asked_for_computes(kind, backend):
+    """Another kernel than MATH is not even tried, and MATH gives the numbers of the formula."""
+    module, plain = kind(16, heads=2, dim_head=8, backend=backend), kind(16, heads=2, dim_head=8)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(2, 7, 16)
+    with torch.profiler.profile() as profile:
+        out = module(x)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_attention_math" in names
+    assert not any("flash" in name or "efficient" in name for name in names)
+    assert_close(out, plain(x), 1e-5)
+
+
+def test_blocks_hand_the_kernel_on():
+    blocks = [
+        attention.BasicTransformerBlock(16, 2, 8, sdp_backend="MATH"),
+        attention.BasicTransformerSingleLayerBlock(16, 2, 8, sdp_backend="MATH"),
+        attention.SpatialTransformer(32, 2, 8, depth=2, sdp_backend="MATH"),
+    ]
+    for block in blocks:
+        kernels = [each.backend for each in block.modules() if isinstance(each, attention.CrossAttention)]
+        assert kernels and set(kernels) == {SDPBackend.MATH}
+    for wrong in ("fast", 3):
+        with pytest.raises(UserError, match=f"backend: {wrong!r} is no kernel of PyTorch; choose one of .*MATH"):
+            attention.CrossAttention(16, backend=wrong)
+    with pytest.raises(UserError, match=r"backend: CUDNN_ATTENTION cannot compute .* on cpu .* choose MATH"):
+        attention.CrossAttention(16, heads=2, dim_head=8, backend="cudnn_attention")(torch.zeros(1, 3, 16))
+
+
+def test_small_functions():
+    x = torch.zeros(1000, 4)
+    assert attention.init_(x) is x and 0.45 < x.max() <= 0.5 and -0.5 <= x.min() < -0.45
+    norm = attention.Normalize(64)
+    assert (norm.num_groups, norm.num_channels, norm.eps, norm.affine) == (32, 64, 1e-6, True)
+    assert attention.max_neg_value(torch.zeros(1, dtype=torch.float16)) == -65504.0
+    assert attention.exists(0) and not attention.exists(None)
+    assert list(attention.uniq([3, 1, 3, 2, 1])) == [3, 1, 2]
+    assert attention.default(None, lambda: 5) == 5 and attention.default(0, 7) == 0
 
 
 # ---------------------------------------------------------------- errors and imports

@@ -11,7 +11,12 @@ from sgm.errors import UserError
 from sgm.modules.diffusionmodules import sigma_sampling
 from sgm.modules.diffusionmodules.discretizer import LegacyDDPMDiscretization, ZeroSNRDDPMDiscretization
 from sgm.modules.diffusionmodules.loss import StandardDiffusionLoss, VideoDiffusionLoss
-from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, EDMSampling, LogitNormalSampling
+from sgm.modules.diffusionmodules.sigma_sampling import (
+    DiscreteSampling,
+    EDMSampling,
+    LogitNormalSampling,
+    PartialDiscreteSampling,
+)
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
 
@@ -172,6 +177,45 @@ def test_discrete_sampling_is_uniform_and_takes_given_indices():
     assert torch.histc(idx.float(), 10).min() > 4700
     assert torch.equal(levels, sampler.levels[idx])
     assert sampler(2, rand=torch.tensor([0, 999])).tolist() == [sampler.levels[0].item(), 0.0]
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_partial_sampling_draws_the_first_levels_of_the_whole_table(flip):
+    """All of the first 250 indices, evenly, and the levels are those of the table of 1000."""
+    sampler = PartialDiscreteSampling(ZERO_SNR, 1000, 250, False, flip)
+    whole = DiscreteSampling(ZERO_SNR, num_idx=1000, flip=flip)
+    torch.manual_seed(0)
+    levels, idx = sampler(20000, return_idx=True)
+    assert idx.min() == 0 and idx.max() == 249 and torch.histc(idx.float(), 10).min() > 1800
+    assert torch.equal(levels, whole.levels[idx]) and torch.equal(sampler.idx_to_sigma(idx), levels)
+    if flip:  # the cleanest
+        assert levels.min() > whole.levels[250]
+    else:
+        assert levels.max() < whole.levels[250]
+
+
+def test_partial_sampling_in_a_loss_and_over_processes(monkeypatch):
+    config = {
+        "target": f"{MODULES}.sigma_sampling.PartialDiscreteSampling",
+        "params": {"discretization_config": ZERO_SNR, "total_num_idx": 1000, "partial_num_idx": 300},
+    }
+    seen = []
+
+    def denoiser(network, x, alpha, cond, idx):
+        seen.append(idx)
+        return x
+
+    loss = VideoDiffusionLoss(config)
+    loss(None, denoiser, lambda batch: {}, torch.zeros(500, 1, 2, 3, 3), {})
+    assert 250 < seen[0].max() < 300
+
+    sampler = PartialDiscreteSampling(ZERO_SNR, 1000, 300, uniform_sampling=True)
+    monkeypatch.setattr(sigma_sampling, "group_size", lambda group: 3)
+    monkeypatch.setattr(sigma_sampling, "group_rank", lambda group: 2)
+    assert sampler.index_range() == (200, 300)
+    for wrong in (0, 1001):
+        with pytest.raises(UserError, match=f"partial_num_idx is {wrong}; expected 1 to total_num_idx, 1000"):
+            PartialDiscreteSampling(ZERO_SNR, 1000, wrong)
 
 
 @pytest.mark.parametrize("uniform_share", [0.0, 0.3, 1.0])

@@ -84,3 +84,13 @@ def test_what_does_not_fit_is_said_in_one_line():
         lr_scheduler.LambdaWarmUpCosineScheduler(10, lr_min=0.1, lr_max=1, lr_start=0, max_decay_steps=10)
     with pytest.raises(UserError, match="a warm-up of -1 steps"):
         lr_scheduler.LambdaWarmUpCosineScheduler2(**{**CYCLES, "warm_up_steps": [-1, 0]})
+
+
+def test_what_was_returned_last_and_where_a_step_is():
+    schedule = lr_scheduler.LambdaWarmUpCosineScheduler2(**CYCLES)
+    assert schedule.last_f == schedule.last_lr == 0.0
+    assert [schedule.find_in_interval(n) for n in (0, 9, 10, 11, 15, 16, 1000)] == [0, 0, 0, 1, 1, 1, 1]
+    for n in (1, 12, 40):
+        assert schedule.schedule(n, epoch=3) == schedule(n, anything=None) == schedule.last_f == schedule.last_lr
+    one = lr_scheduler.LambdaWarmUpCosineScheduler(2, 0.1, 1.0, 0.0, 10)
+    assert one(5) == one.last_lr != 0

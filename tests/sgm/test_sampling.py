@@ -1,5 +1,6 @@
 """The samplers against the recorded reference numbers, and what they promise beyond them."""
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from seeded import seeded_input
 from sgm.errors import UserError
+from sgm.modules.diffusionmodules import sampling_utils
 from sgm.modules.diffusionmodules.guiders import DynamicCFG
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
@@ -81,8 +83,8 @@ def test_sigma_sampler_gives_the_reference_numbers(name):
     assert_close(sampler(sigma_denoiser(), *inputs(SIGMA)), SIGMA[name], 2e-5)
 
 
-VIDEO_SAMPLERS = ["VPSDEDPMPP2MSampler", "VPODEDPMPP2MSampler", "VideoDDIMSampler"]
-SIGMA_SAMPLERS = sorted({name.split(".")[0] for name in SIGMA.case["cases"]})
+VIDEO_SAMPLERS = ["VPSDEDPMPP2MSampler", "VPODEDPMPP2MSampler", "VideoDDIMSampler", "VideoDDPMSampler"]
+SIGMA_SAMPLERS = sorted({"DDIMSampler", *(name.split(".")[0] for name in SIGMA.case["cases"])})
 NOISELESS = ["VPODEDPMPP2MSampler", "VideoDDIMSampler", "EulerEDMSampler", "HeunEDMSampler", "DPMPP2MSampler"]
 SCHEDULES = {
     "zerosnr": {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}},
@@ -305,6 +307,128 @@ def test_churn_and_ancestral_noise():
     assert torch.equal(*samples["eta 0"])
     for label in ("churned", "ancestral"):
         assert samples[label][0].isfinite().all() and not torch.allclose(*samples[label])
+
+
+def test_ddpm_steps_have_the_mean_and_spread_of_every_level():
+    """If the network knows the clean sample, each x is a draw from N(a·x0, s²), whatever the number of steps."""
+    seen = []
+
+    def denoiser(x, alpha, cond, **model_inputs):
+        seen.append((alpha[0].item(), x))
+        return torch.full_like(x, 0.7)
+
+    torch.manual_seed(0)
+    sampler = make_sampler("VideoDDPMSampler", num_steps=7)
+    sample = sampler(denoiser, torch.randn(1, 2, 4, 100, 100), {"crossattn": torch.zeros(1, 7, 8)})
+    assert len(seen) == 7 and (sample - 0.7).abs().max() == 0
+    for a, x in seen:
+        s = math.sqrt(1 - a * a)
+        assert abs(x.mean() - 0.7 * a) < 0.02 * s + 1e-6
+        assert abs(x.std() / s - 1) < 0.02
+
+
+def test_a_ddpm_step_is_the_first_step_of_the_stochastic_solver():
+    """Both are the exact first-order solution; they part from the second step on."""
+    seen = {}
+    noise = seeded_input("noise", (2, 3, 4, 5, 6), 0)
+    for name in ("VideoDDPMSampler", "VPSDEDPMPP2MSampler"):
+
+        def denoiser(x, alpha, cond, name=name, **model_inputs):
+            seen.setdefault(name, []).append(x)
+            return x.tanh()
+
+        torch.manual_seed(1)
+        make_sampler(name, "legacy")(denoiser, noise, {"crossattn": torch.zeros(2, 7, 8)})
+    one, other = seen.values()
+    assert_close(one[1], other[1], 1e-6)
+    assert (one[2] - other[2]).norm() > 0.01 * one[2].norm()
+
+
+def test_ddim_with_fresh_noise():
+    """x' = x + (σ'·sqrt(1 − k²) − σ)·d + k·σ'·ε; without fresh noise it is Euler's method."""
+    noise, cond, _ = inputs(SIGMA)
+    run = {"denoiser": sigma_denoiser(), "x": noise, "cond": cond}
+    euler = make_sampler("EulerEDMSampler", "edm")(**run)
+    assert torch.equal(make_sampler("DDIMSampler", "edm", s_noise=0.0)(**run), euler)
+    torch.manual_seed(3)
+    sample = make_sampler("DDIMSampler", "edm", s_noise=0.6)(**run)
+    sigmas = [*instantiate_from_config(SCHEDULES["edm"])(5, do_append_zero=True).double().tolist()]
+    torch.manual_seed(3)
+    x = noise.double() * math.sqrt(1 + sigmas[0] ** 2)
+    for sigma, after in itertools.pairwise(sigmas):
+        level = torch.full((2,), sigma, dtype=torch.float32)
+        d = (x - run["denoiser"](x.float(), level, cond).double()) / sigma
+        x = x + (0.8 * after - sigma) * d
+        if after:
+            x = x + 0.6 * after * torch.randn(noise.shape)
+    assert_close(sample, x.float(), 1e-5)
+
+
+def test_thresholding():
+    """Every kind by its formula, on samples of a batch that have scales of their own."""
+    torch.manual_seed(0)
+    uncond, cond = 3 * torch.randn(2, 3, 4, 6, 5) + 1, 2 * torch.randn(2, 3, 4, 6, 5)
+    w = torch.tensor([2.0, 9.0])
+    guided = torch.stack([u + each * (c - u) for u, c, each in zip(uncond, cond, w, strict=True)])
+    mimic = uncond + 4 * (cond - uncond)
+
+    def guide(kind, **params):
+        config = {"target": f"{MODULES}.sampling_utils.{kind}", "params": params}
+        guider = instantiate_from_config(
+            {"target": f"{MODULES}.guiders.VanillaCFG", "params": {"scale": 6.0, "dyn_thresh_config": config}}
+        )
+        return guider(torch.cat([uncond, cond]), None, scale=w)
+
+    assert torch.equal(guide("NoDynamicThresholding"), guided)
+    assert torch.equal(guide("StaticThresholding"), guided.clamp(-1, 1))
+    assert torch.equal(guide("StaticThresholding", limit=2.5), guided.clamp(-2.5, 2.5))
+    spread, cut = guide("DynamicThresholding"), guide("DynamicThresholdingV1", quantile=0.9)
+    like_mimic = guide("DynamicThresholdingV2", mimic_scale=4.0)
+    for i in range(2):
+        assert_close(spread[i].mean(), guided[i].mean(), 1e-4)
+        assert_close(spread[i].std(), uncond[i].std(), 1e-4)
+        centred = guided[i] - guided[i].mean((0, 2, 3), keepdim=True)
+        limit = centred.abs().flatten().sort().values[math.ceil(0.9 * centred.numel()) - 1]
+        assert_close(cut[i], guided[i] - centred + centred.clamp(-limit, limit), 1e-5)
+        assert 0.05 < (cut[i] != guided[i]).float().mean() < 1
+        for channel in range(4):
+            assert_close(like_mimic[i, :, channel].mean(), guided[i, :, channel].mean(), 1e-4)
+            assert_close(like_mimic[i, :, channel].std(), mimic[i, :, channel].std(), 1e-4)
+    alone = instantiate_from_config({"target": f"{MODULES}.sampling_utils.DynamicThresholding"})
+    assert_close(alone(uncond[1:], cond[1:], 9.0), spread[1:], 1e-6)  # whatever else is in the batch
+    assert_close(guide("DynamicThresholdingV1", quantile=1.0, scale_factor=0.7), guided, 1e-6)
+
+
+def test_thresholding_acts_in_sampling_and_dynamic_guidance_takes_it():
+    noise, cond, uncond = inputs(VIDEO)
+    samples = []
+    for config in (None, {"target": f"{MODULES}.sampling_utils.StaticThresholding", "params": {"limit": 0.01}}):
+        params = {"scale": 6.0, "exp": 5, "num_steps": 5, "dyn_thresh_config": config}
+        sampler = make_sampler(
+            "VideoDDIMSampler", guider_config={"target": f"{MODULES}.guiders.DynamicCFG", "params": params}
+        )
+        samples.append(sampler(make_denoiser("VideoDDIMSampler"), noise, cond, uncond))
+    assert samples[0].abs().max() > 0.1 and samples[1].abs().max() <= 0.01
+    for kind, mistake, message in (
+        ("StaticThresholding", {"limit": 0}, "limit is 0"),
+        ("DynamicThresholdingV1", {"quantile": 1.1}, r"quantile is 1\.1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            instantiate_from_config({"target": f"{MODULES}.sampling_utils.{kind}", "params": mistake})
+
+
+def test_step_formulas_by_tensor():
+    """The functions by the names of the original are those of the samplers."""
+    down, up = sampling_utils.get_ancestral_step(torch.tensor([5.0, 3.0]), torch.tensor([2.0, 0.0]), eta=0.7)
+    for i, (sigma, after) in enumerate(((5.0, 2.0), (3.0, 0.0))):
+        assert (down[i].item(), up[i].item()) == pytest.approx(sampling_utils.ancestral_step(sigma, after, 0.7))
+    sigma = torch.tensor([0.5, 4.0])
+    assert_close(sampling_utils.to_sigma(sampling_utils.to_neg_log_sigma(sigma)), sigma, 1e-6)
+    levels = [9.0, 5.0, 2.0, 1.0]
+    expected = sampling_utils.linear_multistep_coefficients(levels[:3], 1.0)
+    assert [sampling_utils.linear_multistep_coeff(3, levels, 2, j) for j in range(3)] == expected[::-1]
+    x, denoised = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert_close(sampling_utils.to_d(x, sigma, denoised)[1], (x[1] - denoised[1]) / 4.0, 1e-6)
 
 
 def test_progress_bar_only_when_verbose(capsys):

@@ -133,6 +133,34 @@ def test_a_block_over_time_keeps_places_apart():
     assert torch.equal(by_place, torch.eye(5).bool())
 
 
+def test_what_the_temporal_block_attends_to_and_where_the_length_of_a_clip_comes_from():
+    x, context = torch.randn(6, 5, 32), torch.randn(10, 4, 7)
+    block = seed_module_(VideoTransformerBlock(32, 2, 16, context_dim=7, timesteps=3))
+    assert torch.equal(block(x, context), block(x, context, 3))  # of the constructor, or the third of the call
+    assert not torch.equal(block(x, context), block(x, 2 * context))
+    with pytest.raises(UserError, match="timesteps: the number of frames of a clip is missing"):
+        VideoTransformerBlock(32, 2, 16)(x)
+
+    alone = seed_module_(VideoTransformerBlock(32, 2, 16, switch_temporal_ca_to_sa=True))
+    assert torch.equal(alone(x, context, 3), alone(x, None, 3))
+    without = VideoTransformerBlock(32, 2, 16, context_dim=7, disable_temporal_crossattention=True)
+    expected = {name: value for name, value in block.state_dict().items() if not re.match(r"attn2|norm2", name)}
+    without.load_state_dict(expected)
+    with torch.no_grad():  # as if the second attention added nothing
+        block.attn2.to_out[0].weight.zero_()
+        block.attn2.to_out[0].bias.zero_()
+    assert torch.equal(without(x, context, 3), block(x, context, 3))
+
+
+def test_a_video_transformer_takes_contexts_in_a_list():
+    transformer = video_transformer(context_dim=[10], use_spatial_context=True, timesteps=3)
+    x, context = torch.randn(6, 32, 2, 3), torch.randn(6, 4, 10)
+    assert torch.equal(transformer(x, [context]), transformer(x, context, None, 3))
+    for wrong in ({"time_depth": 2}, {"context_dim": [10, 8], "use_spatial_context": True}):
+        with pytest.raises(UserError, match=r"^(time_depth|context_dim): "):
+            video_transformer(**wrong)
+
+
 def test_time_context_of_its_own_and_order_of_frames():
     transformer = video_transformer(time_context_dim=7)
     x, time_context = torch.randn(6, 32, 2, 3), torch.randn(2, 4, 7)

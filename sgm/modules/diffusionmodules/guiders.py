@@ -5,12 +5,14 @@ A sampler calls `prepare_inputs` to lay out the batch for the network, and the g
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgm.errors import UserError
-from sgm.modules.diffusionmodules.util import append_dims
+from sgm.modules.diffusionmodules.thresholding import NoDynamicThresholding
+from sgm.util import instantiate_from_config
 
 Cond = Mapping[str, Tensor]
 
@@ -34,10 +36,15 @@ class IdentityGuider:
 
 
 class VanillaCFG:
-    """Classifier-free guidance u + w·(c − u) (Ho and Salimans 2022), with the same weight w at every step."""
+    """Classifier-free guidance u + w·(c − u) (Ho and Salimans 2022), with the same weight w at every step.
 
-    def __init__(self, scale: float):
+    Args:
+        dyn_thresh_config: what combines the halves instead, see `thresholding`.
+    """
+
+    def __init__(self, scale: float, dyn_thresh_config: Mapping[str, Any] | None = None):
         self.scale = scale
+        self.dyn_thresh = instantiate_from_config(dyn_thresh_config) if dyn_thresh_config else NoDynamicThresholding()
 
     def prepare_inputs(self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None) -> tuple[Tensor, Tensor, dict]:
         """The network's inputs, twice the batch: the unconditional half first.
@@ -76,10 +83,8 @@ class VanillaCFG:
             (batch, ...).
         """
         weight = self.weight(self.scale if scale is None else scale, step_index, progress)
-        if isinstance(weight, Tensor):
-            weight = append_dims(weight, x.ndim)
         uncond, cond = x.chunk(2)
-        return uncond + weight * (cond - uncond)
+        return self.dyn_thresh(uncond, cond, weight)
 
 
 class DynamicCFG(VanillaCFG):
@@ -88,6 +93,7 @@ class DynamicCFG(VanillaCFG):
     Args:
         exp: exponent; a whole number unless `count` is "step", since k may be negative.
         num_steps: number of sampling steps.
+        dyn_thresh_config: see `VanillaCFG`.
         count: what k is. "timestep": num_steps − timestep, mostly negative; the released models are sampled so.
             "step": the number of steps done.
 
@@ -95,8 +101,15 @@ class DynamicCFG(VanillaCFG):
         UserError: `count` is neither, or `exp` is fractional for a negative k.
     """
 
-    def __init__(self, scale: float, exp: float, num_steps: int, count: str = "timestep"):
-        super().__init__(scale)
+    def __init__(
+        self,
+        scale: float,
+        exp: float,
+        num_steps: int,
+        dyn_thresh_config: Mapping[str, Any] | None = None,
+        count: str = "timestep",
+    ):
+        super().__init__(scale, dyn_thresh_config)
         if count not in ("timestep", "step"):
             raise UserError(f"DynamicCFG: count is '{count}', it can be 'timestep' or 'step'")
         if count == "timestep" and exp != int(exp):

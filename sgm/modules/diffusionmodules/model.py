@@ -11,13 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.errors import UserError
-from sgm.modules.attention import LinearAttention, SpatialSelfAttention
+from sgm.modules.attention import LinearAttention, Normalize, SpatialSelfAttention
 
 # ---------------------------------------------------------------- layers
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -33,9 +29,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = Normalize(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = Normalize(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -193,7 +189,7 @@ class Encoder(_Coder):
                 level.downsample = Downsample(channels, resamp_with_conv)
             self.down.append(level)
         self.mid = self._make_mid(channels)
-        self.norm_out = group_norm(channels)
+        self.norm_out = Normalize(channels)
         self.conv_out = make_conv(channels, 2 * z_channels if double_z else z_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,7 +254,7 @@ class Decoder(_Coder):
                 level.upsample = Upsample(channels, resamp_with_conv)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))  # up[i] is the level of ch_mult[i], as in the encoder
-        self.norm_out = group_norm(channels)
+        self.norm_out = Normalize(channels)
         self.conv_out = self._make_conv(channels, out_ch, 3)
 
     def forward(self, z: Tensor) -> Tensor:

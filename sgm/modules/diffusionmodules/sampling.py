@@ -237,6 +237,26 @@ class VideoDDIMSampler(VideoSampler):
         return x
 
 
+class VideoDDPMSampler(VideoSampler):
+    """The stochastic first-order step (Ho et al. 2020, DDPM, equations 6 and 7): a draw from q(x' | x, x0 = D).
+
+    With α = (a/a')²: x' = (a/a')·(s'/s)²·x + a'·(1 − α)/s²·D + s'·sqrt(1 − α)/s·ε.
+    """
+
+    def sample(self, x: Tensor, run: Run) -> Tensor:
+        for i in run.steps:
+            a, s, a_next, s_next = run.a[i], run.s[i], run.a[i + 1], run.s[i + 1]
+            denoised = run.denoise(x, i)
+            if s_next == 0:
+                x = denoised
+                continue
+            ratio = a / a_next
+            lost = 1 - ratio**2
+            x = ratio * (s_next / s) ** 2 * x + a_next * lost / s**2 * denoised
+            x = x + s_next / s * math.sqrt(lost) * run.noise(x)
+        return x
+
+
 class VPODEDPMPP2MSampler(VideoSampler):
     """DPM-Solver++(2M)."""
 
@@ -277,6 +297,32 @@ class SigmaSampler(Sampler):
     @abstractmethod
     def loop(self, x: Tensor, run: Run) -> Tensor:
         """The loop, from `x` at σ = `run.s[0]`."""
+
+
+class DDIMSampler(SigmaSampler):
+    """The first-order step with a share of fresh noise: x' = x + (σ'·sqrt(1 − k²) − σ)·d + k·σ'·ε.
+
+    Args:
+        s_noise: k, the share of the next level's noise that is drawn anew; 0 makes the sampler Euler's.
+
+    Raises:
+        UserError: `s_noise` is no share.
+    """
+
+    def __init__(self, *args: Any, s_noise: float = 0.1, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not 0 <= s_noise <= 1:
+            raise UserError(f"sampler_config: s_noise is {s_noise}; expected a number from 0 to 1")
+        self.s_noise = s_noise
+
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        for i in run.steps:
+            sigma, sigma_next = run.s[i], run.s[i + 1]
+            d = to_d(x, sigma, run.denoise(x, i))
+            x = x + (sigma_next * math.sqrt(1 - self.s_noise**2) - sigma) * d
+            if self.s_noise and sigma_next:
+                x = x + self.s_noise * sigma_next * run.noise(x)
+        return x
 
 
 class DPMPP2MSampler(SigmaSampler):

@@ -8,6 +8,33 @@ import torch
 from torch import Tensor
 
 from sgm.errors import UserError
+from sgm.modules.diffusionmodules.thresholding import (
+    DynamicThresholding,
+    DynamicThresholdingV1,
+    DynamicThresholdingV2,
+    NoDynamicThresholding,
+    StaticThresholding,
+)
+from sgm.modules.diffusionmodules.util import append_dims
+
+__all__ = [
+    "DynamicThresholding",
+    "DynamicThresholdingV1",
+    "DynamicThresholdingV2",
+    "Generators",
+    "NoDynamicThresholding",
+    "StaticThresholding",
+    "ancestral_step",
+    "draw_noise",
+    "get_ancestral_step",
+    "half_log_snr",
+    "linear_multistep_coeff",
+    "linear_multistep_coefficients",
+    "noise_like",
+    "to_d",
+    "to_neg_log_sigma",
+    "to_sigma",
+]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -47,15 +74,45 @@ def half_log_snr(a: float, s: float) -> float:
     return math.log(a / s) if a > 0 else -math.inf
 
 
-def to_d(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
-    """The derivative dx/dσ of the probability flow (Karras et al. 2022, equation 3)."""
-    return (x - denoised) / sigma
+def to_d(x: Tensor, sigma: float | Tensor, denoised: Tensor) -> Tensor:
+    """The derivative dx/dσ of the probability flow (Karras et al. 2022, equation 3), for a σ or one a sample."""
+    return (x - denoised) / (append_dims(sigma, x.ndim) if isinstance(sigma, Tensor) else sigma)
 
 
 def ancestral_step(sigma_from: float, sigma_to: float, eta: float = 1.0) -> tuple[float, float]:
     """(σ_down, σ_up): a step down to σ_down, then noise σ_up, ends at `sigma_to` = sqrt(σ_down² + σ_up²)."""
     sigma_up = min(sigma_to, eta * sigma_to * math.sqrt(1 - (sigma_to / sigma_from) ** 2))
     return math.sqrt(sigma_to**2 - sigma_up**2), sigma_up
+
+
+def get_ancestral_step(sigma_from: Tensor, sigma_to: Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return (σ_down, σ_up) as `ancestral_step` does, of tensors."""
+    if not eta:
+        return sigma_to, torch.zeros_like(sigma_to)
+    sigma_up = torch.minimum(sigma_to, eta * sigma_to * (1 - (sigma_to / sigma_from) ** 2).clamp_min(0) ** 0.5)
+    return (sigma_to**2 - sigma_up**2) ** 0.5, sigma_up
+
+
+def to_neg_log_sigma(sigma: Tensor) -> Tensor:
+    """Return −log σ."""
+    return -sigma.log()
+
+
+def to_sigma(neg_log_sigma: Tensor) -> Tensor:
+    """Return σ of −log σ."""
+    return (-neg_log_sigma).exp()
+
+
+def linear_multistep_coeff(order: int, t: Sequence[float], i: int, j: int) -> float:
+    """Return the weight, in step `i` of the levels `t`, of the derivative that was taken `j` steps before.
+
+    Raises:
+        ValueError: step `i` does not have `order` derivatives.
+    """
+    if order - 1 > i:
+        raise ValueError(f"order {order} is too high for step {i}")
+    past = [float(level) for level in t[i + 1 - order : i + 1]]
+    return linear_multistep_coefficients(past, float(t[i + 1]))[order - 1 - j]
 
 
 def linear_multistep_coefficients(sigmas: Sequence[float], sigma_to: float) -> list[float]:

@@ -59,6 +59,7 @@ class DiscreteSampling:
         self.discretization = instantiate_from_config(discretization_config)
         self.levels = self.discretization(num_idx, do_append_zero=do_append_zero, flip=flip)
         self.num_idx = num_idx
+        self.num_drawn = num_idx  # indices from this on are not drawn
         self.uniform_sampling = uniform_sampling
         self.group_num = group_num
 
@@ -69,16 +70,16 @@ class DiscreteSampling:
             UserError: `group_num` groups of equal size are not possible.
         """
         if not self.uniform_sampling:
-            return 0, self.num_idx
+            return 0, self.num_drawn
         rank, processes = group_rank(self.data_parallel_group), group_size(self.data_parallel_group)
-        groups = self.group_num or math.gcd(processes, self.num_idx)
-        if processes % groups or self.num_idx % groups:
+        groups = self.group_num or math.gcd(processes, self.num_drawn)
+        if processes % groups or self.num_drawn % groups:
             raise UserError(
                 f"sigma_sampler_config: group_num is {groups}, but it must divide both the {processes} data-parallel "
-                f"processes and num_idx, {self.num_idx}"
+                f"processes and num_idx, {self.num_drawn}"
             )
         group = rank // (processes // groups)
-        width = self.num_idx // groups
+        width = self.num_drawn // groups
         return group * width, (group + 1) * width
 
     def __call__(
@@ -97,6 +98,43 @@ class DiscreteSampling:
     def draw(self, n_samples: int) -> Tensor:
         """Indices of noise levels: int64 (n_samples,), on the CPU."""
         return randomness.integers(*self.index_range(), n_samples, purpose="noise level")
+
+    def idx_to_sigma(self, idx: Tensor | int) -> Tensor:
+        """Return the noise levels of indices, σ or a = sqrt(ᾱ) as the schedule gives them."""
+        return self.levels[idx]
+
+
+class PartialDiscreteSampling(DiscreteSampling):
+    """Uniform over the first `partial_num_idx` of the `total_num_idx` noise levels of a schedule.
+
+    Those are the cleanest levels, or without `flip` the noisiest: for a model that takes part in some steps only.
+
+    Args:
+        discretization_config, do_append_zero, flip: see `DiscreteSampling`.
+        total_num_idx: number of levels in the table.
+        partial_num_idx: number of levels that are drawn.
+        kwargs: `uniform_sampling` and `group_num` of `DiscreteSampling`.
+
+    Raises:
+        UserError: `partial_num_idx` is not from 1 to `total_num_idx`.
+    """
+
+    def __init__(
+        self,
+        discretization_config: Mapping[str, Any],
+        total_num_idx: int,
+        partial_num_idx: int,
+        do_append_zero: bool = False,
+        flip: bool = True,
+        **kwargs: Any,
+    ):
+        if not 1 <= partial_num_idx <= total_num_idx:
+            raise UserError(
+                f"sigma_sampler_config: partial_num_idx is {partial_num_idx}; expected 1 to total_num_idx, "
+                f"{total_num_idx}"
+            )
+        super().__init__(discretization_config, total_num_idx, do_append_zero, flip, **kwargs)
+        self.num_drawn = partial_num_idx
 
 
 class LogitNormalSampling(DiscreteSampling):
