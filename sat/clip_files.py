@@ -1,0 +1,156 @@
+"""What a clip's file is, told by its name and first bytes: a video, a picture, or media that are not read.
+
+Nothing here imports PyTorch.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import BinaryIO
+
+VIDEO_SUFFIXES = frozenset(
+    {
+        *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".qt", ".3gp", ".3g2", ".f4v", ".flv", ".wmv", ".asf"),
+        *(".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".mpe", ".m2v", ".m1v", ".vob", ".ogv", ".ogm", ".mxf", ".divx"),
+        *(".mjpg", ".mjpeg", ".y4m"),
+    }
+)
+# Each may be animated, and then is a video, except for those that never are.
+IMAGE_SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+CLIP_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+# Media of kinds that are not read; a data set with such files is told so.
+UNREAD_SUFFIXES = frozenset(
+    {
+        *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".exr", ".hdr", ".tga", ".ico", ".ppm"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raw", ".yuv", ".rgb", ".ivf", ".obu", ".av1", ".vp9"),
+        *(".h264", ".264", ".h265", ".265", ".hevc", ".avc", ".rm", ".rmvb", ".swf", ".dv", ".m3u8", ".mpd", ".bik"),
+        *(".mp3", ".wav", ".flac", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".wma", ".aiff", ".insv", ".braw", ".r3d"),
+    }
+)
+UNFINISHED_SUFFIXES = frozenset({".part", ".ytdl", ".crdownload", ".download", ".tmp"})
+
+
+@dataclass(frozen=True, slots=True)
+class ClipSource:
+    """A video or image file, or a member of a tar file.
+
+    Args:
+        path: the file.
+        caption: None if it has none.
+        member: name within the tar file; empty for a file of its own.
+        start, size: where in the tar file the member's bytes are.
+        animated: whether a file that is named like a picture moves; None: look when it matters.
+    """
+
+    path: str
+    caption: str | None
+    member: str = ""
+    start: int = 0
+    size: int = 0
+    animated: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.path}/{self.member}" if self.member else self.path
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a picture that does not move."""
+        suffix = PurePath(self.member or self.path).suffix.lower()
+        if suffix not in IMAGE_SUFFIXES:
+            return False
+        return not (moves(self.path, suffix, self.start) if self.animated is None else self.animated)
+
+    def read(self) -> bytes:
+        """Return the content. Raises OSError if it is not there."""
+        if not self.member:
+            return Path(self.path).read_bytes()
+        with Path(self.path).open("rb") as file:
+            file.seek(self.start)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(f"it ends after {len(data)} of {self.size} bytes")
+        return data
+
+
+def unread_kind(name: str) -> str | None:
+    """Return the suffix of a file that looks like media and is not read, such as `.heic` or `.mp4.part`, else None."""
+    path = PurePath(name)
+    suffix = path.suffix.lower()
+    if suffix in UNFINISHED_SUFFIXES and PurePath(path.stem).suffix.lower() in CLIP_SUFFIXES:
+        return PurePath(path.stem).suffix.lower() + suffix
+    return suffix if suffix in UNREAD_SUFFIXES else None
+
+
+# ---------------------------------------------------------------- animated pictures
+
+
+def moves(path: str, suffix: str, start: int = 0) -> bool:
+    """Check whether a picture's file, which begins at byte `start` of `path`, holds more than one frame.
+
+    False for a file that cannot be read: that is reported where its pixels are wanted.
+    """
+    look = {".webp": _webp_moves, ".gif": _gif_moves, ".png": _png_moves, ".apng": _png_moves}.get(suffix)
+    if look is None:
+        return False
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(start)
+            return look(file)
+    except (OSError, EOFError):
+        return False
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
+def _webp_moves(file: BinaryIO) -> bool:
+    """The extended header of a WebP has a flag for it."""
+    head = _read(file, 21)
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
+
+
+def _png_moves(file: BinaryIO) -> bool:
+    """An animated PNG says so in a chunk before its pixels, with the number of frames."""
+    if _read(file, 8) != b"\x89PNG\r\n\x1a\n":
+        return False
+    while True:
+        length, kind = int.from_bytes(_read(file, 4), "big"), _read(file, 4)
+        if kind == b"acTL":
+            return int.from_bytes(_read(file, 4), "big") > 1
+        if kind in (b"IDAT", b"IEND"):
+            return False
+        file.seek(length + 4, io.SEEK_CUR)
+
+
+def _gif_moves(file: BinaryIO) -> bool:
+    """A GIF is a list of blocks; the second image among them settles it."""
+    head = _read(file, 13)
+    if head[:4] != b"GIF8":
+        return False
+    _skip_colours(file, head[10])
+    images = 0
+    while (block := _read(file, 1)) != b"\x3b":
+        if block == b"\x2c":
+            images += 1
+            if images > 1:
+                return True
+            _skip_colours(file, _read(file, 9)[8])
+            _read(file, 1)
+        elif block == b"\x21":
+            _read(file, 1)
+        else:
+            return False
+        while size := _read(file, 1)[0]:
+            file.seek(size, io.SEEK_CUR)
+    return False
+
+
+def _skip_colours(file: BinaryIO, flags: int) -> None:
+    if flags & 0x80:
+        file.seek(3 << ((flags & 7) + 1), io.SEEK_CUR)
