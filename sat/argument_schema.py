@@ -11,7 +11,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any
 
-from config_files import load_configs, replace_exclusive
+from config_files import MergedConfig, load_configs, replace_exclusive
+from sgm.config_places import Sources
 from sgm.errors import UserError
 
 PRECISIONS = ("fp16", "bf16")
@@ -44,7 +45,8 @@ def argument(default: Any, help: str, choices: Sequence[str] | None = None) -> A
 
 @dataclass
 class CommonArguments:
-    """What sampling and training share; `model_config` is the `model:` section of the configuration."""
+    """What sampling and training share; `model_config` is the `model:` section of the configuration, `sources`
+    the file that each of its keys is from."""
 
     load: str | None = argument(None, "checkpoint of the network: a folder with `latest`, or a weight file")
     lora_load: str | None = argument(None, "adapter to put on top of `load`")
@@ -58,6 +60,7 @@ class CommonArguments:
     sampling_fps: int = argument(8, "frames per second of sampled videos")
 
     model_config: dict[str, Any] = field(default_factory=dict)
+    sources: Sources = field(default_factory=Sources, repr=False, compare=False)
 
 
 @dataclass
@@ -94,6 +97,7 @@ class RunArguments:
 
     data_config: dict[str, Any] = field(default_factory=dict)
     merged_config: dict[str, Any] = field(default_factory=dict)
+    sources: Sources = field(default_factory=Sources, repr=False, compare=False)
 
 
 def argument_fields(command: type) -> dict[str, Field]:
@@ -128,7 +132,7 @@ def read_command_line(
     command_line: Sequence[str] | None,
     used: Sequence[str],
     exclusive: Sequence[tuple[str, str]],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], MergedConfig]:
     """The arguments given on the command line, and the merged configuration files that it names with `--base`.
 
     Args:
@@ -146,6 +150,7 @@ def read_command_line(
             raise UserError(f"unknown argument {flag.split('=')[0]}{hint}")
         raise UserError(f"unexpected '{flag}' on the command line: values follow an argument such as --load")
     given = vars(known)
+    given.pop("debug", None)
     if "base" not in given:
         raise UserError(f"--base is missing: {parser.epilog}")
     config = load_configs(given.pop("base"), used, exclusive)
@@ -163,6 +168,7 @@ def build_parser(command: type, description: str, example: str) -> argparse.Argu
     )
     parser.error = _raise_user_error
     parser.add_argument("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error too")  # see sgm.errors
     for name, f in argument_fields(command).items():
         kind = value_type(f)
         default = f.default_factory() if f.default is MISSING else f.default

@@ -31,14 +31,15 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
     given, config = argument_schema.read_command_line(
         SamplingArguments, build_parser(), command_line, used=("model",), exclusive=EXCLUSIVE
     )
-    section = argument_schema.check_section(
-        SamplingArguments, config.get("args") or {}, foreign={*argument_fields(TrainingArguments), *IGNORED_KEYS}
-    )
-    for sentence in argument_schema.unused_model_keys(config.get("model") or {}):
-        logger.warning(sentence)
-    args = SamplingArguments(**{**section, **given}, model_config=config["model"])
-    check_values(args)
-    return args
+    with config.sources.naming(given):
+        section = argument_schema.check_section(
+            SamplingArguments, config.get("args") or {}, foreign={*argument_fields(TrainingArguments), *IGNORED_KEYS}
+        )
+        for sentence in argument_schema.unused_model_keys(config.get("model") or {}):
+            logger.warning(sentence)
+        args = SamplingArguments(**{**section, **given}, model_config=config["model"], sources=config.sources)
+        check_values(args)
+        return args
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,52 +3,62 @@
 Nothing here imports PyTorch, so that a mistake is reported at once.
 """
 
-import ast
-import importlib.machinery
-import importlib.util
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from sgm.errors import UserError
+from config_merging import merge_files, resolve
+from config_targets import why_target_fails
+from sgm.config_places import SECTIONS, ConfigError, Sources, parse_key
+from sgm.errors import UserError, shown
+from yaml_reading import read_yaml
 
 PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir")
-SECTIONS = ("args", "model", "deepspeed", "data", "lightning")
+DEEPEST_INCLUDES, MOST_FILES = 20, 200
+
+
+class MergedConfig(dict[str, Any]):
+    """The sections of merged configuration files by name, with the file that each key is from in `sources`."""
+
+    sources: Sources
+
+
+yaml.SafeDumper.add_representer(MergedConfig, yaml.SafeDumper.represent_dict)
 
 
 def load_configs(
-    paths: Sequence[str | Path], used: Sequence[str] = SECTIONS, exclusive: Sequence[tuple[str, str]] = ()
-) -> dict[str, Any]:
-    """The merged content of configuration files, later ones overriding earlier ones.
+    paths: Sequence[str | Path],
+    used: Sequence[str] = SECTIONS,
+    exclusive: Sequence[tuple[str, str]] = (),
+    trusted: bool = True,
+) -> MergedConfig:
+    """Return the merged content of configuration files, later ones overriding earlier ones.
 
     A file may start from others: `include: other.yaml`, or a list, relative to itself.
 
     Args:
         used: the sections whose targets must import.
         exclusive: pairs of switches in `args`; a file that turns one on turns off the other, unless it sets both.
+        trusted: the files are the user's own. False for files that came with something else, such as a downloaded
+            checkpoint: they include nothing, read no variables of the environment, and name only our own classes.
 
     Raises:
         UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve; a
             target does not import.
     """
-    files = [file for path in paths for file in _with_includes(Path(path), ())]
+    files: list[tuple[Path, dict[str, Any]]] = []
+    for path in paths:
+        _read_with_includes(Path(path), (), files, trusted)
     for _, content in files:
         replace_exclusive(content.get("args", {}), exclusive)
-    try:
-        merged = OmegaConf.merge(*(OmegaConf.create(content) for _, content in files))
-        config = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list over a mapping
-        names = ", ".join(str(path) for path in paths)
-        raise UserError(f"{names}: cannot merge: {str(error).splitlines()[0]}") from error
+    merged, sources = merge_files(files, paths)
+    config = MergedConfig(resolve(merged, sources, trusted))
+    config.sources = sources
     for key, target in iterate_targets({section: config.get(section) for section in used}):
-        if problem := why_target_fails(target):
-            where = next((path for path, content in reversed(files) if _get(content, key) == target), paths[-1])
-            raise UserError(f"{where}: {key}: {target}: {problem}")
+        if problem := why_target_fails(target, trusted):
+            raise ConfigError(f"{sources.place(parse_key(key))}: {shown(target)[1:-1]}: {problem}")
     return config
 
 
@@ -59,46 +69,50 @@ def replace_exclusive(args: dict[str, Any], pairs: Sequence[tuple[str, str]]) ->
             args[other] = False
 
 
-def _with_includes(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files that `path` includes, innermost first, and `path` itself, each with its content."""
-    if path.resolve() in parents:
-        raise UserError(f"{path}: includes itself")
-    content = _read_yaml(path)
-    includes = content.pop("include", None) or []
-    includes = includes if isinstance(includes, list) else [includes]
-    if not all(isinstance(include, str) for include in includes):
-        raise UserError(f"{path}: include is {includes!r}; expected the names of files")
-    for include in includes:
-        yield from _with_includes(path.parent / include, (*parents, path.resolve()))
-    for section, value in content.items():
-        if section not in SECTIONS:
-            raise UserError(f"{path}: unknown section '{section}'; there are {', '.join(SECTIONS)} (and include)")
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{path}: the section '{section}' is {value!r}; expected keys and values")
-    yield path, {section: value for section, value in content.items() if value is not None}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_with_includes(
+    path: Path, parents: tuple[Path, ...], files: list[tuple[Path, dict[str, Any]]], trusted: bool
+) -> None:
+    """Append the files that `path` includes, innermost first, and `path` itself, each with its content, to `files`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"configuration {path} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"configuration {path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links
+        raise UserError(f"configuration {path}: {error}") from error
+    if resolved in parents:
+        raise UserError(f"{path}: includes itself")
+    if len(parents) > DEEPEST_INCLUDES or len(files) > MOST_FILES:
+        raise UserError(f"{path}: include: more files than {DEEPEST_INCLUDES} in a chain or {MOST_FILES} in all")
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"configuration {path}: expected sections ({', '.join(SECTIONS)}) at the top level")
-    return content
+    includes = content.pop("include", None) or []
+    includes = includes if isinstance(includes, list) else [includes]
+    if not all(isinstance(include, str) and include for include in includes):
+        raise UserError(f"{path}: include is {shown(includes)}; expected the names of files")
+    if includes and not trusted:
+        raise UserError(f"{path}: include: a file that came with something else includes no others")
+    for include in includes:
+        _read_with_includes(path.parent / include, (*parents, resolved), files, trusted)
+    for section, value in content.items():
+        if section not in SECTIONS:
+            name = f"'{section}'" if isinstance(section, str) else section
+            raise UserError(f"{path}: unknown section {name}; there are {', '.join(SECTIONS)} (and include)")
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{path}: the section '{section}' is {shown(value)}; expected keys and values")
+    files.append((path, {section: value for section, value in content.items() if value is not None}))
 
 
 def check_paths(config: dict[str, Any]) -> None:
     """Raises UserError if a file or folder that a configuration loads from is not there."""
     for key, path in _iterate_paths(config):
-        if path and not Path(str(path)).exists():
+        if path and not _exists(path):
             raise UserError(f"{key}: there is no {path}; the README says where to get it and where to put it")
+
+
+def _exists(path: Any) -> bool:
+    try:
+        return Path(str(path)).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _iterate_paths(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -115,7 +129,7 @@ def _children(node: dict | list) -> Iterator[tuple[str, Any]]:
 
 
 def iterate_targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every `target:` below `node`, with its dotted key."""
+    """Yield every `target:` below `node`, with its dotted key."""
     if isinstance(node, dict):
         for name, child in node.items():
             path = f"{key}.{name}" if key else str(name)
@@ -126,61 +140,3 @@ def iterate_targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(node, list):
         for index, child in enumerate(node):
             yield from iterate_targets(child, f"{key}[{index}]")
-
-
-def _get(node: Any, key: str) -> Any:
-    for part in key.replace("[", ".[").split("."):
-        try:
-            node = node[int(part[1:-1])] if part.startswith("[") else node[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return node
-
-
-def why_target_fails(target: str) -> str | None:
-    """Why the import path `target` will not resolve, found without importing anything; None if it should."""
-    module_name, _, attribute = target.rpartition(".")
-    if not module_name:
-        return "not an import path of the form module.Class"
-    parts, search_path, spec = module_name.split("."), None, None
-    for depth in range(1, len(parts) + 1):
-        name = ".".join(parts[:depth])
-        spec = _find_spec(name, search_path)
-        if spec is None:
-            return f"there is no module '{name}'"
-        search_path = spec.submodule_search_locations
-    if not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    names, open_ended = _defined_names(Path(spec.origin))
-    if attribute in names or open_ended or _find_spec(target, search_path):
-        return None
-    return f"module '{module_name}' has no '{attribute}'"
-
-
-def _find_spec(name: str, search_path: Any) -> importlib.machinery.ModuleSpec | None:
-    if search_path is None and name in sys.builtin_module_names:
-        return importlib.util.find_spec(name)
-    for finder in sys.meta_path:
-        find = getattr(finder, "find_spec", None)
-        if find and (spec := find(name, search_path)) is not None:
-            return spec
-    return None
-
-
-def _defined_names(source: Path) -> tuple[set[str], bool]:
-    """Names that a module's top level defines, and whether more may appear that reading it does not show."""
-    names: set[str] = set()
-    tree = ast.parse(source.read_bytes())
-    open_ended = False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            names.add(node.name)
-            open_ended |= node.name == "__getattr__"
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
-            open_ended |= any(alias.name == "*" for alias in node.names)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            open_ended |= node.func.id in ("globals", "locals", "setattr")
-    return names, open_ended

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from argument_schema import FLOAT, PRECISIONS, nearest
-from config_files import why_target_fails
+from config_targets import why_target_fails
 from sgm.errors import UserError
 
 OUR_OPTIMIZERS = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")  # names of the same

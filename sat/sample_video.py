@@ -23,16 +23,17 @@ logger = logging.getLogger("sample_video")
 
 def main(command_line: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return exit_code(lambda: sample(command_line), logger)
+    return exit_code(lambda: sample(command_line), logger, command_line=command_line)
 
 
 def sample(command_line: Sequence[str] | None) -> int:
     args = get_args(command_line)
-    plan = plan_run(args)
-    quiet_libraries()
-    from sampling_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    with args.sources.naming():
+        plan = plan_run(args)
+        quiet_libraries()
+        from sampling_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
 
-    return run(args, plan)
+        return run(args, plan)
 
 
 if __name__ == "__main__":

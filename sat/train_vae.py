@@ -25,12 +25,13 @@ logger = logging.getLogger("train_vae")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    return run_command(lambda: plan(command_line), train, logger)
+    return run_command(lambda: plan(command_line), train, logger, command_line)
 
 
 def plan(command_line: Sequence[str] | None) -> tuple[VaeTrainingArguments, VaeTrainingPlan]:
     args = get_vae_training_args(command_line)
-    return args, plan_vae_run(args)
+    with args.sources.naming():
+        return args, plan_vae_run(args)
 
 
 def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan]) -> int:
@@ -41,7 +42,8 @@ def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan]) -> int:
     quiet_libraries()
     from vae_training_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
 
-    return run(args, plan)
+    with args.sources.naming():
+        return run(args, plan)
 
 
 if __name__ == "__main__":

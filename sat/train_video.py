@@ -25,12 +25,13 @@ logger = logging.getLogger("train_video")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    return run_command(lambda: plan(command_line), train, logger)
+    return run_command(lambda: plan(command_line), train, logger, command_line)
 
 
 def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, TrainingPlan]:
     args = get_training_args(command_line)
-    return args, plan_run(args)
+    with args.sources.naming():
+        return args, plan_run(args)
 
 
 def train(planned: tuple[TrainingArguments, TrainingPlan]) -> int:
@@ -43,7 +44,8 @@ def train(planned: tuple[TrainingArguments, TrainingPlan]) -> int:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
     from training_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
 
-    return run(args, plan)
+    with args.sources.naming():
+        return run(args, plan)
 
 
 if __name__ == "__main__":

@@ -39,25 +39,27 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
     given, config = argument_schema.read_command_line(
         TrainingArguments, build_parser(), command_line, used=("model", "data"), exclusive=(PRECISIONS,)
     )
-    sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
-    values = check_args_section(sections["args"])
-    for sentence in argument_schema.unused_model_keys(sections["model"], TRAINED_PARTS):
-        logger.warning(sentence)
-    if not isinstance(sections["data"].get("target"), str):
-        raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
-    sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
-    if enabled := enabled_precision(sections["deepspeed"]):
-        values |= {name: name == enabled for name in PRECISIONS}
-    values |= given
-    args = TrainingArguments(
-        **values,
-        model_config=sections["model"],
-        data_config=sections["data"],
-        deepspeed_config=with_precision(sections["deepspeed"], values),
-    )
-    check_values(args)
-    args.merged_config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
-    return args
+    with config.sources.naming(given):
+        sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
+        values = check_args_section(sections["args"])
+        for sentence in argument_schema.unused_model_keys(sections["model"], TRAINED_PARTS):
+            logger.warning(sentence)
+        if not isinstance(sections["data"].get("target"), str):
+            raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
+        sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
+        if enabled := enabled_precision(sections["deepspeed"]):
+            values |= {name: name == enabled for name in PRECISIONS}
+        values |= given
+        args = TrainingArguments(
+            **values,
+            model_config=sections["model"],
+            data_config=sections["data"],
+            deepspeed_config=with_precision(sections["deepspeed"], values),
+            sources=config.sources,
+        )
+        check_values(args)
+        args.merged_config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
+        return args
 
 
 def build_parser() -> argparse.ArgumentParser:

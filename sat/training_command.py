@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sgm.errors import UserError, exit_code
@@ -13,11 +13,17 @@ from sgm.errors import UserError, exit_code
 SILENCE = 5
 
 
-def run_command(plan: Callable[[], Any], train: Callable[[Any], int], logger: logging.Logger) -> int:
-    """The exit code of `train(plan())`.
+def run_command(
+    plan: Callable[[], Any],
+    train: Callable[[Any], int],
+    logger: logging.Logger,
+    command_line: Sequence[str] | None = None,
+) -> int:
+    """Return the exit code of `train(plan())`.
 
     Args:
         plan: looks at arguments and files alone, and raises UserError for any mistake in them.
+        command_line: see `exit_code`.
     """
     leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="%(message)s")
@@ -31,4 +37,4 @@ def run_command(plan: Callable[[], Any], train: Callable[[Any], int], logger: lo
             raise
         return train(planned)
 
-    return exit_code(command, logger)
+    return exit_code(command, logger, command_line=command_line)

@@ -49,23 +49,25 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
     given, config = argument_schema.read_command_line(
         VaeTrainingArguments, build_parser(), command_line, used=("model", "data"), exclusive=()
     )
-    sections = {name: config.get(name) or {} for name in ("args", "model", "data", "lightning")}
-    values = argument_schema.check_section(VaeTrainingArguments, sections["args"]) | given
-    check_model_section(sections["model"])
-    if not isinstance(sections["data"].get("target"), str):
-        raise UserError("the configuration has no data.target: name the class of the data, data_video.SFTDataset")
-    check_lightning_section(sections["lightning"])
-    args = VaeTrainingArguments(
-        **values,
-        model_config=sections["model"],
-        data_config=sections["data"],
-        lightning_config=sections["lightning"],
-        merged_config={**sections, "args": {**sections["args"], **values}},
-    )
-    argument_schema.check_run(args)
-    argument_schema.check_seed_and_device(args)
-    argument_schema.check_least(args, ("batch_size",))
-    return args
+    with config.sources.naming(given):
+        sections = {name: config.get(name) or {} for name in ("args", "model", "data", "lightning")}
+        values = argument_schema.check_section(VaeTrainingArguments, sections["args"]) | given
+        check_model_section(sections["model"])
+        if not isinstance(sections["data"].get("target"), str):
+            raise UserError("the configuration has no data.target: name the class of the data, data_video.SFTDataset")
+        check_lightning_section(sections["lightning"])
+        args = VaeTrainingArguments(
+            **values,
+            model_config=sections["model"],
+            data_config=sections["data"],
+            lightning_config=sections["lightning"],
+            merged_config={**sections, "args": {**sections["args"], **values}},
+            sources=config.sources,
+        )
+        argument_schema.check_run(args)
+        argument_schema.check_seed_and_device(args)
+        argument_schema.check_least(args, ("batch_size",))
+        return args
 
 
 def build_parser() -> argparse.ArgumentParser:

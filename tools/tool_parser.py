@@ -20,6 +20,7 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error too")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -71,4 +72,4 @@ def run_tool(command: Callable[[Sequence[str] | None], None], arguments: Sequenc
         command(arguments)
         return 0
 
-    return exit_code(run, logging.getLogger(name))
+    return exit_code(run, logging.getLogger(name), command_line=arguments)

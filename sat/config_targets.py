@@ -1,0 +1,131 @@
+"""Whether an import path (`target:`) leads to a class, found by reading source files, without importing anything."""
+
+import ast
+import functools
+import importlib.machinery
+import importlib.util
+import keyword
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# What files that came with something else may name: our packages, our modules beside this one, and of the libraries
+# what builds layers and optimizers.
+TRUSTED_PACKAGES = ("sgm", "vae_modules", "sat", "torch.nn", "torch.optim")
+OWN_FOLDER = Path(__file__).resolve().parent
+LONGEST_TARGET = 300
+
+
+class _Names(NamedTuple):
+    """What a module's source defines; `open_ended`: more may appear that reading the source does not show.
+
+    `imported` gives for a name that is imported from a module the level of the import, that module, and its name there.
+    """
+
+    all: frozenset[str]
+    functions: frozenset[str]
+    modules: frozenset[str]
+    imported: dict[str, tuple[int, str, str]]
+    open_ended: bool
+
+
+def is_trusted(module: str) -> bool:
+    """Return whether files that came with something else may name what is defined in `module`."""
+    if any(module == package or module.startswith(f"{package}.") for package in TRUSTED_PACKAGES):
+        return True
+    return "." not in module and (OWN_FOLDER / f"{module}.py").is_file()
+
+
+def why_target_fails(target: str, trusted: bool = True) -> str | None:
+    """Return why the import path `target` will not lead to a class, found without importing anything; None if it may.
+
+    Args:
+        trusted: whether the file that names it is the user's own; others may name only what is `is_trusted`.
+    """
+    module_name, _, attribute = target.rpartition(".")
+    parts = module_name.split(".")
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in (*parts, attribute)):
+        return "not an import path of the form module.Class"
+    if len(target) > LONGEST_TARGET:
+        return f"an import path of {len(target)} characters; expected module.Class"
+    if not trusted and not is_trusted(module_name):
+        return f"files that came with something else name only classes of {', '.join(TRUSTED_PACKAGES)} and our own"
+    search_path, spec = None, None
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        spec = _find_spec(name, search_path) if depth == 1 or search_path is not None else None
+        if spec is None:
+            return f"there is no module '{name}'"
+        search_path = spec.submodule_search_locations
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    try:
+        names = _defined_names(Path(spec.origin))
+    except (SyntaxError, ValueError) as error:
+        return f"{spec.origin} is not valid Python: {error}"
+    if attribute in names.functions:
+        return f"'{attribute}' is a function; name a class"
+    if not trusted and (problem := _why_reexport_fails(module_name, attribute, spec, names)):
+        return problem
+    if attribute in names.all or names.open_ended or (search_path and _find_spec(target, search_path)):
+        return None
+    return f"module '{module_name}' has no '{attribute}'"
+
+
+def _why_reexport_fails(module: str, attribute: str, spec: importlib.machinery.ModuleSpec, names: _Names) -> str | None:
+    """Return why `attribute` of a module is not a class of a trusted one: a trusted module may import others'."""
+    if attribute in names.modules:
+        return f"'{attribute}' is a module; name a class"
+    if (origin := names.imported.get(attribute)) is None:
+        return None
+    level, source, name = origin
+    if level:
+        package = module if spec.submodule_search_locations else module.rpartition(".")[0]
+        for _ in range(level - 1):
+            package = package.rpartition(".")[0]
+        source = f"{package}.{source}".strip(".")
+    return why_target_fails(f"{source}.{name}", trusted=False)
+
+
+def _find_spec(name: str, search_path: Any) -> importlib.machinery.ModuleSpec | None:
+    if search_path is None and name in sys.builtin_module_names:
+        return importlib.util.find_spec(name)
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find and (spec := find(name, search_path)) is not None:
+            return spec
+    return None
+
+
+@functools.cache
+def _defined_names(source: Path) -> _Names:
+    """Return the names that a module defines anywhere, and those that can only be functions or modules."""
+    names: set[str] = set()
+    functions: set[str] = set()
+    modules: set[str] = set()
+    imported: dict[str, tuple[int, str, str]] = {}
+    tree = ast.parse(source.read_bytes())
+    open_ended = False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+            open_ended |= node.name == "__getattr__"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+            open_ended |= any(alias.name == "*" for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            open_ended |= node.func.id in ("globals", "locals", "setattr")
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list:
+            functions.add(node.name)
+        elif isinstance(node, ast.Import):
+            modules.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                imported[alias.asname or alias.name] = (node.level, node.module or "", alias.name)
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    return _Names(frozenset(names), frozenset(functions - stored), frozenset(modules - stored), imported, open_ended)
