@@ -19,7 +19,7 @@ from whole_files import replaced_when_complete
 logger = logging.getLogger("train_video")
 
 INDEX = ".clip_index.json"
-VERSION = 1
+VERSION = 2
 REPORT_EVERY = 10  # seconds
 
 Stamp = tuple[int, int]  # size in bytes and time of the last change in nanoseconds

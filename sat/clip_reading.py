@@ -3,9 +3,10 @@
 import io
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +16,12 @@ from torch.utils.data import get_worker_info
 from batch_order import Bucket
 from clip_sources import ClipSource
 from clip_transforms import CENTRED, Placement, cover
+from file_part import FilePart
+from frame_times import ROUNDING
 from image_inputs import load_condition_image
-from mp4_header import VideoHeader, read_header
 from sgm.errors import UserError
 from sgm.seeds import hashed_seed
-from video_reading import UnreadableClip, decode, open_video
-
-if TYPE_CHECKING:
-    from decord import VideoReader
-
-ROUNDING = 1e-4  # seconds, or frames: times in files are rounded, decord's are float32
+from video_reading import DEFAULT_BACKEND, UnreadableClip, open_video
 
 
 class ClipInfo(NamedTuple):
@@ -104,25 +101,17 @@ class FrameSampling:
         return first + start * duration + np.arange(frames) / self.fps
 
 
-def nearest_frames(source_times: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """For each of `times` the index of the nearest of `source_times` (ascending), the earlier of two equally near."""
-    return np.searchsorted((source_times[1:] + source_times[:-1]) / 2, times - ROUNDING)
-
-
 def probe(source: ClipSource) -> ClipInfo:
-    """What a clip is; of .mp4 and .mov files only the header is read, others are opened with the decoder.
+    """Return what a clip is; of a video in most containers only the beginning and the end are read.
 
     Raises:
-        UnreadableClip: it is not there, no video, or cut off.
+        UnreadableClip: the file is missing, not a video, or cut off.
     """
-    if source.is_image:
-        return _probe_image(source)
-    if header := _mp4_header(source):
-        return ClipInfo(*header)
-    reader = open_video(_file(source))
-    times = _frame_times(reader)
-    _, height, width, _ = decode(reader, [0]).shape
-    return ClipInfo(width, height, len(reader), float(times[-1]))
+    with _opened(source) as file:
+        if source.is_image:
+            return _probe_image(file)
+        with open_video(file) as video:
+            return ClipInfo(*video.facts)
 
 
 def read_clip(
@@ -132,65 +121,56 @@ def read_clip(
     seed: int,
     placement: Placement = CENTRED,
     part: Part = WHOLE,
+    info: ClipInfo | None = None,
+    backend: str = DEFAULT_BACKEND,
 ) -> Tensor:
     """Return the pixels of a clip: uint8 (frames, 3, height, width), RGB, in the bucket's shape, not contiguous.
 
     Args:
         placement: where frames are cropped, once they cover the size, see `clip_transforms.cover`.
         part: of the source, in which the clip starts.
+        info: what `probe` found, so that it need not look again.
+        backend: one of `video_reading.BACKENDS`, which decodes videos.
 
     Raises:
-        UnreadableClip: the file is not there, damaged, or shorter than the bucket.
+        UnreadableClip: the file is missing, damaged, or shorter than the bucket.
     """
-    if source.is_image:
-        return _read_image(source, bucket, placement)
-    # A worker decodes alone: as many threads in each as there are cores would only be in each other's way.
-    reader = open_video(_file(source), threads=1 if get_worker_info() else 0)
-    source_times = _frame_times(reader)
-    info = ClipInfo(0, 0, len(source_times), float(source_times[-1]))
-    times = sampling.times(info, bucket.frames, seed, part)
-    # By more than rounding: a header gives mean rates, and lengths to one frame more or less.
-    if times[-1] > info.seconds + 1.5 * info.frame_duration + ROUNDING:
-        raise UnreadableClip(f"it has {info.frames} frames, fewer than its header says")
-    frames = decode(reader, nearest_frames(source_times, times).tolist())
-    return cover(frames.permute(0, 3, 1, 2), bucket.height, bucket.width, placement)
+    with _opened(source) as file:
+        if source.is_image:
+            return _read_image(file, bucket, placement)
+        # A worker decodes alone: as many threads in each as there are cores would only be in each other's way.
+        with open_video(file, threads=1 if get_worker_info() else 0, backend=backend) as video:
+            info = info or ClipInfo(*video.facts)
+            times = sampling.times(info, bucket.frames, seed, part)
+            # By more than rounding: mean durations are not those of each frame.
+            beyond = 1.5 * info.frame_duration + ROUNDING
+            if times[-1] > info.seconds + beyond:
+                raise UnreadableClip(f"it has {info.frames} frames, fewer than its header says")
+            # One at a time, since all frames of a large source take gigabytes.
+            frames = [
+                cover(torch.from_numpy(frame).permute(2, 0, 1)[None], bucket.height, bucket.width, placement)
+                for frame in video.frames_at(times, beyond)
+            ]
+    return torch.cat(frames)
 
 
-def _file(source: ClipSource) -> io.BytesIO | str:
-    """What decord and Pillow open."""
+@contextmanager
+def _opened(source: ClipSource) -> Iterator[str | BinaryIO]:
+    """What PyAV, decord and Pillow open."""
     if not source.member:
-        return source.path
+        yield source.path
+        return
     try:
-        return io.BytesIO(source.read())
+        part = FilePart(source.path, source.start, source.size)
     except OSError as error:
         raise UnreadableClip(error.strerror or str(error)) from error
+    with io.BufferedReader(part) as file:
+        yield file
 
 
-def _mp4_header(source: ClipSource) -> VideoHeader | None:
-    try:
-        with Path(source.path).open("rb") as file:
-            size = source.size if source.member else file.seek(0, io.SEEK_END)
-            return read_header(file, source.start, source.start + size)
-    except (OSError, EOFError) as error:
-        raise UnreadableClip(getattr(error, "strerror", None) or str(error)) from error
-
-
-def _frame_times(reader: "VideoReader") -> np.ndarray:
-    """When each frame is shown, in seconds from the first: real time stamps, so that a variable rate does no harm."""
-    frames = len(reader)
-    times = reader.get_frame_timestamp(range(frames))[:, 0].astype(np.float64)
-    if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):  # a container without them
-        rate = reader.get_avg_fps()
-        if not rate > 0:
-            raise UnreadableClip("it has neither time stamps nor a frame rate")
-        times = np.arange(frames) / rate
-    return times - times[0]
-
-
-def _probe_image(source: ClipSource) -> ClipInfo:
+def _probe_image(file: str | BinaryIO) -> ClipInfo:
     from PIL import Image
 
-    file = _file(source)
     try:
         with Image.open(file) as image:
             width, height = image.size
@@ -201,8 +181,7 @@ def _probe_image(source: ClipSource) -> ClipInfo:
     return ClipInfo(width, height, 1, 0.0)
 
 
-def _read_image(source: ClipSource, bucket: Bucket, placement: Placement) -> Tensor:
-    file = _file(source)
+def _read_image(file: str | BinaryIO, bucket: Bucket, placement: Placement) -> Tensor:
     try:
         image = load_condition_image(file, (bucket.height, bucket.width), (placement.left, placement.top))
     except UserError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from sgm.errors import UserError
-from video_reading import UnreadableClip, decode, open_video
+from video_reading import UnreadableClip, open_video
 from whole_files import replaced_when_complete, reported_as_user_error
 
 FRAMES = 9  # of a video at most, evenly spread over it, the first and the last among them
@@ -55,11 +55,12 @@ def spread(total: int, most: int) -> list[int]:
 
 def _frames(file: Path) -> list[Image.Image]:
     try:
-        reader = open_video(str(file))
-        pixels = decode(reader, spread(len(reader), FRAMES))
+        with open_video(file) as video:
+            frames, seconds = video.facts[2:]
+            times = [seconds * index / max(frames - 1, 1) for index in spread(frames, FRAMES)]
+            frames = [Image.fromarray(frame) for frame in video.frames_at(times)]
     except UnreadableClip as error:
         raise UserError(f"contact_sheet: {file} cannot be read: {error}") from error
-    frames = [Image.fromarray(frame) for frame in pixels.numpy()]
     size = (round(frames[0].width * FRAME_HEIGHT / frames[0].height), FRAME_HEIGHT)
     return [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
 

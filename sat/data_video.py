@@ -21,7 +21,7 @@ from clip_sources import ClipSource, find_clips
 from model_limits import SPACE_FACTOR, TIME_FACTOR, ModelLimits
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str, instantiate_from_config
-from video_reading import UnreadableClip
+from video_reading import BACKENDS, DEFAULT_BACKEND, UnreadableClip
 
 logger = logging.getLogger("train_video")
 
@@ -55,6 +55,7 @@ class SFTDataset(Dataset):
         missing_label: what to do about a clip without caption: use an "empty" one, or "stop"; "ignore" is for training
             that uses no captions.
         max_unreadable_share: of the clips, above which the data is refused.
+        video_backend: what decodes videos, "pyav" or "decord"; see `video_reading.open_video`.
 
     Raises:
         UserError: no clips, too many unreadable ones, a missing label, a size that is none.
@@ -74,6 +75,7 @@ class SFTDataset(Dataset):
         shuffle_buffer: int = 1000,
         missing_label: str = "empty",
         max_unreadable_share: float = 0.1,
+        video_backend: str = DEFAULT_BACKEND,
     ):
         self.sizes = _sizes(video_size)
         for name, value, least in (
@@ -84,8 +86,11 @@ class SFTDataset(Dataset):
             if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
                 raise UserError(f"data: {name} is {value!r}; expected a number, at least {least}")
         self.sampling = FrameSampling(fps, int(max_num_frames), int(skip_frms_num), frame_multiple, random_start)
+        if video_backend not in BACKENDS:
+            raise UserError(f"data: video_backend is {video_backend!r}; use one of {', '.join(BACKENDS)}")
+        self.video_backend = video_backend
         self.shuffle_buffer = shuffle_buffer
-        self.sources, self.buckets, self.unreadable = [], [], []
+        self.sources, self.infos, self.buckets, self.unreadable = [], [], [], []
         for location in [data_dir] if isinstance(data_dir, str | Path) else data_dir:
             self._add(str(location), txt_key)
         _check_readable(len(self.sources), self.unreadable, max_unreadable_share)
@@ -99,6 +104,7 @@ class SFTDataset(Dataset):
             if info:
                 size = nearest_size(info.height, info.width, self.sizes)
                 self.sources.append(source)
+                self.infos.append(info)
                 self.buckets.append(Bucket(self.sampling.num_frames(info), *size))
 
     @classmethod
@@ -146,7 +152,14 @@ class SFTDataset(Dataset):
         for index in self._same_bucket(key.index):
             source = self.sources[index]
             try:
-                frames = read_clip(source, self.buckets[index], self.sampling, key.seed)
+                frames = read_clip(
+                    source,
+                    self.buckets[index],
+                    self.sampling,
+                    key.seed,
+                    info=self.infos[index],
+                    backend=self.video_backend,
+                )
             except UnreadableClip as problem:
                 unreadable.append(f"{source.name}: {problem}")
                 continue

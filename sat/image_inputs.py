@@ -29,7 +29,7 @@ def load_condition_image(path: str | Path, size: tuple[int, int], crop: tuple[fl
     height, width = size
     try:
         with Image.open(path) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file))
+            image = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
         raise UserError(f"there is no image {path}") from error
     # Pillow's decoders report damaged files by whichever of these came up.
@@ -39,7 +39,7 @@ def load_condition_image(path: str | Path, size: tuple[int, int], crop: tuple[fl
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:

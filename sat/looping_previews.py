@@ -6,11 +6,12 @@ from pathlib import Path
 from PIL import Image
 
 from sgm.errors import UserError
-from video_reading import UnreadableClip, decode, open_video
+from video_reading import UnreadableClip, open_video
 from whole_files import replaced_when_complete, reported_as_user_error
 
 LARGEST_HEIGHT = 256  # pixels; a video that is higher is reduced
 QUALITY = 80
+SINGLE = 1000  # milliseconds that the only frame of a video is shown
 
 
 def write_looping_preview(video: Path) -> Path:
@@ -21,12 +22,12 @@ def write_looping_preview(video: Path) -> Path:
     """
     path = video.with_suffix(".webp")
     try:
-        reader = open_video(str(video))
-        pixels = decode(reader).numpy()
+        with open_video(video) as opened:
+            frames, seconds = opened.facts[2:]
+            first, *others = (_reduced(Image.fromarray(frame)) for frame in opened.all_frames())
     except UnreadableClip as error:
         raise UserError(f"looping_previews: {video} cannot be read: {error}") from error
-    first, *others = (_reduced(Image.fromarray(frame)) for frame in pixels)
-    milliseconds = round(1000 / reader.get_avg_fps())
+    milliseconds = round(1000 * seconds / (frames - 1)) if frames > 1 else SINGLE
     content = io.BytesIO()
     first.save(
         content, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=QUALITY, method=6

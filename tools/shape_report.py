@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from image_inputs import load_condition_image
@@ -20,7 +22,7 @@ from tools.shape_drawing import draw
 from tools.shape_judge import NONE, judge
 from tools.shape_scenes import Item, Scene, random_scenes
 from video_output import VideoWriter
-from video_reading import UnreadableClip, decode, open_video
+from video_reading import UnreadableClip, open_video
 from whole_files import replaced_when_complete, reported_as_user_error
 
 logger = logging.getLogger("evaluate_shapes")
@@ -76,7 +78,8 @@ def read_video(path: Path) -> Tensor:
         UserError: it cannot be read.
     """
     try:
-        frames = decode(open_video(str(path)))
+        with open_video(path) as video:
+            frames = torch.from_numpy(np.stack(list(video.all_frames())))
     except UnreadableClip as error:
         raise UserError(f"cannot read the video {path}: {error}") from error
     return frames.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -83,7 +83,7 @@ def test_members_of_tar_files_are_kept_too(folder, tmp_path, probed):
     assert probed == []
 
 
-@pytest.mark.parametrize("content", [None, "not JSON", '{"version": 0, "clips": {}}', '{"version": 1, "clips": [3]}'])
+@pytest.mark.parametrize("content", [None, "not JSON", '{"version": 0, "clips": {}}', '{"version": 2, "clips": [3]}'])
 def test_an_index_that_cannot_be_used_or_written_is_no_obstacle(folder, content):
     if content is None:
         (folder / INDEX).mkdir()

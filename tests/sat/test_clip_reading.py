@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from batch_order import Bucket
-from clip_reading import ClipInfo, FrameSampling, nearest_frames, probe, read_clip
+from clip_reading import ClipInfo, FrameSampling, probe, read_clip
 from clip_sources import ClipSource
+from frame_times import nearest_frames
 from training_clips import convert, damage, frame_numbers, truncate, vary_rate, write_clip, write_tar
 from video_reading import UnreadableClip
 

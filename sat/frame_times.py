@@ -1,0 +1,43 @@
+"""Which frames are nearest to given times."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+ROUNDING = 1e-4  # seconds, or frames: times in files are rounded, decord's are float32
+COARSEST_ROUNDING = 6e-4  # seconds; Matroska rounds times to milliseconds
+
+Frame = TypeVar("Frame")
+Pixels = TypeVar("Pixels")
+
+
+def nearest_frames(source_times: np.ndarray, times: np.ndarray, rounding: float = ROUNDING) -> np.ndarray:
+    """Return for each of `times` the index of the nearest of `source_times` (ascending), the earlier of two equally
+    near."""
+    return np.searchsorted((source_times[1:] + source_times[:-1]) / 2, times - rounding)
+
+
+def nearest_in_order(
+    frames: Iterable[tuple[float, Frame]],
+    times: Sequence[float],
+    convert: Callable[[Frame], Pixels],
+    rounding: float = ROUNDING,
+) -> Iterator[Pixels]:
+    """Yield the converted frame nearest to each of `times`; both come in ascending order.
+
+    No more of `frames` is taken than is needed, and what is not chosen is not converted. After the last frame, the
+    times that are left get that one. Nothing is yielded if there are no frames.
+    """
+    frames = iter(frames)
+    earlier = next(frames, None)
+    later = next(frames, None)
+    converted, pixels = None, None
+    for time in times:
+        if earlier is None:
+            return
+        while later is not None and time - rounding > (earlier[0] + later[0]) / 2:
+            earlier, later = later, next(frames, None)
+        if converted is not earlier:
+            converted, pixels = earlier, convert(earlier[1])
+        yield pixels

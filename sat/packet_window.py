@@ -1,0 +1,44 @@
+"""Which packets of a stream have to be decoded for some of its frames. Nothing here imports PyAV."""
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+
+class TimedPacket(Protocol):
+    """A part of `av.Packet`."""
+
+    pts: int
+    is_keyframe: bool
+
+
+def decoding_runs(packets: Sequence[TimedPacket], wanted: Collection[int]) -> list[list[TimedPacket]]:
+    """Return the packets to decode, in runs; before each the decoder starts anew.
+
+    Packets depend on those from the last key frame on. Packets that follow a key frame but are shown before it (open
+    groups of pictures) depend on the group before as well, and are left out where that is not decoded.
+
+    Args:
+        packets: in the order in which they are decoded, from a key frame on.
+        wanted: times of frames that are to be seen.
+    """
+    wanted = frozenset(wanted)
+    starts = [number for number, packet in enumerate(packets) if packet.is_keyframe or not number]
+    ends = [*starts[1:], len(packets)]
+    until = list(starts)  # of each group, what is needed
+    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        needed = [number for number in range(start, end) if packets[number].pts in wanted]
+        if needed:
+            until[group] = needed[-1] + 1
+        if group and any(packets[number].pts < packets[start].pts for number in needed):
+            until[group - 1] = start
+    runs: list[list[TimedPacket]] = []
+    complete = False  # whether the group before is decoded to its end
+    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        part = packets[start : until[group]]
+        if part and complete:
+            runs[-1] += part
+        elif part:
+            shown = min(wanted) if group == 0 else part[0].pts  # at the beginning of a file they may be complete
+            runs.append([part[0], *(packet for packet in part[1:] if packet.pts >= min(shown, part[0].pts))])
+        complete = bool(part) and until[group] == end
+    return runs
