@@ -26,6 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from batch_order import Bucket, SampleKey
 from clip_loader import make_loader
 from data_video import make_dataset
+from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
 from latent_cache import (
     DESCRIPTION,
@@ -40,7 +41,7 @@ from latent_cache import (
 )
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from process_groups import destroy_process_groups, initialize_process_groups
-from sampling_run import choose_device, total_over_processes
+from sampling_run import total_over_processes
 from sgm.errors import UserError
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
 from sgm.randomness import per_sample
@@ -70,7 +71,9 @@ def run(
     """
     initialize_process_groups()
     try:
-        engine = SATVideoDiffusionEngine(without_context_parallel(args), parts=(), device=choose_device(args.device))
+        device = choose_device(args.device)
+        args = settle_precision(args, device)
+        engine = SATVideoDiffusionEngine(without_context_parallel(args), parts=(), device=device)
         dataset = make_dataset(args.train_data, args.data_config, args)
         encoding = {
             "store": store,

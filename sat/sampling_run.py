@@ -1,7 +1,6 @@
 """The stages of sampling: text, first frames, latents, pixels. What `sample_video.py` does once PyTorch is needed."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import SamplingArguments
 from contact_sheet import write_contact_sheet
+from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
@@ -137,7 +137,10 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
     """Make this process's videos; the number of them that failed."""
     for path in filter(None, (args.load, args.lora_load)):  # before minutes go into the text encoder
         checkpoint_file(path, mpu.get_model_parallel_rank(), args.model_parallel_size)
-    engine = SATVideoDiffusionEngine(args, parts=(), device=choose_device(args.device))
+    device = choose_device(args.device)
+    args = settle_precision(args, device)
+    torch.backends.cudnn.deterministic = True  # the same seed gives the same video
+    engine = SATVideoDiffusionEngine(args, parts=(), device=device)
     engine.sampler.verbose = False  # one bar for the whole run instead
     steps = args.sampling_num_steps or engine.sampler.num_steps
     if steps is None:
@@ -162,21 +165,6 @@ def sample_typed(stages: Stages, request: PromptRequest, args: SamplingArguments
         logger.error("%s", error)
         return args.batch_size
     return sample_videos(stages, videos, args, keep_conditioner=True)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or this process's GPU, or the CPU where there is none."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("device is cuda, but PyTorch finds no GPU; use --device cpu")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise UserError(f"device is {device}, but there are {torch.cuda.device_count()} GPUs")
-        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        device = torch.device("cuda", own if device.index is None else device.index)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # the same seed gives the same video
-    return device
 
 
 def sample_videos(

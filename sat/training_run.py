@@ -23,6 +23,7 @@ import validation
 from batch_order import BatchOrder
 from clip_loader import make_loader
 from data_video import make_dataset
+from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine
 from latent_cache import conditioner_for_cache
 from optimizer_state import check_storable
@@ -30,7 +31,6 @@ from parameter_report import report
 from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
 from run_control import any_process, describe_data, from_first_process, removed_if_empty, stop_requests
 from run_folders import new_run_folder
-from sampling_run import choose_device
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum, group_size
 from sgm.errors import UserError
@@ -65,8 +65,8 @@ class Trainer:
     """
 
     def __init__(self, args: TrainingArguments, plan: TrainingPlan):
-        self.args = args
         self.device = choose_device(args.device)
+        self.args = args = settle_precision(args, self.device)
         self.leads = dist.get_rank() == 0
         self.batch = plan.batch
         resume = from_first_process(lambda: plan.resume)

@@ -21,6 +21,7 @@ from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
 from clip_loader import make_loader
 from data_video import SFTDataset, make_dataset
+from devices import choose_device, fast_dtype
 from run_control import describe_data, from_first_process, join_processes, leave_processes, removed_if_empty
 from run_folders import new_run_folder
 from sgm.context_parallel import split_evenly
@@ -183,26 +184,38 @@ def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
 
 
 def choose_devices(args: VaeTrainingArguments, processes: int) -> tuple[str, int | list[int]]:
-    """Lightning's `accelerator` and `devices` for this process and those beside it.
+    """Return Lightning's `accelerator` and `devices` for this process and those beside it.
 
     Raises:
         UserError: there is no such GPU.
     """
     wanted = args.device or (args.lightning_config.get("trainer") or {}).get("accelerator", "auto")
-    if wanted == "auto":
-        wanted = "gpu" if torch.cuda.is_available() else "cpu"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if wanted == "cpu":
+    device = choose_device({"auto": None, "gpu": "cuda"}.get(wanted, wanted))
+    if device.type == "cpu":
         return "cpu", here
-    index = int(wanted.partition(":")[2] or 0)
-    if not torch.cuda.is_available() or max(index + 1, here) > torch.cuda.device_count():
+    if here > torch.cuda.device_count():
         raise UserError(
-            f"device {wanted}: there are {torch.cuda.device_count()} GPUs here; give --device cpu, or fewer"
+            f"device: {here} processes need a GPU each and PyTorch sees {torch.cuda.device_count()}; start fewer "
+            "processes or give --device cpu"
         )
     if processes == 1:
-        return "gpu", [index]
+        return "gpu", [device.index]
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL takes the current device
     return "gpu", here
+
+
+def settings_of_trainer(args: VaeTrainingArguments, accelerator: str) -> dict[str, Any]:
+    """Return the arguments for Lightning's `Trainer`, with a precision that the device computes fast."""
+    given = args.lightning_config.get("trainer") or {}
+    settings = {name: given[name] for name in TRAINER_KEYS if given.get(name) is not None}
+    precision = str(settings.get("precision", ""))
+    if accelerator == "cpu" and precision.startswith("16"):
+        dtype = fast_dtype(torch.float16, torch.device("cpu"))
+        if dtype != torch.float16:
+            kind = "true" if precision == "16-true" else "mixed"
+            settings["precision"] = f"bf16-{kind}" if dtype == torch.bfloat16 else "32-true"
+    return settings
 
 
 def make_trainer(
@@ -214,8 +227,7 @@ def make_trainer(
     keeper: RunKeeper,
     files: WholeFiles,
 ) -> pl.Trainer:
-    given = args.lightning_config.get("trainer") or {}
-    settings = {name: given[name] for name in TRAINER_KEYS if given.get(name) is not None}
+    settings = settings_of_trainer(args, accelerator)
     plugins: list[Any] = [files]
     if plan.processes > 1:
         plugins.append(TorchElasticEnvironment())  # whatever has started the processes, its variables say who is who

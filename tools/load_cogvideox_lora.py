@@ -184,8 +184,11 @@ def run(options: argparse.Namespace, model: Model, lora: Path) -> "np.ndarray":
     import torch
     from PIL import Image, ImageOps
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    from devices import choose_device, fast_dtype
+
+    device = choose_device(options.device)
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    dtype = fast_dtype(dtype, device)
     inputs: dict[str, Any] = {}
     if options.image_path:
         try:

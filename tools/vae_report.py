@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from batch_order import SampleKey
 from data_video import make_dataset
+from devices import choose_device, fast_dtype
 from sgm.errors import UserError
 from sgm.models.video_coder import VideoCoder
 from sgm.modules.autoencoding.losses.lpips import LPIPS
@@ -42,7 +43,9 @@ def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config:
     """
     device = choose_device(options.device)
     dataset = make_dataset(options.data, data_config, SimpleNamespace(), random_start=False)
-    vae = build_vae(vae_config, device, getattr(torch, options.dtype))
+    dtype = fast_dtype(getattr(torch, options.dtype), device)
+    options.dtype = str(dtype).removeprefix("torch.")
+    vae = build_vae(vae_config, device, dtype)
     notes = []
     lpips = build_lpips(options, device, notes)
     frechet = None
@@ -76,17 +79,6 @@ def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config:
     if options.json:
         write_numbers(options.json, means, clips, options, vae_config["params"]["ckpt_path"])
     return report(means, clips, notes, videos)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """
-    Raises:
-        UserError: there is no such device.
-    """
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device is {device}, but PyTorch finds {torch.cuda.device_count()} GPUs; use --device cpu")
-    return device
 
 
 # ---------------------------------------------------------------- parts
