@@ -59,7 +59,6 @@ class SamplingArguments(CommonArguments):
         "what leaves the device to make room: nothing, the stages not running, or also the network's idle layers",
         choices=("none", "stage", "sequential"),
     )
-    vae_tile_size: int | None = argument(None, "run the VAE in square tiles of this many pixels, to save memory")
 
 
 @dataclass

@@ -12,10 +12,12 @@ from types import UnionType
 from typing import Any
 
 from config_files import MergedConfig, load_configs, replace_exclusive
+from model_limits import SPACE_FACTOR
 from sgm.config_places import Sources
 from sgm.errors import UserError
 
 PRECISIONS = ("fp16", "bf16")
+SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
 MODES = ("inference", "finetune")
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
 # What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
@@ -56,6 +58,9 @@ class CommonArguments:
     fp16: bool = argument(False, "compute in float16")
     bf16: bool = argument(False, "compute in bfloat16")
     model_parallel_size: int = argument(1, "processes that share one network")
+    vae_tile_size: int | None = argument(
+        None, "run the VAE in overlapping square tiles of this many pixels: less memory, slightly different numbers"
+    )
     sampling_num_steps: int | None = argument(None, "sampling steps, if not the sampler's own number")
     sampling_fps: int = argument(8, "frames per second of sampled videos")
 
@@ -261,7 +266,14 @@ def check_common(args: CommonArguments) -> None:
     """Raises UserError for a value that no command takes."""
     check_exclusive(args, (PRECISIONS,))
     check_least(args, ("model_parallel_size", "sampling_num_steps", "sampling_fps"))
+    check_tile_size(args.vae_tile_size)
     check_seed_and_device(args)
+
+
+def check_tile_size(size: int | None) -> None:
+    """Raises UserError unless the VAE can run in tiles of so many pixels; None stands for whole images."""
+    if size is not None and (size < SMALLEST_TILE or size % SPACE_FACTOR):
+        raise UserError(f"vae_tile_size is {size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}")
 
 
 def check_seed_and_device(args: Any) -> None:

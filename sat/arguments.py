@@ -12,12 +12,10 @@ from pathlib import Path
 import argument_schema
 from argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
 from argument_schema import argument_fields
-from model_limits import SPACE_FACTOR
 from sgm.errors import UserError
 
 logger = logging.getLogger("sample_video")
 
-SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
 EXCLUSIVE = (argument_schema.PRECISIONS, ("overwrite", "skip_existing"))
 
 
@@ -57,10 +55,6 @@ def check_values(args: SamplingArguments) -> None:
     if len(args.sampling_image_size) != 2:
         raise UserError(f"sampling_image_size is {args.sampling_image_size}; expected height and width")
     argument_schema.check_least(args, ("batch_size", "sampling_num_frames"))
-    if args.vae_tile_size is not None and (args.vae_tile_size < SMALLEST_TILE or args.vae_tile_size % SPACE_FACTOR):
-        raise UserError(
-            f"vae_tile_size is {args.vae_tile_size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}"
-        )
     if not args.load and not args.force_inference:
         raise UserError("load is missing: name the checkpoint of the network")
     if args.input_type == "txt" and not args.input_file:

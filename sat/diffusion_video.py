@@ -16,10 +16,12 @@ from network_weights import instantiate_on_meta, load_network
 from process_groups import parallel_groups
 from sgm import randomness
 from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import get_obj_from_str, instantiate_from_config
 
 PARTS = ("conditioner", "first_stage_model", "model")
+PART_NAMES = {"conditioner": "the text encoder", "first_stage_model": "the VAE", "model": "the network"}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -88,7 +90,8 @@ class SATVideoDiffusionEngine(nn.Module):
                 "first_stage_model": self._build_first_stage,
                 "model": self._build_network,
             }[part]
-            setattr(self, part, build(self.device if device is None else device))
+            with memory_guard(f"loading {PART_NAMES[part]}"):
+                setattr(self, part, build(self.device if device is None else device))
         return getattr(self, part)
 
     def release(self, part: str) -> None:
@@ -108,6 +111,8 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def _build_first_stage(self, device: torch.device | str) -> nn.Module:
         first_stage = instantiate_from_config(self.config["first_stage_config"])
+        if getattr(self.args, "vae_tile_size", None) is not None:
+            first_stage.tile_size = self.args.vae_tile_size
         return first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
 
     def _build_network(self, device: torch.device | str) -> nn.Module:
@@ -233,7 +238,8 @@ class SATVideoDiffusionEngine(nn.Module):
             drop: drop captions and images at random, as training does.
         """
         batch = self.on_device(batch)
-        image, latent = self.encode_batch(batch)
+        with memory_guard("encoding clips"):
+            image, latent = self.encode_batch(batch)
         # Contiguous, since noise drawn in its likeness follows the order in memory.
         latent = rearrange(latent, "b c t h w -> b t c h w").contiguous()
         if self.is_15:  # an even number of latent frames: the first one twice

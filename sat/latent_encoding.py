@@ -39,10 +39,13 @@ from latent_cache import (
     read_description,
     read_shards,
 )
+from memory_advice import precompute_advice
 from model_limits import SPACE_FACTOR, TIME_FACTOR
+from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups
 from sampling_run import total_over_processes
 from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
 from sgm.randomness import per_sample
 from sgm.seeds import sample_seed
@@ -79,7 +82,7 @@ def run(
             "store": store,
             "dtype": dtype or str(engine.dtype).removeprefix("torch."),
             "computed_in": str(engine.dtype).removeprefix("torch."),
-            "tile_size": args.model_config["first_stage_config"]["params"].get("tile_size"),
+            "tile_size": args.vae_tile_size or args.model_config["first_stage_config"]["params"].get("tile_size"),
             "image_variants": image_variants,
             "seed": args.seed,
         }
@@ -90,7 +93,8 @@ def run(
             prepare_folder(output, description)
         wait_for_all()
         todo = [index for index in range(dist.get_rank(), len(dataset), dist.get_world_size()) if index not in done]
-        encode_samples(Encoder(engine, encoding), dataset, todo, output, args)
+        with failing_together(), memory_guard("encoding", precompute_advice(args)):
+            encode_samples(Encoder(engine, encoding), dataset, todo, output, args)
         wait_for_all()
         if dist.get_rank() == 0:
             finish(output, dataset)
@@ -247,14 +251,15 @@ class Encoder:
         return {name: self._stored(tensor, f"sample {index}") for name, tensor in encoded.items()}
 
     def _encode(self, clip: Tensor) -> Tensor:
-        moments = self.engine.encode_moments(clip)
+        with memory_guard("encoding clips"):
+            moments = self.engine.encode_moments(clip)
         return moments if self.encoding["store"] == "moments" else DiagonalGaussianDistribution(moments).sample()
 
     @torch.no_grad()
     def captions(self, captions: Mapping[int, str]) -> dict[str, Tensor]:
         """The embedding of each caption, `{index}.text`."""
         conditioner = self.engine.conditioner
-        with on_device(conditioner, self.engine.device):
+        with memory_guard("the text encoder"), on_device(conditioner, self.engine.device):
             return {
                 f"{index}.text": self._stored(conditioner({"txt": [text]}, drop=False)["crossattn"], f"'{text[:60]}'")
                 for index, text in captions.items()

@@ -59,7 +59,6 @@ class Stages:
     def __init__(self, engine: SATVideoDiffusionEngine, args: SamplingArguments):
         self.engine = engine
         self.offload = args.offload
-        self.vae_tile_size = args.vae_tile_size
 
     def use(self, part: str) -> None:
         engine = self.engine
@@ -74,8 +73,6 @@ class Stages:
             stream_layers(engine.network, engine.device)
         else:
             engine.build(part)
-        if part == "first_stage_model":
-            engine.first_stage_model.tile_size = self.vae_tile_size
 
 
 def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:

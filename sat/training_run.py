@@ -3,6 +3,7 @@
 import logging
 from argparse import Namespace
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
@@ -26,14 +27,17 @@ from data_video import make_dataset
 from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine
 from latent_cache import conditioner_for_cache
+from memory_advice import training_advice
 from optimizer_state import check_storable
 from parameter_report import report
+from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
 from run_control import any_process, describe_data, from_first_process, removed_if_empty, stop_requests
 from run_folders import new_run_folder
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum, group_size
 from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
 from training_arguments import TrainingArguments
 from training_checkpoint import read_state, restore_optimizer, save_checkpoint
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
@@ -51,7 +55,8 @@ def run(args: TrainingArguments, plan: TrainingPlan) -> int:
     """
     initialize_process_groups(args.model_parallel_size)
     try:
-        Trainer(args, plan).train()
+        with failing_together():
+            Trainer(args, plan).train()
         return 0
     finally:
         destroy_process_groups()
@@ -68,7 +73,7 @@ class Trainer:
         self.device = choose_device(args.device)
         self.args = args = settle_precision(args, self.device)
         self.leads = dist.get_rank() == 0
-        self.batch = plan.batch
+        self.batch, self.cached = plan.batch, plan.cached
         resume = from_first_process(lambda: plan.resume)
         state = read_state(resume) if resume else None
         self.run_folder = resume.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
@@ -80,8 +85,10 @@ class Trainer:
         torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
         with removed_if_empty(self.run_folder):
             self._load_data(state)
-            self._build_engine(resume, plan.cached)
-            self.network = deepspeed_engine.initialize(self.engine.model, args, self.engine.dtype)
+            with self.memory_guard("loading the model"):
+                self._build_engine(resume, plan.cached)
+            with self.memory_guard("making the optimizer"):
+                self.network = deepspeed_engine.initialize(self.engine.model, args, self.engine.dtype)
         self.engine.model = self.network
         if state:
             optimizer = type(self.network.basic_optimizer).__name__
@@ -185,7 +192,8 @@ class Trainer:
         bar = progress_bar(args.train_iters, self.step, disabled=not self.leads)
         with stop_requests() as signals, bar, logging_redirect_tqdm():
             while self.step < args.train_iters:
-                self.train_step()
+                with self.memory_guard("training"):
+                    self.train_step()
                 self.step += 1
                 bar.update()
                 if self.step == first:
@@ -193,11 +201,11 @@ class Trainer:
                 if self.is_due(args.log_interval):
                     self.log(bar)
                 if self.validation_batches and self.is_due(args.eval_interval):
-                    with self.clock.paused():
+                    with self.clock.paused(), self.memory_guard("evaluation"):
                         self.evaluate()
                 stopped = any_process(bool(signals))
                 if stopped or self.is_due(args.save_interval):
-                    with self.clock.paused():
+                    with self.clock.paused(), self.memory_guard("saving a checkpoint"):
                         self.save()
                 if stopped:
                     logger.info("stopped after step %d, which is saved: go on with --resume latest", self.step)
@@ -206,6 +214,11 @@ class Trainer:
             self.writer.close()
             argument = "--lora_load" if self.has_adapter else "--load"
             logger.info("the run is in %s; to sample with it, give it to inference.sh as %s", self.run_folder, argument)
+
+    def memory_guard(self, where: str) -> AbstractContextManager[None]:
+        """A `memory_guard` whose advice knows how the run is set up, and where it can go on."""
+        saved = self.run_folder if (self.run_folder / "latest").exists() else None
+        return memory_guard(where, training_advice(self.args, self.cached, saved))
 
     def is_due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.args.train_iters

@@ -22,10 +22,13 @@ from batch_order import BatchOrder
 from clip_loader import make_loader
 from data_video import SFTDataset, make_dataset
 from devices import choose_device, fast_dtype
+from memory_advice import vae_training_advice
+from process_failures import failing_together
 from run_control import describe_data, from_first_process, join_processes, leave_processes, removed_if_empty
 from run_folders import new_run_folder
 from sgm.context_parallel import split_evenly
 from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
 from sgm.util import instantiate_from_config
 from training_metrics import StepClock
 from vae_checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
@@ -52,7 +55,7 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
         content = read_checkpoint(resume) if resume else None
         folder = resume.parent.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
         torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
-        with removed_if_empty(folder):
+        with failing_together(), removed_if_empty(folder):
             fit(args, plan, folder, resume, content, accelerator, devices)
         return 0
     finally:
@@ -109,14 +112,20 @@ def fit(
     trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, WholeFiles(content))
     del content
     try:
-        trainer.fit(
-            engine,
-            train_dataloaders=Batches(make_loader(clips, order, args.num_workers), plan, clock),
-            val_dataloaders=Batches(report.clips, plan) if report else None,
-            ckpt_path=resume,
-        )
+        with memory_guard("training", lambda _: vae_training_advice(args, last_checkpoint(folder))):
+            trainer.fit(
+                engine,
+                train_dataloaders=Batches(make_loader(clips, order, args.num_workers), plan, clock),
+                val_dataloaders=Batches(report.clips, plan) if report else None,
+                ckpt_path=resume,
+            )
     except SystemExit:  # what Lightning makes of it
         raise KeyboardInterrupt from None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the run's folder if there is a checkpoint in it to go on from."""
+    return folder if (folder / "latest").exists() else None
 
 
 def step_size(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:

@@ -42,12 +42,17 @@ def exit_code(
 ) -> int:
     """Run a command: its own exit code; 2 for a UserError, whose line is logged; 130 when it is interrupted.
 
+    Memory that is full is a UserError too.
+
     Args:
         command_line: what the command was given, None for the process's own; with `--debug` in it the traceback of a
             UserError is logged too.
     """
+    from sgm.memory_errors import memory_guard  # which needs UserError
+
     try:
-        return command()
+        with memory_guard("out of memory"):
+            return command()
     except UserError as error:
         debug = "--debug" in (sys.argv[1:] if command_line is None else command_line)
         logger.error("error: %s", one_line(str(error)), exc_info=error if debug else None)
