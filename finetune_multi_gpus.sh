@@ -15,7 +15,11 @@
 # SIGTERM finishes the step and saves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+environs= # for commands of the original, which begin with $environs
 NPROC=${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
+if [[ -z ${PYTORCH_ALLOC_CONF+set} ]]; then
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True} # less memory lost to gaps
+fi
 launch="torchrun ${TORCHRUN_ARGS:---standalone} --nproc_per_node=$((NPROC > 0 ? NPROC : 1)) sat/train_video.py"
 
 run_cmd="$launch --base configs/tiny/cogvideox_tiny_lora.yaml configs/tiny/sft.yaml --seed 42"

@@ -10,6 +10,7 @@
 # Ctrl-C and SIGTERM finish the step and save.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+environs= # for commands of the original, which begin with $environs
 NPROC=1
 
 run_cmd="python sat/train_video.py --base configs/tiny/cogvideox_tiny_lora.yaml configs/tiny/sft.yaml --seed 42"

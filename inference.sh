@@ -8,6 +8,7 @@
 #   NPROC=4 bash inference.sh --base ...                                         on four GPUs, the prompts shared out
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+environs= # for commands of the original, which begin with $environs
 
 run_cmd="python sat/sample_video.py --base configs/tiny/cogvideox_tiny.yaml configs/tiny/inference.yaml --seed 42"
 

@@ -32,6 +32,7 @@ from harness import machine, markdown_table, write_results  # noqa: E402
 from checkpoint_folders import write_checkpoint, write_tensors  # noqa: E402
 from config_files import load_configs  # noqa: E402
 from diffusers_folders import check_equal  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
 from lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
 from model_sizes import CONFIG_FOLDER  # noqa: E402
 from network_files import checkpoint_file  # noqa: E402
@@ -92,7 +93,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(CONFIGS), default="2b")
     parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="of files for diffusers")
     parser.add_argument("--folder", type=Path, help="where files are written and removed (default: the system's)")

@@ -27,6 +27,7 @@ import clip_reading  # noqa: E402
 from batch_order import Bucket  # noqa: E402
 from clip_reading import FrameSampling, probe, read_clip  # noqa: E402
 from clip_sources import ClipSource  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
 
 SOURCES = {"480x720": (480, 720), "720x1280": (720, 1280), "1080x1920": (1080, 1920)}
 
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="sizes of the files")
     parser.add_argument("--source-fps", type=float, default=30)
     parser.add_argument("--fps", type=float, default=8, help="of the clips")

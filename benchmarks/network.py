@@ -29,6 +29,7 @@ from harness import (  # noqa: E402
 
 from config_files import load_configs  # noqa: E402
 from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
 from model_limits import patch_sizes  # noqa: E402
 from network_weights import initialise_missing, instantiate_on_meta  # noqa: E402
 from support import relative_error  # noqa: E402
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cogvideox_5b", help="configuration in configs/")
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

@@ -45,6 +45,7 @@ from harness import (  # noqa: E402
 )
 
 from config_files import load_configs  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from model_limits import patch_sizes  # noqa: E402
 from support import relative_error  # noqa: E402
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cogvideox_2b", help="configuration in configs/, without LoRA")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--lora", dest="kind", action="store_const", const="lora", default="lora", help="the default")

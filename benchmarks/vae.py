@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from harness import (  # noqa: E402
     alternating_medians,
@@ -26,6 +26,7 @@ from harness import (  # noqa: E402
 )
 
 from diffusers_vae import as_diffusers  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
 from seeded import seed_module_, seeded_input  # noqa: E402
 from support import relative_error  # noqa: E402
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper  # noqa: E402
@@ -70,7 +71,7 @@ def arguments() -> argparse.Namespace:
 
 def common_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every benchmark of the autoencoder."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = EitherSpellingParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--size", choices=list(NETWORKS), default="full", help="of the network")

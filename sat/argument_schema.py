@@ -5,14 +5,21 @@ of a configuration file. Nothing here imports PyTorch.
 import argparse
 import difflib
 import re
+import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from config_files import MergedConfig, load_configs, replace_exclusive
+from config_files import MergedConfig, load_configs, replace_exclusive, with_located_paths
+from deepspeed_file import merged_with_file
+from flag_spellings import EitherSpellingParser
+from input_paths import located
+from launchers import add_launcher_flags, take_launcher_flags
 from model_limits import SPACE_FACTOR
+from model_section import check_modules, plain_model_section
 from sgm.config_places import Sources
 from sgm.errors import UserError
 
@@ -20,8 +27,11 @@ PRECISIONS = ("fp16", "bf16")
 SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
 MODES = ("inference", "finetune")
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
+# Arguments that are files or folders to read from.
+INPUT_ARGUMENTS = ("load", "lora_load", "input_file", "train_data", "valid_data")
 # What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
 MODEL_KEYS = (
+    "target",
     *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
     *("noised_image_input", "noised_image_all_concat", "noised_image_dropout"),
     *("loss_fn_config", "network_wrapper", "compile_model"),
@@ -137,12 +147,14 @@ def read_command_line(
     command_line: Sequence[str] | None,
     used: Sequence[str],
     exclusive: Sequence[tuple[str, str]],
+    ignored: Sequence[str] = (),
 ) -> tuple[dict[str, Any], MergedConfig]:
-    """The arguments given on the command line, and the merged configuration files that it names with `--base`.
+    """Return the arguments given on the command line, and the merged configuration files that `--base` names.
 
     Args:
         used: the sections of the configuration whose targets must import.
         exclusive: pairs of switches; one that is turned on turns off the other of earlier files.
+        ignored: names of flags that are taken and not used.
 
     Raises:
         UserError: a file is missing or malformed, a flag is unknown or has a wrong value.
@@ -151,21 +163,45 @@ def read_command_line(
     known, unknown = parser.parse_known_args(command_line)
     for flag in unknown:
         if flag.startswith("-"):
-            hint = nearest(flag.strip("-").split("=")[0], ["base", *argument_fields(command)], prefix="--")
+            name = flag.strip("-").split("=")[0].replace("-", "_")
+            hint = nearest(name, ["base", *argument_fields(command)], prefix="--")
             raise UserError(f"unknown argument {flag.split('=')[0]}{hint}")
         raise UserError(f"unexpected '{flag}' on the command line: values follow an argument such as --load")
     given = vars(known)
     given.pop("debug", None)
     if "base" not in given:
         raise UserError(f"--base is missing: {parser.epilog}")
+    deepspeed_file = take_launcher_flags(given, ignored)
+    allow_own_modules()
     config = load_configs(given.pop("base"), used, exclusive)
+    if deepspeed_file is not None:
+        config["deepspeed"] = merged_with_file(config.get("deepspeed") or {}, deepspeed_file)
+    if config.get("model"):
+        config["model"] = with_located_paths(plain_model_section(config["model"]), "model")
+        check_modules(config["model"])
     replace_exclusive(given, exclusive)
     return given, config
 
 
-def build_parser(command: type, description: str, example: str) -> argparse.ArgumentParser:
-    """A parser with `--base` and a flag for every argument; what is not given is absent from its result."""
-    parser = argparse.ArgumentParser(
+def allow_own_modules() -> None:
+    """Let targets name modules in the current working directory, after all that is installed."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def with_located_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with those that are files or folders where they are found, see `input_paths.find_input`."""
+    return {name: located(value, name) if name in INPUT_ARGUMENTS else value for name, value in values.items()}
+
+
+def build_parser(command: type, description: str, example: str, ignored: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser with `--base` and a flag for every argument; what is not given is absent from its result.
+
+    Args:
+        ignored: names of flags that are taken and not used.
+    """
+    parser = EitherSpellingParser(
         description=description,
         epilog=f"for example: {example}",
         argument_default=argparse.SUPPRESS,
@@ -187,6 +223,7 @@ def build_parser(command: type, description: str, example: str) -> argparse.Argu
             choices = f.metadata["choices"]
             options |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
         parser.add_argument(f"--{name}", **options)
+    add_launcher_flags(parser, ignored)
     return parser
 
 

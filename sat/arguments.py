@@ -27,7 +27,7 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
         SystemExit: for `--help`.
     """
     given, config = argument_schema.read_command_line(
-        SamplingArguments, build_parser(), command_line, used=("model",), exclusive=EXCLUSIVE
+        SamplingArguments, build_parser(), command_line, used=("model",), exclusive=EXCLUSIVE, ignored=IGNORED_KEYS
     )
     with config.sources.naming(given):
         section = argument_schema.check_section(
@@ -35,7 +35,8 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
         )
         for sentence in argument_schema.unused_model_keys(config.get("model") or {}):
             logger.warning(sentence)
-        args = SamplingArguments(**{**section, **given}, model_config=config["model"], sources=config.sources)
+        values = argument_schema.with_located_inputs({**section, **given})
+        args = SamplingArguments(**values, model_config=config["model"], sources=config.sources)
         check_values(args)
         return args
 
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         SamplingArguments,
         "Sample videos from prompts.",
         "python sat/sample_video.py --base configs/cogvideox_5b.yaml configs/inference.yaml --seed 42",
+        IGNORED_KEYS,
     )
 
 

@@ -11,11 +11,12 @@ import yaml
 
 from config_merging import merge_files, resolve
 from config_targets import why_target_fails
+from input_paths import find_input, located, not_found, places
 from sgm.config_places import SECTIONS, ConfigError, Sources, parse_key
 from sgm.errors import UserError, shown
 from yaml_reading import read_yaml
 
-PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir")
+PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir", "lpips_weights")
 DEEPEST_INCLUDES, MOST_FILES = 20, 200
 
 
@@ -50,7 +51,7 @@ def load_configs(
     """
     files: list[tuple[Path, dict[str, Any]]] = []
     for path in paths:
-        _read_with_includes(Path(path), (), files, trusted)
+        _read_with_includes(find_input(path, "--base") or Path(path), (), files, trusted)
     for _, content in files:
         replace_exclusive(content.get("args", {}), exclusive)
     merged, sources = merge_files(files, paths)
@@ -81,7 +82,12 @@ def _read_with_includes(
         raise UserError(f"{path}: includes itself")
     if len(parents) > DEEPEST_INCLUDES or len(files) > MOST_FILES:
         raise UserError(f"{path}: include: more files than {DEEPEST_INCLUDES} in a chain or {MOST_FILES} in all")
-    content = read_yaml(path)
+    try:
+        content = read_yaml(path)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UserError(f"{error}{places(path)}") from error
+        raise
     if not isinstance(content, dict):
         raise UserError(f"configuration {path}: expected sections ({', '.join(SECTIONS)}) at the top level")
     includes = content.pop("include", None) or []
@@ -105,7 +111,7 @@ def check_paths(config: dict[str, Any]) -> None:
     """Raises UserError if a file or folder that a configuration loads from is not there."""
     for key, path in _iterate_paths(config):
         if path and not _exists(path):
-            raise UserError(f"{key}: there is no {path}; the README says where to get it and where to put it")
+            raise UserError(f"{not_found(key, str(path))}; the README says where to get it and where to put it")
 
 
 def _exists(path: Any) -> bool:
@@ -120,8 +126,27 @@ def _iterate_paths(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         path = f"{key}{name}"
         if isinstance(child, dict | list):
             yield from _iterate_paths(child, f"{path}.")
-        elif name in PATH_KEYS and not (isinstance(node, dict) and node.get("cache_dir")):  # else a name on a hub
+        elif _is_path(node, name):
             yield path, child
+
+
+def with_located_paths(node: Any, key: str = "") -> Any:
+    """Return a section with its files and folders where they are found, see `input_paths.find_input`."""
+    if isinstance(node, dict):
+        return {
+            name: located(child, f"{key}.{name}")
+            if isinstance(child, str) and _is_path(node, name)
+            else with_located_paths(child, f"{key}.{name}")
+            for name, child in node.items()
+        }
+    if isinstance(node, list):
+        return [with_located_paths(child, f"{key}.{index}") for index, child in enumerate(node)]
+    return node
+
+
+def _is_path(node: dict | list, name: str) -> bool:
+    """Whether the value of the key `name` is a path; where there is a `cache_dir`, it is a name on a hub."""
+    return name in PATH_KEYS and not (isinstance(node, dict) and node.get("cache_dir"))
 
 
 def _children(node: dict | list) -> Iterator[tuple[str, Any]]:

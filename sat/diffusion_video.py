@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model_limits import patch_sizes
+from model_section import ALL, not_trainable_prefixes, plain_model_section
+from network_files import is_adapter
 from network_weights import instantiate_on_meta, load_network
 from process_groups import parallel_groups
 from sgm import randomness
@@ -44,7 +46,8 @@ class SATVideoDiffusionEngine(nn.Module):
     network in its wrapper) are built on request, so that a program may hold them in turn.
 
     Args:
-        args: `model_config` is the `model:` section of a configuration; `fp16` or `bf16` set the dtype of all parts;
+        args: `model_config` is the `model:` section of a configuration, also as an OmegaConf `DictConfig`; `fp16` or
+            `bf16` set the dtype of all parts;
             `load` and `lora_load` name the network's weights, `force_inference` lets some be missing, `new_adapter`
             only a LoRA adapter;
             `model_parallel_size` overrides that of the network's configuration.
@@ -54,7 +57,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def __init__(self, args: Namespace, parts: tuple[str, ...] = PARTS, device: torch.device | str = "cpu"):
         super().__init__()
-        config = args.model_config
+        config = plain_model_section(args.model_config)
         self.args, self.config = args, config
         self.dtype = dtype_of(args)
         self.device = torch.device(device)
@@ -65,7 +68,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.noised_image_input = config.get("noised_image_input", False)
         self.noised_image_all_concat = config.get("noised_image_all_concat", False)
         self.noised_image_dropout = config.get("noised_image_dropout", 0.0)
-        self.not_trainable_prefixes = tuple(config.get("not_trainable_prefixes", ("first_stage_model", "conditioner")))
+        self.not_trainable_prefixes = not_trainable_prefixes(config)
 
         self.denoiser = instantiate_from_config(config["denoiser_config"])
         self.sampler = instantiate_from_config(config["sampler_config"]) if config.get("sampler_config") else None
@@ -154,11 +157,23 @@ class SATVideoDiffusionEngine(nn.Module):
         return patch_sizes(self.config["network_config"]["params"]["patch_size"])[0] > 1
 
     def disable_untrainable_params(self) -> None:
-        """Freeze what training leaves alone: `not_trainable_prefixes` and, with LoRA, all but the adapter."""
+        """Freeze what training leaves alone: `not_trainable_prefixes` and, with LoRA, all but the adapter.
+
+        A prefix `all` means everything. The matrices of an adapter are trained whatever the prefixes.
+
+        Raises:
+            UserError: nothing is left to be trained.
+        """
         self.network.disable_untrainable_params()
+        prefixes = tuple("" if prefix == ALL else prefix for prefix in self.not_trainable_prefixes)
         for name, parameter in self.named_parameters():
-            if name.startswith(self.not_trainable_prefixes):
+            if name.startswith(prefixes) and not is_adapter(name):
                 parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UserError(
+                f"nothing is to be trained: model.not_trainable_prefixes is {list(self.not_trainable_prefixes)}, which "
+                "leaves no parameter of the network"
+            )
 
     # Pixels and latents
 

@@ -14,6 +14,8 @@ import logging
 from collections.abc import Sequence
 
 from arguments import get_args
+from input_paths import tell_places
+from launchers import adopt_launcher
 from library_messages import quiet_libraries
 from sampling_plan import plan_run
 from sgm.errors import exit_code
@@ -27,9 +29,11 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def sample(command_line: Sequence[str] | None) -> int:
+    adopt_launcher()
     args = get_args(command_line)
     with args.sources.naming():
         plan = plan_run(args)
+        tell_places()
         quiet_libraries()
         from sampling_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
 

@@ -37,7 +37,12 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
         SystemExit: for `--help`.
     """
     given, config = argument_schema.read_command_line(
-        TrainingArguments, build_parser(), command_line, used=("model", "data"), exclusive=(PRECISIONS,)
+        TrainingArguments,
+        build_parser(),
+        command_line,
+        used=("model", "data"),
+        exclusive=(PRECISIONS,),
+        ignored=IGNORED_KEYS,
     )
     with config.sources.naming(given):
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
@@ -49,7 +54,7 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
         sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
         if enabled := enabled_precision(sections["deepspeed"]):
             values |= {name: name == enabled for name in PRECISIONS}
-        values |= given
+        values = argument_schema.with_located_inputs(values | given)
         args = TrainingArguments(
             **values,
             model_config=sections["model"],
@@ -67,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         TrainingArguments,
         "Fine-tune a model on video clips with captions.",
         "python sat/train_video.py --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --seed 42",
+        IGNORED_KEYS,
     )
 
 

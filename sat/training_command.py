@@ -1,11 +1,12 @@
 """What every training command does before PyTorch is imported."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from input_paths import tell_places
+from launchers import adopt_launcher, is_first_process
 from sgm.errors import UserError, exit_code
 
 # Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
@@ -25,16 +26,18 @@ def run_command(
         plan: looks at arguments and files alone, and raises UserError for any mistake in them.
         command_line: see `exit_code`.
     """
-    leads = os.environ.get("RANK", "0") == "0"
+    leads = is_first_process()
     logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="%(message)s")
 
     def command() -> int:
         try:
+            adopt_launcher()
             planned = plan()
         except UserError:
             if not leads:
                 time.sleep(SILENCE)
             raise
+        tell_places()
         return train(planned)
 
     return exit_code(command, logger, command_line=command_line)

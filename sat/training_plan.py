@@ -12,8 +12,10 @@ from typing import Any
 import run_folders
 from config_files import check_paths
 from deepspeed_config import BatchSizes, batch_sizes
+from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import ModelLimits, check_sharing
+from model_section import check_trained_part, has_adapter
 from output_paths import check_folder
 from sgm.errors import UserError
 from training_arguments import TrainingArguments
@@ -90,8 +92,8 @@ def check_model(args: TrainingArguments) -> None:
     embedders = (args.model_config["conditioner_config"].get("params") or {}).get("emb_models")
     if not embedders:
         raise UserError("model.conditioner_config.params.emb_models is empty: the network needs a text encoder")
-    modules = args.model_config["network_config"]["params"].get("modules") or {}
-    if "lora_config" in modules and not args.load:
+    check_trained_part(args.model_config)
+    if has_adapter(args.model_config) and not args.load:
         raise UserError("load is missing: an adapter needs the weights that it adapts, which are not saved with it")
     image_to_video = ModelLimits.from_config(args.model_config).image_to_video
     if image_to_video and not args.model_config.get("noised_image_input"):
@@ -109,7 +111,7 @@ def check_model(args: TrainingArguments) -> None:
 def warn_of_high_rate(args: TrainingArguments) -> None:
     """The learning rate of configs/sft.yaml is that of an adapter; with it a trained network would soon be lost."""
     rate = args.deepspeed_config["optimizer"]["params"]["lr"]
-    if "lora_config" not in args.model_config["network_config"]["params"]["modules"] and rate > HIGHEST_FULL_RATE:
+    if not has_adapter(args.model_config) and rate > HIGHEST_FULL_RATE:
         logger.warning(
             "the learning rate %g is one for LoRA; all weights take about 1e-5: add configs/sft_full.yaml", rate
         )
@@ -134,7 +136,7 @@ def check_data(args: TrainingArguments) -> bool:
         for path in getattr(args, name):
             is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
             if not path or not (is_pattern or "://" in path or Path(path).exists()):
-                raise UserError(f"{name}: there is no {path}")
+                raise UserError(not_found(name, path))
     caches = [path for path in (*args.train_data, *args.valid_data) if is_cache(path)]
     clips = [path for path in (*args.train_data, *args.valid_data) if path not in caches]
     if caches and clips:

@@ -52,6 +52,7 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
     with config.sources.naming(given):
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "lightning")}
         values = argument_schema.check_section(VaeTrainingArguments, sections["args"]) | given
+        values = argument_schema.with_located_inputs(values)
         check_model_section(sections["model"])
         if not isinstance(sections["data"].get("target"), str):
             raise UserError("the configuration has no data.target: name the class of the data, data_video.SFTDataset")

@@ -13,6 +13,7 @@ from typing import Any
 import run_folders
 from argument_lists import VaeTrainingArguments
 from config_files import check_paths
+from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from output_paths import check_folder
@@ -102,7 +103,7 @@ def check_data(args: VaeTrainingArguments) -> None:
         for path in getattr(args, name):
             is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
             if not path or not (is_pattern or "://" in path or Path(path).exists()):
-                raise UserError(f"{name}: there is no {path}")
+                raise UserError(not_found(name, path))
             if is_cache(path):
                 raise UserError(f"{name}: {path} holds latents; an autoencoder is trained on the clips themselves")
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from config_files import load_configs  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
 from latent_cache import is_cache  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from output_paths import check_folder  # noqa: E402
@@ -56,7 +57,7 @@ def evaluate(command_line: Sequence[str] | None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = EitherSpellingParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = _raise_user_error

@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from config_files import check_paths  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
+from input_paths import tell_places  # noqa: E402
 from latent_cache import STORES, text_embedder  # noqa: E402
+from launchers import adopt_launcher, is_first_process  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from model_limits import ModelLimits  # noqa: E402
 from sgm.errors import UserError, exit_code  # noqa: E402
@@ -39,17 +42,19 @@ IMAGE_VARIANTS = 4
 
 def main(command_line: Sequence[str] | None = None) -> int:
     # Each process of a launcher would say the same.
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     return exit_code(lambda: precompute(command_line), logger, "interrupted; start the same command again to go on")
 
 
 def precompute(command_line: Sequence[str] | None) -> int:
+    adopt_launcher()
     options, rest = build_parser().parse_known_args(command_line)
     if options.output is None:
         raise UserError("--output is missing: name the folder of the cache")
     args = get_training_args(rest)
     variants = check(args, options.image_variants)
+    tell_places()
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # SwissArmyTransformer imports DeepSpeed, which chooses then
     quiet_libraries()
@@ -59,7 +64,7 @@ def precompute(command_line: Sequence[str] | None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = EitherSpellingParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = _raise_user_error

@@ -34,11 +34,20 @@ prepare_clips() {
 }
 
 run() {
-    local command=$1 script word words program= help= spirals=
+    local command=$1 script word words=() program= help= spirals=
     shift
     if (($#)); then
         run_cmd="$command $(printf '%q ' "$@")"
     fi
+    eval "words=($run_cmd)"
+    for word in "${words[@]}"; do
+        # The name of a script alone, as the original has it, means the one in sat/.
+        if [[ $word == *.py && $word != */* && ! -e $word && -e sat/$word ]]; then
+            run_cmd=" $run_cmd "
+            run_cmd=${run_cmd/" $word "/" sat/$word "}
+            break
+        fi
+    done
     eval "words=($run_cmd)"
     for word in "${words[@]}"; do
         case "$word" in

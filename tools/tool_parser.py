@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from flag_spellings import EitherSpellingParser
+from launchers import check_alone
 from library_messages import quiet_libraries
 from sgm.errors import UserError, exit_code
 
 
-class ToolParser(argparse.ArgumentParser):
+class ToolParser(EitherSpellingParser):
     """Takes its help from the tool's docstring; a mistake on the command line is a UserError."""
 
     def __init__(self, description: str):
@@ -69,6 +71,7 @@ def run_tool(command: Callable[[Sequence[str] | None], None], arguments: Sequenc
     quiet_libraries()
 
     def run() -> int:
+        check_alone(name)
         command(arguments)
         return 0
 

@@ -268,7 +268,7 @@ def test_invalid_yaml_is_named_with_its_line(write):
 def test_paths_are_checked_wherever_they_are(tmp_path, key):
     check_paths({"model": [{"params": {key: str(tmp_path)}}]})
     check_paths({"model": [{"params": {key: None}}]})
-    with pytest.raises(UserError, match=rf"model\.0\.params\.{key}: there is no {tmp_path}/gone"):
+    with pytest.raises(UserError, match=rf"model\.0\.params\.{key}: {tmp_path}/gone does not exist"):
         check_paths({"model": [{"params": {key: f"{tmp_path}/gone"}}]})
 
 

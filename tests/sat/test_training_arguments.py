@@ -259,7 +259,7 @@ def test_mistakes_of_the_command_end_with_one_line_before_pytorch_is_imported():
     tiny = [str(CONFIGS / "tiny" / name) for name in ("cogvideox_tiny.yaml", "sft.yaml")]
     for arguments, says in (
         (["--base", "gone.yaml"], "configuration gone.yaml: No such file"),
-        (["--base", *tiny, "--train_data", "gone"], "train_data: there is no gone"),
+        (["--base", *tiny, "--train_data", "gone"], "train_data: gone does not exist"),
     ):
         command = [sys.executable, "-c", code, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=60)

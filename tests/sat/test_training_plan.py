@@ -130,13 +130,13 @@ LORA_MODEL = network(modules={"lora_config": LORA})
 @pytest.mark.parametrize(
     ("flags", "changes", "says"),
     [
-        (("--train_data", "gone"), {}, "train_data: there is no gone"),
-        (("--valid_data", "gone"), {}, "valid_data: there is no gone"),
+        (("--train_data", "gone"), {}, "train_data: gone does not exist"),
+        (("--valid_data", "gone"), {}, "valid_data: gone does not exist"),
         (("--valid_data", "{folder}/cache"), {}, "/cache is a cache of latents and"),
-        (("--load", "gone"), {}, "args.load: there is no gone"),
+        (("--load", "gone"), {}, "args.load: gone does not exist"),
         (("--lora_load", "{folder}/clips"), {}, "lora_load is given, but the model has no lora_config"),
         (("--save", "{folder}/vae.pt/runs"), {}, "save {folder}/vae.pt/runs: {folder}/vae.pt is not a folder"),
-        ((), {"first_stage_config": {"params": {"ckpt_path": "gone"}}}, "ckpt_path: there is no gone"),
+        ((), {"first_stage_config": {"params": {"ckpt_path": "gone"}}}, "ckpt_path: gone does not exist"),
         ((), {"noised_image_input": True}, "noised_image_input is on, but this is a text-to-video model"),
         ((), network(in_channels=32), "this is an image-to-video model: set model.noised_image_input: true"),
         ((), {"data": {"max_num_frames": 50}}, "params.max_num_frames is 50; this model takes 4k+1 frames up to 49"),

@@ -79,8 +79,8 @@ def clips(**changes: Any) -> dict[str, Any]:
         ({"args": {"batch_size": 0}}, "batch_size is 0; it must be at least 1"),
         ({"args": {"device": "gpu"}}, "device is 'gpu'"),
         ({"args": {"train_data": []}}, "train_data is missing"),
-        ({"args": {"train_data": ["gone"]}}, "train_data: there is no gone"),
-        ({"args": {"valid_data": ["gone"]}}, "valid_data: there is no gone"),
+        ({"args": {"train_data": ["gone"]}}, "train_data: gone does not exist"),
+        ({"args": {"valid_data": ["gone"]}}, "valid_data: gone does not exist"),
         ({"args": {"resume": "gone"}}, "resume: there is no gone"),
         ({"model": {"base_learning_rate": 0}}, "model.base_learning_rate is 0; expected a positive number"),
         ({"model": {"target": "vae_modules.autoencoder.Engine"}}, "vae_modules.autoencoder.Engine"),
@@ -96,7 +96,7 @@ def clips(**changes: Any) -> dict[str, Any]:
         (clips(video_size=[20, 16]), "height 20 does not fit; this autoencoder takes multiples of 8, for example 16"),
         (clips(video_size="big"), "video_size has 'big'; expected [height, width]"),
         (params(context_parallel_size=2), "context_parallel_size 2 does not divide the 1 processes"),
-        (params(ckpt_path="gone.pt"), "ckpt_path: there is no gone.pt"),
+        (params(ckpt_path="gone.pt"), "ckpt_path: gone.pt does not exist"),
         (params(trainable_ae_params=[["decoder.conv_last"]]), "decoder.conv_last"),
         (params(encoder_config={"params": {"chanels": 3}}), "chanels"),
         (params(loss_config={"params": {"perceptual_weight": 1.0, "lpips_weights": "gone.pth"}}), "gone.pth"),
@@ -173,7 +173,7 @@ def test_mistakes_of_the_command_end_with_one_line_before_pytorch_is_imported():
     environment = {"PYTHONPATH": str(ROOT / "sat"), "PATH": ""}
     for arguments, says in (
         (["--base", "gone.yaml"], "configuration gone.yaml: No such file"),
-        (["--base", str(TINY), "--train_data", "gone"], "train_data: there is no gone"),
+        (["--base", str(TINY), "--train_data", "gone"], "train_data: gone does not exist"),
         (["--base", str(TINY), "--batch_sise", "2"], "unknown argument --batch_sise; did you mean --batch_size"),
     ):
         command = [sys.executable, "-c", code, *arguments]

@@ -117,6 +117,60 @@ def test_an_edited_command_is_run(scripts, script):
 
 
 @pytest.mark.parametrize(
+    ("script", "line", "called"),
+    [
+        (
+            "inference.sh",
+            "$environs python sample_video.py --base x.yaml",
+            "sat/sample_video.py ['--base', 'x.yaml'] None",
+        ),
+        (
+            "finetune_single_gpu.sh",
+            "$environs python train_video.py --base x",
+            "sat/train_video.py ['--base', 'x'] None",
+        ),
+        ("inference.sh", "A=1 python -u sample_video.py --note b.py", "sat/sample_video.py ['--note', 'b.py'] None"),
+        (
+            "finetune_multi_gpus.sh",
+            "$environs torchrun --standalone --nproc_per_node=8 train_video.py --base x",
+            "torchrun ['--standalone', '--nproc_per_node=8', 'sat/train_video.py', '--base', 'x']",
+        ),
+        ("inference.sh", "bin/mpirun -np 2 sample_video.py --base x", "mpirun -np 2 sat/sample_video.py --base x"),
+    ],
+)
+def test_command_lines_of_the_original_run(scripts, script, line, called):
+    """They begin with `$environs`, and name a script in sat/ without its folder."""
+    (scripts.root / "bin" / "mpirun").write_text('#!/bin/sh\necho mpirun "$@"\nexit 7\n')
+    (scripts.root / "bin" / "mpirun").chmod(0o755)
+    edited, replaced = re.subn('^run_cmd=".*$', f'run_cmd="{line}"', (ROOT / script).read_text(), flags=re.MULTILINE)
+    assert replaced == 1
+    (scripts.root / script).write_text(edited)
+    assert scripts.run(script) == (7, [called])
+
+
+def test_the_variables_that_the_original_sets_reach_the_command(scripts):
+    lines = 'environs="WORLD_SIZE=1 RANK=0"\nrun_cmd="$environs python sample_video.py --base x"'
+    edited = re.sub('^run_cmd=".*$', lines, (ROOT / "inference.sh").read_text(), flags=re.MULTILINE)
+    (scripts.root / "inference.sh").write_text(edited)
+    assert scripts.run("inference.sh") == (7, ["sat/sample_video.py ['--base', 'x'] 1"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, ""),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "None"),
+    ],
+)
+def test_the_allocator_of_gpus_is_set_unless_the_user_has(scripts, environment, expected):
+    reports = "import os; print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))\n"
+    (scripts.root / "tools" / "torchrun.py").write_text(reports)
+    assert scripts.run("finetune_multi_gpus.sh", "--base", "x.yaml", **environment) == (0, [expected])
+
+
+@pytest.mark.parametrize(
     ("script", "environment", "gpus", "launch"),
     [
         ("inference.sh", {"NPROC": "3"}, 0, ["--standalone", "--nproc_per_node=3"]),

@@ -1,0 +1,34 @@
+"""Command-line flags that answer to both spellings: `--output_dir` and `--output-dir`.
+
+Nothing here imports PyTorch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class EitherSpellingParser(argparse.ArgumentParser):
+    """Takes `-` for `_` and `_` for `-` within the names of flags, `--no-` included; values stay as they are."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given = sys.argv[1:] if args is None else list(args)
+        end = given.index("--") if "--" in given else len(given)
+        known = {_plain(option): option for option in self._option_string_actions}
+        spelled = [_known_spelling(word, known) for word in given[:end]]
+        return super().parse_known_args([*spelled, *given[end:]], namespace)
+
+
+def _known_spelling(word: str, known: dict[str, str]) -> str:
+    """`word` with the name of its flag as the parser has it, if it has one."""
+    if not word.startswith("--"):
+        return word
+    name, separator, value = word.partition("=")
+    return known.get(_plain(name), name) + separator + value
+
+
+def _plain(flag: str) -> str:
+    """The name that all spellings of a flag share."""
+    dashes = len(flag) - len(flag.lstrip("-"))
+    return flag[:dashes] + flag[dashes:].replace("-", "_")

@@ -1,0 +1,115 @@
+"""The `model:` section of a configuration in the one form that all code here reads.
+
+Files written for the original may have it otherwise, and programs pass it as an OmegaConf object. Nothing here imports
+PyTorch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sgm.errors import UserError
+
+MODULES = ("pos_embed_config", "patch_embed_config", "adaln_layer_config", "final_layer_config", "lora_config")
+NETWORK = "dit_video_concat.DiffusionTransformer"
+# Where an adapter may be described; the last place is where the network looks for it.
+LORA_PLACES = ((), ("network_config",), ("network_config", "params"), ("network_config", "params", "modules"))
+ALL = "all"  # among not_trainable_prefixes: everything but an adapter
+
+
+def plain_model_section(section: Any) -> dict[str, Any]:
+    """Return the `model:` section as plain mappings and lists, its adapter in `network_config.params.modules`.
+
+    The section itself is returned if it has that form, else a copy.
+
+    Args:
+        section: a mapping, or an OmegaConf `DictConfig`.
+
+    Raises:
+        UserError: it is no mapping, interpolations do not resolve, or it describes two different adapters.
+    """
+    if OmegaConf.is_config(section):
+        try:
+            section = OmegaConf.to_container(section, resolve=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"model: {str(error).splitlines()[0]}") from error
+    if not isinstance(section, Mapping):
+        raise UserError(f"model is {section!r}; expected keys and values")
+    found = {place: inner["lora_config"] for place in LORA_PLACES if "lora_config" in (inner := _at(section, place))}
+    described = {place: lora for place, lora in found.items() if lora is not None}
+    if found.keys() <= {LORA_PLACES[-1]} and len(described) == len(found):
+        return section
+    adapters = list(described.values())
+    if any(adapter != adapters[0] for adapter in adapters):
+        names = " and ".join(".".join(("model", *place, "lora_config")) for place in described)
+        raise UserError(f"{names} describe different adapters: keep one of them")
+    for place in found:
+        section = _without_adapter(section, place)
+    return _with_adapter(section, LORA_PLACES[-1], adapters[0]) if adapters else section
+
+
+def has_adapter(section: Mapping[str, Any]) -> bool:
+    """Return whether the `model:` section, in its plain form, describes an adapter."""
+    return "lora_config" in _at(section, LORA_PLACES[-1])
+
+
+def not_trainable_prefixes(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the beginnings of the names of parameters that training leaves alone.
+
+    Raises:
+        UserError: they are no texts.
+    """
+    prefixes = section.get("not_trainable_prefixes")
+    if prefixes is None:
+        return ("first_stage_model", "conditioner")
+    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+    if not isinstance(prefixes, list | tuple) or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
+        raise UserError(f"model.not_trainable_prefixes is {prefixes!r}; expected a list of beginnings of names")
+    return tuple(prefixes)
+
+
+def check_trained_part(section: Mapping[str, Any]) -> None:
+    """Raises UserError if training would leave everything alone."""
+    if ALL in not_trainable_prefixes(section) and not has_adapter(section):
+        raise UserError(
+            "nothing is to be trained: model.not_trainable_prefixes is ['all'] and there is no adapter: add "
+            "model.lora_config, or remove 'all'"
+        )
+
+
+def check_modules(section: Mapping[str, Any]) -> None:
+    """Raises UserError if our network is given a module that it does not have."""
+    import difflib
+
+    network = section.get("network_config")
+    if not isinstance(network, Mapping) or network.get("target") != NETWORK:
+        return
+    for name in _at(section, LORA_PLACES[-1]):
+        if name not in MODULES:
+            near = difflib.get_close_matches(str(name), MODULES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODULES)}"
+            raise UserError(f"model.network_config.params.modules: unknown key '{name}'; {hint}")
+
+
+def _at(section: Any, place: tuple[str, ...]) -> Mapping[str, Any]:
+    """The mapping at a place; an empty one if nothing of that kind is there."""
+    for name in place:
+        section = section.get(name) if isinstance(section, Mapping) else None
+    return section if isinstance(section, Mapping) else {}
+
+
+def _without_adapter(section: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+    if not place:
+        return {name: value for name, value in section.items() if name != "lora_config"}
+    return {**section, place[0]: _without_adapter(section[place[0]], place[1:])}
+
+
+def _with_adapter(section: Mapping[str, Any], place: tuple[str, ...], adapter: Any) -> dict[str, Any]:
+    if not place:
+        return {**section, "lora_config": adapter}
+    inner = section.get(place[0])
+    if not isinstance(inner, Mapping):
+        raise UserError(f"model.lora_config needs model.{'.'.join(LORA_PLACES[-1])}: name a model's file too")
+    return {**section, place[0]: _with_adapter(inner, place[1:], adapter)}
