@@ -95,6 +95,9 @@ class RunArguments:
 
     # Steps and checkpoints
     train_iters: int = argument(1000, "steps, each an update of the weights")
+    deterministic: bool = argument(
+        False, "compute in a fixed order, so that a GPU repeats a run to the bit; slower, and needs more memory"
+    )
     save: str = argument("checkpoints", "folder of the runs")
     experiment_name: str = argument("train", "first part of the name of the run's folder")
     save_interval: int = argument(500, "steps between checkpoints")

@@ -13,6 +13,7 @@ import argument_schema
 from argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
 from argument_schema import PRECISIONS, argument_fields
 from deepspeed_config import check_deepspeed_config, enabled_precision, with_precision
+from determinism import recorded
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_video")
@@ -63,7 +64,8 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
             sources=config.sources,
         )
         check_values(args)
-        args.merged_config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
+        config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
+        args.merged_config = recorded(config, args.deterministic)
         return args
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import run_folders
 from config_files import check_paths
 from deepspeed_config import BatchSizes, batch_sizes
+from determinism import check_workspace, describe_change
 from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import ModelLimits, check_sharing
@@ -49,6 +50,7 @@ def plan_run(args: TrainingArguments) -> TrainingPlan:
         UserError: the model, the data or the processes do not go together as asked, a file that is needed is not there,
             or the run is finished already.
     """
+    check_workspace(args.deterministic)
     batch = check_processes(args)
     cached = check_data(args)
     check_model(args)
@@ -66,6 +68,8 @@ def plan_run(args: TrainingArguments) -> TrainingPlan:
     finished = resume is not None and resume.name.isdecimal() and int(resume.name) >= args.train_iters
     if finished and args.resume != "latest":  # which a command has that is started again until all is done
         raise UserError(f"resume: {resume} is at step {resume.name} of {args.train_iters}: raise train_iters to go on")
+    if resume and not finished and (change := describe_change(resume.parent, args.deterministic)):
+        logger.warning("%s", change)
     return TrainingPlan(resume, finished, cached, batch)
 
 

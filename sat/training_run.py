@@ -24,6 +24,7 @@ import validation
 from batch_order import BatchOrder
 from clip_loader import make_loader
 from data_video import make_dataset
+from determinism import deterministic_arithmetic
 from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine
 from latent_cache import conditioner_for_cache
@@ -55,7 +56,7 @@ def run(args: TrainingArguments, plan: TrainingPlan) -> int:
     """
     initialize_process_groups(args.model_parallel_size)
     try:
-        with failing_together():
+        with failing_together(), deterministic_arithmetic(args.deterministic):
             Trainer(args, plan).train()
         return 0
     finally:

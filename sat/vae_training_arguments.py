@@ -12,6 +12,7 @@ from typing import Any
 import argument_schema
 from argument_lists import VaeTrainingArguments
 from argument_schema import nearest
+from determinism import recorded
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_vae")
@@ -57,12 +58,19 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
         if not isinstance(sections["data"].get("target"), str):
             raise UserError("the configuration has no data.target: name the class of the data, data_video.SFTDataset")
         check_lightning_section(sections["lightning"])
+        trainer = sections["lightning"].get("trainer") or {}
+        values.setdefault("deterministic", trainer.get("deterministic") is True)
+        if values["deterministic"] and trainer.get("benchmark"):
+            raise UserError(
+                "lightning.trainer: benchmark is on, and cuDNN then takes another kernel from run to run; leave it "
+                "out, or train with --no-deterministic"
+            )
         args = VaeTrainingArguments(
             **values,
             model_config=sections["model"],
             data_config=sections["data"],
             lightning_config=sections["lightning"],
-            merged_config={**sections, "args": {**sections["args"], **values}},
+            merged_config=recorded({**sections, "args": {**sections["args"], **values}}, values["deterministic"]),
             sources=config.sources,
         )
         argument_schema.check_run(args)
@@ -119,6 +127,9 @@ def check_lightning_section(lightning: Mapping[str, Any]) -> None:
     accelerator = trainer.get("accelerator", "auto")
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
         raise UserError(f"lightning.trainer: accelerator is {accelerator!r}; it can be auto, cpu or gpu")
+    deterministic = trainer.get("deterministic")
+    if not (deterministic is None or isinstance(deterministic, bool) or deterministic == "warn"):
+        raise UserError(f"lightning.trainer: deterministic is {deterministic!r}; it can be true, false or warn")
     strategy = trainer.get("strategy", "auto")
     if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
         raise UserError(f"lightning.trainer: strategy is {strategy!r}; it can be auto or ddp")

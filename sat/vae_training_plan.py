@@ -3,6 +3,7 @@
 Under a launcher every process plans the run, so that all of them stop at a mistake.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -13,11 +14,14 @@ from typing import Any
 import run_folders
 from argument_lists import VaeTrainingArguments
 from config_files import check_paths
+from determinism import check_workspace, describe_change
 from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from output_paths import check_folder
 from sgm.errors import UserError
+
+logger = logging.getLogger("train_vae")
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run: `step=N.ckpt`
 
@@ -56,6 +60,7 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
         UserError: the model, the data or the processes do not go together as asked, a file that is needed is not there,
             or the run is finished already.
     """
+    check_workspace(args.deterministic)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_devices(args.lightning_config, processes)
     check_data(args)
@@ -70,6 +75,8 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
     finished = resume is not None and step_of(resume) >= args.train_iters
     if finished and args.resume != "latest":  # which a command has that is started again until all is done
         raise UserError(f"resume: {resume} is the last of {args.train_iters} steps: raise train_iters to go on")
+    if resume and not finished and (change := describe_change(resume.parent.parent, args.deterministic)):
+        logger.warning("%s", change)
     accumulation = (args.lightning_config.get("trainer") or {}).get("accumulate_grad_batches", 1)
     return VaeTrainingPlan(
         resume=resume,

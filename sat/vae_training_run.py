@@ -21,6 +21,7 @@ from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
 from clip_loader import make_loader
 from data_video import SFTDataset, make_dataset
+from determinism import deterministic_arithmetic
 from devices import choose_device, fast_dtype
 from memory_advice import vae_training_advice
 from process_failures import failing_together
@@ -55,7 +56,7 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
         content = read_checkpoint(resume) if resume else None
         folder = resume.parent.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
         torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
-        with failing_together(), removed_if_empty(folder):
+        with failing_together(), removed_if_empty(folder), deterministic_arithmetic(args.deterministic):
             fit(args, plan, folder, resume, content, accelerator, devices)
         return 0
     finally:
@@ -218,6 +219,8 @@ def settings_of_trainer(args: VaeTrainingArguments, accelerator: str) -> dict[st
     """Return the arguments for Lightning's `Trainer`, with a precision that the device computes fast."""
     given = args.lightning_config.get("trainer") or {}
     settings = {name: given[name] for name in TRAINER_KEYS if given.get(name) is not None}
+    if args.deterministic or settings.get("deterministic") is True:
+        settings.pop("deterministic", None)  # the run sets all of it, and undoes it at its end
     precision = str(settings.get("precision", ""))
     if accelerator == "cpu" and precision.startswith("16"):
         dtype = fast_dtype(torch.float16, torch.device("cpu"))

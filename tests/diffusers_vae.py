@@ -10,10 +10,11 @@ def diffusers_name(name: str) -> str:
     return diffusers_vae_names.diffusers_name(name, levels=4)
 
 
-def as_diffusers(vae: nn.Module, ch: int, num_res_blocks: int, z_channels: int) -> nn.Module:
-    """AutoencoderKLCogVideoX with the weights of `vae`, whose channel multiples are 1, 2, 2, 4.
+def as_diffusers(vae: nn.Module, ch: int, num_res_blocks: int, z_channels: int, whole_clip: bool = True) -> nn.Module:
+    """Return an AutoencoderKLCogVideoX with the weights of `vae`, whose channel multiples are 1, 2, 2, 4.
 
-    It encodes a clip at once, as ours does; by default it would cut clips into pieces of eight frames.
+    With `whole_clip` the network encodes a clip at once, as ours does. Without `whole_clip` the network is as diffusers
+    makes it, and encodes slices of eight frames, which need less memory and have norms of their own: latents differ.
     """
     from diffusers import AutoencoderKLCogVideoX
 
@@ -25,5 +26,6 @@ def as_diffusers(vae: nn.Module, ch: int, num_res_blocks: int, z_channels: int) 
         latent_channels=z_channels,
     )
     other.load_state_dict({diffusers_name(name): value for name, value in vae.state_dict().items()})
-    other.num_sample_frames_batch_size = 1 << 20
+    if whole_clip:
+        other.num_sample_frames_batch_size = 1 << 20
     return other.eval()
