@@ -4,6 +4,7 @@ of a configuration file. Nothing here imports PyTorch.
 
 import argparse
 import difflib
+import math
 import re
 import sys
 import typing
@@ -91,6 +92,7 @@ class RunArguments:
     train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards")  # noqa: RUF009
     valid_data: list[str] = argument([], "validation data, of the same kinds")  # noqa: RUF009
     num_workers: int = argument(2, "processes that read clips, for each training process")
+    clip_timeout: float = argument(120.0, "seconds to read a clip; one that takes longer counts as unreadable")
     max_unreadable_share: float = argument(0.1, "stop when more than this share of the clips read is unreadable")
 
     # Steps and checkpoints
@@ -330,6 +332,7 @@ def check_run(args: RunArguments) -> None:
     check_least(args, ("eval_interval", "eval_iters", "eval_batch_size"))
     check_least(args, ("num_workers", "num_log_videos"), least=0)
     check_shares(args, ("max_unreadable_share",))
+    check_durations(args, ("clip_timeout",))
     if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
         raise UserError(f"experiment_name is '{args.experiment_name}'; it names a folder: no spaces or slashes")
 
@@ -340,6 +343,14 @@ def check_shares(args: Any, names: Sequence[str]) -> None:
         value = getattr(args, name)
         if not 0 <= value <= 1:
             raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
+
+
+def check_durations(args: Any, names: Sequence[str]) -> None:
+    """Check that each of the arguments is a number of seconds above zero, and raise UserError otherwise."""
+    for name in names:
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"{name}: {value} is not a duration; give a number of seconds above 0")
 
 
 def unused_model_keys(section: Mapping[str, Any], parts: Sequence[str] = MODEL_PARTS) -> list[str]:

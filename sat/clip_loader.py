@@ -1,87 +1,201 @@
-"""Batches of clips, read ahead by worker processes.
+"""Batches of clips in a fixed order, read ahead by processes that are replaced when a clip takes too long.
 
-loader = make_loader(dataset, order, num_workers=2)
+loader = make_loader(dataset, order, num_workers=2, clip_timeout=120)
 for batch in loader: ...
 """
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from batch_order import SampleKey
+from clip_attempts import CLIP_TIMEOUT, Reading, reading
+from clip_timeouts import ClipTimeouts
+from reading_processes import Done, Failed, ReadingProcesses, Stuck
 from sgm.errors import UserError
+
+BATCHES_AHEAD = 2  # for each worker
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors stacked, everything else in lists."""
+    """Return a batch: tensors stacked, everything else in lists."""
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
-    return {name: torch.stack(each) if torch.is_tensor(each[0]) else each for name, each in columns.items()}
+    return {name: _stacked(each) if torch.is_tensor(each[0]) else each for name, each in columns.items()}
 
 
-def make_loader(dataset: Dataset, order: Iterable[list[SampleKey]], num_workers: int) -> "ClipLoader":
-    """The batches of `order`, read ahead by `num_workers` processes (0: read when asked for, in this one)."""
-    return ClipLoader(dataset, order, num_workers)
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))  # one needs no copy
+
+
+def make_loader(
+    dataset: Dataset,
+    order: Iterable[list[SampleKey]],
+    num_workers: int,
+    clip_timeout: float = CLIP_TIMEOUT,
+    timeouts: ClipTimeouts | None = None,
+    step_of: Callable[[int], int] | None = None,
+) -> "ClipLoader":
+    """Return a `ClipLoader`; its arguments are the same."""
+    return ClipLoader(dataset, order, num_workers, clip_timeout, timeouts, step_of)
 
 
 class ClipLoader:
-    """Iterates over batches, see `make_loader`; each `iter` goes through `order` from its beginning.
+    """Iterates over batches; each `iter` goes through `order` from its beginning.
+
+    A clip that is not read in time is one that cannot be read: the process that reads it is killed and replaced, and
+    the sample becomes the one that the dataset gives in place of an unreadable clip.
+
+    Args:
+        dataset: gives samples for `SampleKey`s, and reads each clip inside `clip_attempts.attempt`.
+        num_workers: processes that read, two batches ahead each. 0: one process, which reads one batch ahead, and
+            decodes it on all cores.
+        clip_timeout: seconds for a clip.
+        timeouts: where to record the clips that took too long, and what is known of them.
+        step_of: which step of a run takes the batch of this number, counted from 0 in each pass. By default every batch
+            is one step.
 
     Raises:
         UserError: data cannot be read, or a worker process died.
     """
 
-    def __init__(self, dataset: Dataset, order: Iterable[list[SampleKey]], num_workers: int):
-        self._batches = DataLoader(
-            _ErrorsAsItems(dataset),
-            batch_sampler=order,
-            num_workers=num_workers,
-            collate_fn=_collate_unless_error,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_leave_process_group,
-            generator=torch.Generator(),  # it seeds the workers, which draw nothing; the global one is to stay as it is
-        )
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Iterable[list[SampleKey]],
+        num_workers: int,
+        clip_timeout: float = CLIP_TIMEOUT,
+        timeouts: ClipTimeouts | None = None,
+        step_of: Callable[[int], int] | None = None,
+    ):
+        self.dataset, self.order = dataset, order
+        self.num_workers, self.clip_timeout = num_workers, clip_timeout
+        self.timeouts = ClipTimeouts("train_data") if timeouts is None else timeouts
+        self.step_of = step_of or (lambda number: number + 1)
+        self._processes: ReadingProcesses | None = None
+        self._numbers = itertools.count()
+        self._pinning = ThreadPoolExecutor(1) if torch.cuda.is_available() else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        try:
-            for batch in self._batches:
-                if isinstance(batch, UserError):
-                    # Not `batch` itself: this frame and its traceback would keep each other, and the workers, alive.
-                    raise UserError(*batch.args)
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise UserError(
-                f"a process that reads data died ({str(error).strip().splitlines()[0]}), most likely for lack of "
-                "memory or of shared memory (/dev/shm); lower num_workers"
-            ) from error
+        """Begin a pass; the processes begin to read at once."""
+        if self._processes is None:
+            self._processes = ReadingProcesses(
+                _BatchReader(self.dataset), max(self.num_workers, 1), self.clip_timeout, 1 if self.num_workers else 0
+            )
+        self._processes.withdraw()
+        return _Pass(self, self._processes)
+
+    def being_read(self) -> list[Reading]:
+        """Return what is being read at the moment; any thread may ask."""
+        return self._processes.being_read() if self._processes else []
 
 
-class _ErrorsAsItems(Dataset):
-    """A dataset that returns UserErrors: raised in a worker they would arrive wrapped in its traceback."""
+class _Pass(Iterator):
+    """One time through the batches of a loader."""
+
+    def __init__(self, loader: ClipLoader, processes: ReadingProcesses):
+        self.loader, self.processes = loader, processes
+        self.order = enumerate(loader.order)
+        self.ahead = BATCHES_AHEAD * loader.num_workers or 1
+        self.queue: dict[int, tuple[list[SampleKey], int]] = {}  # keys and step of what is to come, by task
+        self.finished: dict[int, Any] = {}
+        self._fill()
+
+    def __next__(self) -> dict[str, Any]:
+        if not self.queue:
+            raise StopIteration
+        number, (keys, step) = next(iter(self.queue.items()))
+        while number not in self.finished or self._is_outdated(number):
+            for outcome in self.processes.collect():
+                self._take(outcome)
+        batch, attempted = self.finished.pop(number)
+        del self.queue[number]
+        for key, clips in zip(keys, attempted, strict=True):
+            self.loader.timeouts.settle(key, step, clips[-1] if clips else None)
+        self._fill()
+        return batch.result() if self.loader._pinning else batch
+
+    def _fill(self) -> None:
+        """Hand in batches up to as many as are read ahead, and note what is finished."""
+        while len(self.queue) < self.ahead and (item := next(self.order, None)) is not None:
+            task = next(self.loader._numbers)
+            self.queue[task] = (item[1], self.loader.step_of(item[0]))
+            self._submit(task)
+        for outcome in self.processes.collect(wait=False):
+            self._take(outcome)
+
+    def _submit(self, number: int, again: bool = False) -> None:
+        keys, step = self.queue[number]
+        self.processes.submit(number, [(key, self.loader.timeouts.refused(key, step)) for key in keys], first=again)
+
+    def _take(self, outcome: Done | Failed | Stuck) -> None:
+        if outcome.number not in self.queue:  # of an earlier pass
+            return
+        if isinstance(outcome, Failed):
+            outcome.raise_here()
+        elif isinstance(outcome, Stuck):
+            keys, step = self.queue[outcome.number]
+            self.loader.timeouts.note(keys[outcome.place], step, outcome.name, outcome.reason)
+            self._submit(outcome.number, again=True)
+        else:
+            batch, attempted = outcome.result
+            if self.loader._pinning:
+                batch = self.loader._pinning.submit(_pinned, batch)
+            self.finished[outcome.number] = batch, attempted
+
+    def _is_outdated(self, number: int) -> bool:
+        """Whether a batch has a clip that, as is known now, its step does without; then it is read again."""
+        keys, step = self.queue[number]
+        for key, clips in zip(keys, self.finished[number][1], strict=True):
+            if not self.loader.timeouts.refused(key, step).keys().isdisjoint(clips):
+                del self.finished[number]
+                self._submit(number, again=True)
+                return True
+        return False
+
+
+def _pinned(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+# ---------------------------------------------------------------- in the processes
+
+
+class _BatchReader:
+    """Reads batches, given as samples with the clips that each does without."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, key: SampleKey) -> dict[str, Any] | UserError:
-        try:
-            return self.dataset[key]
-        except UserError as error:
-            return error
+    def __call__(self, task: Sequence[tuple[SampleKey, Mapping[str, str]]]) -> tuple[dict[str, Any], list[list[str]]]:
+        """Return the batch, and for each sample the clips that were tried for it; the last is the one it is."""
+        samples, attempted = [], []
+        for place, (key, refused) in enumerate(task):
+            sample, clips = self._sample(place, key, refused)
+            samples.append(sample)
+            attempted.append(clips)
+        return collate(samples), attempted
 
+    def _sample(self, place: int, key: SampleKey, refused: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+        unreadable = []
+        for index in self._candidates(key.index):
+            name = f"sample {index}"  # what a clip is called that the dataset gives no name
+            if name in refused:
+                unreadable.append(f"{name}: {refused[name]}")
+                continue
+            with reading(place, name, refused) as clips:
+                sample = self.dataset[key._replace(index=index)]
+            if unreadable:
+                sample = {**sample, "index": key.index, "unreadable": [*unreadable, *sample.get("unreadable", ())]}
+            return sample, clips or [name]
+        raise UserError(f"no sample can take the place of sample {key.index} any more: {'; '.join(unreadable[:5])}")
 
-def _collate_unless_error(samples: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
-
-
-def _leave_process_group(_: int) -> None:
-    """The trainer ends its step and saves when it is told to stop, and needs its data until then.
-
-    Ctrl-C and torchrun signal the whole process group, so workers make one of their own. They end when the trainer
-    does, however it ends.
-    """
-    os.setpgid(0, 0)
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The sample, and those that can stand in for it: the next ones of its shape."""
+        yield index
+        if bucket := getattr(self.dataset, "bucket", None):
+            others = itertools.chain(range(index + 1, len(self.dataset)), range(index))
+            yield from (other for other in others if bucket(other) == bucket(index))

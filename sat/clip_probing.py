@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from clip_attempts import CLIP_TIMEOUT, attempt
 from clip_reading import ClipInfo, probe
 from clip_sources import READERS, ClipSource
+from reading_processes import in_processes
 from sgm.errors import UserError
 from video_reading import UnreadableClip
 from whole_files import replaced_when_complete
@@ -26,11 +28,14 @@ Stamp = tuple[int, int]  # size in bytes and time of the last change in nanoseco
 Index = dict[str, tuple[Stamp, ClipInfo]]
 
 
-def probe_clips(sources: Sequence[ClipSource], folder: Path) -> tuple[list[ClipInfo | None], list[str]]:
+def probe_clips(
+    sources: Sequence[ClipSource], folder: Path, clip_timeout: float = CLIP_TIMEOUT
+) -> tuple[list[ClipInfo | None], list[str]]:
     """Probe all clips, those that the index of `folder` knows and that have not changed since excepted.
 
     Several processes that start together wait for the first to write the index, where the file system can lock and be
-    written to; otherwise each probes for itself.
+    written to; otherwise each probes for itself. Clips are opened in processes of their own, which are killed and
+    replaced when one takes longer than `clip_timeout` seconds.
 
     Returns:
         for every source what it is, None for those that cannot be read; and a line for each of these.
@@ -40,8 +45,12 @@ def probe_clips(sources: Sequence[ClipSource], folder: Path) -> tuple[list[ClipI
         infos, problems, index = [], [], {}
         said = time.monotonic()
         with ThreadPoolExecutor(READERS) as threads:
-            results = threads.map(lambda source: _probe(source, folder, known), sources)
-            for source, (key, stamp, result) in zip(sources, results, strict=True):
+            stamps = list(threads.map(lambda source: _stamp(source, folder), sources))
+        new = [source for source, (key, stamp) in zip(sources, stamps, strict=True) if not _is_known(key, stamp, known)]
+        probed = in_processes(_probe, new, lambda source: source.name, lambda _, reason: reason, READERS, clip_timeout)
+        with closing(probed):
+            for source, (key, stamp) in zip(sources, stamps, strict=True):
+                result = known[key][1] if _is_known(key, stamp, known) else next(probed)
                 if isinstance(result, ClipInfo):
                     infos.append(result)
                     index[key] = (stamp, result)
@@ -56,19 +65,30 @@ def probe_clips(sources: Sequence[ClipSource], folder: Path) -> tuple[list[ClipI
     return infos, problems
 
 
-def _probe(source: ClipSource, folder: Path, known: Index) -> tuple[str, Stamp, ClipInfo | str]:
-    """The clip's key in the index, its stamp, and what it is or why that cannot be said."""
+def _stamp(source: ClipSource, folder: Path) -> tuple[str, Stamp | None]:
+    """The clip's key in the index, and its stamp, None if it is not there."""
     key = os.path.relpath(source.name, folder)
     try:
         status = Path(source.path).stat()
-        stamp = (status.st_size, status.st_mtime_ns)
-        if key in known and known[key][0] == stamp:
-            return key, *known[key]
-        return key, stamp, probe(source)
+    except OSError:
+        return key, None
+    return key, (status.st_size, status.st_mtime_ns)
+
+
+def _is_known(key: str, stamp: Stamp | None, known: Index) -> bool:
+    return stamp is not None and key in known and known[key][0] == stamp
+
+
+def _probe(source: ClipSource) -> ClipInfo | str:
+    """What a clip is, or why that cannot be said."""
+    try:
+        with attempt(source.name):
+            Path(source.path).stat()
+            return probe(source)
     except OSError as error:
-        return key, (0, 0), error.strerror or str(error)
+        return error.strerror or str(error)
     except UnreadableClip as problem:
-        return key, stamp, str(problem)
+        return str(problem)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from batch_order import Bucket
+from clip_attempts import decoding_threads
 from clip_sources import ClipSource
 from clip_transforms import CENTRED, Placement, cover
 from file_part import FilePart
@@ -138,8 +138,7 @@ def read_clip(
     with _opened(source) as file:
         if source.is_image:
             return _read_image(file, bucket, placement)
-        # A worker decodes alone: as many threads in each as there are cores would only be in each other's way.
-        with open_video(file, threads=1 if get_worker_info() else 0, backend=backend) as video:
+        with open_video(file, threads=decoding_threads(), backend=backend) as video:
             info = info or ClipInfo(*video.facts)
             times = sampling.times(info, bucket.frames, seed, part)
             # By more than rounding: mean durations are not those of each frame.

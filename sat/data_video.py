@@ -15,6 +15,7 @@ from typing import Any, Self
 from torch.utils.data import Dataset
 
 from batch_order import Bucket, Locality, SampleKey
+from clip_attempts import CLIP_TIMEOUT, attempt
 from clip_probing import probe_clips
 from clip_reading import FrameSampling, read_clip
 from clip_sources import ClipSource, find_clips
@@ -56,6 +57,7 @@ class SFTDataset(Dataset):
             that uses no captions.
         max_unreadable_share: of the clips, above which the data is refused.
         video_backend: what decodes videos, "pyav" or "decord"; see `video_reading.open_video`.
+        clip_timeout: seconds to look at a clip, after which it is unreadable.
 
     Raises:
         UserError: no clips, too many unreadable ones, a missing label, a size that is none.
@@ -76,7 +78,9 @@ class SFTDataset(Dataset):
         missing_label: str = "empty",
         max_unreadable_share: float = 0.1,
         video_backend: str = DEFAULT_BACKEND,
+        clip_timeout: float = CLIP_TIMEOUT,
     ):
+        self.clip_timeout = clip_timeout
         self.sizes = _sizes(video_size)
         for name, value, least in (
             ("fps", fps, 1e-3),
@@ -98,7 +102,8 @@ class SFTDataset(Dataset):
 
     def _add(self, location: str, txt_key: str) -> None:
         sources = find_clips(location, txt_key)
-        infos, problems = probe_clips(sources, Path(location) if Path(location).is_dir() else Path(location).parent)
+        folder = Path(location) if Path(location).is_dir() else Path(location).parent
+        infos, problems = probe_clips(sources, folder, self.clip_timeout)
         self.unreadable += problems
         for source, info in zip(sources, infos, strict=True):
             if info:
@@ -115,7 +120,9 @@ class SFTDataset(Dataset):
             args: `TrainingArguments`, or anything with some of the attributes used here.
         """
         settings = {
-            name: getattr(args, name) for name in ("missing_label", "max_unreadable_share") if hasattr(args, name)
+            name: getattr(args, name)
+            for name in ("missing_label", "max_unreadable_share", "clip_timeout")
+            if hasattr(args, name)
         }
         if model_config := getattr(args, "model_config", None):
             settings["frame_multiple"] = TIME_FACTOR * ModelLimits.from_config(model_config).patch[0]
@@ -152,14 +159,15 @@ class SFTDataset(Dataset):
         for index in self._same_bucket(key.index):
             source = self.sources[index]
             try:
-                frames = read_clip(
-                    source,
-                    self.buckets[index],
-                    self.sampling,
-                    key.seed,
-                    info=self.infos[index],
-                    backend=self.video_backend,
-                )
+                with attempt(source.name):
+                    frames = read_clip(
+                        source,
+                        self.buckets[index],
+                        self.sampling,
+                        key.seed,
+                        info=self.infos[index],
+                        backend=self.video_backend,
+                    )
             except UnreadableClip as problem:
                 unreadable.append(f"{source.name}: {problem}")
                 continue

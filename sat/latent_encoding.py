@@ -338,7 +338,7 @@ def encode_samples(encoder: Encoder, dataset: Any, todo: list[int], folder: Path
         return
     encoder.build()
     keys = [[SampleKey(index, sample_seed(args.seed, 0, index))] for index in todo]
-    batches = make_loader(ReadableSamples(dataset), keys, args.num_workers)
+    batches = make_loader(ReadableSamples(dataset), keys, args.num_workers, args.clip_timeout)
     paths = new_shards(folder)
     shard, left_out = OpenShard(next(paths)), 0
     bar = tqdm(batches, desc="encoding", unit="clip", total=len(todo), disable=dist.get_rank() != 0)

@@ -128,7 +128,7 @@ class Trainer:
             locality=getattr(self.dataset, "locality", None),
         )
         self.consumed = 0  # micro-batches since the order was made
-        self.batches = iter(make_loader(self.dataset, self.order, args.num_workers))
+        self.batches = iter(make_loader(self.dataset, self.order, args.num_workers, args.clip_timeout))
         self.validation_data = self.validation_batches = None
         if args.valid_data and args.eval_interval:
             self.validation_data = make_dataset(args.valid_data, args.data_config, args, random_start=False)
@@ -140,6 +140,7 @@ class Trainer:
                 rank=mpu.get_data_parallel_rank(),
                 world_size=mpu.get_data_parallel_world_size(),
                 num_workers=min(args.num_workers, 1),
+                clip_timeout=args.clip_timeout,
             )
 
     def _build_engine(self, resume: Path | None, cached: bool) -> None:

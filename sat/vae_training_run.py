@@ -102,6 +102,7 @@ def fit(
             rank=data_rank,
             world_size=plan.data_ranks,
             num_workers=min(args.num_workers, 1),
+            clip_timeout=args.clip_timeout,
         )
         report = ReconstructionReport(loader, folder, args.num_log_videos, fps=held_out.sampling.fps)
 
@@ -116,7 +117,7 @@ def fit(
         with memory_guard("training", lambda _: vae_training_advice(args, last_checkpoint(folder))):
             trainer.fit(
                 engine,
-                train_dataloaders=Batches(make_loader(clips, order, args.num_workers), plan, clock),
+                train_dataloaders=Batches(make_loader(clips, order, args.num_workers, args.clip_timeout), plan, clock),
                 val_dataloaders=Batches(report.clips, plan) if report else None,
                 ckpt_path=resume,
             )
@@ -139,7 +140,9 @@ def open_data(
 ) -> SFTDataset:
     config = dict(args.data_config)
     config["params"] = {"frame_multiple": plan.time_factor, **(config.get("params") or {})}
-    settings = Namespace(missing_label="ignore", max_unreadable_share=args.max_unreadable_share)
+    settings = Namespace(
+        missing_label="ignore", max_unreadable_share=args.max_unreadable_share, clip_timeout=args.clip_timeout
+    )
     return make_dataset(paths, config, settings, random_start)
 
 

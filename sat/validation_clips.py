@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from batch_order import Bucket, SampleKey
+from clip_attempts import CLIP_TIMEOUT
 from clip_loader import make_loader
 from sgm.seeds import hashed_seed
 
@@ -50,6 +51,7 @@ class ValidationLoader:
     Args:
         dataset: as `data_video` makes it; with `random_start=False` clips do not depend on the seed either.
         num_workers: processes that read ahead; they live on between passes.
+        clip_timeout: seconds for a clip.
     """
 
     def __init__(
@@ -62,11 +64,12 @@ class ValidationLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        clip_timeout: float = CLIP_TIMEOUT,
     ):
         buckets = [dataset.bucket(index) for index in range(min(batches * batch_size, len(dataset)))]
         plan = plan_batches(buckets, batch_size, seed, rank, world_size)
         self.weights = [weight for _, weight in plan]
-        self._loader = make_loader(dataset, [keys for keys, _ in plan], num_workers)
+        self._loader = make_loader(dataset, [keys for keys, _ in plan], num_workers, clip_timeout)
 
     def __len__(self) -> int:
         return len(self.weights)

@@ -2,20 +2,25 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from batch_order import BatchOrder, SampleKey
+import stuck_clips
+from batch_order import BatchOrder, Bucket, SampleKey
 from clip_loader import collate, make_loader
+from clip_probing import INDEX
+from clip_timeouts import ClipTimeouts, TimedOutClip
 from data_video import SFTDataset
 from sgm.errors import UserError
-from training_clips import write_dataset
+from training_clips import clip_number, write_dataset
 
 SIZES = [[64, 96], [96, 64]]
 SETTINGS = {"video_size": [64, 96], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0}
@@ -93,7 +98,8 @@ def test_a_mistake_in_the_program_keeps_its_traceback():
 
 def test_a_worker_that_is_killed_is_reported_on_one_line():
     message = failure("kill", 1)
-    assert message.startswith("UserError: a process that reads data died (DataLoader worker (pid")
+    assert message.startswith("UserError: a process that reads data died (pid ")
+    assert "signal SIGKILL" in message
     assert message.endswith("lower num_workers")
     assert "\n" not in message
 
@@ -107,15 +113,18 @@ def test_a_signal_to_the_process_group_spares_the_workers():
 def test_workers_end_with_the_trainer(folder):
     """Also when it leaves the loop in the middle, with signal handlers of its own."""
     program = f"""
-import multiprocessing, os, signal, sys
+import os, signal, sys
+from pathlib import Path
 from batch_order import SampleKey
+from clip_probing import INDEX
+from clip_timeouts import ClipTimeouts, TimedOutClip
 from clip_loader import make_loader
 from data_video import SFTDataset
 signal.signal(signal.SIGTERM, lambda *_: None)
 dataset = SFTDataset({str(folder)!r}, [64, 96], 8, 9)
 batches = iter(make_loader(dataset, [[SampleKey(i % 8, 0)] for i in range(100)], 2))
 next(batches)
-print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
 raise SystemExit(3)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -124,3 +133,139 @@ raise SystemExit(3)
     workers = [int(pid) for pid in done.stdout.split()]
     assert len(workers) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+# ---------------------------------------------------------------- clips that take too long
+
+
+@pytest.fixture
+def stuck(tmp_path, monkeypatch) -> Path:
+    """A folder of marks for `stuck_clips.patch`, which is in effect."""
+    import clip_probing
+    import data_video
+
+    for module, name in ((data_video, "read_clip"), (clip_probing, "probe")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is restored
+    folder = tmp_path / "stuck"
+    folder.mkdir()
+    stuck_clips.patch(folder)
+    return folder
+
+
+def shown(batch: dict) -> list[int]:
+    return [clip_number(clip) for clip in batch["mp4"]]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_clip_that_never_returns_is_replaced_like_an_unreadable_one(folder, stuck, workers, caplog):
+    dataset = SFTDataset(folder, **SETTINGS)
+    (stuck / "002.mp4").touch()
+    order = [[SampleKey(0, 5), SampleKey(1, 5)], [SampleKey(2, 7), SampleKey(4, 7)], [SampleKey(5, 7), SampleKey(1, 3)]]
+    timeouts = ClipTimeouts("train_data")
+    began = time.monotonic()
+    batches = list(make_loader(dataset, order, workers, clip_timeout=0.7, timeouts=timeouts))
+    assert time.monotonic() - began < 15
+    assert [shown(batch) for batch in batches] == [[0, 1], [3, 4], [5, 1]]
+    assert torch.equal(batches[1]["mp4"][0], dataset[SampleKey(3, 7)]["mp4"])
+    name = str(folder / "videos" / "002.mp4")
+    reason = "not read within 0.7 s (clip_timeout)"
+    assert batches[1]["unreadable"] == [[f"{name}: {reason}"], []]
+    assert [batch["index"] for batch in batches] == [[0, 1], [2, 4], [5, 1]]
+    (entry,) = timeouts.take_news()
+    substitute = str(folder / "videos" / "003.mp4")
+    assert entry == TimedOutClip("train_data", 2, 0, 2, name, reason, substitute)
+    assert caplog.text.count(f"{name}: {reason}") == 1
+
+
+def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
+    """Also those that were read ahead, when it could be read; those before the step of the record have it."""
+    dataset = SFTDataset(folder, **SETTINGS)
+    name = str(folder / "videos" / "002.mp4")
+    order = [[SampleKey(index, 0)] for index in (2, 1, 2, 2)]
+    timeouts = ClipTimeouts("train_data")
+    batches = iter(make_loader(dataset, order, 2, timeouts=timeouts))
+    assert shown(next(batches)) == [2]
+    time.sleep(2)  # the third is ready by now
+    timeouts.learn([TimedOutClip("train_data", 2, 0, 99, name, "too slow", None)])
+    assert [shown(batch) for batch in batches] == [[1], [3], [3]]
+    (stuck / "002.mp4").touch()
+    known = [TimedOutClip("train_data", 1, 0, 2, name, "too slow", None)]
+    loader = make_loader(dataset, order[:1], 0, clip_timeout=60, timeouts=ClipTimeouts("train_data", known=known))
+    assert [shown(batch) for batch in loader] == [[3]]
+
+
+def test_a_decoder_that_crashes_costs_one_clip(folder, stuck):
+    dataset = SFTDataset(folder, **SETTINGS)
+    (stuck / "crash-002.mp4").touch()
+    (batch,) = make_loader(dataset, [[SampleKey(1, 0), SampleKey(2, 0)]], 1)
+    assert shown(batch) == [1, 3]
+    assert batch["unreadable"][1][0].endswith("002.mp4: the process that read it crashed (SIGSEGV)")
+
+
+def test_looking_at_clips_is_limited_in_time(folder, stuck, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "set", ignore=shutil.ignore_patterns(INDEX))
+    for name in ("probe-001.mp4", "probe-007.mp4"):
+        (stuck / name).touch()
+    dataset = SFTDataset(copied, **SETTINGS, max_unreadable_share=0.5, clip_timeout=0.7)
+    assert [Path(source.name).stem for source in dataset.sources] == ["000", "002", "003", "004", "005", "006"]
+    expected = [f"{copied}/videos/{n}.mp4: not read within 0.7 s (clip_timeout)" for n in ("001", "007")]
+    assert dataset.unreadable == expected
+
+
+class Foreign(Dataset):
+    """A data set that names no clips."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def bucket(self, index: int) -> Bucket:
+        return Bucket(1, 8, 8)
+
+    def __getitem__(self, key: SampleKey) -> dict:
+        if key.index == 1:
+            stuck_clips.hang()
+        return {"index": key.index, "x": torch.full((2,), float(key.index)), "unreadable": []}
+
+
+def test_of_a_data_set_without_attempts_the_next_sample_stands_in():
+    (batch,) = make_loader(Foreign(), [[SampleKey(0, 0), SampleKey(1, 0)]], 1, clip_timeout=0.7)
+    assert batch["x"].tolist() == [[0.0, 0.0], [2.0, 2.0]]
+    assert batch["index"] == [0, 1]
+    assert batch["unreadable"] == [[], ["sample 1: not read within 0.7 s (clip_timeout)"]]
+
+
+def test_processes_that_hang_end_with_the_trainer_that_is_killed(folder):
+    """Nothing but SIGKILL ends them, and nobody is left to send it."""
+    program = f"""
+import os, time
+from pathlib import Path
+import data_video, stuck_clips
+from batch_order import SampleKey
+from clip_probing import INDEX
+from clip_timeouts import ClipTimeouts, TimedOutClip
+from clip_loader import make_loader
+dataset = data_video.SFTDataset({str(folder)!r}, [64, 96], 8, 9)
+data_video.read_clip = lambda *_: stuck_clips.hang()
+batches = iter(make_loader(dataset, [[SampleKey(i % 8, 0)] for i in range(100)], 2))
+time.sleep(1)
+print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=stuck_clips.environment(), timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for someone to ask about it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

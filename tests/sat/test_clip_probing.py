@@ -17,10 +17,34 @@ def folder(tmp_path):
     return write_dataset(tmp_path / "set", clips=3, frames=9)
 
 
+class Names:
+    """A list of names in a file, so that processes can add to it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.clear()
+
+    def clear(self) -> None:
+        self.file.write_text("")
+
+    def append(self, name: str) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{name}\n")
+
+    def __iter__(self):
+        return iter(self.file.read_text().splitlines())
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __eq__(self, names: object) -> bool:
+        return list(self) == names
+
+
 @pytest.fixture
-def probed(monkeypatch) -> list[str]:
+def probed(monkeypatch, tmp_path) -> Names:
     """The names of the clips that are probed."""
-    names = []
+    names = Names(tmp_path / "probed.txt")
     probe = clip_probing.probe
 
     def recorded(source):

@@ -1,0 +1,52 @@
+"""A decoder that never returns: native code that holds the interpreter's lock, so that no signal handler runs."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Patches the reader as `patched` says, in the process that runs it and in those that it forks, and runs a command:
+# the folder, then a module with `main`, then its arguments.
+PROGRAM = """
+import importlib, os, sys
+from pathlib import Path
+import stuck_clips
+stuck_clips.patch(Path(sys.argv[1]))
+sys.exit(importlib.import_module(sys.argv[2]).main(sys.argv[3:]))
+"""
+
+
+def hang() -> None:
+    """Never return, whatever signal comes but SIGKILL."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.PyDLL(None).sleep(100_000)
+
+
+def patch(folder: Path) -> None:
+    """Let clips hang while their names are files in `folder`: `NAME` when they are read, `probe-NAME` when they are
+    looked at, `crash-NAME` to end the process instead."""
+    import clip_probing
+    import data_video
+
+    data_video.read_clip = _hanging(data_video.read_clip, folder, "")
+    clip_probing.probe = _hanging(clip_probing.probe, folder, "probe-")
+
+
+def _hanging(function: Callable[..., Any], folder: Path, prefix: str) -> Callable[..., Any]:
+    def wrapped(source: Any, *args: Any) -> Any:
+        name = Path(source.name).name
+        if (folder / f"{prefix}{name}").exists():
+            hang()
+        if not prefix and (folder / f"crash-{name}").exists():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return function(source, *args)
+
+    return wrapped
+
+
+def environment() -> dict[str, str]:
+    """Variables for a process that runs `PROGRAM`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
