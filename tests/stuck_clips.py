@@ -36,13 +36,13 @@ def patch(folder: Path) -> None:
 
 
 def _hanging(function: Callable[..., Any], folder: Path, prefix: str) -> Callable[..., Any]:
-    def wrapped(source: Any, *args: Any) -> Any:
+    def wrapped(source: Any, *args: Any, **options: Any) -> Any:
         name = Path(source.name).name
         if (folder / f"{prefix}{name}").exists():
             hang()
         if not prefix and (folder / f"crash-{name}").exists():
             os.kill(os.getpid(), signal.SIGSEGV)
-        return function(source, *args)
+        return function(source, *args, **options)
 
     return wrapped
 

@@ -245,7 +245,7 @@ from clip_probing import INDEX
 from clip_timeouts import ClipTimeouts, TimedOutClip
 from clip_loader import make_loader
 dataset = data_video.SFTDataset({str(folder)!r}, [64, 96], 8, 9)
-data_video.read_clip = lambda *_: stuck_clips.hang()
+data_video.read_clip = lambda *_, **__: stuck_clips.hang()
 batches = iter(make_loader(dataset, [[SampleKey(i % 8, 0)] for i in range(100)], 2))
 time.sleep(1)
 print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
