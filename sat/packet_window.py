@@ -1,5 +1,6 @@
 """Which packets of a stream have to be decoded for some of its frames. Nothing here imports PyAV."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -7,8 +8,13 @@ from typing import Protocol
 class TimedPacket(Protocol):
     """A part of `av.Packet`."""
 
-    pts: int
+    pts: int | None
     is_keyframe: bool
+
+
+def _time(packet: TimedPacket) -> float:
+    """When it is shown; one without a time, which nobody can ask for, before all others."""
+    return -math.inf if packet.pts is None else packet.pts
 
 
 def decoding_runs(packets: Sequence[TimedPacket], wanted: Collection[int]) -> list[list[TimedPacket]]:
@@ -29,7 +35,7 @@ def decoding_runs(packets: Sequence[TimedPacket], wanted: Collection[int]) -> li
         needed = [number for number in range(start, end) if packets[number].pts in wanted]
         if needed:
             until[group] = needed[-1] + 1
-        if group and any(packets[number].pts < packets[start].pts for number in needed):
+        if group and any(_time(packets[number]) < _time(packets[start]) for number in needed):
             until[group - 1] = start
     runs: list[list[TimedPacket]] = []
     complete = False  # whether the group before is decoded to its end
@@ -38,7 +44,9 @@ def decoding_runs(packets: Sequence[TimedPacket], wanted: Collection[int]) -> li
         if part and complete:
             runs[-1] += part
         elif part:
-            shown = min(wanted) if group == 0 else part[0].pts  # at the beginning of a file they may be complete
-            runs.append([part[0], *(packet for packet in part[1:] if packet.pts >= min(shown, part[0].pts))])
+            first = _time(part[0])
+            if group == 0:
+                first = min(first, *wanted)  # before it only if this is the beginning of the file
+            runs.append([part[0], *(packet for packet in part[1:] if _time(packet) >= first)])
         complete = bool(part) and until[group] == end
     return runs
