@@ -73,7 +73,11 @@ class TrainingArguments(RunArguments, CommonArguments):
 
     # Data
     train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards, latent caches")  # noqa: RUF009
-    missing_label: str = argument("empty", "clips without a caption: train with an empty one, or stop", MISSING_LABEL)
+    missing_label: str | None = argument(
+        None,
+        "clips without a caption: train with an empty one, or stop (default: empty, but stop if none has one)",
+        MISSING_LABEL,
+    )
 
     # Steps
     train_iters: int = argument(1000, "steps, each of gradient_accumulation_steps micro-batches")

@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Any
 
 from config_files import MergedConfig, load_configs, replace_exclusive, with_located_paths
+from data_mixing import check_mixing
 from deepspeed_file import merged_with_file
 from flag_spellings import EitherSpellingParser
 from input_paths import located
@@ -39,7 +40,7 @@ MODEL_KEYS = (
     "disable_first_stage_autocast",
 )
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-ITEM_NAMES = {int: "whole numbers", str: "texts"}
+ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -91,6 +92,15 @@ class RunArguments:
     # Data
     train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards")  # noqa: RUF009
     valid_data: list[str] = argument([], "validation data, of the same kinds")  # noqa: RUF009
+    train_data_repeats: list[int] = argument([], "how often each place of train_data comes")  # noqa: RUF009
+    train_data_weights: list[float] = argument(  # noqa: RUF009
+        [], "share of the samples that each place of train_data gives, whatever its size"
+    )
+    inspect_data: bool = argument(
+        False, "say what would be trained on and why the rest is not, write a sheet of 16 clips"
+    )
+    json: bool = argument(False, "with inspect_data: say it as JSON, for scripts")
+    contact_sheet: str | None = argument(None, "with inspect_data: where its sheet goes (default: inspect_data.png)")
     num_workers: int = argument(2, "processes that read clips, for each training process")
     clip_timeout: float = argument(120.0, "seconds to read a clip; one that takes longer counts as unreadable")
     max_unreadable_share: float = argument(0.1, "stop when more than this share of the clips read is unreadable")
@@ -274,6 +284,8 @@ def check_value(f: Field, value: Any) -> Any:
         value = value[0]  # `batch_size: [1]`, as older files have it
     if kind is list and item_type(f) is str and isinstance(value, str):
         value = [value]
+    if kind is list and item_type(f) is float and isinstance(value, list):
+        value = [float(item) if type(item) is int else item for item in value]
     fits = type(value) is kind and (kind is not list or all(type(item) is item_type(f) for item in value))
     if not fits:
         expected = ITEM_NAMES[item_type(f)] if kind is list else TYPE_NAMES[kind]
@@ -333,6 +345,9 @@ def check_run(args: RunArguments) -> None:
     check_least(args, ("num_workers", "num_log_videos"), least=0)
     check_shares(args, ("max_unreadable_share",))
     check_durations(args, ("clip_timeout",))
+    check_mixing(args)
+    if args.json and not args.inspect_data:
+        raise UserError("json is on, but inspect_data is not: it is about what inspect_data says")
     if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
         raise UserError(f"experiment_name is '{args.experiment_name}'; it names a folder: no spaces or slashes")
 

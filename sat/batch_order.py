@@ -63,6 +63,8 @@ class BatchOrder:
         shuffle: without it, samples come in the order of their indices.
         state: a position as `state` gives it. If the dataset has changed since, its next epoch begins, with a warning.
         locality: given, samples that lie close to each other on disk stay close to each other.
+        draws: how often each sample is drawn in an epoch, on average; None: once. A sample that is drawn twice is so
+            with different seeds, and what goes beyond whole numbers is decided anew in each epoch.
 
     Raises:
         UserError: no bucket has enough samples for one group.
@@ -78,6 +80,7 @@ class BatchOrder:
         shuffle: bool = True,
         state: Mapping[str, Any] | None = None,
         locality: Locality | None = None,
+        draws: Sequence[float] | None = None,
     ):
         kinds = sorted(set(buckets))
         number = {bucket: i for i, bucket in enumerate(kinds)}
@@ -86,15 +89,20 @@ class BatchOrder:
         self.group_size = micro_batch_size * world_size
         self.seed, self.shuffle, self.locality = seed, shuffle, locality
         self.samples = len(buckets)
+        self.draws = None if draws is None else np.array(draws, np.float64)
         # Of all that the order follows from besides the seed and the sizes.
-        self.fingerprint = zlib.crc32(repr((kinds, self.kinds.tolist(), shuffle, locality)).encode())
+        basis = (kinds, self.kinds.tolist(), shuffle, locality, *(() if draws is None else (list(draws),)))
+        self.fingerprint = zlib.crc32(repr(basis).encode())
+        self._groups_by_epoch: dict[int, int] = {}
         self.epoch, self.phases = 0, []
         self._check_sizes(kinds, micro_batch_size, world_size)
         if state is not None:
             self._go_to(state)
 
     def _check_sizes(self, kinds: Sequence[Bucket], micro_batch_size: int, world_size: int) -> None:
-        counts = Counter(self.kinds.tolist())
+        counts: Mapping[int, float] = Counter(self.kinds.tolist())
+        if self.draws is not None:
+            counts = dict(enumerate(np.floor(np.bincount(self.kinds, self.draws, len(kinds)) + 1e-6).astype(int)))
         needed = f"{self.group_size} ({micro_batch_size} on each of {world_size} data-parallel processes)"
         small = [f"{counts[i]} of {bucket}" for i, bucket in enumerate(kinds) if counts[i] < self.group_size]
         if len(small) == len(kinds):
@@ -118,15 +126,19 @@ class BatchOrder:
 
     @property
     def epoch_size(self) -> int:
-        """Samples of a whole epoch, over all ranks."""
-        return self._groups_in(np.arange(self.samples)) * self.group_size
+        """Samples of the first epoch as a whole, over all ranks; without `draws` those of any."""
+        return self._groups_of(0) * self.group_size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, remaining = self.epoch, self._remaining()
         share = slice(self.rank * self.micro_batch_size, (self.rank + 1) * self.micro_batch_size)
         while True:
             for group in self._groups(remaining, self.group_size):
-                yield [SampleKey(index, sample_seed(self.seed, epoch, index), epoch) for index in group[share]]
+                # The seed of a second draw is that of a sample which comes after the last: index + samples.
+                yield [
+                    SampleKey(drawn % self.samples, sample_seed(self.seed, epoch, drawn), epoch)
+                    for drawn in group[share]
+                ]
             epoch += 1
             remaining = self._permutation(epoch)
 
@@ -138,8 +150,14 @@ class BatchOrder:
         epoch, phases = self.epoch, list(self.phases)
         left = self._groups_in(self._remaining())
         if consumed >= left:
-            epochs, consumed = divmod(consumed - left, self.epoch_size // self.group_size)
-            epoch, phases = epoch + 1 + epochs, []
+            epoch, phases, consumed = epoch + 1, [], consumed - left
+            if self.draws is None:
+                epochs, consumed = divmod(consumed, self._groups_of(0))
+                epoch += epochs
+            else:
+                while consumed >= self._groups_of(epoch):
+                    consumed -= self._groups_of(epoch)
+                    epoch += 1
         if consumed and phases and phases[-1][0] == self.group_size:
             consumed += phases.pop()[1]
         if consumed:
@@ -155,20 +173,39 @@ class BatchOrder:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """The order of all samples in an epoch."""
-        order = np.arange(self.samples)
+        """The order of all samples in an epoch. A sample's second draw is index + samples, and so on."""
+        order = self._drawn(epoch)
         if not self.shuffle:
             return order
-        seed = hashed_seed(self.seed, "order", epoch)
-        # RandomState, because NumPy promises that its streams never change: a run may be resumed with another version.
-        chance = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])
+        chance = self._chance("order", epoch)
         if self.locality is None:
-            return np.argsort(chance.random_sample(self.samples), kind="stable")
-        shards = np.asarray(self.locality.shards)
-        places = np.argsort(chance.random_sample(shards.max() + 1), kind="stable")
+            return order[np.argsort(chance.random_sample(len(order)), kind="stable")]
+        shards = np.asarray(self.locality.shards)[order % self.samples]
+        places = np.argsort(chance.random_sample(max(self.locality.shards) + 1), kind="stable")
         order = order[np.argsort(places[shards], kind="stable")]
-        jittered = np.arange(self.samples) + self.locality.window * chance.random_sample(self.samples)
+        jittered = np.arange(len(order)) + self.locality.window * chance.random_sample(len(order))
         return order[np.argsort(jittered, kind="stable")]
+
+    def _drawn(self, epoch: int) -> np.ndarray:
+        """All draws of an epoch, in the order of the samples' indices."""
+        if self.draws is None:
+            return np.arange(self.samples)
+        times = np.floor(self.draws).astype(np.int64)
+        # Of the samples that share a rate, in an order by chance, every so many gets one more: their sum is exact.
+        chance = self._chance("draws", epoch)
+        blocks = np.cumsum(np.diff(self.draws, prepend=self.draws[:1]) != 0)
+        mixed = np.lexsort((chance.random_sample(self.samples), blocks))
+        rest = np.floor(np.cumsum((self.draws - times)[mixed]) + chance.random_sample())
+        times[mixed] += np.diff(rest, prepend=0).astype(np.int64)
+        indices = np.repeat(np.arange(self.samples), times)
+        turns = np.arange(len(indices)) - np.repeat(np.cumsum(times) - times, times)
+        return indices + turns * self.samples
+
+    def _chance(self, what: str, epoch: int) -> np.random.RandomState:
+        """Random numbers for one use. NumPy promises that the streams of RandomState never change: a run may be resumed
+        with another version."""
+        seed = hashed_seed(self.seed, what, epoch)
+        return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])
 
     def _remaining(self) -> np.ndarray:
         """The samples of the first epoch that have not been seen, in its order."""
@@ -182,11 +219,19 @@ class BatchOrder:
     def _groups(self, order: np.ndarray, size: int) -> Iterator[list[int]]:
         """Groups of `size` samples of one bucket, each as soon as it is complete when one walks along `order`."""
         waiting: dict[int, list[int]] = {}
-        for index, kind in zip(order.tolist(), self.kinds[order].tolist(), strict=True):
+        for index, kind in zip(order.tolist(), self.kinds[order % self.samples].tolist(), strict=True):
             group = waiting.setdefault(kind, [])
             group.append(index)
             if len(group) == size:
                 yield waiting.pop(kind)
 
     def _groups_in(self, samples: np.ndarray) -> int:
-        return int((np.bincount(self.kinds[samples]) // self.group_size).sum())
+        return int((np.bincount(self.kinds[samples % self.samples]) // self.group_size).sum())
+
+    def _groups_of(self, epoch: int) -> int:
+        """Groups of a whole epoch; without `draws` all epochs have as many."""
+        if self.draws is None:
+            return self._groups_in(np.arange(self.samples))
+        if epoch not in self._groups_by_epoch:
+            self._groups_by_epoch[epoch] = self._groups_in(self._drawn(epoch))
+        return self._groups_by_epoch[epoch]

@@ -4,7 +4,7 @@ Nothing here imports PyTorch.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
@@ -61,6 +61,13 @@ class ClipSource:
         if suffix not in IMAGE_SUFFIXES:
             return False
         return not (moves(self.path, suffix, self.start) if self.animated is None else self.animated)
+
+    def settled(self) -> "ClipSource":
+        """Return the source with `animated` known, so that nobody has to look again."""
+        named_like_picture = PurePath(self.member or self.path).suffix.lower() in IMAGE_SUFFIXES
+        if self.animated is not None or not named_like_picture:
+            return self
+        return replace(self, animated=not self.is_image)
 
     def read(self) -> bytes:
         """Return the content. Raises OSError if it is not there."""

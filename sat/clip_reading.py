@@ -89,6 +89,26 @@ class FrameSampling:
         frames = min(fit, self.max_frames)
         return frames - (frames - 1) % self.multiple
 
+    def parts(self, info: ClipInfo, frames: int, most: int | None, stride: float | None) -> list[Part]:
+        """Return the parts of a source in each of which one clip of `frames` starts.
+
+        Args:
+            most: clips of a source; None: without a stride one, else any number.
+            stride: seconds from the begin of one part to that of the next; None: parts are equally long, and as many
+                as clips fit in without overlapping.
+        """
+        first, last = self.window(info)
+        duration = info.frame_duration
+        slack = max(last - first + duration / 2 - (frames - 1) / self.fps, 0.0)
+        starts = max(math.floor(slack / duration + ROUNDING) + 1, 1) if duration else 1
+        if stride is None:
+            count = min(most or 1, math.floor(slack * self.fps / frames + ROUNDING) + 1, starts)
+            return [Part(i / count, (i + 1) / count) for i in range(count)]
+        count = max(min(math.floor(slack / stride + ROUNDING) + 1, starts), 1)
+        share = stride / duration / starts if duration else 1.0
+        parts = [Part(i * share, (i + 1) * share if i + 1 < count else 1.0) for i in range(count)]
+        return parts[:most]
+
     def times(self, info: ClipInfo, frames: int, seed: int, part: Part = WHOLE) -> np.ndarray:
         """Return when the frames of a clip of `frames` are, in seconds from the source's first frame."""
         first, last = self.window(info)

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 from sgm.seeds import hashed_seed
 
-# "none" is another name of "random", as in configurations written for the original.
-RESHAPE_MODES = ("center", "random", "none")
 MIDDLE = 0.5
 
 
@@ -35,7 +33,7 @@ class Framing:
     """How the clips of a data set are cropped and mirrored.
 
     Args:
-        reshape_mode: one of `RESHAPE_MODES`.
+        reshape_mode: one of `data_options.RESHAPE_MODES`.
         flip: the share of the clips that is mirrored, from 0 to 1.
     """
 

@@ -5,7 +5,7 @@ sample = dataset[SampleKey(index=0, seed=1)]
 """
 
 import logging
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -16,17 +16,24 @@ from torch.utils.data import Dataset
 
 from batch_order import Bucket, Locality, SampleKey
 from clip_attempts import CLIP_TIMEOUT, attempt
-from clip_probing import probe_clips
-from clip_reading import FrameSampling, read_clip
-from clip_sources import ClipSource, find_clips
-from model_limits import SPACE_FACTOR, TIME_FACTOR, ModelLimits
+from clip_reading import WHOLE, FrameSampling, Part, read_clip
+from clip_selection import Selection, SelectionRules, select
+from clip_sources import LabelRules
+from clip_transforms import Framing
+from data_mixing import draws_of, repeated
+from data_options import check_options
+from data_report import SourceReport
+from model_limits import TIME_FACTOR, ModelLimits
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str, instantiate_from_config
 from video_reading import BACKENDS, DEFAULT_BACKEND, UnreadableClip
+from video_sizes import nearest_size, parse_sizes
+
+__all__ = ["SFTDataset", "VideoDataset", "make_dataset", "nearest_size"]
 
 logger = logging.getLogger("train_video")
 
-SAME_RATIO = 0.02  # aspect ratios whose logarithms differ by less are the same: sizes are rounded to multiples of 16
+SIDES = re.compile(r"\b(left|right)(ward|wards|most)?\b", re.IGNORECASE)
 SHOWN = 5  # unreadable clips named on the terminal; the dataset has the list of all
 
 
@@ -42,6 +49,9 @@ class SFTDataset(Dataset):
         unreadable: names of the clips that were left out because they could not be opened, with the reason.
         missing_labels: number of clips that have no caption, and are used with an empty one.
         random_start: False cuts every clip at the first possible place.
+        reports: what there is at each place, and what was left out.
+        counts: samples of each of the places in `data_dir`.
+        draws: how often each sample is drawn in an epoch, on average; None: once.
 
     Args:
         data_dir: folder, manifest or tar shards, see `clip_sources`; or several of them.
@@ -51,13 +61,22 @@ class SFTDataset(Dataset):
         max_num_frames: of a clip; a shorter source gives a shorter clip.
         skip_frms_num: source frames at the beginning and the end that are not used.
         frame_multiple: clips have `frame_multiple * k + 1` frames; 8 for CogVideoX1.5.
-        txt_key: of captions in tar shards, see `clip_sources.find_clips`.
+        txt_key: of captions in records, see `caption_tables`.
         shuffle_buffer: how far, in samples, a clip in a tar shard moves at most when it is shuffled.
-        missing_label: what to do about a clip without caption: use an "empty" one, or "stop"; "ignore" is for training
-            that uses no captions.
+        missing_label: what to do about a clip without caption: use an "empty" one, or "stop". None: an empty one, but
+            stop if no clip of a place has a caption. "ignore" is for training that uses no captions.
         max_unreadable_share: of the clips, above which the data is refused.
         video_backend: what decodes videos, "pyav" or "decord"; see `video_reading.open_video`.
         clip_timeout: seconds to look at a clip, after which it is unreadable.
+        min_frames: videos that give a shorter clip are left out. None: those that would give a single frame, as long as
+            clips may have more.
+        clips_per_video: samples that are cut out of one video at most, if so many fit in without overlapping; each
+            starts in a part of its own.
+        clip_stride: seconds after which a video gives another sample; with `clips_per_video` at most so many.
+        caption_prefix: put before every caption, with a blank between.
+        label_lines: of a label file of several lines the "first" is the caption, or "all" of them.
+        reshape_mode: what a crop keeps: the "center", or a "random" part; "none" is another name of that.
+        horizontal_flip: the share of the samples that are mirrored.
 
     Raises:
         UserError: no clips, too many unreadable ones, a missing label, a size that is none.
@@ -75,13 +94,20 @@ class SFTDataset(Dataset):
         frame_multiple: int = TIME_FACTOR,
         txt_key: str = "caption",
         shuffle_buffer: int = 1000,
-        missing_label: str = "empty",
+        missing_label: str | None = None,
         max_unreadable_share: float = 0.1,
         video_backend: str = DEFAULT_BACKEND,
         clip_timeout: float = CLIP_TIMEOUT,
+        min_frames: int | None = None,
+        clips_per_video: int | None = None,
+        clip_stride: float | None = None,
+        caption_prefix: str | None = None,
+        label_lines: str = "first",
+        reshape_mode: str = "center",
+        horizontal_flip: float = 0.0,
     ):
         self.clip_timeout = clip_timeout
-        self.sizes = _sizes(video_size)
+        self.sizes = parse_sizes(video_size)
         for name, value, least in (
             ("fps", fps, 1e-3),
             ("max_num_frames", max_num_frames, 1),
@@ -89,28 +115,75 @@ class SFTDataset(Dataset):
         ):
             if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
                 raise UserError(f"data: {name} is {value!r}; expected a number, at least {least}")
+        check_options(
+            {
+                **{"random_start": random_start, "txt_key": txt_key, "shuffle_buffer": shuffle_buffer},
+                **{"missing_label": missing_label, "min_frames": min_frames, "clips_per_video": clips_per_video},
+                **{"clip_stride": clip_stride, "caption_prefix": caption_prefix, "label_lines": label_lines},
+                **{"reshape_mode": reshape_mode, "horizontal_flip": horizontal_flip, "max_num_frames": max_num_frames},
+            },
+            prefix="data: ",
+        )
         self.sampling = FrameSampling(fps, int(max_num_frames), int(skip_frms_num), frame_multiple, random_start)
         if video_backend not in BACKENDS:
             raise UserError(f"data: video_backend is {video_backend!r}; use one of {', '.join(BACKENDS)}")
         self.video_backend = video_backend
+        self.framing = Framing(reshape_mode, horizontal_flip)
         self.shuffle_buffer = shuffle_buffer
+        self.caption_prefix = (caption_prefix or "").rstrip()
+        rules = SelectionRules(
+            self.sizes,
+            LabelRules(txt_key, label_lines),
+            missing_label,
+            min_frames,
+            clips_per_video,
+            clip_stride,
+        )
         self.sources, self.infos, self.buckets, self.unreadable = [], [], [], []
-        for location in [data_dir] if isinstance(data_dir, str | Path) else data_dir:
-            self._add(str(location), txt_key)
+        self.parts: dict[int, Part] = {}  # of the samples that do not start anywhere in their source
+        self.counts: list[int] = []
+        self.draws: list[float] | None = None
+        self.reports: dict[str, SourceReport] = {}
+        self._add(list(map(str, [data_dir] if isinstance(data_dir, str | Path) else data_dir)), rules)
         _check_readable(len(self.sources), self.unreadable, max_unreadable_share)
-        self.missing_labels = _count_missing(self.sources, missing_label)
+        self.missing_labels = sum(source.caption is None for source in self.sources)
+        if self.missing_labels and missing_label != "ignore":
+            logger.warning(
+                "%d of %d clips have no caption and are used with an empty one", self.missing_labels, len(self.sources)
+            )
+        self._warn_of_mirrored_captions()
 
-    def _add(self, location: str, txt_key: str) -> None:
-        sources = find_clips(location, txt_key)
-        folder = Path(location) if Path(location).is_dir() else Path(location).parent
-        infos, problems = probe_clips(sources, folder, self.clip_timeout)
-        self.unreadable += problems
-        for source, info in zip(sources, infos, strict=True):
-            if info:
-                size = nearest_size(info.height, info.width, self.sizes)
-                self.sources.append(source)
-                self.infos.append(info)
-                self.buckets.append(Bucket(self.sampling.num_frames(info), *size))
+    def _add(self, locations: Sequence[str], rules: SelectionRules) -> None:
+        """Add the samples of places; one that is named several times is looked at once."""
+        selections: dict[str, Selection] = {}
+        for location in locations:
+            if location in selections:
+                selections[location].report.repeat += 1
+            else:
+                selections[location] = select(location, rules, self.sampling, self.clip_timeout)
+                for level, line in selections[location].report.lines():
+                    logger.log(level, "%s", line)
+            selection = selections[location]
+            parts = {len(self.sources) + i: part for i, part in enumerate(selection.parts) if part != WHOLE}
+            self.parts.update(parts)
+            self.sources += selection.sources
+            self.infos += selection.infos
+            self.buckets += selection.buckets
+            self.unreadable += selection.unreadable
+            self.counts.append(len(selection.sources))
+        self.reports = {location: selection.report for location, selection in selections.items()}
+        if empty := [location for location, selection in selections.items() if not selection.sources]:
+            reasons = [f"{left.count} {reason}" for reason, left in self.reports[empty[0]].left_out.items()]
+            if reasons and not selections[empty[0]].unreadable:
+                raise UserError(f"{empty[0]}: no clip is left: {'; '.join(reasons)}")
+
+    def _warn_of_mirrored_captions(self) -> None:
+        if self.framing.flip:
+            sided = sum(bool(SIDES.search(source.caption or "")) for source in self.sources)
+            if sided:
+                logger.warning(
+                    "%d captions say left or right, and horizontal_flip mirrors such clips too: set it to 0", sided
+                )
 
     @classmethod
     def create_dataset_function(cls, path: str | Sequence[str], args: Any, **params: Any) -> Self:
@@ -119,11 +192,8 @@ class SFTDataset(Dataset):
         Args:
             args: `TrainingArguments`, or anything with some of the attributes used here.
         """
-        settings = {
-            name: getattr(args, name)
-            for name in ("missing_label", "max_unreadable_share", "clip_timeout")
-            if hasattr(args, name)
-        }
+        names = ("missing_label", "max_unreadable_share", "clip_timeout")
+        settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
         if model_config := getattr(args, "model_config", None):
             settings["frame_multiple"] = TIME_FACTOR * ModelLimits.from_config(model_config).patch[0]
         target = f"{cls.__module__}.{cls.__qualname__}"
@@ -153,6 +223,10 @@ class SFTDataset(Dataset):
     def random_start(self, value: bool) -> None:
         self.sampling = replace(self.sampling, random_start=value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what only the main process tells out of what workers get."""
+        return {**self.__dict__, "reports": {}, "draws": None}
+
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
         key = SampleKey(key, seed=key) if isinstance(key, int) else key
         unreadable = []
@@ -165,15 +239,17 @@ class SFTDataset(Dataset):
                         self.buckets[index],
                         self.sampling,
                         key.seed,
-                        info=self.infos[index],
-                        backend=self.video_backend,
+                        self.framing.placement(key.seed),
+                        self.parts.get(index, WHOLE),
+                        self.infos[index],
+                        self.video_backend,
                     )
             except UnreadableClip as problem:
                 unreadable.append(f"{source.name}: {problem}")
                 continue
             return {
                 "mp4": frames,
-                "txt": source.caption or "",
+                "txt": f"{self.caption_prefix} {source.caption or ''}".strip(),
                 "fps": float(self.sampling.fps),
                 "num_frames": len(frames),
                 "index": key.index,
@@ -183,9 +259,11 @@ class SFTDataset(Dataset):
         raise UserError(f"no clip of {self.buckets[key.index]} can be read any more: {'; '.join(unreadable[:SHOWN])}")
 
     def _same_bucket(self, index: int) -> Iterator[int]:
-        """The indices of the bucket of `index`, from it on and around."""
+        """The indices of the bucket of `index`, from it on and around, one of each source."""
+        tried = set()
         for other in chain(range(index, len(self)), range(index)):
-            if self.buckets[other] == self.buckets[index]:
+            if self.buckets[other] == self.buckets[index] and self.sources[other] not in tried:
+                tried.add(self.sources[other])
                 yield other
 
 
@@ -196,6 +274,10 @@ class VideoDataset(SFTDataset):
         path: tar shards, or anything else that `SFTDataset` takes.
         image_size: another name of `video_size`.
         num_frames: another name of `max_num_frames`.
+        nshards, seed, meta_names: have no effect. All shards are read, in an order that follows from the seed of the
+            run, and captions are found in whatever the shards and their `.meta.jsonl` files hold.
+        include_dirs: folders, with commas between, whose tar files (also those in folders below) are read too;
+            `FOLDER*2` reads them twice.
         others: the keyword arguments of `SFTDataset`.
     """
 
@@ -208,6 +290,12 @@ class VideoDataset(SFTDataset):
         num_frames: int | None = None,
         fps: float = 8,
         skip_frms_num: float = 0,
+        nshards: int | None = None,
+        seed: int | None = None,
+        meta_names: Sequence[str] | None = None,
+        shuffle_buffer: int = 1000,
+        include_dirs: str | None = None,
+        txt_key: str = "caption",
         *,
         max_num_frames: int | None = None,
         video_size: Sequence[int] | Sequence[Sequence[int]] | None = None,
@@ -217,36 +305,48 @@ class VideoDataset(SFTDataset):
             raise UserError("data: give either image_size or video_size, [height, width] in pixels")
         if unknown := others.keys() - SFTDataset.__init__.__kwdefaults__.keys():
             raise UserError(f"data: {', '.join(sorted(unknown))}: VideoDataset has no such params")
-        frames = next((count for count in (num_frames, max_num_frames) if count is not None), 49)
-        super().__init__(path, video_size or image_size, fps, frames, skip_frms_num, **others)
-
-
-def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size for a source: nearest in aspect ratio, then the largest that need not be enlarged, else the smallest."""
-    distances = [abs(math.log(width * h / (height * w))) for h, w in sizes]
-    nearest = [size for size, far in zip(sizes, distances, strict=True) if far <= min(distances) + SAME_RATIO]
-    covered = [size for size in nearest if size[0] * size[1] <= height * width]
-    return max(covered, key=math.prod) if covered else min(nearest, key=math.prod)
-
-
-def _sizes(video_size: Any) -> list[tuple[int, int]]:
-    several = isinstance(video_size, Sequence) and video_size and all(isinstance(size, Sequence) for size in video_size)
-    sizes = video_size if several else [video_size]
-    for size in sizes:
-        sides = size if isinstance(size, Sequence) else ()
-        if len(sides) != 2 or not all(type(side) is int and side > 0 and side % SPACE_FACTOR == 0 for side in sides):
-            raise UserError(
-                f"data: video_size is {video_size}; expected [height, width] or a list of such, in multiples of "
-                f"{SPACE_FACTOR} pixels"
+        ignored = {"nshards": nshards, "seed": seed, "meta_names": meta_names}
+        if given := [name for name, value in ignored.items() if value is not None]:
+            logger.info(
+                "data: %s have no effect: all shards are read, in the order of the run's seed", ", ".join(given)
             )
-    return [tuple(size) for size in sizes]
+        places = [str(place) for place in ([path] if isinstance(path, str | Path) else path) if str(place)]
+        frames = next((count for count in (num_frames, max_num_frames) if count is not None), 49)
+        super().__init__(
+            [*places, *_included(include_dirs)],
+            video_size or image_size,
+            fps,
+            frames,
+            skip_frms_num,
+            shuffle_buffer=shuffle_buffer,
+            txt_key=txt_key,
+            **others,
+        )
+
+
+def _included(include_dirs: str | None) -> list[str]:
+    """The tar files below the folders of `VideoDataset`'s argument, in a fixed order."""
+    if include_dirs is None:
+        return []
+    if not isinstance(include_dirs, str):
+        raise UserError(f"data: include_dirs is {include_dirs!r}; expected folders with commas between")
+    shards = []
+    for part in include_dirs.split(","):
+        folder, _, times = part.strip().partition("*")
+        if times and not times.isdecimal():
+            raise UserError(f"data: include_dirs has '{part}'; after * stands how often its shards are read")
+        found = sorted(str(shard) for shard in Path(folder).rglob("*.tar") if shard.stat().st_size)
+        if not found:
+            raise UserError(f"data: include_dirs: {folder} holds no .tar file")
+        shards += found * int(times or 1)
+    return shards
 
 
 def _check_readable(readable: int, unreadable: Sequence[str], max_share: float) -> None:
     total = readable + len(unreadable)
     for line in unreadable[:SHOWN]:
         logger.warning("left out, unreadable: %s", line)
-    if not readable or len(unreadable) > max_share * total:
+    if unreadable and (not readable or len(unreadable) > max_share * total):
         raise UserError(
             f"{len(unreadable)} of {total} clips are unreadable, more than max_unreadable_share {max_share:g} allows; "
             f"the first: {unreadable[0]}"
@@ -255,50 +355,58 @@ def _check_readable(readable: int, unreadable: Sequence[str], max_share: float) 
         logger.warning("left out, unreadable: %d clips in all", len(unreadable))
 
 
-def _count_missing(sources: Sequence[ClipSource], missing_label: str) -> int:
-    missing = [source for source in sources if source.caption is None]
-    if missing and missing_label == "stop":
-        raise UserError(
-            f"{len(missing)} of {len(sources)} clips have no caption, the first is {missing[0].name}; write labels, or "
-            "set missing_label: empty to train with empty captions"
-        )
-    if missing and missing_label != "ignore":
-        logger.warning("%d of %d clips have no caption and are used with an empty one", len(missing), len(sources))
-    return len(missing)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # For a run
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_dataset(paths: Sequence[str], data_config: Mapping[str, Any], args: Any, random_start: bool = True) -> Dataset:
-    """The dataset of a run: of the class that `data_config` names, or what `tools/precompute_latents.py` made of one.
+def make_dataset(
+    paths: Sequence[str],
+    data_config: Mapping[str, Any],
+    args: Any,
+    random_start: bool = True,
+    *,
+    repeats: Sequence[int] = (),
+    weights: Sequence[float] = (),
+) -> Dataset:
+    """Return the dataset of a run: of the class that `data_config` names, or what `tools/precompute_latents.py` made.
 
     Args:
         paths: where the data is; all of the same kind.
         data_config: the `data:` section, `target` and `params`.
         args: `TrainingArguments`.
-        random_start: False cuts clips always at the same place, for validation.
+        random_start: False takes nothing of a clip by chance, for validation: neither its start nor its crop.
+        repeats: how often each of the paths comes; empty: once.
+        weights: of each of the paths, see `data_mixing`; empty: a path has as many samples as it has clips.
 
     Raises:
         UserError: the data or its settings do not fit; see the classes.
     """
     from latent_cache import LatentDataset, is_cache
 
+    paths = repeated(paths, repeats)
     cached = [path for path in paths if is_cache(path)]
     if cached:
         if len(cached) < len(paths):
             raise UserError(
                 f"{cached[0]} holds precomputed latents and other data does not: train on one kind at a time"
             )
-        return LatentDataset(paths, args.model_config, data_config)
-    if "target" not in data_config:
-        raise UserError("data: target is missing; name the class of the dataset, data_video.SFTDataset for instance")
-    create = getattr(get_obj_from_str(data_config["target"]), "create_dataset_function", None)
-    if create is None:
-        raise UserError(f"data: {data_config['target']} is no class of datasets; use data_video.SFTDataset")
-    dataset = create(list(paths), args, **(data_config.get("params") or {}))
-    if not random_start:
-        dataset.random_start = False
+        dataset = LatentDataset(paths, args.model_config, data_config)
+    else:
+        if "target" not in data_config:
+            raise UserError(
+                "data: target is missing; name the class of the dataset, data_video.SFTDataset for instance"
+            )
+        create = getattr(get_obj_from_str(data_config["target"]), "create_dataset_function", None)
+        if create is None:
+            raise UserError(f"data: {data_config['target']} is no class of datasets; use data_video.SFTDataset")
+        dataset = create(list(paths), args, **(data_config.get("params") or {}))
+        if not random_start:
+            dataset.random_start = False
+            dataset.framing = Framing()
+    if weights:
+        counts = getattr(dataset, "counts", ())
+        if len(counts) != len(weights):
+            raise UserError(f"train_data_weights: {data_config['target']} does not tell its places apart")
+        dataset.draws = draws_of(counts, weights)
     return dataset

@@ -31,6 +31,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from batch_order import Bucket, SampleKey
+from data_options import KEPT_IN_CACHES
 from model_limits import ModelLimits
 from sgm.errors import UserError
 
@@ -42,6 +43,8 @@ SHARDS = "rank*-*.safetensors"
 STORES = ("moments", "latents")
 OPEN_SHARDS = 16  # of a process that reads
 NO_VARIANCE = -30.0  # the smallest log-variance of a posterior: a draw is its mean, to 3e-7
+# Values of options that mean the same as others.
+OTHER_NAMES = {("reshape_mode", "none"): "random", ("clips_per_video", 1): None}
 REMEDY = "run tools/precompute_latents.py"
 
 
@@ -267,7 +270,14 @@ class LatentDataset:
     ):
         self.samples: list[tuple[Path, CachedSample]] = []
         self.encodings: dict[Path, dict[str, Any]] = {}
+        self.counts: list[int] = []  # samples of each of the paths
+        self.draws: list[float] | None = None  # see `data_video.SFTDataset`
+        read: dict[Path, list[tuple[Path, CachedSample]]] = {}
         for path in map(Path, paths):
+            if path in read:
+                self.counts.append(len(read[path]))
+                self.samples += read[path]
+                continue
             description, shards = read_description(path), read_shards(path)
             check_complete(path, description, shards)
             if model_config is not None:
@@ -276,7 +286,9 @@ class LatentDataset:
                 report_data_settings(path, description, data_config)
             self.encodings[path] = description["encoding"]
             found = [(shard.path, sample) for shard in shards for sample in shard.samples]
-            self.samples += sorted(found, key=lambda item: item[1].index)
+            read[path] = sorted(found, key=lambda item: item[1].index)
+            self.counts.append(len(read[path]))
+            self.samples += read[path]
         self.with_image = all(encoding["image_variants"] for encoding in self.encodings.values())
         if model_config is not None:
             self.with_image = model_config.get("noised_image_input", False)
@@ -371,9 +383,21 @@ def check_model(folder: Path, description: Mapping[str, Any], model_config: Mapp
 
 
 def report_data_settings(folder: Path, description: Mapping[str, Any], data_config: Mapping[str, Any]) -> None:
-    """Log how clips were read for a cache, where the configuration would have them read otherwise."""
+    """Log how clips were read for a cache, where the configuration would have them read otherwise.
+
+    Raises:
+        UserError: it asks for an option that the cache was not made with.
+    """
     theirs, ours = (config.get("params") or {} for config in (description["data"]["config"], data_config))
-    for name in theirs.keys() & ours.keys():
+    for name, default in KEPT_IN_CACHES.items():
+        there, here = (OTHER_NAMES.get((name, config.get(name)), config.get(name)) for config in (theirs, ours))
+        there, here = (default if value is None else value for value in (there, here))
+        if there != here:
+            raise UserError(
+                f"data.params.{name} is {here!r}, but {folder} was made with {there!r} and its clips stay as they "
+                f"are: set it to that, or {REMEDY} into another folder"
+            )
+    for name in sorted((theirs.keys() & ours.keys()) - KEPT_IN_CACHES.keys()):
         if theirs[name] != ours[name]:
             logger.warning(
                 "%s was made with %s %s, not %s; its clips stay as they are", folder, name, theirs[name], ours[name]

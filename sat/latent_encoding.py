@@ -25,6 +25,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from batch_order import Bucket, SampleKey
 from clip_loader import make_loader
+from clip_transforms import Framing
+from data_mixing import repeated
 from data_video import make_dataset
 from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
@@ -77,7 +79,9 @@ def run(
         device = choose_device(args.device)
         args = settle_precision(args, device)
         engine = SATVideoDiffusionEngine(without_context_parallel(args), parts=(), device=device)
-        dataset = make_dataset(args.train_data, args.data_config, args)
+        dataset = make_dataset(args.train_data, args.data_config, args, repeats=args.train_data_repeats)
+        if getattr(dataset, "framing", Framing()) != Framing():
+            logger.info("crops and mirrored clips in the cache are those of the first epoch, also in later ones")
         encoding = {
             "store": store,
             "dtype": dtype or str(engine.dtype).removeprefix("torch."),
@@ -131,7 +135,7 @@ def describe(args: TrainingArguments, dataset: Any, encoding: Mapping[str, Any])
     """The content of `cache.json`; two runs with the same fill the same cache."""
     buckets = [tuple(dataset.bucket(index)) for index in range(len(dataset))]
     data = {
-        "sources": [str(Path(path).resolve()) for path in args.train_data],
+        "sources": [str(Path(path).resolve()) for path in repeated(args.train_data, args.train_data_repeats)],
         "config": args.data_config,
         "samples": len(dataset),
         "buckets": hashlib.blake2b(repr(buckets).encode(), digest_size=16).hexdigest(),

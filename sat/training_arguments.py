@@ -12,6 +12,7 @@ from typing import Any
 import argument_schema
 from argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
 from argument_schema import PRECISIONS, argument_fields
+from data_mixing import split_entries
 from deepspeed_config import check_deepspeed_config, enabled_precision, with_precision
 from determinism import recorded
 from sgm.errors import UserError
@@ -47,6 +48,7 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
     )
     with config.sources.naming(given):
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
+        sections["args"] = split_entries(sections["args"], given)
         values = check_args_section(sections["args"])
         for sentence in argument_schema.unused_model_keys(sections["model"], TRAINED_PARTS):
             logger.warning(sentence)
@@ -114,5 +116,5 @@ def check_values(args: TrainingArguments) -> None:
     argument_schema.check_shares(args, ("warmup",))
     if not 0 < args.lr_decay_ratio <= 1:
         raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; it is a share, above 0 and up to 1")
-    if not args.load and not args.force_train:
+    if not (args.load or args.force_train or args.inspect_data):
         raise UserError("load is missing: name the checkpoint to start from, or give --force_train to start at random")

@@ -11,6 +11,7 @@ from typing import Any
 
 import run_folders
 from config_files import check_paths
+from data_options import check_options
 from deepspeed_config import BatchSizes, batch_sizes
 from determinism import check_workspace, describe_change
 from input_paths import not_found
@@ -162,6 +163,7 @@ def check_clips(params: dict[str, Any], limits: ModelLimits) -> None:
         value = params.get(name, least)
         if type(value) not in (int, float) or value < least:
             raise UserError(f"data.params.{name} is {value!r}; expected a {'positive ' * (least > 0)}number")
+    check_options(params)
     frames = params.get("max_num_frames", params.get("num_frames", 1))
     sizes = params.get("video_size", params.get("image_size"))
     if sizes is None:

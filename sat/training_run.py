@@ -113,7 +113,13 @@ class Trainer:
     def _load_data(self, state: dict[str, Any] | None) -> None:
         args = self.args
         # Whether too many clips are unreadable is decided here, where there is a folder to list them in.
-        self.dataset = make_dataset(args.train_data, args.data_config, replace(args, max_unreadable_share=1.0))
+        self.dataset = make_dataset(
+            args.train_data,
+            args.data_config,
+            replace(args, max_unreadable_share=1.0),
+            repeats=args.train_data_repeats,
+            weights=args.train_data_weights,
+        )
         if self.leads:
             self.list_unreadable(self.dataset.unreadable)
         self.check_unreadable(0)
@@ -126,6 +132,7 @@ class Trainer:
             args.seed,
             state=state["data"] if state else None,
             locality=getattr(self.dataset, "locality", None),
+            draws=getattr(self.dataset, "draws", None),
         )
         self.consumed = 0  # micro-batches since the order was made
         self.batches = iter(make_loader(self.dataset, self.order, args.num_workers, args.clip_timeout))

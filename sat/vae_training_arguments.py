@@ -12,6 +12,7 @@ from typing import Any
 import argument_schema
 from argument_lists import VaeTrainingArguments
 from argument_schema import nearest
+from data_mixing import split_entries
 from determinism import recorded
 from sgm.errors import UserError
 
@@ -52,6 +53,7 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
     )
     with config.sources.naming(given):
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "lightning")}
+        sections["args"] = split_entries(sections["args"], given)
         values = argument_schema.check_section(VaeTrainingArguments, sections["args"]) | given
         values = argument_schema.with_located_inputs(values)
         check_model_section(sections["model"])

@@ -14,6 +14,7 @@ from typing import Any
 import run_folders
 from argument_lists import VaeTrainingArguments
 from config_files import check_paths
+from data_options import check_options
 from determinism import check_workspace, describe_change
 from input_paths import not_found
 from latent_cache import is_cache
@@ -136,6 +137,7 @@ def check_clips(params: Mapping[str, Any], time_factor: int, space_factor: int) 
         raise UserError(
             f"data.params.max_num_frames is {frames!r}; clips are cut to {time_factor}k+1 frames, for example {fits}"
         )
+    check_options(params)
     sizes = params.get("video_size", params.get("image_size"))
     for size in sizes if isinstance(sizes, list) and sizes and isinstance(sizes[0], list) else [sizes]:
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):

@@ -80,7 +80,7 @@ def fit(
     """
     state = content[RUN_STATE] if content else None
     data_rank = dist.get_rank() // plan.ranks_per_clip
-    clips = open_data(args, plan, args.train_data)
+    clips = open_data(args, plan, args.train_data, repeats=args.train_data_repeats, weights=args.train_data_weights)
     logger.info("train_data: %s", describe_data(clips, args.train_iters * step_size(args, plan)))
     order = BatchOrder(
         [clips.bucket(index) for index in range(len(clips))],
@@ -90,6 +90,7 @@ def fit(
         args.seed,
         state=state["data"] if state else None,
         locality=getattr(clips, "locality", None),
+        draws=getattr(clips, "draws", None),
     )
     report = None
     if args.valid_data and args.eval_interval:
@@ -136,14 +137,15 @@ def step_size(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
 
 
 def open_data(
-    args: VaeTrainingArguments, plan: VaeTrainingPlan, paths: list[str], random_start: bool = True
+    args: VaeTrainingArguments, plan: VaeTrainingPlan, paths: list[str], random_start: bool = True, **mixing: Any
 ) -> SFTDataset:
+    """Return the clips of `paths`; `mixing` are the repeats and weights that `make_dataset` takes."""
     config = dict(args.data_config)
     config["params"] = {"frame_multiple": plan.time_factor, **(config.get("params") or {})}
     settings = Namespace(
         missing_label="ignore", max_unreadable_share=args.max_unreadable_share, clip_timeout=args.clip_timeout
     )
-    return make_dataset(paths, config, settings, random_start)
+    return make_dataset(paths, config, settings, random_start, **mixing)
 
 
 class Batches:

@@ -104,6 +104,11 @@ def check(args: TrainingArguments, image_variants: int | None) -> int:
     model = args.model_config
     if check_data(replace(args, valid_data=[])):
         raise UserError("train_data is a cache of latents already: name the clips that it was made of")
+    if args.train_data_weights:
+        raise UserError(
+            "train_data_weights: a cache does not tell its places apart, so that training could not weigh them; encode "
+            "each into a cache of its own, and give the weights to the training"
+        )
     check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(model))
     if args.model_parallel_size > 1:
         raise UserError("model_parallel_size: the network is not used here, every process encodes clips: leave it at 1")

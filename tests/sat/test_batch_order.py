@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from collections import Counter
 
 import pytest
 
@@ -153,3 +154,66 @@ def test_small_buckets_are_named_and_a_dataset_smaller_than_a_batch_is_refused(c
         BatchOrder(MIXED, 2, 0, 4, seed=0)
     with pytest.raises(UserError, match="there are none"):
         BatchOrder([], 1, 0, 1, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples that are drawn more or less often
+# ---------------------------------------------------------------------------------------------------------------------
+
+DRAWS = [2.4] * 5 + [0.125] * 8  # of MIXED's thirteen samples as many again: 12 and 1
+
+
+def drawn(order: BatchOrder, epochs: int) -> list[list[SampleKey]]:
+    """The batches of so many epochs."""
+    return list(itertools.takewhile(lambda batch: batch[0].epoch < epochs, order))
+
+
+def test_samples_are_drawn_at_their_rates():
+    keys = [key for batch in drawn(BatchOrder([A] * 13, 1, 0, 1, seed=3, draws=DRAWS), 200) for key in batch]
+    counts = Counter(key.index for key in keys)
+    assert sum(counts[i] for i in range(5)) == pytest.approx(2400, abs=10)
+    assert all(counts[i] == pytest.approx(480, abs=40) for i in range(5))
+    assert sum(counts[i] for i in range(5, 13)) == pytest.approx(200, abs=10)
+    assert all(0 < counts[i] < 60 for i in range(5, 13))
+    first = [key.index for key in keys if key.epoch == 0]
+    assert all(2 <= first.count(i) <= 3 for i in range(5))
+    # A sample that is drawn again comes with another seed: another start, crop and noise.
+    assert len({key.seed for key in keys}) == len(keys)
+
+
+def test_drawing_every_sample_once_is_the_order_without_draws():
+    plain, once = BatchOrder(MIXED, 1, 0, 1, seed=5), BatchOrder(MIXED, 1, 0, 1, seed=5, draws=[1.0] * len(MIXED))
+    assert take(once, 40) == take(plain, 40)
+
+
+def test_draws_are_the_same_for_any_number_of_processes():
+    alone = take(BatchOrder([A] * 13, 2, 0, 1, seed=4, draws=DRAWS), 60)
+    ranks = [take(BatchOrder([A] * 13, 1, rank, 2, seed=4, draws=DRAWS), 60) for rank in range(2)]
+    assert alone == [one + other for one, other in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 5, 6, 13, 40, 137])
+def test_draws_go_on_where_they_were(consumed):
+    kinds = MIXED[:13]
+    whole = take(BatchOrder(kinds, 2, 0, 1, seed=2, draws=DRAWS), consumed + 30)
+    state = json.loads(json.dumps(BatchOrder(kinds, 2, 0, 1, seed=2, draws=DRAWS).state(consumed)))
+    order = BatchOrder(kinds, 2, 0, 1, seed=9, draws=DRAWS, state=state)
+    assert take(order, 30) == whole[consumed:]
+    assert take(BatchOrder(kinds, 2, 0, 1, seed=9, draws=DRAWS, state=order.state(7)), 20) == whole[consumed + 7 :][:20]
+
+
+def test_draws_follow_shards(caplog):
+    shards = [i // 100 for i in range(1000)]
+    draws = [1.5] * 500 + [0.5] * 500
+    order = BatchOrder([A] * 1000, 1, 0, 1, seed=0, locality=Locality(shards, window=20), draws=draws)
+    by_place = [shards[batch[0].index] for batch in drawn(order, 1)]
+    assert len(by_place) == 1000
+    assert sum(one != other for one, other in itertools.pairwise(by_place)) < 250
+    state = BatchOrder([A] * 13, 1, 0, 1, seed=1, draws=DRAWS).state(3)
+    BatchOrder([A] * 13, 1, 0, 1, seed=1, draws=DRAWS[::-1], state=state)
+    assert "the dataset or its buckets changed" in caplog.text
+
+
+def test_a_rate_that_never_fills_a_batch_is_refused():
+    with pytest.raises(UserError, match=r"a batch takes 2 .* there are 1 of 9 frames"):
+        BatchOrder([A] * 4, 2, 0, 1, seed=0, draws=[0.25] * 4)

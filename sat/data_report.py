@@ -1,0 +1,115 @@
+"""What the clips of one place are, and what was left out and why: for the log, and for people and scripts who ask.
+
+Nothing here imports PyTorch.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+EXAMPLES = 5  # names of files that are kept of what is left out for one reason
+MUCH = 1 / 3  # of a picture that a crop cuts away
+
+
+@dataclass
+class LeftOut:
+    """Files that are not used, for one reason: their number, and the names of some."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(name)
+
+
+@dataclass
+class SourceReport:
+    """One place of `train_data` or `valid_data`.
+
+    Args:
+        location: as it is given.
+        repeat: how often it is given.
+        videos, pictures: files that are used.
+        samples: clips that are cut out of these, once through.
+        captions_missing: files that have no caption.
+        long_labels: label files of several lines.
+        label_lines: what becomes of these, "first" or "all".
+        left_out: by reason.
+        unread: files that look like media and are not read, by suffix.
+        hints: files that look like captions and are not used.
+        shapes: samples by frames, height and width.
+        seconds: lengths of the videos.
+        cut_away: the share of the picture that is cut off, of every file.
+    """
+
+    location: str
+    repeat: int = 1
+    videos: int = 0
+    pictures: int = 0
+    samples: int = 0
+    captions_missing: int = 0
+    long_labels: int = 0
+    label_lines: str = "first"
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    hints: list[str] = field(default_factory=list)
+    shapes: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    cut_away: list[float] = field(default_factory=list)
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Count a file that is not used."""
+        self.left_out.setdefault(reason, LeftOut()).add(name)
+
+    def lines(self) -> list[tuple[int, str]]:
+        """Return what a log should say about the place, each line with its level."""
+        lines = [
+            (logging.WARNING, f"{left.count} {reason}, and left out (the first: {left.examples[0]})")
+            for reason, left in self.left_out.items()
+        ]
+        if self.unread:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.unread.items()))
+            lines.append(
+                (logging.WARNING, f"{sum(self.unread.values())} files look like media and are not read: {kinds}")
+            )
+        if self.long_labels:
+            used = "all are joined" if self.label_lines == "all" else "the first is used (label_lines: all joins them)"
+            lines.append((logging.WARNING, f"{self.long_labels} labels have several lines, of which {used}"))
+        lines += self._crops()
+        return [(level, f"{self.location}: {line}") for level, line in lines]
+
+    def _crops(self) -> list[tuple[int, str]]:
+        if not self.cut_away or max(self.cut_away) < 0.005:
+            return []
+        mean, most = sum(self.cut_away) / len(self.cut_away), max(self.cut_away)
+        line = f"crops cut away {mean:.0%} of the picture on average, {most:.0%} at most"
+        if not (many := sum(share > MUCH for share in self.cut_away)):
+            return [(logging.INFO, line)]
+        remedy = "add a size of their shape to video_size"
+        return [(logging.WARNING, f"{line}; {many} of {len(self.cut_away)} lose more than a third: {remedy}")]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as numbers, texts, lists and dictionaries."""
+        content = asdict(self)
+        content["shapes"] = dict(self.shapes)
+        content["seconds"] = self.lengths()
+        content["cut_away"] = self.crop_shares()
+        return content
+
+    def lengths(self) -> dict[str, float] | None:
+        """Return the shortest, middle and longest length of the videos in seconds; None if there are none."""
+        if not self.seconds:
+            return None
+        values = {"min": min(self.seconds), "median": median(self.seconds), "max": max(self.seconds)}
+        return {name: round(value, 3) for name, value in values.items()}
+
+    def crop_shares(self) -> dict[str, float] | None:
+        """Return how much of the picture is cut off, on average and at most; None if nothing is used."""
+        if not self.cut_away:
+            return None
+        mean = sum(self.cut_away) / len(self.cut_away)
+        return {"mean": round(mean, 4), "max": round(max(self.cut_away), 4)}
