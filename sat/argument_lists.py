@@ -41,7 +41,9 @@ class SamplingArguments(CommonArguments):
 
     # Videos
     batch_size: int = argument(1, "videos per prompt")
-    sampling_image_size: list[int] = argument([480, 720], "height and width in pixels")  # noqa: RUF009
+    sampling_image_size: list[int] = argument(  # noqa: RUF009
+        [480, 720], "height and width in pixels; without it a 1.5 image-to-video model takes the shape of each image"
+    )
     sampling_num_frames: int = argument(13, "latent frames: 13, 11 or 9 for 1.0 models, 22 or 42 for 1.5")
     latent_channels: int = argument(16, "channels of the latents")
 
@@ -59,6 +61,8 @@ class SamplingArguments(CommonArguments):
         "what leaves the device to make room: nothing, the stages not running, or also the network's idle layers",
         choices=("none", "stage", "sequential"),
     )
+
+    size_from_image: bool = False  # sampling_image_size is not given, and the model is one that takes any shape
 
 
 @dataclass

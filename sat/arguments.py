@@ -12,6 +12,8 @@ from pathlib import Path
 import argument_schema
 from argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
 from argument_schema import argument_fields
+from frame_sizes import size_from_image
+from model_limits import ModelLimits
 from sgm.errors import UserError
 
 logger = logging.getLogger("sample_video")
@@ -37,8 +39,17 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
             logger.warning(sentence)
         values = argument_schema.with_located_inputs({**section, **given})
         args = SamplingArguments(**values, model_config=config["model"], sources=config.sources)
+        settle_size(args, given="sampling_image_size" in values)
         check_values(args)
         return args
+
+
+def settle_size(args: SamplingArguments, given: bool) -> None:
+    """Let each image tell the size of its video, if none is given and the model takes any shape: 1.5 image-to-video."""
+    limits = ModelLimits.from_config(args.model_config)
+    if not given and limits.image_to_video and limits.patch[0] > 1:
+        args.size_from_image = True
+        args.sampling_image_size = list(size_from_image((9, 16), limits))  # for an image that cannot be read
 
 
 def build_parser() -> argparse.ArgumentParser:

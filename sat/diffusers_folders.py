@@ -21,10 +21,11 @@ from diffusers_names import EXTRA_TABLES
 from model_sizes import TIME_FACTOR, ModelSizes
 from sgm.errors import UserError
 from sgm.weights import DIFFUSERS_FILES, INDEX_SUFFIX, PIPELINE_FILE, safetensors_in
-from stored_weights import StoredWeights, open_weights
+from stored_weights import Stored, StoredWeights, open_weights
 from weight_family import AutoencoderFamily, NetworkFamily
 
-INDEX_NAME, WEIGHTS_NAME = DIFFUSERS_FILES
+_, WEIGHTS_NAME = DIFFUSERS_FILES
+TEXT_WEIGHTS_NAME = "model.safetensors"  # of transformers
 DIFFUSERS_VERSION = "0.32.0"  # the first that reads all five families
 NORM_GROUPS = 32  # of the autoencoder's channels; tensors do not tell
 TRANSFORMER, AUTOENCODER = "CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX"
@@ -173,17 +174,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_part(folder: Path, config: Mapping[str, Any], weights: StoredWeights, shard_bytes: int) -> None:
-    """Write config.json and the tensors, in several files if they are more than `shard_bytes`, and read them back."""
+def write_part(
+    folder: Path, config: Mapping[str, Any], weights: StoredWeights, shard_bytes: int, file_name: str = WEIGHTS_NAME
+) -> None:
+    """Write config.json and the tensors, in several files if they are more than `shard_bytes`, and read them back.
+
+    Args:
+        file_name: of the tensors if they are in one file: diffusers' name, or transformers'.
+    """
     write_json(folder / "config.json", config)
     shards = split(weights, shard_bytes)
-    names = [WEIGHTS_NAME]
+    names = [file_name]
     if len(shards) > 1:
-        stem, suffix = WEIGHTS_NAME.split(".", 1)
+        stem, suffix = file_name.split(".", 1)
         names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{suffix}" for i in range(len(shards))]
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": weights.nbytes}, "weight_map": weight_map}
-        write_json(folder / INDEX_NAME, index)
+        write_json(folder / f"{stem}{INDEX_SUFFIX}", index)
     with tqdm(total=2 * len(weights), desc=folder.name, unit="tensor", leave=False) as bar:
         for name, shard in zip(names, shards, strict=True):
             write_safetensors(folder / name, shard, bar.update)
@@ -329,6 +336,18 @@ def check_text_encoder(encoder_files: Sequence[Path], hidden_size: int) -> None:
 
 def _matching(folder: Path, pattern: re.Pattern) -> list[Path]:
     return sorted(file for file in folder.glob("*") if file.is_file() and pattern.fullmatch(file.name))
+
+
+def write_text_encoder(files: Sequence[Path], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """Write the text encoder of some files, see `text_files`, into a folder, its weights in `dtype`."""
+    entries: dict[str, Stored] = {}
+    for file in files:
+        if file.suffix in (".safetensors", ".bin"):
+            entries |= open_weights(file).entries
+    config = read_json(next(file for file in files if file.name == "config.json"))
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_part(folder, config, StoredWeights(entries).cast(dtype), shard_bytes, TEXT_WEIGHTS_NAME)
+    copy_files([file for file in files if file.name == "generation_config.json"], folder)
 
 
 def copy_files(files: Sequence[Path], folder: Path) -> None:

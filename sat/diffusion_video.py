@@ -212,11 +212,17 @@ class SATVideoDiffusionEngine(nn.Module):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (b, c, t, h, w) to clips (b, 3, frames, height, width); see `decode_stream` for long ones."""
-        return torch.cat(list(self.decode_stream(z)), dim=2)
+        return torch.cat(list(self._decode_chunks(z)), dim=2)
 
     @torch.no_grad()
     def decode_stream(self, z: Tensor):
-        """`decode_first_stage`, chunk by chunk in time."""
+        """`decode_first_stage`, chunk by chunk in time; in one where a subclass decodes in its own way."""
+        if type(self).decode_first_stage is not SATVideoDiffusionEngine.decode_first_stage:
+            yield self.decode_first_stage(z)
+        else:
+            yield from self._decode_chunks(z)
+
+    def _decode_chunks(self, z: Tensor):
         yield from self.first_stage_model.decode_chunks((z / self.scale_factor).to(self.device, self.dtype))
 
     def encode_condition_image(self, image: Tensor) -> Tensor:

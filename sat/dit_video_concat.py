@@ -7,7 +7,7 @@ Shapes: b batch, t latent frames, c channels, h and w latent height and width, d
 n = l + v tokens of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q) the patch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -32,6 +32,10 @@ from sgm.util import instantiate_from_config
 
 # Of the norms defined here; SwissArmyTransformer's own take `layernorm_epsilon` of `transformer_args` (1e-5).
 LAYERNORM_EPSILON = 1e-6
+
+OWN_MIXINS = (__name__, "sat.model.finetune.lora2")
+# Keywords that denoisers and losses hand on to every network.
+HANDED_ON = ("idx", "scale_emb")
 
 # Attention weights up to which `written_out_attention` may keep them all: 64 MiB in bfloat16.
 WRITTEN_OUT_WEIGHTS = 2**25
@@ -478,6 +482,8 @@ class DiffusionTransformer(BaseModel):
         if hasattr(self, "transformer"):  # its sub-layers look their hooks up there
             self.transformer.hooks.clear()
             self.transformer.hooks.update(hooks)
+        # Mixins that are neither defined here nor an adapter; they may read any keyword.
+        self.has_foreign_mixin = any(type(mixin).__module__ not in OWN_MIXINS for mixin in self.mixins.values())
         return hooks
 
     def attention_fn(self, q, k, v, mask, dropout=None, **_: Any) -> Tensor:
@@ -518,28 +524,51 @@ class DiffusionTransformer(BaseModel):
         return emb
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, y: None = None, ofs: Tensor | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        y: None = None,
+        concat_images: Tensor | None = None,
+        ofs: Tensor | None = None,
+        *,
+        idx: Tensor | None = None,
+        scale_emb: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """One evaluation of the network.
+        """Return the network's prediction (b, t, out_channels, h, w).
 
         Args:
-            x: noised latents (b, t, in_channels, h, w), in the network's dtype.
+            x: noised latents (b, t, c, h, w), in the network's dtype; c is `in_channels`, less those of
+                `concat_images`.
             timesteps: integer timestep indices (b,).
             context: text states (b, l, text_hidden_size).
             y: part of the calling convention; no CogVideoX model takes a vector condition.
-            ofs: (b,), for 1.5 image-to-video only.
+            concat_images: image condition (b, t, c', h, w), which is joined to `x` on channels.
+            ofs: (b,), for 1.5 image-to-video; other models ignore it.
+            idx, scale_emb: what denoisers hand on; only foreign mixins read them.
+            kwargs: for foreign mixins, those that are neither defined here nor an adapter; without any, other keywords
+                are errors.
 
-        Returns:
-            Prediction (b, t, out_channels, h, w).
+        Raises:
+            TypeError: an unknown keyword.
+            UserError: the latents do not fit the network.
         """
+        if concat_images is not None:
+            x = self.join_condition(x, concat_images)
+        if x.shape[2] != self.in_channels:
+            raise UserError(
+                f"the latents have {x.shape[2]} channels, this network takes {self.in_channels}; those of an image "
+                "condition (concat_images) count too"
+            )
         grid, text_length = self.patch_grid(x), context.shape[1]
         arguments = {
             "emb": self.embed_condition(timesteps, ofs),
             "grid": grid,
             "text_length": text_length,
             "rotary": self.mixins["pos_embed"].rotary(grid, x),
-            **kwargs,
         }
+        arguments |= self.foreign_arguments({"idx": idx, "scale_emb": scale_emb, **kwargs}, arguments)
         hidden = self.hooks["word_embedding_forward"](None, images=x, encoder_outputs=context, **arguments)
         position = self.hooks["position_embedding_forward"](None, **arguments)
         if position is not None:
@@ -548,6 +577,35 @@ class DiffusionTransformer(BaseModel):
             hidden = self.run_layer(layer_id, hidden, arguments)
         hidden = self.transformer.final_layernorm(hidden)
         return self.hooks["final_forward"](hidden, **arguments)
+
+    def join_condition(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return `x` (b, t, c, h, w) with the channels of an image condition behind its own.
+
+        Raises:
+            UserError: the two differ in another dimension than channels.
+        """
+        if condition.ndim != 5 or (*x.shape[:2], *x.shape[3:]) != (*condition.shape[:2], *condition.shape[3:]):
+            raise UserError(
+                f"concat_images has the shape {tuple(condition.shape)}; beside latents of {tuple(x.shape)} it must be "
+                "(b, t, channels, h, w) with the same b, t, h and w"
+            )
+        return torch.cat((x, condition.to(x.dtype)), dim=2)
+
+    def foreign_arguments(self, keywords: Mapping[str, Any], own: Container[str]) -> dict[str, Any]:
+        """Return what foreign mixins get of the keywords of a call.
+
+        Raises:
+            TypeError: there is no such mixin, or a keyword has the name of one that the network sets itself.
+        """
+        given = {name: value for name, value in keywords.items() if value is not None or name not in HANDED_ON}
+        unknown = [name for name in given if name in own or not (self.has_foreign_mixin or name in HANDED_ON)]
+        if unknown:
+            known = ("x", "timesteps", "context", "y", "concat_images", "ofs", *HANDED_ON)
+            raise TypeError(
+                f"DiffusionTransformer.forward() got an unexpected keyword argument '{unknown[0]}'; it takes "
+                f"{', '.join(known)}, and others only if a mixin of your own is registered"
+            )
+        return given if self.has_foreign_mixin else {}
 
     def run_layer(self, layer_id: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         layer_forward = self.hooks["layer_forward"]

@@ -30,6 +30,7 @@ from data_mixing import repeated
 from data_video import make_dataset
 from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
+from engine_choice import build_engine, is_overridden
 from latent_cache import (
     DESCRIPTION,
     FORMAT,
@@ -78,7 +79,12 @@ def run(
     try:
         device = choose_device(args.device)
         args = settle_precision(args, device)
-        engine = SATVideoDiffusionEngine(without_context_parallel(args), parts=(), device=device)
+        engine = build_engine(without_context_parallel(args), (), device)
+        if is_overridden(engine, "encode_first_stage") and not is_overridden(engine, "encode_moments"):
+            raise UserError(
+                f"model.target: {type(engine).__name__} encodes clips in its own way (encode_first_stage), which a "
+                "cache does not use: give it encode_moments too, or train on the clips themselves"
+            )
         dataset = make_dataset(args.train_data, args.data_config, args, repeats=args.train_data_repeats)
         if getattr(dataset, "framing", Framing()) != Framing():
             logger.info("crops and mirrored clips in the cache are those of the first epoch, also in later ones")

@@ -4,11 +4,10 @@ Files written for the original may have it otherwise, and programs pass it as an
 PyTorch.
 """
 
+import difflib
+import sys
 from collections.abc import Mapping
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from sgm.errors import UserError
 
@@ -30,11 +29,7 @@ def plain_model_section(section: Any) -> dict[str, Any]:
     Raises:
         UserError: it is no mapping, interpolations do not resolve, or it describes two different adapters.
     """
-    if OmegaConf.is_config(section):
-        try:
-            section = OmegaConf.to_container(section, resolve=True)
-        except OmegaConfBaseException as error:
-            raise UserError(f"model: {str(error).splitlines()[0]}") from error
+    section = plain(section, "model")
     if not isinstance(section, Mapping):
         raise UserError(f"model is {section!r}; expected keys and values")
     found = {place: inner["lora_config"] for place in LORA_PLACES if "lora_config" in (inner := _at(section, place))}
@@ -48,6 +43,28 @@ def plain_model_section(section: Any) -> dict[str, Any]:
     for place in found:
         section = _without_adapter(section, place)
     return _with_adapter(section, LORA_PLACES[-1], adapters[0]) if adapters else section
+
+
+def plain(value: Any, name: str) -> Any:
+    """Return an OmegaConf object as plain mappings and lists; anything else as it is.
+
+    Args:
+        name: names the value in messages.
+
+    Raises:
+        UserError: interpolations do not resolve.
+    """
+    if "omegaconf" not in sys.modules:  # then it cannot be such an object, and importing takes a while
+        return value
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not OmegaConf.is_config(value):
+        return value
+    try:
+        return OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def has_adapter(section: Mapping[str, Any]) -> bool:
@@ -81,8 +98,6 @@ def check_trained_part(section: Mapping[str, Any]) -> None:
 
 def check_modules(section: Mapping[str, Any]) -> None:
     """Raises UserError if our network is given a module that it does not have."""
-    import difflib
-
     network = section.get("network_config")
     if not isinstance(network, Mapping) or network.get("target") != NETWORK:
         return

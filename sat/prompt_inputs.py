@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from input_paths import ROOT, find_input
 from sgm.errors import UserError
 from sgm.seeds import derive_seed
 
@@ -23,7 +24,8 @@ class PromptRequest:
     """One video to sample; None means "as the arguments of the whole run say".
 
     Args:
-        index: position among the prompts of the run, from 0; it names the output folder and enters the seed.
+        index: number of the line in a text file, or of the prompt in a .jsonl file or on the terminal, from 0; it names
+            the output folder and enters the seed.
         image: the first frame, for image-to-video models.
         seed: overrides the seed derived from the run's, see `request_seed`.
         num_frames: length in latent frames, the unit of `sampling_num_frames`.
@@ -45,7 +47,9 @@ class PromptRequest:
 
 
 def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[PromptRequest]:
-    """The prompts of a file, in its order, numbered from 0 without the empty lines.
+    """Return the prompts of a file, in its order, numbered from 0.
+
+    Empty lines and empty prompts are left out. They count in a text file, as in the original, and not in `.jsonl`.
 
     `.jsonl`: one JSON object a line with the key `prompt` and, as wanted, the other fields of `PromptRequest`.
     Any other suffix: one prompt a line, `prompt@@image_path` where there is an image. Text is UTF-8 in both, and an
@@ -61,13 +65,13 @@ def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[P
     if path.suffix.lower() == ".json":
         raise UserError(f"prompt file {path}: use .txt with one prompt a line or .jsonl with one JSON object a line")
     parse = _parse_json if path.suffix.lower() == ".jsonl" else _parse_text
-    requests: list[PromptRequest] = []
+    is_text, requests = parse is _parse_text, []
     for number, line in enumerate(_read_lines(path), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
             logger.warning("%s: skipped, it is empty", where)
             continue
-        request = parse(line.strip(), len(requests), path.parent, where)
+        request = parse(line.strip(), number - 1 if is_text else len(requests), path.parent, where)
         if not request.text.strip():
             logger.warning("%s: skipped, its prompt is empty", where)
             continue
@@ -193,10 +197,15 @@ _JSON_KEYS = {
 
 def _find_image(name: str, folder: Path, where: str) -> Path:
     for candidate in (Path(name), folder / name):
-        with suppress(OSError):  # a name too long for the file system is no file either
+        with suppress(OSError, ValueError):  # a name too long for the file system is no file either
             if candidate.is_file():
                 return candidate
-    raise UserError(f"{where}: there is no image {name}, neither from the current directory nor from {folder}")
+    found = find_input(name, where)
+    if found is not None and found.is_file():
+        return found
+    raise UserError(
+        f"{where}: there is no image {name}: not from the current directory, nor from {folder}, nor from {ROOT}"
+    )
 
 
 def _check_image_use(request: PromptRequest, image_to_video: bool | None, where: str) -> None:
@@ -222,9 +231,8 @@ def typed_prompts(image_to_video: bool = False) -> Iterator[PromptRequest]:
     For an image-to-video model the image follows the prompt on the same line, `prompt@@image_path`, or is asked for.
     A line that will not do is reported and asked for again.
     """
-    index = 0
-    while (line := _ask(f"Prompt (empty line or {QUIT} to quit): ")) is not None:
-        where = "typed prompt"
+    index, where = 0, "typed prompt"
+    for line in typed_lines():
         try:
             request = _parse_text(line, index, Path.cwd(), where)
             if image_to_video and request.image is None:
@@ -237,6 +245,12 @@ def typed_prompts(image_to_video: bool = False) -> Iterator[PromptRequest]:
             continue
         yield request
         index += 1
+
+
+def typed_lines() -> Iterator[str]:
+    """Ask for prompts on the terminal until an empty line, `q` or the end of the input; yield what is typed."""
+    while (line := _ask(f"Prompt (empty line or {QUIT} to quit): ")) is not None:
+        yield line
 
 
 def _ask(question: str) -> str | None:

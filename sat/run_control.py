@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from rendezvous import meet
 from sgm.context_parallel import destroy_context_parallel
 from sgm.errors import UserError
 
@@ -31,13 +32,18 @@ def join_processes() -> None:
 
     Under torchrun the launcher's variables are used (NCCL on CUDA, gloo on a CPU). In a plain process the group
     consists of that process alone and opens no port.
+
+    Raises:
+        UserError: not all processes came to the meeting.
     """
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Processes wait for the slowest at the end of a run, however long its work takes.
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        store, rank, size = meet()
+        store.set_timeout(LONGEST_WAIT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(leave_processes)  # gloo may abort a process that ends with its groups alive

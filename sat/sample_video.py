@@ -11,14 +11,35 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modules, wherever the command is run from
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from arguments import get_args
+from argument_schema import arguments_from
+from arguments import SamplingArguments, check_values, get_args, settle_size
 from input_paths import tell_places
 from launchers import adopt_launcher
 from library_messages import quiet_libraries
+from sampling_functions import (
+    get_batch,
+    get_unique_embedder_keys_from_conditioner,
+    read_from_cli,
+    read_from_file,
+    resize_for_rectangle_crop,
+    save_video_as_grid_and_mp4,
+)
 from sampling_plan import plan_run
 from sgm.errors import exit_code
+
+__all__ = [
+    "get_batch",
+    "get_unique_embedder_keys_from_conditioner",
+    "main",
+    "read_from_cli",
+    "read_from_file",
+    "resize_for_rectangle_crop",
+    "sampling_main",
+    "save_video_as_grid_and_mp4",
+]
 
 logger = logging.getLogger("sample_video")
 
@@ -30,7 +51,28 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def sample(command_line: Sequence[str] | None) -> int:
     adopt_launcher()
-    args = get_args(command_line)
+    return sample_with(get_args(command_line))
+
+
+def sampling_main(args: Any, model_cls: type | None = None) -> int:
+    """Sample as a program asks; return 0 if all videos are there, 1 if some prompts failed.
+
+    Args:
+        args: what `arguments.get_args` returns, or an object with such attributes; `model_config` may be an OmegaConf
+            `DictConfig`.
+        model_cls: a subclass of `SATVideoDiffusionEngine`, which is used in its place.
+
+    Raises:
+        UserError: a mistake in the arguments or files.
+    """
+    adopt_launcher()
+    given = arguments_from(SamplingArguments, args, model_cls)
+    settle_size(given, given="sampling_image_size" in (args if isinstance(args, Mapping) else vars(args)))
+    check_values(given)
+    return sample_with(given)
+
+
+def sample_with(args: SamplingArguments) -> int:
     with args.sources.naming():
         plan = plan_run(args)
         tell_places()

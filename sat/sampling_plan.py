@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from arguments import SamplingArguments
 from config_files import check_paths
+from frame_sizes import size_from_image, size_of_image, warn_of_crop
 from model_limits import ModelLimits, check_sharing
 from output_paths import check_folder, decide_existing, output_path
 from prompt_inputs import PromptRequest, read_prompts, request_seed
@@ -59,7 +60,7 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
         return None
     requests = read_prompts(args.input_file, args.image2video)
     for request in requests:
-        size, frames = request.size or args.sampling_image_size, request.num_frames or args.sampling_num_frames
+        size, frames = video_size(request, args), request.num_frames or args.sampling_num_frames
         try:
             limits.check_clip(frames, *size)
         except UserError as error:
@@ -90,6 +91,7 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
     """
     videos = []
     for request in requests:
+        size = video_size(request, args)
         for sample, (_, path) in enumerate(outputs(request, args)):
             if not decide_existing(path, args.overwrite, args.skip_existing):
                 logger.info("skipped, it exists: %s", path)
@@ -99,10 +101,30 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
                 path,
                 seed=derive_seed(request_seed(args.seed, request), sample),
                 frames=request.num_frames or args.sampling_num_frames,
-                size=tuple(request.size or args.sampling_image_size),
+                size=size,
             )
             videos.append(video)
+        if videos and videos[-1].request is request:
+            tell_size(request, size, args)
     return videos
+
+
+def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, int]:
+    """Return (height, width) of the videos of a request: its own, that of its image, or that of the whole run."""
+    if request.size is None and args.size_from_image and request.image and (image := size_of_image(request.image)):
+        return size_from_image(image, ModelLimits.from_config(args.model_config))
+    return tuple(request.size or args.sampling_image_size)
+
+
+def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:
+    """Log a size that follows from an image, and warn if much of the image is cut away."""
+    image = size_of_image(request.image) if request.image else None
+    if image is None:
+        return
+    name = f"prompt {request.index + 1}, {request.image}"
+    if args.size_from_image and request.size is None:
+        logger.info("%s: the video has %dx%d pixels (height x width), the shape of the image", name, *size)
+    warn_of_crop(name, image, size, "sampling_image_size, or size in a .jsonl file, sets another one")
 
 
 def outputs(request: PromptRequest, args: SamplingArguments) -> list[tuple[str, Path]]:

@@ -18,6 +18,7 @@ from arguments import SamplingArguments
 from contact_sheet import write_contact_sheet
 from devices import choose_device, settle_precision
 from diffusion_video import SATVideoDiffusionEngine
+from engine_choice import build_engine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
 from looping_previews import write_looping_preview
@@ -137,7 +138,7 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
     device = choose_device(args.device)
     args = settle_precision(args, device)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same video
-    engine = SATVideoDiffusionEngine(args, parts=(), device=device)
+    engine = build_engine(args, (), device)
     engine.sampler.verbose = False  # one bar for the whole run instead
     steps = args.sampling_num_steps or engine.sampler.num_steps
     if steps is None:

@@ -15,9 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modu
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
+from argument_schema import arguments_from
+from input_paths import tell_places
+from launchers import adopt_launcher
 from library_messages import quiet_libraries
-from training_arguments import TrainingArguments, get_training_args
+from training_arguments import TrainingArguments, check_values, get_training_args
 from training_command import run_command
 from training_plan import TrainingPlan, plan_run
 
@@ -26,6 +30,25 @@ logger = logging.getLogger("train_video")
 
 def main(command_line: Sequence[str] | None = None) -> int:
     return run_command(lambda: plan(command_line), train, logger, command_line)
+
+
+def training_main(args: Any, model_cls: type | None = None) -> int:
+    """Train as a program asks; return 0 when the run is complete, or was asked to stop and is saved.
+
+    Args:
+        args: what `training_arguments.get_training_args` returns, or an object with such attributes.
+        model_cls: a subclass of `SATVideoDiffusionEngine`, which is used in its place.
+
+    Raises:
+        UserError: a mistake in the arguments or files, or losses that are not finite.
+    """
+    adopt_launcher()
+    given = arguments_from(TrainingArguments, args, model_cls)
+    check_values(given)
+    with given.sources.naming():
+        plan = plan_run(given)
+    tell_places()
+    return train((given, plan))
 
 
 def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, TrainingPlan]:

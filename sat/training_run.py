@@ -26,7 +26,7 @@ from clip_loader import make_loader
 from data_video import make_dataset
 from determinism import deterministic_arithmetic
 from devices import choose_device, settle_precision
-from diffusion_video import SATVideoDiffusionEngine
+from engine_choice import build_engine
 from latent_cache import conditioner_for_cache
 from memory_advice import training_advice
 from optimizer_state import check_storable
@@ -168,7 +168,7 @@ class Trainer:
             force_inference=args.force_train,
         )
         engine_args.model_config = model
-        self.engine = SATVideoDiffusionEngine(engine_args, parts, self.device)
+        self.engine = build_engine(engine_args, parts, self.device)
         if self.engine.sampler is not None:
             self.engine.sampler.verbose = False
         self.engine.disable_untrainable_params()

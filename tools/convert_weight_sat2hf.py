@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from sgm.errors import UserError  # noqa: E402
+from tools.hub_upload import check_logged_in, upload  # noqa: E402
 from tools.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def build_parser() -> ToolParser:
     add("--vae_ckpt_path", type=Path, metavar="PATH", help="the VAE, 3d-vae.pt")
     add("--text_encoder_cache_dir", type=Path, metavar="FOLDER", help="T5 and its tokenizer, copied into the pipeline")
     add("--output_path", type=Path, required=True, metavar="FOLDER", help="the pipeline")
+    add("--typecast_text_encoder", action="store_true", help="write T5 too as --fp16 or --bf16 says, not as it is")
+    add("--push_to_hub", action="store_true", help="upload it as the user that the hub's client knows (hf auth login)")
+    add("--repo_id", metavar="NAME", help="where to (default: the name of --output_path, under that user)")
     add("--lora_load", type=Path, metavar="PATH", help="an adapter to merge into the network")
     add("--lora_scale", type=float, default=1.0, help="its strength (default: 1)")
     add("--lora_alpha", type=positive, help="of adapters (default: as recorded beside each; without that 1)")
@@ -72,6 +76,8 @@ def build_parser() -> ToolParser:
 def convert(arguments: Sequence[str] | None) -> None:
     options = build_parser().parse_args(arguments)
     check_arguments(options)
+    if options.push_to_hub and not options.dry_run:
+        logger.info("to be uploaded by %s", check_logged_in())
 
     import torch
 
@@ -93,7 +99,11 @@ def convert(arguments: Sequence[str] | None) -> None:
         check_text_encoder(files[0], family.text_hidden_size)
     if options.dry_run:
         return
-    write(options, family, sizes, parts, tables, files)
+    write(options, family, sizes, parts, tables, files, dtype)
+    if options.push_to_hub:
+        logger.info(
+            "uploaded to %s", upload(options.output_path, options.repo_id or options.output_path.resolve().name)
+        )
 
 
 def check_arguments(options: Any) -> None:
@@ -106,6 +116,12 @@ def check_arguments(options: Any) -> None:
         raise UserError("--fp16 and --bf16 are both given: choose one")
     if options.lora_load and not options.transformer_ckpt_path:
         raise UserError("--lora_load needs --transformer_ckpt_path, the network to merge it into")
+    if options.typecast_text_encoder and not options.text_encoder_cache_dir:
+        raise UserError("--typecast_text_encoder needs --text_encoder_cache_dir, the text encoder")
+    if options.typecast_text_encoder and not (options.fp16 or options.bf16):
+        raise UserError("--typecast_text_encoder needs --fp16 or --bf16, what it is written as")
+    if options.repo_id and not options.push_to_hub:
+        raise UserError("--repo_id needs --push_to_hub")
     check_output(options.output_path, options, sources)
 
 
@@ -275,7 +291,7 @@ def show(pieces: Any, shapes: Any) -> None:
         logger.info("%s %s <- %s", name, list(assembled_shape(parts, shapes)), ", ".join(map(str, parts)))
 
 
-def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any) -> None:
+def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any, dtype: Any) -> None:
     from diffusers_folders import (
         check_equal,
         copy_files,
@@ -284,6 +300,7 @@ def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files:
         write_json,
         write_part,
         write_safetensors,
+        write_text_encoder,
     )
     from diffusers_names import EXTRA_TABLES
     from sgm.weights import PIPELINE_FILE
@@ -300,7 +317,10 @@ def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files:
             write_safetensors(folder / "transformer" / EXTRA_TABLES, tables)
             check_equal(open_weights(folder / "transformer" / EXTRA_TABLES), tables, folder)
         if files:
-            copy_files(files[0], folder / "text_encoder")
+            if options.typecast_text_encoder:
+                write_text_encoder(files[0], folder / "text_encoder", dtype, int(options.max_shard_size * GB))
+            else:
+                copy_files(files[0], folder / "text_encoder")
             copy_files(files[1], folder / "tokenizer")
         if len(parts) == 2:
             write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(family, sizes.shift_scale))

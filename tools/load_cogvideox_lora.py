@@ -24,7 +24,7 @@ from lora_names import LORA_FILE  # noqa: E402
 from output_paths import check_folder  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from tools.hub_files import local_file  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
+from tools.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def sample(arguments: Sequence[str] | None) -> None:
     options = build_parser().parse_args(arguments)
+    if options.output_dir is not None:
+        options.output_path = options.output_dir / options.output_path.name
+    if (options.height is None) != (options.width is None):
+        raise UserError("--height and --width go together")
+    if options.height is not None:
+        options.size = options.size or [options.height, options.width]
     check(options)
     model = read_model(options.model_path)
     if PIPELINES[model.pipeline] != bool(options.image_path):
@@ -59,23 +65,52 @@ def sample(arguments: Sequence[str] | None) -> None:
         )
     lora = local_file(options.lora_path, LORA_FILE, "lora_path")
     check_lora(lora, model.transformer, options.dry_run)
+    strength = options.lora_scale * strength_of_flags(options, lora)
     if options.dry_run:
         return
-    frames = run(options, model, lora)
-    write(options, model, frames)
-    logger.info("wrote %s", options.output_path)
+    videos = run(options, model, lora, strength)
+    for path, frames in zip(output_paths(options), videos, strict=True):
+        write(options, model, frames, path)
+        logger.info("wrote %s", path)
+
+
+def output_paths(options: argparse.Namespace) -> list[Path]:
+    """Return the files to write: `output.mp4`, `output-1.mp4`, ..."""
+    path = options.output_path
+    further = [
+        path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, options.num_videos_per_prompt)
+    ]
+    return [path, *further]
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("--model_path", required=True, metavar="PATH", help="pipeline: a folder, or a repository on the hub")
-    add("--lora_path", required=True, metavar="PATH", help="LoRA: a file, a folder, or a repository on the hub")
+    add(
+        "--model_path",
+        "--model_dir",
+        required=True,
+        metavar="PATH",
+        help="pipeline: a folder, or a repository on the hub",
+    )
+    add(
+        "--lora_path",
+        "--lora_weights_path",
+        required=True,
+        metavar="PATH",
+        help="LoRA: a file, a folder, or a repository on the hub",
+    )
     add("--lora_scale", type=float, default=1.0, help="times the strength that the file names (default: 1)")
+    add("--lora_name", metavar="NAME", help="of the adapter within diffusers (default: diffusers')")
+    add("--lora_alpha", type=positive, help="alpha, for a file that does not say it; checked if the file does")
+    add("--lora_r", "--lora_rank", type=int, metavar="RANK", help="checked if given")
     add("--prompt", required=True, help="what to sample")
     add("--negative_prompt", help="what guidance steers away from")
-    add("--image_path", type=Path, metavar="FILE", help="the first frame, for image-to-video")
+    add("--image_path", "--image_or_video_path", type=Path, metavar="FILE", help="the first frame, for image-to-video")
     add("--output_path", type=Path, default=Path("output.mp4"), metavar="FILE", help="(default: output.mp4)")
+    add("--output_dir", type=Path, metavar="FOLDER", help="where output.mp4 goes, in the place of --output_path")
+    add("--generate_type", choices=("t2v", "i2v"), help="checked if given")
+    add("--num_videos_per_prompt", type=int, default=1, help="further ones are output-1.mp4, ... (default: 1)")
     add("--num_inference_steps", type=int, default=50, help="(default: 50)")
     add("--guidance_scale", type=float, default=6.0, help="(default: 6)")
     add(
@@ -84,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="let guidance grow over the steps (default: with the DPM scheduler)",
     )
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: the model's)")
+    add("--height", type=int, help="in pixels, as the first of --size")
+    add("--width", type=int, help="in pixels, as the second of --size")
     add("--num_frames", type=int, help="of the video, 4k+1 (default: the model's)")
     add("--fps", type=int, help="frames a second of the file (default: 8; 16 for 1.5)")
     add("--seed", type=int, default=42, help="(default: 42)")
@@ -105,7 +142,14 @@ def check(options: argparse.Namespace) -> None:
     for package in ("diffusers", "peft"):
         if find_spec(package) is None:
             raise UserError(f"this tool needs {package}: pip install diffusers peft")
-    check_output(options.output_path, options)
+    for name in ("num_videos_per_prompt", "lora_r"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if options.generate_type is not None and (options.generate_type == "i2v") != bool(options.image_path):
+        wanted = "needs --image_path" if options.generate_type == "i2v" else "takes no --image_path"
+        raise UserError(f"--generate_type {options.generate_type} {wanted}")
+    for path in output_paths(options):
+        check_output(path, options)
     check_folder(options.output_path.parent, "output_path")
     if options.image_path and not options.image_path.is_file():
         raise UserError(f"there is no image {options.image_path}")
@@ -174,8 +218,37 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
         logger.warning("%s does not say its alpha: diffusers takes it to be its rank; see --lora_scale", file)
 
 
-def run(options: argparse.Namespace, model: Model, lora: Path) -> "np.ndarray":
-    """The frames (frames, height, width, 3) in [0, 1].
+def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
+    """Return what `--lora_alpha` and `--lora_r` add to the strength that diffusers takes from the file.
+
+    A file that says its alpha is applied by it already: the flags must then agree with it.
+
+    Raises:
+        UserError: they do not, or the matrices are of another rank.
+    """
+    from lora_files import adapter_metadata, diffusers_file
+    from sgm.weights import read_state_dict
+
+    if options.lora_alpha is None and options.lora_r is None:
+        return 1.0
+    file = diffusers_file(lora)
+    ranks = {tensor.shape[0] for name, tensor in read_state_dict(file).items() if "lora_A" in name}
+    if options.lora_r is not None and ranks != {options.lora_r}:
+        raise UserError(f"--lora_r is {options.lora_r}, but {file} has rank {', '.join(map(str, sorted(ranks)))}")
+    if options.lora_alpha is None:
+        return 1.0
+    said = (adapter_metadata(file) or {}).get("lora_alpha")
+    if said is None:
+        return options.lora_alpha / min(ranks)
+    if said != options.lora_alpha:
+        raise UserError(
+            f"--lora_alpha is {options.lora_alpha:g}, but {file} says {said:g}; --lora_scale changes its strength"
+        )
+    return 1.0
+
+
+def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) -> "Sequence[np.ndarray]":
+    """Return the frames of each video, (frames, height, width, 3) in [0, 1].
 
     Raises:
         UserError: diffusers cannot load the files.
@@ -205,8 +278,9 @@ def run(options: argparse.Namespace, model: Model, lora: Path) -> "np.ndarray":
         pipe = getattr(diffusers, model.pipeline).from_pretrained(
             options.model_path, torch_dtype=dtype, use_safetensors=True
         )
-        pipe.load_lora_weights(str(lora if lora.is_dir() else lora.parent), weight_name=_file_name(lora))
-        pipe.set_adapters(pipe.get_active_adapters(), [options.lora_scale])
+        named = {"adapter_name": options.lora_name} if options.lora_name else {}
+        pipe.load_lora_weights(str(lora if lora.is_dir() else lora.parent), weight_name=_file_name(lora), **named)
+        pipe.set_adapters(pipe.get_active_adapters(), [strength])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"diffusers cannot load {options.model_path} with {lora}: {reason:.300}") from error
@@ -219,17 +293,21 @@ def run(options: argparse.Namespace, model: Model, lora: Path) -> "np.ndarray":
     else:
         pipe.to(device)
     dynamic = "DPM" in model.scheduler if options.dynamic_cfg is None else options.dynamic_cfg
-    return pipe(
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        use_dynamic_cfg=dynamic,
-        generator=torch.Generator().manual_seed(options.seed),
-        max_sequence_length=model.transformer.get("max_text_seq_length", 226),
-        output_type="np",
-        **inputs,
-    ).frames[0]
+    generator = torch.Generator().manual_seed(options.seed)
+    return [  # one call each: the pipelines make one video of a prompt
+        pipe(
+            prompt=options.prompt,
+            negative_prompt=options.negative_prompt,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            use_dynamic_cfg=dynamic,
+            generator=generator,
+            max_sequence_length=model.transformer.get("max_text_seq_length", 226),
+            output_type="np",
+            **inputs,
+        ).frames[0]
+        for _ in range(options.num_videos_per_prompt)
+    ]
 
 
 def _file_name(lora: Path) -> str:
@@ -238,13 +316,13 @@ def _file_name(lora: Path) -> str:
     return diffusers_file(lora).name
 
 
-def write(options: argparse.Namespace, model: Model, frames: "np.ndarray") -> None:
+def write(options: argparse.Namespace, model: Model, frames: "np.ndarray", path: Path) -> None:
     import torch
 
     from video_output import VideoWriter
 
     fps = options.fps or (16 if model.transformer.get("patch_size_t") else 8)
-    with VideoWriter(options.output_path, fps, *frames.shape[1:3]) as video:
+    with VideoWriter(path, fps, *frames.shape[1:3]) as video:
         video.write(torch.from_numpy(frames).permute(0, 3, 1, 2) * 2 - 1)
 
 

@@ -40,11 +40,30 @@ def test_a_unicode_line_separator_does_not_end_a_prompt(prompt_file):
     assert [request.text for request in read_prompts(prompt_file("a\u2028b\nc"))] == ["a\u2028b", "c"]
 
 
-def test_empty_lines_are_skipped_with_a_warning_and_take_no_index(prompt_file, caplog):
+def test_empty_lines_are_skipped_with_a_warning_and_count_as_in_the_original(prompt_file, caplog):
     path = prompt_file("a\n \nb\n")
     with caplog.at_level(logging.WARNING):
-        assert [(request.index, request.text) for request in read_prompts(path)] == [(0, "a"), (1, "b")]
+        assert [(request.index, request.text) for request in read_prompts(path)] == [(0, "a"), (2, "b")]
     assert [record.getMessage() for record in caplog.records] == [f"{path}, line 2: skipped, it is empty"]
+
+
+def test_a_line_with_an_image_and_no_prompt_counts_too(prompt_file):
+    requests = read_prompts(prompt_file("\n@@cat.png\na@@cat.png\n\n"))
+    assert [(request.index, request.text) for request in requests] == [(2, "a")]
+
+
+def test_empty_lines_of_json_take_no_index(prompt_file):
+    path = prompt_file('{"prompt": "a"}\n\n{"prompt": "b"}\n', "prompts.jsonl")
+    assert [(request.index, request.text) for request in read_prompts(path)] == [(0, "a"), (1, "b")]
+
+
+def test_image_paths_are_taken_from_the_repository_last(prompt_file, tmp_path, monkeypatch):
+    import input_paths
+
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "dog.png").touch()
+    monkeypatch.setattr(input_paths, "ROOT", tmp_path / "root")
+    assert read_prompts(prompt_file("a dog@@dog.png"))[0].image == tmp_path / "root" / "dog.png"
 
 
 def test_image_paths_are_taken_from_the_folder_of_the_prompt_file(prompt_file, tmp_path):

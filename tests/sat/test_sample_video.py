@@ -205,7 +205,7 @@ def test_awkward_prompts_give_safe_names_and_warnings(tiny, tmp_path, caplog):
     prompts = ['../a "cat"/dog 🐈', "", "over and over " * 30]
     assert main(command(tiny.config("5b"), tmp_path, prompts, "--only_save_latents")) == 0
     names = [path.parts[-3] for path in files(tmp_path / "videos")]
-    assert names == ["0_a_catdog_🐈", f"1_{('over_and_over_' * 9)[:120]}"]
+    assert names == ["0_a_catdog_🐈", f"2_{('over_and_over_' * 9)[:120]}"]
     assert "line 2: skipped, it is empty" in caplog.text
     assert "text cut to 64 tokens" in caplog.text
 

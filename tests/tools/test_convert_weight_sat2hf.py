@@ -297,3 +297,69 @@ def test_a_cache_of_the_hub_as_text_encoder(tiny, tmp_path, pipelines):  # noqa:
     assert run(*parts, "--output_path", tmp_path / "out") == 0
     names = {path.name: path.read_bytes() for path in (pipelines / "2b" / "text_encoder").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "text_encoder").iterdir()} == names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags of the public tool
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_text_encoder_is_cast_if_asked(tiny, tmp_path):
+    import transformers
+
+    convert(tiny, "2b", tmp_path / "out", "--bf16", "--typecast_text_encoder", "--max_shard_size", "0.0001")
+    folder = tmp_path / "out" / "text_encoder"
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+    _, info = transformers.T5EncoderModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    stored = read_state_dict(folder)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    before = read_state_dict(tiny.folder / "t5")
+    assert_identical(stored, {name: tensor.bfloat16() for name, tensor in before.items()})
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+class Hub:
+    """Stands for the hub's client: it knows a user, or none."""
+
+    uploads: list = []  # noqa: RUF012
+    user = "someone"
+
+    def whoami(self):
+        if self.user is None:
+            raise OSError("Token is required, but no token found")
+        return {"name": self.user}
+
+    def create_repo(self, repo_id, exist_ok):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"{self.user}/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path):
+        self.uploads.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+
+def test_a_pipeline_is_uploaded_by_the_user_of_the_hubs_client(tiny, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "uploads", [])
+    convert(tiny, "2b", tmp_path / "mine", "--push_to_hub")
+    convert(tiny, "2b", tmp_path / "other", "--push-to-hub", "--repo_id", "team/model")
+    files = ["model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
+    assert Hub.uploads == [("someone/mine", files), ("team/model", files)]
+    monkeypatch.setattr(Hub, "user", None)
+    flags = ["--vae_ckpt_path", tiny.folder / "vae.pt", "--scaling_factor", "1", "--output_path", tmp_path / "new"]
+    message = mistake(caplog, *flags, "--push_to_hub")
+    assert "no token found" in message and "hf auth login" in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--typecast_text_encoder"], "needs --text_encoder_cache_dir"),
+        (["--typecast_text_encoder", "--text_encoder_cache_dir", "."], "needs --fp16 or --bf16"),
+        (["--repo_id", "a/b"], "--repo_id needs --push_to_hub"),
+    ],
+)
+def test_flags_that_need_others(tiny, tmp_path, caplog, flags, says):
+    assert says in mistake(caplog, "--vae_ckpt_path", tiny.folder / "vae.pt", "--output_path", tmp_path / "o", *flags)

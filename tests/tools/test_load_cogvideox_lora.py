@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lora_names import LORA_FILE
 from pipelines import convert
 from tool_runs import error_of
 from tools.export_sat_lora_weight import main as export
-from tools.load_cogvideox_lora import main
+from tools.load_cogvideox_lora import main, strength_of_flags
 from videos import read_video
 
 WIDTH, LAYERS, RANK = 256, 2, 4  # of the tiny models
@@ -72,6 +73,34 @@ def test_text_to_video_at_several_strengths(folder, tmp_path):
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
     assert main(command(folder, tmp_path / "seed.mp4", "--seed", "1")) == 0
     assert (tmp_path / "seed.mp4").read_bytes() != (tmp_path / "1.mp4").read_bytes()
+
+
+def test_flags_of_the_public_tools(folder, tmp_path, caplog):
+    """Other names for the paths, a folder for the output, and what is checked if it is given."""
+    names = ["--model_dir", folder / "5b", "--lora-weights-path", folder / "lora", "--output-dir", tmp_path]
+    size = ["--height", "32", "--width", "48", "--num_frames", "9", "--num_inference_steps", "2", "--device", "cpu"]
+    checked = ["--lora_name", "mine", "--lora_r", RANK, "--generate_type", "t2v", "--num_videos_per_prompt", "2"]
+    given = [str(word) for word in (*names, *size, *checked, "--prompt", "a boat")]
+    assert main(given) == 0
+    assert read_video(tmp_path / "output.mp4")[0]["size"] == (48, 32)
+    assert (tmp_path / "output-1.mp4").read_bytes() != (tmp_path / "output.mp4").read_bytes()
+
+    def mistake(*flags: object) -> str:
+        return error_of(main, caplog, *given, "--overwrite", *flags)
+
+    assert "--lora_r is 8, but" in mistake("--lora_r", 8)
+    assert "--generate_type i2v needs --image_path" in mistake("--generate_type", "i2v")
+    assert "--lora_alpha is 3, but" in mistake("--lora_alpha", 3)
+    at = given.index("--width")
+    assert "--height and --width go together" in error_of(main, caplog, *given[:at], *given[at + 2 :])
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(None, 1.0), (8.0, 8 / RANK)])
+def test_alpha_of_a_file_that_does_not_say_it(folder, tmp_path, alpha, expected):
+    save_file(load_file(folder / "lora" / LORA_FILE), tmp_path / LORA_FILE)
+    options = Namespace(lora_alpha=alpha, lora_r=RANK)
+    assert strength_of_flags(options, tmp_path / LORA_FILE) == expected
+    assert strength_of_flags(Namespace(lora_alpha=1.0, lora_r=None), folder / "lora") == 1.0
 
 
 def test_image_to_video(folder, tmp_path, image):

@@ -1,0 +1,57 @@
+"""Which engine a command runs: ours, or a subclass of the user's own, from Python or by `model.target`."""
+
+import inspect
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from diffusion_video import SATVideoDiffusionEngine
+from sgm.errors import UserError
+from sgm.util import get_obj_from_str
+
+OWN = f"{SATVideoDiffusionEngine.__module__}.{SATVideoDiffusionEngine.__name__}"
+
+
+def engine_class(args: Any) -> type[SATVideoDiffusionEngine]:
+    """Return the class that `args.model_cls` or else `model.target` of the configuration names, ours by default.
+
+    Raises:
+        UserError: it is no subclass of ours, or takes other arguments.
+    """
+    target = args.model_config.get("target")
+    chosen, name = getattr(args, "model_cls", None), "model_cls"
+    if (chosen is None or chosen is SATVideoDiffusionEngine) and target is not None:
+        if not isinstance(target, str):
+            raise UserError(f"model.target is {target!r}; expected the import path of an engine, such as {OWN}")
+        chosen, name = get_obj_from_str(target), f"model.target: {target}"
+    if chosen is None:
+        return SATVideoDiffusionEngine
+    if not (isinstance(chosen, type) and issubclass(chosen, SATVideoDiffusionEngine)):
+        raise UserError(f"{name}: {getattr(chosen, '__name__', chosen)} is no subclass of {OWN}")
+    try:
+        inspect.signature(chosen).bind(args, parts=(), device="cpu")
+    except TypeError as error:
+        raise UserError(f"{name}: its __init__ must take (args, **kwargs) and hand both on: {error}") from error
+    return chosen
+
+
+def build_engine(args: Namespace | Any, parts: tuple[str, ...], device: torch.device) -> SATVideoDiffusionEngine:
+    """Return the engine of a command, with `parts` of it built on `device`.
+
+    Raises:
+        UserError: see `engine_class`; its `__init__` does not hand `parts` and `device` on.
+    """
+    chosen = engine_class(args)
+    engine = chosen(args, parts=parts, device=device)
+    if engine.device != torch.device(device):
+        raise UserError(
+            f"{chosen.__module__}.{chosen.__name__}: its __init__ must hand its keywords on: "
+            "super().__init__(args, **kwargs)"
+        )
+    return engine
+
+
+def is_overridden(engine: SATVideoDiffusionEngine, method: str) -> bool:
+    """Return whether the engine's class has a method of its own in the place of ours."""
+    return getattr(type(engine), method) is not getattr(SATVideoDiffusionEngine, method)

@@ -1,0 +1,63 @@
+"""Where the processes of a run meet, and that none waits there for ever."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from torch.distributed import Store
+from torch.distributed.rendezvous import rendezvous
+
+from sgm.errors import UserError
+
+MEETING = timedelta(seconds=120)
+
+
+def meet() -> tuple[Store, int, int]:
+    """Return the store that all processes share, this one's rank and their number, by the launcher's variables.
+
+    Raises:
+        UserError: a variable is missing, the port is taken, or not all processes came within `MEETING`.
+    """
+    size = os.environ["WORLD_SIZE"]
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"{name} is not set, though WORLD_SIZE is {size}: start with torchrun, or unset WORLD_SIZE")
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        with silent_standard_error():  # PyTorch writes the stack of every attempt there
+            store, rank, number = next(rendezvous("env://", timeout=MEETING))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun itself sees who is missing
+                _wait_for_all(store, number)
+        return store, rank, number
+    except (RuntimeError, ValueError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(f"MASTER_PORT: {place} is in use by another program: set another one") from error
+        if isinstance(error, ValueError):
+            raise UserError(f"the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT): {error}") from error
+        raise UserError(
+            f"WORLD_SIZE is {size}, but not as many processes met at {place} within {MEETING.total_seconds():.0f} s: "
+            "start all of them, or unset RANK and WORLD_SIZE to run alone"
+        ) from error
+
+
+def _wait_for_all(store: Store, number: int) -> None:
+    """Return when `number` processes have called this; raises RuntimeError after `MEETING`."""
+    if store.add("processes that came", 1) == number:
+        store.set("all came", "")
+    store.wait(["all came"], MEETING)
+
+
+@contextmanager
+def silent_standard_error() -> Iterator[None]:
+    """Within the block, drop what libraries write to standard error, past Python's own `sys.stderr` too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123 (no path of the user's)
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
