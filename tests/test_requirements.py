@@ -1,0 +1,91 @@
+"""The requirement files name every package that the tree imports, and no other without a reason."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = ("sat", "sgm", "vae_modules", "tools")  # what a user runs
+CHECKS = ("tests", "benchmarks")
+FINDERS = ("import_module", "find_spec", "importorskip", "__import__")
+# It runs before there is an environment, and does without what it finds missing.
+SET_UP = ROOT / "tools" / "setup_environment.py"
+# Imported where a user has installed them: the tools say so when they are missing.
+OPTIONAL = {"diffusers": "tools/load_cogvideox_lora.py", "xformers": "an attention kernel"}
+# Of other names than what is imported; of packages that are not installed there is no record.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sat": "swissarmytransformer"}
+NOT_IMPORTED = {
+    "datasets": "SwissArmyTransformer imports it",
+    "triton": "SwissArmyTransformer imports it, and does not require it",
+    "ruff": "tests/run.sh runs it",
+}
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements(file: str) -> set[str]:
+    """Return the distributions that a requirement file names."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    return {normalized(Requirement(line).name) for line in lines if line}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Return the modules that a file imports anywhere, by a statement or by a name that it gives to a finder."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in FINDERS:
+                yield str(node.args[0].value)
+
+
+def imported(folders: tuple[str, ...]) -> dict[str, str]:
+    """Return the distributions that the files of some folders import, each with a file that does."""
+    files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in (*PROGRAM, *CHECKS)}
+    own = {*files, *(file.stem for each in files.values() for file in each)} - {"sat"}  # that is SwissArmyTransformer
+    installed, found = packages_distributions(), {}
+    for file in (file for folder in folders for file in files[folder]):
+        for module in imports(file.read_text()) if file != SET_UP else ():
+            package = module.partition(".")[0]
+            if package not in own and package not in sys.stdlib_module_names:
+                names = installed.get(package) or [DISTRIBUTIONS.get(package, package)]
+                found[normalized(names[0])] = str(file.relative_to(ROOT))
+    return found
+
+
+def test_imports_are_seen():
+    source = "import a.b as c\ndef f():\n    from d import e\n    find_spec('g')\n    importlib.import_module('h.i')\n"
+    assert set(imports(source)) == {"a.b", "d", "g", "h.i"}
+    assert imported(("sat",))["swissarmytransformer"].startswith("sat/")
+
+
+@pytest.mark.parametrize("folder", PROGRAM)
+def test_what_the_program_imports_is_required(folder):
+    found = {name: file for name, file in imported((folder,)).items() if name not in OPTIONAL}
+    assert found
+    assert not {name: file for name, file in found.items() if name not in requirements("requirements.txt")}
+
+
+@pytest.mark.parametrize("folder", CHECKS)
+def test_what_tests_and_benchmarks_import_is_required_for_them(folder):
+    required = requirements("requirements.txt") | requirements("tests/requirements.txt") | {"xformers"}
+    assert not {name: file for name, file in imported((folder,)).items() if name not in required}
+
+
+def test_what_is_required_is_imported():
+    program, checks = requirements("requirements.txt"), requirements("tests/requirements.txt")
+    assert not program & checks
+    assert program - imported(PROGRAM).keys() <= NOT_IMPORTED.keys()
+    assert checks - imported((*PROGRAM, *CHECKS)).keys() <= NOT_IMPORTED.keys()
+    assert not {*NOT_IMPORTED} - (program | checks), "no longer required"
