@@ -273,7 +273,11 @@ def test_paths_are_checked_wherever_they_are(tmp_path, key):
 
 
 def test_a_name_on_a_hub_is_no_path():
-    check_paths({"params": {"model_dir": "google/t5-v1_1-xxl", "cache_dir": "cache"}})
+    hub = {"params": {"model_dir": "google/t5-v1_1-xxl", "cache_dir": "cache"}}
+    check_paths(hub)
+    del hub["params"]["cache_dir"]
+    with pytest.raises(UserError, match=r"params\.model_dir: .*google/t5-v1_1-xxl"):
+        check_paths(hub)
 
 
 @pytest.mark.parametrize("target", ["torch.nn.Identity", "sat.ops.FusedEmaAdam", "sgm.modules.GeneralConditioner"])
@@ -287,7 +291,7 @@ def test_targets_that_import(target):
         ("Identity", "not an import path"),
         ("torchh.nn.Identity", "no module 'torchh'"),
         ("sgm.modules.nothing.Thing", "no module 'sgm.modules.nothing'"),
-        ("sgm.util.nothing", "module 'sgm.util' has no 'nothing'"),
+        ("sgm.seeds.nothing", "module 'sgm.seeds' has no 'nothing'"),
         ("sgm.util.instantiate_from_config.deeper", "no module 'sgm.util.instantiate_from_config'"),
     ],
 )

@@ -226,9 +226,14 @@ def test_mistakes_in_args(args_of, key, value, says):
     assert "\n" not in str(error.value)
 
 
-def test_splits_that_keep_all_for_training_say_nothing(args_of):
+def test_splits_that_keep_all_for_training_say_nothing(args_of, caplog):
+    plain = args_of()
     for split in ("1,0,0", "100, 0.0, 0", 1):
-        args_of(args={"split": split})
+        args = args_of(args={"split": split})
+        assert (args.train_data, args.valid_data) == (plain.train_data, plain.valid_data)
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    with pytest.raises(UserError, match="split is 100, 0"):
+        args_of(args={"split": "100, 0.1, 0"})
 
 
 @pytest.mark.parametrize(

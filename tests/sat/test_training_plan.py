@@ -90,7 +90,12 @@ def test_caches_need_neither_vae_nor_text_encoder(case):
 
 
 def test_shards_may_be_a_pattern(case):
-    plan_run(case.args("--train_data", str(case.folder / "{000..003}.tar"), str(case.folder / "*.tar")))
+    shards = [str(case.folder / name) for name in ("{000..003}.tar", "*.tar")]
+    plan = plan_run(case.args("--train_data", *shards))
+    assert (plan.resume, plan.cached) == (None, False)
+    for path in (shards[0].replace("{000..003}", "004"), shards[1].replace(".tar", ".zip")):  # no pattern, no shards
+        with pytest.raises(UserError, match="train_data"):
+            plan_run(case.args("--train_data", path))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,10 @@ def test_shards_may_be_a_pattern(case):
 )
 def test_clips_that_fit(case, model, size, frames):
     for count in frames:
-        plan_run(case.args(model=model, data={"video_size": size, "max_num_frames": count}))
+        plan = plan_run(case.args(model=model, data={"video_size": size, "max_num_frames": count}))
+        assert (plan.cached, plan.batch) == (False, BatchSizes(1, 1, 1))
+        with pytest.raises(UserError, match=f"data.params.max_num_frames is {count + 1};"):
+            plan_run(case.args(model=model, data={"video_size": size, "max_num_frames": count + 1}))
 
 
 def test_all_weights_at_the_rate_of_an_adapter_is_worth_a_warning(case, caplog):
