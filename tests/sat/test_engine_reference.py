@@ -121,7 +121,9 @@ def test_loss_reaches_every_parameter_of_the_network(case):
     _, reference, engine, clip = case
     loss, _ = engine.shared_step({"mp4": clip[:1], "txt": reference.case["texts"][:1]})
     loss.backward()
-    unused = {"transformer.position_embeddings.weight", "mixins.pos_embed.pos_embedding"}
+    frozen = {name for name, parameter in engine.network.named_parameters() if not parameter.requires_grad}
+    assert frozen <= {"mixins.pos_embed.pos_embedding"}  # sines and cosines
+    unused = {"transformer.position_embeddings.weight"} | frozen
     gradients = {name: parameter.grad for name, parameter in engine.network.named_parameters()}
     assert {name for name, gradient in gradients.items() if gradient is None} == unused & gradients.keys()
     finite = [gradient.isfinite().all() for gradient in gradients.values() if gradient is not None]

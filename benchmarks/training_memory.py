@@ -1,0 +1,81 @@
+"""Expected memory of fine-tuning the released models: the estimate that a run logs before its first step, as a table.
+
+    python benchmarks/training_memory.py [--models cogvideox_2b cogvideox1.5_5b]
+
+One process at batch 1, with the settings of configs/sft.yaml (ZeRO 2, `sat.ops.FusedEmaAdam`), latents encoded before
+the run, and activations recomputed. Networks have no weights here, so that any machine can print the table.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
+
+from harness import markdown_table  # noqa: E402
+
+from batch_order import Bucket  # noqa: E402
+from config_files import load_configs  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
+from library_messages import quiet_libraries  # noqa: E402
+from network_weights import instantiate_on_meta  # noqa: E402
+from parameter_report import GIB, Layout, estimate_memory  # noqa: E402
+
+CLIPS = {  # frames, height, width
+    "cogvideox_2b": Bucket(49, 480, 720),
+    "cogvideox_5b": Bucket(49, 480, 720),
+    "cogvideox1.5_5b": Bucket(81, 768, 1360),
+}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+COLUMNS = {  # with an adapter, processes, changes of ZeRO's section
+    "LoRA, 1 GPU": (True, 1, {}),
+    "all weights, 1 GPU, optimizer offloaded": (False, 1, OFFLOAD),
+    "all weights, 8 GPUs": (False, 8, {}),
+}
+
+
+class Engine(nn.Module):
+    """What the estimate asks of an engine that trains on latents."""
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype):
+        super().__init__()
+        config["network_config"]["params"]["transformer_args"]["checkpoint_activations"] = True
+        self.network = instantiate_on_meta(config["network_config"]).to(dtype)
+        self.network.disable_untrainable_params()
+        self.config, self.dtype, self.first_stage_model = config, dtype, None
+
+
+def main() -> None:
+    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(CLIPS), default=list(CLIPS))
+    models = parser.parse_args().models
+    quiet_libraries()
+    rows = [[described(name), *(cell(name, *column) for column in COLUMNS.values())] for name in models]
+    print(markdown_table(["GiB", *COLUMNS], rows))  # noqa: T201
+
+
+def described(model: str) -> str:
+    clip = CLIPS[model]
+    return f"{model}, {clip.frames}×{clip.height}×{clip.width}"
+
+
+def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
+    """Return the memory of one process, and of the host where something is offloaded to it."""
+    files = [f"{model}_lora.yaml" if lora else f"{model}.yaml", "sft.yaml"]
+    config = load_configs([ROOT / "configs" / name for name in files])
+    dtype = torch.float16 if config["args"].get("fp16") else torch.bfloat16
+    section = config["deepspeed"]
+    section["zero_optimization"] |= zero
+    layout = Layout.from_config(section, dtype, processes)
+    memory = estimate_memory(Engine(config["model"], dtype), layout, CLIPS[model], 1)
+    host = f" + {memory.host / GIB:.3g} on the host" if memory.host else ""
+    return f"{memory.total / GIB:.1f}{host}"
+
+
+if __name__ == "__main__":
+    main()
