@@ -24,6 +24,7 @@ from data_mixing import draws_of, repeated
 from data_options import check_options
 from data_report import SourceReport
 from model_limits import TIME_FACTOR, ModelLimits
+from reader_record import describe_reader
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str, instantiate_from_config
 from video_reading import BACKENDS, DEFAULT_BACKEND, UnreadableClip
@@ -214,6 +215,11 @@ class SFTDataset(Dataset):
             return None
         numbers: dict[str, int] = {}
         return Locality([numbers.setdefault(s.path, len(numbers)) for s in self.sources], self.shuffle_buffer)
+
+    @property
+    def reader(self) -> dict[str, str]:
+        """What decodes the videos, as runs and caches record it."""
+        return describe_reader(self.video_backend)
 
     @property
     def random_start(self) -> bool:

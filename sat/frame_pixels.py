@@ -14,8 +14,8 @@ from tone_mapping import ToneMap
 UNSPECIFIED, BT709, BT601 = 2, 1, 5  # matrices, as numbered in H.273
 LARGEST_SD = (1279, 576)  # width and height; players take what is larger and names no matrix for BT.709
 STRANGEST_PIXEL = 10  # ratio of its sides; beyond it the file is wrong, and players ignore it
-# swscale has a fast way from these, whose colours are at most 3 of 255 off; from others it has none that is as exact.
-FAST_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p"})
+# swscale has a fast way from these, whose colours are at most 3 of 255 off, in limited range; from others it has none.
+FAST_FORMATS = frozenset({"yuv420p", "yuv422p"})
 FAST = Interpolation.BICUBIC
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 HDR = frozenset({ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67})
@@ -55,8 +55,7 @@ class FramePixels:
         elif frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
             pixels = _on_white(self._reformat(frame, size, "rgba", ACCURATE))
         else:
-            fast = size == (frame.width, frame.height) and frame.format.name in FAST_FORMATS
-            pixels = self._reformat(frame, size, "rgb24", FAST if fast else ACCURATE)
+            pixels = self._reformat(frame, size, "rgb24", FAST if self._is_fast(frame, size) else ACCURATE)
         return _oriented(pixels, *_orientation(frame))
 
     def _square(self, frame: VideoFrame) -> tuple[int, int]:
@@ -64,6 +63,10 @@ class FramePixels:
         if self.pixel_shape >= 1:
             return round(frame.width * self.pixel_shape), frame.height
         return frame.width, round(frame.height / self.pixel_shape)
+
+    def _is_fast(self, frame: VideoFrame, size: tuple[int, int]) -> bool:
+        limited = frame.color_range != ColorRange.JPEG
+        return limited and frame.format.name in FAST_FORMATS and size == (frame.width, frame.height)
 
     def _reformat(self, frame: VideoFrame, size: tuple[int, int], pixel_format: str, way: Interpolation) -> np.ndarray:
         matrix = None

@@ -2,7 +2,8 @@
 
 A cache is a folder, made by `tools/precompute_latents.py`, with
   * `cache.json`, an object: `format`, the version of what is described here; `model`, what the cached numbers depend on
-    (`describe_model`); `data`, sources, settings and number of samples; `encoding`, how they were encoded;
+    (`describe_model`); `data`, sources, settings and number of samples; `encoding`, how they were encoded; `reader`,
+    what decoded the videos (`reader_record`);
   * shards `rank0000-00000.safetensors`, ..., each complete in itself: tensors, and in the metadata of the header,
     under `content` as JSON, what they are: `samples`, the fields of every `CachedSample`, and `skipped`, the indices of
     samples that could not be read, with the files at fault;
@@ -33,7 +34,9 @@ from safetensors import SafetensorError, safe_open
 from batch_order import Bucket, SampleKey
 from data_options import KEPT_IN_CACHES
 from model_limits import ModelLimits
+from reader_record import KEY, describe_reader, recorded_backend
 from sgm.errors import UserError
+from video_reading import DEFAULT_BACKEND
 
 logger = logging.getLogger("train_video")
 
@@ -273,6 +276,7 @@ class LatentDataset:
         self.counts: list[int] = []  # samples of each of the paths
         self.draws: list[float] | None = None  # see `data_video.SFTDataset`
         read: dict[Path, list[tuple[Path, CachedSample]]] = {}
+        self.readers: list[dict[str, str]] = []
         for path in map(Path, paths):
             if path in read:
                 self.counts.append(len(read[path]))
@@ -285,6 +289,7 @@ class LatentDataset:
             if data_config is not None:
                 report_data_settings(path, description, data_config)
             self.encodings[path] = description["encoding"]
+            self.readers.append(description.get(KEY) or describe_reader(recorded_backend(description)))
             found = [(shard.path, sample) for shard in shards for sample in shard.samples]
             read[path] = sorted(found, key=lambda item: item[1].index)
             self.counts.append(len(read[path]))
@@ -297,6 +302,11 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def reader(self) -> dict[str, str]:
+        """What decoded the videos of the caches, as runs record it; of several that differ, the first in order."""
+        return min(self.readers, key=lambda reader: reader["video_backend"])
 
     @property
     def missing_labels(self) -> int:
@@ -397,6 +407,8 @@ def report_data_settings(folder: Path, description: Mapping[str, Any], data_conf
                 f"data.params.{name} is {here!r}, but {folder} was made with {there!r} and its clips stay as they "
                 f"are: set it to that, or {REMEDY} into another folder"
             )
+    theirs = {**theirs, "video_backend": recorded_backend(description)}
+    ours = {"video_backend": DEFAULT_BACKEND, **ours}
     for name in sorted((theirs.keys() & ours.keys()) - KEPT_IN_CACHES.keys()):
         if theirs[name] != ours[name]:
             logger.warning(

@@ -46,6 +46,7 @@ from memory_advice import precompute_advice
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups
+from reader_record import KEY, warn_of_other_reader
 from sampling_run import total_over_processes
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
@@ -147,7 +148,18 @@ def describe(args: TrainingArguments, dataset: Any, encoding: Mapping[str, Any])
         "buckets": hashlib.blake2b(repr(buckets).encode(), digest_size=16).hexdigest(),
     }
     content = {"format": FORMAT, "model": describe_model(args.model_config), "data": data, "encoding": dict(encoding)}
+    if reader := getattr(dataset, "reader", None):
+        content[KEY] = reader
     return json.loads(json.dumps(content))  # as it will be read back
+
+
+def without_reader(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description without what decoded the videos: a cache goes on with another, after a warning."""
+    content = {name: value for name, value in description.items() if name != KEY}
+    config = content["data"]["config"]
+    params = {name: value for name, value in (config.get("params") or {}).items() if name != "video_backend"}
+    content["data"] = {**content["data"], "config": {**config, "params": params}}
+    return content
 
 
 def check_folder(folder: Path, description: Mapping[str, Any], dataset: Any) -> set[int]:
@@ -157,7 +169,9 @@ def check_folder(folder: Path, description: Mapping[str, Any], dataset: Any) -> 
         UserError: the folder has other content, or a cache of other data or settings; the disk is too small.
     """
     if is_cache(folder):
-        if difference := first_difference(read_description(folder), description):
+        before = read_description(folder)
+        warn_of_other_reader(str(folder), before, description.get(KEY))
+        if difference := first_difference(without_reader(before), without_reader(description)):
             name, there, here = difference
             raise UserError(
                 f"{folder} was begun with other settings: {name} is {json.dumps(there)} there and {json.dumps(here)} "

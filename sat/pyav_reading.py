@@ -91,6 +91,8 @@ class PyavVideo:
 
     def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
         times = np.asarray(times, np.float64)
+        if not len(times):
+            return
         with unreadable():
             if not self._container.beginning.timed:
                 yield from self._frames_by_rank(times, beyond)

@@ -33,6 +33,7 @@ from optimizer_state import check_storable
 from parameter_report import report
 from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
+from reader_record import KEY, warn_of_other_reader, with_backend
 from run_control import any_process, describe_data, from_first_process, removed_if_empty, stop_requests
 from run_folders import new_run_folder
 from sgm import randomness
@@ -123,6 +124,9 @@ class Trainer:
         if self.leads:
             self.list_unreadable(self.dataset.unreadable)
         self.check_unreadable(0)
+        self.reader = getattr(self.dataset, "reader", None)
+        if state:
+            warn_of_other_reader("resume", state, self.reader)
         logger.info("train_data: %s", describe_data(self.dataset, args.train_iters * self.batch.total))
         self.order = BatchOrder(
             [self.dataset.bucket(index) for index in range(len(self.dataset))],
@@ -182,14 +186,15 @@ class Trainer:
             return
         self.run_folder.mkdir(parents=True, exist_ok=True)
         args = self.args
-        (self.run_folder / "training_config.yaml").write_text(yaml.safe_dump(args.merged_config, sort_keys=False))
+        config = with_backend(args.merged_config, None if self.cached else self.reader)
+        (self.run_folder / "training_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         self.writer = MetricsWriter(
             self.run_folder,
             tensorboard=args.tensorboard,
             wandb=args.wandb,
             wandb_project=args.wandb_project,
             name=self.run_folder.name,
-            config=args.merged_config,
+            config=config,
             start_step=self.step,
         )
 
@@ -349,6 +354,7 @@ class Trainer:
             "random": states,
             "losses": (losses / group_size(parallel_groups()[1])).tolist(),
             "skipped": self.skipped,
+            KEY: self.reader,
         }
         folder = save_checkpoint(
             self.run_folder,

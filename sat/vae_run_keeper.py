@@ -20,6 +20,7 @@ import training_metrics
 from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
 from data_video import SFTDataset
+from reader_record import KEY, warn_of_other_reader, with_backend
 from run_control import any_process, stop_requests
 from sgm.errors import UserError
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
@@ -100,6 +101,9 @@ class RunKeeper(pl.Callback):
         self.leads = dist.get_rank() == 0
         self.step = state["step"] if state else 0
         self.batches = 0  # since the order was made
+        self.reader = getattr(clips, "reader", None)
+        if state:
+            warn_of_other_reader("resume", state, self.reader)
         ranks = state["ranks"] if state else []
         self.own_state = ranks[dist.get_rank()] if len(ranks) == dist.get_world_size() else None
         self.means = Means(self.own_state["means"] if self.own_state else None)
@@ -119,14 +123,15 @@ class RunKeeper(pl.Callback):
             return
         args = self.args
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "training_config.yaml").write_text(yaml.safe_dump(args.merged_config, sort_keys=False))
+        config = with_backend(args.merged_config, self.reader)
+        (self.folder / "training_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         self.writer = MetricsWriter(
             self.folder,
             tensorboard=args.tensorboard,
             wandb=args.wandb,
             wandb_project=args.wandb_project,
             name=self.folder.name,
-            config=args.merged_config,
+            config=config,
             start_step=self.step,
         )
         self.stack.callback(self.writer.close)
@@ -226,7 +231,8 @@ class RunKeeper(pl.Callback):
         own = {"random": random_state.capture(module.device), "means": self.means.state()}
         ranks: list[dict[str, Any] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, own)
-        checkpoint[RUN_STATE] = {"step": self.step, "data": self.order.state(self.batches), "ranks": ranks}
+        position = {"step": self.step, "data": self.order.state(self.batches)}
+        checkpoint[RUN_STATE] = {**position, "ranks": ranks, KEY: self.reader}
 
     # ------------------------------------------------------------ evaluations
 

@@ -12,7 +12,6 @@ from PIL import Image
 from batch_order import Bucket
 from clip_reading import ClipInfo, FrameSampling, probe, read_clip
 from clip_sources import ClipSource
-from frame_times import nearest_frames
 from training_clips import convert, damage, frame_numbers, truncate, vary_rate, write_clip, write_tar
 from video_reading import UnreadableClip
 
@@ -36,12 +35,6 @@ def test_frames_come_at_exactly_the_wanted_rate(tmp_path, source_fps, fps):
     assert clip.dtype == torch.uint8
     rate = Fraction(source_fps).limit_denominator(1000) / Fraction(fps)
     assert frame_numbers(clip) == [math.ceil(k * rate - Fraction(1, 2)) for k in range(13)]
-
-
-def test_the_earlier_of_two_equally_near_frames_is_taken_in_spite_of_rounded_times():
-    times = np.arange(6, dtype=np.float32) / 30
-    assert nearest_frames(times.astype(np.float64), np.arange(4) / 20).tolist() == [0, 1, 3, 4]  # at 0, 1.5, 3, 4.5
-    assert nearest_frames(np.zeros(1), np.array([0.0, 9.0])).tolist() == [0, 0]
 
 
 def test_starts_cover_the_window_and_follow_from_the_seed(tmp_path):
