@@ -8,6 +8,7 @@ from typing import Any
 
 from clip_captions import LABEL_LINES
 from sgm.errors import UserError
+from video_reading import BACKENDS
 
 # "none" is another name of "random", as in configurations written for the original.
 RESHAPE_MODES = ("center", "random", "none")
@@ -43,6 +44,7 @@ OPTIONS: dict[str, Check] = {
     "random_start": SWITCH,
     "txt_key": TEXT,
     "shuffle_buffer": _whole(0),
+    "video_backend": _one_of(*BACKENDS),
 }
 # Those of which a cache of latents is made; it cannot be read with others.
 KEPT_IN_CACHES = {

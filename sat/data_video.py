@@ -27,7 +27,7 @@ from model_limits import TIME_FACTOR, ModelLimits
 from reader_record import describe_reader
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str, instantiate_from_config
-from video_reading import BACKENDS, DEFAULT_BACKEND, UnreadableClip
+from video_reading import DEFAULT_BACKEND, UnreadableClip
 from video_sizes import nearest_size, parse_sizes
 
 __all__ = ["SFTDataset", "VideoDataset", "make_dataset", "nearest_size"]
@@ -122,12 +122,11 @@ class SFTDataset(Dataset):
                 **{"missing_label": missing_label, "min_frames": min_frames, "clips_per_video": clips_per_video},
                 **{"clip_stride": clip_stride, "caption_prefix": caption_prefix, "label_lines": label_lines},
                 **{"reshape_mode": reshape_mode, "horizontal_flip": horizontal_flip, "max_num_frames": max_num_frames},
+                "video_backend": video_backend,
             },
             prefix="data: ",
         )
         self.sampling = FrameSampling(fps, int(max_num_frames), int(skip_frms_num), frame_multiple, random_start)
-        if video_backend not in BACKENDS:
-            raise UserError(f"data: video_backend is {video_backend!r}; use one of {', '.join(BACKENDS)}")
         self.video_backend = video_backend
         self.framing = Framing(reshape_mode, horizontal_flip)
         self.shuffle_buffer = shuffle_buffer

@@ -9,9 +9,10 @@ with open_video("a.mp4") as video:
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 BACKENDS = ("pyav", "decord")
 DEFAULT_BACKEND = "pyav"
@@ -47,7 +48,7 @@ class Video(Protocol, AbstractContextManager):
     def facts(self) -> VideoFacts:
         """Return size and length; where the container has no index of frames, this reads through the whole file."""
 
-    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
+    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> "Iterator[np.ndarray]":
         """Yield the frame nearest to each of `times`, which ascend: (height, width, 3), uint8, RGB.
 
         Args:
@@ -57,7 +58,7 @@ class Video(Protocol, AbstractContextManager):
             UnreadableClip: a frame is damaged or missing.
         """
 
-    def all_frames(self) -> Iterator[np.ndarray]:
+    def all_frames(self) -> "Iterator[np.ndarray]":
         """Yield every frame, in the order in which they are shown; see `frames_at`."""
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from config_files import load_configs
 from data_video import make_dataset
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
 from distributed import run_distributed
-from latent_cache import LatentDataset, conditioner_for_cache, is_cache, read_shards
+from latent_cache import LatentDataset, conditioner_for_cache, is_cache, read_description, read_shards
 from sgm.errors import UserError
 from sgm.randomness import per_sample
 from sgm.seeds import sample_seed
@@ -350,6 +350,27 @@ def test_other_data_settings_are_reported(tiny, cache, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{cache('2b')} was made with fps 8, not 16; its clips stay as they are"
     ]
+
+
+def test_the_reader_of_the_videos_is_recorded_and_another_one_is_reported(tiny, clips, cache, copied, caplog):
+    dataset = LatentDataset([cache("2b")], model_of(tiny, "2b"), DATA)
+    assert dataset.reader["video_backend"] == read_description(cache("2b"))["reader"]["video_backend"] == "pyav"
+    assert not caplog.messages
+
+    by_decord = {**DATA, "params": {**DATA["params"], "video_backend": "decord"}}
+    LatentDataset([cache("2b")], model_of(tiny, "2b"), by_decord)
+    assert "was made with video_backend pyav, not decord; its clips stay as they are" in caplog.text
+    caplog.clear()
+    args = arguments(tiny.config("2b"), clips, data_config=by_decord)
+    assert latent_encoding.run(args, copied) == 0  # goes on, here with nothing to do
+    assert f"{copied}: videos were read with pyav and now are with decord" in caplog.text
+    caplog.clear()
+
+    description = json.loads((copied / "cache.json").read_text())
+    del description["reader"]  # as before there were other decoders than decord
+    (copied / "cache.json").write_text(json.dumps(description))
+    assert LatentDataset([copied], model_of(tiny, "2b"), DATA).reader["video_backend"] == "decord"
+    assert "was made with video_backend decord, not pyav" in caplog.text
 
 
 def test_conditioners_that_cannot_be_cached_are_refused(tiny):

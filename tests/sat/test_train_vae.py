@@ -73,6 +73,19 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, data):
     assert ours["run"]["data"] == theirs["run"]["data"]
 
 
+def test_another_decoder_of_videos_is_reported_when_a_run_goes_on(tmp_path, data, caplog):
+    settings = {"save": str(tmp_path / "runs"), "train_iters": 1}
+    run = train(write_config(tmp_path / "a.yaml", data, args=settings, **NO_ADVERSARY))
+    assert checkpoint(run)["run"]["reader"]["video_backend"] == "pyav"
+    assert yaml.safe_load((run / "training_config.yaml").read_text())["data"]["params"]["video_backend"] == "pyav"
+    assert "videos were read with" not in caplog.text
+
+    settings |= {"train_iters": 2}
+    by_decord = {"params": {"video_backend": "decord"}}
+    train(write_config(tmp_path / "b.yaml", data, args=settings, data=by_decord, **NO_ADVERSARY), "--resume", "latest")
+    assert "resume: videos were read with pyav and now are with decord" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, data) -> Path:
     """Four steps at batch 2 on one process, without adversary."""

@@ -1,5 +1,6 @@
 """The training command on tiny models, start to finish: what it saves, resumes and does on several processes."""
 
+import json
 import re
 import shutil
 import signal
@@ -289,6 +290,21 @@ def test_resumed_from_an_earlier_step_its_checkpoints_are_the_last(tmp_path, tin
     assert (run / "latest").read_text() == "3"
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"3", "3-ema"}
     assert set(metrics(run)) == {1, 2, 3}
+
+
+def test_another_decoder_of_videos_is_reported_when_a_run_goes_on(tmp_path, tiny, clips, caplog):
+    settings = {"lora": True, "train_iters": 1}
+    run = train(write_config(tmp_path / "a.yaml", tiny, "2b", clips, **settings))
+    state = json.loads((run / "1" / "training_state" / "state.json").read_text())
+    assert state["reader"]["video_backend"] == "pyav"
+    config = yaml.safe_load((run / "training_config.yaml").read_text())
+    assert config["data"]["params"]["video_backend"] == "pyav"
+    assert "videos were read with" not in caplog.text
+
+    settings = {"lora": True, "train_iters": 2, "params": {"video_backend": "decord"}}
+    other = write_config(tmp_path / "b.yaml", tiny, "2b", clips, **settings)
+    train(other, "--resume", str(run))
+    assert "resume: videos were read with pyav and now are with decord" in caplog.text
 
 
 def test_a_scheduler_of_deepspeed_goes_on_where_it_was(tmp_path, tiny, clips):
