@@ -65,7 +65,7 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
         hints=found.hints,
     )
     for name in found.unlisted:
-        report.leave_out("clips have no caption of their own and are not listed", name)
+        report.leave_out("clips have no caption, neither their own nor in the list above them", name)
     clips = _without_stray_pictures(found.clips, rules.missing_label, report)
     check_captions(location, clips, found, rules.missing_label)
     place = Path(location)

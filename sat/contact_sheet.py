@@ -27,8 +27,17 @@ def write_contact_sheet(path: Path, videos: Sequence[tuple[str, Path]]) -> None:
     """
     if not videos:
         raise UserError(f"{path}: there is no video to show")
+    write_frames(path, [(text, _frames(file)) for text, file in videos])
+
+
+def write_frames(path: Path, videos: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
+    """Write a PNG that shows frames of videos, each row with its text.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
     font = ImageFont.load_default(FONT_SIZE)
-    rows = [(text, _frames(file)) for text, file in videos]
+    rows = [(text, [_as_high_as_a_row(frame) for frame in frames]) for text, frames in videos]
     line_height = FONT_SIZE + GAP
     width = max(sum(frame.width + GAP for frame in frames) for _, frames in rows) + GAP
     sheet = Image.new("RGB", (width, GAP + len(rows) * (line_height + FRAME_HEIGHT + GAP)), "white")
@@ -58,11 +67,14 @@ def _frames(file: Path) -> list[Image.Image]:
         with open_video(file) as video:
             frames, seconds = video.facts[2:]
             times = [seconds * index / max(frames - 1, 1) for index in spread(frames, FRAMES)]
-            frames = [Image.fromarray(frame) for frame in video.frames_at(times)]
+            return [Image.fromarray(frame) for frame in video.frames_at(times)]
     except UnreadableClip as error:
         raise UserError(f"contact_sheet: {file} cannot be read: {error}") from error
-    size = (round(frames[0].width * FRAME_HEIGHT / frames[0].height), FRAME_HEIGHT)
-    return [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
+
+
+def _as_high_as_a_row(frame: Image.Image) -> Image.Image:
+    size = (max(round(frame.width * FRAME_HEIGHT / frame.height), 1), FRAME_HEIGHT)
+    return frame.resize(size, Image.Resampling.LANCZOS)
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

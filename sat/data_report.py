@@ -9,8 +9,13 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+PLURALS = (
+    *(("videos are", "video is"), ("pictures beside videos have", "picture beside videos has")),
+    *(("clips have", "clip has"), ("clips could", "clip could"), ("labels have", "label has")),
+    *(("files look", "file looks"), ("captions say", "caption says")),
+)
 EXAMPLES = 5  # names of files that are kept of what is left out for one reason
-MUCH = 1 / 3  # of a picture that a crop cuts away
+MUCH = 1 / 3 + 1e-6  # of a picture that a crop cuts away
 
 
 @dataclass
@@ -24,6 +29,14 @@ class LeftOut:
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(name)
+
+
+def counted(count: int, reason: str) -> str:
+    """Return "3 videos are shorter" for 3 and "videos are shorter", "1 video is shorter" for 1."""
+    for plural, singular in PLURALS if count == 1 else ():
+        if reason.startswith(plural):
+            return f"1 {singular}{reason[len(plural) :]}"
+    return f"{count} {reason}"
 
 
 @dataclass
@@ -68,17 +81,17 @@ class SourceReport:
     def lines(self) -> list[tuple[int, str]]:
         """Return what a log should say about the place, each line with its level."""
         lines = [
-            (logging.WARNING, f"{left.count} {reason}, and left out (the first: {left.examples[0]})")
+            (logging.WARNING, f"left out: {counted(left.count, reason)}; the first: {left.examples[0]}")
             for reason, left in self.left_out.items()
         ]
         if self.unread:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.unread.items()))
             lines.append(
-                (logging.WARNING, f"{sum(self.unread.values())} files look like media and are not read: {kinds}")
+                (logging.WARNING, f"{counted(sum(self.unread.values()), 'files look')} like media, not read: {kinds}")
             )
         if self.long_labels:
             used = "all are joined" if self.label_lines == "all" else "the first is used (label_lines: all joins them)"
-            lines.append((logging.WARNING, f"{self.long_labels} labels have several lines, of which {used}"))
+            lines.append((logging.WARNING, f"{counted(self.long_labels, 'labels have')} several lines: {used}"))
         lines += self._crops()
         return [(level, f"{self.location}: {line}") for level, line in lines]
 

@@ -22,7 +22,7 @@ from clip_sources import LabelRules
 from clip_transforms import Framing
 from data_mixing import draws_of, repeated
 from data_options import check_options
-from data_report import SourceReport
+from data_report import SourceReport, counted
 from model_limits import TIME_FACTOR, ModelLimits
 from reader_record import describe_reader
 from sgm.errors import UserError
@@ -173,7 +173,7 @@ class SFTDataset(Dataset):
             self.counts.append(len(selection.sources))
         self.reports = {location: selection.report for location, selection in selections.items()}
         if empty := [location for location, selection in selections.items() if not selection.sources]:
-            reasons = [f"{left.count} {reason}" for reason, left in self.reports[empty[0]].left_out.items()]
+            reasons = [counted(left.count, reason) for reason, left in self.reports[empty[0]].left_out.items()]
             if reasons and not selections[empty[0]].unreadable:
                 raise UserError(f"{empty[0]}: no clip is left: {'; '.join(reasons)}")
 
@@ -181,9 +181,8 @@ class SFTDataset(Dataset):
         if self.framing.flip:
             sided = sum(bool(SIDES.search(source.caption or "")) for source in self.sources)
             if sided:
-                logger.warning(
-                    "%d captions say left or right, and horizontal_flip mirrors such clips too: set it to 0", sided
-                )
+                said = counted(sided, "captions say")
+                logger.warning("%s left or right, and horizontal_flip mirrors such clips too: set it to 0", said)
 
     @classmethod
     def create_dataset_function(cls, path: str | Sequence[str], args: Any, **params: Any) -> Self:

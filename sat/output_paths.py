@@ -46,6 +46,17 @@ def decide_existing(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     raise UserError(f"{path} exists: give --overwrite to replace it or --skip_existing to keep it")
 
 
+def check_sheet(path: str) -> None:
+    """Check that `contact_sheet` names a PNG that can be written.
+
+    Raises:
+        UserError: it does not.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"contact_sheet is {path}; the name of a PNG ends with .png")
+    check_folder(Path(path).parent, "contact_sheet")
+
+
 def check_folder(folder: str | Path, argument: str = "output_dir") -> None:
     """Raises UserError, about `argument`, if files cannot be put into `folder`, which need not exist yet."""
     folder = Path(folder)

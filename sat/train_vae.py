@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from library_messages import quiet_libraries
 from training_command import run_command
 from vae_training_arguments import VaeTrainingArguments, get_vae_training_args
-from vae_training_plan import VaeTrainingPlan, plan_vae_run
+from vae_training_plan import VaeTrainingPlan, plan_vae_inspection, plan_vae_run
 
 logger = logging.getLogger("train_vae")
 
@@ -28,14 +28,19 @@ def main(command_line: Sequence[str] | None = None) -> int:
     return run_command(lambda: plan(command_line), train, logger, command_line)
 
 
-def plan(command_line: Sequence[str] | None) -> tuple[VaeTrainingArguments, VaeTrainingPlan]:
+def plan(command_line: Sequence[str] | None) -> tuple[VaeTrainingArguments, VaeTrainingPlan | int]:
     args = get_vae_training_args(command_line)
     with args.sources.naming():
-        return args, plan_vae_run(args)
+        return args, plan_vae_inspection(args) if args.inspect_data else plan_vae_run(args)
 
 
-def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan]) -> int:
+def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan | int]) -> int:
     args, plan = planned
+    if args.inspect_data:
+        from data_inspection import inspect_vae_data
+
+        with args.sources.naming():
+            return inspect_vae_data(args, plan)
     if plan.finished:
         logger.info("%s is the last step: raise train_iters to go on", plan.resume)
         return 0

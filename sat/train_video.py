@@ -2,9 +2,10 @@
 `torchrun --standalone --nproc_per_node=N sat/train_video.py ...`.
 
 A configuration with a `lora_config` trains its adapter alone, one without trains the network. Checkpoints go to
-`{save}/{experiment_name}-MM-DD-HH-MM/{iteration}`; `--resume latest` goes on from the last. SIGTERM and SIGINT finish
-the step and save. Exit codes: 0 the run is complete, or was asked to stop and is saved; 2 a mistake in the arguments or
-files, or losses that are not finite, stand in its way; 130 interrupted before there was anything to save.
+`{save}/{experiment_name}-MM-DD-HH-MM/{iteration}`; `--resume latest` goes on from the last. `--inspect_data` only says
+what would be trained on. SIGTERM and SIGINT finish the step and save. Exit codes: 0 the run is complete, or was asked
+to stop and is saved; 2 a mistake in the arguments or files, or losses that are not finite, stand in its way; 130
+interrupted before there was anything to save.
 """
 
 import sys
@@ -18,12 +19,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from argument_schema import arguments_from
+from deepspeed_config import BatchSizes
 from input_paths import tell_places
 from launchers import adopt_launcher
 from library_messages import quiet_libraries
 from training_arguments import TrainingArguments, check_values, get_training_args
 from training_command import run_command
-from training_plan import TrainingPlan, plan_run
+from training_plan import TrainingPlan, plan_inspection, plan_run
 
 logger = logging.getLogger("train_video")
 
@@ -46,19 +48,24 @@ def training_main(args: Any, model_cls: type | None = None) -> int:
     given = arguments_from(TrainingArguments, args, model_cls)
     check_values(given)
     with given.sources.naming():
-        plan = plan_run(given)
+        plan = plan_inspection(given) if given.inspect_data else plan_run(given)
     tell_places()
     return train((given, plan))
 
 
-def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, TrainingPlan]:
+def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, TrainingPlan | BatchSizes]:
     args = get_training_args(command_line)
     with args.sources.naming():
-        return args, plan_run(args)
+        return args, plan_inspection(args) if args.inspect_data else plan_run(args)
 
 
-def train(planned: tuple[TrainingArguments, TrainingPlan]) -> int:
+def train(planned: tuple[TrainingArguments, TrainingPlan | BatchSizes]) -> int:
     args, plan = planned
+    if args.inspect_data:
+        from data_inspection import inspect_training_data
+
+        with args.sources.naming():
+            return inspect_training_data(args, plan)
     if plan.finished:
         logger.info("%s is at the last step: raise train_iters to go on", plan.resume)
         return 0

@@ -18,7 +18,7 @@ from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import ModelLimits, check_sharing
 from model_section import check_trained_part, has_adapter
-from output_paths import check_folder
+from output_paths import check_folder, check_sheet
 from sgm.errors import UserError
 from training_arguments import TrainingArguments
 
@@ -43,6 +43,19 @@ class TrainingPlan:
     finished: bool
     cached: bool
     batch: BatchSizes
+
+
+def plan_inspection(args: TrainingArguments) -> BatchSizes:
+    """Return the batch sizes of a run whose data is to be looked at only: neither weights nor folders are needed.
+
+    Raises:
+        UserError: there is no such data, or its settings do not fit the model.
+    """
+    if not check_data(args):
+        check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(args.model_config))
+    if args.contact_sheet is not None:
+        check_sheet(args.contact_sheet)
+    return check_processes(args)
 
 
 def plan_run(args: TrainingArguments) -> TrainingPlan:

@@ -19,7 +19,7 @@ from determinism import check_workspace, describe_change
 from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import SPACE_FACTOR, TIME_FACTOR
-from output_paths import check_folder
+from output_paths import check_folder, check_sheet
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_vae")
@@ -53,6 +53,20 @@ class VaeTrainingPlan:
     def data_ranks(self) -> int:
         """Processes, or groups of such, that have clips of their own."""
         return self.processes // self.ranks_per_clip
+
+
+def plan_vae_inspection(args: VaeTrainingArguments) -> int:
+    """Return the frames per latent frame of a run whose data is to be looked at only.
+
+    Raises:
+        UserError: there is no such data, or its settings do not fit the model.
+    """
+    check_data(args)
+    time_factor, space_factor = compression(args.model_config["params"])
+    check_clips(args.data_config.get("params") or {}, time_factor, space_factor)
+    if args.contact_sheet is not None:
+        check_sheet(args.contact_sheet)
+    return time_factor
 
 
 def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:

@@ -4,7 +4,6 @@ needed; `vae_run_keeper` is what happens beside the steps."""
 import logging
 import os
 import warnings
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from datetime import datetime
@@ -20,7 +19,6 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
 from clip_loader import make_loader
-from data_video import SFTDataset, make_dataset
 from determinism import deterministic_arithmetic
 from devices import choose_device, fast_dtype
 from memory_advice import vae_training_advice
@@ -33,6 +31,7 @@ from sgm.memory_errors import memory_guard
 from sgm.util import instantiate_from_config
 from training_metrics import StepClock
 from vae_checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
+from vae_data import open_data
 from vae_reconstructions import ReconstructionReport
 from vae_run_keeper import RunKeeper
 from vae_training_arguments import ENGINE_KEYS, TRAINER_KEYS
@@ -80,7 +79,9 @@ def fit(
     """
     state = content[RUN_STATE] if content else None
     data_rank = dist.get_rank() // plan.ranks_per_clip
-    clips = open_data(args, plan, args.train_data, repeats=args.train_data_repeats, weights=args.train_data_weights)
+    clips = open_data(
+        args, plan.time_factor, args.train_data, repeats=args.train_data_repeats, weights=args.train_data_weights
+    )
     logger.info("train_data: %s", describe_data(clips, args.train_iters * step_size(args, plan)))
     order = BatchOrder(
         [clips.bucket(index) for index in range(len(clips))],
@@ -94,7 +95,7 @@ def fit(
     )
     report = None
     if args.valid_data and args.eval_interval:
-        held_out = open_data(args, plan, args.valid_data, random_start=False)
+        held_out = open_data(args, plan.time_factor, args.valid_data, random_start=False)
         loader = ValidationLoader(
             held_out,
             batches=args.eval_iters,
@@ -134,18 +135,6 @@ def last_checkpoint(folder: Path) -> Path | None:
 def step_size(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
     """Clips of a step, over all processes."""
     return args.batch_size * plan.accumulation * plan.data_ranks
-
-
-def open_data(
-    args: VaeTrainingArguments, plan: VaeTrainingPlan, paths: list[str], random_start: bool = True, **mixing: Any
-) -> SFTDataset:
-    """Return the clips of `paths`; `mixing` are the repeats and weights that `make_dataset` takes."""
-    config = dict(args.data_config)
-    config["params"] = {"frame_multiple": plan.time_factor, **(config.get("params") or {})}
-    settings = Namespace(
-        missing_label="ignore", max_unreadable_share=args.max_unreadable_share, clip_timeout=args.clip_timeout
-    )
-    return make_dataset(paths, config, settings, random_start, **mixing)
 
 
 class Batches:

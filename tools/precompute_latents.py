@@ -53,6 +53,8 @@ def precompute(command_line: Sequence[str] | None) -> int:
     if options.output is None:
         raise UserError("--output is missing: name the folder of the cache")
     args = get_training_args(rest)
+    if args.inspect_data:
+        raise UserError("inspect_data: give it to sat/train_video.py, which shows the clips that are encoded here")
     variants = check(args, options.image_variants)
     tell_places()
     if args.device == "cpu":
