@@ -14,6 +14,7 @@ from config_targets import why_target_fails
 from input_paths import find_input, located, not_found, places
 from sgm.config_places import SECTIONS, ConfigError, Sources, parse_key
 from sgm.errors import UserError, shown
+from shipped_configs import build_reference
 from yaml_reading import read_yaml
 
 PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir", "lpips_weights")
@@ -57,6 +58,7 @@ def load_configs(
     merged, sources = merge_files(files, paths)
     config = MergedConfig(resolve(merged, sources, trusted))
     config.sources = sources
+    sources.build_reference = build_reference
     for key, target in iterate_targets({section: config.get(section) for section in used}):
         if problem := why_target_fails(target, trusted):
             raise ConfigError(f"{sources.place(parse_key(key))}: {shown(target)[1:-1]}: {problem}")

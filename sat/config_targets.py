@@ -87,6 +87,22 @@ def _why_reexport_fails(module: str, attribute: str, spec: importlib.machinery.M
     return why_target_fails(f"{source}.{name}", trusted=False)
 
 
+def find_source(module: str) -> Path | None:
+    """Return the source file of a module, found without importing it; None if there is none."""
+    search_path, spec = None, None
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
+    for depth in range(1, len(parts) + 1):
+        if depth > 1 and search_path is None:
+            return None
+        spec = _find_spec(".".join(parts[:depth]), search_path)
+        if spec is None:
+            return None
+        search_path = spec.submodule_search_locations
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
 def _find_spec(name: str, search_path: Any) -> importlib.machinery.ModuleSpec | None:
     if search_path is None and name in sys.builtin_module_names:
         return importlib.util.find_spec(name)

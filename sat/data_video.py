@@ -25,8 +25,9 @@ from data_options import check_options
 from data_report import SourceReport, counted
 from model_limits import TIME_FACTOR, ModelLimits
 from reader_record import describe_reader
+from sgm.config_places import Place
 from sgm.errors import UserError
-from sgm.util import get_obj_from_str, instantiate_from_config
+from sgm.util import class_at, instantiate_from_config, reporting
 from video_reading import DEFAULT_BACKEND, UnreadableClip
 from video_sizes import nearest_size, parse_sizes
 
@@ -401,10 +402,10 @@ def make_dataset(
             raise UserError(
                 "data: target is missing; name the class of the dataset, data_video.SFTDataset for instance"
             )
-        create = getattr(get_obj_from_str(data_config["target"]), "create_dataset_function", None)
-        if create is None:
-            raise UserError(f"data: {data_config['target']} is no class of datasets; use data_video.SFTDataset")
-        dataset = create(list(paths), args, **(data_config.get("params") or {}))
+        place = Place(("data",), data_config, getattr(args, "sources", None), building=True)
+        kind = class_at(data_config["target"], place.below("target"), "data")
+        with reporting(place, Place((), None)):
+            dataset = kind.create_dataset_function(list(paths), args, **(data_config.get("params") or {}))
         if not random_start:
             dataset.random_start = False
             dataset.framing = Framing()

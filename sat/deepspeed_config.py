@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from argument_schema import FLOAT, PRECISIONS, nearest
 from config_targets import why_target_fails
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 
 OUR_OPTIMIZERS = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")  # names of the same
 HIGHEST_STAGE = 3
@@ -80,6 +80,29 @@ SOURCES = {
     "scheduler": "runtime/constants.py",
     "activation_checkpointing": "runtime/activation_checkpointing/config.py",
 }
+# Values that DeepSpeed reads without looking at their type, or meets with an assertion minutes after the start.
+FLAGS = {
+    *("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions"),
+    *("overlap_comm", "load_from_fp32_weights", "elastic_checkpoint", "round_robin_gradients", "pin_memory"),
+    *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save", "auto_cast"),
+    *("stage3_use_all_reduce_for_fetch_params", "ignore_unused_parameters", "legacy_stage1", "fast_init"),
+    *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+    *("memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings"),
+    *("pipeline_read", "pipeline_write", "consecutive_hysteresis", "fp16_master_weights_and_grads", "enabled"),
+    *("immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    *("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing", "profile", "legacy_fusion"),
+    *("synchronize_checkpoint_boundary", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("prescale_gradients", "disable_allgather", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+    *("dataloader_drop_last", "disable_python_gc", "compute_grad_norm", "enable_sanity_checks", "super_offload"),
+}
+COUNTS = {
+    *("reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "buffer_count"),
+    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+    *("stage3_max_reuse_distance", "stage3_module_granularity_threshold", "buffer_size", "max_in_cpu"),
+    *("zero_hpz_partition_size", "steps_per_print", "allgather_size", "vocabulary_size", "sequence_parallel_size"),
+}
+SHARES = {"ratio", "cpuadam_cores_perc"}
+LARGEST_COUNT = 10**15
 # Features that newer versions stop at, even where they are turned off.
 REMOVED_KEYS = {
     *("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue", "elasticity"),
@@ -117,6 +140,7 @@ def check_deepspeed_config(section: Mapping[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in as_numbers(section).items() if value is not None}
     config = without_removed_keys(with_modern_spelling(config))
     check_keys("", config, KEYS)
+    check_types("", config)
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if name in config:
             check_number(name, config[name], least=1, whole=True)
@@ -226,13 +250,29 @@ def checked_section(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     return section
 
 
+def check_types(place: str, section: Mapping[str, Any]) -> None:
+    """Raises UserError for a value of the wrong type in a part of the section, or in what is below it."""
+    for key, value in section.items():
+        name = f"{place}.{key}" if place else str(key)
+        if value is None or value == "auto":
+            continue
+        if key in FLAGS and type(value) is not bool and value not in (0, 1):
+            raise UserError(f"deepspeed: {name} is {shown(value)}; expected true or false")
+        if key in COUNTS and (type(value) not in (int, float) or not 0 <= value <= LARGEST_COUNT):
+            raise UserError(f"deepspeed: {name} is {shown(value)}; expected a number from 0 to {LARGEST_COUNT:.0e}")
+        if key in SHARES and (type(value) not in (int, float) or not 0 <= value <= 1):
+            raise UserError(f"deepspeed: {name} is {shown(value)}; expected a share, from 0 to 1")
+        if name in SECTION_KEYS and isinstance(value, Mapping):
+            check_types(name, value)
+
+
 def check_number(name: str, value: Any, least: float, whole: bool = False, below: float = math.inf) -> None:
     """Raises UserError unless least <= value < below."""
     kinds = (int,) if whole else (int, float)
     if type(value) not in kinds or not least <= value < below:
         kind = "a whole number" if whole else "a number"
         limit = "" if below == math.inf else f" and below {below}"
-        raise UserError(f"deepspeed: {name} is {value!r}; expected {kind}, at least {least}{limit}")
+        raise UserError(f"deepspeed: {name} is {shown(value)}; expected {kind}, at least {least}{limit}")
 
 
 def check_precision(config: Mapping[str, Any]) -> None:
@@ -240,7 +280,7 @@ def check_precision(config: Mapping[str, Any]) -> None:
     for name in PRECISIONS:
         value = checked_section(config, name).get("enabled", False)
         if type(value) is not bool:
-            raise UserError(f"deepspeed: {name}.enabled is {value!r}; expected true or false")
+            raise UserError(f"deepspeed: {name}.enabled is {shown(value)}; expected true or false")
         enabled += [name] * value
     if len(enabled) > 1:
         raise UserError("deepspeed: fp16 and bf16 are both enabled: choose one")
@@ -260,19 +300,19 @@ def check_zero(zero: Any) -> None:
     zero = checked_section({"zero_optimization": zero}, "zero_optimization")
     stage = zero.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= HIGHEST_STAGE:
-        raise UserError(f"deepspeed: zero_optimization.stage is {stage!r}; it can be 0, 1, 2 or 3")
+        raise UserError(f"deepspeed: zero_optimization.stage is {shown(stage)}; it can be 0, 1, 2 or 3")
     for name, least_stage in (("offload_optimizer", 1), ("offload_param", HIGHEST_STAGE)):
         place = f"zero_optimization.{name}"
         offload = checked_section(zero, place)
         device = offload.get("device", "none")
         if device not in ("none", "cpu", "nvme"):
-            raise UserError(f"deepspeed: {place}.device is {device!r}; it can be none, cpu or nvme")
+            raise UserError(f"deepspeed: {place}.device is {shown(device)}; it can be none, cpu or nvme")
         if device != "none" and stage < least_stage:
             stages = "stage 3" if least_stage == HIGHEST_STAGE else "stage 1, 2 or 3"
             raise UserError(f"deepspeed: {place} needs {stages}; zero_optimization.stage is {stage}")
         if device == "nvme" and not Path(str(offload.get("nvme_path"))).is_dir():
             raise UserError(
-                f"deepspeed: {place}.nvme_path is {offload.get('nvme_path')!r}; expected an existing folder"
+                f"deepspeed: {place}.nvme_path is {shown(offload.get('nvme_path'))}; expected an existing folder"
             )
 
 
@@ -285,9 +325,9 @@ def type_and_params(config: Mapping[str, Any], place: str) -> tuple[str, Mapping
     section = checked_section(config, place)
     name, params = section.get("type"), section.get("params")
     if not isinstance(name, str) or not name:
-        raise UserError(f"deepspeed: {place}.type is {name!r}; expected a name")
+        raise UserError(f"deepspeed: {place}.type is {shown(name)}; expected a name")
     if not isinstance(params, Mapping):
-        raise UserError(f"deepspeed: {place}.params is {params!r}; expected keys and values")
+        raise UserError(f"deepspeed: {place}.params is {shown(params)}; expected keys and values")
     return name, params
 
 
@@ -324,7 +364,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     if "betas" in params:
         betas = params["betas"]
         if not isinstance(betas, list) or len(betas) < 2:
-            raise UserError(f"deepspeed: optimizer.params.betas is {betas!r}; expected two numbers")
+            raise UserError(f"deepspeed: optimizer.params.betas is {shown(betas)}; expected two numbers")
         for beta in betas:
             check_number("optimizer.params.betas", beta, least=0, below=1)
 

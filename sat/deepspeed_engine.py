@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 
 from deepspeed_config import runtime_config
 from ema_adam import EmaAdam
+from sgm.config_places import Place, Sources
 from sgm.errors import UserError
-from sgm.util import get_obj_from_str
+from sgm.util import class_at, reporting
 
 # Names of the same optimizer: SwissArmyTransformer's own needs a CUDA extension to be compiled.
 EMA_ADAM = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")
@@ -59,7 +60,7 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
     if is_plain:
         config["gradient_clipping"] = 0.0  # done before the step, with the norm in hand
     try:
-        optimizer = build_optimizer(config, groups)
+        optimizer = build_optimizer(config, groups, getattr(args, "sources", None))
         engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
@@ -108,7 +109,9 @@ def parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> Optimizer | None:
+def build_optimizer(
+    config: dict[str, Any], groups: list[dict[str, Any]], sources: Sources | None = None
+) -> Optimizer | None:
     """The optimizer that `config` names by import path, taken out of it; None for a name that DeepSpeed knows."""
     section = config["optimizer"]
     if "." not in section["type"]:
@@ -116,8 +119,11 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> Opt
             section["params"].setdefault("torch_adam", True)  # else DeepSpeed compiles an extension, silently
         return None
     del config["optimizer"]
-    kind = EmaAdam if section["type"] in EMA_ADAM else get_obj_from_str(section["type"])
-    return kind(groups, **section["params"])
+    root = Place(("deepspeed",), config, sources)
+    place = Place(("deepspeed", "optimizer"), section, sources, building=True)
+    kind = EmaAdam if section["type"] in EMA_ADAM else class_at(section["type"], place.below("type"), "optimizer")
+    with reporting(place.below("params"), root):
+        return kind(groups, **section["params"])
 
 
 class Annealing(AnnealingLR):

@@ -4,6 +4,7 @@ import copy
 import gc
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,11 @@ from network_files import is_adapter
 from network_weights import instantiate_on_meta, load_network
 from process_groups import parallel_groups
 from sgm import randomness
+from sgm.config_places import current_place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-from sgm.util import get_obj_from_str, instantiate_from_config
+from sgm.util import class_at, instantiate_from_config
 
 PARTS = ("conditioner", "first_stage_model", "model")
 PART_NAMES = {"conditioner": "the text encoder", "first_stage_model": "the VAE", "model": "the network"}
@@ -70,15 +72,20 @@ class SATVideoDiffusionEngine(nn.Module):
         self.noised_image_dropout = config.get("noised_image_dropout", 0.0)
         self.not_trainable_prefixes = not_trainable_prefixes(config)
 
-        self.denoiser = instantiate_from_config(config["denoiser_config"])
-        self.sampler = instantiate_from_config(config["sampler_config"]) if config.get("sampler_config") else None
-        self.loss_fn = instantiate_from_config(config["loss_fn_config"]) if config.get("loss_fn_config") else None
-        # The first stage's own, for latents that were encoded before.
-        self.regularizer = instantiate_from_config(config["first_stage_config"]["params"]["regularizer_config"])
+        with self.section():
+            self.denoiser = instantiate_from_config(config["denoiser_config"])
+            self.sampler = instantiate_from_config(config["sampler_config"]) if config.get("sampler_config") else None
+            self.loss_fn = instantiate_from_config(config["loss_fn_config"]) if config.get("loss_fn_config") else None
+            # The first stage's own, for latents that were encoded before.
+            self.regularizer = instantiate_from_config(config["first_stage_config"]["params"]["regularizer_config"])
         for part in PARTS:
             setattr(self, part, None)
         for part in parts:
             self.build(part)
+
+    def section(self) -> AbstractContextManager[None]:
+        """Return a context in which objects are built of this configuration, whose files errors then name."""
+        return section("model", self.config, getattr(self.args, "sources", None))
 
     # Parts
 
@@ -93,7 +100,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 "first_stage_model": self._build_first_stage,
                 "model": self._build_network,
             }[part]
-            with memory_guard(f"loading {PART_NAMES[part]}"):
+            with memory_guard(f"loading {PART_NAMES[part]}"), self.section():
                 setattr(self, part, build(self.device if device is None else device))
         return getattr(self, part)
 
@@ -144,7 +151,8 @@ class SATVideoDiffusionEngine(nn.Module):
             set_lora_scale(network, lora_scale)
         wrapper = OpenAIWrapper
         if self.config.get("network_wrapper"):
-            wrapper = get_obj_from_str(self.config["network_wrapper"])
+            place = current_place().below("network_wrapper")
+            wrapper = class_at(self.config["network_wrapper"], place, place.slot)
         return wrapper(network, compile_model=self.config.get("compile_model", False), dtype=self.dtype)
 
     @property

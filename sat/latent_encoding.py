@@ -29,7 +29,7 @@ from clip_transforms import Framing
 from data_mixing import repeated
 from data_video import make_dataset
 from devices import choose_device, settle_precision
-from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
+from diffusion_video import PARTS, SATVideoDiffusionEngine, noise_first_frame
 from engine_choice import build_engine, is_overridden
 from latent_cache import (
     DESCRIPTION,
@@ -43,6 +43,7 @@ from latent_cache import (
     read_shards,
 )
 from memory_advice import precompute_advice
+from model_checks import check_model
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups
@@ -80,6 +81,7 @@ def run(
     try:
         device = choose_device(args.device)
         args = settle_precision(args, device)
+        check_model(args, PARTS[:2])  # before weights and clips are read
         engine = build_engine(without_context_parallel(args), (), device)
         if is_overridden(engine, "encode_first_stage") and not is_overridden(engine, "encode_moments"):
             raise UserError(

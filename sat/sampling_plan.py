@@ -15,6 +15,7 @@ from arguments import SamplingArguments
 from config_files import check_paths
 from frame_sizes import size_from_image, size_of_image, warn_of_crop
 from model_limits import ModelLimits, check_sharing
+from model_values import check_model_values, check_parameters
 from output_paths import check_folder, decide_existing, output_path
 from prompt_inputs import PromptRequest, read_prompts, request_seed
 from prompt_refinement import Endpoint, Prompt, refine
@@ -48,11 +49,13 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     Raises:
         UserError: the model cannot do what is asked, a file that it needs is not there, or an output exists.
     """
+    check_model_values(args.model_config, args.sources)
     limits = ModelLimits.from_config(args.model_config)
     limits.check_mode(args.image2video, args.latent_channels)
     limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)
     check_combinations(args)
     check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
+    check_parameters({"model": args.model_config}, args.sources)
     check_folder(args.output_dir)
     if args.contact_sheet is not None:
         check_folder(Path(args.contact_sheet).parent, "contact_sheet")

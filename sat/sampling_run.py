@@ -17,11 +17,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from arguments import SamplingArguments
 from contact_sheet import write_contact_sheet
 from devices import choose_device, settle_precision
-from diffusion_video import SATVideoDiffusionEngine
+from diffusion_video import PARTS, SATVideoDiffusionEngine
 from engine_choice import build_engine
 from image_inputs import load_condition_image
 from layer_streaming import stream_layers
 from looping_previews import write_looping_preview
+from model_checks import check_model
 from model_limits import SPACE_FACTOR
 from network_files import checkpoint_file
 from process_groups import destroy_process_groups, initialize_process_groups
@@ -135,6 +136,7 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
     """Make this process's videos; the number of them that failed."""
     for path in filter(None, (args.load, args.lora_load)):  # before minutes go into the text encoder
         checkpoint_file(path, mpu.get_model_parallel_rank(), args.model_parallel_size)
+    check_model(args, PARTS)  # before any weights are read
     device = choose_device(args.device)
     args = settle_precision(args, device)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same video

@@ -18,6 +18,7 @@ from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import ModelLimits, check_sharing
 from model_section import check_trained_part, has_adapter
+from model_values import check_data_section, check_model_values, check_parameters
 from output_paths import check_folder, check_sheet
 from sgm.errors import UserError
 from training_arguments import TrainingArguments
@@ -65,6 +66,8 @@ def plan_run(args: TrainingArguments) -> TrainingPlan:
             or the run is finished already.
     """
     check_workspace(args.deterministic)
+    check_model_values(args.model_config, args.sources)
+    check_data_section(args.data_config, args.sources)
     batch = check_processes(args)
     cached = check_data(args)
     check_model(args)
@@ -77,6 +80,7 @@ def plan_run(args: TrainingArguments) -> TrainingPlan:
         parts = ["network_config", *(["first_stage_config"] if decodes else [])]
         needed = {part: args.model_config[part] for part in parts}
     check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": needed})
+    check_parameters({"model": args.model_config, "data": args.data_config}, args.sources)
     check_folder(args.save, "save")
     resume = find_resume(args)
     finished = resume is not None and resume.name.isdecimal() and int(resume.name) >= args.train_iters

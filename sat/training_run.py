@@ -26,9 +26,11 @@ from clip_loader import make_loader
 from data_video import make_dataset
 from determinism import deterministic_arithmetic
 from devices import choose_device, settle_precision
+from diffusion_video import PARTS
 from engine_choice import build_engine
 from latent_cache import conditioner_for_cache
 from memory_advice import training_advice
+from model_checks import check_model
 from optimizer_state import check_storable
 from parameter_report import report
 from process_failures import failing_together
@@ -76,6 +78,7 @@ class Trainer:
         self.args = args = settle_precision(args, self.device)
         self.leads = dist.get_rank() == 0
         self.batch, self.cached = plan.batch, plan.cached
+        check_model(args, ("model",) if plan.cached else PARTS)  # before clips and weights are read
         resume = from_first_process(lambda: plan.resume)
         state = read_state(resume) if resume else None
         self.run_folder = resume.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))

@@ -19,6 +19,7 @@ from determinism import check_workspace, describe_change
 from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import SPACE_FACTOR, TIME_FACTOR
+from model_values import check_data_section, check_model_values, check_parameters
 from output_paths import check_folder, check_sheet
 from sgm.errors import UserError
 
@@ -76,6 +77,8 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
             or the run is finished already.
     """
     check_workspace(args.deterministic)
+    check_model_values(args.model_config, args.sources)
+    check_data_section(args.data_config, args.sources)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_devices(args.lightning_config, processes)
     check_data(args)
@@ -85,6 +88,7 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
     latent_frames = check_clips(data_params, time_factor, space_factor)
     ranks_per_clip = check_sharing(params, processes, latent_frames)
     check_paths({"model": {"params": params}})
+    check_parameters({"model": args.model_config, "data": args.data_config}, args.sources)
     check_folder(args.save, "save")
     resume = run_folders.find_resume(args, checkpoint_file)
     finished = resume is not None and step_of(resume) >= args.train_iters

@@ -25,6 +25,7 @@ from memory_advice import vae_training_advice
 from process_failures import failing_together
 from run_control import describe_data, from_first_process, join_processes, leave_processes, removed_if_empty
 from run_folders import new_run_folder
+from sgm.config_places import section
 from sgm.context_parallel import split_evenly
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
@@ -175,7 +176,9 @@ def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
     """The Lightning module that the `model:` section describes."""
     trainer = args.lightning_config.get("trainer") or {}
     settings = {name: trainer[name] for name in ENGINE_KEYS if trainer.get(name) is not None}
-    engine = instantiate_from_config({name: args.model_config[name] for name in ("target", "params")}, **settings)
+    described = {name: args.model_config[name] for name in ("target", "params")}
+    with section("model", described, args.sources):
+        engine = instantiate_from_config(described, **settings)
     if not isinstance(engine, pl.LightningModule) or not hasattr(engine, "coder_state_dict"):
         raise UserError(
             f"model.target: {args.model_config['target']} cannot be trained: use "

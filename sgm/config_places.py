@@ -6,7 +6,7 @@ to each other.
 """
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -43,7 +43,11 @@ class Sources:
 
     def __init__(self, names: Sequence[str | Path] = ()):
         self.names = [str(name) for name in names]
+        self.given: set[str] = set()  # arguments of the command line, which are from no file
         self._files: dict[Key, str] = {}
+        # Builds (and uses) what a shipped file has at a key for the same class; returns what that raises. See
+        # `config_blame`.
+        self.build_reference: Callable[..., Exception | None] | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sources)
@@ -73,59 +77,92 @@ class Sources:
         return f"{file}: {dotted(key)}" if file else dotted(key)
 
     @contextmanager
-    def naming(self, given: Container[str] = ()) -> Iterator[None]:
-        """Within the block, put the file before the message of a UserError that begins with a key.
+    def naming(self, given: Iterable[str] = ()) -> Iterator[None]:
+        """Within the block, put the file before the message of a UserError that names a key.
 
-        Such messages begin with `SECTION: KEY`, `SECTION.KEY` or, for an argument, `KEY is`.
+        Such messages begin with `SECTION: KEY`, `SECTION.KEY` or an argument's name, or have a dotted key in them.
 
         Args:
-            given: arguments of the command line, which are from no file.
+            given: arguments of the command line, also for later blocks.
         """
+        self.given |= set(given)
         try:
             yield
-        except ConfigError:
-            raise
         except UserError as error:
-            key = key_of_message(str(error))
-            if key is None or (key[0] == "args" and len(key) > 1 and key[1] in given):
-                raise
-            if key[0] == "args" and tuple(key[:2]) not in self._files and not str(error).startswith("args"):
-                raise  # a default
-            if not (file := self.file_of(key)):
+            key = self.key_of_message(str(error))
+            if type(error) is not UserError or key is None or not (file := self.file_of(key)):
                 raise
             raise ConfigError(f"{file}: {error}") from error
 
+    def key_of_message(self, message: str) -> Key | None:
+        """Return the key that a message is about; None if it names none, or one that is from no file."""
+        if match := _KEY.match(message) or _DOTTED_KEY.search(message):
+            key = (match[1], *parse_key(match[2]))
+            return None if key[0] == "args" and key[1] in self.given else key
+        match = _ARGUMENT.match(message)
+        if match and match[1] not in self.given and (("args", match[1]) in self._files or match[2]):
+            return ("args", match[1])
+        match = _ADVICE.search(message)
+        if match and match[1] not in self.given and ("args", match[1]) in self._files:
+            return ("args", match[1])
+        return None
 
-def key_of_message(message: str) -> Key | None:
-    """Return the key that a message begins with; None if it begins otherwise."""
-    if match := re.match(rf"({'|'.join(SECTIONS)})(?:: (?:unknown key '|unknown )?|\.)([\w.\[\]]*\w\]?)", message):
-        return (match[1], *parse_key(match[2]))
-    if match := re.match(r"(\w+) is ", message):
-        return ("args", match[1])
-    return None
+
+_NAMES = "|".join(SECTIONS)
+_KEY = re.compile(rf"({_NAMES})(?:: (?:unknown key '|unknown )?|\.)([\w.\[\]]*\w\]?)")
+_DOTTED_KEY = re.compile(rf"\b({_NAMES})\.(\w[\w.\[\]]*)")
+_ARGUMENT = re.compile(r"(\w+)\b ?(is missing)?")
+_ADVICE = re.compile(r"\b(?:set |or )(\w+): ")
 
 
 @dataclass(frozen=True)
 class Place:
-    """The object that is being built: where its configuration is, and that configuration itself."""
+    """A place in a configuration, and what stands there.
+
+    Args:
+        building: an object is being built of it.
+        found: False where it is not known where in `key` the configuration stands.
+    """
 
     key: Key
     config: Any
     sources: Sources | None = None
+    building: bool = False
+    found: bool = True
 
     def __str__(self) -> str:
         return self.sources.place(self.key) if self.sources else dotted(self.key)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to say about where this is."""
+        return bool(self.key) and self.key[0] in SECTIONS
+
+    @property
+    def slot(self) -> str | None:
+        """The name of the key at this place; that of the list for its items. None where it is not known."""
+        if not self.found:
+            return None
+        return next((part for part in reversed(self.key) if isinstance(part, str)), None)
 
     def below(self, *parts: str | int) -> "Place":
         """Return the place of a key below this one."""
         return Place((*self.key, *parts), None, self.sources)
 
     def find(self, config: Any) -> Key | None:
-        """Return the key, relative to this place, at which `config` stands; None where it is not found."""
+        """Return the key, relative to this place, at which `config` stands; None where it is not found.
+
+        A copy is found by its content, one that has been added to by its target.
+        """
+        nodes = list(walk(self.config))
         for same in (lambda node: node is config, lambda node: node == config):
-            found = next((key for key, node in walk(self.config) if key and same(node)), None)
-            if found is not None:
-                return found
+            if found := [key for key, node in nodes if same(node)]:
+                return found[0]
+        if isinstance(config, Mapping) and "target" in config:
+            target = config["target"]
+            found = [key for key, node in nodes if isinstance(node, Mapping) and node.get("target") == target]
+            if len(found) == 1:
+                return found[0]
         return None
 
 
@@ -150,8 +187,8 @@ def current_place() -> Place | None:
 
 
 @contextmanager
-def within(place: Place) -> Iterator[None]:
-    """Within the block, what is built is at `place` or below it."""
+def within(place: Place | None) -> Iterator[None]:
+    """Within the block, what is built is at `place` or below it; None: of no file."""
     token = _current.set(place)
     try:
         yield

@@ -60,3 +60,14 @@ def place_parts(model: dict[str, Any], folder: Path) -> None:
     """Let the model find its text encoder and its VAE in `folder`."""
     model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "t5")
     model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae.pt")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz_cases", type=int, default=60, help="changed configurations to try (default: 60)")
+    parser.addoption("--fuzz_start", type=int, default=0, help="the number of the first of them (default: 0)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "fuzz_case" in metafunc.fixturenames:
+        start = metafunc.config.getoption("fuzz_start")
+        metafunc.parametrize("fuzz_case", range(start, start + metafunc.config.getoption("fuzz_cases")))

@@ -1,0 +1,91 @@
+"""Whatever stands in a configuration, a command ends with exit code 0, 1 or 2 in time: without a traceback, without
+half-written files, and without running what the configuration names. See `--fuzz_cases` in `conftest.py`."""
+
+import random
+import shutil
+from typing import Any
+
+import pytest
+import yaml
+
+from config_files import load_configs
+from config_mutations import CANARY, evil_module, mutated
+from fuzz_server import Server
+from training_clips import write_dataset
+from training_runs import ROOT
+
+COMMANDS = ("sample_video", "train_video", "train_vae")
+SEED = 18
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """A configuration of each command that works, with everything in it, and takes seconds."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    data = str(write_dataset(folder / "data", clips=2, frames=9, sizes=[(64, 64)]))
+    (folder / "prompts.txt").write_text("a red circle\n")
+    configs = ROOT / "configs"
+
+    def loaded(*names: str) -> dict[str, Any]:
+        config = dict(load_configs([configs / name for name in names]))
+        for _, node in _mappings(config):
+            for name, value in node.items():
+                if isinstance(value, str) and value.startswith("assets/"):
+                    node[name] = str(ROOT / value)
+        return config
+
+    sampling = loaded("tiny/cogvideox_tiny.yaml", "inference.yaml")
+    sampling["args"] |= {"input_file": str(folder / "prompts.txt"), "output_dir": "out", "device": "cpu"}
+    sampling["args"] |= {"sampling_num_steps": 1, "sampling_num_frames": 1, "only_save_latents": False}
+    training = loaded("tiny/cogvideox_tiny_lora.yaml", "tiny/sft.yaml")
+    short = {"train_data": [data], "num_workers": 0, "device": "cpu", "tensorboard": False, "save_interval": 100}
+    training["args"] |= {**short, "save": "out", "train_iters": 1, "valid_data": [], "log_interval": 1}
+    training["data"]["params"] |= {"video_size": [64, 64], "max_num_frames": 1}
+    training["deepspeed"] |= {"train_micro_batch_size_per_gpu": 1}
+    training["deepspeed"].pop("torch_autocast", None)
+    vae = loaded("tiny/vae_images.yaml")
+    vae["args"] |= {**short, "save": "out", "train_iters": 1, "valid_data": [], "batch_size": 1}
+    vae["data"]["params"] |= {"video_size": [64, 64], "max_num_frames": 1}
+    return {"sample_video": sampling, "train_video": training, "train_vae": vae}
+
+
+def _mappings(node: Any, key: tuple = ()):
+    if isinstance(node, dict):
+        yield key, node
+    for name, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _mappings(child, (*key, name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_configurations_themselves_work(command, server, bases, tmp_path):
+    (tmp_path / "case.yaml").write_text(yaml.safe_dump(bases[command]))
+    code, log = server.run(command, ["--base", "case.yaml"], tmp_path)
+    assert code == 0, log
+    assert any((tmp_path / "out").rglob("*"))
+
+
+def test_a_changed_configuration_ends_well(fuzz_case, server, bases, tmp_path):
+    source = random.Random(f"{SEED}:{fuzz_case}")
+    command = COMMANDS[fuzz_case % len(COMMANDS)]
+    text, key = mutated(bases[command], source)
+    (tmp_path / "case.yaml").write_text(text)
+    evil_module(tmp_path)
+    code, log = server.run(command, ["--base", "case.yaml"], tmp_path)
+    complaint = f"case {fuzz_case}: {command}, {key} changed: exit code {code}\n{log}"
+    assert code in (0, 1, 2), complaint
+    assert "Traceback" not in log, complaint
+    assert not (tmp_path / CANARY).exists(), complaint
+    lines = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(lines) == (code == 2), complaint
+    if code == 2:
+        assert "case.yaml" in lines[0], complaint
+        assert not any(path.is_file() for path in (tmp_path / "out").rglob("*")), complaint
+    assert not any(path.name.endswith((".part", ".tmp")) for path in tmp_path.rglob("*")), complaint
+    shutil.rmtree(tmp_path, ignore_errors=True)
