@@ -41,12 +41,12 @@ def decoded(content: bytes, name: str) -> str:
         raise UserError(f"{name} is not UTF-8 text: save it as UTF-8") from error
 
 
-def entries_of_table(content: bytes, name: str, txt_key: str = TXT_KEY) -> list[Entry]:
+def entries_of_table(content: bytes, name: str, txt_key: str | None = TXT_KEY) -> list[Entry]:
     """Return the clips that a manifest names, with their captions.
 
     Args:
         name: of the manifest, whose suffix says what it is.
-        txt_key: the column of the captions; where a record has none of this name, synonyms count.
+        txt_key: the column of the captions; where a record has none of this name, synonyms count. None: no captions.
 
     Raises:
         UserError: it cannot be understood; the message names the line.
@@ -54,7 +54,10 @@ def entries_of_table(content: bytes, name: str, txt_key: str = TXT_KEY) -> list[
     text, suffix = decoded(content, f"the manifest {name}"), PurePath(name).suffix.lower()
     read = {".jsonl": _json_lines, ".json": _json_list}.get(suffix, _csv_lines)
     return [
-        (video_of(record, f"{name}, {place}"), caption_of(record, f"{name}, {place}", txt_key))
+        (
+            video_of(record, f"{name}, {place}"),
+            caption_of(record, f"{name}, {place}", txt_key) if txt_key is not None else None,
+        )
         for place, record in read(text, name)
     ]
 

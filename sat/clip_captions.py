@@ -1,8 +1,8 @@
 """Which clips a tree of files holds, and which captions belong to them.
 
 Where the caption of a clip may be, the first that exists counts:
-  * `labels/a/b.txt` for `videos/a/b.mp4` (also `captions`, `prompts`, `texts`), or `b.txt` beside the clip; `.caption`
-    and `.json` (with the caption under a key) likewise;
+  * `labels/a/b.txt` for `videos/a/b.mp4` (also `captions`, `prompts`, `texts`), or `b.txt` beside the clip (also
+    `b.mp4.txt`); `.caption` and `.json` (with the caption under a key) likewise;
   * `metadata.jsonl` (`.csv`, `.tsv`) in a folder above: records with `file_name` and `caption`;
   * `videos.txt` in a folder above, one path a line, and beside it `prompts.txt`, `prompt.txt` or `captions.txt`.
 
@@ -24,9 +24,9 @@ from clip_trees import Tree
 from sgm.errors import UserError
 
 READERS = 16  # threads; small files on a network file system are a matter of waiting, not of computing
-LABEL_SUFFIXES = (".txt", ".caption", ".json")
+LABEL_SUFFIXES = (".txt", ".TXT", ".caption", ".json")
 CLIP_FOLDERS = ("videos", "video", "clips", "images", "image")
-LABEL_FOLDERS = ("labels", "captions", "prompts", "texts", "txt")
+LABEL_FOLDERS = ("labels", "captions", "prompts", "texts", "txt", "label", "caption", "prompt", "text")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 VIDEO_LISTS = ("videos.txt", "video.txt", "images.txt")  # the first that exists
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt", "texts.txt", "text.txt")
@@ -45,10 +45,12 @@ class LabelRules:
     Args:
         txt_key: the key of the caption in records; synonyms count where a record has none of this name.
         lines: of a label file of several lines the "first" is the caption, or "all" of them, joined by a blank.
+        used: False: captions are not needed, and nothing that may hold some is looked at.
     """
 
     txt_key: str = TXT_KEY
     lines: str = "first"
+    used: bool = True
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Found:
         long_labels: how many label files have several lines.
         unlisted: clips that a list or `metadata` file leaves out, and that have no caption of their own.
         unread: how many files look like media and are not read, by suffix.
+        beside: clips in a folder of tar files, which alone are read.
     """
 
     clips: list[ClipSource] = field(default_factory=list)
@@ -70,6 +73,7 @@ class Found:
     long_labels: int = 0
     unlisted: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
+    beside: list[str] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
         """Take over what was found at another place."""
@@ -93,6 +97,8 @@ def clips_of(tree: Tree, rules: LabelRules, extra: Mapping[str, str] | None = No
     names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES]
     with ThreadPoolExecutor(READERS) as threads:
         sources = list(threads.map(lambda name: tree.source(name, None), names))
+        if not rules.used:
+            return replace(found, clips=sources)
         labels = _labels_of(tree, names, sources)
         read = list(threads.map(lambda label: _caption_in(tree, label, rules) if label else (None, False), labels))
     found.long_labels = sum(several for _, several in read)
@@ -153,7 +159,7 @@ def _label_folders(tree: Tree, folder: str) -> Iterator[str]:
 
 def _label_names(tree: Tree, folders: Sequence[str], file: str) -> Iterator[str]:
     stem = PurePosixPath(file).stem
-    for base in (stem, *tree.other_stems(stem)):
+    for base in (stem, file, *tree.other_stems(stem)):
         for suffix in LABEL_SUFFIXES:
             for folder in folders:
                 yield f"{folder}/{base}{suffix}" if folder else base + suffix

@@ -63,9 +63,12 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
         label_lines=rules.labels.lines,
         unread=dict(found.unread),
         hints=found.hints,
+        captions_missing=0 if rules.labels.used else None,
     )
     for name in found.unlisted:
         report.leave_out("clips have no caption, neither their own nor in the list above them", name)
+    for name in found.beside:
+        report.leave_out("clips lie beside tar files, which alone are read", name)
     clips = _without_stray_pictures(found.clips, rules.missing_label, report)
     check_captions(location, clips, found, rules.missing_label)
     place = Path(location)
@@ -89,7 +92,8 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
         report.samples += len(parts)
         report.shapes[str(bucket)] += len(parts)
         report.cut_away.append(share_cut_away(info.height, info.width, size))
-        report.captions_missing += clip.caption is None
+        if report.captions_missing is not None:
+            report.captions_missing += clip.caption is None
         if is_image:
             report.pictures += 1
         else:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from caption_tables import TABLE_SUFFIXES, caption_of, decoded, entries_of_table
 from clip_captions import READERS, Found, LabelRules, clips_of
@@ -55,14 +55,23 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
     path = Path(location)
     if path.is_dir():
         shards = sorted(str(file) for file in path.glob("*.tar"))
-        return _tar_clips(shards, rules) if shards else _folder_clips(path, rules)
+        return _with_files_beside(_tar_clips(shards, rules), path) if shards else _folder_clips(path, rules)
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         return _manifest_clips(path, rules)
     if suffix == ".tar":
         return _tar_clips(_expand(location), rules)
     what = "is no folder, .jsonl, .csv or .tar file" if path.exists() else "does not exist"
+    if path.exists() and suffix in (".txt", *CLIP_SUFFIXES):
+        what += f": give the folder it lies in, {path.parent}"
     raise UserError(f"training data: {location} {what}")
+
+
+def _with_files_beside(found: Found, root: Path) -> Found:
+    """What was found in a folder's shards, and the clips beside these, which are not read."""
+    tree = Folder(root)
+    found.beside = [tree.shown(name) for name in tree.names if PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES]
+    return found
 
 
 def _folder_clips(root: Path, rules: LabelRules) -> Found:
@@ -85,7 +94,7 @@ def _manifest_clips(path: Path, rules: LabelRules) -> Found:
         raise UserError(f"cannot read the manifest {path}: {error.strerror or error}") from error
     clips = [
         ClipSource(os.path.normpath(path.parent / video), caption)
-        for video, caption in entries_of_table(content, str(path), rules.txt_key)
+        for video, caption in entries_of_table(content, str(path), rules.txt_key if rules.used else None)
     ]
     if not clips:
         raise UserError(f"no videos found in {path}: write one a line, with 'video' and 'caption'")
@@ -129,7 +138,7 @@ def _shard_clips(shard: str, rules: LabelRules) -> Found:
 def _meta_captions(shard: str, rules: LabelRules) -> Iterator[tuple[str, str]]:
     """The captions in `SHARD.meta.jsonl`, by the samples' keys: SwissArmyTransformer's own layout."""
     path = Path(shard).with_name(Path(shard).name.partition(".")[0] + ".meta.jsonl")
-    if not path.is_file():
+    if not (rules.used and path.is_file()):
         return
     for number, line in enumerate(decoded(path.read_bytes(), str(path)).split("\n"), start=1):
         if not line.strip():

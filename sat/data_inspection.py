@@ -105,9 +105,10 @@ def _describe(dataset: Dataset, weights: Sequence[float]) -> dict[str, Any]:
     for place, weight in zip(places, weights, strict=False):
         place["weight"] = weight
     shapes = Counter(str(dataset.bucket(index)) for index in range(len(dataset)))
+    used = all(place["captions_missing"] is not None for place in places)
     return {
         "samples": len(dataset),
-        "captions_missing": dataset.missing_labels,
+        "captions_missing": dataset.missing_labels if used else None,
         "shapes": dict(shapes.most_common()),
         "unreadable": list(dict.fromkeys(dataset.unreadable)),
         "encoded": isinstance(dataset, LatentDataset),
@@ -135,7 +136,9 @@ def _lines(content: dict[str, Any]) -> list[str]:
     lines = []
     for name in ("train_data", "valid_data"):
         if data := content.get(name):
-            lines.append(f"{name}: {data['samples']} clips, {data['captions_missing']} without a caption")
+            missing = data["captions_missing"]
+            captions = "captions are not used" if missing is None else f"{missing} without a caption"
+            lines.append(f"{name}: {data['samples']} clips, {captions}")
             lines += [f"  {line}" for place in data["places"] for line in _place_lines(place)]
             lines += [f"  unreadable: {line}" for line in data["unreadable"]]
     sheet = content["contact_sheet"]
@@ -151,7 +154,8 @@ def _place_lines(place: dict[str, Any]) -> list[str]:
         lines[0] += f", weight {place['weight']:g}"
     if place["videos"] or place["pictures"]:
         lines.append(f"{place['videos']} videos and {place['pictures']} pictures give {place['samples']} clips")
-    lines.append(f"{place['captions_missing']} have no caption")
+    if place["captions_missing"]:
+        lines.append(f"{place['captions_missing']} have no caption")
     shapes = list(place["shapes"].items())
     more = [f"{len(shapes) - SHOWN_SHAPES} more shapes"] if len(shapes) > SHOWN_SHAPES else []
     lines.append("shapes: " + ", ".join([*(f"{count} of {shape}" for shape, count in shapes[:SHOWN_SHAPES]), *more]))

@@ -11,7 +11,12 @@ from typing import Any
 
 PLURALS = (
     *(("videos are", "video is"), ("pictures beside videos have", "picture beside videos has")),
-    *(("clips have", "clip has"), ("clips could", "clip could"), ("labels have", "label has")),
+    *(
+        ("clips have", "clip has"),
+        ("clips lie", "clip lies"),
+        ("clips could", "clip could"),
+        ("labels have", "label has"),
+    ),
     *(("files look", "file looks"), ("captions say", "caption says")),
 )
 EXAMPLES = 5  # names of files that are kept of what is left out for one reason
@@ -48,7 +53,7 @@ class SourceReport:
         repeat: how often it is given.
         videos, pictures: files that are used.
         samples: clips that are cut out of these, once through.
-        captions_missing: files that have no caption.
+        captions_missing: files that have no caption; None: captions are not used.
         long_labels: label files of several lines.
         label_lines: what becomes of these, "first" or "all".
         left_out: by reason.
@@ -64,7 +69,7 @@ class SourceReport:
     videos: int = 0
     pictures: int = 0
     samples: int = 0
-    captions_missing: int = 0
+    captions_missing: int | None = 0
     long_labels: int = 0
     label_lines: str = "first"
     left_out: dict[str, LeftOut] = field(default_factory=dict)

@@ -134,7 +134,7 @@ class SFTDataset(Dataset):
         self.caption_prefix = (caption_prefix or "").rstrip()
         rules = SelectionRules(
             self.sizes,
-            LabelRules(txt_key, label_lines),
+            LabelRules(txt_key, label_lines, used=missing_label != "ignore"),
             missing_label,
             min_frames,
             clips_per_video,
@@ -147,8 +147,9 @@ class SFTDataset(Dataset):
         self.reports: dict[str, SourceReport] = {}
         self._add(list(map(str, [data_dir] if isinstance(data_dir, str | Path) else data_dir)), rules)
         _check_readable(len(self.sources), self.unreadable, max_unreadable_share)
-        self.missing_labels = sum(source.caption is None for source in self.sources)
-        if self.missing_labels and missing_label != "ignore":
+        captions_used = missing_label != "ignore"
+        self.missing_labels = sum(source.caption is None for source in self.sources) if captions_used else 0
+        if self.missing_labels:
             logger.warning(
                 "%d of %d clips have no caption and are used with an empty one", self.missing_labels, len(self.sources)
             )

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config:
         UserError: the data, the weights or the device are not such as can be used, or a file cannot be written.
     """
     device = choose_device(options.device)
-    dataset = make_dataset(options.data, data_config, SimpleNamespace(), random_start=False)
+    dataset = make_dataset(options.data, data_config, SimpleNamespace(missing_label="ignore"), random_start=False)
     dtype = fast_dtype(getattr(torch, options.dtype), device)
     options.dtype = str(dtype).removeprefix("torch.")
     vae = build_vae(vae_config, device, dtype)

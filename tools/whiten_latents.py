@@ -75,7 +75,7 @@ def whiten(arguments: Sequence[str] | None) -> None:
 
     with torch.no_grad():
         vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in vae_configs]
-        dataset = make_dataset(options.data, data_config, SimpleNamespace(), random_start=False)
+        dataset = make_dataset(options.data, data_config, SimpleNamespace(missing_label="ignore"), random_start=False)
         samples = readable_samples(dataset, options.num_clips)
         joint = covariance_of(torch.cat([encode(each, sample["mp4"]) for each in vaes], dim=1) for _, sample in samples)
         channels = len(joint) // len(vaes)

@@ -232,3 +232,30 @@ def test_mistakes_are_named(tmp_path, write, files, message):
     with pytest.raises(UserError, match=message) as error:
         search(str(place))
     assert "\n" not in str(error.value)
+
+
+def test_where_captions_are_not_used_nothing_that_may_hold_some_is_looked_at(tmp_path):
+    make(tmp_path, {"a.mp4": "", "a.txt": LATIN, "b.mp4": "", "metadata.csv": "file_name,description\na.mp4,x\n"})
+    make(tmp_path, {"set.csv": "video,description\na.mp4,x\n"})
+    rules = LabelRules(used=False)
+    for place, names in ((tmp_path, ["a.mp4", "b.mp4"]), (tmp_path / "set.csv", ["a.mp4"])):
+        clips = search(str(place), rules).clips
+        assert [(Path(clip.path).name, clip.caption) for clip in clips] == [(name, None) for name in names]
+
+
+def test_names_that_people_give_to_labels(tmp_path):
+    make(
+        tmp_path,
+        {"a.mp4": "", "a.mp4.txt": "an a", "B.MOV": "", "B.TXT": "a b", "videos/c.mp4": "", "text/c.txt": "a c"},
+    )
+    assert captions(tmp_path) == [("B.MOV", "a b"), ("a.mp4", "an a"), ("videos/c.mp4", "a c")]
+
+
+def test_clips_beside_shards_are_counted(tmp_path):
+    in_tar(tmp_path, {"a.mp4": "", "a.txt": "an a"})
+    make(tmp_path, {"b.mp4": "", "deep/c.png": "", "notes.txt": ""})
+    found = search(str(tmp_path))
+    assert [clip.member for clip in found.clips] == ["a.mp4"]
+    assert [Path(name).name for name in found.beside] == ["b.mp4", "c.png"]
+    with pytest.raises(UserError, match="give the folder it lies in"):
+        search(str(tmp_path / "notes.txt"))
