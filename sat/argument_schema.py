@@ -30,7 +30,7 @@ SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
 MODES = ("inference", "finetune")
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
 # Arguments that are files or folders to read from.
-INPUT_ARGUMENTS = ("load", "lora_load", "input_file", "train_data", "valid_data")
+INPUT_ARGUMENTS = ("load", "lora_load", "input_file", "train_data", "valid_data", "resume")
 # What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
 MODEL_KEYS = (
     "target",
@@ -232,7 +232,10 @@ def allow_own_modules() -> None:
 
 def with_located_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments with those that are files or folders where they are found, see `input_paths.find_input`."""
-    return {name: located(value, name) if name in INPUT_ARGUMENTS else value for name, value in values.items()}
+    return {
+        name: located(value, name) if name in INPUT_ARGUMENTS and value != "latest" else value
+        for name, value in values.items()
+    }
 
 
 def build_parser(command: type, description: str, example: str, ignored: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -290,7 +293,7 @@ def check_section(command: type, section: Mapping[str, Any], foreign: Collection
         if name not in known:
             if name in foreign:
                 continue
-            raise UserError(f"args: unknown key '{name}'{nearest(str(name), known)}")
+            raise UserError(f"args: unknown key '{name}'{nearest(str(name), sorted({*known, *map(str, foreign)}))}")
         if value is not None:  # else as if it were not there
             values[name] = check_value(known[name], value)
     return values

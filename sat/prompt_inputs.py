@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from input_paths import ROOT, find_input
+from input_paths import ROOT, find_input, places, tell_places
 from sgm.errors import UserError
 from sgm.seeds import derive_seed
 
@@ -128,7 +128,8 @@ def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror or error}") from error
+        where = places(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read the prompt file {path}: {error.strerror or error}{where}") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -243,6 +244,7 @@ def typed_prompts(image_to_video: bool = False) -> Iterator[PromptRequest]:
         except UserError as error:
             logger.error("%s", error)
             continue
+        tell_places()
         yield request
         index += 1
 

@@ -1,7 +1,9 @@
 """Where the processes of a run meet, and that none waits there for ever."""
 
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,8 +29,11 @@ def meet() -> tuple[Store, int, int]:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         with silent_standard_error():  # PyTorch writes the stack of every attempt there
+            own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            if own_store and os.environ["RANK"] != "0":
+                _wait_for_first(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             store, rank, number = next(rendezvous("env://", timeout=MEETING))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun itself sees who is missing
+            if own_store:  # else torchrun itself sees who is missing
                 _wait_for_all(store, number)
         return store, rank, number
     except (RuntimeError, ValueError, OSError) as error:
@@ -40,6 +45,19 @@ def meet() -> tuple[Store, int, int]:
             f"WORLD_SIZE is {size}, but not as many processes met at {place} within {MEETING.total_seconds():.0f} s: "
             "start all of them, or unset RANK and WORLD_SIZE to run alone"
         ) from error
+
+
+def _wait_for_first(address: str, port: int) -> None:
+    """Return when somebody listens there; raises OSError after `MEETING`, which PyTorch's own attempts exceed."""
+    end = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(end - time.monotonic(), 1)).close()
+            return
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.2)
 
 
 def _wait_for_all(store: Store, number: int) -> None:

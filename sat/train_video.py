@@ -23,7 +23,7 @@ from deepspeed_config import BatchSizes
 from input_paths import tell_places
 from launchers import adopt_launcher
 from library_messages import quiet_libraries
-from training_arguments import TrainingArguments, check_values, get_training_args
+from training_arguments import TrainingArguments, complete, get_training_args
 from training_command import run_command
 from training_plan import TrainingPlan, plan_inspection, plan_run
 
@@ -45,8 +45,7 @@ def training_main(args: Any, model_cls: type | None = None) -> int:
         UserError: a mistake in the arguments or files, or losses that are not finite.
     """
     adopt_launcher()
-    given = arguments_from(TrainingArguments, args, model_cls)
-    check_values(given)
+    given = complete(arguments_from(TrainingArguments, args, model_cls))
     with given.sources.naming():
         plan = plan_inspection(given) if given.inspect_data else plan_run(given)
     tell_places()

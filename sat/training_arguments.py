@@ -7,6 +7,7 @@ configuration. Nothing here imports PyTorch.
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import argument_schema
@@ -69,6 +70,28 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
         config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
         args.merged_config = recorded(config, args.deterministic)
         return args
+
+
+def complete(args: TrainingArguments) -> TrainingArguments:
+    """Return the arguments of a program as those of the command are: DeepSpeed's section checked, all of it recorded.
+
+    Raises:
+        UserError: a key of DeepSpeed is unknown or has a wrong value, or so is an argument.
+    """
+    section = check_deepspeed_config(args.deepspeed_config)
+    enabled = enabled_precision(section)
+    precision = {name: name == enabled if enabled else getattr(args, name) for name in PRECISIONS}
+    args = replace(args, **precision, deepspeed_config=with_precision(section, precision))
+    check_values(args)
+    if not args.merged_config:
+        values = {name: getattr(args, name) for name in argument_fields(TrainingArguments)}
+        args.merged_config = {
+            "args": {name: value for name, value in values.items() if value not in (None, [])},
+            "model": args.model_config,
+            "data": args.data_config,
+            "deepspeed": args.deepspeed_config,
+        }
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from config_files import check_paths
 from data_options import check_options
 from deepspeed_config import BatchSizes, batch_sizes
 from determinism import check_workspace, describe_change
-from input_paths import not_found
+from input_paths import not_found, places
 from latent_cache import is_cache
 from model_limits import ModelLimits, check_sharing
 from model_section import check_trained_part, has_adapter
@@ -217,7 +217,9 @@ def iteration_folder(path: Path) -> Path:
     latest = path / "latest"
     folder = path / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     if not folder.exists():
-        where = f"{latest} names {folder.name}, which is gone" if latest.is_file() else f"there is no {path}"
+        where = (
+            f"{latest} names {folder.name}, which is gone" if latest.is_file() else f"there is no {path}{places(path)}"
+        )
         raise UserError(f"resume: {where}")
     if not (folder / STATE_FILE).is_file():
         raise UserError(

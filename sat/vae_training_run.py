@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from argument_lists import VaeTrainingArguments
@@ -238,8 +238,9 @@ def make_trainer(
 ) -> pl.Trainer:
     settings = settings_of_trainer(args, accelerator)
     plugins: list[Any] = [files]
-    if plan.processes > 1:
-        plugins.append(TorchElasticEnvironment())  # whatever has started the processes, its variables say who is who
+    # Whatever has started the processes, these variables say who is who; Lightning would take the variables of a job
+    # of SLURM, which a single process in it sees too, for those of a step.
+    plugins.append(TorchElasticEnvironment() if plan.processes > 1 else LightningEnvironment())
     try:
         return pl.Trainer(
             accelerator=accelerator,

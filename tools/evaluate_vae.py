@@ -20,9 +20,11 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import load_configs  # noqa: E402
+from config_files import load_configs, with_located_paths  # noqa: E402
 from flag_spellings import EitherSpellingParser  # noqa: E402
+from input_paths import located, tell_places  # noqa: E402
 from latent_cache import is_cache  # noqa: E402
+from launchers import check_alone  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from output_paths import check_folder  # noqa: E402
 from sgm.errors import UserError, exit_code  # noqa: E402
@@ -40,10 +42,14 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def evaluate(command_line: Sequence[str] | None) -> int:
+    check_alone(logger.name)
     options = build_parser().parse_args(command_line)
+    options.data = located(options.data, "--data")
+    options.ckpt = options.ckpt and Path(located(str(options.ckpt), "--ckpt"))
     check_options(options)
     config = load_configs(options.base, used=("model", "data"))
-    vae_config = find_vae(config.get("model") or {}, options.ckpt)
+    vae_config = find_vae(with_located_paths(config.get("model") or {}, "model"), options.ckpt)
+    tell_places()
     data_config = find_data(config.get("data") or {}, vae_config["params"])
     quiet_libraries()
     from tools.vae_report import run  # imports PyTorch: seconds, spent only once the request is known to make sense

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import load_configs  # noqa: E402
+from config_files import load_configs, with_located_paths  # noqa: E402
+from input_paths import located, tell_places  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from tools.evaluate_vae import check_clip_sources, find_data, find_vae  # noqa: E402
 from tools.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
@@ -58,14 +59,17 @@ def whiten(arguments: Sequence[str] | None) -> None:
     check_safetensors_name(options.output)
     if options.num_clips < 1:
         raise UserError(f"--num_clips is {options.num_clips}; it must be at least 1")
+    options.data = located(options.data, "--data")
     check_clip_sources(options.data)
     check_sources([options.ckpt, options.near])
     config = load_configs(options.base, used=("model", "data"))
-    vae_configs = [find_vae(config.get("model") or {}, options.ckpt)]
+    config["model"] = with_located_paths(config.get("model") or {}, "model")
+    vae_configs = [find_vae(config["model"], options.ckpt)]
     data_config = find_data(config.get("data") or {}, vae_configs[0]["params"])
     if options.near:
         vae_configs.append(find_vae(config["model"], options.near))
     check_output(options.output, options, [Path(each["params"]["ckpt_path"]) for each in vae_configs])
+    tell_places()
 
     import torch
 

@@ -73,7 +73,7 @@ def test_keys_of_training_may_stand_in_the_same_file(tmp_path):
     overlay = {"mode": "finetune", "train_iters": 8, "train_data": ["clips"], "no_load_rng": True, "sampling_fps": 12}
     args = args_of(overlay=overlay, folder=tmp_path)
     assert (args.mode, args.sampling_fps) == ("finetune", 12)
-    with pytest.raises(UserError, match="unknown key 'train_itres'"):
+    with pytest.raises(UserError, match=r"unknown key 'train_itres'; did you mean train_iters\?"):
         args_of(overlay={"train_itres": 8}, folder=tmp_path)
 
 

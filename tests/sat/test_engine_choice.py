@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from arguments import get_args
@@ -100,7 +101,10 @@ def test_training(tiny, tmp_path):
     plain = metrics(train(config("plain")))
     by_name = metrics(train(config("named", model={"target": f"{__name__}.White"})))
     args = get_training_args(["--base", str(config("python"))])
+    args = Namespace(**{**vars(args), "model_config": OmegaConf.create(args.model_config), "merged_config": {}})
     assert training_main(args, model_cls=White) == 0
+    saved = yaml.safe_load((runs_of(tmp_path / "python.yaml")[-1] / "training_config.yaml").read_text())
+    assert saved["args"]["load"] and saved["deepspeed"]["optimizer"] and saved["model"]["network_config"]
     by_class = metrics(runs_of(tmp_path / "python.yaml")[-1])
     assert by_name == by_class == pytest.approx({step: 4 * loss for step, loss in plain.items()}, rel=1e-5)
 

@@ -243,3 +243,23 @@ def test_the_line_of_a_launcher_is_said_once(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "MASTER_ADDR is not set" in result.stderr
+
+
+def test_a_single_process_within_a_job_of_slurm_trains_a_vae_alone(monkeypatch):
+    """Lightning would take the job's variables for those of a step, and refuse."""
+    from types import SimpleNamespace
+
+    import pytorch_lightning as pl
+
+    import vae_training_run
+    from argument_lists import VaeTrainingArguments
+
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NAME": "vae"}.items():
+        monkeypatch.setenv(name, value)
+    plan = SimpleNamespace(processes=1, ranks_per_clip=1, accumulation=1)
+    keeper = pl.Callback()
+    keeper.report = None
+    files = pl.plugins.io.TorchCheckpointIO()
+    engine = pl.LightningModule()
+    trainer = vae_training_run.make_trainer(VaeTrainingArguments(), plan, engine, "cpu", 1, keeper, files)
+    assert trainer.world_size == 1

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from arguments import get_args
 from config_files import load_configs
 from diffusion_video import SATVideoDiffusionEngine
-from model_section import check_trained_part, has_adapter, not_trainable_prefixes, plain_model_section
+from model_limits import ModelLimits
+from model_section import NETWORK, check_trained_part, has_adapter, not_trainable_prefixes, plain_model_section
 from sgm.errors import UserError
 from training_arguments import get_training_args
 from training_plan import check_model
@@ -125,3 +126,41 @@ def test_the_engine_takes_the_original_s_section_as_a_dictconfig(tiny, one_threa
     )
     with pytest.raises(UserError, match=r"nothing is to be trained: model\.not_trainable_prefixes is"):
         engine.disable_untrainable_params()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both dialects of released files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def network_params(name: str) -> dict:
+    return load_configs([ROOT / "configs" / name])["model"]["network_config"]["params"]
+
+
+@pytest.mark.parametrize(("patch_size", "kernel"), [(2, (1920, 16, 2, 2)), ([2, 2, 2], (1920, 16 * 8))])
+def test_patch_sizes_of_both_dialects(patch_size, kernel):
+    from network_weights import instantiate_on_meta
+
+    params = network_params("cogvideox_2b.yaml") | {"patch_size": patch_size, "num_layers": 1, "num_frames": 45}
+    network = instantiate_on_meta({"target": NETWORK, "params": params})
+    assert tuple(network.mixins["patch_embed"].proj.weight.shape) == kernel
+    assert ModelLimits.from_config({"network_config": {"params": params}}).patch[1:] == (2, 2)
+
+
+def test_interpolation_moves_the_positions():
+    """The table's numbers, not its shape, tell the factors."""
+    from position_tables import sincos_3d
+    from sgm.util import instantiate_from_config
+
+    params = network_params("cogvideox_2b.yaml")
+    params |= {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "time_embed_dim": 32, "num_frames": 9}
+    params |= {"latent_height": 8, "latent_width": 12}
+    position = params["modules"]["pos_embed_config"]["params"]
+    tables = []
+    for target in (position, params):
+        for name in ("height_interpolation", "width_interpolation"):
+            position.pop(name, None), params.pop(name, None)
+        target |= {"height_interpolation": 2.5, "width_interpolation": 2.0}
+        network = instantiate_from_config({"target": NETWORK, "params": params})
+        tables.append(network.mixins["pos_embed"].pos_embedding[0, -3 * 4 * 6 :])
+    assert tables[0].equal(tables[1]) and tables[0].equal(sincos_3d(64, (3, 4, 6), 1.0, 2.5, 2.0))

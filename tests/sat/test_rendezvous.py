@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOIN = """
-import logging, sys
+import logging, os, sys
 from datetime import timedelta
 import rendezvous
+from launchers import adopt_launcher
 from run_control import any_process, join_processes
 from sgm.errors import exit_code
 
 def main():
-    rendezvous.MEETING = timedelta(seconds=3)
+    adopt_launcher()
+    rendezvous.MEETING = timedelta(seconds=int(os.environ.get("MEETING", 3)))
     join_processes()
     assert any_process(True)
     return 0
@@ -34,7 +37,7 @@ def free_port() -> int:
 
 
 def start(**variables: object) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     environment |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "sat"))), "OMP_NUM_THREADS": "1"}
     environment |= {name: str(value) for name, value in variables.items()}
     return subprocess.Popen([sys.executable, "-c", JOIN], stderr=subprocess.PIPE, text=True, env=environment)
@@ -46,17 +49,35 @@ def outcome(process: subprocess.Popen) -> tuple[int, list[str]]:
 
 
 def test_processes_meet():
-    variables = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    variables = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MEETING": 60}
     assert [outcome(process)[0] for process in [start(RANK=rank, **variables) for rank in range(2)]] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rank", "common"),
+    [
+        (
+            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+            {"OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_SIZE": 2, "PMIX_NAMESPACE": f"test-{os.getpid()}"},
+        ),
+        (
+            ("SLURM_PROCID", "SLURM_LOCALID"),
+            {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": os.getpid()},
+        ),
+    ],
+)
+def test_processes_of_mpirun_and_srun_meet(rank, common):
+    processes = [start(MEETING=60, **common, **dict.fromkeys(rank, number)) for number in range(2)]
+    assert [outcome(process)[0] for process in processes] == [0, 0]
 
 
 def test_two_of_three():
     """The first waits for the third, and the second for the first's word."""
-    variables = {"WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    variables = {"WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MEETING": 10}
     for process in [start(RANK=rank, **variables) for rank in range(2)]:
         code, lines = outcome(process)
         assert code == 2, lines
-        assert "WORLD_SIZE is 3, but not as many processes met" in lines[-1] and "within 3 s" in lines[-1]
+        assert "WORLD_SIZE is 3, but not as many processes met" in lines[-1] and "within 10 s" in lines[-1]
         assert len(lines) == 1
 
 
