@@ -1,21 +1,29 @@
-"""Clips a second of the training data's reader, against decoding every frame in the window and picking the wanted ones.
+"""Clips a second of the training data's reader, and videos a second that are looked at before training.
 
-    python benchmarks/data_loading.py [--source-fps 30] [--fps 8] [--frames 49] [--write]
+    python benchmarks/data_loading.py [--source-fps 30] [--fps 8] [--frames 49] [--threads 1] [--write]
 
-Both open the same files with the same decoder and number of threads, choose the same frames, and resize and crop them
-in the same way; the result is checked to be the same.
+Reading: the frames of a clip, from opening the file to RGB pixels, against decord, and against decoding the whole
+window, every frame of it converted to RGB, of which the wanted ones are kept. Each is checked to give the same pixels.
+The last column is what a data set takes for a clip: resized and cropped as well. With one thread, the seconds are those
+of the processor, so that other work on the machine does not count.
+
+Probing: size and length of many files, as they are found before the first run on a data set, against opening each with
+decord.
 """
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.dlpack import from_dlpack
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
@@ -23,63 +31,84 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 from harness import alternating_medians, machine, markdown_table, write_results  # noqa: E402
 from imageio_ffmpeg import get_ffmpeg_exe  # noqa: E402
 
-import clip_reading  # noqa: E402
 from batch_order import Bucket  # noqa: E402
-from clip_reading import FrameSampling, probe, read_clip  # noqa: E402
-from clip_sources import ClipSource  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
+from clip_attempts import Mark, serve_as_reader  # noqa: E402
+from clip_probing import probe_clips  # noqa: E402
+from clip_reading import ClipInfo, FrameSampling, probe, read_clip  # noqa: E402
+from clip_sources import READERS, ClipSource  # noqa: E402
+from video_reading import open_video  # noqa: E402
 
-SOURCES = {"480x720": (480, 720), "720x1280": (720, 1280), "1080x1920": (1080, 1920)}
+MARGIN = 4  # seconds that a source is longer than a clip, so that clips start anywhere
 
 
 def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(args, name, write_videos(args, Path(folder), name)) for name in args.sources]
-    header = ["source", "ours, clips/s", "every frame, clips/s", "faster by"]
-    clip = f"{args.frames} frames of {args.height}x{args.width} at {args.fps:g} fps, sources of {args.source_fps:g} fps"
-    text = f"{clip}, H.264, {args.clips} clips, one process; {machine(torch.device('cpu'))}"
-    text += f"\n\n{markdown_table(header, rows)}"
+        videos = {size: write_videos(args, Path(folder), size) for size in args.sources}
+        rows = [measure_reading(args, size, sources) for size, sources in videos.items()]
+        clip = f"{args.frames} frames at {args.fps:g} fps out of H.264 of {args.source_fps:g} fps, {args.clips} clips"
+        header = ["source", "ours, clips/s", "decord, clips/s", "whole window, clips/s"]
+        header += ["ours / decord", "ours / whole window", f"ours at {args.height}x{args.width}, clips/s"]
+        per = "of processor time" if args.threads == 1 else "of time"
+        text = (
+            f"{clip}, one process, threads that decode: {args.threads}, seconds {per}; {machine(torch.device('cpu'))}"
+        )
+        text += f"\n\n{markdown_table(header, rows)}"
+        if args.files:
+            row = measure_probing(args, Path(folder) / "many", next(iter(videos.values())))
+            header = ["files", "ours, files/s", "decord, files/s", "ours / decord"]
+            text += f"\n\nProbing, {READERS} threads, files in the system's cache:\n\n{markdown_table(header, [row])}"
     print(text)  # noqa: T201
     if args.write:
         write_results("Reading clips", text)
 
 
 def arguments() -> argparse.Namespace:
-    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="sizes of the files")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = [(480, 720), (720, 1280), (1080, 1920)]
+    parser.add_argument("--sources", nargs="+", type=size, default=sizes, metavar="HxW", help="sizes of the files")
     parser.add_argument("--source-fps", type=float, default=30)
     parser.add_argument("--fps", type=float, default=8, help="of the clips")
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=720)
     parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--files", type=int, default=1000, help="to probe; 0: none")
+    parser.add_argument("--threads", type=int, default=1, help="that decode")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    serve_as_reader(Mark(), args.threads)  # as a process that reads for training
     return args
 
 
-def write_videos(args: argparse.Namespace, folder: Path, name: str) -> list[ClipSource]:
-    """Videos a second longer than the window, in which the camera pans over a picture."""
-    height, width = SOURCES[name]
-    seconds = (args.frames - 1) / args.fps + 1
+def size(text: str) -> tuple[int, int]:
+    """Return the height and width of `720x1280`."""
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+def write_videos(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> list[ClipSource]:
+    """Write videos that are longer than a clip, in which the camera pans over a picture."""
+    height, width = size
+    seconds = (args.frames - 1) / args.fps + MARGIN
     sources = []
     for number in range(args.clips):
-        still, path = folder / "still.png", folder / f"{name}-{number}.mp4"
+        still, path = folder / "still.png", folder / f"{height}x{width}-{number}.mp4"
         Image.fromarray(picture(2 * height, 2 * width, seed=number)).save(still)
         pan = f"crop={width}:{height}:'iw/4+iw/5*sin(t)':'ih/4+ih/5*cos(0.7*t)'"
         command = [get_ffmpeg_exe(), "-loglevel", "error", "-loop", "1", "-framerate", str(args.source_fps)]
-        command += ["-i", str(still), "-t", str(seconds), "-vf", pan, "-pix_fmt", "yuv420p", str(path)]
+        # Tagged, since decord takes untagged video of any size for BT.601.
+        tagged = f"{pan},scale=out_color_matrix=bt709,format=yuv420p,setparams=colorspace=bt709"
+        command += ["-i", str(still), "-t", str(seconds), "-vf", tagged, "-colorspace", "bt709", str(path)]
         subprocess.run(command, check=True)
         sources.append(ClipSource(str(path), None))
     return sources
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
-    """Noise with about the spectrum of photographs, amplitude falling as 1 / frequency: uint8 (height, width, 3)."""
+    """Return noise of about the spectrum of photographs, amplitude as 1 / frequency: uint8 (height, width, 3)."""
     chance = np.random.RandomState(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
     frequency[0, 0] = np.inf
@@ -88,33 +117,81 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
     return (128 + 50 * np.stack([light + 0.3 * red, light, light + 0.3 * blue], -1)).clip(0, 255).astype(np.uint8)
 
 
-def measure(args: argparse.Namespace, name: str, sources: list[ClipSource]) -> list[object]:
+def measure_reading(args: argparse.Namespace, size: tuple[int, int], sources: list[ClipSource]) -> list[object]:
+    """Return the row of the table for sources of one size."""
     sampling = FrameSampling(args.fps, args.frames)
     bucket = Bucket(args.frames, args.height, args.width)
-    if any(sampling.num_frames(probe(source)) != args.frames for source in sources):
+    infos = [probe(source) for source in sources]
+    if any(sampling.num_frames(info) != args.frames for info in infos):
         raise SystemExit(f"{args.frames} frames: the model takes 4k + 1")
+    times = [sampling.times(info, args.frames, seed) for seed, info in enumerate(infos)]
 
-    def read_all() -> list[torch.Tensor]:
-        return [read_clip(source, bucket, sampling, seed) for seed, source in enumerate(sources)]
+    def read(backend: str) -> list[np.ndarray]:
+        return [chosen(source, when, backend, args.threads) for source, when in zip(sources, times, strict=True)]
 
-    def every_frame() -> list[torch.Tensor]:
-        sparse, clip_reading._decode = clip_reading._decode, decode_window
+    def window() -> list[np.ndarray]:
+        clips = zip(sources, infos, times, strict=True)
+        return [chosen_of_all(source, info, when, args.threads) for source, info, when in clips]
+
+    def clips() -> list[torch.Tensor]:
+        every = zip(sources, infos, strict=True)
+        return [read_clip(source, bucket, sampling, seed, info=info) for seed, (source, info) in enumerate(every)]
+
+    expected = read("pyav")
+    for name, others in (("decord", read("decord")), ("the whole window", window())):
+        if not all(map(np.array_equal, expected, others)):
+            raise SystemExit(f"{name} gives other frames")
+    contenders = {"ours": lambda: read("pyav"), "decord": lambda: read("decord"), "window": window, "clips": clips}
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    seconds = alternating_medians(contenders, args.repeats, clock)
+    ours, decord, whole, resized = (args.clips / seconds[name] for name in contenders)
+    ratios = [f"{ours / other:.2f}×" for other in (decord, whole)]
+    return [f"{size[0]}x{size[1]}", ours, decord, whole, *ratios, resized]
+
+
+def chosen(source: ClipSource, times: np.ndarray, backend: str, threads: int) -> np.ndarray:
+    """Return the frames (n, h, w, 3) nearest to `times`."""
+    with open_video(source.path, threads, backend) as video:
+        return np.stack(list(video.frames_at(times)))
+
+
+def chosen_of_all(source: ClipSource, info: ClipInfo, times: np.ndarray, threads: int) -> np.ndarray:
+    """Return the frames nearest to `times`, of all from the first to the last of them."""
+    duration = info.frame_duration
+    first, last = (round(time / duration) for time in times[[0, -1]])
+    numbers = np.ceil(times / duration - 0.5 - 1e-3).astype(int) - first
+    with open_video(source.path, threads) as video:
+        frames = list(video.frames_at(np.arange(first, last + 1) * duration))
+    return np.stack([frames[number] for number in numbers])
+
+
+def measure_probing(args: argparse.Namespace, folder: Path, sources: list[ClipSource]) -> list[object]:
+    """Return the row of the table for as many files as `args` says, copies of `sources`."""
+    folder.mkdir()
+    files = []
+    for number in range(args.files):
+        files.append(ClipSource(str(folder / f"{number:06d}.mp4"), None))
         try:
-            return read_all()
-        finally:
-            clip_reading._decode = sparse
+            os.link(sources[number % len(sources)].path, files[-1].path)
+        except OSError:  # a file system without links
+            shutil.copyfile(sources[number % len(sources)].path, files[-1].path)
 
-    if not all(map(torch.equal, read_all(), every_frame())):
-        raise SystemExit("the two give different frames")
-    seconds = alternating_medians({"ours": read_all, "every frame": every_frame}, args.repeats)
-    rates = [args.clips / each for each in seconds.values()]
-    return [name, *rates, f"{rates[0] / rates[1]:.2f}×"]
+    def ours() -> None:
+        (folder / ".clip_index.json").unlink(missing_ok=True)
+        infos, problems = probe_clips(files, folder)
+        assert len(infos) == args.files and not problems
 
+    def decord() -> None:
+        def look(source: ClipSource) -> None:
+            with open_video(source.path, 1, "decord") as video:
+                assert video.facts.frames
 
-def decode_window(reader, indices):
-    """All frames from the first wanted one to the last, of which the wanted ones are kept."""
-    frames = from_dlpack(reader.get_batch(range(indices[0], indices[-1] + 1)).to_dlpack())
-    return frames[[index - indices[0] for index in indices]]
+        with ThreadPoolExecutor(READERS) as threads:
+            list(threads.map(look, files))
+
+    seconds = alternating_medians({"ours": ours, "decord": decord}, min(args.repeats, 3))
+    rates = [args.files / each for each in seconds.values()]
+    return [args.files, *rates, f"{rates[0] / rates[1]:.2f}×"]
 
 
 if __name__ == "__main__":
