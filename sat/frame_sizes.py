@@ -31,10 +31,13 @@ def size_of_image(path: str | Path) -> tuple[int, int] | None:
 def size_from_image(image: tuple[int, int], limits: ModelLimits) -> tuple[int, int]:
     """Return the (height, width) of the video that starts from an image of the size `image`.
 
-    The short side is 768 pixels; the other keeps the image's shape, to the nearest multiple that the model takes. Each
-    is at most the model's largest.
+    The short side is 768 pixels; the other keeps the image's shape, to the nearest multiple that the model takes, up to
+    the model's largest. In a model too small for 768 pixels, the image is scaled to fit as a whole.
     """
     scale = SHORT_SIDE / min(image)
+    largest_sides = [side * SPACE_FACTOR for side in limits.largest[1:]]
+    if min(largest_sides) < SHORT_SIDE:
+        scale = min(scale, *(side / pixels for side, pixels in zip(largest_sides, image, strict=True)))
     sides = []
     for pixels, patch, largest in zip(image, limits.patch[1:], limits.largest[1:], strict=True):
         step = SPACE_FACTOR * patch

@@ -126,7 +126,7 @@ def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArgum
         return
     name = f"prompt {request.index + 1}, {request.image}"
     if args.size_from_image and request.size is None:
-        logger.info("%s: the video has %dx%d pixels (height x width), the shape of the image", name, *size)
+        logger.info("%s: the video has %dx%d pixels (height x width), which follows from the image", name, *size)
     warn_of_crop(name, image, size, "sampling_image_size, or size in a .jsonl file, sets another one")
 
 
