@@ -141,7 +141,7 @@ def build(args: argparse.Namespace, *contenders: str) -> dict[str, dict[str, Cal
     if OURS in contenders:
         vae = autoencoder(args.size).to(**placement)
         built[OURS] = {
-            "encode": lambda: vae.encode(x, unregularized=True),
+            "encode": lambda: vae.encode(x, unregularized=True)[0],
             "decode": lambda: torch.cat(list(vae.decode_chunks(z)), dim=2),
         }
     if theirs := [name for name in contenders if name != OURS]:

@@ -211,7 +211,7 @@ class SATVideoDiffusionEngine(nn.Module):
     @torch.no_grad()
     def encode_moments(self, x: Tensor) -> Tensor:
         """Clips (b, 3, frames, height, width) in [-1, 1] to the moments (b, 2c, t, h, w) of their unscaled latents."""
-        return self.first_stage_model.encode(x.to(self.dtype), unregularized=True)
+        return self.first_stage_model.encode(x.to(self.dtype), unregularized=True)[0]
 
     def sample_latent(self, moments: Tensor) -> Tensor:
         """Moments (b, 2c, t, h, w) to scaled latents (b, c, t, h, w), as `encode_first_stage` draws them."""

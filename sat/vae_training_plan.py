@@ -40,6 +40,7 @@ class VaeTrainingPlan:
         divides_input: these get each its own frames of it, rather than all the whole clip.
         accumulation: batches of a step, on each process.
         time_factor: clips have `time_factor * k + 1` frames.
+        input_key, time_axis: the entry of a batch that holds the clips, and its axis of frames.
     """
 
     resume: Path | None
@@ -49,6 +50,8 @@ class VaeTrainingPlan:
     divides_input: bool
     accumulation: int
     time_factor: int
+    input_key: str = "mp4"
+    time_axis: int = 1
 
     @property
     def data_ranks(self) -> int:
@@ -105,6 +108,8 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
         divides_input=ranks_per_clip > 1 and bool(params.get("input_cp")),
         accumulation=accumulation,
         time_factor=time_factor,
+        input_key=params.get("input_key", "mp4"),
+        time_axis=2 if params.get("input_layout") == "b c t h w" else 1,
     )
 
 

@@ -163,10 +163,11 @@ def own_frames(batch: dict[str, Any], plan: VaeTrainingPlan) -> dict[str, Any]:
     if not plan.divides_input:
         return batch
     rank = dist.get_rank() % plan.ranks_per_clip
-    latents = split_evenly((batch["mp4"].shape[1] - 1) // plan.time_factor + 1, plan.ranks_per_clip)
+    clips, axis = batch[plan.input_key], plan.time_axis
+    latents = split_evenly((clips.shape[axis] - 1) // plan.time_factor + 1, plan.ranks_per_clip)
     end = (sum(latents[: rank + 1]) - 1) * plan.time_factor + 1  # the first latent frame is one frame, others more
     begin = (sum(latents[:rank]) - 1) * plan.time_factor + 1 if rank else 0
-    return {**batch, "mp4": batch["mp4"][:, begin:end]}
+    return {**batch, plan.input_key: clips.narrow(axis, begin, end - begin)}
 
 
 # ---------------------------------------------------------------- model and trainer

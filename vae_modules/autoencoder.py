@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sgm.context_parallel import get_context_parallel_group, initialize_context_parallel
 from sgm.models.video_coder import VideoCoder
 from sgm.modules.checkpoint import load_autoencoder
@@ -28,19 +30,21 @@ class VideoAutoencoderInferenceWrapper(VideoCoder):
         cp_size: ranks that share a clip; 0 means whatever `initialize_context_parallel` has set up.
         ckpt_path, ignore_keys: a file of weights (see `read_state_dict`), and prefixes of its entries to leave out.
         tile_size: see `VideoCoder`.
+        strict: the weights must fit exactly; False takes what fits, and lists the rest in the log.
     """
 
     def __init__(
         self,
+        cp_size: int = 1,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
         *,
         encoder_config: Mapping[str, Any],
         decoder_config: Mapping[str, Any],
         regularizer_config: Mapping[str, Any],
         loss_config: Mapping[str, Any] | None = None,
-        cp_size: int = 1,
-        ckpt_path: str | Path | None = None,
-        ignore_keys: Sequence[str] = (),
         tile_size: int | None = None,
+        strict: bool = True,
     ):
         super().__init__()
         self.encoder = instantiate_from_config(encoder_config)
@@ -53,12 +57,23 @@ class VideoAutoencoderInferenceWrapper(VideoCoder):
         self.group = None if cp_size == 1 else get_context_parallel_group()
 
         if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys)
+            self.init_from_ckpt(ckpt_path, ignore_keys, strict)
 
-    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), strict: bool = True) -> None:
         """Take the weights from a file, all but its entries that start with one of `ignore_keys`.
 
         Raises:
-            UserError: the file cannot be read, or is of another architecture.
+            UserError: the file cannot be read, or is of another architecture (see `load_autoencoder`).
         """
-        load_autoencoder(self, path, ignore_keys)
+        load_autoencoder(self, path, ignore_keys, strict)
+
+    def forward(
+        self, x: Tensor, input_cp: bool = False, latent_cp: bool = False, output_cp: bool = False, **decode_options: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return latents, reconstruction and the regularizer's report of a whole clip (b, c, t, h, w).
+
+        The reconstruction is decoded in one piece. With context parallelism `input_cp`, `latent_cp` and `output_cp`
+        say which of `x`, the latents and the reconstruction are this rank's share; see `VideoCoder`.
+        """
+        z, report = self.encode(x, return_reg_log=True, input_cp=input_cp, output_cp=latent_cp)
+        return z, self.decode_at_once(z, latent_cp, output_cp, **decode_options), report

@@ -2,8 +2,9 @@
 
 import difflib
 import inspect
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from sgm.errors import UserError
 from sgm.modules.checkpoint import TRAINING_ONLY, CheckpointEngine
 from sgm.modules.ema import LitEma
 from sgm.util import instantiate_from_config
+
+log = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 
@@ -32,6 +36,7 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
         ckpt_path, ignore_keys: a file of weights to start from, and prefixes of its entries to leave out.
         ckpt_engine: the same as one setting: a path, or the configuration of something to call with this module that
             loads weights into it and returns the names it had no weights for (see `CheckpointEngine`).
+        strict: these weights must fit exactly; False takes what fits, and lists the rest in the log.
 
     Raises:
         UserError: a setting is wrong or unknown, or the weights to start from do not fit.
@@ -39,13 +44,13 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
 
     def __init__(
         self,
-        *,
         ema_decay: float | None = None,
         monitor: str | None = None,
         input_key: str = "jpg",
         ckpt_path: str | Path | None = None,
         ignore_keys: Sequence[str] = (),
         ckpt_engine: str | Path | Config | None = None,
+        strict: bool = True,
         **unknown: Any,
     ):
         super().__init__()
@@ -57,13 +62,24 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
             raise UserError("ckpt_path and ckpt_engine both name weights to start from: give one of them")
         self.ema_decay, self.monitor, self.input_key = ema_decay, monitor, input_key
         self.model_ema: LitEma | None = None
-        self._checkpoint = ckpt_engine
-        if ckpt_path is not None:
-            self._checkpoint = CheckpointEngine(ckpt_path, ignore_keys)
-        elif isinstance(ckpt_engine, str | Path):
-            self._checkpoint = CheckpointEngine(ckpt_engine, ignore_keys)
-        elif ckpt_engine is not None:
-            self._checkpoint = instantiate_from_config(ckpt_engine)
+        start = ckpt_engine if ckpt_path is None else ckpt_path
+        self._checkpoint = self._checkpoint_of(start, ignore_keys, strict)
+
+    @staticmethod
+    def _checkpoint_of(
+        start: str | Path | Config | None, ignore_keys: Sequence[str] = (), strict: bool = True
+    ) -> Callable[[nn.Module], list[str] | None] | None:
+        """What loads weights into a module: from the file, or as the configuration says that `start` is."""
+        if start is None:
+            return None
+        if isinstance(start, Mapping):
+            return instantiate_from_config(start)
+        return CheckpointEngine(start, ignore_keys, strict)
+
+    @property
+    def use_ema(self) -> bool:
+        """Return True if an average of the weights is kept."""
+        return self.ema_decay is not None
 
     @abstractmethod
     def encode(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -94,32 +110,60 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
             if missing is None or any(name.startswith("model_ema.") for name in missing):
                 self._begin_average()
 
-    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), strict: bool = True) -> None:
         """Take the weights from a file, before training: all but entries that start with one of `ignore_keys`.
+
+        Raises:
+            UserError: the file cannot be read, or is of another architecture (see `load_autoencoder`).
+        """
+        self._checkpoint = CheckpointEngine(path, ignore_keys, strict)
+        self.load_start()
+
+    def apply_ckpt(self, ckpt: str | Path | Config | None) -> None:
+        """Take the weights that `ckpt` means, before training: what `ckpt_engine` of the constructor takes.
 
         Raises:
             UserError: the file cannot be read, or is of another architecture.
         """
-        self._checkpoint = CheckpointEngine(path, ignore_keys)
-        self.load_start()
+        if ckpt is not None:
+            self._checkpoint = self._checkpoint_of(ckpt)
+            self.load_start()
 
     def _begin_average(self) -> None:
         if self.ema_decay is not None:
             self.model_ema = LitEma(self, self.ema_decay, skip=TRAINING_ONLY)
 
     @contextmanager
-    def ema_scope(self) -> Iterator[None]:
-        """Within the block the weights are their averages, where these are kept."""
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Within the block the weights are their averages, where these are kept; `context` is named in the log."""
         if self.model_ema is None:
             yield
             return
         parameters = self.model_ema.averaged_parameters(self)
         self.model_ema.store(parameters)
         self.model_ema.copy_to(self)
+        if context is not None:
+            log.info("%s: with the averaged weights", context)
         try:
             yield
         finally:
             self.model_ema.restore(parameters)
+            if context is not None:
+                log.info("%s: back to the weights in training", context)
+
+    # ------------------------------------------------------------ optimizers
+
+    def instantiate_optimizer_from_config(
+        self, params: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, cfg: Config
+    ) -> Optimizer:
+        """Return the optimizer that a configuration names, for parameters or groups of parameters, at the rate `lr`.
+
+        Raises:
+            UserError: the configuration does not name an optimizer, or has parameters that it does not take.
+        """
+        log.debug("optimizer: %s", cfg.get("target"))
+        config = {**cfg, "params": {**(cfg.get("params") or {}), "lr": lr}}
+        return instantiate_from_config(config, params=params)
 
     # ------------------------------------------------------------ several processes
 

@@ -1,10 +1,12 @@
 """The autoencoders that configurations name: all are trained by Lightning, and serve as first stages."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sgm.errors import UserError
 from sgm.models.abstract_autoencoder import AbstractAutoencoder, Config
 from sgm.models.autoencoding_engine import AutoencodingEngine
 from sgm.models.video_autoencoding_engine import VideoAutoencodingEngine
@@ -12,6 +14,8 @@ from sgm.models.video_autoencoding_engine import VideoAutoencodingEngine
 __all__ = [
     "AbstractAutoencoder",
     "AutoencoderKL",
+    "AutoencoderKLModeOnly",
+    "AutoencoderLegacyVQ",
     "AutoencodingEngine",
     "AutoencodingEngineLegacy",
     "IdentityFirstStage",
@@ -22,8 +26,15 @@ __all__ = [
 class IdentityFirstStage(AbstractAutoencoder):
     """The first stage of a diffusion model in pixel space: latents are the pixels. There is nothing to train."""
 
-    def encode(self, x: Tensor, **options: Any) -> Tensor:
-        return x
+    def get_input(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
+        """Return the images of a batch; images without a batch as they are."""
+        return batch if isinstance(batch, Tensor) else super().get_input(batch)
+
+    def encode(
+        self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return the pixels; with `return_reg_log` or `unregularized` in a pair with an empty report."""
+        return (x, {}) if return_reg_log or unregularized else x
 
     def decode(self, z: Tensor, **options: Any) -> Tensor:
         return z
@@ -46,8 +57,8 @@ class AutoencodingEngineLegacy(AutoencodingEngine):
 
     def __init__(
         self,
-        *,
         embed_dim: int,
+        *,
         ddconfig: Config,
         loss_config: Config,
         regularizer_config: Config,
@@ -74,8 +85,7 @@ class AutoencodingEngineLegacy(AutoencodingEngine):
         self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         z = torch.cat([self.quant_conv(self.encoder(images)) for images in x.split(self.max_batch_size or len(x))])
-        latent, report = (z, {}) if unregularized else self.regularization(z)
-        return (latent, report) if return_reg_log else latent
+        return self._regularized(z, return_reg_log, unregularized)
 
     def decode(self, z: Tensor, **options: Any) -> Tensor:
         batches = z.split(self.max_batch_size or len(z))
@@ -92,8 +102,8 @@ class AutoencoderKL(AutoencodingEngineLegacy):
 
     def __init__(
         self,
-        *,
         embed_dim: int,
+        *,
         ddconfig: Config,
         loss_config: Config | None = None,
         lossconfig: Config | None = None,
@@ -104,5 +114,68 @@ class AutoencoderKL(AutoencodingEngineLegacy):
             ddconfig=ddconfig,
             loss_config=loss_config or lossconfig or {"target": "torch.nn.Identity"},
             regularizer_config={"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"},
+            **others,
+        )
+
+
+class AutoencoderKLModeOnly(AutoencodingEngineLegacy):
+    """`AutoencoderKL` whose latent is the mean of the Gaussian, not a sample.
+
+    Args:
+        lossconfig: another name of `loss_config`; with neither it cannot be trained.
+        embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        ddconfig: Config,
+        loss_config: Config | None = None,
+        lossconfig: Config | None = None,
+        **others: Any,
+    ):
+        regularizer = "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"
+        super().__init__(
+            embed_dim,
+            ddconfig=ddconfig,
+            loss_config=loss_config or lossconfig or {"target": "torch.nn.Identity"},
+            regularizer_config={"target": regularizer, "params": {"sample": False}},
+            **others,
+        )
+
+
+class AutoencoderLegacyVQ(AutoencodingEngineLegacy):
+    """The autoencoder of VQGAN (Esser et al. 2021): latents of the codes of a table.
+
+    Args:
+        n_embed: how many codes.
+        lossconfig: another name of `loss_config`; with neither it cannot be trained.
+        embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`; `double_z` of `ddconfig` must be off.
+
+    Raises:
+        UserError: `double_z` is on.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_embed: int,
+        *,
+        ddconfig: Config,
+        loss_config: Config | None = None,
+        lossconfig: Config | None = None,
+        **others: Any,
+    ):
+        if ddconfig.get("double_z", True):
+            raise UserError("ddconfig: double_z is on; set double_z: false, since codes have no variances")
+        super().__init__(
+            embed_dim,
+            ddconfig=ddconfig,
+            loss_config=loss_config or lossconfig or {"target": "torch.nn.Identity"},
+            regularizer_config={
+                "target": "sgm.modules.autoencoding.regularizers.VectorQuantizer",
+                "params": {"n_e": n_embed, "e_dim": embed_dim},
+            },
             **others,
         )

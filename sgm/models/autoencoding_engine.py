@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sgm.context_parallel import gather_frames, sum_over_ranks
 from sgm.errors import UserError
 from sgm.models.abstract_autoencoder import AbstractAutoencoder, Config
+from sgm.models.calling_losses import call_loss
 from sgm.models.parameter_groups import match_groups, pair_arguments
 from sgm.modules.checkpoint import TRAINING_ONLY
 from sgm.randomness import per_sample
@@ -27,7 +28,7 @@ class Reconstruction(NamedTuple):
     """What the loss compares, pixels (b c h w) or (b c t h w), and what the regularizer reports.
 
     With `frames` the pixels are this rank's share of a clip, of which rank r has frames[r] frames. `weight` multiplies
-    the reconstruction's part of the loss.
+    the reconstruction's part of the loss. `latent` is what was decoded, this rank's share of it.
     """
 
     inputs: Tensor
@@ -35,6 +36,7 @@ class Reconstruction(NamedTuple):
     report: dict[str, Tensor]
     frames: list[int] | None = None
     weight: float = 1.0
+    latent: Tensor | None = None
 
 
 class AutoencodingEngine(AbstractAutoencoder):
@@ -48,8 +50,9 @@ class AutoencodingEngine(AbstractAutoencoder):
     A batch may have a `seed` for each of its samples, from which alone then come the random numbers of that sample.
 
     Args:
+        args: the leading arguments of `AbstractAutoencoder`: ema_decay, monitor, input_key.
         encoder_config, decoder_config, regularizer_config, loss_config: what to build. A regularizer returns a latent
-            and a dictionary of scalars; see `GeneralLPIPSWithDiscriminator` for what a loss takes and returns.
+            and a dictionary of scalars; see `call_loss` for what a loss takes and returns.
         optimizer_config: target and params of both optimizers, by default `torch.optim.Adam`. The rate of the
             discriminator's is the `lr` of these params, or else `learning_rate`.
         lr_g_factor: the rate of the autoencoder (the generator) is this multiple of the discriminator's.
@@ -62,6 +65,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         ae_optimizer_args, disc_optimizer_args: for each group the optimizer's arguments that differ (`lr`, as it is
             given; `weight_decay`, ...).
         disc_start_iter: the step with which the discriminator starts, unless the loss has a later `disc_start`.
+        additional_decode_keys: entries of a batch, where it has them, that the decoder is called with by name.
         diff_boost_factor: how much `log_images` multiplies differences to make them visible.
         accumulate_grad_batches: batches whose mean gradient makes a step.
         gradient_clip_val: the largest norm of the gradient of a step; None: any.
@@ -80,7 +84,7 @@ class AutoencodingEngine(AbstractAutoencoder):
 
     def __init__(
         self,
-        *,
+        *args: Any,
         encoder_config: Config,
         decoder_config: Config,
         loss_config: Config,
@@ -97,9 +101,10 @@ class AutoencodingEngine(AbstractAutoencoder):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         parts: Mapping[str, nn.Module] | None = None,
+        additional_decode_keys: Sequence[str] | None = None,
         **others: Any,
     ):
-        super().__init__(**others)
+        super().__init__(*args, **others)
         self.automatic_optimization = False
         if accumulate_grad_batches < 1:
             raise UserError(f"accumulate_grad_batches is {accumulate_grad_batches}; it is at least 1")
@@ -115,6 +120,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         self.scheduler_config = scheduler_config
         self.disc_start_iter = disc_start_iter
         self.diff_boost_factor = diff_boost_factor
+        self.additional_decode_keys = set(additional_decode_keys or ())
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self._accumulated = 0
@@ -136,19 +142,48 @@ class AutoencodingEngine(AbstractAutoencoder):
 
     # ------------------------------------------------------------ parameters
 
+    def get_autoencoder_params(self) -> list[nn.Parameter]:
+        """Return the parameters that the autoencoder's optimizer can train.
+
+        A subclass that returns fewer trains only these. The constructor asks, when the parts that the configuration
+        names are built.
+        """
+        special = _identities(self.loss, "parameters") | _identities(self.regularization, "parameters")
+        trained = _identities(self.loss, "get_trainable_autoencoder_parameters")
+        trained |= _identities(self.regularization, "get_trainable_parameters")
+        return [each for each in self.parameters() if id(each) in trained or id(each) not in special]
+
+    def get_discriminator_params(self) -> list[nn.Parameter]:
+        """Return the parameters that the discriminator's optimizer can train; none if the loss has none."""
+        trained = _identities(self.loss, "get_trainable_parameters")
+        return [each for each in self.parameters() if id(each) in trained]
+
+    def get_param_groups(
+        self, parameter_names: Sequence[Sequence[str]], optimizer_args: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Return groups of parameters for an optimizer, and how many numbers they hold in all.
+
+        Args:
+            parameter_names: for each group, regular expressions that match names from their beginning.
+            optimizer_args: for each group, the optimizer's arguments that differ.
+
+        Raises:
+            UserError: an expression matches nothing, a parameter is in two groups, or there are not as many arguments
+                as groups.
+        """
+        members = match_groups(dict(self.named_parameters()), parameter_names, what="parameter_names")
+        pair_arguments(members, optimizer_args, what="optimizer_args")
+        groups = [
+            {"params": list(group.values()), **own}
+            for group, own in zip(members, optimizer_args or [{}] * len(members), strict=True)
+        ]
+        return groups, sum(parameter.numel() for group in members for parameter in group.values())
+
     def _trainable(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """The parameters that can be trained: the autoencoder's and the discriminator's."""
-        special = {id(each) for module in (self.loss, self.regularization) for each in module.parameters()}
-        autoencoder = {
-            *_identities(self.loss, "get_trainable_autoencoder_parameters"),
-            *_identities(self.regularization, "get_trainable_parameters"),
-        }
-        discriminator = _identities(self.loss, "get_trainable_parameters")
         named = {name: each for name, each in self.named_parameters() if each.requires_grad}
-        return (
-            {name: each for name, each in named.items() if id(each) in autoencoder or id(each) not in special},
-            {name: each for name, each in named.items() if id(each) in discriminator},
-        )
+        chosen = [{id(each) for each in get()} for get in (self.get_autoencoder_params, self.get_discriminator_params)]
+        return tuple({name: each for name, each in named.items() if id(each) in ids} for ids in chosen)
 
     @staticmethod
     def _choose(
@@ -176,8 +211,8 @@ class AutoencodingEngine(AbstractAutoencoder):
         for groups, lr in zip(self._groups, (rate * self.lr_g_factor, rate), strict=True):
             if groups:
                 members = [{"params": [parameters[name] for name in names], **own} for names, own in groups]
-                config = {**self.optimizer_config, "params": {**params, "lr": lr}}
-                optimizers.append(instantiate_from_config(config, params=members))
+                config = {**self.optimizer_config, "params": params}
+                optimizers.append(self.instantiate_optimizer_from_config(members, lr, config))
         if self.scheduler_config is None:
             return optimizers, []
         schedule = instantiate_from_config(self.scheduler_config)
@@ -219,29 +254,40 @@ class AutoencodingEngine(AbstractAutoencoder):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Images (b, c, h, w) -> latents, and with `return_reg_log` what the regularizer reports.
 
-        With `unregularized` the encoder's own output.
+        With `unregularized` the encoder's own output, always in a pair with an empty report.
         """
-        z = self.encoder(x)
-        latent, report = (z, {}) if unregularized else self.regularization(z)
+        return self._regularized(self.encoder(x), return_reg_log, unregularized)
+
+    def _regularized(
+        self, z: Tensor, return_reg_log: bool, unregularized: bool
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """What `encode` returns for the encoder's output `z`."""
+        if unregularized:
+            return z, {}
+        latent, report = self.regularization(z)
         return (latent, report) if return_reg_log else latent
 
     def decode(self, z: Tensor, **options: Any) -> Tensor:
         """Latents -> images (b, c, h, w). `options` go to the decoder."""
         return self.decoder(z, **options)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, **decode_options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Latents, reconstruction and the regularizer's report of whole images (b, c, h, w)."""
         z, report = self.encode(x, return_reg_log=True)
-        return z, self.decode(z), report
+        return z, self.decode(z, **decode_options), report
 
-    def reconstruct(self, x: Tensor) -> Reconstruction:
-        """Encode and decode the input of a step.
+    def reconstruct(self, x: Tensor, **decode_options: Any) -> Reconstruction:
+        """Encode and decode the input of a step. `decode_options` go to the decoder.
 
         Raises:
             UserError: the sizes do not fit the autoencoder.
         """
-        _, outputs, report = self(x)
-        return Reconstruction(x, outputs, report)
+        latent, outputs, report = self(x, **decode_options)
+        return Reconstruction(x, outputs, report, latent=latent)
+
+    def _decode_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the decoder takes from a batch."""
+        return {key: batch[key] for key in self.additional_decode_keys if key in batch}
 
     # ------------------------------------------------------------ training
 
@@ -276,22 +322,23 @@ class AutoencodingEngine(AbstractAutoencoder):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch for the autoencoder (0) or the discriminator (1), and its detached parts by name."""
         with _random_numbers(batch), torch.set_grad_enabled(torch.is_grad_enabled() and optimizer_idx == AUTOENCODER):
-            reconstruction = self.reconstruct(self.get_input(batch))
+            reconstruction = self.reconstruct(self.get_input(batch), **self._decode_options(batch))
         return self._loss(reconstruction, optimizer_idx, split)
 
     def _loss(self, reconstruction: Reconstruction, optimizer_idx: int, split: str) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(
-            reconstruction.inputs,
-            reconstruction.outputs,
-            regularization_log=reconstruction.report,
-            optimizer_idx=optimizer_idx,
-            global_step=self.global_step,
-            last_layer=self.get_last_layer(),
-            split=split,
-            weights=None if reconstruction.weight == 1 else reconstruction.weight,
-            group=self.group,
-            frames=reconstruction.frames,
-        )
+        given = {
+            "regularization_log": reconstruction.report,
+            "optimizer_idx": optimizer_idx,
+            "global_step": self.global_step,
+            "last_layer": self.get_last_layer(),
+            "split": split,
+            "weights": None if reconstruction.weight == 1 else reconstruction.weight,
+            "group": self.group,
+            "frames": reconstruction.frames,
+            "z": reconstruction.latent,
+            "autoencoder": self,
+        }
+        return call_loss(self.loss, reconstruction.inputs, reconstruction.outputs, given)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip: here the gradients are averaged over processes and, with mixed precision, unscaled."""
@@ -329,7 +376,7 @@ class AutoencodingEngine(AbstractAutoencoder):
 
     def _evaluate(self, batch: Mapping[str, Any], batch_idx: int, split: str) -> dict[str, Tensor]:
         with _random_numbers(batch, len(batch[self.input_key]), batch_idx):
-            reconstruction = self.reconstruct(self.get_input(batch))
+            reconstruction = self.reconstruct(self.get_input(batch), **self._decode_options(batch))
         log = {}
         for optimizer_idx in range(1 + self.has_discriminator):
             log |= self._loss(reconstruction, optimizer_idx, split)[1]
@@ -339,31 +386,53 @@ class AutoencodingEngine(AbstractAutoencoder):
         total, count = sum_over_ranks(torch.stack([distance, count]), group)
         return {**log, f"{split}/rec": total / count}
 
-    def log_images(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def log_images(
+        self, batch: Mapping[str, Any], additional_log_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """`inputs`, `reconstructions`, `diff` and `diff_boost`, and of all but the first `..._ema`: in [-1, 1].
 
-        Differences are |x - x̂| / 2, and that times `diff_boost_factor`; no difference is -1.
+        Differences are |x - x̂| / 2, and that times `diff_boost_factor`; no difference is -1. What a method
+        `log_images` of the loss makes of inputs and reconstructions is added, by its names.
+
+        Args:
+            additional_log_kwargs: more for the decoder; what it then gives is `reconstructions-key=value`.
+            kwargs: accepted from callbacks, without effect.
         """
         with self._evaluating():
-            images = self._images(batch, "")
+            images = self._images(batch, "", additional_log_kwargs)
             if self.model_ema is not None:
                 with self.ema_scope():
-                    images |= self._images(batch, "_ema")
+                    images |= self._images(batch, "_ema", additional_log_kwargs)
         return images
 
-    def _images(self, batch: Mapping[str, Any], suffix: str) -> dict[str, Tensor]:
-        with _random_numbers(batch, len(batch[self.input_key])):
-            inputs, outputs, _, frames, _ = self.reconstruct(self.get_input(batch))
-        if frames is not None:
-            inputs, outputs = (gather_frames(share, frames, self.group) for share in (inputs, outputs))
-        inputs, outputs = (x.float().clamp(-1, 1) for x in (inputs, outputs))
+    def _images(
+        self, batch: Mapping[str, Any], suffix: str, additional_log_kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Tensor]:
+        options = self._decode_options(batch)
+        inputs, outputs = self._pictures(batch, options)
         difference = (inputs - outputs).abs() / 2
-        return {
+        images = {
             "inputs": inputs,
             f"reconstructions{suffix}": outputs,
             f"diff{suffix}": 2 * difference - 1,
             f"diff_boost{suffix}": 2 * (self.diff_boost_factor * difference).clamp(max=1) - 1,
         }
+        if hasattr(self.loss, "log_images") and not suffix:
+            images |= self.loss.log_images(inputs, outputs)
+        if additional_log_kwargs:
+            name = "-".join(f"{key}={value}" for key, value in additional_log_kwargs.items())
+            images[f"reconstructions-{name}{suffix}"] = self._pictures(batch, options | dict(additional_log_kwargs))[1]
+        return images
+
+    def _pictures(self, batch: Mapping[str, Any], decode_options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The whole input and its reconstruction, float32 within [-1, 1]."""
+        with _random_numbers(batch, len(batch[self.input_key])):
+            reconstruction = self.reconstruct(self.get_input(batch), **decode_options)
+        pictures = [reconstruction.inputs, reconstruction.outputs]
+        if reconstruction.frames is not None:
+            pictures = [gather_frames(share, reconstruction.frames, self.group) for share in pictures]
+        inputs, outputs = (x.float().clamp(-1, 1) for x in pictures)
+        return inputs, outputs
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Training the video autoencoder, with the frames of a clip on one process or spread over several."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from sgm.context_parallel import (
 from sgm.errors import UserError
 from sgm.models.abstract_autoencoder import Config
 from sgm.models.autoencoding_engine import AutoencodingEngine, Reconstruction
+from sgm.models.calling_losses import loss_keywords
 from sgm.models.video_coder import VideoCoder
+
+LAYOUTS = ("b t c h w", "b c t h w")
+"""How the axes of a batch of clips may lie: batch, time, channel, height, width."""
 
 
 class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
@@ -49,7 +54,7 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         latent_cp: with a Gaussian regularizer a rank makes only the latents of its own frames, and nothing is
             exchanged between encoder and decoder but the sum of the KL divergences.
         output_cp: a rank keeps only its own frames of the reconstruction, for what the discriminator leaves of the
-            loss.
+            loss. Has no effect on a loss that does not ask for `group` and `frames`.
         image_video_weights: what multiplies the reconstruction's part of the loss, which is a mean over frames, for
             batches of images and for batches of videos: it balances them, beside their shares of the data.
         image_taps: which taps in time of the causal convolutions images train. "all": they get the gradient of a clip
@@ -57,6 +62,8 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
             "last": only the tap of the present frame, and videos train the others.
         only_train_decoder: leave encoder and regularizer as they are.
         tile_size: see `VideoCoder`.
+        input_key, input_layout: the entry of a batch that is encoded, and how its axes lie: "b t c h w", or
+            "b c t h w". Images (b, c, h, w) are clips of one frame.
         encoder_config, decoder_config, loss_config, regularizer_config, others: see `AutoencodingEngine`.
 
     Raises:
@@ -67,20 +74,23 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
 
     def __init__(
         self,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_video_weights: Sequence[float] = (1, 1),
+        only_train_decoder: bool = False,
+        context_parallel_size: int = 0,
         *,
         encoder_config: Config,
         decoder_config: Config,
         loss_config: Config,
         regularizer_config: Config,
-        context_parallel_size: int = 0,
         input_cp: bool = False,
         latent_cp: bool = False,
         output_cp: bool = False,
-        image_video_weights: Sequence[float] = (1, 1),
         image_taps: str = "all",
-        only_train_decoder: bool = False,
         tile_size: int | None = None,
         input_key: str = "mp4",
+        input_layout: str = "b t c h w",
         trainable_ae_params: Sequence[Sequence[str]] | None = None,
         **others: Any,
     ):
@@ -88,7 +98,11 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
             if trainable_ae_params is not None:
                 raise UserError("only_train_decoder and trainable_ae_params both say what is trained: give one of them")
             trainable_ae_params = [[r"(decoder|loss)\."]]
+        if input_layout not in LAYOUTS:
+            raise UserError(f"input_layout: {input_layout!r} is unknown; choose {' or '.join(map(repr, LAYOUTS))}")
         super().__init__(
+            ckpt_path=ckpt_path,
+            ignore_keys=ignore_keys,
             encoder_config=encoder_config,
             decoder_config=decoder_config,
             loss_config=loss_config,
@@ -99,7 +113,16 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         )
         self.context_parallel_size = context_parallel_size
         self.input_cp, self.latent_cp, self.output_cp = input_cp, latent_cp, output_cp
+        self.input_layout = input_layout
         self.image_weight, self.video_weight = map(float, image_video_weights)
+        asked = loss_keywords(self.loss)
+        if (self.image_weight, self.video_weight) != (1, 1) and "weights" not in asked:
+            raise UserError(
+                f"image_video_weights: {type(self.loss).__name__} takes no `weights`: set [1, 1], or name 'weights' in "
+                "its forward_keys"
+            )
+        # A loss that knows nothing of shares of a clip sees all of it, on every rank.
+        self._loss_takes_shares = {"group", "frames"} <= asked
         if image_taps not in ("all", "last"):
             raise UserError(f"image_taps is {image_taps!r}; expected 'all' or 'last'")
         if image_taps == "last":
@@ -120,15 +143,26 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         self.group = None if self.context_parallel_size == 1 else get_context_parallel_group()
 
     def get_input(self, batch: Mapping[str, Any]) -> Tensor:
-        """Frames of a batch (b, t, c, h, w) -> video (b, c, t, h, w): floats in [-1, 1] as they are, bytes scaled."""
-        return rearrange(super().get_input(batch), "b t c h w -> b c t h w")
+        """Frames of a batch, see `input_layout` -> video (b, c, t, h, w): floats in [-1, 1] as they are, bytes scaled.
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        Raises:
+            UserError: the batch has no entry `input_key`, or it is neither clips nor images.
+        """
+        x = super().get_input(batch)
+        if x.ndim == 4:
+            return x.unsqueeze(2)
+        if x.ndim != 5:
+            raise UserError(
+                f"input_key: '{self.input_key}' has the shape {tuple(x.shape)}, expected {self.input_layout}"
+            )
+        return rearrange(x, f"{self.input_layout} -> b c t h w")
+
+    def forward(self, x: Tensor, **decode_options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Latents, reconstruction and the regularizer's report of a whole clip (b, c, t, h, w)."""
         z, report = self.encode(x, return_reg_log=True)
-        return z, self.decode_at_once(z), report
+        return z, self.decode_at_once(z, **decode_options), report
 
-    def reconstruct(self, x: Tensor) -> Reconstruction:
+    def reconstruct(self, x: Tensor, **decode_options: Any) -> Reconstruction:
         """Encode and decode the input of a step, sharing the work with the ranks of the group.
 
         Raises:
@@ -144,12 +178,12 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         own = x if self.input_cp else split_frames(x, frames, self.group)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.only_train_decoder):
             latent, report = self._own_latent(self._encode(own, shares), shares)
-        outputs = self._decode_at_once(latent, shares)
+        outputs = self._decode_at_once(latent, shares, **decode_options)
         weight = self.image_weight if is_image else self.video_weight
-        if self.group is not None and self.output_cp and not is_image:
-            return Reconstruction(own, outputs, report, frames, weight)
+        if self.group is not None and self.output_cp and self._loss_takes_shares and not is_image:
+            return Reconstruction(own, outputs, report, frames, weight, latent)
         inputs = gather_frames(own, frames, self.group) if self.input_cp else x
-        return Reconstruction(inputs, gather_frames(outputs, frames, self.group), report, None, weight)
+        return Reconstruction(inputs, gather_frames(outputs, frames, self.group), report, None, weight, latent)
 
     def _own_latent(self, moments: Tensor, shares: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's latent frames of its moments, and the whole clip's report."""
@@ -185,6 +219,6 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         if gradients:
             torch._foreach_mul_(gradients, group_size(self.group))
 
-    def log_videos(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def log_videos(self, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
         """`log_images`, of videos (b, c, t, h, w)."""
-        return self.log_images(batch)
+        return self.log_images(batch, **options)

@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,29 +78,43 @@ class VideoCoder(nn.Module):
         unregularized: bool = False,
         input_cp: bool = False,
         output_cp: bool = False,
+        use_cp: bool = True,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Encode a whole clip of 4k+1 frames -> k+1 latent frames at an eighth of the height and width.
 
         Returns what the regularizer makes of the encoder's output, which for a Gaussian is a sample with noise from
         the CPU generator (of the group's first rank); with `return_reg_log` also what it reports. With
-        `unregularized` the encoder's own output: the posterior's moments (batch, 2 * z_channels, ...).
+        `unregularized` a pair of the encoder's own output, the posterior's moments (batch, 2 * z_channels, ...), and
+        an empty report.
 
-        The regularizer always sees the whole clip, on every rank.
+        The regularizer always sees the whole clip, on every rank. Without `use_cp` this process encodes alone.
 
         Raises:
             UserError: the clip's frame count, height or width does not fit.
         """
+        if not use_cp:
+            with self._alone():
+                return self.encode(x, return_reg_log, unregularized)
         shares = self._shares_of_video(x, input_cp)
         if not input_cp:
             x = split_frames(x, self._frames(shares, lead=True), self.group)
         moments = self._encode(x, shares)
-        if unregularized and output_cp and not return_reg_log:
-            return moments
+        if unregularized and output_cp:
+            return moments, {}
         moments = gather_frames(moments, shares, self.group)
         latent, report = (moments, {}) if unregularized else self._regularize(moments)
         if output_cp:
             latent = split_frames(latent, shares, self.group)
-        return (latent, report) if return_reg_log else latent
+        return (latent, report) if return_reg_log or unregularized else latent
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within the block the frames are not shared with other processes."""
+        group, self.group = self.group, None
+        try:
+            yield
+        finally:
+            self.group = group
 
     def _shares_of_video(self, x: Tensor, input_cp: bool) -> list[int]:
         """How many latent frames each rank makes of the clip `x`, or with `input_cp` of its share `x` of a clip."""
@@ -146,17 +162,27 @@ class VideoCoder(nn.Module):
     # ------------------------------------------------------------ decode
 
     def decode(
-        self, z: Tensor, clear_fake_cp_cache: bool = False, input_cp: bool = False, output_cp: bool = False
+        self,
+        z: Tensor,
+        input_cp: bool = False,
+        output_cp: bool = False,
+        use_cp: bool = True,
+        clear_fake_cp_cache: bool = False,
+        **decode_options: Any,
     ) -> Tensor:
         """Decode one chunk of a clip -> frames at eight times the height and width.
 
         An odd number 2k+1 of latent frames gives 8k+1 frames, an even number 2k gives 8k. What the next chunk needs of
         this one is kept for the next call, until `clear_fake_cp_cache` marks the last chunk of the clip; an exception
-        also ends the clip. Normalization statistics are the whole chunk's, on however many ranks.
+        also ends the clip. Normalization statistics are the whole chunk's, on however many ranks. Without `use_cp`
+        this process decodes alone. `decode_options` go to the decoder.
 
         Raises:
             UserError: the last call left a clip of another size unfinished.
         """
+        if not use_cp:
+            with self._alone():
+                return self.decode(z, clear_fake_cp_cache=clear_fake_cp_cache, **decode_options)
         size = (z.shape[0], *z.shape[3:])
         (open_size, clip), self._open_clip = self._open_clip or (size, defaultdict(dict)), None
         if size != open_size:
@@ -169,7 +195,7 @@ class VideoCoder(nn.Module):
             z = split_frames(z, shares, self.group)
         lead = sum(shares) % 2 == 1
         own_lead = lead and group_rank(self.group) == 0
-        frames = self._decode(z, clip, own_lead, last=clear_fake_cp_cache, gather_norm=True)
+        frames = self._decode(z, clip, own_lead, clear_fake_cp_cache, gather_norm=True, **decode_options)
         if not clear_fake_cp_cache:
             self._open_clip = size, clip
         return frames if output_cp else gather_frames(frames, self._frames(shares, lead), self.group)
@@ -195,26 +221,31 @@ class VideoCoder(nn.Module):
             frames = self._decode(chunk, clip, lead and rank == 0, last, gather_norm=False)
             yield gather_frames(frames, self._frames(shares, lead), self.group)
 
-    def decode_at_once(self, z: Tensor, input_cp: bool = False, output_cp: bool = False) -> Tensor:
+    def decode_at_once(
+        self, z: Tensor, input_cp: bool = False, output_cp: bool = False, **decode_options: Any
+    ) -> Tensor:
         """Decode a whole clip of k+1 latent frames -> 4k+1 frames in one piece, as an autoencoder is trained.
 
         On several ranks each norm's own `gather_norm` says whether its statistics are the whole clip's or, as in
-        chunks, those of the rank's frames.
+        chunks, those of the rank's frames. `decode_options` go to the decoder.
         """
         shares = self._shares(z.shape[2], input_cp)
         if not input_cp:
             z = split_frames(z, shares, self.group)
-        frames = self._decode_at_once(z, shares)
+        frames = self._decode_at_once(z, shares, **decode_options)
         return frames if output_cp else gather_frames(frames, self._frames(shares, lead=True), self.group)
 
-    def _decode_at_once(self, z: Tensor, shares: list[int]) -> Tensor:
+    def _decode_at_once(self, z: Tensor, shares: list[int], **decode_options: Any) -> Tensor:
         """This rank's latent frames -> its frames."""
         lead = group_rank(self.group) == 0
-        return self._decode(z, defaultdict(dict), lead, last=True, gather_norm=_gather_norm(shares))
+        return self._decode(z, defaultdict(dict), lead, last=True, gather_norm=_gather_norm(shares), **decode_options)
 
-    def _decode(self, z: Tensor, clip: Clip, lead: bool, last: bool, gather_norm: bool | None) -> Tensor:
+    def _decode(
+        self, z: Tensor, clip: Clip, lead: bool, last: bool, gather_norm: bool | None, **decode_options: Any
+    ) -> Tensor:
         def decode_tile(index: int, tile: Tensor) -> Tensor:
-            return self.decoder(_channels_last(tile), Chunk(lead, clip[index], last, self.group, gather_norm))
+            chunk = Chunk(lead, clip[index], last, self.group, gather_norm)
+            return self.decoder(_channels_last(tile), chunk, **decode_options)
 
         grid = self._tiles(*z.shape[3:])
         return tiling.process(grid, z, decode_tile, factor=(1, self.decoder.space_factor))

@@ -1,11 +1,12 @@
 """Starting an autoencoder from the weights of another."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from sgm.errors import UserError, some
 from sgm.weights import assign_weights, module_weights, read_state_dict
 
 log = logging.getLogger(__name__)
@@ -14,20 +15,26 @@ TRAINING_ONLY = ("loss.", "model_ema.")
 """Prefixes of what a training checkpoint holds beside the autoencoder."""
 
 
-def load_autoencoder(module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = ()) -> list[str]:
+def load_autoencoder(
+    module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), strict: bool = True
+) -> list[str]:
     """Take the weights from a file (see `read_state_dict`), all but its entries that start with one of `ignore_keys`.
 
     What belongs to training alone (the loss, the averaged weights) may be missing from the file, and is left out,
-    with a word in the log, where `module` has no place for it. The autoencoder itself must fit exactly.
+    with a word in the log, where `module` has no place for it. The autoencoder itself must fit exactly, unless
+    `strict` is off: then each entry that fits is taken, and the log lists what was left out and what keeps its start.
 
     Returns:
-        The names of the entries of `module` that the file does not hold.
+        The names of the entries of `module` that the file does not hold, or holds in another shape.
 
     Raises:
-        UserError: the file cannot be read, or is of another architecture: names or shapes differ.
+        UserError: the file cannot be read, or is of another architecture: names or shapes differ, or without `strict`
+            nothing of the autoencoder fits.
     """
     weights = module_weights(read_state_dict(path), what=str(path))
     weights = {name: value for name, value in weights.items() if not name.startswith(tuple(ignore_keys))}
+    if not strict:
+        return _load_what_fits(module, weights, path)
     own_parts = {_part(name) for name in module.state_dict(keep_vars=True)}
     if foreign := [name for name in weights if _part(name) not in own_parts]:
         parts = ", ".join(sorted({_part(name) for name in foreign}))
@@ -36,6 +43,34 @@ def load_autoencoder(module: nn.Module, path: str | Path, ignore_keys: Sequence[
     missing, _ = assign_weights(
         module, weights, what=str(path), allow_missing=TRAINING_ONLY, allow_unexpected=TRAINING_ONLY
     )
+    return missing
+
+
+def _load_what_fits(module: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> list[str]:
+    own = {name: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
+    left_out = {name: "no such entry" for name in weights if name not in own}
+    for name in weights.keys() & own.keys():
+        if (shape := tuple(weights[name].shape)) != own[name]:
+            left_out[name] = f"{shape} instead of {own[name]}"
+    fitting = {name: value for name, value in weights.items() if name not in left_out}
+    if not any(not name.startswith(TRAINING_ONLY) for name in fitting):
+        raise UserError(
+            f"strict: nothing in {path} fits {type(module).__name__}: the file holds {some(weights)}, the model "
+            f"{some(own)}"
+        )
+    missing, _ = assign_weights(module, fitting, what=str(path), allow_missing=True)
+    started = [name for name in missing if not name.startswith(TRAINING_ONLY)]
+    log.warning(
+        "%s fits in part (strict: false): took %d entries, left out %d; %d entries of the model keep their start",
+        path,
+        len(fitting),
+        len(left_out),
+        len(started),
+    )
+    for name, reason in sorted(left_out.items()):
+        log.warning("left out: %s (%s)", name, reason)
+    for name in started:
+        log.warning("keeps its start: %s", name)
     return missing
 
 
@@ -49,8 +84,8 @@ class CheckpointEngine:
     Args: those of `load_autoencoder`.
     """
 
-    def __init__(self, ckpt_path: str | Path, ignore_keys: Sequence[str] = ()):
-        self.ckpt_path, self.ignore_keys = ckpt_path, ignore_keys
+    def __init__(self, ckpt_path: str | Path, ignore_keys: Sequence[str] = (), strict: bool = True):
+        self.ckpt_path, self.ignore_keys, self.strict = ckpt_path, ignore_keys, strict
 
     def __call__(self, module: nn.Module) -> list[str]:
-        return load_autoencoder(module, self.ckpt_path, self.ignore_keys)
+        return load_autoencoder(module, self.ckpt_path, self.ignore_keys, self.strict)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from autoencoder_training import LOSS, fit, image_config, moving_squares
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
-from sgm.models.autoencoder import AutoencodingEngine, IdentityFirstStage
+from sgm.models.autoencoder import (
+    AutoencoderKL,
+    AutoencoderKLModeOnly,
+    AutoencoderLegacyVQ,
+    AutoencodingEngine,
+    AutoencodingEngineLegacy,
+    IdentityFirstStage,
+)
 from sgm.models.autoencoding_engine import AUTOENCODER, DISCRIMINATOR
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
@@ -316,6 +323,159 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         build(ckpt_path=tmp_path / "code.ckpt")
 
 
+def test_a_file_that_fits_in_part(tmp_path, caplog):
+    """With `strict: false` each entry that fits is taken, and the log names every other one and why."""
+    config = image_config()
+    other = copy.deepcopy(config)
+    other["params"]["decoder_config"]["params"] |= {"ch_mult": [1, 2]}
+    torch.manual_seed(1)
+    source = instantiate_from_config(other)
+    torch.save({"state_dict": {**source.coder_state_dict(ema=False), "extra.w": torch.ones(1)}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt does not fit"):
+        build(ckpt_path=tmp_path / "a.pt")
+
+    fresh, engine = build(), build(ckpt_path=tmp_path / "a.pt", strict=False, ema_decay=0.5)
+    ours, theirs = engine.state_dict(), source.state_dict()
+    coder = source.coder_state_dict(ema=False)
+    fitting = {name for name, value in coder.items() if name in ours and value.shape == ours[name].shape}
+    assert any(name.startswith("encoder.") for name in fitting)
+    assert all(torch.equal(ours[name], theirs[name]) for name in fitting)
+    kept = {name for name in fresh.coder_state_dict(ema=False) if name not in fitting}
+    assert kept and all(torch.equal(ours[name], fresh.state_dict()[name]) for name in kept)
+    assert {name for name in kept if name in theirs} == {
+        line.split()[2] for line in caplog.messages if line.startswith("left out: ") and "instead of" in line
+    }
+    assert "left out: extra.w (no such entry)" in caplog.messages
+    assert "fits in part (strict: false)" in caplog.text
+    assert kept == {line.split()[-1] for line in caplog.messages if line.startswith("keeps its start: ")}
+    averages = engine.coder_state_dict(ema=True)
+    assert all(torch.equal(averages[name], ours[name]) for name in averages)
+
+    torch.save({"other": torch.ones(1)}, tmp_path / "b.pt")
+    with pytest.raises(UserError, match=r"strict: nothing in .*b\.pt fits AutoencodingEngine: the file holds other"):
+        build(ckpt_path=tmp_path / "b.pt", strict=False)
+
+
+def test_weights_are_applied_after_the_constructor(tmp_path):
+    source, engine = build(), build(ema_decay=0.5)
+    with torch.no_grad():
+        source.decoder.conv_out.weight.add_(1)
+    torch.save(source.coder_state_dict(ema=False), tmp_path / "a.pt")
+    before = weights(engine)
+    engine.apply_ckpt(None)
+    assert all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
+    config = {"target": "sgm.modules.checkpoint.CheckpointEngine", "params": {"ckpt_path": str(tmp_path / "a.pt")}}
+    for ckpt in (str(tmp_path / "a.pt"), config):
+        engine = build(ema_decay=0.5)
+        engine.apply_ckpt(ckpt)
+        assert torch.equal(engine.decoder.conv_out.weight, source.decoder.conv_out.weight)
+        assert torch.equal(engine.model_ema.shadows()["decoder.conv_out.weight"], source.decoder.conv_out.weight)
+
+
+# ---------------------------------------------------------------- for code written for other engines
+
+
+class OnlyTheDecoder(AutoencodingEngine):
+    """Chooses what is trained, and the optimizer, by the methods that engines have for it."""
+
+    def get_autoencoder_params(self):
+        return list(self.decoder.parameters())
+
+    def instantiate_optimizer_from_config(self, params, lr, cfg):
+        return super().instantiate_optimizer_from_config(params, 2 * lr, cfg)
+
+
+def test_leading_arguments_are_positional_in_the_usual_order():
+    params = image_config()["params"]
+    engine = AutoencodingEngine(0.5, "val/rec", "png", **params)
+    assert (engine.ema_decay, engine.monitor, engine.input_key) == (0.5, "val/rec", "png")
+    assert engine.use_ema and not build().use_ema
+    stage = IdentityFirstStage(None, "val/rec", "png")
+    assert (stage.monitor, stage.input_key, stage.use_ema) == ("val/rec", "png", False)
+    legacy = image_config("AutoencodingEngineLegacy")["params"]
+    assert AutoencodingEngineLegacy(legacy.pop("embed_dim"), **legacy).quant_conv.out_channels == 8
+    kl = image_config("AutoencoderKL")["params"]
+    embed_dim = kl.pop("embed_dim")
+    kl["lossconfig"] = kl.pop("loss_config")
+    assert AutoencoderKL(embed_dim, **kl).has_discriminator
+
+
+def test_encoding_without_the_regularizer_gives_a_pair():
+    x = torch.randn(2, 3, 16, 16)
+    for target in ("AutoencodingEngine", "AutoencodingEngineLegacy", "AutoencoderKL"):
+        engine = build(target)
+        moments, report = engine.encode(x, unregularized=True)
+        assert moments.shape == (2, 8, 8, 8) and report == {}
+        assert torch.equal(engine.encode(x, return_reg_log=True, unregularized=True)[0], moments)
+        assert engine.encode(x).shape == (2, 4, 8, 8)
+    stage = IdentityFirstStage()
+    assert stage.encode(x, unregularized=True) == (x, {}) and stage.get_input(x) is x
+
+
+def test_the_mean_and_the_codes_as_latents():
+    params = image_config("AutoencoderKL")["params"]
+    torch.manual_seed(0)
+    mean = AutoencoderKLModeOnly(**params)
+    x = torch.randn(1, 3, 16, 16)
+    moments = mean.encode(x, unregularized=True)[0]
+    assert torch.equal(mean.encode(x), moments.chunk(2, dim=1)[0])
+    params["ddconfig"] = {**params["ddconfig"], "double_z": False}
+    codes = AutoencoderLegacyVQ(4, 16, **{name: value for name, value in params.items() if name != "embed_dim"})
+    latents = codes.encode(x).movedim(1, -1).flatten(0, -2)
+    table = codes.regularization.embedding.weight
+    assert (torch.cdist(latents, table).min(1).values < 1e-4).all()
+    with pytest.raises(UserError, match="double_z is on; set double_z: false"):
+        AutoencoderLegacyVQ(4, 16, ddconfig=image_config("AutoencoderKL")["params"]["ddconfig"])
+
+
+def test_parameters_by_their_optimizer_and_in_groups():
+    engine = build()
+    names = {id(parameter): name for name, parameter in engine.named_parameters()}
+    autoencoder = {names[id(each)].split(".")[0] for each in engine.get_autoencoder_params()}
+    assert autoencoder == {"encoder", "decoder", "loss"}  # of the loss its log-variance
+    assert [names[id(each)] for each in engine.get_autoencoder_params() if names[id(each)].startswith("loss")] == [
+        "loss.logvar"
+    ]
+    assert all(names[id(each)].startswith("loss.discriminator") for each in engine.get_discriminator_params())
+    plain = build(loss_config={"target": "torch.nn.MSELoss"})
+    assert plain.get_discriminator_params() == [] and plain.get_autoencoder_params()
+
+    groups, count = engine.get_param_groups([["encoder", r"decoder\.conv_in"], ["decoder.conv_out"]], [{}, {"lr": 3.0}])
+    assert [group.get("lr") for group in groups] == [None, 3.0]
+    assert [id(each) for each in groups[1]["params"]] == [id(each) for each in engine.decoder.conv_out.parameters()]
+    assert count == sum(each.numel() for group in groups for each in group["params"])
+    with pytest.raises(UserError, match="parameter_names: 'encodr' matches no parameter"):
+        engine.get_param_groups([["encodr"]])
+    with pytest.raises(UserError, match="optimizer_args: 1 sets of arguments for 2 groups"):
+        engine.get_param_groups([["encoder"], ["decoder"]], [{}])
+
+    optimizer = engine.instantiate_optimizer_from_config(groups, 0.5, {"target": "torch.optim.SGD"})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 3.0]
+
+
+def test_overridden_methods_take_effect():
+    engine = OnlyTheDecoder(**image_config(optimizer_config=SGD)["params"])
+    before = weights(engine)
+    optimizer = engine.configure_optimizers()[0][0]
+    assert optimizer.param_groups[0]["lr"] == 2e-5
+    fit(engine, batches(2), steps=1)
+    assert "encoder" not in moved(engine, before)
+    assert not any(parameter.requires_grad for parameter in engine.encoder.parameters())
+
+
+def test_averages_within_a_named_scope(caplog):
+    engine = build(ema_decay=0.5)
+    with torch.no_grad():
+        engine.decoder.conv_out.bias.fill_(5.0)
+    with caplog.at_level("INFO"), engine.ema_scope("Validation"):
+        assert (engine.decoder.conv_out.bias != 5).any()
+    assert (engine.decoder.conv_out.bias == 5).all()
+    assert caplog.messages == [
+        "Validation: with the averaged weights",
+        "Validation: back to the weights in training",
+    ]
+
+
 # ---------------------------------------------------------------- validation and images
 
 
@@ -348,7 +508,8 @@ def test_images_to_look_at():
     batch = batches(1)[0]
     images = engine.log_images(batch)
     kinds = ("reconstructions", "diff", "diff_boost")
-    assert set(images) == {"inputs", *kinds, *(f"{kind}_ema" for kind in kinds)}
+    of_the_loss = {"logits_real", "logits_fake"}
+    assert set(images) == {"inputs", *kinds, *(f"{kind}_ema" for kind in kinds), *of_the_loss}
     for image in images.values():
         assert image.shape == batch["jpg"].shape and image.min() >= -1 and image.max() <= 1
     assert_close(images["inputs"], batch["jpg"] / 127.5 - 1, 1e-6)

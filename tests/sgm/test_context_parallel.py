@@ -45,7 +45,7 @@ def encode_and_decode(cp_size: int, encoded: list[int], decoded: list[int], stre
     results = {}
     with torch.no_grad():
         for frames in encoded:
-            results["moments", frames] = vae.encode(video(frames), unregularized=True)
+            results["moments", frames] = vae.encode(video(frames), unregularized=True)[0]
             torch.manual_seed(5 + get_context_parallel_rank())
             results["sample", frames] = vae.encode(video(frames))
         for frames in decoded:
@@ -68,7 +68,7 @@ def gradients(cp_size: int, frames: int) -> dict:
     rank, size = get_context_parallel_rank(), get_context_parallel_world_size()
     group = get_context_parallel_group()
 
-    moments = vae.encode(x, unregularized=True, output_cp=True)
+    moments = vae.encode(x, unregularized=True, output_cp=True)[0]
     decoded = vae.decode(z, clear_fake_cp_cache=True, output_cp=True)
     loss = 0
     for y in (moments, decoded):
@@ -92,7 +92,7 @@ def shares_in_and_out(cp_size: int) -> torch.Tensor:
     rank = get_context_parallel_rank()
     own = video(17).split([9, 8] if cp_size == 2 else [17], 2)[rank]
     with torch.no_grad():
-        moments = vae.encode(own, unregularized=True, input_cp=True, output_cp=True)
+        moments = vae.encode(own, unregularized=True, input_cp=True, output_cp=True)[0]
         return vae.decode(moments[:, :16], clear_fake_cp_cache=True, input_cp=True)
 
 

@@ -415,6 +415,28 @@ def test_two_processes_that_share_a_clip_have_the_loss_and_the_gradient_of_one(s
         assert_close(two[0]["decoder"][name] + two[1]["decoder"][name], gradient, 1e-4)
 
 
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("kind", ["2d", "3d"])
+def test_pictures_of_what_the_discriminator_sees(kind):
+    """Green where patches look real, magenta where they do not, at their places and on one scale."""
+    loss_fn = build(dims=3, discriminator_config=DISCRIMINATORS[kind])
+    loss_fn.discriminator.forward = lambda x: -8 * F.avg_pool2d(x[:, :1].flatten(2).unflatten(2, x.shape[-2:]), 8)
+    if kind == "3d":
+        loss_fn.discriminator.forward = lambda x: -8 * F.avg_pool3d(x[:, :1], (1, 8, 8))
+    real, fake = torch.zeros(2, 3, 5, 24, 24), torch.zeros(2, 3, 5, 24, 24)
+    real[1, :, 2, :8, 8:16], fake[0, :, 4, 16:, :8] = -1.0, 0.5
+    pictures = loss_fn.log_images(real, fake)
+    assert set(pictures) == {"logits_real", "logits_fake"}
+    for picture in pictures.values():
+        assert picture.shape == real.shape and picture.min() >= -1 and picture.max() <= 1
+    assert pictures["logits_real"][1, :, 2, 4, 12].tolist() == [-1, 1, -1]  # the surest: green
+    assert pictures["logits_fake"][0, :, 4, 20, 4].tolist() == [1, 0, 1]  # half as sure: pale magenta
+    assert (pictures["logits_real"] != 1).sum() == 2 * 8 * 8 and (pictures["logits_fake"] != 1).sum() == 8 * 8
+    assert build(dims=3, disc_factor=0).log_images(real, fake) == {}
+
+
 # ---------------------------------------------------------------- training
 
 

@@ -150,6 +150,62 @@ def test_the_input_is_what_the_data_set_gives():
     assert torch.equal(engine.get_input({"mp4": batch["mp4"] / 127.5 - 1}), x)
 
 
+def test_a_loader_of_another_layout():
+    """Videos (b, c, t, h, w) under `jpg`, and images (b, c, h, w), train what clips of our own layout train."""
+    ours, theirs = build(), build(input_key="jpg", input_layout="b c t h w")
+    batch = batches(1)[0]
+    videos = batch["mp4"].transpose(1, 2)
+    assert torch.equal(theirs.get_input({"jpg": videos}), ours.get_input(batch))
+    assert_close(
+        theirs.compute_loss({"jpg": videos / 127.5 - 1, "seed": batch["seed"]}, 0)[0],
+        ours.compute_loss(batch, 0)[0],
+        1e-6,
+    )
+    for engine, key in ((ours, "mp4"), (theirs, "jpg")):
+        images = engine.get_input({key: videos[:, :, 0]})
+        assert torch.equal(images, ours.get_input(batch)[:, :, :1])
+    with pytest.raises(UserError, match=r"input_key: 'jpg' has the shape \(2, 3\), expected b c t h w"):
+        theirs.get_input({"jpg": torch.zeros(2, 3)})
+    with pytest.raises(UserError, match="input_layout: 'b h w' is unknown; choose 'b t c h w' or 'b c t h w'"):
+        build(input_layout="b h w")
+
+
+def test_leading_arguments_are_positional_in_the_usual_order(tmp_path):
+    torch.save(build().coder_state_dict(ema=False), tmp_path / "a.pt")
+    params = video_config()["params"]
+    engine = VideoAutoencodingEngine(tmp_path / "a.pt", ["loss"], [2, 3], True, 1, **params)
+    assert (engine.image_weight, engine.video_weight, engine.context_parallel_size) == (2, 3, 1)
+    assert not any(parameter.requires_grad for parameter in engine.encoder.parameters())
+    assert torch.equal(engine.encoder.conv_in.conv.weight, build().encoder.conv_in.conv.weight)
+    parts = {key: params[key] for key in ("encoder_config", "decoder_config", "regularizer_config")}
+    stage = VideoAutoencoderInferenceWrapper(1, tmp_path / "a.pt", [], **parts).eval()
+    x = engine.get_input(batches(1)[0])
+    with torch.no_grad():
+        torch.manual_seed(0)
+        z, frames, report = stage(x)
+        torch.manual_seed(0)
+        assert torch.equal(z, stage.encode(x)) and frames.shape == x.shape and report["kl_loss"] > 0
+        assert torch.equal(frames, stage.decode_at_once(z))
+        assert torch.equal(
+            stage.decode(z[:, :, :1], False, False, True, clear_fake_cp_cache=True),
+            stage.decode(z[:, :, :1], use_cp=False, clear_fake_cp_cache=True),
+        )
+        moments, nothing = stage.encode(x, unregularized=True)
+        assert nothing == {} and torch.equal(stage.encode(x, unregularized=True, use_cp=False)[0], moments)
+
+
+def test_a_first_stage_from_a_file_that_fits_in_part(tmp_path, caplog):
+    source = build()
+    state = source.coder_state_dict(ema=False)
+    state["decoder.conv_out.conv.weight"] = torch.zeros(1, 32, 3, 3, 3)
+    torch.save(state, tmp_path / "a.pt")
+    params = video_config()["params"]
+    parts = {key: params[key] for key in ("encoder_config", "decoder_config", "regularizer_config")}
+    stage = VideoAutoencoderInferenceWrapper(ckpt_path=tmp_path / "a.pt", strict=False, **parts)
+    assert torch.equal(stage.encoder.conv_in.conv.weight, source.encoder.conv_in.conv.weight)
+    assert "left out: decoder.conv_out.conv.weight ((1, 32, 3, 3, 3) instead of (3, 32, 3, 3, 3))" in caplog.messages
+
+
 def test_what_is_exported_is_a_first_stage(tmp_path):
     """The averages have the names of the weights, and make the autoencoder that the engine is within `ema_scope`."""
     engine = build(ema_decay=0.5, optimizer_config=SGD)
@@ -160,11 +216,11 @@ def test_what_is_exported_is_a_first_stage(tmp_path):
     averaged = VideoAutoencoderInferenceWrapper(**parts, ckpt_path=tmp_path / "3d-vae.pt")
     trained = VideoAutoencoderInferenceWrapper(**parts, ckpt_path=tmp_path / "run.ckpt")
     with torch.no_grad():
-        moments = engine.encode(x, unregularized=True)
-        assert torch.equal(trained.encode(x, unregularized=True), moments)
-        assert not torch.equal(averaged.encode(x, unregularized=True), moments)
+        moments = engine.encode(x, unregularized=True)[0]
+        assert torch.equal(trained.encode(x, unregularized=True)[0], moments)
+        assert not torch.equal(averaged.encode(x, unregularized=True)[0], moments)
         with engine.ema_scope():
-            assert torch.equal(averaged.encode(x, unregularized=True), engine.encode(x, unregularized=True))
+            assert torch.equal(averaged.encode(x, unregularized=True)[0], engine.encode(x, unregularized=True)[0])
     engine = build(ckpt_path=tmp_path / "3d-vae.pt")
     assert torch.equal(engine.decoder.conv_out.conv.weight, averaged.decoder.conv_out.conv.weight)
 

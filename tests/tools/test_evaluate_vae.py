@@ -266,7 +266,7 @@ def reconstructed_by_hand(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     vae = instantiate_from_config(config["model"]["first_stage_config"]).eval()
     clip = SFTDataset(str(folder / "data"), [HEIGHT, WIDTH], 8, FRAMES, 0, random_start=False)[0]["mp4"]
     with torch.no_grad():
-        mean = vae.encode(clip.float().transpose(0, 1)[None] / 127.5 - 1, unregularized=True).chunk(2, dim=1)[0]
+        mean = vae.encode(clip.float().transpose(0, 1)[None] / 127.5 - 1, unregularized=True)[0].chunk(2, dim=1)[0]
         decoded = torch.cat(list(vae.decode_chunks(mean)), dim=2)[0].transpose(0, 1)
     pixels = ((decoded + 1) * 127.5).round().clamp(0, 255)
     return clip.numpy().astype(np.float64), pixels.numpy().astype(np.float64)

@@ -60,7 +60,7 @@ def test_latents_are_white_and_clips_come_back_the_same(folder, tmp_path):
     assert main(command(folder, tmp_path / "white.safetensors")) == 0
     old, new = build(folder), build(folder, tmp_path / "white.safetensors")
     old_means, new_means = (
-        [vae.encode(clip, unregularized=True).chunk(2, dim=1)[0] for clip in clips_of(folder)] for vae in (old, new)
+        [vae.encode(clip, unregularized=True)[0].chunk(2, dim=1)[0] for clip in clips_of(folder)] for vae in (old, new)
     )
     assert_close(covariance_of(new_means), torch.eye(16, dtype=torch.float64), 1e-3)
     assert (covariance_of(old_means) - torch.eye(16)).abs().max() > 0.1
@@ -79,7 +79,7 @@ def test_near_turns_white_latents_back(folder, tmp_path):
     assert main(command(folder, tmp_path / "near.safetensors", *more)) == 0
     white, near = (build(folder, tmp_path / f"{name}.safetensors") for name in ("white", "near"))
     for clip in clips_of(folder):
-        old, new = (vae.encode(clip, unregularized=True).chunk(2, dim=1)[0] for vae in (white, near))
+        old, new = (vae.encode(clip, unregularized=True)[0].chunk(2, dim=1)[0] for vae in (white, near))
         assert_close(new, old, 1e-2)
 
 
@@ -107,7 +107,7 @@ def test_posteriors_follow_the_map(folder):
     matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     map_latents(new, matrix)
     (mean, variance), (new_mean, new_variance) = (
-        vae.encode(clips_of(folder)[0], unregularized=True).double().chunk(2, dim=1) for vae in (old, new)
+        vae.encode(clips_of(folder)[0], unregularized=True)[0].double().chunk(2, dim=1) for vae in (old, new)
     )
     assert_close(new_mean, torch.einsum("oi,bi...->bo...", matrix, mean), 1e-5)
     spread = (matrix @ matrix.mT).diagonal().log()[:, None, None, None]

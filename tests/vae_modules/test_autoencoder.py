@@ -76,7 +76,7 @@ def test_encoder_reference(recorded, gradient):
     for frames in reference.case["frames"]:
         x = seeded_input(f"{name}.video{frames}", (1, 3, frames, *reference.case["video_hw"]), reference.case["seed"])
         with torch.set_grad_enabled(gradient):
-            moments = vae.encode(x.clamp(-1, 1), unregularized=True)
+            moments = vae.encode(x.clamp(-1, 1), unregularized=True)[0]
         assert_close(moments, reference[f"moments.{frames}"], 1e-5)
 
 
@@ -119,7 +119,7 @@ def test_sampled_latent_reference(name):
 def test_encode_agrees_with_diffusers(vae, frames):
     x = video(frames).repeat(2, 1, 1, 1, 1) * torch.tensor([1.0, -0.5]).view(2, 1, 1, 1, 1)
     expected = as_diffusers(vae, 32, 1, 16).encode(x).latent_dist.parameters
-    assert_close(vae.encode(x, unregularized=True), expected, 1e-5)
+    assert_close(vae.encode(x, unregularized=True)[0], expected, 1e-5)
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def test_decode_agrees_with_diffusers(vae, frames):
 def test_gradients_agree_with_diffusers(vae):
     other = as_diffusers(vae, 32, 1, 16)
     cotangent = seeded_input("cotangent", (1, 32, 3, 2, 3))
-    (vae.encode(video(9), unregularized=True) * cotangent).sum().backward()
+    (vae.encode(video(9), unregularized=True)[0] * cotangent).sum().backward()
     (other.encode(video(9)).latent_dist.parameters * cotangent).sum().backward()
     cotangent = seeded_input("cotangent", (1, 3, 17, 16, 24))
     z, other_z = latent(5).requires_grad_(), latent(5).requires_grad_()
@@ -154,10 +154,10 @@ def test_gradients_agree_with_diffusers(vae):
 def test_half_precision_is_close_to_float32(dtype):
     case = Reference("vae/vae_small").case
     vae, half = seed_module_(build(case)), seed_module_(build(case)).to(dtype)
-    moments = half.encode(video(9).to(dtype), unregularized=True)
+    moments = half.encode(video(9).to(dtype), unregularized=True)[0]
     assert moments.dtype == dtype
     tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
-    assert relative_error(moments, vae.encode(video(9), unregularized=True)) < tolerance
+    assert relative_error(moments, vae.encode(video(9), unregularized=True)[0]) < tolerance
     decoded = torch.cat(list(half.decode_chunks(latent(3).to(dtype))), dim=2)
     assert relative_error(decoded, torch.cat(list(vae.decode_chunks(latent(3))), dim=2)) < tolerance
 
@@ -237,10 +237,10 @@ def test_blended_tiles_of_a_pointwise_operation_are_the_whole(height, width, siz
 def test_tiles_in_encode_and_decode(vae):
     """The corner that only the first tile covers is what that tile gives alone, with its own past."""
     x, z = video(5, 32, 80), latent(5, 4, 10)
-    corner = vae.encode(x[..., :32], unregularized=True), torch.cat(list(vae.decode_chunks(z[..., :4])), dim=2)
+    corner = vae.encode(x[..., :32], unregularized=True)[0], torch.cat(list(vae.decode_chunks(z[..., :4])), dim=2)
     vae.tile_size = 32
     try:
-        moments, frames = vae.encode(x, unregularized=True), torch.cat(list(vae.decode_chunks(z)), dim=2)
+        moments, frames = vae.encode(x, unregularized=True)[0], torch.cat(list(vae.decode_chunks(z)), dim=2)
     finally:
         vae.tile_size = None
     assert moments.shape == (1, 32, 2, 4, 10) and frames.shape == (1, 3, 17, 32, 80)

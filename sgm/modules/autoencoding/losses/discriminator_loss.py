@@ -97,6 +97,18 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         self.disc_factor = disc_factor
         self.disc_weight = disc_weight
 
+    forward_keys = (
+        "regularization_log",
+        "optimizer_idx",
+        "global_step",
+        "last_layer",
+        "split",
+        "weights",
+        "group",
+        "frames",
+    )
+    """What `forward` is called with beside inputs and reconstructions."""
+
     def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The discriminator's; none if nothing trains it."""
         if self.disc_factor:
@@ -184,6 +196,33 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         }
         log |= self._reported(regularization_log)
         return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
+
+    @torch.no_grad()
+    def log_images(self, inputs: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        """Return pictures of what the discriminator makes of both, shaped like `inputs`, in [-1, 1].
+
+        Patches that look real are green, others magenta, the stronger the surer, on one scale for both: `logits_real`
+        of the inputs, `logits_fake` of the reconstructions. There are none without a discriminator.
+        """
+        if not self.disc_factor:
+            return {}
+        inputs, reconstructions = self._prepare(inputs, reconstructions)
+        both = [self._logits(x) for x in (inputs, reconstructions)]
+        largest = (
+            torch.stack([logits.abs().amax() for logits in both]).amax().clamp_min(torch.finfo(torch.float32).tiny)
+        )
+        return {
+            name: self._heat_map(logits / largest, inputs)
+            for name, logits in zip(("logits_real", "logits_fake"), both, strict=True)
+        }
+
+    def _heat_map(self, values: Tensor, like: Tensor) -> Tensor:
+        """Patches' values in [-1, 1], as `_logits` lays them out, as pictures shaped like `like`."""
+        if like.ndim == 5 and not self.takes_clips:
+            values = rearrange(values, "(b t) c h w -> b c t h w", b=len(like))
+        values = F.interpolate(values, like.shape[2:], mode="nearest")
+        magenta, green = values.clamp(min=0), (-values).clamp(min=0)  # what is taken from white
+        return 1 - 2 * torch.cat([magenta, green, magenta], dim=1)
 
     # ------------------------------------------------------------ reconstruction
 
