@@ -3,7 +3,7 @@
 import copy
 import gc
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -67,6 +67,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.log_keys = config.get("log_keys") or ["txt"]
         self.input_key = config.get("input_key", "mp4")
         self.latent_input = config.get("latent_input", False)
+        self.samples_at_a_time = samples_at_a_time(config.get("en_and_decode_n_samples_a_time"))
         self.noised_image_input = config.get("noised_image_input", False)
         self.noised_image_all_concat = config.get("noised_image_all_concat", False)
         self.noised_image_dropout = config.get("noised_image_dropout", 0.0)
@@ -206,12 +207,24 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if self.latent_input:
             return rearrange(x, "b t c h w -> b c t h w") * self.scale_factor
-        return self.scale_factor * self.first_stage_model.encode(x.to(self.dtype))
+        groups = self.groups(x)
+        if len(groups) == 1:
+            return self.scale_factor * self.first_stage_model.encode(x.to(self.dtype))
+        if not hasattr(self.first_stage_model, "regularization"):  # a first stage without moments to draw from
+            return self.scale_factor * torch.cat([self.first_stage_model.encode(g.to(self.dtype)) for g in groups])
+        # The whole batch at once, so that the noise is the same however the batch is divided.
+        regularize = getattr(self.first_stage_model, "regularize", self.first_stage_model.regularization)
+        return self.scale_factor * regularize(self.encode_moments(x))[0]
 
     @torch.no_grad()
     def encode_moments(self, x: Tensor) -> Tensor:
         """Clips (b, 3, frames, height, width) in [-1, 1] to the moments (b, 2c, t, h, w) of their unscaled latents."""
-        return self.first_stage_model.encode(x.to(self.dtype), unregularized=True)[0]
+        encode = self.first_stage_model.encode
+        return torch.cat([encode(group.to(self.dtype), unregularized=True)[0] for group in self.groups(x)])
+
+    def groups(self, x: Tensor) -> list[Tensor]:
+        """Return the samples that the first stage takes at once: `en_and_decode_n_samples_a_time`, or all of them."""
+        return list(x.split(self.samples_at_a_time or max(len(x), 1)))
 
     def sample_latent(self, moments: Tensor) -> Tensor:
         """Moments (b, 2c, t, h, w) to scaled latents (b, c, t, h, w), as `encode_first_stage` draws them."""
@@ -220,18 +233,23 @@ class SATVideoDiffusionEngine(nn.Module):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (b, c, t, h, w) to clips (b, 3, frames, height, width); see `decode_stream` for long ones."""
-        return torch.cat(list(self._decode_chunks(z)), dim=2)
+        return torch.cat([torch.cat(list(self._decode_group(group)), dim=2) for group in self.groups(z)])
 
     @torch.no_grad()
-    def decode_stream(self, z: Tensor):
+    def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
         """`decode_first_stage`, chunk by chunk in time; in one where a subclass decodes in its own way."""
         if type(self).decode_first_stage is not SATVideoDiffusionEngine.decode_first_stage:
             yield self.decode_first_stage(z)
-        else:
-            yield from self._decode_chunks(z)
+            return
+        for chunks in zip(*map(self._decode_group, self.groups(z)), strict=True):
+            yield chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
-    def _decode_chunks(self, z: Tensor):
-        yield from self.first_stage_model.decode_chunks((z / self.scale_factor).to(self.device, self.dtype))
+    def _decode_group(self, z: Tensor) -> Iterator[Tensor]:
+        """The chunks in time of samples that the first stage takes at once; a single one where it has no chunks."""
+        z = (z / self.scale_factor).to(self.device, self.dtype)
+        if not hasattr(self.first_stage_model, "decode_chunks"):
+            return iter([self.first_stage_model.decode(z)])
+        return self.first_stage_model.decode_chunks(z)
 
     def encode_condition_image(self, image: Tensor) -> Tensor:
         """First frame (b, 3, 1, height, width) to its latent (b, 1, c, h, w), scaled as the network learnt it."""
@@ -399,6 +417,19 @@ class SATVideoDiffusionEngine(nn.Module):
     def drop_extra_frame(self, latents: Tensor) -> Tensor:
         """Latents (b, t, c, h, w) without the leading frame that 1.5 networks need to make their number even."""
         return latents[:, 1:] if self.is_15 else latents
+
+
+def samples_at_a_time(value: Any) -> int | None:
+    """Return `en_and_decode_n_samples_a_time` of the `model:` section: a whole number from 1, or None for all.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if value is not None and (type(value) is not int or value < 1):
+        raise UserError(
+            f"model.en_and_decode_n_samples_a_time: {value!r} does not fit; give a whole number from 1, or leave it out"
+        )
+    return value
 
 
 def noise_first_frame(image: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.errors import UserError
-from sgm.modules.diffusionmodules.util import append_dims
+from sgm.modules.diffusionmodules.util import append_dims, mean_flat
 from sgm.util import get_obj_from_str, instantiate_from_config
 
 __all__ = [
@@ -130,11 +130,6 @@ def expand_dims_like(x: Tensor, y: Tensor) -> Tensor:
 def append_zero(x: Tensor) -> Tensor:
     """Return `x` (n,) followed by a zero."""
     return torch.cat([x, x.new_zeros(1)])
-
-
-def mean_flat(tensor: Tensor) -> Tensor:
-    """Return the mean of each sample: (batch, ...) -> (batch,)."""
-    return tensor.flatten(1).mean(1)
 
 
 def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:

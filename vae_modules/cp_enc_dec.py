@@ -1,6 +1,9 @@
 """The causal 3D encoder and decoder."""
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +28,10 @@ class ContextParallelEncoder3D(nn.Module):
         checkpoint_levels: levels whose activations are recomputed in the backward pass, which saves memory and costs
             another forward pass of these. Level i is that of ch_mult[i]; 0 takes the most memory.
         resolution, out_ch, attn_resolutions: accepted for the configs that name them. There is no attention.
+        neutral: other keys of configurations in the wild, at the values that ask for what is always so (see `NEUTRAL`).
+
+    Raises:
+        UserError: a setting is unknown or does not fit.
     """
 
     def __init__(
@@ -44,9 +51,11 @@ class ContextParallelEncoder3D(nn.Module):
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
         checkpoint_levels: Sequence[int] = (),
+        **neutral: Any,
     ):
         super().__init__()
         _refuse_attention(attn_resolutions)
+        _check_neutral(type(self).__name__, neutral)
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
         self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
@@ -119,9 +128,11 @@ class ContextParallelDecoder3D(nn.Module):
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
         checkpoint_levels: Sequence[int] = (),
+        **neutral: Any,
     ):
         super().__init__()
         _refuse_attention(attn_resolutions)
+        _check_neutral(type(self).__name__, neutral)
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
         self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
@@ -165,6 +176,30 @@ class ContextParallelDecoder3D(nn.Module):
             if hasattr(up, "upsample"):
                 h = up.upsample(h, chunk)
         return self.conv_out(self.norm_out(h, z, chunk), chunk)
+
+
+NEUTRAL = {
+    "resamp_with_conv": True,
+    "pad_mode": "first",
+    "use_linear_attn": False,
+    "attn_type": "vanilla",
+    "give_pre_end": False,
+    "tanh_out": False,
+    "add_conv": False,
+    "zq_ch": None,
+}
+"""What else configurations say, and the one value that holds here; `zq_ch` may also be the channels of the latent."""
+
+
+def _check_neutral(name: str, given: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        if key not in NEUTRAL:
+            near = difflib.get_close_matches(
+                key, (*NEUTRAL, *inspect.signature(ContextParallelEncoder3D).parameters), n=1
+            )
+            raise UserError(f"{key}: {name} has no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+        if value != NEUTRAL[key] and not (key == "zq_ch" and type(value) is int):
+            raise UserError(f"{key}: {value!r} is not supported by {name}; remove it, or set {NEUTRAL[key]!r}")
 
 
 def _refuse_attention(attn_resolutions: Sequence[int]) -> None:

@@ -189,7 +189,7 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         """This rank's latent frames of its moments, and the whole clip's report."""
         if self.latent_cp and self.regularizes_places_alone:
             return self._regularize_share(moments, shares)
-        latent, report = self._regularize(gather_frames(moments, shares, self.group))
+        latent, report = self.regularize(gather_frames(moments, shares, self.group))
         return split_frames(latent, shares, self.group), report
 
     def _weights_in_time(self) -> Iterator[Tensor]:

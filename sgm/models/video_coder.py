@@ -102,7 +102,7 @@ class VideoCoder(nn.Module):
         if unregularized and output_cp:
             return moments, {}
         moments = gather_frames(moments, shares, self.group)
-        latent, report = (moments, {}) if unregularized else self._regularize(moments)
+        latent, report = (moments, {}) if unregularized else self.regularize(moments)
         if output_cp:
             latent = split_frames(latent, shares, self.group)
         return (latent, report) if return_reg_log or unregularized else latent
@@ -139,7 +139,8 @@ class VideoCoder(nn.Module):
         grid = self._tiles(x.shape[3] // factor, x.shape[4] // factor)
         return tiling.process(grid, x, encode_tile, factor=(factor, 1))
 
-    def _regularize(self, moments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def regularize(self, moments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what the regularizer makes of the encoder's output of whole clips, and what it reports."""
         if self.group is None or not self.regularizes_places_alone:
             return self.regularization(moments)
         # Every rank draws, so that their generators stay in step, and takes the first rank's noise.
@@ -152,7 +153,7 @@ class VideoCoder(nn.Module):
         return isinstance(self.regularization, DiagonalGaussianRegularizer)
 
     def _regularize_share(self, moments: Tensor, shares: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`_regularize` for this rank's moments alone; the report is the whole clip's."""
+        """`regularize` for this rank's moments alone; the report is the whole clip's."""
         batch, channels, _, height, width = moments.shape
         whole = moments.new_empty((batch, channels, sum(shares), height, width), device="meta")
         noise = broadcast(DiagonalGaussianDistribution(whole).noise().to(moments.device), self.group)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sgm.errors import UserError
 from sgm.helpers import default, exists, uniq
+from sgm.modules.diffusionmodules.building_blocks import zero_module
 
 __all__ = [
     "ATTENTION",
@@ -114,13 +115,6 @@ def attention_named(kind: str) -> Callable[..., Tensor]:
     if kind not in ATTENTION:
         raise UserError(f"attention '{kind}' is unknown, it can be {' or '.join(map(repr, ATTENTION))}")
     return ATTENTION[kind]
-
-
-def zero_module(module: nn.Module) -> nn.Module:
-    """`module` with all its parameters zero, so that a residual branch that ends in it starts as nothing."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:

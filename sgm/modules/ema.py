@@ -47,6 +47,10 @@ class LitEma(nn.Module):
         for name, parameter in averaged.items():
             self.register_buffer(self.shadow_names[name], parameter.detach().clone())
 
+    def reset_num_updates(self) -> None:
+        """Begin the slow rise of the decay anew."""
+        self.num_updates.zero_()
+
     def shadows(self) -> dict[str, Tensor]:
         """The averages, by the names of their parameters."""
         return {name: getattr(self, buffer) for name, buffer in self.shadow_names.items()}

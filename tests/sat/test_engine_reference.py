@@ -3,6 +3,7 @@
 import random
 import weakref
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from einops import rearrange
 
 from diffusion_video import SATVideoDiffusionEngine
 from seeded import seed_module_, seeded_input
+from sgm.errors import UserError
+from sgm.randomness import per_sample
 from support import REFERENCE, Reference, assert_close
 
 
@@ -129,3 +132,84 @@ def test_loss_reaches_every_parameter_of_the_network(case):
     finite = [gradient.isfinite().all() for gradient in gradients.values() if gradient is not None]
     assert len(finite) > 20 and all(finite)
     engine.zero_grad()
+
+
+# ---------------------------------------------------------------- a few samples at a time
+
+
+@pytest.fixture
+def few(case):
+    """The engine and three clips (b, c, t, h, w); what it counts are the samples of each call of the encoder."""
+    _, _, engine, clip = case
+    sizes = []
+    hook = engine.first_stage_model.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    clips = rearrange(torch.cat([clip, clip.flip(1), -clip]), "b t c h w -> b c t h w")[:3]
+    yield engine, clips, sizes
+    hook.remove()
+    engine.samples_at_a_time = None
+
+
+@pytest.mark.parametrize("seeded_samples", [False, True])
+def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_samples):
+    engine, clips, sizes = few
+    latents = {}
+    for engine.samples_at_a_time in (None, 2, 1, 7):
+        torch.manual_seed(0)
+        with per_sample([3, 4, 5]) if seeded_samples else nullcontext():
+            latents[engine.samples_at_a_time] = engine.encode_first_stage(clips)
+    assert sizes == [3, 2, 1, 1, 1, 1, 3]
+    for at_a_time in (2, 1, 7):
+        assert torch.equal(latents[at_a_time], latents[None])
+    assert torch.equal(engine.encode_moments(clips), engine.first_stage_model.encode(clips, unregularized=True)[0])
+
+
+def test_samples_are_decoded_a_few_at_a_time(few):
+    engine, clips, _ = few
+    z = engine.encode_first_stage(clips)
+    sizes = []
+    hook = engine.first_stage_model.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    whole, chunks = engine.decode_first_stage(z), list(engine.decode_stream(z))
+    for engine.samples_at_a_time in (2, 1):
+        sizes.clear()
+        assert torch.equal(engine.decode_first_stage(z), whole)
+        assert max(sizes) == engine.samples_at_a_time
+        streamed = list(engine.decode_stream(z))
+        assert len(streamed) == len(chunks)
+        assert all(torch.equal(one, other) for one, other in zip(streamed, chunks, strict=True))
+    hook.remove()
+
+
+def test_a_training_step_is_the_same_in_groups(case, few):
+    engine, _, sizes = few
+    _, reference, _, clip = case
+    batch = {"mp4": torch.cat([clip, -clip]), "txt": reference.case["texts"] * 2}
+    losses = []
+    for engine.samples_at_a_time in (None, 1):
+        sizes.clear()
+        seed_everything(1)
+        losses.append(engine.shared_step({**batch, "txt": batch["txt"][: len(batch["mp4"])]})[0])
+    assert torch.equal(*losses) and set(sizes) == {1}
+
+
+def test_the_number_comes_from_the_configuration(case):
+    _, reference, _, _ = case
+    config = {**reference.case["model"], "en_and_decode_n_samples_a_time": 3}
+    assert SATVideoDiffusionEngine(Namespace(model_config=config), parts=()).samples_at_a_time == 3
+    for wrong in (0, -1, "2", 1.5, True, [1]):
+        config["en_and_decode_n_samples_a_time"] = wrong
+        with pytest.raises(UserError, match=r"model\.en_and_decode_n_samples_a_time: .* give a whole number from 1"):
+            SATVideoDiffusionEngine(Namespace(model_config=config), parts=())
+
+
+def test_a_first_stage_without_chunks_or_moments(case, monkeypatch):
+    """Diffusion on pixels: nothing is encoded, whatever the number of samples at a time."""
+    from sgm.models.autoencoder import IdentityFirstStage
+
+    _, _, engine, clip = case
+    monkeypatch.setattr(engine, "first_stage_model", IdentityFirstStage())
+    clips = rearrange(torch.cat([clip, -clip]), "b t c h w -> b c t h w")
+    for at_a_time in (None, 1):
+        monkeypatch.setattr(engine, "samples_at_a_time", at_a_time)
+        latents = engine.encode_first_stage(clips)
+        assert torch.equal(latents, engine.scale_factor * clips)
+        assert_close(engine.decode_first_stage(latents), clips, 1e-6)

@@ -11,7 +11,7 @@ from torch import nn
 
 import sgm.modules.encoders.modules as encoders
 from sgm.errors import UserError
-from sgm.modules import GeneralConditioner
+from sgm.modules import UNCONDITIONAL_CONFIG, GeneralConditioner
 from sgm.modules.encoders.modules import AbstractEmbModel, FrozenT5Embedder
 from sgm.randomness import per_sample
 from sgm.util import instantiate_from_config
@@ -34,6 +34,15 @@ def test_text_embeddings_are_the_reference_numbers(name):
     cond, uncond = conditioner.get_unconditional_conditioning({"txt": texts}, force_uc_zero_embeddings=["txt"])
     assert_close(cond["crossattn"], reference["crossattn"], 1e-5)
     assert torch.equal(uncond["crossattn"], reference["uncond"])
+
+
+def test_a_condition_that_needs_no_encoder():
+    config = {"target": "sgm.modules.encoders.modules.IdentityEncoder", "input_key": "vector"}
+    conditioner = GeneralConditioner([config])
+    vector = torch.randn(2, 5)
+    assert torch.equal(conditioner({"vector": vector})["vector"], vector)
+    assert conditioner.embedders[0].input_key == "vector" and conditioner.embedders[0].encode(vector) is vector
+    assert instantiate_from_config(UNCONDITIONAL_CONFIG)({"vector": vector}) == {}
 
 
 class Scaled(AbstractEmbModel):

@@ -417,6 +417,36 @@ def test_thresholding_acts_in_sampling_and_dynamic_guidance_takes_it():
             instantiate_from_config({"target": f"{MODULES}.sampling_utils.{kind}", "params": mistake})
 
 
+class ForeignGuider:
+    """As guiders of other samplers are: it takes a scale at most."""
+
+    def prepare_inputs(self, x, s, c, uc):
+        return torch.cat([x] * 2), torch.cat([s] * 2), {kind: torch.cat([uc[kind], c[kind]]) for kind in c}
+
+    def __call__(self, x, sigma, scale=None):
+        uncond, cond = x.chunk(2)
+        return uncond + (6.0 if scale is None else scale) * (cond - uncond)
+
+
+@pytest.mark.parametrize("name", ["VPSDEDPMPP2MSampler", "HeunEDMSampler"])
+def test_a_guider_of_another_sampler_is_told_what_it_takes(name):
+    schedule = "zerosnr" if name in VIDEO_SAMPLERS else "edm"
+    samples = []
+    for config in (VANILLA, {"target": f"{__name__}.ForeignGuider"}):
+        torch.manual_seed(0)
+        sampler = make_sampler(name, schedule, guider_config=config)
+        samples.append(sampler(make_denoiser(name, schedule), *inputs(VIDEO)))
+    assert torch.equal(*samples)
+
+
+def test_dynamic_guidance_takes_the_step_as_its_third_argument():
+    denoised, sigma = torch.randn(2, 4), torch.ones(1)
+    guider = DynamicCFG(6, 5, 50)
+    assert torch.equal(guider(denoised, sigma, 20), guider(denoised, sigma, step_index=20))
+    assert torch.equal(guider(denoised, sigma, 20, 3.0), guider(denoised, sigma, step_index=20, scale=3.0))
+    assert not torch.equal(guider(denoised, sigma, 20), guider(denoised, sigma, 30))
+
+
 def test_step_formulas_by_tensor():
     """The functions by the names of the original are those of the samplers."""
     down, up = sampling_utils.get_ancestral_step(torch.tensor([5.0, 3.0]), torch.tensor([2.0, 0.0]), eta=0.7)

@@ -36,7 +36,7 @@ class NLayerDiscriminator(nn.Module):
 
         norm = ActNorm if use_actnorm else nn.BatchNorm2d
         self.main = nn.Sequential(*_layers(conv, norm, input_nc, ndf, n_layers, bias=use_actnorm))
-        self.apply(_initialize)
+        self.apply(weights_init)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_size(x, self.smallest_side)
@@ -69,7 +69,7 @@ class NLayerDiscriminator3D(nn.Module):
             return nn.GroupNorm(gcd(32, channels), channels)
 
         self.main = nn.Sequential(*_layers(conv, norm, input_nc, ndf, n_layers, bias=True))
-        self.apply(_initialize)
+        self.apply(weights_init)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_size(x, self.smallest_side)
@@ -145,8 +145,8 @@ def _check_size(x: Tensor, smallest_side: int) -> None:
         )
 
 
-def _initialize(layer: nn.Module) -> None:
-    """The initialization of DCGAN (Radford et al. 2016, arXiv:1511.06434, section 4)."""
+def weights_init(layer: nn.Module) -> None:
+    """Draw the weights of a convolution or a norm as DCGAN does (Radford et al. 2016, arXiv:1511.06434, section 4)."""
     if isinstance(layer, nn.Conv2d | nn.Conv3d):
         nn.init.normal_(layer.weight, 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm2d | nn.GroupNorm):

@@ -105,3 +105,11 @@ class DiscreteDenoiser(Denoiser):
 
     def idx_to_level(self, idx: Tensor) -> Tensor:
         return torch.index_select(self.levels, 0, idx)
+
+    def sigma_to_idx(self, sigma: Tensor) -> Tensor:
+        """Return `level_to_idx`, by the name of the original."""
+        return self.level_to_idx(sigma)
+
+    def idx_to_sigma(self, idx: Tensor) -> Tensor:
+        """Return `idx_to_level`, by the name of the original."""
+        return self.idx_to_level(idx)

@@ -27,6 +27,11 @@ def equally_spaced_steps(num_steps: int, num_timesteps: int) -> np.ndarray:
     return np.linspace(num_timesteps - 1, 0, num_steps, endpoint=False).astype(np.int64)[::-1].copy()
 
 
+def generate_roughly_equally_spaced_steps(num_substeps: int, max_step: int) -> np.ndarray:
+    """Return `equally_spaced_steps`, by the name of the original."""
+    return equally_spaced_steps(num_substeps, max_step)
+
+
 def linear_alphas_cumprod(start: float, end: float, num_timesteps: int) -> np.ndarray:
     """ᾱ of the "scaled linear" β schedule: sqrt(β) runs linearly from sqrt(start) to sqrt(end). float64."""
     betas = np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
@@ -69,6 +74,12 @@ class Discretization(ABC):
             levels = levels[::-1].copy()
         levels = torch.from_numpy(levels).to(device)
         return (levels, torch.from_numpy(timesteps).to(device)) if return_idx else levels
+
+    def get_sigmas(
+        self, n: int, device: torch.device | str = "cpu", return_idx: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the `n` noise levels from noisy to clean, without a zero; with `return_idx` their timesteps too."""
+        return self(n, do_append_zero=False, device=device, return_idx=return_idx)
 
     def to_alpha(self, levels: Tensor | np.ndarray) -> Tensor | np.ndarray:
         """a = sqrt(ᾱ) of levels of this schedule."""

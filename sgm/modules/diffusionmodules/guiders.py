@@ -3,8 +3,9 @@
 A sampler calls `prepare_inputs` to lay out the batch for the network, and the guider itself on what comes back.
 """
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -122,3 +123,26 @@ class DynamicCFG(VanillaCFG):
         # Python floats: for the large k the cosine's argument needs all their digits.
         fraction = step_index / self.num_steps if self.count == "timestep" else progress
         return 1 + scale * (1 - math.cos(math.pi * fraction**self.exp)) / 2
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        step_index: int | None = None,
+        scale: float | Tensor | None = None,
+        progress: float | None = None,
+    ) -> Tensor:
+        """Combine the two halves of `x`, see `VanillaCFG`."""
+        return super().__call__(x, sigma, scale, step_index, progress)
+
+
+def guider_keywords(guider: Callable[..., Tensor]) -> set[str]:
+    """Return what a guider is told by name beside the samples and their levels: `scale`, `step_index`, `progress`.
+
+    Those that it takes; a guider written for another sampler may take fewer.
+    """
+    names = {"scale", "step_index", "progress"}
+    parameters = inspect.signature(guider).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return names
+    return names & {parameter.name for parameter in parameters}

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sgm.errors import UserError
-from sgm.modules.diffusionmodules.guiders import IdentityGuider
+from sgm.modules.diffusionmodules.guiders import IdentityGuider, guider_keywords
 from sgm.modules.diffusionmodules.sampling_utils import (
     Generators,
     ancestral_step,
@@ -116,6 +116,7 @@ class Sampler(ABC):
 
         unguided = uc is None or (not isinstance(scale, Tensor) and scale == 1)
         guider = IdentityGuider() if unguided else self.guider
+        taken = guider_keywords(guider)
         scale = scale.to(x.device) if isinstance(scale, Tensor) else scale
         given = {"scale_emb": scale_emb, "ofs": ofs}
         given = {name: _per_sample(value, x) for name, value in given.items() if value is not None}
@@ -129,7 +130,8 @@ class Sampler(ABC):
                 model_inputs["idx"] = x.new_full((copies * len(x),), timesteps[step], dtype=torch.long)
             denoised = denoiser(*inputs, **model_inputs).float()
             k = configured_steps - timesteps[step]
-            return guider(denoised, level_of_each, scale=scale, step_index=k, progress=step / num_steps)
+            told = {"scale": scale, "step_index": k, "progress": step / num_steps}
+            return guider(denoised, level_of_each, **{name: told[name] for name in taken})
 
         steps = self._count_steps(num_steps, callback)
         return self.sample(x, Run(a, s, steps, denoise, lambda x: noise_like(x, generator)))

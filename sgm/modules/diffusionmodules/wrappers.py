@@ -21,6 +21,10 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
+OPENAIUNETWRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
+"""The class that `network_wrapper` in a configuration stands for by default."""
+
+
 class OpenAIWrapper(nn.Module):
     """Calls a network with the conditioning laid out as its arguments.
 

@@ -25,6 +25,7 @@ class AbstractEmbModel(nn.Module):
 
     Attributes:
         input_keys: entries of the batch that `forward` takes, in order.
+        input_key: the entry, where the configuration names a single one; else None.
         output_key: kind of the embedding; None: by its rank, see `KIND_OF_RANK`.
         is_trainable: whether gradients flow into the embedder.
         ucg_rate: probability with which a sample loses this embedding in training (classifier-free guidance).
@@ -32,6 +33,7 @@ class AbstractEmbModel(nn.Module):
     """
 
     input_keys: tuple[str, ...]
+    input_key: str | None = None
     output_key: str | None = None
     is_trainable = False
     ucg_rate = 0.0
@@ -59,6 +61,7 @@ class GeneralConditioner(nn.Module):
         if not isinstance(embedder, AbstractEmbModel):
             raise UserError(f"conditioner_config: {config['target']} is not an AbstractEmbModel")
         if "input_key" in config:
+            embedder.input_key = config["input_key"]
             embedder.input_keys = (config["input_key"],)
         elif "input_keys" in config:
             embedder.input_keys = tuple(config["input_keys"])
@@ -159,6 +162,14 @@ class PrecomputedEmbedder(AbstractEmbModel):
 
     def forward(self, embedding: Tensor) -> Tensor:
         return embedding
+
+
+class IdentityEncoder(PrecomputedEmbedder):
+    """Entries of a batch that are conditions already, as they are."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
 
 
 class FrozenT5Embedder(AbstractEmbModel):

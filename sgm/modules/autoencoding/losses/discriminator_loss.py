@@ -323,15 +323,24 @@ def _from_images(x: Tensor, batch: int, dims: int) -> Tensor:
     return x if dims == 2 else rearrange(x, "(b t) c h w -> b c t h w", b=batch)
 
 
-def _hinge(real: Tensor, fake: Tensor) -> Tensor:
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Return the hinge loss of a discriminator, the mean of both halves."""
+    real, fake = logits_real, logits_fake
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def _vanilla(real: Tensor, fake: Tensor) -> Tensor:
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Return the logistic loss of a discriminator, the mean of both halves."""
+    real, fake = logits_real, logits_fake
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-_DISCRIMINATOR_LOSSES = {"hinge": _hinge, "vanilla": _vanilla}
+def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
+    """Return `weight` from the step `threshold` on, and `value` before."""
+    return weight if global_step >= threshold else value
+
+
+_DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 _PIXEL_LOSSES = {"l1": torch.abs, "l2": torch.square}
 
 

@@ -118,6 +118,12 @@ def usage(tokens: Tensor, codebook_size: int) -> Log:
     return {"perplexity": torch.special.entr(shares).sum().exp(), "codebook_use": (counts > 0).float().mean()}
 
 
+def measure_perplexity(predicted_indices: Tensor, num_centroids: int) -> tuple[Tensor, Tensor]:
+    """Return the perplexity of tokens of any shape, and how many of the `num_centroids` codes they use."""
+    report = usage(predicted_indices, num_centroids)
+    return report["perplexity"], (report["codebook_use"] * num_centroids).round()
+
+
 def all_reduce_(x: Tensor) -> Tensor:
     """The sum over all processes, in place and without a gradient."""
     if dist.is_available() and dist.is_initialized():

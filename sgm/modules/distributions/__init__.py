@@ -1,0 +1,1 @@
+"""Paths under which other code imports distributions."""
