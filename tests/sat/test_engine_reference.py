@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from torch import nn
 
 from diffusion_video import SATVideoDiffusionEngine
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
+from sgm.modules.autoencoding.clip import Chunk
 from sgm.randomness import per_sample
 from support import REFERENCE, Reference, assert_close
 
@@ -137,16 +139,28 @@ def test_loss_reaches_every_parameter_of_the_network(case):
 # ---------------------------------------------------------------- a few samples at a time
 
 
+class OneByOne(nn.Module):
+    """An encoder whose result for a sample does not depend on the batch, not even in the last bit."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder, self.sizes = encoder, []
+        self.time_factor, self.space_factor = encoder.time_factor, encoder.space_factor
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        self.sizes.append(len(x))
+        return torch.cat([self.encoder(sample[None], chunk) for sample in x])
+
+
 @pytest.fixture
 def few(case):
-    """The engine and three clips (b, c, t, h, w); what it counts are the samples of each call of the encoder."""
+    """The engine, three clips (b, c, t, h, w), and how many samples each call of the encoder has had."""
     _, _, engine, clip = case
-    sizes = []
-    hook = engine.first_stage_model.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    stage = engine.first_stage_model
+    stage.encoder = OneByOne(stage.encoder)
     clips = rearrange(torch.cat([clip, clip.flip(1), -clip]), "b t c h w -> b c t h w")[:3]
-    yield engine, clips, sizes
-    hook.remove()
-    engine.samples_at_a_time = None
+    yield engine, clips, stage.encoder.sizes
+    stage.encoder, engine.samples_at_a_time = stage.encoder.encoder, None
 
 
 @pytest.mark.parametrize("seeded_samples", [False, True])
@@ -160,34 +174,42 @@ def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_sam
     assert sizes == [3, 2, 1, 1, 1, 1, 3]
     for at_a_time in (2, 1, 7):
         assert torch.equal(latents[at_a_time], latents[None])
-    assert torch.equal(engine.encode_moments(clips), engine.first_stage_model.encode(clips, unregularized=True)[0])
+    for engine.samples_at_a_time in (None, 2):
+        with torch.no_grad():  # else other kernels compute
+            whole = engine.first_stage_model.encode(clips, unregularized=True)[0]
+        assert torch.equal(engine.encode_moments(clips), whole)
 
 
 def test_samples_are_decoded_a_few_at_a_time(few):
+    """As each group by itself to the bit; as all at once but for rounding, which follows from the size of a batch."""
     engine, clips, _ = few
     z = engine.encode_first_stage(clips)
+    whole, chunks = engine.decode_first_stage(z), list(engine.decode_stream(z))
     sizes = []
     hook = engine.first_stage_model.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    whole, chunks = engine.decode_first_stage(z), list(engine.decode_stream(z))
-    for engine.samples_at_a_time in (2, 1):
+    for at_a_time in (2, 1):
+        groups = torch.cat([engine.decode_first_stage(group) for group in z.split(at_a_time)])
         sizes.clear()
-        assert torch.equal(engine.decode_first_stage(z), whole)
-        assert max(sizes) == engine.samples_at_a_time
+        engine.samples_at_a_time = at_a_time
+        assert torch.equal(engine.decode_first_stage(z), groups)
         streamed = list(engine.decode_stream(z))
-        assert len(streamed) == len(chunks)
-        assert all(torch.equal(one, other) for one, other in zip(streamed, chunks, strict=True))
+        assert max(sizes) == at_a_time
+        assert [chunk.shape for chunk in streamed] == [chunk.shape for chunk in chunks]
+        assert torch.equal(torch.cat(streamed, dim=2), groups)
+        assert_close(groups, whole, 1e-5)
+        engine.samples_at_a_time = None
     hook.remove()
 
 
 def test_a_training_step_is_the_same_in_groups(case, few):
-    engine, _, sizes = few
-    _, reference, _, clip = case
-    batch = {"mp4": torch.cat([clip, -clip]), "txt": reference.case["texts"] * 2}
+    engine, clips, sizes = few
+    _, reference, _, _ = case
+    texts = (reference.case["texts"] * 3)[:3]
     losses = []
     for engine.samples_at_a_time in (None, 1):
         sizes.clear()
         seed_everything(1)
-        losses.append(engine.shared_step({**batch, "txt": batch["txt"][: len(batch["mp4"])]})[0])
+        losses.append(engine.shared_step({"mp4": rearrange(clips, "b c t h w -> b t c h w"), "txt": texts})[0])
     assert torch.equal(*losses) and set(sizes) == {1}
 
 
@@ -201,15 +223,15 @@ def test_the_number_comes_from_the_configuration(case):
             SATVideoDiffusionEngine(Namespace(model_config=config), parts=())
 
 
-def test_a_first_stage_without_chunks_or_moments(case, monkeypatch):
+def test_a_first_stage_without_chunks_or_moments(case):
     """Diffusion on pixels: nothing is encoded, whatever the number of samples at a time."""
     from sgm.models.autoencoder import IdentityFirstStage
 
-    _, _, engine, clip = case
-    monkeypatch.setattr(engine, "first_stage_model", IdentityFirstStage())
+    _, reference, _, clip = case
+    engine = SATVideoDiffusionEngine(Namespace(model_config=reference.case["model"]), parts=())
+    engine.first_stage_model = IdentityFirstStage()
     clips = rearrange(torch.cat([clip, -clip]), "b t c h w -> b c t h w")
-    for at_a_time in (None, 1):
-        monkeypatch.setattr(engine, "samples_at_a_time", at_a_time)
+    for engine.samples_at_a_time in (None, 1):
         latents = engine.encode_first_stage(clips)
         assert torch.equal(latents, engine.scale_factor * clips)
         assert_close(engine.decode_first_stage(latents), clips, 1e-6)
