@@ -37,7 +37,7 @@ MODEL_KEYS = (
     *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
     *("noised_image_input", "noised_image_all_concat", "noised_image_dropout"),
     *("loss_fn_config", "network_wrapper", "compile_model"),
-    "disable_first_stage_autocast",
+    *("disable_first_stage_autocast", "en_and_decode_n_samples_a_time"),
 )
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}

@@ -146,6 +146,11 @@ class Check:
         for name in LISTS:
             self.texts(("model", name), model.get(name))
         self.share(("model", "noised_image_dropout"), model.get("noised_image_dropout"))
+        samples = model.get("en_and_decode_n_samples_a_time")
+        if samples is not None and (type(samples) is not int or samples < 1):
+            self.refuse(
+                ("model", "en_and_decode_n_samples_a_time"), f"is {shown(samples)}; expected a whole number from 1"
+            )
 
     def tables(self, model: Mapping[str, Any]) -> None:
         """Check that the table of positions, which follows from several sizes, is one that can be made."""

@@ -34,6 +34,7 @@ SLOTS = {
     "discretization_config": Slot("noise schedules", methods=_CALLED),
     "sampler_config": Slot("samplers", methods=_CALLED),
     "guider_config": Slot("guiders", methods=(*_CALLED, "prepare_inputs")),
+    "dyn_thresh_config": Slot("ways to combine the halves of a guided batch", methods=_CALLED),
     "loss_fn_config": Slot("diffusion losses", _MODULE),
     "sigma_sampler_config": Slot("samplers of noise levels", methods=_CALLED),
     "conditioner_config": Slot("conditioners", _MODULE),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import append_dims, mean_flat
-from sgm.util import get_obj_from_str, instantiate_from_config
+from sgm.util import class_of_config, instantiate_from_config
 
 __all__ = [
     "append_dims",
@@ -197,8 +197,12 @@ def partialclass(cls: type, *args: Any, **kwargs: Any) -> type:
 
 
 def load_partial_from_config(config: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the class or function that a configuration names, with its `params` filled in."""
-    return functools.partial(get_obj_from_str(config["target"]), **(config.get("params") or {}))
+    """Return the class that a configuration names, with its `params` filled in.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    return functools.partial(class_of_config(config), **(config.get("params") or {}))
 
 
 def load_model_from_config(

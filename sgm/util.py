@@ -137,3 +137,15 @@ def _place_of(config: Any, parent: Place | None) -> Place:
         return Place((), config, building=True)
     key = parent.find(config)
     return Place((*parent.key, *(key or ())), config, parent.sources, building=True, found=key is not None)
+
+
+_HELPERS = ("sgm.helpers", "sgm.context_parallel")
+
+
+def __getattr__(name: str) -> Any:
+    """Return a helper of `sgm.helpers` or `sgm.context_parallel`: imported when asked for, since they need PyTorch."""
+    if not name.startswith("_"):
+        for module in map(importlib.import_module, _HELPERS):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,6 @@
 """The causal 3D encoder and decoder."""
 
-import difflib
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +26,8 @@ class ContextParallelEncoder3D(nn.Module):
         checkpoint_levels: levels whose activations are recomputed in the backward pass, which saves memory and costs
             another forward pass of these. Level i is that of ch_mult[i]; 0 takes the most memory.
         resolution, out_ch, attn_resolutions: accepted for the configs that name them. There is no attention.
-        neutral: other keys of configurations in the wild, at the values that ask for what is always so (see `NEUTRAL`).
+        resamp_with_conv, pad_mode, use_linear_attn, attn_type, give_pre_end, tanh_out, add_conv, zq_ch: accepted from
+            configurations at the values that ask for what is always so (see `NEUTRAL`); `zq_ch` is `z_channels`.
 
     Raises:
         UserError: a setting is unknown or does not fit.
@@ -51,11 +50,27 @@ class ContextParallelEncoder3D(nn.Module):
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
         checkpoint_levels: Sequence[int] = (),
-        **neutral: Any,
+        resamp_with_conv: bool = True,
+        pad_mode: str = "first",
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        add_conv: bool = False,
+        zq_ch: int | None = None,
     ):
         super().__init__()
         _refuse_attention(attn_resolutions)
-        _check_neutral(type(self).__name__, neutral)
+        _check_neutral(
+            resamp_with_conv=resamp_with_conv,
+            pad_mode=pad_mode,
+            use_linear_attn=use_linear_attn,
+            attn_type=attn_type,
+            give_pre_end=give_pre_end,
+            tanh_out=tanh_out,
+            add_conv=add_conv,
+            zq_ch=zq_ch in (None, z_channels),
+        )
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
         self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
@@ -128,11 +143,27 @@ class ContextParallelDecoder3D(nn.Module):
         attn_resolutions: Sequence[int] = (),
         resolution: int | None = None,
         checkpoint_levels: Sequence[int] = (),
-        **neutral: Any,
+        resamp_with_conv: bool = True,
+        pad_mode: str = "first",
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        add_conv: bool = False,
+        zq_ch: int | None = None,
     ):
         super().__init__()
         _refuse_attention(attn_resolutions)
-        _check_neutral(type(self).__name__, neutral)
+        _check_neutral(
+            resamp_with_conv=resamp_with_conv,
+            pad_mode=pad_mode,
+            use_linear_attn=use_linear_attn,
+            attn_type=attn_type,
+            give_pre_end=give_pre_end,
+            tanh_out=tanh_out,
+            add_conv=add_conv,
+            zq_ch=zq_ch in (None, z_channels),
+        )
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
         self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
@@ -186,20 +217,17 @@ NEUTRAL = {
     "give_pre_end": False,
     "tanh_out": False,
     "add_conv": False,
-    "zq_ch": None,
+    "zq_ch": True,
 }
-"""What else configurations say, and the one value that holds here; `zq_ch` may also be the channels of the latent."""
+"""What else configurations say, and the one value that holds here; of `zq_ch` whether it is that of the latent."""
 
 
-def _check_neutral(name: str, given: Mapping[str, Any]) -> None:
+def _check_neutral(**given: Any) -> None:
     for key, value in given.items():
-        if key not in NEUTRAL:
-            near = difflib.get_close_matches(
-                key, (*NEUTRAL, *inspect.signature(ContextParallelEncoder3D).parameters), n=1
-            )
-            raise UserError(f"{key}: {name} has no such setting" + (f"; did you mean {near[0]}?" if near else ""))
-        if value != NEUTRAL[key] and not (key == "zq_ch" and type(value) is int):
-            raise UserError(f"{key}: {value!r} is not supported by {name}; remove it, or set {NEUTRAL[key]!r}")
+        if key == "zq_ch" and not value:
+            raise UserError("zq_ch: it must be z_channels, since the norms are conditioned on the latent; remove it")
+        if value != NEUTRAL[key]:
+            raise UserError(f"{key}: {value!r} is not supported; remove it, or set {NEUTRAL[key]!r}")
 
 
 def _refuse_attention(attn_resolutions: Sequence[int]) -> None:

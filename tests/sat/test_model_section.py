@@ -12,6 +12,7 @@ from config_files import load_configs
 from diffusion_video import SATVideoDiffusionEngine
 from model_limits import ModelLimits
 from model_section import NETWORK, check_trained_part, has_adapter, not_trainable_prefixes, plain_model_section
+from model_values import check_model_values
 from sgm.errors import UserError
 from training_arguments import get_training_args
 from training_plan import check_model
@@ -46,6 +47,18 @@ def test_an_adapter_is_found_wherever_it_is_described(training, place, caplog):
     assert "not used" not in caplog.text
     check_model(args)
     assert args.merged_config["model"] == args.model_config  # so that the run can be sampled
+
+
+def test_how_many_samples_the_first_stage_takes_at_once(training, caplog):
+    """The key is used, and a wrong value is found before anything is read."""
+    args = training({"en_and_decode_n_samples_a_time": 2})
+    assert "not used" not in caplog.text
+    assert SATVideoDiffusionEngine(args, parts=()).samples_at_a_time == 2
+    for wrong in (0, "two", 1.5, True):
+        args = training({"en_and_decode_n_samples_a_time": wrong})
+        place = r"overlay\.yaml: model\.en_and_decode_n_samples_a_time"
+        with pytest.raises(UserError, match=place + ": is .*; expected a whole number from 1"):
+            check_model_values(args.model_config, args.sources)
 
 
 def test_the_same_for_sampling(tmp_path):

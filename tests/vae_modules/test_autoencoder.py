@@ -297,3 +297,17 @@ def test_norm_groups():
 
 def test_last_layer(vae):
     assert vae.get_last_layer() is vae.decoder.conv_out.conv.weight
+
+
+NEUTRAL = {"resamp_with_conv": True, "pad_mode": "first", "give_pre_end": False, "add_conv": False, "zq_ch": 16}
+
+
+@pytest.mark.parametrize("coder", [ContextParallelEncoder3D, ContextParallelDecoder3D])
+def test_settings_of_other_configurations_hold_at_the_values_that_are_always_so(coder):
+    sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 16, "temporal_compress_times": 2}
+    plain, told = coder(**sizes), coder(**sizes, **NEUTRAL)
+    assert told.state_dict().keys() == plain.state_dict().keys()
+    others = {"resamp_with_conv": False, "pad_mode": "constant", "give_pre_end": True, "add_conv": True, "zq_ch": 8}
+    for key, value in others.items():
+        with pytest.raises(UserError, match=f"^{key}: .*; remove it"):
+            coder(**sizes, **{key: value})
