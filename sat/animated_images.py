@@ -41,11 +41,11 @@ class Animation:
     def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
         if beyond is not None and len(times) and times[-1] > self.facts.seconds + beyond:
             raise UnreadableClip(f"it ends after {self.facts.seconds:.2f} s, before {times[-1]:.2f} s")
-        yield from nearest_in_order(self._frames(), times, np.asarray)
+        yield from nearest_in_order(self._frames(), times, np.array)
 
     def all_frames(self) -> Iterator[np.ndarray]:
         for _, frame in self._frames():
-            yield np.asarray(frame)
+            yield np.array(frame)  # a copy, since PyTorch warns of arrays that cannot be written
 
     def close(self) -> None:
         if self._owns_file:

@@ -138,7 +138,7 @@ def _labels_of(tree: Tree, names: Sequence[str], sources: Sequence[ClipSource]) 
                 continue
             folder, _, file = name.rpartition("/")
             if folder not in folders:
-                folders[folder] = list(_label_folders(tree, folder))
+                folders[folder] = [place for place in _label_folders(tree, folder) if tree.has_folder(place)]
             candidates = [label for label in _label_names(tree, folders[folder], file) if tree.has(label)]
             if pictures:
                 candidates = [label for label in candidates if label not in of_videos]
@@ -158,7 +158,7 @@ def _label_folders(tree: Tree, folder: str) -> Iterator[str]:
 
 
 def _label_names(tree: Tree, folders: Sequence[str], file: str) -> Iterator[str]:
-    stem = PurePosixPath(file).stem
+    stem = file.rpartition(".")[0]
     for base in (stem, file, *tree.other_stems(stem)):
         for suffix in LABEL_SUFFIXES:
             for folder in folders:

@@ -19,7 +19,7 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 
 from caption_tables import TABLE_SUFFIXES, caption_of, decoded, entries_of_table
-from clip_captions import READERS, Found, LabelRules, clips_of
+from clip_captions import CLIP_FOLDERS, METADATA, READERS, VIDEO_LISTS, Found, LabelRules, clips_of
 from clip_files import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, ClipSource
 from clip_trees import Folder, TarFile
 from sgm.errors import UserError
@@ -77,6 +77,9 @@ def _with_files_beside(found: Found, root: Path) -> Found:
 def _folder_clips(root: Path, rules: LabelRules) -> Found:
     tree = Folder(root)
     found = clips_of(tree, rules)
+    if root.name in CLIP_FOLDERS:
+        above = [file for file in (*METADATA, *VIDEO_LISTS) if (root.parent / file).is_file()]
+        found.hints += [f"{root.parent / file} lies above (give that folder as train_data)" for file in above]
     if not found.clips and (shards := [str(root / name) for name in tree.names if name.endswith(".tar")]):
         return _tar_clips(shards, rules)
     if not found.clips:

@@ -24,6 +24,10 @@ class Tree(ABC):
         """Check whether there is a file of this name; a folder's names may lead outside, by `..`."""
 
     @abstractmethod
+    def has_folder(self, name: str) -> bool:
+        """Check whether there are files in a folder; a folder's names may lead outside, by `..`."""
+
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raises UserError if it cannot be read."""
 
@@ -63,6 +67,7 @@ class Folder(Tree):
         self.root = root
         self.names = sorted(self._walk(), key=lambda name: PurePosixPath(name).parts)
         self.files = set(self.names)
+        self.folders = {name.rpartition("/")[0] for name in self.names}
         self._listed: dict[str, set[str]] = {}  # folders outside
 
     def _walk(self) -> Iterator[str]:
@@ -82,10 +87,16 @@ class Folder(Tree):
         if not name.startswith("../"):
             return name in self.files
         folder, file = posixpath.split(name)
+        return file in self._outside(folder)
+
+    def has_folder(self, name: str) -> bool:
+        return bool(self._outside(name)) if name.startswith("../") else name in self.folders
+
+    def _outside(self, folder: str) -> set[str]:
         if folder not in self._listed:
             path = self._path(folder)
             self._listed[folder] = set(os.listdir(path)) if path.is_dir() else set()  # noqa: PTH208
-        return file in self._listed[folder]
+        return self._listed[folder]
 
     def _path(self, name: str) -> Path:
         return Path(os.path.normpath(self.root / name)) if name.startswith("../") else self.root / name
@@ -129,6 +140,7 @@ class TarFile(Tree):
             if not PurePosixPath(name).name.startswith("."):
                 self.members[name] = (member.name, member.offset_data, member.size)
         self.names = list(self.members)
+        self.folders = {name.rpartition("/")[0] for name in self.names}
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
         try:
@@ -145,6 +157,9 @@ class TarFile(Tree):
 
     def has(self, name: str) -> bool:
         return name in self.members
+
+    def has_folder(self, name: str) -> bool:
+        return name in self.folders
 
     def read(self, name: str) -> bytes:
         try:

@@ -96,6 +96,8 @@ CASES = {
     "shared network": (["--model_parallel_size", "2"], "every process encodes clips: leave it at 1"),
     "no VAE": (["--base", "{folder}/no_vae.yaml"], "there is no /nowhere/vae.pt"),
     "latent input": (["--base", "{folder}/latent_input.yaml"], "there is nothing to encode"),
+    "weights": (["--train_data_weights", "1"], "a cache does not tell its places apart"),
+    "an inspection": (["--inspect_data"], "inspect_data: give it to sat/train_video.py"),
     "too large": (["--base", "{folder}/large.yaml"], "data.params.video_size: height 480 does not fit"),
 }
 
