@@ -190,6 +190,7 @@ def read_command_line(
     deepspeed_file = take_launcher_flags(given, ignored)
     allow_own_modules()
     config = load_configs(given.pop("base"), used, exclusive)
+    config.sources.arguments = set(argument_fields(command))
     if deepspeed_file is not None:
         config["deepspeed"] = merged_with_file(config.get("deepspeed") or {}, deepspeed_file)
     if config.get("model"):

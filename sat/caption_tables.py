@@ -6,13 +6,13 @@ Nothing here imports PyTorch.
 import csv
 import difflib
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".json", ".tsv")
 # The first of each is ours and wins; of the others in one record all must agree.
@@ -172,7 +172,7 @@ def _json_list(text: str, name: str) -> Iterator[tuple[str, dict]]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from error
 

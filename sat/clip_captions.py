@@ -10,7 +10,6 @@ Lists and `metadata` files are read where some clip has no caption of its own; a
 in a folder with a list is left out. Nothing here imports PyTorch.
 """
 
-import json
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from caption_tables import TXT_KEY, Entry, caption_of, decoded, entries_of_lists
 from clip_files import CLIP_SUFFIXES, ClipSource, unread_kind
 from clip_trees import Tree
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 
 READERS = 16  # threads; small files on a network file system are a matter of waiting, not of computing
 LABEL_SUFFIXES = (".txt", ".TXT", ".caption", ".json")
@@ -170,7 +170,7 @@ def _caption_in(tree: Tree, label: str, rules: LabelRules) -> tuple[str | None, 
     content, name = tree.read(label), tree.shown(label)
     if label.endswith(".json"):
         try:
-            record = json.loads(decoded(content, name))
+            record = parse_json(decoded(content, name))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: not valid JSON ({error})") from error
         return (caption_of(record, name, rules.txt_key) if isinstance(record, dict) else None), False

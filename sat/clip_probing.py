@@ -15,6 +15,7 @@ from clip_reading import ClipInfo, probe
 from clip_sources import READERS, ClipSource
 from reading_processes import in_processes
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 from video_reading import UnreadableClip
 from whole_files import replaced_when_complete
 
@@ -108,7 +109,7 @@ def _taking_turns(folder: Path) -> Iterator[None]:
 def _read_index(path: Path) -> Index:
     """What an earlier run found; nothing if there is none, or it was written in another form."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         if content["version"] != VERSION:
             return {}
         return {key: (tuple(stamp), ClipInfo(*info)) for key, (stamp, info) in content["clips"].items()}

@@ -10,7 +10,6 @@
 Images count as videos of one frame, unless they are animated. Nothing here imports PyTorch.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from clip_captions import CLIP_FOLDERS, METADATA, READERS, VIDEO_LISTS, Found, L
 from clip_files import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, ClipSource
 from clip_trees import Folder, TarFile
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 
 __all__ = ["IMAGE_SUFFIXES", "READERS", "VIDEO_SUFFIXES", "ClipSource", "Found", "LabelRules", "find_clips", "search"]
 
@@ -147,7 +147,7 @@ def _meta_captions(shard: str, rules: LabelRules) -> Iterator[tuple[str, str]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             key = record["key"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: expected an object with 'key' and a caption") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from input_paths import find_input, not_found
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 from yaml_reading import parse_yaml
 
 
@@ -29,7 +30,7 @@ def merged_with_file(section: Mapping[str, Any], path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"deepspeed_config {path} is not UTF-8 text") from error
     try:
-        content = json.loads(text)  # first, since YAML takes JSON's 1e-5 for text
+        content = parse_json(text)  # first, since YAML takes JSON's 1e-5 for text
     except (json.JSONDecodeError, RecursionError):
         content = parse_yaml(text, f"deepspeed_config {path}")
     if not isinstance(content, dict):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffusers_names import EXTRA_TABLES
 from model_sizes import TIME_FACTOR, ModelSizes
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 from sgm.weights import DIFFUSERS_FILES, INDEX_SUFFIX, PIPELINE_FILE, safetensors_in
 from stored_weights import Stored, StoredWeights, open_weights
 from weight_family import AutoencoderFamily, NetworkFamily
@@ -259,7 +260,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or no JSON object in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}") from error
     except (OSError, ValueError) as error:

@@ -21,7 +21,6 @@ Clips start where they start in epoch 0. Nothing here imports PyTorch until a sh
 
 import copy
 import hashlib
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from data_options import KEPT_IN_CACHES
 from model_limits import ModelLimits
 from reader_record import KEY, describe_reader, recorded_backend
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 from video_reading import DEFAULT_BACKEND
 
 logger = logging.getLogger("train_video")
@@ -188,7 +188,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / DESCRIPTION
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         version = content["format"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -211,7 +211,7 @@ def read_shards(folder: str | Path) -> list[Shard]:
 def _read_shard(path: Path) -> Shard:
     metadata = open_shard(path).metadata() or {}
     try:
-        content = json.loads(metadata["content"])
+        content = parse_json(metadata["content"])
         samples = [CachedSample(**{**fields, "bucket": tuple(fields["bucket"])}) for fields in content["samples"]]
         skipped = {int(index): files for index, files in content["skipped"].items()}
     except (ValueError, KeyError, TypeError) as error:

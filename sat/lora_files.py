@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from lora_names import (
@@ -28,8 +27,10 @@ from lora_names import (
 )
 from network_files import is_adapter
 from sgm.errors import UserError, some
+from sgm.plain_json import parse_json
 from sgm.weights import read_state_dict
 from stored_checkpoints import open_checkpoint
+from yaml_reading import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,9 @@ def recorded_alpha(file: Path, rank: int) -> float:
         logger.info("%s: no training_config.yaml beside it: alpha is taken to be %g", file, DEFAULT_ALPHA)
         return DEFAULT_ALPHA
     try:
-        node: Any = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {config_file}; give --lora_alpha instead") from error
+        node: Any = read_yaml(config_file, "the configuration beside the adapter,")
+    except UserError as error:
+        raise UserError(f"cannot read {config_file} ({error}); give --lora_alpha instead") from error
     for key in ("model", "network_config", "params", "modules", "lora_config", "params"):
         node = node.get(key) if isinstance(node, Mapping) else None
     params = node if isinstance(node, Mapping) else {}
@@ -261,7 +262,7 @@ def adapter_metadata(file: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: what it says of its adapter is not valid JSON: {error}") from error
     if not isinstance(metadata, dict):

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from lora_files import Adapter, read_adapter, sat_adapter
@@ -20,6 +19,7 @@ from network_files import is_adapter
 from sgm.errors import UserError
 from stored_checkpoints import open_checkpoint
 from stored_weights import Stored, StoredWeights
+from yaml_reading import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,9 @@ def _trained_on(config: Path | None) -> Path | None:
     if config is None:
         return None
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        content = read_yaml(config)
         return Path(content["args"]["load"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from input_paths import ROOT, find_input, places, tell_places
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 from sgm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> st
             continue
         text, name = text or request.text, str(request.image.resolve()) if moves else name
         if is_json:
-            record = {**json.loads(line), "prompt": text, **({} if name is None else {"image": name})}
+            record = {**parse_json(line), "prompt": text, **({} if name is None else {"image": name})}
             pieces[i] = json.dumps(record, ensure_ascii=line.isascii())
         else:
             pieces[i] = text if name is None else f"{text}{IMAGE_SEPARATOR}{name}"
@@ -113,7 +114,7 @@ def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> st
 
 def _image_name(line: str, is_json: bool) -> str | None:
     if is_json:
-        return json.loads(line).get("image")
+        return parse_json(line).get("image")
     _, separator, name = line.rpartition(IMAGE_SEPARATOR)
     return name.strip() if separator else None
 
@@ -151,7 +152,7 @@ def _parse_text(line: str, index: int, folder: Path, where: str) -> PromptReques
 
 def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptRequest:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(record, dict):

@@ -44,6 +44,7 @@ class Sources:
     def __init__(self, names: Sequence[str | Path] = ()):
         self.names = [str(name) for name in names]
         self.given: set[str] = set()  # arguments of the command line, which are from no file
+        self.arguments: set[str] = set()  # all that the command has
         self._files: dict[Key, str] = {}
         # Builds (and uses) what a shipped file has at a key for the same class; returns what that raises. See
         # `config_blame`.
@@ -100,7 +101,7 @@ class Sources:
             key = (match[1], *parse_key(match[2]))
             return None if key[0] == "args" and key[1] in self.given else key
         match = _ARGUMENT.match(message)
-        if match and match[1] not in self.given and (("args", match[1]) in self._files or match[2]):
+        if match and match[1] not in self.given and (("args", match[1]) in self._files or match[1] in self.arguments):
             return ("args", match[1])
         match = _ADVICE.search(message)
         if match and match[1] not in self.given and ("args", match[1]) in self._files:
@@ -111,7 +112,7 @@ class Sources:
 _NAMES = "|".join(SECTIONS)
 _KEY = re.compile(rf"({_NAMES})(?:: (?:unknown key '|unknown )?|\.)([\w.\[\]]*\w\]?)")
 _DOTTED_KEY = re.compile(rf"\b({_NAMES})\.(\w[\w.\[\]]*)")
-_ARGUMENT = re.compile(r"(\w+)\b ?(is missing)?")
+_ARGUMENT = re.compile(r"(\w+)\b")
 _ADVICE = re.compile(r"\b(?:set |or )(\w+): ")
 
 

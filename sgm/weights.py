@@ -1,7 +1,6 @@
 """Reading weights from files, and putting them into modules without a copy."""
 
 import argparse
-import json
 import pickle
 import re
 import zipfile
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from sgm.diffusers_vae_names import from_diffusers, is_diffusers_vae
 from sgm.errors import UserError, some
+from sgm.plain_json import parse_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE_FILE = "model_index.json"  # in the folder of a pipeline of diffusers, beside a folder for each part
@@ -94,7 +94,7 @@ def safetensors_in(folder: Path) -> Path:
 
 def _read_sharded(index: Path) -> dict[str, Tensor]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = parse_json(index.read_text())["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not a safetensors index: it needs a mapping under 'weight_map'") from error

@@ -4,12 +4,18 @@
 #
 #   bash tests/run.sh
 #   bash tests/run.sh tests/sgm -k sampler
+#   bash tests/run.sh --long                   300 changed configurations rather than 60: tests/README.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' tests/run.sh
     exit
+fi
+
+if [[ ${1:-} == --long ]]; then
+    shift
+    set -- "$@" --fuzz_cases 300
 fi
 
 python=$(bash tools/setup_environment.sh requirements.txt tests/requirements.txt)

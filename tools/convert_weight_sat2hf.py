@@ -165,7 +165,7 @@ def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", f
 
     if options.base or source.config:
         name = " ".join(map(str, options.base or [source.config]))
-        config = load_configs(options.base) if options.base else load_configs([source.config], used=())
+        config = load_configs(options.base) if options.base else load_configs([source.config], trusted=False)
         sizes = combined(sizes_of_config(config, family, name), found, name)
         if options.vae_ckpt_path:
             check_norms(config, name)

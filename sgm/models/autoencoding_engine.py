@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from sgm.config_places import current_place, within
 from sgm.context_parallel import gather_frames, sum_over_ranks
 from sgm.errors import UserError
 from sgm.models.abstract_autoencoder import AbstractAutoencoder, Config
@@ -19,7 +20,7 @@ from sgm.models.parameter_groups import match_groups, pair_arguments
 from sgm.modules.checkpoint import TRAINING_ONLY
 from sgm.randomness import per_sample
 from sgm.seeds import hashed_seed
-from sgm.util import instantiate_from_config
+from sgm.util import class_of_config, instantiate_from_config
 
 AUTOENCODER, DISCRIMINATOR = 0, 1  # `optimizer_idx` of the loss
 
@@ -118,6 +119,9 @@ class AutoencodingEngine(AbstractAutoencoder):
         self.optimizer_config = optimizer_config or {"target": "torch.optim.Adam"}
         self.lr_g_factor = lr_g_factor
         self.scheduler_config = scheduler_config
+        self._place = current_place()  # in the configuration, for what is built when training starts
+        for config in filter(None, (self.optimizer_config, scheduler_config)):
+            class_of_config(config)
         self.disc_start_iter = disc_start_iter
         self.diff_boost_factor = diff_boost_factor
         self.additional_decode_keys = set(additional_decode_keys or ())
@@ -212,10 +216,12 @@ class AutoencodingEngine(AbstractAutoencoder):
             if groups:
                 members = [{"params": [parameters[name] for name in names], **own} for names, own in groups]
                 config = {**self.optimizer_config, "params": params}
-                optimizers.append(self.instantiate_optimizer_from_config(members, lr, config))
+                with within(self._place):
+                    optimizers.append(self.instantiate_optimizer_from_config(members, lr, config))
         if self.scheduler_config is None:
             return optimizers, []
-        schedule = instantiate_from_config(self.scheduler_config)
+        with within(self._place):
+            schedule = instantiate_from_config(self.scheduler_config)
         return optimizers, [LambdaLR(optimizer, schedule) for optimizer in optimizers]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,21 @@
+"""Reading JSON that came from somewhere."""
+
+import json
+from typing import Any
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the content of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON, nested too deep, or has a number of thousands of digits.
+        UnicodeDecodeError: it is not UTF-8 text.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deep", "", 0) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError as error:
+        raise json.JSONDecodeError(str(error), "", 0) from error
