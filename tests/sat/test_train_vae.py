@@ -12,6 +12,7 @@ import yaml
 
 from config_files import load_configs
 from sgm.util import instantiate_from_config
+from train_vae import main
 from training_metrics import StepClock
 from training_runs import assert_same, metrics, runs_of
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
@@ -207,6 +208,32 @@ def test_the_weights_serve_as_a_first_stage(tmp_path, data, one_process):
     ]
     assert any(torch.equal(value, vae.state_dict()[name]) for value in averages)
     assert not torch.equal(state[name], vae.state_dict()[name])
+
+
+def test_a_plain_loss_and_a_start_that_fits_in_part(tmp_path, data, caplog):
+    """The command trains with `torch.nn.MSELoss`, from a file whose last layer is another; strict, it refuses."""
+    params = {"loss_config": {"target": "torch.nn.MSELoss", "params": {}}, "ema_decay": None}
+    config = write_config(tmp_path / "config.yaml", data, args={"train_iters": 1}, model={"params": params})
+    content = yaml.safe_load(config.read_text())
+    content["model"]["params"]["loss_config"] = params["loss_config"]
+    config.write_text(yaml.safe_dump(content))
+    first = train(config)
+    assert list(metrics(first, "train/loss/rec")) == [1]
+    state = weights(first)
+    name = "decoder.conv_out.conv.weight"
+    kept = {key: value for key, value in state.items() if key != name}
+    torch.save({"state_dict": {**kept, name: torch.zeros(4, *state[name].shape[1:])}}, tmp_path / "other.pt")
+
+    content["model"]["params"] |= {"ckpt_path": str(tmp_path / "other.pt")}
+    config.write_text(yaml.safe_dump(content))
+    assert main(["--base", str(config)]) == 2
+    assert "does not fit VideoAutoencodingEngine" in caplog.text
+    content["model"]["params"]["strict"] = False
+    config.write_text(yaml.safe_dump(content))
+    caplog.clear()
+    second = train(config)
+    assert f"left out: {name} ((4, 32, 3, 3, 3) instead of (3, 32, 3, 3, 3))" in caplog.text
+    assert second != first and weights(second)[name].shape == state[name].shape
 
 
 def test_checkpoints_of_a_future_that_was_given_up_are_deleted(tmp_path, data):
