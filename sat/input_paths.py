@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launchers import is_first_process
+
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +57,13 @@ def _note(sentence: str) -> None:
 
 
 def tell_places() -> None:
-    """Log where inputs were found, once all of them are: a mistake among them is to be the only line."""
-    for sentence in _notes:
-        logger.info("%s", sentence)
+    """Log where inputs were found, once all of them are: a mistake among them is to be the only line.
+
+    The first of several processes speaks for all.
+    """
+    if is_first_process():
+        for sentence in _notes:
+            logger.info("%s", sentence)
     _notes.clear()
 
 

@@ -42,6 +42,13 @@ def test_the_root_comes_second_and_the_log_says_so(root, caplog):
     assert "load: a.pt is taken from the current working directory" in logged(caplog)
 
 
+def test_the_first_process_speaks_for_all(root, caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    (root / "a.pt").touch()
+    find_input("a.pt", "load")
+    assert logged(caplog) == ""
+
+
 def test_in_the_root_nothing_is_said(root, caplog, monkeypatch):
     (root / "a.pt").touch()
     monkeypatch.chdir(root)
