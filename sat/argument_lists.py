@@ -62,6 +62,7 @@ class SamplingArguments(CommonArguments):
         choices=("none", "stage", "sequential"),
     )
 
+    deepspeed_config: dict[str, Any] = field(default_factory=dict)  # not read; the original's programs delete it
     size_from_image: bool = False  # sampling_image_size is not given, and the model is one that takes any shape
 
 

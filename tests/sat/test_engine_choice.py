@@ -71,11 +71,12 @@ def is_white(folder: Path) -> bool:
 
 
 def test_sampling_from_python(tiny, tmp_path):
-    """As the original's scripts do it: a Namespace with an OmegaConf section, changed by attribute."""
-    known = vars(get_args(command(tiny, tmp_path)))
-    args = Namespace(**{**known, "model_config": OmegaConf.create(known["model_config"]), "deepspeed_config": {}})
+    """As the original's scripts do it: a Namespace, whose OmegaConf section is changed by attribute."""
+    args = Namespace(**vars(get_args(command(tiny, tmp_path))), comment="anything")
     del args.deepspeed_config
+    args.model_config = OmegaConf.create(args.model_config)
     args.model_config.first_stage_config.params.cp_size = 1
+    args.model_config.loss_fn_config.params.sigma_sampler_config.params.uniform_sampling = False
     assert sampling_main(args, model_cls=White) == 0
     assert is_white(tmp_path)
     args.overwrite = True
