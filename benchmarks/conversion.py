@@ -1,6 +1,7 @@
 """Seconds and memory of the tools for weights, on a checkpoint of a released model's size.
 
     python benchmarks/conversion.py [--family 5b] [--max-shard-size 1] [--folder /scratch] [--write]
+    python benchmarks/conversion.py --config tests/configs/2b.yaml            a small model, to see that all of it works
 
 Network and VAE go to diffusers and back; an adapter is merged, exported and imported. All have the tensors of the
 released model, with random values. Each command runs in a process of its own, which is looked at again and again: its
@@ -89,12 +90,15 @@ def main() -> None:
         text = report(args, rows)
     print(text)  # noqa: T201
     if args.write:
-        write_results(f"Conversion, {CONFIGS[args.family]}, files of at most {args.max_shard_size:g} GB", text)
+        write_results(
+            f"Conversion, {args.config or CONFIGS[args.family]}, files of at most {args.max_shard_size:g} GB", text
+        )
 
 
 def arguments() -> argparse.Namespace:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(CONFIGS), default="2b")
+    parser.add_argument("--config", type=Path, help="of another model than the released one, with weights in 16 bit")
     parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="of files for diffusers")
     parser.add_argument("--folder", type=Path, help="where files are written and removed (default: the system's)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -106,7 +110,7 @@ def arguments() -> argparse.Namespace:
 
 def make_checkpoints(args: argparse.Namespace, folder: Path) -> None:
     """The network in the released model's dtype, its tables of positions as they are computed; the VAE in float32."""
-    config = load_configs([CONFIG_FOLDER / f"{CONFIGS[args.family]}.yaml"])
+    config = load_configs([args.config or CONFIG_FOLDER / f"{CONFIGS[args.family]}.yaml"])
     dtype = torch.float16 if config["args"].get("fp16") else torch.bfloat16
     network = instantiate_on_meta(config["model"]["network_config"]).to(dtype).state_dict()
     write_checkpoint(folder / "network", network, lambda name: random_like(network[name]))
@@ -177,7 +181,7 @@ def largest(folder: Path) -> float:
 def report(args: argparse.Namespace, rows: list[list[object]]) -> str:
     header = ["", "s", "on a processor, s", "largest file GiB", "resident GiB", "of the largest file", "anonymous GiB"]
     return (
-        f"{TITLES[args.family]}, VAE and LoRA of rank {RANK}, random; files for diffusers of at most "
+        f"{args.config or TITLES[args.family]}, VAE and LoRA of rank {RANK}, random; files for diffusers of at most "
         f"{args.max_shard_size:g} GB; {machine(torch.device('cpu'))}\n\n{markdown_table(header, rows)}\n\n"
         "What came back is what went out, to the bit."
     )

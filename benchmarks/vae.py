@@ -83,7 +83,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--size", choices=list(NETWORKS), default="full", help="of the network")
-    parser.add_argument("--frames", type=int, help="of the video, 4k+1")
+    parser.add_argument("--frames", type=int, help="of the video, 8k+1: diffusers decodes no others")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
@@ -99,6 +99,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args.frames, args.height, args.width = (
         given or usual for given, usual in zip((args.frames, args.height, args.width), default, strict=True)
     )
+    if (args.frames - 1) % 8:
+        parser.error(
+            f"--frames: {args.frames} does not fit: diffusers decodes an odd number of latent frames; give 8k+1"
+        )
     torch.set_num_threads(args.threads)
     return args
 

@@ -1,0 +1,132 @@
+"""Every benchmark runs to its end at its smallest size, and prints a table of numbers.
+
+Memory is measured in this process here; the benchmarks do so in a process for each contender.
+"""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import process_groups
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+NETWORK = ("--model", "tiny/cogvideox_tiny", "--layers", "1", "--clip", "1", "4", "4", "--repeats", "1")
+AUTOENCODER = ("--size", "tiny", "--height", "16", "--width", "16", "--threads", "1", "--repeats", "1")
+ELSEWHERE = {"data_loading": "tests/benchmarks/test_data_loading.py", "harness": "what the benchmarks share"}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, one_thread) -> Callable[..., str]:
+    """Runs a benchmark by its name with arguments, and returns what it prints."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    known = set(sys.modules)
+
+    def run(name: str, *arguments: str) -> str:
+        module = importlib.import_module(name)
+        assert Path(module.__file__).parent == BENCHMARKS
+        command = [str(BENCHMARKS / f"{name}.py"), *arguments]
+
+        def memory(contenders, device, *task: str) -> dict[str, float]:
+            measured = {}
+            for contender in contenders:
+                monkeypatch.setattr(sys, "argv", [*command, "--memory-of", *task, contender])
+                before = capsys.readouterr().out
+                module.main()
+                measured[contender] = json.loads(capsys.readouterr().out.splitlines()[-1])
+                assert not before, "nothing is printed before the table"
+            return measured
+
+        monkeypatch.setattr(module, "peak_memories", memory, raising=False)
+        monkeypatch.setattr(sys, "argv", command)
+        results = (BENCHMARKS / "RESULTS.md").read_bytes()
+        module.main()
+        assert (BENCHMARKS / "RESULTS.md").read_bytes() == results, "--write was not given"
+        return capsys.readouterr().out
+
+    yield run
+    process_groups.destroy_process_groups()
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """Return the cells of the table in what a benchmark prints, by the first of their row."""
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def number(cell: str) -> float:
+    return float(re.match(r"[-\d.e+]+", cell)[0])
+
+
+def test_every_benchmark_is_tested():
+    source = Path(__file__).read_text()
+    tested = set(re.findall(r'(?:run|def test_\w+)\(\s*"(\w+)"', source)) | ELSEWHERE.keys()
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} == tested
+
+
+def test_network(run):
+    rows = table(run("network", *NETWORK))
+    assert set(rows) == {"diffusers", "ours"}
+    assert all(number(cell) > 0 for row in rows.values() for cell in row)
+
+
+def test_autoencoder(run):
+    """17 frames are two slices of diffusers."""
+    rows = table(run("vae", *AUTOENCODER, "--frames", "17"))
+    names = ("encode: diffusers", "encode: diffusers, slices off", "encode: ours", "decode: diffusers", "decode: ours")
+    assert tuple(rows) == names
+    sliced, whole, decoded = (number(rows[name][-1]) for name in (names[0], names[1], names[3]))
+    assert max(whole, decoded) < 1e-5 < 1e-2 < sliced
+    assert rows[names[0]][2:4] == rows[names[3]][2:4] == ["1.000"] * 2, "ratios are to diffusers at its defaults"
+
+
+@pytest.mark.parametrize(("frames", "rows_of_diffusers"), [(9, 1), (17, 2)])
+def test_autoencoder_training(run, frames, rows_of_diffusers):
+    output = run("vae_training", *AUTOENCODER, "--frames", str(frames))
+    rows = table(output)
+    assert [name for name in rows if name.startswith("ours")] == ["ours", "ours, recomputing levels 0, 1"]
+    assert len(rows) == 2 + rows_of_diffusers and rows["diffusers"][1] == "1.00×"
+    assert number(output.partition("of the gradients: ")[2]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["--lora", "--full"])
+def test_training(run, kind):
+    output = run("training", *NETWORK, kind)
+    rows = table(output)
+    assert set(rows) == {"diffusers", "ours"}
+    assert number(rows["ours"][-1]) == pytest.approx(number(rows["diffusers"][-1]), rel=1e-4), "the losses"
+
+
+def test_overhead_of_training(run):
+    rows = table(run("training", *NETWORK, "--overhead"))
+    shares = {name: number(cells[1]) for name, cells in rows.items()}
+    assert shares.pop("step") == 100
+    assert set(shares) == {"forward", "backward", "optimizer", "waiting for data", "everything else"}
+    assert 50 < sum(shares.values()) < 150 and min(shares.values()) >= 0
+
+
+def test_memory_of_training(run):
+    rows = table(run("training_memory", "--models", "cogvideox_2b"))
+    adapter, offloaded, divided = rows["cogvideox_2b, 49×480×720"]
+    assert number(adapter) < number(offloaded) < number(divided)
+    assert offloaded.endswith(" on the host") and "host" not in adapter + divided
+
+
+def test_conversion(run, tmp_path):
+    config = str(ROOT / "tests" / "configs" / "2b.yaml")
+    output = run("conversion", "--config", config, "--folder", str(tmp_path), "--threads", "1")
+    rows = table(output)
+    assert list(rows) == ["to diffusers", "back", "merge LoRA", "export LoRA", "import LoRA"]
+    assert all(number(cell) > 0 for row in rows.values() for cell in row)
+    assert output.strip().endswith("What came back is what went out, to the bit.")
+    assert not list(tmp_path.iterdir())
