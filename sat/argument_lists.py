@@ -19,7 +19,8 @@ IGNORED_KEYS = (
 
 _INPUT_FILE_HELP = (
     "prompts: .txt, one a line (`prompt@@image` for image-to-video), or .jsonl, one object a line with prompt and "
-    "optionally negative_prompt, image, seed, num_frames (latent frames) and size ([height, width])"
+    "optionally negative_prompt, image, seed, num_frames (latent frames) and size ([height, width]); or the .json "
+    "beside a video, to make that video again"
 )
 
 
@@ -64,6 +65,8 @@ class SamplingArguments(CommonArguments):
 
     deepspeed_config: dict[str, Any] = field(default_factory=dict)  # not read; the original's programs delete it
     size_from_image: bool = False  # sampling_image_size is not given, and the model is one that takes any shape
+    # What `input_file` describes, where that is the record of a video: a `video_records.VideoRecord`.
+    record: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -164,6 +164,7 @@ def read_command_line(
     used: Sequence[str],
     exclusive: Sequence[tuple[str, str]],
     ignored: Sequence[str] = (),
+    otherwise: Callable[[dict[str, Any]], MergedConfig | None] | None = None,
 ) -> tuple[dict[str, Any], MergedConfig]:
     """Return the arguments given on the command line, and the merged configuration files that `--base` names.
 
@@ -171,6 +172,7 @@ def read_command_line(
         used: the sections of the configuration whose targets must import.
         exclusive: pairs of switches; one that is turned on turns off the other of earlier files.
         ignored: names of flags that are taken and not used.
+        otherwise: gives a configuration for a command line without `--base`, or None if it has none either.
 
     Raises:
         UserError: a file is missing or malformed, a flag is unknown or has a wrong value.
@@ -185,11 +187,13 @@ def read_command_line(
         raise UserError(f"unexpected '{flag}' on the command line: values follow an argument such as --load")
     given = vars(known)
     given.pop("debug", None)
-    if "base" not in given:
+    config = None if "base" in given or otherwise is None else otherwise(given)
+    if "base" not in given and config is None:
         raise UserError(f"--base is missing: {parser.epilog}")
     deepspeed_file = take_launcher_flags(given, ignored)
     allow_own_modules()
-    config = load_configs(given.pop("base"), used, exclusive)
+    if config is None:
+        config = load_configs(given.pop("base"), used, exclusive)
     config.sources.arguments = set(argument_fields(command))
     if deepspeed_file is not None:
         config["deepspeed"] = merged_with_file(config.get("deepspeed") or {}, deepspeed_file)

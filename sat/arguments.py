@@ -6,15 +6,19 @@ section of a configuration file; the command line wins. Nothing here imports PyT
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import argument_schema
 from argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
 from argument_schema import argument_fields
+from config_files import MergedConfig
 from frame_sizes import size_from_image
+from input_paths import located
 from model_limits import ModelLimits
 from sgm.errors import UserError
+from video_records import VideoRecord, is_record, read_record
 
 logger = logging.getLogger("sample_video")
 
@@ -29,7 +33,13 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
         SystemExit: for `--help`.
     """
     given, config = argument_schema.read_command_line(
-        SamplingArguments, build_parser(), command_line, used=("model",), exclusive=EXCLUSIVE, ignored=IGNORED_KEYS
+        SamplingArguments,
+        build_parser(),
+        command_line,
+        used=("model",),
+        exclusive=EXCLUSIVE,
+        ignored=IGNORED_KEYS,
+        otherwise=recorded_model,
     )
     with config.sources.naming(given):
         section = argument_schema.check_section(
@@ -37,8 +47,12 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
         )
         for sentence in argument_schema.unused_model_keys(config.get("model") or {}):
             logger.warning(sentence)
+        record = recorded_video({**section, **given})
+        if record is not None:  # what made the video comes before what the files say
+            recorded = argument_schema.check_section(SamplingArguments, record.arguments())
+            section = {name: value for name, value in section.items() if name not in record.arguments()} | recorded
         values = argument_schema.with_located_inputs({**section, **given})
-        args = SamplingArguments(**values, model_config=config["model"], sources=config.sources)
+        args = SamplingArguments(**values, model_config=config["model"], sources=config.sources, record=record)
         settle_size(args, given="sampling_image_size" in values)
         check_values(args)
         return args
@@ -50,6 +64,19 @@ def settle_size(args: SamplingArguments, given: bool) -> None:
     if not given and limits.image_to_video and limits.patch[0] > 1:
         args.size_from_image = True
         args.sampling_image_size = list(size_from_image((9, 16), limits))  # for an image that cannot be read
+
+
+def recorded_video(values: Mapping[str, Any]) -> VideoRecord | None:
+    """Return the record that `input_file` is, or None for another file."""
+    if values.get("input_type", "txt") != "txt" or not is_record(values.get("input_file")):
+        return None
+    return read_record(Path(located(values["input_file"], "input_file")))
+
+
+def recorded_model(given: dict[str, Any]) -> MergedConfig | None:
+    """Return the model's configuration from the record of a video, for a command line that names no other."""
+    record = recorded_video(given)
+    return None if record is None else record.model()
 
 
 def build_parser() -> argparse.ArgumentParser:

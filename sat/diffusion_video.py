@@ -340,6 +340,7 @@ class SATVideoDiffusionEngine(nn.Module):
         ofs: Tensor | None = None,
         num_steps: int | None = None,
         callback: Callable[[int, int], None] | None = None,
+        check_finite: bool = False,
     ) -> Tensor:
         """Draw latents.
 
@@ -350,6 +351,7 @@ class SATVideoDiffusionEngine(nn.Module):
             ofs: (batch_size,), for 1.5 image-to-video.
             num_steps: number of steps, if not the sampler's own.
             callback: called as `callback(steps done, steps)`.
+            check_finite: end at the first output of the network that is not finite.
 
         Returns:
             Scaled latents (batch_size, t, c, h, w), float32. The initial noise comes from the CPU generator, so that
@@ -361,7 +363,10 @@ class SATVideoDiffusionEngine(nn.Module):
             uc = uc and {**uc, "concat": concat_images}
 
         def denoise(x: Tensor, level: Tensor, c: dict[str, Tensor], **model_inputs: Any) -> Tensor:
-            return self.denoiser(self.model, x, level, c, **model_inputs)
+            denoised = self.denoiser(self.model, x, level, c, **model_inputs)
+            if check_finite and not torch.isfinite(denoised).all():
+                raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
+            return denoised
 
         return self.sampler(denoise, noise, cond, uc=uc, ofs=ofs, num_steps=num_steps, callback=callback)
 
@@ -437,6 +442,15 @@ def noise_first_frame(image: Tensor) -> Tensor:
     sigma = (0.5 * randomness.normal(image.shape[:1], purpose="first frame level") - 3.0).exp()
     noise = randomness.normal(image.shape, purpose="first frame noise", device=image.device, dtype=image.dtype)
     return image + noise * sigma.to(noise)[:, None, None, None, None]
+
+
+def other_precision(dtype: torch.dtype) -> str:
+    """Return what to do about values that are not finite in `dtype`."""
+    if dtype == torch.float16:
+        return "fp16 is too narrow for this model, use bf16 (--bf16)"
+    if dtype == torch.bfloat16:
+        return "use float32 (--no-bf16), or check the weights and the adapter"
+    return "check the weights and the adapter, they may be damaged or another model's"
 
 
 def set_lora_scale(network: nn.Module, scale: float) -> None:

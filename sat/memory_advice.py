@@ -7,7 +7,6 @@ from argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArgu
 
 TILES = "--vae_tile_size 256 (tiles: less memory, slightly different numbers)"
 ENCODING, DECODING, SAMPLING, TEXT = "encoding clips", "decoding", "sampling", "the text encoder"
-NETWORK = (SAMPLING, "loading the network")
 
 
 def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
@@ -17,10 +16,10 @@ def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
         options = []
         if where in (DECODING, ENCODING, "encoding images") and args.vae_tile_size is None:
             options.append(TILES)
-        if where in NETWORK and args.offload != "sequential":
+        if args.offload == "none":
+            options.append("--offload stage (one part of the model on the device at a time) or --offload sequential")
+        elif args.offload == "stage":
             options.append("--offload sequential (the network's layers wait in host memory)")
-        elif args.offload == "none":
-            options.append("--offload stage (one part of the model on the device at a time)")
         if not (args.fp16 or args.bf16):
             options.append("--bf16 (half the memory)")
         options.append("fewer frames (--sampling_num_frames) or a smaller --sampling_image_size")

@@ -3,7 +3,9 @@
 import os
 import sys
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from sgm.errors import UserError
 
@@ -33,17 +35,28 @@ def output_path(output_dir: str | Path, n: int, prompt: str, sample_index: int) 
     return Path(output_dir) / f"{n}_{safe_name(prompt)}" / str(sample_index) / "000000.mp4"
 
 
-def decide_existing(path: Path, overwrite: bool, skip_existing: bool) -> bool:
-    """Whether to write `path`: False when it exists and is to be kept.
+def decide_existing(
+    path: Path, overwrite: bool, skip_existing: bool, beside: Mapping[Path, str] = MappingProxyType({})
+) -> bool:
+    """Return whether to write `path`: False when it exists and is to be kept.
+
+    Args:
+        beside: files that belong to `path`, with what they are. One that exists without `path` is replaced too, but not
+            without being asked.
 
     Raises:
-        UserError: it exists and neither flag says what to do.
+        UserError: it, or one of `beside`, exists and neither flag says what to do.
     """
-    if not path.exists() or overwrite:
+    if overwrite:
         return True
-    if skip_existing:
-        return False
-    raise UserError(f"{path} exists: give --overwrite to replace it or --skip_existing to keep it")
+    if path.exists():
+        if skip_existing:
+            return False
+        raise UserError(f"{path} exists: give --overwrite to replace it or --skip_existing to keep it")
+    for other, what in beside.items():
+        if other.exists() and not skip_existing:
+            raise UserError(f"{other} exists, {what}: give --overwrite to replace it or another --output_dir")
+    return True
 
 
 def check_sheet(path: str) -> None:

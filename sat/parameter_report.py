@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from batch_order import Bucket
 from deepspeed_config import batch_sizes, runtime_config
 from diffusion_video import DTYPES, SATVideoDiffusionEngine
+from encoding_memory import encoding_peak
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from process_groups import parallel_groups
 from sgm.context_parallel import group_size
@@ -44,7 +45,6 @@ REDUCE_BUCKET_SIZE = 500_000_000  # elements
 KEPT_BY_LAYER = {"network": (8, 15), "adapter": (3, 11)}
 KEPT_OUTSIDE_LAYERS = 4
 WORKING_SET = 10  # gradients in the backward pass of a layer: 2 x 4 in its MLP, 2 on the residual path
-ENCODER_MAPS = 5  # feature maps of the full clip that the VAE's encoder holds at its peak
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _count(number: int) -> str:
 def estimate_memory(
     engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micro_batch: int
 ) -> MemoryEstimate:
-    """What training takes, to within some 20 %, but for what libraries themselves use (on CUDA about 1 GiB).
+    """What training takes, to within 20 %, but for what libraries themselves use (on CUDA about 1 GiB).
 
     With Ψ parameters of the network, T of them trained, in b bytes each, D data-parallel processes, and D₁, D₂, D₃ = D
     from that ZeRO stage on, else 1 (Rajbhandari et al., arXiv:1910.02054):
@@ -220,22 +220,41 @@ def activation_bytes(
     recomputed and then k of the layer at work; 4 are kept outside of layers, and 10 are gradients on their way. k is
     23, for an adapter alone 14; of these, model-parallel processes share 15 and 11.
     """
+    unit = tensor_bytes(network, bucket, micro_batch, element)
+    at_work = kept_by_layer(network, model_parallel) if network.transformer.checkpoint_activations else 0
+    return kept_bytes(network, bucket, micro_batch, element, model_parallel) + int((at_work + WORKING_SET) * unit)
+
+
+def kept_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int, model_parallel: int = 1) -> int:
+    """Return the bytes that the forward pass keeps for the backward pass, see `activation_bytes`."""
+    recomputed = network.transformer.checkpoint_activations
+    kept = network.num_layers * (1 if recomputed else kept_by_layer(network, model_parallel)) + KEPT_OUTSIDE_LAYERS
+    return int(kept * tensor_bytes(network, bucket, micro_batch, element))
+
+
+def kept_by_layer(network: nn.Module, model_parallel: int = 1) -> float:
+    """Return how many tensors a layer keeps for its backward pass, see `KEPT_BY_LAYER`."""
     groups = trainable_groups(network.named_parameters())
     whole, shared = KEPT_BY_LAYER["adapter" if set(groups) == {"adapter"} else "network"]
-    kept = whole + shared / model_parallel
-    layers = network.num_layers
-    in_layers = layers + kept if network.transformer.checkpoint_activations else layers * kept
+    return whole + shared / model_parallel
+
+
+def tensor_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int) -> int:
+    """Return the bytes of one value for each hidden feature of each token, text included."""
     tokens = network.mixins["pos_embed"].text_length + video_tokens(bucket, network.patch)
-    tensors = in_layers + KEPT_OUTSIDE_LAYERS + WORKING_SET
-    return int(tensors * micro_batch * tokens * network.hidden_size * element)
+    return micro_batch * tokens * network.hidden_size * element
 
 
 def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch: int, element: int) -> int:
-    """Memory of the VAE's activations while it encodes clips: 5 feature maps of their size; 0 for cached latents."""
-    if engine.first_stage_model is None:
+    """Return the bytes of the VAE's activations while it encodes clips, see `encoding_peak`; 0 for cached latents."""
+    vae = engine.first_stage_model
+    if vae is None:
         return 0
-    channels = engine.config["first_stage_config"]["params"]["encoder_config"]["params"]["ch"]
-    return ENCODER_MAPS * channels * micro_batch * bucket.frames * bucket.height * bucket.width * element
+    dtype = torch.float32 if element == 4 else torch.bfloat16
+    device = getattr(engine, "device", torch.device("cuda"))
+    first_stage = engine.config["first_stage_config"]
+    tile_size, group = getattr(vae, "tile_size", None), getattr(vae, "group", None)
+    return micro_batch * encoding_peak(first_stage, bucket, dtype, device.type, tile_size, group_size(group))
 
 
 def video_tokens(bucket: Bucket, patch: tuple[int, int, int]) -> int:

@@ -19,21 +19,24 @@ from model_values import check_model_values, check_parameters
 from output_paths import check_folder, decide_existing, output_path
 from prompt_inputs import PromptRequest, read_prompts, request_seed
 from prompt_refinement import Endpoint, Prompt, refine
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 from sgm.seeds import derive_seed
+from video_records import kept_path, record_path
 
 logger = logging.getLogger("sample_video")
 
 
 @dataclass(frozen=True)
 class PlannedVideo:
-    """One video to make: `frames` are latent frames, `size` is (height, width) in pixels."""
+    """One video to make: `frames` are latent frames, `size` is (height, width) in pixels, `original_prompt` is the
+    user's own where a language model has written it out."""
 
     request: PromptRequest
     path: Path
     seed: int
     frames: int
     size: tuple[int, int]
+    original_prompt: str | None = None
 
 
 class SamplingPlan(NamedTuple):
@@ -61,6 +64,8 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
         check_folder(Path(args.contact_sheet).parent, "contact_sheet")
     if args.input_type == "cli":
         return None
+    if args.record is not None:
+        return plan_repetition(args)
     requests = read_prompts(args.input_file, args.image2video)
     for request in requests:
         size, frames = video_size(request, args), request.num_frames or args.sampling_num_frames
@@ -70,6 +75,33 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
             raise UserError(f"{args.input_file}, prompt {request.index + 1}: {error}") from error
     shown = [output for request in requests for output in outputs(request, args)]
     return SamplingPlan(plan_videos(requests, args), shown)
+
+
+def plan_repetition(args: SamplingArguments) -> SamplingPlan:
+    """Return the plan for the video that a record describes; its folder is the one that it had, in `output_dir`.
+
+    Raises:
+        UserError: the record's image does not fit the model or does not exist, or the output exists.
+    """
+    record = args.record
+    image = record["image"] and Path(record["image"]["path"])
+    if (image is not None) != args.image2video:
+        kind = "an image" if args.image2video else "a text"
+        raise UserError(f"{record.path}: image is {shown(record['image'])}, but this is {kind}-to-video model")
+    if image is not None and not image.is_file():
+        raise UserError(f"{record.path}: image: {image} does not exist; put it back, or name its new place in the file")
+    original = record["original_prompt"]
+    request = PromptRequest(
+        record["index"],
+        record["prompt"] if original is None else original,
+        image=image,
+        seed=args.seed,
+        num_frames=args.sampling_num_frames,
+        size=tuple(args.sampling_image_size),
+    )
+    sampled = replace(request, text=record["prompt"])
+    videos = [replace(video, request=sampled, original_prompt=original) for video in plan_videos([request], args)]
+    return SamplingPlan(videos, outputs(request, args))
 
 
 def check_combinations(args: SamplingArguments) -> None:
@@ -96,7 +128,7 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
     for request in requests:
         size = video_size(request, args)
         for sample, (_, path) in enumerate(outputs(request, args)):
-            if not decide_existing(path, args.overwrite, args.skip_existing):
+            if not decide_existing(path, args.overwrite, args.skip_existing, files_beside(path, args)):
                 logger.info("skipped, it exists: %s", path)
                 continue
             video = PlannedVideo(
@@ -130,6 +162,16 @@ def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArgum
     warn_of_crop(name, image, size, "sampling_image_size, or size in a .jsonl file, sets another one")
 
 
+def files_beside(video: Path, args: SamplingArguments) -> dict[Path, str]:
+    """Return the files that belong to a video, with what they are when they are found without it."""
+    if args.only_save_latents:
+        return {}
+    return {
+        record_path(video): "the record of a video that does not",
+        kept_path(video): "latents that tools/decode_latents.py turns into the video",
+    }
+
+
 def outputs(request: PromptRequest, args: SamplingArguments) -> list[tuple[str, Path]]:
     """The prompt with each of the files that are made of it."""
     paths = [output_path(args.output_dir, request.index, request.text, sample) for sample in range(args.batch_size)]
@@ -151,4 +193,9 @@ def refine_videos(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:
         if text is not None:
             logger.info("prompt %d is now: %s", index + 1, text)
             requests[index] = replace(requests[index], text=text)
-    return [replace(video, request=requests[video.request.index]) for video in videos]
+    return [
+        video
+        if (request := requests[video.request.index]).text == video.request.text
+        else replace(video, request=request, original_prompt=video.request.text)
+        for video in videos
+    ]

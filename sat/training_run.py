@@ -36,6 +36,7 @@ from parameter_report import report
 from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
 from reader_record import KEY, warn_of_other_reader, with_backend
+from record_making import model_name
 from run_control import any_process, describe_data, from_first_process, removed_if_empty, stop_requests
 from run_folders import new_run_folder
 from sgm import randomness
@@ -344,6 +345,7 @@ class Trainer:
             only_latents=args.only_log_video_latents,
             num_steps=args.sampling_num_steps,
             writer=self.writer,
+            name=model_name(args),
         )
 
     def save(self) -> None:

@@ -1,7 +1,7 @@
 """Evaluations during training: the loss on validation clips, and videos sampled from their captions."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusion_video import SATVideoDiffusionEngine
 from model_limits import TIME_FACTOR
 from output_paths import safe_name
 from process_groups import parallel_groups
+from record_making import latents_metadata
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum
 from sgm.errors import UserError
@@ -78,6 +79,7 @@ def save_samples(
     only_latents: bool = False,
     num_steps: int | None = None,
     writer: MetricsWriter | None = None,
+    name: str = "unnamed",
 ) -> list[Path]:
     """Sample a video for the captions of the first `count` validation clips, as large as those and, see `decodable`, as
     long.
@@ -90,6 +92,7 @@ def save_samples(
         fps: of the video files.
         num_steps: sampling steps, if not the sampler's own number.
         writer: shows the videos, as `samples/{i}`.
+        name: of the model, for the metadata of latents.
 
     Returns:
         The files that this process wrote.
@@ -109,7 +112,8 @@ def save_samples(
         path = Path(folder, "samples", str(step), f"{index}_{safe_name(batch['txt'][0])}")
         try:
             if only_latents:
-                written.append(_write_latents(path, log["latents"][0]))
+                metadata = latents_metadata(engine, name, batch["txt"][0], fps)
+                written.append(_write_latents(path, log["latents"][0], metadata))
             else:
                 written.append(_write_video(path, log["samples"][0], fps))
                 if writer is not None:
@@ -134,9 +138,9 @@ def decodable(batch: dict[str, Any]) -> dict[str, Any]:
     return cut
 
 
-def _write_latents(path: Path, latents: torch.Tensor) -> Path:
+def _write_latents(path: Path, latents: torch.Tensor, metadata: Mapping[str, str]) -> Path:
     path = path.with_name(f"{path.name}.safetensors")
-    save_latents(path, latents)
+    save_latents(path, latents, metadata)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -120,8 +121,11 @@ def _to_pixels(frames: Tensor) -> tuple[Tensor, bool]:
     return pixels, bool(finite)
 
 
-def save_latents(path: str | Path, latents: Tensor) -> None:
+def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] | None = None) -> None:
     """Write latents, under the key `latents`, to a safetensors file that appears when it is complete.
+
+    Args:
+        metadata: what the file says about them; see `record_making.latents_metadata`.
 
     Raises:
         UserError: the file cannot be written.
@@ -131,4 +135,4 @@ def save_latents(path: str | Path, latents: Tensor) -> None:
     path = Path(path)
     with replaced_when_complete(path) as part, reported_as_user_error(path):
         # Not safetensors' own save_file, which leaves the file readable by its owner only.
-        part.write_bytes(save({"latents": latents.detach().contiguous()}))
+        part.write_bytes(save({"latents": latents.detach().contiguous()}, dict(metadata or {})))

@@ -179,7 +179,7 @@ def test_advice_names_only_what_is_not_in_use_yet():
 
 def test_advice_of_sampling():
     advise = sampling_advice(SamplingArguments(bf16=True))
-    assert "--vae_tile_size" in advise("decoding") and "sequential" not in advise("decoding")
+    assert "--vae_tile_size" in advise("decoding")
     assert "--offload sequential" in advise("sampling") and "--vae_tile_size" not in advise("sampling")
     assert "--offload stage" in sampling_advice(SamplingArguments(offload="none"))("loading the text encoder")
     assert "--bf16" in sampling_advice(SamplingArguments())("loading the text encoder")

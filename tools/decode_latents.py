@@ -1,0 +1,108 @@
+"""Decodes latents into videos: those that sampling kept when it could not decode them, those that --only_save_latents
+wrote, and those in the samples/ of a training run.
+
+  python tools/decode_latents.py outputs/0_a_fox/0/000000.latents.safetensors --vae_tile_size 256
+  python tools/decode_latents.py checkpoints_finetune/RUN/samples --base configs/cogvideox_2b.yaml
+
+Each PATH is a file, or a folder in which all `.safetensors` are taken. A file says itself which VAE it is for, how its
+latents are scaled and what the frame rate is; files from before that was recorded need the model's configuration,
+`--base`, which also wins over what a file says. NAME.safetensors and NAME.latents.safetensors become NAME.mp4 beside
+it, with NAME.json where the file has the record of the video. Exit codes: 0 all videos are there, 1 some files could
+not be decoded, 2 a mistake in the arguments or files stands in the way.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from argument_schema import check_tile_size  # noqa: E402
+from config_files import load_configs  # noqa: E402
+from latent_files import LatentFile, find_files, read_header  # noqa: E402
+from library_messages import quiet_libraries  # noqa: E402
+from output_paths import decide_existing  # noqa: E402
+from sgm.errors import UserError, exit_code  # noqa: E402
+from tools.tool_parser import ToolParser  # noqa: E402
+from video_records import record_path  # noqa: E402
+
+logger = logging.getLogger("decode_latents")
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return exit_code(lambda: decode(command_line), logger, command_line=command_line)
+
+
+def decode(command_line: Sequence[str] | None) -> int:
+    options = build_parser().parse_args(command_line)
+    check_options(options)
+    files = plan(options)
+    if not files:
+        return 0
+    quiet_libraries()
+    from latent_decoding import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+
+    return run(files, options.device, options.dtype, options.vae_tile_size)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add("paths", nargs="*", type=Path, metavar="PATH", help="files of latents, or folders of such")
+    add("--base", nargs="+", metavar="FILE", help="configuration of the model, if the files do not say it")
+    add("--vae_tile_size", type=int, metavar="N", help="decode in overlapping tiles of N pixels, to save memory")
+    add("--fps", type=float, help="frames a second (default: what the file says, else 8)")
+    add("--output_dir", type=Path, metavar="FOLDER", help="folder of the videos (default: beside each file)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--dtype", choices=DTYPES, help="of the VAE (default: what the file says, else float32)")
+    add("--overwrite", action="store_true", help="replace videos that exist")
+    add("--skip_existing", action="store_true", help="leave out files whose videos exist")
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError if an option is missing or of a wrong value."""
+    if not options.paths:
+        raise UserError(
+            "PATH is missing: name a file of latents, outputs/0_a_fox/0/000000.latents.safetensors for instance"
+        )
+    if options.overwrite and options.skip_existing:
+        raise UserError("overwrite and skip_existing are both on: choose one")
+    check_tile_size(options.vae_tile_size)
+    if options.fps is not None and not 0 < options.fps < 1000:
+        raise UserError(f"--fps is {options.fps:g}; it must be above 0 and below 1000")
+    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        raise UserError(f"--device is '{options.device}'; it can be cpu, cuda or cuda:N")
+
+
+def plan(options: argparse.Namespace) -> list[LatentFile]:
+    """Return the files to decode, each with its video and the VAE it is for.
+
+    Raises:
+        UserError: a file cannot be decoded as it is, two have the same video, or a video exists.
+    """
+    config = load_configs(options.base, used=("model",)) if options.base else None
+    planned: dict[Path, LatentFile] = {}
+    for path in find_files(options.paths):
+        file = read_header(path, config, options.fps, options.output_dir)
+        beside = {record_path(file.video): "the record of a video that does not"}
+        if not decide_existing(file.video, options.overwrite, options.skip_existing, beside):
+            logger.info("skipped, it exists: %s", file.video)
+            continue
+        if file.video in planned:
+            raise UserError(
+                f"{planned[file.video].path} and {path} would both become {file.video}: decode one at a time"
+            )
+        planned[file.video] = file
+    return list(planned.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
