@@ -157,8 +157,8 @@ def settle_precision(args: Any, device: torch.device) -> Any:
         return args
     bf16 = computes_fast(torch.bfloat16, device)
     logger.info(
-        "fp16: this %s computes float16 slowly, so the arithmetic is %s here",
-        *("CPU" if device.type == "cpu" else "device", "bfloat16, as with --bf16" if bf16 else "float32"),
+        "fp16: this CPU computes float16 slowly, so the arithmetic is %s",
+        "bfloat16, as with --bf16" if bf16 else "float32",
     )
     changes: dict[str, Any] = {"fp16": False, "bf16": bf16}
     if hasattr(args, "deepspeed_config"):

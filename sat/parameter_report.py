@@ -43,7 +43,7 @@ REDUCE_BUCKET_SIZE = 500_000_000  # elements
 # model-parallel processes hold, and those that they share. Without gradients of the frozen weights, modulation and MLP,
 # an adapter needs fewer.
 KEPT_BY_LAYER = {"network": (8, 15), "adapter": (3, 11)}
-KEPT_OUTSIDE_LAYERS = 4
+KEPT_OUTSIDE_LAYERS = {"network": 4, "adapter": 2}
 WORKING_SET = 10  # gradients in the backward pass of a layer: 2 x 4 in its MLP, 2 on the residual path
 
 
@@ -217,8 +217,8 @@ def activation_bytes(
     """Memory of the network's activations at its peak, in the backward pass.
 
     In tensors of micro_batch · tokens · hidden_size elements: each of the layers keeps k, or 1 where activations are
-    recomputed and then k of the layer at work; 4 are kept outside of layers, and 10 are gradients on their way. k is
-    23, for an adapter alone 14; of these, model-parallel processes share 15 and 11.
+    recomputed and then k of the layer at work; 4 are kept outside of layers (2 where an adapter alone is trained), and
+    10 are gradients on their way. k is 23, for an adapter alone 14; of these, model-parallel processes share 15 and 11.
     """
     unit = tensor_bytes(network, bucket, micro_batch, element)
     at_work = kept_by_layer(network, model_parallel) if network.transformer.checkpoint_activations else 0
@@ -228,15 +228,20 @@ def activation_bytes(
 def kept_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int, model_parallel: int = 1) -> int:
     """Return the bytes that the forward pass keeps for the backward pass, see `activation_bytes`."""
     recomputed = network.transformer.checkpoint_activations
-    kept = network.num_layers * (1 if recomputed else kept_by_layer(network, model_parallel)) + KEPT_OUTSIDE_LAYERS
+    kept = network.num_layers * (1 if recomputed else kept_by_layer(network, model_parallel))
+    kept += KEPT_OUTSIDE_LAYERS[what_is_trained(network)]
     return int(kept * tensor_bytes(network, bucket, micro_batch, element))
 
 
 def kept_by_layer(network: nn.Module, model_parallel: int = 1) -> float:
     """Return how many tensors a layer keeps for its backward pass, see `KEPT_BY_LAYER`."""
-    groups = trainable_groups(network.named_parameters())
-    whole, shared = KEPT_BY_LAYER["adapter" if set(groups) == {"adapter"} else "network"]
+    whole, shared = KEPT_BY_LAYER[what_is_trained(network)]
     return whole + shared / model_parallel
+
+
+def what_is_trained(network: nn.Module) -> str:
+    """Return "adapter" if nothing else is trained, else "network"."""
+    return "adapter" if set(trainable_groups(network.named_parameters())) == {"adapter"} else "network"
 
 
 def tensor_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int) -> int:

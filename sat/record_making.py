@@ -100,8 +100,14 @@ class Recorder:
         return json.loads(json.dumps(content, default=str))  # as it will be read back
 
     def metadata(self, video: PlannedVideo, wait: bool = True) -> dict[str, str]:
-        """Return the metadata of a video's latents: what `tools/decode_latents.py` needs, and the record."""
+        """Return the metadata of a video's latents: what `tools/decode_latents.py` needs, and the record.
+
+        Latents follow from the prompt as it was sampled. Those that are an output (`wait`) do not say the user's own,
+        so that files of equal latents are equal.
+        """
         record = self.record(video, wait)
+        if wait:
+            del record["original_prompt"]
         return {
             **latents_metadata(self.engine, record["model"]["name"], video.request.text, self.args.sampling_fps),
             "negative_prompt": readable(record["negative_prompt"]),

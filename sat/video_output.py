@@ -1,5 +1,6 @@
 """How sampled videos and latents are written to files: complete or not at all. `output_paths` names the files."""
 
+import json
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -135,4 +136,13 @@ def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] 
     path = Path(path)
     with replaced_when_complete(path) as part, reported_as_user_error(path):
         # Not safetensors' own save_file, which leaves the file readable by its owner only.
-        part.write_bytes(save({"latents": latents.detach().contiguous()}, dict(metadata or {})))
+        part.write_bytes(_in_order(save({"latents": latents.detach().contiguous()}, dict(metadata or {}))))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return a safetensors file with the entries of its header sorted, whose order is random otherwise: equal latents
+    are to make equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the tensors are aligned
+    return len(header).to_bytes(8, "little") + header + content[end:]

@@ -33,7 +33,7 @@ _TEXT_OR_NONE, _OBJECT_OR_NONE = ((str, type(None)), "text or null"), ((dict, ty
 _WHOLE, _LIST = ((int,), "a whole number"), ((list,), "a list")
 FIELDS = {
     "prompt": _TEXT,
-    "original_prompt": _TEXT_OR_NONE,
+    "original_prompt": _TEXT_OR_NONE,  # missing: null
     "negative_prompt": _TEXT,
     "image": _OBJECT_OR_NONE,
     "seed": _WHOLE,
@@ -148,6 +148,7 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
         raise UserError(no_record)
     if content["format"] != FORMAT:
         raise UserError(f"{where} is of format {shown(content['format'])}, this program reads {FORMAT}")
+    content.setdefault("original_prompt", None)
     for key, (kinds, expected) in FIELDS.items():
         value = content.get(key)
         if key not in content or not isinstance(value, kinds) or isinstance(value, bool):

@@ -18,7 +18,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from batch_order import SampleKey
 from data_video import make_dataset
 from devices import choose_device, fast_dtype
+from memory_advice import one_of
 from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
 from sgm.modules.autoencoding.losses.lpips import LPIPS
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
@@ -34,13 +36,22 @@ UNITS = {"PSNR": " dB"}
 BOOST = 4  # of the differences in videos
 
 
-@torch.no_grad()
 def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
     """Evaluate as the command's options say, write videos and numbers, and return the report for the terminal.
 
     Raises:
-        UserError: the data, the weights or the device are not such as can be used, or a file cannot be written.
+        UserError: the data, the weights or the device are not such as can be used, memory is full, or a file cannot be
+            written.
     """
+    advice = ["--dtype bfloat16"] if options.dtype == "float32" else []
+    advice += ["leave out --whole"] if options.whole else []
+    advice += ["tile_size: 256 in the VAE's params", "fewer frames or a smaller size (data.params)"]
+    with torch.no_grad(), memory_guard("evaluation", one_of(advice)):
+        return evaluate(options, vae_config, data_config)
+
+
+def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
+    """Do what `run` describes."""
     device = choose_device(options.device)
     dataset = make_dataset(options.data, data_config, SimpleNamespace(missing_label="ignore"), random_start=False)
     dtype = fast_dtype(getattr(torch, options.dtype), device)

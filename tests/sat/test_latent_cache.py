@@ -383,3 +383,18 @@ def test_conditioners_that_cannot_be_cached_are_refused(tiny):
     ):
         with pytest.raises(UserError, match=says):
             conditioner_for_cache({**config, "params": {"emb_models": change}})
+
+
+def test_tiles_are_part_of_what_a_cache_is(tiny, clips, tmp_path, cache):
+    """A cache that was encoded in tiles says so, and is not filled otherwise; training takes it."""
+    config = tiny.config("2b")
+    data = {**DATA, "params": {**DATA["params"], "video_size": [64, 96]}}
+    folders = {None: tmp_path / "whole", 64: tmp_path / "tiled"}
+    for size, folder in folders.items():
+        args = arguments(config, clips, data_config=data, vae_tile_size=size)
+        assert latent_encoding.run(args, folder) == 0
+        assert json.loads((folder / "cache.json").read_text())["encoding"]["tile_size"] == size
+    whole, tiled = (LatentDataset([folder], model_of(tiny, "2b"))[key(0)]["moments"] for folder in folders.values())
+    assert whole.shape == tiled.shape and 0 < (whole - tiled).norm() / whole.norm() < 0.5
+    with pytest.raises(UserError, match=r"encoding.tile_size is 64 there and null now"):
+        latent_encoding.run(arguments(config, clips, data_config=data), folders[64])

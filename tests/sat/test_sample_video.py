@@ -352,6 +352,34 @@ def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, mo
     assert surprise.exc_info[1].args == ("surprise",)
 
 
+def test_a_network_that_is_not_finite_ends_its_video_at_once(tiny, tmp_path, monkeypatch, caplog):
+    """At the first step, with what to do; the other video is made."""
+    from diffusion_video import SATVideoDiffusionEngine
+
+    sample, steps = SATVideoDiffusionEngine.sample, []
+
+    def spoil_the_first_video(self, *args, **kwargs):
+        denoise, first = self.denoiser.forward, not steps
+        with monkeypatch.context() as patch:
+            if first:
+                patch.setattr(self.denoiser, "forward", lambda *a, **k: steps.append(1) or denoise(*a, **k) * torch.nan)
+            return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(SATVideoDiffusionEngine, "sample", spoil_the_first_video)
+    assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS, "--bf16")) == 1
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert line.startswith("failed: prompt 1 (") and "not finite: use float32 (--no-bf16)" in line
+    assert len(steps) == 1
+    assert [path.parts[-3] for path in files(tmp_path / "videos")] == ["1_a_red_kite_over_the_hills"]
+
+
+def test_what_to_do_about_values_that_are_not_finite():
+    from diffusion_video import other_precision
+
+    assert "use bf16 (--bf16)" in other_precision(torch.float16)
+    assert "bf16" not in other_precision(torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights that do not fit
 # ---------------------------------------------------------------------------------------------------------------------
