@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -34,6 +35,33 @@ def test_text_embeddings_are_the_reference_numbers(name):
     cond, uncond = conditioner.get_unconditional_conditioning({"txt": texts}, force_uc_zero_embeddings=["txt"])
     assert_close(cond["crossattn"], reference["crossattn"], 1e-5)
     assert torch.equal(uncond["crossattn"], reference["uncond"])
+
+
+IDENTITY = {"target": "sgm.modules.encoders.modules.IdentityEncoder"}
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_embeddings_that_samples_lose_together(seeded):
+    """Each combination with its probability; an embedder that is not among them has its own rate."""
+    count = 4000
+    configs = [{**IDENTITY, "input_key": key, "ucg_rate": 0.5} for key in ("a", "b", "c")]
+    conditioner = GeneralConditioner(configs, [2, 0], [0.1, 0.2, 0.0, 0.7])
+    batch = {key: torch.ones(count, 1) for key in ("a", "b", "c")}
+    torch.manual_seed(0)
+    with per_sample(range(count)) if seeded else nullcontext():
+        a, b, c = conditioner(batch)["vector"].unbind(1)
+    shares = [((c == bit0) & (a == bit1)).float().mean().item() for bit1 in (0, 1) for bit0 in (0, 1)]
+    assert shares == pytest.approx([0.1, 0.2, 0.0, 0.7], abs=0.03) and shares[2] == 0
+    assert 0.45 < b.mean() < 0.55
+    assert conditioner(batch, drop=False)["vector"].all()
+    for embedders, probabilities, message in (
+        ([0, 3], [0.25] * 4, "cor_embs: .* are not places of different embedders, 0 to 2"),
+        ([0, 0], [0.25] * 4, "cor_embs"),
+        ([0, 1], [0.5, 0.5], "cor_p: .* 2 embedders need 4 probabilities"),
+        ([0], [0.5, 0.6], "cor_p"),
+    ):
+        with pytest.raises(UserError, match=message):
+            GeneralConditioner(configs, embedders, probabilities)
 
 
 def test_a_condition_that_needs_no_encoder():

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from seeded import seeded_input
 from sgm.errors import UserError
-from sgm.modules.diffusionmodules import sampling_utils
+from sgm.modules.diffusionmodules import sampling, sampling_utils
 from sgm.modules.diffusionmodules.guiders import DynamicCFG
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
@@ -415,6 +415,33 @@ def test_thresholding_acts_in_sampling_and_dynamic_guidance_takes_it():
     ):
         with pytest.raises(UserError, match=message):
             instantiate_from_config({"target": f"{MODULES}.sampling_utils.{kind}", "params": mistake})
+
+
+class OwnEuler(sampling.BaseDiffusionSampler):
+    """Euler's method, written as samplers for the original are."""
+
+    def __call__(self, denoiser, x, cond, uc=None, num_steps=None):
+        x, s_in, sigmas, num_sigmas, cond, uc = self.prepare_sampling_loop(x, cond, uc, num_steps)
+        for i in self.get_sigma_gen(num_sigmas):
+            d = sampling_utils.to_d(x, s_in * sigmas[i], self.denoise(x, denoiser, s_in * sigmas[i], cond, uc))
+            x = x + (sigmas[i + 1] - sigmas[i]) * d
+        return x
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_sampler_of_ones_own_on_the_base_of_the_original(guided, capsys):
+    config = {"guider_config": VANILLA} if guided else {}
+    params = {"discretization_config": SCHEDULES["edm"], "num_steps": 5, **config}
+    own = instantiate_from_config({"target": f"{__name__}.OwnEuler", "params": params})
+    arguments = (sigma_denoiser(), *inputs(SIGMA))
+    assert_close(own(*arguments), make_sampler("EulerEDMSampler", "edm", **config)(*arguments), 1e-5)
+    assert capsys.readouterr().err == ""
+    OwnEuler(SCHEDULES["edm"], 3, None, True, "cpu")(*arguments)
+    assert "3/3" in capsys.readouterr().err
+    with pytest.raises(UserError, match="OwnEuler needs a schedule of sigma"):
+        OwnEuler(SCHEDULES["zerosnr"], 3)(*arguments)
+    with pytest.raises(UserError, match="num_steps is missing"):
+        OwnEuler(SCHEDULES["edm"])(*arguments)
 
 
 class ForeignGuider:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sgm.errors import UserError
+from sgm.modules.diffusionmodules.base_sampler import BaseDiffusionSampler
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, guider_keywords
 from sgm.modules.diffusionmodules.sampling_utils import (
     Generators,
@@ -28,6 +29,27 @@ from sgm.modules.diffusionmodules.sampling_utils import (
 )
 from sgm.modules.diffusionmodules.util import reject_options
 from sgm.util import instantiate_from_config
+
+__all__ = [
+    "AncestralSampler",
+    "BaseDiffusionSampler",
+    "DDIMSampler",
+    "DPMPP2MSampler",
+    "DPMPP2SAncestralSampler",
+    "EulerAncestralSampler",
+    "EulerEDMSampler",
+    "HeunEDMSampler",
+    "LinearMultistepSampler",
+    "Run",
+    "SDEDPMPP2MSampler",
+    "Sampler",
+    "SigmaSampler",
+    "VPODEDPMPP2MSampler",
+    "VPSDEDPMPP2MSampler",
+    "VideoDDIMSampler",
+    "VideoDDPMSampler",
+    "VideoSampler",
+]
 
 
 @dataclass

@@ -46,13 +46,20 @@ class GeneralConditioner(nn.Module):
     Args:
         emb_models: for each embedder its `target` and `params`, `input_key` (or `input_keys`), and optionally
             `is_trainable` (False), `ucg_rate` (0), `legacy_ucg_value` and `output_key`; see `AbstractEmbModel`.
+        cor_embs: embedders, by their places, that samples lose together in place of each at its own rate.
+        cor_p: 2^len(cor_embs) probabilities. With that at the place r, a sample keeps the embedding of cor_embs[j] if
+            the bit j of r is 1, from the lowest bit; it loses the others.
 
     Raises:
-        UserError: an embedder is not an `AbstractEmbModel` or names no input.
+        UserError: an embedder is not an `AbstractEmbModel` or names no input, or the probabilities are not as above.
     """
 
-    def __init__(self, emb_models: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self, emb_models: Sequence[Mapping[str, Any]], cor_embs: Sequence[int] = (), cor_p: Sequence[float] = ()
+    ):
         super().__init__()
+        self.cor_embs, self.cor_p = list(cor_embs), list(cor_p)
+        _check_correlation(self.cor_embs, self.cor_p, len(emb_models))
         self.embedders = nn.ModuleList(self._build(config) for config in emb_models)
 
     @staticmethod
@@ -102,9 +109,10 @@ class GeneralConditioner(nn.Module):
         """
         zeroed = set(force_zero_embeddings or ())
         embeddings: dict[str, list[Tensor]] = {}
-        for embedder in self.embedders:
+        together: Tensor | None = None  # of each sample which of the correlated embeddings it keeps
+        for index, embedder in enumerate(self.embedders):
             inputs = [self._entry(batch, key) for key in embedder.input_keys]
-            rate = embedder.ucg_rate if drop else 0.0
+            rate = embedder.ucg_rate if drop and index not in self.cor_embs else 0.0
             if rate > 0 and embedder.legacy_ucg_value is not None:
                 inputs[0] = _replace_some(inputs[0], embedder.legacy_ucg_value, rate)
             with torch.set_grad_enabled(torch.is_grad_enabled() and embedder.is_trainable):
@@ -115,11 +123,22 @@ class GeneralConditioner(nn.Module):
                         len(embedding), rate, purpose="caption dropout", device=embedding.device
                     )
                     embedding = append_dims(kept.to(embedding.dtype), embedding.ndim) * embedding
+                if drop and index in self.cor_embs:
+                    if together is None:
+                        together = self._draw_together(len(embedding))
+                    kept = (together >> self.cor_embs.index(index)) & 1
+                    embedding = append_dims(kept.to(embedding), embedding.ndim) * embedding
                 if not zeroed.isdisjoint(embedder.input_keys):
                     embedding = torch.zeros_like(embedding)
                 kind = embedder.output_key or KIND_OF_RANK[embedding.ndim]
                 embeddings.setdefault(kind, []).append(embedding)
         return {kind: torch.cat(parts, dim=_features_dim(parts[0])) for kind, parts in embeddings.items()}
+
+    def _draw_together(self, count: int) -> Tensor:
+        """For each of `count` samples a place in `cor_p`, drawn with that probability: int64 (count,)."""
+        ends = torch.tensor(self.cor_p, dtype=torch.float64).cumsum(0)
+        share = randomness.uniform(count, purpose="correlated caption dropout").double()
+        return torch.searchsorted(ends, share * ends[-1], right=True).clamp(max=len(ends) - 1)
 
     @staticmethod
     def _entry(batch: Mapping[str, Any], key: str) -> Any:
@@ -144,6 +163,19 @@ class GeneralConditioner(nn.Module):
         cond = self(batch_c, force_cond_zero_embeddings, drop=False)
         uncond = self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings, drop=False)
         return cond, uncond
+
+
+def _check_correlation(embedders: list[int], probabilities: list[float], count: int) -> None:
+    if not embedders and not probabilities:
+        return
+    if len(set(embedders)) < len(embedders) or not all(type(i) is int and 0 <= i < count for i in embedders):
+        raise UserError(f"cor_embs: {embedders} are not places of different embedders, 0 to {count - 1}")
+    fits = all(not isinstance(p, bool) and isinstance(p, int | float) and p >= 0 for p in probabilities)
+    if len(probabilities) != 2 ** len(embedders) or not fits or abs(sum(probabilities) - 1) > 1e-6:
+        raise UserError(
+            f"cor_p: {probabilities} do not fit; {len(embedders)} embedders need {2 ** len(embedders)} probabilities "
+            "that add up to 1"
+        )
 
 
 def _replace_some(values: Any, replacement: Any, rate: float) -> list:

@@ -1,0 +1,80 @@
+"""The base of samplers that are written for the original: they keep their own loop."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from sgm.errors import UserError
+from sgm.modules.diffusionmodules.guiders import IdentityGuider
+from sgm.util import instantiate_from_config
+
+Cond = Mapping[str, Tensor]
+
+
+class BaseDiffusionSampler:
+    """What a sampler of one's own builds its `__call__(denoiser, x, cond, uc=None, num_steps=None)` on.
+
+    For x = x0 + σ·ε, with a schedule of σ. The samplers of `sampling` do not derive from it.
+
+    Args:
+        discretization_config: the noise schedule.
+        num_steps: number of steps, unless a call says otherwise.
+        guider_config: guidance; none by default.
+        verbose: show a progress bar (on the first process only).
+        device: where the noise levels are put; None: where `x` is.
+    """
+
+    def __init__(
+        self,
+        discretization_config: Mapping[str, Any],
+        num_steps: int | None = None,
+        guider_config: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        self.num_steps = num_steps
+        self.discretization = instantiate_from_config(discretization_config)
+        self.guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
+        self.verbose = verbose
+        self.device = device
+
+    def prepare_sampling_loop(
+        self, x: Tensor, cond: Cond, uc: Cond | None = None, num_steps: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, int, Cond, Cond]:
+        """Return what a loop starts from.
+
+        Args:
+            x: (batch, ...) standard normal noise.
+
+        Returns:
+            The noise at the first level; ones (batch,); the noise levels from noisy to clean with a 0 at the end; how
+            many levels these are; the conditioning, and the unconditional one, which is `cond` where it is missing.
+
+        Raises:
+            UserError: the number of steps is not known, or the schedule is not one of σ.
+        """
+        num_steps = self.num_steps if num_steps is None else num_steps
+        if num_steps is None:
+            raise UserError("sampler_config: num_steps is missing; set it there or pass it when sampling")
+        if self.discretization.gives_alpha:
+            raise UserError(
+                f"sampler_config: {type(self).__name__} needs a schedule of sigma, which "
+                f"{type(self.discretization).__name__} is not; EDMDiscretization or LegacyDDPMDiscretization would fit"
+            )
+        sigmas = self.discretization(num_steps, device=x.device if self.device is None else self.device)
+        start = x * (1.0 + sigmas[0].to(x.device) ** 2) ** 0.5
+        return start, x.new_ones(len(x)), sigmas, len(sigmas), cond, cond if uc is None else uc
+
+    def denoise(self, x: Tensor, denoiser: Callable[..., Tensor], sigma: Tensor, cond: Cond, uc: Cond | None) -> Tensor:
+        """Return the guided estimate of the clean samples at the levels `sigma` (batch,)."""
+        return self.guider(denoiser(*self.guider.prepare_inputs(x, sigma, cond, uc)), sigma)
+
+    def get_sigma_gen(self, num_sigmas: int) -> Iterable[int]:
+        """Return the steps, from 0, with a progress bar where it is asked for."""
+        first_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        steps = range(num_sigmas - 1)
+        return tqdm(steps, desc="Sampling") if self.verbose and first_process else steps
