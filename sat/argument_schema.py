@@ -165,6 +165,7 @@ def read_command_line(
     exclusive: Sequence[tuple[str, str]],
     ignored: Sequence[str] = (),
     otherwise: Callable[[dict[str, Any]], MergedConfig | None] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], MergedConfig]:
     """Return the arguments given on the command line, and the merged configuration files that `--base` names.
 
@@ -173,6 +174,7 @@ def read_command_line(
         exclusive: pairs of switches; one that is turned on turns off the other of earlier files.
         ignored: names of flags that are taken and not used.
         otherwise: gives a configuration for a command line without `--base`, or None if it has none either.
+        elsewhere: names that are no flags here, each with the key of a configuration that takes the value.
 
     Raises:
         UserError: a file is missing or malformed, a flag is unknown or has a wrong value.
@@ -182,6 +184,8 @@ def read_command_line(
     for flag in unknown:
         if flag.startswith("-"):
             name = flag.strip("-").split("=")[0].replace("-", "_")
+            if elsewhere and name in elsewhere:
+                raise UserError(f"--{name} is not set here but as {elsewhere[name]} in a configuration")
             hint = nearest(name, ["base", *argument_fields(command)], prefix="--")
             raise UserError(f"unknown argument {flag.split('=')[0]}{hint}")
         raise UserError(f"unexpected '{flag}' on the command line: values follow an argument such as --load")

@@ -46,6 +46,7 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
         used=("model", "data"),
         exclusive=(PRECISIONS,),
         ignored=IGNORED_KEYS,
+        elsewhere={name: f"deepspeed.{place}" for name, place in SET_ELSEWHERE.items()},
     )
     with config.sources.naming(given):
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}

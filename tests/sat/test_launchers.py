@@ -219,6 +219,12 @@ def test_a_deepspeed_file_that_will_not_do(training, tmp_path, content, says):
         training("--deepspeed_config", path)
 
 
+@pytest.mark.parametrize("flag", ["--zero-stage=1", "--lr", "--gradient_accumulation_steps"])
+def test_flags_of_what_deepspeeds_section_sets(training, flag):
+    with pytest.raises(UserError, match=r"--\w+ is not set here but as deepspeed\."):
+        training(flag)
+
+
 def test_flags_of_swissarmytransformers_trainer_are_taken_and_said(training, caplog):
     with caplog.at_level(logging.INFO):
         training("--no-load-rng", "--split", "949,50,1", "--distributed-backend=nccl")
