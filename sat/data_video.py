@@ -350,6 +350,8 @@ def _included(include_dirs: str | None) -> list[str]:
 
 def _check_readable(readable: int, unreadable: Sequence[str], max_share: float) -> None:
     total = readable + len(unreadable)
+    if not total:
+        raise UserError("data: there are no clips: name a folder, a manifest or tar shards")
     for line in unreadable[:SHOWN]:
         logger.warning("left out, unreadable: %s", line)
     if unreadable and (not readable or len(unreadable) > max_share * total):

@@ -400,6 +400,8 @@ def report_data_settings(folder: Path, description: Mapping[str, Any], data_conf
     """
     theirs, ours = (config.get("params") or {} for config in (description["data"]["config"], data_config))
     for name, default in KEPT_IN_CACHES.items():
+        if ours.get(name) is None:
+            continue
         there, here = (OTHER_NAMES.get((name, config.get(name)), config.get(name)) for config in (theirs, ours))
         there, here = (default if value is None else value for value in (there, here))
         if there != here:

@@ -183,6 +183,26 @@ def test_the_data_module_recognises_a_cache(tiny, cache):
     assert is_cache(cache("2b")) and not is_cache(cache("2b").parent)
 
 
+def test_caches_come_as_often_as_is_asked_for(tiny, cache):
+    args = arguments(tiny.config("2b"), cache("2b"))
+    paths = [str(cache("2b")), str(cache("2b", dtype="bfloat16"))]
+    repeated = make_dataset(paths, args.data_config, args, repeats=[3, 1])
+    equal = make_dataset([paths[0]] * 3 + [paths[1]], args.data_config, args)
+    assert repeated.samples == equal.samples and len(repeated) == 20
+    assert make_dataset(paths, args.data_config, args, weights=[3, 1]).draws == [1.5] * 5 + [0.5] * 5
+
+
+def test_an_option_that_a_cache_was_not_made_with_is_refused(tiny, cache):
+    args = arguments(tiny.config("2b"), cache("2b"))
+    says = "data.params.{} is .*, but .* was made with .*: set it to that, or run"
+    for option, value in {"horizontal_flip": 0.5, "caption_prefix": "a", "reshape_mode": "none"}.items():
+        data = {**DATA, "params": {**DATA["params"], option: value}}
+        with pytest.raises(UserError, match=says.format(option)):
+            make_dataset(args.train_data, data, args)
+    same = {"horizontal_flip": 0, "clips_per_video": 1, "reshape_mode": "center", "min_frames": None}
+    assert len(make_dataset(args.train_data, {**DATA, "params": {**DATA["params"], **same}}, args)) == 5
+
+
 # ---------------------------------------------------------------- making it
 
 
