@@ -2,10 +2,10 @@
 
     python benchmarks/data_loading.py [--source-fps 30] [--fps 8] [--frames 49] [--threads 1] [--write]
 
-Reading: the frames of a clip, from opening the file to RGB pixels, against decord, and against decoding the whole
-window, every frame of it converted to RGB, of which the wanted ones are kept. Each is checked to give the same pixels.
-The last column is what a data set takes for a clip: resized and cropped as well. With one thread, the seconds are those
-of the processor, so that other work on the machine does not count.
+Reading: the frames of a clip, from opening the file to RGB pixels, against decord, and against PyAV alone decoding the
+whole window, every frame of it converted to RGB, of which the wanted ones are kept. Each is checked to give the same
+pixels. The last column is what a data set takes for a clip: resized and cropped as well. With one thread, the seconds
+are those of the processor, so that other work on the machine does not count.
 
 Probing: size and length of many files, as they are found before the first run on a data set, against opening each with
 decord.
@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from PIL import Image
@@ -34,8 +35,9 @@ from imageio_ffmpeg import get_ffmpeg_exe  # noqa: E402
 from batch_order import Bucket  # noqa: E402
 from clip_attempts import Mark, serve_as_reader  # noqa: E402
 from clip_probing import probe_clips  # noqa: E402
-from clip_reading import ClipInfo, FrameSampling, probe, read_clip  # noqa: E402
+from clip_reading import FrameSampling, probe, read_clip  # noqa: E402
 from clip_sources import READERS, ClipSource  # noqa: E402
+from frame_times import nearest_frames  # noqa: E402
 from video_reading import open_video  # noqa: E402
 
 MARGIN = 4  # seconds that a source is longer than a clip, so that clips start anywhere
@@ -130,8 +132,7 @@ def measure_reading(args: argparse.Namespace, size: tuple[int, int], sources: li
         return [chosen(source, when, backend, args.threads) for source, when in zip(sources, times, strict=True)]
 
     def window() -> list[np.ndarray]:
-        clips = zip(sources, infos, times, strict=True)
-        return [chosen_of_all(source, info, when, args.threads) for source, info, when in clips]
+        return [chosen_of_all(source, when, args.threads) for source, when in zip(sources, times, strict=True)]
 
     def clips() -> list[torch.Tensor]:
         every = zip(sources, infos, strict=True)
@@ -155,14 +156,20 @@ def chosen(source: ClipSource, times: np.ndarray, backend: str, threads: int) ->
         return np.stack(list(video.frames_at(times)))
 
 
-def chosen_of_all(source: ClipSource, info: ClipInfo, times: np.ndarray, threads: int) -> np.ndarray:
-    """Return the frames nearest to `times`, of all from the first to the last of them."""
-    duration = info.frame_duration
-    first, last = (round(time / duration) for time in times[[0, -1]])
-    numbers = np.ceil(times / duration - 0.5 - 1e-3).astype(int) - first
-    with open_video(source.path, threads) as video:
-        frames = list(video.frames_at(np.arange(first, last + 1) * duration))
-    return np.stack([frames[number] for number in numbers])
+def chosen_of_all(source: ClipSource, times: np.ndarray, threads: int) -> np.ndarray:
+    """Return the frames (n, h, w, 3) nearest to `times`, of all in the window, as one reads them with PyAV alone."""
+    frames, shown = [], []
+    with av.open(source.path) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = threads
+        container.seek(int(times[0] / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if frame.time > times[0] - 0.5 / stream.average_rate:
+                frames.append(frame.to_ndarray(format="rgb24", threads=threads))
+                shown.append(frame.time)
+            if frame.time > times[-1]:
+                break
+    return np.stack([frames[number] for number in nearest_frames(np.array(shown), times)])
 
 
 def measure_probing(args: argparse.Namespace, folder: Path, sources: list[ClipSource]) -> list[object]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from av import Packet, VideoFrame
@@ -31,6 +31,20 @@ LONGEST_WINDOW = 10.0  # seconds between wanted frames, beyond which the reader 
 
 class Undecodable(Exception):
     """The packets at hand do not give the frames that are wanted."""
+
+
+class Wanted(NamedTuple):
+    """Frames that are wanted.
+
+    Args:
+        times: in seconds from the first frame, ascending.
+        ticks: the times that packets give for the frames nearest to these.
+        tolerance: how many seconds a frame may be from that, where some packets have no frame of their own.
+    """
+
+    times: np.ndarray
+    ticks: list[int]
+    tolerance: float
 
 
 class PyavVideo:
@@ -118,34 +132,27 @@ class PyavVideo:
         seconds = (ticks - self._start) * self._tick
         if ended:
             _check_end(times, seconds[-1], beyond)
-        chosen = ticks[nearest_frames(seconds, times, self._rounding)].tolist()
+        nearest = nearest_frames(seconds, times, self._rounding)
+        interval = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
         done = 0
-        for sparse in (True, False):
+        for way in (self._sparsely, self._from_key_frame, self._surely):
+            left = slice(done, None)
+            wanted = Wanted(times[left], ticks[nearest[left]].tolist(), 1.5 * interval + self._rounding)
             try:
-                for pixels in self._chosen(packets, chosen[done:], sparse):
+                for pixels in way(packets, wanted):
                     yield pixels
                     done += 1
                 return
             except (Undecodable, *FFMPEG_ERRORS):
                 continue
-        interval = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
-        expected = (np.asarray(chosen[done:]) - self._start) * self._tick
-        yield from self._surely(times[done:], expected, 1.5 * interval + self._rounding)
+        raise UnreadableClip(DAMAGED)
 
-    def _chosen(self, packets: Sequence[Packet], chosen: Sequence[int], sparse: bool) -> Iterator[np.ndarray]:
-        """The frames with the times `chosen`, ascending; a time may be there several times.
-
-        Raises:
-            Undecodable, or one of FFMPEG_ERRORS: a frame is damaged or missing.
-        """
-        wanted = frozenset(chosen)
-        if sparse:
-            runs = decoding_runs(packets, wanted)
-        else:
-            runs = [packets[: 1 + max(number for number, packet in enumerate(packets) if packet.pts in wanted)]]
-        left = iter(chosen)
+    def _sparsely(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+        """The wanted frames, with nothing decoded that they do not depend on."""
+        left = iter(wanted.ticks)
         time = next(left)
-        for frame in self._decoded(runs, wanted if sparse else None):
+        ticks = frozenset(wanted.ticks)
+        for frame in self._decoded(decoding_runs(packets, ticks), ticks):
             if frame.pts is None or frame.pts < time:
                 continue
             if frame.pts > time:
@@ -157,6 +164,34 @@ class PyavVideo:
             if time is None:
                 return
         raise Undecodable
+
+    def _from_key_frame(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+        """The wanted frames, with everything decoded from the key frame on."""
+        frames = (frame for frame in self._decoded([packets], None) if frame.pts is not None)
+        yield from self._nearest(frames, wanted)
+
+    def _surely(self, _: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+        """The wanted frames, with everything decoded from the beginning of the file."""
+        yield from self._nearest(self._from_beginning(), wanted)
+
+    def _nearest(self, frames: Iterable[VideoFrame], wanted: Wanted) -> Iterator[np.ndarray]:
+        """The frames nearest to the wanted times, of all.
+
+        Raises:
+            Undecodable: one is too far from the packet that promised it.
+        """
+        timed = (((frame.pts - self._start) * self._tick, frame) for frame in frames)
+        found = nearest_in_order(
+            timed, wanted.times, lambda frame: (frame.pts, self._pixels.convert(frame)), self._rounding
+        )
+        count = 0
+        for (ticks, pixels), promised in zip(found, wanted.ticks, strict=False):
+            if abs(ticks - promised) * self._tick > wanted.tolerance:
+                raise Undecodable
+            yield pixels
+            count += 1
+        if count < len(wanted.times):
+            raise Undecodable
 
     def _decoded(self, runs: Iterable[Sequence[Packet]], wanted: frozenset[int] | None) -> Iterator[VideoFrame]:
         """The frames of runs of packets; if `wanted` is given, at least those, and others that they depend on."""
@@ -200,23 +235,6 @@ class PyavVideo:
                 yield frame
             elif key is None or frame.pts is None or frame.pts >= key:
                 raise Undecodable
-
-    def _surely(self, times: np.ndarray, expected: np.ndarray, tolerance: float) -> Iterator[np.ndarray]:
-        """The frames nearest to `times`, with everything decoded from the beginning of the file.
-
-        Raises:
-            UnreadableClip: one is further from the time at which a packet promised it than `tolerance`, in seconds.
-        """
-        frames = (((frame.pts - self._start) * self._tick, frame) for frame in self._from_beginning())
-        found = nearest_in_order(frames, times, lambda frame: (frame.pts, self._pixels.convert(frame)), self._rounding)
-        count = 0
-        for (ticks, pixels), time in zip(found, expected, strict=False):
-            if abs((ticks - self._start) * self._tick - time) > tolerance:
-                break
-            yield pixels
-            count += 1
-        if count < len(times):
-            raise UnreadableClip(DAMAGED)
 
     def _frames_by_rank(self, times: np.ndarray, beyond: float | None) -> Iterator[np.ndarray]:
         """The frames nearest to `times` where packets do not say when they are shown: counted from the beginning."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyav_reading
+from pyav_container import VideoContainer
 from pyav_reading import PyavVideo
 from training_clips import convert, damage, frame_numbers, truncate, write_clip
 from video_reading import UnreadableClip
@@ -71,7 +72,7 @@ CODECS = {
     "HEVC": (".mp4", "-c:v", "libx265", "-x265-params", "log-level=error:keyint=30:open-gop=1"),
     "HEVC in a transport stream": (".ts", "-c:v", "libx265", "-x265-params", "log-level=error:keyint=30:open-gop=1"),
     "HEVC, 10 bit": (".mkv", "-c:v", "libx265", "-pix_fmt", "yuv420p10le", "-x265-params", "log-level=error"),
-    "VP8, hidden frames": (".webm", "-c:v", "libvpx", "-b:v", "500k", "-g", "30", "-auto-alt-ref", "1"),
+    "VP8": (".webm", "-c:v", "libvpx", "-b:v", "500k", "-g", "30"),
     "VP9": (".webm", "-c:v", "libvpx-vp9", "-b:v", "500k", "-g", "30", "-deadline", "realtime"),
     "VP9, 10 bit": (".mp4", "-c:v", "libvpx-vp9", "-b:v", "1M", "-pix_fmt", "yuv420p10le", "-deadline", "realtime"),
     "AV1": (".webm", "-c:v", "libaom-av1", "-cpu-used", "8", "-crf", "20", "-g", "30"),
@@ -97,6 +98,43 @@ CODECS = {
 def test_codecs_and_containers(numbered, tmp_path, name):
     suffix, *options = CODECS[name]
     check(convert(numbered, tmp_path / f"a{suffix}", *options), ALL)
+
+
+def test_hidden_frames_of_vp8(numbered, tmp_path):
+    """Packets of their own, with the times of others."""
+    options = ["-c:v", "libvpx", "-b:v", "200k", "-g", "60", "-auto-alt-ref", "1", "-lag-in-frames", "16"]
+    passes = ["-passlogfile", str(tmp_path / "log"), "-pass"]
+    convert(numbered, tmp_path / "first.webm", *options, *passes, "1")
+    path = convert(numbered, tmp_path / "a.webm", *options, *passes, "2")
+    container = VideoContainer(path, 1)
+    assert len(list(container.packets())) > COUNT
+    container.close()
+    check(path, ALL)
+
+
+def test_packets_that_have_no_frame_of_their_own_are_passed_over(numbered, tmp_path, monkeypatch, decoded):
+    """As the second field of a picture may have; here frames that the decoder swallows."""
+    path = convert(numbered, tmp_path / "a.mkv", *X264, "-g", "24", "-bf", "0")
+    clean = PyavVideo._clean
+
+    def swallow(self, packet, key):
+        for frame in clean(self, packet, key):
+            if round(frame.time * FPS) % 2 == 0:
+                yield frame
+
+    monkeypatch.setattr(PyavVideo, "_clean", swallow)
+    with PyavVideo(path) as video:
+        assert shown(video.frames_at(np.array([60, 61, 65, 70]) / FPS)) == [60, 60, 64, 70]
+    assert len(decoded) < 60  # no further back than the key frame
+
+    def swallow_more(self, packet, key):
+        for frame in clean(self, packet, key):
+            if not 60 <= round(frame.time * FPS) < 70:
+                yield frame
+
+    monkeypatch.setattr(PyavVideo, "_clean", swallow_more)
+    with PyavVideo(path) as video, pytest.raises(UnreadableClip, match="damaged"):
+        list(video.frames_at(np.array([50, 65, 75]) / FPS))
 
 
 @pytest.mark.parametrize(("rate", "suffix"), [("1", ".mp4"), ("30000/1001", ".mkv"), ("120", ".mp4"), ("120", ".mkv")])
