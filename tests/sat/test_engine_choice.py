@@ -165,4 +165,5 @@ def test_a_module_in_the_current_directory(tiny, tmp_path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=90)
         assert result.returncode == code, result.stderr
-        assert code == 9 or (f"model.target: {target}" in result.stderr and result.stderr.count("\n") == 1)
+        if code == 2:
+            assert f"model.target: {target}" in result.stderr and result.stderr.count("\n") == 1
