@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from whole_files import replaced_when_complete
 
@@ -24,6 +24,7 @@ PIECE = 2**24  # bytes read at once
 MOST_REMEMBERED = 2000  # files
 # A file that changed so recently may change again within the same tick of the file system's clock.
 SETTLED_SECONDS = 2.0
+LOCK_SECONDS = 0.1  # between two looks whether another process is done
 
 
 class Stopped(Exception):
@@ -79,7 +80,7 @@ def memory_file() -> Path:
 def _remembered_hash(path: Path, stop: threading.Event | None) -> str:
     path = path.resolve()
     stamp = _stamp(path)
-    with _alone():  # another process may be reading the same file
+    with _alone(stop):  # another process may be reading the same file
         known = _recall().get(str(path))
         if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("hash"), str):
             return known["hash"]
@@ -96,8 +97,12 @@ def _stamp(path: Path) -> list[int]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Let one process at a time in, where the memory's folder can be written to."""
+def _alone(stop: threading.Event | None) -> Iterator[None]:
+    """Let one process at a time in, where the memory's folder can be written to.
+
+    Raises:
+        Stopped: `stop` is set while another process is in.
+    """
     try:
         file = memory_file().with_suffix(".lock")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +112,20 @@ def _alone() -> Iterator[None]:
         return
     with lock:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _locked(lock):
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                time.sleep(LOCK_SECONDS)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Return whether the lock of a file was free, and is now this process's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _recall() -> dict[str, Any]:

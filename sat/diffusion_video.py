@@ -448,9 +448,8 @@ def other_precision(dtype: torch.dtype) -> str:
     """Return what to do about values that are not finite in `dtype`."""
     if dtype == torch.float16:
         return "fp16 is too narrow for this model, use bf16 (--bf16)"
-    if dtype == torch.bfloat16:
-        return "use float32 (--no-bf16), or check the weights and the adapter"
-    return "check the weights and the adapter, they may be damaged or another model's"
+    files = "check the weights and the adapter: they may be damaged, another model's, or converted to fp16 (use bf16)"
+    return f"use float32 (--no-bf16), or {files}" if dtype == torch.bfloat16 else files
 
 
 def set_lora_scale(network: nn.Module, scale: float) -> None:

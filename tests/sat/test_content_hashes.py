@@ -119,3 +119,18 @@ def test_giving_up(tmp_path, monkeypatch):
     began = time.monotonic()
     BackgroundHashes({"checkpoint": [endless]}).close()
     assert time.monotonic() - began < 5
+
+
+def test_giving_up_while_another_process_reads(tmp_path):
+    """It has the lock for as long as its file takes."""
+    import fcntl
+
+    file = write(tmp_path / "a.bin", b"1")
+    lock = memory_file().with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        hashes, began = BackgroundHashes({"checkpoint": [file]}), time.monotonic()
+        hashes.close()
+        assert time.monotonic() - began < 10 and hashes.so_far() == {}
+    assert BackgroundHashes({"checkpoint": [file]}).all()["checkpoint"].startswith("sha256:")

@@ -162,6 +162,22 @@ def test_one_of_two_processes(tmp_path, tiny, clips):
     assert not any("Traceback" in output for output in outputs)
 
 
+def test_training_a_vae(tmp_path, caplog, monkeypatch):
+    """In the second step; the checkpoint of the first stays."""
+    import train_vae
+    import vae_runs
+    from sgm.models.video_autoencoding_engine import VideoAutoencodingEngine
+
+    data = vae_runs.write_mixed_dataset(tmp_path / "data", videos=4, images=0)
+    config = vae_runs.write_config(tmp_path / "config.yaml", data, args={"save_interval": 1})
+    reconstruct = VideoAutoencodingEngine.reconstruct
+    monkeypatch.setattr(VideoAutoencodingEngine, "reconstruct", on_call(2, reconstruct))
+    assert train_vae.main(["--base", str(config)]) == 2
+    line = last_line(caplog)
+    assert line.startswith("error: training: host memory is full") and "checkpoint_levels" in line
+    assert "--batch_size 1" in line and "the last checkpoint is kept: go on with --resume " in line
+
+
 # ---------------------------------------------------------------- what is at hand
 
 
