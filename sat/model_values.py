@@ -38,6 +38,11 @@ SIZES = {
     **dict.fromkeys(("cp_size", "context_parallel_size", "model_parallel_size"), (0, 2**16)),
     **dict.fromkeys(("n_e", "n_embed", "num_embeddings", "embed_dim", "e_dim", "dim", "dims"), (1, 2**22)),
 }
+POSITIVE = {"shift_scale", "sigma_data", "theta"}  # numbers that are divided by, or whose logarithm is taken
+# Of SwissArmyTransformer's arguments, which it takes without looking at them.
+TRANSFORMER_FLAGS = {"checkpoint_activations", "skip_init", "is_decoder"}
+TRANSFORMER_SIZES = {"vocab_size", "max_sequence_length", "model_parallel_size", "inner_hidden_size"}
+TRANSFORMER_CHOICES = {"layernorm_order": ("pre", "post", "sandwich")}
 MOST_LEVELS = 16  # of `ch_mult`
 LONGEST_LIST = 10_000
 LARGEST_TABLE = 2**34  # bytes of a table of positions, which is made on the host
@@ -89,12 +94,40 @@ class Check:
             least, most = SIZES[name]
             if not least <= value <= most:
                 self.refuse(key, f"is {shown(value)}; expected a whole number from {least} to {most}")
+        elif name in POSITIVE and value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+            self.refuse(key, f"is {shown(value)}; expected a positive number")
+        elif name == "transformer_args" and isinstance(value, Mapping):
+            self.transformer_arguments(key, value)
         elif name == "ch_mult" and isinstance(value, list):
             if not 1 <= len(value) <= MOST_LEVELS:
                 self.refuse(key, f"has {len(value)} levels; expected 1 to {MOST_LEVELS}")
             for index, multiple in enumerate(value):
                 if type(multiple) is not int or not 1 <= multiple <= 2**12:
                     self.refuse((*key, index), f"is {shown(multiple)}; expected a whole number from 1 to {2**12}")
+
+    def transformer_arguments(self, key: Key, values: Mapping[str, Any]) -> None:
+        """Check those of SwissArmyTransformer's arguments that configurations have."""
+        for name, value in values.items():
+            if name in TRANSFORMER_FLAGS:
+                self.flag((*key, name), value)
+            elif name in TRANSFORMER_SIZES and value is not None and type(value) is not int:
+                self.refuse((*key, name), f"is {shown(value)}; expected a whole number")
+            elif name in TRANSFORMER_CHOICES and value not in TRANSFORMER_CHOICES[name]:
+                choices = ", ".join(TRANSFORMER_CHOICES[name])
+                self.refuse((*key, name), f"is {shown(value)}; it can be {choices}")
+
+    def head_width(self, params: Mapping[str, Any]) -> None:
+        """Check that rotary positions are as wide as a head, if the widths are numbers."""
+        modules = params.get("modules")
+        position = modules.get("pos_embed_config") if isinstance(modules, Mapping) else None
+        position = position.get("params") if isinstance(position, Mapping) else None
+        given = position.get("hidden_size_head") if isinstance(position, Mapping) else None
+        hidden, heads = params.get("hidden_size"), params.get("num_attention_heads")
+        if all(type(size) is int and size > 0 for size in (given, hidden, heads)) and given * heads != hidden:
+            self.refuse(
+                ("model", "network_config", "params", "modules", "pos_embed_config", "params", "hidden_size_head"),
+                f"is {given}; hidden_size {hidden} and num_attention_heads {heads} make {hidden / heads:g}",
+            )
 
     def slot(self, key: Key, value: Any) -> None:
         """Check that an object is described by `target` and `params`."""
@@ -153,10 +186,11 @@ class Check:
             )
 
     def tables(self, model: Mapping[str, Any]) -> None:
-        """Check that the table of positions, which follows from several sizes, is one that can be made."""
+        """Check that the table of positions, which follows from several sizes, is one that can be made and fits."""
         params = (model.get("network_config") or {}).get("params")
         if not isinstance(params, Mapping):
             return
+        self.head_width(params)
         names = ("latent_height", "latent_width", "num_frames", "time_compressed_rate", "hidden_size", "patch_size")
         height, width, frames, rate, hidden, patch = (params.get(name) for name in names)
         if any(type(size) is not int for size in (height, width, frames, rate, hidden)) or rate < 1:

@@ -14,7 +14,7 @@ from argument_lists import VaeTrainingArguments
 from argument_schema import nearest
 from data_mixing import split_entries
 from determinism import recorded
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 
 logger = logging.getLogger("train_vae")
 
@@ -26,6 +26,11 @@ OTHER_MODEL_KEYS = ("first_stage_config",)
 ENGINE_KEYS = ("accumulate_grad_batches", "gradient_clip_val")
 PLACE_KEYS = ("accelerator", "devices", "strategy")
 TRAINER_KEYS = ("precision", "benchmark", "deterministic", "detect_anomaly", "sync_batchnorm", "profiler")
+PRECISIONS = (
+    *("16-mixed", "bf16-mixed", "32-true", "64-true", "bf16-true", "16-true", "transformer-engine"),
+    *("transformer-engine-float16", "16", "bf16", "32", "64"),
+)
+FLAGS = ("benchmark", "detect_anomaly", "sync_batchnorm")
 SET_ELSEWHERE = {
     "max_steps": "args.train_iters",
     "max_epochs": "args.train_iters",
@@ -99,7 +104,7 @@ def check_model_section(model: Mapping[str, Any]) -> None:
         raise UserError("the configuration has no model.params: encoder_config, decoder_config, loss_config and so on")
     rate = model.get("base_learning_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
-        raise UserError(f"model.base_learning_rate is {rate!r}; expected a positive number such as 1.0e-4")
+        raise UserError(f"model.base_learning_rate is {shown(rate)}; expected a positive number such as 1.0e-4")
     for key in model:
         if key not in (*MODEL_KEYS, *OTHER_MODEL_KEYS):
             near = difflib.get_close_matches(str(key), MODEL_KEYS, n=1)
@@ -112,7 +117,7 @@ def check_lightning_section(lightning: Mapping[str, Any]) -> None:
         raise UserError(f"lightning: unknown key '{unknown[0]}'; there is trainer, with the arguments of the Trainer")
     trainer = lightning.get("trainer") or {}
     if not isinstance(trainer, dict):
-        raise UserError(f"lightning.trainer is {trainer!r}; expected keys and values")
+        raise UserError(f"lightning.trainer is {shown(trainer)}; expected keys and values")
     known = (*ENGINE_KEYS, *PLACE_KEYS, *TRAINER_KEYS)
     for key in trainer:
         if key in SET_ELSEWHERE:
@@ -122,16 +127,27 @@ def check_lightning_section(lightning: Mapping[str, Any]) -> None:
             raise UserError(f"lightning.trainer: unknown key '{key}'{hint}")
     batches = trainer.get("accumulate_grad_batches", 1)
     if type(batches) is not int or batches < 1:
-        raise UserError(f"lightning.trainer: accumulate_grad_batches is {batches!r}; expected a whole number from 1")
+        raise UserError(
+            f"lightning.trainer: accumulate_grad_batches is {shown(batches)}; expected a whole number from 1"
+        )
     clip = trainer.get("gradient_clip_val")
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or clip <= 0):
-        raise UserError(f"lightning.trainer: gradient_clip_val is {clip!r}; expected a positive number, or none")
+        raise UserError(f"lightning.trainer: gradient_clip_val is {shown(clip)}; expected a positive number, or none")
     accelerator = trainer.get("accelerator", "auto")
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"lightning.trainer: accelerator is {accelerator!r}; it can be auto, cpu or gpu")
+        raise UserError(f"lightning.trainer: accelerator is {shown(accelerator)}; it can be auto, cpu or gpu")
     deterministic = trainer.get("deterministic")
     if not (deterministic is None or isinstance(deterministic, bool) or deterministic == "warn"):
         raise UserError(f"lightning.trainer: deterministic is {deterministic!r}; it can be true, false or warn")
+    if (precision := trainer.get("precision")) is not None and str(precision) not in PRECISIONS:
+        raise UserError(f"lightning.trainer: precision is {shown(precision)}; it can be {', '.join(PRECISIONS)}")
+    for name in FLAGS:
+        if trainer.get(name) not in (None, True, False):
+            raise UserError(f"lightning.trainer: {name} is {shown(trainer[name])}; expected true or false")
+    if trainer.get("profiler") not in (None, "simple", "advanced", "pytorch"):
+        raise UserError(
+            f"lightning.trainer: profiler is {shown(trainer['profiler'])}; it can be simple, advanced or pytorch"
+        )
     strategy = trainer.get("strategy", "auto")
     if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
-        raise UserError(f"lightning.trainer: strategy is {strategy!r}; it can be auto or ddp")
+        raise UserError(f"lightning.trainer: strategy is {shown(strategy)}; it can be auto or ddp")

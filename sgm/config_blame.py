@@ -8,7 +8,6 @@ user's values are not the reason.
 
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -19,7 +18,8 @@ from sgm.memory_errors import is_out_of_memory
 
 OWN_MISTAKES = (NameError, ImportError, SyntaxError, SystemError, NotImplementedError)
 YAML_TYPES = (str, int, float, bool, NoneType, list, dict)
-BUILDERS = ("util.py", "model_checks.py", "deepspeed_engine.py", "data_video.py")
+# Functions that build or try whatever a configuration names: above them in a traceback is a class of somebody else.
+BUILDERS = ("instantiate_from_config", "reporting", "make_dataset", "build_optimizer", "check_schedules")
 _PLACE = "_place_in_configuration"
 
 
@@ -52,7 +52,7 @@ def is_own_mistake(error: Exception, place: Place, use: Callable[[Any], Any] | N
     where = own_line(error)
     if where is None:
         return False  # a class of the user's or of a library, called with the user's values
-    if isinstance(error, OWN_MISTAKES):
+    if isinstance(error, OWN_MISTAKES) or place.slot == "data":  # datasets of ours say themselves what does not fit
         return True
     if isinstance(error, AttributeError) and not isinstance(error.obj, YAML_TYPES):
         return True
@@ -68,6 +68,6 @@ def own_line(error: BaseException) -> tuple[str, int] | None:
     """
     frames = traceback.extract_tb(error.__traceback__)
     last: Any = next((frame for frame in reversed(frames) if is_own_file(frame.filename)), None)
-    if last is None or Path(last.filename).name in BUILDERS:
+    if last is None or last.name in BUILDERS:
         return None
     return last.filename, last.lineno

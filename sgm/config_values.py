@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sgm.errors import shown
 
+NO_DEFAULT = inspect.Parameter.empty
 REPOSITORY = Path(__file__).resolve().parents[1]
 OWN_FOLDERS = tuple(REPOSITORY / name for name in ("sgm", "vae_modules", "sat"))
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing"}
@@ -129,7 +130,7 @@ def check_params(taken: Parameters, given: Mapping[str, Any], extra: Collection[
             return Problem((), f"{name} is missing; it needs {expected(taken.hints[name]) or 'a value'}")
     for name, value in given.items():
         if name in taken.hints and name not in extra:
-            default = taken.defaults.get(name)
+            default = taken.defaults.get(name, NO_DEFAULT)
             infinite = isinstance(default, float) and math.isinf(default)
             if problem := problem_of_value(value, taken.hints[name], default, infinite):
                 where, found, fits = problem
@@ -153,7 +154,7 @@ def _binding(factory: Callable[..., Any], params: Mapping[str, Any]) -> Problem 
 
 
 def problem_of_value(
-    value: Any, hint: Any, default: Any = None, infinite: bool = False
+    value: Any, hint: Any, default: Any = NO_DEFAULT, infinite: bool = False
 ) -> tuple[tuple[str | int, ...], Any, str] | None:
     """Return where in `value`, which part of it and what would fit instead, if it is not of the type `hint`.
 
@@ -164,7 +165,7 @@ def problem_of_value(
         infinite: whether a number may be infinite.
     """
     options = _options(hint)
-    if any(_is_unknown(option) for option in options) or (value is None and default is None and value in options):
+    if any(_is_unknown(option) for option in options):
         return None
     if type(value) is type(default) and value == default:
         return None
