@@ -218,7 +218,7 @@ class SFTDataset(Dataset):
 
     @property
     def reader(self) -> dict[str, str]:
-        """What decodes the videos, as runs and caches record it."""
+        """Return what decodes the videos, as runs and caches record it."""
         return describe_reader(self.video_backend)
 
     @property

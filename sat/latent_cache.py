@@ -305,7 +305,7 @@ class LatentDataset:
 
     @property
     def reader(self) -> dict[str, str]:
-        """What decoded the videos of the caches, as runs record it; of several that differ, the first in order."""
+        """Return what decoded the videos of the caches, as runs record it; the first in order if several differ."""
         return min(self.readers, key=lambda reader: reader["video_backend"])
 
     @property

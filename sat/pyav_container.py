@@ -33,7 +33,7 @@ FAR_BACK = -(2**60)  # a time before the beginning of every file
 
 
 class Beginning(NamedTuple):
-    """How a stream begins.
+    """The beginning of a stream.
 
     Args:
         timed: packets say when their frames are shown. In AVI they may say only when they are decoded.
@@ -155,7 +155,7 @@ class VideoContainer:
 
     @cached_property
     def beginning(self) -> Beginning:
-        """How the stream begins. Raises UnreadableClip if it has no frames."""
+        """Return how the stream begins. Raises UnreadableClip if it has no frames."""
         key, shown = None, []
         for packet in self.from_beginning():
             key = key or packet
@@ -220,7 +220,7 @@ class VideoContainer:
 
     @cached_property
     def times_by_rank(self) -> np.ndarray:
-        """When frames are shown, in seconds from the first, where packets say only when they are decoded.
+        """Return when frames are shown, in seconds from the first, where packets say only when they are decoded.
 
         The n-th frame is shown when the decoder, which holds back a few frames, gives it out.
         """
