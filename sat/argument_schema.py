@@ -104,6 +104,9 @@ class RunArguments:
     contact_sheet: str | None = argument(None, "with inspect_data: where its sheet goes (default: inspect_data.png)")
     num_workers: int = argument(2, "processes that read clips, for each training process")
     clip_timeout: float = argument(120.0, "seconds to read a clip; one that takes longer counts as unreadable")
+    collective_timeout: float = argument(
+        1800.0, "seconds that a process waits for the others within a step, before the run ends"
+    )
     max_unreadable_share: float = argument(0.1, "stop when more than this share of the clips read is unreadable")
 
     # Steps and checkpoints
@@ -381,7 +384,7 @@ def check_run(args: RunArguments) -> None:
     check_least(args, ("eval_interval", "eval_iters", "eval_batch_size"))
     check_least(args, ("num_workers", "num_log_videos"), least=0)
     check_shares(args, ("max_unreadable_share",))
-    check_durations(args, ("clip_timeout",))
+    check_durations(args, ("clip_timeout", "collective_timeout"))
     check_mixing(args)
     if args.json and not args.inspect_data:
         raise UserError("json is on, but inspect_data is not: it is about what inspect_data says")

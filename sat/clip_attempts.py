@@ -69,6 +69,7 @@ class _State:
     whole = ""  # what is marked outside of any attempt
     refused: Mapping[str, str] = {}
     attempted: list[str] = []  # noqa: RUF012
+    late: dict[str, str] = {}  # noqa: RUF012
 
 
 def serve_as_reader(mark: Mark, threads: int) -> None:
@@ -112,6 +113,27 @@ def refusing(refused: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _State.refused = before
+
+
+def refusal(name: str) -> str | None:
+    """Return why the clip `name` is refused; None if it is not."""
+    return _State.refused.get(name)
+
+
+@contextmanager
+def noting_late() -> Iterator[dict[str, str]]:
+    """Collect, in the dictionary that it gives, the clips that took too long to look at within the block."""
+    before, _State.late = _State.late, {}
+    try:
+        yield _State.late
+    finally:
+        _State.late = before
+
+
+def note_late(name: str, reason: str) -> str:
+    """Note a clip that took too long; return the reason."""
+    _State.late[name] = reason
+    return reason
 
 
 @contextmanager

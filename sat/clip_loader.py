@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+import process_watch
 from batch_order import SampleKey
 from clip_attempts import CLIP_TIMEOUT, Reading, reading
-from clip_timeouts import ClipTimeouts
+from clip_timeouts import ClipTimeouts, TimedOutClip
 from reading_processes import Done, Failed, ReadingProcesses, Stuck
 from sgm.errors import UserError
 
 BATCHES_AHEAD = 2  # for each worker
+Share = Callable[[list[TimedOutClip], str], list[TimedOutClip]]
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -38,9 +40,10 @@ def make_loader(
     clip_timeout: float = CLIP_TIMEOUT,
     timeouts: ClipTimeouts | None = None,
     step_of: Callable[[int], int] | None = None,
+    share: Share | None = None,
 ) -> "ClipLoader":
     """Return a `ClipLoader`; its arguments are the same."""
-    return ClipLoader(dataset, order, num_workers, clip_timeout, timeouts, step_of)
+    return ClipLoader(dataset, order, num_workers, clip_timeout, timeouts, step_of, share)
 
 
 class ClipLoader:
@@ -57,6 +60,8 @@ class ClipLoader:
         timeouts: where to record the clips that took too long, and what is known of them.
         step_of: which step of a run takes the batch of this number, counted from 0 in each pass. By default every batch
             is one step.
+        share: for processes that work in step, and each have a loader: given what is new in the record and what is
+            waited for, it returns what is new to any of them, once all have their batch.
 
     Raises:
         UserError: data cannot be read, or a worker process died.
@@ -70,11 +75,12 @@ class ClipLoader:
         clip_timeout: float = CLIP_TIMEOUT,
         timeouts: ClipTimeouts | None = None,
         step_of: Callable[[int], int] | None = None,
+        share: Share | None = None,
     ):
         self.dataset, self.order = dataset, order
         self.num_workers, self.clip_timeout = num_workers, clip_timeout
         self.timeouts = ClipTimeouts("train_data") if timeouts is None else timeouts
-        self.step_of = step_of or (lambda number: number + 1)
+        self.step_of, self.share = step_of or (lambda number: number + 1), share
         self._processes: ReadingProcesses | None = None
         self._numbers = itertools.count()
         self._pinning = ThreadPoolExecutor(1) if torch.cuda.is_available() else None
@@ -107,14 +113,19 @@ class _Pass(Iterator):
     def __next__(self) -> dict[str, Any]:
         if not self.queue:
             raise StopIteration
-        number, (keys, step) = next(iter(self.queue.items()))
-        while number not in self.finished or self._is_outdated(number):
-            for outcome in self.processes.collect():
-                self._take(outcome)
-        batch, attempted = self.finished.pop(number)
+        number, (_, step) = next(iter(self.queue.items()))
+        loader, what = self.loader, f"the clips of step {step} ({self.loader.timeouts.data})"
+        found = [None]
+        while found:
+            with process_watch.phase(f"reading {what}", loader.being_read):
+                while number not in self.finished or self._is_outdated(number):
+                    for outcome in self.processes.collect():
+                        self._take(outcome)
+            # Processes that read the same clip must agree about it; and what is known at a step is the same on all.
+            found = loader.share(loader.timeouts.take_news(), what) if loader.share else []
+            loader.timeouts.learn(found)
+        batch, _ = self.finished.pop(number)
         del self.queue[number]
-        for key, clips in zip(keys, attempted, strict=True):
-            self.loader.timeouts.settle(key, step, clips[-1] if clips else None)
         self._fill()
         return batch.result() if self.loader._pinning else batch
 
@@ -142,6 +153,9 @@ class _Pass(Iterator):
             self._submit(outcome.number, again=True)
         else:
             batch, attempted = outcome.result
+            keys, step = self.queue[outcome.number]
+            for key, clips in zip(keys, attempted, strict=True):
+                self.loader.timeouts.settle(key, step, clips[-1])
             if self.loader._pinning:
                 batch = self.loader._pinning.submit(_pinned, batch)
             self.finished[outcome.number] = batch, attempted

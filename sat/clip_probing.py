@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from clip_attempts import CLIP_TIMEOUT, attempt
+from clip_attempts import CLIP_TIMEOUT, attempt, note_late, refusal
 from clip_reading import ClipInfo, probe
 from clip_sources import READERS, ClipSource
 from reading_processes import in_processes
@@ -43,15 +43,20 @@ def probe_clips(
     """
     with _taking_turns(folder):
         known = _read_index(folder / INDEX)
-        infos, problems, index = [], [], {}
+        infos, problems, index, found = [], [], {}, {}
         said = time.monotonic()
         with ThreadPoolExecutor(READERS) as threads:
             stamps = list(threads.map(lambda source: _stamp(source, folder), sources))
-        new = [source for source, (key, stamp) in zip(sources, stamps, strict=True) if not _is_known(key, stamp, known)]
-        probed = in_processes(_probe, new, lambda source: source.name, lambda _, reason: reason, READERS, clip_timeout)
+        for source, (key, stamp) in zip(sources, stamps, strict=True):
+            if reason := refusal(source.name):
+                found[source.name] = reason
+            elif stamp is not None and key in known and known[key][0] == stamp:
+                found[source.name] = known[key][1]
+        new = [source for source in sources if source.name not in found]
+        probed = in_processes(_probe, new, _name, _note_late, READERS, clip_timeout)
         with closing(probed):
             for source, (key, stamp) in zip(sources, stamps, strict=True):
-                result = known[key][1] if _is_known(key, stamp, known) else next(probed)
+                result = found[source.name] if source.name in found else next(probed)
                 if isinstance(result, ClipInfo):
                     infos.append(result)
                     index[key] = (stamp, result)
@@ -76,8 +81,12 @@ def _stamp(source: ClipSource, folder: Path) -> tuple[str, Stamp | None]:
     return key, (status.st_size, status.st_mtime_ns)
 
 
-def _is_known(key: str, stamp: Stamp | None, known: Index) -> bool:
-    return stamp is not None and key in known and known[key][0] == stamp
+def _name(source: ClipSource) -> str:
+    return source.name
+
+
+def _note_late(source: ClipSource, reason: str) -> str:
+    return note_late(source.name, reason)
 
 
 def _probe(source: ClipSource) -> ClipInfo | str:
@@ -98,7 +107,11 @@ def _taking_turns(folder: Path) -> Iterator[None]:
     with suppress(OSError):  # a folder that is not there, or a file system without locks
         if os.access(folder, os.W_OK):  # else there will be no index to wait for
             descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for another process that looks at the clips in %s", folder)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield
     finally:

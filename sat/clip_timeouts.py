@@ -19,6 +19,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from batch_order import SampleKey
 from sgm.errors import UserError
@@ -98,7 +99,8 @@ class ClipTimeouts:
         if self.file is not None and entries:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a", encoding="utf-8") as file:
+                with self.file.open("a+", encoding="utf-8") as file:
+                    _end_line(file)
                     file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
             except OSError as error:
                 raise UserError(f"cannot write {self.file}: {error.strerror or error}") from error
@@ -132,6 +134,14 @@ def read_record(folder: Path) -> list[TimedOutClip]:
                     break
                 raise UserError(f"resume: {path}, line {number}: not valid: delete the line, or the file") from error
     return entries
+
+
+def _end_line(file: TextIO) -> None:
+    """Cut off a line without an end, which a run that was killed left in a file opened to be added to."""
+    file.seek(0)
+    content = file.read()
+    if content and not content.endswith("\n"):
+        file.truncate(len(content[: content.rfind("\n") + 1].encode()))
 
 
 def record_file(folder: Path, rank: int) -> Path:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from argument_lists import TrainingArguments, VaeTrainingArguments
 from batch_order import BatchOrder, SampleKey
+from clip_loader import make_loader
 from contact_sheet import FRAMES, spread, write_frames
 from data_report import SourceReport, counted
 from data_video import make_dataset
@@ -188,8 +189,9 @@ def _draw(dataset: Dataset, args: Any) -> tuple[str | None, list[str]]:
     if isinstance(dataset, LatentDataset):
         return None, []
     rows, unreadable = [], []
-    for index in spread(len(dataset), SHOWN_CLIPS):
-        sample = dataset[SampleKey(index, sample_seed(args.seed, 0, index))]
+    keys = [[SampleKey(index, sample_seed(args.seed, 0, index))] for index in spread(len(dataset), SHOWN_CLIPS)]
+    for batch in make_loader(dataset, keys, args.num_workers, args.clip_timeout):
+        sample = {name: column[0] for name, column in batch.items()}
         unreadable += sample["unreadable"]
         clip = sample["mp4"]
         frames = [Image.fromarray(clip[i].permute(1, 2, 0).contiguous().numpy()) for i in spread(len(clip), FRAMES)]

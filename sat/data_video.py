@@ -28,7 +28,7 @@ from reader_record import describe_reader
 from sgm.config_places import Place
 from sgm.errors import UserError
 from sgm.util import class_at, instantiate_from_config, reporting
-from video_reading import DEFAULT_BACKEND, UnreadableClip
+from video_reading import DEFAULT_BACKEND, UnreadableClip, load_decoder
 from video_sizes import nearest_size, parse_sizes
 
 __all__ = ["SFTDataset", "VideoDataset", "make_dataset", "nearest_size"]
@@ -129,6 +129,7 @@ class SFTDataset(Dataset):
         )
         self.sampling = FrameSampling(fps, int(max_num_frames), int(skip_frms_num), frame_multiple, random_start)
         self.video_backend = video_backend
+        load_decoder(video_backend)
         self.framing = Framing(reshape_mode, horizontal_flip)
         self.shuffle_buffer = shuffle_buffer
         self.caption_prefix = (caption_prefix or "").rstrip()

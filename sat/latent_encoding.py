@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import process_watch
 from batch_order import Bucket, SampleKey
 from clip_loader import make_loader
 from clip_transforms import Framing
@@ -48,7 +49,8 @@ from model_limits import SPACE_FACTOR, TIME_FACTOR
 from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups
 from reader_record import KEY, warn_of_other_reader
-from sampling_run import total_over_processes
+from run_clips import same_dataset
+from run_control import limited_collectives, meet
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
@@ -77,43 +79,52 @@ def run(
     Raises:
         UserError: the data or the model cannot be read, or `output` holds something else, or cannot be written.
     """
-    initialize_process_groups()
+    initialize_process_groups(limit=args.collective_timeout)
     try:
-        device = choose_device(args.device)
-        args = settle_precision(args, device)
-        check_model(args, PARTS[:2])  # before weights and clips are read
-        engine = build_engine(without_context_parallel(args), (), device)
-        if is_overridden(engine, "encode_first_stage") and not is_overridden(engine, "encode_moments"):
-            raise UserError(
-                f"model.target: {type(engine).__name__} encodes clips in its own way (encode_first_stage), which a "
-                "cache does not use: give it encode_moments too, or train on the clips themselves"
-            )
-        dataset = make_dataset(args.train_data, args.data_config, args, repeats=args.train_data_repeats)
-        if getattr(dataset, "framing", Framing()) != Framing():
-            logger.info("crops and mirrored clips in the cache are those of the first epoch, also in later ones")
-        encoding = {
-            "store": store,
-            "dtype": dtype or str(engine.dtype).removeprefix("torch."),
-            "computed_in": str(engine.dtype).removeprefix("torch."),
-            "tile_size": args.vae_tile_size or args.model_config["first_stage_config"]["params"].get("tile_size"),
-            "image_variants": image_variants,
-            "seed": args.seed,
-        }
-        description = describe(args, dataset, encoding)
-        done = check_folder(output, description, dataset)
-        wait_for_all()  # a process that has begun changes what the others check
-        if dist.get_rank() == 0:
-            prepare_folder(output, description)
-        wait_for_all()
-        todo = [index for index in range(dist.get_rank(), len(dataset), dist.get_world_size()) if index not in done]
-        with failing_together(), memory_guard("encoding", precompute_advice(args)):
-            encode_samples(Encoder(engine, encoding), dataset, todo, output, args)
-        wait_for_all()
-        if dist.get_rank() == 0:
-            finish(output, dataset)
+        with limited_collectives(args.collective_timeout):
+            fill_cache(args, output, store, dtype, image_variants)
         return 0
     finally:
         destroy_process_groups()
+
+
+def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | None, image_variants: int) -> None:
+    """Encode what is missing in the cache; see `run`."""
+    device = choose_device(args.device)
+    args = settle_precision(args, device)
+    check_model(args, PARTS[:2])  # before weights and clips are read
+    engine = build_engine(without_context_parallel(args), (), device)
+    if is_overridden(engine, "encode_first_stage") and not is_overridden(engine, "encode_moments"):
+        raise UserError(
+            f"model.target: {type(engine).__name__} encodes clips in its own way (encode_first_stage), which a "
+            "cache does not use: give it encode_moments too, or train on the clips themselves"
+        )
+    dataset = same_dataset(
+        lambda: make_dataset(args.train_data, args.data_config, args, repeats=args.train_data_repeats),
+        "the clips of train_data",
+    )
+    if getattr(dataset, "framing", Framing()) != Framing():
+        logger.info("crops and mirrored clips in the cache are those of the first epoch, also in later ones")
+    encoding = {
+        "store": store,
+        "dtype": dtype or str(engine.dtype).removeprefix("torch."),
+        "computed_in": str(engine.dtype).removeprefix("torch."),
+        "tile_size": args.vae_tile_size or args.model_config["first_stage_config"]["params"].get("tile_size"),
+        "image_variants": image_variants,
+        "seed": args.seed,
+    }
+    description = describe(args, dataset, encoding)
+    done = check_folder(output, description, dataset)
+    wait_for_all()  # a process that has begun changes what the others check
+    if dist.get_rank() == 0:
+        prepare_folder(output, description)
+    wait_for_all()
+    todo = [index for index in range(dist.get_rank(), len(dataset), dist.get_world_size()) if index not in done]
+    with failing_together(), process_watch.phase("encoding clips"), memory_guard("encoding", precompute_advice(args)):
+        encode_samples(Encoder(engine, encoding), dataset, todo, output, args)
+    wait_for_all()
+    if dist.get_rank() == 0:
+        finish(output, dataset)
 
 
 def without_context_parallel(args: TrainingArguments) -> TrainingArguments:
@@ -130,7 +141,7 @@ def wait_for_all() -> None:
         UserError: one of them will not come.
     """
     try:
-        total_over_processes(0)
+        meet("the other processes")
     except RuntimeError as error:
         raise UserError("another process has failed, and says why") from error
 

@@ -7,15 +7,15 @@ from run_control import join_processes, leave_processes
 from sgm.errors import UserError
 
 
-def initialize_process_groups(model_parallel_size: int = 1) -> None:
+def initialize_process_groups(model_parallel_size: int = 1, limit: float | None = None) -> None:
     """Make sure that torch.distributed and SwissArmyTransformer's `mpu` groups exist; a second call does nothing. See
-    `run_control.join_processes`.
+    `run_control.join_processes`, which takes the `limit` of collectives.
 
     Raises:
         UserError: the number of processes is no multiple of `model_parallel_size`, or the groups exist already
             with another size.
     """
-    join_processes()
+    join_processes(limit)
     if mpu.model_parallel_is_initialized():
         current = mpu.get_model_parallel_world_size()
         if current != model_parallel_size:

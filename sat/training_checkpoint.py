@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import optimizer_state
 from network_files import NETWORK_PREFIX
+from run_control import meet
 from sgm.errors import UserError
 from training_plan import STATE_FILE
 from whole_files import replaced_when_complete
@@ -194,6 +195,7 @@ def _together(action: Callable[[], Any], folder: Path, needed: int) -> None:
         )
         free = shutil.disk_usage(folder.parent).free
         problem = _disk_full(folder, needed, free) if full else f"cannot write {folder}: {error}"
+    meet("the checkpoint")
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     if first := next(filter(None, problems), None):

@@ -2,7 +2,6 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import deepspeed_engine
+import process_watch
 import random_state
 import validation
 from batch_order import BatchOrder
@@ -37,7 +37,17 @@ from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
 from reader_record import KEY, warn_of_other_reader, with_backend
 from record_making import model_name
-from run_control import any_process, describe_data, from_first_process, removed_if_empty, stop_requests
+from run_clips import UnreadableClips, open_clips, share_timeouts
+from run_control import (
+    any_process,
+    describe_data,
+    from_first_process,
+    limit_collectives,
+    limited_collectives,
+    meet,
+    removed_if_empty,
+    stop_requests,
+)
 from run_folders import new_run_folder
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum, group_size
@@ -58,9 +68,13 @@ def run(args: TrainingArguments, plan: TrainingPlan) -> int:
     Raises:
         UserError: the device, the data, a checkpoint or DeepSpeed stands in the way.
     """
-    initialize_process_groups(args.model_parallel_size)
+    initialize_process_groups(args.model_parallel_size, args.collective_timeout)
     try:
-        with failing_together(), deterministic_arithmetic(args.deterministic):
+        with (
+            failing_together(),
+            limited_collectives(args.collective_timeout),
+            deterministic_arithmetic(args.deterministic),
+        ):
             Trainer(args, plan).train()
         return 0
     finally:
@@ -84,17 +98,15 @@ class Trainer:
         state = read_state(resume) if resume else None
         self.run_folder = resume.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
         self.step = state["step"] if state else 0
-        self.unreadable: set[str] = set()  # found by this process, now or before it was resumed
-        if state and (unreadable := self.unreadable_file()).exists():
-            self.unreadable.update(unreadable.read_text().splitlines())
-
         torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
         with removed_if_empty(self.run_folder):
             self._load_data(state)
-            with self.memory_guard("loading the model"):
+            with self.memory_guard("loading the model"), process_watch.phase("loading the model"):
                 self._build_engine(resume, plan.cached)
             with self.memory_guard("making the optimizer"):
+                meet("the model to be loaded")
                 self.network = deepspeed_engine.initialize(self.engine.model, args, self.engine.dtype)
+        limit_collectives(args.collective_timeout)
         self.engine.model = self.network
         if state:
             optimizer = type(self.network.basic_optimizer).__name__
@@ -118,16 +130,20 @@ class Trainer:
     def _load_data(self, state: dict[str, Any] | None) -> None:
         args = self.args
         # Whether too many clips are unreadable is decided here, where there is a folder to list them in.
-        self.dataset = make_dataset(
-            args.train_data,
-            args.data_config,
-            replace(args, max_unreadable_share=1.0),
-            repeats=args.train_data_repeats,
-            weights=args.train_data_weights,
+        training_args = replace(args, max_unreadable_share=1.0)
+        self.dataset, timeouts = open_clips(
+            self.run_folder,
+            "train_data",
+            lambda: make_dataset(
+                args.train_data,
+                args.data_config,
+                training_args,
+                repeats=args.train_data_repeats,
+                weights=args.train_data_weights,
+            ),
         )
-        if self.leads:
-            self.list_unreadable(self.dataset.unreadable)
-        self.check_unreadable(0)
+        self.unreadable = UnreadableClips(self.run_folder, self.dataset, args.max_unreadable_share)
+        self.unreadable.check(0)
         self.reader = getattr(self.dataset, "reader", None)
         if state:
             warn_of_other_reader("resume", state, self.reader)
@@ -143,10 +159,25 @@ class Trainer:
             draws=getattr(self.dataset, "draws", None),
         )
         self.consumed = 0  # micro-batches since the order was made
-        self.batches = iter(make_loader(self.dataset, self.order, args.num_workers, args.clip_timeout))
+        first = self.step + 1
+        loader = make_loader(
+            self.dataset,
+            self.order,
+            args.num_workers,
+            args.clip_timeout,
+            timeouts,
+            step_of=lambda number: first + number // self.batch.accumulation,
+            share=share_timeouts,
+        )
+        self.batches = iter(loader)
         self.validation_data = self.validation_batches = None
         if args.valid_data and args.eval_interval:
-            self.validation_data = make_dataset(args.valid_data, args.data_config, args, random_start=False)
+            self.validation_data, self.validation_timeouts = open_clips(
+                self.run_folder,
+                "valid_data",
+                lambda: make_dataset(args.valid_data, args.data_config, args, random_start=False),
+                repeats=True,
+            )
             self.validation_batches = ValidationLoader(
                 self.validation_data,
                 batches=args.eval_iters,
@@ -156,6 +187,8 @@ class Trainer:
                 world_size=mpu.get_data_parallel_world_size(),
                 num_workers=min(args.num_workers, 1),
                 clip_timeout=args.clip_timeout,
+                timeouts=self.validation_timeouts,
+                share=share_timeouts,
             )
 
     def _build_engine(self, resume: Path | None, cached: bool) -> None:
@@ -249,7 +282,8 @@ class Trainer:
             with self.clock.waiting():
                 batch = next(self.batches)
             self.consumed += 1
-            self.list_unreadable(chain.from_iterable(batch["unreadable"]))
+            process_watch.begin(f"step {self.step + 1}", limited=True)
+            self.unreadable.add(chain.from_iterable(batch["unreadable"]))
             with randomness.per_sample(batch["seed"]):
                 loss, _ = self.engine.shared_step(batch)
             self.network.backward(loss)
@@ -280,35 +314,11 @@ class Trainer:
                 "or train in bf16 or float32; the last checkpoint is as it was"
             )
 
-    def list_unreadable(self, clips: Iterable[str]) -> None:
-        """Add clips that could not be read, of which others took the place, to this process's list in the folder."""
-        new = [clip for clip in dict.fromkeys(clips) if clip not in self.unreadable]
-        if new:
-            self.unreadable.update(new)
-            with self.unreadable_file().open("a") as file:
-                file.writelines(f"{clip}\n" for clip in new)
-
-    def unreadable_file(self) -> Path:
-        return self.run_folder / f"unreadable-{dist.get_rank():04d}.txt"
-
-    def check_unreadable(self, found: int) -> int:
-        """The number of unreadable clips, of which `found` turned up in training; raises UserError if they are too
-        many. The same on all processes."""
-        left_out = len(self.dataset.unreadable)
-        clips, unreadable = len(self.dataset) + left_out, left_out + found
-        if unreadable > self.args.max_unreadable_share * clips:
-            raise UserError(
-                f"{unreadable} of {clips} clips are unreadable, more than max_unreadable_share "
-                f"{self.args.max_unreadable_share:g} allows: {self.run_folder}/unreadable-*.txt lists them"
-            )
-        return unreadable
-
     # Beside the steps
 
     def log(self, bar: Any) -> None:
         """Write the mean loss since the last line, over all processes, and how the run goes."""
-        found = len(self.unreadable - set(self.dataset.unreadable))
-        sums = torch.cat((self.losses, self.losses.new_tensor([found])))
+        sums = torch.cat((self.losses, self.losses.new_tensor([self.unreadable.found])))
         total, count, found = all_reduce_sum(sums, parallel_groups()[1]).tolist()
         self.losses.zero_()
         values = {
@@ -316,7 +326,7 @@ class Trainer:
             "lr": self.learning_rate,
             "grad_norm": float(self.network.get_global_grad_norm() or 0.0),
             "skipped_steps": self.skipped["in all"],
-            "unreadable_clips": self.check_unreadable(int(found)),
+            "unreadable_clips": self.unreadable.check(int(found)),
             "peak_memory_gib": peak_memory(self.device),
             **self.clock.rates(),
         }
@@ -330,6 +340,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Validation loss, and videos sampled from validation captions."""
         args = self.args
+        self.validation_batches.step = self.step
         loss = validation.validation_loss(self.engine, self.validation_batches)
         logger.info("step %d: validation loss %.6f", self.step, loss)
         if self.writer:
@@ -346,6 +357,9 @@ class Trainer:
             num_steps=args.sampling_num_steps,
             writer=self.writer,
             name=model_name(args),
+            clip_timeout=args.clip_timeout,
+            timeouts=self.validation_timeouts,
+            share=share_timeouts,
         )
 
     def save(self) -> None:

@@ -13,15 +13,17 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import process_watch
 import random_state
 import training_metrics
 from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
-from data_video import SFTDataset
 from reader_record import KEY, warn_of_other_reader, with_backend
-from run_control import any_process, stop_requests
+from run_clips import UnreadableClips
+from run_control import any_process, meet, stop_requests
 from sgm.errors import UserError
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
 from vae_checkpoint import RUN_STATE, WEIGHTS_FILE, publish, write_weights
@@ -78,6 +80,8 @@ class RunKeeper(pl.Callback):
     Args:
         folder: of the run.
         order: of the batches; its position goes into checkpoints.
+        clips: that are trained on.
+        unreadable: those that cannot be read; those that are found while training are added.
         state: what an earlier `on_save_checkpoint` wrote, to go on from.
         report: evaluations; None for a run without.
 
@@ -91,13 +95,14 @@ class RunKeeper(pl.Callback):
         plan: VaeTrainingPlan,
         folder: Path,
         order: BatchOrder,
-        clips: SFTDataset,
+        clips: Dataset,
+        unreadable: UnreadableClips,
         clock: StepClock,
         state: Mapping[str, Any] | None,
         report: ReconstructionReport | None,
     ):
         self.args, self.plan, self.folder = args, plan, folder
-        self.order, self.clips, self.clock, self.report = order, clips, clock, report
+        self.order, self.unreadable, self.clock, self.report = order, unreadable, clock, report
         self.leads = dist.get_rank() == 0
         self.step = state["step"] if state else 0
         self.batches = 0  # since the order was made
@@ -107,7 +112,6 @@ class RunKeeper(pl.Callback):
         ranks = state["ranks"] if state else []
         self.own_state = ranks[dist.get_rank()] if len(ranks) == dist.get_world_size() else None
         self.means = Means(self.own_state["means"] if self.own_state else None)
-        self.unreadable: set[str] = set()
         self.writer: MetricsWriter | None = None
         self.stack = ExitStack()
 
@@ -149,6 +153,7 @@ class RunKeeper(pl.Callback):
     # ------------------------------------------------------------ steps
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        process_watch.begin(f"step {self.step + 1}", limited=True)
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
 
     def on_train_batch_end(
@@ -160,7 +165,7 @@ class RunKeeper(pl.Callback):
         batch_idx: int,
     ) -> None:
         self.batches += 1
-        self.list_unreadable(batch)
+        self.unreadable.add(chain.from_iterable(batch.get("unreadable", ())))
         self.means.add(outputs["log"])
         if self.batches % self.plan.accumulation:
             return
@@ -171,8 +176,11 @@ class RunKeeper(pl.Callback):
             self.report_means(trainer, module)
         stopped = any_process(bool(self.signals))
         if stopped or self.is_due(self.args.save_interval):
-            with self.clock.paused():
+            with self.clock.paused(), process_watch.phase("saving"):
                 self.save(trainer, module)
+                meet("the checkpoint")
+        if self.report:
+            self.report.clips.step = self.step
         if stopped:
             trainer.limit_val_batches = 0  # else Lightning would evaluate before it stops
         if stopped or self.step == self.args.train_iters:
@@ -188,11 +196,13 @@ class RunKeeper(pl.Callback):
                 f"{wrong[0]} is not finite at step {self.step}: lower base_learning_rate, or train in bf16 or float32; "
                 "the last checkpoint is as it was"
             )
+        # Processes that share clips find the same ones.
+        found = meet("the log", self.unreadable.found) // self.plan.ranks_per_clip
         values = {
             **({"loss": means["train/loss/total"]} if "train/loss/total" in means else {}),
             **means,
             **dict(zip(("lr", "lr_discriminator"), self.rates, strict=False)),
-            "unreadable_clips": len(self.unreadable),
+            "unreadable_clips": self.unreadable.check(found),
             "peak_memory_gib": peak_memory(module.device),
             **self.clock.rates(),
         }
@@ -200,19 +210,6 @@ class RunKeeper(pl.Callback):
         logger.info("step %d: %s", self.step, format_values(values, FORMATS))
         if self.writer:
             self.writer.write(self.step, values)
-
-    def list_unreadable(self, batch: Mapping[str, Any]) -> None:
-        """Tell of clips that could not be read, of which others took the place; too many of them end the run."""
-        for clip in chain.from_iterable(batch.get("unreadable", ())):
-            if clip not in self.unreadable:
-                self.unreadable.add(clip)
-                logger.warning("unreadable, another clip takes its place: %s", clip)
-        bad, all_clips = len(self.unreadable) + len(self.clips.unreadable), len(self.clips) + len(self.clips.unreadable)
-        if bad > self.args.max_unreadable_share * all_clips:
-            raise UserError(
-                f"{bad} of {all_clips} clips are unreadable, more than max_unreadable_share "
-                f"{self.args.max_unreadable_share:g} allows"
-            )
 
     # ------------------------------------------------------------ checkpoints
 
@@ -239,6 +236,7 @@ class RunKeeper(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.evaluation = ExitStack()
         self.evaluation.enter_context(self.clock.paused())
+        self.evaluation.enter_context(process_watch.phase("evaluating"))
         self.evaluation.callback(random_state.restore, random_state.capture(module.device), module.device)
         self.report.start()
 
@@ -254,7 +252,7 @@ class RunKeeper(pl.Callback):
         self.report.add(module, batch, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.evaluation.close()
+        meet("the evaluation")
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
         values |= self.report.results(module.device)
         logger.info("step %d: validation: %s", self.step, format_values(values, FORMATS))
@@ -262,3 +260,5 @@ class RunKeeper(pl.Callback):
             self.writer.write(self.step, values)
             for name, video in self.report.write_videos(self.step):
                 self.writer.write_video(self.step, name, video)
+        meet("the videos of the evaluation")
+        self.evaluation.close()

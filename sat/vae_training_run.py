@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from determinism import deterministic_arithmetic
 from devices import choose_device, fast_dtype
 from memory_advice import vae_training_advice
 from process_failures import failing_together
-from run_control import describe_data, from_first_process, join_processes, leave_processes, removed_if_empty
+from run_clips import UnreadableClips, open_clips, share_timeouts
+from run_control import (
+    describe_data,
+    from_first_process,
+    join_processes,
+    leave_processes,
+    limited_collectives,
+    meet,
+    removed_if_empty,
+)
 from run_folders import new_run_folder
 from sgm.config_places import section
 from sgm.context_parallel import split_evenly
@@ -50,13 +60,18 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
     """
     quiet_lightning()
     accelerator, devices = choose_devices(args, plan.processes)
-    join_processes()
+    join_processes(args.collective_timeout)
     try:
         resume = from_first_process(lambda: plan.resume)
         content = read_checkpoint(resume) if resume else None
         folder = resume.parent.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
         torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
-        with failing_together(), removed_if_empty(folder), deterministic_arithmetic(args.deterministic):
+        with (
+            failing_together(),
+            limited_collectives(args.collective_timeout),
+            removed_if_empty(folder),
+            deterministic_arithmetic(args.deterministic),
+        ):
             fit(args, plan, folder, resume, content, accelerator, devices)
         return 0
     finally:
@@ -80,9 +95,20 @@ def fit(
     """
     state = content[RUN_STATE] if content else None
     data_rank = dist.get_rank() // plan.ranks_per_clip
-    clips = open_data(
-        args, plan.time_factor, args.train_data, repeats=args.train_data_repeats, weights=args.train_data_weights
+    # Whether too many clips are unreadable is decided here, where there is a folder to list them in.
+    clips, timeouts = open_clips(
+        folder,
+        "train_data",
+        lambda: open_data(
+            replace(args, max_unreadable_share=1.0),
+            plan.time_factor,
+            args.train_data,
+            repeats=args.train_data_repeats,
+            weights=args.train_data_weights,
+        ),
     )
+    unreadable = UnreadableClips(folder, clips, args.max_unreadable_share, logger)
+    unreadable.check(0)
     logger.info("train_data: %s", describe_data(clips, args.train_iters * step_size(args, plan)))
     order = BatchOrder(
         [clips.bucket(index) for index in range(len(clips))],
@@ -96,7 +122,12 @@ def fit(
     )
     report = None
     if args.valid_data and args.eval_interval:
-        held_out = open_data(args, plan.time_factor, args.valid_data, random_start=False)
+        held_out, held_out_timeouts = open_clips(
+            folder,
+            "valid_data",
+            lambda: open_data(args, plan.time_factor, args.valid_data, random_start=False),
+            repeats=True,
+        )
         loader = ValidationLoader(
             held_out,
             batches=args.eval_iters,
@@ -106,21 +137,33 @@ def fit(
             world_size=plan.data_ranks,
             num_workers=min(args.num_workers, 1),
             clip_timeout=args.clip_timeout,
+            timeouts=held_out_timeouts,
+            share=share_timeouts,
         )
         report = ReconstructionReport(loader, folder, args.num_log_videos, fps=held_out.sampling.fps)
 
+    first = state["step"] + 1 if state else 1
+    batches = make_loader(
+        clips,
+        order,
+        args.num_workers,
+        args.clip_timeout,
+        timeouts,
+        step_of=lambda number: first + number // plan.accumulation,
+        share=share_timeouts,
+    )
     engine = build_engine(args)
     if content:
         check_fits(content, engine, resume)
     clock = StepClock()
-    keeper = RunKeeper(args, plan, folder, order, clips, clock, state, report)
+    keeper = RunKeeper(args, plan, folder, order, clips, unreadable, clock, state, report)
     trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, WholeFiles(content))
     del content
     try:
         with memory_guard("training", lambda _: vae_training_advice(args, last_checkpoint(folder))):
             trainer.fit(
                 engine,
-                train_dataloaders=Batches(make_loader(clips, order, args.num_workers, args.clip_timeout), plan, clock),
+                train_dataloaders=Batches(batches, plan, clock),
                 val_dataloaders=Batches(report.clips, plan) if report else None,
                 ckpt_path=resume,
             )
@@ -270,7 +313,15 @@ def strategy(plan: VaeTrainingPlan, engine: pl.LightningModule) -> str | Strateg
     if plan.processes == 1:
         return "auto"
     # Where autoencoder and discriminator take turns, every step leaves parameters without a gradient.
-    return DDPStrategy(find_unused_parameters=getattr(engine, "has_discriminator", True))
+    return _PatientDDP(find_unused_parameters=getattr(engine, "has_discriminator", True))
+
+
+class _PatientDDP(DDPStrategy):
+    """Waits as long as it takes where Lightning has the processes wait for the first, which writes a checkpoint."""
+
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            meet(name or "the others")
 
 
 def quiet_lightning() -> None:

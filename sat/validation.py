@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from clip_loader import collate
+from clip_attempts import CLIP_TIMEOUT
+from clip_loader import Share, make_loader
+from clip_timeouts import ClipTimeouts
 from diffusion_video import SATVideoDiffusionEngine
 from model_limits import TIME_FACTOR
 from output_paths import safe_name
@@ -80,6 +82,9 @@ def save_samples(
     num_steps: int | None = None,
     writer: MetricsWriter | None = None,
     name: str = "unnamed",
+    clip_timeout: float = CLIP_TIMEOUT,
+    timeouts: ClipTimeouts | None = None,
+    share: Share | None = None,
 ) -> list[Path]:
     """Sample a video for the captions of the first `count` validation clips, as large as those and, see `decodable`, as
     long.
@@ -93,15 +98,17 @@ def save_samples(
         num_steps: sampling steps, if not the sampler's own number.
         writer: shows the videos, as `samples/{i}`.
         name: of the model, for the metadata of latents.
+        clip_timeout, timeouts, share: see `clip_loader.ClipLoader`.
 
     Returns:
         The files that this process wrote.
     """
     written = []
     first_process = not dist.is_initialized() or dist.get_rank() == 0
-    for index in range(min(count, len(dataset))):
-        key = validation_key(seed, index)
-        batch = decodable(collate([dataset[key]]))
+    keys = [validation_key(seed, index) for index in range(min(count, len(dataset)))]
+    clips = make_loader(dataset, [[key] for key in keys], 0, clip_timeout, timeouts, lambda _: step, share)
+    for index, (key, clip) in enumerate(zip(keys, clips if keys else (), strict=True)):
+        batch = decodable(clip)
         with evaluating(engine):
             torch.manual_seed(key.seed)
             log = engine.log_video(

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from batch_order import Bucket, SampleKey
 from clip_attempts import CLIP_TIMEOUT
-from clip_loader import make_loader
+from clip_loader import Share, make_loader
+from clip_timeouts import ClipTimeouts
 from sgm.seeds import hashed_seed
 
 logger = logging.getLogger("train_video")
@@ -51,7 +52,10 @@ class ValidationLoader:
     Args:
         dataset: as `data_video` makes it; with `random_start=False` clips do not depend on the seed either.
         num_workers: processes that read ahead; they live on between passes.
-        clip_timeout: seconds for a clip.
+        clip_timeout, timeouts, share: see `clip_loader.ClipLoader`.
+
+    Attributes:
+        step: of the run, at which the clips are read.
     """
 
     def __init__(
@@ -65,11 +69,17 @@ class ValidationLoader:
         world_size: int = 1,
         num_workers: int = 0,
         clip_timeout: float = CLIP_TIMEOUT,
+        timeouts: ClipTimeouts | None = None,
+        share: Share | None = None,
     ):
+        self.step = 0
         buckets = [dataset.bucket(index) for index in range(min(batches * batch_size, len(dataset)))]
         plan = plan_batches(buckets, batch_size, seed, rank, world_size)
         self.weights = [weight for _, weight in plan]
-        self._loader = make_loader(dataset, [keys for keys, _ in plan], num_workers, clip_timeout)
+        keys = [keys for keys, _ in plan]
+        self._loader = make_loader(
+            dataset, keys, num_workers, clip_timeout, timeouts, step_of=lambda _: self.step, share=share
+        )
 
     def __len__(self) -> int:
         return len(self.weights)

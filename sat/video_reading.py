@@ -91,6 +91,12 @@ def open_video(file: str | os.PathLike | BinaryIO, threads: int = 1, backend: st
     return PyavVideo(file, threads)
 
 
+def load_decoder(backend: str = DEFAULT_BACKEND) -> None:
+    """Import the decoder, so that processes forked from this one need not do it while they are timed."""
+    if backend == "pyav":  # decord is not made to be forked
+        import pyav_reading  # noqa: F401
+
+
 def is_animation(file: str | os.PathLike | BinaryIO) -> bool:
     """Return whether a file is a GIF, WebP or PNG picture, animated or not.
 

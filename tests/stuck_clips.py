@@ -3,10 +3,13 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+TIMEOUT = 600  # seconds
 
 # Patches the reader as `patched` says, in the process that runs it and in those that it forks, and runs a command:
 # the folder, then a module with `main`, then its arguments.
@@ -50,3 +53,22 @@ def _hanging(function: Callable[..., Any], folder: Path, prefix: str) -> Callabl
 def environment() -> dict[str, str]:
     """Variables for a process that runs `PROGRAM`."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+def start(folder: Path, module: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
+    """The command of `module` with the clips that `folder` marks stuck; several processes are started by torchrun."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, str(program), str(folder), module, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+
+
+def run(folder: Path, module: str, *arguments: str, processes: int = 1, code: int = 0) -> str:
+    """Run such a command to its end, which must be the exit code `code`; what it printed."""
+    process = start(folder, module, *arguments, processes=processes)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code, output
+    return output

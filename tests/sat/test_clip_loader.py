@@ -23,6 +23,7 @@ from sgm.errors import UserError
 from training_clips import clip_number, write_dataset
 
 SIZES = [[64, 96], [96, 64]]
+LIMIT = 2.5  # seconds for a clip; reading one takes milliseconds, but the machine may be busy
 SETTINGS = {"video_size": [64, 96], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0}
 
 
@@ -163,12 +164,12 @@ def test_a_clip_that_never_returns_is_replaced_like_an_unreadable_one(folder, st
     order = [[SampleKey(0, 5), SampleKey(1, 5)], [SampleKey(2, 7), SampleKey(4, 7)], [SampleKey(5, 7), SampleKey(1, 3)]]
     timeouts = ClipTimeouts("train_data")
     began = time.monotonic()
-    batches = list(make_loader(dataset, order, workers, clip_timeout=0.7, timeouts=timeouts))
-    assert time.monotonic() - began < 15
+    batches = list(make_loader(dataset, order, workers, clip_timeout=LIMIT, timeouts=timeouts))
+    assert time.monotonic() - began < 60
     assert [shown(batch) for batch in batches] == [[0, 1], [3, 4], [5, 1]]
     assert torch.equal(batches[1]["mp4"][0], dataset[SampleKey(3, 7)]["mp4"])
     name = str(folder / "videos" / "002.mp4")
-    reason = "not read within 0.7 s (clip_timeout)"
+    reason = f"not read within {LIMIT:g} s (clip_timeout)"
     assert batches[1]["unreadable"] == [[f"{name}: {reason}"], []]
     assert [batch["index"] for batch in batches] == [[0, 1], [2, 4], [5, 1]]
     (entry,) = timeouts.take_news()
@@ -194,6 +195,22 @@ def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
     assert [shown(batch) for batch in loader] == [[3]]
 
 
+def test_processes_that_read_the_same_sample_agree_about_it(folder):
+    """Another process could not read the clip in time: this one, which has read it, reads the substitute too."""
+    dataset = SFTDataset(folder, **SETTINGS)
+    name = str(folder / "videos" / "002.mp4")
+    told = [[TimedOutClip("train_data", 1, 0, 2, name, "too slow", None)], [], []]
+    asked = []
+
+    def share(news: list[TimedOutClip], what: str) -> list[TimedOutClip]:
+        asked.append(what)
+        return told[len(asked) - 1]
+
+    loader = make_loader(dataset, [[SampleKey(2, 0)], [SampleKey(1, 0)]], 1, share=share)
+    assert [shown(batch) for batch in loader] == [[3], [1]]
+    assert asked == [f"the clips of step {step} (train_data)" for step in (1, 1, 2)]
+
+
 def test_a_decoder_that_crashes_costs_one_clip(folder, stuck):
     dataset = SFTDataset(folder, **SETTINGS)
     (stuck / "crash-002.mp4").touch()
@@ -206,9 +223,9 @@ def test_looking_at_clips_is_limited_in_time(folder, stuck, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "set", ignore=shutil.ignore_patterns(INDEX))
     for name in ("probe-001.mp4", "probe-007.mp4"):
         (stuck / name).touch()
-    dataset = SFTDataset(copied, **SETTINGS, max_unreadable_share=0.5, clip_timeout=0.7)
+    dataset = SFTDataset(copied, **SETTINGS, max_unreadable_share=0.5, clip_timeout=LIMIT)
     assert [Path(source.name).stem for source in dataset.sources] == ["000", "002", "003", "004", "005", "006"]
-    expected = [f"{copied}/videos/{n}.mp4: not read within 0.7 s (clip_timeout)" for n in ("001", "007")]
+    expected = [f"{copied}/videos/{n}.mp4: not read within {LIMIT:g} s (clip_timeout)" for n in ("001", "007")]
     assert dataset.unreadable == expected
 
 
@@ -228,10 +245,10 @@ class Foreign(Dataset):
 
 
 def test_of_a_data_set_without_attempts_the_next_sample_stands_in():
-    (batch,) = make_loader(Foreign(), [[SampleKey(0, 0), SampleKey(1, 0)]], 1, clip_timeout=0.7)
+    (batch,) = make_loader(Foreign(), [[SampleKey(0, 0), SampleKey(1, 0)]], 1, clip_timeout=LIMIT)
     assert batch["x"].tolist() == [[0.0, 0.0], [2.0, 2.0]]
     assert batch["index"] == [0, 1]
-    assert batch["unreadable"] == [[], ["sample 1: not read within 0.7 s (clip_timeout)"]]
+    assert batch["unreadable"] == [[], [f"sample 1: not read within {LIMIT:g} s (clip_timeout)"]]
 
 
 def test_processes_that_hang_end_with_the_trainer_that_is_killed(folder):

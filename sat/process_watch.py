@@ -1,0 +1,238 @@
+"""What each process of a run is busy with: told when others wait for it long, and limited where that must be finite.
+
+A run has steps, between which its processes meet. How long work before a meeting takes, such as loading, evaluating and
+saving, nobody can say; there, a process only has to give signs of life. The sums within a step (collectives) are over
+soon once all processes are in it, and have a limit.
+
+A thread of each process writes into the store of torch.distributed what the process does, and reads what the others do
+when this one has waited. It needs no collective, so it also works while one of them stands still.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from clip_attempts import Reading
+
+logger = logging.getLogger("train_video.waiting")
+logger.setLevel(logging.WARNING)  # on every process: the one that waits says so, whichever it is
+
+FIRST_LINE = 30.0  # seconds of waiting, after which one line says for what; then after twice as long, and so on
+INTERVAL = 2.0  # seconds between looks at the clock
+LEAST_SILENCE = 60.0  # seconds without a sign of life that are nothing unusual while a large file is read
+STORE_TIMEOUT = timedelta(seconds=20)
+EXIT_CODE = 2
+# After the limit; in it this thread speaks, before NCCL ends the process without a clear line.
+GRACE = timedelta(seconds=60)
+REMEDY = "go on with --resume latest; if processes were only slow, raise collective_timeout"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What this process is doing.
+
+    Args:
+        text: ends the sentence "rank 0 is ...".
+        began: when, by `time.monotonic`.
+        limited: it may not take longer than the limit of collectives.
+        waiting: it waits for other processes.
+        detail: what clips are being read, where that is what it does.
+    """
+
+    text: str
+    began: float
+    limited: bool = False
+    waiting: bool = False
+    detail: Callable[[], Sequence[Reading]] | None = None
+
+    def describe(self) -> str:
+        """Return the text, with the clip that has been read longest."""
+        readings = self.detail() if self.detail else ()
+        if not readings:
+            return self.text
+        oldest = min(readings, key=lambda reading: reading.began)
+        return f"{self.text}: {oldest.name} since {time.monotonic() - oldest.began:.0f} s"
+
+
+class _Current:
+    """Of this process."""
+
+    phase = Phase("starting", time.monotonic())
+    meetings = 0  # that it has come to
+
+
+def begin(text: str, limited: bool = False) -> None:
+    """Say what this process does from now on."""
+    _Current.phase = Phase(text, time.monotonic(), limited)
+
+
+def current_text() -> str:
+    """Return what this process does."""
+    return _Current.phase.text
+
+
+@contextmanager
+def phase(text: str, detail: Callable[[], Sequence[Reading]] | None = None, waiting: bool = False) -> Iterator[None]:
+    """Say what this process does within the block; what it did before begins anew then."""
+    before = _Current.phase
+    _Current.phase = Phase(text, time.monotonic(), waiting=waiting, detail=detail)
+    if waiting:
+        _Current.meetings += 1
+    try:
+        yield
+    finally:
+        _Current.phase = replace(before, began=time.monotonic())
+
+
+@contextmanager
+def watching(limit: float, ends_slow_steps: bool) -> Iterator[None]:
+    """Watch this process and those beside it within the block.
+
+    Args:
+        limit: seconds for what is limited.
+        ends_slow_steps: end this process when a step takes longer; for NCCL, which would end it without a clear line.
+    """
+    begin("starting")
+    watch = _Watch(limit, ends_slow_steps)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()
+
+
+def end_process(line: str) -> None:
+    """Log the line and end the process at once: other threads of it may never return."""
+    logger.error("error: %s", line)
+    logging.shutdown()
+    os._exit(EXIT_CODE)
+
+
+class _Watch(threading.Thread):
+    def __init__(self, limit: float, ends_slow_steps: bool):
+        super().__init__(name="process watch", daemon=True)
+        self.limit, self.ends_slow_steps = limit, ends_slow_steps
+        self.silence = max(limit, LEAST_SILENCE)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.store = _store_of_its_own() if self.size > 1 else None
+        self.stopped = threading.Event()
+        self.beats = 0
+        self.seen: dict[int, tuple[Any, float]] = {}  # of each process its last beat, and when that came
+        self.said: tuple[Phase, float] | None = None  # the phase that lines were about, and when the next one is due
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.join(5)
+
+    def run(self) -> None:
+        while not self.stopped.wait(INTERVAL):
+            try:
+                self.look()
+            except Exception as error:  # whatever happens here must not disturb the run
+                logger.debug("the process watch failed: %s", error)
+
+    def look(self) -> None:
+        current = _Current.phase
+        seconds = time.monotonic() - current.began
+        self.publish(current)
+        if current.limited and self.ends_slow_steps and self.size > 1 and seconds > self.limit:
+            others = self.describe(self.others(), lambda other: not other.get("limited"))
+            end_process(
+                f"collective_timeout: {current.text} has taken more than {self.limit:g} s on rank {self.rank}"
+                f"{others}; {REMEDY}"
+            )
+        if current.waiting and seconds > FIRST_LINE / 2:
+            self.look_at_others(current, seconds)
+        elif self.size == 1 and current.detail and self.is_due(current, seconds):
+            logger.warning("%d s of waiting: this process is %s", seconds, current.describe())
+
+    def look_at_others(self, current: Phase, seconds: float) -> None:
+        if self.store is None:
+            return
+        others = self.others()
+        late = {rank: status for rank, status in others.items() if status.get("meetings", 0) < _Current.meetings}
+        silent = {rank: status for rank, status in late.items() if status["silent"] > self.silence}
+        if silent:
+            end_process(
+                f"collective_timeout: rank {self.rank} waited {seconds:.0f} s for {current.text}, and "
+                f"{self.names(silent)} gave no sign of life for {self.silence:g} s; {REMEDY}"
+            )
+        first = all(rank in late for rank in range(self.rank))  # of those that wait, one speaks
+        if first and late and self.is_due(current, seconds):
+            what = self.describe(late, lambda _: True)
+            logger.warning("rank %d has waited %d s for %s%s", self.rank, seconds, current.text, what)
+
+    def is_due(self, current: Phase, seconds: float) -> bool:
+        """Whether a line about a phase is due: after some seconds, then each time when twice as many have passed."""
+        if self.said is None or self.said[0] is not current:
+            self.said = current, FIRST_LINE
+        if seconds < self.said[1]:
+            return False
+        self.said = current, 2 * seconds
+        return True
+
+    # ------------------------------------------------------------ the store
+
+    def publish(self, current: Phase) -> None:
+        if self.store is None:
+            return
+        self.beats += 1
+        status = {
+            "beat": self.beats,
+            "meetings": _Current.meetings,
+            "text": current.describe(),
+            "seconds": time.monotonic() - current.began,
+            "limited": current.limited,
+        }
+        with suppress(Exception):  # the process that keeps the store may be gone
+            self.store.set(f"watch/{self.rank}", json.dumps(status))
+
+    def others(self) -> dict[int, dict[str, Any]]:
+        """What the other processes last said, each with the seconds for which it has been `silent`."""
+        found = {}
+        for rank in set(range(self.size)) - {self.rank}:
+            status: dict[str, Any] = {}
+            with suppress(Exception):
+                if self.store.check([f"watch/{rank}"]):
+                    status = json.loads(self.store.get(f"watch/{rank}"))
+            now = time.monotonic()
+            if rank not in self.seen or (status and self.seen[rank][0] != status["beat"]):
+                self.seen[rank] = status.get("beat"), now
+            found[rank] = {**status, "silent": now - self.seen[rank][1]}
+        return found
+
+    def describe(self, others: dict[int, dict[str, Any]], chosen: Callable[[dict[str, Any]], bool]) -> str:
+        """What the first of the chosen processes does, and how many more there are, to end a sentence."""
+        several = {rank: status for rank, status in sorted(others.items()) if chosen(status)}
+        if not several:
+            return ""
+        rank, status = next(iter(several.items()))
+        if status["silent"] > 5 * INTERVAL or "text" not in status:
+            what = f"gives no sign of life since {status['silent']:.0f} s"
+        else:
+            what = f"is {status['text']} ({status['seconds']:.0f} s)"
+        more = f", and {len(several) - 1} more ranks" if len(several) > 1 else ""
+        return f": rank {rank} {what}{more}"
+
+    def names(self, others: dict[int, Any]) -> str:
+        return f"rank{'s' * (len(others) > 1)} {', '.join(map(str, sorted(others)[:8]))}"
+
+
+def _store_of_its_own() -> dist.Store | None:
+    """A connection that no other thread waits on."""
+    try:
+        store = dist.distributed_c10d._get_default_store().clone()
+        store.set_timeout(STORE_TIMEOUT)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:  # a kind of store that cannot
+        logger.debug("processes are not watched: %s", error)
+        return None
+    return store
