@@ -15,7 +15,7 @@ from sgm.config_places import current_place, within
 from sgm.context_parallel import gather_frames, sum_over_ranks
 from sgm.errors import UserError
 from sgm.models.abstract_autoencoder import AbstractAutoencoder, Config
-from sgm.models.calling_losses import call_loss
+from sgm.models.calling_losses import call_loss, check_loss
 from sgm.models.parameter_groups import match_groups, pair_arguments
 from sgm.modules.checkpoint import TRAINING_ONLY
 from sgm.randomness import per_sample
@@ -102,7 +102,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         parts: Mapping[str, nn.Module] | None = None,
-        additional_decode_keys: Sequence[str] | None = None,
+        additional_decode_keys: str | Sequence[str] | None = None,
         **others: Any,
     ):
         super().__init__(*args, **others)
@@ -124,7 +124,8 @@ class AutoencodingEngine(AbstractAutoencoder):
             class_of_config(config)
         self.disc_start_iter = disc_start_iter
         self.diff_boost_factor = diff_boost_factor
-        self.additional_decode_keys = set(additional_decode_keys or ())
+        keys = additional_decode_keys or ()
+        self.additional_decode_keys = {keys} if isinstance(keys, str) else set(keys)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self._accumulated = 0
@@ -210,6 +211,7 @@ class AutoencodingEngine(AbstractAutoencoder):
             raise UserError("no learning rate: set learning_rate, or lr in the params of optimizer_config")
         if isinstance(self.loss, nn.Identity):
             raise UserError("loss_config: torch.nn.Identity is no loss to train an autoencoder with")
+        check_loss(self.loss)
         parameters = dict(self.named_parameters())
         optimizers = []
         for groups, lr in zip(self._groups, (rate * self.lr_g_factor, rate), strict=True):

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 
+NAMES = frozenset(
+    (
+        *("regularization_log", "optimizer_idx", "global_step", "last_layer", "split", "weights"),
+        *("group", "frames", "z", "autoencoder"),
+    )
+)
+"""What an engine has for a loss, see `call_loss`."""
+
 
 def loss_keywords(loss: Callable[..., Any]) -> set[str]:
     """Return the names that a loss is called with beside inputs and reconstructions.
@@ -23,6 +31,25 @@ def loss_keywords(loss: Callable[..., Any]) -> set[str]:
     except (TypeError, ValueError):  # it does not tell
         return set()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def check_loss(loss: Callable[..., Any]) -> None:
+    """Check that a loss can be called with inputs, reconstructions and the names that it asks for.
+
+    Raises:
+        UserError: it takes something else.
+    """
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # it does not tell
+        return
+    try:
+        signature.bind(None, None, **dict.fromkeys(NAMES & loss_keywords(loss)))
+    except TypeError as error:
+        raise UserError(
+            f"loss_config: {type(loss).__name__} cannot be called as loss(inputs, reconstructions, ...): {error}; name "
+            "what else it takes in its forward_keys, or use torch.nn.L1Loss"
+        ) from error
 
 
 def call_loss(

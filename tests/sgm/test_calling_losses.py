@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autoencoder_training import fit, image_config, moving_squares, video_config
 from sgm.errors import UserError
-from sgm.models.calling_losses import call_loss, loss_keywords
+from sgm.models.calling_losses import NAMES, call_loss, check_loss, loss_keywords
 from sgm.util import instantiate_from_config
 from support import assert_close
 
@@ -118,6 +118,21 @@ def test_losses_that_do_not_fit(loss, given, message):
         call_loss(loss, torch.zeros(2, 3), torch.zeros(2, 3), {**GIVEN, **given})
 
 
+def test_a_loss_that_cannot_be_called_is_found_before_training():
+    assert GIVEN.keys() == NAMES
+
+    def needy(x, y, *, split, masks):
+        return x
+
+    with pytest.raises(UserError, match=r"cannot be called as loss.*missing a required .*'masks'"):
+        check_loss(needy)
+    for loss in ("torch.nn.CosineEmbeddingLoss", "torch.nn.GELU"):
+        engine = build(loss)
+        with pytest.raises(UserError, match=r"loss_config: .* cannot be called as loss"):
+            engine.configure_optimizers()
+    build("Named").configure_optimizers()
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -155,6 +170,7 @@ def test_pictures_of_the_loss_are_shown():
 def test_entries_of_the_batch_reach_the_decoder():
     """Those that `additional_decode_keys` names, in training, validation and pictures, where a batch has them."""
     params = {"decoder_config": {"target": f"{HERE}.Scaled", "params": {"channels": 4}}}
+    assert build("torch.nn.MSELoss", additional_decode_keys="gain").additional_decode_keys == {"gain"}
     engine = build("torch.nn.MSELoss", additional_decode_keys=["gain", "shift"], **params)
     plain = build("torch.nn.MSELoss", **params)
     batch = batches(1)[0]

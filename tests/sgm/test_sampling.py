@@ -415,6 +415,8 @@ def test_thresholding_acts_in_sampling_and_dynamic_guidance_takes_it():
     ):
         with pytest.raises(UserError, match=message):
             instantiate_from_config({"target": f"{MODULES}.sampling_utils.{kind}", "params": mistake})
+    with pytest.raises(UserError, match=r"Identity cannot be called with \(uncond, cond, scale\)"):
+        DynamicCFG(6.0, 5, 50, {"target": "torch.nn.Identity"})
 
 
 class OwnEuler(sampling.BaseDiffusionSampler):

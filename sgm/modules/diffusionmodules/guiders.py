@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.thresholding import NoDynamicThresholding
@@ -41,11 +41,22 @@ class VanillaCFG:
 
     Args:
         dyn_thresh_config: what combines the halves instead, see `thresholding`.
+
+    Raises:
+        UserError: it cannot be called as those are.
     """
 
     def __init__(self, scale: float, dyn_thresh_config: Mapping[str, Any] | None = None):
         self.scale = scale
         self.dyn_thresh = instantiate_from_config(dyn_thresh_config) if dyn_thresh_config else NoDynamicThresholding()
+        call = self.dyn_thresh.forward if isinstance(self.dyn_thresh, nn.Module) else self.dyn_thresh
+        try:
+            inspect.signature(call).bind(None, None, scale)
+        except TypeError as error:
+            raise UserError(
+                f"dyn_thresh_config: {type(self.dyn_thresh).__name__} cannot be called with (uncond, cond, scale): "
+                f"{error}; use one of sgm.modules.diffusionmodules.sampling_utils"
+            ) from error
 
     def prepare_inputs(self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None) -> tuple[Tensor, Tensor, dict]:
         """The network's inputs, twice the batch: the unconditional half first.
