@@ -37,6 +37,7 @@ from clip_attempts import Mark, serve_as_reader  # noqa: E402
 from clip_probing import probe_clips  # noqa: E402
 from clip_reading import FrameSampling, probe, read_clip  # noqa: E402
 from clip_sources import READERS, ClipSource  # noqa: E402
+from flag_spellings import EitherSpellingParser  # noqa: E402
 from frame_times import nearest_frames  # noqa: E402
 from video_reading import open_video  # noqa: E402
 
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = [(480, 720), (720, 1280), (1080, 1920)]
     parser.add_argument("--sources", nargs="+", type=size, default=sizes, metavar="HxW", help="sizes of the files")
     parser.add_argument("--source-fps", type=float, default=30)
