@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model_values import host_memory
 from network_weights import instantiate_on_meta
-from sgm.config_places import Place, current_place, section, within
+from sgm.config_places import Place, current_place, section, walk, within
 from sgm.config_values import problem_of_params
 from sgm.errors import UserError, shown
 from sgm.util import class_of_config, error_at, instantiate_from_config, reporting
@@ -48,15 +48,23 @@ def check_model(args: Any, parts: tuple[str, ...]) -> None:
 
 def check_schedules(config: Mapping[str, Any]) -> None:
     """Build the denoiser, and build and try the sampler and the loss that are described."""
-    denoiser = instantiate_from_config(config["denoiser_config"])
+    denoiser_config = config["denoiser_config"]
+    denoiser = instantiate_from_config(denoiser_config)
     for name, tried in (("sampler_config", try_sampler), ("loss_fn_config", try_loss)):
         if not config.get(name):
             continue
         built = instantiate_from_config(config[name])
+        if not all(target.startswith("sgm.") for part in (config[name], denoiser_config) for target in targets(part)):
+            continue  # a class of the user's may need more than is there to try it with
         parent = current_place()
         place = Place((*parent.key, name), config[name], parent.sources, building=True)
-        with reporting(place, parent, partial(tried, denoiser=shipped_denoiser(config["denoiser_config"]))):
+        with reporting(place, parent, partial(tried, denoiser=shipped_denoiser(denoiser_config))):
             tried(built, denoiser)
+
+
+def targets(config: Any) -> list[str]:
+    """Return the classes that a configuration names."""
+    return [str(node["target"]) for _, node in walk(config) if isinstance(node, Mapping) and "target" in node]
 
 
 def shipped_denoiser(config: Any) -> nn.Module | None:

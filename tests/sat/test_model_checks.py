@@ -117,3 +117,15 @@ def test_the_check_takes_little_time(shipped):
 def test_trying_a_sampler_leaves_it_as_it_was(shipped):
     sampler = instantiate_from_config(shipped["model"][SAMPLER])
     assert sampler.verbose is True
+
+
+def test_a_sampler_of_the_users_own_is_built_but_not_tried(shipped):
+    args = changed(shipped, f"{SAMPLER}.target", f"{__name__}.Picky")
+    check_model(args, ())
+
+
+class Picky(VPSDEDPMPP2MSampler):
+    """Takes only what it knows."""
+
+    def __call__(self, *args, **kwargs):
+        raise AssertionError("not with these latents")
