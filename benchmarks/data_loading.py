@@ -48,22 +48,16 @@ def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         videos = {size: write_videos(args, Path(folder), size) for size in args.sources}
-        rows = [measure_reading(args, size, sources) for size, sources in videos.items()]
-        clip = f"{args.frames} frames at {args.fps:g} fps out of H.264 of {args.source_fps:g} fps, {args.clips} clips"
-        header = ["source", "ours, clips/s", "decord, clips/s", "whole window, clips/s"]
-        header += ["ours / decord", "ours / whole window", f"ours at {args.height}x{args.width}, clips/s"]
-        per = "of processor time" if args.threads == 1 else "of time"
-        text = (
-            f"{clip}, one process, threads that decode: {args.threads}, seconds {per}; {machine(torch.device('cpu'))}"
-        )
-        text += f"\n\n{markdown_table(header, rows)}"
+        if not args.only_probe:
+            tell(args, "Reading clips", reading(args, videos))
         if args.files:
-            row = measure_probing(args, Path(folder) / "many", next(iter(videos.values())))
-            header = ["files", "ours, files/s", "decord, files/s", "ours / decord"]
-            text += f"\n\nProbing, {READERS} threads, files in the system's cache:\n\n{markdown_table(header, [row])}"
-    print(text)  # noqa: T201
+            tell(args, "Probing clips", probing(args, Path(folder) / "many", next(iter(videos.values()))))
+
+
+def tell(args: argparse.Namespace, section: str, text: str) -> None:
+    print(text, flush=True)  # noqa: T201
     if args.write:
-        write_results("Reading clips", text)
+        write_results(section, text)
 
 
 def arguments() -> argparse.Namespace:
@@ -77,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=720)
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--files", type=int, default=1000, help="to probe; 0: none")
+    parser.add_argument("--only-probe", action="store_true", help="do not read clips")
     parser.add_argument("--threads", type=int, default=1, help="that decode")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
@@ -118,6 +113,17 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
     noise = [np.exp(2j * np.pi * chance.random_sample(frequency.shape)) / frequency**1.3 for _ in range(3)]
     light, red, blue = (each / each.std() for each in (np.fft.irfft2(n, s=(height, width)) for n in noise))
     return (128 + 50 * np.stack([light + 0.3 * red, light, light + 0.3 * blue], -1)).clip(0, 255).astype(np.uint8)
+
+
+def reading(args: argparse.Namespace, videos: dict[tuple[int, int], list[ClipSource]]) -> str:
+    """Return the table of clips a second."""
+    rows = [measure_reading(args, size, sources) for size, sources in videos.items()]
+    header = ["source", "ours, clips/s", "decord, clips/s", "whole window, clips/s"]
+    header += ["ours / decord", "ours / whole window", f"ours at {args.height}x{args.width}, clips/s"]
+    clip = f"{args.frames} frames at {args.fps:g} fps out of H.264 of {args.source_fps:g} fps, {args.clips} clips"
+    per = "of processor time" if args.threads == 1 else "of time"
+    how = f"one process, threads that decode: {args.threads}, seconds {per}"
+    return f"{clip}, {how}; {machine(torch.device('cpu'))}\n\n{markdown_table(header, rows)}"
 
 
 def measure_reading(args: argparse.Namespace, size: tuple[int, int], sources: list[ClipSource]) -> list[object]:
@@ -173,8 +179,8 @@ def chosen_of_all(source: ClipSource, times: np.ndarray, threads: int) -> np.nda
     return np.stack([frames[number] for number in nearest_frames(np.array(shown), times)])
 
 
-def measure_probing(args: argparse.Namespace, folder: Path, sources: list[ClipSource]) -> list[object]:
-    """Return the row of the table for as many files as `args` says, copies of `sources`."""
+def probing(args: argparse.Namespace, folder: Path, sources: list[ClipSource]) -> str:
+    """Return the table of files a second, for as many files as `args` says, copies of `sources`."""
     folder.mkdir()
     files = []
     for number in range(args.files):
@@ -185,7 +191,6 @@ def measure_probing(args: argparse.Namespace, folder: Path, sources: list[ClipSo
             shutil.copyfile(sources[number % len(sources)].path, files[-1].path)
 
     def ours() -> None:
-        (folder / ".clip_index.json").unlink(missing_ok=True)
         infos, problems = probe_clips(files, folder)
         assert len(infos) == args.files and not problems
 
@@ -197,9 +202,15 @@ def measure_probing(args: argparse.Namespace, folder: Path, sources: list[ClipSo
         with ThreadPoolExecutor(READERS) as threads:
             list(threads.map(look, files))
 
-    seconds = alternating_medians({"ours": ours, "decord": decord}, min(args.repeats, 3))
-    rates = [args.files / each for each in seconds.values()]
-    return [args.files, *rates, f"{rates[0] / rates[1]:.2f}×"]
+    rates = []
+    for look in (ours, decord):
+        start = time.perf_counter()
+        look()
+        rates.append(args.files / (time.perf_counter() - start))
+    size = "x".join(map(str, args.sources[0]))
+    what = f"files of {size}, in the system's cache, {READERS} at a time; {machine(torch.device('cpu'))}"
+    header = ["files", "ours, files/s", "decord, files/s", "ours / decord"]
+    return f"{what}\n\n{markdown_table(header, [[args.files, *rates, f'{rates[0] / rates[1]:.2f}×']])}"
 
 
 if __name__ == "__main__":
