@@ -150,10 +150,11 @@ def _labels_of(tree: Tree, names: Sequence[str], sources: Sequence[ClipSource]) 
 def _label_folders(tree: Tree, folder: str) -> Iterator[str]:
     """The folders where labels of the clips in `folder` may be: instead of the innermost `videos`, or the same."""
     parts = tree.parts_of(folder)
-    innermost = max((i for i, part in enumerate(parts) if part in CLIP_FOLDERS), default=None)
+    innermost = max((i for i, part in enumerate(parts) if part.lower() in CLIP_FOLDERS), default=None)
     if innermost is not None:
         for name in LABEL_FOLDERS:
-            yield tree.relative((*parts[:innermost], name, *parts[innermost + 1 :]))
+            for spelled in (name, name.capitalize(), name.upper()):
+                yield tree.relative((*parts[:innermost], spelled, *parts[innermost + 1 :]))
     yield folder
 
 

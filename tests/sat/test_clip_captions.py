@@ -244,7 +244,9 @@ def test_names_that_people_give_to_labels(tmp_path):
         tmp_path,
         {"a.mp4": "", "a.mp4.txt": "an a", "B.MOV": "", "B.TXT": "a b", "videos/c.mp4": "", "text/c.txt": "a c"},
     )
-    assert captions(tmp_path) == [("B.MOV", "a b"), ("a.mp4", "an a"), ("videos/c.mp4", "a c")]
+    make(tmp_path, {"Videos/d.mp4": "", "Labels/d.txt": "a d"})
+    expected = [("B.MOV", "a b"), ("Videos/d.mp4", "a d"), ("a.mp4", "an a"), ("videos/c.mp4", "a c")]
+    assert captions(tmp_path) == expected
 
 
 def test_clips_beside_shards_are_counted(tmp_path):
