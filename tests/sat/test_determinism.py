@@ -6,6 +6,8 @@ import pytest
 import torch
 import yaml
 
+import sample_video
+import sampling_run
 import training_run
 import vae_runs
 import vae_training_run
@@ -102,6 +104,21 @@ def test_a_vae_is_trained_in_a_fixed_order_only_when_asked(tmp_path, vae_clips, 
     caplog.clear()
     vae_runs.train(config("plain"), "--resume", str(plain / "checkpoints" / "step=2.ckpt"), "--deterministic")
     assert f"{plain} was trained with --no-deterministic and goes on with --deterministic" in caplog.text
+
+
+def test_sampling_asks_only_cudnn_for_a_fixed_order(tiny, tmp_path, monkeypatch):
+    found = []
+
+    def build_engine(*_):
+        found.append(flags())
+        raise UserError("seen")
+
+    monkeypatch.setattr(sampling_run, "build_engine", build_engine)
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    files = ["--input_file", str(tmp_path / "prompts.txt"), "--output_dir", str(tmp_path / "videos")]
+    size = ["--sampling_num_frames", "1", "--sampling_image_size", "32", "48"]
+    assert sample_video.main(["--base", str(tiny.config("5b")), *files, *size, "--device", "cpu"]) == 2
+    assert found == [{**PLAIN, "cudnn": True}]
 
 
 @pytest.mark.parametrize(
