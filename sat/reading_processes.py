@@ -5,6 +5,7 @@ never read in the process that trains. One that takes too long costs the process
 """
 
 import ctypes
+import gc
 import logging
 import os
 import pickle
@@ -283,6 +284,9 @@ def _end(readers: list[_Reader], owner: int) -> None:
 
 def _serve(source: socket.socket, mark: Mark, work: Callable[[Any], Any], threads: int, parent: int) -> None:
     """Carry out tasks until there will be no more."""
+    # What the parent has left to be collected may own threads, of process groups for instance, which do not exist here:
+    # to destroy it would crash this process.
+    gc.freeze()
     # The trainer ends its step and saves when it is told to stop, and needs its data until then: whoever signals the
     # process group, or all processes of a job, must not end this one.
     os.setpgid(0, 0)
