@@ -206,7 +206,8 @@ def read_command_line(
         config["deepspeed"] = merged_with_file(config.get("deepspeed") or {}, deepspeed_file)
     if config.get("model"):
         config["model"] = with_located_paths(plain_model_section(config["model"]), "model")
-        check_modules(config["model"])
+        with config.sources.naming():
+            check_modules(config["model"])
     replace_exclusive(given, exclusive)
     return given, config
 
