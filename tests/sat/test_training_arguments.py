@@ -211,7 +211,6 @@ def test_both_precisions_in_one_place_are_a_mistake(args_of, flags, sections):
         ("max_unreadable_share", 10, "it is a share, from 0 to 1"),
         ("clip_timeout", 0, "clip_timeout: 0.0 is not a duration; give a number of seconds above 0"),
         ("collective_timeout", float("inf"), "collective_timeout: inf is not a duration"),
-        ("clip_timeout", float("nan"), "clip_timeout: nan is not a duration"),
         ("lr_decay_ratio", 0, "lr_decay_ratio is 0.0; it is a share, above 0"),
         ("lr_decay_style", "exponential", "lr_decay_style is 'exponential'; it can be constant, linear, cosine"),
         ("missing_label", "skip", "missing_label is 'skip'; it can be empty, stop"),
