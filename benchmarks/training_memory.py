@@ -40,7 +40,7 @@ COLUMNS = {  # with an adapter, processes, changes of ZeRO's section
 
 
 class Engine(nn.Module):
-    """What the estimate asks of an engine that trains on latents."""
+    """The part of an engine that the estimate uses, for training on latents."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype):
         super().__init__()

@@ -59,8 +59,10 @@ def argument(default: Any, help: str, choices: Sequence[str] | None = None) -> A
 
 @dataclass
 class CommonArguments:
-    """What sampling and training share; `model_config` is the `model:` section of the configuration, `sources`
-    the file that each of its keys is from."""
+    """Arguments that sampling and training share.
+
+    `model_config` is the `model:` section of the configuration, `sources` the file that each of its keys is from.
+    """
 
     load: str | None = argument(None, "checkpoint of the network: a folder with `latest`, or a weight file")
     lora_load: str | None = argument(None, "adapter to put on top of `load`")
@@ -366,7 +368,7 @@ def check_common(args: CommonArguments) -> None:
 
 
 def check_tile_size(size: int | None) -> None:
-    """Raises UserError unless the VAE can run in tiles of so many pixels; None stands for whole images."""
+    """Check that the VAE can run in tiles of so many pixels, else raise UserError; None stands for whole images."""
     if size is not None and (size < SMALLEST_TILE or size % SPACE_FACTOR):
         raise UserError(f"vae_tile_size is {size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}")
 

@@ -173,7 +173,7 @@ class BatchOrder:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """The order of all samples in an epoch. A sample's second draw is index + samples, and so on."""
+        """Return the order of all samples in an epoch. A sample's second draw is index + samples, and so on."""
         order = self._drawn(epoch)
         if not self.shuffle:
             return order
@@ -187,7 +187,7 @@ class BatchOrder:
         return order[np.argsort(jittered, kind="stable")]
 
     def _drawn(self, epoch: int) -> np.ndarray:
-        """All draws of an epoch, in the order of the samples' indices."""
+        """Return all draws of an epoch, in the order of the samples' indices."""
         if self.draws is None:
             return np.arange(self.samples)
         times = np.floor(self.draws).astype(np.int64)

@@ -131,7 +131,7 @@ def _text(value: Any, column: str, where: str) -> str | None:
 
 
 def _the_only(columns: Mapping[str, Any], known: Sequence[str], where: str, what: str) -> str | None:
-    """The value of those of the `known` columns that have one; they must agree."""
+    """Return the value that the `known` columns give; all columns that have one must agree."""
     if what == "caption":
         found = {name: _text(columns[name], name, where) for name in known if name in columns}
     else:

@@ -1,4 +1,4 @@
-"""What a reading process is busy with: marks that another process sees, and clips that are not to be read again.
+"""Marks of what a reading process is busy with, which another process sees, and clips that are not to be read again.
 
 A dataset reads each clip inside `with attempt(name):`. In a process of `reading_processes` the mark then says which
 clip is being read and since when, so that a clip that takes too long can be named. Everywhere else it has no effect.
@@ -21,7 +21,7 @@ LONGEST_NAME = 16384  # bytes; Linux has paths of up to 4096
 
 
 class Reading(NamedTuple):
-    """What a process is reading.
+    """The clip that a process is reading.
 
     Args:
         began: when, by `time.monotonic`, which all processes of a machine share.
@@ -61,7 +61,7 @@ class Mark:
 
 
 class _State:
-    """Of this process."""
+    """The state of this process."""
 
     mark: Mark | None = None
     threads = 0

@@ -1,4 +1,4 @@
-"""Which clips a tree of files holds, and which captions belong to them.
+"""Find the clips in a tree of files and the captions that belong to the clips.
 
 Where the caption of a clip may be, the first that exists counts:
   * `labels/a/b.txt` for `videos/a/b.mp4` (also `captions`, `prompts`, `texts`), or `b.txt` beside the clip (also
@@ -40,7 +40,7 @@ LOOKED_FOR = (
 
 @dataclass(frozen=True)
 class LabelRules:
-    """How captions are read.
+    """Rules by which captions are read.
 
     Args:
         txt_key: the key of the caption in records; synonyms count where a record has none of this name.
@@ -128,7 +128,7 @@ def _key(name: str) -> str:
 
 
 def _labels_of(tree: Tree, names: Sequence[str], sources: Sequence[ClipSource]) -> list[str | None]:
-    """For each clip the file with its caption. One that may be a video's is not a picture's of the same name."""
+    """Return for each clip the file with its caption. A file that may be a video's is no picture's of the same name."""
     labels: list[str | None] = [None] * len(names)
     of_videos: set[str] = set()
     folders: dict[str, list[str]] = {}
@@ -148,7 +148,7 @@ def _labels_of(tree: Tree, names: Sequence[str], sources: Sequence[ClipSource]) 
 
 
 def _label_folders(tree: Tree, folder: str) -> Iterator[str]:
-    """The folders where labels of the clips in `folder` may be: instead of the innermost `videos`, or the same."""
+    """Yield the folders that may hold labels of `folder`'s clips: in place of the innermost `videos`, and `folder`."""
     parts = tree.parts_of(folder)
     innermost = max((i for i, part in enumerate(parts) if part.lower() in CLIP_FOLDERS), default=None)
     if innermost is not None:
@@ -167,7 +167,7 @@ def _label_names(tree: Tree, folders: Sequence[str], file: str) -> Iterator[str]
 
 
 def _caption_in(tree: Tree, label: str, rules: LabelRules) -> tuple[str | None, bool]:
-    """The caption of a label file, None if it is empty, which is as good as no label; and whether it has more lines."""
+    """Return the caption of a label file, None if the file is empty or missing, and whether the file has more lines."""
     content, name = tree.read(label), tree.shown(label)
     if label.endswith(".json"):
         try:
@@ -186,7 +186,7 @@ def _caption_in(tree: Tree, label: str, rules: LabelRules) -> tuple[str | None, 
 
 
 class _Listed:
-    """What lists and metadata files say.
+    """The captions in lists and metadata files.
 
     Args:
         labels: files that are labels of clips, and so no lists.
@@ -239,7 +239,7 @@ class _Listed:
         return folders
 
     def _tables(self, place: str, files: Sequence[str]) -> Iterator[list[Entry]]:
-        """What the lists of one folder say; others that may be such become hints."""
+        """Yield the entries of each list in one folder; other files that may be lists become hints."""
         tree, hints = self.tree, self.found.hints
         for file in files:
             name = tree.shown(place + file)

@@ -1,4 +1,4 @@
-"""What a clip's file is, told by its name and first bytes: a video, a picture, or media that are not read.
+"""Tell by its name and first bytes what a clip's file is: a video, a picture, or media that are not read.
 
 Nothing here imports PyTorch.
 """
@@ -51,12 +51,12 @@ class ClipSource:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Return the name that messages use for the clip."""
         return f"{self.path}/{self.member}" if self.member else self.path
 
     @property
     def is_image(self) -> bool:
-        """Whether it is a picture that does not move."""
+        """Return whether the clip is a picture that does not move."""
         suffix = PurePath(self.member or self.path).suffix.lower()
         if suffix not in IMAGE_SUFFIXES:
             return False
@@ -117,13 +117,13 @@ def _read(file: BinaryIO, count: int) -> bytes:
 
 
 def _webp_moves(file: BinaryIO) -> bool:
-    """The extended header of a WebP has a flag for it."""
+    """Return whether a WebP is animated: its extended header has a flag for that."""
     head = _read(file, 21)
     return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
 
 
 def _png_moves(file: BinaryIO) -> bool:
-    """An animated PNG says so in a chunk before its pixels, with the number of frames."""
+    """Return whether a PNG is animated: a chunk before its pixels then gives the number of frames."""
     if _read(file, 8) != b"\x89PNG\r\n\x1a\n":
         return False
     while True:
@@ -136,7 +136,7 @@ def _png_moves(file: BinaryIO) -> bool:
 
 
 def _gif_moves(file: BinaryIO) -> bool:
-    """A GIF is a list of blocks; the second image among them settles it."""
+    """Return whether a GIF is animated: a second image is among its blocks."""
     head = _read(file, 13)
     if head[:4] != b"GIF8":
         return False

@@ -161,7 +161,7 @@ class _Pass(Iterator):
             self.finished[outcome.number] = batch, attempted
 
     def _is_outdated(self, number: int) -> bool:
-        """Whether a batch has a clip that, as is known now, its step does without; then it is read again."""
+        """Return whether a batch has a clip that, as is now known, its step replaces; the batch is then read again."""
         keys, step = self.queue[number]
         for key, clips in zip(keys, self.finished[number][1], strict=True):
             if not self.loader.timeouts.refused(key, step).keys().isdisjoint(clips):
@@ -208,7 +208,7 @@ class _BatchReader:
         raise UserError(f"no sample can take the place of sample {key.index} any more: {'; '.join(unreadable[:5])}")
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The sample, and those that can stand in for it: the next ones of its shape."""
+        """Yield the sample, then the samples that can replace it: the next ones of its shape."""
         yield index
         if bucket := getattr(self.dataset, "bucket", None):
             others = itertools.chain(range(index + 1, len(self.dataset)), range(index))

@@ -72,7 +72,7 @@ def probe_clips(
 
 
 def _stamp(source: ClipSource, folder: Path) -> tuple[str, Stamp | None]:
-    """The clip's key in the index, and its stamp, None if it is not there."""
+    """Return the clip's key in the index and its stamp, which is None if the file does not exist."""
     key = os.path.relpath(source.name, folder)
     try:
         status = Path(source.path).stat()
@@ -90,7 +90,7 @@ def _note_late(source: ClipSource, reason: str) -> str:
 
 
 def _probe(source: ClipSource) -> ClipInfo | str:
-    """What a clip is, or why that cannot be said."""
+    """Return the facts of a clip, or the reason why the clip cannot be read."""
     try:
         with attempt(source.name):
             Path(source.path).stat()

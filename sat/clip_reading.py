@@ -175,7 +175,7 @@ def read_clip(
 
 @contextmanager
 def _opened(source: ClipSource) -> Iterator[str | BinaryIO]:
-    """What PyAV, decord and Pillow open."""
+    """Yield the path or file object that PyAV, decord and Pillow can open."""
     if not source.member:
         yield source.path
         return

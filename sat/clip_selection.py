@@ -1,4 +1,4 @@
-"""From a place to the samples that are trained on: which of its files are used, in what shape, and how often."""
+"""Choose the samples of a place that are trained on: which of its files are used, in what shape, and how often."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from video_sizes import nearest_size
 
 @dataclass(frozen=True)
 class SelectionRules:
-    """What becomes a sample.
+    """Rules that decide which clips become samples.
 
     Args:
         sizes: (height, width) of buckets.
@@ -105,8 +105,11 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
 def _without_stray_pictures(
     clips: Sequence[ClipSource], missing_label: str | None, report: SourceReport
 ) -> list[tuple[ClipSource, bool]]:
-    """The clips, each with whether it is a picture. Pictures beside videos are often first frames, masks or previews:
-    they count only where they have a caption. Training that uses no captions takes all."""
+    """Return the clips that count, each with whether it is a picture.
+
+    Pictures beside videos are often first frames, masks or previews: such pictures count only if they have a caption.
+    Training that uses no captions takes all.
+    """
     with ThreadPoolExecutor(READERS) as threads:
         kinds = [(clip, clip.is_image) for clip in threads.map(ClipSource.settled, clips)]
     if missing_label == "ignore" or all(is_image for _, is_image in kinds):

@@ -68,7 +68,7 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
 
 
 def _with_files_beside(found: Found, root: Path) -> Found:
-    """What was found in a folder's shards, and the clips beside these, which are not read."""
+    """Add to what was found in a folder's shards the clips beside the shards, which are not read."""
     tree = Folder(root)
     found.beside = [tree.shown(name) for name in tree.names if PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES]
     return found
@@ -139,7 +139,7 @@ def _shard_clips(shard: str, rules: LabelRules) -> Found:
 
 
 def _meta_captions(shard: str, rules: LabelRules) -> Iterator[tuple[str, str]]:
-    """The captions in `SHARD.meta.jsonl`, by the samples' keys: SwissArmyTransformer's own layout."""
+    """Yield the samples' keys and captions in `SHARD.meta.jsonl`: SwissArmyTransformer's own layout."""
     path = Path(shard).with_name(Path(shard).name.partition(".")[0] + ".meta.jsonl")
     if not (rules.used and path.is_file()):
         return

@@ -1,4 +1,4 @@
-"""Which clips took too long, where others stood in for them: recorded, so that a resumed run uses the same clips.
+"""Record which clips took too long and were replaced, so that a resumed run uses the same clips.
 
     {run}/clip_timeouts-0000.jsonl, ...   one object a line, a file for each process:
         data        "train_data" or "valid_data"

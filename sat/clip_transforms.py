@@ -1,4 +1,4 @@
-"""From decoded frames to the size of a bucket: resizing to cover it, the place of the crop, mirroring."""
+"""Bring decoded frames to the size of a bucket: resizing to cover it, the place of the crop, mirroring."""
 
 import random
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MIDDLE = 0.5
 
 
 class Placement(NamedTuple):
-    """Where a picture is cropped, and whether it is mirrored.
+    """The place where a picture is cropped, and whether it is mirrored.
 
     Args:
         top, left: the place of the crop among all possible ones, 0 for the first, 1 for the last.
@@ -30,7 +30,7 @@ CENTRED = Placement()
 
 @dataclass(frozen=True)
 class Framing:
-    """How the clips of a data set are cropped and mirrored.
+    """Rules by which the clips of a data set are cropped and mirrored.
 
     Args:
         reshape_mode: one of `data_options.RESHAPE_MODES`.
@@ -73,5 +73,5 @@ def share_cut_away(height: int, width: int, size: tuple[int, int]) -> float:
 
 
 def _offset(excess: int, place: float) -> int:
-    """The number of pixels that are cut off before the crop, of `excess` in all."""
+    """Return the number of pixels that are cut off before the crop, of `excess` in all."""
     return excess // 2 if place == MIDDLE else min(int(place * (excess + 1)), excess)

@@ -147,7 +147,7 @@ def with_located_paths(node: Any, key: str = "") -> Any:
 
 
 def _is_path(node: dict | list, name: str) -> bool:
-    """Whether the value of the key `name` is a path; where there is a `cache_dir`, it is a name on a hub."""
+    """Return whether the value of the key `name` is a path; beside a `cache_dir` the value is a name on a hub."""
     return name in PATH_KEYS and not (isinstance(node, dict) and node.get("cache_dir"))
 
 

@@ -1,4 +1,4 @@
-"""Whether an import path (`target:`) leads to a class, found by reading source files, without importing anything."""
+"""Check that an import path (`target:`) leads to a class, by reading source files, without importing anything."""
 
 import ast
 import functools
@@ -17,7 +17,7 @@ LONGEST_TARGET = 300
 
 
 class _Names(NamedTuple):
-    """What a module's source defines; `open_ended`: more may appear that reading the source does not show.
+    """The names that a module's source defines; `open_ended`: more may appear that reading the source does not show.
 
     `imported` gives for a name that is imported from a module the level of the import, that module, and its name there.
     """

@@ -28,7 +28,7 @@ LOCK_SECONDS = 0.1  # between two looks whether another process is done
 
 
 class Stopped(Exception):
-    """The hash is not needed any more."""
+    """Raised inside a computation whose hash is no longer needed."""
 
 
 def content_hash(files: Iterable[Path], stop: threading.Event | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What a training would see of its data, without training: what `--inspect_data` says and draws.
+"""Show what training would see of its data, without training: the report and the contact sheet of `--inspect_data`.
 
 Nothing is written but the contact sheet, and the index of clips that training writes too.
 """
@@ -118,7 +118,7 @@ def _describe(dataset: Dataset, weights: Sequence[float]) -> dict[str, Any]:
 
 
 def _cache_reports(dataset: Dataset) -> dict[str, SourceReport]:
-    """What is known of caches of latents; nothing of a data set of another class."""
+    """Return the reports of caches of latents; empty for a data set of another class."""
     reports: dict[str, SourceReport] = {}
     if isinstance(dataset, LatentDataset):
         for path, sample in dataset.samples:

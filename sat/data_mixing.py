@@ -1,4 +1,4 @@
-"""How often each place of `train_data` comes: entries `{path, repeat}` or `{path, weight}`, and what follows.
+"""Decide how often each place of `train_data` comes: entries `{path, repeat}` or `{path, weight}`.
 
 A place with `repeat: N` counts as if it were named N times. With `weight` a place gives that share of all samples,
 weight / sum of weights, whatever its size; an epoch has as many samples as all places have together.

@@ -1,4 +1,4 @@
-"""What the clips of one place are, and what was left out and why: for the log, and for people and scripts who ask.
+"""Report the clips of one place and what was left out and why: for the log, and for `--inspect_data`.
 
 Nothing here imports PyTorch.
 """

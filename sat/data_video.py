@@ -266,7 +266,7 @@ class SFTDataset(Dataset):
         raise UserError(f"no clip of {self.buckets[key.index]} can be read any more: {'; '.join(unreadable[:SHOWN])}")
 
     def _same_bucket(self, index: int) -> Iterator[int]:
-        """The indices of the bucket of `index`, from it on and around, one of each source."""
+        """Yield the indices in the bucket of `index`, from `index` on and around, one for each source."""
         tried = set()
         for other in chain(range(index, len(self)), range(index)):
             if self.buckets[other] == self.buckets[index] and self.sources[other] not in tried:
@@ -332,7 +332,7 @@ class VideoDataset(SFTDataset):
 
 
 def _included(include_dirs: str | None) -> list[str]:
-    """The tar files below the folders of `VideoDataset`'s argument, in a fixed order."""
+    """Return the tar files below the folders of `VideoDataset`'s argument, in a fixed order."""
     if include_dirs is None:
         return []
     if not isinstance(include_dirs, str):

@@ -51,7 +51,7 @@ class DecordVideo:
 
     @cached_property
     def _times(self) -> np.ndarray:
-        """When each frame is shown, in seconds from the first: real time stamps, for videos of a variable rate."""
+        """Return the time of each frame, in seconds from the first: real time stamps, for videos of a variable rate."""
         frames = len(self._reader)
         times = self._reader.get_frame_timestamp(range(frames))[:, 0].astype(np.float64)
         if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):  # a container without them

@@ -251,7 +251,7 @@ def checked_section(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 
 def check_types(place: str, section: Mapping[str, Any]) -> None:
-    """Raises UserError for a value of the wrong type in a part of the section, or in what is below it."""
+    """Check the types of all values in a part of the section and below it; a wrong one raises UserError."""
     for key, value in section.items():
         name = f"{place}.{key}" if place else str(key)
         if value is None or value == "auto":

@@ -1,4 +1,4 @@
-"""What `--deterministic` switches on for a training run, so that a GPU repeats its numbers to the bit.
+"""Switch on `--deterministic` for a training run, so that a GPU repeats its numbers to the bit.
 
 Without it a GPU may sum in another order each time: cuDNN's and cuBLAS's fastest kernels, and the backward passes of
 attention and of indexing, do. PyTorch is imported only when it is needed.

@@ -245,7 +245,7 @@ class SATVideoDiffusionEngine(nn.Module):
             yield chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _decode_group(self, z: Tensor) -> Iterator[Tensor]:
-        """The chunks in time of samples that the first stage takes at once; a single one where it has no chunks."""
+        """Yield the decoded chunks in time of samples that the first stage takes at once; one if it has no chunks."""
         z = (z / self.scale_factor).to(self.device, self.dtype)
         if not hasattr(self.first_stage_model, "decode_chunks"):
             return iter([self.first_stage_model.decode(z)])

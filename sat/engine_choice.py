@@ -1,4 +1,4 @@
-"""Which engine a command runs: ours, or a subclass of the user's own, from Python or by `model.target`."""
+"""Choose the engine that a command runs: ours, or a subclass of the user's own, from Python or by `model.target`."""
 
 import inspect
 from argparse import Namespace

@@ -29,6 +29,6 @@ def _known_spelling(word: str, known: dict[str, str]) -> str:
 
 
 def _plain(flag: str) -> str:
-    """The name that all spellings of a flag share."""
+    """Return the name that all spellings of a flag share."""
     dashes = len(flag) - len(flag.lstrip("-"))
     return flag[:dashes] + flag[dashes:].replace("-", "_")

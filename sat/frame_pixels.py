@@ -80,9 +80,9 @@ class FramePixels:
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Whether rows become columns, and whether the result is then mirrored from left to right and upside down.
+    """Return whether rows become columns, and whether the result is then mirrored from left to right and upside down.
 
-    Of other angles, which no camera writes, the nearest quarter turn is taken.
+    Other angles, which no camera writes, are rounded to the nearest quarter turn.
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:

@@ -1,4 +1,4 @@
-"""How an image fits the video that starts from it: the size that follows from it, and what a crop cuts away.
+"""Fit an image to the video that starts from it: the size that follows from it, and what a crop cuts away.
 
 Nothing here imports PyTorch.
 """

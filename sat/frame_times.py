@@ -1,4 +1,4 @@
-"""Which frames are nearest to given times."""
+"""Find the frames nearest to given times."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar

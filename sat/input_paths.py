@@ -1,4 +1,4 @@
-"""Where files and folders that are read from are looked for: from the current working directory, then from the root of
+"""Find files and folders that are read: relative to the current working directory, then relative to the root of
 the repository, so that a command works from `sat/` as well.
 
 Nothing here imports PyTorch.

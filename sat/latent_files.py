@@ -150,7 +150,7 @@ def configured_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
 
 
 def check_first_stage(first_stage: Any, where: str) -> None:
-    """Raises UserError unless this describes a VAE whose weights are here."""
+    """Check that this describes a VAE whose weights exist on this machine, else raise UserError."""
     params = first_stage.get("params") if isinstance(first_stage, Mapping) else None
     if not isinstance(params, Mapping) or not isinstance(first_stage.get("target"), str):
         raise UserError(f"{where} describes no VAE: it needs target and params")

@@ -1,4 +1,4 @@
-"""What launchers tell a process: torchrun and DeepSpeed, mpirun, and srun, by variables and by flags.
+"""Read what launchers tell a process: torchrun and DeepSpeed, mpirun, and srun, by variables and by flags.
 
 All of them are turned into torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
 MASTER_PORT), which are what the commands read. Nothing here imports PyTorch.
@@ -108,7 +108,7 @@ def is_first_process() -> bool:
 
 
 def check_alone(name: str) -> None:
-    """Raises UserError if a launcher started several processes of the tool `name`, which would all do the same."""
+    """Check that a launcher did not start several processes of the tool `name`, which would all do the same."""
     launch, size = detect_launch(os.environ), _number(os.environ, "WORLD_SIZE")
     if (size or 1) > 1 or launch:
         raise UserError(f"{name} is one process, but a launcher started several: start it with python alone")
@@ -150,7 +150,7 @@ def detect_launch(variables: Mapping[str, str]) -> Launch | None:
 
 
 def _tasks_of_node(counts: str, node: int) -> int | None:
-    """The number at place `node` of SLURM's list of numbers, as `4(x2),3`; None if there is no such place."""
+    """Return the number at place `node` of SLURM's list of numbers, such as `4(x2),3`; None if the list is shorter."""
     numbers: list[int] = []
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         numbers += [int(count)] * int(repeats or 1)
@@ -191,12 +191,12 @@ def first_host(nodes: str) -> str:
 
 
 def _port(job: str) -> int:
-    """The port of a launch: the same in all its processes, and hardly that of another launch on the same machine."""
+    """Return the port of a launch: the same in all its processes, and very likely different between launches."""
     return FIRST_PORT + zlib.crc32(job.encode()) % PORTS if job.strip(".") else DEFAULT_PORT
 
 
 def _number(variables: Mapping[str, str], name: str) -> int | None:
-    """The number in a variable; None where it is not set.
+    """Return the number in a variable; None where the variable is not set.
 
     Raises:
         UserError: it is set to something else.

@@ -1,4 +1,4 @@
-"""What a user can do when memory is full, by what was going on and what is not in use yet. Nothing imports PyTorch."""
+"""Advice for a user whose memory is full, by what was going on and what is not in use yet. Nothing imports PyTorch."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -136,7 +136,7 @@ def network_config(config: Mapping[str, Any], args: Any) -> Mapping[str, Any]:
 
 
 def check_size(module: nn.Module, name: str, allocated: bool = True) -> None:
-    """Raises UserError for a module on the meta device that would take more memory than the machine has.
+    """Check that a module on the meta device would fit into the machine's memory, else raise UserError.
 
     Args:
         allocated: its memory is taken before its weights are read. Otherwise weights of other sizes are refused first.

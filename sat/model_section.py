@@ -88,7 +88,7 @@ def not_trainable_prefixes(section: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_trained_part(section: Mapping[str, Any]) -> None:
-    """Raises UserError if training would leave everything alone."""
+    """Check that training would change some weights, else raise UserError."""
     if ALL in not_trainable_prefixes(section) and not has_adapter(section):
         raise UserError(
             "nothing is to be trained: model.not_trainable_prefixes is ['all'] and there is no adapter: add "
@@ -97,7 +97,7 @@ def check_trained_part(section: Mapping[str, Any]) -> None:
 
 
 def check_modules(section: Mapping[str, Any]) -> None:
-    """Raises UserError if our network is given a module that it does not have."""
+    """Check that our network has all modules that it is given, else raise UserError."""
     network = section.get("network_config")
     if not isinstance(network, Mapping) or network.get("target") != NETWORK:
         return
@@ -109,7 +109,7 @@ def check_modules(section: Mapping[str, Any]) -> None:
 
 
 def _at(section: Any, place: tuple[str, ...]) -> Mapping[str, Any]:
-    """The mapping at a place; an empty one if nothing of that kind is there."""
+    """Return the mapping at a place; an empty one if the place has no mapping."""
     for name in place:
         section = section.get(name) if isinstance(section, Mapping) else None
     return section if isinstance(section, Mapping) else {}

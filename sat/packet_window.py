@@ -1,4 +1,4 @@
-"""Which packets of a stream have to be decoded for some of its frames. Nothing here imports PyAV."""
+"""Choose the packets of a stream that must be decoded for some of its frames. Nothing here imports PyAV."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -6,14 +6,14 @@ from typing import Protocol
 
 
 class TimedPacket(Protocol):
-    """A part of `av.Packet`."""
+    """The part of `av.Packet` that is used here."""
 
     pts: int | None
     is_keyframe: bool
 
 
 def _time(packet: TimedPacket) -> float:
-    """When it is shown; one without a time, which nobody can ask for, before all others."""
+    """Return when a packet is shown; a packet without a time, which nobody can ask for, sorts before all others."""
     return -math.inf if packet.pts is None else packet.pts
 
 

@@ -176,7 +176,7 @@ def _count(number: int) -> str:
 def estimate_memory(
     engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micro_batch: int
 ) -> MemoryEstimate:
-    """What training takes, to within 20 %, but for what libraries themselves use (on CUDA about 1 GiB).
+    """Return the memory that training takes, to within 20 %, without the use by libraries (on CUDA about 1 GiB).
 
     With Ψ parameters of the network, T of them trained, in b bytes each, D data-parallel processes, and D₁, D₂, D₃ = D
     from that ZeRO stage on, else 1 (Rajbhandari et al., arXiv:1910.02054):

@@ -1,4 +1,4 @@
-"""What the processes of a run do when one of them fails."""
+"""End all processes of a run when one of them fails."""
 
 import re
 from collections.abc import Iterator

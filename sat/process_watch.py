@@ -1,4 +1,4 @@
-"""What each process of a run is busy with: told when others wait for it long, and limited where that must be finite.
+"""Track what each process of a run does: log it when others wait long, and limit its time where that must be finite.
 
 A run has steps, between which its processes meet. How long work before a meeting takes, such as loading, evaluating and
 saving, nobody can say; there, a process only has to give signs of life. The sums within a step (collectives) are over
@@ -38,7 +38,7 @@ REMEDY = "go on with --resume latest; if processes were only slow, raise collect
 
 @dataclass(frozen=True)
 class Phase:
-    """What this process is doing.
+    """The work that this process is doing.
 
     Args:
         text: ends the sentence "rank 0 is ...".
@@ -64,7 +64,7 @@ class Phase:
 
 
 class _Current:
-    """Of this process."""
+    """The state of this process."""
 
     phase = Phase("starting", time.monotonic())
     meetings = 0  # that it has come to
@@ -172,7 +172,7 @@ class _Watch(threading.Thread):
             logger.warning("rank %d has waited %d s for %s%s", self.rank, seconds, current.text, what)
 
     def is_due(self, current: Phase, seconds: float) -> bool:
-        """Whether a line about a phase is due: after some seconds, then each time when twice as many have passed."""
+        """Return whether a line about a phase is due: after some seconds, then each time after twice as many."""
         if self.said is None or self.said[0] is not current:
             self.said = current, FIRST_LINE
         if seconds < self.said[1]:
@@ -197,7 +197,7 @@ class _Watch(threading.Thread):
             self.store.set(f"watch/{self.rank}", json.dumps(status))
 
     def others(self) -> dict[int, dict[str, Any]]:
-        """What the other processes last said, each with the seconds for which it has been `silent`."""
+        """Return what the other processes last said, each with the seconds for which it has been `silent`."""
         found = {}
         for rank in set(range(self.size)) - {self.rank}:
             status: dict[str, Any] = {}
@@ -211,7 +211,7 @@ class _Watch(threading.Thread):
         return found
 
     def describe(self, others: dict[int, dict[str, Any]], chosen: Callable[[dict[str, Any]], bool]) -> str:
-        """What the first of the chosen processes does, and how many more there are, to end a sentence."""
+        """Return what the first of the chosen processes does, and how many more there are, to end a sentence."""
         several = {rank: status for rank, status in sorted(others.items()) if chosen(status)}
         if not several:
             return ""
@@ -228,7 +228,7 @@ class _Watch(threading.Thread):
 
 
 def _store_of_its_own() -> dist.Store | None:
-    """A connection that no other thread waits on."""
+    """Return a connection that no other thread waits on."""
     try:
         store = dist.distributed_c10d._get_default_store().clone()
         store.set_timeout(STORE_TIMEOUT)

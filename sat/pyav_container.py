@@ -209,7 +209,7 @@ class VideoContainer:
         return len(times), max(times, default=start)
 
     def _shown_packets(self) -> Iterator[tuple[int | None, int | None]]:
-        """The times at which all packets of frames are shown and decoded."""
+        """Yield for each packet with a frame the times at which it is shown and decoded."""
         count = 0
         for packet in self.from_beginning():
             count += 1

@@ -30,7 +30,7 @@ LONGEST_WINDOW = 10.0  # seconds between wanted frames, beyond which the reader 
 
 
 class Undecodable(Exception):
-    """The packets at hand do not give the frames that are wanted."""
+    """Raised when the packets at hand do not give the frames that are wanted."""
 
 
 class Wanted(NamedTuple):
@@ -93,7 +93,7 @@ class PyavVideo:
 
     @cached_property
     def _start(self) -> int:
-        """When the first frame is shown, in ticks."""
+        """Return the time at which the first frame is shown, in ticks."""
         beginning = self._container.beginning
         if beginning.first >= beginning.key:
             return beginning.first
@@ -148,7 +148,7 @@ class PyavVideo:
         raise UnreadableClip(DAMAGED)
 
     def _sparsely(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
-        """The wanted frames, with nothing decoded that they do not depend on."""
+        """Yield the wanted frames, decoding only frames that the wanted ones depend on."""
         left = iter(wanted.ticks)
         time = next(left)
         ticks = frozenset(wanted.ticks)
@@ -166,16 +166,16 @@ class PyavVideo:
         raise Undecodable
 
     def _from_key_frame(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
-        """The wanted frames, with everything decoded from the key frame on."""
+        """Yield the wanted frames, decoding everything from the key frame on."""
         frames = (frame for frame in self._decoded([packets], None) if frame.pts is not None)
         yield from self._nearest(frames, wanted)
 
     def _surely(self, _: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
-        """The wanted frames, with everything decoded from the beginning of the file."""
+        """Yield the wanted frames, decoding everything from the beginning of the file."""
         yield from self._nearest(self._from_beginning(), wanted)
 
     def _nearest(self, frames: Iterable[VideoFrame], wanted: Wanted) -> Iterator[np.ndarray]:
-        """The frames nearest to the wanted times, of all.
+        """Yield the frames nearest to the wanted times.
 
         Raises:
             Undecodable: one is too far from the packet that promised it.
@@ -194,7 +194,7 @@ class PyavVideo:
             raise Undecodable
 
     def _decoded(self, runs: Iterable[Sequence[Packet]], wanted: frozenset[int] | None) -> Iterator[VideoFrame]:
-        """The frames of runs of packets; if `wanted` is given, at least those, and others that they depend on."""
+        """Yield the frames of runs of packets: all, or at least the `wanted` ones and all that these depend on."""
         codec = self._container.codec
         may_skip = wanted is not None and codec.name in SKIPPING
         for run in runs:
@@ -204,7 +204,7 @@ class PyavVideo:
                 yield from self._clean(packet, run[0].pts)
 
     def _from_beginning(self) -> Iterator[VideoFrame]:
-        """Every frame that is shown, decoded from the beginning of the file.
+        """Yield every frame that is shown, decoded from the beginning of the file.
 
         Raises:
             UnreadableClip: one is damaged, other than by depending on what is not in the file.
@@ -221,7 +221,7 @@ class PyavVideo:
                     raise UnreadableClip(DAMAGED) from error
 
     def _clean(self, packet: Packet | None, key: int | None) -> Iterator[VideoFrame]:
-        """The frames that the decoder gives out for a packet; None: those that it still holds.
+        """Yield the frames that the decoder returns for a packet; for None, the frames that the decoder still holds.
 
         Damaged ones that are shown before the key frame, at the time `key`, are left out: they lack what was before.
 
@@ -237,7 +237,7 @@ class PyavVideo:
                 raise Undecodable
 
     def _frames_by_rank(self, times: np.ndarray, beyond: float | None) -> Iterator[np.ndarray]:
-        """The frames nearest to `times` where packets do not say when they are shown: counted from the beginning."""
+        """Yield the frames nearest to `times`, counted from the beginning, where packets have no times of frames."""
         shown = self._container.times_by_rank
         _check_end(times, shown[-1], beyond)
         ranks = iter(nearest_frames(shown, times, self._rounding).tolist())

@@ -1,4 +1,4 @@
-"""Which decoder read the videos of a run or of a cache of latents: recorded there, and told where another one goes on.
+"""Record which decoder read the videos of a run or of a cache of latents, and warn when another one continues.
 
 The record is a JSON object under the key `reader`: `video_backend`, see `video_reading.BACKENDS`, and its `version`.
 """

@@ -43,7 +43,7 @@ REMEDY = "most likely for lack of memory; lower num_workers"
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a task: its result."""
+    """A task that ended with a result."""
 
     number: int
     result: Any
@@ -124,7 +124,7 @@ class ReadingProcesses:
 
     @property
     def pids(self) -> list[int]:
-        """The ids of the processes."""
+        """Return the ids of the processes."""
         return [reader.pid for reader in self._readers]
 
     def close(self) -> None:
@@ -252,7 +252,7 @@ class ReadingProcesses:
 
 
 def _status(pid: int, seconds: float) -> int | None:
-    """The exit code of a child, negative for a signal; None if it does not end in time or someone else has asked."""
+    """Return a child's exit code, negative for a signal; None if it does not end in time or someone else has asked."""
     deadline, pause = time.monotonic() + seconds, 0.001
     while True:
         try:

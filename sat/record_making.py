@@ -1,4 +1,4 @@
-"""What made a video, gathered where it is made: for the record beside it and the metadata of its latents."""
+"""Gather what made a video, while it is made: for the record beside it and the metadata of its latents."""
 
 import hashlib
 import json

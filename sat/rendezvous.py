@@ -1,4 +1,4 @@
-"""Where the processes of a run meet, and that none waits there for ever."""
+"""Meet the other processes of a run, with a limit on how long any process waits."""
 
 import os
 import socket

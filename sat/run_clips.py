@@ -131,7 +131,7 @@ class UnreadableClips:
 
     @property
     def found(self) -> int:
-        """How many this process found while training."""
+        """Return how many unreadable clips this process found while training."""
         return len(self.listed - set(self.left_out))
 
     def check(self, found: int) -> int:

@@ -83,7 +83,7 @@ class Stages:
             self._use(part)
 
     def guarded(self, where: str, stage: Callable[[Job], Any]) -> Callable[[Job], Any]:
-        """The stage, with what to do when memory is full while it is `where` says."""
+        """Return the stage, with advice for the case that memory is full while the run does what `where` says."""
 
         def run_stage(job: Job) -> Any:
             with memory_guard(where, self.advice):

@@ -1,4 +1,4 @@
-"""What the classes of this project take, read off their source: wrong parameters are found before PyTorch is imported.
+"""Read the parameters of this project's classes off their source, to find wrong ones before PyTorch is imported.
 
 The same is found again, of all classes, when they are built: see `sgm.config_values`.
 """

@@ -267,7 +267,7 @@ class Trainer:
             logger.info("the run is in %s; to sample with it, give it to inference.sh as %s", self.run_folder, argument)
 
     def memory_guard(self, where: str) -> AbstractContextManager[None]:
-        """A `memory_guard` whose advice knows how the run is set up, and where it can go on."""
+        """Return a `memory_guard` whose advice knows how the run is set up, and from where it can resume."""
         saved = self.run_folder if (self.run_folder / "latest").exists() else None
         return memory_guard(where, training_advice(self.args, self.cached, saved))
 

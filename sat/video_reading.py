@@ -27,7 +27,7 @@ class UnreadableClip(Exception):
 
 
 class VideoFacts(NamedTuple):
-    """What a player shows of a video.
+    """Facts of a video as a player shows it.
 
     Args:
         width, height: of a frame in square pixels, after the rotation that the file asks for.

@@ -181,7 +181,7 @@ def _children(node: Any) -> Iterator[Any]:
 
 
 def check_foreign_model(section: Mapping[str, Any], where: str | Path, key: str) -> None:
-    """Raises UserError if a model section that came with a file names code that is not ours, or a model on a hub."""
+    """Check that a model section from a file names only our own code and no model on a hub, else raise UserError."""
     remedy = "give the model's configuration as --base"
     for name, target in iterate_targets(dict(section), key):
         if problem := why_target_fails(target, trusted=False):

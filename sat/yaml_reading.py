@@ -85,7 +85,7 @@ def _refuse(name: str, mark: Any, problem: str) -> NoReturn:
 
 
 def _check_depth(text: str, name: str) -> None:
-    """Raises UserError for a text that is nested deeper than a recursive reader can follow, or has too many values."""
+    """Check that a text is nested no deeper than a recursive reader can follow, and has not too many values."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         if isinstance(event, yaml.CollectionStartEvent):

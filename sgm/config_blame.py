@@ -1,4 +1,4 @@
-"""Whether a constructor failed because of the values in a configuration, or because of a mistake in this program.
+"""Tell whether a constructor failed because of the values in a configuration or because of a mistake in this program.
 
 A wrong value is the user's to mend and gets one line; a mistake of ours keeps its traceback. Types and names are
 checked before a class is called, so that what is left are values which do not go together. They are told from mistakes

@@ -1,4 +1,4 @@
-"""Where values of a configuration are from: which file set a key, and which object is being built of it.
+"""Track where values of a configuration are from: which file set a key, and which object is being built from it.
 
 `Sources` is kept beside a merged configuration. `section` says which part of which configuration is being built from;
 `sgm.util.instantiate_from_config` finds the place of what it builds in there, so that constructors need not pass keys
@@ -36,7 +36,7 @@ def parse_key(text: str) -> Key:
 
 
 class Sources:
-    """Which file set a key of a merged configuration last.
+    """The files that last set each key of a merged configuration.
 
     All are equal: settings are the same wherever they are from.
     """
@@ -136,12 +136,12 @@ class Place:
 
     @property
     def known(self) -> bool:
-        """Whether there is anything to say about where this is."""
+        """Return whether this place can be named in a message."""
         return bool(self.key) and self.key[0] in SECTIONS
 
     @property
     def slot(self) -> str | None:
-        """The name of the key at this place; that of the list for its items. None where it is not known."""
+        """Return the name of the key at this place, or of the list for its items; None if it is not known."""
         if not self.found:
             return None
         return next((part for part in reversed(self.key) if isinstance(part, str)), None)

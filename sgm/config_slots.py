@@ -1,4 +1,4 @@
-"""What may stand at the places of a configuration that name classes (`target:`), checked before a class is called."""
+"""Check what a configuration names at the places that take classes (`target:`), before a class is called."""
 
 import importlib
 import inspect
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Slot:
-    """What a place of a configuration takes.
+    """The kind of class that a place of a configuration takes.
 
     Args:
         what: in words.

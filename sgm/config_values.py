@@ -1,4 +1,4 @@
-"""What a constructor takes, read off its signature: unknown and missing parameters, and values of the wrong type."""
+"""Check values against a constructor's signature: unknown and missing parameters, and values of the wrong type."""
 
 import collections.abc
 import difflib
@@ -23,7 +23,7 @@ SEQUENCES = (collections.abc.Sequence, collections.abc.Iterable, collections.abc
 
 
 class Problem(NamedTuple):
-    """What is wrong: the key below `params`, and the rest of the sentence with what to do."""
+    """A wrong value: the key below `params`, and the rest of the sentence with what to do."""
 
     key: tuple[str | int, ...]
     text: str
@@ -43,7 +43,7 @@ def is_own_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a class takes by name, `required` those without a default; `closed`: it takes no others."""
+    """The parameters that a class takes by name; `required`: without a default; `closed`: the class takes no others."""
 
     hints: dict[str, Any]
     defaults: dict[str, Any]
@@ -186,14 +186,14 @@ def expected(hint: Any) -> str:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, `None` as its type."""
+    """Return the members of a union, `None` as its type."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(option for member in typing.get_args(hint) for option in _options(member))
     return (hint,)
 
 
 def _is_unknown(hint: Any) -> bool:
-    """Whether nothing can be said about values of this type."""
+    """Return whether values of this type cannot be checked."""
     if hint in KINDS or hint is Path or typing.get_origin(hint) is typing.Literal:
         return False
     kind = typing.get_origin(hint) or hint

@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
 
 
 def start(folder: Path, module: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
-    """The command of `module` with the clips that `folder` marks stuck; several processes are started by torchrun."""
+    """Start the command of `module`, where clips that `folder` marks get stuck; torchrun starts several processes."""
     program = folder / "program.py"
     program.write_text(PROGRAM)
     launcher = [sys.executable]

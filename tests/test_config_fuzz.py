@@ -27,7 +27,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """A configuration of each command that works, with everything in it, and takes seconds."""
+    """Write for each command a configuration that works, has everything in it, and takes seconds."""
     folder = tmp_path_factory.mktemp("fuzz")
     data = str(write_dataset(folder / "data", clips=2, frames=9, sizes=[(64, 64)]))
     (folder / "prompts.txt").write_text("a red circle\n")

@@ -38,7 +38,7 @@ LAUNCHER = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """A copy of the recipe's script, of the set-up and of its configurations, whose programs are stand-ins."""
+    """Copy the recipe's script, the set-up and its configurations; the programs are stand-ins."""
     for name in ("tools/train_tiny.sh", "tools/setup_environment.sh", "tools/setup_environment.py", "configs/tiny"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)

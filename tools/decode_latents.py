@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises UserError if an option is missing or of a wrong value."""
+    """Check that all options are given and have valid values, else raise UserError."""
     if not options.paths:
         raise UserError(
             "PATH is missing: name a file of latents, outputs/0_a_fox/0/000000.latents.safetensors for instance"

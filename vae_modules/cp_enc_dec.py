@@ -219,7 +219,7 @@ NEUTRAL = {
     "add_conv": False,
     "zq_ch": True,
 }
-"""What else configurations say, and the one value that holds here; of `zq_ch` whether it is that of the latent."""
+"""Other keys of configurations with the one value that is valid here; for `zq_ch` whether it is the latent's."""
 
 
 def _check_neutral(**given: Any) -> None:

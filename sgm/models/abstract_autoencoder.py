@@ -69,7 +69,7 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
     def _checkpoint_of(
         start: str | Path | Config | None, ignore_keys: Sequence[str] = (), strict: bool = True
     ) -> Callable[[nn.Module], list[str] | None] | None:
-        """What loads weights into a module: from the file, or as the configuration says that `start` is."""
+        """Return the function that loads weights into a module: from a file, or as the configuration `start` says."""
         if start is None:
             return None
         if isinstance(start, Mapping):

@@ -269,7 +269,7 @@ class AutoencodingEngine(AbstractAutoencoder):
     def _regularized(
         self, z: Tensor, return_reg_log: bool, unregularized: bool
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """What `encode` returns for the encoder's output `z`."""
+        """Return what `encode` gives for the encoder's output `z`."""
         if unregularized:
             return z, {}
         latent, report = self.regularization(z)
@@ -294,7 +294,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         return Reconstruction(x, outputs, report, latent=latent)
 
     def _decode_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What the decoder takes from a batch."""
+        """Return the keywords that the decoder takes from a batch."""
         return {key: batch[key] for key in self.additional_decode_keys if key in batch}
 
     # ------------------------------------------------------------ training
@@ -433,7 +433,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         return images
 
     def _pictures(self, batch: Mapping[str, Any], decode_options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The whole input and its reconstruction, float32 within [-1, 1]."""
+        """Return the whole input and its reconstruction, float32 within [-1, 1]."""
         with _random_numbers(batch, len(batch[self.input_key])):
             reconstruction = self.reconstruct(self.get_input(batch), **decode_options)
         pictures = [reconstruction.inputs, reconstruction.outputs]

@@ -1,4 +1,4 @@
-"""How an engine calls the loss that a configuration names, whichever project it was written for."""
+"""Call the loss that a configuration names, whichever project it was written for."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ NAMES = frozenset(
         *("group", "frames", "z", "autoencoder"),
     )
 )
-"""What an engine has for a loss, see `call_loss`."""
+"""Values that an engine has for a loss, see `call_loss`."""
 
 
 def loss_keywords(loss: Callable[..., Any]) -> set[str]:
@@ -97,7 +97,7 @@ def call_loss(
 
 
 def _number(loss: str, key: str, value: Any, like: Tensor) -> Tensor:
-    """A number to log as a tensor without a gradient."""
+    """Return a number to log as a tensor without a gradient."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.detach().reshape(())
     if isinstance(value, int | float):

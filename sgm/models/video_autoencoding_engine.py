@@ -24,7 +24,7 @@ from sgm.models.calling_losses import loss_keywords
 from sgm.models.video_coder import VideoCoder
 
 LAYOUTS = ("b t c h w", "b c t h w")
-"""How the axes of a batch of clips may lie: batch, time, channel, height, width."""
+"""Orders that the axes of a batch of clips may have: batch, time, channel, height, width."""
 
 
 class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):

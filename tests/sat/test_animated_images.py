@@ -14,7 +14,7 @@ COLOURS = [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0)]
 
 
 def write(path, durations, size=(24, 16)):
-    """A picture whose frames have the colours, each shown for so many milliseconds."""
+    """Write a picture whose frames have the colours, each shown for so many milliseconds."""
     frames = [Image.new("RGB", size, COLOURS[number % 4]) for number in range(len(durations))]
     lossless = {"lossless": True} if path.suffix == ".webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **lossless)

@@ -164,7 +164,7 @@ DRAWS = [2.4] * 5 + [0.125] * 8  # of MIXED's thirteen samples as many again: 12
 
 
 def drawn(order: BatchOrder, epochs: int) -> list[list[SampleKey]]:
-    """The batches of so many epochs."""
+    """Return the batches of so many epochs."""
     return list(itertools.takewhile(lambda batch: batch[0].epoch < epochs, order))
 
 

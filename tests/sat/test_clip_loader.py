@@ -79,7 +79,7 @@ class Failing(Dataset):
 
 
 def failure(kind: str, workers: int) -> str:
-    """How loading two batches fails, the second of which cannot be read."""
+    """Return the message with which loading two batches fails, the second of which cannot be read."""
     try:
         list(make_loader(Failing(kind), [[SampleKey(0, 0)], [SampleKey(1, 0)]], workers))
     except Exception as error:  # not pytest.raises, whose record of it would keep the workers alive
@@ -112,7 +112,7 @@ def test_a_signal_to_the_process_group_spares_the_workers():
 
 
 def test_workers_end_with_the_trainer(folder):
-    """Also when it leaves the loop in the middle, with signal handlers of its own."""
+    """The workers also end when the trainer leaves the loop in the middle, with signal handlers of its own."""
     program = f"""
 import os, signal, sys
 from pathlib import Path
@@ -141,7 +141,7 @@ raise SystemExit(3)
 
 @pytest.fixture
 def stuck(tmp_path, monkeypatch) -> Path:
-    """A folder of marks for `stuck_clips.patch`, which is in effect."""
+    """Return a folder of marks for `stuck_clips.patch`, which is in effect."""
     import clip_probing
     import data_video
 
@@ -179,7 +179,7 @@ def test_a_clip_that_never_returns_is_replaced_like_an_unreadable_one(folder, st
 
 
 def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
-    """Also those that were read ahead, when it could be read; those before the step of the record have it."""
+    """Samples that were read ahead, when the clip could be read, do so too; samples before that step keep it."""
     dataset = SFTDataset(folder, **SETTINGS)
     name = str(folder / "videos" / "002.mp4")
     order = [[SampleKey(index, 0)] for index in (2, 1, 2, 2)]
@@ -281,7 +281,7 @@ os.kill(os.getpid(), 9)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended may wait for someone to ask about it."""
+    """Return whether a process runs; a process that has ended may wait for someone to ask about it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

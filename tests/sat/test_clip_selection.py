@@ -1,4 +1,4 @@
-"""What becomes a sample, and that whatever does not is counted with its reason."""
+"""Usable clips become samples, and everything else is counted with its reason."""
 
 import itertools
 import logging
@@ -24,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def linked(folder: Path, target: Path, *, labels: bool = True) -> Path:
-    """The data set at another place, to add to."""
+    """Link the data set at another place, to add to."""
     (target / "videos").mkdir(parents=True)
     for file in (folder / "videos").iterdir():
         (target / "videos" / file.name).symlink_to(file)
@@ -143,7 +143,7 @@ def test_lines_of_labels_and_a_prefix(folder, tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def long_video(tmp_path_factory) -> Path:
-    """A manifest of a video of 90 frames, and of one of 10."""
+    """Write a manifest of a video of 90 frames, and of one of 10."""
     folder = tmp_path_factory.mktemp("long")
     write_clip(folder / "long.mp4", 90, clip_number=1)
     write_clip(folder / "short.mp4", 10, clip_number=2)

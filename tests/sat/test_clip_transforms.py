@@ -13,7 +13,7 @@ def ramp(height: int, width: int) -> torch.Tensor:
 
 
 def corner(frames: torch.Tensor) -> tuple[int, int]:
-    """The column and row of the source that the first pixel shows."""
+    """Return the column and row of the source that the first pixel shows."""
     return tuple(frames[0, :2, 0, 0].tolist())
 
 

@@ -19,7 +19,7 @@ def memory(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def reads(monkeypatch) -> list[Path]:
-    """The files that are really read."""
+    """Return the list of files that are really read."""
     read, hash_of_file = [], content_hashes.hash_of_file
 
     def noted(path, stop=None):
@@ -38,7 +38,7 @@ def write(path: Path, content: bytes, age: float = 100.0) -> Path:
 
 
 def settle(monkeypatch) -> None:
-    """The time of change of a file's entry cannot be set; so files count as settled at once."""
+    """Let files count as settled at once, since the time of change of a file's entry cannot be set."""
     monkeypatch.setattr(content_hashes, "SETTLED_SECONDS", -1.0)
 
 
@@ -67,7 +67,7 @@ def test_a_file_is_read_once(tmp_path, reads, monkeypatch):
 
 
 def test_a_file_that_changed_is_read_again(tmp_path, reads, monkeypatch):
-    """Also one of the same size whose time of change was set back."""
+    """A file of the same size whose time of change was set back is read again too."""
     settle(monkeypatch)
     file = write(tmp_path / "a.bin", b"1")
     first, times = content_hash([file]), file.stat()
@@ -77,7 +77,7 @@ def test_a_file_that_changed_is_read_again(tmp_path, reads, monkeypatch):
 
 
 def test_a_file_that_has_just_been_written_is_not_remembered(tmp_path, reads):
-    """It may change again without another time."""
+    """The file may change again without another time."""
     file = write(tmp_path / "a.bin", b"1", age=0)
     content_hash([file])
     content_hash([file])
@@ -122,7 +122,7 @@ def test_giving_up(tmp_path, monkeypatch):
 
 
 def test_giving_up_while_another_process_reads(tmp_path):
-    """It has the lock for as long as its file takes."""
+    """The other process has the lock for as long as its file takes."""
     import fcntl
 
     file = write(tmp_path / "a.bin", b"1")

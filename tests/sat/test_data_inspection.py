@@ -28,7 +28,7 @@ def place(tmp_path) -> Path:
 
 @pytest.fixture
 def config(tiny, place, tmp_path) -> Path:
-    """Of a model whose weights are gone."""
+    """Write the configuration of a model whose weights are gone."""
     path = write_config(tmp_path / "config.yaml", tiny, "2b", place, max_unreadable_share=0.5, seed=3)
     content = yaml.safe_load(path.read_text())
     content["args"]["load"] = "/nowhere"

@@ -52,7 +52,7 @@ def vae_clips(tmp_path_factory):
 
 @pytest.fixture
 def seen(monkeypatch) -> list[dict[str, object]]:
-    """The flags within each step of the network's training and each batch of the VAE's."""
+    """Record the flags within each step of the network's training and each batch of the VAE's."""
     found = []
     step, batches = training_run.Trainer.train_step, vae_training_run.own_frames
     monkeypatch.setattr(training_run.Trainer, "train_step", lambda self: (found.append(flags()), step(self)))
@@ -166,7 +166,7 @@ def test_a_workspace_of_cublas_that_sums_in_any_order_is_refused(monkeypatch):
     "content", ["", "[]", "args: 3", "args: {deterministic: true", "{args: {deterministic: true}}"]
 )
 def test_what_a_run_has_recorded(tmp_path, content):
-    """Only the last says what the run was trained with."""
+    """Only the last record says what the run was trained with."""
     (tmp_path / "training_config.yaml").write_text(content)
     assert (describe_change(tmp_path, False) is not None) == content.endswith("}}")
     assert describe_change(tmp_path / "none", True) is None

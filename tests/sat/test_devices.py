@@ -1,4 +1,4 @@
-"""Which device a run takes, what its log says about it, and the precision that it computes in."""
+"""A run takes the device that was asked for, names it in the log, and computes in the right precision."""
 
 import os
 import stat

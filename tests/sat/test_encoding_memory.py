@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def first_stage(**sizes: int) -> dict:
-    """The released VAE's configuration without weights, with other sizes."""
+    """Return the released VAE's configuration without weights, with other sizes."""
     config = load_configs([Path("configs/cogvideox_2b.yaml")])["model"]["first_stage_config"]
     config["params"].pop("ckpt_path")
     for part in ("encoder_config", "decoder_config"):
@@ -30,7 +30,7 @@ def first_stage(**sizes: int) -> dict:
 
 
 def allocated(config: dict, clip: Bucket, dtype: torch.dtype, tile_size: int | None = None) -> int:
-    """The peak of PyTorch's allocator while a clip is encoded, without weights."""
+    """Return the peak of PyTorch's allocator while a clip is encoded, without weights."""
     vae = instantiate_from_config(config).to(dtype).eval().requires_grad_(False)
     vae.tile_size = tile_size
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -68,7 +68,7 @@ def test_against_an_h100():
 
 
 def test_length_tiles_and_processes(monkeypatch):
-    """The length that is not gone through is as if it were; a tile or a share of the frames takes its part."""
+    """A length that is not walked through is estimated as if it were; a tile or a share of frames takes its part."""
     config = first_stage(ch=32, num_res_blocks=1)
     whole = encoding_peak(config, Bucket(49, 64, 96), torch.bfloat16)
     assert encoding_peak(config, Bucket(49, 64, 96), torch.bfloat16, processes=4) < 0.4 * whole

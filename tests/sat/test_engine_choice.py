@@ -71,7 +71,7 @@ def is_white(folder: Path) -> bool:
 
 
 def test_sampling_from_python(tiny, tmp_path):
-    """As the original's scripts do it: a Namespace, whose OmegaConf section is changed by attribute."""
+    """Sampling works as in the original's scripts: a Namespace, whose OmegaConf section is changed by attribute."""
     args = Namespace(**vars(get_args(command(tiny, tmp_path))), comment="anything")
     del args.deepspeed_config
     args.model_config = OmegaConf.create(args.model_config)

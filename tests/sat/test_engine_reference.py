@@ -155,7 +155,7 @@ class OneByOne(nn.Module):
 
 @pytest.fixture
 def few(case):
-    """The engine, three clips (b, c, t, h, w), and how many samples each call of the encoder has had."""
+    """Return the engine, three clips (b, c, t, h, w), and how many samples each call of the encoder has had."""
     _, _, engine, clip = case
     stage = engine.first_stage_model
     stage.encoder = OneByOne(stage.encoder)
@@ -182,7 +182,7 @@ def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_sam
 
 
 def test_samples_are_decoded_a_few_at_a_time(few):
-    """As each group by itself to the bit; as all at once but for rounding, which follows from the size of a batch."""
+    """Samples equal those of each group alone to the bit, and those of one batch but for its rounding."""
     engine, clips, _ = few
     z = engine.encode_first_stage(clips)
     whole, chunks = engine.decode_first_stage(z), list(engine.decode_stream(z))

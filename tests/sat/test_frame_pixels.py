@@ -18,7 +18,7 @@ LOSSLESS = ("-c:v", "ffv1")
 
 
 def blocks(colours: np.ndarray, columns: int = 25) -> np.ndarray:
-    """A picture with a block of each colour."""
+    """Return a picture with a block of each colour."""
     rows = colours.reshape(-1, columns, 3)
     return rows.repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
 

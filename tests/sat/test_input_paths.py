@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A repository's root, with the current working directory in its folder sat/."""
+    """Return a repository's root, with the current working directory in its folder sat/."""
     root = tmp_path / "root"
     (root / "sat").mkdir(parents=True)
     monkeypatch.setattr(input_paths, "ROOT", root)
@@ -81,7 +81,7 @@ def test_patterns_lists_weighted_entries_and_urls(root):
 
 
 def test_a_configuration_and_all_that_it_names(root, tmp_path, monkeypatch):
-    """As after `cd sat`, for the shipped files."""
+    """All paths are found as after `cd sat`, for the shipped files."""
     monkeypatch.setattr(input_paths, "ROOT", ROOT)
     monkeypatch.chdir(tmp_path)
     configs = ["configs/tiny/cogvideox_tiny.yaml", "configs/tiny/inference.yaml"]

@@ -232,7 +232,7 @@ def test_flags_of_swissarmytransformers_trainer_are_taken_and_said(training, cap
 
 
 def test_the_commands_take_the_flags_without_pytorch(tmp_path):
-    """Each of them goes on to the mistake that follows, which is one line."""
+    """Each command goes on to the mistake that follows, which is one line."""
     flags = ["--local-rank=0", "--deepspeed", "--base", "gone.yaml"]
     for script in ("sat/sample_video.py", "sat/train_video.py", "sat/train_vae.py", "tools/precompute_latents.py"):
         output = ["--output", "x"] if "precompute" in script else []
@@ -243,7 +243,7 @@ def test_the_commands_take_the_flags_without_pytorch(tmp_path):
 
 
 def test_the_line_of_a_launcher_is_said_once(tmp_path):
-    """By the first process; the others leave it time to end them."""
+    """The first process says the line; the others leave it time to end them."""
     environment = {**os.environ, **MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"}
     command = [sys.executable, str(ROOT / "sat" / "train_video.py"), "--base", "gone.yaml"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment)

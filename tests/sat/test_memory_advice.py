@@ -72,7 +72,7 @@ def last_line(caplog) -> str:
     ],
 )
 def test_a_training_step(tmp_path, tiny, clips, caplog, monkeypatch, owner, name, says):
-    """In the third step; the checkpoint of the second stays and loads."""
+    """Memory is full in the third step; the checkpoint of the second stays and loads."""
     monkeypatch.setattr(owner, name, on_call(3, getattr(owner, name)))
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, save_interval=2)
     assert train_video.main(["--base", str(config)]) == 2
@@ -113,7 +113,7 @@ def test_an_evaluation(tmp_path, tiny, clips, caplog, monkeypatch, part):
 
 
 def test_the_text_encoder(tmp_path, tiny, clips, caplog, monkeypatch):
-    """Its loader reports everything as a mistake of its own."""
+    """The text encoder's loader reports everything as a mistake of its own."""
     from transformers import T5EncoderModel
 
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", fill_memory)
@@ -140,7 +140,7 @@ def test_encoding_before_training(tmp_path, tiny, clips, caplog, monkeypatch):
 
 
 def test_one_of_two_processes(tmp_path, tiny, clips):
-    """The other one does not wait for it in the middle of a step; neither shows a traceback."""
+    """The other process does not wait in the middle of a step; neither process shows a traceback."""
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, zero=2)
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(ROOT)))
@@ -163,7 +163,7 @@ def test_one_of_two_processes(tmp_path, tiny, clips):
 
 
 def test_training_a_vae(tmp_path, caplog, monkeypatch):
-    """In the second step; the checkpoint of the first stays."""
+    """Memory is full in the second step; the checkpoint of the first stays."""
     import train_vae
     import vae_runs
     from sgm.models.video_autoencoding_engine import VideoAutoencodingEngine

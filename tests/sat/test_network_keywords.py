@@ -26,7 +26,7 @@ def network_and_inputs(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tens
 
 @torch.no_grad()
 def test_an_image_condition_is_joined_on_channels():
-    """By position too: x, timesteps, context, y, concat_images, ofs."""
+    """The arguments can be given by position too: x, timesteps, context, y, concat_images, ofs."""
     network, inputs = network_and_inputs("i2v_15")
     expected = network(**inputs)
     x, condition = inputs["x"].chunk(2, dim=2)

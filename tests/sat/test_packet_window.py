@@ -1,4 +1,4 @@
-"""What has to be decoded for some frames: their groups up to them, and those before if frames depend on them."""
+"""Frames are decoded from their groups, up to the frames, and from earlier groups that frames depend on."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What is sent arrives as it was, tensors of any kind in shared memory, or not at all."""
+"""Objects arrive as they were sent, tensors of any kind in shared memory, or not at all."""
 
 import os
 from pathlib import Path

@@ -42,7 +42,7 @@ with run_control.limited_collectives(limit):
 
 
 def run_two(scenario: str) -> tuple[int, str]:
-    """The exit code and the output of the first process."""
+    """Return the exit code and the output of the first process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What containers say of their frames, and files that are no container of video, or only pretend to be."""
+"""Containers give the times of frames; files that are no video, or only pretend to be one, are refused."""
 
 import io
 import struct

@@ -22,23 +22,23 @@ X264 = ("-c:v", "libx264", "-crf", "12")
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory) -> Path:
-    """A video whose frames show their numbers."""
+    """Write a video whose frames show their numbers."""
     return write_clip(tmp_path_factory.mktemp("source") / "numbered.mp4", COUNT, FPS)
 
 
 @pytest.fixture(scope="module")
 def long_group(numbered) -> Path:
-    """The same with one key frame only, and frames that are decoded out of order."""
+    """Write the same video with one key frame only, and frames that are decoded out of order."""
     return convert(numbered, numbered.parent / "long.mp4", *X264, "-g", "250", "-bf", "3")
 
 
 def shown(frames) -> list[int]:
-    """The numbers that frames (height, width, 3) show."""
+    """Return the numbers that frames (height, width, 3) show."""
     return frame_numbers(torch.from_numpy(np.stack(list(frames))).permute(0, 3, 1, 2))
 
 
 def check(path: Path, expected: list[int], fps: float = FPS, seconds: float = 1.1e-3) -> None:
-    """All frames are `expected`, at a steady rate, and any choice of them is found by its times."""
+    """Check that all frames are `expected`, at a steady rate, and that any choice of frames is found by its times."""
     with PyavVideo(path) as video:
         assert shown(video.all_frames()) == expected
         assert video.facts[:3] == (96, 64, len(expected))
@@ -113,7 +113,7 @@ def test_hidden_frames_of_vp8(numbered, tmp_path):
 
 
 def test_packets_that_have_no_frame_of_their_own_are_passed_over(numbered, tmp_path, monkeypatch, decoded):
-    """As the second field of a picture may have; here frames that the decoder swallows."""
+    """The second field of a picture may be such a packet; here the decoder swallows frames."""
     path = convert(numbered, tmp_path / "a.mkv", *X264, "-g", "24", "-bf", "0")
     clean = PyavVideo._clean
 
@@ -241,7 +241,7 @@ def test_tiny_and_odd_sizes(numbered, tmp_path, size, codec):
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[int]:
-    """The times of the frames that are decoded, in ticks."""
+    """Return the list of times of the frames that are decoded, in ticks."""
     times = []
     clean = PyavVideo._clean
 

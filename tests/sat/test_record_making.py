@@ -1,4 +1,4 @@
-"""Which files the hashes in a record are of, in every form that weights come in."""
+"""The hashes in a record are of the right files, in every form that weights come in."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from record_making import network_files, source_hash, text_encoder_files, vae_fi
 
 
 def sharded(folder: Path) -> set[Path]:
-    """An index and two shards, beside a file that does not belong to them."""
+    """Write an index and two shards, beside a file that does not belong to them."""
     folder.mkdir(parents=True)
     names = ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
     for name in [*names, "other.safetensors"]:
@@ -30,7 +30,7 @@ def test_a_network_in_shards(tmp_path):
 
 
 def test_a_network_of_a_training_run(tmp_path):
-    """Of the iteration that `latest` names: all model-parallel shares, and no state of the optimizer."""
+    """The hash is of the iteration that `latest` names: all model-parallel shares, and no state of the optimizer."""
     for iteration in ("1", "2"):
         (tmp_path / iteration / "training_state").mkdir(parents=True)
         for rank in range(2):

@@ -72,7 +72,7 @@ def test_processes_of_mpirun_and_srun_meet(rank, common):
 
 
 def test_two_of_three():
-    """The first waits for the third, and the second for the first's word."""
+    """The first process waits for the third, and the second for the word of the first."""
     variables = {"WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MEETING": 10}
     for process in [start(RANK=rank, **variables) for rank in range(2)]:
         code, lines = outcome(process)

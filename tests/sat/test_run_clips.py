@@ -28,12 +28,12 @@ def stuck(tmp_path) -> Path:
 
 
 def unreadable(run: Path) -> set[str]:
-    """The lines of all lists of unreadable clips of a run."""
+    """Return the lines of all lists of unreadable clips of a run."""
     return {line for file in run.glob("unreadable-*.txt") for line in file.read_text().splitlines()}
 
 
 def resumed(run: Path, step: str, folder: Path) -> Path:
-    """A copy of a run as it was when its process was killed after `step`: all lines that were written are there."""
+    """Copy a run as it was when its process was killed after `step`, with all lines that were written by then."""
     copy = shutil.copytree(run, folder / run.name)
     (copy / "latest").write_text(step)
     return copy
@@ -71,7 +71,7 @@ def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, w
 
 
 def test_precomputing_lists_it_as_unreadable(tmp_path, tiny, clips, stuck):
-    """With two processes, and with one that has no workers of its own, the caches are the same."""
+    """The caches of two processes, and of one that has no workers of its own, are the same."""
     from latent_cache import LatentDataset
 
     (stuck / "003.mp4").touch()

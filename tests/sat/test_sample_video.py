@@ -63,7 +63,7 @@ def run_process(*command: str) -> subprocess.CompletedProcess:
 
 
 def files(folder: Path) -> list[Path]:
-    """All but the records of videos, which tests/sat/test_video_records.py is about."""
+    """Return all files but the records of videos, which tests/sat/test_video_records.py is about."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json")
 
 
@@ -353,7 +353,7 @@ def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, mo
 
 
 def test_a_network_that_is_not_finite_ends_its_video_at_once(tiny, tmp_path, monkeypatch, caplog):
-    """At the first step, with what to do; the other video is made."""
+    """The video ends at the first step, and the message says what to do; the other video is made."""
     from diffusion_video import SATVideoDiffusionEngine
 
     sample, steps = SATVideoDiffusionEngine.sample, []

@@ -1,4 +1,4 @@
-"""The record beside each video: what it says, that it repeats the video, and that a foreign one runs no code."""
+"""The record beside each video is complete and repeats the video; a foreign one runs no code."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def sample(config: Path, folder: Path, prompts: list, *flags: str, output: str =
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory) -> Path:
-    """A folder with two videos of an image-to-video model for each of two prompts; few settings are the defaults."""
+    """Sample two videos of an image-to-video model for each of two prompts; few settings are the defaults."""
     folder = tmp_path_factory.mktemp("made")
     pixels = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "first.png")
@@ -87,7 +87,7 @@ def test_what_it_says(tiny, made):
 
 
 def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
-    """In another process, from another folder, without any configuration."""
+    """The record repeats the video in another process, from another folder, without any configuration."""
     video = video_of(made / "videos")
     command = [sys.executable, str(ROOT / "sat" / "sample_video.py"), "--input_file", str(record_path(video))]
     command += ["--output_dir", str(tmp_path / "again")]
@@ -102,7 +102,7 @@ def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
 
 
 def test_each_fact_that_differs_is_a_warning(tiny, made, tmp_path, caplog):
-    """With the model's own configuration and a flag of the command line, which wins."""
+    """The model's own configuration is given, and a flag of the command line, which wins."""
     content = json.loads(record_path(video_of(made / "videos")).read_text())
     content["versions"]["torch"] = "1.0"
     content["threads"] = 99

@@ -40,7 +40,7 @@ class Plain(nn.Module):
 
 
 class Named(nn.Module):
-    """With `forward_keys`: gets these and no others, returns a pair; numbers of its log may be Python's."""
+    """A loss with `forward_keys`: it gets these values only and returns a pair; its log may hold Python's numbers."""
 
     forward_keys = ("z", "autoencoder", "global_step", "split")
 
@@ -168,7 +168,7 @@ def test_pictures_of_the_loss_are_shown():
 
 
 def test_entries_of_the_batch_reach_the_decoder():
-    """Those that `additional_decode_keys` names, in training, validation and pictures, where a batch has them."""
+    """The decoder gets what `additional_decode_keys` names, in training, validation and pictures, if a batch has it."""
     params = {"decoder_config": {"target": f"{HERE}.Scaled", "params": {"channels": 4}}}
     assert build("torch.nn.MSELoss", additional_decode_keys="gain").additional_decode_keys == {"gain"}
     engine = build("torch.nn.MSELoss", additional_decode_keys=["gain", "shift"], **params)

@@ -42,7 +42,7 @@ IDENTITY = {"target": "sgm.modules.encoders.modules.IdentityEncoder"}
 
 @pytest.mark.parametrize("seeded", [False, True])
 def test_embeddings_that_samples_lose_together(seeded):
-    """Each combination with its probability; an embedder that is not among them has its own rate."""
+    """Each combination is drawn with its probability; an embedder outside the combinations has its own rate."""
     count = 4000
     configs = [{**IDENTITY, "input_key": key, "ucg_rate": 0.5} for key in ("a", "b", "c")]
     conditioner = GeneralConditioner(configs, [2, 0], [0.1, 0.2, 0.0, 0.7])

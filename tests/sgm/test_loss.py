@@ -181,7 +181,7 @@ def test_discrete_sampling_is_uniform_and_takes_given_indices():
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_partial_sampling_draws_the_first_levels_of_the_whole_table(flip):
-    """All of the first 250 indices, evenly, and the levels are those of the table of 1000."""
+    """All of the first 250 indices are drawn evenly, and the levels are those of the table of 1000."""
     sampler = PartialDiscreteSampling(ZERO_SNR, 1000, 250, False, flip)
     whole = DiscreteSampling(ZERO_SNR, num_idx=1000, flip=flip)
     torch.manual_seed(0)

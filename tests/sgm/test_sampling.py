@@ -365,7 +365,7 @@ def test_ddim_with_fresh_noise():
 
 
 def test_thresholding():
-    """Every kind by its formula, on samples of a batch that have scales of their own."""
+    """Every kind follows its formula, on samples of a batch that have scales of their own."""
     torch.manual_seed(0)
     uncond, cond = 3 * torch.randn(2, 3, 4, 6, 5) + 1, 2 * torch.randn(2, 3, 4, 6, 5)
     w = torch.tensor([2.0, 9.0])
@@ -447,7 +447,7 @@ def test_a_sampler_of_ones_own_on_the_base_of_the_original(guided, capsys):
 
 
 class ForeignGuider:
-    """As guiders of other samplers are: it takes a scale at most."""
+    """A guider of another sampler: it takes a scale at most."""
 
     def prepare_inputs(self, x, s, c, uc):
         return torch.cat([x] * 2), torch.cat([s] * 2), {kind: torch.cat([uc[kind], c[kind]]) for kind in c}

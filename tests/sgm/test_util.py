@@ -1,4 +1,4 @@
-"""What a configuration names is checked before it is called; what a constructor refuses is reported with file and key,
+"""A configuration's classes are checked before they are called; a constructor's error is reported with file and key,
 and a mistake of this program keeps its traceback."""
 
 import pytest
@@ -17,7 +17,7 @@ MODULES = "sgm.modules.diffusionmodules"
 
 @pytest.fixture
 def model():
-    """The model section of a shipped file and its sources."""
+    """Return the model section of a shipped file and its sources."""
     config = load_configs([ROOT / "configs" / "tiny" / "cogvideox_tiny.yaml"])
     return config["model"], config.sources
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module", autouse=True)
 def folders_of_tests(tmp_path_factory):
-    """What is put outside of the output folder goes into folders of the tests."""
+    """Put everything that goes outside of the output folder into folders of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
@@ -48,7 +48,7 @@ def found(folder: Path, *suffixes: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory) -> Path:
-    """A folder with the video of a run in which nothing fails, in bfloat16 at 12 frames a second."""
+    """Make a folder with the video of a run in which nothing fails, in bfloat16 at 12 frames a second."""
     folder = tmp_path_factory.mktemp("made")
     assert sample(tiny.config("5b"), folder, "--bf16", "--sampling_fps", "12") == 0
     return folder
@@ -56,7 +56,7 @@ def made(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def kept(tiny, tmp_path_factory) -> Path:
-    """The folder of the same run, whose decoding runs out of memory."""
+    """Make the folder of the same run, whose decoding runs out of memory."""
     folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SATVideoDiffusionEngine, "decode_stream", lambda *_: torch.empty(2**50))
@@ -127,7 +127,7 @@ def test_a_full_disk(tiny, tmp_path, caplog, monkeypatch):
 
 
 def test_a_vae_that_does_not_load_any_more(tiny, tmp_path, caplog, monkeypatch):
-    """With parts taking turns it is built again after sampling: all latents are kept."""
+    """The VAE is built again after sampling, since the parts take turns: all latents are kept."""
     build, calls = SATVideoDiffusionEngine._build_first_stage, []
 
     def once(self, device):
@@ -145,7 +145,7 @@ def test_a_vae_that_does_not_load_any_more(tiny, tmp_path, caplog, monkeypatch):
 
 
 def test_latents_without_a_word_need_a_configuration(tiny, made, tmp_path, caplog):
-    """Of training's samples/, (t, c, h, w), and of earlier versions."""
+    """Latents of training's samples/, (t, c, h, w), and of earlier versions need it."""
     latents = torch.randn(3, 16, 4, 6)
     save_file({"latents": latents}, tmp_path / "0_a_boat.safetensors")
     assert main([str(tmp_path)]) == 2

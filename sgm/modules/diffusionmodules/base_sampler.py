@@ -16,7 +16,7 @@ Cond = Mapping[str, Tensor]
 
 
 class BaseDiffusionSampler:
-    """What a sampler of one's own builds its `__call__(denoiser, x, cond, uc=None, num_steps=None)` on.
+    """The base for a sampler of one's own with `__call__(denoiser, x, cond, uc=None, num_steps=None)`.
 
     For x = x0 + σ·ε, with a schedule of σ. The samplers of `sampling` do not derive from it.
 

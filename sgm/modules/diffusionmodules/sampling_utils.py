@@ -75,7 +75,7 @@ def half_log_snr(a: float, s: float) -> float:
 
 
 def to_d(x: Tensor, sigma: float | Tensor, denoised: Tensor) -> Tensor:
-    """The derivative dx/dσ of the probability flow (Karras et al. 2022, equation 3), for a σ or one a sample."""
+    """Return the derivative dx/dσ of the probability flow (Karras et al. 2022, equation 3), for a σ or one a sample."""
     return (x - denoised) / (append_dims(sigma, x.ndim) if isinstance(sigma, Tensor) else sigma)
 
 

@@ -101,7 +101,7 @@ class DynamicThresholdingV2(NoDynamicThresholding):
 
 
 def _all_but_channels(x: Tensor) -> tuple[int, ...]:
-    """The axes of time, height and width of (batch, ..., channel, height, width)."""
+    """Return the axes of time, height and width of (batch, ..., channel, height, width)."""
     channels = max(x.ndim - 3, 1)
     return tuple(axis for axis in range(1, x.ndim) if axis != channels)
 
@@ -114,7 +114,7 @@ def _with_spread_of(x: Tensor, other: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _quantile(x: Tensor, share: float) -> Tensor:
-    """The smallest value of each row of (batch, n) that at least `share` of the row does not exceed: (batch,).
+    """Return the smallest value of each row of (batch, n) that at least `share` of the row does not exceed: (batch,).
 
     `torch.quantile` refuses more than 16 million values, which long videos have.
     """

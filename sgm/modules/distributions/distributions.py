@@ -9,7 +9,7 @@ __all__ = ["AbstractDistribution", "DiagonalGaussianDistribution", "DiracDistrib
 
 
 class AbstractDistribution:
-    """What a distribution of latents offers."""
+    """The interface of a distribution of latents."""
 
     def sample(self) -> Tensor:
         """Return a sample."""

@@ -135,7 +135,7 @@ class GeneralConditioner(nn.Module):
         return {kind: torch.cat(parts, dim=_features_dim(parts[0])) for kind, parts in embeddings.items()}
 
     def _draw_together(self, count: int) -> Tensor:
-        """For each of `count` samples a place in `cor_p`, drawn with that probability: int64 (count,)."""
+        """Draw for each of `count` samples a place in `cor_p`, with that probability: int64 (count,)."""
         ends = torch.tensor(self.cor_p, dtype=torch.float64).cumsum(0)
         share = randomness.uniform(count, purpose="correlated caption dropout").double()
         return torch.searchsorted(ends, share * ends[-1], right=True).clamp(max=len(ends) - 1)

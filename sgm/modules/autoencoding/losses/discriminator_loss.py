@@ -107,7 +107,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         "group",
         "frames",
     )
-    """What `forward` is called with beside inputs and reconstructions."""
+    """Keywords that `forward` is called with beside inputs and reconstructions."""
 
     def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The discriminator's; none if nothing trains it."""
