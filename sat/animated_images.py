@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from frame_times import nearest_in_order
 from image_inputs import to_rgb
-from video_reading import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
+from video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
 SHORTEST = 10  # milliseconds; frames that are to be shown for less, or for no time at all,
 USUAL = 100  # milliseconds: are shown so long by browsers

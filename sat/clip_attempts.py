@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch.utils.data import get_worker_info
 
-from video_reading import UnreadableClip
+from video_facts import UnreadableClip
 
 CLIP_TIMEOUT = 120.0  # seconds, unless an argument says otherwise
 LAYOUT = struct.Struct("<dqI")  # when it began, the place, and the length of the name that follows

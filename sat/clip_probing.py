@@ -16,7 +16,7 @@ from clip_sources import READERS, ClipSource
 from reading_processes import in_processes
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
-from video_reading import UnreadableClip
+from video_facts import UnreadableClip
 from whole_files import replaced_when_complete
 
 logger = logging.getLogger("train_video")

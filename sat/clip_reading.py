@@ -21,7 +21,8 @@ from frame_times import ROUNDING
 from image_inputs import load_condition_image
 from sgm.errors import UserError
 from sgm.seeds import hashed_seed
-from video_reading import DEFAULT_BACKEND, UnreadableClip, open_video
+from video_facts import UnreadableClip
+from video_reading import DEFAULT_BACKEND, open_video
 
 
 class ClipInfo(NamedTuple):

@@ -9,16 +9,15 @@ from typing import Any
 
 import yaml
 
+from config_includes import read_files
 from config_merging import merge_files, resolve
-from config_targets import why_target_fails
-from input_paths import find_input, located, not_found, places
+from config_targets import iterate_targets, why_target_fails
+from input_paths import located, not_found
 from sgm.config_places import SECTIONS, ConfigError, Sources, parse_key
 from sgm.errors import UserError, shown
 from shipped_configs import build_reference
-from yaml_reading import read_yaml
 
 PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir", "lpips_weights")
-DEEPEST_INCLUDES, MOST_FILES = 20, 200
 
 
 class MergedConfig(dict[str, Any]):
@@ -50,9 +49,7 @@ def load_configs(
         UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve; a
             target does not import.
     """
-    files: list[tuple[Path, dict[str, Any]]] = []
-    for path in paths:
-        _read_with_includes(find_input(path, "--base") or Path(path), (), files, trusted)
+    files = read_files(paths, trusted)
     for _, content in files:
         replace_exclusive(content.get("args", {}), exclusive)
     merged, sources = merge_files(files, paths)
@@ -70,43 +67,6 @@ def replace_exclusive(args: dict[str, Any], pairs: Sequence[tuple[str, str]]) ->
     for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
         if args.get(one) is True and other not in args:
             args[other] = False
-
-
-def _read_with_includes(
-    path: Path, parents: tuple[Path, ...], files: list[tuple[Path, dict[str, Any]]], trusted: bool
-) -> None:
-    """Append the files that `path` includes, innermost first, and `path` itself, each with its content, to `files`."""
-    try:
-        resolved = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links
-        raise UserError(f"configuration {path}: {error}") from error
-    if resolved in parents:
-        raise UserError(f"{path}: includes itself")
-    if len(parents) > DEEPEST_INCLUDES or len(files) > MOST_FILES:
-        raise UserError(f"{path}: include: more files than {DEEPEST_INCLUDES} in a chain or {MOST_FILES} in all")
-    try:
-        content = read_yaml(path)
-    except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise UserError(f"{error}{places(path)}") from error
-        raise
-    if not isinstance(content, dict):
-        raise UserError(f"configuration {path}: expected sections ({', '.join(SECTIONS)}) at the top level")
-    includes = content.pop("include", None) or []
-    includes = includes if isinstance(includes, list) else [includes]
-    if not all(isinstance(include, str) and include for include in includes):
-        raise UserError(f"{path}: include is {shown(includes)}; expected the names of files")
-    if includes and not trusted:
-        raise UserError(f"{path}: include: a file that came with something else includes no others")
-    for include in includes:
-        _read_with_includes(path.parent / include, (*parents, resolved), files, trusted)
-    for section, value in content.items():
-        if section not in SECTIONS:
-            name = f"'{section}'" if isinstance(section, str) else section
-            raise UserError(f"{path}: unknown section {name}; there are {', '.join(SECTIONS)} (and include)")
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{path}: the section '{section}' is {shown(value)}; expected keys and values")
-    files.append((path, {section: value for section, value in content.items() if value is not None}))
 
 
 def check_paths(config: dict[str, Any]) -> None:
@@ -153,17 +113,3 @@ def _is_path(node: dict | list, name: str) -> bool:
 
 def _children(node: dict | list) -> Iterator[tuple[str, Any]]:
     return iter(node.items()) if isinstance(node, dict) else ((str(i), child) for i, child in enumerate(node))
-
-
-def iterate_targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every `target:` below `node`, with its dotted key."""
-    if isinstance(node, dict):
-        for name, child in node.items():
-            path = f"{key}.{name}" if key else str(name)
-            if name == "target" and isinstance(child, str):
-                yield path, child
-            else:
-                yield from iterate_targets(child, path)
-    elif isinstance(node, list):
-        for index, child in enumerate(node):
-            yield from iterate_targets(child, f"{key}[{index}]")

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import keyword
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,20 @@ def is_trusted(module: str) -> bool:
     if any(module == package or module.startswith(f"{package}.") for package in TRUSTED_PACKAGES):
         return True
     return "." not in module and (OWN_FOLDER / f"{module}.py").is_file()
+
+
+def iterate_targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every `target:` below `node`, with its dotted key."""
+    if isinstance(node, dict):
+        for name, child in node.items():
+            path = f"{key}.{name}" if key else str(name)
+            if name == "target" and isinstance(child, str):
+                yield path, child
+            else:
+                yield from iterate_targets(child, path)
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from iterate_targets(child, f"{key}[{index}]")
 
 
 def why_target_fails(target: str, trusted: bool = True) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from sgm.errors import UserError
-from video_reading import UnreadableClip, open_video
+from video_facts import UnreadableClip
+from video_reading import open_video
 from whole_files import replaced_when_complete, reported_as_user_error
 
 FRAMES = 9  # of a video at most, evenly spread over it, the first and the last among them

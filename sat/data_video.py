@@ -28,7 +28,8 @@ from reader_record import describe_reader
 from sgm.config_places import Place
 from sgm.errors import UserError
 from sgm.util import class_at, instantiate_from_config, reporting
-from video_reading import DEFAULT_BACKEND, UnreadableClip, load_decoder
+from video_facts import UnreadableClip
+from video_reading import DEFAULT_BACKEND, load_decoder
 from video_sizes import nearest_size, parse_sizes
 
 __all__ = ["SFTDataset", "VideoDataset", "make_dataset", "nearest_size"]

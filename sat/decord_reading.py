@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from frame_times import nearest_frames
-from video_reading import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
+from video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
 
 class DecordVideo:

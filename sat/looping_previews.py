@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from sgm.errors import UserError
-from video_reading import UnreadableClip, open_video
+from video_facts import UnreadableClip
+from video_reading import open_video
 from whole_files import replaced_when_complete, reported_as_user_error
 
 LARGEST_HEIGHT = 256  # pixels; a video that is higher is reduced

@@ -12,7 +12,7 @@ from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from config_files import iterate_targets
+from config_targets import iterate_targets
 from diffusers_names import TABLES
 from network_files import checkpoint_file, is_adapter, is_diffusers_file, network_weights
 from sgm.errors import UserError

@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from video_reading import DAMAGED, NOT_A_VIDEO, UnreadableClip
+from video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip
 
 FFMPEG_ERRORS = (FFmpegError, MemoryError)  # the second if a damaged header asks for any amount
 # Containers of video. Not among them are playlists and the like, which would open other files and addresses.

@@ -22,7 +22,7 @@ from frame_pixels import FramePixels
 from frame_times import COARSEST_ROUNDING, ROUNDING, nearest_frames, nearest_in_order
 from packet_window import decoding_runs
 from pyav_container import FFMPEG_ERRORS, REORDERED, VideoContainer, is_shown, unreadable
-from video_reading import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
+from video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
 # Codecs whose decoders may leave out single frames that no other depends on.
 SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9"})

@@ -28,7 +28,7 @@ from sampling_functions import (
     save_video_as_grid_and_mp4,
 )
 from sampling_plan import plan_run
-from sgm.errors import exit_code
+from sgm.exit_codes import exit_code
 
 __all__ = [
     "get_batch",

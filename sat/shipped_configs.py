@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from config_includes import read_files
+from config_merging import merge_files, resolve
 from sgm.config_places import walk, within
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -69,6 +71,8 @@ def _targets(config: Any) -> set[str]:
 
 @cache
 def _models() -> list[dict[str, Any]]:
-    from config_files import load_configs
+    return [_model(CONFIGS / name) for name in FILES if (CONFIGS / name).is_file()]
 
-    return [load_configs([CONFIGS / name], used=())["model"] for name in FILES if (CONFIGS / name).is_file()]
+
+def _model(path: Path) -> dict[str, Any]:
+    return resolve(*merge_files(read_files([path]), [path]), trusted=True)["model"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from input_paths import tell_places
 from launchers import adopt_launcher, is_first_process
-from sgm.errors import UserError, exit_code
+from sgm.errors import UserError
+from sgm.exit_codes import exit_code
 
 # Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
 # the others, who would say the same.

@@ -9,36 +9,17 @@ with open_video("a.mp4") as video:
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from video_facts import UnreadableClip, VideoFacts
 
 if TYPE_CHECKING:
     import numpy as np
 
 BACKENDS = ("pyav", "decord")
 DEFAULT_BACKEND = "pyav"
-NOT_A_VIDEO = "not a video, or too damaged to open"
-DAMAGED = "damaged: its frames cannot be decoded"
 # Files that are animated pictures, by their first bytes: Pillow shows them as browsers do.
 ANIMATIONS = ((0, b"GIF8"), (8, b"WEBP"), (0, b"\x89PNG"))
-
-
-class UnreadableClip(Exception):
-    """A clip cannot be read; the message says why."""
-
-
-class VideoFacts(NamedTuple):
-    """Facts of a video as a player shows it.
-
-    Args:
-        width, height: of a frame in square pixels, after the rotation that the file asks for.
-        frames: number of frames that are shown; frames hidden by an edit list do not count.
-        seconds: from the first frame to the last; a mean frame lasts `seconds / (frames - 1)`.
-    """
-
-    width: int
-    height: int
-    frames: int
-    seconds: float
 
 
 class Video(Protocol, AbstractContextManager):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config_files import PATH_KEYS, MergedConfig, iterate_targets
-from config_targets import why_target_fails
+from config_files import PATH_KEYS, MergedConfig
+from config_targets import iterate_targets, why_target_fails
 from latent_cache import first_difference
 from sgm.config_places import Sources
 from sgm.errors import UserError, shown

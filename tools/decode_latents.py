@@ -26,7 +26,8 @@ from config_files import load_configs  # noqa: E402
 from latent_files import LatentFile, find_files, read_header  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from output_paths import decide_existing  # noqa: E402
-from sgm.errors import UserError, exit_code  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
+from sgm.exit_codes import exit_code  # noqa: E402
 from tools.tool_parser import ToolParser  # noqa: E402
 from video_records import record_path  # noqa: E402
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from output_paths import check_folder  # noqa: E402
-from sgm.errors import UserError, exit_code  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
+from sgm.exit_codes import exit_code  # noqa: E402
 from tools.prompted_videos import from_file, from_folders  # noqa: E402
 from tools.tool_parser import ToolParser  # noqa: E402
 

@@ -27,7 +27,8 @@ from latent_cache import is_cache  # noqa: E402
 from launchers import check_alone  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from output_paths import check_folder  # noqa: E402
-from sgm.errors import UserError, exit_code  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
+from sgm.exit_codes import exit_code  # noqa: E402
 from vae_training_plan import check_clips, compression  # noqa: E402
 
 logger = logging.getLogger("evaluate_vae")

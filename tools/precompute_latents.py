@@ -31,7 +31,8 @@ from latent_cache import STORES, text_embedder  # noqa: E402
 from launchers import adopt_launcher, is_first_process  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from model_limits import ModelLimits  # noqa: E402
-from sgm.errors import UserError, exit_code  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
+from sgm.exit_codes import exit_code  # noqa: E402
 from training_arguments import TrainingArguments, get_training_args  # noqa: E402
 from training_plan import check_clips, check_data  # noqa: E402
 

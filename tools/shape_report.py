@@ -21,8 +21,9 @@ from tools.prompted_videos import Prompted
 from tools.shape_drawing import draw
 from tools.shape_judge import NONE, judge
 from tools.shape_scenes import Item, Scene, random_scenes
+from video_facts import UnreadableClip
 from video_output import VideoWriter
-from video_reading import UnreadableClip, open_video
+from video_reading import open_video
 from whole_files import replaced_when_complete, reported_as_user_error
 
 logger = logging.getLogger("evaluate_shapes")

@@ -12,7 +12,8 @@ from typing import NoReturn
 from flag_spellings import EitherSpellingParser
 from launchers import check_alone
 from library_messages import quiet_libraries
-from sgm.errors import UserError, exit_code
+from sgm.errors import UserError
+from sgm.exit_codes import exit_code
 
 
 class ToolParser(EitherSpellingParser):

@@ -8,7 +8,8 @@ from PIL import Image
 
 from animated_images import Animation
 from training_clips import truncate
-from video_reading import UnreadableClip, open_video
+from video_facts import UnreadableClip
+from video_reading import open_video
 
 COLOURS = [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0)]
 

@@ -13,7 +13,7 @@ from batch_order import Bucket
 from clip_reading import ClipInfo, FrameSampling, probe, read_clip
 from clip_sources import ClipSource
 from training_clips import convert, damage, frame_numbers, truncate, vary_rate, write_clip, write_tar
-from video_reading import UnreadableClip
+from video_facts import UnreadableClip
 
 SIZE = (64, 96)
 

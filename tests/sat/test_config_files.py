@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from arguments import get_args
-from config_files import check_paths, iterate_targets, load_configs
-from config_targets import why_target_fails
+from config_files import check_paths, load_configs
+from config_targets import iterate_targets, why_target_fails
 from model_limits import ModelLimits
 from network_weights import instantiate_on_meta
 from sgm.errors import UserError

@@ -9,7 +9,7 @@ from clip_reading import FrameSampling, probe, read_clip
 from clip_sources import ClipSource
 from decord_reading import DecordVideo
 from training_clips import damage, frame_numbers, vary_rate, write_clip, write_tar
-from video_reading import UnreadableClip
+from video_facts import UnreadableClip
 
 
 def test_a_variable_rate_and_files_in_memory(tmp_path):

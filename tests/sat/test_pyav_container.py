@@ -8,7 +8,8 @@ import pytest
 from pyav_container import VideoContainer
 from pyav_reading import PyavVideo
 from training_clips import convert, write_clip
-from video_reading import UnreadableClip, open_video
+from video_facts import UnreadableClip
+from video_reading import open_video
 
 
 @pytest.fixture(scope="module")

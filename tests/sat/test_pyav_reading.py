@@ -13,7 +13,7 @@ import pyav_reading
 from pyav_container import VideoContainer
 from pyav_reading import PyavVideo
 from training_clips import convert, damage, frame_numbers, truncate, write_clip
-from video_reading import UnreadableClip
+from video_facts import UnreadableClip
 
 COUNT, FPS = 96, 30
 ALL = list(range(COUNT))

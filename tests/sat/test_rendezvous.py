@@ -16,7 +16,7 @@ from datetime import timedelta
 import rendezvous
 from launchers import adopt_launcher
 from run_control import any_process, join_processes
-from sgm.errors import exit_code
+from sgm.exit_codes import exit_code
 
 def main():
     adopt_launcher()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from training_clips import convert, frame_numbers, write_clip
-from video_reading import BACKENDS, UnreadableClip, open_video
+from video_facts import UnreadableClip
+from video_reading import BACKENDS, open_video
 
 ROOT = Path(__file__).parents[2]
 

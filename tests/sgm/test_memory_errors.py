@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.errors import UserError, exit_code
+from sgm.errors import UserError
+from sgm.exit_codes import exit_code
 from sgm.memory_errors import OutOfMemory, describe_shortage, is_out_of_memory, memory_guard
 
 HUGE = 2**50  # elements, more than any address space here gives

@@ -1,0 +1,25 @@
+"""What all readers of videos tell: facts about a video, or why it cannot be read."""
+
+from typing import NamedTuple
+
+NOT_A_VIDEO = "not a video, or too damaged to open"
+DAMAGED = "damaged: its frames cannot be decoded"
+
+
+class UnreadableClip(Exception):
+    """A clip cannot be read; the message says why."""
+
+
+class VideoFacts(NamedTuple):
+    """Facts of a video as a player shows it.
+
+    Args:
+        width, height: of a frame in square pixels, after the rotation that the file asks for.
+        frames: number of frames that are shown; frames hidden by an edit list do not count.
+        seconds: from the first frame to the last; a mean frame lasts `seconds / (frames - 1)`.
+    """
+
+    width: int
+    height: int
+    frames: int
+    seconds: float
