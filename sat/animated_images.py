@@ -12,8 +12,8 @@ from frame_times import nearest_in_order
 from image_inputs import to_rgb
 from video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
-SHORTEST = 10  # milliseconds; frames that are to be shown for less, or for no time at all,
-USUAL = 100  # milliseconds: are shown so long by browsers
+SHORTEST = 10  # milliseconds: browsers show frames of this duration, or a shorter one, for `USUAL`
+USUAL = 100  # milliseconds
 
 
 class Animation:
@@ -27,10 +27,6 @@ class Animation:
             raise UnreadableClip(_missing(error) or NOT_A_VIDEO) from error
         except Exception as error:  # Pillow's decoders raise many kinds
             raise UnreadableClip(NOT_A_VIDEO) from error
-
-    @property
-    def is_animated(self) -> bool:
-        return getattr(self._image, "n_frames", 1) > 1
 
     @cached_property
     def facts(self) -> VideoFacts:

@@ -390,7 +390,7 @@ def check_run(args: RunArguments) -> None:
     check_durations(args, ("clip_timeout", "collective_timeout"))
     check_mixing(args)
     if args.json and not args.inspect_data:
-        raise UserError("json is on, but inspect_data is not: it is about what inspect_data says")
+        raise UserError("json: inspect_data is off, and json is about its report; give --inspect_data too")
     if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
         raise UserError(f"experiment_name is '{args.experiment_name}'; it names a folder: no spaces or slashes")
 

@@ -126,7 +126,7 @@ class BatchOrder:
 
     @property
     def epoch_size(self) -> int:
-        """Samples of the first epoch as a whole, over all ranks; without `draws` those of any."""
+        """Return the samples of the whole first epoch, over all ranks; without `draws` every epoch has as many."""
         return self._groups_of(0) * self.group_size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
@@ -202,8 +202,10 @@ class BatchOrder:
         return indices + turns * self.samples
 
     def _chance(self, what: str, epoch: int) -> np.random.RandomState:
-        """Random numbers for one use. NumPy promises that the streams of RandomState never change: a run may be resumed
-        with another version."""
+        """Return random numbers for one use.
+
+        NumPy promises that the streams of RandomState never change: a run may be resumed with another version.
+        """
         seed = hashed_seed(self.seed, what, epoch)
         return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])
 
@@ -229,7 +231,7 @@ class BatchOrder:
         return int((np.bincount(self.kinds[samples % self.samples]) // self.group_size).sum())
 
     def _groups_of(self, epoch: int) -> int:
-        """Groups of a whole epoch; without `draws` all epochs have as many."""
+        """Return the number of groups of a whole epoch; without `draws` all epochs have as many."""
         if self.draws is None:
             return self._groups_in(np.arange(self.samples))
         if epoch not in self._groups_by_epoch:

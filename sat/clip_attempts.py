@@ -48,7 +48,7 @@ class Mark:
         struct.pack_into("<d", self._memory, 0, time.monotonic())
 
     def clear(self) -> None:
-        """Nothing is being read."""
+        """Say that nothing is being read."""
         struct.pack_into("<d", self._memory, 0, 0.0)
 
     def get(self) -> Reading | None:

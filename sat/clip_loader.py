@@ -1,6 +1,6 @@
 """Batches of clips in a fixed order, read ahead by processes that are replaced when a clip takes too long.
 
-loader = make_loader(dataset, order, num_workers=2, clip_timeout=120)
+loader = ClipLoader(dataset, order, num_workers=2, clip_timeout=120)
 for batch in loader: ...
 """
 
@@ -31,19 +31,6 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))  # one needs no copy
-
-
-def make_loader(
-    dataset: Dataset,
-    order: Iterable[list[SampleKey]],
-    num_workers: int,
-    clip_timeout: float = CLIP_TIMEOUT,
-    timeouts: ClipTimeouts | None = None,
-    step_of: Callable[[int], int] | None = None,
-    share: Share | None = None,
-) -> "ClipLoader":
-    """Return a `ClipLoader`; its arguments are the same."""
-    return ClipLoader(dataset, order, num_workers, clip_timeout, timeouts, step_of, share)
 
 
 class ClipLoader:

@@ -9,8 +9,8 @@ from batch_order import Bucket
 from clip_probing import probe_clips
 from clip_reading import WHOLE, ClipInfo, FrameSampling, Part
 from clip_sources import READERS, ClipSource, Found, LabelRules, search
-from clip_transforms import share_cut_away
 from data_report import SourceReport
+from frame_sizes import share_cut_away
 from sgm.errors import UserError
 from video_sizes import nearest_size
 
@@ -91,7 +91,7 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
         selection.parts += parts
         report.samples += len(parts)
         report.shapes[str(bucket)] += len(parts)
-        report.cut_away.append(share_cut_away(info.height, info.width, size))
+        report.cut_away.append(share_cut_away((info.height, info.width), size))
         if report.captions_missing is not None:
             report.captions_missing += clip.caption is None
         if is_image:

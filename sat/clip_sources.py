@@ -134,10 +134,6 @@ def _tar_clips(shards: Sequence[str], rules: LabelRules) -> Found:
     return found
 
 
-def _shard_clips(shard: str, rules: LabelRules) -> Found:
-    return clips_of(TarFile(shard), rules, dict(_meta_captions(shard, rules)))
-
-
 def _meta_captions(shard: str, rules: LabelRules) -> Iterator[tuple[str, str]]:
     """Yield the samples' keys and captions in `SHARD.meta.jsonl`: SwissArmyTransformer's own layout."""
     path = Path(shard).with_name(Path(shard).name.partition(".")[0] + ".meta.jsonl")

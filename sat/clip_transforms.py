@@ -66,12 +66,6 @@ def cover(frames: Tensor, height: int, width: int, placement: Placement = CENTRE
     return frames.flip(-1) if placement.mirrored else frames
 
 
-def share_cut_away(height: int, width: int, size: tuple[int, int]) -> float:
-    """Return the share of a picture of `height` x `width` that is cut off where it covers `size` (height, width)."""
-    ratio = (width * size[0]) / (height * size[1])
-    return 1 - min(ratio, 1 / ratio)
-
-
 def _offset(excess: int, place: float) -> int:
     """Return the number of pixels that are cut off before the crop, of `excess` in all."""
     return excess // 2 if place == MIDDLE else min(int(place * (excess + 1)), excess)

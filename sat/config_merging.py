@@ -1,4 +1,4 @@
-"""Merging configuration files and writing out what they refer to (`${args.load}`), bounded, with the file of each key.
+"""Merge configuration files and write out their references (`${args.load}`), bounded, with the file of each key.
 
 Nothing here imports PyTorch.
 """

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from argument_lists import TrainingArguments, VaeTrainingArguments
 from batch_order import BatchOrder, SampleKey
-from clip_loader import make_loader
+from clip_loader import ClipLoader
 from contact_sheet import FRAMES, spread, write_frames
 from data_report import SourceReport, counted
 from data_video import make_dataset
@@ -38,7 +38,7 @@ Opener = Callable[..., Dataset]  # of the places in a list; keywords as `make_da
 
 
 def inspect_training_data(args: TrainingArguments, batch: BatchSizes) -> int:
-    """Say and draw what `train_video.py` would train on; the exit code.
+    """Say and draw what `train_video.py` would train on; return the exit code.
 
     Raises:
         UserError: that training would refuse its data.
@@ -48,7 +48,7 @@ def inspect_training_data(args: TrainingArguments, batch: BatchSizes) -> int:
 
 
 def inspect_vae_data(args: VaeTrainingArguments, time_factor: int) -> int:
-    """Say and draw what `train_vae.py` would train on; the exit code.
+    """Say and draw what `train_vae.py` would train on; return the exit code.
 
     Raises:
         UserError: that training would refuse its data.
@@ -81,7 +81,7 @@ def _inspect(args: Any, open_places: Opener, batch_size: int) -> int:
 
 
 def _problems(dataset: Dataset, args: Any, batch_size: int) -> list[str]:
-    """Why a training would stop at its data."""
+    """Return the reasons why training would stop at its data."""
     problems = []
     total = len(dataset) + len(dataset.unreadable)
     if len(dataset.unreadable) > args.max_unreadable_share * total:
@@ -190,7 +190,7 @@ def _draw(dataset: Dataset, args: Any) -> tuple[str | None, list[str]]:
         return None, []
     rows, unreadable = [], []
     keys = [[SampleKey(index, sample_seed(args.seed, 0, index))] for index in spread(len(dataset), SHOWN_CLIPS)]
-    for batch in make_loader(dataset, keys, args.num_workers, args.clip_timeout):
+    for batch in ClipLoader(dataset, keys, args.num_workers, args.clip_timeout):
         sample = {name: column[0] for name, column in batch.items()}
         unreadable += sample["unreadable"]
         clip = sample["mp4"]

@@ -46,7 +46,7 @@ OPTIONS: dict[str, Check] = {
     "shuffle_buffer": _whole(0),
     "video_backend": _one_of(*BACKENDS),
 }
-# Those of which a cache of latents is made; it cannot be read with others.
+# Options that a cache of latents is made with; the cache cannot be read with other values.
 KEPT_IN_CACHES = {
     **{"min_frames": None, "clips_per_video": None, "clip_stride": None, "caption_prefix": "", "label_lines": "first"},
     **{"reshape_mode": "center", "horizontal_flip": 0.0},

@@ -237,7 +237,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @torch.no_grad()
     def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
-        """`decode_first_stage`, chunk by chunk in time; in one where a subclass decodes in its own way."""
+        """Yield what `decode_first_stage` returns, chunk by chunk in time; at once for a class that has its own."""
         if type(self).decode_first_stage is not SATVideoDiffusionEngine.decode_first_stage:
             yield self.decode_first_stage(z)
             return

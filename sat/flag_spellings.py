@@ -21,7 +21,7 @@ class EitherSpellingParser(argparse.ArgumentParser):
 
 
 def _known_spelling(word: str, known: dict[str, str]) -> str:
-    """`word` with the name of its flag as the parser has it, if it has one."""
+    """Return `word` with the name of its flag as the parser spells it, if the parser knows the flag."""
     if not word.startswith("--"):
         return word
     name, separator, value = word.partition("=")

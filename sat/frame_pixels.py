@@ -59,7 +59,7 @@ class FramePixels:
         return _oriented(pixels, *_orientation(frame))
 
     def _square(self, frame: VideoFrame) -> tuple[int, int]:
-        """Width and height in square pixels, before the frame is turned. Nothing is reduced."""
+        """Return width and height in square pixels, before the frame is turned; neither becomes smaller."""
         if self.pixel_shape >= 1:
             return round(frame.width * self.pixel_shape), frame.height
         return frame.width, round(frame.height / self.pixel_shape)
@@ -104,7 +104,7 @@ def _oriented(pixels: np.ndarray, transposed: bool, mirrored: bool, upside_down:
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """(h, w, 4) to (h, w, 3), uint8."""
+    """Return RGBA pixels (h, w, 4) laid on white: (h, w, 3), uint8."""
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.min() == 255:
         return colour

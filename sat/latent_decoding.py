@@ -1,4 +1,4 @@
-"""Decoding files of latents into videos: what `tools/decode_latents.py` does once PyTorch is needed."""
+"""Decode files of latents into videos: what `tools/decode_latents.py` does once PyTorch is needed."""
 
 import copy
 import json

@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import process_watch
 from batch_order import Bucket, SampleKey
-from clip_loader import make_loader
+from clip_loader import ClipLoader
 from clip_transforms import Framing
 from data_mixing import repeated
 from data_video import make_dataset
@@ -375,7 +375,7 @@ def encode_samples(encoder: Encoder, dataset: Any, todo: list[int], folder: Path
         return
     encoder.build()
     keys = [[SampleKey(index, sample_seed(args.seed, 0, index))] for index in todo]
-    batches = make_loader(ReadableSamples(dataset), keys, args.num_workers, args.clip_timeout)
+    batches = ClipLoader(ReadableSamples(dataset), keys, args.num_workers, args.clip_timeout)
     paths = new_shards(folder)
     shard, left_out = OpenShard(next(paths)), 0
     bar = tqdm(batches, desc="encoding", unit="clip", total=len(todo), disable=dist.get_rank() != 0)

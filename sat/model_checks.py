@@ -1,4 +1,4 @@
-"""Building every object of the `model:` section once without memory and trying it out, before any weights are read.
+"""Build every object of the `model:` section once without memory and try it, before any weights are read.
 
 So a value that some constructor refuses, or that only shows when a sampler takes its first step, costs seconds.
 """
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from model_values import host_memory
 from network_weights import instantiate_on_meta
-from sgm.config_places import Place, current_place, section, walk, within
+from sgm.config_places import Place, current_place, section, within
 from sgm.config_values import problem_of_params
 from sgm.errors import UserError, shown
 from sgm.util import class_of_config, error_at, instantiate_from_config, reporting
-from shipped_configs import find_reference
+from shipped_configs import find_reference, targets
 
 WEIGHTS = ("ckpt_path", "ckpt_engine")
 TRIED = (1, 2, 4, 2, 2)  # (batch, frames, channels, height, width) of the latents that samplers and losses are tried on
@@ -60,11 +60,6 @@ def check_schedules(config: Mapping[str, Any]) -> None:
         place = Place((*parent.key, name), config[name], parent.sources, building=True)
         with reporting(place, parent, partial(tried, denoiser=shipped_denoiser(denoiser_config))):
             tried(built, denoiser)
-
-
-def targets(config: Any) -> list[str]:
-    """Return the classes that a configuration names."""
-    return [str(node["target"]) for _, node in walk(config) if isinstance(node, Mapping) and "target" in node]
 
 
 def shipped_denoiser(config: Any) -> nn.Module | None:

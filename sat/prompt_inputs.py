@@ -206,7 +206,7 @@ def _find_image(name: str, folder: Path, where: str) -> Path:
     if found is not None and found.is_file():
         return found
     raise UserError(
-        f"{where}: there is no image {name}: not from the current directory, nor from {folder}, nor from {ROOT}"
+        f"{where}: image {name} does not exist, neither in the current working directory nor in {folder} nor in {ROOT}"
     )
 
 

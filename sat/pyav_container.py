@@ -184,7 +184,7 @@ class VideoContainer:
         return frames, (last - start) * self.tick
 
     def _length_by_index(self) -> tuple[int, int] | None:
-        """Number of frames and time of the last; None where the container keeps no index of all packets."""
+        """Return the number of frames and the time of the last; None if the container keeps no index of all packets."""
         index = self.stream.index_entries
         if "mp4" not in self.container.format.name or not self.stream.frames or not len(index):  # else: fragments
             return None

@@ -76,7 +76,7 @@ class PyavVideo:
             return VideoFacts(*self._size(), frames, seconds)
 
     def _size(self) -> tuple[int, int]:
-        """Width and height of the first frame; if that is too damaged, as the container says: reading tells it."""
+        """Return width and height of the first frame, or of the container if the frame is too damaged."""
         codec = self._container.codec
         codec.skip_frame = "DEFAULT"
         tried = 0

@@ -122,11 +122,6 @@ class ReadingProcesses:
         for _ in range(count):
             self._start()
 
-    @property
-    def pids(self) -> list[int]:
-        """Return the ids of the processes."""
-        return [reader.pid for reader in self._readers]
-
     def close(self) -> None:
         """End all processes."""
         _end(self._readers, os.getpid())

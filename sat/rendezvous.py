@@ -69,7 +69,7 @@ def _wait_for_all(store: Store, number: int) -> None:
 
 @contextmanager
 def silent_standard_error() -> Iterator[None]:
-    """Within the block, drop what libraries write to standard error, past Python's own `sys.stderr` too."""
+    """Drop what libraries write to standard error within the block, past Python's own `sys.stderr` too."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_options import RESHAPE_MODES
 from prompt_inputs import IMAGE_SEPARATOR, read_prompts, typed_lines
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-RESHAPE_MODES = ("random", "none", "center")
 
 
 def read_from_cli() -> Iterator[tuple[str, int]]:
@@ -89,7 +88,7 @@ def get_batch(
 
 
 def _repeated(value: Any, shape: Sequence[int]) -> Any:
-    """Nested lists of that shape, filled with a value."""
+    """Return nested lists of that shape, filled with a value."""
     return value if not shape else [_repeated(value, shape[1:]) for _ in range(shape[0])]
 
 

@@ -1,4 +1,4 @@
-"""Building what a shipped configuration has in the place of something of the user's that cannot be built."""
+"""Build what a shipped configuration has in place of an object of the user's that cannot be built."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -46,15 +46,15 @@ def find_reference(slot: str | None, config: Any) -> Mapping[str, Any] | None:
     """Return the configuration at `slot` of a shipped file that names the same classes as `config` most often."""
     if not isinstance(config, Mapping):
         return None
-    wanted = _targets(config)
+    wanted = targets(config)
     found: list[tuple[int, Mapping[str, Any]]] = []
     for model in _models():
         for key, node in walk({"model": model}):
             names = [part for part in key if isinstance(part, str)]
             if isinstance(node, Mapping) and names and names[-1] == slot and node.get("target") == config.get("target"):
-                if any(target.endswith("FrozenT5Embedder") for target in _targets(node)):
+                if any(target.endswith("FrozenT5Embedder") for target in targets(node)):
                     continue  # it is nothing without its weights
-                found.append((len(wanted & _targets(node)), node))
+                found.append((len(wanted & targets(node)), node))
     if not found:
         return None
     reference = copy.deepcopy(dict(max(found, key=lambda entry: entry[0])[1]))
@@ -65,7 +65,8 @@ def find_reference(slot: str | None, config: Any) -> Mapping[str, Any] | None:
     return {name: reference[name] for name in ("target", "params") if name in reference}
 
 
-def _targets(config: Any) -> set[str]:
+def targets(config: Any) -> set[str]:
+    """Return the classes that a configuration names."""
     return {str(node["target"]) for _, node in walk(config) if isinstance(node, Mapping) and "target" in node}
 
 

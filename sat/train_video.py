@@ -4,7 +4,7 @@
 A configuration with a `lora_config` trains its adapter alone, one without trains the network. Checkpoints go to
 `{save}/{experiment_name}-MM-DD-HH-MM/{iteration}`; `--resume latest` goes on from the last. `--inspect_data` only says
 what would be trained on. SIGTERM and SIGINT finish the step and save. Exit codes: 0 the run is complete, or was asked
-to stop and is saved; 2 a mistake in the arguments or files, or losses that are not finite, stand in its way; 130
+to stop and is saved; 2 a mistake in the arguments or files, or losses that are not finite, ended the run; 130
 interrupted before there was anything to save.
 """
 

@@ -14,7 +14,7 @@ from config_files import check_paths
 from data_options import check_options
 from deepspeed_config import BatchSizes, batch_sizes
 from determinism import check_workspace, describe_change
-from input_paths import not_found, places
+from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import ModelLimits, check_sharing
 from model_section import check_trained_part, has_adapter
@@ -217,10 +217,9 @@ def iteration_folder(path: Path) -> Path:
     latest = path / "latest"
     folder = path / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     if not folder.exists():
-        where = (
-            f"{latest} names {folder.name}, which is gone" if latest.is_file() else f"there is no {path}{places(path)}"
-        )
-        raise UserError(f"resume: {where}")
+        if latest.is_file():
+            raise UserError(f"resume: {latest} names {folder.name}, which is gone")
+        raise UserError(not_found("resume", path))
     if not (folder / STATE_FILE).is_file():
         raise UserError(
             f"resume: {folder} has no {STATE_FILE}: name the folder of a run or of one of its iterations; "

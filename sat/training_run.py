@@ -22,7 +22,7 @@ import process_watch
 import random_state
 import validation
 from batch_order import BatchOrder
-from clip_loader import make_loader
+from clip_loader import ClipLoader
 from data_video import make_dataset
 from determinism import deterministic_arithmetic
 from devices import choose_device, settle_precision
@@ -160,7 +160,7 @@ class Trainer:
         )
         self.consumed = 0  # micro-batches since the order was made
         first = self.step + 1
-        loader = make_loader(
+        loader = ClipLoader(
             self.dataset,
             self.order,
             args.num_workers,

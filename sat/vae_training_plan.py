@@ -16,7 +16,7 @@ from argument_lists import VaeTrainingArguments
 from config_files import check_paths
 from data_options import check_options
 from determinism import check_workspace, describe_change
-from input_paths import not_found, places
+from input_paths import not_found
 from latent_cache import is_cache
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from model_values import check_data_section, check_model_values, check_parameters
@@ -206,10 +206,9 @@ def checkpoint_file(path: Path) -> Path:
     latest = path / "latest"
     file = path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     if not file.exists():
-        where = (
-            f"{latest} names {file.name}, which is gone" if latest.is_file() else f"there is no {path}{places(path)}"
-        )
-        raise UserError(f"resume: {where}")
+        if latest.is_file():
+            raise UserError(f"resume: {latest} names {file.name}, which is gone")
+        raise UserError(not_found("resume", path))
     if not file.is_file() or step_of(file) is None:
         raise UserError(f"resume: {file} is no checkpoint: name the folder of a run or its {CHECKPOINTS}/step=N.ckpt")
     return file

@@ -19,7 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
-from clip_loader import make_loader
+from clip_loader import ClipLoader
 from determinism import deterministic_arithmetic
 from devices import choose_device, fast_dtype
 from memory_advice import vae_training_advice
@@ -143,7 +143,7 @@ def fit(
         report = ReconstructionReport(loader, folder, args.num_log_videos, fps=held_out.sampling.fps)
 
     first = state["step"] + 1 if state else 1
-    batches = make_loader(
+    batches = ClipLoader(
         clips,
         order,
         args.num_workers,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from clip_attempts import CLIP_TIMEOUT
-from clip_loader import Share, make_loader
+from clip_loader import ClipLoader, Share
 from clip_timeouts import ClipTimeouts
 from diffusion_video import SATVideoDiffusionEngine
 from model_limits import TIME_FACTOR
@@ -106,7 +106,7 @@ def save_samples(
     written = []
     first_process = not dist.is_initialized() or dist.get_rank() == 0
     keys = [validation_key(seed, index) for index in range(min(count, len(dataset)))]
-    clips = make_loader(dataset, [[key] for key in keys], 0, clip_timeout, timeouts, lambda _: step, share)
+    clips = ClipLoader(dataset, [[key] for key in keys], 0, clip_timeout, timeouts, lambda _: step, share)
     for index, (key, clip) in enumerate(zip(keys, clips if keys else (), strict=True)):
         batch = decodable(clip)
         with evaluating(engine):

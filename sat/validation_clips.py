@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from batch_order import Bucket, SampleKey
 from clip_attempts import CLIP_TIMEOUT
-from clip_loader import Share, make_loader
+from clip_loader import ClipLoader, Share
 from clip_timeouts import ClipTimeouts
 from sgm.seeds import hashed_seed
 
@@ -77,7 +77,7 @@ class ValidationLoader:
         plan = plan_batches(buckets, batch_size, seed, rank, world_size)
         self.weights = [weight for _, weight in plan]
         keys = [keys for keys, _ in plan]
-        self._loader = make_loader(
+        self._loader = ClipLoader(
             dataset, keys, num_workers, clip_timeout, timeouts, step_of=lambda _: self.step, share=share
         )
 

@@ -1,4 +1,4 @@
-"""Reading one YAML file whoever wrote it: plain values only, and bounded in size, in depth and in what aliases repeat.
+"""Read one YAML file, whoever wrote it: plain values only, bounded in size, depth and what aliases repeat.
 
 Nothing here imports PyTorch.
 """

@@ -79,7 +79,7 @@ class Sources:
 
     @contextmanager
     def naming(self, given: Iterable[str] = ()) -> Iterator[None]:
-        """Within the block, put the file before the message of a UserError that names a key.
+        """Put the file before the message of a UserError of the block that names a key.
 
         Such messages begin with `SECTION: KEY`, `SECTION.KEY` or an argument's name, or have a dotted key in them.
 
@@ -189,7 +189,7 @@ def current_place() -> Place | None:
 
 @contextmanager
 def within(place: Place | None) -> Iterator[None]:
-    """Within the block, what is built is at `place` or below it; None: of no file."""
+    """Let what is built within the block be at `place` or below; None: it is of no file."""
     token = _current.set(place)
     try:
         yield

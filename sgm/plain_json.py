@@ -1,4 +1,4 @@
-"""Reading JSON that came from somewhere."""
+"""Read JSON, whoever wrote it."""
 
 import json
 from typing import Any

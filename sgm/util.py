@@ -72,7 +72,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 @contextmanager
 def reporting(place: Place, parent: Place | None, use: Callable[[Any], Any] | None = None) -> Iterator[None]:
-    """Within the block, an object is built at `place`: what that raises is reported with its file and key.
+    """Report what the block, which builds an object at `place`, raises, with its file and key.
 
     Out of memory, and a mistake of ours rather than of the values (see `config_blame`), pass through.
 

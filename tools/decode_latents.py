@@ -8,7 +8,7 @@ Each PATH is a file, or a folder in which all `.safetensors` are taken. A file s
 latents are scaled and what the frame rate is; files from before that was recorded need the model's configuration,
 `--base`, which also wins over what a file says. NAME.safetensors and NAME.latents.safetensors become NAME.mp4 beside
 it, with NAME.json where the file has the record of the video. Exit codes: 0 all videos are there, 1 some files could
-not be decoded, 2 a mistake in the arguments or files stands in the way.
+not be decoded, 2 a mistake in the arguments or files ended the command.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Putting a folder on the Hugging Face hub, as the user that the hub's own client knows."""
+"""Upload a folder to the Hugging Face hub, as the user that the hub's own client knows."""
 
 import logging
 from pathlib import Path

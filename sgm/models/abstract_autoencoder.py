@@ -135,7 +135,7 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Within the block the weights are their averages, where these are kept; `context` is named in the log."""
+        """Use the averaged weights within the block, where averages are kept; `context` is named in the log."""
         if self.model_ema is None:
             yield
             return

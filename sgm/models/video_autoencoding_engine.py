@@ -143,7 +143,7 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         self.group = None if self.context_parallel_size == 1 else get_context_parallel_group()
 
     def get_input(self, batch: Mapping[str, Any]) -> Tensor:
-        """Frames of a batch, see `input_layout` -> video (b, c, t, h, w): floats in [-1, 1] as they are, bytes scaled.
+        """Return the frames of a batch as video (b, c, t, h, w): floats in [-1, 1] as they are, bytes scaled.
 
         Raises:
             UserError: the batch has no entry `input_key`, or it is neither clips nor images.

@@ -109,7 +109,7 @@ class VideoCoder(nn.Module):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Within the block the frames are not shared with other processes."""
+        """Keep the frames within the block from being shared with other processes."""
         group, self.group = self.group, None
         try:
             yield
@@ -153,7 +153,7 @@ class VideoCoder(nn.Module):
         return isinstance(self.regularization, DiagonalGaussianRegularizer)
 
     def _regularize_share(self, moments: Tensor, shares: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`regularize` for this rank's moments alone; the report is the whole clip's."""
+        """Return what `regularize` gives for this rank's moments alone; the report is the whole clip's."""
         batch, channels, _, height, width = moments.shape
         whole = moments.new_empty((batch, channels, sum(shares), height, width), device="meta")
         noise = broadcast(DiagonalGaussianDistribution(whole).noise().to(moments.device), self.group)

@@ -450,7 +450,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """Return the shape of x (b, in_channels, h, w).
+        """Return images of the shape of x (b, in_channels, h, w).
 
         Args:
             context: (b, m, context_dim), alone or in a list of one: for all blocks; or a list of one for each block.

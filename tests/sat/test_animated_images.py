@@ -31,7 +31,6 @@ def test_frames_have_their_own_times(tmp_path, suffix):
     path = write(tmp_path / f"a{suffix}", [100, 300, 100, 500])
     with open_video(path) as video:
         assert isinstance(video, Animation)
-        assert video.is_animated
         assert video.facts == (24, 16, 4, pytest.approx(0.5))
         assert colours(video.all_frames()) == [0, 1, 2, 3]
         assert colours(video.frames_at([0, 0.06, 0.2, 0.3, 0.44, 0.46])) == [0, 1, 1, 2, 2, 3]
@@ -65,7 +64,6 @@ def test_frames_are_composed_and_laid_on_white(tmp_path):
 def test_a_picture_that_does_not_move_is_a_video_of_one_frame(tmp_path):
     Image.new("RGB", (24, 16), COLOURS[2]).save(tmp_path / "a.gif")
     with open_video(tmp_path / "a.gif") as video:
-        assert not video.is_animated
         assert video.facts == (24, 16, 1, 0)
         assert colours(video.frames_at([0])) == [2]
 

@@ -131,7 +131,7 @@ CASES = {
     "no input_file": case("--input_file", "", says="input_file is missing"),
     "no prompt": case(prompts="\n\n", says="holds no prompt"),
     "no image": case(i2v=True, says="needs an image: prompt@@image_path"),
-    "missing image": case(prompts="a boat@@gone.png", i2v=True, says="line 1: there is no image gone.png"),
+    "missing image": case(prompts="a boat@@gone.png", i2v=True, says="line 1: image gone.png does not exist"),
     "image unasked": case(prompts="a boat@@there", says="this is a text-to-video model"),
     "sheet no png": case("--contact_sheet", "a.jpg", says="contact_sheet is a.jpg; the name of a PNG ends with .png"),
     "previews of latents": case("--looping_previews", "--only_save_latents", says="looping_previews shows the videos"),

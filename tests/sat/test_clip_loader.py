@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import stuck_clips
 from batch_order import BatchOrder, Bucket, SampleKey
-from clip_loader import collate, make_loader
+from clip_loader import ClipLoader, collate
 from clip_probing import INDEX
 from clip_timeouts import ClipTimeouts, TimedOutClip
 from data_video import SFTDataset
@@ -47,7 +47,7 @@ def test_collate_stacks_tensors_and_lists_the_rest():
 def test_workers_change_nothing(folder):
     dataset = SFTDataset(folder, **{**SETTINGS, "video_size": SIZES})
     random_state = torch.random.get_rng_state()
-    loaded = [list(itertools.islice(make_loader(dataset, order_of(dataset, 2), workers), 9)) for workers in (0, 2)]
+    loaded = [list(itertools.islice(ClipLoader(dataset, order_of(dataset, 2), workers), 9)) for workers in (0, 2)]
     assert torch.equal(torch.random.get_rng_state(), random_state)
     for one, other in zip(*loaded, strict=True):
         assert torch.equal(one.pop("mp4"), other.pop("mp4"))
@@ -57,7 +57,7 @@ def test_workers_change_nothing(folder):
 
 def test_a_loader_may_be_gone_through_again(folder):
     dataset = SFTDataset(folder, **SETTINGS)
-    loader = make_loader(dataset, [[SampleKey(0, 1), SampleKey(1, 2)], [SampleKey(7, 3)]], 2)
+    loader = ClipLoader(dataset, [[SampleKey(0, 1), SampleKey(1, 2)], [SampleKey(7, 3)]], 2)
     passes = [[batch["index"] for batch in loader] for _ in range(2)]
     assert passes == [[[0, 1], [7]]] * 2
 
@@ -81,7 +81,7 @@ class Failing(Dataset):
 def failure(kind: str, workers: int) -> str:
     """Return the message with which loading two batches fails, the second of which cannot be read."""
     try:
-        list(make_loader(Failing(kind), [[SampleKey(0, 0)], [SampleKey(1, 0)]], workers))
+        list(ClipLoader(Failing(kind), [[SampleKey(0, 0)], [SampleKey(1, 0)]], workers))
     except Exception as error:  # not pytest.raises, whose record of it would keep the workers alive
         return f"{type(error).__name__}: {error}"
 
@@ -106,7 +106,7 @@ def test_a_worker_that_is_killed_is_reported_on_one_line():
 
 
 def test_a_signal_to_the_process_group_spares_the_workers():
-    (batch,) = make_loader(Failing("none"), [[SampleKey(0, 0)]], 1)
+    (batch,) = ClipLoader(Failing("none"), [[SampleKey(0, 0)]], 1)
     assert batch["pid"] != [os.getpid()]
     assert batch["group"] == batch["pid"]
 
@@ -119,11 +119,11 @@ from pathlib import Path
 from batch_order import SampleKey
 from clip_probing import INDEX
 from clip_timeouts import ClipTimeouts, TimedOutClip
-from clip_loader import make_loader
+from clip_loader import ClipLoader
 from data_video import SFTDataset
 signal.signal(signal.SIGTERM, lambda *_: None)
 dataset = SFTDataset({str(folder)!r}, [64, 96], 8, 9)
-batches = iter(make_loader(dataset, [[SampleKey(i % 8, 0)] for i in range(100)], 2))
+batches = iter(ClipLoader(dataset, [[SampleKey(i % 8, 0)] for i in range(100)], 2))
 next(batches)
 print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
 raise SystemExit(3)
@@ -164,7 +164,7 @@ def test_a_clip_that_never_returns_is_replaced_like_an_unreadable_one(folder, st
     order = [[SampleKey(0, 5), SampleKey(1, 5)], [SampleKey(2, 7), SampleKey(4, 7)], [SampleKey(5, 7), SampleKey(1, 3)]]
     timeouts = ClipTimeouts("train_data")
     began = time.monotonic()
-    batches = list(make_loader(dataset, order, workers, clip_timeout=LIMIT, timeouts=timeouts))
+    batches = list(ClipLoader(dataset, order, workers, clip_timeout=LIMIT, timeouts=timeouts))
     assert time.monotonic() - began < 60
     assert [shown(batch) for batch in batches] == [[0, 1], [3, 4], [5, 1]]
     assert torch.equal(batches[1]["mp4"][0], dataset[SampleKey(3, 7)]["mp4"])
@@ -184,14 +184,14 @@ def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
     name = str(folder / "videos" / "002.mp4")
     order = [[SampleKey(index, 0)] for index in (2, 1, 2, 2)]
     timeouts = ClipTimeouts("train_data")
-    batches = iter(make_loader(dataset, order, 2, timeouts=timeouts))
+    batches = iter(ClipLoader(dataset, order, 2, timeouts=timeouts))
     assert shown(next(batches)) == [2]
     time.sleep(2)  # the third is ready by now
     timeouts.learn([TimedOutClip("train_data", 2, 0, 99, name, "too slow", None)])
     assert [shown(batch) for batch in batches] == [[1], [3], [3]]
     (stuck / "002.mp4").touch()
     known = [TimedOutClip("train_data", 1, 0, 2, name, "too slow", None)]
-    loader = make_loader(dataset, order[:1], 0, clip_timeout=60, timeouts=ClipTimeouts("train_data", known=known))
+    loader = ClipLoader(dataset, order[:1], 0, clip_timeout=60, timeouts=ClipTimeouts("train_data", known=known))
     assert [shown(batch) for batch in loader] == [[3]]
 
 
@@ -206,7 +206,7 @@ def test_processes_that_read_the_same_sample_agree_about_it(folder):
         asked.append(what)
         return told[len(asked) - 1]
 
-    loader = make_loader(dataset, [[SampleKey(2, 0)], [SampleKey(1, 0)]], 1, share=share)
+    loader = ClipLoader(dataset, [[SampleKey(2, 0)], [SampleKey(1, 0)]], 1, share=share)
     assert [shown(batch) for batch in loader] == [[3], [1]]
     assert asked == [f"the clips of step {step} (train_data)" for step in (1, 1, 2)]
 
@@ -214,7 +214,7 @@ def test_processes_that_read_the_same_sample_agree_about_it(folder):
 def test_a_decoder_that_crashes_costs_one_clip(folder, stuck):
     dataset = SFTDataset(folder, **SETTINGS)
     (stuck / "crash-002.mp4").touch()
-    (batch,) = make_loader(dataset, [[SampleKey(1, 0), SampleKey(2, 0)]], 1)
+    (batch,) = ClipLoader(dataset, [[SampleKey(1, 0), SampleKey(2, 0)]], 1)
     assert shown(batch) == [1, 3]
     assert batch["unreadable"][1][0].endswith("002.mp4: the process that read it crashed (SIGSEGV)")
 
@@ -245,7 +245,7 @@ class Foreign(Dataset):
 
 
 def test_of_a_data_set_without_attempts_the_next_sample_stands_in():
-    (batch,) = make_loader(Foreign(), [[SampleKey(0, 0), SampleKey(1, 0)]], 1, clip_timeout=LIMIT)
+    (batch,) = ClipLoader(Foreign(), [[SampleKey(0, 0), SampleKey(1, 0)]], 1, clip_timeout=LIMIT)
     assert batch["x"].tolist() == [[0.0, 0.0], [2.0, 2.0]]
     assert batch["index"] == [0, 1]
     assert batch["unreadable"] == [[], [f"sample 1: not read within {LIMIT:g} s (clip_timeout)"]]
@@ -260,10 +260,10 @@ import data_video, stuck_clips
 from batch_order import SampleKey
 from clip_probing import INDEX
 from clip_timeouts import ClipTimeouts, TimedOutClip
-from clip_loader import make_loader
+from clip_loader import ClipLoader
 dataset = data_video.SFTDataset({str(folder)!r}, [64, 96], 8, 9)
 data_video.read_clip = lambda *_, **__: stuck_clips.hang()
-batches = iter(make_loader(dataset, [[SampleKey(i % 8, 0)] for i in range(100)], 2))
+batches = iter(ClipLoader(dataset, [[SampleKey(i % 8, 0)] for i in range(100)], 2))
 time.sleep(1)
 print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
 os.kill(os.getpid(), 9)

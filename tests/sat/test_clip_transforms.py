@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clip_transforms import CENTRED, Framing, Placement, cover, share_cut_away
+from clip_transforms import CENTRED, Framing, Placement, cover
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
@@ -50,10 +50,3 @@ def test_chance_follows_from_the_seed(mode):
 
 def test_without_options_nothing_is_drawn():
     assert {Framing().placement(seed) for seed in range(9)} == {CENTRED}
-
-
-def test_the_share_that_is_cut_away():
-    assert share_cut_away(480, 720, (480, 720)) == 0
-    assert share_cut_away(480, 720, (240, 360)) == 0
-    assert share_cut_away(100, 200, (64, 64)) == pytest.approx(0.5)
-    assert share_cut_away(200, 100, (64, 64)) == pytest.approx(0.5)

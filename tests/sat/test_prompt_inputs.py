@@ -112,7 +112,7 @@ def test_every_field_of_a_request_can_be_given_in_json():
         ({"prompt": "a", "num_frames": 4.0}, "line 2: 'num_frames' must be"),
         ({"prompt": "a", "size": [480]}, r"line 2: 'size' must be \[height, width\]"),
         ({"prompt": "a", "size": "480x720"}, "line 2: 'size' must be"),
-        ({"prompt": "a", "image": "dog.png"}, "line 2: there is no image dog.png"),
+        ({"prompt": "a", "image": "dog.png"}, "line 2: image dog.png does not exist"),
         (["a"], "line 2: expected a JSON object"),
     ],
 )
@@ -132,7 +132,7 @@ def test_mistakes_in_json_name_line_and_key(prompt_file, record, message):
         ("{'prompt': 1}", "prompts.jsonl", "line 1: not valid JSON"),
         ('["a"]', "prompts.json", "use .txt"),
         ("a@@", "prompts.txt", "line 1: there is no image path"),
-        ("a@@" + "x" * 5000, "prompts.txt", "line 1: there is no image xxx"),
+        ("a@@" + "x" * 5000, "prompts.txt", "line 1: image xxx"),
     ],
 )
 def test_files_that_will_not_do(prompt_file, content, name, message):
@@ -179,7 +179,7 @@ def test_typed_images_come_with_the_prompt_or_after_it_and_mistakes_are_asked_ag
     answer_with(monkeypatch, "a@@cat.png", "b", "dog.png", "b", "cat.png")
     requests = list(typed_prompts(image_to_video=True))
     assert requests == [PromptRequest(0, "a", image=Path("cat.png")), PromptRequest(1, "b", image=Path("cat.png"))]
-    assert "there is no image dog.png" in caplog.text
+    assert "image dog.png does not exist" in caplog.text
 
 
 def test_seeds_are_fixed_distinct_and_can_be_overridden():

@@ -242,7 +242,7 @@ def test_what_cannot_be_resumed(case):
     run = case.run("any", 10, 20)
     with pytest.raises(UserError, match=r"20 is at step 20 of 20: raise train_iters to go on"):
         plan_run(case.args("--resume", str(run), "--train_iters", "20"))
-    with pytest.raises(UserError, match="there is no gone"):
+    with pytest.raises(UserError, match="resume: gone does not exist"):
         find_resume(case.args("--resume", "gone"))
     (run / "latest").write_text("30")
     with pytest.raises(UserError, match="latest names 30, which is gone"):

@@ -81,7 +81,7 @@ def clips(**changes: Any) -> dict[str, Any]:
         ({"args": {"train_data": []}}, "train_data is missing"),
         ({"args": {"train_data": ["gone"]}}, "train_data: gone does not exist"),
         ({"args": {"valid_data": ["gone"]}}, "valid_data: gone does not exist"),
-        ({"args": {"resume": "gone"}}, "resume: there is no gone"),
+        ({"args": {"resume": "gone"}}, "resume: gone does not exist"),
         ({"model": {"base_learning_rate": 0}}, "model.base_learning_rate is 0; expected a positive number"),
         ({"model": {"target": "vae_modules.autoencoder.Engine"}}, "vae_modules.autoencoder.Engine"),
         (trainer(precison=16), "lightning.trainer: unknown key 'precison'; did you mean precision?"),

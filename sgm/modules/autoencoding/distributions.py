@@ -54,7 +54,7 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
-        """Divergence from `other`, or from the standard normal: (batch,), summed over all other dimensions.
+        """Return the divergence from `other`, or from the standard normal: (batch,), summed over all other dimensions.
 
         Without a variance it is zero.
         """
@@ -68,7 +68,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.flatten(1).sum(1)
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Minus the logarithm of the density at `sample` (batch, channel, ...), summed over `dims`.
+        """Return minus the logarithm of the density at `sample` (batch, channel, ...), summed over `dims`.
 
         Without a variance it is zero.
         """

@@ -107,7 +107,7 @@ def _all_but_channels(x: Tensor) -> tuple[int, ...]:
 
 
 def _with_spread_of(x: Tensor, other: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """`x` with its own mean and the standard deviation of `other`, both over `axes`. What is constant stays so."""
+    """Return `x` with its own mean and the standard deviation of `other`, both over `axes`; constants stay so."""
     mean = x.mean(axes, keepdim=True)
     std, wanted = (each.std(axes, correction=0, keepdim=True) for each in (x, other))
     return mean + (x - mean) * (wanted / std.clamp_min(torch.finfo(x.dtype).tiny))

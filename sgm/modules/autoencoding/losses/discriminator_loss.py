@@ -217,7 +217,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         }
 
     def _heat_map(self, values: Tensor, like: Tensor) -> Tensor:
-        """Patches' values in [-1, 1], as `_logits` lays them out, as pictures shaped like `like`."""
+        """Return patches' values in [-1, 1], laid out as by `_logits`, as pictures shaped like `like`."""
         if like.ndim == 5 and not self.takes_clips:
             values = rearrange(values, "(b t) c h w -> b c t h w", b=len(like))
         values = F.interpolate(values, like.shape[2:], mode="nearest")
