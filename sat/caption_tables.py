@@ -90,9 +90,18 @@ def video_of(record: Mapping[str, Any], where: str) -> str:
     columns = _normalized(record)
     for known in (VIDEO_COLUMNS[:1], VIDEO_COLUMNS[1:], PICTURE_COLUMNS):
         if value := _the_only(columns, known, where, "path"):
-            return value
+            return _checked(value, where)
     wrong = next((columns[name] for name in (*VIDEO_COLUMNS, *PICTURE_COLUMNS) if name in columns), None)
     raise UserError(f"{where}: 'video' must be the path of a clip (or 'file_name', 'path'), got {wrong!r}")
+
+
+def _checked(path: str, where: str) -> str:
+    """A path, which must be one of a file."""
+    if "\0" in path:
+        raise UserError(f"{where}: no file can have the name {path!r}: write its path")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise UserError(f"{where}: {path} is an address: download the clip, and write the path of its file")
+    return path
 
 
 def caption_of(record: Mapping[str, Any], where: str, txt_key: str = TXT_KEY) -> str | None:
@@ -232,7 +241,9 @@ def entries_of_lists(videos: bytes, captions: bytes | None, videos_name: str, ca
     Raises:
         UserError: one of them is not UTF-8, or they do not have as many lines.
     """
-    paths = _lines(videos, videos_name)
+    paths = [
+        _checked(path, f"{videos_name}, line {number}") for number, path in enumerate(_lines(videos, videos_name), 1)
+    ]
     if captions is None:
         return [(path, None) for path in paths if path]
     texts = _lines(captions, captions_name)

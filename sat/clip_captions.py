@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from caption_tables import TXT_KEY, Entry, caption_of, decoded, entries_of_lists, entries_of_table, names_clips
-from clip_files import CLIP_SUFFIXES, ClipSource, unread_kind
+from clip_files import CLIP_SUFFIXES, ClipSource, other_forms, unread_kind
 from clip_trees import Tree
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
@@ -98,7 +98,7 @@ def clips_of(tree: Tree, rules: LabelRules, extra: Mapping[str, str] | None = No
     with ThreadPoolExecutor(READERS) as threads:
         sources = list(threads.map(lambda name: tree.source(name, None), names))
         if not rules.used:
-            return replace(found, clips=sources)
+            return replace(found, clips=list(tree.once(sources)))
         labels = _labels_of(tree, names, sources)
         read = list(threads.map(lambda label: _caption_in(tree, label, rules) if label else (None, False), labels))
     found.long_labels = sum(several for _, several in read)
@@ -114,6 +114,7 @@ def clips_of(tree: Tree, rules: LabelRules, extra: Mapping[str, str] | None = No
         found.clips += listed.others
     else:
         found.clips = [replace(source, caption=caption) for source, caption in zip(sources, own, strict=True)]
+    found.clips = list(tree.once(found.clips))
     return found
 
 
@@ -160,7 +161,7 @@ def _label_folders(tree: Tree, folder: str) -> Iterator[str]:
 
 def _label_names(tree: Tree, folders: Sequence[str], file: str) -> Iterator[str]:
     stem = file.rpartition(".")[0]
-    for base in (stem, file, *tree.other_stems(stem)):
+    for base in (stem, file, *tree.other_stems(stem), *other_forms(stem)):
         for suffix in LABEL_SUFFIXES:
             for folder in folders:
                 yield f"{folder}/{base}{suffix}" if folder else base + suffix
@@ -223,7 +224,7 @@ class _Listed:
             raise UserError(f"{self.tree.shown(folder or '.')}: {path} is listed there, but is not in the file")
 
     def _name_of(self, folder: str, path: str) -> str | None:
-        for written in (path, path.replace("\\", "/")):
+        for written in (path, path.replace("\\", "/"), *other_forms(path)):
             for place in (folder, *(posixpath.join(folder, name) for name in CLIP_FOLDERS)):
                 name = self.tree.within(posixpath.normpath(posixpath.join(place, written)))
                 if not name.startswith("..") and self.tree.has(name):

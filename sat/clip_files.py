@@ -4,6 +4,7 @@ Nothing here imports PyTorch.
 """
 
 import io
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import BinaryIO
@@ -79,6 +80,13 @@ class ClipSource:
         if len(data) < self.size:
             raise OSError(f"it ends after {len(data)} of {self.size} bytes")
         return data
+
+
+def other_forms(name: str) -> list[str]:
+    """Return the other Unicode forms of a name: macOS takes accents apart, other systems do not."""
+    if name.isascii():
+        return []
+    return [form for kind in ("NFC", "NFD") if (form := unicodedata.normalize(kind, name)) != name]
 
 
 def unread_kind(name: str) -> str | None:

@@ -19,12 +19,15 @@ from pathlib import Path, PurePosixPath
 
 from caption_tables import TABLE_SUFFIXES, caption_of, decoded, entries_of_table
 from clip_captions import CLIP_FOLDERS, METADATA, READERS, VIDEO_LISTS, Found, LabelRules, clips_of
-from clip_files import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, ClipSource
+from clip_files import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, ClipSource, other_forms
 from clip_trees import Folder, TarFile
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
 __all__ = ["IMAGE_SUFFIXES", "READERS", "VIDEO_SUFFIXES", "ClipSource", "Found", "LabelRules", "find_clips", "search"]
+
+
+PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|zip|7z|rar)$", re.IGNORECASE)
 
 
 def find_clips(location: str, txt_key: str = "caption") -> list[ClipSource]:
@@ -46,6 +49,8 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
         UserError: there are none, or a file cannot be understood.
     """
     rules = rules or LabelRules()
+    if not location:
+        raise UserError("training data: a path is empty; the current folder is called .")
     if re.match(r"[a-z][a-z0-9+.-]*:", location) and not Path(location).exists():
         raise UserError(
             f"{location}: clips are read from files: download them, or mount where they are, and give that path"
@@ -83,6 +88,8 @@ def _folder_clips(root: Path, rules: LabelRules) -> Found:
     if not found.clips and (shards := [str(root / name) for name in tree.names if name.endswith(".tar")]):
         return _tar_clips(shards, rules)
     if not found.clips:
+        if packed := [name for name in tree.names if PACKED.search(name)]:
+            raise UserError(f"no videos found in {root}: unpack {tree.shown(packed[0])} first")
         kinds = ", ".join(sorted(CLIP_SUFFIXES))
         raise UserError(
             f"no videos found in {root}: expected files such as videos/name.mp4 and labels/name.txt ({kinds})"
@@ -95,13 +102,23 @@ def _manifest_clips(path: Path, rules: LabelRules) -> Found:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the manifest {path}: {error.strerror or error}") from error
-    clips = [
-        ClipSource(os.path.normpath(path.parent / video), caption)
-        for video, caption in entries_of_table(content, str(path), rules.txt_key if rules.used else None)
-    ]
+    entries = entries_of_table(content, str(path), rules.txt_key if rules.used else None)
+    with ThreadPoolExecutor(READERS) as threads:
+        files = threads.map(lambda entry: _file_of(path.parent, entry[0]), entries)
+        clips = [ClipSource(file, caption) for file, (_, caption) in zip(files, entries, strict=True)]
     if not clips:
         raise UserError(f"no videos found in {path}: write one a line, with 'video' and 'caption'")
     return Found(clips, looked_for="a column 'caption' (or 'prompt', 'text')")
+
+
+def _file_of(folder: Path, written: str) -> str:
+    """The file that an entry names: as for lists in a folder, in another spelling or in its `videos` if not there."""
+    first = os.path.normpath(folder / written)
+    if os.path.exists(first):  # noqa: PTH110
+        return first
+    spellings = (written, written.replace("\\", "/"), *other_forms(written))
+    others = (os.path.normpath(folder / place / name) for name in spellings for place in ("", *CLIP_FOLDERS))
+    return next((other for other in others if os.path.isfile(other)), first)  # noqa: PTH113
 
 
 def _expand(pattern: str) -> list[str]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from clip_files import IMAGE_SUFFIXES, ClipSource, moves
+from clip_files import CLIP_SUFFIXES, IMAGE_SUFFIXES, ClipSource, moves
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_video")
@@ -43,6 +43,13 @@ class Tree(ABC):
         """Return the clip that a list names and that is no file of the tree; None: there can be none."""
         return None
 
+    def once(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
+        """Return the clips without those that are there again under another name, by a link to their folder.
+
+        With different captions both stay; of one with a caption and one without, the first.
+        """
+        return clips
+
     def parts_of(self, folder: str) -> tuple[str, ...]:
         """Return the parts of a folder's path, those above the root among them."""
         return PurePosixPath(folder).parts
@@ -65,17 +72,22 @@ class Folder(Tree):
 
     def __init__(self, root: Path):
         self.root = root
+        self.has_doubles = False  # whether links lead to the same folder twice
         self.names = sorted(self._walk(), key=lambda name: PurePosixPath(name).parts)
         self.files = set(self.names)
         self.folders = {name.rpartition("/")[0] for name in self.names}
         self._listed: dict[str, set[str]] = {}  # folders outside
 
     def _walk(self) -> Iterator[str]:
-        visited = set()
-        for folder, folders, files in os.walk(self.root, followlinks=True):
-            if (real := os.path.realpath(folder)) in visited:  # a link to a folder above, which would never end
+        visited: set[str] = set()
+        above: dict[str, frozenset[str]] = {}  # of each folder, itself and those above it, without links
+        for folder, folders, files in os.walk(self.root, onerror=_warn_of_folder, followlinks=True):
+            higher, real = above.get(os.path.dirname(folder), frozenset()), os.path.realpath(folder)  # noqa: PTH120
+            if real in higher:  # a link to a folder above, which would never end
                 folders.clear()
                 continue
+            above[folder] = higher | {real}
+            self.has_doubles |= real in visited
             visited.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             place = Path(folder).relative_to(self.root).as_posix()
@@ -118,6 +130,17 @@ class Folder(Tree):
     def elsewhere(self, path: str, caption: str | None) -> ClipSource | None:
         return ClipSource(os.path.normpath(self.root / path), caption)
 
+    def once(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
+        if not self.has_doubles:
+            return clips
+        files = [os.path.realpath(clip.path) for clip in clips]
+        captioned = {file for file, clip in zip(files, clips, strict=True) if clip.caption}
+        kept: dict[tuple[str, str | None], ClipSource] = {}
+        for file, clip in zip(files, clips, strict=True):
+            if clip.caption or file not in captioned:
+                kept.setdefault((file, clip.caption), clip)
+        return list(kept.values())
+
     def parts_of(self, folder: str) -> tuple[str, ...]:
         return (*self.root.parts, *PurePosixPath(folder).parts)
 
@@ -129,25 +152,53 @@ class Folder(Tree):
         return self.relative(Path(path).parts) if path.startswith("/") else path
 
 
+def _warn_of_folder(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        logger.warning("%s cannot be looked into (%s); what it holds is left out", error.filename, error.strerror)
+
+
 class TarFile(Tree):
     """The members of a tar file that lie in it completely. Only headers and captions are read."""
 
     def __init__(self, path: str):
         self.path = path
         self.members: dict[str, tuple[str, int, int]] = {}  # by name: the name as it is written, start and size
+        links: list[tuple[str, str]] = []
         for member in self._headers():
-            name = posixpath.normpath(member.name)
-            if not PurePosixPath(name).name.startswith("."):
+            name = _plain(member.name)
+            if PurePosixPath(name).name.startswith("."):
+                continue
+            if member.isfile():
                 self.members[name] = (member.name, member.offset_data, member.size)
+            else:
+                links.append((name, member.linkname if member.islnk() else posixpath.join(name, "..", member.linkname)))
+        self._follow(links)
         self.names = list(self.members)
         self.folders = {name.rpartition("/")[0] for name in self.names}
 
+    def _follow(self, links: Sequence[tuple[str, str]]) -> None:
+        """Give links the bytes of the members that they lead to; count those that lead elsewhere."""
+        outside = []
+        for name, target in links:
+            if (target := _plain(target)) in self.members:
+                self.members[name] = (name, *self.members[target][1:])
+            elif PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES:
+                outside.append(name)
+        if outside:
+            logger.warning(
+                "%s: clips that are links to what the file does not hold are left out: %d, the first is %s",
+                *(self.path, len(outside), outside[0]),
+            )
+
     def _headers(self) -> Iterator[tarfile.TarInfo]:
+        """The files that lie in the tar file as they are, and links."""
         try:
             end = Path(self.path).stat().st_size
             with tarfile.open(self.path, "r:") as archive:
                 while member := archive.next():
-                    if member.isfile() and member.offset_data + member.size <= end:
+                    if member.issparse():
+                        logger.warning("%s: %s is stored without its holes and left out", self.path, member.name)
+                    elif member.issym() or member.islnk() or (member.isfile() and _end(member) <= end):
                         yield member
                     archive.members.clear()  # which would come to hold all of them
         except tarfile.ReadError as error:
@@ -179,3 +230,12 @@ class TarFile(Tree):
     def other_stems(self, stem: str) -> Iterator[str]:
         if "." in stem:  # in webdataset's layout the members of a sample have the same name up to the first dot
             yield stem.partition(".")[0]
+
+
+def _plain(name: str) -> str:
+    """The name of a member without what leads nowhere; nothing is written, so absolute ones are as good as others."""
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _end(member: tarfile.TarInfo) -> int:
+    return member.offset_data + member.size

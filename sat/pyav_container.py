@@ -80,9 +80,13 @@ class VideoContainer:
 
     def _video_stream(self) -> VideoStream:
         best = self.container.streams.best("video")
-        candidates = [best, *self.container.streams.video] if best else []
+        candidates = [
+            stream
+            for stream in ([best, *self.container.streams.video] if best else [])
+            if not stream.disposition & Disposition.attached_pic
+        ]
         for stream in candidates:
-            if not stream.disposition & Disposition.attached_pic and stream.codec_context and stream.time_base:
+            if stream.codec_context and stream.time_base:
                 return stream
         raise UnreadableClip("its video has a format that is not known" if candidates else NOT_A_VIDEO)
 
@@ -232,8 +236,16 @@ class VideoContainer:
             return np.arange(len(times)) / float(rate)
         times = np.sort(times) * self.tick
         held = min(self.codec.reorder_depth, len(times) - 1)
-        interval = (times[-1] - times[held]) / max(len(times) - 1 - held, 1)
+        regular = held if held < len(times) - 1 else 0
+        interval = (times[-1] - times[regular]) / max(len(times) - 1 - regular, 1)
         return np.append(times[held:], times[-1] + interval * np.arange(1, held + 1)) - times[held]
+
+    @cached_property
+    def sizes_by_decoding(self) -> dict[int, int]:
+        """Return the bytes of packets by the times at which they are decoded, ascending; empty if these are unknown."""
+        packets = [(packet.dts, packet.size) for packet in self.from_beginning() if is_shown(packet)]
+        sizes = dict(packets)
+        return {} if None in sizes or len(sizes) < len(packets) else dict(sorted(sizes.items()))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ A file is damaged if the last one fails.
 """
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -26,6 +27,7 @@ from video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
 # Codecs whose decoders may leave out single frames that no other depends on.
 SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9"})
+TINY = 16  # bytes
 LONGEST_WINDOW = 10.0  # seconds between wanted frames, beyond which the reader seeks rather than reads on
 
 
@@ -240,17 +242,37 @@ class PyavVideo:
         """Yield the frames nearest to `times`, counted from the beginning, where packets have no times of frames."""
         shown = self._container.times_by_rank
         _check_end(times, shown[-1], beyond)
-        ranks = iter(nearest_frames(shown, times, self._rounding).tolist())
-        rank = next(ranks, None)
-        for number, frame in enumerate(self._from_beginning()):
-            if number == rank:
+        wanted = deque(nearest_frames(shown, times, self._rounding).tolist())
+        for frame, first, last in self._ranked(len(shown)):
+            if wanted[0] < first:
+                break
+            if wanted[0] <= last:
                 pixels = self._pixels.convert(frame)
-            while number == rank:
+            while wanted and wanted[0] <= last:
                 yield pixels
-                rank = next(ranks, None)
-            if rank is None:
+                wanted.popleft()
+            if not wanted:
                 return
         raise UnreadableClip(DAMAGED)
+
+    def _ranked(self, count: int) -> Iterator[tuple[VideoFrame, int, int]]:
+        """Every frame with the first and the last place, of `count`, where it is shown: one, unless the next are of
+        packets that say that it stays. MPEG-4 encoders write such tiny ones, and the decoder gives nothing for them."""
+        sizes = self._container.sizes_by_decoding if self._container.codec.name == "mpeg4" else {}
+        places, stays = {time: place for place, time in enumerate(sizes)}, [size <= TINY for size in sizes.values()]
+        before, first, offset = None, 0, 0
+        for frame in self._from_beginning():
+            place = places.get(frame.dts)
+            if before is None:
+                before, offset = frame, place or 0
+                continue
+            following = first + 1
+            while place is not None and following < place - offset and stays[following + offset]:
+                following += 1
+            yield before, first, following - 1
+            before, first = frame, following
+        if before is not None:
+            yield before, first, count - 1 if sizes and all(stays[first + 1 + offset :]) else first
 
 
 def _check_end(times: np.ndarray, end: float, beyond: float | None) -> None:

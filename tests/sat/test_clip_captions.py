@@ -220,6 +220,12 @@ LATIN = "grün".encode("latin-1")
         ({"a.json": '{"caption": ["one", "two"]}'}, r"a.json: 'caption' must be text, got \['one', 'two'\]"),
         ({"a.json": '{"title": "a film"}'}, r"a.json: 'title' looks like a caption"),
         ({"a.caption": LATIN}, "a.caption is not UTF-8 text"),
+        (
+            {"metadata.jsonl": '{"file_name": "a\\u0000.mp4", "text": "x"}'},
+            "line 1: no file can have the name",
+        ),
+        ({"metadata.jsonl": '{"file_name": "s3://b/a.mp4", "text": "x"}'}, "line 1: s3://b/a.mp4 is an address"),
+        ({"videos.txt": "a.mp4\nhttps://b/c.mp4\n", "prompts.txt": "a\nb\n"}, "videos.txt, line 2: https://b/c.mp4 is"),
     ],
 )
 @WRITERS
@@ -228,6 +234,14 @@ def test_mistakes_are_named(tmp_path, write, files, message):
     with pytest.raises(UserError, match=message) as error:
         search(str(place))
     assert "\n" not in str(error.value)
+
+
+@WRITERS
+def test_names_with_accents_in_another_unicode_form(tmp_path, write):
+    together, apart = "caf\u00e9", "cafe\u0301"
+    files = {f"videos/{apart}.mp4": "", f"labels/{together}.txt": "its label", "videos/\u0130.mp4": ""}
+    place = write(tmp_path / "set", {**files, "metadata.jsonl": '{"file_name": "I\u0307.mp4", "text": "listed"}'})
+    assert sorted(captions(place)) == [(f"videos/{apart}.mp4", "its label"), ("videos/\u0130.mp4", "listed")]
 
 
 def test_where_captions_are_not_used_nothing_that_may_hold_some_is_looked_at(tmp_path):

@@ -1,6 +1,8 @@
 """Every clip of a folder, manifest or tar shard is found, with its caption, in a fixed order."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -59,6 +61,64 @@ def test_other_layouts_of_folders(tmp_path):
     assert captions(tmp_path / "linked", tmp_path) == {"linked/videos/a.mp4": "two"}
 
 
+def test_linked_folders(tmp_path):
+    """Each clip counts once, with the captions that lie where it is linked."""
+    touch(tmp_path, "all/a.mp4", "all/b.mp4")
+    for split, caption in (("train", "to train"), ("valid", "to hold out")):
+        write(tmp_path / split / "labels" / "a.txt", caption)
+        (tmp_path / split / "videos").symlink_to(tmp_path / "all")
+    assert [(Path(clip.path).name, clip.caption) for clip in find_clips(str(tmp_path))] == [
+        ("b.mp4", None),
+        ("a.mp4", "to train"),
+        ("a.mp4", "to hold out"),
+    ]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch, caplog):
+    touch(tmp_path, "a.mp4", "closed/b.mp4")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert captions(tmp_path, tmp_path) == {"a.mp4": None}
+    assert f"{tmp_path}/closed cannot be looked into (Permission denied)" in caplog.text
+
+
+def test_links_in_tar_files(tmp_path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("x/a.mp4", b"pixels"), ("/x/b.txt", b"the b"), ("c.txt", b"the c")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        links = (("/x/b.mp4", "x/a.mp4", tarfile.LNKTYPE), ("x/d.mp4", "a.mp4", tarfile.SYMTYPE))
+        for name, target, kind in (*links, ("c.mp4", "../away.mp4", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    clips = find_clips(str(tmp_path / "a.tar"))
+    assert [(clip.member, clip.caption) for clip in clips] == [
+        ("x/a.mp4", None),
+        ("x/b.mp4", "the b"),
+        ("x/d.mp4", None),
+    ]
+    assert {clip.read() for clip in clips} == {b"pixels"}
+    assert (
+        "a.tar: clips that are links to what the file does not hold are left out: 1, the first is c.mp4" in caplog.text
+    )
+
+
+def test_a_manifest_finds_clips_as_a_list_in_a_folder_does(tmp_path):
+    touch(tmp_path, "videos/a.mp4", "videos/e\u0301.mp4", "sub/b.mp4")
+    entries = [{"video": "a.mp4"}, {"video": "videos/\u00e9.mp4"}, {"video": "sub\\b.mp4"}, {"video": "none.mp4"}]
+    write(tmp_path / "set.jsonl", "\n".join(json.dumps(entry) for entry in entries))
+    names = [os.path.relpath(clip.path, tmp_path) for clip in find_clips(str(tmp_path / "set.jsonl"))]
+    assert names == ["videos/a.mp4", "videos/e\u0301.mp4", "sub/b.mp4", "none.mp4"]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_manifests(tmp_path, kind):
     elsewhere = str(tmp_path / "elsewhere" / "b.mp4")
@@ -99,6 +159,7 @@ def test_reading_a_member_of_a_file_that_has_shrunk_is_an_error(tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
+    touch(tmp_path, "packed/part1.ZIP")
     compressed = tmp_path / "a.tar.gz"
     with tarfile.open(compressed, "w:gz"):
         pass
@@ -107,6 +168,7 @@ def test_mistakes_are_named(tmp_path):
     no_caption_text = write(tmp_path / "number.jsonl", '{"video": "a.mp4", "caption": 3}')
     for location, message in {
         "empty": "no videos found in .*empty: expected files such as videos/name.mp4",
+        "packed": "no videos found in .*packed: unpack .*packed/part1.ZIP first",
         "none": "none does not exist",
         "none-{0..3}.tar": "none-0.tar does not exist",
         "none-*.tar": "no file fits",
@@ -129,6 +191,11 @@ def test_mistakes_are_named(tmp_path):
     for location in ("https://host/a.tar", "pipe:cat a.tar", "s3://bucket/{000..010}.tar"):
         with pytest.raises(UserError, match="download them, or mount"):
             find_clips(location)
+
+
+def test_an_empty_place_is_not_the_current_folder():
+    with pytest.raises(UserError, match="a path is empty"):
+        find_clips("")
 
 
 def test_pytorch_is_not_imported():

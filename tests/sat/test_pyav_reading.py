@@ -137,6 +137,27 @@ def test_packets_that_have_no_frame_of_their_own_are_passed_over(numbered, tmp_p
         list(video.frames_at(np.array([50, 65, 75]) / FPS))
 
 
+def test_packets_that_say_that_the_frame_before_them_stays(numbered, tmp_path):
+    """In AVI, where packets do not say when frames are shown, those after them keep their times."""
+    codec = ("-c:v", "libxvid", "-q:v", "2", "-bf", "2", "-g", "30", "-bsf:v", "mpeg4_unpack_bframes")
+    path = convert(numbered, tmp_path / "a.avi", *codec)
+    with PyavVideo(path) as video:
+        assert 0 < len(list(video.all_frames())) < video.facts.frames
+    with PyavVideo(path) as video:
+        times = np.arange(1, video.facts.frames - 2)
+        numbers = np.array(shown(video.frames_at(times / FPS)))
+    assert set(times - numbers) == {0, 1, 2}  # some stay, as FFmpeg's own player shows it, and none comes too early
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fewer_frames_than_the_decoder_holds_back(numbered, tmp_path, count):
+    path = convert(numbered, tmp_path / "a.avi", *X264, "-bf", "2", "-frames:v", str(count))
+    with PyavVideo(path) as video:
+        assert video.facts.frames == count
+        assert video.facts.seconds == pytest.approx((count - 1) / FPS, abs=1e-3)
+        assert shown(video.frames_at(np.arange(count) / FPS)) == ALL[:count]
+
+
 @pytest.mark.parametrize(("rate", "suffix"), [("1", ".mp4"), ("30000/1001", ".mkv"), ("120", ".mp4"), ("120", ".mkv")])
 def test_rates(numbered, tmp_path, rate, suffix):
     path = convert(numbered, tmp_path / f"a{suffix}", *X264, "-bf", "3", "-g", "20", before=["-r", rate])
