@@ -4,7 +4,7 @@ import copy
 import gc
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from sgm.config_places import current_place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.signatures import accepts
 from sgm.util import class_at, instantiate_from_config
 
 PARTS = ("conditioner", "first_stage_model", "model")
@@ -55,13 +56,21 @@ class SATVideoDiffusionEngine(nn.Module):
             `model_parallel_size` overrides that of the network's configuration.
         parts: which of `PARTS` to build now.
         device: where parts are put.
+        params_dtype: the dtype of all parts, as SwissArmyTransformer's `get_model` says it; None: that of `args`.
     """
 
-    def __init__(self, args: Namespace, parts: tuple[str, ...] = PARTS, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        args: Namespace,
+        parts: tuple[str, ...] = PARTS,
+        device: torch.device | str = "cpu",
+        params_dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         config = plain_model_section(args.model_config)
         self.args, self.config = args, config
-        self.dtype = dtype_of(args)
+        self.dtype = params_dtype or dtype_of(args)
+        self.drops = True  # captions and images, where a call does not say
         self.device = torch.device(device)
         self.scale_factor = config.get("scale_factor", 1.0)
         self.log_keys = config.get("log_keys") or ["txt"]
@@ -273,7 +282,21 @@ class SATVideoDiffusionEngine(nn.Module):
 
     # Training
 
-    def shared_step(self, batch: dict[str, Any], drop: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    @contextmanager
+    def without_drops(self) -> Iterator[None]:
+        """Within the block captions and images are not dropped, unless a call says so."""
+        before, self.drops = self.drops, False
+        try:
+            yield
+        finally:
+            self.drops = before
+
+    def validation_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`shared_step` without drops, also where a subclass has one of the original's form, `shared_step(batch)`."""
+        with self.without_drops():
+            return self.shared_step(batch, **({"drop": False} if accepts(self.shared_step, "drop") else {}))
+
+    def shared_step(self, batch: dict[str, Any], drop: bool | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch.
 
         Random numbers are drawn in the order: noise level and noise of the first frame, encoding of the first frame,
@@ -282,8 +305,9 @@ class SATVideoDiffusionEngine(nn.Module):
         Args:
             batch: clips `mp4` (b, frames, 3, height, width), uint8 or in [-1, 1], and captions `txt`; or, encoded
                 before, `moments` (b, 2c, t, h, w) and, for image-to-video, `image_moments` (b, 2c, 1, h, w).
-            drop: drop captions and images at random, as training does.
+            drop: drop captions and images at random, as training does; None: unless in `without_drops`.
         """
+        drop = self.drops if drop is None else drop
         batch = self.on_device(batch)
         with memory_guard("encoding clips"):
             image, latent = self.encode_batch(batch)
@@ -298,7 +322,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 keep = randomness.keep_whole_batch(len(latent), rate, purpose="image dropout", device=self.device)
                 condition = condition * keep.to(condition.dtype)[:, None, None, None, None]
             batch = {**batch, "concat_images": condition}
-        return self(latent, batch, drop)
+        return self(latent, batch, **({"drop": drop} if accepts(self.forward, "drop") else {}))
 
     def encode_batch(self, batch: Mapping[str, Any], noise: bool = True) -> tuple[Tensor | None, Tensor]:
         """The condition image (b, 1, c, h, w), if the model takes one, and the scaled latents (b, c, t, h, w).
@@ -320,8 +344,9 @@ class SATVideoDiffusionEngine(nn.Module):
             image = self.encode_condition_image(noise_first_frame(first) if noise else first)
         return image, self.encode_first_stage(clip, batch)
 
-    def forward(self, x: Tensor, batch: dict[str, Any], drop: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, batch: dict[str, Any], drop: bool | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of latents (b, t, c, h, w): its mean, and the same by name for logging."""
+        drop = self.drops if drop is None else drop
         ofs = self.default_ofs(len(x))
         network = self.model if ofs is None else partial(self.model, ofs=ofs)
         loss = self.loss_fn(network, self.denoiser, partial(self.conditioner, drop=drop), x, batch).mean()
@@ -350,7 +375,7 @@ class SATVideoDiffusionEngine(nn.Module):
             concat_images: image condition (batch_size, t, c, h, w); guidance leaves it in place.
             ofs: (batch_size,), for 1.5 image-to-video.
             num_steps: number of steps, if not the sampler's own.
-            callback: called as `callback(steps done, steps)`.
+            callback: called as `callback(steps done, steps)`, by samplers that take one.
             check_finite: end at the first output of the network that is not finite.
 
         Returns:
@@ -368,7 +393,11 @@ class SATVideoDiffusionEngine(nn.Module):
                 raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
             return denoised
 
-        return self.sampler(denoise, noise, cond, uc=uc, ofs=ofs, num_steps=num_steps, callback=callback)
+        keywords = {"ofs": ofs, "callback": callback}
+        taken = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
+        if ofs is not None and "ofs" not in taken:
+            denoise = partial(denoise, ofs=ofs)
+        return self.sampler(denoise, noise, cond, uc=uc, num_steps=num_steps, **taken)
 
     @torch.no_grad()
     def log_video(

@@ -172,10 +172,11 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
     torch.backends.cudnn.deterministic = True  # the same seed gives the same video
     engine = build_engine(args, (), device)
     engine.sampler.verbose = False  # one bar for the whole run instead
-    steps = args.sampling_num_steps or engine.sampler.num_steps
+    steps = args.sampling_num_steps or getattr(engine.sampler, "num_steps", None)
     if steps is None:
         raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
-    engine.sampler.schedule(steps)  # raises if there are not that many
+    if hasattr(engine.sampler, "schedule"):  # one of the user's own may have none
+        engine.sampler.schedule(steps)  # raises if there are not that many
     recorder = Recorder(engine, asked, args.record)
     try:
         stages = Stages(engine, args, recorder)

@@ -42,7 +42,7 @@ def validation_loss(engine: SATVideoDiffusionEngine, batches: Iterable[tuple[dic
     with evaluating(engine):
         for batch, weight in batches:
             with randomness.per_sample(batch["seed"]):
-                loss, _ = engine.shared_step(batch, drop=False)
+                loss, _ = engine.validation_step(batch)
             if weight:
                 total += torch.tensor([weight * loss.item(), weight], dtype=torch.float64)
     _, data_parallel = parallel_groups()
