@@ -225,7 +225,7 @@ def _header(row: Sequence[str], name: str) -> list[str]:
     if not {_normal(column) for column in header} & {*VIDEO_COLUMNS, *PICTURE_COLUMNS}:
         raise UserError(f"{name}: the first line must name the columns, 'video' and 'caption' among them")
     if twice := [column for column in header if header.count(column) > 1]:
-        raise UserError(f"{name}: two columns are called '{twice[0]}'")
+        raise UserError(f"{name}: two columns are called '{twice[0]}'; rename one of them")
     return header
 
 
@@ -258,7 +258,9 @@ def entries_of_lists(videos: bytes, captions: bytes | None, videos_name: str, ca
         )
     for number, (path, text) in enumerate(zip(paths, texts, strict=True), start=1):
         if text and not path:
-            raise UserError(f"{videos_name}, line {number} is empty, but {captions_name} has a caption there")
+            raise UserError(
+                f"{videos_name}, line {number} is empty, but {captions_name} has a caption there; name its clip"
+            )
     return [(path, text or None) for path, text in zip(paths, texts, strict=True) if path]
 
 

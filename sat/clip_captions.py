@@ -221,7 +221,10 @@ class _Listed:
         elif other := self.tree.elsewhere(posixpath.join(folder, path), caption):
             self.others.append(other)
         else:
-            raise UserError(f"{self.tree.shown(folder or '.')}: {path} is listed there, but is not in the file")
+            raise UserError(
+                f"{self.tree.shown(folder or '.')}: a list names {path}, which the tar file does not hold; remove that "
+                "line"
+            )
 
     def _name_of(self, folder: str, path: str) -> str | None:
         for written in (path, path.replace("\\", "/"), *other_forms(path)):

@@ -36,9 +36,11 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...], files: list[Confi
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links
         raise UserError(f"configuration {path}: {error}") from error
     if resolved in parents:
-        raise UserError(f"{path}: includes itself")
+        raise UserError(f"{path}: includes itself; remove that include")
     if len(parents) > DEEPEST_INCLUDES or len(files) > MOST_FILES:
-        raise UserError(f"{path}: include: more files than {DEEPEST_INCLUDES} in a chain or {MOST_FILES} in all")
+        raise UserError(
+            f"{path}: include: more files than {DEEPEST_INCLUDES} in a chain or {MOST_FILES} in all; include fewer"
+        )
     try:
         content = read_yaml(path)
     except UserError as error:

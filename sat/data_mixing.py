@@ -70,11 +70,13 @@ def check_mixing(args: Any) -> None:
     for name in (REPEATS, WEIGHTS):
         values = getattr(args, name)
         if values and len(values) != len(args.train_data):
-            raise UserError(f"{name} has {len(values)} numbers, and train_data {len(args.train_data)} places")
+            raise UserError(
+                f"{name}: {len(values)} numbers for {len(args.train_data)} places in train_data; give one for each"
+            )
     if wrong := [value for value in args.train_data_repeats if not 1 <= value <= MOST]:
-        raise UserError(f"{REPEATS}: {wrong[0]} is not from 1 to {MOST}")
+        raise UserError(f"{REPEATS}: {wrong[0]} does not fit; give a whole number from 1 to {MOST}")
     if wrong := [value for value in args.train_data_weights if not 0 < value < float("inf")]:
-        raise UserError(f"{WEIGHTS}: {wrong[0]} is not above 0; leave out what is not to be drawn")
+        raise UserError(f"{WEIGHTS}: {wrong[0]} is not above 0; leave out places that are not to be drawn")
     if args.train_data_repeats and args.train_data_weights:
         raise UserError(f"{REPEATS} and {WEIGHTS} are both given: choose one")
 

@@ -66,4 +66,6 @@ def check_options(params: Mapping[str, Any], prefix: str = "data.params.") -> No
     most = params.get("max_num_frames", params.get("num_frames"))
     least = params.get("min_frames")
     if least is not None and type(most) in (int, float) and least > most:
-        raise UserError(f"{prefix}min_frames is {least}, more than max_num_frames {most}: no clip would be left")
+        raise UserError(
+            f"{prefix}min_frames is {least}, more than max_num_frames {most}, so that no clip is left; lower it"
+        )

@@ -342,10 +342,10 @@ def _included(include_dirs: str | None) -> list[str]:
     for part in include_dirs.split(","):
         folder, _, times = part.strip().partition("*")
         if times and not times.isdecimal():
-            raise UserError(f"data: include_dirs has '{part}'; after * stands how often its shards are read")
+            raise UserError(f"data: include_dirs has '{part}'; write FOLDER*2 to read the shards of FOLDER twice")
         found = sorted(str(shard) for shard in Path(folder).rglob("*.tar") if shard.stat().st_size)
         if not found:
-            raise UserError(f"data: include_dirs: {folder} holds no .tar file")
+            raise UserError(f"data: include_dirs: {folder} holds no .tar file; name a folder of shards")
         shards += found * int(times or 1)
     return shards
 
@@ -417,6 +417,8 @@ def make_dataset(
     if weights:
         counts = getattr(dataset, "counts", ())
         if len(counts) != len(weights):
-            raise UserError(f"train_data_weights: {data_config['target']} does not tell its places apart")
+            raise UserError(
+                f"train_data_weights: {data_config['target']} does not tell its places apart; remove the weights"
+            )
         dataset.draws = draws_of(counts, weights)
     return dataset

@@ -190,7 +190,7 @@ class SATVideoDiffusionEngine(nn.Module):
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UserError(
                 f"nothing is to be trained: model.not_trainable_prefixes is {list(self.not_trainable_prefixes)}, which "
-                "leaves no parameter of the network"
+                "leaves no parameter of the network; name fewer"
             )
 
     # Pixels and latents

@@ -28,7 +28,9 @@ def engine_class(args: Any) -> type[SATVideoDiffusionEngine]:
     if chosen is None:
         return SATVideoDiffusionEngine
     if not (isinstance(chosen, type) and issubclass(chosen, SATVideoDiffusionEngine)):
-        raise UserError(f"{name}: {getattr(chosen, '__name__', chosen)} is no subclass of {OWN}")
+        raise UserError(
+            f"{name}: {getattr(chosen, '__name__', chosen)} is no subclass of {OWN}; derive it from that class"
+        )
     try:
         inspect.signature(chosen).bind(args, parts=(), device="cpu")
     except TypeError as error:

@@ -51,7 +51,9 @@ def run(files: Sequence[LatentFile], device_name: str | None, dtype_name: str | 
         else:
             logger.info("wrote %s", file.video)
     if failures and len(failures) == len(files):
-        raise failures[0] if len(files) == 1 else UserError(f"none of {len(files)} files could be decoded")
+        if len(files) > 1:
+            raise UserError(f"none of {len(files)} files could be decoded; the lines above say why")
+        raise failures[0]
     return 1 if failures else 0
 
 
@@ -89,7 +91,9 @@ def decode_file(file: LatentFile, vae: VideoCoder, tile_size: int | None) -> Non
     scaled = (rearrange(latents, "1 t c h w -> 1 c t h w") / file.scale_factor).to(weight.device, weight.dtype)
     channels = vae.decoder.conv_in.conv.in_channels
     if scaled.shape[1] != channels:
-        raise UserError(f"{file.path}: the latents have {scaled.shape[1]} channels, the VAE takes {channels}")
+        raise UserError(
+            f"{file.path}: the latents have {scaled.shape[1]} channels, the VAE takes {channels}; give their --base"
+        )
     factor = vae.decoder.space_factor
     height, width = (factor * side for side in latents.shape[3:])
     with VideoWriter(file.video, file.fps, height, width) as video:

@@ -53,7 +53,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             found = sorted(file for file in path.rglob(f"*{SUFFIX}") if not file.name.startswith("."))
             if not found:
-                raise UserError(f"{path} holds no {SUFFIX} file")
+                raise UserError(f"{path} holds no {SUFFIX} file; name a file of latents or a folder of such")
             files |= dict.fromkeys(found)
         elif path.is_file():
             files[path] = None

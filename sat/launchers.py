@@ -213,7 +213,9 @@ def _number(variables: Mapping[str, str], name: str) -> int | None:
 def _required(variables: Mapping[str, str], name: str) -> int:
     value = _number(variables, name)
     if value is None:
-        raise UserError(f"the environment variable {name} is not set, though its launcher's other variables are")
+        raise UserError(
+            f"the environment variable {name} is not set, though its launcher's others are; start with torchrun"
+        )
     return value
 
 

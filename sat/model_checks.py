@@ -85,7 +85,7 @@ def try_sampler(sampler: Any, denoiser: nn.Module) -> None:
     finally:
         sampler.verbose = verbose
     if not torch.isfinite(latents).all():
-        raise UserError("two steps from nothing give values that are not finite; lower its numbers")
+        raise UserError("two steps from zeros give values that are not finite; lower its numbers")
 
 
 def try_loss(loss: nn.Module, denoiser: nn.Module) -> None:

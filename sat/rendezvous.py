@@ -40,7 +40,9 @@ def meet() -> tuple[Store, int, int]:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(f"MASTER_PORT: {place} is in use by another program: set another one") from error
         if isinstance(error, ValueError):
-            raise UserError(f"the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT): {error}") from error
+            raise UserError(
+                f"the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT): {error}; start with torchrun"
+            ) from error
         raise UserError(
             f"WORLD_SIZE is {size}, but not as many processes met at {place} within {MEETING.total_seconds():.0f} s: "
             "start all of them, or unset RANK and WORLD_SIZE to run alone"

@@ -218,7 +218,7 @@ def iteration_folder(path: Path) -> Path:
     folder = path / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     if not folder.exists():
         if latest.is_file():
-            raise UserError(f"resume: {latest} names {folder.name}, which is gone")
+            raise UserError(f"resume: {latest} names {folder.name}, which is gone; name another checkpoint")
         raise UserError(not_found("resume", path))
     if not (folder / STATE_FILE).is_file():
         raise UserError(

@@ -207,7 +207,7 @@ def checkpoint_file(path: Path) -> Path:
     file = path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     if not file.exists():
         if latest.is_file():
-            raise UserError(f"resume: {latest} names {file.name}, which is gone")
+            raise UserError(f"resume: {latest} names {file.name}, which is gone; name another checkpoint")
         raise UserError(not_found("resume", path))
     if not file.is_file() or step_of(file) is None:
         raise UserError(f"resume: {file} is no checkpoint: name the folder of a run or its {CHECKPOINTS}/step=N.ckpt")

@@ -147,7 +147,9 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content or depth(content) > DEEPEST:
         raise UserError(no_record)
     if content["format"] != FORMAT:
-        raise UserError(f"{where} is of format {shown(content['format'])}, this program reads {FORMAT}")
+        raise UserError(
+            f"{where} is of format {shown(content['format'])}, this program reads {FORMAT}; sample it again"
+        )
     content.setdefault("original_prompt", None)
     for key, (kinds, expected) in FIELDS.items():
         value = content.get(key)

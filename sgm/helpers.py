@@ -225,7 +225,9 @@ def load_model_from_config(
     model = instantiate_from_config(config["model"])
     missing, unexpected = assign_weights(model, weights, what=str(ckpt), allow_missing=True, allow_unexpected=True)
     if len(unexpected) == len(weights):
-        raise UserError(f"ckpt: {ckpt} holds nothing that {type(model).__name__} has a place for")
+        raise UserError(
+            f"ckpt: {ckpt} holds nothing that {type(model).__name__} has a place for; name weights of this model"
+        )
     if verbose and missing:
         log.warning("%s does not hold: %s", ckpt, ", ".join(missing))
     if verbose and unexpected:

@@ -121,7 +121,7 @@ def check_arguments(options: Any) -> None:
     if options.typecast_text_encoder and not (options.fp16 or options.bf16):
         raise UserError("--typecast_text_encoder needs --fp16 or --bf16, what it is written as")
     if options.repo_id and not options.push_to_hub:
-        raise UserError("--repo_id needs --push_to_hub")
+        raise UserError("--repo_id needs --push_to_hub; give both or neither")
     check_output(options.output_path, options, sources)
 
 

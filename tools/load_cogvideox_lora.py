@@ -53,7 +53,7 @@ def sample(arguments: Sequence[str] | None) -> None:
     if options.output_dir is not None:
         options.output_path = options.output_dir / options.output_path.name
     if (options.height is None) != (options.width is None):
-        raise UserError("--height and --width go together")
+        raise UserError("--height, --width: only one of them is given; give both")
     if options.height is not None:
         options.size = options.size or [options.height, options.width]
     check(options)

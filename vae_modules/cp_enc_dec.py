@@ -225,7 +225,7 @@ NEUTRAL = {
 def _check_neutral(**given: Any) -> None:
     for key, value in given.items():
         if key == "zq_ch" and not value:
-            raise UserError("zq_ch: it must be z_channels, since the norms are conditioned on the latent; remove it")
+            raise UserError("zq_ch: must equal z_channels, since the norms are conditioned on the latent; remove it")
         if value != NEUTRAL[key]:
             raise UserError(f"{key}: {value!r} is not supported; remove it, or set {NEUTRAL[key]!r}")
 

@@ -153,7 +153,7 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
             return x.unsqueeze(2)
         if x.ndim != 5:
             raise UserError(
-                f"input_key: '{self.input_key}' has the shape {tuple(x.shape)}, expected {self.input_layout}"
+                f"input_key: '{self.input_key}' has the shape {tuple(x.shape)}; expected {self.input_layout}"
             )
         return rearrange(x, f"{self.input_layout} -> b c t h w")
 

@@ -274,7 +274,7 @@ def test_the_originals_keywords(folder, tmp_path, caplog):
     assert len(only) == 2
     for include_dirs, message in (
         ("/nowhere", "holds no .tar"),
-        (f"{tmp_path}*x", "how often"),
+        (f"{tmp_path}*x", "write FOLDER"),
         (3, "include_dirs is 3"),
     ):
         with pytest.raises(UserError, match=message):

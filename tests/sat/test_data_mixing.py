@@ -53,9 +53,9 @@ def test_wrong_entries_are_named(section, message):
 @pytest.mark.parametrize(
     ("repeats", "weights", "message"),
     [
-        ([1], [], "train_data_repeats has 1 numbers, and train_data 2 places"),
-        ([], [1.0, 2.0, 3.0], "train_data_weights has 3 numbers"),
-        ([1, 0], [], "train_data_repeats: 0 is not from 1"),
+        ([1], [], "train_data_repeats: 1 numbers for 2 places in train_data"),
+        ([], [1.0, 2.0, 3.0], "train_data_weights: 3 numbers"),
+        ([1, 0], [], "train_data_repeats: 0 does not fit"),
         ([], [1.0, 0.0], "train_data_weights: 0.0 is not above 0"),
         ([], [1.0, float("nan")], "train_data_weights: nan"),
         ([1, 2], [1.0, 2.0], "are both given"),

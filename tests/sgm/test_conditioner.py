@@ -55,7 +55,7 @@ def test_embeddings_that_samples_lose_together(seeded):
     assert 0.45 < b.mean() < 0.55
     assert conditioner(batch, drop=False)["vector"].all()
     for embedders, probabilities, message in (
-        ([0, 3], [0.25] * 4, "cor_embs: .* are not places of different embedders, 0 to 2"),
+        ([0, 3], [0.25] * 4, "cor_embs: .* are not places of different embedders; give each of 0 to 2"),
         ([0, 0], [0.25] * 4, "cor_embs"),
         ([0, 1], [0.5, 0.5], "cor_p: .* 2 embedders need 4 probabilities"),
         ([0], [0.5, 0.6], "cor_p"),

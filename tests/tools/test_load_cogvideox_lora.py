@@ -92,7 +92,7 @@ def test_flags_of_the_public_tools(folder, tmp_path, caplog):
     assert "--generate_type i2v needs --image_path" in mistake("--generate_type", "i2v")
     assert "--lora_alpha is 3, but" in mistake("--lora_alpha", 3)
     at = given.index("--width")
-    assert "--height and --width go together" in error_of(main, caplog, *given[:at], *given[at + 2 :])
+    assert "--height, --width: only one of them is given" in error_of(main, caplog, *given[:at], *given[at + 2 :])
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(None, 1.0), (8.0, 8 / RANK)])

@@ -169,7 +169,9 @@ def _check_correlation(embedders: list[int], probabilities: list[float], count: 
     if not embedders and not probabilities:
         return
     if len(set(embedders)) < len(embedders) or not all(type(i) is int and 0 <= i < count for i in embedders):
-        raise UserError(f"cor_embs: {embedders} are not places of different embedders, 0 to {count - 1}")
+        raise UserError(
+            f"cor_embs: {embedders} are not places of different embedders; give each of 0 to {count - 1} at most once"
+        )
     fits = all(not isinstance(p, bool) and isinstance(p, int | float) and p >= 0 for p in probabilities)
     if len(probabilities) != 2 ** len(embedders) or not fits or abs(sum(probabilities) - 1) > 1e-6:
         raise UserError(
