@@ -23,6 +23,7 @@ VIDEO_COLUMNS = (
 PICTURE_COLUMNS = ("image", "image_path", "image_file", "img", "img_path")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "captions", "prompts", "cap", "txt")
 LOOKS_LIKE_CAPTION = re.compile(r"caption|prompt|text|descri|annotation|sentence|title|label|(^|_)(cap|desc|txt)(_|$)")
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON may escape what is no character, as where a text was cut off
 TXT_KEY = "caption"
 DELIMITERS = ",;\t"
 
@@ -136,6 +137,8 @@ def _normalized(record: Mapping[str, Any]) -> dict[str, Any]:
 def _text(value: Any, column: str, where: str) -> str | None:
     if not isinstance(value, str | None):
         raise UserError(f"{where}: '{column}' must be text, got {value!r}")
+    if value and not value.isascii() and SURROGATE.search(value):
+        raise UserError(f"{where}: '{column}' has half of a character, {SURROGATE.search(value)[0]!r}: mend or drop it")
     return (value or "").strip() or None
 
 

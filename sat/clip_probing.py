@@ -14,7 +14,7 @@ from clip_attempts import CLIP_TIMEOUT, attempt, note_late, refusal
 from clip_reading import ClipInfo, probe
 from clip_sources import READERS, ClipSource
 from reading_processes import in_processes
-from sgm.errors import UserError
+from sgm.errors import UserError, printable
 from sgm.plain_json import parse_json
 from video_facts import UnreadableClip
 from whole_files import replaced_when_complete
@@ -62,7 +62,7 @@ def probe_clips(
                     index[key] = (stamp, result)
                 else:
                     infos.append(None)
-                    problems.append(f"{source.name}: {result}")
+                    problems.append(printable(f"{source.name}: {result}"))
                 if time.monotonic() - said > REPORT_EVERY:
                     logger.info("looked at %d of %d clips", len(infos), len(sources))
                     said = time.monotonic()

@@ -74,7 +74,8 @@ def _inspect(args: Any, open_places: Opener, batch_size: int) -> int:
     problems += [f"cannot be read: {line}" for line in substituted]
     content |= {"contact_sheet": sheet, "problems": problems}
     text = json.dumps(content, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(content))
-    sys.stdout.write(f"{text}\n")
+    # Of names that are no text, their escapes, which are JSON's as well.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     if problems:
         raise UserError(f"train_data: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
     return 0

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from sgm.errors import printable
+
 PLURALS = (
     *(("videos are", "video is"), ("pictures beside videos have", "picture beside videos has")),
     *(
@@ -81,7 +83,7 @@ class SourceReport:
 
     def leave_out(self, reason: str, name: str) -> None:
         """Count a file that is not used."""
-        self.left_out.setdefault(reason, LeftOut()).add(name)
+        self.left_out.setdefault(reason, LeftOut()).add(printable(name))
 
     def lines(self) -> list[tuple[int, str]]:
         """Return what a log should say about the place, each line with its level."""

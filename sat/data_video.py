@@ -26,7 +26,7 @@ from data_report import SourceReport, counted
 from model_limits import TIME_FACTOR, ModelLimits
 from reader_record import describe_reader
 from sgm.config_places import Place
-from sgm.errors import UserError
+from sgm.errors import UserError, printable
 from sgm.util import class_at, instantiate_from_config, reporting
 from video_facts import UnreadableClip
 from video_reading import DEFAULT_BACKEND, load_decoder
@@ -253,7 +253,7 @@ class SFTDataset(Dataset):
                         self.video_backend,
                     )
             except UnreadableClip as problem:
-                unreadable.append(f"{source.name}: {problem}")
+                unreadable.append(printable(f"{source.name}: {problem}"))
                 continue
             return {
                 "mp4": frames,

@@ -26,6 +26,12 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
+def printable(text: str) -> str:
+    """Return a text such as a file's name on one line, in characters that can be written; others become escapes."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
+
+
 def one_line(text: str, most: int = 2000) -> str:
     """Return a message without line breaks and control characters, which a value in it may have, and cut to `most`."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: " " if match[0] == "\n" else repr(match[0])[1:-1], text)

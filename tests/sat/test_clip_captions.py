@@ -219,6 +219,7 @@ LATIN = "grün".encode("latin-1")
         ({"metadata.jsonl": '{"file_name": "a.mp4", "path": "b.mp4"}'}, "'file_name' and 'path' differ"),
         ({"a.json": '{"caption": ["one", "two"]}'}, r"a.json: 'caption' must be text, got \['one', 'two'\]"),
         ({"a.json": '{"title": "a film"}'}, r"a.json: 'title' looks like a caption"),
+        ({"a.json": r'{"caption": "so funny \ud83d"}'}, "a.json: 'caption' has half of a character"),
         ({"a.caption": LATIN}, "a.caption is not UTF-8 text"),
         (
             {"metadata.jsonl": '{"file_name": "a\\u0000.mp4", "text": "x"}'},

@@ -69,6 +69,17 @@ def test_scripts_get_json(config, place, tmp_path, capsys):
     assert said["contact_sheet"] == str(sheet) and sheet.is_file()
 
 
+def test_names_that_are_no_text(config, place, tmp_path, capsys, monkeypatch):
+    """Output is UTF-8 whatever files are called; each is told on one line."""
+    for name in ("bad\udcff.mp4", "two\nlines.mp4"):
+        (place / "videos" / name).write_text("not a video")
+    monkeypatch.chdir(tmp_path)
+    assert train_video.main(["--base", str(config), "--inspect_data", "--json"]) == 0
+    unreadable = json.loads(capsys.readouterr().out.encode())["train_data"]["unreadable"]
+    names = [line.removeprefix(f"{place}/videos/").partition(":")[0] for line in unreadable]
+    assert names == ["bad.mp4", "bad\\udcff.mp4", "two\\nlines.mp4"]
+
+
 def test_what_would_stop_a_training_is_an_error_after_all_has_been_said(config, tmp_path, capsys, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     assert train_video.main(["--base", str(config), "--inspect_data", "--json", "--max_unreadable_share", "0"]) == 2
