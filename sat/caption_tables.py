@@ -34,7 +34,7 @@ def decoded(content: bytes, name: str) -> str:
     """Return the text of a file.
 
     Raises:
-        UserError: it is not UTF-8.
+        UserError: the file is not UTF-8.
     """
     try:
         return content.decode("utf-8-sig")
@@ -50,7 +50,7 @@ def entries_of_table(content: bytes, name: str, txt_key: str | None = TXT_KEY) -
         txt_key: the column of the captions; where a record has none of this name, synonyms count. None: no captions.
 
     Raises:
-        UserError: it cannot be understood; the message names the line.
+        UserError: the manifest cannot be understood; the message names the line.
     """
     text, suffix = decoded(content, f"the manifest {name}"), PurePath(name).suffix.lower()
     read = {".jsonl": _json_lines, ".json": _json_list}.get(suffix, _csv_lines)
@@ -86,7 +86,7 @@ def video_of(record: Mapping[str, Any], where: str) -> str:
     """Return the path of a record's clip.
 
     Raises:
-        UserError: it has none, or two different ones.
+        UserError: the record has no path, or two different ones.
     """
     columns = _normalized(record)
     for known in (VIDEO_COLUMNS[:1], VIDEO_COLUMNS[1:], PICTURE_COLUMNS):
@@ -109,7 +109,7 @@ def caption_of(record: Mapping[str, Any], where: str, txt_key: str = TXT_KEY) ->
     """Return the caption of a record, None if it is absent or empty.
 
     Raises:
-        UserError: it is no text; two columns give different ones; or a column looks like a caption but is not known.
+        UserError: the caption is no text; two columns give different ones; or an unknown column looks like a caption.
     """
     if caption := _text(record.get(txt_key), txt_key, where):
         return caption
@@ -242,7 +242,7 @@ def entries_of_lists(videos: bytes, captions: bytes | None, videos_name: str, ca
         captions: None: the clips have no captions here.
 
     Raises:
-        UserError: one of them is not UTF-8, or they do not have as many lines.
+        UserError: a list is not UTF-8, or the lists do not have as many lines.
     """
     paths = [
         _checked(path, f"{videos_name}, line {number}") for number, path in enumerate(_lines(videos, videos_name), 1)

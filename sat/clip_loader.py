@@ -166,7 +166,7 @@ def _pinned(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _BatchReader:
-    """Reads batches, given as samples with the clips that each does without."""
+    """Reads batches, given as samples with the clips that each sample must not use."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset

@@ -54,7 +54,7 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
         clip_timeout: seconds to look at a clip, after which it is unreadable.
 
     Raises:
-        UserError: there are none, a file cannot be understood, or captions are missing that must not.
+        UserError: the place has no clips, a file cannot be understood, or captions are missing that must not.
     """
     found = search(location, rules.labels)
     report = SourceReport(
@@ -129,7 +129,7 @@ def check_captions(
     """Check that the clips of a place have the captions that they must have.
 
     Raises:
-        UserError: one has none and `missing_label` is "stop", or none has one and it is None.
+        UserError: a clip has no caption and `missing_label` is "stop", or no clip has one and `missing_label` is None.
     """
     missing = [clip for clip, _ in clips if clip.caption is None]
     if missing and missing_label == "stop":

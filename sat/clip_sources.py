@@ -37,7 +37,7 @@ def find_clips(location: str, txt_key: str = "caption") -> list[ClipSource]:
         txt_key: the key of captions in records.
 
     Raises:
-        UserError: there are none, or a file cannot be understood.
+        UserError: the place has no clips, or a file cannot be understood.
     """
     return search(location, LabelRules(txt_key)).clips
 
@@ -46,7 +46,7 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
     """Return the clips of a place as `find_clips` does, with what was noticed on the way.
 
     Raises:
-        UserError: there are none, or a file cannot be understood.
+        UserError: the place has no clips, or a file cannot be understood.
     """
     rules = rules or LabelRules()
     if not location:

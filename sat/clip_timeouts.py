@@ -70,7 +70,7 @@ class ClipTimeouts:
                     self._first[entry.clip] = entry
 
     def refused(self, key: SampleKey, step: int) -> dict[str, str]:
-        """Return the clips that the sample of `step` does without, with the reason of each."""
+        """Return the clips that the sample of `step` must not use, with the reason of each."""
         if not self._entries and not self._pending:
             return {}
         refused = {clip: entry.reason for clip, entry in self._first.items() if entry.step < step}

@@ -56,7 +56,7 @@ def hash_of_file(path: Path, stop: threading.Event | None = None) -> str:
     """Return the SHA-256 of a file's content as hexadecimal digits, always by reading it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         Stopped: `stop` is set.
     """
     digest = hashlib.sha256()

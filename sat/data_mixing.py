@@ -65,7 +65,7 @@ def check_mixing(args: Any) -> None:
     """Check that repeats and weights fit `train_data`.
 
     Raises:
-        UserError: there are more or fewer than places, or one is no such number.
+        UserError: there are more or fewer numbers than places, or a number is out of range.
     """
     for name in (REPEATS, WEIGHTS):
         values = getattr(args, name)

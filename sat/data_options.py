@@ -57,7 +57,7 @@ def check_options(params: Mapping[str, Any], prefix: str = "data.params.") -> No
     """Check that the options among `params` have values that a data set takes.
 
     Raises:
-        UserError: one has not.
+        UserError: an option has another value.
     """
     for name, (fits, expected) in OPTIONS.items():
         value = params.get(name)

@@ -32,7 +32,7 @@ def choose_device(name: str | None) -> torch.device:
         name: cpu, cuda (the GPU of LOCAL_RANK) or cuda:N; None: a GPU if PyTorch sees one.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device(name or ("cuda" if count else "cpu"))
@@ -106,7 +106,7 @@ def listed_gpus() -> list[str]:
     """Return the names of the GPUs that `nvidia-smi` lists; none where it does not exist or fails.
 
     Raises:
-        TimeoutError: it does not answer.
+        TimeoutError: `nvidia-smi` does not answer.
     """
     try:
         process = subprocess.Popen(

@@ -457,7 +457,7 @@ def samples_at_a_time(value: Any) -> int | None:
     """Return `en_and_decode_n_samples_a_time` of the `model:` section: a whole number from 1, or None for all.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
     if value is not None and (type(value) is not int or value < 1):
         raise UserError(

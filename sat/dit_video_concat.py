@@ -595,7 +595,7 @@ class DiffusionTransformer(BaseModel):
         """Return what foreign mixins get of the keywords of a call.
 
         Raises:
-            TypeError: there is no such mixin, or a keyword has the name of one that the network sets itself.
+            TypeError: no foreign mixin is registered, or a keyword has the name of one that the network sets itself.
         """
         given = {name: value for name, value in keywords.items() if value is not None or name not in HANDED_ON}
         unknown = [name for name in given if name in own or not (self.has_foreign_mixin or name in HANDED_ON)]

@@ -17,7 +17,7 @@ def engine_class(args: Any) -> type[SATVideoDiffusionEngine]:
     """Return the class that `args.model_cls` or else `model.target` of the configuration names, ours by default.
 
     Raises:
-        UserError: it is no subclass of ours, or takes other arguments.
+        UserError: the class is no subclass of ours, or takes other arguments.
     """
     target = args.model_config.get("target")
     chosen, name = getattr(args, "model_cls", None), "model_cls"

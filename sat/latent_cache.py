@@ -396,7 +396,7 @@ def report_data_settings(folder: Path, description: Mapping[str, Any], data_conf
     """Log how clips were read for a cache, where the configuration would have them read otherwise.
 
     Raises:
-        UserError: it asks for an option that the cache was not made with.
+        UserError: the configuration asks for an option that the cache was not made with.
     """
     theirs, ours = (config.get("params") or {} for config in (description["data"]["config"], data_config))
     for name, default in KEPT_IN_CACHES.items():

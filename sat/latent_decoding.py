@@ -111,7 +111,7 @@ def read_latents(file: LatentFile) -> Tensor:
     """Return the latents (1, t, c, h, w).
 
     Raises:
-        UserError: they cannot be read, or are not finite.
+        UserError: the latents cannot be read, or are not finite.
     """
     try:
         latents = load_file(file.path)["latents"]

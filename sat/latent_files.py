@@ -46,7 +46,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     """Return the files that are meant, those of folders in the order of their names.
 
     Raises:
-        UserError: one does not exist, or a folder has none.
+        UserError: a path does not exist, or a folder has no such file.
     """
     files: dict[Path, None] = {}
     for path in paths:
@@ -71,7 +71,7 @@ def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None,
         output: folder of the video; None: that of the file.
 
     Raises:
-        UserError: it is no file of latents, or does not say what is needed.
+        UserError: the path is no file of latents, or does not say what is needed.
     """
     metadata = check_latents(path)
     if config is None:
@@ -96,7 +96,7 @@ def check_latents(path: Path) -> dict[str, str]:
     """Return the metadata of a file of latents.
 
     Raises:
-        UserError: it is none, or is damaged.
+        UserError: the file is no file of latents, or is damaged.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -118,7 +118,7 @@ def own_model(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], 
     """Return the VAE and the scale of the latents that a file names.
 
     Raises:
-        UserError: it does not name them, or names what only the user's own configuration may.
+        UserError: the file does not name them, or names what only the user's own configuration may.
     """
     missing = [name for name in ("first_stage_config", "scale_factor") if name not in metadata]
     if missing:
@@ -141,7 +141,7 @@ def configured_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
     """Return the VAE and the scale of the latents of a model's configuration.
 
     Raises:
-        UserError: it has none.
+        UserError: the configuration has no VAE.
     """
     model = config.get("model") or {}
     first_stage = model.get("first_stage_config")
@@ -165,7 +165,7 @@ def number(value: Any, where: str) -> float:
     """Return a positive number, which may be given as text.
 
     Raises:
-        UserError: it is none.
+        UserError: the value is no positive number.
     """
     try:
         result = math.nan if isinstance(value, bool) else float(value)

@@ -199,7 +199,7 @@ def _number(variables: Mapping[str, str], name: str) -> int | None:
     """Return the number in a variable; None where the variable is not set.
 
     Raises:
-        UserError: it is set to something else.
+        UserError: the variable is set to something else.
     """
     value = variables.get(name)
     if value is None or not value.strip():

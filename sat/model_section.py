@@ -27,7 +27,7 @@ def plain_model_section(section: Any) -> dict[str, Any]:
         section: a mapping, or an OmegaConf `DictConfig`.
 
     Raises:
-        UserError: it is no mapping, interpolations do not resolve, or it describes two different adapters.
+        UserError: the section is no mapping, interpolations do not resolve, or it describes two different adapters.
     """
     section = plain(section, "model")
     if not isinstance(section, Mapping):
@@ -76,7 +76,7 @@ def not_trainable_prefixes(section: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the beginnings of the names of parameters that training leaves alone.
 
     Raises:
-        UserError: they are no texts.
+        UserError: the prefixes are no texts.
     """
     prefixes = section.get("not_trainable_prefixes")
     if prefixes is None:

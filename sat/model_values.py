@@ -248,7 +248,7 @@ def check_parameters(sections: Mapping[str, Mapping[str, Any]], sources: Sources
     """Check the parameters of the classes of ours that sections name, by what their source says.
 
     Raises:
-        UserError: one is unknown to the class, or of the wrong type. The message names the file and the key.
+        UserError: a parameter is unknown to the class, or of the wrong type. The message names the file and the key.
     """
     for name, section in sections.items():
         if problem := problem_of_section(section, name):

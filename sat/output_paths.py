@@ -63,7 +63,7 @@ def check_sheet(path: str) -> None:
     """Check that `contact_sheet` names a PNG that can be written.
 
     Raises:
-        UserError: it does not.
+        UserError: the name is no PNG, or its folder cannot be written to.
     """
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"contact_sheet is {path}; the name of a PNG ends with .png")

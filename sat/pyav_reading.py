@@ -209,7 +209,7 @@ class PyavVideo:
         """Yield every frame that is shown, decoded from the beginning of the file.
 
         Raises:
-            UnreadableClip: one is damaged, other than by depending on what is not in the file.
+            UnreadableClip: a frame is damaged, other than by depending on what is not in the file.
         """
         timed, key, _ = self._container.beginning
         self._container.codec.skip_frame = "DEFAULT"

@@ -138,7 +138,7 @@ class UnreadableClips:
         """Return the number of unreadable clips, of which `found` turned up in training, on any process.
 
         Raises:
-            UserError: they are too many.
+            UserError: the unreadable clips are too many.
         """
         unreadable = len(self.left_out) + found
         if unreadable > self.max_share * self.clips:

@@ -50,7 +50,7 @@ def plan_inspection(args: TrainingArguments) -> BatchSizes:
     """Return the batch sizes of a run whose data is to be looked at only: neither weights nor folders are needed.
 
     Raises:
-        UserError: there is no such data, or its settings do not fit the model.
+        UserError: the data does not exist, or its settings do not fit the model.
     """
     if not check_data(args):
         check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(args.model_config))

@@ -63,7 +63,7 @@ def plan_vae_inspection(args: VaeTrainingArguments) -> int:
     """Return the frames per latent frame of a run whose data is to be looked at only.
 
     Raises:
-        UserError: there is no such data, or its settings do not fit the model.
+        UserError: the data does not exist, or its settings do not fit the model.
     """
     check_data(args)
     time_factor, space_factor = compression(args.model_config["params"])

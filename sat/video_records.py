@@ -90,7 +90,7 @@ class VideoRecord:
         """Return the model section of the configuration that made the video, as load_configs returns one.
 
         Raises:
-            UserError: it names what only a configuration of the user's own may name.
+            UserError: the section names what only a configuration of the user's own may name.
         """
         section = self.content["model"].get("config")
         if not isinstance(section, dict):
@@ -228,7 +228,7 @@ def write_record(video: Path, content: Mapping[str, Any]) -> None:
     """Write the record of a video beside it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the record cannot be written.
     """
     path = record_path(video)
     with replaced_when_complete(path) as part, reported_as_user_error(path):

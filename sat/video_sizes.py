@@ -23,7 +23,7 @@ def parse_sizes(video_size: Any) -> list[tuple[int, int]]:
     """Return the (height, width) that `video_size` names, one or several.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is something else.
     """
     several = isinstance(video_size, Sequence) and video_size and all(isinstance(size, Sequence) for size in video_size)
     sizes = video_size if several else [video_size]

@@ -200,7 +200,7 @@ def load_partial_from_config(config: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the class that a configuration names, with its `params` filled in.
 
     Raises:
-        UserError: there is no such class.
+        UserError: the class does not exist.
     """
     return functools.partial(class_of_config(config), **(config.get("params") or {}))
 

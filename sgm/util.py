@@ -100,7 +100,7 @@ def class_of_config(config: Any, place: Place | None = None) -> type:
         place: where the configuration is; None: it is looked for in what is being built.
 
     Raises:
-        UserError: there is no such class, or it is not one for this key.
+        UserError: the class does not exist, or is not one for this key.
     """
     place = place or _place_of(config, current_place())
     if not isinstance(config, Mapping):
@@ -114,7 +114,7 @@ def class_at(target: Any, place: Place, slot: str | None) -> type:
     """Return the class at an import path, which the key `slot` takes; see `config_slots`.
 
     Raises:
-        UserError: it is not such a class.
+        UserError: the target is not such a class.
     """
     if not isinstance(target, str):
         raise error_at(place, f"is {shown(target)}; expected an import path of the form package.module.Class")

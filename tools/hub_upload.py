@@ -14,7 +14,7 @@ def check_logged_in() -> str:
     """Return the name under which the hub's client uploads; asked for before hours go into what is uploaded.
 
     Raises:
-        UserError: it has no valid token, or the hub is out of reach.
+        UserError: the client has no valid token, or the hub is out of reach.
     """
     from huggingface_hub import HfApi
 

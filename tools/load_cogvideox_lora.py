@@ -224,7 +224,7 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
     A file that says its alpha is applied by it already: the flags must then agree with it.
 
     Raises:
-        UserError: they do not, or the matrices are of another rank.
+        UserError: the flags do not agree, or the matrices are of another rank.
     """
     from lora_files import adapter_metadata, diffusers_file
     from sgm.weights import read_state_dict

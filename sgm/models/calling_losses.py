@@ -37,7 +37,7 @@ def check_loss(loss: Callable[..., Any]) -> None:
     """Check that a loss can be called with inputs, reconstructions and the names that it asks for.
 
     Raises:
-        UserError: it takes something else.
+        UserError: the loss takes something else.
     """
     try:
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)

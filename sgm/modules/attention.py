@@ -85,7 +85,7 @@ def backend_named(backend: SDPBackend | str | None) -> SDPBackend | None:
     """Return the kernel of PyTorch that `backend` means: a member of `SDPBackend`, or its name in any case.
 
     Raises:
-        UserError: there is no such kernel.
+        UserError: the kernel is unknown.
     """
     if backend is None or isinstance(backend, SDPBackend):
         return backend
@@ -221,7 +221,7 @@ class CrossAttention(nn.Module):
         backend: the kernel of PyTorch to use, a member of `SDPBackend` or its name; None: PyTorch chooses.
 
     Raises:
-        UserError: there is no such kernel, or (on a forward pass) it cannot compute these tensors.
+        UserError: the kernel is unknown, or (on a forward pass) cannot compute these tensors.
     """
 
     attend = staticmethod(attend)

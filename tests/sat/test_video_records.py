@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -82,7 +82,7 @@ def test_what_it_says(tiny, made):
     assert record["text_encoder"]["hash"].startswith("sha256:")
     assert record["video"]["hash"] == content_hash([video_of(made / "videos")])
     assert record["model"]["name"] == "5b_i2v" and record["model"]["scale_factor"] > 0
-    assert record["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in record["versions"]["torch"]
+    assert record["versions"]["torch"] == version("torch")
     assert record["arguments"]["vae_tile_size"] == 64 and isinstance(record["guidance"], float | int)
 
 

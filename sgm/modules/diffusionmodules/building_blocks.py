@@ -90,7 +90,7 @@ def make_beta_schedule(
             the ends.
 
     Raises:
-        UserError: there is no such schedule.
+        UserError: the schedule is unknown.
     """
     if schedule != "linear":
         raise UserError(f"schedule: {schedule!r} is unknown; use 'linear'")

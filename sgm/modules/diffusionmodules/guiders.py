@@ -43,7 +43,7 @@ class VanillaCFG:
         dyn_thresh_config: what combines the halves instead, see `thresholding`.
 
     Raises:
-        UserError: it cannot be called as those are.
+        UserError: this object cannot be called as the classes of `thresholding` are.
     """
 
     def __init__(self, scale: float, dyn_thresh_config: Mapping[str, Any] | None = None):
