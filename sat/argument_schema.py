@@ -100,10 +100,10 @@ class RunArguments:
         [], "share of the samples that each place of train_data gives, whatever its size"
     )
     inspect_data: bool = argument(
-        False, "say what would be trained on and why the rest is not, write a sheet of 16 clips"
+        False, "train nothing: report the data and what is left out and why, and write a sheet of 16 clips"
     )
-    json: bool = argument(False, "with inspect_data: say it as JSON, for scripts")
-    contact_sheet: str | None = argument(None, "with inspect_data: where its sheet goes (default: inspect_data.png)")
+    json: bool = argument(False, "with inspect_data: print the report as JSON, for scripts")
+    contact_sheet: str | None = argument(None, "with inspect_data: the PNG of its sheet (default: inspect_data.png)")
     num_workers: int = argument(2, "processes that read clips, for each training process")
     clip_timeout: float = argument(120.0, "seconds to read a clip; one that takes longer counts as unreadable")
     collective_timeout: float = argument(

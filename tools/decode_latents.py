@@ -5,7 +5,7 @@ wrote, and those in the samples/ of a training run.
   python tools/decode_latents.py checkpoints_finetune/RUN/samples --base configs/cogvideox_2b.yaml
 
 Each PATH is a file, or a folder in which all `.safetensors` are taken. A file says itself which VAE it is for, how its
-latents are scaled and what the frame rate is; files from before that was recorded need the model's configuration,
+latents are scaled and what the frame rate is; older files, without this record, need the model's configuration,
 `--base`, which also wins over what a file says. NAME.safetensors and NAME.latents.safetensors become NAME.mp4 beside
 it, with NAME.json where the file has the record of the video. Exit codes: 0 all videos are there, 1 some files could
 not be decoded, 2 a mistake in the arguments or files ended the command.
