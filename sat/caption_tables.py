@@ -97,7 +97,7 @@ def video_of(record: Mapping[str, Any], where: str) -> str:
 
 
 def _checked(path: str, where: str) -> str:
-    """A path, which must be one of a file."""
+    """Return the path, after checking that it can be that of a file."""
     if "\0" in path:
         raise UserError(f"{where}: no file can have the name {path!r}: write its path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):

@@ -112,7 +112,7 @@ def _manifest_clips(path: Path, rules: LabelRules) -> Found:
 
 
 def _file_of(folder: Path, written: str) -> str:
-    """The file that an entry names: as for lists in a folder, in another spelling or in its `videos` if not there."""
+    """Return the file that an entry names: as written, else in another spelling or in `videos`, as in a folder."""
     first = os.path.normpath(folder / written)
     if os.path.exists(first):  # noqa: PTH110
         return first

@@ -191,7 +191,7 @@ class TarFile(Tree):
             )
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
-        """The files that lie in the tar file as they are, and links."""
+        """Yield the headers of the plain files in the tar file, and of links."""
         try:
             end = Path(self.path).stat().st_size
             with tarfile.open(self.path, "r:") as archive:
@@ -233,7 +233,7 @@ class TarFile(Tree):
 
 
 def _plain(name: str) -> str:
-    """The name of a member without what leads nowhere; nothing is written, so absolute ones are as good as others."""
+    """Return a member's name, normalized and relative: nothing is written, so absolute names do no harm."""
     return posixpath.normpath(name).lstrip("/")
 
 

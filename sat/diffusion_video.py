@@ -284,7 +284,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @contextmanager
     def without_drops(self) -> Iterator[None]:
-        """Within the block captions and images are not dropped, unless a call says so."""
+        """Drop no captions and images within the block, unless a call says so."""
         before, self.drops = self.drops, False
         try:
             yield
@@ -292,7 +292,7 @@ class SATVideoDiffusionEngine(nn.Module):
             self.drops = before
 
     def validation_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`shared_step` without drops, also where a subclass has one of the original's form, `shared_step(batch)`."""
+        """Return what `shared_step` returns without drops; a subclass may have the original's `shared_step(batch)`."""
         with self.without_drops():
             return self.shared_step(batch, **({"drop": False} if accepts(self.shared_step, "drop") else {}))
 

@@ -256,8 +256,11 @@ class PyavVideo:
         raise UnreadableClip(DAMAGED)
 
     def _ranked(self, count: int) -> Iterator[tuple[VideoFrame, int, int]]:
-        """Every frame with the first and the last place, of `count`, where it is shown: one, unless the next are of
-        packets that say that it stays. MPEG-4 encoders write such tiny ones, and the decoder gives nothing for them."""
+        """Yield every frame with the first and the last of the `count` places where it is shown.
+
+        These are one place, unless the next packets say that the frame stays: MPEG-4 encoders write such tiny packets,
+        and the decoder returns no frame for them.
+        """
         sizes = self._container.sizes_by_decoding if self._container.codec.name == "mpeg4" else {}
         places, stays = {time: place for place, time in enumerate(sizes)}, [size <= TINY for size in sizes.values()]
         before, first, offset = None, 0, 0

@@ -1,4 +1,4 @@
-"""What all readers of videos tell: facts about a video, or why it cannot be read."""
+"""Facts about a video, or the reason why it cannot be read, as all readers of videos give them."""
 
 from typing import NamedTuple
 

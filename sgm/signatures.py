@@ -1,4 +1,4 @@
-"""What a function of somebody else's takes."""
+"""Tell what a function of somebody else's takes."""
 
 import inspect
 from collections.abc import Callable

@@ -324,7 +324,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_a_file_that_fits_in_part(tmp_path, caplog):
-    """With `strict: false` each entry that fits is taken, and the log names every other one and why."""
+    """Each entry that fits is taken with `strict: false`, and the log names every other one and why."""
     config = image_config()
     other = copy.deepcopy(config)
     other["params"]["decoder_config"]["params"] |= {"ch_mult": [1, 2]}

@@ -1,4 +1,4 @@
-"""Which keywords a function takes."""
+"""The keywords that a function takes are found."""
 
 import functools
 
