@@ -92,7 +92,8 @@ def decode_file(file: LatentFile, vae: VideoCoder, tile_size: int | None) -> Non
     channels = vae.decoder.conv_in.conv.in_channels
     if scaled.shape[1] != channels:
         raise UserError(
-            f"{file.path}: the latents have {scaled.shape[1]} channels, the VAE takes {channels}; give their --base"
+            f"{file.path}: the latents have {scaled.shape[1]} channels, the VAE takes {channels}; "
+            "give the configuration of the model that made them as --base"
         )
     factor = vae.decoder.space_factor
     height, width = (factor * side for side in latents.shape[3:])
