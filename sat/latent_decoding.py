@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,6 +15,9 @@ from content_hashes import hash_of_file
 from devices import choose_device, fast_dtype
 from latent_files import LatentFile
 from memory_advice import DECODING, TILES, one_of
+from model_checks import check_size, without_weights
+from network_weights import instantiate_on_meta
+from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
@@ -24,6 +26,9 @@ from video_output import VideoWriter
 from video_records import record_path, write_record
 
 logger = logging.getLogger("decode_latents")
+
+TARGET = ("model", "first_stage_config", "target")
+VAE = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
 
 
 def run(files: Sequence[LatentFile], device_name: str | None, dtype_name: str | None, tile_size: int | None) -> int:
@@ -42,7 +47,7 @@ def run(files: Sequence[LatentFile], device_name: str | None, dtype_name: str | 
                 wanted = (json.dumps(file.first_stage_config, sort_keys=True), dtype)
                 if wanted != built_for:
                     vae = None  # one at a time
-                    vae, built_for = build_vae(file.first_stage_config, device, dtype, tile_size), wanted
+                    vae, built_for = build_vae(file, device, dtype, tile_size), wanted
                 decode_file(file, vae, tile_size)
         except UserError as error:
             failures.append(error)
@@ -65,15 +70,19 @@ def advice(tile_size: int | None, dtype: torch.dtype) -> str:
     return one_of(options)
 
 
-def build_vae(config: dict[str, Any], device: torch.device, dtype: torch.dtype, tile_size: int | None) -> VideoCoder:
-    """Return the VAE with its weights, on one process.
+def build_vae(file: LatentFile, device: torch.device, dtype: torch.dtype, tile_size: int | None) -> VideoCoder:
+    """Return the VAE that a file of latents is for, with its weights, on one process.
 
     Raises:
-        UserError: the weights cannot be read, or do not fit.
+        UserError: it cannot be built as it is described, or its weights cannot be read or do not fit.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(file.first_stage_config)
     config["params"]["cp_size"] = 1
-    vae = instantiate_from_config(config)
+    with section("model", {"first_stage_config": config}, file.sources):
+        check_size(instantiate_on_meta(without_weights(config)), "first_stage_config")
+        vae = instantiate_from_config(config)
+    if not isinstance(vae, VideoCoder):
+        raise UserError(f"{file.sources.place(TARGET)}: {config['target']} decodes no video in chunks; name {VAE}")
     if tile_size is not None:
         vae.tile_size = tile_size
     return vae.to(device, dtype).eval().requires_grad_(False)

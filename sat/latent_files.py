@@ -7,13 +7,15 @@ is described by `record_making.latents_metadata`. It is read as a file that came
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from model_values import check_model_values, check_parameters
 from output_paths import check_folder
+from sgm.config_places import Sources
 from sgm.errors import UserError, shown
 from video_records import KEPT_SUFFIX, LARGEST, check_foreign_model, parse_record
 
@@ -31,6 +33,7 @@ class LatentFile:
         dtype: in which they would have been decoded, such as "bfloat16"; None: not known.
         record: of the video, without the hash of its file; None: not known.
         video: the file to write.
+        sources: the file that the VAE's description is from.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class LatentFile:
     dtype: str | None
     record: dict[str, Any] | None
     video: Path
+    sources: Sources = field(default_factory=Sources, compare=False)
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
@@ -78,6 +82,10 @@ def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None,
         first_stage, scale_factor = own_model(path, metadata)
     else:
         first_stage, scale_factor = configured_model(config)
+    sources = getattr(config, "sources", None) or Sources([path])
+    model = {"first_stage_config": first_stage}
+    check_model_values(model, sources)
+    check_parameters({"model": model}, sources)
     if fps is None:
         fps = number(metadata.get("fps", DEFAULT_FPS), f"{path}: fps")
     record = None
@@ -89,7 +97,7 @@ def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None,
     dtype = metadata.get("computed_in")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"{path}: computed_in is {shown(dtype)}; expected float32, bfloat16 or float16")
-    return LatentFile(path, first_stage, scale_factor, fps, dtype, record, folder / f"{stem}.mp4")
+    return LatentFile(path, first_stage, scale_factor, fps, dtype, record, folder / f"{stem}.mp4", sources)
 
 
 def check_latents(path: Path) -> dict[str, str]:

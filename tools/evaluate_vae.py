@@ -20,13 +20,15 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import load_configs, with_located_paths  # noqa: E402
+from config_files import MergedConfig, load_configs, with_located_paths  # noqa: E402
 from flag_spellings import EitherSpellingParser  # noqa: E402
 from input_paths import located, tell_places  # noqa: E402
 from latent_cache import is_cache  # noqa: E402
 from launchers import check_alone  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
+from model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
 from output_paths import check_folder  # noqa: E402
+from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
 from vae_training_plan import check_clips, compression  # noqa: E402
@@ -39,7 +41,7 @@ INFERENCE_PARAMS = ("encoder_config", "decoder_config", "regularizer_config", "c
 
 def main(command_line: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return exit_code(lambda: evaluate(command_line), logger)
+    return exit_code(lambda: evaluate(command_line), logger, command_line=command_line)
 
 
 def evaluate(command_line: Sequence[str] | None) -> int:
@@ -49,13 +51,19 @@ def evaluate(command_line: Sequence[str] | None) -> int:
     options.ckpt = options.ckpt and Path(located(str(options.ckpt), "--ckpt"))
     check_options(options)
     config = load_configs(options.base, used=("model", "data"))
-    vae_config = find_vae(with_located_paths(config.get("model") or {}, "model"), options.ckpt)
+    with config.sources.naming():
+        return evaluate_with(config, options)
+
+
+def evaluate_with(config: MergedConfig, options: argparse.Namespace) -> int:
+    model = with_located_paths(config.get("model") or {}, "model")
+    vae_config, data_config = find_parts(model, config, options.ckpt)
     tell_places()
-    data_config = find_data(config.get("data") or {}, vae_config["params"])
     quiet_libraries()
     from tools.vae_report import run  # imports PyTorch: seconds, spent only once the request is known to make sense
 
-    report = run(options, vae_config, data_config)
+    with section("model", model, config.sources):
+        report = run(options, vae_config, data_config)
     sys.stdout.write(f"{report}\n")
     return 0
 
@@ -69,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.error = _raise_user_error
     add = parser.add_argument
+    add("--debug", action="store_true", help="show the traceback of an error too")
     add("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
     add("--data", nargs="+", metavar="DATA", help="clips, best such as training has not seen: as for train_video.py")
     add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: those that the configuration names)")
@@ -123,6 +132,26 @@ def check_clip_sources(sources: Sequence[str]) -> None:
 
 
 # ---------------------------------------------------------------- configuration
+
+
+def find_parts(
+    model: Mapping[str, Any], config: MergedConfig, ckpt: Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the VAE and the data set that a configuration describes, as far checked as that needs no class.
+
+    Args:
+        model: its `model:` section, with the files that it names where they are.
+
+    Raises:
+        UserError: a value is not such as fits, or a part is missing.
+    """
+    check_model_values(model, config.sources)
+    vae_config = find_vae(model, ckpt)
+    data = config.get("data") or {}
+    data_config = find_data(data, vae_config["params"])
+    check_data_section(data, config.sources)
+    check_parameters({"model": model, "data": data}, config.sources)
+    return vae_config, data_config
 
 
 def find_vae(model: Mapping[str, Any], ckpt: Path | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from latent_cache import STORES, text_embedder  # noqa: E402
 from launchers import adopt_launcher, is_first_process  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from model_limits import ModelLimits  # noqa: E402
+from model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
 from training_arguments import TrainingArguments, get_training_args  # noqa: E402
@@ -45,7 +46,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     # Each process of a launcher would say the same.
     level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
-    return exit_code(lambda: precompute(command_line), logger, "interrupted; start the same command again to go on")
+    interrupted = "interrupted; start the same command again to go on"
+    return exit_code(lambda: precompute(command_line), logger, interrupted, command_line)
 
 
 def precompute(command_line: Sequence[str] | None) -> int:
@@ -54,6 +56,11 @@ def precompute(command_line: Sequence[str] | None) -> int:
     if options.output is None:
         raise UserError("--output is missing: name the folder of the cache")
     args = get_training_args(rest)
+    with args.sources.naming():
+        return precompute_with(args, options)
+
+
+def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int:
     if args.inspect_data:
         raise UserError("inspect_data: give it to sat/train_video.py, which shows the clips that are encoded here")
     variants = check(args, options.image_variants)
@@ -105,6 +112,8 @@ def check(args: TrainingArguments, image_variants: int | None) -> int:
         UserError: the data or a part of the model is not there, or not such as can be cached.
     """
     model = args.model_config
+    check_model_values(model, args.sources)
+    check_data_section(args.data_config, args.sources)
     if check_data(replace(args, valid_data=[])):
         raise UserError("train_data is a cache of latents already: name the clips that it was made of")
     if args.train_data_weights:
@@ -122,6 +131,7 @@ def check(args: TrainingArguments, image_variants: int | None) -> int:
     if not first_stage.get("ckpt_path"):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
     check_paths({"model": {name: model[name] for name in ("conditioner_config", "first_stage_config")}})
+    check_parameters({"model": model, "data": args.data_config}, args.sources)
     if not model.get("noised_image_input"):
         if image_variants is not None:
             raise UserError("image_variants is for image-to-video models, and this is a text-to-video model")

@@ -15,6 +15,7 @@ Log-variances are mapped to those of W's image where a posterior's channels vary
 Exit codes: 0 the file is written, 2 a mistake in the arguments or files stands in the way.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,10 +26,11 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import load_configs, with_located_paths  # noqa: E402
+from config_files import MergedConfig, load_configs, with_located_paths  # noqa: E402
 from input_paths import located, tell_places  # noqa: E402
+from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.evaluate_vae import check_clip_sources, find_data, find_vae  # noqa: E402
+from tools.evaluate_vae import check_clip_sources, find_parts, find_vae  # noqa: E402
 from tools.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
@@ -63,11 +65,14 @@ def whiten(arguments: Sequence[str] | None) -> None:
     check_clip_sources(options.data)
     check_sources([options.ckpt, options.near])
     config = load_configs(options.base, used=("model", "data"))
-    config["model"] = with_located_paths(config.get("model") or {}, "model")
-    vae_configs = [find_vae(config["model"], options.ckpt)]
-    data_config = find_data(config.get("data") or {}, vae_configs[0]["params"])
-    if options.near:
-        vae_configs.append(find_vae(config["model"], options.near))
+    with config.sources.naming():
+        whiten_with(config, options)
+
+
+def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
+    model = with_located_paths(config.get("model") or {}, "model")
+    vae_config, data_config = find_parts(model, config, options.ckpt)
+    vae_configs = [vae_config, *([find_vae(model, options.near)] if options.near else [])]
     check_output(options.output, options, [Path(each["params"]["ckpt_path"]) for each in vae_configs])
     tell_places()
 
@@ -77,7 +82,7 @@ def whiten(arguments: Sequence[str] | None) -> None:
     from tools.vae_report import build_vae, encode, readable_samples
     from whole_files import write_safetensors
 
-    with torch.no_grad():
+    with torch.no_grad(), section("model", model, config.sources):
         vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in vae_configs]
         dataset = make_dataset(options.data, data_config, SimpleNamespace(missing_label="ignore"), random_start=False)
         samples = readable_samples(dataset, options.num_clips)
