@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from argument_schema import FLOAT, PRECISIONS, nearest
 from config_targets import why_target_fails
+from deepspeed_features import check_features
 from sgm.errors import UserError, shown
 
 OUR_OPTIMIZERS = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")  # names of the same
@@ -100,6 +101,7 @@ COUNTS = {
     *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
     *("stage3_max_reuse_distance", "stage3_module_granularity_threshold", "buffer_size", "max_in_cpu"),
     *("zero_hpz_partition_size", "steps_per_print", "allgather_size", "vocabulary_size", "sequence_parallel_size"),
+    "number_checkpoints",
 }
 SHARES = {"ratio", "cpuadam_cores_perc"}
 LARGEST_COUNT = 10**15
@@ -111,6 +113,7 @@ REMOVED_KEYS = {
 WHOLE_MATRICES = "sgm.muon.Muon"
 ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad", "adam_w_mode", "set_grad_none"}
 TORCH_ADAM_PARAMS = {"torch_adam", "fp32_optimizer_states", "foreach", "fused", "maximize", "capturable"}
+ADAM_FLAGS = {"bias_correction", "amsgrad", "adam_w_mode", "set_grad_none", *TORCH_ADAM_PARAMS}
 OPTIMIZER_PARAMS = {
     # The misspelling is SwissArmyTransformer's.
     **{name: ADAM_PARAMS | {"ema_decay", "use_num_upates", "use_num_updates"} for name in OUR_OPTIMIZERS},
@@ -154,6 +157,7 @@ def check_deepspeed_config(section: Mapping[str, Any]) -> dict[str, Any]:
     if "scheduler" in config:
         check_scheduler(config)
     checked_section(config, "activation_checkpointing")
+    check_features(config)
     return config
 
 
@@ -361,9 +365,13 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
             check_number(f"optimizer.params.{key}", params[key], least=0)
     if "ema_decay" in params:
         check_number("optimizer.params.ema_decay", params["ema_decay"], least=0, below=1)
+    if known is not params:
+        for key in ADAM_FLAGS & params.keys():
+            if params[key] not in (None, True, False):
+                raise UserError(f"deepspeed: optimizer.params.{key} is {shown(params[key])}; expected true or false")
     if "betas" in params:
         betas = params["betas"]
-        if not isinstance(betas, list) or len(betas) < 2:
+        if not isinstance(betas, list) or len(betas) < 2 or (known is not params and len(betas) > 2):
             raise UserError(f"deepspeed: optimizer.params.betas is {shown(betas)}; expected two numbers")
         for beta in betas:
             check_number("optimizer.params.betas", beta, least=0, below=1)

@@ -1,6 +1,7 @@
 """What DeepSpeed is given: the network, an optimizer for what is trained of it, and a learning-rate schedule."""
 
 import os
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepspeed_config import runtime_config
+from deepspeed_features import complaint
 from ema_adam import EmaAdam
-from sgm.config_places import Place, Sources
+from sgm.config_places import ConfigError, Place, Sources
+from sgm.config_values import is_own_file
 from sgm.errors import UserError
+from sgm.memory_errors import is_out_of_memory
 from sgm.util import class_at, reporting
 
 # Names of the same optimizer: SwissArmyTransformer's own needs a CUDA extension to be compiled.
@@ -70,9 +74,12 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
             mpu=mpu,
             dist_init_required=False,
         )
-    except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
-        # DeepSpeed reports what it does not like in its configuration by any of these.
-        raise UserError(f"deepspeed: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except Exception as error:  # by any kind of which DeepSpeed reports what it does not like in its configuration
+        if isinstance(error, UserError) or is_out_of_memory(error) or not raised_in_library(error):
+            raise
+        line = complaint(error, args.deepspeed_config)
+        file = args.sources.file_of(("deepspeed",)) if getattr(args, "sources", None) else None
+        raise ConfigError(f"{file}: {line}" if file else line) from error
     if is_plain:
         if mpu.get_data_parallel_world_size() == 1:  # else it copies all gradients there and back, for their sum of one
             engine.allreduce_gradients = lambda *_, **__: None
@@ -83,6 +90,13 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
             scaler.raise_error_at_min_scale = False  # the trainer counts the steps that are left out
     sum_partial_gradients(network)
     return engine
+
+
+def raised_in_library(error: Exception) -> bool:
+    """Return whether an error comes from what `initialize` calls, rather than from a function of this project."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.name for frame in frames if is_own_file(frame.filename)]
+    return own[-1:] == [initialize.__name__]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -15,8 +15,7 @@ from content_hashes import hash_of_file
 from devices import choose_device, fast_dtype
 from latent_files import LatentFile
 from memory_advice import DECODING, TILES, one_of
-from model_checks import check_size, without_weights
-from network_weights import instantiate_on_meta
+from model_checks import check_autoencoder_sizes
 from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
@@ -79,7 +78,7 @@ def build_vae(file: LatentFile, device: torch.device, dtype: torch.dtype, tile_s
     config = copy.deepcopy(file.first_stage_config)
     config["params"]["cp_size"] = 1
     with section("model", {"first_stage_config": config}, file.sources):
-        check_size(instantiate_on_meta(without_weights(config)), "first_stage_config")
+        check_autoencoder_sizes(config["params"])
         vae = instantiate_from_config(config)
     if not isinstance(vae, VideoCoder):
         raise UserError(f"{file.sources.place(TARGET)}: {config['target']} decodes no video in chunks; name {VAE}")

@@ -130,17 +130,36 @@ def network_config(config: Mapping[str, Any], args: Any) -> Mapping[str, Any]:
     return {**config, "params": {**params, "transformer_args": transformer}}
 
 
-def check_size(module: nn.Module, name: str, allocated: bool = True) -> None:
+def check_autoencoder_sizes(params: Mapping[str, Any]) -> None:
+    """Check that the parts of an autoencoder fit into the machine's memory, before any of it is taken.
+
+    Args:
+        params: of the autoencoder, or of the engine that trains one.
+
+    Raises:
+        UserError: one does not; or cannot be built at all.
+    """
+    loss = params.get("loss_config")
+    loss = (loss.get("params") if isinstance(loss, Mapping) else None) or {}
+    place = current_place()
+    for config in (params.get("encoder_config"), params.get("decoder_config"), loss.get("discriminator_config")):
+        if isinstance(config, Mapping) and str(config.get("target")).startswith(("sgm.", "vae_modules.")):
+            key = place.find(config) if place else None
+            check_size(instantiate_on_meta(config), *(key or ()))
+
+
+def check_size(module: nn.Module, *key: str | int, allocated: bool = True) -> None:
     """Check that a module on the meta device would fit into the machine's memory, else raise UserError.
 
     Args:
+        key: of its configuration, below what is being built.
         allocated: its memory is taken before its weights are read. Otherwise weights of other sizes are refused first.
     """
     tensors = [*module.parameters(), *module.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if allocated and size > host_memory():
         raise error_at(
-            current_place().below(name, "params"),
+            (current_place() or Place((), None)).below(*key, "params"),
             f"of these sizes it takes {size / 2**30:.0f} GiB, and the machine has {host_memory() / 2**30:.0f}; lower "
             "its sizes",
         )

@@ -23,6 +23,7 @@ from clip_loader import ClipLoader
 from determinism import deterministic_arithmetic
 from devices import choose_device, fast_dtype
 from memory_advice import vae_training_advice
+from model_checks import check_autoencoder_sizes
 from process_failures import failing_together
 from run_clips import UnreadableClips, open_clips, share_timeouts
 from run_control import (
@@ -222,6 +223,7 @@ def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
     settings = {name: trainer[name] for name in ENGINE_KEYS if trainer.get(name) is not None}
     described = {name: args.model_config[name] for name in ("target", "params")}
     with section("model", described, args.sources):
+        check_autoencoder_sizes(described["params"])
         engine = instantiate_from_config(described, **settings)
     if not isinstance(engine, pl.LightningModule) or not hasattr(engine, "coder_state_dict"):
         raise UserError(

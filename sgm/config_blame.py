@@ -7,11 +7,11 @@ user's values are not the reason.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any
 
-from sgm.config_places import Place
+from sgm.config_places import Place, walk
 from sgm.config_values import is_own_file
 from sgm.errors import one_line
 from sgm.memory_errors import is_out_of_memory
@@ -54,11 +54,26 @@ def is_own_mistake(error: Exception, place: Place, use: Callable[[Any], Any] | N
         return False  # a class of the user's or of a library, called with the user's values
     if isinstance(error, OWN_MISTAKES) or place.slot == "data":  # datasets of ours say themselves what does not fit
         return True
-    if isinstance(error, AttributeError) and not isinstance(error.obj, YAML_TYPES):
+    if isinstance(error, AttributeError) and not isinstance(error.obj, YAML_TYPES) and not is_misplaced(error, place):
         return True
     reference = place.sources.build_reference if place.sources else None
     other = reference(place.slot, place.config, use) if reference else None
     return other is not None and type(other) is type(error) and own_line(other) == where
+
+
+def is_misplaced(error: AttributeError, place: Place) -> bool:
+    """Return whether an attribute is missing in an object that the configuration chose for another to use.
+
+    An object that misses an attribute of its own does so wherever it stands.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_locals.get("self") is error.obj:
+        return False
+    kind = error.obj if isinstance(error.obj, type) else type(error.obj)
+    nodes = (node for _, node in walk(place.config) if isinstance(node, Mapping))
+    return kind.__name__ in {str(node.get("target")).rpartition(".")[2] for node in nodes}
 
 
 def own_line(error: BaseException) -> tuple[str, int] | None:

@@ -19,6 +19,7 @@ from batch_order import SampleKey
 from data_video import make_dataset
 from devices import choose_device, fast_dtype
 from memory_advice import one_of
+from model_checks import check_autoencoder_sizes
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
@@ -97,6 +98,7 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
 
 def build_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> VideoCoder:
     """The VAE with its weights, whose Gaussian latents are means: nothing is random."""
+    check_autoencoder_sizes(config["params"])
     vae = instantiate_from_config(config).to(device, dtype).eval()
     if isinstance(vae.regularization, DiagonalGaussianRegularizer):
         vae.regularization.sample = False

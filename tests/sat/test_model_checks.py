@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from config_files import load_configs
-from model_checks import check_model
+from model_checks import check_autoencoder_sizes, check_model
 from model_values import check_model_values
+from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
 from sgm.modules.diffusionmodules.sampling import VPSDEDPMPP2MSampler
@@ -129,3 +130,19 @@ class Picky(VPSDEDPMPP2MSampler):
 
     def __call__(self, *args, **kwargs):
         raise AssertionError("not with these latents")
+
+
+def test_an_autoencoder_that_no_machine_holds_is_refused_before_it_is_built():
+    config = load_configs([ROOT / "configs" / "tiny" / "vae_images.yaml"])
+    params = config["model"]["params"]
+    with section("model", config["model"], config.sources):
+        check_autoencoder_sizes(params)
+        for place in (("decoder_config",), ("loss_config", "params", "discriminator_config")):
+            changed = copy.deepcopy(config["model"])
+            part = changed["params"]
+            for name in place:
+                part = part[name]
+            part["params"] = {**part.get("params", {}), **({"ch": 2**16} if len(place) == 1 else {"ndf": 2**15})}
+            with section("model", changed, config.sources), pytest.raises(UserError) as error:
+                check_autoencoder_sizes(changed["params"])
+            assert f": model.params.{'.'.join(place)}.params: of these sizes it takes " in str(error.value)

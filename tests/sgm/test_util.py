@@ -168,3 +168,28 @@ def test_a_module_of_the_users_own_that_fails_when_it_is_imported(tmp_path, monk
         get_obj_from_str("broken_module.A")
     with pytest.raises(UserError, match="importing it fails with OSError"):
         get_obj_from_str("raising_module.A")
+
+
+def test_a_class_in_the_place_of_another_is_the_configuration_s_mistake(model):
+    """Both are called with numbers, but another object asks this one for what it does not have."""
+    config, sources = model
+    config["denoiser_config"]["params"]["scaling_config"] = {
+        "target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization"
+    }
+    line = refused(config, sources, "denoiser_config")
+    assert "model.denoiser_config: " in line and "'takes_alpha'" in line
+
+
+def test_an_attribute_that_is_missing_in_our_own_object_is_a_mistake_of_this_program(model, monkeypatch):
+    config, sources = model
+    params = config["denoiser_config"]["params"]
+    params["scaling_config"] = {"target": f"{MODULES}.denoiser_scaling.EDMScaling"}  # which no shipped file names
+    params["discretization_config"] = {"target": f"{MODULES}.discretizer.EDMDiscretization"}
+
+    def planted(self, *args, **kwargs):
+        return self.nothing_of_this_name
+
+    monkeypatch.setattr(f"{MODULES}.discretizer.EDMDiscretization.__call__", planted)
+    monkeypatch.setattr("sgm.config_blame.is_own_file", lambda name: name == __file__ or "/sgm/" in name)
+    with section("model", config, sources), pytest.raises(AttributeError, match="nothing_of_this_name"):
+        instantiate_from_config(config["denoiser_config"])
