@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model_values import host_memory
+from model_values import SIZES, host_memory
 from network_weights import instantiate_on_meta
 from sgm.config_places import Place, current_place, section, within
 from sgm.config_values import problem_of_params
@@ -28,7 +28,7 @@ def check_model(args: Any, parts: tuple[str, ...]) -> None:
     Nothing is left of it: no weights are read, no memory is kept, and random numbers go on as if it had not been.
 
     Args:
-        args: with `model_config`, `sources` and optionally `load` and `model_parallel_size`.
+        args: with `model_config`, `sources` and optionally `load`, `model_parallel_size` and `sampling_num_steps`.
         parts: those of the engine that will be built: `conditioner`, `first_stage_model`, `model`.
 
     Raises:
@@ -37,6 +37,7 @@ def check_model(args: Any, parts: tuple[str, ...]) -> None:
     config = args.model_config
     with torch.random.fork_rng(devices=[]), section("model", config, getattr(args, "sources", None)):
         check_schedules(config)
+        check_steps(config, getattr(args, "sampling_num_steps", None))
         if "conditioner" in parts:
             check_conditioner(config["conditioner_config"])
         if "first_stage_model" in parts:
@@ -60,6 +61,25 @@ def check_schedules(config: Mapping[str, Any]) -> None:
         place = Place((*parent.key, name), config[name], parent.sources, building=True)
         with reporting(place, parent, partial(tried, denoiser=shipped_denoiser(denoiser_config))):
             tried(built, denoiser)
+
+
+def check_steps(config: Mapping[str, Any], steps: int | None) -> None:
+    """Check that the sampler can take as many steps as the arguments say; None: they do not.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if steps is None or not config.get("sampler_config"):
+        return
+    _, most = SIZES["num_steps"]
+    if steps > most:  # whose table would not fit into memory
+        raise UserError(f"sampling_num_steps is {steps}; it can be up to {most}")
+    sampler = instantiate_from_config(config["sampler_config"])
+    try:
+        if hasattr(sampler, "schedule"):
+            sampler.schedule(steps)
+    except UserError as error:
+        raise UserError(f"sampling_num_steps: {error}") from error
 
 
 def shipped_denoiser(config: Any) -> nn.Module | None:

@@ -146,3 +146,13 @@ def test_an_autoencoder_that_no_machine_holds_is_refused_before_it_is_built():
             with section("model", changed, config.sources), pytest.raises(UserError) as error:
                 check_autoencoder_sizes(changed["params"])
             assert f": model.params.{'.'.join(place)}.params: of these sizes it takes " in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [1001, 10**12])
+def test_more_steps_than_there_are_are_refused_by_the_argument_s_name(shipped, steps):
+    args = changed(shipped, "scale_factor", 1.0)
+    args.sampling_num_steps = 1000
+    check_model(args, ())
+    args.sampling_num_steps = steps
+    with pytest.raises(UserError, match=f"^sampling_num_steps.* is {steps}"):
+        check_model(args, ())
