@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from argument_schema import check_tile_size  # noqa: E402
-from config_files import load_configs  # noqa: E402
+from config_files import load_configs, with_located_paths  # noqa: E402
 from latent_files import LatentFile, find_files, read_header  # noqa: E402
 from library_messages import quiet_libraries  # noqa: E402
 from output_paths import decide_existing  # noqa: E402
@@ -90,6 +90,8 @@ def plan(options: argparse.Namespace) -> list[LatentFile]:
         UserError: a file cannot be decoded as it is, two have the same video, or a video exists.
     """
     config = load_configs(options.base, used=("model",)) if options.base else None
+    if config:
+        config["model"] = with_located_paths(config.get("model") or {}, "model")
     planned: dict[Path, LatentFile] = {}
     for path in find_files(options.paths):
         file = read_header(path, config, options.fps, options.output_dir)

@@ -31,7 +31,7 @@ logger = logging.getLogger("evaluate_shapes")
 
 def main(command_line: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return exit_code(lambda: evaluate(command_line), logger)
+    return exit_code(lambda: evaluate(command_line), logger, command_line=command_line)
 
 
 def evaluate(command_line: Sequence[str] | None) -> int:

@@ -15,13 +15,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from config_files import MergedConfig, load_configs, with_located_paths  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
 from input_paths import located, tell_places  # noqa: E402
 from latent_cache import is_cache  # noqa: E402
 from launchers import check_alone  # noqa: E402
@@ -31,6 +30,7 @@ from output_paths import check_folder  # noqa: E402
 from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
+from tools.tool_parser import ToolParser  # noqa: E402
 from vae_training_plan import check_clips, compression  # noqa: E402
 
 logger = logging.getLogger("evaluate_vae")
@@ -72,12 +72,8 @@ def evaluate_with(config: MergedConfig, options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = EitherSpellingParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = _raise_user_error
+    parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("--debug", action="store_true", help="show the traceback of an error too")
     add("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
     add("--data", nargs="+", metavar="DATA", help="clips, best such as training has not seen: as for train_video.py")
     add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: those that the configuration names)")
@@ -92,10 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the VAE (default: float32)")
     add("--whole", action="store_true", help="decode every clip at once, as in training, rather than in chunks")
     return parser
-
-
-def _raise_user_error(message: str) -> NoReturn:
-    raise UserError(message)
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -174,6 +174,14 @@ def test_latents_of_training(tiny, tmp_path):
     assert len(read_video(path.with_suffix(".mp4"))[1]) == 9
 
 
+def test_weights_of_a_configuration_are_found_from_the_folder_of_the_scripts(tmp_path, monkeypatch):
+    path = tmp_path / "0_a.safetensors"
+    save_file({"latents": torch.randn(1, 3, 16, 8, 8)}, path)
+    monkeypatch.chdir(Path(sample_video.__file__).parent)
+    assert main([str(path), "--base", "configs/tiny/cogvideox_tiny.yaml", "--fps", "8"]) == 0
+    assert len(read_video(path.with_suffix(".mp4"))[1]) == 9
+
+
 def changed(latents: Path, path: Path, **metadata: str) -> Path:
     with safe_open(latents, "pt") as file:
         known = file.metadata()

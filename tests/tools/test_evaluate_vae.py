@@ -35,6 +35,14 @@ FRAMES, HEIGHT, WIDTH = 9, 32, 48
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def test_debug_shows_where_an_error_is_from(caplog):
+    for flags in ([], ["--debug"]):
+        caplog.clear()
+        assert main(flags) == 2
+        assert "--base is missing" in caplog.text
+        assert ("Traceback" in caplog.text) == bool(flags)
+
+
 # ---------------------------------------------------------------- measures
 
 
