@@ -27,6 +27,7 @@ from sgm.errors import UserError
 
 PRECISIONS = ("fp16", "bf16")
 SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
+HIGHEST_RATE = 1000  # frames a second of a video that is written; ffmpeg takes no rate without limit
 MODES = ("inference", "finetune")
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
 # Arguments that are files or folders to read from.
@@ -363,6 +364,8 @@ def check_common(args: CommonArguments) -> None:
     """Raises UserError for a value that no command takes."""
     check_exclusive(args, (PRECISIONS,))
     check_least(args, ("model_parallel_size", "sampling_num_steps", "sampling_fps"))
+    if args.sampling_fps > HIGHEST_RATE:
+        raise UserError(f"sampling_fps is {args.sampling_fps}; it must be at most {HIGHEST_RATE}")
     check_tile_size(args.vae_tile_size)
     check_seed_and_device(args)
 

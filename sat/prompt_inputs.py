@@ -11,7 +11,7 @@ from pathlib import Path
 
 from input_paths import ROOT, find_input, places, tell_places
 from sgm.errors import UserError
-from sgm.plain_json import parse_json
+from sgm.plain_json import has_half_characters, parse_json
 from sgm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,8 @@ def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptReques
             continue
         if not accepts(value):
             raise UserError(f"{where}: '{key}' must be {expected}, got {_shorten(value)}")
+        if isinstance(value, str) and has_half_characters(value):
+            raise UserError(f"{where}: '{key}' has half a character, {value!r:.60}; write the character itself")
         values[key] = value
     if "image" in values:
         values["image"] = _find_image(values["image"], folder, where)

@@ -253,7 +253,7 @@ def sample_group(stages: Stages, jobs: list[Job], args: SamplingArguments, bar: 
             )
             remark = (lambda job: where_latents_are(job, recorder)) if writes else None
             attempt_each(jobs, decode, remark)
-            attempt_each(jobs if writes else [], lambda job: complete(job, recorder))
+            attempt_each(jobs if writes else [], lambda job: complete(job, recorder), remark)
     for job in jobs:
         job.latents = None
         if writes and job.failure is None:
@@ -329,8 +329,10 @@ def where_latents_are(job: Job, recorder: Recorder) -> str:
         if problem := keep(job, Path(tempfile.mkdtemp(prefix="cogvideox-")) / name, recorder):
             return f"; its latents are lost: {problem}"
     tool = os.path.relpath(DECODE_TOOL) if Path.cwd() == DECODE_TOOL.parents[1] else DECODE_TOOL
-    tiles = " --vae_tile_size 256" if job.full else ""
-    return f"; its latents are kept, decode them with: python {tool} {shlex.quote(str(job.kept))}{tiles}"
+    flags = " --vae_tile_size 256" if job.full else ""
+    if job.kept == kept_path(job.video.path) and job.video.path.exists():  # without its record, or one of before
+        flags += " --overwrite"
+    return f"; its latents are kept, decode them with: python {tool} {shlex.quote(str(job.kept))}{flags}"
 
 
 def complete(job: Job, recorder: Recorder) -> None:

@@ -17,11 +17,13 @@ from config_targets import iterate_targets, why_target_fails
 from latent_cache import first_difference
 from sgm.config_places import Sources
 from sgm.errors import UserError, shown
+from sgm.plain_json import has_half_characters
 from whole_files import replaced_when_complete, reported_as_user_error
 
 logger = logging.getLogger("sample_video")
 
 FORMAT = 1
+PRECISION_NAMES = ("fp16", "bf16", "float32")
 SUFFIX = ".json"
 LARGEST = 4 * 2**20  # bytes of a record that is read
 DEEPEST = 60  # levels of mappings and lists in it
@@ -155,6 +157,12 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
         value = content.get(key)
         if key not in content or not isinstance(value, kinds) or isinstance(value, bool):
             raise UserError(f"{where}: {key} is {shown(value)}; expected {expected}")
+        if isinstance(value, str) and has_half_characters(value):
+            raise UserError(f"{where}: {key} is {value!r:.60}, which has half a character; write the character itself")
+    if content["precision"] not in PRECISION_NAMES:
+        raise UserError(f"{where}: precision is {shown(content['precision'])}; it can be {', '.join(PRECISION_NAMES)}")
+    if not 0 <= content["index"] < 2**63:
+        raise UserError(f"{where}: index is {content['index']}; it can be from 0 to 2^63 - 1")
     for key in ("checkpoint", "image"):
         if content[key] is not None and not isinstance(content[key].get("path"), str):
             raise UserError(f"{where}: {key}.path is {shown(content[key].get('path'))}; expected text")

@@ -4,6 +4,11 @@ import json
 from typing import Any
 
 
+def has_half_characters(text: str) -> bool:
+    """Return whether a text has half of a surrogate pair, as JSON's `\\ud83d` alone, which no tokenizer takes."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the content of a JSON text.
 

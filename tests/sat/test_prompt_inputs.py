@@ -109,6 +109,8 @@ def test_every_field_of_a_request_can_be_given_in_json():
         ({"prompt": None}, "line 2: 'prompt' must be a string, got null"),
         ({"prompt": "a", "seed": True}, "line 2: 'seed' must be a whole number"),
         ({"prompt": "a", "seed": -1}, "line 2: 'seed' must be"),
+        ({"prompt": "a \ud83d fox"}, "line 2: 'prompt' has half a character"),
+        ({"prompt": "a", "negative_prompt": "\udc00"}, "line 2: 'negative_prompt' has half a character"),
         ({"prompt": "a", "num_frames": 4.0}, "line 2: 'num_frames' must be"),
         ({"prompt": "a", "size": [480]}, r"line 2: 'size' must be \[height, width\]"),
         ({"prompt": "a", "size": "480x720"}, "line 2: 'size' must be"),

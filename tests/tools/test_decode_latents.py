@@ -126,6 +126,20 @@ def test_a_full_disk(tiny, tmp_path, caplog, monkeypatch):
     assert load_file(place)["latents"].shape == (1, 3, 16, 4, 6) and str(place).startswith(os.environ["TMPDIR"])
 
 
+def test_a_record_that_cannot_be_written(tiny, tmp_path, caplog, monkeypatch):
+    """The report says how to get both, though the video is there."""
+
+    def no_space(video, content):
+        raise UserError(f"cannot write {video.with_suffix('.json')}: No space left on device")
+
+    monkeypatch.setattr(sampling_run, "write_record", no_space)
+    assert sample(tiny.config("5b"), tmp_path) == 1
+    (latents,) = found(tmp_path, KEPT)
+    assert caplog.text.rstrip().endswith(f"decode them with: python tools/decode_latents.py {latents} --overwrite")
+    assert main([str(latents), "--overwrite"]) == 0
+    assert len(found(tmp_path, ".mp4")) == len(found(tmp_path, ".json")) == 1
+
+
 def test_a_vae_that_does_not_load_any_more(tiny, tmp_path, caplog, monkeypatch):
     """The VAE is built again after sampling, since the parts take turns: all latents are kept."""
     build, calls = SATVideoDiffusionEngine._build_first_stage, []
