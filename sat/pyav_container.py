@@ -5,9 +5,11 @@ What a container says of its number of frames is not trusted: it counts frames t
 
 import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from typing import BinaryIO, NamedTuple
 
 import av
@@ -28,7 +30,10 @@ FORMATS = (
 )
 MOST_PIXELS = 2**27  # of a frame; a damaged header may ask for any number
 REORDERED = 33  # packets: more than any codec decodes between a frame and one that is shown before it
+BEFORE_JOINT = 2  # packets
 MOST_SKIPPED = 1000  # packets before the first key frame
+# Seconds from one packet of a transport stream to the next, beyond which FFmpeg takes the step for a jump.
+LONGEST_STEP, LONGEST_STEP_BACK = 10.0, -0.2
 FAR_BACK = -(2**60)  # a time before the beginning of every file
 
 
@@ -58,6 +63,7 @@ class VideoContainer:
 
     def __init__(self, file: str | os.PathLike | BinaryIO, threads: int):
         self._file, self._threads = file, threads
+        self.at_joints: set[int] = set()  # places of packets
         self._open()
 
     def _open(self) -> None:
@@ -97,7 +103,24 @@ class VideoContainer:
 
     def packets(self) -> Iterator[Packet]:
         """Yield the packets from where the file is read, those of no content left out."""
-        return (packet for packet in self.container.demux(self.stream) if packet.size)
+        packets = (packet for packet in self.container.demux(self.stream) if packet.size)
+        return self._noting_joints(packets) if self.container.format.name == "mpegts" else packets
+
+    def _noting_joints(self, packets: Iterable[Packet]) -> Iterator[Packet]:
+        """Where transport streams were put one behind the other, their counters break, and FFmpeg takes a packet before
+        the next key frame for corrupt, though nothing is missing. If something is, the decoder tells."""
+        waiting: deque[Packet] = deque()
+        for packet in packets:
+            if packet.is_keyframe:
+                self.at_joints.update(before.pos for before in waiting if before.is_corrupt)
+            waiting.append(packet)
+            if len(waiting) > BEFORE_JOINT:
+                yield waiting.popleft()
+        yield from waiting
+
+    def is_damaged(self, packet: Packet) -> bool:
+        """Return whether a packet is known to be damaged."""
+        return packet.is_corrupt and packet.pos not in self.at_joints
 
     def from_key_frame(self) -> Iterator[Packet]:
         """Yield the packets from the next key frame on; from here on, if none is marked as one for long."""
@@ -209,8 +232,19 @@ class VideoContainer:
 
     def _length_by_packets(self, start: int) -> tuple[int, int]:
         packets = list(self._shown_packets())
+        if self.container.format.name == "mpegts":
+            self._check_steps([decoded for _, decoded in packets if decoded is not None])
         times = {time for time, _ in packets if time is not None and time >= start}
         return len(times), max(times, default=start)
+
+    def _check_steps(self, times: Sequence[int]) -> None:
+        """Check that times, in the order of the file, go on steadily: players mend jumps, each in a way of its own."""
+        for earlier, later in pairwise(times):
+            if not LONGEST_STEP_BACK <= (later - earlier) * self.tick <= LONGEST_STEP:
+                raise UnreadableClip(
+                    f"its time stamps jump by {(later - earlier) * self.tick:.2f} s, as where streams were put one "
+                    "behind the other; ffmpeg -i OLD -c copy NEW.mp4 mends that"
+                )
 
     def _shown_packets(self) -> Iterator[tuple[int | None, int | None]]:
         """Yield for each packet with a frame the times at which it is shown and decoded."""

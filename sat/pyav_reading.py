@@ -230,7 +230,7 @@ class PyavVideo:
         Raises:
             Undecodable, or one of FFMPEG_ERRORS: a frame is damaged.
         """
-        if packet and packet.is_corrupt:
+        if packet and self._container.is_damaged(packet):
             raise Undecodable
         for frame in self._container.stream.decode(packet):
             if not frame.is_corrupt:

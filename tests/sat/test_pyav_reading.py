@@ -237,6 +237,23 @@ def test_time_offsets(numbered, tmp_path, suffix, offset, expected):
     check(path, expected)
 
 
+def test_transport_streams_put_one_behind_the_other(numbered, tmp_path):
+    options = ["-g", "24", "-bf", "3", "-f", "segment", "-segment_time", "0.8", "-segment_format", "mpegts"]
+    convert(numbered, tmp_path / "%d.ts", *X264, *options)
+    parts = [path.read_bytes() for path in sorted(tmp_path.glob("*.ts"))]
+    assert len(parts) > 2
+    (tmp_path / "all.ts").write_bytes(b"".join(parts))
+    check(tmp_path / "all.ts", ALL)
+    for order in ((1, 0), (0, 0)):
+        (tmp_path / "jump.ts").write_bytes(b"".join(parts[i] for i in order))
+        with PyavVideo(tmp_path / "jump.ts") as video, pytest.raises(UnreadableClip, match="time stamps jump by -"):
+            assert video.facts
+    lost = parts[1][: 5 * 188] + parts[1][6 * 188 :]  # a part of a key frame
+    (tmp_path / "lost.ts").write_bytes(b"".join([parts[0], lost, *parts[2:]]))
+    with PyavVideo(tmp_path / "lost.ts") as video, pytest.raises(UnreadableClip, match="damaged"):
+        list(video.all_frames())
+
+
 def test_sound_that_is_longer_and_a_cover_picture_change_nothing(numbered, tmp_path):
     sound = ["-f", "lavfi", "-i", "sine=d=9"]
     check(convert(numbered, tmp_path / "a.mkv", *X264, "-c:a", "aac", before=sound), ALL)
