@@ -28,6 +28,11 @@ CHOICES = {
     "gradient_allreduce_op": ("mean", "sum"),
     "log_level": ("debug", "info", "warning", "error", "critical"),
 }
+# Whole numbers that it compares with its own only when a step is taken.
+NUMBERS = {
+    "flops_profiler": ("profile_step", "module_depth", "top_modules"),
+    "autotuning": ("start_profile_step", "end_profile_step", "num_tuning_micro_batch_sizes"),
+}
 # What a part imports when it is turned on.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "datastates_ckpt": "datastates"}
 
@@ -45,6 +50,9 @@ def check_features(config: Mapping[str, Any]) -> None:
         on = part.get("enabled", name == "datastates_ckpt" and bool(part))
         if on is not None and type(on) is not bool and on not in (0, 1):
             raise UserError(f"deepspeed: {name}.enabled is {shown(on)}; expected true or false")
+        for key in NUMBERS.get(name, ()):
+            if part.get(key) is not None and type(part[key]) is not int:
+                raise UserError(f"deepspeed: {name}.{key} is {shown(part[key])}; expected a whole number")
         package = PACKAGES.get(name)
         if on and package and importlib.util.find_spec(package) is None:
             raise UserError(f"deepspeed: {name} needs the package {package}; install it, or leave {name} out")

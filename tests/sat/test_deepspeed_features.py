@@ -15,6 +15,7 @@ from sgm.errors import UserError
         ("aio", 5),
         ("comms_logger", "x"),
         ("flops_profiler", {"enabled": "perhaps"}),
+        ("flops_profiler", {"enabled": True, "profile_step": "x"}),
         ("torch_autocast", {"enabled": "maybe"}),
         ("torch_autocast", {"enabled": True, "dtype": "evil"}),
         ("torch_autocast", {"lower_precision_safe_modules": [5]}),

@@ -236,3 +236,10 @@ def test_t5_without_all_its_weights_is_refused(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"incomplete: no 'encoder\.final_layer_norm\.weight'"):
         FrozenT5Embedder(str(folder))
+
+
+def test_a_t5_folder_with_more_layers_than_can_be_built(tmp_path):
+    for name in ("config.json", "model.safetensors", "spiece.model"):
+        (tmp_path / name).write_text('{"num_layers": 1000000000}')
+    with pytest.raises(UserError, match=r"config\.json: num_layers is 1000000000; an encoder has up to 1000"):
+        FrozenT5Embedder(str(tmp_path))

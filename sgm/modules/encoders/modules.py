@@ -1,5 +1,6 @@
 """The conditioner and its embedders."""
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sgm import randomness
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 from sgm.modules.diffusionmodules.util import append_dims
 from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+MOST_T5_LAYERS = 1000  # each takes a moment to build, whatever its size
 
 KIND_OF_RANK = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
 
@@ -269,6 +272,7 @@ def load_t5(model_dir: str, cache_dir: str | None = None, dtype: torch.dtype | s
     """The tokenizer and the encoder of `FrozenT5Embedder`, which describes the arguments."""
     if cache_dir is None:
         _check_t5_folder(Path(model_dir))
+        _check_t5_layers(Path(model_dir) / "config.json")
     # Imported here, since it takes seconds.
     from transformers import T5EncoderModel, T5Tokenizer, __version__
 
@@ -286,6 +290,20 @@ def load_t5(model_dir: str, cache_dir: str | None = None, dtype: torch.dtype | s
     if loaded["missing_keys"]:
         raise UserError(f"the T5 weights in '{model_dir}' are incomplete: no '{min(loaded['missing_keys'])}'")
     return tokenizer, model
+
+
+def _check_t5_layers(path: Path) -> None:
+    """Check that an encoder's number of layers is one that ends being built; what else is wrong its loader says.
+
+    Raises:
+        UserError: there are too many.
+    """
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["num_layers"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return
+    if isinstance(layers, int | float) and layers > MOST_T5_LAYERS:
+        raise UserError(f"{path}: num_layers is {shown(layers)}; an encoder has up to {MOST_T5_LAYERS}")
 
 
 def _check_t5_folder(folder: Path) -> None:
