@@ -411,6 +411,11 @@ def make_dataset(
         kind = class_at(data_config["target"], place.below("target"), "data")
         with reporting(place, Place((), None)):
             dataset = kind.create_dataset_function(list(paths), args, **(data_config.get("params") or {}))
+        if not hasattr(dataset, "bucket"):
+            raise UserError(
+                f"data.target: {data_config['target']} gives a {type(dataset).__name__}, which does not tell shapes "
+                "of clips (bucket); derive your class from data_video.SFTDataset and change what it gives"
+            )
         if not random_start:
             dataset.random_start = False
             dataset.framing = Framing()

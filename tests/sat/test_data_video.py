@@ -5,6 +5,7 @@ import logging
 import pickle
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,3 +223,17 @@ def test_wrong_configurations_are_named(folder):
 
 def test_a_dataset_is_small_to_send_to_workers(folder):
     assert len(pickle.dumps(SFTDataset(folder, **SETTINGS))) < 3000
+
+
+class ListOfClips(list):
+    """A dataset that is written for another loader."""
+
+    @classmethod
+    def create_dataset_function(cls, path, args, **params):
+        return cls(path)
+
+
+def test_a_dataset_that_does_not_tell_shapes(tmp_path):
+    config = {"target": f"{__name__}.ListOfClips"}
+    with pytest.raises(UserError, match=r"data.target: .*ListOfClips.* derive your class from data_video.SFTDataset"):
+        make_dataset([str(tmp_path)], config, SimpleNamespace(model_config={}))
