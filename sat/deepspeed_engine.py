@@ -135,7 +135,9 @@ def build_optimizer(
     del config["optimizer"]
     root = Place(("deepspeed",), config, sources)
     place = Place(("deepspeed", "optimizer"), section, sources, building=True)
-    kind = EmaAdam if section["type"] in EMA_ADAM else class_at(section["type"], place.below("type"), "optimizer")
+    if section["type"] in EMA_ADAM:  # whose parameters are checked already
+        return EmaAdam(groups, **section["params"])
+    kind = class_at(section["type"], place.below("type"), "optimizer")
     with reporting(place.below("params"), root):
         return kind(groups, **section["params"])
 

@@ -193,3 +193,15 @@ def test_an_attribute_that_is_missing_in_our_own_object_is_a_mistake_of_this_pro
     monkeypatch.setattr("sgm.config_blame.is_own_file", lambda name: name == __file__ or "/sgm/" in name)
     with section("model", config, sources), pytest.raises(AttributeError, match="nothing_of_this_name"):
         instantiate_from_config(config["denoiser_config"])
+
+
+def test_a_mistake_of_this_program_in_the_text_encoder_keeps_its_traceback(model, monkeypatch):
+    config, sources = model
+
+    def planted(self, *args, **kwargs):
+        raise TypeError("planted")
+
+    monkeypatch.setattr("sgm.modules.encoders.modules.FrozenT5Embedder.__init__", planted)
+    monkeypatch.setattr("sgm.config_blame.is_own_file", lambda name: name == __file__ or "/sgm/" in name)
+    with section("model", config, sources), pytest.raises(TypeError, match="planted"):
+        instantiate_from_config(config["conditioner_config"])
