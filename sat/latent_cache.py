@@ -123,9 +123,11 @@ def text_embedder(conditioner_config: Mapping[str, Any]) -> Mapping[str, Any]:
     embedders = conditioner_config["params"]["emb_models"]
     if len(embedders) != 1 or not embedders[0]["target"].endswith("FrozenT5Embedder"):
         targets = ", ".join(embedder["target"] for embedder in embedders)
-        raise UserError(f"conditioner_config: a cache holds the embeddings of one FrozenT5Embedder, this has {targets}")
+        raise UserError(
+            f"model.conditioner_config: a cache holds the embeddings of one FrozenT5Embedder, this has {targets}"
+        )
     if embedders[0].get("legacy_ucg_value") is not None:
-        raise UserError("conditioner_config: a cache drops captions by zeros: leave out legacy_ucg_value")
+        raise UserError("model.conditioner_config: a cache drops captions by zeros: leave out legacy_ucg_value")
     return embedders[0]
 
 

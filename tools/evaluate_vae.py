@@ -28,7 +28,7 @@ from library_messages import quiet_libraries  # noqa: E402
 from model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
 from output_paths import check_folder  # noqa: E402
 from sgm.config_places import section  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from sgm.errors import UserError, shown  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
 from tools.tool_parser import ToolParser  # noqa: E402
 from vae_training_plan import check_clips, compression  # noqa: E402
@@ -177,6 +177,8 @@ def find_data(data: Mapping[str, Any], vae_params: Mapping[str, Any]) -> dict[st
     if not isinstance(data.get("target"), str):
         raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
     params = data.get("params") or {}
+    if not isinstance(params, dict):
+        raise UserError(f"data.params is {shown(params)}; expected keys and values")
     time_factor, space_factor = compression(vae_params)
     check_clips(params, time_factor, space_factor)
     return {"target": data["target"], "params": {"frame_multiple": time_factor, **params}}

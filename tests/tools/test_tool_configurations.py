@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     write_dataset(folder / "data", clips=1, frames=9, sizes=[(64, 64)])
     for name, content in {
         "data": {"data": {"params": {"video_size": [64]}}},
+        "params": {"data": {"params": -1}},
         "frames": {"data": {"params": {"max_num_frames": "cpu"}}},
         "model": {"model": DECODER},
         "huge": {"model": {"first_stage_config": {"params": {"decoder_config": {"params": {"ch": 2**16}}}}}},
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
     ("name", "key"),
     [
         ("data", "data.params.video_size"),
+        ("params", "data"),
         ("frames", "data.params.max_num_frames"),
         ("model", "model.first_stage_config.params.decoder_config.params.ch"),
         ("factor", "model.scale_factor"),
