@@ -15,6 +15,8 @@ def initialize_process_groups(model_parallel_size: int = 1, limit: float | None 
         UserError: the number of processes is no multiple of `model_parallel_size`, or the groups exist already
             with another size.
     """
+    if not dist.is_initialized():
+        mpu.destroy_model_parallel()  # its groups are of a torch.distributed that has been left since
     join_processes(limit)
     if mpu.model_parallel_is_initialized():
         current = mpu.get_model_parallel_world_size()

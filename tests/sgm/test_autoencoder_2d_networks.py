@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_said_in_one_line():
         Encoder(**TINY)(torch.zeros(1, 3, 17, 16))
     with pytest.raises(UserError, match="attn_type: 'fast' is unknown, it can be 'vanilla', 'vanilla-xformers'"):
         Decoder(**TINY, attn_type="fast")
-    with pytest.raises(UserError, match="unexpected keyword argument 'chanels'"):
+    with pytest.raises(UserError, match=r"params\.chanels: unknown; did you mean z_channels\?"):
         instantiate_from_config(
             {"target": "sgm.modules.diffusionmodules.model.Encoder", "params": {**TINY, "chanels": 3}}
         )

@@ -132,9 +132,17 @@ def test_memory_falls_with_every_level():
     assert kept[1] < 0.75 * kept[0] and kept[-1] < 0.6 * kept[0]
 
 
-@pytest.mark.parametrize("levels", [[4], [-1], ["0"], [True]])
-def test_levels_that_do_not_exist_are_refused(levels):
-    with pytest.raises(UserError, match=r"checkpoint_levels: .* 0 to 3"):
+@pytest.mark.parametrize(
+    ("levels", "says"),
+    [
+        ([4], r"checkpoint_levels: .* 0 to 3"),
+        ([-1], r"checkpoint_levels: .* 0 to 3"),
+        (["0"], r"checkpoint_levels\[0\]: is '0'; expected a whole number"),
+        ([True], r"checkpoint_levels\[0\]: is True; expected a whole number"),
+    ],
+)
+def test_levels_that_do_not_exist_are_refused(levels, says):
+    with pytest.raises(UserError, match=says):
         build(checkpoint_levels=levels)
 
 
