@@ -87,6 +87,7 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
     check_data(args)
     params = args.model_config["params"]
     time_factor, space_factor = compression(params)
+    check_coders(params)
     data_params = args.data_config.get("params") or {}
     latent_frames = check_clips(data_params, time_factor, space_factor)
     ranks_per_clip = check_sharing(params, processes, latent_frames)
@@ -139,13 +140,35 @@ def check_data(args: VaeTrainingArguments) -> None:
                 raise UserError(f"{name}: {path} holds latents; an autoencoder is trained on the clips themselves")
 
 
-def compression(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Frames and pixels a side per latent, as the encoder's configuration says."""
-    encoder = (params.get("encoder_config") or {}).get("params") or {}
-    levels = encoder.get("ch_mult")
+def compression(params: Mapping[str, Any], coder: str = "encoder_config") -> tuple[int, int]:
+    """Return frames and pixels a side per latent, as the configuration of the encoder (or decoder) says."""
+    settings = (params.get(coder) or {}).get("params") or {}
+    levels = settings.get("ch_mult")
     space = 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else SPACE_FACTOR
-    time = encoder.get("temporal_compress_times", TIME_FACTOR)
+    time = settings.get("temporal_compress_times", TIME_FACTOR)
     return time if type(time) is int and time > 0 else TIME_FACTOR, space
+
+
+def check_coders(params: Mapping[str, Any]) -> None:
+    """Check that the decoder makes frames of the size and number that the encoder takes.
+
+    Coders that are not ours may mean something else by their params; a loss may resize what it compares.
+
+    Raises:
+        UserError: the decoder's frames differ.
+    """
+    coders = [params.get(name) or {} for name in ("encoder_config", "decoder_config")]
+    loss = (params.get("loss_config") or {}).get("params") or {}
+    ours = all(str(coder.get("target")).startswith(("vae_modules.", "sgm.")) for coder in coders)
+    if not ours or loss.get("scale_input_to_tgt_size"):
+        return
+    for key, number in (("temporal_compress_times", 0), ("ch_mult", 1)):
+        taken, made = (compression(params, name)[number] for name in ("encoder_config", "decoder_config"))
+        if taken != made:
+            raise UserError(
+                f"model.params.decoder_config.params.{key}: the decoder enlarges latents {made} times, the encoder "
+                f"reduces clips {taken} times; give both the same {key}"
+            )
 
 
 def check_clips(params: Mapping[str, Any], time_factor: int, space_factor: int) -> int:

@@ -99,6 +99,8 @@ def clips(**changes: Any) -> dict[str, Any]:
         (params(ckpt_path="gone.pt"), "ckpt_path: gone.pt does not exist"),
         (params(trainable_ae_params=[["decoder.conv_last"]]), "decoder.conv_last"),
         (params(encoder_config={"params": {"chanels": 3}}), "chanels"),
+        (params(encoder_config={"params": {"ch_mult": [1, 2]}}), "decoder_config.params.ch_mult: the decoder enlarges"),
+        (params(decoder_config={"params": {"temporal_compress_times": 2}}), "the encoder reduces clips 4 times"),
         (params(loss_config={"params": {"perceptual_weight": 1.0, "lpips_weights": "gone.pth"}}), "gone.pth"),
     ],
 )
