@@ -164,7 +164,7 @@ def test_a_loader_of_another_layout():
     for engine, key in ((ours, "mp4"), (theirs, "jpg")):
         images = engine.get_input({key: videos[:, :, 0]})
         assert torch.equal(images, ours.get_input(batch)[:, :, :1])
-    with pytest.raises(UserError, match=r"input_key: 'jpg' has the shape \(2, 3\), expected b c t h w"):
+    with pytest.raises(UserError, match=r"input_key: 'jpg' has the shape \(2, 3\); expected b c t h w"):
         theirs.get_input({"jpg": torch.zeros(2, 3)})
     with pytest.raises(UserError, match="input_layout: 'b h w' is unknown; choose 'b t c h w' or 'b c t h w'"):
         build(input_layout="b h w")
