@@ -1,6 +1,7 @@
 """The autoencoders that configurations name: all are trained by Lightning, and serve as first stages."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class AutoencoderKL(AutoencodingEngineLegacy):
         embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`.
     """
 
+    regularizer_params = MappingProxyType({})
+
     def __init__(
         self,
         embed_dim: int,
@@ -113,36 +116,18 @@ class AutoencoderKL(AutoencodingEngineLegacy):
             embed_dim=embed_dim,
             ddconfig=ddconfig,
             loss_config=loss_config or lossconfig or {"target": "torch.nn.Identity"},
-            regularizer_config={"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"},
+            regularizer_config={
+                "target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer",
+                "params": dict(self.regularizer_params),
+            },
             **others,
         )
 
 
-class AutoencoderKLModeOnly(AutoencodingEngineLegacy):
-    """`AutoencoderKL` whose latent is the mean of the Gaussian, not a sample.
+class AutoencoderKLModeOnly(AutoencoderKL):
+    """`AutoencoderKL` whose latent is the mean of the Gaussian, not a sample. Its arguments are the same."""
 
-    Args:
-        lossconfig: another name of `loss_config`; with neither it cannot be trained.
-        embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        *,
-        ddconfig: Config,
-        loss_config: Config | None = None,
-        lossconfig: Config | None = None,
-        **others: Any,
-    ):
-        regularizer = "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"
-        super().__init__(
-            embed_dim,
-            ddconfig=ddconfig,
-            loss_config=loss_config or lossconfig or {"target": "torch.nn.Identity"},
-            regularizer_config={"target": regularizer, "params": {"sample": False}},
-            **others,
-        )
+    regularizer_params = MappingProxyType({"sample": False})
 
 
 class AutoencoderLegacyVQ(AutoencodingEngineLegacy):
