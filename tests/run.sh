@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment where needed, then checks the style (ruff) and runs the tests (pytest).
+# Sets up the environment where needed, then checks the style (ruff) and runs the tests (pytest), one process a core.
 # Arguments go to pytest; paths are relative to the repository root.
 #
 #   bash tests/run.sh
@@ -19,9 +19,10 @@ if [[ ${1:-} == --long ]]; then
 fi
 
 python=$(bash tools/setup_environment.sh requirements.txt tests/requirements.txt)
-export PATH="$(dirname "$python"):$PATH" TOKENIZERS_PARALLELISM=false
+export PATH="$(dirname "$python"):$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 style=0
 "$python" -m ruff check || style=$?
-"$python" -m pytest "$@"
+# The tests of a file share its fixtures, so they stay together.
+"$python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
 exit "$style"

@@ -24,6 +24,8 @@ NOT_IMPORTED = {
     "datasets": "SwissArmyTransformer imports it",
     "triton": "SwissArmyTransformer imports it, and does not require it",
     "ruff": "tests/run.sh runs it",
+    "pytest-timeout": "pyproject.toml sets its limit",
+    "pytest-xdist": "tests/run.sh runs several processes",
 }
 
 
