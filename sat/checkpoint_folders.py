@@ -4,12 +4,8 @@
 {folder}/1/mp_rank_00_model_states.pt
 """
 
-import io
-import pickle
 import struct
-import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,9 @@ from whole_files import new_folder
 
 ITERATION = "1"
 FILE = "mp_rank_00_model_states.pt"
+# What a file of `torch.save` holds beside the bytes of tensors. It holds more: where exactly its own writer puts these
+# bytes, which is not where they are here.
+RECORDS = ("data.pkl", "byteorder", "version")
 # Of zip archives: the header before a name, that of an extra field, and the mark of fields that PyTorch pads with.
 ENTRY_HEADER, EXTRA_HEADER, PADDING_ID = struct.Struct("<4s5H3L2H"), struct.Struct("<2H"), 0x4246
 ALIGNMENT = 64  # bytes
@@ -64,25 +63,51 @@ def write_tensors(
     key: str = "module",
     prefix: str = NETWORK_PREFIX,
 ) -> None:
-    """What `torch.save({key: ...})` writes, names prefixed, from tensors that need not exist at the same time.
+    """Write what `torch.save({key: ...})` writes, names prefixed, from tensors that need not exist at the same time.
 
-    That is an archive of a pickle, with the names, dtypes and shapes, and of the bytes of one tensor after another.
+    `torch.save` itself describes the tensors, leaving out their bytes. They follow, one tensor after another, as
+    records whose checksums are right and which can be mapped.
+
+    Args:
+        like, tensor: see `write_checkpoint`.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: a tensor is not as announced.
     """
+    descriptions = described(path, {key: {prefix + name: _untouched(value) for name, value in like.items()}})
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in (
-            ("data.pkl", _pickled(like, key, prefix)),
-            ("byteorder", sys.byteorder.encode()),
-            ("version", b"3\n"),
-        ):
-            _write_record(archive, name, content)
+        for name, content in descriptions.items():
+            write_record(archive, name, content)
         for number, name in enumerate(tqdm(like, desc="writing", unit="tensor", leave=False)):
             value = tensor(name)
             if value.shape != like[name].shape or value.dtype != like[name].dtype:
                 raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, not as announced")
-            _write_record(archive, f"data/{number}", value.contiguous().view(-1).view(torch.uint8).numpy().data)
+            write_record(archive, f"data/{number}", value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
+def described(path: Path, content: Any) -> dict[str, bytes]:
+    """Return the small records, by their names, of the file that `torch.save(content, path)` would write.
+
+    For a moment there is a file at `path`, with holes in the place of the tensors' bytes, which take no room on the
+    disk. It numbers tensors, `data/0` and so on, in their order in `content`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file, torch.serialization.skip_data():
+        torch.save(content, file)
+    with zipfile.ZipFile(path) as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        return {name: archive.read(f"{folder}/{name}") for name in RECORDS}
+
+
+def _untouched(like: Tensor) -> Tensor:
+    """A tensor of the shape and dtype of `like` that takes no memory as long as nobody reads or writes it."""
+    return torch.empty(like.shape, dtype=like.dtype)
+
+
+def write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
     """Append an entry whose content starts at a multiple of `ALIGNMENT`, so that it can be mapped."""
     entry = zipfile.ZipInfo(f"archive/{name}")
     entry.file_size = len(content)
@@ -91,36 +116,6 @@ def _write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryvi
     entry.extra = EXTRA_HEADER.pack(PADDING_ID, padding) + bytes(padding)
     with archive.open(entry, "w") as record:
         record.write(content)
-
-
-class _Storage:
-    """Stands for the storage of a tensor while its name and shape are pickled."""
-
-    def __init__(self, number: int, like: Tensor):
-        kind = torch.storage._dtype_to_storage_type_map()[like.dtype]
-        self.reference = ("storage", getattr(torch, kind), str(number), "cpu", like.numel())
-
-
-class _Tensor:
-    def __init__(self, number: int, like: Tensor):
-        self.storage, self.like = _Storage(number, like), like
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        stride = torch.empty(self.like.shape, device="meta").stride()
-        arguments = (self.storage, 0, tuple(self.like.shape), stride, False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
-        return obj.reference if isinstance(obj, _Storage) else None
-
-
-def _pickled(like: Mapping[str, Tensor], key: str, prefix: str) -> bytes:
-    buffer = io.BytesIO()
-    module = {prefix + name: _Tensor(number, value) for number, (name, value) in enumerate(like.items())}
-    _Pickler(buffer, protocol=2).dump({key: module})
-    return buffer.getvalue()
 
 
 def check_written(folder: Path, like: Mapping[str, Tensor]) -> None:
