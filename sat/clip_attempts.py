@@ -9,29 +9,15 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from torch.utils.data import get_worker_info
 
+from process_watch import Reading
 from video_facts import UnreadableClip
 
 CLIP_TIMEOUT = 120.0  # seconds, unless an argument says otherwise
 LAYOUT = struct.Struct("<dqI")  # when it began, the place, and the length of the name that follows
 LONGEST_NAME = 16384  # bytes; Linux has paths of up to 4096
-
-
-class Reading(NamedTuple):
-    """The clip that a process is reading.
-
-    Args:
-        began: when, by `time.monotonic`, which all processes of a machine share.
-        place: of the sample in its batch.
-        name: of the clip.
-    """
-
-    began: float
-    place: int
-    name: str
 
 
 class Mark:

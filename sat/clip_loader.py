@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 import process_watch
 from batch_order import SampleKey
-from clip_attempts import CLIP_TIMEOUT, Reading, reading
+from clip_attempts import CLIP_TIMEOUT, reading
 from clip_timeouts import ClipTimeouts, TimedOutClip
+from process_watch import Reading
 from reading_processes import Done, Failed, ReadingProcesses, Stuck
 from sgm.errors import UserError
 

@@ -201,3 +201,14 @@ def _count(value: Any, refuse: Any, key: Key) -> int:
             refuse(key, f"references write out more than {MOST_VALUES} values")
         pending.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
     return count
+
+
+def first_difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The dotted key at which two trees of settings first differ, and the values there; None if they are equal."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in [*theirs, *(ours.keys() - theirs.keys())]:
+            difference = first_difference(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
+            if difference:
+                return difference
+        return None
+    return None if theirs == ours else (name, theirs, ours)

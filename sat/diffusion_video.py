@@ -12,10 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from meta_device import instantiate_on_meta
 from model_limits import patch_sizes
 from model_section import ALL, not_trainable_prefixes, plain_model_section
 from network_files import is_adapter
-from network_weights import instantiate_on_meta, load_network
+from network_weights import load_network
 from process_groups import parallel_groups
 from sgm import randomness
 from sgm.config_places import current_place, section

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batch_order import Bucket
-from network_weights import instantiate_on_meta
+from meta_device import instantiate_on_meta
 
 # Clips of this length and one more latent step are gone through; from there on memory grows linearly with the length.
 SHORT, STEP = 17, 4

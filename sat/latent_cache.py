@@ -31,6 +31,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from batch_order import Bucket, SampleKey
+from config_merging import first_difference
 from data_options import KEPT_IN_CACHES
 from model_limits import ModelLimits
 from reader_record import KEY, describe_reader, recorded_backend
@@ -232,17 +233,6 @@ def open_shard(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged ({reason}): delete it and {REMEDY} again") from error
-
-
-def first_difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The dotted key at which two trees of settings first differ, and the values there; None if they are equal."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in [*theirs, *(ours.keys() - theirs.keys())]:
-            difference = first_difference(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return None
-    return None if theirs == ours else (name, theirs, ours)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

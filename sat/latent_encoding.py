@@ -27,6 +27,7 @@ import process_watch
 from batch_order import Bucket, SampleKey
 from clip_loader import ClipLoader
 from clip_transforms import Framing
+from config_merging import first_difference
 from data_mixing import repeated
 from data_video import make_dataset
 from devices import choose_device, settle_precision
@@ -38,7 +39,6 @@ from latent_cache import (
     SHARDS,
     CachedSample,
     describe_model,
-    first_difference,
     is_cache,
     read_description,
     read_shards,

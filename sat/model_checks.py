@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meta_device import instantiate_on_meta
 from model_values import SIZES, host_memory
-from network_weights import instantiate_on_meta
 from sgm.config_places import Place, current_place, section, within
 from sgm.config_values import problem_of_params
 from sgm.errors import UserError, shown

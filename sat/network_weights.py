@@ -1,58 +1,20 @@
-"""Building the network without memory, and filling it from checkpoints without a second copy."""
+"""Fill the network from checkpoints without a second copy."""
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from sat import mpu
 from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from config_targets import iterate_targets
 from diffusers_names import TABLES
 from network_files import checkpoint_file, is_adapter, is_diffusers_file, network_weights
 from sgm.errors import UserError
-from sgm.util import get_obj_from_str, instantiate_from_config
 from sgm.weights import assign_weights
 
 logger = logging.getLogger(__name__)
-
-
-# Building
-
-
-def instantiate_on_meta(config: Mapping[str, Any], **extra: Any) -> nn.Module:
-    """`instantiate_from_config`, but the module's tensors are on the meta device: shapes and dtypes without memory.
-
-    Tables that are made with NumPy, or step by step from `torch.arange`, stay real.
-    """
-    # What modules allocate when they are imported must be real.
-    import torch._dynamo  # noqa: F401  (einops imports it when first used)
-
-    for _, target in iterate_targets(config):
-        get_obj_from_str(target)
-    with _AllocateOnMeta():
-        return instantiate_from_config(config, **extra)
-
-
-class _AllocateOnMeta(TorchFunctionMode):
-    """Unlike `torch.device("meta")` as a context, it overrules a `device` that the caller names, as
-    SwissArmyTransformer's layers do."""
-
-    FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func in self.FACTORIES:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-# Filling
 
 
 def load_network(

@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
-
-from clip_attempts import Reading
 
 logger = logging.getLogger("train_video.waiting")
 logger.setLevel(logging.WARNING)  # on every process: the one that waits says so, whichever it is
@@ -34,6 +32,20 @@ EXIT_CODE = 2
 # After the limit; in it this thread speaks, before NCCL ends the process without a clear line.
 GRACE = timedelta(seconds=60)
 REMEDY = "go on with --resume latest; if processes were only slow, raise collective_timeout"
+
+
+class Reading(NamedTuple):
+    """The clip that a process is reading.
+
+    Args:
+        began: when, by `time.monotonic`, which all processes of a machine share.
+        place: of the sample in its batch.
+        name: of the clip.
+    """
+
+    began: float
+    place: int
+    name: str
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from clip_attempts import Mark, Reading, reading, serve_as_reader
+from clip_attempts import Mark, reading, serve_as_reader
 from process_transfer import receive, send, socket_pair
+from process_watch import Reading
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_video")

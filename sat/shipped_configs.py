@@ -28,7 +28,7 @@ def build_reference(slot: str | None, config: Any, use: Callable[[Any], Any] | N
     reference = find_reference(slot, config)
     if reference is None:
         return None
-    from network_weights import instantiate_on_meta
+    from meta_device import instantiate_on_meta
     from sgm.util import instantiate_from_config
 
     try:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from config_files import PATH_KEYS, MergedConfig
+from config_merging import first_difference
 from config_targets import iterate_targets, why_target_fails
-from latent_cache import first_difference
 from sgm.config_places import Sources
 from sgm.errors import UserError, shown
 from sgm.plain_json import has_half_characters

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from config_files import load_configs
+from meta_device import instantiate_on_meta
 from network_files import NETWORK_PREFIX
-from network_weights import instantiate_on_meta
 from support import REFERENCE
 
 FAMILIES = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"]

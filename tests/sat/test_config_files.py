@@ -9,8 +9,8 @@ import yaml
 from arguments import get_args
 from config_files import check_paths, load_configs
 from config_targets import iterate_targets, why_target_fails
+from meta_device import instantiate_on_meta
 from model_limits import ModelLimits
-from network_weights import instantiate_on_meta
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 

@@ -9,8 +9,7 @@ import time
 import pytest
 
 import process_watch
-from clip_attempts import Reading
-from process_watch import Phase
+from process_watch import Phase, Reading
 
 # One of two processes, for which a scenario is given; the first prints what it logs, and is judged by its exit code.
 PROGRAM = """
@@ -18,7 +17,7 @@ import logging, os, signal, sys, time
 import process_watch
 import run_control
 process_watch.FIRST_LINE, process_watch.INTERVAL, process_watch.LEAST_SILENCE = 1.0, 0.1, 2.0
-from clip_attempts import Reading
+from process_watch import Reading
 logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
 rank, scenario, limit = int(os.environ["RANK"]), sys.argv[1], 2.0
 run_control.join_processes(limit)
