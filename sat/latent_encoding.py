@@ -24,6 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import process_watch
+from agreement import limited_collectives, meet
 from batch_order import Bucket, SampleKey
 from clip_loader import ClipLoader
 from clip_transforms import Framing
@@ -50,7 +51,6 @@ from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups
 from reader_record import KEY, warn_of_other_reader
 from run_clips import same_dataset
-from run_control import limited_collectives, meet
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution

@@ -3,13 +3,13 @@
 import torch.distributed as dist
 from sat import mpu
 
-from run_control import join_processes, leave_processes
+from agreement import join_processes, leave_processes
 from sgm.errors import UserError
 
 
 def initialize_process_groups(model_parallel_size: int = 1, limit: float | None = None) -> None:
     """Make sure that torch.distributed and SwissArmyTransformer's `mpu` groups exist; a second call does nothing. See
-    `run_control.join_processes`, which takes the `limit` of collectives.
+    `agreement.join_processes`, which takes the `limit` of collectives.
 
     Raises:
         UserError: the number of processes is no multiple of `model_parallel_size`, or the groups exist already

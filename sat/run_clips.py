@@ -6,6 +6,7 @@
 
 import logging
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 import process_watch
+from agreement import from_first_process, meet
 from clip_attempts import noting_late, refusing
 from clip_timeouts import BEFORE_TRAINING, ClipTimeouts, TimedOutClip, left_out, read_record, record_file
-from run_control import from_first_process, meet
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_video")
@@ -147,3 +148,12 @@ class UnreadableClips:
                 f"{self.max_share:g} allows: {self.folder}/unreadable-*.txt lists them"
             )
         return unreadable
+
+
+def describe_data(dataset: Dataset, samples: int) -> str:
+    """Return what there is to train on, and how often a run that takes so many `samples` goes through it."""
+    buckets = Counter(dataset.bucket(index) for index in range(len(dataset)))
+    shapes = [f"{count} of {bucket}" for bucket, count in buckets.most_common(5)]
+    more = [f"{len(buckets) - 5} more shapes"] if len(buckets) > 5 else []
+    passes = samples / len(dataset)
+    return f"{len(dataset)} clips, {passes:.1f} passes over them: {', '.join([*shapes, *more])}"

@@ -5,7 +5,8 @@ Nothing here imports PyTorch.
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -64,3 +65,14 @@ def runs_of(args: RunArguments) -> list[Path]:
     save = Path(args.save)
     runs = save.iterdir() if save.is_dir() else ()
     return [run for run in runs if name.fullmatch(run.name) and (run / "latest").is_file()]
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no empty folder behind when the block fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty, or another process was faster
+            folder.rmdir()
+        raise

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from agreement import total_over_processes
 from arguments import SamplingArguments
 from contact_sheet import write_contact_sheet
 from devices import choose_device, settle_precision
@@ -417,10 +418,3 @@ def decode_video(engine: SATVideoDiffusionEngine, job: Job, fps: int | None) -> 
         if get_context_parallel_world_size() > 1:  # the others wait for this process, whatever became of the file
             for _ in chunks:
                 pass
-
-
-def total_over_processes(count: int) -> int:
-    """Sum over all processes. Waits for them, since a launcher ends all processes when one exits with an error."""
-    total = torch.tensor(count)
-    dist.all_reduce(total)
-    return int(total)

@@ -31,8 +31,8 @@ from sat import mpu
 from torch import Tensor, nn
 
 import optimizer_state
+from agreement import meet
 from network_files import NETWORK_PREFIX
-from run_control import meet
 from sgm.errors import UserError
 from training_plan import STATE_FILE
 from whole_files import replaced_when_complete

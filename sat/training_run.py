@@ -21,6 +21,7 @@ import deepspeed_engine
 import process_watch
 import random_state
 import validation
+from agreement import any_process, from_first_process, limit_collectives, limited_collectives, meet
 from batch_order import BatchOrder
 from clip_loader import ClipLoader
 from data_video import make_dataset
@@ -37,22 +38,13 @@ from process_failures import failing_together
 from process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
 from reader_record import KEY, warn_of_other_reader, with_backend
 from record_making import model_name
-from run_clips import UnreadableClips, open_clips, share_timeouts
-from run_control import (
-    any_process,
-    describe_data,
-    from_first_process,
-    limit_collectives,
-    limited_collectives,
-    meet,
-    removed_if_empty,
-    stop_requests,
-)
-from run_folders import new_run_folder
+from run_clips import UnreadableClips, describe_data, open_clips, share_timeouts
+from run_folders import new_run_folder, removed_if_empty
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum, group_size
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
+from stop_signals import stop_requests
 from training_arguments import TrainingArguments
 from training_checkpoint import read_state, restore_optimizer, save_checkpoint
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar

@@ -19,12 +19,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import process_watch
 import random_state
 import training_metrics
+from agreement import any_process, meet
 from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
 from reader_record import KEY, warn_of_other_reader, with_backend
 from run_clips import UnreadableClips
-from run_control import any_process, meet, stop_requests
 from sgm.errors import UserError
+from stop_signals import stop_requests
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
 from vae_checkpoint import RUN_STATE, WEIGHTS_FILE, publish, write_weights
 from vae_reconstructions import ReconstructionReport

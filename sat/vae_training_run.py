@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
+from agreement import from_first_process, join_processes, leave_processes, limited_collectives, meet
 from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
 from clip_loader import ClipLoader
@@ -25,17 +26,8 @@ from devices import choose_device, fast_dtype
 from memory_advice import vae_training_advice
 from model_checks import check_autoencoder_sizes
 from process_failures import failing_together
-from run_clips import UnreadableClips, open_clips, share_timeouts
-from run_control import (
-    describe_data,
-    from_first_process,
-    join_processes,
-    leave_processes,
-    limited_collectives,
-    meet,
-    removed_if_empty,
-)
-from run_folders import new_run_folder
+from run_clips import UnreadableClips, describe_data, open_clips, share_timeouts
+from run_folders import new_run_folder, removed_if_empty
 from sgm.config_places import section
 from sgm.context_parallel import split_evenly
 from sgm.errors import UserError

@@ -3,8 +3,8 @@
 import torch.distributed as dist
 from sat import mpu
 
+from agreement import leave_processes
 from process_groups import destroy_process_groups, initialize_process_groups
-from run_control import leave_processes
 
 
 def test_groups_of_a_torch_distributed_that_was_left_are_made_anew():

@@ -15,28 +15,28 @@ from process_watch import Phase, Reading
 PROGRAM = """
 import logging, os, signal, sys, time
 import process_watch
-import run_control
+import agreement
 process_watch.FIRST_LINE, process_watch.INTERVAL, process_watch.LEAST_SILENCE = 1.0, 0.1, 2.0
 from process_watch import Reading
 logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
 rank, scenario, limit = int(os.environ["RANK"]), sys.argv[1], 2.0
-run_control.join_processes(limit)
-with run_control.limited_collectives(limit):
-    run_control.meet("the beginning")
+agreement.join_processes(limit)
+with agreement.limited_collectives(limit):
+    agreement.meet("the beginning")
     if scenario == "reads long":
         if rank == 1:
             detail = lambda: [Reading(time.monotonic() - 50, 0, "clips/a.mp4")]
             with process_watch.phase("reading the clips of step 3", detail):
                 time.sleep(4)
-        print("met", run_control.meet("the clips of step 3", rank))
+        print("met", agreement.meet("the clips of step 3", rank))
         sys.exit(0)
     process_watch.begin("step 7", limited=True)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     if scenario == "frozen in a step":
-        run_control.any_process(False)
+        agreement.any_process(False)
     elif scenario == "frozen between steps":
-        run_control.meet("the checkpoint")
+        agreement.meet("the checkpoint")
 """
 
 
@@ -101,10 +101,10 @@ def test_a_process_that_does_not_answer_ends_the_others_with_one_line(scenario, 
 def test_a_step_that_nccl_would_end_without_a_word_ends_with_a_line():
     program = """
 import logging, sys, time
-import process_watch, run_control
+import process_watch, agreement
 process_watch.INTERVAL = 0.1
 logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
-run_control.join_processes()
+agreement.join_processes()
 with process_watch.watching(1.0, ends_slow_steps=True):
     watch = next(thread for thread in __import__("threading").enumerate() if thread.name == "process watch")
     watch.size, watch.others = 2, lambda: {1: {"silent": 9.0}}

@@ -15,7 +15,7 @@ import logging, os, sys
 from datetime import timedelta
 import rendezvous
 from launchers import adopt_launcher
-from run_control import any_process, join_processes
+from agreement import any_process, join_processes
 from sgm.exit_codes import exit_code
 
 def main():

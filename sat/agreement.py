@@ -1,20 +1,16 @@
-"""What every training run needs whatever it trains: processes that agree, and signals that end it in good order."""
+"""Let the processes of a run find each other, meet, and agree."""
 
 import atexit
 import logging
 import os
 import re
-import signal
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
 
 import process_watch
 import rendezvous
@@ -27,9 +23,6 @@ LONGEST_WAIT = timedelta(days=7)  # for work that takes as long as it takes; see
 NO_ANSWER = re.compile(r"time[d ]* ?out", re.IGNORECASE)  # what gloo and the store say of a process that is silent
 
 _patient: dist.ProcessGroup | None = None  # of all processes, for meetings
-
-
-# ---------------------------------------------------------------- processes
 
 
 def join_processes(limit: float | None = None) -> None:
@@ -157,47 +150,9 @@ def from_first_process(make: Callable[[], Any], what: str = "the first process")
     return result[0]
 
 
-# ---------------------------------------------------------------- begin and end
-
-
-@contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Leaves no empty folder behind when the block fails."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # it is not empty, or another process was faster
-            folder.rmdir()
-        raise
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """The signals SIGTERM and SIGINT that came, instead of their usual effect, which a second SIGINT has again."""
-    received: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if not received:
-            logger.info("%s: finishing the step, then saving", signal.Signals(number).name)
-        received.append(number)
-        if number == signal.SIGINT:  # launchers may send SIGTERM twice
-            signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------- data
-
-
-def describe_data(dataset: Dataset, samples: int) -> str:
-    """What there is to train on, and how often a run that takes so many `samples` goes through it."""
-    buckets = Counter(dataset.bucket(index) for index in range(len(dataset)))
-    shapes = [f"{count} of {bucket}" for bucket, count in buckets.most_common(5)]
-    more = [f"{len(buckets) - 5} more shapes"] if len(buckets) > 5 else []
-    passes = samples / len(dataset)
-    return f"{len(dataset)} clips, {passes:.1f} passes over them: {', '.join([*shapes, *more])}"
+def total_over_processes(count: int) -> int:
+    """Return the sum over all processes. Waits for them, since a launcher ends all processes when one exits with an
+    error."""
+    total = torch.tensor(count)
+    dist.all_reduce(total)
+    return int(total)

@@ -1,0 +1,29 @@
+"""End a run in good order when a signal asks for it."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger("train_video")
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """The signals SIGTERM and SIGINT that came, instead of their usual effect, which a second SIGINT has again."""
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if not received:
+            logger.info("%s: finishing the step, then saving", signal.Signals(number).name)
+        received.append(number)
+        if number == signal.SIGINT:  # launchers may send SIGTERM twice
+            signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
