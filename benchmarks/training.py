@@ -46,8 +46,8 @@ from harness import (  # noqa: E402
 
 from config_files import load_configs  # noqa: E402
 from flag_spellings import EitherSpellingParser  # noqa: E402
-from library_messages import quiet_libraries  # noqa: E402
 from model_limits import patch_sizes  # noqa: E402
+from startup import quiet_libraries  # noqa: E402
 from support import relative_error  # noqa: E402
 
 CPU_LAYERS = 2

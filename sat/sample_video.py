@@ -18,7 +18,6 @@ from argument_schema import arguments_from
 from arguments import SamplingArguments, check_values, get_args, settle_size
 from input_paths import tell_places
 from launchers import adopt_launcher
-from library_messages import quiet_libraries
 from sampling_functions import (
     get_batch,
     get_unique_embedder_keys_from_conditioner,
@@ -29,6 +28,7 @@ from sampling_functions import (
 )
 from sampling_plan import plan_run
 from sgm.exit_codes import exit_code
+from startup import quiet_libraries
 
 __all__ = [
     "get_batch",

@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modu
 import logging
 from collections.abc import Sequence
 
-from library_messages import quiet_libraries
-from training_command import run_command
+from startup import quiet_libraries, run_command
 from vae_training_arguments import VaeTrainingArguments, get_vae_training_args
 from vae_training_plan import VaeTrainingPlan, plan_vae_inspection, plan_vae_run
 

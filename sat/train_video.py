@@ -22,9 +22,8 @@ from argument_schema import arguments_from
 from deepspeed_config import BatchSizes
 from input_paths import tell_places
 from launchers import adopt_launcher
-from library_messages import quiet_libraries
+from startup import quiet_libraries, run_command
 from training_arguments import TrainingArguments, complete, get_training_args
-from training_command import run_command
 from training_plan import TrainingPlan, plan_inspection, plan_run
 
 logger = logging.getLogger("train_video")

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from config_files import load_configs  # noqa: E402
-from library_messages import quiet_libraries  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
+from startup import quiet_libraries  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import nn

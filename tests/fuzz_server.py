@@ -57,7 +57,7 @@ def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print when they are imported
-    importlib.import_module("library_messages").quiet_libraries()
+    importlib.import_module("startup").quiet_libraries()
     for name in HEAVY:
         importlib.import_module(name)
     for line in sys.stdin:

@@ -24,10 +24,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 from argument_schema import check_tile_size  # noqa: E402
 from config_files import load_configs, with_located_paths  # noqa: E402
 from latent_files import LatentFile, find_files, read_header  # noqa: E402
-from library_messages import quiet_libraries  # noqa: E402
 from output_paths import decide_existing  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
+from startup import quiet_libraries  # noqa: E402
 from tools.tool_parser import ToolParser  # noqa: E402
 from video_records import record_path  # noqa: E402
 

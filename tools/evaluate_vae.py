@@ -24,12 +24,12 @@ from config_files import MergedConfig, load_configs, with_located_paths  # noqa:
 from input_paths import located, tell_places  # noqa: E402
 from latent_cache import is_cache  # noqa: E402
 from launchers import check_alone  # noqa: E402
-from library_messages import quiet_libraries  # noqa: E402
 from model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
 from output_paths import check_folder  # noqa: E402
 from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError, shown  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
+from startup import quiet_libraries  # noqa: E402
 from tools.tool_parser import ToolParser  # noqa: E402
 from vae_training_plan import check_clips, compression  # noqa: E402
 

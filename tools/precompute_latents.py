@@ -29,11 +29,11 @@ from flag_spellings import EitherSpellingParser  # noqa: E402
 from input_paths import tell_places  # noqa: E402
 from latent_cache import STORES, text_embedder  # noqa: E402
 from launchers import adopt_launcher, is_first_process  # noqa: E402
-from library_messages import quiet_libraries  # noqa: E402
 from model_limits import ModelLimits  # noqa: E402
 from model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
+from startup import quiet_libraries  # noqa: E402
 from training_arguments import TrainingArguments, get_training_args  # noqa: E402
 from training_plan import check_clips, check_data  # noqa: E402
 

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 from flag_spellings import EitherSpellingParser
 from launchers import check_alone
-from library_messages import quiet_libraries
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
+from startup import quiet_libraries
 
 
 class ToolParser(EitherSpellingParser):

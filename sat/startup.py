@@ -1,7 +1,9 @@
-"""What every training command does before PyTorch is imported."""
+"""Start a command before PyTorch is imported: libraries that keep quiet, and one line for each mistake."""
 
 import logging
+import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,17 @@ from sgm.exit_codes import exit_code
 # Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
 # the others, who would say the same.
 SILENCE = 5
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say at import off the terminal; their errors still show."""
+    os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', while it loads the text encoder
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def run_command(
