@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "gpt-4o"
-LONGEST_WAIT = 30.0  # seconds between two tries, whatever the server asks for
 LONGEST_ANSWER = 4000  # characters; the text encoder takes some 1000
 IMAGE_SIDE = 1024  # pixels of the longer side that is sent
-PASSING = {408, 409, 425, 429}  # status codes of requests that may succeed later; those from 500 too
 HOPELESS = {401: "refuses OPENAI_API_KEY", 403: "refuses access", 404: "knows no such address or model"}
 
 TEXT_INSTRUCTIONS = """\
@@ -83,8 +81,8 @@ class Endpoint:
 
     Args:
         timeout: seconds for an answer.
-        tries: how often each prompt is sent, at most.
-        wait: seconds before the second try; the time doubles with each further one.
+        tries: how often each prompt is sent, at most. When nobody answers, or with a status that may pass, it is the
+            client of OpenAI that waits before the next one: longer each time, or as long as the server asks for.
         workers: prompts that are sent at the same time.
     """
 
@@ -93,7 +91,6 @@ class Endpoint:
     base_url: str | None = None
     timeout: float = 60.0
     tries: int = 4
-    wait: float = 1.0
     workers: int = 4
 
     @classmethod
@@ -127,7 +124,6 @@ def refine(prompts: Sequence[Prompt], endpoint: Endpoint, done: Callable[[], Any
     """
     from openai import OpenAI
 
-    client = OpenAI(api_key=endpoint.api_key, base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0)
     unreachable = threading.Event()
 
     def refine_one(prompt: Prompt) -> str | None:
@@ -136,10 +132,12 @@ def refine(prompts: Sequence[Prompt], endpoint: Endpoint, done: Callable[[], Any
         return text
 
     pool = ThreadPoolExecutor(max_workers=endpoint.workers)
-    try:
-        return list(pool.map(refine_one, prompts))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    # Closed in the end, the client also gives up what it would send again for prompts that are no longer waited for.
+    with OpenAI(api_key=endpoint.api_key, base_url=endpoint.base_url, timeout=endpoint.timeout) as client:
+        try:
+            return list(pool.map(refine_one, prompts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Unusable(Exception):
@@ -153,57 +151,57 @@ class _Conversation:
         self.client, self.endpoint, self.unreachable = client, endpoint, unreachable
 
     def refine(self, prompt: Prompt) -> str | None:
+        """Return the caption; None where there is none, which is logged as a warning."""
         try:
             messages = messages_for(prompt)
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for damaged images
             logger.warning("prompt kept as it is ('%.60s'): cannot read %s: %s", prompt.text, prompt.image, error)
             return None
-        for attempt in range(self.endpoint.tries):
-            text, reason, wait, reached = self.attempt(messages)
-            if text is not None:
-                self.unreachable.clear()
-                return text
-            if wait is None or attempt + 1 == self.endpoint.tries or (not reached and self.unreachable.is_set()):
-                break
-            threading.Event().wait(min(max(wait, self.endpoint.wait * 2**attempt), LONGEST_WAIT))
-        if not reached:
-            self.unreachable.set()
-        logger.warning("prompt kept as it is ('%.60s'): %s", prompt.text, reason)
-        return None
+        text, reason = self.ask(messages)
+        if text is None:
+            logger.warning("prompt kept as it is ('%.60s'): %s", prompt.text, reason)
+        return text
 
-    def attempt(self, messages: list[dict[str, Any]]) -> tuple[str | None, str, float | None, bool]:
-        """The text, or why there is none, the least seconds to wait before trying again (None: it is no use), and
-        whether anybody answered."""
+    def ask(self, messages: list[dict[str, Any]]) -> tuple[str | None, str]:
+        """Return the text, or None and why there is none. The client repeats requests that fail; here they are repeated
+        for answers that are of no use.
+
+        Raises:
+            UserError: no prompt can succeed.
+        """
         import openai
 
-        try:
-            answer = self.client.chat.completions.create(model=self.endpoint.model, messages=messages)
-            return caption_of(answer), "", 0.0, True
-        except openai.APIStatusError as error:
-            status = error.status_code
-            if status in HOPELESS:
-                where = self.endpoint.base_url or "OpenAI"
-                raise UserError(
-                    f"refining prompts: {where} {HOPELESS[status]} (status {status}, model {self.endpoint.model})"
-                ) from error
-            passing = status in PASSING or status >= 500
-            return None, f"the endpoint answers with status {status}", _retry_after(error) if passing else None, True
-        except openai.APITimeoutError:
-            return None, f"no answer within {self.endpoint.timeout:g} seconds", 0.0, False
-        except openai.APIConnectionError as error:
-            reason = next(iter(str(error.__cause__ or error).splitlines()), "")
-            return None, f"cannot reach {self.endpoint.base_url or 'OpenAI'}: {reason:.120}", 0.0, False
-        except _Unusable as error:
-            return None, str(error), 0.0, True
-        except (openai.OpenAIError, ValueError) as error:  # what should be JSON is not
-            return None, f"the answer is malformed ({type(error).__name__})", 0.0, True
-
-
-def _retry_after(error: Any) -> float:
-    try:
-        return float(error.response.headers.get("retry-after", 0))
-    except ValueError:  # a date
-        return 0.0
+        reason, left = "", self.endpoint.tries
+        where = self.endpoint.base_url or "OpenAI"
+        while left > 0:
+            once = self.unreachable.is_set()
+            client = self.client.with_options(max_retries=0 if once else left - 1)
+            try:
+                response = client.chat.completions.with_raw_response.create(
+                    model=self.endpoint.model, messages=messages
+                )
+                self.unreachable.clear()
+                left -= 1 + response.retries_taken
+                return caption_of(response.parse()), ""
+            except openai.APIStatusError as error:
+                self.unreachable.clear()
+                if error.status_code in HOPELESS:
+                    problem = f"{HOPELESS[error.status_code]} (status {error.status_code}, model {self.endpoint.model})"
+                    raise UserError(f"refining prompts: {where} {problem}") from error
+                reason = f"the endpoint answers with status {error.status_code}"
+                left = left - 1 if once else 0
+            except openai.APITimeoutError:
+                self.unreachable.set()
+                return None, f"no answer within {self.endpoint.timeout:g} seconds"
+            except openai.APIConnectionError as error:
+                self.unreachable.set()
+                problem = next(iter(str(error.__cause__ or error).splitlines()), "")
+                return None, f"cannot reach {where}: {problem:.120}"
+            except _Unusable as error:
+                reason = str(error)
+            except (openai.OpenAIError, ValueError) as error:  # what should be JSON is not
+                reason = f"the answer is malformed ({type(error).__name__})"
+        return None, reason
 
 
 def messages_for(prompt: Prompt) -> list[dict[str, Any]]:

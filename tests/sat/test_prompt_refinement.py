@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ IDEA = Prompt("a cat")
 
 
 def endpoint(server, **settings) -> Endpoint:
-    base = Endpoint(model="m", api_key="secret-key", base_url=server.url, timeout=5, tries=3, wait=0.01)
+    base = Endpoint(model="m", api_key="secret-key", base_url=server.url, timeout=5, tries=3)
     return replace(base, **settings)
 
 
@@ -100,11 +101,25 @@ def test_failures_are_tried_again_and_in_the_end_the_prompt_stays(failure, caplo
     assert "\n" not in warning
 
 
-def test_waits_double(monkeypatch):
-    with chat_server(lambda request, number: Reply(status=503, body="{}")) as server:
-        start = time.monotonic()
-        refine([IDEA], endpoint(server, tries=4, wait=0.05))
-        assert 0.05 * (1 + 2 + 4) <= time.monotonic() - start < 3
+def test_waits_grow():
+    """They are the client's: half a second, then one, less a quarter at most by chance."""
+    times = []
+    busy = Reply(status=503, body="{}")
+    with chat_server(lambda request, number: (times.append(time.monotonic()), busy)[1]) as server:
+        assert refine([IDEA], endpoint(server)) == [None]
+    first, second = (later - sooner for sooner, later in pairwise(times))
+    assert 0.37 < first < second < 5
+    assert second > 0.74
+
+
+def test_tries_are_counted_whatever_fails():
+    """By the client, which repeats requests, and for answers of no use: no more of both together."""
+    replies = [Reply(status=503, body="{}"), Reply(text=""), Reply(body="{not json"), Reply("fine")]
+    with chat_server(lambda request, number: replies[number]) as server:
+        assert refine([IDEA], endpoint(server, tries=4)) == ["fine"]
+        server.requests.clear()
+        assert refine([IDEA], endpoint(server, tries=3)) == [None]
+        assert len(server.requests) == 3
 
 
 def test_the_server_may_ask_for_a_longer_wait():
@@ -131,11 +146,27 @@ def test_nobody_there(caplog):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-    nowhere = Endpoint(model="m", api_key="k", base_url=address, tries=3, wait=0.1, workers=1)
+    nowhere = Endpoint(model="m", api_key="k", base_url=address, tries=3, workers=1)
     start = time.monotonic()
     assert refine([IDEA] * 20, nowhere) == [None] * 20
-    assert time.monotonic() - start < 5  # 20 × 0.3 seconds of waiting if all waited
+    assert time.monotonic() - start < 10  # 20 × 1.1 seconds of waiting if all waited
     assert f"cannot reach {address}" in caplog.text
+
+
+def test_somebody_comes_up_late():
+    """A prompt that is sent but once, for lack of a server, has all its tries when one answers that it is busy."""
+    replies = [Reply(delay=0.5)] * 3 + [Reply(status=503, body="{}")] * 2 + [Reply("fine")]
+    with chat_server(lambda request, number: replies[number]) as server:
+        assert refine([IDEA, IDEA], endpoint(server, timeout=0.2, workers=1)) == [None, "fine"]
+
+
+def test_prompts_that_wait_are_given_up_when_none_can_succeed():
+    refused, busy = Reply(status=401, body="{}", delay=0.3), Reply(status=503, body="{}", headers={"Retry-After": "1"})
+    with chat_server(lambda request, number: busy if number else refused) as server:
+        with pytest.raises(UserError):
+            refine([IDEA] * 3, endpoint(server))
+        time.sleep(1.5)
+        assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(("status", "reason"), [(401, "OPENAI_API_KEY"), (403, "access"), (404, "model")])
