@@ -26,6 +26,7 @@ from low_rank import use_fused_adapters
 from model_limits import patch_sizes
 from position_tables import Grid, leading_corner, rotary_angles, sincos_3d
 from process_groups import initialize_process_groups
+from sgm.attention_kernels import KERNELS
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.util import instantiate_from_config
@@ -37,8 +38,7 @@ OWN_MIXINS = (__name__, "sat.model.finetune.lora2")
 # Keywords that denoisers and losses hand on to every network.
 HANDED_ON = ("idx", "scale_emb")
 
-# Attention weights up to which `written_out_attention` may keep them all: 64 MiB in bfloat16.
-WRITTEN_OUT_WEIGHTS = 2**25
+ATTENTION, TRAINING_ATTENTION = KERNELS["softmax"], KERNELS["written-out"]
 
 
 def may_overwrite() -> bool:
@@ -59,22 +59,6 @@ def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 def joined(whole: Tensor, text: Tensor, vision: Tensor) -> Tensor:
     """Text and vision tokens one after the other: `whole` if they are its parts, overwritten."""
     return whole if may_overwrite() else torch.cat((text, vision), dim=1)
-
-
-def slow_in_fused_kernel(v: Tensor) -> bool:
-    """Whether v (b, heads, n, head_dim) belongs to an attention that is trained faster without PyTorch's fused kernel.
-
-    The CPU's takes longer in bfloat16 than in float32. On sequences whose (b, heads, n, n) attention weights take
-    little memory, two matrix products and a softmax between them do the same in half its time.
-    """
-    b, heads, n, _ = v.shape
-    return v.device.type == "cpu" and v.dtype == torch.bfloat16 and b * heads * n * n <= WRITTEN_OUT_WEIGHTS
-
-
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ / √head_dim)·v, for q, k, v (b, heads, n, head_dim), the softmax in float32."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -487,17 +471,13 @@ class DiffusionTransformer(BaseModel):
         return hooks
 
     def attention_fn(self, q, k, v, mask, dropout=None, **_: Any) -> Tensor:
-        """Full attention of q, k, v (b, heads, n, head_dim): no mask is ever built.
-
-        It goes through the fused kernel, but for short training steps where that is slow.
-        """
+        """Full attention of q, k, v (b, heads, n, head_dim): no mask is ever built."""
         dropout_p = dropout.p if dropout is not None else 0.0
-        if torch.is_grad_enabled():
-            # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
-            v = v.transpose(1, 2).contiguous().transpose(1, 2)
-            if dropout_p == 0 and slow_in_fused_kernel(v):
-                return written_out_attention(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        if not torch.is_grad_enabled():
+            return ATTENTION(q, k, v, dropout_p=dropout_p)
+        # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
+        return TRAINING_ATTENTION(q, k, v, dropout_p=dropout_p)
 
     def patch_grid(self, latents: Tensor) -> Grid:
         """Number of patches along (t, h, w) of latents (b, t, c, h, w).

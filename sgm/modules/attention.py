@@ -3,18 +3,17 @@
 Shapes: b batch, n tokens, m context tokens, c channels, h and w height and width.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
+from sgm.attention_kernels import KERNELS, attend, attend_memory_efficiently, backend_named, kernel_named
 from sgm.errors import UserError
 from sgm.helpers import default, exists, uniq
 from sgm.modules.diffusionmodules.building_blocks import zero_module
@@ -41,80 +40,7 @@ __all__ = [
     "zero_module",
 ]
 
-# ---------------------------------------------------------------- the products
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: SDPBackend | None = None) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v, for q (b, heads, n, d) and k, v (b, heads, m, d).
-
-    Args:
-        mask: True where a query may look.
-        backend: the one kernel of PyTorch to use; None: PyTorch chooses.
-
-    Raises:
-        UserError: the kernel cannot compute these tensors.
-    """
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    try:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    except RuntimeError as error:
-        if "kernel" not in str(error) and "backend" not in str(error):
-            raise
-        raise UserError(
-            f"backend: {backend.name} cannot compute attention of {q.dtype} tensors on {q.device.type} "
-            f"({len(q)} x {q.shape[1]} heads of {q.shape[3]}{', with a mask' if mask is not None else ''}); "
-            "choose MATH, or leave the backend out"
-        ) from error
-
-
-def attend_memory_efficiently(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: SDPBackend | None = None
-) -> Tensor:
-    """Return what `attend` returns, by xformers if it is installed and has a kernel for these tensors."""
-    if mask is None and q.is_cuda and _has_xformers():
-        try:
-            return attend_with_xformers(q, k, v)
-        except NotImplementedError:  # its word for a head size, dtype or device that none of its kernels takes
-            pass
-    return attend(q, k, v, mask, backend)
-
-
-def backend_named(backend: SDPBackend | str | None) -> SDPBackend | None:
-    """Return the kernel of PyTorch that `backend` means: a member of `SDPBackend`, or its name in any case.
-
-    Raises:
-        UserError: the kernel is unknown.
-    """
-    if backend is None or isinstance(backend, SDPBackend):
-        return backend
-    names = [name for name in SDPBackend.__members__ if name not in ("ERROR", "OVERRIDEABLE")]
-    if not isinstance(backend, str) or backend.upper() not in names:
-        raise UserError(f"backend: {backend!r} is no kernel of PyTorch; choose one of {', '.join(names)}")
-    return SDPBackend.__members__[backend.upper()]
-
-
-def attend_with_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` by xformers, whose layout is (b, n, heads, d)."""
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
-@cache
-def _has_xformers() -> bool:
-    return importlib.util.find_spec("xformers") is not None
-
-
-ATTENTION = {"softmax": attend, "softmax-xformers": attend_memory_efficiently}
-
-
-def attention_named(kind: str) -> Callable[..., Tensor]:
-    """The product that a configuration names by `attn_mode` or `attn_type`."""
-    if kind not in ATTENTION:
-        raise UserError(f"attention '{kind}' is unknown, it can be {' or '.join(map(repr, ATTENTION))}")
-    return ATTENTION[kind]
+ATTENTION = {name: kernel for name, kernel in KERNELS.items() if kernel.in_configurations}
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -194,7 +120,7 @@ class SpatialSelfAttention(nn.Module):
 
     def __init__(self, in_channels: int, attn_type: str = "softmax"):
         super().__init__()
-        self.attend = attention_named(attn_type)
+        self.attend = kernel_named(attn_type)
         self.norm = Normalize(in_channels)
         self.q = nn.Conv2d(in_channels, in_channels, 1)
         self.k = nn.Conv2d(in_channels, in_channels, 1)
@@ -219,9 +145,10 @@ class CrossAttention(nn.Module):
 
     Args:
         backend: the kernel of PyTorch to use, a member of `SDPBackend` or its name; None: PyTorch chooses.
+        attn_mode: name of another function than the class's own, see `attention_kernels`.
 
     Raises:
-        UserError: the kernel is unknown, or (on a forward pass) cannot compute these tensors.
+        UserError: a name is unknown, or (on a forward pass) the kernel cannot compute these tensors.
     """
 
     attend = staticmethod(attend)
@@ -234,8 +161,12 @@ class CrossAttention(nn.Module):
         dim_head: int = 64,
         dropout: float = 0.0,
         backend: SDPBackend | str | None = None,
+        *,
+        attn_mode: str | None = None,
     ):
         super().__init__()
+        if attn_mode is not None:
+            self.attend = kernel_named(attn_mode)
         inner = heads * dim_head
         self.heads = heads
         self.backend = backend_named(backend)
@@ -287,13 +218,13 @@ class CrossAttention(nn.Module):
 class MemoryEfficientCrossAttention(CrossAttention):
     """`CrossAttention` by xformers where that is installed and serves, with the same numbers."""
 
-    attend = staticmethod(attend_memory_efficiently)
+    attend = attend_memory_efficiently
 
 
 def cross_attention(attn_mode: str, **params: Any) -> CrossAttention:
-    """The class that a configuration names by `attn_mode`, built."""
-    kinds = {attend: CrossAttention, attend_memory_efficiently: MemoryEfficientCrossAttention}
-    return kinds[attention_named(attn_mode)](**params)
+    """Return the attention that a configuration names by `attn_mode`."""
+    kind = MemoryEfficientCrossAttention if attn_mode == attend_memory_efficiently.name else CrossAttention
+    return kind(attn_mode=attn_mode, **params)
 
 
 # ---------------------------------------------------------------- transformers

@@ -1,5 +1,7 @@
 """How the network runs: fused attention without a mask, nothing read back to the host, one graph for the compiler."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,9 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import dit_video_concat
-from dit_video_concat import slow_in_fused_kernel, written_out_attention
 from network_weights import instantiate_on_meta
 from seeded import seed_module_, seeded_input
+from sgm.attention_kernels import KERNELS, WRITTEN_OUT, written_out_attention
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import instantiate_from_config
@@ -62,8 +64,12 @@ def test_attention_is_written_out_where_that_is_faster(monkeypatch):
     "As good": no further than the kernel's own bfloat16 gradients, give or take half, from those in float32.
     """
     short, long = (torch.empty(1, 1, n, 8, dtype=torch.bfloat16, device="cpu") for n in (5792, 5793))
-    assert slow_in_fused_kernel(short) and not slow_in_fused_kernel(long)
-    assert not slow_in_fused_kernel(short.float()) and not slow_in_fused_kernel(short.to("meta"))
+
+    def is_written_out(v: torch.Tensor) -> bool:
+        return dit_video_concat.TRAINING_ATTENTION.supports(v, v, v)
+
+    assert is_written_out(short) and not is_written_out(long)
+    assert not is_written_out(short.float()) and not is_written_out(short.to("meta"))
 
     network, inputs = network_and_inputs("t2v_5b")
     network.train()
@@ -79,14 +85,13 @@ def test_attention_is_written_out_where_that_is_faster(monkeypatch):
         return sum((x - y).square().sum().item() for x, y in zip(a, b, strict=True)) ** 0.5
 
     calls = []
-    monkeypatch.setattr(
-        dit_video_concat, "written_out_attention", lambda *qkv: calls.append(1) or written_out_attention(*qkv)
-    )
+    counting = replace(WRITTEN_OUT, compute=lambda *qkv: calls.append(1) or written_out_attention(*qkv))
+    monkeypatch.setattr(dit_video_concat, "TRAINING_ATTENTION", counting)
     exact = gradients(torch.float32)
     assert not calls
     written_out = gradients(torch.bfloat16)
     assert len(calls) == network.num_layers
-    monkeypatch.setattr(dit_video_concat, "slow_in_fused_kernel", lambda v: False)
+    monkeypatch.setattr(dit_video_concat, "TRAINING_ATTENTION", KERNELS["softmax"])
     fused = gradients(torch.bfloat16)
     assert len(calls) == network.num_layers
     assert 0 < distance(written_out, exact) < 1.5 * distance(fused, exact)

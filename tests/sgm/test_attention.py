@@ -11,6 +11,8 @@ from torch.nn.attention import SDPBackend
 
 from conftest import ROOT
 from seeded import seed_module_, seeded_input
+from sgm import attention_kernels
+from sgm.attention_kernels import attend_with_xformers
 from sgm.errors import UserError
 from sgm.modules import attention
 from support import Reference, assert_close
@@ -142,7 +144,7 @@ def xformers(monkeypatch):
     package.ops = ops
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.setattr(attention, "_has_xformers", lambda: True)
+    monkeypatch.setattr(attention_kernels, "installed", lambda package: package == "xformers")
     return ops
 
 
@@ -150,12 +152,13 @@ class OnCuda(torch.Tensor):
     """A tensor that says it is on CUDA, for code that asks."""
 
     is_cuda = True
+    device = torch.device("cuda")
 
 
 def test_xformers_has_its_own_layout_and_the_same_numbers(xformers):
     q, k, v = rand(2, 3, 7, 4), rand(2, 3, 5, 4), rand(2, 3, 5, 4)
     expected = attention.attend(q, k, v)
-    assert_same_gradients(attention.attend_with_xformers(q, k, v), expected, {"q": q, "k": k, "v": v})
+    assert_same_gradients(attend_with_xformers(q, k, v), expected, {"q": q, "k": k, "v": v})
     assert_close(attention.attend_memory_efficiently(q.as_subclass(OnCuda), k, v), expected, 1e-9)
     assert xformers.calls == 2
 
