@@ -1,12 +1,10 @@
 """The `deepspeed:` section of a configuration: checked before DeepSpeed is imported, then completed for it.
 
 DeepSpeed ignores most keys that it does not know and meets wrong values with assertions, minutes after the start.
-Nothing here imports PyTorch or DeepSpeed.
+Nothing here imports PyTorch or DeepSpeed, but for the exception in `deepspeed_keys`.
 """
 
-import importlib.util
 import math
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,73 +12,13 @@ from typing import Any, NamedTuple
 from argument_schema import FLOAT, PRECISIONS, nearest
 from config_targets import why_target_fails
 from deepspeed_features import check_features
+from deepspeed_keys import KEYS, SECTION_KEYS, installed_keys
 from sgm.errors import UserError, shown
 
 OUR_OPTIMIZERS = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")  # names of the same
 HIGHEST_STAGE = 3
 
-# What DeepSpeed 0.19 reads. A key that only the installed version knows is found in its source: see `is_installed_key`.
-KEYS = {
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
-    *("optimizer", "scheduler", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
-    *("fp16", "bf16", "bfloat16", "torch_autocast", "data_types", "communication_data_type", "log_level"),
-    *("seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_clipping"),
-    *("gradient_allreduce_op", "disable_allgather", "disable_python_gc", "managed_gradient_accumulation"),
-    *("activation_checkpointing", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"),
-    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "timers", "autotuning", "aio", "compile"),
-    *("checkpoint", "datastates_ckpt", "data_efficiency", "dataloader_drop_last", "vocabulary_size", "pipeline"),
-    *("hybrid_engine", "weight_quantization", "tensor_parallel", "expert_parallel", "sequence_parallel_size"),
-    *("use_data_before_expert_parallelism", "allgather_size"),
-}
-SECTION_KEYS = {
-    "zero_optimization": {
-        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
-        *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm"),
-        *("load_from_fp32_weights", "elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow"),
-        *("sub_group_size", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "leaf_module"),
-        *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
-        *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold"),
-        *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
-        *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters"),
-        *("legacy_stage1", "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size"),
-        *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
-        *("memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply"),
-        *("log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory"),
-    },
-    "zero_optimization.offload_optimizer": {
-        *("device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init"),
-        *("ratio", "super_offload", "cpuadam_cores_perc"),
-    },
-    "zero_optimization.offload_param": {
-        *("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
-    },
-    "fp16": {
-        *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
-        *("consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"),
-    },
-    "bf16": {
-        *("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads"),
-        "bf16_optimizer_states",
-    },
-    "optimizer": {"type", "params", "legacy_fusion"},
-    "scheduler": {"type", "params"},
-    "activation_checkpointing": {
-        *("partition_activations", "number_checkpoints", "contiguous_memory_optimization", "cpu_checkpointing"),
-        *("synchronize_checkpoint_boundary", "profile"),
-    },
-}
 FP16_SCALING = frozenset({"loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale", "initial_scale_power"})
-SOURCES = {
-    "": "runtime/constants.py",
-    "zero_optimization": "runtime/zero/config.py",
-    "zero_optimization.offload_optimizer": "runtime/zero/offload_config.py",
-    "zero_optimization.offload_param": "runtime/zero/offload_config.py",
-    "fp16": "runtime/precision_config.py",
-    "bf16": "runtime/precision_config.py",
-    "optimizer": "runtime/constants.py",
-    "scheduler": "runtime/constants.py",
-    "activation_checkpointing": "runtime/activation_checkpointing/config.py",
-}
 # Values that DeepSpeed reads without looking at their type, or meets with an assertion minutes after the start.
 FLAGS = {
     *("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions"),
@@ -220,23 +158,11 @@ def without_removed_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_keys(place: str, section: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises UserError for a key that is not `known`, nor to the installed DeepSpeed; `place` is a dotted key."""
+    elsewhere = {name for keys in SECTION_KEYS.values() for name in keys}
     for key in section:
-        if key not in known and not is_installed_key(str(key), place):
+        if key not in known and (key in elsewhere or key not in installed_keys(place)):
             where = f"deepspeed.{place}" if place else "deepspeed"
             raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), sorted(known), otherwise='')}")
-
-
-def is_installed_key(key: str, place: str) -> bool:
-    """Whether the source of the installed DeepSpeed defines `key` in the section `place` ("" is the top level)."""
-    spec = importlib.util.find_spec("deepspeed")  # finds, imports nothing
-    if spec is None or any(key in keys for keys in SECTION_KEYS.values()):  # that of another section
-        return False
-    source = Path(spec.origin).parent / SOURCES[place]
-    text = source.read_text(encoding="utf-8") if source.is_file() else ""
-    name = re.escape(key)
-    # A constant that names the key, or a field of a model, with or without alias.
-    pattern = rf"^[A-Z_0-9]+ *= *[\"']{name}[\"']|^ +{name} *:|alias=[\"']{name}[\"']"
-    return re.search(pattern, text, re.MULTILINE) is not None
 
 
 def checked_section(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
