@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sgm.errors import UserError
+from yaml_reading import read_yaml
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when a process first multiplies matrices on a GPU
 WORKSPACES = (":4096:8", ":16:8")  # those with which it sums in one order
@@ -36,9 +35,9 @@ def check_workspace(deterministic: bool) -> None:
 def describe_change(run_folder: Path, deterministic: bool) -> str | None:
     """Return the warning that is due when a run goes on with another value than the one it has recorded."""
     try:
-        config = yaml.safe_load((run_folder / "training_config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(run_folder / "training_config.yaml")
         recorded = config["args"].get("deterministic")
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (UserError, LookupError, TypeError, AttributeError):
         return None  # a run that was made elsewhere may lack the file
     recorded = recorded is True
     if recorded == deterministic:

@@ -17,7 +17,7 @@ shapes that move in a spiral, `--concept star` purple stars.
 
 With `--prompts_file FILE` no dataset is made, but a file of captions of single shapes to sample from. With
 `--with_first_frames` each names an image, `prompt@@prompts/00000.png`, and the clip that begins with it lies beside it,
-`prompts/00000.mp4`, in the folder named like the file.
+`prompts/00000.mp4`, in the folder named like the file. Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
 
 import argparse
@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from flag_spellings import EitherSpellingParser  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
+from sgm.exit_codes import exit_code  # noqa: E402
 from tools.shape_scenes import CONCEPTS, MOTIONS, SHAPES, SIZES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
+from tools.tool_parser import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,22 +49,22 @@ MARKER = ".shapes.json"  # in the output folder: the settings of a complete data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        check_options(options)
-        if options.prompts_file:
-            make_prompts(options)
-        else:
-            make_dataset(options)
-    except UserError as error:
-        logger.error("error: %s", error)
-        return 1
+    return exit_code(lambda: make(arguments), logger, command_line=arguments)
+
+
+def make(arguments: Sequence[str] | None) -> int:
+    options = build_parser().parse_args(arguments)
+    check_options(options)
+    if options.prompts_file:
+        make_prompts(options)
+    else:
+        make_dataset(options)
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("data/shapes"), help="folder (default: data/shapes)")
     add("--clips", type=int, default=8, help="how many (default: 8)")

@@ -163,7 +163,12 @@ def test_a_workspace_of_cublas_that_sums_in_any_order_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "args: 3", "args: {deterministic: true", "{args: {deterministic: true}}"]
+    "content",
+    [
+        *("", "[]", "args: 3", "args: {deterministic: true", "a: " + "[" * 2000 + "]" * 2000),
+        "{args: {deterministic: true}}",
+    ],
+    ids=("empty", "list", "number", "cut off", "deep", "true"),
 )
 def test_what_a_run_has_recorded(tmp_path, content):
     """Only the last record says what the run was trained with."""

@@ -137,11 +137,11 @@ def test_prompt_files_are_made_again_but_never_replaced(tmp_path):
         assert make_prompts(tmp_path / "a.txt", "--with_first_frames") == 0
         before = files(tmp_path / "a")
     assert files(tmp_path / "a") == before
-    assert make_prompts(tmp_path / "a.txt", "--with_first_frames", frames=9) == 1
-    assert make_prompts(tmp_path / "a.txt", seed=1) == 1
+    assert make_prompts(tmp_path / "a.txt", "--with_first_frames", frames=9) == 2
+    assert make_prompts(tmp_path / "a.txt", seed=1) == 2
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("precious")
-    assert make_prompts(tmp_path / "b.txt", "--with_first_frames") == 1
+    assert make_prompts(tmp_path / "b.txt", "--with_first_frames") == 2
     assert not (tmp_path / "b.txt").exists()
     assert files(tmp_path / "a") == before
     assert (tmp_path / "b" / "mine.txt").read_text() == "precious"
@@ -155,15 +155,15 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
     (tmp_path / "mine" / "a.txt").write_text("precious")
     (tmp_path / "file").touch()
     with caplog.at_level(logging.ERROR):
-        assert make(tmp_path / "mine") == make(tmp_path / "file") == make(tmp_path / "file" / "below") == 1
-        assert make(tmp_path / "new", frames=0) == 1
-        assert main(["--output", str(tmp_path / "new"), "--size", "64", "97"]) == 1
+        assert make(tmp_path / "mine") == make(tmp_path / "file") == make(tmp_path / "file" / "below") == 2
+        assert make(tmp_path / "new", frames=0) == 2
+        assert main(["--output", str(tmp_path / "new"), "--size", "64", "97"]) == 2
         assert (
-            make_prompts(tmp_path / "new", "--with_first_frames") == make(tmp_path / "new", "--with_first_frames") == 1
+            make_prompts(tmp_path / "new", "--with_first_frames") == make(tmp_path / "new", "--with_first_frames") == 2
         )
-        assert make_prompts(tmp_path / "new", prompts=0) == 1
-        assert make(tmp_path / "new", "--concept", "star", "--shapes", "ring") == 1
-        assert make(tmp_path / "new", "--concept", "spiral", "--motions", "growing") == 1
+        assert make_prompts(tmp_path / "new", prompts=0) == 2
+        assert make(tmp_path / "new", "--concept", "star", "--shapes", "ring") == 2
+        assert make(tmp_path / "new", "--concept", "spiral", "--motions", "growing") == 2
     assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 10
     assert "mine exists and was not made by this tool" in caplog.text
     assert "must be even, got 64 and 97" in caplog.text
