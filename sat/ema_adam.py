@@ -9,7 +9,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from sgm.errors import UserError
-from sgm.modules.ema import kept_share
+from sgm.moving_averages import follow, kept_share
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,10 +83,6 @@ class EmaAdam(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
-    def decay(self, step: int) -> float:
-        """The share of the shadow that step `step`, from 1, keeps."""
-        return kept_share(self.ema_decay, step) if self.use_num_updates else self.ema_decay
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Update every parameter that has a gradient; the loss of `closure`, if there is one."""
@@ -137,7 +133,7 @@ class EmaAdam(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        torch._foreach_lerp_(shadow, parameters, 1 - self.decay(step))
+        follow(shadow, parameters, kept_share(self.ema_decay, step, self.use_num_updates))
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

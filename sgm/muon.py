@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sgm.errors import UserError
-from sgm.modules.ema import kept_share
+from sgm.moving_averages import follow, kept_share
 
 # x -> a x + b x^3 + c x^5, applied again and again, takes all of (0, 1] close to 1 (Jordan et al. 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -70,8 +70,7 @@ class Muon(Optimizer):
                     update = self._update_matrix if parameter.ndim >= 2 else self._update_vector
                     update(parameter, parameter.grad, state, group)
                     if "shadow" in state:
-                        kept = kept_share(group["ema_decay"], state["step"])
-                        state["shadow"].lerp_(parameter, 1 - kept)
+                        follow([state["shadow"]], [parameter], kept_share(group["ema_decay"], state["step"]))
         return loss
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-
-def kept_share(decay: float, step: int) -> float:
-    """The share of a moving average that its update `step`, from 1, keeps: min(decay, (1 + step)/(10 + step)).
-
-    By this warm-up the average soon forgets the weights that it starts from.
-    """
-    return min(decay, (1 + step) / (10 + step))
+from sgm.moving_averages import follow, kept_share
 
 
 class LitEma(nn.Module):
@@ -59,12 +53,8 @@ class LitEma(nn.Module):
     def forward(self, model: nn.Module) -> None:
         """Update the averages with the weights that `model` has now."""
         self.num_updates += 1
-        warm_up = (1 + self.num_updates) / (10 + self.num_updates).double()
-        kept = warm_up.clamp(max=self.decay) if self.use_num_updates else torch.full_like(warm_up, self.decay)
-        shadows, parameters = self._pairs(model)
-        # A weight on the device, and one for each tensor: neither a synchronization nor a temporary copy.
-        weight = {dtype: (1 - kept).to(dtype) for dtype in {shadow.dtype for shadow in shadows}}
-        torch._foreach_lerp_(shadows, parameters, [weight[shadow.dtype] for shadow in shadows])
+        # The number is on the device, where the averages are: no update waits for it.
+        follow(*self._pairs(model), kept_share(self.decay, self.num_updates, self.use_num_updates))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
