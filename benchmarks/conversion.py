@@ -35,9 +35,9 @@ from config_files import load_configs  # noqa: E402
 from diffusers_folders import check_equal  # noqa: E402
 from flag_spellings import EitherSpellingParser  # noqa: E402
 from lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
+from meta_device import instantiate_on_meta  # noqa: E402
 from model_sizes import CONFIG_FOLDER  # noqa: E402
 from network_files import checkpoint_file  # noqa: E402
-from network_weights import instantiate_on_meta  # noqa: E402
 from stored_weights import open_weights  # noqa: E402
 from weight_family import CONFIGS, TITLES  # noqa: E402
 

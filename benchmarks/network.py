@@ -30,8 +30,9 @@ from harness import (  # noqa: E402
 from config_files import load_configs  # noqa: E402
 from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
 from flag_spellings import EitherSpellingParser  # noqa: E402
+from meta_device import instantiate_on_meta  # noqa: E402
 from model_limits import patch_sizes  # noqa: E402
-from network_weights import initialise_missing, instantiate_on_meta  # noqa: E402
+from network_weights import initialise_missing  # noqa: E402
 from support import relative_error  # noqa: E402
 
 BATCH = 2

@@ -259,7 +259,8 @@ def build_engine(args: argparse.Namespace) -> nn.Module:
 
 def build_network(args: argparse.Namespace) -> nn.Module:
     """Our network with random weights, none of them zero, of which what is trained requires gradients."""
-    from network_weights import initialise_missing, instantiate_on_meta
+    from meta_device import instantiate_on_meta
+    from network_weights import initialise_missing
 
     torch.manual_seed(0)
     network = instantiate_on_meta(args.model_config["network_config"]).to(getattr(torch, args.dtype))

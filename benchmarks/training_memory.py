@@ -22,7 +22,7 @@ from harness import markdown_table  # noqa: E402
 from batch_order import Bucket  # noqa: E402
 from config_files import load_configs  # noqa: E402
 from flag_spellings import EitherSpellingParser  # noqa: E402
-from network_weights import instantiate_on_meta  # noqa: E402
+from meta_device import instantiate_on_meta  # noqa: E402
 from parameter_report import GIB, Layout, estimate_memory  # noqa: E402
 from startup import quiet_libraries  # noqa: E402
 

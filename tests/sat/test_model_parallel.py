@@ -3,7 +3,8 @@
 import torch
 
 from distributed import run_distributed
-from network_weights import instantiate_on_meta, load_network
+from meta_device import instantiate_on_meta
+from network_weights import load_network
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close

@@ -152,7 +152,7 @@ def network_params(name: str) -> dict:
 
 @pytest.mark.parametrize(("patch_size", "kernel"), [(2, (1920, 16, 2, 2)), ([2, 2, 2], (1920, 16 * 8))])
 def test_patch_sizes_of_both_dialects(patch_size, kernel):
-    from network_weights import instantiate_on_meta
+    from meta_device import instantiate_on_meta
 
     params = network_params("cogvideox_2b.yaml") | {"patch_size": patch_size, "num_layers": 1, "num_frames": 45}
     network = instantiate_on_meta({"target": NETWORK, "params": params})

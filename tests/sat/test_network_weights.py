@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_video import set_lora_scale
+from meta_device import instantiate_on_meta
 from network_files import NETWORK_PREFIX, checkpoint_file, is_adapter
-from network_weights import instantiate_on_meta, load_network
+from network_weights import load_network
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
@@ -201,7 +202,8 @@ def test_layouts_that_are_no_checkpoint(tmp_path):
 LOAD_AND_READ = """
 import re, sys
 import torch
-from network_weights import instantiate_on_meta, load_network
+from meta_device import instantiate_on_meta
+from network_weights import load_network
 from sgm.util import instantiate_from_config
 from support import Reference
 
