@@ -19,10 +19,11 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from batch_order import SampleKey
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 
 logger = logging.getLogger("train_video")
 
@@ -128,12 +129,21 @@ def read_record(folder: Path) -> list[TimedOutClip]:
             raise UserError(f"resume: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
         for number, line in enumerate(lines, start=1):
             try:
-                entries.append(TimedOutClip(**json.loads(line)))
+                entries.append(_entry(parse_json(line)))
             except (ValueError, TypeError) as error:
                 if number == len(lines):  # cut off when the run was killed: that step was not done either
                     break
                 raise UserError(f"resume: {path}, line {number}: not valid: delete the line, or the file") from error
     return entries
+
+
+def _entry(content: dict[str, Any]) -> TimedOutClip:
+    """Return a line's entry; raises TypeError if the line has other keys, or other values than an entry has."""
+    entry = TimedOutClip(**content)
+    numbers, texts = (entry.step, entry.epoch, entry.sample), (entry.data, entry.clip, entry.reason)
+    if not all(type(value) is int for value in numbers) or not all(isinstance(value, str) for value in texts):
+        raise TypeError("a value is of another type")
+    return entry
 
 
 def _end_line(file: TextIO) -> None:

@@ -21,7 +21,7 @@ from diffusers_names import EXTRA_TABLES
 from model_sizes import TIME_FACTOR, ModelSizes
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
-from sgm.weights import DIFFUSERS_FILES, INDEX_SUFFIX, PIPELINE_FILE, safetensors_in
+from sgm.weights import DIFFUSERS_FILES, INDEX_SUFFIX, PIPELINE_FILE, read_weight_map, safetensors_in
 from stored_weights import Stored, StoredWeights, open_weights
 from weight_family import AutoencoderFamily, NetworkFamily
 
@@ -319,9 +319,7 @@ def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
     if not any(file.name in ("spiece.model", "tokenizer.json") for file in tokenizer_files):
         raise UserError(f"{tokenizer} holds no tokenizer: expected spiece.model or tokenizer.json")
     for index in (file for file in encoder_files if file.name.endswith((INDEX_SUFFIX, ".bin.index.json"))):
-        shards = set(read_json(index).get("weight_map", {}).values())
-        if absent := sorted(shards - names):
-            raise UserError(f"{index} names the file {absent[0]}, which is not beside it")
+        read_weight_map(index)  # checks that they are there
     return encoder_files, tokenizer_files
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusers_names import EXTRA_TABLES, assemble, from_diffusers, is_diffusers_network
+from latest_file import newest
 from sgm.errors import UserError
 from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, module_weights, read_state_dict, safetensors_in
 
@@ -28,12 +29,11 @@ def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Pat
         return path, False
     if not path.is_dir():
         raise UserError(f"load: there is no checkpoint at {path}")
-    latest = path / "latest"
     folder = path / "transformer" if (path / PIPELINE_FILE).is_file() else path
-    if latest.is_file():
-        folder = path / latest.read_text().strip()
+    if (name := newest(path, "load")) is not None:
+        folder = path / name
         if not folder.is_dir():
-            raise UserError(f"load: {latest} names the iteration '{folder.name}', but there is no folder {folder}")
+            raise UserError(f"load: {path / 'latest'} names the iteration '{name}', but there is no folder {folder}")
     shares = sorted(folder.glob("mp_rank_*_model_states.pt"))
     if len(shares) == 1:
         return shares[0], False

@@ -113,19 +113,41 @@ def restore(
     """Give the optimizer, which has made no step yet, what `full_tensors` and `counters` returned.
 
     Raises:
-        UserError: a tensor is missing.
+        UserError: a tensor is missing or does not fit, or there are tensors or groups that the numbers do not speak of.
     """
     kinds, lacking = numbers["kinds"], numbers.get("lacking", {})
+    groups = engine.basic_optimizer.param_groups
+    if unknown := {kind for kind, _ in tensors} - set(kinds):
+        raise UserError(
+            f"resume: the training state is damaged: it does not list {min(unknown)}, which its files hold; name "
+            "another checkpoint"
+        )
+    if len(numbers["rates"]) != len(groups):
+        raise UserError(
+            f"resume: the training state has the learning rates of {len(numbers['rates'])} groups of parameters, but "
+            f"the optimizer has {len(groups)}: train with the optimizer and the model that the run began with"
+        )
     _create_states(engine, [kind for kind in kinds if kind != MASTER], numbers)
     for name, parameter in trained_parameters(engine.module).items():
         for kind in kinds:
-            if name in lacking.get(kind, ()):
+            if name in lacking.get(kind, ()) and not engine.zero_optimization():
                 del engine.basic_optimizer.state[parameter][kind]
                 continue
             if (kind, name) not in tensors:
                 raise UserError(f"resume: the training state has no {kind} of {name}")
-            _set(engine, parameter, kind, tensors[kind, name])
-    for group, rate in zip(engine.basic_optimizer.param_groups, numbers["rates"], strict=True):
+            value = tensors[kind, name]
+            if value.shape != full_shape(parameter) or not value.is_floating_point():
+                raise UserError(
+                    f"resume: the training state has a {kind} of {name} of {str(value.dtype).removeprefix('torch.')} "
+                    f"{tuple(value.shape)}, which does not fit its shape {tuple(full_shape(parameter))}: name another "
+                    "checkpoint"
+                )
+            if not value.isfinite().all():
+                raise UserError(
+                    f"resume: the training state has a {kind} of {name} that is not finite: name another checkpoint"
+                )
+            _set(engine, parameter, kind, value)
+    for group, rate in zip(groups, numbers["rates"], strict=True):
         group.update(numbers["group"], lr=rate)
     if _loss_scale(engine) and numbers["loss_scaler"]:
         vars(engine.optimizer.loss_scaler).update(numbers["loss_scaler"])

@@ -1,5 +1,6 @@
 """A pipeline folder of diffusers as this project's weights: what it is, and every tensor by its name here."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from diffusers_folders import (
 from diffusers_names import TABLES, Pieces, assemble, assembled_shape, check_divisible, from_diffusers
 from model_sizes import ModelSizes, computed_tables, released_config, sizes_of_config
 from sgm.diffusers_vae_names import from_diffusers as vae_from_diffusers
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 from sgm.weights import PIPELINE_FILE
 from stored_weights import Stored, StoredWeights
 from weight_family import (
@@ -42,12 +43,16 @@ FIXED = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "norm_elementwise_affine": True,
+    "norm_eps": 1e-5,
+    "patch_bias": True,
     "temporal_compression_ratio": 4,
     "temporal_interpolation_scale": 1.0,
     "timestep_activation_fn": "silu",
 }
 # Of vae/config.json likewise.
 VAE_FIXED = {"act_fn": "silu", "norm_eps": 1e-6, "norm_num_groups": NORM_GROUPS, "temporal_compression_ratio": 4}
+WHOLE_SIZES = ("num_frames", "latent_height", "latent_width", "text_length")
+LARGEST_SIZE = 2**20  # far above any model's: what is made of larger ones does not fit into memory
 DIFFUSERS_TEXT_LENGTH = 226  # what diffusers puts where it is told nothing
 # What the tensors say too.
 TOLD_TWICE = (
@@ -178,8 +183,10 @@ def read_sizes(
     for name, value in found.items():
         if value is None:
             found[name] = getattr(usual, name)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{folder}: its {name} is {value!r}; expected a positive number")
+        elif name in WHOLE_SIZES and (type(value) is not int or not 0 < value <= LARGEST_SIZE):
+            raise UserError(f"{folder}: its {name} is {shown(value)}; expected a whole number up to {LARGEST_SIZE}")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise UserError(f"{folder}: its {name} is {shown(value)}; expected a positive number")
     return ModelSizes(**found)
 
 
@@ -187,7 +194,7 @@ def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any], source: str
     """Raises UserError if a config.json says otherwise than `fixed`, which what is left out has."""
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise UserError(f"{source}/config.json: {name} is {config[name]!r}; models here have {value!r}")
+            raise UserError(f"{source}/config.json: {name} is {shown(config[name])}; models here have {value!r}")
 
 
 def check_config(config: Mapping[str, Any], family: NetworkFamily, sizes: ModelSizes, source: str) -> None:
@@ -196,4 +203,6 @@ def check_config(config: Mapping[str, Any], family: NetworkFamily, sizes: ModelS
     told = transformer_config(family, sizes)
     for name in TOLD_TWICE:
         if config.get(name) not in (None, told[name]):
-            raise UserError(f"{source}/config.json: {name} is {config[name]!r}, but the tensors are of {told[name]!r}")
+            raise UserError(
+                f"{source}/config.json: {name} is {shown(config[name])}, but the tensors are of {told[name]!r}"
+            )

@@ -21,7 +21,7 @@ from model_limits import TIME_FACTOR
 from network_files import checkpoint_file
 from sampling_plan import PlannedVideo
 from sgm.errors import UserError
-from sgm.weights import INDEX_SUFFIX, PIPELINE_FILE, safetensors_in
+from sgm.weights import INDEX_SUFFIX, PIPELINE_FILE, read_weight_map, safetensors_in
 from video_records import FORMAT, REPEATED_ARGUMENTS, VideoRecord, differences, with_absolute_paths
 
 logger = logging.getLogger("sample_video")
@@ -215,9 +215,8 @@ def with_shards(file: Path) -> list[Path]:
     """Return a weight file, or an index and the files that it names."""
     if not file.name.endswith(INDEX_SUFFIX):
         return [file]
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        shards = set(json.loads(file.read_text())["weight_map"].values())
-        return [file, *sorted(path for name in shards if (path := file.parent / name).is_file())]
+    with suppress(UserError):
+        return [file, *sorted({file.parent / name for name in read_weight_map(file).values()})]
     return [file]
 
 

@@ -110,7 +110,10 @@ class UnreadableClips:
         self.file = folder / f"unreadable-{dist.get_rank():04d}.txt"
         self.listed: set[str] = set()
         if self.file.exists():
-            self.listed.update(self.file.read_text(encoding="utf-8").splitlines())
+            try:  # lines that were damaged are no clip's, and cost no more than a clip that is listed twice
+                self.listed.update(self.file.read_text(encoding="utf-8", errors="replace").splitlines())
+            except OSError as error:
+                raise UserError(f"cannot read {self.file}: {error.strerror or error}; delete it") from error
         if dist.get_rank() == 0:
             self._list(self.left_out)
 

@@ -5,13 +5,17 @@ Nothing here imports PyTorch.
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from argument_schema import RunArguments
 from sgm.errors import UserError
+from whole_files import replaced_when_complete, reported_as_user_error
 
 logger = logging.getLogger("train_video")
 
@@ -35,6 +39,17 @@ def new_run_folder(args: RunArguments, now: datetime) -> Path:
             folder = stem.with_name(f"{stem.name}-{number}")
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}") from error
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `training_config.yaml` in a run's folder, in place of what lies or is linked there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = folder / "training_config.yaml"
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        part.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def find_resume(args: RunArguments, locate: Callable[[Path], Path]) -> Path | None:

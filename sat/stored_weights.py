@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sgm.errors import UserError
-from sgm.plain_json import parse_json
-from sgm.weights import module_weights, read_state_dict
+from sgm.weights import INDEX_SUFFIX, module_weights, read_state_dict, read_weight_map
 
 WINDOW_BYTES = 128 * 2**20  # that may be read through one map
 
@@ -162,14 +161,11 @@ def open_weights(path: Path) -> StoredWeights:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The files of a safetensors index; of any other file itself."""
+    """The files of a safetensors index; of any other file itself.
 
-    from sgm.weights import INDEX_SUFFIX
-
+    Raises:
+        UserError: the index is none, or names a file that is not beside it.
+    """
     if not path.name.endswith(INDEX_SUFFIX):
         return [path]
-    try:
-        names = sorted(set(parse_json(path.read_text())["weight_map"].values()))
-        return [path.parent / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a safetensors index: it needs a mapping under 'weight_map'") from error
+    return [path.parent / name for name in sorted(set(read_weight_map(path).values()))]

@@ -34,7 +34,9 @@ import optimizer_state
 from agreement import meet
 from network_files import NETWORK_PREFIX
 from sgm.errors import UserError
+from sgm.plain_json import parse_json
 from training_plan import STATE_FILE
+from training_state import TRAINING_STATE, damaged, find_misfit
 from whole_files import replaced_when_complete
 
 logger = logging.getLogger("train_video")
@@ -259,17 +261,26 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The content of state.json in an iteration folder.
 
     Raises:
-        UserError: there is none; the folder then holds weights alone.
+        UserError: there is none, and the folder then holds weights alone; or it is none that a run can go on with.
     """
     path = folder / STATE_FILE
     try:
-        state = json.loads(path.read_text())
-        optimizer, shares = state["optimizer"], state["optimizer"]["model_parallel_size"]
-        optimizer["kinds"], state["data"], state["schedule"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        state = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"resume: {folder} has no whole training state ({STATE_FILE}); to start from its weights name it as load"
         ) from error
+    if misfit := find_misfit(state, TRAINING_STATE):
+        raise UserError(
+            f"resume: {folder} has no whole training state ({STATE_FILE}): {misfit}; to start from its weights name it "
+            "as load"
+        )
+    if folder.name.isdecimal() and int(folder.name) != state["step"]:
+        raise UserError(
+            f"resume: {folder} holds the training state of step {state['step']}: give the folder that name, or name "
+            "another checkpoint"
+        )
+    shares = state["optimizer"]["model_parallel_size"]
     if shares != mpu.get_model_parallel_world_size():
         raise UserError(
             f"resume: {folder} is of a run with model_parallel_size {shares}, not {mpu.get_model_parallel_world_size()}"
@@ -292,17 +303,22 @@ class StoredTensors(Mapping):
     """The tensors of the optimizer's files by (kind, parameter), each read when it is asked for."""
 
     def __init__(self, folder: Path, share: int):
-        self.files = {}
+        self.files: dict[tuple[str, str], tuple[Path, Any]] = {}
         for path in sorted(folder.glob(f"optimizer-mp{share:02d}-*.safetensors")):
             try:
                 file = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"resume: {path} is damaged: {error}") from error
+                raise damaged(path, str(error)) from error
             for key in file.keys():  # noqa: SIM118
-                self.files[tuple(key.split("/", 1))] = file
+                kind, _, name = key.partition("/")
+                self.files[kind, name] = path, file
 
     def __getitem__(self, key: tuple[str, str]) -> Tensor:
-        return self.files[key].get_tensor("/".join(key))
+        path, file = self.files[key]
+        try:
+            return file.get_tensor("/".join(key))
+        except SafetensorError as error:
+            raise damaged(path, str(error)) from error
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.files)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from sgm.plain_json import parse_json
 from whole_files import replaced_when_complete, reported_as_user_error
 
 logger = logging.getLogger("train_video")
@@ -137,9 +138,9 @@ class JsonLines:
 
 def _step_of(line: bytes) -> float:
     """The step of a complete line of `metrics.jsonl`; infinity for anything else."""
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, OverflowError):
         if line.endswith(b"\n"):
-            return float(json.loads(line)["step"])
+            return float(parse_json(line)["step"])
     return math.inf
 
 

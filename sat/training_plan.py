@@ -16,6 +16,7 @@ from deepspeed_config import BatchSizes, batch_sizes
 from determinism import check_workspace, describe_change
 from input_paths import not_found
 from latent_cache import is_cache
+from latest_file import newest
 from model_limits import ModelLimits, check_sharing
 from model_section import check_trained_part, has_adapter
 from model_values import check_data_section, check_model_values, check_parameters
@@ -214,11 +215,11 @@ def iteration_folder(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    latest = path / "latest"
-    folder = path / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
+    name = newest(path, "resume")
+    folder = path if name is None else path / name
     if not folder.exists():
-        if latest.is_file():
-            raise UserError(f"resume: {latest} names {folder.name}, which is gone; name another checkpoint")
+        if name is not None:
+            raise UserError(f"resume: {path / 'latest'} names {name}, which is gone; name another checkpoint")
         raise UserError(not_found("resume", path))
     if not (folder / STATE_FILE).is_file():
         raise UserError(

@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from sat import mpu
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -39,7 +38,7 @@ from process_groups import destroy_process_groups, initialize_process_groups, pa
 from reader_record import KEY, warn_of_other_reader, with_backend
 from record_making import model_name
 from run_clips import UnreadableClips, describe_data, open_clips, share_timeouts
-from run_folders import new_run_folder, removed_if_empty
+from run_folders import new_run_folder, removed_if_empty, write_config
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum, group_size
 from sgm.errors import UserError
@@ -48,7 +47,8 @@ from stop_signals import stop_requests
 from training_arguments import TrainingArguments
 from training_checkpoint import read_state, restore_optimizer, save_checkpoint
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
-from training_plan import TrainingPlan
+from training_plan import STATE_FILE, TrainingPlan
+from training_state import STATE_ERRORS, taken_from
 from validation_clips import ValidationLoader
 
 logger = logging.getLogger("train_video")
@@ -100,14 +100,16 @@ class Trainer:
                 self.network = deepspeed_engine.initialize(self.engine.model, args, self.engine.dtype)
         limit_collectives(args.collective_timeout)
         self.engine.model = self.network
+        self.untried = resume / STATE_FILE if state else None  # whose values the optimizer has made no step with yet
         if state:
             optimizer = type(self.network.basic_optimizer).__name__
             if state["optimizer_type"] != optimizer:
                 raise UserError(f"resume: {resume} was trained with {state['optimizer_type']}, not with {optimizer}")
             restore_optimizer(self.network, resume, state)
-            self.network.lr_scheduler.load_state_dict(state["schedule"])
-            if len(state["random"]) == dist.get_world_size():
-                random_state.restore(state["random"][dist.get_rank()], self.device)
+            with taken_from(resume / STATE_FILE):
+                self.network.lr_scheduler.load_state_dict(state["schedule"])
+                if len(state["random"]) == dist.get_world_size():
+                    random_state.restore(state["random"][dist.get_rank()], self.device)
 
         self.clock = StepClock()
         self.losses = torch.zeros(2, device=self.device)  # since the last line of the log: their sum and number
@@ -216,7 +218,7 @@ class Trainer:
         self.run_folder.mkdir(parents=True, exist_ok=True)
         args = self.args
         config = with_backend(args.merged_config, None if self.cached else self.reader)
-        (self.run_folder / "training_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        write_config(self.run_folder, config)
         self.writer = MetricsWriter(
             self.run_folder,
             tensorboard=args.tensorboard,
@@ -279,8 +281,10 @@ class Trainer:
             with randomness.per_sample(batch["seed"]):
                 loss, _ = self.engine.shared_step(batch)
             self.network.backward(loss)
-            self.network.step()
+            with taken_from(self.untried, STATE_ERRORS) if self.untried else nullcontext():
+                self.network.step()
             losses += loss.detach() / self.batch.accumulation
+        self.untried = None
         self.clock.step(self.batch.total)
         if deepspeed_engine.step_was_skipped(self.network):
             self.count_skipped(losses)

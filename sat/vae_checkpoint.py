@@ -19,10 +19,17 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
+from training_state import VAE_RUN, anything, counters, find_misfit, list_of, mapping_of
 from vae_training_plan import CHECKPOINTS, step_of
 from whole_files import replaced_when_complete
 
 RUN_STATE = "run"  # the entry of a checkpoint that the run itself writes
+CHECKPOINT = {
+    "state_dict": mapping_of(lambda value: isinstance(value, Tensor)),
+    "optimizer_states": list_of(mapping_of(anything)),
+    "loops": mapping_of(counters),
+    RUN_STATE: VAE_RUN,
+}
 WEIGHTS_FILE = "3d-vae.pt"
 
 
@@ -75,13 +82,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: it is damaged, or was not written by this command.
     """
     content = read_state_dict(path)
-    try:
-        content["state_dict"], content["optimizer_states"], content["loops"]
-        content[RUN_STATE]["step"], content[RUN_STATE]["data"], content[RUN_STATE]["ranks"]
-    except (LookupError, TypeError) as error:
+    if misfit := find_misfit(content, CHECKPOINT):
         raise UserError(
-            f"resume: {path} has no whole training state; to start from its weights name it as model.params.ckpt_path"
-        ) from error
+            f"resume: {path} has no whole training state: {misfit}; to start from its weights name it as "
+            "model.params.ckpt_path"
+        )
+    if step_of(path) not in (None, step := content[RUN_STATE]["step"]):
+        raise UserError(
+            f"resume: {path} holds the state of step {step}: give the file that name, or name another checkpoint"
+        )
     return content
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -24,7 +23,8 @@ from argument_lists import VaeTrainingArguments
 from batch_order import BatchOrder
 from reader_record import KEY, warn_of_other_reader, with_backend
 from run_clips import UnreadableClips
-from sgm.errors import UserError
+from run_folders import write_config
+from sgm.errors import UserError, some
 from stop_signals import stop_requests
 from training_metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
 from vae_checkpoint import RUN_STATE, WEIGHTS_FILE, publish, write_weights
@@ -72,6 +72,23 @@ class Means:
         return dict(zip(names, (means / dist.get_world_size()).tolist(), strict=True))
 
 
+def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Check that what a checkpoint gave optimizers is of the parameters' shapes, and of each as much as of the others.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for optimizer in optimizers:
+        kinds: set[str] | None = None
+        for parameter, state in optimizer.state.items():
+            kinds = set(state) if kinds is None else kinds
+            if set(state) != kinds:
+                raise ValueError(f"the optimizer has {some(sorted(set(state) ^ kinds))} of some weights only")
+            for kind, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{kind} of a weight {tuple(parameter.shape)} is {tuple(value.shape)}")
+
+
 class RunKeeper(pl.Callback):
     """Counts steps and keeps the folder of a run.
 
@@ -113,6 +130,7 @@ class RunKeeper(pl.Callback):
         ranks = state["ranks"] if state else []
         self.own_state = ranks[dist.get_rank()] if len(ranks) == dist.get_world_size() else None
         self.means = Means(self.own_state["means"] if self.own_state else None)
+        self.started = False  # whether all of a checkpoint's state is in place
         self.writer: MetricsWriter | None = None
         self.stack = ExitStack()
 
@@ -121,6 +139,8 @@ class RunKeeper(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.own_state:
             random_state.restore(self.own_state["random"], module.device)
+            check_optimizers(trainer.optimizers)
+        self.started = True
         self.bar = self.stack.enter_context(progress_bar(self.args.train_iters, self.step, disabled=not self.leads))
         self.stack.enter_context(logging_redirect_tqdm())
         self.signals = self.stack.enter_context(stop_requests())  # only now: Lightning has just set its own handler
@@ -129,7 +149,7 @@ class RunKeeper(pl.Callback):
         args = self.args
         self.folder.mkdir(parents=True, exist_ok=True)
         config = with_backend(args.merged_config, self.reader)
-        (self.folder / "training_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        write_config(self.folder, config)
         self.writer = MetricsWriter(
             self.folder,
             tensorboard=args.tensorboard,

@@ -18,6 +18,7 @@ from data_options import check_options
 from determinism import check_workspace, describe_change
 from input_paths import not_found
 from latent_cache import is_cache
+from latest_file import newest
 from model_limits import SPACE_FACTOR, TIME_FACTOR
 from model_values import check_data_section, check_model_values, check_parameters
 from output_paths import check_folder, check_sheet
@@ -226,11 +227,11 @@ def checkpoint_file(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    latest = path / "latest"
-    file = path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
+    name = newest(path, "resume")
+    file = path if name is None else path / CHECKPOINTS / name
     if not file.exists():
-        if latest.is_file():
-            raise UserError(f"resume: {latest} names {file.name}, which is gone; name another checkpoint")
+        if name is not None:
+            raise UserError(f"resume: {path / 'latest'} names {name}, which is gone; name another checkpoint")
         raise UserError(not_found("resume", path))
     if not file.is_file() or step_of(file) is None:
         raise UserError(f"resume: {file} is no checkpoint: name the folder of a run or its {CHECKPOINTS}/step=N.ckpt")

@@ -34,6 +34,7 @@ from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.util import instantiate_from_config
 from training_metrics import StepClock
+from training_state import MISFITS, damaged, taken_from
 from vae_checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
 from vae_data import open_data
 from vae_reconstructions import ReconstructionReport
@@ -149,7 +150,8 @@ def fit(
     if content:
         check_fits(content, engine, resume)
     clock = StepClock()
-    keeper = RunKeeper(args, plan, folder, order, clips, unreadable, clock, state, report)
+    with taken_from(resume) if resume else nullcontext():
+        keeper = RunKeeper(args, plan, folder, order, clips, unreadable, clock, state, report)
     trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, WholeFiles(content))
     del content
     try:
@@ -160,6 +162,10 @@ def fit(
                 val_dataloaders=Batches(report.clips, plan) if report else None,
                 ckpt_path=resume,
             )
+    except (*MISFITS, pl.utilities.exceptions.MisconfigurationException) as error:
+        if resume is None or keeper.started:
+            raise
+        raise damaged(resume, str(error)) from error
     except SystemExit:  # what Lightning makes of it
         raise KeyboardInterrupt from None
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latest_file import newest
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
 from stored_weights import MappedFile, Stored, StoredWeights, Window
@@ -27,9 +28,8 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_
 
 def zero_folder(path: Path) -> Path | None:
     """The folder with the pieces of an iteration, if `path` is one or names one by `latest`."""
-    latest = path / "latest"
-    if latest.is_file():
-        path = path / latest.read_text().strip()
+    if (name := newest(path, "load")) is not None:
+        path = path / name
     if path.is_dir() and any(_OPTIMIZER_FILE.fullmatch(file.name) for file in path.iterdir()):
         return path
     return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.diffusers_vae_names import from_diffusers, is_diffusers_vae
-from sgm.errors import UserError, some
+from sgm.errors import UserError, shown, some
 from sgm.plain_json import parse_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -72,9 +72,29 @@ def module_weights(content: Any, *, what: str) -> dict[str, Tensor]:
                 break
         weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if weights:
+            _check_plain(weights, what)
             return weights
         raise UserError(f"{what} holds no weights: none under 'module' or 'state_dict' nor among {some(content)}")
     raise UserError(f"{what} holds no weights: it is a {type(content).__name__}, not a mapping of names to tensors")
+
+
+def _check_plain(weights: Mapping[Any, Tensor], what: str) -> None:
+    """Raises UserError unless all weights have names, and values as a network computes with them."""
+    for name, tensor in weights.items():
+        kind = (
+            "without values"
+            if tensor.is_meta
+            else "quantized"
+            if tensor.is_quantized
+            else "sparse"
+            if tensor.layout != torch.strided
+            else "of complex numbers"
+            if tensor.is_complex()
+            else None
+        )
+        if not isinstance(name, str) or kind:
+            problem = f"{shown(name)} is a tensor {kind}" if kind else f"{shown(name)} is no name of a weight"
+            raise UserError(f"{what} holds no plain weights: {problem}; save dense tensors of real numbers by name")
 
 
 def safetensors_in(folder: Path) -> Path:
@@ -92,16 +112,39 @@ def safetensors_in(folder: Path) -> Path:
     return candidates[0]
 
 
-def _read_sharded(index: Path) -> dict[str, Tensor]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor in an index of safetensors files, which lie beside it.
+
+    Raises:
+        UserError: it cannot be read, is no such index, or names a file that is not beside it.
+    """
     try:
-        weight_map: dict[str, str] = parse_json(index.read_text())["weight_map"]
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
+    except OSError as error:
+        raise UserError(f"cannot read {index}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not a safetensors index: it needs a mapping under 'weight_map'") from error
-    weights: dict[str, Tensor] = {}
+    if not shards or not all(isinstance(shard, str) for shard in shards):
+        raise UserError(f"{index} is not a safetensors index: 'weight_map' does not name files")
     for shard in shards:
-        if not (index.parent / shard).exists():
-            raise UserError(f"{index} names the file {shard}, which is not beside it")
+        # An index may come from anywhere: what it names elsewhere on this machine is not its own.
+        if shard != Path(shard).name or shard == ".." or not shard.isprintable() or not _is_file(index.parent / shard):
+            raise UserError(f"{index} names the file {shown(shard)}, which is not beside it: download it there")
+    return weight_map
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
+
+
+def _read_sharded(index: Path) -> dict[str, Tensor]:
+    weight_map = read_weight_map(index)
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
         weights.update(_read_safetensors(index.parent / shard))
     missing = weight_map.keys() - weights.keys()
     if missing:

@@ -2,6 +2,7 @@
 processes."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,46 @@ def test_the_tiny_configuration_trains_the_first_stage_of_the_tiny_models():
     assert {
         name: value.shape for name, value in built("tiny/vae_images.yaml").coder_state_dict(ema=False).items()
     } == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("run", "step"), -1, "run.step cannot be -1"),
+        (("run", "ranks"), [3], "run.ranks cannot be"),
+        (("run", "ranks", 0, "random"), {}, "is damaged"),
+        (("run", "ranks", 0, "means"), {"train/loss/rec": 3}, "is damaged"),
+        (("loops",), {}, "is damaged"),
+        (("loops", "fit_loop", "epoch_loop.state_dict", "_batches_that_stepped"), "many", "loops cannot be"),
+        (("pytorch-lightning_version",), [], "is damaged"),
+        (("optimizer_states", 0, "param_groups"), [], "is damaged"),
+        (("optimizer_states", 0, "state", 0), {}, "of some weights only"),
+        (("state_dict",), 3, "state_dict cannot be 3"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(small_run, tmp_path, caplog, place, value, says):
+    config, whole = small_run
+    run = shutil.copytree(whole, tmp_path / "runs" / whole.name)
+    content = checkpoint(run)
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    torch.save(content, run / "checkpoints" / "step=1.ckpt")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    caplog.clear()
+    assert main(["--base", str(config), "--resume", str(run), "--train_iters", "2"]) == 2
+    (error,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert says in error and "resume: " in error and "\n" not in error
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for name in ("training_config.yaml", "metrics.jsonl"):
+        before.pop(run / name), after.pop(run / name)
+    assert before == after
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, data):
+    """A configuration, and its run with one checkpoint; do not change it."""
+    folder = tmp_path_factory.mktemp("small")
+    config = write_config(folder / "config.yaml", data, args={"train_iters": 1}, **NO_ADVERSARY)
+    return config, train(config)

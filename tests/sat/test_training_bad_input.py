@@ -2,11 +2,13 @@
 
 import errno
 import json
+import math
 import shutil
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import training_checkpoint
 from support import needs_fp16
@@ -191,6 +193,109 @@ def test_a_training_state_that_does_not_do(tmp_path, tiny, clips, caplog, damage
         says = "has no whole training state"
     state.write_text(json.dumps(content))
     assert says in failure(caplog, config, "--resume", str(run), "--train_iters", "2")
+
+
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory, tiny, clips):
+    """A configuration, and its run with one checkpoint; do not change it."""
+    config = write_config(
+        tmp_path_factory.mktemp("adapter") / "config.yaml", tiny, "5b", clips, lora=True, train_iters=1
+    )
+    return config, train(config)
+
+
+def _in_state(change):
+    def damage(run):
+        file = run / "1" / "training_state" / "state.json"
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+
+    return damage
+
+
+def _in_tensors(change):
+    def damage(run):
+        (file,) = (run / "1" / "training_state").glob("*.safetensors")
+        save_file({name: change(tensor) for name, tensor in load_file(file).items()}, file)
+
+    return damage
+
+
+def _in_weights(change):
+    def damage(run):
+        file = run / "1" / "mp_rank_00_model_states.pt"
+        content = torch.load(file, weights_only=True)
+        content["module"] = change(content["module"])
+        torch.save(content, file)
+
+    return damage
+
+
+DAMAGES = {
+    "latest is no text": (lambda run: (run / "latest").write_bytes(b"\xff"), "latest is not text"),
+    "latest is elsewhere": (lambda run: (run / "latest").write_text("../x"), "no name of a checkpoint"),
+    "nested state": (
+        lambda run: (run / "1" / "training_state" / "state.json").write_text("[" * 100000),
+        "no whole training state",
+    ),
+    "negative step": (_in_state(lambda state: state.update(step=-1)), "step cannot be -1"),
+    "another step": (_in_state(lambda state: state.update(step=7)), "the training state of step 7"),
+    "no kinds": (_in_state(lambda state: state["optimizer"].update(kinds=[])), "does not list exp_avg"),
+    "no count of steps": (_in_state(lambda state: state["optimizer"].update(state={})), "state.json is damaged"),
+    "a rate too many": (_in_state(lambda state: state["optimizer"]["rates"].append(1)), "learning rates of"),
+    "a schedule of another kind": (_in_state(lambda state: state.update(schedule={})), "state.json is damaged"),
+    "generators": (_in_state(lambda state: state["random"][0].update(torch="AAAA")), "state.json is damaged"),
+    "shapes": (_in_tensors(lambda tensor: tensor[:1].clone()), "does not fit its shape"),
+    "types": (_in_tensors(torch.Tensor.bool), "bool"),
+    "moments": (_in_tensors(lambda tensor: tensor * math.nan), "not finite"),
+    "numbered weights": (_in_weights(lambda module: dict(enumerate(module.values()))), "no name of a weight"),
+    "complex weights": (
+        _in_weights(lambda module: {name: tensor.to(torch.complex64) for name, tensor in module.items()}),
+        "complex numbers",
+    ),
+    "weights without values": (
+        _in_weights(lambda module: {name: tensor.to("meta") for name, tensor in module.items()}),
+        "without values",
+    ),
+    "a record that is nested": (
+        lambda run: (run / "clip_timeouts-0000.jsonl").write_text("[" * 100000 + "\n{}\n"),
+        "line 1: not valid",
+    ),
+    "a record of other types": (
+        lambda run: (run / "clip_timeouts-0000.jsonl").write_text(
+            '{"data": [], "step": [], "epoch": 0, "sample": 0, "clip": "a", "reason": "b", "substitute": null}\n\n'
+        ),
+        "line 1: not valid",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_one_line_and_stays_as_it_is(tmp_path, adapter_run, caplog, damage):
+    config, whole = adapter_run
+    run = shutil.copytree(whole, tmp_path / "runs" / whole.name)
+    change, says = DAMAGES[damage]
+    change(run)
+    before = {path: path.read_bytes() for path in run.glob("1*/**/*") if path.is_file()}
+    assert says in failure(caplog, config, "--resume", str(run), "--train_iters", "2")
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (run / "2").exists()
+
+
+def test_damaged_notes_of_a_run_do_not_stop_it(tmp_path, adapter_run):
+    """What a run only adds to, or only compares with."""
+    config, whole = adapter_run
+    run = shutil.copytree(whole, tmp_path / "runs" / whole.name)
+    victim = tmp_path / "victim"
+    victim.write_text("as it was")
+    (run / "unreadable-0000.txt").write_bytes(b"\xff\x00\n")
+    (run / "metrics.jsonl").write_bytes(b"[" * 100000 + b'\n{"step": ' + b"9" * 4000 + b"}\n\xff\n")
+    (run / "training_config.yaml").unlink()
+    (run / "training_config.yaml").symlink_to(victim)
+    train(config, "--resume", str(run), "--train_iters", "2", "--max_unreadable_share", "0.6")
+    assert list(metrics(run)) == [2]
+    assert victim.read_text() == "as it was"
 
 
 def test_resuming_from_weights_alone(tmp_path, tiny, clips, caplog):

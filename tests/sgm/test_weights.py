@@ -184,3 +184,33 @@ def test_allowances():
     assert (missing, unexpected) == (["bias"], ["loss.x"]) and module.bias is bias
     with pytest.raises(UserError, match=r"loss\.x"):
         assign_weights(module, given, what="file", allow_missing=["bias"], allow_unexpected=["other"])
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["../outside.safetensors", "{absolute}", "..", "", "a\0b", "a" * 5000, 3, None, ["a"]]
+)
+def test_an_index_names_files_beside_it_only(tmp_path, elsewhere):
+    """It may come from anywhere, and what lies elsewhere on the machine is not its own."""
+    outside, folder = tmp_path / "outside.safetensors", tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.ones(2)}, outside)
+    index = folder / "model.safetensors.index.json"
+    name = str(outside) if elsewhere == "{absolute}" else elsewhere
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="is not beside it|not a safetensors index"):
+        read_state_dict(index)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({1: torch.ones(1)}, "no name of a weight"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "'a' is a tensor sparse"),
+        ({"a": torch.ones(1, device="meta")}, "'a' is a tensor without values"),
+        ({"a": torch.ones(1, dtype=torch.complex64)}, "'a' is a tensor of complex numbers"),
+        ({"a": torch.quantize_per_tensor(torch.ones(1), 0.1, 0, torch.qint8)}, "'a' is a tensor quantized"),
+    ],
+)
+def test_tensors_that_no_network_computes_with_are_named(weights, says):
+    with pytest.raises(UserError, match=says):
+        module_weights({"module": weights}, what="file")
