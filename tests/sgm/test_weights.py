@@ -197,7 +197,7 @@ def test_an_index_names_files_beside_it_only(tmp_path, elsewhere):
     index = folder / "model.safetensors.index.json"
     name = str(outside) if elsewhere == "{absolute}" else elsewhere
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UserError, match="is not beside it|not a safetensors index"):
+    with pytest.raises(UserError, match=r"is not beside it|not a safetensors index"):
         read_state_dict(index)
 
 
@@ -208,7 +208,6 @@ def test_an_index_names_files_beside_it_only(tmp_path, elsewhere):
         ({"a": torch.ones(2, 2).to_sparse()}, "'a' is a tensor sparse"),
         ({"a": torch.ones(1, device="meta")}, "'a' is a tensor without values"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "'a' is a tensor of complex numbers"),
-        ({"a": torch.quantize_per_tensor(torch.ones(1), 0.1, 0, torch.qint8)}, "'a' is a tensor quantized"),
     ],
 )
 def test_tensors_that_no_network_computes_with_are_named(weights, says):
