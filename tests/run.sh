@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up the environment where needed, then checks the style (ruff) and runs the tests (pytest), one process a core.
-# Arguments go to pytest; paths are relative to the repository root.
+# Sets up the environment where needed, then checks the style (ruff) and runs the tests (pytest), one process a core,
+# at most eight. Arguments go to pytest; paths are relative to the repository root.
 #
 #   bash tests/run.sh
 #   bash tests/run.sh tests/sgm -k sampler
