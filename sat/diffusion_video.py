@@ -4,7 +4,7 @@ import copy
 import gc
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from layer_runner import SamplingProgress
 from meta_device import instantiate_on_meta
 from model_limits import patch_sizes
 from model_section import ALL, not_trainable_prefixes, plain_model_section
@@ -394,11 +395,23 @@ class SATVideoDiffusionEngine(nn.Module):
                 raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
             return denoised
 
-        keywords = {"ofs": ofs, "callback": callback}
+        progress = SamplingProgress()
+
+        def count(done: int, steps: int) -> None:
+            progress.step, progress.steps = done, steps
+            if callback is not None:
+                callback(done, steps)
+
+        keywords = {"ofs": ofs, "callback": count}
         taken = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
         if ofs is not None and "ofs" not in taken:
             denoise = partial(denoise, ofs=ofs)
-        return self.sampler(denoise, noise, cond, uc=uc, num_steps=num_steps, **taken)
+        if "callback" in taken:
+            progress.step, progress.steps = 0, num_steps or getattr(self.sampler, "num_steps", None)
+        # A network or a wrapper of the user's own may be without one.
+        runner = getattr(getattr(self.model, "diffusion_model", None), "layer_runner", None)
+        with nullcontext() if runner is None else runner.during(progress):
+            return self.sampler(denoise, noise, cond, uc=uc, num_steps=num_steps, **taken)
 
     @torch.no_grad()
     def log_video(

@@ -8,7 +8,6 @@ n = l + v tokens of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q)
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +19,8 @@ from sat.model.base_model import BaseMixin, BaseModel, non_conflict
 from sat.model.transformer import BaseTransformer
 from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
 from low_rank import use_fused_adapters
 from model_limits import patch_sizes
 from position_tables import Grid, leading_corner, rotary_angles, sincos_3d
@@ -401,8 +400,7 @@ class DiffusionTransformer(BaseModel):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size, self.num_layers, self.ofs_embed_dim = hidden_size, num_layers, ofs_embed_dim
         self.patch = patch_sizes(patch_size)
-        # Replaced where layers are kept elsewhere and fetched when they run (layer_streaming).
-        self.layer_weights: Callable[[int], AbstractContextManager] = nullcontext
+        self.layer_runner = LayerRunner([ActivationCheckpointing(transformer)])
 
         def embedding_mlp(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
@@ -553,8 +551,11 @@ class DiffusionTransformer(BaseModel):
         position = self.hooks["position_embedding_forward"](None, **arguments)
         if position is not None:
             hidden = hidden + position
-        for layer_id in range(self.num_layers):
-            hidden = self.run_layer(layer_id, hidden, arguments)
+        for layer in range(self.num_layers):
+            context = LayerContext(
+                layer, self.num_layers, timesteps, grid, text_length, self.training, self.layer_runner.sampling
+            )
+            hidden = self.layer_runner(self.layer(layer, arguments), hidden, context)
         hidden = self.transformer.final_layernorm(hidden)
         return self.hooks["final_forward"](hidden, **arguments)
 
@@ -587,12 +588,10 @@ class DiffusionTransformer(BaseModel):
             )
         return given if self.has_foreign_mixin else {}
 
-    def run_layer(self, layer_id: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:
+        """Return a layer as a function of the tokens (b, n, d) alone."""
         layer_forward = self.hooks["layer_forward"]
-        if self.transformer.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return checkpoint(layer_forward, hidden, None, layer_id=layer_id, use_reentrant=False, **arguments)
-        with self.layer_weights(layer_id):
-            return layer_forward(hidden, None, layer_id=layer_id, **arguments)
+        return lambda hidden: layer_forward(hidden, None, layer_id=layer_id, **arguments)
 
     def disable_untrainable_params(self) -> None:
         """Freeze what training leaves alone: everything but the adapter for LoRA, and for full fine-tuning a table of

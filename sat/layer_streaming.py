@@ -6,17 +6,23 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from layer_runner import LayerContext, RunLayer
 
-def stream_layers(network: nn.Module, device: torch.device) -> None:
-    """Move `network`, a DiffusionTransformer on the CPU, to `device`, all but its layers, which come when they run."""
+
+def stream_layers(network: nn.Module, device: torch.device) -> "LayerStreamer":
+    """Move `network`, a DiffusionTransformer on the CPU, to `device`, all but its layers, which come when they run.
+
+    Returns:
+        What brings them, by now in the network's `layer_runner`.
+    """
     layers = layer_modules(network)
     streamed = {id(tensor) for modules in layers for module in modules for tensor in tensors_of(module)}
-    for module in network.modules():
-        for entries in (module._parameters, module._buffers):
-            for tensor in entries.values():
-                if tensor is not None and id(tensor) not in streamed:
-                    tensor.data = tensor.data.to(device)
-    network.layer_weights = LayerStreamer(layers, device)
+    for tensor in tensors_of(network):
+        if id(tensor) not in streamed:
+            tensor.data = tensor.data.to(device)
+    streamer = LayerStreamer(layers, device)
+    network.layer_runner.add(streamer)
+    return streamer
 
 
 def layer_modules(network: nn.Module) -> list[list[nn.Module]]:
@@ -33,7 +39,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 class LayerStreamer:
-    """Context manager `streamer(i)`: inside it, the weights of layer i are on the device.
+    """Has the weights of a layer on the device while it runs, a function for the stack of a `LayerRunner`.
 
     Two sets of buffers on the device take turns. While layer i computes in one of them, the weights of the next layer
     are copied into the other, from pinned memory on a stream of its own.
@@ -62,8 +68,14 @@ class LayerStreamer:
             slot.filled = self.copy_stream and self.copy_stream.record_event()
         slot.layer = index
 
+    def __call__(self, run: RunLayer, hidden: Tensor, context: LayerContext) -> Tensor:
+        """Return `run(hidden)`."""
+        with self.on_device(context.layer):
+            return run(hidden)
+
     @contextmanager
-    def __call__(self, index: int) -> Iterator[None]:
+    def on_device(self, index: int) -> Iterator[None]:
+        """Have the weights of a layer on the device within the block."""
         if self.next.layer != index:
             self.fetch(index, self.next)
         self.current, self.next = self.next, self.current

@@ -31,8 +31,7 @@ def test_streamed_output_is_the_same(name, device):
 def test_at_most_two_layers_are_on_the_device():
     """On the CPU a fetched layer is a copy; outside its turn a layer's weights are those in host memory."""
     network = seed_module_(instantiate_from_config(Reference("dit/t2v_2b_wide").case["network_config"]))
-    stream_layers(network, torch.device("cpu"))
-    streamer = network.layer_weights
+    streamer = stream_layers(network, torch.device("cpu"))
 
     def in_place() -> list[bool]:
         return [
@@ -42,7 +41,7 @@ def test_at_most_two_layers_are_on_the_device():
 
     assert all(in_place())
     for index in range(network.num_layers):
-        with streamer(index):
+        with streamer.on_device(index):
             assert in_place() == [other != index for other in range(network.num_layers)]
             assert (streamer.current.layer, streamer.next.layer) == (index, (index + 1) % network.num_layers)
     assert all(in_place())
