@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -18,6 +17,7 @@ from sat.training.learning_rates import AnnealingLR
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import deepspeed_adapter
 from deepspeed_config import runtime_config
 from deepspeed_features import complaint
 from ema_adam import EmaAdam
@@ -35,8 +35,8 @@ DEFAULT_BUCKET_SIZE = 500_000_000  # DeepSpeed's own, in elements
 def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deepspeed.DeepSpeedEngine:
     """Wrap `network`, some of whose parameters require gradients, in a DeepSpeed engine.
 
-    Calling the engine calls the network. After `backward(loss)` and `step()`, `step_was_skipped` says whether the
-    gradients were not finite and the weights therefore left as they were.
+    Calling the engine calls the network. After `backward(loss)` and `step()`, `deepspeed_adapter.step_was_skipped` says
+    whether the gradients were not finite and the weights therefore left as they were.
 
     Args:
         network: on its device, in its dtype.
@@ -44,14 +44,14 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
         dtype: float16, bfloat16 or float32.
 
     Raises:
-        UserError: DeepSpeed or the optimizer refuses its part of the configuration, or the device the dtype.
+        UserError: DeepSpeed or the optimizer refuses its part of the configuration, or the device the dtype;
+            or DeepSpeed is of a version that lacks what training needs of it.
     """
     accelerator = get_accelerator()
     if dtype == torch.float16 and not accelerator.is_fp16_supported():
         device = "processor" if accelerator.device_name() == "cpu" else "device"
         raise UserError(f"deepspeed.fp16: this {device} does not train in float16; set bf16 or neither")
-    # A C++ extension for sums between processes on a CPU, whose compilation takes a minute; gloo does it too.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_adapter.sum_by_gloo()
     device = next(network.parameters()).device
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device from it
     config = runtime_config(args.deepspeed_config, dtype_name(dtype))
@@ -80,14 +80,13 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
         line = complaint(error, args.deepspeed_config)
         file = args.sources.file_of(("deepspeed",)) if getattr(args, "sources", None) else None
         raise ConfigError(f"{file}: {line}" if file else line) from error
+    deepspeed_adapter.check(engine)
     if is_plain:
-        if mpu.get_data_parallel_world_size() == 1:  # else it copies all gradients there and back, for their sum of one
-            engine.allreduce_gradients = lambda *_, **__: None
+        if mpu.get_data_parallel_world_size() == 1:
+            deepspeed_adapter.sum_no_gradients(engine)
         engine.optimizer.register_step_pre_hook(partial(clip_or_skip, engine, clipping))
     else:
-        engine.optimizer.check_grad_overflow = True
-        if scaler := getattr(engine.optimizer, "loss_scaler", None):
-            scaler.raise_error_at_min_scale = False  # the trainer counts the steps that are left out
+        deepspeed_adapter.leave_out_steps(engine)  # the trainer counts them
     sum_partial_gradients(network)
     return engine
 
@@ -172,19 +171,14 @@ class Annealing(AnnealingLR):
 # Gradients
 
 
-def step_was_skipped(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """Whether the last optimizer step was left out because of gradients that are not finite."""
-    return bool(getattr(engine.optimizer, "overflow", False))
-
-
 def clip_or_skip(engine: deepspeed.DeepSpeedEngine, clipping: float, optimizer: Optimizer, *_: Any) -> None:
     """Before a step without ZeRO, do what ZeRO's optimizers do by themselves: clip the gradients to the norm
     `clipping` (0: do not), or if they are not finite leave the step out, and tell the engine."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = gradient_norm(parameters)
-    engine._global_grad_norm = norm
-    optimizer.overflow = not torch.isfinite(norm)
-    if optimizer.overflow:
+    skip = not torch.isfinite(norm)
+    deepspeed_adapter.tell_norm(engine, norm, skip)
+    if skip:
         for parameter in parameters:
             parameter.grad = None
     elif clipping > 0:

@@ -10,7 +10,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -22,6 +21,17 @@ from deepspeed.utils import (
 from sat import mpu
 from torch import Tensor, nn
 
+from deepspeed_adapter import (
+    full_shape,
+    inner_optimizer,
+    is_partitioned,
+    link_states,
+    loss_scale,
+    part_of,
+    pieces,
+    set_loss_scale,
+    uses_zero,
+)
 from sgm.errors import UserError
 
 MASTER = "master"  # the float32 copy of a weight, beside the optimizer's own kinds of tensors
@@ -35,21 +45,21 @@ def tensor_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
     """Kinds of tensors that are kept of parameters; none but `MASTER` before the first step."""
     kinds = {
         kind
-        for piece, state in engine.basic_optimizer.state.items()
+        for piece, state in inner_optimizer(engine).state.items()
         for kind, value in state.items()
         if isinstance(value, Tensor) and value.shape == piece.shape and value.ndim > 0
     }
-    return sorted(kinds) + ([MASTER] if engine.zero_optimization() else [])
+    return sorted(kinds) + ([MASTER] if uses_zero(engine) else [])
 
 
 def check_storable(engine: deepspeed.DeepSpeedEngine) -> None:
     """Raises UserError, once a step is made, if the optimizer keeps anything else of a parameter than numbers and
     tensors of its shape: factors, for instance, or bytes; or under ZeRO not the same of each."""
-    optimizer = engine.basic_optimizer
+    optimizer = inner_optimizer(engine)
     kinds = set(tensor_kinds(engine)) - {MASTER}
     for piece, state in optimizer.state.items():
         tensors = {kind for kind, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
-        unlike = engine.zero_optimization() and tensors != kinds
+        unlike = uses_zero(engine) and tensors != kinds
         if unlike or any(state[kind].shape != piece.shape for kind in tensors):
             raise UserError(
                 f"the state of {type(optimizer).__name__} cannot be saved, since its tensors do not have the shapes of "
@@ -63,33 +73,28 @@ def full_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, str, 
     A tensor may be the optimizer's own: do not change it, and copy it before the next step.
     """
     kinds = tensor_kinds(engine)
-    _link(engine)
+    link_states(engine)
     for name, parameter in trained_parameters(engine.module).items():
         for kind in kinds:
             if _lacks(engine, parameter, kind):
                 continue
             if kind == MASTER:
                 tensor = safe_get_full_fp32_param(parameter)
-            elif engine.zero_optimization():
+            elif uses_zero(engine):
                 tensor = safe_get_full_optimizer_state(parameter, kind)
             else:
-                tensor = engine.basic_optimizer.state[parameter][kind]
+                tensor = inner_optimizer(engine).state[parameter][kind]
             yield kind, name, tensor.detach().view(full_shape(parameter))
 
 
 def _lacks(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> bool:
     """Whether the optimizer keeps no tensor of this kind of the parameter, though of others."""
-    return not engine.zero_optimization() and kind not in engine.basic_optimizer.state[parameter]
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, also where ZeRO-3 has left an empty tensor in its place."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    return not uses_zero(engine) and kind not in inner_optimizer(engine).state[parameter]
 
 
 def counters(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     """The plain numbers that the optimizer keeps (its step), which are the same for all parameters; JSON-able."""
-    optimizer = engine.basic_optimizer
+    optimizer = inner_optimizer(engine)
     state = next(iter(optimizer.state.values()), {})
     numbers = {kind: _number(value) for kind, value in state.items() if _is_number(value)}
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -103,7 +108,7 @@ def counters(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
         "state": numbers,
         "group": group,
         "rates": rates,
-        "loss_scaler": _loss_scale(engine),
+        "loss_scaler": loss_scale(engine),
     }
 
 
@@ -116,7 +121,7 @@ def restore(
         UserError: a tensor is missing or does not fit, or there are tensors or groups that the numbers do not speak of.
     """
     kinds, lacking = numbers["kinds"], numbers.get("lacking", {})
-    groups = engine.basic_optimizer.param_groups
+    groups = inner_optimizer(engine).param_groups
     if unknown := {kind for kind, _ in tensors} - set(kinds):
         raise UserError(
             f"resume: the training state is damaged: it does not list {min(unknown)}, which its files hold; name "
@@ -130,8 +135,8 @@ def restore(
     _create_states(engine, [kind for kind in kinds if kind != MASTER], numbers)
     for name, parameter in trained_parameters(engine.module).items():
         for kind in kinds:
-            if name in lacking.get(kind, ()) and not engine.zero_optimization():
-                del engine.basic_optimizer.state[parameter][kind]
+            if name in lacking.get(kind, ()) and not uses_zero(engine):
+                del inner_optimizer(engine).state[parameter][kind]
                 continue
             if (kind, name) not in tensors:
                 raise UserError(f"resume: the training state has no {kind} of {name}")
@@ -149,19 +154,15 @@ def restore(
             _set(engine, parameter, kind, value)
     for group, rate in zip(groups, numbers["rates"], strict=True):
         group.update(numbers["group"], lr=rate)
-    if _loss_scale(engine) and numbers["loss_scaler"]:
-        vars(engine.optimizer.loss_scaler).update(numbers["loss_scaler"])
+    set_loss_scale(engine, numbers["loss_scaler"])
 
 
 def _set(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    if not engine.zero_optimization():
-        target = parameter.data if kind == MASTER else engine.basic_optimizer.state[parameter][kind]
+    if not uses_zero(engine):
+        target = parameter.data if kind == MASTER else inner_optimizer(engine).state[parameter][kind]
         target.copy_(value)
-    elif hasattr(parameter, "ds_id"):  # ZeRO-3: equal pieces, the last one padded
-        piece = parameter.ds_tensor.ds_numel
-        rank = mpu.get_data_parallel_rank()
-        local = value.flatten()[rank * piece : (rank + 1) * piece]
-        local = torch.nn.functional.pad(local, (0, piece - local.numel())).to(parameter.device)
+    elif is_partitioned(parameter):
+        local = part_of(parameter, value, mpu.get_data_parallel_rank())
         if kind == MASTER:
             safe_set_local_fp32_param(parameter, local)
         else:
@@ -174,31 +175,16 @@ def _set(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str, 
 
 def _create_states(engine: deepspeed.DeepSpeedEngine, kinds: list[str], numbers: dict[str, Any]) -> None:
     """The entries that the optimizer itself would make at its first step."""
-    zero, optimizer = engine.optimizer, engine.basic_optimizer
-    if not engine.zero_optimization():
-        pieces = list(trained_parameters(engine.module).values())
-    elif engine.zero_optimization_partition_weights():
-        pieces = zero.fp32_partitioned_groups_flat
-    else:
-        pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
+    optimizer = inner_optimizer(engine)
     on_device = any(optimizer.defaults.get(option) for option in ("fused", "capturable"))
-    for piece in pieces:
+    for piece in pieces(engine, trained_parameters(engine.module).values()):
         device = piece.device if on_device else "cpu"
         state = {kind: torch.zeros_like(piece) for kind in kinds}
         for kind, number in numbers["state"].items():
             is_tensor = isinstance(number, float)
             state[kind] = torch.tensor(number, dtype=torch.float32, device=device) if is_tensor else number
         optimizer.state[piece] = state
-    _link(engine)
-
-
-def _link(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let parameters find their parts of ZeRO-1's and 2's flat tensors. They do so by themselves at the first step, but
-    when there are several groups of parameters only those of the first one then have a state to be found."""
-    zero = engine.optimizer
-    if hasattr(zero, "_hp_optimizer_states_linked") and engine.basic_optimizer.state:
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+    link_states(engine)
 
 
 def _is_number(value: Any) -> bool:
@@ -208,11 +194,3 @@ def _is_number(value: Any) -> bool:
 def _number(value: Any) -> int | float:
     """PyTorch's own optimizers count in float32 tensors: a float in JSON."""
     return float(value) if isinstance(value, Tensor) else value
-
-
-def _loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, int | float]:
-    """What a dynamic loss scale has come to; nothing of a fixed one."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if not isinstance(scaler, DynamicLossScaler):
-        return {}
-    return {key: getattr(scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}

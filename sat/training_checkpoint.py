@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import optimizer_state
 from agreement import meet
+from deepspeed_adapter import full_shape, is_partitioned
 from network_files import NETWORK_PREFIX
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
@@ -141,7 +142,7 @@ def gathered_weights(network: nn.Module, full: bool, keep: bool = True) -> Itera
     for name, tensor in network.state_dict(keep_vars=True).items():
         if not (full or tensor.requires_grad):
             continue
-        with deepspeed.zero.GatheredParameters([tensor]) if hasattr(tensor, "ds_id") else nullcontext():
+        with deepspeed.zero.GatheredParameters([tensor]) if is_partitioned(tensor) else nullcontext():
             if keep:
                 yield name, tensor.detach().to("cpu", copy=True)
 
@@ -218,9 +219,9 @@ def estimated_bytes(engine: deepspeed.DeepSpeedEngine, full: bool) -> int:
     network = engine.module
     kinds = optimizer_state.tensor_kinds(engine)
     entries = [tensor for tensor in network.state_dict(keep_vars=True).values() if full or tensor.requires_grad]
-    weights = sum(optimizer_state.full_shape(tensor).numel() * tensor.element_size() for tensor in entries)
+    weights = sum(full_shape(tensor).numel() * tensor.element_size() for tensor in entries)
     trained = optimizer_state.trained_parameters(network).values()
-    state = sum(4 * optimizer_state.full_shape(parameter).numel() for parameter in trained) * len(kinds)
+    state = sum(4 * full_shape(parameter).numel() for parameter in trained) * len(kinds)
     return (weights * (2 if SHADOW in kinds else 1) + state) * mpu.get_model_parallel_world_size()
 
 

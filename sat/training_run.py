@@ -24,6 +24,7 @@ from agreement import any_process, from_first_process, limit_collectives, limite
 from batch_order import BatchOrder
 from clip_loader import ClipLoader
 from data_video import make_dataset
+from deepspeed_adapter import current_scale, inner_optimizer, step_was_skipped
 from determinism import deterministic_arithmetic
 from devices import choose_device, settle_precision
 from diffusion_video import PARTS
@@ -102,7 +103,7 @@ class Trainer:
         self.engine.model = self.network
         self.untried = resume / STATE_FILE if state else None  # whose values the optimizer has made no step with yet
         if state:
-            optimizer = type(self.network.basic_optimizer).__name__
+            optimizer = type(inner_optimizer(self.network)).__name__
             if state["optimizer_type"] != optimizer:
                 raise UserError(f"resume: {resume} was trained with {state['optimizer_type']}, not with {optimizer}")
             restore_optimizer(self.network, resume, state)
@@ -270,7 +271,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """One update of the weights, unless the gradients are not finite."""
-        self.learning_rate = self.network.basic_optimizer.param_groups[0]["lr"]
+        self.learning_rate = inner_optimizer(self.network).param_groups[0]["lr"]
         losses = torch.zeros_like(self.losses[0])
         for _ in range(self.batch.accumulation):
             with self.clock.waiting():
@@ -286,7 +287,7 @@ class Trainer:
             losses += loss.detach() / self.batch.accumulation
         self.untried = None
         self.clock.step(self.batch.total)
-        if deepspeed_engine.step_was_skipped(self.network):
+        if step_was_skipped(self.network):
             self.count_skipped(losses)
         else:
             self.skipped["in a row"] = 0
@@ -327,7 +328,7 @@ class Trainer:
             **self.clock.rates(),
         }
         if self.engine.dtype == torch.float16:
-            values["loss_scale"] = float(self.network.optimizer.cur_scale)
+            values["loss_scale"] = current_scale(self.network)
         bar.show(values)
         logger.info("step %d: %s", self.step, format_values(values))
         if self.writer:
@@ -363,7 +364,7 @@ class Trainer:
         dist.all_gather_object(states, random_state.capture(self.device))
         losses = all_reduce_sum(self.losses.clone(), parallel_groups()[1])
         state = {
-            "optimizer_type": type(self.network.basic_optimizer).__name__,
+            "optimizer_type": type(inner_optimizer(self.network)).__name__,
             "data": self.order.state(self.consumed),
             "schedule": self.network.lr_scheduler.state_dict(),
             "random": states,

@@ -1,55 +1,16 @@
 """A DeepSpeed engine's steps and what is saved of its optimizer, at every ZeRO stage and on one and two processes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from distributed import run_distributed
+from small_engines import arguments, build, linear_as_before  # noqa: F401  (a fixture)
 from support import assert_close, needs_fp16
 
 STEPS = 4
 
 
-@pytest.fixture(autouse=True)
-def linear_as_before():
-    """ZeRO-3 puts a function of its own in the place of PyTorch's, and leaves it there."""
-    linear = torch.nn.functional.linear
-    yield
-    torch.nn.functional.linear = linear
-
-
-def arguments(stage: int, optimizer: str = "sat.ops.FusedEmaAdam", clipping: float = 0.1, **section):
-    from deepspeed_config import check_deepspeed_config
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": clipping,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": optimizer, "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-        **section,
-    }
-    return SimpleNamespace(
-        deepspeed_config=check_deepspeed_config(config),
-        train_iters=20,
-        warmup=0.1,
-        auto_warmup_steps=0,
-        lr_decay_style="cosine",
-        lr_decay_iters=None,
-        lr_decay_ratio=0.1,
-    )
-
-
-def build(args, dtype=torch.float32):
-    """An engine around a small network of which one layer is frozen; no tensor divides evenly among processes."""
-    import deepspeed_engine
-    from process_groups import initialize_process_groups
-
-    initialize_process_groups()
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.LayerNorm(13), torch.nn.Linear(13, 5))
-    network[0].bias.requires_grad_(False)
-    return deepspeed_engine.initialize(network.to(dtype), args, dtype)
+pytestmark = pytest.mark.usefixtures("linear_as_before")
 
 
 def train(engine, steps, spoilt=()):
@@ -162,7 +123,7 @@ def test_a_state_fits_other_stages_and_more_processes(before, after):
 @pytest.mark.parametrize("clipping", [0.0, 0.1])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing(stage, clipping):
-    from deepspeed_engine import step_was_skipped
+    from deepspeed_adapter import step_was_skipped
 
     engine = build(arguments(stage, clipping=clipping))
     train(engine, [0])

@@ -1,0 +1,174 @@
+"""All that training takes from DeepSpeed without its documentation promising it.
+
+These are attributes of engines, of ZeRO's optimizers, of loss scales and of partitioned parameters. No other module of
+this project names them. `check` compares them with the installed version.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sgm.errors import UserError
+
+CHECKED = "0.19.8"  # the version that all of this was tried with
+SUMS = "deepspeed_shm_comm"  # the extension for sums between processes
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+LIMIT = "raise_error_at_min_scale"  # of a dynamic loss scale too
+LINKING = ("_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state")
+# What is used, by what has it. ZeRO's optimizers are named by their classes, of which an engine has one; classes that
+# are not named here are taken as they are.
+ENGINE = (
+    *("optimizer", "basic_optimizer", "zero_optimization", "zero_optimization_partition_weights"),
+    *("allreduce_gradients", "_global_grad_norm"),
+)
+OPTIMIZERS = {
+    "DeepSpeedZeroOptimizer": ("overflow", "loss_scaler", "cur_scale", "check_grad_overflow", *LINKING),
+    "DeepSpeedZeroOptimizer_Stage3": ("overflow", "loss_scaler", "cur_scale", "fp32_partitioned_groups_flat"),
+    "BF16_Optimizer": ("overflow", *LINKING),
+}
+PARTITIONED = ("ds_id", "ds_shape", "ds_tensor")
+
+
+def check(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Check that the installed DeepSpeed has what this module takes from it.
+
+    Raises:
+        UserError: something is missing.
+    """
+    optimizer, scaler = getattr(engine, "optimizer", None), _loss_scaler(engine)
+    parameters = [each for each in engine.module.parameters() if is_partitioned(each)]
+    used = [
+        ("the engine", engine, ENGINE),
+        (type(optimizer).__name__, optimizer, OPTIMIZERS.get(type(optimizer).__name__, ())),
+        ("the loss scale", scaler, (*LOSS_SCALE, LIMIT) if isinstance(scaler, DynamicLossScaler) else ()),
+        *(("a parameter", each, PARTITIONED) for each in parameters[:1]),
+    ]
+    missing = [f"{name} of {what}" for what, owner, names in used for name in names if not hasattr(owner, name)]
+    if not hasattr(deepspeed.ops, "__compatible_ops__"):
+        missing.append("__compatible_ops__ of deepspeed.ops")
+    if missing:
+        raise UserError(
+            f"deepspeed: the installed DeepSpeed {version('deepspeed')} lacks {', '.join(missing)}; "
+            f"install deepspeed=={CHECKED}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sum_by_gloo() -> None:
+    """Let processes without a GPU sum by gloo, rather than by a C++ extension whose compilation takes a minute."""
+    deepspeed.ops.__compatible_ops__[SUMS] = False
+
+
+def sum_no_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let an engine without ZeRO on one process leave gradients where they are, instead of copying all of them there
+    and back for their sum of one."""
+    engine.allreduce_gradients = lambda *_, **__: None
+
+
+def leave_out_steps(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let ZeRO leave out steps whose gradients are not finite in every dtype, and never raise an error about them."""
+    engine.optimizer.check_grad_overflow = True
+    if scaler := _loss_scaler(engine):
+        scaler.raise_error_at_min_scale = False
+
+
+def tell_norm(engine: deepspeed.DeepSpeedEngine, norm: Tensor, skip: bool) -> None:
+    """Give an engine without ZeRO the norm of the gradients, and whether the step about to be taken is left out."""
+    engine._global_grad_norm = norm
+    engine.optimizer.overflow = skip
+
+
+def step_was_skipped(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Return whether the last optimizer step was left out because of gradients that are not finite."""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer's state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> Optimizer:
+    """Return the optimizer that computes the updates, which ZeRO's wraps."""
+    return engine.basic_optimizer
+
+
+def uses_zero(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Return whether the optimizer's state is divided among processes, in flat tensors."""
+    return engine.zero_optimization()
+
+
+def pieces(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return what the inner optimizer keeps states of on this process; without ZeRO these are the parameters."""
+    if not uses_zero(engine):
+        return list(parameters)
+    if engine.zero_optimization_partition_weights():
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [piece for group in inner_optimizer(engine).param_groups for piece in group["params"]]
+
+
+def link_states(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let parameters find their parts of ZeRO-1's and 2's flat tensors. They do so by themselves at the first step, but
+    when there are several groups of parameters only those of the first one then have a state to be found."""
+    zero = engine.optimizer
+    if hasattr(zero, "_hp_optimizer_states_linked") and inner_optimizer(engine).state:
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def current_scale(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Return by what the loss is multiplied now, in float16."""
+    return float(engine.optimizer.cur_scale)
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, int | float]:
+    """Return what a dynamic loss scale has come to; nothing of a fixed one."""
+    scaler = _loss_scaler(engine)
+    if not isinstance(scaler, DynamicLossScaler):
+        return {}
+    return {name: getattr(scaler, name) for name in LOSS_SCALE}
+
+
+def set_loss_scale(engine: deepspeed.DeepSpeedEngine, numbers: Mapping[str, int | float]) -> None:
+    """Let a dynamic loss scale go on from what `loss_scale` returned; nothing happens where one of the two is fixed."""
+    if loss_scale(engine) and numbers:
+        vars(_loss_scaler(engine)).update(numbers)
+
+
+def _loss_scaler(engine: deepspeed.DeepSpeedEngine) -> object | None:
+    return getattr(getattr(engine, "optimizer", None), "loss_scaler", None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters that ZeRO-3 has divided
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return whether ZeRO-3 has left an empty tensor in the place of a parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of a parameter, also of one that is partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def part_of(parameter: Tensor, value: Tensor, rank: int) -> Tensor:
+    """Return what the data-parallel process `rank` holds of the `value` of a partitioned parameter.
+
+    The parts are flat and equally long; the last one is padded with zeros.
+    """
+    length = parameter.ds_tensor.ds_numel
+    part = value.flatten()[rank * length : (rank + 1) * length]
+    return torch.nn.functional.pad(part, (0, length - part.numel())).to(parameter.device)

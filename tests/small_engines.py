@@ -1,0 +1,48 @@
+"""DeepSpeed engines around a network of three layers."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def linear_as_before() -> Iterator[None]:
+    """ZeRO-3 puts a function of its own in the place of PyTorch's, and leaves it there."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+
+
+def arguments(stage: int, optimizer: str = "sat.ops.FusedEmaAdam", clipping: float = 0.1, **section):
+    from deepspeed_config import check_deepspeed_config
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": clipping,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": optimizer, "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        **section,
+    }
+    return SimpleNamespace(
+        deepspeed_config=check_deepspeed_config(config),
+        train_iters=20,
+        warmup=0.1,
+        auto_warmup_steps=0,
+        lr_decay_style="cosine",
+        lr_decay_iters=None,
+        lr_decay_ratio=0.1,
+    )
+
+
+def build(args, dtype=torch.float32):
+    """An engine around a small network of which one layer is frozen; no tensor divides evenly among processes."""
+    import deepspeed_engine
+    from process_groups import initialize_process_groups
+
+    initialize_process_groups()
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.LayerNorm(13), torch.nn.Linear(13, 5))
+    network[0].bias.requires_grad_(False)
+    return deepspeed_engine.initialize(network.to(dtype), args, dtype)
