@@ -6,6 +6,7 @@ Nothing here imports PyTorch.
 import csv
 import difflib
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
@@ -96,9 +97,18 @@ def video_of(record: Mapping[str, Any], where: str) -> str:
     raise UserError(f"{where}: 'video' must be the path of a clip (or 'file_name', 'path'), got {wrong!r}")
 
 
+def _is_encodable(path: str) -> bool:
+    """Return whether the system can be asked for a file of this name, which half of a character prevents."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _checked(path: str, where: str) -> str:
     """Return the path, after checking that it can be that of a file."""
-    if "\0" in path:
+    if "\0" in path or not _is_encodable(path):
         raise UserError(f"{where}: no file can have the name {path!r}: write its path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(f"{where}: {path} is an address: download the clip, and write the path of its file")

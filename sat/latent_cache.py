@@ -35,8 +35,9 @@ from config_merging import first_difference
 from data_options import KEPT_IN_CACHES
 from model_limits import ModelLimits
 from reader_record import KEY, describe_reader, recorded_backend
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 from sgm.plain_json import parse_json
+from training_state import anything, count, find_misfit, mapping_of, reader
 from video_reading import DEFAULT_BACKEND
 
 logger = logging.getLogger("train_video")
@@ -183,6 +184,19 @@ class Shard:
         return {sample.index for sample in self.samples} | self.skipped.keys()
 
 
+def _params(value: Any) -> bool:
+    """A data section: its params are a mapping, or left out."""
+    return mapping_of(anything)(value) and isinstance(value.get("params") or {}, Mapping)
+
+
+LAYOUT = {  # of `cache.json`
+    "model": {"VAE": mapping_of(anything), "text encoder": mapping_of(anything)},
+    "data": {"samples": count, "config": _params},
+    "encoding": {"image_variants": count},
+    "reader?": reader,
+}
+
+
 def read_description(folder: str | Path) -> dict[str, Any]:
     """The content of `cache.json`.
 
@@ -198,7 +212,11 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe latents; {REMEDY} into another folder") from error
     if version != FORMAT:
-        raise UserError(f"{path} is of format {version}, this program reads {FORMAT}: {REMEDY} into another folder")
+        raise UserError(
+            f"{path} is of format {shown(version)}, this program reads {FORMAT}: {REMEDY} into another folder"
+        )
+    if misfit := find_misfit(content, LAYOUT):
+        raise UserError(f"{path} does not describe latents: {misfit}; {REMEDY} into another folder")
     return content
 
 
@@ -370,7 +388,7 @@ def check_model(folder: Path, description: Mapping[str, Any], model_config: Mapp
     for part, settings in describe_model(model_config).items():
         theirs = description["model"][part]
         # Weights that are not here cannot be compared, and are not needed.
-        ours = settings if settings["weights"] else {**settings, "weights": theirs["weights"]}
+        ours = settings if settings["weights"] else {**settings, "weights": theirs.get("weights")}
         if difference := first_difference(theirs, ours):
             name, there, here = difference
             values = "" if name == "weights" else f": {name} is {there} there and {here} here"

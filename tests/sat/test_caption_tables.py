@@ -46,6 +46,13 @@ def test_mistakes_name_their_line(text, message):
         csv(text)
 
 
+@pytest.mark.parametrize("name", ["\\ud800.mp4", "a\\u0000b.mp4"])
+def test_a_name_that_no_file_can_have(name):
+    with pytest.raises(UserError, match="no file can have the name"):
+        entries_of_table(f'[{{"video": "{name}", "caption": "a ball"}}]'.encode(), "set.json")
+    assert entries_of_table(b'[{"video": "\\udcff.mp4"}]', "set.json") == [("\udcff.mp4", None)]  # not UTF-8
+
+
 def test_json_lists_and_mappings():
     expected = [("a.mp4", "an a"), ("b.mp4", None)]
     assert entries_of_table(b'[{"path": "a.mp4", "cap": "an a"}, {"path": "b.mp4"}]', "set.json") == expected

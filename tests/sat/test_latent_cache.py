@@ -359,6 +359,10 @@ def test_a_damaged_cache_is_refused(copied):
     (copied / "cache.json").write_text(json.dumps({**description, "format": 99}))
     with pytest.raises(UserError, match=r"cache\.json is of format 99, this program reads 1"):
         LatentDataset([copied])
+    for change in ({"model": -1}, {"model": {}}, {"data": []}, {"encoding": {}}, {"reader": {"video_backend": []}}):
+        (copied / "cache.json").write_text(json.dumps({**description, **change}))
+        with pytest.raises(UserError, match=rf"cache\.json does not describe latents: .*{next(iter(change))}"):
+            LatentDataset([copied])
     (copied / "cache.json").write_text("{")
     with pytest.raises(UserError, match=r"cache\.json does not describe latents"):
         LatentDataset([copied])
