@@ -23,6 +23,7 @@ from sgm import randomness
 from sgm.config_places import current_place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
+from sgm.models.video_coder import VideoCoder
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.signatures import accepts
 from sgm.util import class_at, instantiate_from_config
@@ -133,8 +134,8 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def _build_first_stage(self, device: torch.device | str) -> nn.Module:
         first_stage = instantiate_from_config(self.config["first_stage_config"])
-        if getattr(self.args, "vae_tile_size", None) is not None:
-            first_stage.tile_size = self.args.vae_tile_size
+        if getattr(self.args, "vae_tile_size", None) is not None and isinstance(first_stage, VideoCoder):
+            first_stage.use_tiles(self.args.vae_tile_size)
         return first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
 
     def _build_network(self, device: torch.device | str) -> nn.Module:

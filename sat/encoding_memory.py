@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from batch_order import Bucket
 from meta_device import instantiate_on_meta
+from sgm.models.video_coder import VideoCoder
 
 # Clips of this length and one more latent step are gone through; from there on memory grows linearly with the length.
 SHORT, STEP = 17, 4
@@ -113,5 +114,6 @@ def meta_encoder(first_stage_config: Mapping[str, Any], dtype: torch.dtype) -> A
     }
     config["params"]["cp_size"] = 1
     vae = instantiate_on_meta(config).to(dtype)
-    vae.tile_size = None
+    if isinstance(vae, VideoCoder):
+        vae.use_tiles(None)
     return vae

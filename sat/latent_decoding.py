@@ -83,7 +83,7 @@ def build_vae(file: LatentFile, device: torch.device, dtype: torch.dtype, tile_s
     if not isinstance(vae, VideoCoder):
         raise UserError(f"{file.sources.place(TARGET)}: {config['target']} decodes no video in chunks; name {VAE}")
     if tile_size is not None:
-        vae.tile_size = tile_size
+        vae.use_tiles(tile_size)
     return vae.to(device, dtype).eval().requires_grad_(False)
 
 

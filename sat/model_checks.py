@@ -15,6 +15,7 @@ from model_values import SIZES, host_memory
 from sgm.config_places import Place, current_place, section, within
 from sgm.config_values import problem_of_params
 from sgm.errors import UserError, shown
+from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.util import class_of_config, error_at, instantiate_from_config, reporting
 from shipped_configs import find_reference, targets
 
@@ -90,20 +91,17 @@ def shipped_denoiser(config: Any) -> nn.Module | None:
 
 
 def try_sampler(sampler: Any, denoiser: nn.Module) -> None:
-    """Take two steps on small latents, with a network that predicts zeros."""
+    """Take two steps on small latents, with a network that predicts zeros; the sampler shows no bar from then on."""
     cond = {"crossattn": torch.zeros(1, 1, 1)}
     steps = min(sampler.num_steps or 2, 2) if type(sampler.num_steps) in (int, type(None)) else sampler.num_steps
-    verbose, sampler.verbose = getattr(sampler, "verbose", False), False
+    hide_bar(sampler)
 
     def denoise(x: Tensor, level: Tensor, c: Mapping[str, Tensor], **model_inputs: Any) -> Tensor:
         return denoiser(_no_network, x, level, c, **model_inputs)
 
-    try:
-        if sampler.num_steps is not None and hasattr(sampler, "schedule"):
-            sampler.schedule(sampler.num_steps)
-        latents = sampler(denoise, torch.zeros(TRIED), cond, uc=cond, num_steps=steps)
-    finally:
-        sampler.verbose = verbose
+    if sampler.num_steps is not None and hasattr(sampler, "schedule"):
+        sampler.schedule(sampler.num_steps)
+    latents = sampler(denoise, torch.zeros(TRIED), cond, uc=cond, num_steps=steps)
     if not torch.isfinite(latents).all():
         raise UserError("two steps from zeros give values that are not finite; lower its numbers")
 

@@ -39,6 +39,7 @@ from sampling_plan import PlannedVideo, SamplingPlan, plan_videos, refine_videos
 from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError
 from sgm.memory_errors import describe_shortage, is_out_of_memory, memory_guard
+from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from video_output import VideoWriter, save_latents
 from video_records import KEPT_SUFFIX, kept_path, record_path, write_record
 
@@ -172,7 +173,7 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
     asked, args = args, settle_precision(args, device)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same video
     engine = build_engine(args, (), device)
-    engine.sampler.verbose = False  # one bar for the whole run instead
+    hide_bar(engine.sampler)  # one bar for the whole run instead
     steps = args.sampling_num_steps or getattr(engine.sampler, "num_steps", None)
     if steps is None:
         raise UserError("the sampler_config has no num_steps: give sampling_num_steps")

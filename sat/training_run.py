@@ -44,6 +44,7 @@ from sgm import randomness
 from sgm.context_parallel import all_reduce_sum, group_size
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
+from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from stop_signals import stop_requests
 from training_arguments import TrainingArguments
 from training_checkpoint import read_state, restore_optimizer, save_checkpoint
@@ -205,8 +206,7 @@ class Trainer:
         )
         engine_args.model_config = model
         self.engine = build_engine(engine_args, parts, self.device)
-        if self.engine.sampler is not None:
-            self.engine.sampler.verbose = False
+        hide_bar(self.engine.sampler)
         self.engine.disable_untrainable_params()
         self.engine.model.train()
         for line in report(self.engine, args, self.dataset):

@@ -55,7 +55,7 @@ class VideoCoder(nn.Module):
     Attributes:
         group: the ranks that share a clip; None for one process.
         tile_size: encode and decode in overlapping tiles of this many pixels a side, for images too large for the
-            memory; results then differ a little. None: whole images. Can be changed at any time between clips.
+            memory; results then differ a little. None: whole images. `use_tiles` changes it.
     """
 
     encoder: nn.Module
@@ -64,6 +64,10 @@ class VideoCoder(nn.Module):
     group: ProcessGroup | None = None
     tile_size: int | None = None
     _open_clip: tuple[tuple[int, ...], Clip] | None = None  # its size and tails, between calls of `decode`
+
+    def use_tiles(self, size: int | None) -> None:
+        """Encode and decode in tiles of `size` pixels a side from the next clip on; None: whole images."""
+        self.tile_size = size
 
     def get_last_layer(self) -> nn.Parameter:
         """The weight that makes the pixels, for losses that balance their terms by its gradient."""

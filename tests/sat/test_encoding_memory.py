@@ -32,7 +32,7 @@ def first_stage(**sizes: int) -> dict:
 def allocated(config: dict, clip: Bucket, dtype: torch.dtype, tile_size: int | None = None) -> int:
     """Return the peak of PyTorch's allocator while a clip is encoded, without weights."""
     vae = instantiate_from_config(config).to(dtype).eval().requires_grad_(False)
-    vae.tile_size = tile_size
+    vae.use_tiles(tile_size)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         vae.encode(torch.zeros(1, 3, *clip, dtype=dtype), unregularized=True)
     live = peak = 0

@@ -4,18 +4,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
+from sgm.modules.diffusionmodules.sampling_bar import SamplingBar
 from sgm.util import instantiate_from_config
 
 Cond = Mapping[str, Tensor]
 
 
-class BaseDiffusionSampler:
+class BaseDiffusionSampler(SamplingBar):
     """The base for a sampler of one's own with `__call__(denoiser, x, cond, uc=None, num_steps=None)`.
 
     For x = x0 + σ·ε, with a schedule of σ. The samplers of `sampling` do not derive from it.
@@ -39,7 +38,7 @@ class BaseDiffusionSampler:
         self.num_steps = num_steps
         self.discretization = instantiate_from_config(discretization_config)
         self.guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
-        self.verbose = verbose
+        self.show_bar(verbose)
         self.device = device
 
     def prepare_sampling_loop(
@@ -75,6 +74,4 @@ class BaseDiffusionSampler:
 
     def get_sigma_gen(self, num_sigmas: int) -> Iterable[int]:
         """Return the steps, from 0, with a progress bar where it is asked for."""
-        first_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        steps = range(num_sigmas - 1)
-        return tqdm(steps, desc="Sampling") if self.verbose and first_process else steps
+        return self.counted(range(num_sigmas - 1))

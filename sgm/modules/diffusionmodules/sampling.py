@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.base_sampler import BaseDiffusionSampler
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, guider_keywords
+from sgm.modules.diffusionmodules.sampling_bar import SamplingBar
 from sgm.modules.diffusionmodules.sampling_utils import (
     Generators,
     ancestral_step,
@@ -68,7 +67,7 @@ class Run:
     noise: Callable[[Tensor], Tensor]
 
 
-class Sampler(ABC):
+class Sampler(SamplingBar, ABC):
     """What every sampler does around its loop.
 
     Args:
@@ -92,7 +91,7 @@ class Sampler(ABC):
         self.discretization = instantiate_from_config(discretization_config)
         self.num_steps = num_steps
         self.guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
-        self.verbose = verbose
+        self.show_bar(verbose)
 
     @torch.no_grad()
     def __call__(
@@ -167,8 +166,7 @@ class Sampler(ABC):
         """The loop."""
 
     def _count_steps(self, num_steps: int, callback: Callable[[int, int], None] | None) -> Iterator[int]:
-        first_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        for step in tqdm(range(num_steps), desc="Sampling", disable=not (self.verbose and first_process)):
+        for step in self.counted(range(num_steps)):
             yield step
             if callback is not None:
                 callback(step + 1, num_steps)
