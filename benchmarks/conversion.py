@@ -30,16 +30,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
 from harness import machine, markdown_table, write_results  # noqa: E402
 
-from checkpoint_folders import write_checkpoint, write_tensors  # noqa: E402
-from config_files import load_configs  # noqa: E402
-from diffusers_folders import check_equal  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
-from lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
-from meta_device import instantiate_on_meta  # noqa: E402
-from model_sizes import CONFIG_FOLDER  # noqa: E402
-from network_files import checkpoint_file  # noqa: E402
-from stored_weights import open_weights  # noqa: E402
-from weight_family import CONFIGS, TITLES  # noqa: E402
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.configuration.files import load_configs  # noqa: E402
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa: E402
+from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint, write_tensors  # noqa: E402
+from cogvideox_sat.conversion.diffusers_folders import check_equal  # noqa: E402
+from cogvideox_sat.conversion.lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
+from cogvideox_sat.conversion.model_sizes import CONFIG_FOLDER  # noqa: E402
+from cogvideox_sat.conversion.stored_weights import open_weights  # noqa: E402
+from cogvideox_sat.conversion.weight_family import CONFIGS, TITLES  # noqa: E402
+from cogvideox_sat.weights.checkpoint_files import checkpoint_file  # noqa: E402
 
 RANK = 128  # of the adapter
 INTERVAL = 0.01  # seconds between two looks at a process

@@ -35,14 +35,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 from harness import alternating_medians, machine, markdown_table, write_results  # noqa: E402
 from imageio_ffmpeg import get_ffmpeg_exe  # noqa: E402
 
-from batch_order import Bucket  # noqa: E402
-from clip_attempts import Mark, serve_as_reader  # noqa: E402
-from clip_probing import probe_clips  # noqa: E402
-from clip_reading import FrameSampling, probe, read_clip  # noqa: E402
-from clip_sources import READERS, ClipSource  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
-from frame_times import nearest_frames  # noqa: E402
-from video_reading import open_video  # noqa: E402
+from cogvideox_sat.clips.attempts import Mark, serve_as_reader  # noqa: E402
+from cogvideox_sat.clips.batch_order import Bucket  # noqa: E402
+from cogvideox_sat.clips.probing import probe_clips  # noqa: E402
+from cogvideox_sat.clips.reading import FrameSampling, probe, read_clip  # noqa: E402
+from cogvideox_sat.clips.sources import READERS, ClipSource  # noqa: E402
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.media.frame_times import nearest_frames  # noqa: E402
+from cogvideox_sat.media.video_reading import open_video  # noqa: E402
 
 Frames = list[np.ndarray]  # each (height, width, 3), uint8, RGB
 

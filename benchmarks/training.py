@@ -44,10 +44,10 @@ from harness import (  # noqa: E402
     write_results,
 )
 
-from config_files import load_configs  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
-from model_limits import patch_sizes  # noqa: E402
-from startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.configuration.files import load_configs  # noqa: E402
+from cogvideox_sat.configuration.model_limits import patch_sizes  # noqa: E402
 from support import relative_error  # noqa: E402
 
 CPU_LAYERS = 2
@@ -244,9 +244,9 @@ def build(args: argparse.Namespace) -> dict[str, Contender]:
 
 def build_engine(args: argparse.Namespace) -> nn.Module:
     """Our engine without its network, conditioned on embeddings that were computed before."""
+    from cogvideox_sat.clips.latent_cache import conditioner_for_cache
+    from cogvideox_sat.parallel.process_groups import initialize_process_groups
     from diffusion_video import SATVideoDiffusionEngine
-    from latent_cache import conditioner_for_cache
-    from process_groups import initialize_process_groups
 
     initialize_process_groups()
     model_config = {
@@ -259,8 +259,8 @@ def build_engine(args: argparse.Namespace) -> nn.Module:
 
 def build_network(args: argparse.Namespace) -> nn.Module:
     """Our network with random weights, none of them zero, of which what is trained requires gradients."""
-    from meta_device import instantiate_on_meta
-    from network_weights import initialise_missing
+    from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+    from cogvideox_sat.weights.loading import initialise_missing
 
     torch.manual_seed(0)
     network = instantiate_on_meta(args.model_config["network_config"]).to(getattr(torch, args.dtype))
@@ -289,11 +289,11 @@ def cached_batch(args: argparse.Namespace, engine: nn.Module) -> dict[str, Any]:
 def our_step(
     args: argparse.Namespace, engine: nn.Module, network: nn.Module, batch: dict[str, Any], seeds: list[int]
 ) -> Contender:
-    """A step as `training_run` does it."""
-    import deepspeed_engine
+    """A step as `training.run` does it."""
+    from cogvideox_sat.configuration.training_arguments import TrainingArguments
+    from cogvideox_sat.training import deepspeed_engine
     from sgm import randomness
     from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
-    from training_arguments import TrainingArguments
 
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     schedule = {"warmup": 0.0, "auto_warmup_steps": 0, "lr_decay_style": "constant"}
@@ -449,7 +449,7 @@ def names_of_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def random_base(args: argparse.Namespace, path: Path) -> Path:
     """A checkpoint of random weights for a run of `args.model`, with or without an adapter on top."""
-    from network_files import is_adapter
+    from cogvideox_sat.weights.checkpoint_files import is_adapter
 
     weights = build_network(args).state_dict()
     base = {name.replace(".original.", "."): tensor for name, tensor in weights.items() if not is_adapter(name)}
@@ -459,9 +459,9 @@ def random_base(args: argparse.Namespace, path: Path) -> Path:
 
 def overhead(args: argparse.Namespace) -> str:
     """Where the time of the trainer's steps goes, as Markdown."""
-    from process_groups import destroy_process_groups, initialize_process_groups
-    from training_plan import plan_run
-    from training_run import Trainer
+    from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
+    from cogvideox_sat.training.plan import plan_run
+    from cogvideox_sat.training.run import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         training_args = training_from_cache(args, Path(folder))
@@ -481,8 +481,8 @@ def training_from_cache(args: argparse.Namespace, folder: Path) -> Any:
     The VAE and the text encoder of the tests' small model make it, which is why the network takes texts of their size.
     """
     from build_tiny_model import main as build_tiny_model
+    from cogvideox_sat.configuration.training_arguments import get_training_args
     from tools.precompute_latents import main as precompute
-    from training_arguments import get_training_args
     from training_clips import write_dataset
 
     tiny = load_configs([ROOT / "tests" / "configs" / "5b.yaml"])

@@ -19,12 +19,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
 from harness import markdown_table  # noqa: E402
 
-from batch_order import Bucket  # noqa: E402
-from config_files import load_configs  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
-from meta_device import instantiate_on_meta  # noqa: E402
-from parameter_report import GIB, Layout, estimate_memory  # noqa: E402
-from startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.clips.batch_order import Bucket  # noqa: E402
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.configuration.files import load_configs  # noqa: E402
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa: E402
+from cogvideox_sat.training.parameter_report import GIB, Layout, estimate_memory  # noqa: E402
 
 CLIPS = {  # frames, height, width
     "cogvideox_2b": Bucket(49, 480, 720),

@@ -28,8 +28,8 @@ from harness import (  # noqa: E402
     write_results,
 )
 
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from diffusers_vae import as_diffusers  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
 from seeded import seed_module_, seeded_input  # noqa: E402
 from support import relative_error  # noqa: E402
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper  # noqa: E402

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import argument_schema
-from argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
-from argument_schema import argument_fields
-from config_files import MergedConfig
-from frame_sizes import size_from_image
-from input_paths import located
-from model_limits import ModelLimits
+from cogvideox_sat.commands.input_paths import located
+from cogvideox_sat.configuration import argument_schema
+from cogvideox_sat.configuration.argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
+from cogvideox_sat.configuration.argument_schema import argument_fields
+from cogvideox_sat.configuration.files import MergedConfig
+from cogvideox_sat.configuration.frame_sizes import size_from_image
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.video_records import VideoRecord, is_record, read_record
 from sgm.errors import UserError
-from video_records import VideoRecord, is_record, read_record
 
 logger = logging.getLogger("sample_video")
 

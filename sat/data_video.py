@@ -14,23 +14,23 @@ from typing import Any, Self
 
 from torch.utils.data import Dataset
 
-from batch_order import Bucket, Locality, SampleKey
-from clip_attempts import CLIP_TIMEOUT, attempt
-from clip_reading import WHOLE, FrameSampling, Part, read_clip
-from clip_selection import Selection, SelectionRules, select
-from clip_sources import LabelRules
-from clip_transforms import Framing
-from data_mixing import draws_of, repeated
-from data_options import check_options
-from data_report import SourceReport, counted
-from model_limits import TIME_FACTOR, ModelLimits
-from reader_record import describe_reader
+from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt
+from cogvideox_sat.clips.batch_order import Bucket, Locality, SampleKey
+from cogvideox_sat.clips.options import check_options
+from cogvideox_sat.clips.reader_record import describe_reader
+from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part, read_clip
+from cogvideox_sat.clips.report import SourceReport, counted
+from cogvideox_sat.clips.selection import Selection, SelectionRules, select
+from cogvideox_sat.clips.sources import LabelRules
+from cogvideox_sat.clips.transforms import Framing
+from cogvideox_sat.clips.video_sizes import nearest_size, parse_sizes
+from cogvideox_sat.configuration.data_mixing import draws_of, repeated
+from cogvideox_sat.configuration.model_limits import TIME_FACTOR, ModelLimits
+from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.media.video_reading import DEFAULT_BACKEND, load_decoder
 from sgm.config_places import Place
 from sgm.errors import UserError, printable
 from sgm.util import class_at, instantiate_from_config, reporting
-from video_facts import UnreadableClip
-from video_reading import DEFAULT_BACKEND, load_decoder
-from video_sizes import nearest_size, parse_sizes
 
 __all__ = ["SFTDataset", "VideoDataset", "make_dataset", "nearest_size"]
 
@@ -57,19 +57,19 @@ class SFTDataset(Dataset):
         draws: how often each sample is drawn in an epoch, on average; None: once.
 
     Args:
-        data_dir: folder, manifest or tar shards, see `clip_sources`; or several of them.
+        data_dir: folder, manifest or tar shards, see `clips.sources`; or several of them.
         video_size: (height, width), or a list of them: a clip goes to the size nearest to it in aspect ratio, and among
             equals to the largest that is not larger than the source.
         fps: of the clips, whatever the rate of their sources.
         max_num_frames: of a clip; a shorter source gives a shorter clip.
         skip_frms_num: source frames at the beginning and the end that are not used.
         frame_multiple: clips have `frame_multiple * k + 1` frames; 8 for CogVideoX1.5.
-        txt_key: of captions in records, see `caption_tables`.
+        txt_key: of captions in records, see `clips.caption_tables`.
         shuffle_buffer: how far, in samples, a clip in a tar shard moves at most when it is shuffled.
         missing_label: what to do about a clip without caption: use an "empty" one, or "stop". None: an empty one, but
             stop if no clip of a place has a caption. "ignore" is for training that uses no captions.
         max_unreadable_share: of the clips, above which the data is refused.
-        video_backend: what decodes videos, "pyav" or "decord"; see `video_reading.open_video`.
+        video_backend: what decodes videos, "pyav" or "decord"; see `media.video_reading.open_video`.
         clip_timeout: seconds to look at a clip, after which it is unreadable.
         min_frames: videos that give a shorter clip are left out. None: those that would give a single frame, as long as
             clips may have more.
@@ -392,7 +392,7 @@ def make_dataset(
     Raises:
         UserError: the data or its settings do not fit; see the classes.
     """
-    from latent_cache import LatentDataset, is_cache
+    from cogvideox_sat.clips.latent_cache import LatentDataset, is_cache
 
     paths = repeated(paths, repeats)
     cached = [path for path in paths if is_cache(path)]

@@ -12,13 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from layer_runner import SamplingProgress
-from meta_device import instantiate_on_meta
-from model_limits import patch_sizes
-from model_section import ALL, not_trainable_prefixes, plain_model_section
-from network_files import is_adapter
-from network_weights import load_network
-from process_groups import parallel_groups
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.configuration.model_limits import patch_sizes
+from cogvideox_sat.configuration.model_section import ALL, not_trainable_prefixes, plain_model_section
+from cogvideox_sat.network.layer_runner import SamplingProgress
+from cogvideox_sat.parallel.process_groups import parallel_groups
+from cogvideox_sat.weights.checkpoint_files import is_adapter
+from cogvideox_sat.weights.loading import load_network
 from sgm import randomness
 from sgm.config_places import current_place, section
 from sgm.errors import UserError

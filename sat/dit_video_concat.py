@@ -20,11 +20,11 @@ from sat.model.transformer import BaseTransformer
 from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 
-from layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
-from low_rank import use_fused_adapters
-from model_limits import patch_sizes
-from position_tables import Grid, leading_corner, rotary_angles, sincos_3d
-from process_groups import initialize_process_groups
+from cogvideox_sat.configuration.model_limits import patch_sizes
+from cogvideox_sat.network.fused_lora import use_fused_adapters
+from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
+from cogvideox_sat.network.position_tables import Grid, leading_corner, rotary_angles, sincos_3d
+from cogvideox_sat.parallel.process_groups import initialize_process_groups
 from sgm.attention_kernels import KERNELS
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import timestep_embedding

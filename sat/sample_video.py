@@ -14,11 +14,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from argument_schema import arguments_from
 from arguments import SamplingArguments, check_values, get_args, settle_size
-from input_paths import tell_places
-from launchers import adopt_launcher
-from sampling_functions import (
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.launchers import adopt_launcher
+from cogvideox_sat.commands.startup import quiet_libraries
+from cogvideox_sat.configuration.argument_schema import arguments_from
+from cogvideox_sat.sampling.functions import (
     get_batch,
     get_unique_embedder_keys_from_conditioner,
     read_from_cli,
@@ -26,9 +27,8 @@ from sampling_functions import (
     resize_for_rectangle_crop,
     save_video_as_grid_and_mp4,
 )
-from sampling_plan import plan_run
+from cogvideox_sat.sampling.plan import plan_run
 from sgm.exit_codes import exit_code
-from startup import quiet_libraries
 
 __all__ = [
     "get_batch",
@@ -77,7 +77,9 @@ def sample_with(args: SamplingArguments) -> int:
         plan = plan_run(args)
         tell_places()
         quiet_libraries()
-        from sampling_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+        from cogvideox_sat.sampling.run import (
+            run,  # imports PyTorch: seconds, spent only once the request is known to make sense
+        )
 
         return run(args, plan)
 

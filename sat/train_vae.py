@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modu
 import logging
 from collections.abc import Sequence
 
-from startup import quiet_libraries, run_command
-from vae_training_arguments import VaeTrainingArguments, get_vae_training_args
-from vae_training_plan import VaeTrainingPlan, plan_vae_inspection, plan_vae_run
+from cogvideox_sat.commands.startup import quiet_libraries, run_command
+from cogvideox_sat.configuration.vae_training_arguments import VaeTrainingArguments, get_vae_training_args
+from cogvideox_sat.vae_training.plan import VaeTrainingPlan, plan_vae_inspection, plan_vae_run
 
 logger = logging.getLogger("train_vae")
 
@@ -36,7 +36,7 @@ def plan(command_line: Sequence[str] | None) -> tuple[VaeTrainingArguments, VaeT
 def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan | int]) -> int:
     args, plan = planned
     if args.inspect_data:
-        from data_inspection import inspect_vae_data
+        from cogvideox_sat.runs.data_inspection import inspect_vae_data
 
         with args.sources.naming():
             return inspect_vae_data(args, plan)
@@ -44,7 +44,9 @@ def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan | int]) -> int:
         logger.info("%s is the last step: raise train_iters to go on", plan.resume)
         return 0
     quiet_libraries()
-    from vae_training_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.vae_training.run import (
+        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
+    )
 
     with args.sources.naming():
         return run(args, plan)

@@ -18,13 +18,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from argument_schema import arguments_from
-from deepspeed_config import BatchSizes
-from input_paths import tell_places
-from launchers import adopt_launcher
-from startup import quiet_libraries, run_command
-from training_arguments import TrainingArguments, complete, get_training_args
-from training_plan import TrainingPlan, plan_inspection, plan_run
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.launchers import adopt_launcher
+from cogvideox_sat.commands.startup import quiet_libraries, run_command
+from cogvideox_sat.configuration.argument_schema import arguments_from
+from cogvideox_sat.configuration.deepspeed import BatchSizes
+from cogvideox_sat.configuration.training_arguments import TrainingArguments, complete, get_training_args
+from cogvideox_sat.training.plan import TrainingPlan, plan_inspection, plan_run
 
 logger = logging.getLogger("train_video")
 
@@ -37,7 +37,7 @@ def training_main(args: Any, model_cls: type | None = None) -> int:
     """Train as a program asks; return 0 when the run is complete, or was asked to stop and is saved.
 
     Args:
-        args: what `training_arguments.get_training_args` returns, or an object with such attributes.
+        args: what `configuration.training_arguments.get_training_args` returns, or an object with such attributes.
         model_cls: a subclass of `SATVideoDiffusionEngine`, which is used in its place.
 
     Raises:
@@ -60,7 +60,7 @@ def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, Trainin
 def train(planned: tuple[TrainingArguments, TrainingPlan | BatchSizes]) -> int:
     args, plan = planned
     if args.inspect_data:
-        from data_inspection import inspect_training_data
+        from cogvideox_sat.runs.data_inspection import inspect_training_data
 
         with args.sources.naming():
             return inspect_training_data(args, plan)
@@ -70,7 +70,9 @@ def train(planned: tuple[TrainingArguments, TrainingPlan | BatchSizes]) -> int:
     quiet_libraries()
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
-    from training_run import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.training.run import (
+        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
+    )
 
     with args.sources.naming():
         return run(args, plan)

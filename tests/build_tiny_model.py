@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import load_configs  # noqa: E402
+from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.configuration.files import load_configs  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from startup import quiet_libraries  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,7 +113,7 @@ def parts_of(models: Mapping[Path, Mapping[str, Any]], seed: int) -> list[Part]:
 
 
 def text_encoder(config: Mapping[str, Any], source: Path, seed: int) -> Part:
-    from tools.tiny_text_encoder import HEAD_DIM, build_text_encoder
+    from cogvideox_sat.shapes.tiny_text_encoder import HEAD_DIM, build_text_encoder
 
     modules = lookup(config, source, "model.network_config.params.modules")
     hidden_size = lookup(modules, source, "patch_embed_config.params.text_hidden_size")

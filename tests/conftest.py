@@ -44,7 +44,7 @@ FAMILIES = ["2b", "5b", "5b_i2v", "1.5", "1.5_i2v"]
 def tiny(tmp_path_factory) -> TinyModels:
     """The five families, each of `tests/configs/FAMILY.yaml`."""
     from build_tiny_model import main
-    from config_files import load_configs
+    from cogvideox_sat.configuration.files import load_configs
 
     models = TinyModels(tmp_path_factory.mktemp("tiny"))
     for family in FAMILIES:

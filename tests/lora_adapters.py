@@ -8,9 +8,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from meta_device import instantiate_on_meta
-from network_files import NETWORK_PREFIX, is_adapter
-from network_weights import load_network
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, is_adapter
+from cogvideox_sat.weights.loading import load_network
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config_files import load_configs
+from cogvideox_sat.configuration.files import load_configs
 from diffusion_video import SATVideoDiffusionEngine
 from seeded import seeded_input
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization

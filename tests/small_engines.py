@@ -16,7 +16,7 @@ def linear_as_before() -> Iterator[None]:
 
 
 def arguments(stage: int, optimizer: str = "sat.ops.FusedEmaAdam", clipping: float = 0.1, **section):
-    from deepspeed_config import check_deepspeed_config
+    from cogvideox_sat.configuration.deepspeed import check_deepspeed_config
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -38,8 +38,8 @@ def arguments(stage: int, optimizer: str = "sat.ops.FusedEmaAdam", clipping: flo
 
 def build(args, dtype=torch.float32):
     """An engine around a small network of which one layer is frozen; no tensor divides evenly among processes."""
-    import deepspeed_engine
-    from process_groups import initialize_process_groups
+    from cogvideox_sat.parallel.process_groups import initialize_process_groups
+    from cogvideox_sat.training import deepspeed_engine
 
     initialize_process_groups()
     torch.manual_seed(0)

@@ -31,8 +31,8 @@ def hang() -> None:
 def patch(folder: Path) -> None:
     """Let clips hang while their names are files in `folder`: `NAME` when they are read, `probe-NAME` when they are
     looked at, `crash-NAME` to end the process instead."""
-    import clip_probing
     import data_video
+    from cogvideox_sat.clips import probing as clip_probing
 
     data_video.read_clip = _hanging(data_video.read_clip, folder, "")
     clip_probing.probe = _hanging(clip_probing.probe, folder, "probe-")

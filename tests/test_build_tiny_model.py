@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from build_tiny_model import main
+from cogvideox_sat.shapes.tiny_text_encoder import sentences, train_vocabulary
 from sgm.util import instantiate_from_config
 from support import Reference
-from tools.tiny_text_encoder import sentences, train_vocabulary
 
 TOOL = Path(__file__).parent / "build_tiny_model.py"
 

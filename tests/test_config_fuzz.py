@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from config_files import load_configs
+from cogvideox_sat.configuration.files import load_configs
 from config_mutations import CANARY, evil_module, mutated
 from fuzz_server import Server
 from training_clips import write_dataset

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from image_inputs import load_condition_image
-from output_paths import output_path
-from prompt_inputs import read_prompts
+from cogvideox_sat.files.output_paths import output_path
+from cogvideox_sat.media.image_inputs import load_condition_image
+from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.shapes.judge import judge
+from cogvideox_sat.shapes.report import psnr
+from cogvideox_sat.shapes.scenes import parse
 from sample_video import main
 from tools.make_shapes_dataset import main as make_dataset
-from tools.shape_judge import judge
-from tools.shape_report import psnr
-from tools.shape_scenes import parse
 from videos import read_video
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from torch import Tensor
 
-from video_output import VideoWriter
+from cogvideox_sat.media.video_output import VideoWriter
 
 BITS = 8
 

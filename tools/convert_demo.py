@@ -21,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from prompt_inputs import read_prompts, replace_prompts  # noqa: E402
-from prompt_refinement import Endpoint, Prompt, refine  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
+from cogvideox_sat.files.atomic import new_file  # noqa: E402
+from cogvideox_sat.sampling.prompt_inputs import read_prompts, replace_prompts  # noqa: E402
+from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
-from whole_files import new_file  # noqa: E402
 
 logger = logging.getLogger("convert_demo")
 

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
+from cogvideox_sat.files.hub_reading import local_folder  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.hub_files import local_folder  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
-    from pipeline_reading import Pipeline
+    from cogvideox_sat.conversion.pipeline_reading import Pipeline
 
 logger = logging.getLogger("convert_weight_hf2sat")
 
@@ -67,8 +67,8 @@ def convert(arguments: Sequence[str] | None) -> None:
 
     import torch
 
-    from model_sizes import title
-    from pipeline_reading import read_pipeline
+    from cogvideox_sat.conversion.model_sizes import title
+    from cogvideox_sat.conversion.pipeline_reading import read_pipeline
 
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None
     pipeline = read_pipeline(folder, dtype, options.text_encoder)
@@ -84,7 +84,7 @@ def convert(arguments: Sequence[str] | None) -> None:
 
 
 def show(pipeline: "Pipeline") -> None:
-    from diffusers_names import Piece, assembled_shape
+    from cogvideox_sat.weights.diffusers_names import Piece, assembled_shape
 
     for pieces, shapes in (
         (pipeline.network_pieces, pipeline.network_shapes),
@@ -99,14 +99,14 @@ def show(pipeline: "Pipeline") -> None:
 def write(pipeline: "Pipeline", output: Path) -> None:
     from tqdm import tqdm
 
-    from checkpoint_folders import FILE, ITERATION, write_tensors
-    from config_files import load_configs
-    from config_writing import inference_config, model_config, write_yaml
-    from diffusers_folders import check_equal, copy_files
-    from model_sizes import sizes_of_config
-    from network_files import NETWORK_PREFIX
-    from stored_weights import open_weights
-    from whole_files import new_folder
+    from cogvideox_sat.configuration.files import load_configs
+    from cogvideox_sat.conversion.checkpoint_folders import FILE, ITERATION, write_tensors
+    from cogvideox_sat.conversion.config_writing import inference_config, model_config, write_yaml
+    from cogvideox_sat.conversion.diffusers_folders import check_equal, copy_files
+    from cogvideox_sat.conversion.model_sizes import sizes_of_config
+    from cogvideox_sat.conversion.stored_weights import open_weights
+    from cogvideox_sat.files.atomic import new_folder
+    from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
 
     family, files = pipeline.family, pipeline.text_files
     final = output.resolve()

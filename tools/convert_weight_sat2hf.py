@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
+from cogvideox_sat.files.hub_upload import check_logged_in, upload  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.hub_upload import check_logged_in, upload  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
-    from model_sizes import ModelSizes
-    from network_sources import NetworkSource
-    from stored_weights import StoredWeights
-    from weight_family import NetworkFamily
+    from cogvideox_sat.conversion.model_sizes import ModelSizes
+    from cogvideox_sat.conversion.network_sources import NetworkSource
+    from cogvideox_sat.conversion.stored_weights import StoredWeights
+    from cogvideox_sat.conversion.weight_family import NetworkFamily
 
 logger = logging.getLogger("convert_weight_sat2hf")
 
@@ -81,8 +81,8 @@ def convert(arguments: Sequence[str] | None) -> None:
 
     import torch
 
-    from diffusers_folders import check_text_encoder, text_files
-    from model_sizes import title
+    from cogvideox_sat.conversion.diffusers_folders import check_text_encoder, text_files
+    from cogvideox_sat.conversion.model_sizes import title
 
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None
     parts: dict[str, tuple[dict[str, Any], StoredWeights]] = {}
@@ -131,11 +131,11 @@ def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
     Raises:
         UserError: it is no CogVideoX network.
     """
-    from diffusers_folders import transformer_config
-    from diffusers_names import TABLES, check_divisible, to_diffusers
-    from model_sizes import sizes_of_tables
-    from network_sources import open_network
-    from weight_family import check_shapes, detect_network, table_shapes
+    from cogvideox_sat.conversion.diffusers_folders import transformer_config
+    from cogvideox_sat.conversion.model_sizes import sizes_of_tables
+    from cogvideox_sat.conversion.network_sources import open_network
+    from cogvideox_sat.conversion.weight_family import check_shapes, detect_network, table_shapes
+    from cogvideox_sat.weights.diffusers_names import TABLES, check_divisible, to_diffusers
 
     source = open_network(options.transformer_ckpt_path, options.lora_load, options.lora_alpha, options.lora_scale)
     shapes = source.weights.shapes
@@ -160,8 +160,8 @@ def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
 
 
 def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", found: dict[str, Any]) -> "ModelSizes":
-    from config_files import load_configs
-    from model_sizes import combined, released_config, sizes_of_config
+    from cogvideox_sat.configuration.files import load_configs
+    from cogvideox_sat.conversion.model_sizes import combined, released_config, sizes_of_config
 
     if options.base or source.config:
         name = " ".join(map(str, options.base or [source.config]))
@@ -179,8 +179,8 @@ def assembled(pieces: Any, weights: "StoredWeights") -> "StoredWeights":
     """The tensors that `pieces` of `weights` make."""
     import torch
 
-    from diffusers_names import assemble, assembled_shape
-    from stored_weights import Stored, StoredWeights
+    from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
+    from cogvideox_sat.weights.diffusers_names import assemble, assembled_shape
 
     shapes = weights.shapes
     entries = {}
@@ -195,8 +195,8 @@ def unreproducible(tables: "StoredWeights", family: "NetworkFamily", sizes: "Mod
     """The tables that are neither in diffusers' form nor come out the same when computed anew."""
     import torch
 
-    from diffusers_names import UNUSED_TABLE
-    from model_sizes import computed_tables
+    from cogvideox_sat.conversion.model_sizes import computed_tables
+    from cogvideox_sat.weights.diffusers_names import UNUSED_TABLE
 
     if not tables:
         return tables
@@ -212,7 +212,7 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
     """Raises UserError for a flag that says otherwise than the weights."""
     import math
 
-    from model_sizes import title
+    from cogvideox_sat.conversion.model_sizes import title
 
     version = "1.5" if family.is_15 else "1.0"
     for flag, is_so in (("i2v", family.image_to_video), ("use_rotary_positional_embeddings", family.rotary)):
@@ -236,7 +236,7 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
 
 def check_norms(config: dict[str, Any], name: str) -> None:
     """Raises UserError if a configuration names norms of the VAE that diffusers has not; tensors do not tell."""
-    from diffusers_folders import NORM_GROUPS
+    from cogvideox_sat.conversion.diffusers_folders import NORM_GROUPS
 
     coders = config.get("model", {}).get("first_stage_config", {}).get("params", {})
     for coder in ("encoder_config", "decoder_config"):
@@ -252,13 +252,13 @@ def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | 
     Raises:
         UserError: it is no CogVideoX autoencoder.
     """
-    from config_files import load_configs
-    from diffusers_folders import vae_config
-    from diffusers_names import Piece
+    from cogvideox_sat.configuration.files import load_configs
+    from cogvideox_sat.conversion.diffusers_folders import vae_config
+    from cogvideox_sat.conversion.stored_weights import StoredWeights, open_weights
+    from cogvideox_sat.conversion.weight_family import detect_autoencoder
+    from cogvideox_sat.weights.diffusers_names import Piece
     from sgm.diffusers_vae_names import to_diffusers
     from sgm.modules.checkpoint import TRAINING_ONLY
-    from stored_weights import StoredWeights, open_weights
-    from weight_family import detect_autoencoder
 
     path = options.vae_ckpt_path
     if path.is_dir():
@@ -285,14 +285,14 @@ def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | 
 
 
 def show(pieces: Any, shapes: Any) -> None:
-    from diffusers_names import assembled_shape
+    from cogvideox_sat.weights.diffusers_names import assembled_shape
 
     for name, parts in pieces.items():
         logger.info("%s %s <- %s", name, list(assembled_shape(parts, shapes)), ", ".join(map(str, parts)))
 
 
 def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any, dtype: Any) -> None:
-    from diffusers_folders import (
+    from cogvideox_sat.conversion.diffusers_folders import (
         check_equal,
         copy_files,
         pipeline_index,
@@ -302,10 +302,10 @@ def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files:
         write_safetensors,
         write_text_encoder,
     )
-    from diffusers_names import EXTRA_TABLES
+    from cogvideox_sat.conversion.stored_weights import open_weights
+    from cogvideox_sat.files.atomic import new_folder
+    from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES
     from sgm.weights import PIPELINE_FILE
-    from stored_weights import open_weights
-    from whole_files import new_folder
 
     needed = sum(weights.nbytes for _, weights in parts.values())
     needed += sum(file.stat().st_size for group in files or () for file in group)

@@ -21,15 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from argument_schema import check_tile_size  # noqa: E402
-from config_files import load_configs, with_located_paths  # noqa: E402
-from latent_files import LatentFile, find_files, read_header  # noqa: E402
-from output_paths import decide_existing  # noqa: E402
+from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.configuration.argument_schema import check_tile_size  # noqa: E402
+from cogvideox_sat.configuration.files import load_configs, with_located_paths  # noqa: E402
+from cogvideox_sat.configuration.video_records import record_path  # noqa: E402
+from cogvideox_sat.files.output_paths import decide_existing  # noqa: E402
+from cogvideox_sat.sampling.latent_files import LatentFile, find_files, read_header  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
-from startup import quiet_libraries  # noqa: E402
-from tools.tool_parser import ToolParser  # noqa: E402
-from video_records import record_path  # noqa: E402
 
 logger = logging.getLogger("decode_latents")
 
@@ -48,7 +48,9 @@ def decode(command_line: Sequence[str] | None) -> int:
     if not files:
         return 0
     quiet_libraries()
-    from latent_decoding import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.sampling.latent_decoding import (
+        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
+    )
 
     return run(files, options.device, options.dtype, options.vae_tile_size)
 

@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from output_paths import check_folder  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
+from cogvideox_sat.shapes.prompted_videos import from_file, from_folders  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
-from tools.prompted_videos import from_file, from_folders  # noqa: E402
-from tools.tool_parser import ToolParser  # noqa: E402
 
 logger = logging.getLogger("evaluate_shapes")
 
@@ -40,7 +40,9 @@ def evaluate(command_line: Sequence[str] | None) -> int:
     prompted = from_file(options.videos, options.input_file) if options.input_file else from_folders(options.videos)
     if not any(prompt.videos for prompt in prompted):
         raise UserError(f"--videos: {options.videos} holds no video of these prompts, such as 0_a_prompt/0/000000.mp4")
-    from tools.shape_report import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.shapes.report import (
+        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
+    )
 
     sys.stdout.write(f"{run(options, prompted)}\n")
     return 0

@@ -20,18 +20,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import MergedConfig, load_configs, with_located_paths  # noqa: E402
-from input_paths import located, tell_places  # noqa: E402
-from latent_cache import is_cache  # noqa: E402
-from launchers import check_alone  # noqa: E402
-from model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
-from output_paths import check_folder  # noqa: E402
+from cogvideox_sat.clips.latent_cache import is_cache  # noqa: E402
+from cogvideox_sat.commands.input_paths import located, tell_places  # noqa: E402
+from cogvideox_sat.commands.launchers import check_alone  # noqa: E402
+from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths  # noqa: E402
+from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
+from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
+from cogvideox_sat.vae_training.plan import check_clips, compression  # noqa: E402
 from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError, shown  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
-from startup import quiet_libraries  # noqa: E402
-from tools.tool_parser import ToolParser  # noqa: E402
-from vae_training_plan import check_clips, compression  # noqa: E402
 
 logger = logging.getLogger("evaluate_vae")
 
@@ -60,7 +60,9 @@ def evaluate_with(config: MergedConfig, options: argparse.Namespace) -> int:
     vae_config, data_config = find_parts(model, config, options.ckpt)
     tell_places()
     quiet_libraries()
-    from tools.vae_report import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.evaluation.vae_report import (
+        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
+    )
 
     with section("model", model, config.sources):
         report = run(options, vae_config, data_config)

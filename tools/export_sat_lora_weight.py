@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from lora_names import LORA_FILE  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
+from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
-    from lora_files import Adapter
+    from cogvideox_sat.conversion.lora_files import Adapter
 
 logger = logging.getLogger("export_sat_lora_weight")
 
@@ -56,7 +56,7 @@ def export(arguments: Sequence[str] | None) -> None:
     check_sources([options.sat_pt_path])
     check_output(target, options)
 
-    from lora_files import read_sat_adapter
+    from cogvideox_sat.conversion.lora_files import read_sat_adapter
 
     adapter = read_sat_adapter(options.sat_pt_path, options.lora_alpha)
     alpha = next(iter(adapter.scales.values())) * adapter.rank
@@ -85,9 +85,9 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from lora_files import METADATA_KEY
-    from lora_names import diffusers_module
-    from whole_files import new_file
+    from cogvideox_sat.conversion.lora_files import METADATA_KEY
+    from cogvideox_sat.conversion.lora_names import diffusers_module
+    from cogvideox_sat.files.atomic import new_file
 
     whole_alpha = int(alpha) if alpha.is_integer() else alpha
     modules = [diffusers_module(projection) for projection in sorted(adapter.scales)]

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
 
 logger = logging.getLogger("export_weights")
 
@@ -41,8 +41,8 @@ def export(arguments: Sequence[str] | None) -> None:
 
     import torch
 
-    from network_files import checkpoint_file, network_weights
-    from whole_files import write_safetensors
+    from cogvideox_sat.files.atomic import write_safetensors
+    from cogvideox_sat.weights.checkpoint_files import checkpoint_file, network_weights
 
     file, _ = checkpoint_file(options.input)
     weights = network_weights(file)

@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from lora_names import LORA_FILE  # noqa: E402
-from tools.hub_files import local_file  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
+from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
+from cogvideox_sat.files.hub_reading import local_file  # noqa: E402
 
 logger = logging.getLogger("import_hf_lora")
 
@@ -46,8 +46,8 @@ def import_lora(arguments: Sequence[str] | None) -> None:
     path = local_file(options.lora_path, LORA_FILE, "lora_path")
     check_output(options.output, options, [path])
 
-    from checkpoint_folders import write_checkpoint
-    from lora_files import read_diffusers_adapter
+    from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
+    from cogvideox_sat.conversion.lora_files import read_diffusers_adapter
 
     adapter = read_diffusers_adapter(path, options.file_alpha)
     adapter = adapter.with_alpha(options.lora_alpha)

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from lora_names import LORA_FILE  # noqa: E402
-from output_paths import check_folder  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
+from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
+from cogvideox_sat.files.hub_reading import local_file  # noqa: E402
+from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.hub_files import local_file  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ def read_model(path: str) -> Model:
     Raises:
         UserError: it is no pipeline of CogVideoX.
     """
-    from diffusers_folders import read_json
+    from cogvideox_sat.conversion.diffusers_folders import read_json
 
     index = local_file(path, "model_index.json", "model_path")
     if index.is_dir():
@@ -190,8 +190,8 @@ def read_model(path: str) -> Model:
 
 def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
     """Raises UserError unless the matrices of a LoRA file are of the size of the network."""
-    from lora_files import adapter_metadata, diffusers_file
-    from lora_names import diffusers_module, parse_diffusers_name
+    from cogvideox_sat.conversion.lora_files import adapter_metadata, diffusers_file
+    from cogvideox_sat.conversion.lora_names import diffusers_module, parse_diffusers_name
     from sgm.weights import read_state_dict
 
     file = diffusers_file(path)
@@ -226,7 +226,7 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
     Raises:
         UserError: the flags do not agree, or the matrices are of another rank.
     """
-    from lora_files import adapter_metadata, diffusers_file
+    from cogvideox_sat.conversion.lora_files import adapter_metadata, diffusers_file
     from sgm.weights import read_state_dict
 
     if options.lora_alpha is None and options.lora_r is None:
@@ -257,7 +257,7 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
     import torch
     from PIL import Image, ImageOps
 
-    from devices import choose_device, fast_dtype
+    from cogvideox_sat.parallel.devices import choose_device, fast_dtype
 
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
@@ -311,7 +311,7 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
 
 
 def _file_name(lora: Path) -> str:
-    from lora_files import diffusers_file
+    from cogvideox_sat.conversion.lora_files import diffusers_file
 
     return diffusers_file(lora).name
 
@@ -319,7 +319,7 @@ def _file_name(lora: Path) -> str:
 def write(options: argparse.Namespace, model: Model, frames: "np.ndarray", path: Path) -> None:
     import torch
 
-    from video_output import VideoWriter
+    from cogvideox_sat.media.video_output import VideoWriter
 
     fps = options.fps or (16 if model.transformer.get("patch_size_t") else 8)
     with VideoWriter(path, fps, *frames.shape[1:3]) as video:

@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
+from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.shapes.scenes import CONCEPTS, MOTIONS, SHAPES, SIZES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
-from tools.shape_scenes import CONCEPTS, MOTIONS, SHAPES, SIZES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
-from tools.tool_parser import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,13 +157,15 @@ def chosen_words(options: argparse.Namespace) -> dict[str, list[str]]:
 
 def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
     """The clip: (frames, 3, height, width) in [-1, 1], edges antialiased."""
-    from tools import shape_drawing  # imports PyTorch: seconds, spent only once there is something to draw
+    from cogvideox_sat.shapes import (
+        drawing as shape_drawing,  # imports PyTorch: seconds, spent only once there is something to draw
+    )
 
     return shape_drawing.draw(scene, frames, height, width)
 
 
 def write_clip(path: Path, scene: Scene, settings: dict) -> None:
-    from video_output import VideoWriter
+    from cogvideox_sat.media.video_output import VideoWriter
 
     height, width = settings["size"]
     with VideoWriter(path, settings["fps"], height, width, lossless=True) as video:
@@ -184,7 +186,7 @@ def write_images(folder: Path, settings: dict) -> None:
 def write_image(path: Path, scene: Scene, moment: float, size: Sequence[int]) -> None:
     from PIL import Image
 
-    from tools.shape_drawing import draw_moments
+    from cogvideox_sat.shapes.drawing import draw_moments
 
     frame = draw_moments(scene, [moment], *size)[0]
     pixels = ((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
-    from network_sources import NetworkSource
+    from cogvideox_sat.conversion.network_sources import NetworkSource
 
 logger = logging.getLogger("merge_lora")
 
@@ -50,9 +50,9 @@ def merge(arguments: Sequence[str] | None) -> None:
     check_sources(sources)
     check_output(options.output, options, sources)
 
-    from checkpoint_folders import write_checkpoint
-    from lora_files import read_adapter
-    from network_sources import open_network
+    from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
+    from cogvideox_sat.conversion.lora_files import read_adapter
+    from cogvideox_sat.conversion.network_sources import open_network
 
     chosen = [(read_adapter(path, options.lora_alpha), weight) for path, weight in chosen]
     source = open_network(options.load, lora_alpha=options.lora_alpha, further=chosen)
@@ -67,7 +67,7 @@ def merge(arguments: Sequence[str] | None) -> None:
 
 def show(source: "NetworkSource") -> None:
     """Log each tensor, and whether it is merged."""
-    from lora_names import PARTS, base_weight
+    from cogvideox_sat.conversion.lora_names import PARTS, base_weight
 
     adapted = {
         base_weight(layer, module) for adapter, _ in source.adapters for layer in adapter.layers for module in PARTS

@@ -24,18 +24,18 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import check_paths  # noqa: E402
-from flag_spellings import EitherSpellingParser  # noqa: E402
-from input_paths import tell_places  # noqa: E402
-from latent_cache import STORES, text_embedder  # noqa: E402
-from launchers import adopt_launcher, is_first_process  # noqa: E402
-from model_limits import ModelLimits  # noqa: E402
-from model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
+from cogvideox_sat.clips.latent_cache import STORES, text_embedder  # noqa: E402
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
+from cogvideox_sat.commands.launchers import adopt_launcher, is_first_process  # noqa: E402
+from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.configuration.files import check_paths  # noqa: E402
+from cogvideox_sat.configuration.model_limits import ModelLimits  # noqa: E402
+from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
+from cogvideox_sat.configuration.training_arguments import TrainingArguments, get_training_args  # noqa: E402
+from cogvideox_sat.training.plan import check_clips, check_data  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
-from startup import quiet_libraries  # noqa: E402
-from training_arguments import TrainingArguments, get_training_args  # noqa: E402
-from training_plan import check_clips, check_data  # noqa: E402
 
 logger = logging.getLogger("train_video")
 
@@ -68,7 +68,9 @@ def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # SwissArmyTransformer imports DeepSpeed, which chooses then
     quiet_libraries()
-    from latent_encoding import run  # imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.training.latent_encoding import (
+        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
+    )
 
     return run(args, options.output, options.store, options.dtype, variants)
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from sgm.errors import UserError  # noqa: E402
-from tools.shape_scenes import (  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
+from cogvideox_sat.shapes.scenes import (  # noqa: E402
     COLOURS,
     CONCEPT_SHAPES,
     MOTIONS,
@@ -34,8 +34,8 @@ from tools.shape_scenes import (  # noqa: E402
     phrase,
     random_scenes,
 )
-from tools.tiny_text_encoder import HEAD_DIM  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
+from cogvideox_sat.shapes.tiny_text_encoder import HEAD_DIM  # noqa: E402
+from sgm.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -161,8 +161,8 @@ def train(folder: Path, hidden_size: int, max_length: int, steps: int, batch_siz
     from tqdm import tqdm
     from transformers import T5Tokenizer
 
+    from cogvideox_sat.shapes.tiny_text_encoder import make_encoder, train_vocabulary, write_text_encoder
     from sgm.muon import Muon
-    from tools.tiny_text_encoder import make_encoder, train_vocabulary, write_text_encoder
 
     vocabulary = train_vocabulary(with_whole_words([text for text, _ in captions(VOCABULARY_CAPTIONS, seed)]))
     encoder = make_encoder(hidden_size, seed)

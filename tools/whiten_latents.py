@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from config_files import MergedConfig, load_configs, with_located_paths  # noqa: E402
-from input_paths import located, tell_places  # noqa: E402
+from cogvideox_sat.commands.input_paths import located, tell_places  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
+from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths  # noqa: E402
 from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from tools.evaluate_vae import check_clip_sources, find_parts, find_vae  # noqa: E402
-from tools.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,9 +78,9 @@ def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
 
     import torch
 
+    from cogvideox_sat.evaluation.vae_report import build_vae, encode, readable_samples
+    from cogvideox_sat.files.atomic import write_safetensors
     from data_video import make_dataset
-    from tools.vae_report import build_vae, encode, readable_samples
-    from whole_files import write_safetensors
 
     with torch.no_grad(), section("model", model, config.sources):
         vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in vae_configs]

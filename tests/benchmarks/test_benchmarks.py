@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import process_groups
+from cogvideox_sat.parallel import process_groups
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"

@@ -4,8 +4,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from diffusers_names import POSITION_TABLE, assemble, to_diffusers
-from model_limits import patch_sizes
+from cogvideox_sat.configuration.model_limits import patch_sizes
+from cogvideox_sat.weights.diffusers_names import POSITION_TABLE, assemble, to_diffusers
 
 
 def map_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from argument_schema import argument_fields
 from arguments import SamplingArguments, build_parser, get_args
+from cogvideox_sat.configuration.argument_schema import argument_fields
 from sgm.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config_files import load_configs
+from cogvideox_sat.configuration.files import load_configs
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from config_files import load_configs
-from meta_device import instantiate_on_meta
-from network_files import NETWORK_PREFIX
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
 from support import REFERENCE
 
 FAMILIES = ["cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"]

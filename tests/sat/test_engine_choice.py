@@ -13,12 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from arguments import get_args
+from cogvideox_sat.configuration.training_arguments import get_training_args
+from cogvideox_sat.engine_choice import build_engine, engine_class
 from diffusion_video import SATVideoDiffusionEngine
-from engine_choice import build_engine, engine_class
 from sample_video import main, sampling_main
 from sgm.errors import UserError
 from train_video import training_main
-from training_arguments import get_training_args
 from training_clips import write_dataset
 from training_runs import metrics, runs_of, train, write_config
 from videos import read_video

@@ -2,9 +2,9 @@
 
 import torch
 
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.weights.loading import load_network
 from distributed import run_distributed
-from meta_device import instantiate_on_meta
-from network_weights import load_network
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close

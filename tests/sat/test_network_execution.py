@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import dit_video_concat
-from meta_device import instantiate_on_meta
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from seeded import seed_module_, seeded_input
 from sgm.attention_kernels import KERNELS, WRITTEN_OUT, written_out_attention
 from sgm.errors import UserError

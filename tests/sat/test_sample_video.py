@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from arguments import SamplingArguments
-from contact_sheet import FRAME_HEIGHT
+from cogvideox_sat.media.contact_sheet import FRAME_HEIGHT
 from sample_video import main
 from sgm.errors import UserError
 from support import assert_close, needs_compiler
@@ -63,7 +63,7 @@ def run_process(*command: str) -> subprocess.CompletedProcess:
 
 
 def files(folder: Path) -> list[Path]:
-    """Return all files but the records of videos, which tests/sat/test_video_records.py is about."""
+    """Return all files but the records of videos, which tests/configuration/test_video_records.py is about."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json")
 
 
@@ -323,7 +323,7 @@ def test_a_video_that_cannot_be_written_is_named_and_the_others_are_made(tiny, t
 
 def test_a_process_that_cannot_go_on_takes_part_in_the_end_of_the_run(monkeypatch):
     """Else the launcher would see it gone and end the others before their videos are made."""
-    import sampling_run
+    from cogvideox_sat.sampling import run as sampling_run
 
     def fail(*_):
         raise UserError("no such checkpoint")
@@ -338,7 +338,7 @@ def test_a_process_that_cannot_go_on_takes_part_in_the_end_of_the_run(monkeypatc
 
 
 def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, monkeypatch, caplog):
-    import sampling_run
+    from cogvideox_sat.sampling import run as sampling_run
 
     def fail(engine, job, fps):
         if job.video.request.index == 0:
@@ -402,7 +402,7 @@ def test_weights_that_do_not_fit_stop_the_run(tiny, tmp_path, caplog):
 
 
 def test_a_vae_that_does_not_fit_is_found_before_sampling(tiny, tmp_path, monkeypatch, caplog):
-    import sampling_run
+    from cogvideox_sat.sampling import run as sampling_run
 
     sampled = []
     monkeypatch.setattr(sampling_run, "sample_latents", lambda *_: sampled.append(1))

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from config_files import load_configs
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.runs.metrics import StepClock
 from sgm.util import instantiate_from_config
 from train_vae import main
-from training_metrics import StepClock
 from training_runs import assert_same, metrics, runs_of
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 from vae_runs import (

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import training_checkpoint
+from cogvideox_sat.training import checkpoint as training_checkpoint
 from support import needs_fp16
 from train_video import main
 from training_clips import write_dataset

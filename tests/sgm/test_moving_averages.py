@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ema_adam import EmaAdam
+from sgm.ema_adam import EmaAdam
 from sgm.modules.ema import LitEma
 from sgm.moving_averages import follow, kept_share
 from sgm.muon import Muon

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from config_files import load_configs
+from cogvideox_sat.configuration.files import load_configs
 from sgm.config_places import Sources, section
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.denoiser_scaling import VideoScaling

@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from config_files import load_configs
-from meta_device import instantiate_on_meta
-from network_weights import load_network
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.weights.loading import load_network
 from pipelines import FAMILIES, assert_identical, checkpoint, convert, pipelines  # noqa: F401
 from sgm.util import instantiate_from_config
 from sgm.weights import module_weights, read_state_dict

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from diffusers_names import assemble, to_diffusers
+from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from pipelines import FAMILIES, assert_identical, checkpoint, convert, pipelines  # noqa: F401
 from sgm.weights import read_state_dict
 from tool_runs import error_of

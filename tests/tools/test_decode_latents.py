@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample_video
-import sampling_run
-import video_output
+from cogvideox_sat.media import video_output
+from cogvideox_sat.sampling import run as sampling_run
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from tools.decode_latents import main
@@ -175,11 +175,11 @@ def test_latents_without_a_word_need_a_configuration(tiny, made, tmp_path, caplo
 
 
 def test_latents_of_training(tiny, tmp_path):
-    from argument_lists import SamplingArguments
-    from config_files import load_configs
+    from cogvideox_sat.configuration.argument_lists import SamplingArguments
+    from cogvideox_sat.configuration.files import load_configs
+    from cogvideox_sat.sampling.record_making import latents_metadata
+    from cogvideox_sat.training.validation import _write_latents
     from diffusion_video import SATVideoDiffusionEngine
-    from record_making import latents_metadata
-    from validation import _write_latents
 
     config = load_configs([tiny.config("5b")])
     engine = SATVideoDiffusionEngine(SamplingArguments(model_config=config["model"]), parts=())

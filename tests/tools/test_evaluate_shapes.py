@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from output_paths import output_path
-from prompt_inputs import read_prompts
+from cogvideox_sat.files.output_paths import output_path
+from cogvideox_sat.media.video_output import VideoWriter
+from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.shapes.drawing import draw
+from cogvideox_sat.shapes.report import ASPECTS, by_chance, compare
+from cogvideox_sat.shapes.scenes import Item, Scene, parse
 from tools import make_shapes_dataset
 from tools.evaluate_shapes import main
-from tools.shape_drawing import draw
-from tools.shape_report import ASPECTS, by_chance, compare
-from tools.shape_scenes import Item, Scene, parse
-from video_output import VideoWriter
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate_shapes.py"
 RED = Scene((Item("large", "red", "circle", "moving left"),), "blue")

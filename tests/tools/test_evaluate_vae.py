@@ -15,15 +15,22 @@ import torch
 import torchvision
 import yaml
 
-from config_files import load_configs
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.evaluation.inception3d import BLOCKS, Inception3D, load_inception3d, pad_same, prepare
+from cogvideox_sat.evaluation.video_metrics import (
+    FrechetVideoDistance,
+    as_shown,
+    frechet_distance,
+    perceptual_distance,
+    psnr,
+    ssim,
+)
 from data_video import SFTDataset
 from seeded import seed_module_
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 from support import assert_close, relative_error
 from tools.evaluate_vae import main
-from tools.inception3d import BLOCKS, Inception3D, load_inception3d, pad_same, prepare
-from tools.video_metrics import FrechetVideoDistance, as_shown, frechet_distance, perceptual_distance, psnr, ssim
 from training_clips import write_dataset
 from videos import read_video
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from cogvideox_sat.conversion.lora_names import LORA_FILE
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
 from diffusers_network import build_diffusers_network, diffusers_rotary, map_weights
 from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, save
-from lora_names import LORA_FILE
-from network_files import NETWORK_PREFIX
 from support import assert_close, relative_error
 from tool_runs import error_of, error_on_a_full_disk
 from tools.export_sat_lora_weight import main

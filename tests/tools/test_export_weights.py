@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from network_files import NETWORK_PREFIX, network_weights
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, network_weights
 from tools.export_weights import main
 
 

@@ -10,10 +10,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from arguments import get_args
+from cogvideox_sat.conversion.lora_names import LORA_FILE
+from cogvideox_sat.weights.checkpoint_files import checkpoint_file, network_weights
 from diffusers_network import build_diffusers_network, diffusers_rotary, map_weights
 from lora_adapters import AdaptedNetwork, adapted_network
-from lora_names import LORA_FILE
-from network_files import checkpoint_file, network_weights
 from support import assert_close
 from tool_runs import error_of
 from tools.export_sat_lora_weight import main as export

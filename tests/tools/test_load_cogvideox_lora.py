@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cogvideox_sat.conversion.lora_names import LORA_FILE
 from lora_adapters import save
-from lora_names import LORA_FILE
 from pipelines import convert
 from tool_runs import error_of
 from tools.export_sat_lora_weight import main as export

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cogvideox_sat.media.image_inputs import load_condition_image
+from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.shapes.drawing import draw
+from cogvideox_sat.shapes.scenes import parse, random_scenes
 from data_video import SFTDataset
-from image_inputs import load_condition_image
-from prompt_inputs import read_prompts
 from tools.make_shapes_dataset import main
-from tools.shape_drawing import draw
-from tools.shape_scenes import parse, random_scenes
 from videos import read_video
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_shapes_dataset.py"

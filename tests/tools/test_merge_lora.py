@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cogvideox_sat.weights.checkpoint_files import checkpoint_file, is_adapter, network_weights
 from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, save
-from network_files import checkpoint_file, is_adapter, network_weights
 from support import assert_close, relative_error
 from tool_runs import error_of, error_on_a_full_disk
 from tools.export_sat_lora_weight import main as export

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latent_cache import LatentDataset
+from cogvideox_sat.clips.latent_cache import LatentDataset
 from tools.precompute_latents import main
 from training_clips import write_dataset
 
@@ -32,7 +32,7 @@ print(json.dumps(results))
 # Is killed while it writes its second shard.
 KILLED = """
 import os, signal, sys
-import latent_encoding
+from cogvideox_sat.training import latent_encoding
 from tools.precompute_latents import main
 
 save = latent_encoding.save
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on(folder, monkeypatch):
     left = sorted(path.name for path in (folder / "killed").iterdir())
     assert left[1:] == ["cache.json", "rank0000-00000.safetensors"] and left[0].endswith(".part")
 
-    import latent_encoding
+    from cogvideox_sat.training import latent_encoding
 
     monkeypatch.setattr(latent_encoding, "SHARD_SAMPLES", 2)
     for name in ("killed", "whole"):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 
+from cogvideox_sat.shapes.scenes import COLOURS, SHAPES, Item, Scene
+from cogvideox_sat.shapes.tiny_text_encoder import train_vocabulary
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from tools.shape_scenes import COLOURS, SHAPES, Item, Scene
-from tools.tiny_text_encoder import train_vocabulary
 from tools.train_text_encoder import (
     NOTHING,
     QUESTIONS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from config_files import load_configs
+from cogvideox_sat.configuration.files import load_configs
 from data_video import SFTDataset
 from seeded import seed_module_
 from sgm.util import instantiate_from_config

@@ -1,0 +1,1 @@
+"""Training data: which clips there are, and their pixels or latents."""

@@ -1,0 +1,241 @@
+"""Folders and tar files as trees of names, whose files are read alike. Nothing here imports PyTorch."""
+
+import logging
+import os
+import posixpath
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from cogvideox_sat.clips.files import CLIP_SUFFIXES, IMAGE_SUFFIXES, ClipSource, moves
+from sgm.errors import UserError
+
+logger = logging.getLogger("train_video")
+
+
+class Tree(ABC):
+    """Files below one root. A name is a path relative to it, with `/` between its parts."""
+
+    names: Sequence[str]  # of the files, in a fixed order
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Check whether there is a file of this name; a folder's names may lead outside, by `..`."""
+
+    @abstractmethod
+    def has_folder(self, name: str) -> bool:
+        """Check whether there are files in a folder; a folder's names may lead outside, by `..`."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Return the content of a file. Raises UserError if it cannot be read."""
+
+    @abstractmethod
+    def source(self, name: str, caption: str | None) -> ClipSource:
+        """Return the clip of this name."""
+
+    @abstractmethod
+    def shown(self, name: str) -> str:
+        """Return what messages call a file."""
+
+    def elsewhere(self, path: str, caption: str | None) -> ClipSource | None:
+        """Return the clip that a list names and that is no file of the tree; None: there can be none."""
+        return None
+
+    def once(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
+        """Return the clips without those that are there again under another name, by a link to their folder.
+
+        With different captions both stay; of one with a caption and one without, the first.
+        """
+        return clips
+
+    def parts_of(self, folder: str) -> tuple[str, ...]:
+        """Return the parts of a folder's path, those above the root among them."""
+        return PurePosixPath(folder).parts
+
+    def within(self, path: str) -> str:
+        """Return a path that a list names as a name, if it is one."""
+        return path
+
+    def other_stems(self, stem: str) -> Iterator[str]:
+        """Yield other names that the label of a clip called `stem` may have, without suffix."""
+        yield from ()
+
+    def relative(self, parts: Sequence[str]) -> str:
+        """Return the name of a folder, of whose path these are the parts."""
+        return "/".join(parts)
+
+
+class Folder(Tree):
+    """The files below a folder, those in linked folders too; hidden ones are left out."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.has_doubles = False  # whether links lead to the same folder twice
+        self.names = sorted(self._walk(), key=lambda name: PurePosixPath(name).parts)
+        self.files = set(self.names)
+        self.folders = {name.rpartition("/")[0] for name in self.names}
+        self._listed: dict[str, set[str]] = {}  # folders outside
+
+    def _walk(self) -> Iterator[str]:
+        visited: set[str] = set()
+        above: dict[str, frozenset[str]] = {}  # of each folder, itself and those above it, without links
+        for folder, folders, files in os.walk(self.root, onerror=_warn_of_folder, followlinks=True):
+            higher, real = above.get(os.path.dirname(folder), frozenset()), os.path.realpath(folder)  # noqa: PTH120
+            if real in higher:  # a link to a folder above, which would never end
+                folders.clear()
+                continue
+            above[folder] = higher | {real}
+            self.has_doubles |= real in visited
+            visited.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            place = Path(folder).relative_to(self.root).as_posix()
+            for name in files:
+                if not name.startswith("."):
+                    yield name if place == "." else f"{place}/{name}"
+
+    def has(self, name: str) -> bool:
+        if not name.startswith("../"):
+            return name in self.files
+        folder, file = posixpath.split(name)
+        return file in self._outside(folder)
+
+    def has_folder(self, name: str) -> bool:
+        return bool(self._outside(name)) if name.startswith("../") else name in self.folders
+
+    def _outside(self, folder: str) -> set[str]:
+        if folder not in self._listed:
+            path = self._path(folder)
+            self._listed[folder] = set(os.listdir(path)) if path.is_dir() else set()  # noqa: PTH208
+        return self._listed[folder]
+
+    def _path(self, name: str) -> Path:
+        return Path(os.path.normpath(self.root / name)) if name.startswith("../") else self.root / name
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._path(name).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the label {self._path(name)}: {error.strerror or error}") from error
+
+    def source(self, name: str, caption: str | None) -> ClipSource:
+        path = str(self.root / name)
+        suffix = PurePosixPath(name).suffix.lower()
+        return ClipSource(path, caption, animated=moves(path, suffix) if suffix in IMAGE_SUFFIXES else None)
+
+    def shown(self, name: str) -> str:
+        return str(self._path(name))
+
+    def elsewhere(self, path: str, caption: str | None) -> ClipSource | None:
+        return ClipSource(os.path.normpath(self.root / path), caption)
+
+    def once(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
+        if not self.has_doubles:
+            return clips
+        files = [os.path.realpath(clip.path) for clip in clips]
+        captioned = {file for file, clip in zip(files, clips, strict=True) if clip.caption}
+        kept: dict[tuple[str, str | None], ClipSource] = {}
+        for file, clip in zip(files, clips, strict=True):
+            if clip.caption or file not in captioned:
+                kept.setdefault((file, clip.caption), clip)
+        return list(kept.values())
+
+    def parts_of(self, folder: str) -> tuple[str, ...]:
+        return (*self.root.parts, *PurePosixPath(folder).parts)
+
+    def relative(self, parts: Sequence[str]) -> str:
+        name = posixpath.relpath(Path(*parts).as_posix(), self.root.as_posix())
+        return "" if name == "." else name
+
+    def within(self, path: str) -> str:
+        return self.relative(Path(path).parts) if path.startswith("/") else path
+
+
+def _warn_of_folder(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        logger.warning("%s cannot be looked into (%s); what it holds is left out", error.filename, error.strerror)
+
+
+class TarFile(Tree):
+    """The members of a tar file that lie in it completely. Only headers and captions are read."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.members: dict[str, tuple[str, int, int]] = {}  # by name: the name as it is written, start and size
+        links: list[tuple[str, str]] = []
+        for member in self._headers():
+            name = _plain(member.name)
+            if PurePosixPath(name).name.startswith("."):
+                continue
+            if member.isfile():
+                self.members[name] = (member.name, member.offset_data, member.size)
+            else:
+                links.append((name, member.linkname if member.islnk() else posixpath.join(name, "..", member.linkname)))
+        self._follow(links)
+        self.names = list(self.members)
+        self.folders = {name.rpartition("/")[0] for name in self.names}
+
+    def _follow(self, links: Sequence[tuple[str, str]]) -> None:
+        """Give links the bytes of the members that they lead to; count those that lead elsewhere."""
+        outside = []
+        for name, target in links:
+            if (target := _plain(target)) in self.members:
+                self.members[name] = (name, *self.members[target][1:])
+            elif PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES:
+                outside.append(name)
+        if outside:
+            logger.warning(
+                "%s: clips that are links to what the file does not hold are left out: %d, the first is %s",
+                *(self.path, len(outside), outside[0]),
+            )
+
+    def _headers(self) -> Iterator[tarfile.TarInfo]:
+        """Yield the headers of the plain files in the tar file, and of links."""
+        try:
+            end = Path(self.path).stat().st_size
+            with tarfile.open(self.path, "r:") as archive:
+                while member := archive.next():
+                    if member.issparse():
+                        logger.warning("%s: %s is stored without its holes and left out", self.path, member.name)
+                    elif member.issym() or member.islnk() or (member.isfile() and _end(member) <= end):
+                        yield member
+                    archive.members.clear()  # which would come to hold all of them
+        except tarfile.ReadError as error:
+            logger.warning("%s: damaged or cut off (%s); the clips before that are used", self.path, error)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def has(self, name: str) -> bool:
+        return name in self.members
+
+    def has_folder(self, name: str) -> bool:
+        return name in self.folders
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self.source(name, None).read()
+        except OSError as error:
+            raise UserError(f"cannot read {self.shown(name)}: {error.strerror or error}") from error
+
+    def source(self, name: str, caption: str | None) -> ClipSource:
+        member, start, size = self.members[name]
+        suffix = PurePosixPath(name).suffix.lower()
+        animated = moves(self.path, suffix, start) if suffix in IMAGE_SUFFIXES else None
+        return ClipSource(self.path, caption, member, start, size, animated)
+
+    def shown(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def other_stems(self, stem: str) -> Iterator[str]:
+        if "." in stem:  # in webdataset's layout the members of a sample have the same name up to the first dot
+            yield stem.partition(".")[0]
+
+
+def _plain(name: str) -> str:
+    """Return a member's name, normalized and relative: nothing is written, so absolute names do no harm."""
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _end(member: tarfile.TarInfo) -> int:
+    return member.offset_data + member.size

@@ -1,0 +1,57 @@
+"""Start a command before PyTorch is imported: libraries that keep quiet, and one line for each mistake."""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.launchers import adopt_launcher, is_first_process
+from sgm.errors import UserError
+from sgm.exit_codes import exit_code
+
+# Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
+# the others, who would say the same.
+SILENCE = 5
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say at import off the terminal; their errors still show."""
+    os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', while it loads the text encoder
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def run_command(
+    plan: Callable[[], Any],
+    train: Callable[[Any], int],
+    logger: logging.Logger,
+    command_line: Sequence[str] | None = None,
+) -> int:
+    """Return the exit code of `train(plan())`.
+
+    Args:
+        plan: looks at arguments and files alone, and raises UserError for any mistake in them.
+        command_line: see `exit_code`.
+    """
+    leads = is_first_process()
+    logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="%(message)s")
+
+    def command() -> int:
+        try:
+            adopt_launcher()
+            planned = plan()
+        except UserError:
+            if not leads:
+                time.sleep(SILENCE)
+            raise
+        tell_places()
+        return train(planned)
+
+    return exit_code(command, logger, command_line=command_line)

@@ -1,0 +1,79 @@
+"""The command lines of tools that turn files into files."""
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser
+from cogvideox_sat.commands.launchers import check_alone
+from cogvideox_sat.commands.startup import quiet_libraries
+from sgm.errors import UserError
+from sgm.exit_codes import exit_code
+
+
+class ToolParser(EitherSpellingParser):
+    """Takes its help from the tool's docstring; a mistake on the command line is a UserError."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error too")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def add_writing_arguments(self) -> None:
+        """`--dry_run` and `--overwrite`."""
+        self.add_argument("--dry_run", action="store_true", help="show what would be written, check it, write nothing")
+        self.add_argument("--overwrite", action="store_true", help="replace what exists")
+
+
+def check_output(path: Path, options: argparse.Namespace, sources: Iterable[Path | None] = ()) -> None:
+    """Raises UserError if what is to be written exists and was not said to be replaced, or holds one of `sources`."""
+    if not path.exists():
+        return
+    if not options.overwrite and not options.dry_run:
+        raise UserError(f"{path} exists: give --overwrite to replace it, or another name")
+    if any(source and source.resolve().is_relative_to(path.resolve()) for source in sources):
+        raise UserError(f"{path} is read from and cannot be written to: choose another name")
+
+
+def check_safetensors_name(output: Path) -> None:
+    """Raises UserError unless `--output` names a safetensors file."""
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: the name of a safetensors file ends with .safetensors")
+
+
+def check_sources(paths: Iterable[Path | None]) -> None:
+    """Raises UserError unless all that is to be read is there."""
+    for path in paths:
+        if path and not path.exists():
+            raise UserError(f"there is no {path}")
+
+
+def positive(text: str) -> float:
+    """An argument that is a finite number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def run_tool(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None, name: str) -> int:
+    """Run a tool; its exit code: 0, 2 for a mistake, which is logged in one line, 130 when interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # a tool may download for an hour
+    quiet_libraries()
+
+    def run() -> int:
+        check_alone(name)
+        command(arguments)
+        return 0
+
+    return exit_code(run, logging.getLogger(name), command_line=arguments)

@@ -1,0 +1,1 @@
+"""YAML files and arguments: read, merged, checked."""

@@ -1,0 +1,115 @@
+"""Reading configuration files: YAML with `include`, merged in order, with every mistake named by file and key.
+
+Nothing here imports PyTorch, so that a mistake is reported at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cogvideox_sat.commands.input_paths import located, not_found
+from cogvideox_sat.configuration.includes import read_files
+from cogvideox_sat.configuration.merging import merge_files, resolve
+from cogvideox_sat.configuration.shipped_configs import build_reference
+from cogvideox_sat.configuration.targets import iterate_targets, why_target_fails
+from sgm.config_places import SECTIONS, ConfigError, Sources, parse_key
+from sgm.errors import UserError, shown
+
+PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir", "lpips_weights")
+
+
+class MergedConfig(dict[str, Any]):
+    """The sections of merged configuration files by name, with the file that each key is from in `sources`."""
+
+    sources: Sources
+
+
+yaml.SafeDumper.add_representer(MergedConfig, yaml.SafeDumper.represent_dict)
+
+
+def load_configs(
+    paths: Sequence[str | Path],
+    used: Sequence[str] = SECTIONS,
+    exclusive: Sequence[tuple[str, str]] = (),
+    trusted: bool = True,
+) -> MergedConfig:
+    """Return the merged content of configuration files, later ones overriding earlier ones.
+
+    A file may start from others: `include: other.yaml`, or a list, relative to itself.
+
+    Args:
+        used: the sections whose targets must import.
+        exclusive: pairs of switches in `args`; a file that turns one on turns off the other, unless it sets both.
+        trusted: the files are the user's own. False for files that came with something else, such as a downloaded
+            checkpoint: they include nothing, read no variables of the environment, and name only our own classes.
+
+    Raises:
+        UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve; a
+            target does not import.
+    """
+    files = read_files(paths, trusted)
+    for _, content in files:
+        replace_exclusive(content.get("args", {}), exclusive)
+    merged, sources = merge_files(files, paths)
+    config = MergedConfig(resolve(merged, sources, trusted))
+    config.sources = sources
+    sources.build_reference = build_reference
+    for key, target in iterate_targets({section: config.get(section) for section in used}):
+        if problem := why_target_fails(target, trusted):
+            raise ConfigError(f"{sources.place(parse_key(key))}: {shown(target)[1:-1]}: {problem}")
+    return config
+
+
+def replace_exclusive(args: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
+    """Turn off the other of each pair of switches that `args` turns on, so that it overrides what came before."""
+    for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
+        if args.get(one) is True and other not in args:
+            args[other] = False
+
+
+def check_paths(config: dict[str, Any]) -> None:
+    """Raises UserError if a file or folder that a configuration loads from is not there."""
+    for key, path in _iterate_paths(config):
+        if path and not _exists(path):
+            raise UserError(f"{not_found(key, str(path))}; the README says where to get it and where to put it")
+
+
+def _exists(path: Any) -> bool:
+    try:
+        return Path(str(path)).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _iterate_paths(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    for name, child in _children(node):
+        path = f"{key}{name}"
+        if isinstance(child, dict | list):
+            yield from _iterate_paths(child, f"{path}.")
+        elif _is_path(node, name):
+            yield path, child
+
+
+def with_located_paths(node: Any, key: str = "") -> Any:
+    """Return a section with its files and folders where they are found, see `commands.input_paths.find_input`."""
+    if isinstance(node, dict):
+        return {
+            name: located(child, f"{key}.{name}")
+            if isinstance(child, str) and _is_path(node, name)
+            else with_located_paths(child, f"{key}.{name}")
+            for name, child in node.items()
+        }
+    if isinstance(node, list):
+        return [with_located_paths(child, f"{key}.{index}") for index, child in enumerate(node)]
+    return node
+
+
+def _is_path(node: dict | list, name: str) -> bool:
+    """Return whether the value of the key `name` is a path; beside a `cache_dir` the value is a name on a hub."""
+    return name in PATH_KEYS and not (isinstance(node, dict) and node.get("cache_dir"))
+
+
+def _children(node: dict | list) -> Iterator[tuple[str, Any]]:
+    return iter(node.items()) if isinstance(node, dict) else ((str(i), child) for i, child in enumerate(node))

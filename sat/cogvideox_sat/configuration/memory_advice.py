@@ -1,0 +1,100 @@
+"""Advice for a user whose memory is full, by what was going on and what is not in use yet. Nothing imports PyTorch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
+
+TILES = "--vae_tile_size 256 (tiles: less memory, slightly different numbers)"
+ENCODING, DECODING, SAMPLING, TEXT = "encoding clips", "decoding", "sampling", "the text encoder"
+
+
+def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
+    """Return the function that advises a sampling run, given what was going on."""
+
+    def advise(where: str) -> str:
+        options = []
+        if where in (DECODING, ENCODING, "encoding images") and args.vae_tile_size is None:
+            options.append(TILES)
+        if args.offload == "none":
+            options.append("--offload stage (one part of the model on the device at a time) or --offload sequential")
+        elif args.offload == "stage":
+            options.append("--offload sequential (the network's layers wait in host memory)")
+        if not (args.fp16 or args.bf16):
+            options.append("--bf16 (half the memory)")
+        options.append("fewer frames (--sampling_num_frames) or a smaller --sampling_image_size")
+        return one_of(options)
+
+    return advise
+
+
+def training_advice(args: TrainingArguments, cached: bool, checkpoint: Path | None) -> Callable[[str], str]:
+    """Return the function that advises a fine-tuning run, given what was going on.
+
+    Args:
+        cached: the data are latents already.
+        checkpoint: the last one of the run, which is named.
+    """
+    network = args.model_config["network_config"]["params"]
+    recomputed = args.checkpoint_activations
+    if recomputed is None:
+        recomputed = (network.get("transformer_args") or {}).get("checkpoint_activations", False)
+    zero = args.deepspeed_config.get("zero_optimization") or {}
+
+    def advise(where: str) -> str:
+        options = []
+        if where == "evaluation":
+            if args.num_log_videos and not args.only_log_video_latents:
+                options.append("--only_log_video_latents (tools/decode_latents.py decodes them) or --num_log_videos 0")
+            if args.eval_batch_size > 1:
+                options.append("--eval_batch_size 1")
+        if not cached:
+            options.append("encode the clips before, with tools/precompute_latents.py")
+            if args.vae_tile_size is None and where in (ENCODING, DECODING, "training", "evaluation"):
+                options.append(TILES)
+        if where != ENCODING:
+            if not recomputed:
+                options.append("--checkpoint_activations")
+            if (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
+                options.append("offload the optimizer (deepspeed.zero_optimization.offload_optimizer.device: cpu)")
+            if "lora_config" not in (network.get("modules") or {}):
+                options.append("train an adapter (a configuration with lora)")
+        if args.deepspeed_config.get("train_micro_batch_size_per_gpu", 1) != 1:
+            options.append("train_micro_batch_size_per_gpu: 1")
+        options.append("fewer frames or a smaller size (data.params.max_num_frames, video_size)")
+        return one_of(options) + kept(checkpoint)
+
+    return advise
+
+
+def precompute_advice(args: TrainingArguments) -> Callable[[str], str]:
+    """Return the function that advises tools/precompute_latents.py, given what was going on."""
+
+    def advise(where: str) -> str:
+        options = [TILES] if args.vae_tile_size is None and not where.endswith(TEXT) else []
+        if not (args.fp16 or args.bf16):
+            options.append("--bf16 (half the memory)")
+        if not where.endswith(TEXT):
+            options.append("fewer frames or a smaller size (data.params.max_num_frames, video_size)")
+        return one_of(options or ["a machine with more memory"]) + "; the shards that are written stay"
+
+    return advise
+
+
+def vae_training_advice(args: VaeTrainingArguments, checkpoint: Path | None) -> str:
+    """Return the advice for a run that trains a VAE."""
+    options = ["checkpoint_levels: [0, 1] in the coders' params (recompute activations)"]
+    if args.batch_size > 1:
+        options.append("--batch_size 1 with lightning.trainer.accumulate_grad_batches")
+    options.append("fewer frames or a smaller size (data.params.max_num_frames, video_size)")
+    return one_of(options) + kept(checkpoint)
+
+
+def one_of(options: list[str]) -> str:
+    """Return "try one of" several options, or the only one."""
+    return f"try {options[0]}" if len(options) == 1 else "try one of: " + ", ".join(options)
+
+
+def kept(checkpoint: Path | None) -> str:
+    """Return the end of the line: where the run can go on from."""
+    return "" if checkpoint is None else f"; the last checkpoint is kept: go on with --resume {checkpoint}"

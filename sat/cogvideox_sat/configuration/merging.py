@@ -1,0 +1,214 @@
+"""Merge configuration files and write out their references (`${args.load}`), bounded, with the file of each key.
+
+Nothing here imports PyTorch.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cogvideox_sat.configuration.yaml_reading import MOST_BYTES, MOST_VALUES
+from sgm.config_places import ConfigError, Key, Sources, dotted, parse_key
+from sgm.errors import shown
+
+_REFERENCE = re.compile(r"(?<!\\)\$\{([^${}]*)\}")  # one that holds no other
+_WHOLE_REFERENCE = re.compile(r"\$\{[^${}]*\}")
+DEEPEST_WALK = 120  # levels of nesting, with those of what is referred to; Python itself gives up at a thousand calls
+NOT_GIVEN = "???"  # OmegaConf's mark for a value that another file has to give
+
+
+def merge_files(
+    files: Sequence[tuple[Path, dict[str, Any]]], names: Sequence[str | Path]
+) -> tuple[dict[str, Any], Sources]:
+    """Return the merged content of files, later ones overriding earlier ones, and which file set each key.
+
+    Mappings are merged key by key; anything else replaces what was there.
+
+    Args:
+        files: each with its content, which is left as it is.
+        names: what the user named, for messages about a key that no file has.
+
+    Raises:
+        UserError: a list meets a mapping.
+    """
+    merged: dict[str, Any] = {}
+    sources = Sources(names)
+    for path, content in files:
+        _merge_mapping(merged, content, (), path, merged, sources)
+    return merged, sources
+
+
+def _merge_mapping(
+    target: dict[str, Any], content: dict[str, Any], key: Key, file: Path, root: dict[str, Any], sources: Sources
+) -> None:
+    for name, value in content.items():
+        at, old = (*key, name), target.get(name)
+        if isinstance(value, dict) and isinstance(old, str) and _WHOLE_REFERENCE.fullmatch(old):
+            # Settings on top of those that are referred to.
+            target[name] = old = copy.deepcopy(_Resolver(root, sources, trusted=True).at(at))
+        if (isinstance(value, list) and isinstance(old, dict)) or (isinstance(value, dict) and isinstance(old, list)):
+            kinds = {list: "a list", dict: "keys and values"}
+            raise ConfigError(
+                f"{file}: {dotted(at)}: cannot merge: {kinds[type(value)]} in the place of {kinds[type(old)]}"
+            )
+        if isinstance(value, dict) and isinstance(old, dict):
+            sources.set(at, file)
+            _merge_mapping(old, value, at, file, root, sources)
+        elif value != NOT_GIVEN or name not in target:
+            target[name] = copy.deepcopy(value)
+            sources.replace(at, file)
+            if isinstance(value, dict):
+                _record(value, at, file, sources)
+
+
+def _record(content: dict[str, Any], key: Key, file: Path, sources: Sources) -> None:
+    for name, value in content.items():
+        sources.set((*key, name), file)
+        if isinstance(value, dict):
+            _record(value, (*key, name), file, sources)
+
+
+def resolve(config: dict[str, Any], sources: Sources, trusted: bool) -> dict[str, Any]:
+    """Return a configuration in which every reference is replaced by what it refers to.
+
+    `${args.load}` counts from the top, `${.r}` from the mapping that it stands in, `${..r}` from the one around that.
+    `${oc.env:HOME}` and OmegaConf's other resolvers are left to OmegaConf.
+
+    Args:
+        trusted: whether the files may use such resolvers, which read variables of the environment.
+
+    Raises:
+        UserError: a reference leads nowhere, to itself, or to more than a configuration can hold.
+    """
+    return _Resolver(config, sources, trusted).at(())
+
+
+class _Resolver:
+    def __init__(self, root: dict[str, Any], sources: Sources, trusted: bool):
+        self.root, self.sources, self.trusted = root, sources, trusted
+        self.done: dict[Key, Any] = {}
+        self.open: list[Key] = []
+        self.depth = 0
+        self.written = 0  # values and characters that references were replaced by
+
+    def refuse(self, key: Key, problem: str) -> NoReturn:
+        raise ConfigError(f"{self.sources.place(key)}: cannot merge: {problem}")
+
+    def at(self, key: Key) -> Any:
+        """Return the value at a key with its references replaced."""
+        if key not in self.done:
+            node = self.root
+            for part in key:
+                node = node[part]
+            self.depth += 1
+            if self.depth > DEEPEST_WALK:
+                self.refuse(key, "nested too deep, with what is referred to; write it flatter")
+            self.done[key] = self.expand(node, key)
+            self.depth -= 1
+        return self.done[key]
+
+    def expand(self, node: Any, key: Key) -> Any:
+        if isinstance(node, dict):
+            return {name: self.at((*key, name)) for name in node}
+        if isinstance(node, list):
+            return [self.at((*key, index)) for index in range(len(node))]
+        if not isinstance(node, str) or "${" not in node:
+            return node
+        if key in self.open:
+            self.refuse(key, f"{shown(node)} refers to itself")
+        self.open.append(key)
+        value = self.interpolate(node, key)
+        self.open.pop()
+        return value
+
+    def interpolate(self, text: str, key: Key) -> Any:
+        for _ in range(MOST_VALUES):
+            match = _REFERENCE.search(text)
+            if match is None:
+                break
+            value = self.referred(match[1].strip(), key)
+            if match[0] == text:
+                return self.copied(value, key)
+            if isinstance(value, dict | list):
+                self.refuse(key, f"{shown(match[0])} is {shown(value)}, which does not go into a text")
+            text = f"{text[: match.start()]}{value}{text[match.end() :]}"
+            self.written += len(str(value))
+            if self.written > MOST_BYTES:
+                self.refuse(key, f"references write out more than {MOST_BYTES >> 20} MiB of text")
+        if re.search(r"(?<!\\)\$\{", text):
+            self.refuse(key, f"{shown(text)} has a '${{' that is not closed; write '\\${{' for the characters alone")
+        return text.replace("\\${", "${")
+
+    def copied(self, value: Any, key: Key) -> Any:
+        """Return a copy of what is referred to, once it is counted."""
+        self.written += _count(value, self.refuse, key)
+        if self.written > MOST_VALUES:
+            self.refuse(key, f"references write out more than {MOST_VALUES} values")
+        return copy.deepcopy(value)
+
+    def referred(self, reference: str, key: Key) -> Any:
+        if ":" in reference:
+            return self.resolver(reference, key)
+        ups = len(reference) - len(reference.lstrip("."))
+        if ups > len(key):
+            self.refuse(key, f"{shown('${' + reference + '}')} leads above the top")
+        path = (*key[: len(key) - ups], *parse_key(reference)) if ups else parse_key(reference)
+        node: Any = self.root
+        place: Key = ()
+        for length, part in enumerate(path):
+            if isinstance(node, str) and "${" in node:  # what is referred to is within something referred to
+                node = self.at(place)
+                for rest in path[length:]:
+                    node = node[self.step(node, rest, reference, key)]
+                return node
+            place = (*place, self.step(node, part, reference, key))
+            node = node[place[-1]]
+        if place == key[: len(place)]:
+            self.refuse(key, f"{shown('${' + reference + '}')} refers to itself")
+        return self.at(place)
+
+    def step(self, node: Any, part: str | int, reference: str, key: Key) -> str | int:
+        """Return the key or index in `node` that `part` of a reference means."""
+        if isinstance(node, dict):
+            for name in (part, str(part)):
+                if name in node:
+                    return name
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            return part
+        self.refuse(key, f"{shown('${' + reference + '}')}: '{part}' does not exist")
+
+    def resolver(self, reference: str, key: Key) -> Any:
+        if not self.trusted:
+            self.refuse(key, f"{shown('${' + reference + '}')} is not read from a file that came with something else")
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            return OmegaConf.to_container(OmegaConf.create({"value": f"${{{reference}}}"}), resolve=True)["value"]
+        except OmegaConfBaseException as error:
+            self.refuse(key, str(error).splitlines()[0])
+
+
+def _count(value: Any, refuse: Any, key: Key) -> int:
+    """Return the number of values in a nested one, which may share parts; stops at the most that are allowed."""
+    count, pending = 0, [value]
+    while pending:
+        node = pending.pop()
+        count += 1
+        if count > MOST_VALUES:
+            refuse(key, f"references write out more than {MOST_VALUES} values")
+        pending.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+    return count
+
+
+def first_difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The dotted key at which two trees of settings first differ, and the values there; None if they are equal."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in [*theirs, *(ours.keys() - theirs.keys())]:
+            difference = first_difference(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
+            if difference:
+                return difference
+        return None
+    return None if theirs == ours else (name, theirs, ours)

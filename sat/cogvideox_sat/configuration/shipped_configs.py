@@ -1,0 +1,79 @@
+"""Build what a shipped configuration has in place of an object of the user's that cannot be built."""
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cogvideox_sat.configuration.includes import read_files
+from cogvideox_sat.configuration.merging import merge_files, resolve
+from sgm.config_places import walk, within
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FILES = ("tiny/cogvideox_tiny_lora.yaml", "cogvideox_2b_lora.yaml", "cogvideox1.5_5b_i2v.yaml", "tiny/vae_images.yaml")
+# What a class loads when it is built, which is beside the question and may not be there.
+LOADED = ("ckpt_path", "ckpt_engine", "lpips_weights")
+
+
+def build_reference(slot: str | None, config: Any, use: Callable[[Any], Any] | None = None) -> Exception | None:
+    """Build what a shipped file has at the key `slot` for the class that `config` names, and use it.
+
+    Args:
+        use: what to do with it; None: nothing, and it is built without memory.
+
+    Returns:
+        What that raises; None when it does not, or where no shipped file has that class.
+    """
+    reference = find_reference(slot, config)
+    if reference is None:
+        return None
+    from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+    from sgm.util import instantiate_from_config
+
+    try:
+        with within(None):
+            if use is None:
+                instantiate_on_meta(reference)
+            else:
+                use(instantiate_from_config(reference))
+    except Exception as error:  # whatever it is, it is compared with what the user's values lead to
+        return error
+    return None
+
+
+def find_reference(slot: str | None, config: Any) -> Mapping[str, Any] | None:
+    """Return the configuration at `slot` of a shipped file that names the same classes as `config` most often."""
+    if not isinstance(config, Mapping):
+        return None
+    wanted = targets(config)
+    found: list[tuple[int, Mapping[str, Any]]] = []
+    for model in _models():
+        for key, node in walk({"model": model}):
+            names = [part for part in key if isinstance(part, str)]
+            if isinstance(node, Mapping) and names and names[-1] == slot and node.get("target") == config.get("target"):
+                if any(target.endswith("FrozenT5Embedder") for target in targets(node)):
+                    continue  # it is nothing without its weights
+                found.append((len(wanted & targets(node)), node))
+    if not found:
+        return None
+    reference = copy.deepcopy(dict(max(found, key=lambda entry: entry[0])[1]))
+    for _, node in walk(reference):
+        if isinstance(node, dict):
+            for name in LOADED:
+                node.pop(name, None)
+    return {name: reference[name] for name in ("target", "params") if name in reference}
+
+
+def targets(config: Any) -> set[str]:
+    """Return the classes that a configuration names."""
+    return {str(node["target"]) for _, node in walk(config) if isinstance(node, Mapping) and "target" in node}
+
+
+@cache
+def _models() -> list[dict[str, Any]]:
+    return [_model(CONFIGS / name) for name in FILES if (CONFIGS / name).is_file()]
+
+
+def _model(path: Path) -> dict[str, Any]:
+    return resolve(*merge_files(read_files([path]), [path]), trusted=True)["model"]

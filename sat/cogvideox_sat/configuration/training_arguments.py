@@ -1,0 +1,144 @@
+"""The arguments of the training command: from where they are read, and what they may be; `argument_lists` has the list.
+
+An argument is a field of `TrainingArguments`, given as in `arguments`, whose keys may stand beside these in one
+configuration. Nothing here imports PyTorch.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cogvideox_sat.configuration import argument_schema
+from cogvideox_sat.configuration.argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
+from cogvideox_sat.configuration.argument_schema import PRECISIONS, argument_fields
+from cogvideox_sat.configuration.data_mixing import split_entries
+from cogvideox_sat.configuration.deepspeed import check_deepspeed_config, enabled_precision, with_precision
+from cogvideox_sat.configuration.determinism import recorded
+from sgm.errors import UserError
+
+logger = logging.getLogger("train_video")
+
+TRAINED_PARTS = ("network_config", "denoiser_config", "loss_fn_config", "conditioner_config", "first_stage_config")
+# Arguments of SwissArmyTransformer's own trainer which are set in the `deepspeed:` section alone.
+SET_ELSEWHERE = {
+    "lr": "optimizer.params.lr",
+    "weight_decay": "optimizer.params.weight_decay",
+    "zero_stage": "zero_optimization.stage",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
+    "clip_grad": "gradient_clipping",
+}
+
+
+def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArguments:
+    """Read the command line and the configuration files it names.
+
+    Raises:
+        UserError: a file is missing or malformed, an argument or a key of DeepSpeed is unknown or has a wrong value.
+        SystemExit: for `--help`.
+    """
+    given, config = argument_schema.read_command_line(
+        TrainingArguments,
+        build_parser(),
+        command_line,
+        used=("model", "data"),
+        exclusive=(PRECISIONS,),
+        ignored=IGNORED_KEYS,
+        elsewhere={name: f"deepspeed.{place}" for name, place in SET_ELSEWHERE.items()},
+    )
+    with config.sources.naming(given):
+        sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
+        sections["args"] = split_entries(sections["args"], given)
+        values = check_args_section(sections["args"])
+        for sentence in argument_schema.unused_model_keys(sections["model"], TRAINED_PARTS):
+            logger.warning(sentence)
+        if not isinstance(sections["data"].get("target"), str):
+            raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
+        sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
+        if enabled := enabled_precision(sections["deepspeed"]):
+            values |= {name: name == enabled for name in PRECISIONS}
+        values = argument_schema.with_located_inputs(values | given)
+        args = TrainingArguments(
+            **values,
+            model_config=sections["model"],
+            data_config=sections["data"],
+            deepspeed_config=with_precision(sections["deepspeed"], values),
+            sources=config.sources,
+        )
+        check_values(args)
+        config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
+        args.merged_config = recorded(config, args.deterministic)
+        return args
+
+
+def complete(args: TrainingArguments) -> TrainingArguments:
+    """Return the arguments of a program as those of the command are: DeepSpeed's section checked, all of it recorded.
+
+    Raises:
+        UserError: a key of DeepSpeed is unknown or has a wrong value, or so is an argument.
+    """
+    section = check_deepspeed_config(args.deepspeed_config)
+    enabled = enabled_precision(section)
+    precision = {name: name == enabled if enabled else getattr(args, name) for name in PRECISIONS}
+    args = replace(args, **precision, deepspeed_config=with_precision(section, precision))
+    check_values(args)
+    if not args.merged_config:
+        values = {name: getattr(args, name) for name in argument_fields(TrainingArguments)}
+        args.merged_config = {
+            "args": {name: value for name, value in values.items() if value not in (None, [])},
+            "model": args.model_config,
+            "data": args.data_config,
+            "deepspeed": args.deepspeed_config,
+        }
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return argument_schema.build_parser(
+        TrainingArguments,
+        "Fine-tune a model on video clips with captions.",
+        "python sat/train_video.py --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --seed 42",
+        IGNORED_KEYS,
+    )
+
+
+def check_args_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The `args:` section without what belongs to sampling or to SwissArmyTransformer's own trainer.
+
+    Raises:
+        UserError: a key is unknown, belongs elsewhere, or has a wrong value.
+    """
+    known = argument_fields(TrainingArguments)
+    for name, place in SET_ELSEWHERE.items():
+        if section.get(name) is not None:
+            raise UserError(f"args: {name} is not set here but as deepspeed.{place}")
+    check_split(section.get("split"))
+    if ignored := [name for name in section if name in IGNORED_KEYS]:
+        logger.info("args: not used here: %s", ", ".join(ignored))
+    return argument_schema.check_section(
+        TrainingArguments, section, foreign={*argument_fields(SamplingArguments), *IGNORED_KEYS} - {*known}
+    )
+
+
+def check_split(split: Any) -> None:
+    """Raises UserError for a `split:` that wants validation data taken out of the training data."""
+    if split is None:
+        return
+    parts = [part.strip() for part in str(split).split(",")]
+    if any(part.strip("0.") for part in parts[1:]):
+        raise UserError(f"args: split is {split}; training data is not split: name validation data as valid_data")
+
+
+def check_values(args: TrainingArguments) -> None:
+    """What can be said about the values without looking at the model, the data or DeepSpeed's section."""
+    argument_schema.check_common(args)
+    argument_schema.check_run(args)
+    argument_schema.check_least(args, ("lr_decay_iters", "max_skipped_steps"))
+    argument_schema.check_least(args, ("auto_warmup_steps",), least=0)
+    argument_schema.check_shares(args, ("warmup",))
+    if not 0 < args.lr_decay_ratio <= 1:
+        raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; it is a share, above 0 and up to 1")
+    if not (args.load or args.force_train or args.inspect_data):
+        raise UserError("load is missing: name the checkpoint to start from, or give --force_train to start at random")

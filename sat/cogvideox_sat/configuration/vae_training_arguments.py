@@ -1,0 +1,153 @@
+"""The arguments of the command that trains a VAE, and the sections of its configuration; `argument_lists` has the list.
+
+Nothing here imports PyTorch.
+"""
+
+import argparse
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cogvideox_sat.configuration import argument_schema
+from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
+from cogvideox_sat.configuration.argument_schema import nearest
+from cogvideox_sat.configuration.data_mixing import split_entries
+from cogvideox_sat.configuration.determinism import recorded
+from sgm.errors import UserError, shown
+
+logger = logging.getLogger("train_vae")
+
+MODEL_KEYS = ("target", "params", "base_learning_rate")
+# Beside it lies the first stage whose sizes a configuration may refer to.
+OTHER_MODEL_KEYS = ("first_stage_config",)
+
+# What `lightning.trainer` may hold: for the engine, which optimises by itself, and for Lightning's `Trainer`.
+ENGINE_KEYS = ("accumulate_grad_batches", "gradient_clip_val")
+PLACE_KEYS = ("accelerator", "devices", "strategy")
+TRAINER_KEYS = ("precision", "benchmark", "deterministic", "detect_anomaly", "sync_batchnorm", "profiler")
+PRECISIONS = (
+    *("16-mixed", "bf16-mixed", "32-true", "64-true", "bf16-true", "16-true", "transformer-engine"),
+    *("transformer-engine-float16", "16", "bf16", "32", "64"),
+)
+FLAGS = ("benchmark", "detect_anomaly", "sync_batchnorm")
+SET_ELSEWHERE = {
+    "max_steps": "args.train_iters",
+    "max_epochs": "args.train_iters",
+    "val_check_interval": "args.eval_interval",
+    "check_val_every_n_epoch": "args.eval_interval",
+    "limit_val_batches": "args.eval_iters",
+    "log_every_n_steps": "args.log_interval",
+    "default_root_dir": "args.save",
+    "logger": "args.tensorboard and args.wandb",
+    "enable_checkpointing": "args.save_interval",
+    "callbacks": "args (save_interval, eval_interval, log_interval)",
+    "num_nodes": "torchrun's --nnodes",
+}
+
+
+def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrainingArguments:
+    """Read the command line and the configuration files it names.
+
+    Raises:
+        UserError: a file is missing or malformed, an argument or a key is unknown or has a wrong value.
+        SystemExit: for `--help`.
+    """
+    given, config = argument_schema.read_command_line(
+        VaeTrainingArguments, build_parser(), command_line, used=("model", "data"), exclusive=()
+    )
+    with config.sources.naming(given):
+        sections = {name: config.get(name) or {} for name in ("args", "model", "data", "lightning")}
+        sections["args"] = split_entries(sections["args"], given)
+        values = argument_schema.check_section(VaeTrainingArguments, sections["args"]) | given
+        values = argument_schema.with_located_inputs(values)
+        check_model_section(sections["model"])
+        if not isinstance(sections["data"].get("target"), str):
+            raise UserError("the configuration has no data.target: name the class of the data, data_video.SFTDataset")
+        check_lightning_section(sections["lightning"])
+        trainer = sections["lightning"].get("trainer") or {}
+        values.setdefault("deterministic", trainer.get("deterministic") is True)
+        if values["deterministic"] and trainer.get("benchmark"):
+            raise UserError(
+                "lightning.trainer: benchmark is on, and cuDNN then takes another kernel from run to run; leave it "
+                "out, or train with --no-deterministic"
+            )
+        args = VaeTrainingArguments(
+            **values,
+            model_config=sections["model"],
+            data_config=sections["data"],
+            lightning_config=sections["lightning"],
+            merged_config=recorded({**sections, "args": {**sections["args"], **values}}, values["deterministic"]),
+            sources=config.sources,
+        )
+        argument_schema.check_run(args)
+        argument_schema.check_seed_and_device(args)
+        argument_schema.check_least(args, ("batch_size",))
+        return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return argument_schema.build_parser(
+        VaeTrainingArguments,
+        "Train a video autoencoder on clips and images.",
+        "python sat/train_vae.py --base configs/vae_3d.yaml --train_data data/train",
+    )
+
+
+def check_model_section(model: Mapping[str, Any]) -> None:
+    """Raises UserError unless the section names an engine, its parameters and the learning rate."""
+    if not isinstance(model.get("target"), str):
+        raise UserError(
+            "the configuration has no model.target: name the engine, vae_modules.autoencoder.VideoAutoencodingEngine"
+        )
+    if not isinstance(model.get("params"), dict):
+        raise UserError("the configuration has no model.params: encoder_config, decoder_config, loss_config and so on")
+    rate = model.get("base_learning_rate")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
+        raise UserError(f"model.base_learning_rate is {shown(rate)}; expected a positive number such as 1.0e-4")
+    for key in model:
+        if key not in (*MODEL_KEYS, *OTHER_MODEL_KEYS):
+            near = difflib.get_close_matches(str(key), MODEL_KEYS, n=1)
+            logger.warning("model.%s is not used%s", key, f"; did you mean {near[0]}?" if near else "")
+
+
+def check_lightning_section(lightning: Mapping[str, Any]) -> None:
+    """Raises UserError for a key that nothing reads, or of a value that none of its readers takes."""
+    if unknown := [key for key in lightning if key != "trainer"]:
+        raise UserError(f"lightning: unknown key '{unknown[0]}'; there is trainer, with the arguments of the Trainer")
+    trainer = lightning.get("trainer") or {}
+    if not isinstance(trainer, dict):
+        raise UserError(f"lightning.trainer is {shown(trainer)}; expected keys and values")
+    known = (*ENGINE_KEYS, *PLACE_KEYS, *TRAINER_KEYS)
+    for key in trainer:
+        if key in SET_ELSEWHERE:
+            raise UserError(f"lightning.trainer: {key} is not set here but as {SET_ELSEWHERE[key]}")
+        if key not in known:
+            hint = nearest(str(key), known, otherwise=f"; there are {', '.join(known)}")
+            raise UserError(f"lightning.trainer: unknown key '{key}'{hint}")
+    batches = trainer.get("accumulate_grad_batches", 1)
+    if type(batches) is not int or batches < 1:
+        raise UserError(
+            f"lightning.trainer: accumulate_grad_batches is {shown(batches)}; expected a whole number from 1"
+        )
+    clip = trainer.get("gradient_clip_val")
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or clip <= 0):
+        raise UserError(f"lightning.trainer: gradient_clip_val is {shown(clip)}; expected a positive number, or none")
+    accelerator = trainer.get("accelerator", "auto")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"lightning.trainer: accelerator is {shown(accelerator)}; it can be auto, cpu or gpu")
+    deterministic = trainer.get("deterministic")
+    if not (deterministic is None or isinstance(deterministic, bool) or deterministic == "warn"):
+        raise UserError(f"lightning.trainer: deterministic is {deterministic!r}; it can be true, false or warn")
+    if (precision := trainer.get("precision")) is not None and str(precision) not in PRECISIONS:
+        raise UserError(f"lightning.trainer: precision is {shown(precision)}; it can be {', '.join(PRECISIONS)}")
+    for name in FLAGS:
+        if trainer.get(name) not in (None, True, False):
+            raise UserError(f"lightning.trainer: {name} is {shown(trainer[name])}; expected true or false")
+    if trainer.get("profiler") not in (None, "simple", "advanced", "pytorch"):
+        raise UserError(
+            f"lightning.trainer: profiler is {shown(trainer['profiler'])}; it can be simple, advanced or pytorch"
+        )
+    strategy = trainer.get("strategy", "auto")
+    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
+        raise UserError(f"lightning.trainer: strategy is {shown(strategy)}; it can be auto or ddp")

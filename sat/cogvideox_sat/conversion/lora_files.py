@@ -1,0 +1,339 @@
+"""LoRA adapters as files hold them: checkpoints of SwissArmyTransformer, and files of diffusers and peft.
+
+A file of tensors does not say by itself how strongly it applies: an adapter adds alpha/rank · B·A. SwissArmyTransformer
+keeps alpha in the configuration, diffusers in the header of the file.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cogvideox_sat.configuration.yaml_reading import read_yaml
+from cogvideox_sat.conversion.lora_names import (
+    LORA_FILE,
+    PROJECTIONS,
+    Projection,
+    Slot,
+    diffusers_module,
+    parse_alpha_name,
+    parse_diffusers_name,
+    parse_sat_name,
+)
+from cogvideox_sat.conversion.stored_checkpoints import open_checkpoint
+from cogvideox_sat.weights.checkpoint_files import is_adapter
+from sgm.errors import UserError, some
+from sgm.plain_json import parse_json
+from sgm.weights import read_state_dict
+
+logger = logging.getLogger(__name__)
+
+# Where the configuration of an adapter lies: what a training run saves, and what tools/import_hf_lora.py writes.
+CONFIG_FILES = ("training_config.yaml", "lora.yaml")
+LORA_FILES = (LORA_FILE, "adapter_model.safetensors")  # of diffusers; of peft
+METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in the header of a safetensors file
+DEFAULT_ALPHA = 1.0  # SwissArmyTransformer's
+_NAME_PATTERN = re.compile(r"\^?(\w|\\?\.)+\$?")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Matrices, all of one rank, A (rank, width) and B (width, rank); each projection has both.
+
+    Args:
+        scales: by projection, what its B·A is multiplied by: alpha/rank.
+    """
+
+    source: Path
+    rank: int
+    width: int
+    matrices: dict[Slot, Tensor]
+    scales: dict[Projection, float]
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({projection.layer for projection in self.scales})
+
+    def with_alpha(self, alpha: float) -> "Adapter":
+        """The same adapter for a configuration with this alpha: what else its scales hold goes into B.
+
+        Raises:
+            UserError: B's dtype cannot hold that.
+        """
+        scale, matrices = alpha / self.rank, dict(self.matrices)
+        for slot, tensor in self.matrices.items():
+            factor = self.scales[slot.projection] / scale
+            if slot.matrix == "B" and not math.isclose(factor, 1.0, rel_tol=1e-12):
+                matrices[slot] = (tensor.float() * factor).to(tensor.dtype)
+                if not matrices[slot].isfinite().all():
+                    raise UserError(
+                        f"{self.source}: {slot.projection} times {factor:g} is out of the range of {tensor.dtype}: "
+                        "choose a larger --lora_alpha"
+                    )
+        return Adapter(self.source, self.rank, self.width, matrices, dict.fromkeys(self.scales, scale))
+
+
+def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, int]:
+    """The rank and the width of an adapter.
+
+    Raises:
+        UserError: a matrix lacks its other half, or ranks or widths differ.
+    """
+    for slot in matrices:
+        other = Slot(slot.projection, "B" if slot.matrix == "A" else "A")
+        if other not in matrices:
+            raise UserError(f"{source}: {slot.projection} has a matrix {slot.matrix} but no matrix {other.matrix}")
+    ranks: dict[int, Projection] = {}
+    widths: dict[int, Projection] = {}
+    for slot, tensor in sorted(matrices.items()):
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise UserError(f"{source}: {slot.projection}: matrix {slot.matrix} is {tensor.dtype} {list(tensor.shape)}")
+        rank, width = tensor.shape if slot.matrix == "A" else reversed(tensor.shape)
+        ranks.setdefault(rank, slot.projection)
+        widths.setdefault(width, slot.projection)
+    for values, what in ((ranks, "rank"), (widths, "width")):
+        if len(values) != 1:
+            found = ", ".join(f"{value} ({projection})" for value, projection in list(values.items())[:3])
+            raise UserError(f"{source}: the {what} differs between layers: {found}; an adapter here has one {what}")
+    return next(iter(ranks)), next(iter(widths))
+
+
+# SwissArmyTransformer's
+
+
+def read_sat_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
+    """The adapter in a checkpoint, see `open_checkpoint`; with base weights in it or alone.
+
+    Args:
+        alpha: of the configuration that it was trained with; None: as `recorded_alpha` finds it, else 1.
+
+    Raises:
+        UserError: there is none, or its matrices do not go together.
+    """
+    file, weights = open_checkpoint(Path(path))
+    return sat_adapter(file, weights, alpha)
+
+
+def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None = None) -> Adapter:
+    """As `read_sat_adapter`, of the weights that were read from `file`."""
+    found = {name: weights[name] for name in weights if is_adapter(name)}
+    if not found:
+        raise UserError(f"{file} holds no adapter (no matrix_A, matrix_B)")
+    slots = {name: parse_sat_name(name) for name in found}
+    if foreign := [name for name, slot in slots.items() if slot is None]:
+        raise UserError(f"{file}: its adapter is on modules that CogVideoX has not: {some(foreign)}")
+    matrices = {slots[name]: tensor for name, tensor in found.items()}
+    rank, width = check_matrices(file, matrices)
+    for layer in {slot.projection.layer for slot in matrices}:
+        for name in PROJECTIONS:
+            if Slot(Projection(layer, name), "A") not in matrices:
+                raise UserError(f"{file}: its adapter is incomplete: layer {layer} has no {name}")
+    if alpha is None:
+        alpha = recorded_alpha(file, rank)
+    return Adapter(file, rank, width, matrices, {slot.projection: alpha / rank for slot in matrices})
+
+
+def recorded_alpha(file: Path, rank: int) -> float:
+    """The alpha in the configuration beside a checkpoint's folder, 1 where it sets none or there is no such file.
+
+    Raises:
+        UserError: the configuration is of an adapter of another rank, or cannot be read.
+    """
+    candidates = [folder / name for folder in (file.parent, file.parent.parent) for name in CONFIG_FILES]
+    config_file = next((path for path in candidates if path.is_file()), None)
+    if config_file is None:
+        logger.info("%s: no training_config.yaml beside it: alpha is taken to be %g", file, DEFAULT_ALPHA)
+        return DEFAULT_ALPHA
+    try:
+        node: Any = read_yaml(config_file, "the configuration beside the adapter,")
+    except UserError as error:
+        raise UserError(f"cannot read {config_file} ({error}); give --lora_alpha instead") from error
+    for key in ("model", "network_config", "params", "modules", "lora_config", "params"):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    params = node if isinstance(node, Mapping) else {}
+    if params.get("r", rank) != rank:
+        raise UserError(
+            f"{config_file} is of an adapter of rank {params['r']}, but {file} has rank {rank}: give --lora_alpha"
+        )
+    alpha = params.get("lora_alpha", DEFAULT_ALPHA)
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise UserError(f"{config_file}: lora_alpha is {alpha!r}; expected a positive number")
+    return float(alpha)
+
+
+# Either
+
+
+def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
+    """The adapter at `path`, of whichever kind; see `read_sat_adapter` and `read_diffusers_adapter`.
+
+    Raises:
+        UserError: there is none, or it does not fit together.
+    """
+    path = Path(path)
+    if path.is_dir():
+        is_diffusers = any((path / name).is_file() for name in LORA_FILES)
+    else:
+        is_diffusers = path.suffix == ".safetensors" and not any(map(is_adapter, read_state_dict(path)))
+    return read_diffusers_adapter(path, alpha) if is_diffusers else read_sat_adapter(path, alpha)
+
+
+# Diffusers' and peft's
+
+
+def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
+    """The adapter in a safetensors file, or in a folder that holds one, of diffusers or peft.
+
+    Its alpha is looked for in the header, in tensors named `….alpha` and in peft's adapter_config.json beside it.
+    Without any of these it equals the rank, as for diffusers. Projections that a layer lacks beside others get
+    matrices of zeros, which add nothing.
+
+    Args:
+        alpha: that of all projections, whatever the file says.
+
+    Raises:
+        UserError: it cannot be read, or adapts what SwissArmyTransformer's adapters do not.
+    """
+    file = diffusers_file(Path(path))
+    weights = read_state_dict(file)
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UserError(f"{file} is not a LoRA file: it holds more than tensors")
+    matrices: dict[Slot, Tensor] = {}
+    alphas: dict[Projection, float] = {}
+    foreign: list[str] = []
+    for name, tensor in weights.items():
+        if slot := parse_diffusers_name(name):
+            if slot in matrices:
+                raise UserError(f"{file} holds {slot.projection} twice, under {name} and another name")
+            matrices[slot] = tensor
+        elif (projection := parse_alpha_name(name)) and tensor.numel() == 1:
+            alphas[projection] = float(tensor)
+        else:
+            foreign.append(name)
+    if foreign:
+        raise UserError(f"{file}: {_why_foreign(foreign)}")
+    if not matrices:
+        raise UserError(f"{file} holds no LoRA matrices")
+    rank, width = check_matrices(file, matrices)
+    scales = _scales(file, {slot.projection for slot in matrices}, rank, alphas, alpha)
+    _fill_with_zeros(file, matrices, scales)
+    return Adapter(file, rank, width, matrices, scales)
+
+
+def diffusers_file(path: Path) -> Path:
+    """The file that `path` means: itself, or the one LoRA file in a folder.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"there is no LoRA file {path}")
+        return path
+    for name in LORA_FILES:
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{path} holds {len(files)} safetensors files, expected one LoRA file: name it instead")
+    return files[0]
+
+
+def adapter_metadata(file: Path) -> dict[str, Any] | None:
+    """What a file says of its adapter in peft's words (`r`, `lora_alpha`, ...), None if it says nothing.
+
+    Raises:
+        UserError: it cannot be understood.
+    """
+    where, text = file, None
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as content:  # read before, so that it is whole
+            text = (content.metadata() or {}).get(METADATA_KEY)
+    if text is None and (beside := file.with_name("adapter_config.json")).is_file():
+        where, text = beside, beside.read_text(encoding="utf-8", errors="replace")
+    if text is None:
+        return None
+    try:
+        metadata = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: what it says of its adapter is not valid JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{where}: what it says of its adapter is no JSON object")
+    return {key.removeprefix("transformer."): value for key, value in metadata.items()}
+
+
+def _scales(
+    file: Path, projections: Iterable[Projection], rank: int, alphas: Mapping[Projection, float], given: float | None
+) -> dict[Projection, float]:
+    """alpha/rank of each projection, or with rank-stabilised LoRA alpha/√rank."""
+    metadata = adapter_metadata(file) or {}
+    for key in ("use_dora", "lora_bias"):
+        if metadata.get(key):
+            raise UserError(f"{file}: {key} is on, and SwissArmyTransformer's adapters have no such thing")
+    divisor = math.sqrt(rank) if metadata.get("use_rslora") else rank
+    general = metadata.get("lora_alpha")
+    patterns = metadata.get("alpha_pattern") or {}
+    if given is None and (odd := [pattern for pattern in patterns if not _NAME_PATTERN.fullmatch(pattern)]):
+        raise UserError(f"{file}: alpha_pattern holds {odd[0]!r}, expected names of modules: give --file_alpha")
+    if given is None and general is None and not alphas:
+        logger.warning("%s does not say its alpha: taken to be its rank, %d, as diffusers does", file, rank)
+    scales = {}
+    for projection in projections:
+        if given is not None:
+            alpha = given
+        else:
+            alpha = alphas.get(projection, _matching(patterns, projection, rank if general is None else general))
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise UserError(f"{file}: the alpha of {projection} is {alpha!r}; expected a positive number")
+        scales[projection] = alpha / divisor
+    return scales
+
+
+def _matching(patterns: Mapping[str, Any], projection: Projection, otherwise: Any) -> Any:
+    """The value of the pattern that names a module or the end of its name. To peft these are regular expressions, but
+    what is written into files are names."""
+    name = diffusers_module(projection)
+    for pattern, value in patterns.items():
+        end = pattern.removeprefix("^").removeprefix("transformer.").removesuffix("$").replace("\\.", ".")
+        if name == end or name.endswith("." + end):
+            return value
+    return otherwise
+
+
+def _fill_with_zeros(file: Path, matrices: dict[Slot, Tensor], scales: dict[Projection, float]) -> None:
+    added = []
+    for layer in sorted({projection.layer for projection in scales}):
+        present = next(slot for slot in matrices if slot.projection.layer == layer and slot.matrix == "A")
+        a, b = matrices[present], matrices[Slot(present.projection, "B")]
+        for name in PROJECTIONS:
+            projection = Projection(layer, name)
+            if projection not in scales:
+                matrices[Slot(projection, "A")], matrices[Slot(projection, "B")] = (
+                    a.new_zeros(a.shape),
+                    b.new_zeros(b.shape),
+                )
+                scales[projection] = scales[present.projection]
+                added.append(str(projection))
+    if added:
+        logger.info("%s does not adapt %s: these get zeros, which add nothing", file, some(added, 4))
+
+
+def _why_foreign(names: list[str]) -> str:
+    """One line on tensors that no adapter here can hold."""
+    modules = {name.split(".lora")[0].removesuffix(".alpha") for name in names}
+    modules = sorted({re.sub(r".*transformer_blocks\.\d+\.", "", module) for module in modules})
+    if any("dora" in name or "magnitude" in name for name in names):
+        reason = "it is a DoRA"
+    elif all(name.endswith(".bias") for name in names):
+        reason = "it has biases"
+    else:
+        reason = f"it adapts {some(modules)}"
+    return f"{reason}; an adapter here holds plain LoRA on attn1.to_q, to_k, to_v and to_out alone"

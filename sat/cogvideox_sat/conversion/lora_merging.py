@@ -1,0 +1,71 @@
+"""Weights of a network with adapters added to them, so that it runs without LoRA."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from cogvideox_sat.conversion.lora_files import Adapter
+from cogvideox_sat.conversion.lora_names import PARTS, Projection, Slot, base_weight
+from sgm.errors import UserError
+
+
+class MergedWeights(Mapping[str, Tensor]):
+    """The weights of `base` with `strength` times each adapter added: summed in float32, in the base's dtype.
+
+    A merged tensor is computed each time it is asked for, and not kept.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], adapters: Sequence[tuple[Adapter, float]]):
+        self.base, self.adapters = base, adapters
+        self.adapted: dict[str, tuple[int, str]] = {}
+        for adapter, _ in adapters:
+            for layer in adapter.layers:
+                for module in PARTS:
+                    self.adapted[base_weight(layer, module)] = (layer, module)
+            check_fit(base, adapter)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.base[name]
+        if name not in self.adapted:
+            return weight
+        layer, module = self.adapted[name]
+        merged = weight.float() if weight.element_size() < 4 else weight.clone()
+        for adapter, strength in self.adapters:
+            if layer in adapter.layers:
+                for rows, part in zip(merged.chunk(len(PARTS[module])), PARTS[module], strict=True):
+                    projection = Projection(layer, part)
+                    a, b = (adapter.matrices[Slot(projection, matrix)].to(merged.dtype) for matrix in "AB")
+                    rows.addmm_(b, a, alpha=strength * adapter.scales[projection])
+        merged = merged.to(weight.dtype)
+        if not merged.isfinite().all():
+            raise UserError(
+                f"{name} is not finite after merging in {weight.dtype}: an adapter or its weight is too large"
+            )
+        return merged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+def check_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
+    """Raises UserError unless all that `adapter` adds to is in `base`, in the right shape."""
+    for layer in adapter.layers:
+        for module, parts in PARTS.items():
+            weight = base.get(base_weight(layer, module))
+            if weight is None:
+                raise UserError(
+                    f"{adapter.source} does not fit: it adapts layer {layer}, and the base has no "
+                    f"{base_weight(layer, module)}"
+                )
+            expected = (len(parts) * adapter.width, adapter.width)
+            if weight.shape != expected or not weight.is_floating_point():
+                raise UserError(
+                    f"{adapter.source} does not fit: {base_weight(layer, module)} is {weight.dtype} "
+                    f"{list(weight.shape)}, its adapter needs {list(expected)}"
+                )

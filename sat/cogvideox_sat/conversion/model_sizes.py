@@ -1,0 +1,195 @@
+"""Sizes of a model that its tensors do not say by their shapes: of the largest clip, of the text, of the latents.
+
+They are read off the tables of positions where a checkpoint holds some, and from a configuration otherwise.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.conversion.weight_family import CONFIGS, TITLES, UNUSED_POSITIONS, NetworkFamily
+from cogvideox_sat.network.position_tables import rotary_angles, sincos_3d
+from cogvideox_sat.weights.diffusers_names import FREQUENCIES, POSITION_TABLE, UNUSED_TABLE
+from sgm.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+TIME_FACTOR = 4
+TOLERANCE = 1e-2  # of sines and cosines that were rounded to bfloat16
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """
+    Args:
+        num_frames, latent_height, latent_width: of the largest clip, frames in pixel space.
+        text_length: tokens of the text.
+        interpolation: what coordinates are divided by in a sin-cos table.
+        scale_factor: of latents.
+        shift_scale: of the noise schedule.
+    """
+
+    num_frames: int
+    latent_height: int
+    latent_width: int
+    text_length: int
+    interpolation: float
+    scale_factor: float
+    shift_scale: float
+
+    def grid(self, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The largest clip in patches; 1.0 models do not patch time, of 1.5 models there is no table."""
+        return (self.num_frames - 1) // TIME_FACTOR + 1, self.latent_height // patch[1], self.latent_width // patch[2]
+
+
+def released_config(family: NetworkFamily) -> dict[str, Any]:
+    """The configuration of the released model."""
+    return load_configs([CONFIG_FOLDER / f"{CONFIGS[family.name]}.yaml"])
+
+
+def sizes_of_config(config: Mapping[str, Any], family: NetworkFamily, source: str) -> ModelSizes:
+    """
+    Raises:
+        UserError: the configuration is of another model, or does not say them.
+    """
+    try:
+        model = config["model"]
+        params = model["network_config"]["params"]
+        position = params["modules"]["pos_embed_config"]["params"]
+        ours = {name: params.get(name) for name in family.parameters()}
+        schedule = model["sampler_config"]["params"]["discretization_config"].get("params") or {}
+        interpolation = (position.get("height_interpolation"), params.get("height_interpolation"))
+        sizes = ModelSizes(
+            num_frames=int(params["num_frames"]),
+            latent_height=int(params["latent_height"]),
+            latent_width=int(params["latent_width"]),
+            text_length=int(position["text_length"]),
+            interpolation=float(next((value for value in interpolation if value), 1.0)),
+            scale_factor=float(model["scale_factor"]),
+            shift_scale=float(schedule.get("shift_scale", 1.0)),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source} does not describe a model: {type(error).__name__} {error}") from error
+    for name, value in family.parameters().items():
+        if ours[name] != value:
+            raise UserError(f"{source} is of another model: it has {name} {ours[name]}, the weights have {value}")
+    return sizes
+
+
+def sizes_of_tables(tables: Mapping[str, Tensor], family: NetworkFamily, source: str) -> dict[str, Any]:
+    """Those of `ModelSizes` that the tables of positions among a checkpoint's tensors determine.
+
+    Raises:
+        UserError: a table is not what the network would compute, so that diffusers could not either.
+    """
+    if family.stores_frequencies and all(name in tables for name in FREQUENCIES):
+        sin, cos = (tables[name].float() for name in FREQUENCIES)
+        axes = (family.head_dim // 4, family.head_dim // 4 + family.head_dim * 3 // 8)
+        grid = _grid_of(sin[:, axes[0]], sin[:, axes[1]])
+        angles = rotary_angles(family.head_dim, grid)
+        if angles.shape != sin.shape or not _close(angles.sin(), sin) or not _close(angles.cos(), cos):
+            raise UserError(f"{source}: the frequencies are not those of any grid of patches")
+        found = _clip(grid, family)
+        if POSITION_TABLE in tables:
+            found["text_length"] = tables[POSITION_TABLE].shape[1] - math.prod(grid)
+        return found
+    if not family.rotary and POSITION_TABLE in tables:
+        return _sizes_of_sincos(tables[POSITION_TABLE][0].float(), family, source)
+    return {}
+
+
+def _sizes_of_sincos(table: Tensor, family: NetworkFamily, source: str) -> dict[str, Any]:
+    """`table` is (text + patches, hidden_size): zeros on text; of time, width and height first sines, then cosines."""
+    used = table.abs().amax(1) > 0
+    text_length = int(used.int().argmax()) if used.any() else len(table)
+    video = table[text_length:]
+    if not len(video):
+        raise UserError(f"{source}: its table of positions is empty")
+    time, axis = family.hidden_size // 4, family.hidden_size * 3 // 8
+    grid = _grid_of(video[:, time + axis], video[:, time])
+    _, height, width = grid
+    along, count = (video[:width, time : time + axis], width) if width > 1 else (video[::width], height)
+    interpolation = _interpolation(along[:count], axis) if count > 1 else 1.0
+    expected = sincos_3d(family.hidden_size, grid, 1.0, interpolation, interpolation)
+    if expected.shape != video.shape or not _close(expected, video):
+        raise UserError(
+            f"{source}: its table of positions is not the sin-cos one of {grid} patches, and diffusers has no other"
+        )
+    return {**_clip(grid, family), "text_length": text_length, "interpolation": interpolation}
+
+
+def _interpolation(rows: Tensor, dim: int) -> float:
+    """The factor that coordinates 0, 1, 2, ... were divided by in (n, dim) sines and cosines of them.
+
+    The first step gives an estimate, the whole way, whose turns it counts, a better one.
+    """
+    angles = torch.atan2(rows[:, 0], rows[:, dim // 2]).double()
+    last = len(rows) - 1
+    turns = torch.round((angles[1] * last - angles[last]) / (2 * math.pi))
+    return round(float(last / (angles[last] + 2 * math.pi * turns)), 4)
+
+
+def _grid_of(rows: Tensor, columns: Tensor) -> tuple[int, int, int]:
+    """The grid whose patches have these sines of their row and of their column: zero where a new one begins."""
+    width = _next_zero(columns)
+    height = _next_zero(rows[::width])
+    return len(rows) // (width * height), height, width
+
+
+def _next_zero(values: Tensor) -> int:
+    zeros = torch.nonzero(values[1:] == 0)
+    return int(zeros[0]) + 1 if len(zeros) else len(values)
+
+
+def _clip(grid: tuple[int, int, int], family: NetworkFamily) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "num_frames": (frames - 1) * TIME_FACTOR + 1,
+        "latent_height": height * family.patch[1],
+        "latent_width": width * family.patch[2],
+    }
+
+
+def _close(expected: Tensor, table: Tensor) -> bool:
+    return bool((expected - table).abs().max() <= TOLERANCE)
+
+
+def combined(config: ModelSizes, found: Mapping[str, Any], source: str | None) -> ModelSizes:
+    """The sizes of a configuration, with those `found` in tables in their place.
+
+    Args:
+        source: names a configuration that must agree; None: it is that of the released model, which need not.
+
+    Raises:
+        UserError: they differ, but must agree.
+    """
+    for name, value in found.items():
+        stated = getattr(config, name)
+        if source and not math.isclose(stated, value, rel_tol=1e-3):
+            raise UserError(f"{source} is of another model: it has {name} {stated:g}, the weights have {value:g}")
+    return ModelSizes(**{**asdict(config), **found})
+
+
+def computed_tables(
+    family: NetworkFamily, sizes: ModelSizes, dtype: torch.dtype, unused_rows: int = UNUSED_POSITIONS
+) -> dict[str, Tensor]:
+    """The tables that a checkpoint holds and that follow from the sizes; zeros for the one that is not used."""
+    grid, tables = sizes.grid(family.patch), {}
+    if family.rotary:
+        tables[UNUSED_TABLE] = torch.zeros(unused_rows, family.hidden_size, dtype=dtype)
+    else:
+        video = sincos_3d(family.hidden_size, grid, 1.0, sizes.interpolation, sizes.interpolation).to(dtype)
+        tables[POSITION_TABLE] = torch.nn.functional.pad(video, (0, 0, sizes.text_length, 0))[None]
+    if family.stores_frequencies:
+        angles = rotary_angles(family.head_dim, grid)
+        tables |= {FREQUENCIES[0]: angles.sin().to(dtype), FREQUENCIES[1]: angles.cos().to(dtype)}
+    return tables
+
+
+def title(family: NetworkFamily) -> str:
+    return f"{TITLES[family.name]} ({family.num_layers} layers of width {family.hidden_size})"

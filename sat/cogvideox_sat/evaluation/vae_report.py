@@ -1,0 +1,202 @@
+"""Reconstructing clips and measuring how well: what `tools/evaluate_vae.py` does once PyTorch is needed."""
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cogvideox_sat.clips.batch_order import SampleKey
+from cogvideox_sat.configuration.memory_advice import one_of
+from cogvideox_sat.configuration.model_checks import check_autoencoder_sizes
+from cogvideox_sat.evaluation.inception3d import load_inception3d
+from cogvideox_sat.evaluation.video_metrics import FrechetVideoDistance, as_shown, perceptual_distance, psnr, ssim
+from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.media.video_output import VideoWriter
+from cogvideox_sat.parallel.devices import choose_device, fast_dtype
+from data_video import make_dataset
+from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
+from sgm.models.video_coder import VideoCoder
+from sgm.modules.autoencoding.losses.lpips import LPIPS
+from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
+from sgm.util import instantiate_from_config
+
+logger = logging.getLogger("evaluate_vae")
+
+UNITS = {"PSNR": " dB"}
+BOOST = 4  # of the differences in videos
+
+
+def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
+    """Evaluate as the command's options say, write videos and numbers, and return the report for the terminal.
+
+    Raises:
+        UserError: the data, the weights or the device are not such as can be used, memory is full, or a file cannot be
+            written.
+    """
+    advice = ["--dtype bfloat16"] if options.dtype == "float32" else []
+    advice += ["leave out --whole"] if options.whole else []
+    advice += ["tile_size: 256 in the VAE's params", "fewer frames or a smaller size (data.params)"]
+    with torch.no_grad(), memory_guard("evaluation", one_of(advice)):
+        return evaluate(options, vae_config, data_config)
+
+
+def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
+    """Do what `run` describes."""
+    device = choose_device(options.device)
+    dataset = make_dataset(options.data, data_config, SimpleNamespace(missing_label="ignore"), random_start=False)
+    dtype = fast_dtype(getattr(torch, options.dtype), device)
+    options.dtype = str(dtype).removeprefix("torch.")
+    vae = build_vae(vae_config, device, dtype)
+    notes = []
+    lpips = build_lpips(options, device, notes)
+    frechet = None
+    if options.i3d_weights is None:
+        notes.append("rFVD: not computed: give the weights of I3D as --i3d_weights")
+    else:
+        frechet = FrechetVideoDistance(load_inception3d(options.i3d_weights).to(device))
+
+    clips, videos = [], []
+    for index, sample in readable_samples(dataset, options.num_clips):
+        clip = sample["mp4"].to(device)
+        video = reconstruct(vae, clip, options.whole)
+        original, shown = clip.float() / 255, as_shown(video)
+        values = {"PSNR": psnr(shown, original), "SSIM": ssim(shown, original)}
+        if lpips:
+            values["LPIPS"] = perceptual_distance(lpips, shown, original)
+        if frechet:
+            frechet.add(shown, original)
+        values = {name: value.item() for name, value in values.items()}
+        if math.isnan(values["PSNR"]):
+            raise UserError(f"clip {index}: the reconstruction is not finite in {options.dtype}: try another --dtype")
+        clips.append({"index": index, "name": name_of(dataset, index), "shape": list(clip.shape), **values})
+        if len(videos) < options.num_videos:
+            videos.append(options.output / f"{index:05d}.mp4")
+            write_side_by_side(videos[-1], original, shown, float(sample["fps"]))
+
+    names = [name for name in ("PSNR", "SSIM", "LPIPS") if name in clips[0]]
+    means = {name: fmean(clip[name] for clip in clips) for name in names}
+    if frechet:
+        means["rFVD"] = frechet.compute().item()
+    if options.json:
+        write_numbers(options.json, means, clips, options, vae_config["params"]["ckpt_path"])
+    return report(means, clips, notes, videos)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def build_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> VideoCoder:
+    """The VAE with its weights, whose Gaussian latents are means: nothing is random."""
+    check_autoencoder_sizes(config["params"])
+    vae = instantiate_from_config(config).to(device, dtype).eval()
+    if isinstance(vae.regularization, DiagonalGaussianRegularizer):
+        vae.regularization.sample = False
+    return vae
+
+
+def build_lpips(options: argparse.Namespace, device: torch.device, notes: list[str]) -> LPIPS | None:
+    """The network that --lpips_net names; None, and a note, if its weights are not at hand and not asked for by name.
+
+    Raises:
+        UserError: the weights that are asked for do not fit.
+    """
+    if options.lpips_net == "none":
+        return None
+    try:
+        return LPIPS(options.lpips_net, options.lpips_weights).to(device)
+    except UserError as error:
+        if options.lpips_weights is not None:
+            raise
+        notes.append(f"LPIPS: not computed: {error}".replace("as lpips_weights", "as --lpips_weights"))
+        return None
+
+
+def readable_samples(dataset: Any, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`count` samples, spread evenly over the data, without those that cannot be read; the index of each with it.
+
+    Raises:
+        UserError: none can be read.
+    """
+    count, found = min(count, len(dataset)), 0
+    bar = tqdm(range(count), desc="reading", unit="clip", leave=False)
+    with bar, logging_redirect_tqdm():
+        for number in bar:
+            index = number * len(dataset) // count
+            sample = dataset[SampleKey(index, seed=index)]
+            if sample.get("unreadable"):  # another clip stands in for it
+                logger.warning("left out, unreadable: %s", "; ".join(sample["unreadable"]))
+                continue
+            found += 1
+            yield index, sample
+    if not found:
+        raise UserError(f"--data: none of {count} clips can be read")
+
+
+def name_of(dataset: Any, index: int) -> str | None:
+    sources = getattr(dataset, "sources", None)
+    return sources[index].name if sources else None
+
+
+def encode(vae: VideoCoder, clip: Tensor) -> Tensor:
+    """The latent (1, c, t, h, w) of a clip (frames, 3, height, width), uint8."""
+    return vae.encode((clip.float() / 127.5 - 1).to(vae.get_last_layer().dtype).transpose(0, 1)[None])
+
+
+def reconstruct(vae: VideoCoder, clip: Tensor, whole: bool) -> Tensor:
+    """The clip (frames, 3, height, width), uint8, through the VAE: the same shape, in [-1, 1].
+
+    Chunks, as sampling has them, are for an odd number of latent frames.
+    """
+    latent = encode(vae, clip)
+    whole = whole or latent.shape[2] % 2 == 0
+    decoded = vae.decode_at_once(latent) if whole else torch.cat(list(vae.decode_chunks(latent)), dim=2)
+    return decoded[0].transpose(0, 1)
+
+
+# ---------------------------------------------------------------- output
+
+
+def write_side_by_side(path: Path, clip: Tensor, reconstruction: Tensor, fps: float) -> None:
+    """A video of the clip, its reconstruction and their boosted difference; (frames, 3, height, width) in [0, 1]."""
+    difference = (BOOST * (reconstruction - clip).abs()).clamp(max=1)
+    frames = torch.cat([clip, reconstruction, difference], dim=3)
+    with VideoWriter(path, fps, *frames.shape[2:]) as video:
+        video.write(2 * frames - 1)
+
+
+def write_numbers(
+    path: Path, means: Mapping[str, float], clips: Sequence[dict], options: argparse.Namespace, weights: str
+) -> None:
+    settings = {"weights": weights, "data": options.data, "dtype": options.dtype, "whole": options.whole}
+    content = {"settings": settings, "lpips_net": options.lpips_net, "means": means, "clips": clips}
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        part.write_text(json.dumps(_without_infinity(content), indent=2) + "\n", encoding="utf-8")
+
+
+def _without_infinity(node: Any) -> Any:
+    """JSON has no number for it."""
+    if isinstance(node, dict):
+        return {key: _without_infinity(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_infinity(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def report(means: Mapping[str, float], clips: Sequence[dict], notes: Sequence[str], videos: Sequence[Path]) -> str:
+    shapes = sorted({"{0} frames of {2}x{3}".format(*clip["shape"]) for clip in clips})
+    lines = [f"{len(clips)} clip{'s' * (len(clips) > 1)} of {', '.join(shapes)}"]
+    lines += [f"{name:6}{value:9.4f}{UNITS.get(name, '')}" for name, value in means.items()]
+    lines += [note.strip() for note in notes]
+    lines += [f"input | reconstruction | difference x{BOOST}: {path}" for path in videos]
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""Animated GIF, WebP and PNG files as videos, with Pillow."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cogvideox_sat.media.frame_times import nearest_in_order
+from cogvideox_sat.media.image_inputs import to_rgb
+from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
+
+SHORTEST = 10  # milliseconds: browsers show frames of this duration, or a shorter one, for `USUAL`
+USUAL = 100  # milliseconds
+
+
+class Animation:
+    """See `media.video_reading.Video`. A picture that is not animated is a video of one frame."""
+
+    def __init__(self, file: str | os.PathLike | BinaryIO):
+        self._owns_file = isinstance(file, str | os.PathLike)
+        try:
+            self._image = Image.open(file)
+        except OSError as error:
+            raise UnreadableClip(_missing(error) or NOT_A_VIDEO) from error
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise UnreadableClip(NOT_A_VIDEO) from error
+
+    @cached_property
+    def facts(self) -> VideoFacts:
+        for count, (time, frame) in enumerate(self._frames(), start=1):  # noqa: B007, the last ones are used
+            width, height = frame.size
+        return VideoFacts(width, height, count, time)
+
+    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
+        if beyond is not None and len(times) and times[-1] > self.facts.seconds + beyond:
+            raise UnreadableClip(f"it ends after {self.facts.seconds:.2f} s, before {times[-1]:.2f} s")
+        yield from nearest_in_order(self._frames(), times, np.array)
+
+    def all_frames(self) -> Iterator[np.ndarray]:
+        for _, frame in self._frames():
+            yield np.array(frame)  # a copy, since PyTorch warns of arrays that cannot be written
+
+    def close(self) -> None:
+        if self._owns_file:
+            self._image.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def _frames(self) -> Iterator[tuple[float, Image.Image]]:
+        """Yield the time and the picture of every frame, laid on white where it is transparent."""
+        milliseconds = 0
+        try:
+            for number in range(getattr(self._image, "n_frames", 1)):
+                self._image.seek(number)
+                self._image.load()
+                yield milliseconds / 1000, to_rgb(ImageOps.exif_transpose(self._image))
+                duration = self._image.info.get("duration") or 0
+                milliseconds += duration if duration > SHORTEST else USUAL
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise UnreadableClip(DAMAGED) from error
+
+
+def _missing(error: OSError) -> str | None:
+    return error.strerror if error.errno else None

@@ -1,0 +1,87 @@
+"""One picture of many videos: for each a line of text and a row of frames."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.media.video_reading import open_video
+from sgm.errors import UserError
+
+FRAMES = 9  # of a video at most, evenly spread over it, the first and the last among them
+FRAME_HEIGHT = 128  # pixels
+GAP = 6
+FONT_SIZE = 16
+
+
+def write_contact_sheet(path: Path, videos: Sequence[tuple[str, Path]]) -> None:
+    """Write a PNG that shows videos, each with its text, one below the other.
+
+    Args:
+        videos: texts and video files; all of these must exist.
+
+    Raises:
+        UserError: there is none, one cannot be read, or the picture cannot be written.
+    """
+    if not videos:
+        raise UserError(f"{path}: there is no video to show")
+    write_frames(path, [(text, _frames(file)) for text, file in videos])
+
+
+def write_frames(path: Path, videos: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
+    """Write a PNG that shows frames of videos, each row with its text.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    rows = [(text, [_as_high_as_a_row(frame) for frame in frames]) for text, frames in videos]
+    line_height = FONT_SIZE + GAP
+    width = max(sum(frame.width + GAP for frame in frames) for _, frames in rows) + GAP
+    sheet = Image.new("RGB", (width, GAP + len(rows) * (line_height + FRAME_HEIGHT + GAP)), "white")
+    drawing = ImageDraw.Draw(sheet)
+    top = GAP
+    for text, frames in rows:
+        drawing.text((GAP, top), _fitted(text, font, width - 2 * GAP), "black", font)
+        left, top = GAP, top + line_height
+        for frame in frames:
+            sheet.paste(frame, (left, top))
+            left += frame.width + GAP
+        top += FRAME_HEIGHT + GAP
+    content = io.BytesIO()
+    sheet.save(content, "PNG", optimize=True)
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        part.write_bytes(content.getvalue())
+
+
+def spread(total: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `total`, evenly, the first and the last among them."""
+    count = min(total, most)
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def _frames(file: Path) -> list[Image.Image]:
+    try:
+        with open_video(file) as video:
+            frames, seconds = video.facts[2:]
+            times = [seconds * index / max(frames - 1, 1) for index in spread(frames, FRAMES)]
+            return [Image.fromarray(frame) for frame in video.frames_at(times)]
+    except UnreadableClip as error:
+        raise UserError(f"contact_sheet: {file} cannot be read: {error}") from error
+
+
+def _as_high_as_a_row(frame: Image.Image) -> Image.Image:
+    size = (max(round(frame.width * FRAME_HEIGHT / frame.height), 1), FRAME_HEIGHT)
+    return frame.resize(size, Image.Resampling.LANCZOS)
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, or as much of it as fits into so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

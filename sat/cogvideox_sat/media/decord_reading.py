@@ -1,0 +1,69 @@
+"""Videos read with decord, for comparisons with runs that did so; see `video_reading.open_video` for its limits."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import torch
+
+from cogvideox_sat.media.frame_times import nearest_frames
+from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
+
+
+class DecordVideo:
+    """See `media.video_reading.Video`."""
+
+    def __init__(self, file: str | os.PathLike | BinaryIO, threads: int = 1):
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's remarks on damaged files, reported otherwise
+        try:
+            # fault_tol: do not fill in damaged frames with copies of others without a word.
+            path_or_file = os.fspath(file) if isinstance(file, str | os.PathLike) else file
+            self._reader = decord.VideoReader(path_or_file, num_threads=threads, fault_tol=1)
+        except Exception as error:  # decord's own, and what its binding raises
+            raise UnreadableClip(NOT_A_VIDEO) from error
+
+    @cached_property
+    def facts(self) -> VideoFacts:
+        height, width = self._decode([0])[0].shape[:2]
+        return VideoFacts(width, height, len(self._times), float(self._times[-1]))
+
+    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
+        times = np.asarray(times, np.float64)
+        if beyond is not None and len(times) and times[-1] > self._times[-1] + beyond:
+            raise UnreadableClip(f"it ends after {self._times[-1]:.2f} s, before {times[-1]:.2f} s")
+        yield from self._decode(nearest_frames(self._times, times).tolist())
+
+    def all_frames(self) -> Iterator[np.ndarray]:
+        yield from self._decode(range(len(self._reader)))
+
+    def close(self) -> None:
+        self._reader = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    @cached_property
+    def _times(self) -> np.ndarray:
+        """Return the time of each frame, in seconds from the first: real time stamps, for videos of a variable rate."""
+        frames = len(self._reader)
+        times = self._reader.get_frame_timestamp(range(frames))[:, 0].astype(np.float64)
+        if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):  # a container without them
+            rate = self._reader.get_avg_fps()
+            if not rate > 0:
+                raise UnreadableClip("it has neither time stamps nor a frame rate")
+            times = np.arange(frames) / rate
+        return times - times[0]
+
+    def _decode(self, indices: Sequence[int]) -> np.ndarray:
+        try:
+            batch = self._reader.get_batch(indices)
+            return torch.utils.dlpack.from_dlpack(batch.to_dlpack()).numpy()  # asnumpy would copy
+        except Exception as error:
+            raise UnreadableClip(DAMAGED) from error

@@ -1,0 +1,44 @@
+"""A video as a picture that plays in a loop, for pages that show pictures only."""
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.media.video_reading import open_video
+from sgm.errors import UserError
+
+LARGEST_HEIGHT = 256  # pixels; a video that is higher is reduced
+QUALITY = 80
+SINGLE = 1000  # milliseconds that the only frame of a video is shown
+
+
+def write_looping_preview(video: Path) -> Path:
+    """Write an animated WebP beside `video`, of its name; the path.
+
+    Raises:
+        UserError: the video cannot be read, or the picture not written.
+    """
+    path = video.with_suffix(".webp")
+    try:
+        with open_video(video) as opened:
+            frames, seconds = opened.facts[2:]
+            first, *others = (_reduced(Image.fromarray(frame)) for frame in opened.all_frames())
+    except UnreadableClip as error:
+        raise UserError(f"looping_previews: {video} cannot be read: {error}") from error
+    milliseconds = round(1000 * seconds / (frames - 1)) if frames > 1 else SINGLE
+    content = io.BytesIO()
+    first.save(
+        content, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=QUALITY, method=6
+    )
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        part.write_bytes(content.getvalue())
+    return path
+
+
+def _reduced(frame: Image.Image) -> Image.Image:
+    if frame.height <= LARGEST_HEIGHT:
+        return frame
+    return frame.resize((round(frame.width * LARGEST_HEIGHT / frame.height), LARGEST_HEIGHT), Image.Resampling.LANCZOS)

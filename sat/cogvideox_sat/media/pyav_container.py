@@ -1,0 +1,299 @@
+"""A video's container, opened with PyAV: its packets, and what they say of the times of frames, without decoding.
+
+What a container says of its number of frames is not trusted: it counts frames that an edit list hides.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
+from typing import BinaryIO, NamedTuple
+
+import av
+import numpy as np
+from av import Packet
+from av.container import Flags, InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip
+
+FFMPEG_ERRORS = (FFmpegError, MemoryError)  # the second if a damaged header asks for any amount
+# Containers of video. Not among them are playlists and the like, which would open other files and addresses.
+FORMATS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,obu,ivf,av1,vc1,h263,flv,live_flv,kux,asf,asf_o,"
+    "ogg,mxf,nut,dv,rm,wtv,yuv4mpegpipe,mjpeg,mjpeg_2000,swf,dnxhd,dirac,cavsvideo,nsv,nuv,amv,bink,smk,roq,flic,gxf"
+)
+MOST_PIXELS = 2**27  # of a frame; a damaged header may ask for any number
+REORDERED = 33  # packets: more than any codec decodes between a frame and one that is shown before it
+BEFORE_JOINT = 2  # packets
+MOST_SKIPPED = 1000  # packets before the first key frame
+# Seconds from one packet of a transport stream to the next, beyond which FFmpeg takes the step for a jump.
+LONGEST_STEP, LONGEST_STEP_BACK = 10.0, -0.2
+FAR_BACK = -(2**60)  # a time before the beginning of every file
+
+
+class Beginning(NamedTuple):
+    """The beginning of a stream.
+
+    Args:
+        timed: packets say when their frames are shown. In AVI they may say only when they are decoded.
+        key: time of the first key frame.
+        first: time of the first frame that is shown; if before `key`, the frame may depend on what is not in the file.
+    """
+
+    timed: bool
+    key: int
+    first: int
+
+
+class VideoContainer:
+    """The video stream of a file. Times are in ticks of `tick` seconds.
+
+    Args:
+        threads: that decode, 0: as many as there are cores.
+
+    Raises:
+        UnreadableClip: the file is missing, or has no video that can be decoded.
+    """
+
+    def __init__(self, file: str | os.PathLike | BinaryIO, threads: int):
+        self._file, self._threads = file, threads
+        self.at_joints: set[int] = set()  # places of packets
+        self._open()
+
+    def _open(self) -> None:
+        # With the protocol in front, a colon in the name of a file is only a colon.
+        is_path = isinstance(self._file, str | os.PathLike)
+        file = f"file:{os.fspath(self._file)}" if is_path else self._file
+        if not is_path:
+            file.seek(0)
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        with unreadable(NOT_A_VIDEO):
+            self.container: InputContainer = av.open(file, container_options=options, metadata_errors="ignore")
+        # Times that FFmpeg makes up for packets that have none would be wrong for frames that are shown out of order.
+        self.container.flags &= ~Flags.gen_pts.value
+        self.stream = self._video_stream()
+        self.codec = self.stream.codec_context
+        self.codec.thread_count = self._threads
+        self.codec.options = {"max_pixels": str(MOST_PIXELS)}
+        self.tick = float(self.stream.time_base)
+        self._in_avi_index = len(self.stream.index_entries) if self.container.format.name == "avi" else 0
+
+    def _video_stream(self) -> VideoStream:
+        best = self.container.streams.best("video")
+        candidates = [
+            stream
+            for stream in ([best, *self.container.streams.video] if best else [])
+            if not stream.disposition & Disposition.attached_pic
+        ]
+        for stream in candidates:
+            if stream.codec_context and stream.time_base:
+                return stream
+        raise UnreadableClip("its video has a format that is not known" if candidates else NOT_A_VIDEO)
+
+    def close(self) -> None:
+        self.container.close()
+
+    # Packets
+
+    def packets(self) -> Iterator[Packet]:
+        """Yield the packets from where the file is read, those of no content left out."""
+        packets = (packet for packet in self.container.demux(self.stream) if packet.size)
+        return self._noting_joints(packets) if self.container.format.name == "mpegts" else packets
+
+    def _noting_joints(self, packets: Iterable[Packet]) -> Iterator[Packet]:
+        """Where transport streams were put one behind the other, their counters break, and FFmpeg takes a packet before
+        the next key frame for corrupt, though nothing is missing. If something is, the decoder tells."""
+        waiting: deque[Packet] = deque()
+        for packet in packets:
+            if packet.is_keyframe:
+                self.at_joints.update(before.pos for before in waiting if before.is_corrupt)
+            waiting.append(packet)
+            if len(waiting) > BEFORE_JOINT:
+                yield waiting.popleft()
+        yield from waiting
+
+    def is_damaged(self, packet: Packet) -> bool:
+        """Return whether a packet is known to be damaged."""
+        return packet.is_corrupt and packet.pos not in self.at_joints
+
+    def from_key_frame(self) -> Iterator[Packet]:
+        """Yield the packets from the next key frame on; from here on, if none is marked as one for long."""
+        before = []
+        packets = self.packets()
+        for packet in packets:
+            if packet.is_keyframe:
+                yield packet
+                yield from packets
+                return
+            before.append(packet)
+            if len(before) == MOST_SKIPPED:
+                break
+        yield from before
+        yield from packets
+
+    def from_beginning(self) -> Iterator[Packet]:
+        """Yield all packets from the first key frame on."""
+        try:
+            self.seek(FAR_BACK)
+        except FFmpegError:  # a container that cannot be sought in
+            self.close()
+            self._open()
+        return self.from_key_frame()
+
+    def seek(self, ticks: int, any_frame: bool = False) -> None:
+        """Read on from the last key frame, or frame of any kind, before a time. Raises FFmpegError if it cannot."""
+        self.container.seek(max(ticks, FAR_BACK), stream=self.stream, any_frame=any_frame)
+
+    def window(self, first: float, last: float) -> tuple[list[Packet], bool] | None:
+        """Return the packets from the last key frame before the time `first` to behind the time `last`, and whether
+        the stream ends there; None if there are no such packets.
+
+        Seeking takes some containers to a later key frame than was asked for; then it is tried further back.
+        """
+        back, ticks, beginning = 1.0, math.floor(first), self.beginning.first - 1 / self.tick
+        while True:
+            try:
+                self.seek(ticks)
+                packets = self.from_key_frame()
+            except FFmpegError:
+                packets, ticks = self.from_beginning(), FAR_BACK
+            found, behind, soonest, ended = [], 0, math.inf, True
+            for packet in packets:
+                if not found and (packet.pts is None or packet.pts > first) and ticks >= beginning:
+                    break
+                found.append(packet)
+                if packet.pts is not None and packet.pts > last and is_shown(packet):
+                    behind, soonest = behind + 1, min(soonest, packet.pts)
+                if behind == REORDERED or (packet.dts is not None and packet.dts > soonest):
+                    ended = False
+                    break
+            if found or ticks < beginning:
+                return (found, ended) if found else None
+            ticks -= math.ceil(back / self.tick)
+            back *= 4
+
+    # Times
+
+    @cached_property
+    def beginning(self) -> Beginning:
+        """Return how the stream begins. Raises UnreadableClip if it has no frames."""
+        key, shown = None, []
+        for packet in self.from_beginning():
+            key = key or packet
+            # Right behind the first packet, those without a time are of frames from before a cut.
+            if is_shown(packet) and (packet.pts is not None or len(shown) != 1):
+                shown.append(packet.pts)
+            if len(shown) == REORDERED:
+                break
+        if key is None or not shown:
+            raise UnreadableClip(NOT_A_VIDEO)
+        if None in shown or key.pts is None:
+            return Beginning(False, 0, 0)
+        first = min(shown)
+        # Hidden frames are there for others to depend on.
+        return Beginning(True, first if key.is_discard else key.pts, first)
+
+    def length(self, start: int) -> tuple[int, float]:
+        """Return the number of frames, and the seconds from the first, which is shown at `start`, to the last.
+
+        Raises:
+            UnreadableClip: the file is shorter than it says.
+        """
+        if not self.beginning.timed:
+            return len(self.times_by_rank), float(self.times_by_rank[-1])
+        frames, last = self._length_by_index() or self._length_by_packets(start)
+        return frames, (last - start) * self.tick
+
+    def _length_by_index(self) -> tuple[int, int] | None:
+        """Return the number of frames and the time of the last; None if the container keeps no index of all packets."""
+        index = self.stream.index_entries
+        if "mp4" not in self.container.format.name or not self.stream.frames or not len(index):  # else: fragments
+            return None
+        size = self.container.size
+        shown, frames, end = 0, 0, 0
+        for number, entry in enumerate(index):
+            if not entry.is_discard:
+                shown, frames = number, frames + 1
+            end = max(end, entry.pos + entry.size)
+        if end > size:
+            raise UnreadableClip(f"cut off: it should have at least {end} bytes and has {size}")
+        try:
+            self.seek(index[max(shown - 2 * REORDERED, 0)].timestamp, any_frame=True)
+            times = [packet.pts for packet in self.packets() if packet.pts is not None and is_shown(packet)]
+        except FFmpegError:
+            return None
+        return (frames, max(times)) if times else None
+
+    def _length_by_packets(self, start: int) -> tuple[int, int]:
+        packets = list(self._shown_packets())
+        if self.container.format.name == "mpegts":
+            self._check_steps([decoded for _, decoded in packets if decoded is not None])
+        times = {time for time, _ in packets if time is not None and time >= start}
+        return len(times), max(times, default=start)
+
+    def _check_steps(self, times: Sequence[int]) -> None:
+        """Check that times, in the order of the file, go on steadily: players mend jumps, each in a way of its own."""
+        for earlier, later in pairwise(times):
+            if not LONGEST_STEP_BACK <= (later - earlier) * self.tick <= LONGEST_STEP:
+                raise UnreadableClip(
+                    f"its time stamps jump by {(later - earlier) * self.tick:.2f} s, as where streams were put one "
+                    "behind the other; ffmpeg -i OLD -c copy NEW.mp4 mends that"
+                )
+
+    def _shown_packets(self) -> Iterator[tuple[int | None, int | None]]:
+        """Yield for each packet with a frame the times at which it is shown and decoded."""
+        count = 0
+        for packet in self.from_beginning():
+            count += 1
+            if is_shown(packet):
+                yield packet.pts, packet.dts
+        if count < self._in_avi_index:
+            raise UnreadableClip(f"damaged: {self._in_avi_index - count} of {self._in_avi_index} frames are missing")
+
+    @cached_property
+    def times_by_rank(self) -> np.ndarray:
+        """Return when frames are shown, in seconds from the first, where packets say only when they are decoded.
+
+        The n-th frame is shown when the decoder, which holds back a few frames, gives it out.
+        """
+        times = [decoded for _, decoded in self._shown_packets()]
+        if None in times or len(set(times)) < len(times):
+            rate = self.stream.average_rate or self.stream.guessed_rate
+            if not rate:
+                raise UnreadableClip("it has neither time stamps nor a frame rate")
+            return np.arange(len(times)) / float(rate)
+        times = np.sort(times) * self.tick
+        held = min(self.codec.reorder_depth, len(times) - 1)
+        regular = held if held < len(times) - 1 else 0
+        interval = (times[-1] - times[regular]) / max(len(times) - 1 - regular, 1)
+        return np.append(times[held:], times[-1] + interval * np.arange(1, held + 1)) - times[held]
+
+    @cached_property
+    def sizes_by_decoding(self) -> dict[int, int]:
+        """Return the bytes of packets by the times at which they are decoded, ascending; empty if these are unknown."""
+        packets = [(packet.dts, packet.size) for packet in self.from_beginning() if is_shown(packet)]
+        sizes = dict(packets)
+        return {} if None in sizes or len(sizes) < len(packets) else dict(sorted(sizes.items()))
+
+
+@contextmanager
+def unreadable(reason: str = DAMAGED) -> Iterator[None]:
+    """Report what FFmpeg raises as an `UnreadableClip` with this reason, or with the operating system's."""
+    try:
+        yield
+    except FFMPEG_ERRORS as error:
+        of_system = isinstance(error, OSError) and not isinstance(error, av.error.EOFError)
+        raise UnreadableClip((of_system and error.strerror) or reason) from error
+
+
+def is_shown(packet: Packet) -> bool:
+    """Return whether a packet has a frame that is shown: not one that an edit list hides, or VP8 only refers to."""
+    if packet.is_discard:
+        return False
+    return packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 16)

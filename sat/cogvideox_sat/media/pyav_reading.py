@@ -1,0 +1,283 @@
+"""Videos read with PyAV, whose wheels bring FFmpeg.
+
+The frames of a clip are found by their times. The reader seeks to the last key frame before the first of them, looks at
+the times of the packets from there, and decodes only those that the wanted frames depend on.
+
+Three ways lead to a frame, each slower and surer than the one before: without the packets that nothing depends on;
+with all packets from the key frame on; with all from the beginning of the file, for those that mark key frames wrongly.
+A file is damaged if the last one fails.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import chain
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
+from av import Packet, VideoFrame
+
+from cogvideox_sat.media.frame_pixels import FramePixels
+from cogvideox_sat.media.frame_times import COARSEST_ROUNDING, ROUNDING, nearest_frames, nearest_in_order
+from cogvideox_sat.media.packet_window import decoding_runs
+from cogvideox_sat.media.pyav_container import FFMPEG_ERRORS, REORDERED, VideoContainer, is_shown, unreadable
+from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
+
+# Codecs whose decoders may leave out single frames that no other depends on.
+SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9"})
+TINY = 16  # bytes
+LONGEST_WINDOW = 10.0  # seconds between wanted frames, beyond which the reader seeks rather than reads on
+
+
+class Undecodable(Exception):
+    """Raised when the packets at hand do not give the frames that are wanted."""
+
+
+class Wanted(NamedTuple):
+    """Frames that are wanted.
+
+    Args:
+        times: in seconds from the first frame, ascending.
+        ticks: the times that packets give for the frames nearest to these.
+        tolerance: how many seconds a frame may be from that, where some packets have no frame of their own.
+    """
+
+    times: np.ndarray
+    ticks: list[int]
+    tolerance: float
+
+
+class PyavVideo:
+    """See `media.video_reading.Video`.
+
+    Args:
+        threads: that decode, 0: as many as there are cores.
+    """
+
+    def __init__(self, file: str | os.PathLike | BinaryIO, threads: int = 1):
+        self._container = VideoContainer(file, threads)
+        self._pixels = FramePixels(self._container.stream.sample_aspect_ratio, threads)
+        self._tick = self._container.tick
+        self._rounding = min(max(ROUNDING, 0.6 * self._tick), COARSEST_ROUNDING)
+
+    def close(self) -> None:
+        self._container.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    @cached_property
+    def facts(self) -> VideoFacts:
+        with unreadable():
+            frames, seconds = self._container.length(self._start)
+            return VideoFacts(*self._size(), frames, seconds)
+
+    def _size(self) -> tuple[int, int]:
+        """Return width and height of the first frame, or of the container if the frame is too damaged."""
+        codec = self._container.codec
+        codec.skip_frame = "DEFAULT"
+        tried = 0
+        for packet in chain(self._container.from_beginning(), [None]):
+            with suppress(*FFMPEG_ERRORS):
+                for frame in self._container.stream.decode(packet):
+                    return self._pixels.size(frame)
+            tried += packet is not None and is_shown(packet)
+            if tried > 2 * REORDERED:
+                break
+        if not (codec.width and codec.height):
+            raise UnreadableClip(NOT_A_VIDEO)
+        return codec.width, codec.height
+
+    @cached_property
+    def _start(self) -> int:
+        """Return the time at which the first frame is shown, in ticks."""
+        beginning = self._container.beginning
+        if beginning.first >= beginning.key:
+            return beginning.first
+        # It may depend on what is not in the file: does the decoder show it?
+        frame = next(self._from_beginning(), None)
+        return beginning.key if frame is None else frame.pts
+
+    # Frames
+
+    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
+        times = np.asarray(times, np.float64)
+        if not len(times):
+            return
+        with unreadable():
+            if not self._container.beginning.timed:
+                yield from self._frames_by_rank(times, beyond)
+                return
+            far = np.flatnonzero(np.diff(times) > LONGEST_WINDOW) + 1
+            for window in np.split(times, far):
+                yield from self._frames_of_window(window, beyond)
+
+    def all_frames(self) -> Iterator[np.ndarray]:
+        with unreadable():
+            for frame in self._from_beginning():
+                yield self._pixels.convert(frame)
+
+    def _frames_of_window(self, times: np.ndarray, beyond: float | None) -> Iterator[np.ndarray]:
+        found = self._container.window(*(self._start + times[[0, -1]] / self._tick))
+        if found is None:
+            raise UnreadableClip(DAMAGED)
+        packets, ended = found
+        shown = (packet.pts for packet in packets if packet.pts is not None and is_shown(packet))
+        ticks = np.unique([time for time in shown if time >= self._start])
+        if not len(ticks):
+            raise UnreadableClip(DAMAGED)
+        seconds = (ticks - self._start) * self._tick
+        if ended:
+            _check_end(times, seconds[-1], beyond)
+        nearest = nearest_frames(seconds, times, self._rounding)
+        interval = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
+        done = 0
+        for way in (self._sparsely, self._from_key_frame, self._surely):
+            left = slice(done, None)
+            wanted = Wanted(times[left], ticks[nearest[left]].tolist(), 1.5 * interval + self._rounding)
+            try:
+                for pixels in way(packets, wanted):
+                    yield pixels
+                    done += 1
+                return
+            except (Undecodable, *FFMPEG_ERRORS):
+                continue
+        raise UnreadableClip(DAMAGED)
+
+    def _sparsely(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+        """Yield the wanted frames, decoding only frames that the wanted ones depend on."""
+        left = iter(wanted.ticks)
+        time = next(left)
+        ticks = frozenset(wanted.ticks)
+        for frame in self._decoded(decoding_runs(packets, ticks), ticks):
+            if frame.pts is None or frame.pts < time:
+                continue
+            if frame.pts > time:
+                raise Undecodable
+            pixels = self._pixels.convert(frame)
+            while time == frame.pts:
+                yield pixels
+                time = next(left, None)
+            if time is None:
+                return
+        raise Undecodable
+
+    def _from_key_frame(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+        """Yield the wanted frames, decoding everything from the key frame on."""
+        frames = (frame for frame in self._decoded([packets], None) if frame.pts is not None)
+        yield from self._nearest(frames, wanted)
+
+    def _surely(self, _: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+        """Yield the wanted frames, decoding everything from the beginning of the file."""
+        yield from self._nearest(self._from_beginning(), wanted)
+
+    def _nearest(self, frames: Iterable[VideoFrame], wanted: Wanted) -> Iterator[np.ndarray]:
+        """Yield the frames nearest to the wanted times.
+
+        Raises:
+            Undecodable: one is too far from the packet that promised it.
+        """
+        timed = (((frame.pts - self._start) * self._tick, frame) for frame in frames)
+        found = nearest_in_order(
+            timed, wanted.times, lambda frame: (frame.pts, self._pixels.convert(frame)), self._rounding
+        )
+        count = 0
+        for (ticks, pixels), promised in zip(found, wanted.ticks, strict=False):
+            if abs(ticks - promised) * self._tick > wanted.tolerance:
+                raise Undecodable
+            yield pixels
+            count += 1
+        if count < len(wanted.times):
+            raise Undecodable
+
+    def _decoded(self, runs: Iterable[Sequence[Packet]], wanted: frozenset[int] | None) -> Iterator[VideoFrame]:
+        """Yield the frames of runs of packets: all, or at least the `wanted` ones and all that these depend on."""
+        codec = self._container.codec
+        may_skip = wanted is not None and codec.name in SKIPPING
+        for run in runs:
+            codec.flush_buffers()
+            for packet in chain(run, [None]):
+                codec.skip_frame = "NONREF" if may_skip and packet and packet.pts not in wanted else "DEFAULT"
+                yield from self._clean(packet, run[0].pts)
+
+    def _from_beginning(self) -> Iterator[VideoFrame]:
+        """Yield every frame that is shown, decoded from the beginning of the file.
+
+        Raises:
+            UnreadableClip: a frame is damaged, other than by depending on what is not in the file.
+        """
+        timed, key, _ = self._container.beginning
+        self._container.codec.skip_frame = "DEFAULT"
+        for packet in chain(self._container.from_beginning(), [None]):
+            try:
+                for frame in self._clean(packet, key if timed else None):
+                    if frame.pts is not None or not timed:
+                        yield frame
+            except (Undecodable, *FFMPEG_ERRORS) as error:
+                if not (timed and packet and packet.pts is not None and packet.pts < key):
+                    raise UnreadableClip(DAMAGED) from error
+
+    def _clean(self, packet: Packet | None, key: int | None) -> Iterator[VideoFrame]:
+        """Yield the frames that the decoder returns for a packet; for None, the frames that the decoder still holds.
+
+        Damaged ones that are shown before the key frame, at the time `key`, are left out: they lack what was before.
+
+        Raises:
+            Undecodable, or one of FFMPEG_ERRORS: a frame is damaged.
+        """
+        if packet and self._container.is_damaged(packet):
+            raise Undecodable
+        for frame in self._container.stream.decode(packet):
+            if not frame.is_corrupt:
+                yield frame
+            elif key is None or frame.pts is None or frame.pts >= key:
+                raise Undecodable
+
+    def _frames_by_rank(self, times: np.ndarray, beyond: float | None) -> Iterator[np.ndarray]:
+        """Yield the frames nearest to `times`, counted from the beginning, where packets have no times of frames."""
+        shown = self._container.times_by_rank
+        _check_end(times, shown[-1], beyond)
+        wanted = deque(nearest_frames(shown, times, self._rounding).tolist())
+        for frame, first, last in self._ranked(len(shown)):
+            if wanted[0] < first:
+                break
+            if wanted[0] <= last:
+                pixels = self._pixels.convert(frame)
+            while wanted and wanted[0] <= last:
+                yield pixels
+                wanted.popleft()
+            if not wanted:
+                return
+        raise UnreadableClip(DAMAGED)
+
+    def _ranked(self, count: int) -> Iterator[tuple[VideoFrame, int, int]]:
+        """Yield every frame with the first and the last of the `count` places where it is shown.
+
+        These are one place, unless the next packets say that the frame stays: MPEG-4 encoders write such tiny packets,
+        and the decoder returns no frame for them.
+        """
+        sizes = self._container.sizes_by_decoding if self._container.codec.name == "mpeg4" else {}
+        places, stays = {time: place for place, time in enumerate(sizes)}, [size <= TINY for size in sizes.values()]
+        before, first, offset = None, 0, 0
+        for frame in self._from_beginning():
+            place = places.get(frame.dts)
+            if before is None:
+                before, offset = frame, place or 0
+                continue
+            following = first + 1
+            while place is not None and following < place - offset and stays[following + offset]:
+                following += 1
+            yield before, first, following - 1
+            before, first = frame, following
+        if before is not None:
+            yield before, first, count - 1 if sizes and all(stays[first + 1 + offset :]) else first
+
+
+def _check_end(times: np.ndarray, end: float, beyond: float | None) -> None:
+    if beyond is not None and len(times) and times[-1] > end + beyond:
+        raise UnreadableClip(f"it ends after {end:.2f} s, before {times[-1]:.2f} s")

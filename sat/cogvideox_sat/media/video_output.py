@@ -1,0 +1,148 @@
+"""How sampled videos and latents are written to files: complete or not at all. `files.output_paths` names the files."""
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from sgm.errors import UserError
+
+
+class VideoWriter:
+    """Writes one H.264 video as its frames are decoded: `with VideoWriter(...) as video: video.write(frames)`.
+
+    The file appears under its name when it is complete; after an exception nothing is left of it. Pixels are stored
+    as 8-bit yuv420p in the BT.709 colour space, which every player takes, near the visually lossless quality (crf 17).
+
+    With `lossless` they are stored as yuv444p and without quantization, to be trained on rather than watched: few
+    players take that, and all that is lost is the rounding of colours, below one of 255 steps on average.
+
+    Args:
+        path: the video file; missing parent folders are made, an existing file is replaced.
+        fps: frames a second.
+        height, width: size of a frame in pixels; both even, as yuv420p halves the colour resolution.
+        lossless: full colour resolution and no quantization.
+
+    Raises:
+        UserError: odd size; a frame that is not finite; no frames; the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, fps: float, height: int, width: int, lossless: bool = False):
+        self.path = Path(path)
+        self.encoding = ["-crf", "0", "-pix_fmt", "yuv444p"] if lossless else ["-crf", "17", "-pix_fmt", "yuv420p"]
+        self.height, self.width = height, width
+        if fps <= 0:
+            raise UserError(f"cannot write {self.path}: frames a second must be positive, got {fps}")
+        if height <= 0 or width <= 0 or height % 2 or width % 2:
+            raise UserError(f"cannot write {self.path}: height and width must be even, got {height}x{width}")
+        self.fps = fps
+        self.num_frames = 0
+
+    def __enter__(self) -> Self:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        try:
+            ffmpeg = get_ffmpeg_exe()
+        except RuntimeError as error:  # the package has none for this platform
+            raise UserError(f"cannot write {self.path}: no ffmpeg: install it or set IMAGEIO_FFMPEG_EXE") from error
+        with ExitStack() as stack:
+            part = stack.enter_context(replaced_when_complete(self.path))
+            # To a file, not a pipe: a pipe that nobody reads while frames go in would block both sides when full.
+            self._messages = stack.enter_context(tempfile.TemporaryFile())
+            command = [ffmpeg, "-hide_banner", "-loglevel", "error", "-y"]
+            command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
+            command += ["-i", "pipe:0", "-an", "-c:v", "libx264", *self.encoding]
+            # Untagged video is taken for BT.601 by some players and for BT.709 by others: convert to one and say so.
+            command += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-color_range", "tv"]
+            command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
+            command += ["-movflags", "+faststart", "-f", "mp4", f"file:{part}"]
+            with reported_as_user_error(self.path):
+                self._ffmpeg = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._messages
+                )
+            stack.push(self._end_encoding)
+            self._open = stack.pop_all()
+        return self
+
+    def write(self, frames: Tensor) -> None:
+        """Append frames (frames, 3, height, width) in [-1, 1], of any floating dtype, on any device."""
+        if frames.shape[1:] != (3, self.height, self.width):
+            expected = f"(frames, 3, {self.height}, {self.width})"
+            raise ValueError(f"{self.path}: expected frames of shape {expected}, got {tuple(frames.shape)}")
+        pixels, finite = _to_pixels(frames)
+        if not finite:
+            raise UserError(f"{self.path}: the decoded frames hold NaN or infinity; sample in bf16 or float32 instead")
+        try:
+            self._ffmpeg.stdin.write(pixels.numpy())
+        except BrokenPipeError:  # ffmpeg ended early; its last words say why
+            self._ffmpeg.wait()
+            raise self._failure() from None
+        self.num_frames += len(frames)
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def _end_encoding(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                with suppress(BrokenPipeError):  # the exit status tells
+                    self._ffmpeg.stdin.close()
+                if self._ffmpeg.wait() != 0:
+                    raise self._failure()
+                if self.num_frames == 0:
+                    raise UserError(f"cannot write {self.path}: no frames were given")
+        finally:
+            self._ffmpeg.kill()  # it still runs only after an exception
+            with suppress(BrokenPipeError):
+                self._ffmpeg.stdin.close()
+            self._ffmpeg.wait()
+
+    def _failure(self) -> UserError:
+        self._messages.seek(0)
+        lines = self._messages.read().decode(errors="replace").strip().splitlines()
+        reason = "; ".join(lines[-2:]) or f"it ended with status {self._ffmpeg.returncode}"
+        return UserError(f"cannot write {self.path}: ffmpeg: {reason}")
+
+
+def _to_pixels(frames: Tensor) -> tuple[Tensor, bool]:
+    """(t, 3, h, w) in [-1, 1] to uint8 (t, h, w, 3) on the CPU, and whether all values were finite.
+
+    The conversion runs where the frames are, so that one byte a value is transferred.
+    """
+    finite = torch.isfinite(frames).all()
+    pixels = ((frames.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+    pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu()
+    return pixels, bool(finite)
+
+
+def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] | None = None) -> None:
+    """Write latents, under the key `latents`, to a safetensors file that appears when it is complete.
+
+    Args:
+        metadata: what the file says about them; see `sampling.record_making.latents_metadata`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        # Not safetensors' own save_file, which leaves the file readable by its owner only.
+        part.write_bytes(_in_order(save({"latents": latents.detach().contiguous()}, dict(metadata or {}))))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return a safetensors file with the entries of its header sorted, whose order is random otherwise: equal latents
+    are to make equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the tensors are aligned
+    return len(header).to_bytes(8, "little") + header + content[end:]

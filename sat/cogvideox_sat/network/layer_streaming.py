@@ -1,0 +1,112 @@
+"""Running a network whose layers do not fit on the device: they wait in host memory and come over one by one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
+
+
+def stream_layers(network: nn.Module, device: torch.device) -> "LayerStreamer":
+    """Move `network`, a DiffusionTransformer on the CPU, to `device`, all but its layers, which come when they run.
+
+    Returns:
+        What brings them, by now in the network's `network.layer_runner`.
+    """
+    layers = layer_modules(network)
+    streamed = {id(tensor) for modules in layers for module in modules for tensor in tensors_of(module)}
+    for tensor in tensors_of(network):
+        if id(tensor) not in streamed:
+            tensor.data = tensor.data.to(device)
+    streamer = LayerStreamer(layers, device)
+    network.layer_runner.add(streamer)
+    return streamer
+
+
+def layer_modules(network: nn.Module) -> list[list[nn.Module]]:
+    """For every layer the modules whose weights it uses."""
+    adaln = network.mixins["adaln_layer"]
+    per_layer = [network.transformer.layers, adaln.adaLN_modulations]
+    if adaln.qk_ln:
+        per_layer += [adaln.query_layernorm_list, adaln.key_layernorm_list]
+    return [list(modules) for modules in zip(*per_layer, strict=True)]
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+class LayerStreamer:
+    """Has the weights of a layer on the device while it runs, a function for the stack of a `LayerRunner`.
+
+    Two sets of buffers on the device take turns. While layer i computes in one of them, the weights of the next layer
+    are copied into the other, from pinned memory on a stream of its own.
+    """
+
+    def __init__(self, layers: list[list[nn.Module]], device: torch.device):
+        self.device = device
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.layers = [[tensor for module in modules for tensor in tensors_of(module)] for modules in layers]
+        self.host = [[self._pinned(tensor.data) for tensor in tensors] for tensors in self.layers]
+        for tensors, host in zip(self.layers, self.host, strict=True):
+            _point(tensors, host)
+        self.current, self.next = Slot(), Slot()
+
+    def _pinned(self, data: Tensor) -> Tensor:
+        return data.pin_memory() if self.copy_stream else data
+
+    def fetch(self, index: int, slot: "Slot") -> None:
+        """Start copying the weights of a layer into a slot, once what last computed there is done."""
+        with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
+            slot.make_room_for(self.host[index], self.device)
+            if slot.used is not None:
+                self.copy_stream.wait_event(slot.used)
+            for buffer, data in zip(slot.buffers, self.host[index], strict=True):
+                buffer.copy_(data, non_blocking=True)
+            slot.filled = self.copy_stream and self.copy_stream.record_event()
+        slot.layer = index
+
+    def __call__(self, run: RunLayer, hidden: Tensor, context: LayerContext) -> Tensor:
+        """Return `run(hidden)`."""
+        with self.on_device(context.layer):
+            return run(hidden)
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[None]:
+        """Have the weights of a layer on the device within the block."""
+        if self.next.layer != index:
+            self.fetch(index, self.next)
+        self.current, self.next = self.next, self.current
+        compute = self.copy_stream and torch.cuda.current_stream(self.device)
+        if compute:
+            compute.wait_event(self.current.filled)
+        self.fetch((index + 1) % len(self.layers), self.next)
+        _point(self.layers[index], self.current.buffers)
+        try:
+            yield
+        finally:
+            _point(self.layers[index], self.host[index])
+            self.current.used = compute and compute.record_event()
+
+
+class Slot:
+    """Room for one layer on the device: which layer is in it, and on CUDA when it was filled and last used."""
+
+    def __init__(self):
+        self.buffers: list[Tensor] = []
+        self.layer: int | None = None
+        self.filled: torch.cuda.Event | None = None
+        self.used: torch.cuda.Event | None = None
+
+    def make_room_for(self, host: list[Tensor], device: torch.device) -> None:
+        """Layers mostly have the same shapes, so the same buffers serve them all."""
+        if [(b.shape, b.dtype) for b in self.buffers] != [(data.shape, data.dtype) for data in host]:
+            self.buffers = [torch.empty_like(data, device=device, pin_memory=False) for data in host]
+
+
+def _point(tensors: list[Tensor], data: list[Tensor]) -> None:
+    """Let parameters and buffers use other memory."""
+    for tensor, value in zip(tensors, data, strict=True):
+        tensor.data = value

@@ -1,0 +1,186 @@
+"""The device of a run: which one it is, what the log says about it, and in which precision it computes."""
+
+import logging
+import os
+import platform
+import re
+import signal
+import subprocess
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogvideox_sat.configuration.deepspeed import with_precision
+from sgm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NVIDIA_SMI = ("nvidia-smi", "-L")
+NVIDIA_SMI_SECONDS = 5.0  # a broken driver makes it hang for ever
+HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES by which a user, or SLURM, asks for no GPU
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device `name`, or without a name this process's GPU, or the CPU; and log which one it is.
+
+    A GPU that `nvidia-smi` lists and PyTorch does not see is a warning.
+
+    Args:
+        name: cpu, cuda (the GPU of LOCAL_RANK) or cuda:N; None: a GPU if PyTorch sees one.
+
+    Raises:
+        UserError: the device does not exist.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(name or ("cuda" if count else "cpu"))
+    if device.type == "cuda":
+        if not count:
+            raise UserError(f"device: {device} is not available: {why_no_gpu()}; use --device cpu")
+        if device.index is not None and device.index >= count:
+            raise UserError(f"device: {device} does not exist; PyTorch sees GPUs 0 to {count - 1}")
+        own = int(os.environ.get("LOCAL_RANK", "0")) % count
+        device = torch.device("cuda", own if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    logger.info("%s", device_line(device))
+    if os.environ.get("LOCAL_RANK", "0") == "0" and name != "cpu":
+        warn_of_unseen_gpus(count)
+    return device
+
+
+def device_line(device: torch.device) -> str:
+    """Return the line of the log that says what `device` is, with its memory or threads and PyTorch's version."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    else:
+        threads = torch.get_num_threads()
+        described = f"{processor_name()}, {threads} thread{'s' * (threads > 1)}"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    of = f" of process {os.environ.get('RANK', '0')}" if processes > 1 else ""
+    return f"device{of}: {device} ({described}), PyTorch {torch.__version__}"
+
+
+def processor_name() -> str:
+    """Return the name that the processor gives itself, or its kind where the operating system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------- GPUs that PyTorch does not see
+
+
+def warn_of_unseen_gpus(seen: int) -> None:
+    """Warn in one line if `nvidia-smi` lists more GPUs than the `seen` ones of PyTorch, unless the user hides them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in HIDDEN or (visible is not None and seen):
+        return
+    try:
+        listed = listed_gpus()
+    except TimeoutError:
+        if not seen:
+            logger.warning(
+                "device: nvidia-smi does not answer within %g s, and PyTorch sees no GPU: the CPU is used; check the "
+                "driver if this machine has a GPU",
+                NVIDIA_SMI_SECONDS,
+            )
+        return
+    if len(listed) <= seen:
+        return
+    names = ", ".join(sorted(set(listed)))
+    if seen:
+        logger.warning("device: nvidia-smi lists %d GPUs (%s), PyTorch sees %d of them", len(listed), names, seen)
+    else:
+        logger.warning(
+            "device: nvidia-smi lists %d GPU%s (%s), but PyTorch does not see any: %s; the CPU is used, which is slow",
+            *(len(listed), "s" * (len(listed) > 1), names, why_no_gpu()),
+        )
+
+
+def listed_gpus() -> list[str]:
+    """Return the names of the GPUs that `nvidia-smi` lists; none where it does not exist or fails.
+
+    Raises:
+        TimeoutError: `nvidia-smi` does not answer.
+    """
+    try:
+        process = subprocess.Popen(
+            NVIDIA_SMI, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+    except OSError:
+        return []
+    try:
+        output, _ = process.communicate(timeout=NVIDIA_SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Not waited for: a process that hangs inside the driver does not end when it is killed.
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise TimeoutError("nvidia-smi does not answer") from None
+    if process.returncode or "MIG " in output:  # PyTorch sees one part of a divided GPU, whatever their number
+        return []
+    names = re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", output, flags=re.MULTILINE)
+    return names or [line.strip() for line in output.splitlines() if "NVIDIA" in line and "NVIDIA-SMI" not in line]
+
+
+def why_no_gpu() -> str:
+    """Return why PyTorch sees no GPU, and what to do about it, without a full stop."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is built without CUDA, install a build with CUDA"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"CUDA_VISIBLE_DEVICES is {visible!r} and hides all others, correct or unset it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    else:
+        reason = "PyTorch finds no GPU"
+    needs = torch.version.cuda or torch.version.hip
+    return f"{reason} (this PyTorch needs a driver for CUDA {needs}: update the driver or install an older build)"
+
+
+# ---------------------------------------------------------------- precision
+
+
+def settle_precision(args: Any, device: torch.device) -> Any:
+    """Return the arguments with a precision that `device` computes fast, and say in one line if it is another.
+
+    A CPU without float16 arithmetic emulates it: one clip of 9 frames of 96x144 keeps the full-size VAE busy for more
+    than 8 minutes, and for 15 s in bfloat16. So `fp16` becomes `bf16` there, or float32 on a CPU that has neither;
+    weights and activations of bfloat16 take the memory that those of float16 take.
+    """
+    if not args.fp16 or computes_fast(torch.float16, device):
+        return args
+    bf16 = computes_fast(torch.bfloat16, device)
+    logger.info(
+        "fp16: this CPU computes float16 slowly, so the arithmetic is %s",
+        "bfloat16, as with --bf16" if bf16 else "float32",
+    )
+    changes: dict[str, Any] = {"fp16": False, "bf16": bf16}
+    if hasattr(args, "deepspeed_config"):
+        changes["deepspeed_config"] = with_precision(args.deepspeed_config, changes)
+    return replace(args, **changes)
+
+
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return `dtype`, or the one that takes the place of float16 on `device`; see `settle_precision`."""
+    if dtype != torch.float16 or computes_fast(dtype, device):
+        return dtype
+    chosen = torch.bfloat16 if computes_fast(torch.bfloat16, device) else torch.float32
+    logger.info("float16 is slow on this CPU, so the arithmetic is %s here", str(chosen).removeprefix("torch."))
+    return chosen
+
+
+def computes_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether `device` has kernels of its own for a half-precision `dtype`: all GPUs do, not all CPUs."""
+    if device.type != "cpu":
+        return True
+    asks = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}[dtype]
+    try:
+        return bool(getattr(torch.ops.mkldnn, asks)())
+    except (AttributeError, RuntimeError):  # a build without oneDNN
+        return False

@@ -1,0 +1,43 @@
+"""Process groups that SwissArmyTransformer's layers expect, with or without a launcher."""
+
+import torch.distributed as dist
+from sat import mpu
+
+from cogvideox_sat.parallel.agreement import join_processes, leave_processes
+from sgm.errors import UserError
+
+
+def initialize_process_groups(model_parallel_size: int = 1, limit: float | None = None) -> None:
+    """Make sure that torch.distributed and SwissArmyTransformer's `mpu` groups exist; a second call does nothing. See
+    `parallel.agreement.join_processes`, which takes the `limit` of collectives.
+
+    Raises:
+        UserError: the number of processes is no multiple of `model_parallel_size`, or the groups exist already
+            with another size.
+    """
+    if not dist.is_initialized():
+        mpu.destroy_model_parallel()  # its groups are of a torch.distributed that has been left since
+    join_processes(limit)
+    if mpu.model_parallel_is_initialized():
+        current = mpu.get_model_parallel_world_size()
+        if current != model_parallel_size:
+            raise UserError(
+                f"model_parallel_size is {model_parallel_size}, but this process already runs with {current}"
+            )
+        return
+    world_size = dist.get_world_size()
+    if world_size % model_parallel_size:
+        raise UserError(f"model_parallel_size {model_parallel_size} does not divide the {world_size} processes")
+    mpu.initialize_model_parallel(model_parallel_size)
+
+
+def parallel_groups() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The model-parallel and the data-parallel group of this process; None for a group of one."""
+    groups = mpu.get_model_parallel_group(), mpu.get_data_parallel_group()
+    return tuple(group if dist.get_world_size(group) > 1 else None for group in groups)
+
+
+def destroy_process_groups() -> None:
+    """The opposite of `initialize_process_groups`; nothing where there are no groups."""
+    mpu.destroy_model_parallel()
+    leave_processes()

@@ -1,0 +1,344 @@
+"""How a training run is watched: numbers to files and services, times, memory, and the progress bar."""
+
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from sgm.plain_json import parse_json
+
+logger = logging.getLogger("train_video")
+
+# How the values of a step are shown to people, in this order; others are only written.
+FORMATS = {
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad norm {:.3f}",
+    "samples_per_second": "{:.2f} samples/s",
+    "data_wait_share": "{:.0%} waiting for data",
+    "peak_memory_gib": "{:.1f} GiB",
+}
+
+
+# ---------------------------------------------------------------- numbers, out
+
+
+class Target(Protocol):
+    """Somewhere that metrics go. Any exception of its methods is reported, and does not stop the run."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def write_video(self, step: int, name: str, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Writes the metrics of a run to `metrics.jsonl`, and if asked to TensorBoard and Weights & Biases.
+
+    A resumed run goes on where its checkpoint was: what a run that was killed wrote after it is removed from
+    `metrics.jsonl` and hidden in TensorBoard. A target that fails later is reported once and does not stop the run.
+    Make it on one process only.
+
+    Args:
+        folder: the run's; `metrics.jsonl`, TensorBoard's event files, `wandb/` and `wandb_id` are put there.
+        tensorboard: write event files.
+        wandb: report to Weights & Biases; see `WandbRun`.
+        wandb_project, name, config: how the run is called there, and the settings shown with it.
+        start_step: steps done before; those after it are still to come.
+
+    Raises:
+        UserError: `metrics.jsonl` cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tensorboard: bool = True,
+        wandb: bool = False,
+        wandb_project: str | None = None,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        start_step: int = 0,
+    ):
+        folder = Path(folder)
+        self._targets: list[Target] = [JsonLines(folder / "metrics.jsonl", start_step)]
+        self._failed: set[Target] = set()
+        optional = []
+        if tensorboard:
+            optional.append(("TensorBoard", lambda: TensorBoard(folder, start_step)))
+        if wandb:
+            optional.append(("wandb", lambda: WandbRun(folder, wandb_project, name, config)))
+        for kind, make in optional:
+            try:
+                self._targets.append(make())
+            except Exception as error:
+                logger.warning("no metrics to %s: %s", kind, _one_line(error))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` of `step`. Numbers that are not finite are null in `metrics.jsonl`."""
+        self._each("write", step, values)
+
+    def write_video(self, step: int, name: str, path: str | Path) -> None:
+        """Show the video file `path` under `name`, in TensorBoard as a moving image."""
+        self._each("write_video", step, name, Path(path))
+
+    def close(self) -> None:
+        self._each("close")
+
+    def _each(self, method: str, *args: Any) -> None:
+        for target in self._targets:
+            try:
+                getattr(target, method)(*args)
+            except Exception as error:  # whatever a library may think of: a run of days must not end over its curves
+                if target not in self._failed:
+                    self._failed.add(target)
+                    logger.warning("metrics to %s are incomplete: %s", type(target).__name__, _one_line(error))
+
+
+class JsonLines:
+    """`metrics.jsonl`: one JSON object a line, with `step`."""
+
+    def __init__(self, path: Path, start_step: int):
+        self.path = path
+        with reported_as_user_error(path):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= start_step]
+        if kept != lines or not lines:
+            with replaced_when_complete(path) as part, reported_as_user_error(path):
+                part.write_bytes(b"".join(kept))
+        self._torn = False
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, **finite}) + "\n"
+        # Opened anew each time, so that a file system that was away for a while, or full, is found again.
+        torn, self._torn = self._torn, True
+        with self.path.open("a") as file:
+            file.write("\n" + line if torn else line)
+        self._torn = False
+
+    def write_video(self, step: int, name: str, path: Path) -> None:
+        pass  # the video's own file says it all
+
+    def close(self) -> None:
+        pass
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a complete line of `metrics.jsonl`; infinity for anything else."""
+    with suppress(ValueError, KeyError, TypeError, OverflowError):
+        if line.endswith(b"\n"):
+            return float(parse_json(line)["step"])
+    return math.inf
+
+
+class TensorBoard:
+    """Event files for TensorBoard.
+
+    They are written here and now, not by tensorboardX's `SummaryWriter`: once its thread has died of a full disk, the
+    next calls wait for it for ever.
+    """
+
+    def __init__(self, folder: Path, start_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # The process in the name: a run resumed within a second must not overwrite the file of the one before.
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+        if start_step:  # TensorBoard then hides what earlier files hold from this step on
+            self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        self._events.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step, summary=Summary(value=scalars))
+
+    def write_video(self, step: int, name: str, path: Path) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        gif, width, height = video_as_gif(path)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        self._write(step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class WandbRun:
+    """A run on Weights & Biases, which a resumed run continues: its id is kept in the folder, in `wandb_id`.
+
+    `WANDB_MODE=offline` works without a network. Without a login, or if the server cannot be reached, the run is kept
+    offline too, with a warning; `wandb sync` uploads it later.
+    """
+
+    def __init__(self, folder: Path, project: str | None, name: str | None, config: Mapping[str, Any] | None):
+        import wandb
+
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            with replaced_when_complete(id_file) as part:
+                part.write_text(uuid.uuid4().hex[:8])
+        identity = id_file.read_text().strip()
+        settings = wandb.Settings(login_timeout=60)  # where there is a terminal, it asks for a key
+
+        def start(mode: str | None) -> Any:
+            return wandb.init(
+                project=project,
+                name=name,
+                config=dict(config or {}),
+                dir=folder,
+                id=identity,
+                resume="allow",
+                mode=mode,
+                settings=settings,
+            )
+
+        try:
+            self._run = start(None)
+        except wandb.Error as error:
+            logger.warning("wandb: %s; the run is kept offline, upload it with `wandb sync`", _one_line(error))
+            self._run = start("offline")
+        self._run.define_metric("*", step_metric="step")  # its own count of steps could not go back to a checkpoint
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def write_video(self, step: int, name: str, path: Path) -> None:
+        import wandb
+
+        self._run.log({"step": step, name: wandb.Video(str(path), format="mp4")})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def video_as_gif(path: Path, max_side: int = 320) -> tuple[bytes, int, int]:
+    """A video file as an endless GIF of at most `max_side` pixels a side; its bytes, width and height."""
+    from io import BytesIO
+
+    from imageio_ffmpeg import read_frames
+    from PIL import Image
+
+    reader = read_frames(path)
+    meta = next(reader)
+    images = [Image.frombuffer("RGB", meta["size"], bytes(frame)) for frame in reader]
+    for image in images:
+        image.thumbnail((max_side, max_side))
+    file = BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / meta["fps"], loop=0)
+    return file.getvalue(), *images[0].size
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---------------------------------------------------------------- times and memory
+
+
+class StepClock:
+    """Rates of the steps, from the wall clock alone: the device is never waited for.
+
+    A device works behind the program, which catches up with it whenever a value is fetched. Rates over several steps
+    are right; those of a single one may not be.
+    """
+
+    def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = self._paused = 0.0
+        self._steps = self._samples = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around fetching data."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step, such as evaluations and checkpoints: the clock stands still."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def step(self, samples: int) -> None:
+        """An optimizer step is done; it took `samples` samples."""
+        self._steps += 1
+        self._samples += samples
+
+    def rates(self) -> dict[str, float]:
+        """Since the last call: `samples_per_second`, `seconds_per_step`, and `data_wait_share`, the share of the time
+        that was spent waiting for data. Empty if there was no step; they then count into the next call's."""
+        if not self._steps:
+            return {}
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        rates = {
+            "samples_per_second": self._samples / seconds,
+            "seconds_per_step": seconds / self._steps,
+            "data_wait_share": min(self._waited / seconds, 1.0),
+        }
+        self._start_over()
+        return rates
+
+
+def peak_memory(device: torch.device | str) -> float:
+    """The most memory in use so far, in GiB: by PyTorch on a CUDA `device`, else by this process.
+
+    NaN where the operating system does not say.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20  # given in KiB
+    return math.nan
+
+
+# ---------------------------------------------------------------- for people
+
+
+def format_values(values: Mapping[str, float], formats: Mapping[str, str] = FORMATS) -> str:
+    """The values that people watch, as `loss 0.1234, lr 1.00e-04, ...`; those that are missing are left out."""
+    return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)
+
+
+class ProgressBar(tqdm):
+    """A bar over optimizer steps that shows the newest values."""
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Show `values` from the next time that the bar is drawn."""
+        self.set_postfix_str(format_values(values), refresh=False)
+
+
+def progress_bar(total: int, initial: int = 0, disabled: bool = False) -> ProgressBar:
+    """A bar over `total` steps, of which `initial` are done. Call `update()` for each step."""
+    return ProgressBar(total=total, initial=initial, disable=disabled, unit="step", dynamic_ncols=True)

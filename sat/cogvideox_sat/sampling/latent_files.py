@@ -1,0 +1,184 @@
+"""Files of latents, and what they say about how to decode them. Nothing here imports PyTorch.
+
+A file holds `latents` (1, t, c, h, w) or (t, c, h, w), scaled as the network has them. Its metadata, where it has some,
+is described by `sampling.record_making.latents_metadata`. It is read as a file that came from somewhere else.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from cogvideox_sat.configuration.model_values import check_model_values, check_parameters
+from cogvideox_sat.configuration.video_records import KEPT_SUFFIX, LARGEST, check_foreign_model, parse_record
+from cogvideox_sat.files.output_paths import check_folder
+from sgm.config_places import Sources
+from sgm.errors import UserError, shown
+
+SUFFIX = ".safetensors"
+DEFAULT_FPS = 8.0
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """A file of latents that can be decoded.
+
+    Args:
+        first_stage_config: the VAE, as in a model's configuration.
+        scale_factor: what the latents are divided by before they are decoded.
+        dtype: in which they would have been decoded, such as "bfloat16"; None: not known.
+        record: of the video, without the hash of its file; None: not known.
+        video: the file to write.
+        sources: the file that the VAE's description is from.
+    """
+
+    path: Path
+    first_stage_config: dict[str, Any]
+    scale_factor: float
+    fps: float
+    dtype: str | None
+    record: dict[str, Any] | None
+    video: Path
+    sources: Sources = field(default_factory=Sources, compare=False)
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files that are meant, those of folders in the order of their names.
+
+    Raises:
+        UserError: a path does not exist, or a folder has no such file.
+    """
+    files: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob(f"*{SUFFIX}") if not file.name.startswith("."))
+            if not found:
+                raise UserError(f"{path} holds no {SUFFIX} file; name a file of latents or a folder of such")
+            files |= dict.fromkeys(found)
+        elif path.is_file():
+            files[path] = None
+        else:
+            raise UserError(f"{path} does not exist; name a file of latents or a folder of such")
+    return list(files)
+
+
+def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None, output: Path | None) -> LatentFile:
+    """Return what is known of a file of latents without reading them.
+
+    Args:
+        config: of the model, from the user; it wins over what the file says.
+        fps: frames a second, likewise.
+        output: folder of the video; None: that of the file.
+
+    Raises:
+        UserError: the path is no file of latents, or does not say what is needed.
+    """
+    metadata = check_latents(path)
+    if config is None:
+        first_stage, scale_factor = own_model(path, metadata)
+    else:
+        first_stage, scale_factor = configured_model(config)
+    sources = getattr(config, "sources", None) or Sources([path])
+    model = {"first_stage_config": first_stage}
+    check_model_values(model, sources)
+    check_parameters({"model": model}, sources)
+    if fps is None:
+        fps = number(metadata.get("fps", DEFAULT_FPS), f"{path}: fps")
+    record = None
+    if "record" in metadata:
+        record = parse_record(metadata["record"], f"{path}: record")
+    folder = path.parent if output is None else output
+    check_folder(folder, "output_dir" if output else "folder")
+    stem = path.name.removesuffix(SUFFIX).removesuffix(KEPT_SUFFIX.removesuffix(SUFFIX))
+    dtype = metadata.get("computed_in")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"{path}: computed_in is {shown(dtype)}; expected float32, bfloat16 or float16")
+    return LatentFile(path, first_stage, scale_factor, fps, dtype, record, folder / f"{stem}.mp4", sources)
+
+
+def check_latents(path: Path) -> dict[str, str]:
+    """Return the metadata of a file of latents.
+
+    Raises:
+        UserError: the file is no file of latents, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if "latents" not in file.keys():  # noqa: SIM118
+                raise UserError(f"{path} holds no 'latents'; it was not written by sampling or by an evaluation")
+            shape = file.get_slice("latents").get_shape()
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    frames = shape[-4] if len(shape) > 3 else 0
+    if len(shape) not in (4, 5) or (len(shape) == 5 and shape[0] != 1) or 0 in shape:
+        raise UserError(f"{path}: latents are of shape {shape}; expected (1, t, c, h, w) or (t, c, h, w)")
+    if frames % 2 == 0:
+        raise UserError(f"{path}: there are {frames} latent frames; only an odd number can be decoded")
+    return metadata
+
+
+def own_model(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], float]:
+    """Return the VAE and the scale of the latents that a file names.
+
+    Raises:
+        UserError: the file does not name them, or names what only the user's own configuration may.
+    """
+    missing = [name for name in ("first_stage_config", "scale_factor") if name not in metadata]
+    if missing:
+        raise UserError(f"{path} does not say its {missing[0]}; give the model's configuration as --base")
+    where = f"{path}: first_stage_config"
+    try:
+        if len(metadata["first_stage_config"]) > LARGEST:
+            raise ValueError("it is too long")
+        first_stage = json.loads(metadata["first_stage_config"])
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not valid JSON ({type(error).__name__}); give the configuration as --base"
+        ) from error
+    check_first_stage(first_stage, where)
+    check_foreign_model(first_stage, path, "first_stage_config")
+    return first_stage, number(metadata["scale_factor"], f"{path}: scale_factor")
+
+
+def configured_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """Return the VAE and the scale of the latents of a model's configuration.
+
+    Raises:
+        UserError: the configuration has no VAE.
+    """
+    model = config.get("model") or {}
+    first_stage = model.get("first_stage_config")
+    check_first_stage(first_stage, "model.first_stage_config")
+    return dict(first_stage), number(model.get("scale_factor", 1.0), "model.scale_factor")
+
+
+def check_first_stage(first_stage: Any, where: str) -> None:
+    """Check that this describes a VAE whose weights exist on this machine, else raise UserError."""
+    params = first_stage.get("params") if isinstance(first_stage, Mapping) else None
+    if not isinstance(params, Mapping) or not isinstance(first_stage.get("target"), str):
+        raise UserError(f"{where} describes no VAE: it needs target and params")
+    weights = params.get("ckpt_path")
+    if not isinstance(weights, str):
+        raise UserError(f"{where}.params.ckpt_path is {shown(weights)}; expected the weights of the VAE")
+    if not Path(weights).exists():
+        raise UserError(f"{where}.params.ckpt_path: {weights} does not exist; give the model's configuration as --base")
+
+
+def number(value: Any, where: str) -> float:
+    """Return a positive number, which may be given as text.
+
+    Raises:
+        UserError: the value is no positive number.
+    """
+    try:
+        result = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not (0 < result < math.inf):
+        raise UserError(f"{where} is {shown(value)}; expected a positive number")
+    return result

@@ -1,0 +1,201 @@
+"""What a sampling run will make: read, checked and named before anything heavy is imported.
+
+Under a launcher every process plans the whole run, so that all of them stop at a mistake; they share out the videos
+later, once all have planned and therefore before any has written.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from arguments import SamplingArguments
+from cogvideox_sat.configuration.files import check_paths
+from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image, warn_of_crop
+from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
+from cogvideox_sat.configuration.model_values import check_model_values, check_parameters
+from cogvideox_sat.configuration.video_records import kept_path, record_path
+from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
+from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts, request_seed
+from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine
+from sgm.errors import UserError, shown
+from sgm.seeds import derive_seed
+
+logger = logging.getLogger("sample_video")
+
+
+@dataclass(frozen=True)
+class PlannedVideo:
+    """One video to make: `frames` are latent frames, `size` is (height, width) in pixels, `original_prompt` is the
+    user's own where a language model has written it out."""
+
+    request: PromptRequest
+    path: Path
+    seed: int
+    frames: int
+    size: tuple[int, int]
+    original_prompt: str | None = None
+
+
+class SamplingPlan(NamedTuple):
+    """The videos that are to be made, and all of the prompts with their files, those that exist among them."""
+
+    videos: list[PlannedVideo]
+    shown: list[tuple[str, Path]]
+
+
+def plan_run(args: SamplingArguments) -> SamplingPlan | None:
+    """What the prompts of the input file ask for, or None when prompts will be typed.
+
+    Raises:
+        UserError: the model cannot do what is asked, a file that it needs is not there, or an output exists.
+    """
+    check_model_values(args.model_config, args.sources)
+    limits = ModelLimits.from_config(args.model_config)
+    limits.check_mode(args.image2video, args.latent_channels)
+    limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)
+    check_combinations(args)
+    check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
+    check_parameters({"model": args.model_config}, args.sources)
+    check_folder(args.output_dir)
+    if args.contact_sheet is not None:
+        check_folder(Path(args.contact_sheet).parent, "contact_sheet")
+    if args.input_type == "cli":
+        return None
+    if args.record is not None:
+        return plan_repetition(args)
+    requests = read_prompts(args.input_file, args.image2video)
+    for request in requests:
+        size, frames = video_size(request, args), request.num_frames or args.sampling_num_frames
+        try:
+            limits.check_clip(frames, *size)
+        except UserError as error:
+            raise UserError(f"{args.input_file}, prompt {request.index + 1}: {error}") from error
+    shown = [output for request in requests for output in outputs(request, args)]
+    return SamplingPlan(plan_videos(requests, args), shown)
+
+
+def plan_repetition(args: SamplingArguments) -> SamplingPlan:
+    """Return the plan for the video that a record describes; its folder is the one that it had, in `output_dir`.
+
+    Raises:
+        UserError: the record's image does not fit the model or does not exist, or the output exists.
+    """
+    record = args.record
+    image = record["image"] and Path(record["image"]["path"])
+    if (image is not None) != args.image2video:
+        kind = "an image" if args.image2video else "a text"
+        raise UserError(f"{record.path}: image is {shown(record['image'])}, but this is {kind}-to-video model")
+    if image is not None and not image.is_file():
+        raise UserError(f"{record.path}: image: {image} does not exist; put it back, or name its new place in the file")
+    original = record["original_prompt"]
+    request = PromptRequest(
+        record["index"],
+        record["prompt"] if original is None else original,
+        image=image,
+        seed=args.seed,
+        num_frames=args.sampling_num_frames,
+        size=tuple(args.sampling_image_size),
+    )
+    sampled = replace(request, text=record["prompt"])
+    videos = [replace(video, request=sampled, original_prompt=original) for video in plan_videos([request], args)]
+    return SamplingPlan(videos, outputs(request, args))
+
+
+def check_combinations(args: SamplingArguments) -> None:
+    """Raises UserError for arguments that this model, or this way of starting the command, does not go with."""
+    check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
+    first_stage = args.model_config["first_stage_config"].get("params")
+    if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
+        raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
+    if args.offload == "sequential" and args.model_config.get("compile_model"):
+        raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
+    if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("prompts are typed into one process: start it without torchrun, or give an input_file")
+    if args.refine_prompts:
+        Endpoint.from_environment()  # raises before minutes go into anything else
+
+
+def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> list[PlannedVideo]:
+    """Every video that is to be made of `requests`, those left out that exist and are to be kept.
+
+    Raises:
+        UserError: an output exists, and the arguments do not say what to do with it.
+    """
+    videos = []
+    for request in requests:
+        size = video_size(request, args)
+        for sample, (_, path) in enumerate(outputs(request, args)):
+            if not decide_existing(path, args.overwrite, args.skip_existing, files_beside(path, args)):
+                logger.info("skipped, it exists: %s", path)
+                continue
+            video = PlannedVideo(
+                request,
+                path,
+                seed=derive_seed(request_seed(args.seed, request), sample),
+                frames=request.num_frames or args.sampling_num_frames,
+                size=size,
+            )
+            videos.append(video)
+        if videos and videos[-1].request is request:
+            tell_size(request, size, args)
+    return videos
+
+
+def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, int]:
+    """Return (height, width) of the videos of a request: its own, that of its image, or that of the whole run."""
+    if request.size is None and args.size_from_image and request.image and (image := size_of_image(request.image)):
+        return size_from_image(image, ModelLimits.from_config(args.model_config))
+    return tuple(request.size or args.sampling_image_size)
+
+
+def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:
+    """Log a size that follows from an image, and warn if much of the image is cut away."""
+    image = size_of_image(request.image) if request.image else None
+    if image is None:
+        return
+    name = f"prompt {request.index + 1}, {request.image}"
+    if args.size_from_image and request.size is None:
+        logger.info("%s: the video has %dx%d pixels (height x width), which follows from the image", name, *size)
+    warn_of_crop(name, image, size, "sampling_image_size, or size in a .jsonl file, sets another one")
+
+
+def files_beside(video: Path, args: SamplingArguments) -> dict[Path, str]:
+    """Return the files that belong to a video, with what they are when they are found without it."""
+    if args.only_save_latents:
+        return {}
+    return {
+        record_path(video): "the record of a video that does not",
+        kept_path(video): "latents that tools/decode_latents.py turns into the video",
+    }
+
+
+def outputs(request: PromptRequest, args: SamplingArguments) -> list[tuple[str, Path]]:
+    """The prompt with each of the files that are made of it."""
+    paths = [output_path(args.output_dir, request.index, request.text, sample) for sample in range(args.batch_size)]
+    return [(request.text, path.with_suffix(".safetensors") if args.only_save_latents else path) for path in paths]
+
+
+def refine_videos(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:
+    """The same videos of prompts that a language model has written out, where it could; each is written where it would
+    have been, so that running again finds it, and keeps its seed.
+
+    Raises:
+        UserError: the model cannot be asked at all.
+    """
+    requests = {video.request.index: video.request for video in videos}
+    logger.info("refining %d prompts", len(requests))
+    prompts = [Prompt(request.text, request.image) for request in requests.values()]
+    texts = dict(zip(requests, refine(prompts, Endpoint.from_environment()), strict=True))
+    for index, text in texts.items():
+        if text is not None:
+            logger.info("prompt %d is now: %s", index + 1, text)
+            requests[index] = replace(requests[index], text=text)
+    return [
+        video
+        if (request := requests[video.request.index]).text == video.request.text
+        else replace(video, request=request, original_prompt=video.request.text)
+        for video in videos
+    ]

@@ -1,0 +1,277 @@
+"""The prompts to sample: read from a file or typed in, each with its own seed."""
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogvideox_sat.commands.input_paths import ROOT, find_input, places, tell_places
+from sgm.errors import UserError
+from sgm.plain_json import has_half_characters, parse_json
+from sgm.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SEPARATOR = "@@"  # between prompt and image path on one line of text
+QUIT = "q"
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One video to sample; None means "as the arguments of the whole run say".
+
+    Args:
+        index: number of the line in a text file, or of the prompt in a .jsonl file or on the terminal, from 0; it names
+            the output folder and enters the seed.
+        image: the first frame, for image-to-video models.
+        seed: overrides the seed derived from the run's, see `request_seed`.
+        num_frames: length in latent frames, the unit of `sampling_num_frames`.
+        size: (height, width) of the video in pixels, the order of `sampling_image_size`.
+    """
+
+    index: int
+    text: str
+    negative_prompt: str = ""
+    image: Path | None = None
+    seed: int | None = None
+    num_frames: int | None = None
+    size: tuple[int, int] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[PromptRequest]:
+    """Return the prompts of a file, in its order, numbered from 0.
+
+    Empty lines and empty prompts are left out. They count in a text file, as in the original, and not in `.jsonl`.
+
+    `.jsonl`: one JSON object a line with the key `prompt` and, as wanted, the other fields of `PromptRequest`.
+    Any other suffix: one prompt a line, `prompt@@image_path` where there is an image. Text is UTF-8 in both, and an
+    image path that does not exist from the current directory is taken from the folder of the prompt file.
+
+    Args:
+        image_to_video: True demands an image for every prompt, False refuses images, None takes both.
+
+    Raises:
+        UserError: the file cannot be read or holds no prompt, or a line does not say what it must.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json":
+        raise UserError(f"prompt file {path}: use .txt with one prompt a line or .jsonl with one JSON object a line")
+    parse = _parse_json if path.suffix.lower() == ".jsonl" else _parse_text
+    is_text, requests = parse is _parse_text, []
+    for number, line in enumerate(_read_lines(path), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            logger.warning("%s: skipped, it is empty", where)
+            continue
+        request = parse(line.strip(), number - 1 if is_text else len(requests), path.parent, where)
+        if not request.text.strip():
+            logger.warning("%s: skipped, its prompt is empty", where)
+            continue
+        _check_image_use(request, image_to_video, where)
+        requests.append(request)
+    if not requests:
+        raise UserError(f"prompt file {path} holds no prompt: write one a line")
+    return requests
+
+
+def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> str:
+    """The content of a prompt file with other texts, all else as it is; to be written to a file in `folder`.
+
+    Args:
+        texts: one for each request that `read_prompts` returns, None to keep the prompt.
+    """
+    is_json = path.suffix.lower() == ".jsonl"
+    pieces, remaining = re.split(r"(\r\n|\r|\n)", _read_text(path)), iter(texts)
+    for i, line in enumerate(pieces):
+        if not line.strip():
+            continue
+        request = (_parse_json if is_json else _parse_text)(line.strip(), 0, path.parent, str(path))
+        if not request.text.strip():
+            continue
+        text = next(remaining)
+        name = _image_name(line, is_json)
+        # An image that was found beside the prompt file would not be found beside another.
+        moves = name is not None and folder.resolve() != path.parent.resolve() and request.image != Path(name)
+        if text is None and not moves:
+            continue
+        text, name = text or request.text, str(request.image.resolve()) if moves else name
+        if is_json:
+            record = {**parse_json(line), "prompt": text, **({} if name is None else {"image": name})}
+            pieces[i] = json.dumps(record, ensure_ascii=line.isascii())
+        else:
+            pieces[i] = text if name is None else f"{text}{IMAGE_SEPARATOR}{name}"
+    return "".join(pieces)
+
+
+def _image_name(line: str, is_json: bool) -> str | None:
+    if is_json:
+        return parse_json(line).get("image")
+    _, separator, name = line.rpartition(IMAGE_SEPARATOR)
+    return name.strip() if separator else None
+
+
+def _read_lines(path: Path) -> list[str]:
+    # Not str.splitlines, which also breaks at characters such as U+2028 that may stand inside a prompt.
+    lines = re.split(r"\r\n|\r|\n", _read_text(path))
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        where = places(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read the prompt file {path}: {error.strerror or error}{where}") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"prompt file {path} is not UTF-8 text (line {line}): save it as UTF-8") from error
+    if "\0" in text:  # what UTF-16 without a byte order mark decodes to
+        raise UserError(f"prompt file {path} is not UTF-8 text, it holds NUL characters: save it as UTF-8")
+    return text
+
+
+def _parse_text(line: str, index: int, folder: Path, where: str) -> PromptRequest:
+    text, separator, image = line.rpartition(IMAGE_SEPARATOR)
+    if not separator:
+        return PromptRequest(index, line)
+    if not image.strip():
+        raise UserError(f"{where}: there is no image path after '{IMAGE_SEPARATOR}'")
+    return PromptRequest(index, text.strip(), image=_find_image(image.strip(), folder, where))
+
+
+def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptRequest:
+    try:
+        record = parse_json(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: expected a JSON object such as {{"prompt": "a cat"}}, got {_shorten(record)}')
+    for key in record:
+        if key not in _JSON_KEYS:
+            near = difflib.get_close_matches(key, _JSON_KEYS, n=1, cutoff=0.5)
+            known = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_JSON_KEYS)}"
+            raise UserError(f"{where}: unknown key '{key}', {known}")
+    if "prompt" not in record:
+        raise UserError(f"{where}: the key 'prompt' is missing")
+    values = {}
+    for key, value in record.items():
+        accepts, expected = _JSON_KEYS[key]
+        if value is None and key != "prompt":
+            continue
+        if not accepts(value):
+            raise UserError(f"{where}: '{key}' must be {expected}, got {_shorten(value)}")
+        if isinstance(value, str) and has_half_characters(value):
+            raise UserError(f"{where}: '{key}' has half a character, {value!r:.60}; write the character itself")
+        values[key] = value
+    if "image" in values:
+        values["image"] = _find_image(values["image"], folder, where)
+    if "size" in values:
+        values["size"] = tuple(values["size"])
+    return PromptRequest(index, values.pop("prompt"), **values)
+
+
+def _is_positive_int(value: object) -> bool:
+    return type(value) is int and value > 0  # bool is a subclass of int, and true is no number of frames
+
+
+# key: (whether a value is accepted, what is expected)
+_JSON_KEYS = {
+    "prompt": (lambda value: isinstance(value, str), "a string"),
+    "negative_prompt": (lambda value: isinstance(value, str), "a string"),
+    "image": (lambda value: isinstance(value, str) and value != "", "the path of an image"),
+    "seed": (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1"),
+    "num_frames": (_is_positive_int, "a positive whole number of latent frames"),
+    "size": (
+        lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_positive_int, value)),
+        "[height, width] in pixels",
+    ),
+}
+
+
+def _find_image(name: str, folder: Path, where: str) -> Path:
+    for candidate in (Path(name), folder / name):
+        with suppress(OSError, ValueError):  # a name too long for the file system is no file either
+            if candidate.is_file():
+                return candidate
+    found = find_input(name, where)
+    if found is not None and found.is_file():
+        return found
+    raise UserError(
+        f"{where}: image {name} does not exist, neither in the current working directory nor in {folder} nor in {ROOT}"
+    )
+
+
+def _check_image_use(request: PromptRequest, image_to_video: bool | None, where: str) -> None:
+    if image_to_video is True and request.image is None:
+        raise UserError(f"{where}: an image-to-video model needs an image: prompt{IMAGE_SEPARATOR}image_path")
+    if image_to_video is False and request.image is not None:
+        raise UserError(f"{where}: it names an image, but this is a text-to-video model")
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Typed in
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def typed_prompts(image_to_video: bool = False) -> Iterator[PromptRequest]:
+    """Ask for prompts on the terminal until an empty line, `q` or the end of the input.
+
+    For an image-to-video model the image follows the prompt on the same line, `prompt@@image_path`, or is asked for.
+    A line that will not do is reported and asked for again.
+    """
+    index, where = 0, "typed prompt"
+    for line in typed_lines():
+        try:
+            request = _parse_text(line, index, Path.cwd(), where)
+            if image_to_video and request.image is None:
+                if (image := _ask("Image: ")) is None:
+                    return
+                request = _parse_text(f"{line}{IMAGE_SEPARATOR}{image}", index, Path.cwd(), where)
+            _check_image_use(request, image_to_video, where)
+        except UserError as error:
+            logger.error("%s", error)
+            continue
+        tell_places()
+        yield request
+        index += 1
+
+
+def typed_lines() -> Iterator[str]:
+    """Ask for prompts on the terminal until an empty line, `q` or the end of the input; yield what is typed."""
+    while (line := _ask(f"Prompt (empty line or {QUIT} to quit): ")) is not None:
+        yield line
+
+
+def _ask(question: str) -> str | None:
+    """The stripped answer, None when the user wants to stop."""
+    try:
+        answer = input(question).strip()
+    except EOFError:
+        return None
+    return None if answer in ("", QUIT) else answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A seed each
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def request_seed(base_seed: int, request: PromptRequest) -> int:
+    """The seed of a request's noise: its own, else one derived from the run's seed and its index."""
+    return derive_seed(base_seed, request.index) if request.seed is None else request.seed

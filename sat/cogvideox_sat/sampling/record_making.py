@@ -1,0 +1,285 @@
+"""Gather what made a video, while it is made: for the record beside it and the metadata of its latents."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from sat import mpu
+
+from cogvideox_sat.configuration.argument_lists import SamplingArguments
+from cogvideox_sat.configuration.model_limits import TIME_FACTOR
+from cogvideox_sat.configuration.video_records import (
+    FORMAT,
+    REPEATED_ARGUMENTS,
+    VideoRecord,
+    differences,
+    with_absolute_paths,
+)
+from cogvideox_sat.files.content_hashes import BackgroundHashes, hash_of_file
+from cogvideox_sat.parallel.devices import processor_name
+from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.weights.checkpoint_files import checkpoint_file
+from diffusion_video import SATVideoDiffusionEngine
+from sgm.errors import UserError
+from sgm.weights import INDEX_SUFFIX, PIPELINE_FILE, read_weight_map, safetensors_in
+
+logger = logging.getLogger("sample_video")
+
+PACKAGES = ("torch", "numpy", "SwissArmyTransformer", "deepspeed", "transformers", "tokenizers", "sentencepiece")
+PACKAGES += ("safetensors", "einops", "pillow", "imageio-ffmpeg")
+ROOT = Path(__file__).resolve().parents[1]
+OWN_FOLDERS = ("sat", "sgm", "vae_modules")
+METADATA_FORMAT = "cogvideox-latents-1"
+
+
+class Recorder:
+    """Makes the records of a run's videos.
+
+    The content of weights is hashed in the background, once for the run.
+
+    Args:
+        asked: the arguments as the user gave them, with the precision that was asked for.
+        repeats: the record that the run repeats, if any; what differs from it is a warning each.
+    """
+
+    def __init__(self, engine: SATVideoDiffusionEngine, asked: SamplingArguments, repeats: VideoRecord | None = None):
+        self.engine, self.args, self.repeats = engine, asked, repeats
+        self.hashes = BackgroundHashes(weight_files(asked) if mpu.get_model_parallel_rank() == 0 else {})
+        self.model = {
+            "name": model_name(asked),
+            "scale_factor": engine.scale_factor,
+            "config": with_absolute_paths(asked.model_config),
+        }
+        self.versions = versions(engine.device)
+        self.told: set[str] = set()
+
+    def record(self, video: PlannedVideo, wait: bool = True) -> dict[str, Any]:
+        """Return the record of a video.
+
+        Args:
+            wait: for the hashes of the weights; else those that are not known yet are null.
+        """
+        hashes, args = self.hashes.all() if wait else self.hashes.so_far(), self.args
+        params = args.model_config
+        vae = (params["first_stage_config"].get("params") or {}).get("ckpt_path")
+        embedders = (params["conditioner_config"].get("params") or {}).get("emb_models") or [{}]
+        text_encoder = (embedders[0].get("params") or {}).get("model_dir")
+        decoded = video.frames - int(self.engine.is_15)
+        sampler = self.engine.sampler
+        content = {
+            "format": FORMAT,
+            "prompt": video.request.text,
+            "original_prompt": video.original_prompt,
+            "negative_prompt": video.request.negative_prompt or args.negative_prompt,
+            "image": described_image(video.request.image),
+            "seed": video.seed,
+            "index": video.request.index,
+            "steps": args.sampling_num_steps or sampler.num_steps,
+            "guidance": getattr(getattr(sampler, "guider", None), "scale", None),
+            "size": list(video.size),
+            "frames": (decoded - 1) * TIME_FACTOR + 1,
+            "latent_frames": video.frames,
+            "fps": args.sampling_fps,
+            "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "float32",
+            "computed_in": str(self.engine.dtype).removeprefix("torch."),
+            "checkpoint": described(args.load, hashes.get("checkpoint")),
+            "adapters": [
+                {**described(path, hashes.get("adapter")), "scale": args.lora_scale}
+                for path in filter(None, [args.lora_load])
+            ],
+            "vae": described(vae, hashes.get("vae")),
+            "text_encoder": described(text_encoder, hashes.get("text_encoder")),
+            "model": self.model,
+            "arguments": {name: getattr(args, name) for name in REPEATED_ARGUMENTS},
+            "versions": self.versions,
+            "device": device_name(self.engine.device),
+            "threads": torch.get_num_threads(),
+            "processors": processors(),
+        }
+        return json.loads(json.dumps(content, default=str))  # as it will be read back
+
+    def metadata(self, video: PlannedVideo, wait: bool = True) -> dict[str, str]:
+        """Return the metadata of a video's latents: what `tools/decode_latents.py` needs, and the record.
+
+        Latents follow from the prompt as it was sampled. Those that are an output (`wait`) do not say the user's own,
+        so that files of equal latents are equal.
+        """
+        record = self.record(video, wait)
+        if wait:
+            del record["original_prompt"]
+        return {
+            **latents_metadata(self.engine, record["model"]["name"], video.request.text, self.args.sampling_fps),
+            "negative_prompt": readable(record["negative_prompt"]),
+            "record": json.dumps(record),
+        }
+
+    def tell_differences(self, video: PlannedVideo, wait: bool = False) -> None:
+        """Warn of what differs from the record that is repeated, in a line each and once a run.
+
+        Args:
+            wait: for the hashes of the weights; else those that are not known yet are not compared.
+        """
+        if self.repeats is None:
+            return
+        for line in differences(self.repeats.content, self.record(video, wait)):
+            if line not in self.told:
+                self.told.add(line)
+                logger.warning("repeating %s: %s", self.repeats.path, line)
+
+    def close(self) -> None:
+        """Give up hashes that are not known yet."""
+        self.hashes.close()
+
+    def with_content(self, video: PlannedVideo, path: Path) -> dict[str, Any]:
+        """Return the record of a video that is written, with the hash of its file; and tell a repetition's success."""
+        digest = f"sha256:{hash_of_file(path)}"
+        if self.repeats is not None:
+            expected = (self.repeats.content.get("video") or {}).get("hash")
+            if expected == digest:
+                logger.info("%s equals the video that %s describes, to the bit", path, self.repeats.path)
+            elif expected is not None:
+                logger.warning("%s differs from the video that %s describes", path, self.repeats.path)
+        return {**self.record(video), "video": {"hash": digest}}
+
+
+def latents_metadata(engine: SATVideoDiffusionEngine, name: str, prompt: str, fps: float) -> dict[str, str]:
+    """Return what the file of latents says so that they can be decoded: texts by name, as safetensors has them."""
+    first_stage = with_absolute_paths(engine.config["first_stage_config"])
+    return {
+        "format": METADATA_FORMAT,
+        "prompt": readable(prompt),
+        "scale_factor": repr(engine.scale_factor),
+        "model": name,
+        "fps": f"{fps:g}",
+        "computed_in": str(engine.dtype).removeprefix("torch."),
+        "first_stage_config": json.dumps(first_stage, default=str),
+    }
+
+
+def readable(text: str) -> str:
+    """Return a text without what UTF-8 cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def model_name(args: Any) -> str:
+    """Return the name of the first of the configuration's files, such as cogvideox_2b, or that which a record has."""
+    names, record = args.sources.names, getattr(args, "record", None)
+    if record is not None and names == [str(record.path)]:
+        return str(record["model"].get("name"))
+    return Path(names[0]).stem if names else "unnamed"
+
+
+# ---------------------------------------------------------------- files
+
+
+def weight_files(args: SamplingArguments) -> dict[str, list[Path]]:
+    """Return the files that a sampling run reads its weights from, by what they are; none for what is not here."""
+    model = args.model_config
+    embedders = (model["conditioner_config"].get("params") or {}).get("emb_models") or [{}]
+    text_encoder = (embedders[0].get("params") or {}).get("model_dir")
+    vae = (model["first_stage_config"].get("params") or {}).get("ckpt_path")
+    return {
+        "vae": vae_files(Path(vae)) if vae else [],
+        "adapter": network_files(args.lora_load, args.model_parallel_size) if args.lora_load else [],
+        "checkpoint": network_files(args.load, args.model_parallel_size) if args.load else [],
+        "text_encoder": text_encoder_files(Path(text_encoder)) if text_encoder else [],
+    }
+
+
+def network_files(path: str, size: int) -> list[Path]:
+    """Return the files of a network's checkpoint, of whichever form."""
+    try:
+        found = {checkpoint_file(path, rank, size)[0] for rank in range(size)}
+    except UserError:  # whoever loads it says so
+        return []
+    return sorted({file for first in found for file in with_shards(first)})
+
+
+def vae_files(path: Path) -> list[Path]:
+    """Return the files of a VAE: one, or the safetensors of a folder."""
+    if not path.is_dir():
+        return with_shards(path) if path.is_file() else []
+    with suppress(UserError):
+        return with_shards(safetensors_in(path / "vae" if (path / PIPELINE_FILE).is_file() else path))
+    return []
+
+
+def text_encoder_files(folder: Path) -> list[Path]:
+    """Return the files of a text encoder's folder that are read: weights, vocabulary and settings."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return [*weights, *sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))]
+
+
+def with_shards(file: Path) -> list[Path]:
+    """Return a weight file, or an index and the files that it names."""
+    if not file.name.endswith(INDEX_SUFFIX):
+        return [file]
+    with suppress(UserError):
+        return [file, *sorted({file.parent / name for name in read_weight_map(file).values()})]
+    return [file]
+
+
+def described(path: str | None, digest: str | None) -> dict[str, Any] | None:
+    """Return the entry of a file or folder in a record."""
+    if not path:
+        return None
+    return {"path": str(Path(path).resolve()) if Path(path).exists() else str(path), "hash": digest}
+
+
+def described_image(path: Path | None) -> dict[str, Any] | None:
+    """Return the entry of a first frame in a record."""
+    if path is None:
+        return None
+    digest = None
+    with suppress(OSError):
+        digest = f"sha256:{hash_of_file(path)}"
+    return described(str(path), digest)
+
+
+# ---------------------------------------------------------------- machine and software
+
+
+def device_name(device: torch.device) -> str:
+    """Return the kind of a device and its name: equal on machines that compute the same."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({processor_name()})"
+
+
+def processors() -> int:
+    """Return how many processors this process may use; the video encoder takes as many threads as they allow."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Return the versions of what computes a video, by name; of this program, a hash of its modules."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if device.type == "cuda":
+        found |= {"CUDA": str(torch.version.cuda or torch.version.hip), "cuDNN": str(torch.backends.cudnn.version())}
+    with suppress(Exception):  # no ffmpeg is an error only when a video is written
+        from imageio_ffmpeg import get_ffmpeg_version
+
+        found["ffmpeg"] = get_ffmpeg_version()
+    found["program"] = source_hash()
+    return found
+
+
+def source_hash() -> str:
+    """Return a hash of the program's own modules."""
+    digest = hashlib.sha256()
+    for file in sorted(path for folder in OWN_FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

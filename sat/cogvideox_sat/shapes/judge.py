@@ -1,0 +1,300 @@
+"""Says what a video of moving shapes shows, from its pixels alone: the inverse of `shapes.drawing`.
+
+The video is compared with what `drawing` would draw: first with every background, then, where it differs from the
+best one, with every shape of the same area at the same place; the ways of the shape's middle and its growth tell the
+motion. Blurred edges and colours that are off by a tenth do no harm, and what resembles nothing is called "none".
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvideox_sat.shapes.drawing import GROWTH, distance, pattern_mask, shade
+from cogvideox_sat.shapes.scenes import COLOURS, PATTERNS, PLAIN, SIZES, Item, Scene
+
+NONE = "none"  # instead of a word, where nothing fits
+SHORTER_SIDE = 64  # in pixels: larger videos are looked at in this size
+
+LEAST_GROUND = 0.4  # share of a video's pixels that resemble its background
+UNLIKE = 0.25  # from the background, in a colour's distance in [0, 1]^3: pixels of a shape
+CAP = 0.25  # of the distance to a background: what is farther off is a shape and may have any colour
+LEAST_AREA = 12  # pixels of a shape in a frame
+EDGE_SHARE = 0.6  # of one colour's pixels within two of another's: from there on it is but the edge of that
+ASIDE = 0.45  # from the straight line between two colours: about the worst that their mixtures are named by another
+WORST_FIT = 0.35  # share of a shape's area by which it may differ from the best outline
+STILL = 3.0  # pixels: what moves less stands still
+CHANGED = 1.4  # times: a radius that changes less stays the same
+WORST_WAY = 0.35  # share of the way's variance that the best motion may leave unexplained
+
+
+class Track(NamedTuple):
+    """Where a shape is in the frames in which it is seen.
+
+    Args:
+        moments: (n,) in [0, 1], the share of the clip that is over.
+        rows, columns: (n,), its middle in pixels.
+        areas: (n,) in pixels.
+    """
+
+    moments: Tensor
+    rows: Tensor
+    columns: Tensor
+    areas: Tensor
+
+
+def judge(frames: Tensor) -> Scene:
+    """What a video shows.
+
+    Args:
+        frames: (t, 3, h, w) in [-1, 1].
+
+    Returns:
+        The background and two, one or no items, the plainer first. "none" stands for what cannot be told; phases,
+        offsets and the layout are not told.
+    """
+    pixels = _resized((frames.float().clamp(-1, 1) + 1) / 2)
+    background, pattern, ground = find_background(pixels)
+    if (_distances(pixels, ground) < CAP).float().mean() < LEAST_GROUND:
+        return Scene((), NONE, NONE)
+    layers = find_layers(pixels, ground, background)
+    items = tuple(_find_item(colour, cover) for colour, cover in layers)
+    return Scene(items, background, pattern)
+
+
+def _resized(pixels: Tensor) -> Tensor:
+    scale = SHORTER_SIDE / min(pixels.shape[-2:])
+    if scale == 1:
+        return pixels
+    size = [round(side * scale) for side in pixels.shape[-2:]]
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Background
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_background(pixels: Tensor) -> tuple[str, str, Tensor]:
+    """Its colour, its pattern and its picture (3, h, w), in the colours that the video gives it.
+
+    Args:
+        pixels: (t, 3, h, w) in [0, 1].
+    """
+    masks = {pattern: pattern_mask(pattern, *pixels.shape[-2:]) for pattern in (PLAIN, *PATTERNS)}
+    pictures = {(colour, pattern): _ground(colour, mask) for colour in COLOURS for pattern, mask in masks.items()}
+    errors = {key: _error(pixels, picture) for key, picture in pictures.items()}
+    colour, _ = min(errors, key=errors.get)
+    # Where all colours are off by as much as half a pattern's contrast, only that tells whether there is a pattern.
+    everywhere = torch.ones_like(masks[PLAIN], dtype=torch.bool)
+    shifted = {name: pictures[colour, name] + _shift(pixels, pictures[colour, name], everywhere) for name in masks}
+    pattern = min(shifted, key=lambda name: _error(pixels, shifted[name]))
+    mask, picture = masks[pattern], shifted[pattern]
+    first, second = (_shift(pixels, picture, part) for part in (mask <= 0.5, mask > 0.5))
+    return colour, pattern, picture + first + mask * (second - first)
+
+
+def _ground(colour: str, mask: Tensor) -> Tensor:
+    first, second = (torch.tensor(values)[:, None, None] for values in (COLOURS[colour], shade(colour)))
+    return first + mask * (second - first)
+
+
+def _error(pixels: Tensor, picture: Tensor) -> float:
+    return _distances(pixels, picture).square().clamp(max=CAP**2).mean().item()
+
+
+def _shift(pixels: Tensor, picture: Tensor, where: Tensor) -> Tensor:
+    """(3, 1, 1): by how much the pixels in a mask, (h, w) or (t, h, w), are off where they resemble the picture."""
+    off = (pixels - picture).movedim(1, -1)[(_distances(pixels, picture) < CAP) & where]
+    return off.median(dim=0).values[:, None, None] if len(off) else torch.zeros(3, 1, 1)
+
+
+def _distances(pixels: Tensor, colours: Tensor) -> Tensor:
+    return (pixels - colours).square().sum(dim=1).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes apart from the background
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_layers(pixels: Tensor, ground: Tensor, background: str) -> list[tuple[str, Tensor]]:
+    """The colour of each shape and how much of each pixel it covers, (t, h, w) in [0, 1]; the larger one first."""
+    names = [name for name in COLOURS if name != background]
+    colours = torch.tensor([COLOURS[name] for name in names])
+    nearest, label = torch.cdist(pixels.movedim(1, -1), colours).min(dim=-1)
+    to_ground = _distances(pixels, ground)
+    label[(nearest > to_ground) | (to_ground < UNLIKE)] = -1
+    layers = []
+    for _ in range(2):
+        index = _main_colour([label == index for index in range(len(names))], colours, ground)
+        if index is None:
+            break
+        mask = label == index
+        colour = colours[index][:, None, None]
+        cover = _cover(pixels, ground, colour + _shift(pixels, colour, mask))
+        piece = _largest_piece(cover * _widened(mask))
+        layers.append((names[index], piece))
+        label[_widened(piece > 0.3)] = -1
+    return layers
+
+
+def _main_colour(masks: list[Tensor], colours: Tensor, ground: Tensor) -> int | None:
+    """The number of the mask (t, h, w) that is the largest shape, None if none is in half of the frames or more."""
+    # At its edges a shape has mixed colours, which may look like a third: what counts is its inner part.
+    weights = [(_inner(mask).sum() + 0.1 * mask.sum()).item() for mask in masks]
+    often = [2 * (mask.sum(dim=(1, 2)) >= LEAST_AREA).sum().item() >= len(mask) for mask in masks]
+    order = sorted((index for index in range(len(masks)) if often[index]), key=lambda index: -weights[index])
+    if len(order) < 2:
+        return order[0] if order else None
+    one, other = order[:2]
+    if max(_beside(masks[one], masks[other]), _beside(masks[other], masks[one])) < EDGE_SHARE:
+        return one
+    # Is the nearer one the edge of the other, a mixture of its colour with the background's?
+    middle = ground.mean(dim=(1, 2))
+    nearer, farther = sorted((one, other), key=lambda index: (colours[index] - middle).norm().item())
+    way, partway = colours[farther] - middle, colours[nearer] - middle
+    aside = partway - (partway @ way) / (way @ way) * way
+    return farther if aside.norm() < ASIDE else one
+
+
+def _beside(mask: Tensor, other: Tensor) -> float:
+    """The share of the pixels of a mask (t, h, w) that lie within two pixels of another."""
+    return ((mask & _widened(other)).sum() / mask.sum()).item()
+
+
+def _widened(mask: Tensor) -> Tensor:
+    """The mask (t, h, w) and what lies within two pixels of it."""
+    return F.max_pool2d(mask.float(), 5, stride=1, padding=2) > 0
+
+
+def _inner(mask: Tensor) -> Tensor:
+    """The pixels (t, h, w) whose neighbours are in the mask too."""
+    return -F.max_pool2d(-mask.float(), 3, stride=1, padding=1) > 0
+
+
+def _cover(pixels: Tensor, ground: Tensor, colour: Tensor) -> Tensor:
+    """(t, h, w) in [0, 1]: how far each pixel is from the background to the colour (3, 1, 1)."""
+    way = colour - ground
+    return (((pixels - ground) * way).sum(dim=1) / way.square().sum(dim=0).clamp(min=1e-6)).clamp(0, 1)
+
+
+def _largest_piece(cover: Tensor) -> Tensor:
+    """The cover without what does not hang together with its most solid spot."""
+    mask = (cover > 0.5).float()
+    solid = F.avg_pool2d(cover, 5, stride=1, padding=2) * mask
+    piece = (solid == solid.amax(dim=(1, 2), keepdim=True)).float() * mask
+    for _ in range(sum(cover.shape[1:])):
+        grown = F.max_pool2d(piece, 3, stride=1, padding=1) * mask
+        if torch.equal(grown, piece):
+            break
+        piece = grown
+    return cover * _widened(piece)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outline, size and motion
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _find_item(colour: str, cover: Tensor) -> Item:
+    areas = cover.sum(dim=(1, 2))
+    seen = areas >= LEAST_AREA
+    if 2 * seen.sum() < len(seen):
+        return Item(NONE, colour, NONE, NONE)
+    cover, areas = cover[seen], areas[seen]
+    rows, columns = _grid(cover)
+    moments = torch.linspace(0, 1, len(seen))[seen]
+    middle = [(cover * place).sum(dim=(1, 2)) / areas for place in (rows, columns)]
+    track = Track(moments, *middle, areas)
+    shape = find_shape(cover, track)
+    motion = find_motion(track) if len(moments) > 1 else NONE
+    size = NONE
+    if shape != NONE:
+        radius = (areas / _unit_areas()[shape]).sqrt()
+        middling = radius.mean() / (sum(GROWTH) / 2) if motion in ("growing", "shrinking") else radius.median()
+        parts = middling.item() / min(cover.shape[1:])
+        size = min(SIZES, key=lambda name: abs(math.log(SIZES[name] / parts)))
+    return Item(size, colour, shape, motion)
+
+
+def _grid(cover: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(cover.shape[-2])[:, None] + 0.5, torch.arange(cover.shape[-1]) + 0.5
+
+
+def find_shape(cover: Tensor, track: Track) -> str:
+    """The outline that, of the same area at the same place, differs least from the cover (t, h, w)."""
+    rows, columns = _grid(cover)
+    down, right = rows - track.rows[:, None, None], columns - track.columns[:, None, None]
+    fits = {}
+    for shape, unit_area in _unit_areas().items():
+        radius = (track.areas / unit_area).sqrt()[:, None, None]
+        drawn = (0.5 - distance(shape, down, right, radius)).clamp(0, 1)
+        # A little blurred, since videos store colours in half the resolution, so that edges are never sharp.
+        off = F.avg_pool2d(drawn - cover, 3, stride=1, padding=1).abs().sum(dim=(1, 2))
+        fits[shape] = (off / track.areas).median().item()
+    best = min(fits, key=fits.get)
+    return best if fits[best] < WORST_FIT else NONE
+
+
+def _unit_areas() -> dict[str, float]:
+    """The area of each shape whose radius is 1."""
+    return {
+        "circle": math.pi,
+        "square": 1.6**2,
+        "triangle": 0.75 * math.sqrt(3),
+        "ring": 0.75 * math.pi,
+        "cross": 2 * 2 * 0.6 - 0.6**2,
+        "star": 5 * 0.42 * math.sin(math.pi / 5),
+    }
+
+
+def find_motion(track: Track) -> str:
+    radius = track.areas.sqrt()
+    start, slope = _line(track.moments, radius)
+    first, last = max(start, 0.1), max(start + slope, 0.1)
+    if max(last / first, first / last) > CHANGED:
+        return "growing" if slope > 0 else "shrinking"
+    if max((place.max() - place.min()).item() for place in (track.rows, track.columns)) < STILL:
+        return "standing still"
+    angle = 2 * math.pi * track.moments
+    ways = torch.stack([track.rows, track.columns])
+    ways = ways - ways.mean(dim=1, keepdim=True)
+    # Each motion's ways down and right, up to a factor; those of a circle and a spiral in both senses.
+    sine, cosine, still = angle.sin(), angle.cos(), torch.zeros_like(angle)
+    rounds = {
+        "clockwise": [torch.stack([sine, cosine]), torch.stack([cosine, -sine])],
+        "anticlockwise": [torch.stack([-sine, cosine]), torch.stack([cosine, sine])],
+    }
+    models = {
+        "right": [torch.stack([still, track.moments])],
+        "down": [torch.stack([track.moments, still])],
+        "bouncing": [torch.stack([-(angle / 2).cos().abs(), still])],
+        **{f"circle {sense}": parts for sense, parts in rounds.items()},
+        **{f"spiral {sense}": [track.moments * part for part in parts] for sense, parts in rounds.items()},
+    }
+    left, factors = {}, {}
+    for name, parts in models.items():
+        basis = torch.stack([(part - part.mean(dim=1, keepdim=True)).flatten() for part in parts], dim=1)
+        factors[name] = torch.linalg.lstsq(basis, ways.flatten()[:, None]).solution
+        left[name] = ((basis @ factors[name])[:, 0] - ways.flatten()).square().sum() / ways.square().sum()
+    best = min(left, key=left.get)
+    if left[best] > WORST_WAY:
+        return NONE
+    forward = bool(factors[best][0] > 0)
+    if best == "right":
+        return "moving right" if forward else "moving left"
+    if best == "down":
+        return "moving down" if forward else "moving up"
+    if best == "bouncing":
+        return "bouncing" if forward else NONE
+    return "moving in a spiral" if best.startswith("spiral") else "moving in a circle"
+
+
+def _line(moments: Tensor, values: Tensor) -> tuple[float, float]:
+    """(value at 0, slope) of the straight line through the values."""
+    away = moments - moments.mean()
+    slope = ((away * values).sum() / away.square().sum()).item()
+    return values.mean().item() - slope * moments.mean().item(), slope

@@ -1,0 +1,165 @@
+"""Judging videos against their prompts, and the report: what `tools/evaluate_shapes.py` needs PyTorch for."""
+
+import argparse
+import json
+import logging
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.media.image_inputs import load_condition_image
+from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.media.video_output import VideoWriter
+from cogvideox_sat.media.video_reading import open_video
+from cogvideox_sat.shapes.drawing import draw
+from cogvideox_sat.shapes.judge import NONE, judge
+from cogvideox_sat.shapes.prompted_videos import Prompted
+from cogvideox_sat.shapes.scenes import Item, Scene, random_scenes
+from sgm.errors import UserError
+
+logger = logging.getLogger("evaluate_shapes")
+
+ALL_FOUR = "all four"
+# What a scene with one shape says of each row of the table.
+ASPECTS: dict[str, Callable[[Item, Scene], Any]] = {
+    "colour": lambda item, scene: item.colour,
+    "shape": lambda item, scene: item.shape,
+    "motion": lambda item, scene: item.motion,
+    "background": lambda item, scene: (scene.pattern, scene.background),
+    ALL_FOUR: lambda item, scene: (item.colour, item.shape, item.motion, scene.pattern, scene.background),
+    "size": lambda item, scene: item.size,
+    "number of shapes": lambda item, scene: len(scene.items),
+}
+NOTHING = Item(NONE, NONE, NONE, NONE)
+
+
+def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
+    """Judge the videos as the command's options say, write the numbers, and return the report for the terminal.
+
+    Raises:
+        UserError: a video or image cannot be read, or a file cannot be written.
+    """
+    first = read_video(next(video for prompt in prompted for video in prompt.videos))
+    numbers: dict[str, Any] = {"videos": sum(len(prompt.videos) for prompt in prompted)}
+    numbers["prompts_without_videos"] = sum(not prompt.videos for prompt in prompted)
+    if options.own_accuracy_clips:
+        numbers["judge"] = own_accuracy(options.own_accuracy_clips, options.seed, first.shape)
+    results, ratios = {1: [], 2: []}, []
+    for prompt in prompted:
+        for path in prompt.videos:
+            frames = read_video(path)
+            results[len(prompt.scene.items)] += compare(prompt.scene, judge(frames))
+            if prompt.image:
+                ratios.append(psnr(frames[0], load_condition_image(prompt.image, tuple(frames.shape[-2:]))))
+    for count, name in ((1, "one_shape"), (2, "two_shapes")):
+        if results[count]:
+            scenes = [prompt.scene for prompt in prompted if len(prompt.scene.items) == count]
+            numbers[name] = summary(results[count]) | {"by_chance": by_chance(scenes)}
+    if ratios:
+        numbers["first_frame_psnr"] = fmean(ratios)
+    if options.json:
+        with replaced_when_complete(options.json) as part, reported_as_user_error(options.json):
+            part.write_text(json.dumps(numbers, indent=2) + "\n")
+    return report(numbers)
+
+
+def read_video(path: Path) -> Tensor:
+    """The frames (t, 3, h, w) of a video, in [-1, 1].
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open_video(path) as video:
+            frames = torch.from_numpy(np.stack(list(video.all_frames())))
+    except UnreadableClip as error:
+        raise UserError(f"cannot read the video {path}: {error}") from error
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def own_accuracy(clips: int, seed: int, shape: Sequence[int]) -> dict[str, Any]:
+    """How often the judge is right about as many drawn clips of one shape, (t, 3, h, w), that went through a file."""
+    frames, _, height, width = shape
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        for scene in random_scenes(clips, seed, "held_out", pairs=False):
+            with VideoWriter(path, 8, height, width) as video:
+                video.write(draw(scene, frames, height, width))
+            results += compare(scene, judge(read_video(path)))
+    return summary(results)
+
+
+# ---------------------------------------------------------------- right or wrong
+
+
+def compare(expected: Scene, seen: Scene) -> list[dict[str, bool]]:
+    """What is right, aspect by aspect, of each shape of the prompt; of two each is looked for by its colour."""
+    results = []
+    for item in expected.items:
+        if len(expected.items) == 1:
+            found = seen.items[0] if seen.items else NOTHING
+        else:
+            found = next((other for other in seen.items if other.colour == item.colour), NOTHING)
+        results.append({name: says(item, expected) == says(found, seen) for name, says in ASPECTS.items()})
+    return results
+
+
+def summary(results: Sequence[dict[str, bool]]) -> dict[str, Any]:
+    """How many shapes were looked for, and of how many each aspect was right."""
+    return {"count": len(results), "right": {name: sum(result[name] for result in results) for name in ASPECTS}}
+
+
+def by_chance(scenes: Sequence[Scene]) -> dict[str, float]:
+    """The share of right answers, had each video been made for another of the prompts; 1 if there is only one."""
+    said = [(item, scene) for scene in scenes for item in scene.items]
+    return {name: _agreement(says(*one) for one in said) for name, says in ASPECTS.items()}
+
+
+def _agreement(answers: Iterable[Any]) -> float:
+    """How often two of them, drawn at random, are the same."""
+    counts = Counter(answers)
+    total = counts.total()
+    return sum(count * (count - 1) for count in counts.values()) / (total * (total - 1)) if total > 1 else 1.0
+
+
+def psnr(frame: Tensor, image: Tensor) -> float:
+    """Of two pictures in [-1, 1], in dB."""
+    error = ((frame - image) / 2).square().mean().item()
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+# ---------------------------------------------------------------- report
+
+
+def report(numbers: dict[str, Any]) -> str:
+    lines = []
+    if judged := numbers.get("judge"):
+        lines += table(f"The judge on {judged['count']} drawn clips", judged)
+    for name, title in (("one_shape", "videos of one shape"), ("two_shapes", "shapes in videos of two")):
+        if found := numbers.get(name):
+            lines += table(f"{found['count']} {title}", found)
+    if "first_frame_psnr" in numbers:
+        lines += [f"First frame against its image: {numbers['first_frame_psnr']:.1f} dB PSNR", ""]
+    if numbers["prompts_without_videos"]:
+        lines.append(f"Prompts without a video: {numbers['prompts_without_videos']}")
+    return "\n".join(lines).rstrip()
+
+
+def table(title: str, found: dict[str, Any]) -> list[str]:
+    chance = found.get("by_chance")
+    lines = [title, f"{'':18}{'right':>9}{'of':>14}{'by chance':>13}" if chance else f"{'':18}{'right':>9}{'of':>14}"]
+    for name, right in found["right"].items():
+        counted = f"{right}/{found['count']}"
+        line = f"  {name:16}{100 * right / found['count']:>7.1f} %{counted:>14}"
+        lines.append(line + (f"{100 * chance[name]:>11.1f} %" if chance else ""))
+    return [*lines, ""]

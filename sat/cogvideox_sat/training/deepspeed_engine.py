@@ -1,0 +1,221 @@
+"""What DeepSpeed is given: the network, an optimizer for what is trained of it, and a learning-rate schedule."""
+
+import os
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from sat import mpu
+from sat.mpu import RowParallelLinear
+from sat.training.learning_rates import AnnealingLR
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cogvideox_sat.configuration.deepspeed import runtime_config
+from cogvideox_sat.configuration.deepspeed_features import complaint
+from cogvideox_sat.training import deepspeed_adapter
+from sgm.config_places import ConfigError, Place, Sources
+from sgm.config_values import is_own_file
+from sgm.ema_adam import EmaAdam
+from sgm.errors import UserError
+from sgm.memory_errors import is_out_of_memory
+from sgm.util import class_at, reporting
+
+# Names of the same optimizer: SwissArmyTransformer's own needs a CUDA extension to be compiled.
+EMA_ADAM = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")
+DEFAULT_BUCKET_SIZE = 500_000_000  # DeepSpeed's own, in elements
+
+
+def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deepspeed.DeepSpeedEngine:
+    """Wrap `network`, some of whose parameters require gradients, in a DeepSpeed engine.
+
+    Calling the engine calls the network. After `backward(loss)` and `step()`, `deepspeed_adapter.step_was_skipped` says
+    whether the gradients were not finite and the weights therefore left as they were.
+
+    Args:
+        network: on its device, in its dtype.
+        args: `deepspeed_config`, and for the schedule `train_iters`, `warmup`, `auto_warmup_steps` and `lr_decay_*`.
+        dtype: float16, bfloat16 or float32.
+
+    Raises:
+        UserError: DeepSpeed or the optimizer refuses its part of the configuration, or the device the dtype;
+            or DeepSpeed is of a version that lacks what training needs of it.
+    """
+    accelerator = get_accelerator()
+    if dtype == torch.float16 and not accelerator.is_fp16_supported():
+        device = "processor" if accelerator.device_name() == "cpu" else "device"
+        raise UserError(f"deepspeed.fp16: this {device} does not train in float16; set bf16 or neither")
+    deepspeed_adapter.sum_by_gloo()
+    device = next(network.parameters()).device
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device from it
+    config = runtime_config(args.deepspeed_config, dtype_name(dtype))
+    learning_rate = config["optimizer"]["params"]["lr"]
+    # SwissArmyTransformer's schedule multiplies a group's rate, one of DeepSpeed's replaces it.
+    groups = parameter_groups(network, learning_rate if "scheduler" in config else 1.0)
+    limit_buckets(config["zero_optimization"], sum(p.numel() for group in groups for p in group["params"]))
+    is_plain = config["zero_optimization"]["stage"] == 0
+    clipping = config.setdefault("gradient_clipping", 0.0)
+    if is_plain:
+        config["gradient_clipping"] = 0.0  # done before the step, with the norm in hand
+    try:
+        optimizer = build_optimizer(config, groups, getattr(args, "sources", None))
+        engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=optimizer,
+            model_parameters=None if optimizer else groups,
+            lr_scheduler=None if "scheduler" in config else partial(Annealing, args, learning_rate),
+            config=config,
+            mpu=mpu,
+            dist_init_required=False,
+        )
+    except Exception as error:  # by any kind of which DeepSpeed reports what it does not like in its configuration
+        if isinstance(error, UserError) or is_out_of_memory(error) or not raised_in_library(error):
+            raise
+        line = complaint(error, args.deepspeed_config)
+        file = args.sources.file_of(("deepspeed",)) if getattr(args, "sources", None) else None
+        raise ConfigError(f"{file}: {line}" if file else line) from error
+    deepspeed_adapter.check(engine)
+    if is_plain:
+        if mpu.get_data_parallel_world_size() == 1:
+            deepspeed_adapter.sum_no_gradients(engine)
+        engine.optimizer.register_step_pre_hook(partial(clip_or_skip, engine, clipping))
+    else:
+        deepspeed_adapter.leave_out_steps(engine)  # the trainer counts them
+    sum_partial_gradients(network)
+    return engine
+
+
+def raised_in_library(error: Exception) -> bool:
+    """Return whether an error comes from what `initialize` calls, rather than from a function of this project."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.name for frame in frames if is_own_file(frame.filename)]
+    return own[-1:] == [initialize.__name__]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def limit_buckets(zero: dict[str, Any], trained: int) -> None:
+    """Buffers for more gradients than there are would only take memory: gigabytes, for an adapter of megabytes."""
+    zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)), max(trained, 1))
+
+
+# Optimizer and schedule
+
+
+def parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """What is trained of `network`, in a group with weight decay and one without: biases and norms."""
+    decayed, others = [], []
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                parameter.model_parallel = getattr(parameter, "model_parallel", False)  # DeepSpeed's norms look at it
+                (others if name == "bias" or isinstance(module, nn.LayerNorm) else decayed).append(parameter)
+    groups = [{"params": decayed, "lr": learning_rate}, {"params": others, "lr": learning_rate, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    config: dict[str, Any], groups: list[dict[str, Any]], sources: Sources | None = None
+) -> Optimizer | None:
+    """The optimizer that `config` names by import path, taken out of it; None for a name that DeepSpeed knows."""
+    section = config["optimizer"]
+    if "." not in section["type"]:
+        if section["type"].lower() in ("adam", "adamw") and groups[0]["params"][0].device.type == "cpu":
+            section["params"].setdefault("torch_adam", True)  # else DeepSpeed compiles an extension, silently
+        return None
+    del config["optimizer"]
+    root = Place(("deepspeed",), config, sources)
+    place = Place(("deepspeed", "optimizer"), section, sources, building=True)
+    if section["type"] in EMA_ADAM:  # whose parameters are checked already
+        return EmaAdam(groups, **section["params"])
+    kind = class_at(section["type"], place.below("type"), "optimizer")
+    with reporting(place.below("params"), root):
+        return kind(groups, **section["params"])
+
+
+class Annealing(AnnealingLR):
+    """SwissArmyTransformer's schedule: a start at 5 % for `auto_warmup_steps`, a linear rise, then the decay.
+
+    It counts from 1, as it always has. Mended are that a linear decay went on below zero, and that a state was not
+    loaded: what is loaded is where it is, not the rates and lengths, which today's configuration gives.
+    """
+
+    def __init__(self, args: Namespace, learning_rate: float, optimizer: Optimizer):
+        steps = args.lr_decay_iters or args.train_iters
+        super().__init__(
+            optimizer,
+            start_lr=learning_rate,
+            warmup_iter=max(args.warmup * steps, 1e-9),  # it divides by it
+            num_iters=steps,
+            decay_style=args.lr_decay_style,
+            last_iter=0,
+            decay_ratio=args.lr_decay_ratio,
+            auto_warmup_steps=args.auto_warmup_steps,
+        )
+
+    def get_lr(self) -> float:
+        return max(super().get_lr(), 0.0)
+
+    def load_state_dict(self, sd: dict[str, Any]) -> None:
+        self.step(sd["num_iters"])
+
+
+# Gradients
+
+
+def clip_or_skip(engine: deepspeed.DeepSpeedEngine, clipping: float, optimizer: Optimizer, *_: Any) -> None:
+    """Before a step without ZeRO, do what ZeRO's optimizers do by themselves: clip the gradients to the norm
+    `clipping` (0: do not), or if they are not finite leave the step out, and tell the engine."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = gradient_norm(parameters)
+    skip = not torch.isfinite(norm)
+    deepspeed_adapter.tell_norm(engine, norm, skip)
+    if skip:
+        for parameter in parameters:
+            parameter.grad = None
+    elif clipping > 0:
+        torch._foreach_mul_([p.grad for p in parameters], (clipping / (norm + 1e-6)).clamp(max=1.0))
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm over all of `parameters`, those of which every model-parallel process has a copy counted once."""
+    counted = [p.grad for p in parameters if getattr(p, "model_parallel", False) or mpu.get_model_parallel_rank() == 0]
+    norms = torch._foreach_norm(counted, dtype=torch.float32)
+    square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=parameters[0].device)
+    if mpu.get_model_parallel_world_size() > 1:
+        dist.all_reduce(square, group=mpu.get_model_parallel_group())
+    return square.sqrt()
+
+
+def sum_partial_gradients(network: nn.Module) -> None:
+    """Make gradients whole of which each model-parallel process computes a part, though all hold the parameter: of the
+    norms of queries and keys, which see the process's own heads, and of biases that are added in equal parts."""
+    if mpu.get_model_parallel_world_size() == 1:
+        return
+    group = mpu.get_model_parallel_group()
+    for name, module in network.named_modules():
+        partial_ = []
+        if isinstance(module, RowParallelLinear):
+            partial_ = [module.bias]
+        elif "query_layernorm_list." in name or "key_layernorm_list." in name:
+            partial_ = module.parameters()
+        for parameter in partial_:
+            if parameter is not None and parameter.requires_grad:
+                parameter.register_hook(_summed_over(group))
+
+
+def _summed_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    def sum_(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    return sum_

@@ -1,0 +1,229 @@
+"""Whether a training run can be what its arguments ask for: checked before anything heavy is imported.
+
+Under a launcher every process plans the run, so that all of them stop at a mistake.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvideox_sat.clips.latent_cache import is_cache
+from cogvideox_sat.clips.options import check_options
+from cogvideox_sat.commands.input_paths import not_found
+from cogvideox_sat.configuration.deepspeed import BatchSizes, batch_sizes
+from cogvideox_sat.configuration.determinism import check_workspace, describe_change
+from cogvideox_sat.configuration.files import check_paths
+from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
+from cogvideox_sat.configuration.model_section import check_trained_part, has_adapter
+from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters
+from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.files.latest_file import newest
+from cogvideox_sat.files.output_paths import check_folder, check_sheet
+from cogvideox_sat.runs import folders as run_folders
+from sgm.errors import UserError
+
+logger = logging.getLogger("train_video")
+
+HIGHEST_FULL_RATE = 5e-4  # of full fine-tuning, above which a warning is due
+STATE_FILE = Path("training_state", "state.json")  # in the folder of an iteration: see `training.checkpoint`
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run starts from.
+
+    Args:
+        resume: the folder of the iteration to go on from; None: a new run, in a folder of its own.
+        finished: the run that `resume: latest` means is complete; there is nothing to do.
+        cached: the data are caches of latents, so that neither VAE nor text encoder is needed to train.
+        batch: sizes of a step.
+    """
+
+    resume: Path | None
+    finished: bool
+    cached: bool
+    batch: BatchSizes
+
+
+def plan_inspection(args: TrainingArguments) -> BatchSizes:
+    """Return the batch sizes of a run whose data is to be looked at only: neither weights nor folders are needed.
+
+    Raises:
+        UserError: the data does not exist, or its settings do not fit the model.
+    """
+    if not check_data(args):
+        check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(args.model_config))
+    if args.contact_sheet is not None:
+        check_sheet(args.contact_sheet)
+    return check_processes(args)
+
+
+def plan_run(args: TrainingArguments) -> TrainingPlan:
+    """
+    Raises:
+        UserError: the model, the data or the processes do not go together as asked, a file that is needed is not there,
+            or the run is finished already.
+    """
+    check_workspace(args.deterministic)
+    check_model_values(args.model_config, args.sources)
+    check_data_section(args.data_config, args.sources)
+    batch = check_processes(args)
+    cached = check_data(args)
+    check_model(args)
+    warn_of_high_rate(args)
+    if not cached:
+        check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(args.model_config))
+    needed = args.model_config
+    if cached:
+        decodes = samples_videos(args) and not args.only_log_video_latents
+        parts = ["network_config", *(["first_stage_config"] if decodes else [])]
+        needed = {part: args.model_config[part] for part in parts}
+    check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": needed})
+    check_parameters({"model": args.model_config, "data": args.data_config}, args.sources)
+    check_folder(args.save, "save")
+    resume = find_resume(args)
+    finished = resume is not None and resume.name.isdecimal() and int(resume.name) >= args.train_iters
+    if finished and args.resume != "latest":  # which a command has that is started again until all is done
+        raise UserError(f"resume: {resume} is at step {resume.name} of {args.train_iters}: raise train_iters to go on")
+    if resume and not finished and (change := describe_change(resume.parent, args.deterministic)):
+        logger.warning("%s", change)
+    return TrainingPlan(resume, finished, cached, batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model, data, processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_processes(args: TrainingArguments) -> BatchSizes:
+    """The batch sizes of a step on the processes that the launcher started.
+
+    Raises:
+        UserError: processes or clips cannot be shared out as asked.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes % args.model_parallel_size:
+        raise UserError(f"model_parallel_size {args.model_parallel_size} does not divide the {processes} processes")
+    check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
+    return batch_sizes(args.deepspeed_config, processes // args.model_parallel_size)
+
+
+def check_model(args: TrainingArguments) -> None:
+    """Raises UserError unless the model's parts agree on whether it starts from an image, and can be evaluated."""
+    embedders = (args.model_config["conditioner_config"].get("params") or {}).get("emb_models")
+    if not embedders:
+        raise UserError("model.conditioner_config.params.emb_models is empty: the network needs a text encoder")
+    check_trained_part(args.model_config)
+    if has_adapter(args.model_config) and not args.load:
+        raise UserError("load is missing: an adapter needs the weights that it adapts, which are not saved with it")
+    image_to_video = ModelLimits.from_config(args.model_config).image_to_video
+    if image_to_video and not args.model_config.get("noised_image_input"):
+        raise UserError("this is an image-to-video model: set model.noised_image_input: true")
+    if not image_to_video and args.model_config.get("noised_image_input"):
+        raise UserError(
+            "model.noised_image_input is on, but this is a text-to-video model: use an '_i2v' configuration"
+        )
+    if samples_videos(args) and not isinstance(args.model_config.get("sampler_config"), dict):
+        raise UserError(
+            "the configuration has no model.sampler_config: give one, or num_log_videos: 0 to sample nothing"
+        )
+
+
+def warn_of_high_rate(args: TrainingArguments) -> None:
+    """The learning rate of configs/sft.yaml is that of an adapter; with it a trained network would soon be lost."""
+    rate = args.deepspeed_config["optimizer"]["params"]["lr"]
+    if not has_adapter(args.model_config) and rate > HIGHEST_FULL_RATE:
+        logger.warning(
+            "the learning rate %g is one for LoRA; all weights take about 1e-5: add configs/sft_full.yaml", rate
+        )
+
+
+def samples_videos(args: TrainingArguments) -> bool:
+    """Whether evaluations sample from captions."""
+    return bool(args.valid_data and args.eval_interval and args.num_log_videos)
+
+
+def check_data(args: TrainingArguments) -> bool:
+    """Whether the data are caches of latents.
+
+    Raises:
+        UserError: there is no data, or caches and clips are mixed.
+    """
+    if not any(args.train_data):
+        raise UserError(
+            "train_data is missing: name a folder, a .jsonl or .csv manifest, .tar shards or a latent cache"
+        )
+    for name in ("train_data", "valid_data"):
+        for path in getattr(args, name):
+            is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
+            if not path or not (is_pattern or "://" in path or Path(path).exists()):
+                raise UserError(not_found(name, path))
+    caches = [path for path in (*args.train_data, *args.valid_data) if is_cache(path)]
+    clips = [path for path in (*args.train_data, *args.valid_data) if path not in caches]
+    if caches and clips:
+        raise UserError(
+            f"{caches[0]} is a cache of latents and {clips[0]} is not: encode all of train_data and valid_data or none"
+        )
+    if args.valid_data and not args.eval_interval:
+        logger.info("valid_data is not used: eval_interval is not set")
+    return bool(caches)
+
+
+def check_clips(params: dict[str, Any], limits: ModelLimits) -> None:
+    """Raises UserError unless the sizes and the length that the data section asks for are such as the model takes.
+
+    Sizes are `video_size` (or `image_size`), [height, width] or a list of such; the length is `max_num_frames` (or
+    `num_frames`). What is left out has a default of the dataset's own.
+    """
+    for name, least in (("fps", 0.01), ("max_num_frames", 1), ("num_frames", 1), ("skip_frms_num", 0)):
+        value = params.get(name, least)
+        if type(value) not in (int, float) or value < least:
+            raise UserError(f"data.params.{name} is {value!r}; expected a {'positive ' * (least > 0)}number")
+    check_options(params)
+    frames = params.get("max_num_frames", params.get("num_frames", 1))
+    sizes = params.get("video_size", params.get("image_size"))
+    if sizes is None:
+        return
+    for size in sizes if isinstance(sizes, list) and sizes and isinstance(sizes[0], list) else [sizes]:
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
+            raise UserError(f"data.params.video_size has {size!r}; expected [height, width] in pixels")
+        try:
+            limits.check_training_clip(frames, *size)
+        except UserError as error:
+            raise UserError(f"data.params.{error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_resume(args: TrainingArguments) -> Path | None:
+    """The folder of the iteration that `resume` means; None for a new run. See `runs.folders.find_resume`.
+
+    Raises:
+        UserError: there is no training state at that place.
+    """
+    return run_folders.find_resume(args, iteration_folder)
+
+
+def iteration_folder(path: Path) -> Path:
+    """The folder of an iteration with a training state: `path`, or what the file `latest` in it names.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = newest(path, "resume")
+    folder = path if name is None else path / name
+    if not folder.exists():
+        if name is not None:
+            raise UserError(f"resume: {path / 'latest'} names {name}, which is gone; name another checkpoint")
+        raise UserError(not_found("resume", path))
+    if not (folder / STATE_FILE).is_file():
+        raise UserError(
+            f"resume: {folder} has no {STATE_FILE}: name the folder of a run or of one of its iterations; "
+            "weights alone are given as load, to start a new run from them"
+        )
+    return folder

@@ -1,0 +1,158 @@
+"""Evaluations during training: the loss on validation clips, and videos sampled from their captions."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from cogvideox_sat.clips.attempts import CLIP_TIMEOUT
+from cogvideox_sat.clips.loader import ClipLoader, Share
+from cogvideox_sat.clips.timeouts import ClipTimeouts
+from cogvideox_sat.clips.validation_clips import validation_key
+from cogvideox_sat.configuration.model_limits import TIME_FACTOR
+from cogvideox_sat.files.output_paths import safe_name
+from cogvideox_sat.media.video_output import VideoWriter, save_latents
+from cogvideox_sat.parallel.process_groups import parallel_groups
+from cogvideox_sat.runs.metrics import MetricsWriter
+from cogvideox_sat.sampling.record_making import latents_metadata
+from diffusion_video import SATVideoDiffusionEngine
+from sgm import randomness
+from sgm.context_parallel import all_reduce_sum
+from sgm.errors import UserError
+
+logger = logging.getLogger("train_video")
+
+
+# ---------------------------------------------------------------- loss
+
+
+def validation_loss(engine: SATVideoDiffusionEngine, batches: Iterable[tuple[dict[str, Any], int]]) -> float:
+    """The mean loss of the clips in `batches`, a `ValidationLoader`, over all data-parallel ranks.
+
+    A clip's noise and timestep follow from its own seed, and captions and images are not dropped: the loss is
+    comparable between evaluations, runs, batch sizes and numbers of processes. Call it on all ranks. The network's mode
+    and the global random generators are left as they were.
+    """
+    total = torch.zeros(2, dtype=torch.float64)  # of losses, and of clips
+    with evaluating(engine):
+        for batch, weight in batches:
+            with randomness.per_sample(batch["seed"]):
+                loss, _ = engine.validation_step(batch)
+            if weight:
+                total += torch.tensor([weight * loss.item(), weight], dtype=torch.float64)
+    _, data_parallel = parallel_groups()
+    losses, clips = all_reduce_sum(total.to(engine.device), data_parallel).tolist()
+    return losses / clips
+
+
+@contextmanager
+def evaluating(engine: SATVideoDiffusionEngine) -> Iterator[None]:
+    """Within the block the network is in evaluation mode, nothing is recorded for gradients, the timesteps come from
+    their whole range on each process, and what is drawn from PyTorch's generators has not been drawn afterwards."""
+    network, levels = engine.model, engine.loss_fn.sigma_sampler
+    training, group = network.training, getattr(levels, "data_parallel_group", None)
+    with ExitStack() as stack:
+        stack.callback(network.train, training)
+        stack.callback(setattr, levels, "data_parallel_group", group)
+        stack.enter_context(torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        network.eval()
+        levels.data_parallel_group = None
+        yield
+
+
+# ---------------------------------------------------------------- samples
+
+
+def save_samples(
+    engine: SATVideoDiffusionEngine,
+    dataset: Dataset,
+    folder: str | Path,
+    step: int,
+    *,
+    count: int,
+    seed: int,
+    fps: float,
+    only_latents: bool = False,
+    num_steps: int | None = None,
+    writer: MetricsWriter | None = None,
+    name: str = "unnamed",
+    clip_timeout: float = CLIP_TIMEOUT,
+    timeouts: ClipTimeouts | None = None,
+    share: Share | None = None,
+) -> list[Path]:
+    """Sample a video for the captions of the first `count` validation clips, as large as those and, see `decodable`, as
+    long.
+
+    The files are `{folder}/samples/{step}/{i}_{caption}.mp4`, or latents (t, c, h, w) in `.safetensors` with
+    `only_latents`. A clip's noise is the same at each evaluation. Call it on all processes, over which the network may
+    be spread: each samples everything, the first one writes. What cannot be written is reported and left out.
+
+    Args:
+        fps: of the video files.
+        num_steps: sampling steps, if not the sampler's own number.
+        writer: shows the videos, as `samples/{i}`.
+        name: of the model, for the metadata of latents.
+        clip_timeout, timeouts, share: see `clips.loader.ClipLoader`.
+
+    Returns:
+        The files that this process wrote.
+    """
+    written = []
+    first_process = not dist.is_initialized() or dist.get_rank() == 0
+    keys = [validation_key(seed, index) for index in range(min(count, len(dataset)))]
+    clips = ClipLoader(dataset, [[key] for key in keys], 0, clip_timeout, timeouts, lambda _: step, share)
+    for index, (key, clip) in enumerate(zip(keys, clips if keys else (), strict=True)):
+        batch = decodable(clip)
+        with evaluating(engine):
+            torch.manual_seed(key.seed)
+            log = engine.log_video(
+                batch, N=1, only_log_video_latents=only_latents, reconstruct=False, num_steps=num_steps
+            )
+        if not first_process:
+            continue
+        path = Path(folder, "samples", str(step), f"{index}_{safe_name(batch['txt'][0])}")
+        try:
+            if only_latents:
+                metadata = latents_metadata(engine, name, batch["txt"][0], fps)
+                written.append(_write_latents(path, log["latents"][0], metadata))
+            else:
+                written.append(_write_video(path, log["samples"][0], fps))
+                if writer is not None:
+                    writer.write_video(step, f"samples/{index}", written[-1])
+        except UserError as error:  # a full disk, or a network that went astray: training says so itself
+            logger.warning("sample left out: %s", error)
+    return written
+
+
+def decodable(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of clips, or of their moments, cut to an odd number of latent frames: 8k + 1 frames.
+
+    The VAE encodes an even number too, but then decodes no single first frame.
+    """
+    cut = dict(batch)
+    if "moments" in batch:
+        latents = batch["moments"].shape[2]
+        cut["moments"] = batch["moments"][:, :, : latents - (latents - 1) % 2]
+    else:
+        frames = batch["mp4"].shape[1]
+        cut["mp4"] = batch["mp4"][:, : frames - (frames - 1) % (2 * TIME_FACTOR)]
+    return cut
+
+
+def _write_latents(path: Path, latents: torch.Tensor, metadata: Mapping[str, str]) -> Path:
+    path = path.with_name(f"{path.name}.safetensors")
+    save_latents(path, latents, metadata)
+    return path
+
+
+def _write_video(path: Path, frames: torch.Tensor, fps: float) -> Path:
+    path = path.with_name(f"{path.name}.mp4")
+    with VideoWriter(path, fps, *frames.shape[2:]) as video:
+        video.write(frames)
+    return path

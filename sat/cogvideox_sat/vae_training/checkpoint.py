@@ -1,0 +1,128 @@
+"""What a training run of a VAE writes: complete files or none.
+
+    {run}/checkpoints/step=N.ckpt  everything the run needs to go on, as Lightning writes it; no code is in it
+    {run}/3d-vae.pt                {"state_dict": ...}, the weights of the newest checkpoint for other programs
+    {run}/latest                   the name of the newest checkpoint; written last
+
+A process that is killed at any moment leaves the previous checkpoint in place.
+"""
+
+import errno
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+from torch import Tensor, nn
+
+from cogvideox_sat.files.atomic import replaced_when_complete
+from cogvideox_sat.files.training_state import VAE_RUN, anything, counters, find_misfit, list_of, mapping_of
+from cogvideox_sat.vae_training.plan import CHECKPOINTS, step_of
+from sgm.errors import UserError
+from sgm.weights import read_state_dict
+
+RUN_STATE = "run"  # the entry of a checkpoint that the run itself writes
+CHECKPOINT = {
+    "state_dict": mapping_of(lambda value: isinstance(value, Tensor)),
+    "optimizer_states": list_of(mapping_of(anything)),
+    "loops": mapping_of(counters),
+    RUN_STATE: VAE_RUN,
+}
+WEIGHTS_FILE = "3d-vae.pt"
+
+
+class WholeFiles(CheckpointIO):
+    """Writes a checkpoint under its name when it is complete, and reads one without running any code in it.
+
+    Args:
+        content: what `load_checkpoint` returns, where the file has been read before; the first call takes it.
+    """
+
+    def __init__(self, content: dict[str, Any] | None = None):
+        self.content = content
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_whole(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        content, self.content = self.content, None
+        return content or read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def write_whole(content: Any, path: Path) -> None:
+    """`torch.save`, into a file that appears when it is complete.
+
+    Raises:
+        UserError: the disk is full or cannot be written to; a file that was there before still is.
+    """
+    try:
+        with replaced_when_complete(path) as part:
+            torch.save(content, part)
+    except (OSError, RuntimeError) as error:  # the latter is how torch.save reports a full disk
+        full = getattr(error, "errno", None) == errno.ENOSPC or "write failed" in str(error)
+        free = shutil.disk_usage(path.parent).free / 2**30
+        reason = f"the disk is full, {free:.2f} GiB are free" if full else " ".join(str(error).split())
+        raise UserError(
+            f"cannot write {path}: {reason}; the previous checkpoint is kept: make room (keep_last: N helps) and go on "
+            "with --resume latest"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a `step=N.ckpt`.
+
+    Raises:
+        UserError: it is damaged, or was not written by this command.
+    """
+    content = read_state_dict(path)
+    if misfit := find_misfit(content, CHECKPOINT):
+        raise UserError(
+            f"resume: {path} has no whole training state: {misfit}; to start from its weights name it as "
+            "model.params.ckpt_path"
+        )
+    if step_of(path) not in (None, step := content[RUN_STATE]["step"]):
+        raise UserError(
+            f"resume: {path} holds the state of step {step}: give the file that name, or name another checkpoint"
+        )
+    return content
+
+
+def check_fits(content: Mapping[str, Any], module: nn.Module, path: Path) -> None:
+    """Raises UserError unless a checkpoint is one of this very model."""
+    ours, theirs = module.state_dict(), content["state_dict"]
+    for name in (*ours, *theirs):
+        if name not in theirs or name not in ours:
+            where = "the model" if name in ours else "the checkpoint"
+            raise UserError(f"resume: {path} is of another model: only {where} has {name}")
+        ours_shape, theirs_shape = (tuple(getattr(side[name], "shape", ())) for side in (ours, theirs))
+        if ours_shape != theirs_shape:
+            raise UserError(
+                f"resume: {path} is of another model: {name} is {theirs_shape} there and {ours_shape} in the model"
+            )
+
+
+def write_weights(state_dict: Mapping[str, Tensor], run_folder: Path) -> None:
+    """Write `3d-vae.pt`, as float32 on the CPU."""
+    weights = {name: value.detach().to("cpu", torch.float32) for name, value in state_dict.items()}
+    write_whole({"state_dict": weights}, run_folder / WEIGHTS_FILE)
+
+
+def publish(checkpoint: Path, run_folder: Path, keep_last: int | None) -> None:
+    """Make `checkpoint` the newest, and delete all but the last `keep_last` up to it; later ones are of a future that
+    was given up when the run was resumed from an earlier step."""
+    with replaced_when_complete(run_folder / "latest") as file:
+        file.write_text(checkpoint.name)
+    if keep_last is None:
+        return
+    newest = step_of(checkpoint)
+    steps = {step: file for file in (run_folder / CHECKPOINTS).iterdir() if (step := step_of(file)) is not None}
+    kept = sorted(step for step in steps if step <= newest)[-keep_last:]
+    for step in steps.keys() - kept:
+        steps[step].unlink()

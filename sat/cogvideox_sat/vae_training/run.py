@@ -1,0 +1,337 @@
+"""One training run of a VAE: its assembly around Lightning's `Trainer`. What `train_vae.py` does once PyTorch is
+needed; `vae_training.run_keeper` is what happens beside the steps."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+
+from cogvideox_sat.clips.batch_order import BatchOrder
+from cogvideox_sat.clips.loader import ClipLoader
+from cogvideox_sat.clips.validation_clips import ValidationLoader
+from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
+from cogvideox_sat.configuration.determinism import deterministic_arithmetic
+from cogvideox_sat.configuration.memory_advice import vae_training_advice
+from cogvideox_sat.configuration.model_checks import check_autoencoder_sizes
+from cogvideox_sat.configuration.vae_training_arguments import ENGINE_KEYS, TRAINER_KEYS
+from cogvideox_sat.files.training_state import MISFITS, damaged, taken_from
+from cogvideox_sat.parallel.agreement import (
+    from_first_process,
+    join_processes,
+    leave_processes,
+    limited_collectives,
+    meet,
+)
+from cogvideox_sat.parallel.devices import choose_device, fast_dtype
+from cogvideox_sat.parallel.process_failures import failing_together
+from cogvideox_sat.runs.clips import UnreadableClips, describe_data, open_clips, share_timeouts
+from cogvideox_sat.runs.folders import new_run_folder, removed_if_empty
+from cogvideox_sat.runs.metrics import StepClock
+from cogvideox_sat.runs.vae_data import open_data
+from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
+from cogvideox_sat.vae_training.plan import VaeTrainingPlan
+from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
+from cogvideox_sat.vae_training.run_keeper import RunKeeper
+from sgm.config_places import section
+from sgm.context_parallel import split_evenly
+from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
+from sgm.util import instantiate_from_config
+
+logger = logging.getLogger("train_vae")
+
+
+def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
+    """Train as planned; the exit code.
+
+    Raises:
+        UserError: the device, the data, the model or a checkpoint stands in the way.
+    """
+    quiet_lightning()
+    accelerator, devices = choose_devices(args, plan.processes)
+    join_processes(args.collective_timeout)
+    try:
+        resume = from_first_process(lambda: plan.resume)
+        content = read_checkpoint(resume) if resume else None
+        folder = resume.parent.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
+        torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
+        with (
+            failing_together(),
+            limited_collectives(args.collective_timeout),
+            removed_if_empty(folder),
+            deterministic_arithmetic(args.deterministic),
+        ):
+            fit(args, plan, folder, resume, content, accelerator, devices)
+        return 0
+    finally:
+        leave_processes()
+
+
+def fit(
+    args: VaeTrainingArguments,
+    plan: VaeTrainingPlan,
+    folder: Path,
+    resume: Path | None,
+    content: dict[str, Any] | None,
+    accelerator: str,
+    devices: int | list[int],
+) -> None:
+    """Put the parts together, and have Lightning train.
+
+    Args:
+        folder: of the run.
+        resume, content: the checkpoint to go on from, and what is in it.
+    """
+    state = content[RUN_STATE] if content else None
+    data_rank = dist.get_rank() // plan.ranks_per_clip
+    # Whether too many clips are unreadable is decided here, where there is a folder to list them in.
+    clips, timeouts = open_clips(
+        folder,
+        "train_data",
+        lambda: open_data(
+            replace(args, max_unreadable_share=1.0),
+            plan.time_factor,
+            args.train_data,
+            repeats=args.train_data_repeats,
+            weights=args.train_data_weights,
+        ),
+    )
+    unreadable = UnreadableClips(folder, clips, args.max_unreadable_share, logger)
+    unreadable.check(0)
+    logger.info("train_data: %s", describe_data(clips, args.train_iters * step_size(args, plan)))
+    order = BatchOrder(
+        [clips.bucket(index) for index in range(len(clips))],
+        args.batch_size,
+        data_rank,
+        plan.data_ranks,
+        args.seed,
+        state=state["data"] if state else None,
+        locality=getattr(clips, "locality", None),
+        draws=getattr(clips, "draws", None),
+    )
+    report = None
+    if args.valid_data and args.eval_interval:
+        held_out, held_out_timeouts = open_clips(
+            folder,
+            "valid_data",
+            lambda: open_data(args, plan.time_factor, args.valid_data, random_start=False),
+            repeats=True,
+        )
+        loader = ValidationLoader(
+            held_out,
+            batches=args.eval_iters,
+            batch_size=args.eval_batch_size,
+            seed=args.seed,
+            rank=data_rank,
+            world_size=plan.data_ranks,
+            num_workers=min(args.num_workers, 1),
+            clip_timeout=args.clip_timeout,
+            timeouts=held_out_timeouts,
+            share=share_timeouts,
+        )
+        report = ReconstructionReport(loader, folder, args.num_log_videos, fps=held_out.sampling.fps)
+
+    first = state["step"] + 1 if state else 1
+    batches = ClipLoader(
+        clips,
+        order,
+        args.num_workers,
+        args.clip_timeout,
+        timeouts,
+        step_of=lambda number: first + number // plan.accumulation,
+        share=share_timeouts,
+    )
+    engine = build_engine(args)
+    if content:
+        check_fits(content, engine, resume)
+    clock = StepClock()
+    with taken_from(resume) if resume else nullcontext():
+        keeper = RunKeeper(args, plan, folder, order, clips, unreadable, clock, state, report)
+    trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, WholeFiles(content))
+    del content
+    try:
+        with memory_guard("training", lambda _: vae_training_advice(args, last_checkpoint(folder))):
+            trainer.fit(
+                engine,
+                train_dataloaders=Batches(batches, plan, clock),
+                val_dataloaders=Batches(report.clips, plan) if report else None,
+                ckpt_path=resume,
+            )
+    except (*MISFITS, pl.utilities.exceptions.MisconfigurationException) as error:
+        if resume is None or keeper.started:
+            raise
+        raise damaged(resume, str(error)) from error
+    except SystemExit:  # what Lightning makes of it
+        raise KeyboardInterrupt from None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the run's folder if there is a checkpoint in it to go on from."""
+    return folder if (folder / "latest").exists() else None
+
+
+def step_size(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
+    """Clips of a step, over all processes."""
+    return args.batch_size * plan.accumulation * plan.data_ranks
+
+
+class Batches:
+    """Iterates over the batches of a loader, as much of each as is for this process.
+
+    Args:
+        clock: counts the time that batches are waited for.
+    """
+
+    def __init__(self, loader: Iterable[Any], plan: VaeTrainingPlan, clock: StepClock | None = None):
+        self.loader, self.plan, self.clock = loader, plan, clock
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = iter(self.loader)
+        while True:
+            with self.clock.waiting() if self.clock else nullcontext():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield own_frames(batch[0] if isinstance(batch, tuple) else batch, self.plan)
+
+
+def own_frames(batch: dict[str, Any], plan: VaeTrainingPlan) -> dict[str, Any]:
+    """The batch, of its clips only the frames of this process where processes that share them take each its own."""
+    if not plan.divides_input:
+        return batch
+    rank = dist.get_rank() % plan.ranks_per_clip
+    clips, axis = batch[plan.input_key], plan.time_axis
+    latents = split_evenly((clips.shape[axis] - 1) // plan.time_factor + 1, plan.ranks_per_clip)
+    end = (sum(latents[: rank + 1]) - 1) * plan.time_factor + 1  # the first latent frame is one frame, others more
+    begin = (sum(latents[:rank]) - 1) * plan.time_factor + 1 if rank else 0
+    return {**batch, plan.input_key: clips.narrow(axis, begin, end - begin)}
+
+
+# ---------------------------------------------------------------- model and trainer
+
+
+def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
+    """The Lightning module that the `model:` section describes."""
+    trainer = args.lightning_config.get("trainer") or {}
+    settings = {name: trainer[name] for name in ENGINE_KEYS if trainer.get(name) is not None}
+    described = {name: args.model_config[name] for name in ("target", "params")}
+    with section("model", described, args.sources):
+        check_autoencoder_sizes(described["params"])
+        engine = instantiate_from_config(described, **settings)
+    if not isinstance(engine, pl.LightningModule) or not hasattr(engine, "coder_state_dict"):
+        raise UserError(
+            f"model.target: {args.model_config['target']} cannot be trained: use "
+            "vae_modules.autoencoder.VideoAutoencodingEngine"
+        )
+    engine.learning_rate = args.model_config["base_learning_rate"]
+    trained = sum(parameter.numel() for parameter in engine.parameters() if parameter.requires_grad)
+    logger.info("%s: %.1f million parameters to train", type(engine).__name__, trained / 1e6)
+    return engine
+
+
+def choose_devices(args: VaeTrainingArguments, processes: int) -> tuple[str, int | list[int]]:
+    """Return Lightning's `accelerator` and `devices` for this process and those beside it.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    wanted = args.device or (args.lightning_config.get("trainer") or {}).get("accelerator", "auto")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    device = choose_device({"auto": None, "gpu": "cuda"}.get(wanted, wanted))
+    if device.type == "cpu":
+        return "cpu", here
+    if here > torch.cuda.device_count():
+        raise UserError(
+            f"device: {here} processes need a GPU each and PyTorch sees {torch.cuda.device_count()}; start fewer "
+            "processes or give --device cpu"
+        )
+    if processes == 1:
+        return "gpu", [device.index]
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL takes the current device
+    return "gpu", here
+
+
+def settings_of_trainer(args: VaeTrainingArguments, accelerator: str) -> dict[str, Any]:
+    """Return the arguments for Lightning's `Trainer`, with a precision that the device computes fast."""
+    given = args.lightning_config.get("trainer") or {}
+    settings = {name: given[name] for name in TRAINER_KEYS if given.get(name) is not None}
+    if args.deterministic or settings.get("deterministic") is True:
+        settings.pop("deterministic", None)  # the run sets all of it, and undoes it at its end
+    precision = str(settings.get("precision", ""))
+    if accelerator == "cpu" and precision.startswith("16"):
+        dtype = fast_dtype(torch.float16, torch.device("cpu"))
+        if dtype != torch.float16:
+            kind = "true" if precision == "16-true" else "mixed"
+            settings["precision"] = f"bf16-{kind}" if dtype == torch.bfloat16 else "32-true"
+    return settings
+
+
+def make_trainer(
+    args: VaeTrainingArguments,
+    plan: VaeTrainingPlan,
+    engine: pl.LightningModule,
+    accelerator: str,
+    devices: int | list[int],
+    keeper: RunKeeper,
+    files: WholeFiles,
+) -> pl.Trainer:
+    settings = settings_of_trainer(args, accelerator)
+    plugins: list[Any] = [files]
+    # Whatever has started the processes, these variables say who is who; Lightning would take the variables of a job
+    # of SLURM, which a single process in it sees too, for those of a step.
+    plugins.append(TorchElasticEnvironment() if plan.processes > 1 else LightningEnvironment())
+    try:
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=plan.processes // devices if plan.processes > 1 else 1,
+            strategy=strategy(plan, engine),
+            plugins=plugins,
+            callbacks=[keeper],
+            max_epochs=-1,  # the keeper ends the run
+            max_steps=-1,
+            val_check_interval=args.eval_interval * plan.accumulation if keeper.report else None,
+            check_val_every_n_epoch=None if keeper.report else 1,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **settings,
+        )
+    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
+
+
+def strategy(plan: VaeTrainingPlan, engine: pl.LightningModule) -> str | Strategy:
+    if plan.processes == 1:
+        return "auto"
+    # Where autoencoder and discriminator take turns, every step leaves parameters without a gradient.
+    return _PatientDDP(find_unused_parameters=getattr(engine, "has_discriminator", True))
+
+
+class _PatientDDP(DDPStrategy):
+    """Waits as long as it takes where Lightning has the processes wait for the first, which writes a checkpoint."""
+
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            meet(name or "the others")
+
+
+def quiet_lightning() -> None:
+    """Leave out what Lightning says about itself, and its advice for other kinds of runs."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\.")

@@ -1,0 +1,285 @@
+"""What happens beside the steps of a VAE's training: counting, the log, checkpoints, evaluations, stopping."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cogvideox_sat.clips.batch_order import BatchOrder
+from cogvideox_sat.clips.reader_record import KEY, warn_of_other_reader, with_backend
+from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
+from cogvideox_sat.parallel import process_watch
+from cogvideox_sat.parallel.agreement import any_process, meet
+from cogvideox_sat.runs import metrics as training_metrics
+from cogvideox_sat.runs import random_state
+from cogvideox_sat.runs.clips import UnreadableClips
+from cogvideox_sat.runs.folders import write_config
+from cogvideox_sat.runs.metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
+from cogvideox_sat.runs.stop_signals import stop_requests
+from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, publish, write_weights
+from cogvideox_sat.vae_training.plan import CHECKPOINTS, VaeTrainingPlan
+from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
+from sgm.errors import UserError, some
+
+logger = logging.getLogger("train_vae")
+
+# How the values of a step and of an evaluation are shown to people; others are only written.
+FORMATS = {
+    "train/loss/rec": "rec {:.4f}",
+    "train/loss/disc": "disc {:.4f}",
+    **{name: text for name, text in training_metrics.FORMATS.items() if name != "loss"},
+    "val/rec": "|x - x'| {:.4f}",
+    "val/psnr": "PSNR {:.2f} dB",
+    "val_ema/rec": "with averaged weights |x - x'| {:.4f}",
+    "val_ema/psnr": "PSNR {:.2f} dB",
+}
+
+
+class Means:
+    """Means of what is logged, since they were last asked for; nothing is fetched from the device before."""
+
+    def __init__(self, sums: Mapping[str, tuple[float, int]] | None = None):
+        self.sums = {name: (torch.tensor(total), count) for name, (total, count) in (sums or {}).items()}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            total, count = self.sums.get(name, (torch.zeros_like(value, dtype=torch.float32), 0))
+            self.sums[name] = total.to(value.device) + value.detach().float(), count + 1
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """What the constructor takes, as plain numbers of this process."""
+        return {name: (float(total), count) for name, (total, count) in self.sums.items()}
+
+    def take(self, device: torch.device) -> dict[str, float]:
+        """The means over all processes, which must all ask; then they start over."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        means = torch.stack([self.sums[name][0].to(device) / self.sums[name][1] for name in names])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(means)
+        self.sums = {}
+        return dict(zip(names, (means / dist.get_world_size()).tolist(), strict=True))
+
+
+def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Check that what a checkpoint gave optimizers is of the parameters' shapes, and of each as much as of the others.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for optimizer in optimizers:
+        kinds: set[str] | None = None
+        for parameter, state in optimizer.state.items():
+            kinds = set(state) if kinds is None else kinds
+            if set(state) != kinds:
+                raise ValueError(f"the optimizer has {some(sorted(set(state) ^ kinds))} of some weights only")
+            for kind, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{kind} of a weight {tuple(parameter.shape)} is {tuple(value.shape)}")
+
+
+class RunKeeper(pl.Callback):
+    """Counts steps and keeps the folder of a run.
+
+    A step is one update of the weights, by the autoencoder's optimizer or the discriminator's; it takes `accumulation`
+    batches. The run ends by itself after `train_iters` of them.
+
+    Args:
+        folder: of the run.
+        order: of the batches; its position goes into checkpoints.
+        clips: that are trained on.
+        unreadable: those that cannot be read; those that are found while training are added.
+        state: what an earlier `on_save_checkpoint` wrote, to go on from.
+        report: evaluations; None for a run without.
+
+    Raises:
+        UserError: losses are not finite, too many clips are unreadable, or a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        args: VaeTrainingArguments,
+        plan: VaeTrainingPlan,
+        folder: Path,
+        order: BatchOrder,
+        clips: Dataset,
+        unreadable: UnreadableClips,
+        clock: StepClock,
+        state: Mapping[str, Any] | None,
+        report: ReconstructionReport | None,
+    ):
+        self.args, self.plan, self.folder = args, plan, folder
+        self.order, self.unreadable, self.clock, self.report = order, unreadable, clock, report
+        self.leads = dist.get_rank() == 0
+        self.step = state["step"] if state else 0
+        self.batches = 0  # since the order was made
+        self.reader = getattr(clips, "reader", None)
+        if state:
+            warn_of_other_reader("resume", state, self.reader)
+        ranks = state["ranks"] if state else []
+        self.own_state = ranks[dist.get_rank()] if len(ranks) == dist.get_world_size() else None
+        self.means = Means(self.own_state["means"] if self.own_state else None)
+        self.started = False  # whether all of a checkpoint's state is in place
+        self.writer: MetricsWriter | None = None
+        self.stack = ExitStack()
+
+    # ------------------------------------------------------------ begin and end
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.own_state:
+            random_state.restore(self.own_state["random"], module.device)
+            check_optimizers(trainer.optimizers)
+        self.started = True
+        self.bar = self.stack.enter_context(progress_bar(self.args.train_iters, self.step, disabled=not self.leads))
+        self.stack.enter_context(logging_redirect_tqdm())
+        self.signals = self.stack.enter_context(stop_requests())  # only now: Lightning has just set its own handler
+        if not self.leads:
+            return
+        args = self.args
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = with_backend(args.merged_config, self.reader)
+        write_config(self.folder, config)
+        self.writer = MetricsWriter(
+            self.folder,
+            tensorboard=args.tensorboard,
+            wandb=args.wandb,
+            wandb_project=args.wandb_project,
+            name=self.folder.name,
+            config=config,
+            start_step=self.step,
+        )
+        self.stack.callback(self.writer.close)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.stack.close()
+        if self.signals:
+            logger.info("stopped after step %d, which is saved: go on with --resume latest", self.step)
+        weights = self.folder / WEIGHTS_FILE
+        logger.info("the run is in %s; to use the autoencoder, name %s as its ckpt_path", self.folder, weights)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.stack.close()
+
+    # ------------------------------------------------------------ steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        process_watch.begin(f"step {self.step + 1}", limited=True)
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        batch_idx: int,
+    ) -> None:
+        self.batches += 1
+        self.unreadable.add(chain.from_iterable(batch.get("unreadable", ())))
+        self.means.add(outputs["log"])
+        if self.batches % self.plan.accumulation:
+            return
+        self.step += 1
+        self.bar.update()
+        self.clock.step(self.args.batch_size * self.plan.accumulation * self.plan.data_ranks)
+        if self.is_due(self.args.log_interval):
+            self.report_means(trainer, module)
+        stopped = any_process(bool(self.signals))
+        if stopped or self.is_due(self.args.save_interval):
+            with self.clock.paused(), process_watch.phase("saving"):
+                self.save(trainer, module)
+                meet("the checkpoint")
+        if self.report:
+            self.report.clips.step = self.step
+        if stopped:
+            trainer.limit_val_batches = 0  # else Lightning would evaluate before it stops
+        if stopped or self.step == self.args.train_iters:
+            trainer.should_stop = True
+
+    def is_due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.args.train_iters
+
+    def report_means(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        means = self.means.take(module.device)
+        if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"{wrong[0]} is not finite at step {self.step}: lower base_learning_rate, or train in bf16 or float32; "
+                "the last checkpoint is as it was"
+            )
+        # Processes that share clips find the same ones.
+        found = meet("the log", self.unreadable.found) // self.plan.ranks_per_clip
+        values = {
+            **({"loss": means["train/loss/total"]} if "train/loss/total" in means else {}),
+            **means,
+            **dict(zip(("lr", "lr_discriminator"), self.rates, strict=False)),
+            "unreadable_clips": self.unreadable.check(found),
+            "peak_memory_gib": peak_memory(module.device),
+            **self.clock.rates(),
+        }
+        self.bar.set_postfix_str(format_values(values, FORMATS), refresh=False)
+        logger.info("step %d: %s", self.step, format_values(values, FORMATS))
+        if self.writer:
+            self.writer.write(self.step, values)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if any_process(not all(math.isfinite(total) for total, _ in self.means.state().values())):
+            self.report_means(trainer, module)  # which says what is wrong
+        file = self.folder / CHECKPOINTS / f"step={self.step}.ckpt"
+        trainer.save_checkpoint(file)
+        if self.leads:
+            averaged = getattr(module, "ema_decay", None) is not None
+            write_weights(module.coder_state_dict(ema=averaged), self.folder)
+            publish(file, self.folder, self.args.keep_last)
+        logger.info("step %d: wrote %s", self.step, file)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        own = {"random": random_state.capture(module.device), "means": self.means.state()}
+        ranks: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        position = {"step": self.step, "data": self.order.state(self.batches)}
+        checkpoint[RUN_STATE] = {**position, "ranks": ranks, KEY: self.reader}
+
+    # ------------------------------------------------------------ evaluations
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.evaluation = ExitStack()
+        self.evaluation.enter_context(self.clock.paused())
+        self.evaluation.enter_context(process_watch.phase("evaluating"))
+        self.evaluation.callback(random_state.restore, random_state.capture(module.device), module.device)
+        self.report.start()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Mapping[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.report.add(module, batch, batch_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        meet("the evaluation")
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+        values |= self.report.results(module.device)
+        logger.info("step %d: validation: %s", self.step, format_values(values, FORMATS))
+        if self.writer:
+            self.writer.write(self.step, values)
+            for name, video in self.report.write_videos(self.step):
+                self.writer.write_video(self.step, name, video)
+        meet("the videos of the evaluation")
+        self.evaluation.close()

@@ -1,0 +1,75 @@
+"""Finding the file with the network's weights below a path, and what of it is the network's. Without the network."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from cogvideox_sat.files.latest_file import newest
+from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES, assemble, from_diffusers, is_diffusers_network
+from sgm.errors import UserError
+from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, module_weights, read_state_dict, safetensors_in
+
+NETWORK_PREFIX = "model.diffusion_model."
+# What else a checkpoint of the whole engine may hold; these parts have files of their own.
+OTHER_PARTS = ("first_stage_model.", "conditioner.", "denoiser.", "loss_fn.", "sampler.")
+ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
+
+
+def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Path, bool]:
+    """The file with the weights of a model-parallel `rank` of `size`, and whether it holds only that rank's share.
+
+    `path` is a weight file, a folder with a file `latest` beside the iteration folders, an iteration folder with
+    `mp_rank_XX_model_states.pt`, a folder of safetensors, or one with a pipeline of diffusers.
+
+    Raises:
+        UserError: nothing of that kind is there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path, False
+    if not path.is_dir():
+        raise UserError(f"load: there is no checkpoint at {path}")
+    folder = path / "transformer" if (path / PIPELINE_FILE).is_file() else path
+    if (name := newest(path, "load")) is not None:
+        folder = path / name
+        if not folder.is_dir():
+            raise UserError(f"load: {path / 'latest'} names the iteration '{name}', but there is no folder {folder}")
+    shares = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    if len(shares) == 1:
+        return shares[0], False
+    if shares:
+        if len(shares) != size:
+            raise UserError(f"load: {folder} is split over {len(shares)} model-parallel ranks, this run has {size}")
+        return shares[rank], size > 1
+    if list(folder.glob("*.safetensors*")):
+        return safetensors_in(folder), False
+    raise UserError(
+        f"load: {path} holds no checkpoint; expected a file 'latest' beside iteration folders, "
+        "mp_rank_00_model_states.pt, or safetensors"
+    )
+
+
+def network_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of the network in the file `path`, named as in its state dict.
+
+    Those of diffusers lack `TABLES`, unless a file `EXTRA_TABLES` beside them holds some.
+    """
+    weights = module_weights(read_state_dict(path), what=str(path))
+    if is_diffusers_network(weights):
+        weights = {name: assemble(pieces, weights) for name, pieces in from_diffusers(weights).items()}
+        if (beside := path.parent / EXTRA_TABLES).is_file():
+            weights |= read_state_dict(beside)
+        return weights
+    if any(name.startswith(NETWORK_PREFIX) for name in weights):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OTHER_PARTS)}
+    return {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in weights.items()}
+
+
+def is_diffusers_file(file: Path) -> bool:
+    """Whether the network's weights in `file` are those of diffusers; a checkpoint of ours is no safetensors file with
+    such a name."""
+    return file.name in DIFFUSERS_FILES
+
+
+def is_adapter(name: str) -> bool:
+    return any(mark in name for mark in ADAPTER_MARKS)

@@ -1,0 +1,134 @@
+"""Clips are probed once: what is known of them is kept beside the data, as long as they do not change."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cogvideox_sat.clips import probing as clip_probing
+from cogvideox_sat.clips.probing import INDEX, probe_clips
+from cogvideox_sat.clips.sources import find_clips
+from training_clips import truncate, write_clip, write_dataset, write_tar
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_dataset(tmp_path / "set", clips=3, frames=9)
+
+
+class Names:
+    """A list of names in a file, so that processes can add to it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.clear()
+
+    def clear(self) -> None:
+        self.file.write_text("")
+
+    def append(self, name: str) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{name}\n")
+
+    def __iter__(self):
+        return iter(self.file.read_text().splitlines())
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __eq__(self, names: object) -> bool:
+        return list(self) == names
+
+
+@pytest.fixture
+def probed(monkeypatch, tmp_path) -> Names:
+    """The names of the clips that are probed."""
+    names = Names(tmp_path / "probed.txt")
+    probe = clip_probing.probe
+
+    def recorded(source):
+        names.append(Path(source.name).name)
+        return probe(source)
+
+    monkeypatch.setattr(clip_probing, "probe", recorded)
+    return names
+
+
+def test_a_second_run_takes_the_index(folder, probed):
+    sources = find_clips(str(folder))
+    first, problems = probe_clips(sources, folder)
+    assert first == [(96, 64, 9, 1.0)] * 3
+    assert problems == []
+    assert sorted(probed) == ["000.mp4", "001.mp4", "002.mp4"]
+    probed.clear()
+    written = (folder / INDEX).stat().st_mtime_ns
+    assert probe_clips(sources, folder) == (first, [])
+    assert probed == []
+    assert (folder / INDEX).stat().st_mtime_ns == written
+
+
+def test_changed_new_and_moved_clips(folder, probed, tmp_path):
+    probe_clips(find_clips(str(folder)), folder)
+    probed.clear()
+    write_clip(folder / "videos" / "001.mp4", frames=13)
+    write_clip(folder / "videos" / "003.mp4", frames=5)
+    infos, _ = probe_clips(find_clips(str(folder)), folder)
+    assert [info.frames for info in infos] == [9, 13, 9, 5]
+    assert sorted(probed) == ["001.mp4", "003.mp4"]
+    probed.clear()
+    moved = folder.rename(tmp_path / "moved")  # names in the index do not depend on where the folder is
+    assert probe_clips(find_clips(str(moved)), moved)[0] == infos
+    assert probed == []
+
+
+def test_unreadable_clips_are_told_and_looked_at_again(folder, probed):
+    path = folder / "videos" / "001.mp4"
+    whole = path.read_bytes()
+    truncate(path, path)
+    infos, problems = probe_clips(find_clips(str(folder)), folder)
+    assert [info is None for info in infos] == [False, True, False]
+    (problem,) = problems
+    assert problem.startswith(f"{path}: cut off")
+    path.write_bytes(whole)
+    infos, problems = probe_clips(find_clips(str(folder)), folder)
+    assert infos[1].frames == 9
+    assert not problems
+
+
+def test_members_of_tar_files_are_kept_too(folder, tmp_path, probed):
+    videos = {f"{path.stem}.mp4": path.read_bytes() for path in (folder / "videos").iterdir()}
+    write_tar(tmp_path / "a.tar", videos)
+    sources = find_clips(str(tmp_path / "a.tar"))
+    infos, _ = probe_clips(sources, tmp_path)
+    assert [info.frames for info in infos] == [9, 9, 9]
+    probed.clear()
+    assert probe_clips(sources, tmp_path)[0] == infos
+    assert probed == []
+
+
+@pytest.mark.parametrize("content", [None, "not JSON", '{"version": 0, "clips": {}}', '{"version": 2, "clips": [3]}'])
+def test_an_index_that_cannot_be_used_or_written_is_no_obstacle(folder, content):
+    if content is None:
+        (folder / INDEX).mkdir()
+    else:
+        (folder / INDEX).write_text(content)
+    infos, problems = probe_clips(find_clips(str(folder)), folder)
+    assert [info.frames for info in infos] == [9, 9, 9]
+    assert problems == []
+    if content is not None:
+        assert len(json.loads((folder / INDEX).read_text())["clips"]) == 3
+    assert sorted(path.name for path in folder.iterdir()) == [INDEX, "labels", "videos"]
+
+
+def test_a_folder_that_does_not_exist_has_no_index(folder):
+    infos, _ = probe_clips(find_clips(str(folder)), folder / "set-*")
+    assert [info.frames for info in infos] == [9, 9, 9]
+
+
+def test_of_processes_that_start_together_the_first_probes(folder, probed):
+    sources = find_clips(str(folder))
+    with ThreadPoolExecutor(4) as threads:  # each opens the folder itself, so they wait as processes would
+        results = list(threads.map(lambda _: probe_clips(sources, folder), range(4)))
+    assert all(result == results[0] for result in results)
+    assert len(probed) == 3

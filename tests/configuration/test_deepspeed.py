@@ -1,0 +1,251 @@
+"""DeepSpeed's section is taken as users have it, older spellings included; what DeepSpeed would ignore, or stop at once
+the model is loaded, is named before that."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogvideox_sat.configuration import deepspeed as deepspeed_config
+from cogvideox_sat.configuration.deepspeed import (
+    BatchSizes,
+    batch_sizes,
+    check_deepspeed_config,
+    enabled_precision,
+    runtime_config,
+)
+from cogvideox_sat.configuration.files import load_configs
+from sgm.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
+
+
+def checked(**changes) -> dict:
+    return check_deepspeed_config({"train_micro_batch_size_per_gpu": 1, "optimizer": copy.deepcopy(ADAM), **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is taken
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_section_is_taken_as_it_is():
+    section = load_configs([ROOT / "configs" / "sft.yaml"])["deepspeed"]
+    assert check_deepspeed_config(section) == section
+
+
+def test_deepspeed_itself_takes_what_passes():
+    """Its own parser reads the completed section, in a process of its own, since it wants to set up logging."""
+    code = (
+        "import sys; sys.path[:0] = ['.', 'sat']\n"
+        "from deepspeed.runtime.config import DeepSpeedConfig\n"
+        "from cogvideox_sat.configuration.files import load_configs\n"
+        "from cogvideox_sat.configuration.deepspeed import check_deepspeed_config, runtime_config\n"
+        "section = load_configs(['configs/sft.yaml'])['deepspeed']\n"
+        "for stage in range(4):\n"
+        "    section['zero_optimization'].update(stage=stage, cpu_offload=stage > 0)\n"
+        "    section['zero_optimization'].pop('offload_optimizer', None)\n"
+        "    for precision in ('fp16', 'bf16', 'fp32'):\n"
+        "        config = DeepSpeedConfig(runtime_config(check_deepspeed_config(section), precision))\n"
+        "        assert config.zero_optimization_stage == max(stage, int(precision != 'fp32'))\n"
+        "        assert (config.float16_config.enabled, config.bfloat16_config.enabled) == (\n"
+        "            precision == 'fp16', precision == 'bf16')\n"
+        "        assert config.zero_allow_untested_optimizer and not config.zero_force_ds_cpu_optimizer\n"
+        "        offload = config.zero_config.offload_optimizer\n"
+        "        assert (offload is not None and offload.device == 'cpu') == (stage > 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "understood"),
+    [
+        ({"zero_optimization": {"stage": 2, "cpu_offload": False}}, {"zero_optimization": {"stage": 2}}),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "cpu_offload_param": True, "cpu_offload_use_pin_memory": False}},
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}},
+        ),
+        ({"zero_optimization": True}, {"zero_optimization": {"stage": 1}}),
+        ({"bfloat16": {"enabled": True}}, {"bf16": {"enabled": True}}),
+        ({"gradient_clipping": "1e-1"}, {"gradient_clipping": 0.1}),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "5e8"}},
+            {"zero_optimization": {"reduce_bucket_size": 500000000}},
+        ),
+        ({"amp": {"enabled": False}, "sparse_gradients": False}, {}),
+        ({"fp16": None}, {}),
+    ],
+)
+def test_older_spellings(written, understood):
+    assert checked(**written) == {**checked(), **understood}
+
+
+@pytest.mark.parametrize("name", ["Adam", "adamw", "Lion", "SGD", "torch.optim.SGD", "sat.ops.FusedEmaAdam"])
+def test_optimizers_of_deepspeed_of_torch_and_by_import_path(name):
+    assert checked(optimizer={"type": name, "params": {"lr": 0.1}})["optimizer"]["type"] == name
+
+
+@pytest.mark.parametrize("name", ["WarmupDecayLR", "StepLR"])
+def test_schedulers(name):
+    assert checked(scheduler={"type": name, "params": {}})["scheduler"]["type"] == name
+
+
+def test_keys_without_their_prefix():
+    checked(zero_optimization={"stage": 3, "max_live_parameters": 1})
+
+
+def test_keys_of_another_version(monkeypatch):
+    monkeypatch.setattr(
+        deepspeed_config, "installed_keys", {"": {"time_travel"}, "zero_optimization": {"warp"}}.__getitem__
+    )
+    assert checked(time_travel=True)["time_travel"]
+    assert checked(zero_optimization={"warp": True})["zero_optimization"]["warp"]
+    with pytest.raises(UserError, match="unknown key 'warp'"):
+        checked(warp=True)
+    monkeypatch.setattr(deepspeed_config, "installed_keys", lambda place: {"stage"})
+    with pytest.raises(UserError, match="unknown key 'stage'"):  # a constant of that name, of another part
+        checked(stage=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def optimizer(**params) -> dict:
+    return {"optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-3, **params}}}
+
+
+def zero(**changes) -> dict:
+    return {"zero_optimization": {"stage": 2, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"zero_optimisation": {}}, "deepspeed: unknown key 'zero_optimisation'; did you mean zero_optimization?"),
+        ({"stage": 2}, "deepspeed: unknown key 'stage'"),
+        ({"xyzzy": 1}, "deepspeed: unknown key 'xyzzy'"),
+        (zero(stages=2), "deepspeed.zero_optimization: unknown key 'stages'; did you mean stage?"),
+        (zero(offload_optimizer={"devise": "cpu"}), "zero_optimization.offload_optimizer: unknown key 'devise'"),
+        ({"fp16": {"enable": True}}, "deepspeed.fp16: unknown key 'enable'; did you mean enabled?"),
+        ({"bf16": {"loss_scale": 1}}, "deepspeed.bf16: unknown key 'loss_scale'"),
+        ({"activation_checkpointing": {"profil": True}}, "activation_checkpointing: unknown key 'profil'"),
+        ({"optimizer": {**ADAM, "lr": 1}}, "deepspeed.optimizer: unknown key 'lr'"),
+        (optimizer(learning_rate=1), "deepspeed.optimizer.params: unknown key 'learning_rate'"),
+        ({"scheduler": {"name": "WarmupLR"}}, "deepspeed.scheduler: unknown key 'name'"),
+        ({"amp": {"enabled": True}}, "amp is a feature that DeepSpeed has given up"),
+        (zero(stage=4), "zero_optimization.stage is 4; it can be 0, 1, 2 or 3"),
+        (zero(stage="two"), "zero_optimization.stage is 'two'"),
+        ({"zero_optimization": 2}, "zero_optimization is 2; expected keys and values"),
+        (zero(stage=0, cpu_offload=True), "offload_optimizer needs stage 1, 2 or 3; zero_optimization.stage is 0"),
+        (zero(offload_param={"device": "cpu"}), "offload_param needs stage 3; zero_optimization.stage is 2"),
+        (zero(offload_optimizer={"device": "disk"}), "device is 'disk'; it can be none, cpu or nvme"),
+        (zero(offload_optimizer={"device": "nvme"}), "nvme_path is None; expected an existing folder"),
+        (
+            {"train_micro_batch_size_per_gpu": 0},
+            "train_micro_batch_size_per_gpu is 0; expected a whole number, at least 1",
+        ),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu is 'auto'"),
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu is missing"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5; expected a whole number"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1; expected a number, at least 0"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled: choose one"),
+        ({"fp16": {"enabled": "auto"}}, "fp16.enabled is 'auto'; expected true or false"),
+        ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window is 0; expected a whole number, at least 1"),
+        ({"fp16": True}, "fp16 is True; expected keys and values"),
+        ({"optimizer": None}, "optimizer is missing: give its type, such as sat.ops.FusedEmaAdam"),
+        ({"optimizer": {"params": {"lr": 1}}}, "optimizer.type is None; expected a name"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer.params is None; expected keys and values"),
+        ({"optimizer": {"type": "Adam", "params": {}}}, "optimizer.params.lr is missing"),
+        ({"optimizer": {"type": "RMSProp", "params": {"lr": 1}}}, "type 'RMSProp'; did you mean RMSprop?"),
+        ({"optimizer": {"type": "sat.opps.FusedAdam", "params": {"lr": 1}}}, "there is no module 'sat.opps'"),
+        ({"scheduler": {"type": "WarmpLR", "params": {}}}, "unknown scheduler.type 'WarmpLR'; did you mean WarmupLR?"),
+        (optimizer(lr="fast"), "optimizer.params.lr is 'fast'; expected a number"),
+        (optimizer(betas=0.9), "optimizer.params.betas is 0.9; expected two numbers"),
+        (optimizer(betas=[0.9, 1]), "optimizer.params.betas is 1; expected a number, at least 0 and below 1"),
+        (optimizer(eps=-1), "optimizer.params.eps is -1"),
+        (optimizer(ema_decay=2), "optimizer.params.ema_decay is 2; expected a number, at least 0 and below 1"),
+    ],
+)
+def test_mistakes(changes, says):
+    with pytest.raises(UserError) as error:
+        checked(**changes)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_section():
+    with pytest.raises(UserError, match=r"no deepspeed section: name configs/sft\.yaml too"):
+        check_deepspeed_config({})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "total", "processes", "expected"),
+    [
+        (2, None, None, 4, BatchSizes(2, 1, 8)),
+        (2, 3, None, 4, BatchSizes(2, 3, 24)),
+        (2, None, 24, 4, BatchSizes(2, 3, 24)),
+        (None, 3, 24, 4, BatchSizes(2, 3, 24)),
+        (None, None, 24, 4, BatchSizes(6, 1, 24)),
+        (2, 3, 24, 4, BatchSizes(2, 3, 24)),
+        (2, 3, 24, 3, None),
+        (2, None, 25, 4, None),
+        (2, None, 4, 4, None),
+        (None, None, 3, 4, None),
+    ],
+)
+def test_batch_sizes(micro, accumulation, total, processes, expected):
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    given = zip(names, (micro, accumulation, total), strict=True)
+    config = {name: value for name, value in given if value is not None}
+    if expected:
+        assert batch_sizes(config, processes) == expected
+        return
+    with pytest.raises(UserError, match=f"train_batch_size {total} is not .* {processes} data-parallel processes"):
+        batch_sizes(config, processes)
+
+
+def test_the_run_decides_the_precision_and_half_precision_runs_under_zero():
+    config = checked(fp16={"enabled": True, "loss_scale_window": 400})
+    assert enabled_precision(config) == "fp16"
+    assert enabled_precision(checked()) is None
+    runtime = runtime_config(config, "bf16")
+    assert (runtime["fp16"]["enabled"], runtime["bf16"]["enabled"]) == (False, True)
+    assert runtime["fp16"]["loss_scale_window"] == 400
+    assert runtime["zero_optimization"]["stage"] == 1
+    assert runtime_config(config, "fp32")["zero_optimization"]["stage"] == 0
+    assert "zero_optimization" not in config and config["fp16"]["enabled"]
+
+
+def test_loss_scaling_beside_fp16_means_that_of_fp16():
+    """As released files have it; what stands in the section itself wins."""
+    fp16 = {"enabled": True, "hysteresis": 1}
+    section = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "fp16": fp16, "loss_scale": 0, "hysteresis": 2}
+    config = check_deepspeed_config(section)
+    assert config["fp16"] == {"enabled": True, "hysteresis": 1, "loss_scale": 0}
+    assert "loss_scale" not in config
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(2, "fp32"), (0, "bf16")])
+def test_muon_gets_whole_matrices_or_a_refusal(stage, precision):
+    muon = {"type": "sgm.muon.Muon", "params": {"lr": 0.02, "momentum": 0.9}}
+    config = checked(optimizer=muon, zero_optimization={"stage": stage})
+    with pytest.raises(UserError, match="needs whole matrices"):
+        runtime_config(config, precision)
+    assert runtime_config(checked(optimizer=muon), "fp32")["optimizer"] == muon
+    with pytest.raises(UserError, match="adam_lr_factor"):
+        checked(optimizer={"type": "sgm.muon.Muon", "params": {"lr": 0.02, "adam_lr": 0.9}})

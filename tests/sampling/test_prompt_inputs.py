@@ -1,0 +1,195 @@
+"""Prompts are read as written from files and terminals, mistakes are named with their place, seeds need no context."""
+
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from cogvideox_sat.sampling.prompt_inputs import _JSON_KEYS, PromptRequest, read_prompts, request_seed, typed_prompts
+from sgm.errors import UserError
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    """Writes a prompt file of the given name and content; there is an image `cat.png` beside it."""
+    (tmp_path / "cat.png").touch()
+
+    def write(content: str | bytes | list, name: str = "prompts.txt") -> Path:
+        path = tmp_path / name
+        if isinstance(content, list):
+            content, path = "\n".join(json.dumps(record) for record in content), tmp_path / "prompts.jsonl"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def test_text_file_gives_one_prompt_a_line(prompt_file):
+    requests = read_prompts(prompt_file("a cat\n  two dogs, “running” \n森 🌲\n"))
+    assert requests == [PromptRequest(0, "a cat"), PromptRequest(1, "two dogs, “running”"), PromptRequest(2, "森 🌲")]
+
+
+@pytest.mark.parametrize("content", ["\ufeffa\r\nb\r\n", "a\rb", "\ufeffa\nb"])
+def test_byte_order_marks_and_foreign_line_ends(prompt_file, content):
+    assert [request.text for request in read_prompts(prompt_file(content))] == ["a", "b"]
+
+
+def test_a_unicode_line_separator_does_not_end_a_prompt(prompt_file):
+    assert [request.text for request in read_prompts(prompt_file("a\u2028b\nc"))] == ["a\u2028b", "c"]
+
+
+def test_empty_lines_are_skipped_with_a_warning_and_count_as_in_the_original(prompt_file, caplog):
+    path = prompt_file("a\n \nb\n")
+    with caplog.at_level(logging.WARNING):
+        assert [(request.index, request.text) for request in read_prompts(path)] == [(0, "a"), (2, "b")]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}, line 2: skipped, it is empty"]
+
+
+def test_a_line_with_an_image_and_no_prompt_counts_too(prompt_file):
+    requests = read_prompts(prompt_file("\n@@cat.png\na@@cat.png\n\n"))
+    assert [(request.index, request.text) for request in requests] == [(2, "a")]
+
+
+def test_empty_lines_of_json_take_no_index(prompt_file):
+    path = prompt_file('{"prompt": "a"}\n\n{"prompt": "b"}\n', "prompts.jsonl")
+    assert [(request.index, request.text) for request in read_prompts(path)] == [(0, "a"), (1, "b")]
+
+
+def test_image_paths_are_taken_from_the_repository_last(prompt_file, tmp_path, monkeypatch):
+    from cogvideox_sat.commands import input_paths
+
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "dog.png").touch()
+    monkeypatch.setattr(input_paths, "ROOT", tmp_path / "root")
+    assert read_prompts(prompt_file("a dog@@dog.png"))[0].image == tmp_path / "root" / "dog.png"
+
+
+def test_image_paths_are_taken_from_the_folder_of_the_prompt_file(prompt_file, tmp_path):
+    assert read_prompts(prompt_file("a cat @@ cat.png")) == [PromptRequest(0, "a cat", image=tmp_path / "cat.png")]
+
+
+def test_image_paths_are_taken_from_the_current_directory_first(prompt_file, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "cat.png").touch()
+    monkeypatch.chdir(here)
+    assert read_prompts(prompt_file("a@@cat.png"))[0].image == Path("cat.png")
+
+
+def test_the_last_separator_splits(prompt_file, tmp_path):
+    assert read_prompts(prompt_file("mail@@home@@cat.png"))[0].text == "mail@@home"
+
+
+def test_json_lines_take_every_field(prompt_file, tmp_path):
+    record = {"prompt": "a@@b", "negative_prompt": "blur", "image": "cat.png", "seed": 3, "num_frames": 5}
+    requests = read_prompts(prompt_file([{**record, "size": [64, 96]}, {"prompt": "b", "seed": None}]))
+    assert requests[0] == PromptRequest(0, "a@@b", "blur", tmp_path / "cat.png", 3, 5, (64, 96))
+    assert requests[1] == PromptRequest(1, "b")
+
+
+def test_empty_prompts_are_skipped_with_a_warning(prompt_file, caplog):
+    requests = read_prompts(prompt_file([{"prompt": "a"}, {"prompt": ""}, {"prompt": "  "}, {"prompt": "b"}]))
+    assert [(request.index, request.text) for request in requests] == [(0, "a"), (1, "b")]
+    assert caplog.text.count("skipped, its prompt is empty") == 2
+
+
+def test_every_field_of_a_request_can_be_given_in_json():
+    assert set(_JSON_KEYS) == {field.name for field in fields(PromptRequest)} - {"index", "text"} | {"prompt"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "sede": 1}, "line 2: unknown key 'sede', did you mean 'seed'?"),
+        ({"prompt": "a", "xyz": 1}, "line 2: unknown key 'xyz', known are prompt, negative_prompt"),
+        ({"text": "a"}, "line 2: unknown key 'text'"),
+        ({"seed": 1}, "line 2: the key 'prompt' is missing"),
+        ({"prompt": None}, "line 2: 'prompt' must be a string, got null"),
+        ({"prompt": "a", "seed": True}, "line 2: 'seed' must be a whole number"),
+        ({"prompt": "a", "seed": -1}, "line 2: 'seed' must be"),
+        ({"prompt": "a \ud83d fox"}, "line 2: 'prompt' has half a character"),
+        ({"prompt": "a", "negative_prompt": "\udc00"}, "line 2: 'negative_prompt' has half a character"),
+        ({"prompt": "a", "num_frames": 4.0}, "line 2: 'num_frames' must be"),
+        ({"prompt": "a", "size": [480]}, r"line 2: 'size' must be \[height, width\]"),
+        ({"prompt": "a", "size": "480x720"}, "line 2: 'size' must be"),
+        ({"prompt": "a", "image": "dog.png"}, "line 2: image dog.png does not exist"),
+        (["a"], "line 2: expected a JSON object"),
+    ],
+)
+def test_mistakes_in_json_name_line_and_key(prompt_file, record, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts(prompt_file([{"prompt": "fine"}, record]))
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("", "prompts.txt", "holds no prompt"),
+        ("\n\n", "prompts.txt", "holds no prompt"),
+        ("a\ncaf\u00e9".encode("latin-1"), "prompts.txt", r"not UTF-8 text \(line 2\)"),
+        ("a cat".encode("utf-16"), "prompts.txt", "not UTF-8"),
+        ("a cat".encode("utf-16-le"), "prompts.txt", "not UTF-8"),
+        ("{'prompt': 1}", "prompts.jsonl", "line 1: not valid JSON"),
+        ('["a"]', "prompts.json", "use .txt"),
+        ("a@@", "prompts.txt", "line 1: there is no image path"),
+        ("a@@" + "x" * 5000, "prompts.txt", "line 1: image xxx"),
+    ],
+)
+def test_files_that_will_not_do(prompt_file, content, name, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts(prompt_file(content, name))
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UserError, match=f"cannot read the prompt file {path}"):
+            read_prompts(path)
+
+
+def test_images_must_fit_the_kind_of_model(prompt_file):
+    with pytest.raises(UserError, match="line 2: an image-to-video model needs an image"):
+        read_prompts(prompt_file("a@@cat.png\nb"), image_to_video=True)
+    with pytest.raises(UserError, match="line 1: it names an image"):
+        read_prompts(prompt_file("a@@cat.png\nb"), image_to_video=False)
+
+
+def answer_with(monkeypatch, *lines: str) -> None:
+    """Let `input()` return the lines one by one, then report the end of the input."""
+    remaining = iter(lines)
+
+    def answer(_question: str) -> str:
+        try:
+            return next(remaining)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+
+
+@pytest.mark.parametrize("end", [["q", "c"], ["", "c"], ["  "], []])
+def test_typing_ends_with_an_empty_line_q_or_the_end_of_input(monkeypatch, end):
+    answer_with(monkeypatch, "a", "b", *end)
+    assert list(typed_prompts()) == [PromptRequest(0, "a"), PromptRequest(1, "b")]
+
+
+def test_typed_images_come_with_the_prompt_or_after_it_and_mistakes_are_asked_again(
+    monkeypatch, prompt_file, tmp_path, caplog
+):
+    monkeypatch.chdir(prompt_file("").parent)
+    answer_with(monkeypatch, "a@@cat.png", "b", "dog.png", "b", "cat.png")
+    requests = list(typed_prompts(image_to_video=True))
+    assert requests == [PromptRequest(0, "a", image=Path("cat.png")), PromptRequest(1, "b", image=Path("cat.png"))]
+    assert "image dog.png does not exist" in caplog.text
+
+
+def test_seeds_are_fixed_distinct_and_can_be_overridden():
+    # The numbers are part of the interface: a change would change every video sampled with a given --seed.
+    assert request_seed(42, PromptRequest(0, "a")) == 42
+    assert request_seed(42, PromptRequest(1, "any text")) == 7003778869905922103
+    assert request_seed(42, PromptRequest(1, "any other")) == 7003778869905922103
+    assert request_seed(42, PromptRequest(7, "a", seed=5)) == 5
+    seeds = {request_seed(base, PromptRequest(index, "a")) for base in range(50) for index in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,78 @@
+"""The memory of encoding: what is told before against what is then in use."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from cogvideox_sat.clips.batch_order import Bucket
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.training import encoding_memory
+from cogvideox_sat.training.encoding_memory import encoding_peak, meta_encoder
+from cogvideox_sat.training.parameter_report import encoding_bytes
+from sgm.util import instantiate_from_config
+
+GIB = 2**30
+LARGE = Bucket(49, 480, 720)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def first_stage(**sizes: int) -> dict:
+    """Return the released VAE's configuration without weights, with other sizes."""
+    config = load_configs([Path("configs/cogvideox_2b.yaml")])["model"]["first_stage_config"]
+    config["params"].pop("ckpt_path")
+    for part in ("encoder_config", "decoder_config"):
+        config["params"][part]["params"] |= sizes
+    return config
+
+
+def allocated(config: dict, clip: Bucket, dtype: torch.dtype, tile_size: int | None = None) -> int:
+    """Return the peak of PyTorch's allocator while a clip is encoded, without weights."""
+    vae = instantiate_from_config(config).to(dtype).eval().requires_grad_(False)
+    vae.use_tiles(tile_size)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        vae.encode(torch.zeros(1, 3, *clip, dtype=dtype), unregularized=True)
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("clip", [Bucket(9, 96, 144), Bucket(25, 64, 96), Bucket(5, 128, 192)], ids=str)
+def test_against_the_allocator(clip, dtype):
+    config = first_stage(ch=64, num_res_blocks=1)
+    estimated = encoding_peak(config, clip, dtype, "cpu")
+    assert estimated == pytest.approx(allocated(config, clip, dtype), rel=0.2)
+
+
+def test_against_the_allocator_in_tiles():
+    config, clip = first_stage(ch=64, num_res_blocks=1), Bucket(9, 128, 192)
+    estimated = encoding_peak(config, clip, torch.float32, "cpu", tile_size=64)
+    assert estimated == pytest.approx(allocated(config, clip, torch.float32, tile_size=64), rel=0.2)
+
+
+def test_against_an_h100():
+    """benchmarks/RESULTS.md, "Video autoencoder, full, cuda, bfloat16": encoding takes 29.2 GiB, weights included."""
+    config = first_stage()
+    weights = sum(parameter.nbytes for parameter in meta_encoder(config, torch.bfloat16).parameters())
+    engine = Namespace(first_stage_model=Namespace(), config={"first_stage_config": config})
+    assert encoding_bytes(engine, LARGE, 1, element=2) + weights == pytest.approx(29.2 * GIB, rel=0.1)
+    assert encoding_bytes(engine, LARGE, 2, element=2) == 2 * encoding_bytes(engine, LARGE, 1, element=2)
+    assert encoding_bytes(Namespace(first_stage_model=None), LARGE, 1, element=2) == 0
+
+
+def test_length_tiles_and_processes(monkeypatch):
+    """A length that is not walked through is estimated as if it were; a tile or a share of frames takes its part."""
+    config = first_stage(ch=32, num_res_blocks=1)
+    whole = encoding_peak(config, Bucket(49, 64, 96), torch.bfloat16)
+    assert encoding_peak(config, Bucket(49, 64, 96), torch.bfloat16, processes=4) < 0.4 * whole
+    monkeypatch.setattr(encoding_memory, "SHORT", 49)
+    assert whole == pytest.approx(encoding_peak(config, Bucket(49, 64, 96), torch.bfloat16), rel=0.01)
+    tiled = encoding_peak(config, Bucket(9, 256, 384), torch.bfloat16, tile_size=64)
+    assert tiled < 0.2 * encoding_peak(config, Bucket(9, 256, 384), torch.bfloat16)

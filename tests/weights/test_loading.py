@@ -1,0 +1,238 @@
+"""Checkpoints of every layout load into the network, adapters combine with bases, and a misfit is one clear line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, is_adapter
+from cogvideox_sat.weights.loading import load_network
+from diffusion_video import set_lora_scale
+from seeded import seed_module_, seeded_input
+from sgm.errors import UserError
+from sgm.util import instantiate_from_config
+from support import Reference, assert_close
+
+
+def build(name: str, on_meta: bool = True) -> torch.nn.Module:
+    config = Reference(f"dit/{name}").case["network_config"]
+    if not on_meta:
+        return seed_module_(instantiate_from_config(config))
+    return instantiate_on_meta(config)
+
+
+def save(weights: dict[str, torch.Tensor], path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"module": {NETWORK_PREFIX + name: tensor for name, tensor in weights.items()}}, path)
+
+
+@torch.no_grad()
+def output(network: torch.nn.Module) -> torch.Tensor:
+    x = seeded_input("x", (1, 3, network.in_channels, 8, 12))
+    return network(x, torch.tensor([37]), seeded_input("context", (1, 16, 64)))
+
+
+@pytest.fixture(scope="module")
+def seeded_base():
+    return build("t2v_2b", on_meta=False)
+
+
+@pytest.fixture(scope="module")
+def seeded_lora():
+    return build("t2v_2b_lora", on_meta=False)
+
+
+def test_a_folder_with_latest(seeded_base, tmp_path):
+    save(seeded_base.state_dict(), tmp_path / "1000" / "mp_rank_00_model_states.pt")
+    (tmp_path / "latest").write_text("1000\n")
+    for load in (tmp_path, tmp_path / "1000", tmp_path / "1000" / "mp_rank_00_model_states.pt"):
+        network = build("t2v_2b")
+        load_network(network, load)
+        assert not any(parameter.is_meta for parameter in network.parameters())
+        assert torch.equal(output(network), output(seeded_base))
+
+
+def test_safetensors(seeded_base, tmp_path):
+    save_file(
+        {name: tensor.contiguous() for name, tensor in seeded_base.state_dict().items()}, tmp_path / "a.safetensors"
+    )
+    for load in (tmp_path, tmp_path / "a.safetensors"):
+        network = build("t2v_2b")
+        load_network(network, load)
+        for ours, theirs in zip(network.state_dict().values(), seeded_base.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
+        # Mapped tensors lie at other addresses, where some processors sum in another order.
+        assert_close(output(network), output(seeded_base), 1e-6)
+
+
+def test_weights_are_mapped_from_the_file_not_copied(seeded_base, tmp_path):
+    save(seeded_base.state_dict(), tmp_path / "a.pt")
+    network = build("t2v_2b")
+    load_network(network, tmp_path / "a.pt")
+    maps = [
+        line.split()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(tmp_path / "a.pt"))
+    ]
+    ranges = [[int(address, 16) for address in fields[0].split("-")] for fields in maps]
+    assert all(any(start <= p.data_ptr() < end for start, end in ranges) for p in network.parameters())
+
+
+def test_other_parts_of_an_engine_checkpoint_are_left_out(seeded_base, tmp_path):
+    weights = {NETWORK_PREFIX + name: tensor for name, tensor in seeded_base.state_dict().items()}
+    others = {"first_stage_model.encoder.x": torch.ones(1), "conditioner.embedders.0.y": torch.ones(1)}
+    torch.save({"module": weights | others}, tmp_path / "a.pt")
+    network = build("t2v_2b")
+    load_network(network, tmp_path / "a.pt")
+    assert torch.equal(output(network), output(seeded_base))
+
+
+def test_weights_take_the_dtype_of_the_network(seeded_base, tmp_path):
+    save(seeded_base.state_dict(), tmp_path / "a.pt")
+    network = build("t2v_2b").to(torch.bfloat16)
+    load_network(network, tmp_path / "a.pt")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+
+
+def test_full_checkpoint_with_adapter(seeded_lora, tmp_path):
+    save(seeded_lora.state_dict(), tmp_path / "a.pt")
+    network = build("t2v_2b_lora")
+    load_network(network, tmp_path / "a.pt")
+    assert torch.equal(output(network), output(seeded_lora))
+
+
+def test_adapter_on_top_of_a_base(seeded_lora, tmp_path):
+    weights = seeded_lora.state_dict()
+    base = {k.replace(".original.", "."): v for k, v in weights.items() if not is_adapter(k)}
+    save(base, tmp_path / "base.pt")
+    save({k: v for k, v in weights.items() if is_adapter(k)}, tmp_path / "adapter.pt")
+    network = build("t2v_2b_lora")
+    load_network(network, tmp_path / "base.pt", lora_load=tmp_path / "adapter.pt")
+    assert torch.equal(output(network), output(seeded_lora))
+
+    plain = build("t2v_2b")
+    load_network(plain, tmp_path / "base.pt")
+    set_lora_scale(network, 0.0)
+    assert torch.equal(output(network), output(plain))
+    assert not torch.equal(output(seeded_lora), output(plain))
+
+
+def test_a_new_adapter_starts_as_the_base_model(seeded_base, tmp_path, caplog):
+    save(seeded_base.state_dict(), tmp_path / "base.pt")
+    network = build("t2v_2b_lora")
+    load_network(network, tmp_path / "base.pt", allow_missing=True)
+    assert torch.equal(output(network), output(seeded_base))
+    assert "keep their initial values" in caplog.text
+    attention = network.transformer.layers[0].attention
+    assert attention.dense.matrix_A[0].abs().sum() > 0
+
+
+def refused(*parts: str, **arguments) -> None:
+    network = arguments.pop("network")
+    with pytest.raises(UserError) as error:
+        load_network(network, **arguments)
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_misfits_are_named(seeded_base, seeded_lora, tmp_path):
+    base, lora = tmp_path / "base.pt", tmp_path / "lora.pt"
+    save(seeded_base.state_dict(), base)
+    save(seeded_lora.state_dict(), lora)
+    refused("no checkpoint at", "nowhere", network=build("t2v_2b"), load=tmp_path / "nowhere")
+    refused("(64, 16, 2, 2) instead of (96, 16, 2, 2)", "more", network=build("t2v_2b_wide"), load=base)
+    refused("pos_embedding", network=build("t2v_5b"), load=base)
+    refused("holds no adapter", network=build("t2v_2b_lora"), load=base)
+    refused("_lora", network=build("t2v_2b"), load=lora)
+    refused("lora_load", "_lora", network=build("t2v_2b"), load=base, lora_load=lora)
+    refused("holds no adapter", network=build("t2v_2b_lora"), load=base, lora_load=base)
+
+
+def test_missing_weights_need_permission(seeded_base, tmp_path):
+    weights = seeded_base.state_dict()
+    del weights["transformer.layers.1.mlp.dense_h_to_4h.weight"]
+    save(weights, tmp_path / "a.pt")
+    refused("transformer.layers.1.mlp.dense_h_to_4h.weight", network=build("t2v_2b"), load=tmp_path / "a.pt")
+    network = build("t2v_2b")
+    load_network(network, tmp_path / "a.pt", allow_missing=True)
+    assert torch.isfinite(output(network)).all()
+
+
+@pytest.mark.parametrize("base", ["t2v_5b", "t2v_15"])
+def test_image_to_video_starts_as_text_to_video(tmp_path, base, caplog):
+    """Whatever the image is: its channels, which the checkpoint lacks, count for nothing yet."""
+    config = Reference(f"dit/{base}").case["network_config"]
+    config["params"]["in_channels"] = 16
+    given = seed_module_(instantiate_from_config(config))
+    save(given.state_dict(), tmp_path / "a.pt")
+    wide = {**config, "params": {**config["params"], "in_channels": 32}}
+    shape = str(tuple(given.mixins["patch_embed"].proj.weight.shape))
+    refused("patch_embed.proj.weight", shape, network=instantiate_on_meta(wide), load=tmp_path / "a.pt")
+    network = instantiate_on_meta(wide)
+    load_network(network, tmp_path / "a.pt", allow_missing=True)
+    assert "input channels that the checkpoint lacks start at zero" in caplog.text
+    t = 4 if base == "t2v_15" else 3
+    x, context = seeded_input("x", (1, t, 16, 8, 12)), seeded_input("context", (1, 16, 64))
+    image = seeded_input("image", (1, t, 16, 8, 12))
+    with torch.no_grad():
+        expected = given(x, torch.tensor([37]), context)
+        assert_close(network(torch.cat((x, image), dim=2), torch.tensor([37]), context), expected, 1e-6)
+
+
+def test_layouts_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint_file(tmp_path)
+    (tmp_path / "latest").write_text("7")
+    with pytest.raises(UserError, match="names the iteration '7'"):
+        checkpoint_file(tmp_path)
+    for rank in range(2):
+        (tmp_path / "7").mkdir(exist_ok=True)
+        (tmp_path / "7" / f"mp_rank_0{rank}_model_states.pt").touch()
+    with pytest.raises(UserError, match="split over 2 model-parallel ranks"):
+        checkpoint_file(tmp_path)
+    assert checkpoint_file(tmp_path, rank=1, size=2) == (tmp_path / "7" / "mp_rank_01_model_states.pt", True)
+
+
+LOAD_AND_READ = """
+import re, sys
+import torch
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.weights.loading import load_network
+from sgm.util import instantiate_from_config
+from support import Reference
+
+config = Reference("dit/t2v_2b").case["network_config"]
+config["params"].update(num_layers=6, hidden_size=1024, num_attention_heads=16)
+network = instantiate_on_meta(config).to(torch.bfloat16)
+if sys.argv[2] == "save":
+    torch.save({"module": {k: torch.zeros_like(v, device="cpu") for k, v in network.state_dict().items()}}, sys.argv[1])
+else:
+    def peak():  # not getrusage, whose peak a process inherits from the one that started it
+        return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+
+    before = peak()
+    load_network(network, sys.argv[1])
+    for parameter in network.parameters():
+        parameter.data.view(torch.int16).max()  # touch every page, as running the network does
+    print(peak() - before)
+"""
+
+
+def test_memory_peaks_under_the_size_of_the_file(tmp_path):
+    """A checkpoint in the dtype of the network is used where it lies: no second copy, not even of a part."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def run(what: str) -> str:
+        command = [sys.executable, "-c", LOAD_AND_READ, str(tmp_path / "a.pt"), what]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    run("save")
+    size = (tmp_path / "a.pt").stat().st_size
+    assert size > 150e6
+    assert 0.5 * size < int(run("load").split()[-1]) < 1.2 * size
