@@ -36,9 +36,9 @@ from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa:
 from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint, write_tensors  # noqa: E402
 from cogvideox_sat.conversion.diffusers_folders import check_equal  # noqa: E402
 from cogvideox_sat.conversion.lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
-from cogvideox_sat.conversion.model_sizes import CONFIG_FOLDER  # noqa: E402
 from cogvideox_sat.conversion.stored_weights import open_weights  # noqa: E402
 from cogvideox_sat.conversion.weight_family import CONFIGS, TITLES  # noqa: E402
+from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER  # noqa: E402
 from cogvideox_sat.weights.checkpoint_files import checkpoint_file  # noqa: E402
 
 RANK = 128  # of the adapter

@@ -11,6 +11,7 @@ from sgm.config_places import ConfigError, Place, current_place, dotted, within
 from sgm.config_slots import why_not
 from sgm.config_values import is_own_file, problem_of_params
 from sgm.errors import UserError, shown
+from sgm.module_aliases import MODULE_ALIASES
 
 
 def get_obj_from_str(target: str) -> Any:
@@ -24,6 +25,7 @@ def get_obj_from_str(target: str) -> Any:
     module_name, _, attribute = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
         raise UserError(f"target {shown(target)} is not an import path of the form package.module.Class")
+    module_name = MODULE_ALIASES.get(module_name, module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -21,7 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 20  # of processor time, which a busy machine does not change
 PATIENCE = 240  # seconds by the clock, for what waits rather than works
-HEAVY = ("sampling_run", "training_run", "vae_training_run", "torch._dynamo", "diffusers_names")
+HEAVY = (
+    *(f"cogvideox_sat.{package}.run" for package in ("sampling", "training", "vae_training")),
+    *("torch._dynamo", "cogvideox_sat.weights.diffusers_names"),
+)
 
 
 class Server:
@@ -57,7 +60,7 @@ def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print when they are imported
-    importlib.import_module("startup").quiet_libraries()
+    importlib.import_module("cogvideox_sat.commands.startup").quiet_libraries()
     for name in HEAVY:
         importlib.import_module(name)
     for line in sys.stdin:

@@ -66,7 +66,7 @@ def test_a_module_that_is_not_python(tmp_path, monkeypatch):
 
 def test_nothing_is_imported():
     code = (
-        "import sys\nfrom config_targets import why_target_fails\n"
+        "import sys\nfrom cogvideox_sat.configuration.targets import why_target_fails\n"
         "assert why_target_fails('torch.nn.Identity') is None\nassert 'torch' not in sys.modules"
     )
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'sat'}", "PATH": ""}

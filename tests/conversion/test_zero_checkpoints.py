@@ -140,7 +140,8 @@ def test_an_adapter_alone_is_read(saved):
 
 
 def test_deepspeed_is_not_imported_to_read(saved):
-    code = "import sys; from pathlib import Path; from cogvideox_sat.conversion.zero_checkpoints import read_zero, zero_folder\n"
+    code = "import sys; from pathlib import Path\n"
+    code += "from cogvideox_sat.conversion.zero_checkpoints import read_zero, zero_folder\n"
     code += f"w = read_zero(zero_folder(Path({str(saved / 'two_2')!r})))\n"
     code += "assert all(t.isfinite().all() for t in w.values()) and 'deepspeed' not in sys.modules"
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'sat'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.commands.launchers import is_first_process
+from cogvideox_sat.files.shipped import ROOT
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
 _notes: list[str] = []  # sentences for the log
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from cogvideox_sat.configuration.includes import read_files
 from cogvideox_sat.configuration.merging import merge_files, resolve
+from cogvideox_sat.files.shipped import CONFIGS
 from sgm.config_places import walk, within
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = ("tiny/cogvideox_tiny_lora.yaml", "cogvideox_2b_lora.yaml", "cogvideox1.5_5b_i2v.yaml", "tiny/vae_images.yaml")
 # What a class loads when it is built, which is beside the question and may not be there.
 LOADED = ("ckpt_path", "ckpt_engine", "lpips_weights")

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# What files that came with something else may name: our packages, our modules beside this one, and of the libraries
-# what builds layers and optimizers.
+from sgm.module_aliases import MODULE_ALIASES
+
+# What files that came with something else may name: our packages and modules, and of the libraries what builds layers
+# and optimizers.
 TRUSTED_PACKAGES = ("sgm", "vae_modules", "sat", "torch.nn", "torch.optim")
-OWN_FOLDER = Path(__file__).resolve().parent
+OWN_MODULES = ("data_video", "diffusion_video", "dit_video_concat", *MODULE_ALIASES)
 LONGEST_TARGET = 300
 
 
@@ -34,7 +36,7 @@ def is_trusted(module: str) -> bool:
     """Return whether files that came with something else may name what is defined in `module`."""
     if any(module == package or module.startswith(f"{package}.") for package in TRUSTED_PACKAGES):
         return True
-    return "." not in module and (OWN_FOLDER / f"{module}.py").is_file()
+    return module in OWN_MODULES
 
 
 def iterate_targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -58,6 +60,7 @@ def why_target_fails(target: str, trusted: bool = True) -> str | None:
         trusted: whether the file that names it is the user's own; others may name only what is `is_trusted`.
     """
     module_name, _, attribute = target.rpartition(".")
+    module_name = MODULE_ALIASES.get(module_name, module_name)
     parts = module_name.split(".")
     if not all(part.isidentifier() and not keyword.iskeyword(part) for part in (*parts, attribute)):
         return "not an import path of the form module.Class"
@@ -105,7 +108,7 @@ def _why_reexport_fails(module: str, attribute: str, spec: importlib.machinery.M
 def find_source(module: str) -> Path | None:
     """Return the source file of a module, found without importing it; None if there is none."""
     search_path, spec = None, None
-    parts = module.split(".")
+    parts = MODULE_ALIASES.get(module, module).split(".")
     if not all(part.isidentifier() for part in parts):
         return None
     for depth in range(1, len(parts) + 1):

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from cogvideox_sat.conversion.model_sizes import CONFIG_FOLDER, TIME_FACTOR, ModelSizes, released_config, title
+from cogvideox_sat.conversion.model_sizes import TIME_FACTOR, ModelSizes, released_config, title
 from cogvideox_sat.conversion.weight_family import CONFIGS, AutoencoderFamily, NetworkFamily
+from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER
 from sgm.errors import UserError
 
 SPACE_FACTOR = 8

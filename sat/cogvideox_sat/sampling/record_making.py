@@ -7,6 +7,7 @@ import os
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ logger = logging.getLogger("sample_video")
 
 PACKAGES = ("torch", "numpy", "SwissArmyTransformer", "deepspeed", "transformers", "tokenizers", "sentencepiece")
 PACKAGES += ("safetensors", "einops", "pillow", "imageio-ffmpeg")
-ROOT = Path(__file__).resolve().parents[1]
-OWN_FOLDERS = ("sat", "sgm", "vae_modules")
+OWN = ("cogvideox_sat", "sgm", "vae_modules", "data_video", "diffusion_video", "dit_video_concat")
 METADATA_FORMAT = "cogvideox-latents-1"
 
 
@@ -280,6 +280,9 @@ def versions(device: torch.device) -> dict[str, str]:
 def source_hash() -> str:
     """Return a hash of the program's own modules."""
     digest = hashlib.sha256()
-    for file in sorted(path for folder in OWN_FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
+    for name in OWN:
+        spec = find_spec(name)
+        folder = Path((spec.submodule_search_locations or [Path(spec.origin).parent])[0])
+        for file in sorted(folder.rglob("*.py")) if spec.submodule_search_locations else [Path(spec.origin)]:
+            digest.update(f"{name}:{file.relative_to(folder)}".encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -24,6 +24,7 @@ from cogvideox_sat.configuration.model_checks import check_model
 from cogvideox_sat.configuration.model_limits import SPACE_FACTOR
 from cogvideox_sat.configuration.video_records import KEPT_SUFFIX, kept_path, record_path, write_record
 from cogvideox_sat.engine_choice import build_engine
+from cogvideox_sat.files.shipped import ROOT
 from cogvideox_sat.media.contact_sheet import write_contact_sheet
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.media.looping_previews import write_looping_preview
@@ -48,7 +49,7 @@ logger = logging.getLogger("sample_video")
 # With parts taking turns, so many videos are sampled before they are decoded: few enough to lose little when a run is
 # cut off, enough for the change of parts not to matter.
 STAGE_GROUP = 8
-DECODE_TOOL = Path(__file__).resolve().parents[1] / "tools" / "decode_latents.py"
+DECODE_TOOL = ROOT / "tools" / "decode_latents.py"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from sat.training.learning_rates import AnnealingLR
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cogvideox_sat.configuration.deepspeed import runtime_config
+from cogvideox_sat.configuration.deepspeed import OUR_OPTIMIZERS, runtime_config
 from cogvideox_sat.configuration.deepspeed_features import complaint
 from cogvideox_sat.training import deepspeed_adapter
 from sgm.config_places import ConfigError, Place, Sources
@@ -28,7 +28,6 @@ from sgm.memory_errors import is_out_of_memory
 from sgm.util import class_at, reporting
 
 # Names of the same optimizer: SwissArmyTransformer's own needs a CUDA extension to be compiled.
-EMA_ADAM = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")
 DEFAULT_BUCKET_SIZE = 500_000_000  # DeepSpeed's own, in elements
 
 
@@ -134,7 +133,7 @@ def build_optimizer(
     del config["optimizer"]
     root = Place(("deepspeed",), config, sources)
     place = Place(("deepspeed", "optimizer"), section, sources, building=True)
-    if section["type"] in EMA_ADAM:  # whose parameters are checked already
+    if section["type"] in OUR_OPTIMIZERS:  # whose parameters are checked already
         return EmaAdam(groups, **section["params"])
     kind = class_at(section["type"], place.below("type"), "optimizer")
     with reporting(place.below("params"), root):
