@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cogvideox_sat.parallel import process_watch, rendezvous
+from cogvideox_sat.parallel.torch_internals import all_groups
 from sgm.context_parallel import destroy_context_parallel
 from sgm.errors import UserError
 
@@ -83,7 +84,7 @@ def meet(what: str, count: int = 0) -> int:
 def limit_collectives(limit: float) -> None:
     """Give all groups that exist, but the one for meetings, the limit of `join_processes`: libraries make groups with
     limits of their own, which for NCCL are 10 minutes."""
-    for group in dist.distributed_c10d._world.pg_map:
+    for group in all_groups():
         if group is not _patient and group is not dist.GroupMember.NON_GROUP_MEMBER:
             with suppress(Exception):  # a backend that has none
                 dist.set_timeout(_backend_limit(limit), group)

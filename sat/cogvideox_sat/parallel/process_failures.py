@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
+from cogvideox_sat.parallel.torch_internals import abort_groups
 from sgm.errors import UserError
 
 # What gloo and NCCL say in the processes that are left.
@@ -30,7 +31,7 @@ def failing_together() -> Iterator[None]:
         shared = dist.is_initialized() and dist.get_world_size() > 1
         if shared and dist.get_backend() != "gloo":  # NCCL would wait for the others to join in the end
             with suppress(Exception):
-                dist.distributed_c10d._abort_process_group()
+                abort_groups()
         if shared and isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
             raise UserError("another process has failed, and says why") from error
         raise

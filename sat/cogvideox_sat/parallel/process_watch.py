@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from cogvideox_sat.parallel.torch_internals import own_store
+
 logger = logging.getLogger("train_video.waiting")
 logger.setLevel(logging.WARNING)  # on every process: the one that waits says so, whichever it is
 
@@ -242,7 +244,7 @@ class _Watch(threading.Thread):
 def _store_of_its_own() -> dist.Store | None:
     """Return a connection that no other thread waits on."""
     try:
-        store = dist.distributed_c10d._get_default_store().clone()
+        store = own_store()
         store.set_timeout(STORE_TIMEOUT)
     except (RuntimeError, NotImplementedError, AttributeError) as error:  # a kind of store that cannot
         logger.debug("processes are not watched: %s", error)
