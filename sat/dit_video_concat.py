@@ -7,7 +7,7 @@ Shapes: b batch, t latent frames, c channels, h and w latent height and width, d
 n = l + v tokens of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q) the patch.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,8 @@ from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 
 from cogvideox_sat.configuration.model_limits import patch_sizes
-from cogvideox_sat.network.fused_lora import use_fused_adapters
 from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
+from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import Grid, leading_corner, rotary_angles, sincos_3d
 from cogvideox_sat.parallel.process_groups import initialize_process_groups
 from sgm.attention_kernels import KERNELS
@@ -453,7 +453,15 @@ class DiffusionTransformer(BaseModel):
         )
         if "lora_config" in modules:
             self.add_mixin("lora", instantiate_from_config(modules["lora_config"], layer_num=num_layers), reinit=True)
-            use_fused_adapters(self)
+        convert_modules(self, self.converters())
+
+    def converters(self) -> Iterator[Converter]:
+        """Yield what exchanges modules once the network is built; a subclass may add its own."""
+        if "lora" in self.mixins:
+            # Not above: what it needs warns that bitsandbytes is missing, which concerns adapters alone.
+            from cogvideox_sat.network.fused_lora import fuse_adapter
+
+            yield fuse_adapter
 
     @property
     def dtype(self) -> torch.dtype:

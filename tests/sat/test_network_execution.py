@@ -121,6 +121,22 @@ def test_the_compiler_sees_one_graph(name):
             assert torch.equal(compiled(**inputs), network(**inputs))
 
 
+def test_the_compiler_sees_one_graph_of_a_network_with_an_adapter():
+    """In sampling and in training; the numbers are those without the compiler."""
+    network, inputs = network_and_inputs("t2v_2b_lora")
+    network.disable_untrainable_params()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs), network(**inputs), rtol=1e-4, atol=1e-5)
+    gradients = []
+    for run in (network.train(), compiled):
+        network.zero_grad()
+        run(**inputs).square().mean().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 2 * 4 * network.num_layers  # A and B of q, k, v and the output
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
 @needs_compiler
 @torch.no_grad()
 def test_compile_model_changes_neither_numbers_nor_names():

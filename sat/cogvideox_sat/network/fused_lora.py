@@ -1,35 +1,45 @@
 """How LoRA (arXiv:2106.09685) is applied: to SwissArmyTransformer's layers, with fewer passes over memory."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sat import mpu
+from sat.model.finetune.lora2 import LoraLinear
 from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 
-def use_fused_adapters(network: nn.Module) -> None:
-    """Let all `LoraLinear` layers of a network compute through `apply_adapter`; parameters and names stay."""
-    for module in network.modules():
-        if hasattr(module, "matrix_A"):
-            module.forward = partial(apply_adapter, module)
+class FusedLoraLinear(LoraLinear):
+    """A `LoraLinear` that computes in fewer passes.
 
-
-def apply_adapter(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a `LoraLinear` computes.
-
-    x is (..., in); the result is (..., out).
+    Args:
+        layer: the one whose place it takes; their tensors are the same, and have the same names.
     """
-    drops = layer.training and isinstance(layer.lora_dropout, nn.Dropout)
-    is_plain = isinstance(layer.original, ColumnParallelLinear | RowParallelLinear)  # not quantised, as in QLoRA
-    if drops or not is_plain or mpu.get_model_parallel_world_size() > 1:
-        return type(layer).forward(layer, x)
-    original = layer.original
-    x, weight, bias, *matrices = as_autocast(x, original.weight, original.bias, *layer.matrix_A, *layer.matrix_B)
-    return AddLowRank.apply(x, weight, bias, layer.scaling, *matrices)
+
+    def __init__(self, layer: LoraLinear):
+        nn.Module.__init__(self)
+        self.r, self.lora_alpha, self.scaling = layer.r, layer.lora_alpha, layer.scaling
+        self.partition, self.lora_dropout = layer.partition, layer.lora_dropout
+        self.original, self.matrix_A, self.matrix_B = layer.original, layer.matrix_A, layer.matrix_B
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what a `LoraLinear` returns: (..., in) becomes (..., out)."""
+        drops = self.training and isinstance(self.lora_dropout, nn.Dropout)
+        is_plain = isinstance(self.original, ColumnParallelLinear | RowParallelLinear)  # not quantised, as in QLoRA
+        compiles = torch.compiler.is_compiling()  # a compiler cannot trace `AddLowRank`, and fuses the rest by itself
+        if drops or not is_plain or compiles or mpu.get_model_parallel_world_size() > 1:
+            return super().forward(x)
+        original = self.original
+        x, weight, bias, *matrices = as_autocast(x, original.weight, original.bias, *self.matrix_A, *self.matrix_B)
+        return AddLowRank.apply(x, weight, bias, self.scaling, *matrices)
+
+
+def fuse_adapter(module: nn.Module) -> nn.Module:
+    """Return the `FusedLoraLinear` of a `LoraLinear`; other modules, also of classes made from it, as they are."""
+    return FusedLoraLinear(module) if type(module) is LoraLinear else module
 
 
 def as_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
