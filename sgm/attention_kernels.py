@@ -88,6 +88,8 @@ class AttentionKernel:
 
 
 KERNELS: dict[str, AttentionKernel] = {}
+ATTENTION: dict[str, AttentionKernel] = {}
+"""Those of `KERNELS` that configurations may name."""
 
 
 def register(kernel: AttentionKernel) -> AttentionKernel:
@@ -98,6 +100,8 @@ def register(kernel: AttentionKernel) -> AttentionKernel:
     """
     if KERNELS.setdefault(kernel.name, kernel) is not kernel:
         raise ValueError(f"an attention kernel '{kernel.name}' is registered already")
+    if kernel.in_configurations:
+        ATTENTION[kernel.name] = kernel
     return kernel
 
 
@@ -107,10 +111,9 @@ def kernel_named(name: str) -> AttentionKernel:
     Raises:
         UserError: no kernel has that name.
     """
-    names = [kernel.name for kernel in KERNELS.values() if kernel.in_configurations]
-    if name not in names:
-        raise UserError(f"attention '{name}' is unknown, it can be {' or '.join(map(repr, names))}")
-    return KERNELS[name]
+    if not isinstance(name, str) or name not in ATTENTION:
+        raise UserError(f"attention '{name}' is unknown, it can be {' or '.join(map(repr, ATTENTION))}")
+    return ATTENTION[name]
 
 
 @cache

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from sgm.attention_kernels import KERNELS, attend, attend_memory_efficiently, backend_named, kernel_named
+from sgm.attention_kernels import (
+    ATTENTION,
+    attend,
+    attend_memory_efficiently,
+    attend_with_xformers,
+    backend_named,
+    kernel_named,
+)
 from sgm.errors import UserError
 from sgm.helpers import default, exists, uniq
 from sgm.modules.diffusionmodules.building_blocks import zero_module
@@ -32,6 +39,8 @@ __all__ = [
     "SpatialSelfAttention",
     "SpatialTransformer",
     "attend",
+    "attend_memory_efficiently",
+    "attend_with_xformers",
     "default",
     "exists",
     "init_",
@@ -39,8 +48,6 @@ __all__ = [
     "uniq",
     "zero_module",
 ]
-
-ATTENTION = {name: kernel for name, kernel in KERNELS.items() if kernel.in_configurations}
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:

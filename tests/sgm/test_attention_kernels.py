@@ -10,17 +10,32 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sgm import attention_kernels
-from sgm.attention_kernels import KERNELS, SOFTMAX, WRITTEN_OUT, AttentionKernel, attend, kernel_named, register
+from sgm.attention_kernels import (
+    ATTENTION,
+    KERNELS,
+    SOFTMAX,
+    WRITTEN_OUT,
+    AttentionKernel,
+    attend,
+    kernel_named,
+    register,
+)
 from sgm.errors import UserError
+from sgm.modules import attention
 from sgm.modules.attention import SpatialSelfAttention, SpatialTransformer
 from sgm.modules.video_attention import SpatialVideoTransformer
 from support import assert_close
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    monkeypatch.setattr(attention_kernels, "KERNELS", dict(KERNELS))
+def registry():
+    """Both tables, which are after a test as they were before."""
+    tables = (KERNELS, ATTENTION)
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 def tensors(n: int = 7, m: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -95,7 +110,7 @@ def test_a_registered_kernel_serves_by_its_name(registry):
     """In the blocks for images and for video, alone and inside of other blocks."""
     calls = []
     kernel = register(AttentionKernel("mine", counting(calls)))
-    assert kernel_named("mine") is kernel
+    assert kernel_named("mine") is kernel is attention.ATTENTION["mine"]
     x = torch.randn(2, 32, 4, 4)
     SpatialSelfAttention(32, "mine")(x)
     assert len(calls) == 1
