@@ -199,6 +199,7 @@ def test_an_empty_place_is_not_the_current_folder():
 
 
 def test_pytorch_is_not_imported():
-    code = "import sys, clip_sources, batch_order, packet_window, video_reading; sys.exit('torch' in sys.modules)"
+    code = "import sys; from cogvideox_sat.clips import batch_order, sources; "
+    code += "from cogvideox_sat.media import packet_window, video_reading; sys.exit('torch' in sys.modules)"
     folders = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "sat")]
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(folders)})
