@@ -157,7 +157,8 @@ def test_wandb_offline_and_resumed(tmp_path, video):
 
 
 def test_without_wandb_it_is_not_imported(tmp_path):
-    program = f"import sys; from cogvideox_sat.runs import metrics as m; m.MetricsWriter({str(tmp_path)!r}); print('wandb' in sys.modules)"
+    program = "import sys; from cogvideox_sat.runs.metrics import MetricsWriter; "
+    program += f"MetricsWriter({str(tmp_path)!r}); print('wandb' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
