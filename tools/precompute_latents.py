@@ -19,13 +19,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.clips.latent_cache import STORES, text_embedder  # noqa: E402
-from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.commands.flag_spellings import StrictParser  # noqa: E402
 from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
 from cogvideox_sat.commands.launchers import adopt_launcher, is_first_process  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -76,10 +75,7 @@ def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = EitherSpellingParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = _raise_user_error
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="the cache: a new folder, or one to go on with")
     parser.add_argument(
         "--store",
@@ -101,10 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
         f"go through them again (default: {IMAGE_VARIANTS})",
     )
     return parser
-
-
-def _raise_user_error(message: str) -> NoReturn:
-    raise UserError(message)
 
 
 def check(args: TrainingArguments, image_variants: int | None) -> int:

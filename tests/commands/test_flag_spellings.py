@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 import arguments
-from cogvideox_sat.commands.flag_spellings import EitherSpellingParser
+from cogvideox_sat.commands.flag_spellings import EitherSpellingParser, StrictParser
 from cogvideox_sat.configuration import training_arguments, vae_training_arguments
 from cogvideox_sat.configuration.argument_schema import argument_fields
+from sgm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 # Is run by a Python that may have no packages and copied alone; its flags are single words.
@@ -57,8 +58,16 @@ def test_values_and_what_follows_two_dashes_stay_as_they_are():
     assert parser.parse_known_args(["--c-d=1"])[1] == ["--c-d=1"]
 
 
+def test_a_mistake_is_a_user_error():
+    parser = StrictParser()
+    parser.add_argument("--count", type=int)
+    for wrong in (["--count", "many"], ["--count"], ["--amount", "1"]):
+        with pytest.raises(UserError, match=r"--(count|amount)"):
+            parser.parse_args(wrong)
+
+
 def test_all_parsers_are_of_this_kind():
-    for path in (path for folder in ("sat", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py")):
+    for path in (path for folder in ("sat", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         calls = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)]
         plain = [node for node in calls if ast.unparse(node.func) in ("argparse.ArgumentParser", "ArgumentParser")]
         assert not plain or path in ALONE, path

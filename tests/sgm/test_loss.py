@@ -218,6 +218,19 @@ def test_partial_sampling_in_a_loss_and_over_processes(monkeypatch):
             PartialDiscreteSampling(ZERO_SNR, 1000, wrong)
 
 
+def test_levels_are_undivided_within_a_block(monkeypatch):
+    monkeypatch.setattr(sigma_sampling, "group_size", lambda group: 4 if group else 1)
+    monkeypatch.setattr(sigma_sampling, "group_rank", lambda group: 1 if group else 0)
+    loss = VideoDiffusionLoss(discrete(uniform_sampling=True))
+    assert loss.sigma_sampler.index_range() == (0, 1000)
+    loss.set_parallel_groups(data_parallel="four")
+    assert loss.sigma_sampler.index_range() == (250, 500)
+    with pytest.raises(ValueError, match="within"), sigma_sampling.undivided(loss.sigma_sampler):
+        assert loss.sigma_sampler.index_range() == (0, 1000)
+        raise ValueError("within")
+    assert loss.sigma_sampler.index_range() == (250, 500)
+
+
 @pytest.mark.parametrize("uniform_share", [0.0, 0.3, 1.0])
 def test_logit_normal_sampling(uniform_share):
     """Quartiles of a normal are 0.6745 standard deviations from its mean; the rest of the samples are uniform."""

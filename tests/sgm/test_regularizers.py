@@ -324,6 +324,9 @@ def test_continuous_regularizers():
     kl = torch.distributions.kl_divergence(normal(mean, (0.5 * log_variance).exp()), normal(0.0, 1.0))
     assert_close(log["kl_loss"], kl.sum((1, 2)).mean(), 1e-5)
     noise = torch.randn(2, 3, 3)
+    drawn = DiagonalGaussianRegularizer()
+    drawn.use_means()
+    assert torch.equal(drawn(z)[0], latent)
     assert_close(DiagonalGaussianRegularizer()(z, noise)[0], mean + (0.5 * log_variance).exp() * noise, 1e-6)
     assert not list(DiagonalGaussianRegularizer().get_trainable_parameters())
 

@@ -6,7 +6,9 @@ Nothing here imports PyTorch.
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from sgm.errors import UserError
 
 
 class EitherSpellingParser(argparse.ArgumentParser):
@@ -18,6 +20,13 @@ class EitherSpellingParser(argparse.ArgumentParser):
         known = {_plain(option): option for option in self._option_string_actions}
         spelled = [_known_spelling(word, known) for word in given[:end]]
         return super().parse_known_args([*spelled, *given[end:]], namespace)
+
+
+class StrictParser(EitherSpellingParser):
+    """A mistake on its command line is a UserError, which the command reports as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def _known_spelling(word: str, known: dict[str, str]) -> str:

@@ -7,26 +7,22 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from cogvideox_sat.commands.flag_spellings import EitherSpellingParser
+from cogvideox_sat.commands.flag_spellings import StrictParser
 from cogvideox_sat.commands.launchers import check_alone
 from cogvideox_sat.commands.startup import quiet_libraries
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
 
 
-class ToolParser(EitherSpellingParser):
-    """Takes its help from the tool's docstring; a mistake on the command line is a UserError."""
+class ToolParser(StrictParser):
+    """Takes its help from the tool's docstring."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error too")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
     def add_writing_arguments(self) -> None:
         """`--dry_run` and `--overwrite`."""

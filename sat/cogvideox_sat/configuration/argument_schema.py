@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from cogvideox_sat.commands.flag_spellings import EitherSpellingParser
+from cogvideox_sat.commands.flag_spellings import StrictParser
 from cogvideox_sat.commands.input_paths import located
 from cogvideox_sat.commands.launchers import add_launcher_flags, take_launcher_flags
 from cogvideox_sat.configuration.data_mixing import check_mixing
@@ -260,13 +260,12 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
     Args:
         ignored: names of flags that are taken and not used.
     """
-    parser = EitherSpellingParser(
+    parser = StrictParser(
         description=description,
         epilog=f"for example: {example}",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.error = _raise_user_error
     parser.add_argument("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error too")  # see sgm.errors
     for name, f in argument_fields(command).items():
@@ -284,10 +283,6 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
         parser.add_argument(f"--{name}", **options)
     add_launcher_flags(parser, ignored)
     return parser
-
-
-def _raise_user_error(message: str) -> typing.NoReturn:
-    raise UserError(message)
 
 
 def nearest(name: str, known: Collection[str], prefix: str = "", otherwise: str = "; --help lists them all") -> str:

@@ -101,7 +101,7 @@ def build_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtyp
     check_autoencoder_sizes(config["params"])
     vae = instantiate_from_config(config).to(device, dtype).eval()
     if isinstance(vae.regularization, DiagonalGaussianRegularizer):
-        vae.regularization.sample = False
+        vae.regularization.use_means()
     return vae
 
 

@@ -24,6 +24,7 @@ from diffusion_video import SATVideoDiffusionEngine
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum
 from sgm.errors import UserError
+from sgm.modules.diffusionmodules.sigma_sampling import undivided
 
 logger = logging.getLogger("train_video")
 
@@ -55,14 +56,13 @@ def evaluating(engine: SATVideoDiffusionEngine) -> Iterator[None]:
     """Within the block the network is in evaluation mode, nothing is recorded for gradients, the timesteps come from
     their whole range on each process, and what is drawn from PyTorch's generators has not been drawn afterwards."""
     network, levels = engine.model, engine.loss_fn.sigma_sampler
-    training, group = network.training, getattr(levels, "data_parallel_group", None)
+    training = network.training
     with ExitStack() as stack:
         stack.callback(network.train, training)
-        stack.callback(setattr, levels, "data_parallel_group", group)
+        stack.enter_context(undivided(levels))
         stack.enter_context(torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         network.eval()
-        levels.data_parallel_group = None
         yield
 
 

@@ -1,7 +1,8 @@
 """Which noise levels training sees."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from sgm import randomness
 from sgm.context_parallel import group_rank, group_size
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
+
+
+@contextmanager
+def undivided(sampler: Any) -> Iterator[None]:
+    """Let each process draw from all levels within the block, whatever its group divides among its processes."""
+    group = getattr(sampler, "data_parallel_group", None)
+    sampler.data_parallel_group = None
+    try:
+        yield
+    finally:
+        sampler.data_parallel_group = group
 
 
 class EDMSampling:
@@ -42,7 +54,8 @@ class DiscreteSampling:
         group_num: number of groups; 0: as many as divide both the processes and the levels.
 
     Attributes:
-        data_parallel_group: the processes that train on different samples; None: this process alone.
+        data_parallel_group: the processes that train on different samples, as the loss tells every sampler; None: this
+            process alone.
     """
 
     data_parallel_group: dist.ProcessGroup | None = None

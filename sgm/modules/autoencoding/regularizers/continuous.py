@@ -20,6 +20,10 @@ class DiagonalGaussianRegularizer(AbstractRegularizer):
         super().__init__()
         self.sample = sample
 
+    def use_means(self) -> None:
+        """Give the Gaussian's mean from now on, so that nothing is random."""
+        self.sample = False
+
     def forward(self, moments: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Log]:
         """moments (batch, 2 * channel, ...) -> latent (batch, channel, ...) and {"kl_loss": mean over the batch}."""
         posterior = DiagonalGaussianDistribution(moments)
