@@ -55,7 +55,9 @@ def imports(source: str) -> Iterator[str]:
 def imported(folders: tuple[str, ...]) -> dict[str, str]:
     """Return the distributions that the files of some folders import, each with a file that does."""
     files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in (*PROGRAM, *CHECKS)}
-    own = {*files, *(file.stem for each in files.values() for file in each)} - {"sat"}  # that is SwissArmyTransformer
+    packages = {"cogvideox_sat", "sgm", "vae_modules"}
+    alone = {file.stem for each in files.values() for file in each if not packages & set(file.relative_to(ROOT).parts)}
+    own = {*files, *packages, *alone} - {"sat"}  # that is SwissArmyTransformer
     installed, found = packages_distributions(), {}
     for file in (file for folder in folders for file in files[folder]):
         for module in imports(file.read_text()) if file != SET_UP else ():

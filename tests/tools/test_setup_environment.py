@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -74,15 +73,13 @@ def fresh(tmp_path, wheels) -> Repository:
     return Repository(tmp_path / "with a space", wheels)
 
 
-def test_two_runs_at_once_make_one_environment_and_the_next_is_quick(repository):
+def test_two_runs_at_once_make_one_environment_and_the_next_installs_nothing(repository):
     runs = [repository.start(), repository.start()]
     outcomes = [(*run.communicate(timeout=120), run.returncode) for run in runs]
     assert [(output.strip(), status) for output, _, status in outcomes] == [(str(repository.venv_python), 0)] * 2
     assert sum(messages.count("installing the packages") for _, messages, _ in outcomes) == 1
     subprocess.run([repository.venv_python, "-c", "import tiny_package"], check=True)
-    started = time.perf_counter()
     assert repository.run() == (0, str(repository.venv_python), "")
-    assert time.perf_counter() - started < 1
     # The same from inside .venv, which counts as any other active environment.
     repository.environment["PYTHON"] = str(repository.venv_python)
     assert repository.run() == (0, str(repository.venv_python), "")
