@@ -21,7 +21,7 @@ from pathlib import Path
 from cogvideox_sat.conversion.checkpoint_folders import write_tensors
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) // 1024
-torch.zeros(1).add_(1)
+write_tensors(Path(sys.argv[1]), {"a": torch.empty(1)}, lambda name: torch.ones(1))  # imports what it needs
 before = peak()
 like = {str(i): torch.empty(10**6, device="meta") for i in range(100)}
 write_tensors(Path(sys.argv[1]), like, lambda name: torch.full((10**6,), float(name)))
@@ -93,7 +93,7 @@ def test_the_archive_is_a_sound_one(tmp_path):
 def test_memory_holds_one_tensor(tmp_path):
     result = in_a_process(WRITE, tmp_path / "x.pt")
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 40
+    assert int(result.stdout) < 40, "megabytes"
     read = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)["module"]
     assert [float(tensor[-1]) for tensor in read.values()] == list(range(100))
 
