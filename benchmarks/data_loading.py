@@ -36,11 +36,11 @@ from harness import alternating_medians, machine, markdown_table, write_results 
 from imageio_ffmpeg import get_ffmpeg_exe  # noqa: E402
 
 from cogvideox_sat.clips.attempts import Mark, serve_as_reader  # noqa: E402
-from cogvideox_sat.clips.batch_order import Bucket  # noqa: E402
 from cogvideox_sat.clips.probing import probe_clips  # noqa: E402
 from cogvideox_sat.clips.reading import FrameSampling, probe, read_clip  # noqa: E402
 from cogvideox_sat.clips.sources import READERS, ClipSource  # noqa: E402
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.latent_geometry import Bucket  # noqa: E402
 from cogvideox_sat.media.frame_times import nearest_frames  # noqa: E402
 from cogvideox_sat.media.video_reading import open_video  # noqa: E402
 

@@ -30,7 +30,7 @@ from harness import (  # noqa: E402
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa: E402
-from cogvideox_sat.configuration.model_limits import patch_sizes  # noqa: E402
+from cogvideox_sat.latent_geometry import patch_sizes  # noqa: E402
 from cogvideox_sat.weights.loading import initialise_missing  # noqa: E402
 from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
 from support import relative_error  # noqa: E402

@@ -47,7 +47,7 @@ from harness import (  # noqa: E402
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
-from cogvideox_sat.configuration.model_limits import patch_sizes  # noqa: E402
+from cogvideox_sat.latent_geometry import patch_sizes  # noqa: E402
 from support import relative_error  # noqa: E402
 
 CPU_LAYERS = 2

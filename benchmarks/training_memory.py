@@ -19,11 +19,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
 from harness import markdown_table  # noqa: E402
 
-from cogvideox_sat.clips.batch_order import Bucket  # noqa: E402
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa: E402
+from cogvideox_sat.latent_geometry import Bucket  # noqa: E402
 from cogvideox_sat.training.parameter_report import GIB, Layout, estimate_memory  # noqa: E402
 
 CLIPS = {  # frames, height, width

@@ -15,7 +15,7 @@ from typing import Any, Self
 from torch.utils.data import Dataset
 
 from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt
-from cogvideox_sat.clips.batch_order import Bucket, Locality, SampleKey
+from cogvideox_sat.clips.batch_order import Locality, SampleKey
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.clips.reader_record import describe_reader
 from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part, read_clip
@@ -25,7 +25,8 @@ from cogvideox_sat.clips.sources import LabelRules
 from cogvideox_sat.clips.transforms import Framing
 from cogvideox_sat.clips.video_sizes import nearest_size, parse_sizes
 from cogvideox_sat.configuration.data_mixing import draws_of, repeated
-from cogvideox_sat.configuration.model_limits import TIME_FACTOR, ModelLimits
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.latent_geometry import TIME_FACTOR, Bucket
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND, load_decoder
 from sgm.config_places import Place

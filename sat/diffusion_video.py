@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
-from cogvideox_sat.configuration.model_limits import patch_sizes
 from cogvideox_sat.configuration.model_section import ALL, not_trainable_prefixes, plain_model_section
+from cogvideox_sat.latent_geometry import patch_sizes
 from cogvideox_sat.network.layer_runner import SamplingProgress
 from cogvideox_sat.parallel.process_groups import parallel_groups
 from cogvideox_sat.weights.checkpoint_files import is_adapter

@@ -20,10 +20,10 @@ from sat.model.transformer import BaseTransformer
 from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 
-from cogvideox_sat.configuration.model_limits import patch_sizes
+from cogvideox_sat.latent_geometry import Grid, patch_sizes
 from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
 from cogvideox_sat.network.module_converters import Converter, convert_modules
-from cogvideox_sat.network.position_tables import Grid, leading_corner, rotary_angles, sincos_3d
+from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
 from cogvideox_sat.parallel.process_groups import initialize_process_groups
 from sgm.attention_kernels import KERNELS
 from sgm.errors import UserError

@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from cogvideox_sat.clips.batch_order import BatchOrder, Bucket, Locality, SampleKey
+from cogvideox_sat.clips.batch_order import BatchOrder, Locality, SampleKey
+from cogvideox_sat.latent_geometry import Bucket
 from sgm.errors import UserError
 from sgm.seeds import sample_seed
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvideox_sat.clips.batch_order import Bucket, SampleKey
+from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.clips.latent_cache import (
     LatentDataset,
     conditioner_for_cache,
@@ -24,6 +24,7 @@ from cogvideox_sat.clips.latent_cache import (
 from cogvideox_sat.clips.loader import collate
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.training import latent_encoding
 from data_video import make_dataset
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame

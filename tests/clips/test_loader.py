@@ -14,10 +14,11 @@ import torch
 from torch.utils.data import Dataset
 
 import stuck_clips
-from cogvideox_sat.clips.batch_order import BatchOrder, Bucket, SampleKey
+from cogvideox_sat.clips.batch_order import BatchOrder, SampleKey
 from cogvideox_sat.clips.loader import ClipLoader, collate
 from cogvideox_sat.clips.probing import INDEX
 from cogvideox_sat.clips.timeouts import ClipTimeouts, TimedOutClip
+from cogvideox_sat.latent_geometry import Bucket
 from data_video import SFTDataset
 from sgm.errors import UserError
 from training_clips import clip_number, write_dataset

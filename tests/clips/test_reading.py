@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.clips.reading import ClipInfo, FrameSampling, probe, read_clip
 from cogvideox_sat.clips.sources import ClipSource
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_facts import UnreadableClip
 from training_clips import convert, damage, frame_numbers, truncate, vary_rate, write_clip, write_tar
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvideox_sat.clips.batch_order import Bucket, SampleKey
+from cogvideox_sat.clips.batch_order import SampleKey
+from cogvideox_sat.latent_geometry import Bucket
 from data_video import SFTDataset, VideoDataset
 from sgm.errors import UserError
 from training_clips import clip_number, frame_numbers, write_clip, write_dataset, write_tar

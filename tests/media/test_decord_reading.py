@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.clips.reading import FrameSampling, probe, read_clip
 from cogvideox_sat.clips.sources import ClipSource
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.decord_reading import DecordVideo
 from cogvideox_sat.media.video_facts import UnreadableClip
 from training_clips import damage, frame_numbers, vary_rate, write_clip, write_tar

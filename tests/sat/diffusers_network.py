@@ -4,7 +4,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from cogvideox_sat.configuration.model_limits import patch_sizes
+from cogvideox_sat.latent_geometry import patch_sizes
 from cogvideox_sat.weights.diffusers_names import POSITION_TABLE, assemble, to_diffusers
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from cogvideox_sat.clips.batch_order import BatchOrder, Bucket, SampleKey
+from cogvideox_sat.clips.batch_order import BatchOrder, SampleKey
 from cogvideox_sat.clips.probing import INDEX
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.latent_geometry import Bucket
 from data_video import SFTDataset, VideoDataset, make_dataset, nearest_size
 from sgm.errors import UserError
 from training_clips import clip_number, damage, frame_numbers, truncate, write_clip, write_dataset, write_tar

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.training import encoding_memory
 from cogvideox_sat.training.encoding_memory import encoding_peak, meta_encoder
 from cogvideox_sat.training.parameter_report import encoding_bytes

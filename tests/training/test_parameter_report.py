@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.training.parameter_report import (
     GIB,
     Layout,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.clips.validation_clips import ValidationLoader, plan_batches, validation_key
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.runs import metrics as training_metrics
 from cogvideox_sat.training.validation import decodable, save_samples, validation_loss

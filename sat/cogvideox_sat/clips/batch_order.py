@@ -8,21 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cogvideox_sat.latent_geometry import Bucket
 from sgm.errors import UserError
 from sgm.seeds import hashed_seed, sample_seed
 
 logger = logging.getLogger("train_video")
-
-
-class Bucket(NamedTuple):
-    """The shape of a clip; a batch holds clips of one shape. Height and width are in pixels."""
-
-    frames: int
-    height: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.frames} frames of {self.height}x{self.width}"
 
 
 class SampleKey(NamedTuple):

@@ -30,12 +30,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cogvideox_sat.clips.batch_order import Bucket, SampleKey
+from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.clips.options import KEPT_IN_CACHES
 from cogvideox_sat.clips.reader_record import KEY, describe_reader, recorded_backend
 from cogvideox_sat.configuration.merging import first_difference
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.files.training_state import anything, count, find_misfit, mapping_of, reader
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND
 from sgm.errors import UserError, shown
 from sgm.plain_json import parse_json

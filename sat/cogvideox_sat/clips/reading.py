@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from cogvideox_sat.clips.attempts import decoding_threads
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.clips.sources import ClipSource
 from cogvideox_sat.clips.transforms import CENTRED, Placement, cover
 from cogvideox_sat.files.file_part import FilePart
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.frame_times import ROUNDING
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.media.video_facts import UnreadableClip

@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.clips.probing import probe_clips
 from cogvideox_sat.clips.reading import WHOLE, ClipInfo, FrameSampling, Part
 from cogvideox_sat.clips.report import SourceReport
 from cogvideox_sat.clips.sources import READERS, ClipSource, Found, LabelRules, search
 from cogvideox_sat.clips.video_sizes import nearest_size
 from cogvideox_sat.configuration.frame_sizes import share_cut_away
+from cogvideox_sat.latent_geometry import Bucket
 from sgm.errors import UserError
 
 

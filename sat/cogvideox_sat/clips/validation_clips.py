@@ -8,9 +8,10 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from cogvideox_sat.clips.attempts import CLIP_TIMEOUT
-from cogvideox_sat.clips.batch_order import Bucket, SampleKey
+from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.clips.loader import ClipLoader, Share
 from cogvideox_sat.clips.timeouts import ClipTimeouts
+from cogvideox_sat.latent_geometry import Bucket
 from sgm.seeds import hashed_seed
 
 logger = logging.getLogger("train_video")

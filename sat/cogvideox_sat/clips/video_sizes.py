@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cogvideox_sat.configuration.model_limits import SPACE_FACTOR
+from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from sgm.errors import UserError
 
 SAME_RATIO = 0.02  # aspect ratios whose logarithms differ by less are the same: sizes are rounded to multiples of 16

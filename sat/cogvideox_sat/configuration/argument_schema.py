@@ -20,8 +20,8 @@ from cogvideox_sat.commands.launchers import add_launcher_flags, take_launcher_f
 from cogvideox_sat.configuration.data_mixing import check_mixing
 from cogvideox_sat.configuration.deepspeed_file import merged_with_file
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, replace_exclusive, with_located_paths
-from cogvideox_sat.configuration.model_limits import SPACE_FACTOR
 from cogvideox_sat.configuration.model_section import check_modules, plain, plain_model_section
+from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from sgm.config_places import Sources
 from sgm.errors import UserError
 

@@ -6,7 +6,8 @@ Nothing here imports PyTorch.
 import logging
 from pathlib import Path
 
-from cogvideox_sat.configuration.model_limits import SPACE_FACTOR, ModelLimits
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.latent_geometry import SPACE_FACTOR
 
 logger = logging.getLogger(__name__)
 

@@ -1,18 +1,11 @@
 """What a model can take, read off its configuration, so that a wrong request is refused before anything is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, patch_sizes
 from sgm.errors import UserError
-
-SPACE_FACTOR = 8  # pixels per latent along height and width, of the 3D VAE
-TIME_FACTOR = 4  # frames per latent frame after the first
-
-
-def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
-    """Patch along (frames, height, width): `2` (CogVideoX 1.0) means (1, 2, 2), no patching of time; 1.5 gives all."""
-    return (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
 
 
 @dataclass(frozen=True)

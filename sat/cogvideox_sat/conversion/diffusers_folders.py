@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cogvideox_sat.conversion.model_sizes import TIME_FACTOR, ModelSizes
+from cogvideox_sat.conversion.model_sizes import ModelSizes
 from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights, open_weights
 from cogvideox_sat.conversion.weight_family import AutoencoderFamily, NetworkFamily
+from cogvideox_sat.latent_geometry import TIME_FACTOR
 from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES
 from sgm.errors import UserError
 from sgm.plain_json import parse_json

@@ -14,11 +14,11 @@ from torch import Tensor
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.conversion.weight_family import CONFIGS, TITLES, UNUSED_POSITIONS, NetworkFamily
 from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER
+from cogvideox_sat.latent_geometry import TIME_FACTOR
 from cogvideox_sat.network.position_tables import rotary_angles, sincos_3d
 from cogvideox_sat.weights.diffusers_names import FREQUENCIES, POSITION_TABLE, UNUSED_TABLE
 from sgm.errors import UserError
 
-TIME_FACTOR = 4
 TOLERANCE = 1e-2  # of sines and cosines that were rounded to bfloat16
 
 

@@ -10,7 +10,7 @@ from sat.model.transformer import BaseTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cogvideox_sat.network.position_tables import Grid
+from cogvideox_sat.latent_geometry import Grid
 
 RunLayer = Callable[[Tensor], Tensor]
 """Takes tokens (b, n, d) through a layer."""

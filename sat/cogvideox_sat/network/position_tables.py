@@ -8,7 +8,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-Grid = tuple[int, int, int]  # frames, height, width in patches
+from cogvideox_sat.latent_geometry import Grid
 
 
 def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:

@@ -15,7 +15,6 @@ import torch
 from sat import mpu
 
 from cogvideox_sat.configuration.argument_lists import SamplingArguments
-from cogvideox_sat.configuration.model_limits import TIME_FACTOR
 from cogvideox_sat.configuration.video_records import (
     FORMAT,
     REPEATED_ARGUMENTS,
@@ -24,6 +23,7 @@ from cogvideox_sat.configuration.video_records import (
     with_absolute_paths,
 )
 from cogvideox_sat.files.content_hashes import BackgroundHashes, hash_of_file
+from cogvideox_sat.latent_geometry import TIME_FACTOR
 from cogvideox_sat.parallel.devices import processor_name
 from cogvideox_sat.sampling.plan import PlannedVideo
 from cogvideox_sat.weights.checkpoint_files import checkpoint_file

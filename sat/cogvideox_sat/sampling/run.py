@@ -21,10 +21,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from arguments import SamplingArguments
 from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT, sampling_advice
 from cogvideox_sat.configuration.model_checks import check_model
-from cogvideox_sat.configuration.model_limits import SPACE_FACTOR
 from cogvideox_sat.configuration.video_records import KEPT_SUFFIX, kept_path, record_path, write_record
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.files.shipped import ROOT
+from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from cogvideox_sat.media.contact_sheet import write_contact_sheet
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.media.looping_previews import write_looping_preview

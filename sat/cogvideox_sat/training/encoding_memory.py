@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.latent_geometry import Bucket
 from sgm.models.video_coder import VideoCoder
 
 # Clips of this length and one more latent step are gone through; from there on memory grows linearly with the length.

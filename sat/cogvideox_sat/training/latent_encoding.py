@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cogvideox_sat.clips.batch_order import Bucket, SampleKey
+from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.clips.latent_cache import (
     DESCRIPTION,
     FORMAT,
@@ -41,10 +41,10 @@ from cogvideox_sat.configuration.data_mixing import repeated
 from cogvideox_sat.configuration.memory_advice import precompute_advice
 from cogvideox_sat.configuration.merging import first_difference
 from cogvideox_sat.configuration.model_checks import check_model
-from cogvideox_sat.configuration.model_limits import SPACE_FACTOR, TIME_FACTOR
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.engine_choice import build_engine, is_overridden
 from cogvideox_sat.files.atomic import replaced_when_complete
+from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, Bucket
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import limited_collectives, meet
 from cogvideox_sat.parallel.devices import choose_device, settle_precision

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.configuration.deepspeed import batch_sizes, runtime_config
-from cogvideox_sat.configuration.model_limits import SPACE_FACTOR, TIME_FACTOR
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.parallel.process_groups import parallel_groups
 from cogvideox_sat.training.encoding_memory import encoding_peak
 from diffusion_video import DTYPES, SATVideoDiffusionEngine
@@ -260,13 +259,6 @@ def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch:
     first_stage = engine.config["first_stage_config"]
     tile_size, group = getattr(vae, "tile_size", None), getattr(vae, "group", None)
     return micro_batch * encoding_peak(first_stage, bucket, dtype, device.type, tile_size, group_size(group))
-
-
-def video_tokens(bucket: Bucket, patch: tuple[int, int, int]) -> int:
-    """Tokens of a clip of `bucket` frames and pixels; 1.5 repeats its first latent frame to fill a patch."""
-    latent_frames = (bucket.frames - 1) // TIME_FACTOR + patch[0]
-    o, p, q = patch
-    return (latent_frames // o) * (bucket.height // SPACE_FACTOR // p) * (bucket.width // SPACE_FACTOR // q)
 
 
 def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomputed: bool) -> str:

@@ -14,8 +14,8 @@ from cogvideox_sat.clips.attempts import CLIP_TIMEOUT
 from cogvideox_sat.clips.loader import ClipLoader, Share
 from cogvideox_sat.clips.timeouts import ClipTimeouts
 from cogvideox_sat.clips.validation_clips import validation_key
-from cogvideox_sat.configuration.model_limits import TIME_FACTOR
 from cogvideox_sat.files.output_paths import safe_name
+from cogvideox_sat.latent_geometry import TIME_FACTOR
 from cogvideox_sat.media.video_output import VideoWriter, save_latents
 from cogvideox_sat.parallel.process_groups import parallel_groups
 from cogvideox_sat.runs.metrics import MetricsWriter

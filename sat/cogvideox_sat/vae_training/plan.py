@@ -17,10 +17,10 @@ from cogvideox_sat.commands.input_paths import not_found
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
 from cogvideox_sat.configuration.determinism import check_workspace, describe_change
 from cogvideox_sat.configuration.files import check_paths
-from cogvideox_sat.configuration.model_limits import SPACE_FACTOR, TIME_FACTOR
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters
 from cogvideox_sat.files.latest_file import newest
 from cogvideox_sat.files.output_paths import check_folder, check_sheet
+from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
 from cogvideox_sat.runs import folders as run_folders
 from sgm.errors import UserError
 

@@ -1,0 +1,32 @@
+"""Sizes of clips, latents and patches, and how they follow from each other. Nothing here imports PyTorch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SPACE_FACTOR = 8  # pixels per latent along height and width, of the 3D VAE
+TIME_FACTOR = 4  # frames per latent frame after the first
+
+Grid = tuple[int, int, int]  # frames, height, width in patches
+
+
+class Bucket(NamedTuple):
+    """The shape of a clip; a batch holds clips of one shape. Height and width are in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.height}x{self.width}"
+
+
+def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
+    """Return the patch along (frames, height, width): `2` means (1, 2, 2), as in CogVideoX 1.0; 1.5 gives all three."""
+    return (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+
+
+def video_tokens(bucket: Bucket, patch: tuple[int, int, int]) -> int:
+    """Return how many tokens a clip of `bucket` has; 1.5 repeats its first latent frame to fill a patch."""
+    latent_frames = (bucket.frames - 1) // TIME_FACTOR + patch[0]
+    o, p, q = patch
+    return (latent_frames // o) * (bucket.height // SPACE_FACTOR // p) * (bucket.width // SPACE_FACTOR // q)
