@@ -244,7 +244,7 @@ def build(args: argparse.Namespace) -> dict[str, Contender]:
 
 def build_engine(args: argparse.Namespace) -> nn.Module:
     """Our engine without its network, conditioned on embeddings that were computed before."""
-    from cogvideox_sat.clips.latent_cache import conditioner_for_cache
+    from cogvideox_sat.clips.latent_identity import conditioner_for_cache
     from cogvideox_sat.parallel.process_groups import initialize_process_groups
     from diffusion_video import SATVideoDiffusionEngine
 

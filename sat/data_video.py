@@ -393,7 +393,8 @@ def make_dataset(
     Raises:
         UserError: the data or its settings do not fit; see the classes.
     """
-    from cogvideox_sat.clips.latent_cache import LatentDataset, is_cache
+    from cogvideox_sat.clips.latent_cache import is_cache
+    from cogvideox_sat.clips.latent_dataset import LatentDataset
 
     paths = repeated(paths, repeats)
     cached = [path for path in paths if is_cache(path)]

@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.clips.latent_cache import STORES, text_embedder  # noqa: E402
+from cogvideox_sat.clips.latent_cache import STORES  # noqa: E402
+from cogvideox_sat.clips.latent_identity import text_embedder  # noqa: E402
 from cogvideox_sat.commands.flag_spellings import StrictParser  # noqa: E402
 from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
 from cogvideox_sat.commands.launchers import adopt_launcher, is_first_process  # noqa: E402

@@ -14,13 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideox_sat.clips.batch_order import SampleKey
-from cogvideox_sat.clips.latent_cache import (
-    LatentDataset,
-    conditioner_for_cache,
-    is_cache,
-    read_description,
-    read_shards,
-)
+from cogvideox_sat.clips.latent_cache import is_cache, read_description, read_shards
+from cogvideox_sat.clips.latent_dataset import LatentDataset
+from cogvideox_sat.clips.latent_identity import conditioner_for_cache
 from cogvideox_sat.clips.loader import collate
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.training_arguments import TrainingArguments

@@ -73,7 +73,7 @@ def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, w
 
 def test_precomputing_lists_it_as_unreadable(tmp_path, tiny, clips, stuck):
     """The caches of two processes, and of one that has no workers of its own, are the same."""
-    from cogvideox_sat.clips.latent_cache import LatentDataset
+    from cogvideox_sat.clips.latent_dataset import LatentDataset
 
     (stuck / "003.mp4").touch()
     config = write_config(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cogvideox_sat.clips.latent_cache import LatentDataset
+from cogvideox_sat.clips.latent_dataset import LatentDataset
 from tools.precompute_latents import main
 from training_clips import write_dataset
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from cogvideox_sat.clips.batch_order import BatchOrder, SampleKey
-from cogvideox_sat.clips.latent_cache import LatentDataset
+from cogvideox_sat.clips.latent_dataset import LatentDataset
 from cogvideox_sat.clips.loader import ClipLoader
 from cogvideox_sat.clips.report import SourceReport, counted
 from cogvideox_sat.commands.launchers import is_first_process

@@ -29,11 +29,11 @@ from cogvideox_sat.clips.latent_cache import (
     FORMAT,
     SHARDS,
     CachedSample,
-    describe_model,
     is_cache,
     read_description,
     read_shards,
 )
+from cogvideox_sat.clips.latent_identity import describe_model
 from cogvideox_sat.clips.loader import ClipLoader
 from cogvideox_sat.clips.reader_record import KEY, warn_of_other_reader
 from cogvideox_sat.clips.transforms import Framing

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cogvideox_sat.clips.batch_order import BatchOrder
-from cogvideox_sat.clips.latent_cache import conditioner_for_cache
+from cogvideox_sat.clips.latent_identity import conditioner_for_cache
 from cogvideox_sat.clips.loader import ClipLoader
 from cogvideox_sat.clips.reader_record import KEY, warn_of_other_reader, with_backend
 from cogvideox_sat.clips.validation_clips import ValidationLoader
