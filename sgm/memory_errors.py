@@ -82,9 +82,12 @@ def memory_guard(where: str, advice: Callable[[str], str] | str | None = None) -
         known = cause if isinstance(cause, OutOfMemory) else OutOfMemory(where, describe_shortage(cause))
         if known.advice is None and advice is not None:
             known = OutOfMemory(known.where, known.shortage, advice if isinstance(advice, str) else advice(known.where))
-        if known is error:
-            raise
-        raise known from error
+        try:
+            if known is error:
+                raise
+            raise known from error
+        finally:  # no names of this frame, which errors refer to: a circle would keep the tensors of their other frames
+            del cause, known
 
 
 def _is_device_error(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from cogvideox_sat.configuration.determinism import (
     deterministic_arithmetic,
 )
 from cogvideox_sat.configuration.vae_training_arguments import get_vae_training_args
-from cogvideox_sat.sampling import run as sampling_run
+from cogvideox_sat.sampling import session as sampling_session
 from cogvideox_sat.training import run as training_run
 from cogvideox_sat.vae_training import run as vae_training_run
 from sgm.errors import UserError
@@ -118,7 +118,7 @@ def test_sampling_asks_only_cudnn_for_a_fixed_order(tiny, tmp_path, monkeypatch)
         found.append(flags())
         raise UserError("seen")
 
-    monkeypatch.setattr(sampling_run, "build_engine", build_engine)
+    monkeypatch.setattr(sampling_session, "build_engine", build_engine)
     (tmp_path / "prompts.txt").write_text("a boat\n")
     files = ["--input_file", str(tmp_path / "prompts.txt"), "--output_dir", str(tmp_path / "videos")]
     size = ["--sampling_num_frames", "1", "--sampling_image_size", "32", "48"]

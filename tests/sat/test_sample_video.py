@@ -340,12 +340,12 @@ def test_a_process_that_cannot_go_on_takes_part_in_the_end_of_the_run(monkeypatc
 def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, monkeypatch, caplog):
     from cogvideox_sat.sampling import run as sampling_run
 
-    def fail(engine, job, fps):
-        if job.video.request.index == 0:
+    def fail(video):
+        if video.planned.request.index == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
         raise KeyError("surprise")
 
-    monkeypatch.setattr(sampling_run, "decode_video", fail)
+    monkeypatch.setattr(sampling_run, "decode_to_file", fail)
     assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS)) == 1
     full, surprise = (record for record in caplog.records if record.getMessage().startswith("failed: prompt"))
     assert "--offload sequential" in full.getMessage()
@@ -402,10 +402,10 @@ def test_weights_that_do_not_fit_stop_the_run(tiny, tmp_path, caplog):
 
 
 def test_a_vae_that_does_not_fit_is_found_before_sampling(tiny, tmp_path, monkeypatch, caplog):
-    from cogvideox_sat.sampling import run as sampling_run
+    from diffusion_video import SATVideoDiffusionEngine
 
     sampled = []
-    monkeypatch.setattr(sampling_run, "sample_latents", lambda *_: sampled.append(1))
+    monkeypatch.setattr(SATVideoDiffusionEngine, "sample", lambda *_, **__: sampled.append(1))
     torch.save({"state_dict": {"encoder.conv_in.conv.weight": torch.zeros(1)}}, tmp_path / "vae.pt")
     first_stage = {"params": {"ckpt_path": str(tmp_path / "vae.pt")}}
     config = tiny.variant("5b", tmp_path / "vae.yaml", model={"first_stage_config": first_stage})

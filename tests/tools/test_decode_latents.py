@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sample_video
 from cogvideox_sat.media import video_output
+from cogvideox_sat.sampling import kept_latents
 from cogvideox_sat.sampling import run as sampling_run
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
@@ -30,7 +31,7 @@ def folders_of_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
-        patch.setattr(sampling_run.tempfile, "tempdir", None)
+        patch.setattr(kept_latents.tempfile, "tempdir", None)
         yield
 
 
@@ -111,14 +112,14 @@ def test_a_full_disk(tiny, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(video_output.VideoWriter, "__enter__", no_space)
     assert sample(tiny.config("5b"), tmp_path / "a") == 1
     assert [path.name for path in found(tmp_path / "a" / "videos", "")] == [KEPT]
-    save = sampling_run.save_latents
+    save = kept_latents.save_latents
 
     def full_beside_the_video(path, *args):
         if str(path).startswith(str(tmp_path)):
             raise UserError(f"cannot write {path}: No space left on device")
         save(path, *args)
 
-    monkeypatch.setattr(sampling_run, "save_latents", full_beside_the_video)
+    monkeypatch.setattr(kept_latents, "save_latents", full_beside_the_video)
     caplog.clear()
     assert sample(tiny.config("5b"), tmp_path / "b") == 1
     assert "No space left on device; its latents are kept, decode them with" in caplog.text

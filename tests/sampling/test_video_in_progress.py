@@ -5,26 +5,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogvideox_sat.sampling import run as sampling_run
-from cogvideox_sat.sampling.run import Job, attempt_each
+from cogvideox_sat.sampling import video_in_progress
+from cogvideox_sat.sampling.video_in_progress import VideoInProgress, attempt_each
 from sgm.errors import UserError
 
 
-def jobs(count: int) -> list[Job]:
-    return [Job(SimpleNamespace(request=SimpleNamespace(index=i, text=f"prompt {i}"))) for i in range(count)]
+def videos(count: int) -> list[VideoInProgress]:
+    return [
+        VideoInProgress(SimpleNamespace(request=SimpleNamespace(index=i, text=f"prompt {i}"))) for i in range(count)
+    ]
 
 
 def failing_with(error: Exception, index: int = 0):
-    def stage(job: Job) -> None:
-        if job.video.request.index == index:
+    def stage(video: VideoInProgress) -> None:
+        if video.planned.request.index == index:
             raise error
-        job.latents = torch.ones(1)
+        video.latents = torch.ones(1)
 
     return stage
 
 
 def share_networks_among(monkeypatch, processes: int) -> None:
-    monkeypatch.setattr(sampling_run.mpu, "get_model_parallel_world_size", lambda: processes)
+    monkeypatch.setattr(video_in_progress.mpu, "get_model_parallel_world_size", lambda: processes)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def share_networks_among(monkeypatch, processes: int) -> None:
 )
 def test_a_failure_ends_its_own_video(error, with_traceback, monkeypatch, caplog):
     share_networks_among(monkeypatch, 1)
-    both = jobs(2)
+    both = videos(2)
     attempt_each(both, failing_with(error))
     assert both[0].failure and both[1].failure is None and both[1].latents is not None
     assert "failed: prompt 1 ('prompt 0')" in caplog.text
@@ -44,11 +46,11 @@ def test_a_process_that_fails_inside_a_shared_network_ends(monkeypatch):
     """Going on, its next all-reduce would meet the present one of its partners, and wrong videos would be written."""
     share_networks_among(monkeypatch, 2)
     with pytest.raises(RuntimeError, match="odd"):
-        attempt_each(jobs(2), failing_with(RuntimeError("odd")))
+        attempt_each(videos(2), failing_with(RuntimeError("odd")))
 
 
 def test_a_mistake_that_all_processes_see_alike_does_not_end_them(monkeypatch):
     share_networks_among(monkeypatch, 2)
-    both = jobs(2)
+    both = videos(2)
     attempt_each(both, failing_with(UserError("bad image")))
     assert both[0].failure == "bad image" and both[1].failure is None

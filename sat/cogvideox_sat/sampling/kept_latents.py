@@ -1,0 +1,61 @@
+"""Keep the latents of videos in files until the videos are complete, so that nothing can lose them."""
+
+import logging
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cogvideox_sat.configuration.video_records import KEPT_SUFFIX, kept_path
+from cogvideox_sat.files.shipped import ROOT
+from cogvideox_sat.media.video_output import save_latents
+from cogvideox_sat.sampling.record_making import Recorder
+from cogvideox_sat.sampling.video_in_progress import VideoInProgress
+from sgm.errors import UserError
+
+logger = logging.getLogger("sample_video")
+
+DECODE_TOOL = ROOT / "tools" / "decode_latents.py"
+
+
+@contextmanager
+def keeping_latents(videos: Sequence[VideoInProgress], recorder: Recorder) -> Iterator[None]:
+    """Have the latents of sampled videos in files while the block decodes them, so that nothing can lose them: no full
+    memory or disk, and not the end of the process. Those of complete videos are removed."""
+    sampled = [video for video in videos if video.failure is None]
+    for video in sampled:
+        keep(video, kept_path(video.planned.path), recorder)
+    try:
+        yield
+    except BaseException:
+        for video in sampled:
+            if video.failure is None and (video.kept is None or video.kept.exists()):
+                logger.error("not decoded: %s%s", video.name, where_latents_are(video, recorder))
+        raise
+
+
+def keep(video: VideoInProgress, path: Path, recorder: Recorder) -> str | None:
+    """Write the video's latents to `path`, `video.kept`; return why that is not possible, or None."""
+    try:
+        save_latents(path, video.latents, recorder.metadata(video.planned, wait=False))
+    except UserError as error:
+        return str(error)
+    video.kept = path
+    return None
+
+
+def where_latents_are(video: VideoInProgress, recorder: Recorder) -> str:
+    """Return the end of the report of a video that cannot be decoded: the command that decodes it later."""
+    if video.kept is None:  # beside the video there is no place; perhaps there is in the folder of temporary files
+        name = f"{video.planned.request.index}_{video.planned.seed}{KEPT_SUFFIX}"
+        if problem := keep(video, Path(tempfile.mkdtemp(prefix="cogvideox-")) / name, recorder):
+            return f"; its latents are lost: {problem}"
+    tool = os.path.relpath(DECODE_TOOL) if Path.cwd() == DECODE_TOOL.parents[1] else DECODE_TOOL
+    flags = " --vae_tile_size 256" if video.full else ""
+    if (
+        video.kept == kept_path(video.planned.path) and video.planned.path.exists()
+    ):  # without its record, or one of before
+        flags += " --overwrite"
+    return f"; its latents are kept, decode them with: python {tool} {shlex.quote(str(video.kept))}{flags}"

@@ -1,0 +1,352 @@
+"""A model that is opened once and samples videos on request: events instead of files.
+
+    with SamplingSession(settings) as session:
+        for event in session.sample(request):
+            match event:
+                case Progress(): show(event.step, event.steps)
+                case Frames(): player.append(event.frames)
+                case Result(): gallery.add(event.latents, event.request)
+
+Nothing here prints, writes files or knows a command's arguments. `sampling.run` is the command on top of it.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from threading import Lock
+from types import TracebackType
+from typing import NamedTuple, Self
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from sat import mpu
+from torch import Tensor
+
+from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT
+from cogvideox_sat.configuration.model_checks import check_model
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.engine_choice import build_engine
+from cogvideox_sat.latent_geometry import SPACE_FACTOR
+from cogvideox_sat.parallel.devices import choose_device, settle_precision
+from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
+from cogvideox_sat.sampling.part_offloading import PartOffloader
+from cogvideox_sat.sampling.requests import (
+    Encoded,
+    Frames,
+    Latents,
+    Progress,
+    Result,
+    SampleEvent,
+    SampleRequest,
+    SessionSettings,
+)
+from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
+from cogvideox_sat.weights.checkpoint_files import checkpoint_file
+from diffusion_video import PARTS, SATVideoDiffusionEngine, other_precision
+from sgm.errors import UserError
+from sgm.memory_errors import memory_guard
+from sgm.modules.diffusionmodules.sampling_bar import hide_bar
+
+
+class SamplingCancelled(Exception):
+    """A request ends before its result, because `SamplingSession.cancel` was called."""
+
+
+class SessionsOfProcess:
+    """What the open sessions of a process share: process groups, and PyTorch's switch for deterministic cuDNN, which
+    is on so that a seed gives the same video. The last one leaves both as the first one found them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def enter(self, model_parallel_size: int) -> None:
+        """Count a session in.
+
+        Raises:
+            UserError: the processes cannot be shared out so, or already are in another way.
+        """
+        if not self.count:
+            self.makes_groups = not dist.is_initialized()
+            self.was_deterministic = torch.backends.cudnn.deterministic
+        initialize_process_groups(model_parallel_size)
+        torch.backends.cudnn.deterministic = True
+        self.count += 1
+
+    def leave(self) -> None:
+        """Count a session out."""
+        self.count -= 1
+        if not self.count:
+            torch.backends.cudnn.deterministic = self.was_deterministic
+            if self.makes_groups:
+                destroy_process_groups()
+
+
+sessions_of_process = SessionsOfProcess()
+
+
+class SamplingSession:
+    """A model from which videos are sampled; a context manager that frees its memory at the end.
+
+    The model is checked when the session is opened. The weights of a part are read when a stage first needs it, or by
+    `load`.
+
+    Attributes:
+        engine: conditioner, network and VAE, which are None while they are not loaded.
+        limits: the sizes that the model takes.
+
+    Raises:
+        UserError: the model cannot be built, the device does not exist, or the checkpoint does not.
+    """
+
+    def __init__(self, settings: SessionSettings):
+        self.settings = settings
+        self.closed = False
+        self.limits = ModelLimits.from_config(settings.model_config)
+        self._cancellations = 0
+        self._stage_runs = Lock()
+        self._open: WeakSet[Generator[SampleEvent, None, None]] = WeakSet()
+        self._last_texts: tuple[tuple[str, str], tuple[Tensor, Tensor]] | None = None
+        sessions_of_process.enter(settings.model_parallel_size)
+        try:
+            self.engine = self._build_engine(settings)
+            self.parts = PartOffloader(self.engine, settings.offload)
+        except BaseException:
+            sessions_of_process.leave()
+            raise
+
+    def _build_engine(self, settings: SessionSettings) -> SATVideoDiffusionEngine:
+        for path in filter(None, (settings.load, settings.lora_load)):  # before minutes go into the text encoder
+            checkpoint_file(path, mpu.get_model_parallel_rank(), settings.model_parallel_size)
+        args = settings if settings.arguments is None else settings.arguments
+        check_model(args, PARTS)  # before any weights are read
+        device = choose_device(settings.device)
+        args = settle_precision(args, device)
+        engine = build_engine(args, (), device)
+        hide_bar(engine.sampler)  # its steps are events
+        return engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None and dist.get_world_size() > 1:
+            return  # freeing memory waits for the device, which may wait for a process that has failed
+        self.close()
+
+    def close(self) -> None:
+        """End all requests and free the memory of the model; a second call does nothing."""
+        if self.closed:
+            return
+        self.cancel()
+        self.closed = True
+        for events in list(self._open):
+            with suppress(ValueError):  # another thread is in it, and ends it at its next step
+                events.close()
+        self._last_texts = None
+        for part in PARTS:
+            if getattr(self.engine, part) is not None:
+                self.engine.release(part)
+        sessions_of_process.leave()
+
+    # Parts
+
+    def load(self, part: str) -> None:
+        """Load one of `diffusion_video.PARTS` now; those in its way leave the device, as `offload` says.
+
+        Stages do so themselves. Whoever takes several requests through their stages together does it before a stage,
+        so that a failure is not taken for one of a request's own.
+
+        Raises:
+            UserError: its weights cannot be read or do not fit, or memory is full.
+        """
+        self.parts.use(part)
+
+    def release(self, part: str) -> None:
+        """Drop a part that is not needed for now, and free its memory."""
+        self.engine.release(part)
+
+    # Requests
+
+    def steps_of(self, steps: int | None) -> int:
+        """Return how many steps a request takes that asks for `steps`, None for the sampler's own number.
+
+        Raises:
+            UserError: the sampler has no number of its own, or cannot take that many.
+        """
+        sampler = self.engine.sampler
+        steps = steps or getattr(sampler, "num_steps", None)
+        if steps is None:
+            raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
+        if hasattr(sampler, "schedule"):  # one of the user's own may have none
+            sampler.schedule(steps)  # raises if there are not that many
+        return steps
+
+    def cancel(self) -> None:
+        """End all requests that are open, each at its next step or chunk; iterating one raises SamplingCancelled.
+
+        May be called from another thread. Later requests are not affected.
+        """
+        self._cancellations += 1
+
+    def sample(self, request: SampleRequest) -> Generator[SampleEvent, None, None]:
+        """Return an iterator over the events of a request: `Encoded`, `Progress`, `Latents`, `Frames`, `Result`.
+
+        A stage is computed when its first event is asked for: the prompt is encoded, then the image, then latents are
+        sampled, then decoded. Closing the iterator ends the request; between two stages another request may be taken
+        on, within one it may not.
+
+        Raises:
+            UserError: the model cannot do what is asked; and when iterating, a stage fails.
+            OutOfMemory: when iterating, memory is full.
+            SamplingCancelled: when iterating, after `cancel`.
+            RuntimeError: the session is closed; and when iterating, another request is within a stage.
+        """
+        if self.closed:
+            raise RuntimeError("the session is closed: open another one")
+        request.check(self.limits)
+        asked_steps = request.steps
+        request = replace(request, steps=self.steps_of(asked_steps))
+        events = self._events(request, asked_steps, self._cancellations)
+        self._open.add(events)
+        return events
+
+    def _events(
+        self, request: SampleRequest, asked_steps: int | None, cancellations: int
+    ) -> Generator[SampleEvent, None, None]:
+        def go_on() -> None:
+            if self._cancellations != cancellations:
+                raise SamplingCancelled("the request is cancelled")
+
+        go_on()
+        texts = self._encode_texts(request.prompt, request.negative_prompt)
+        yield Encoded("prompt")
+        go_on()
+        random_numbers, image = RandomNumbers(self.engine.device), None
+        if request.image is not None:
+            with self._stage("first_stage_model", "encoding images"), random_numbers:
+                image = encode_image(self.engine, request)
+            yield Encoded("image")
+            go_on()
+        with self._stage("model", SAMPLING):
+            drawing = Drawing(self.engine, request, asked_steps, texts, image, self.limits.latent_channels)
+            with closing(in_turns(drawing, random_numbers)) as steps:
+                for progress in steps:
+                    go_on()
+                    yield progress
+                    go_on()
+        yield Latents(drawing.latents)
+        go_on()
+        with self._stage("first_stage_model", DECODING):
+            for frames in self.engine.decode_stream(rearrange(drawing.latents, "1 t c h w -> 1 c t h w")):
+                yield Frames(rearrange(frames, "1 c t h w -> t c h w"))
+                go_on()
+        yield Result(drawing.latents, request)
+
+    @contextmanager
+    def _stage(self, part: str, doing: str) -> Iterator[None]:
+        """Have a part on the device within the block, and no other request within a stage."""
+        if not self._stage_runs.acquire(blocking=False):
+            raise RuntimeError("another request is within a stage: take it to the stage's end, or close its iterator")
+        try:
+            self.parts.use(part)
+            with memory_guard(doing):
+                yield
+        finally:
+            self._stage_runs.release()
+
+    @torch.no_grad()
+    def _encode_texts(self, prompt: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
+        """Return the embeddings (1, tokens, features) of both texts, on the CPU; those of the last request are kept.
+
+        Without a negative prompt the unconditional states are zeros, as in training, where a dropped caption leaves
+        zeros.
+        """
+        if self._last_texts is not None and self._last_texts[0] == (prompt, negative_prompt):
+            return self._last_texts[1]
+
+        def embed(text: str) -> Tensor:
+            return self.engine.conditioner({"txt": [text]}, drop=False)["crossattn"].cpu()
+
+        with self._stage("conditioner", TEXT):
+            cond = embed(prompt)
+            uncond = embed(negative_prompt) if negative_prompt else torch.zeros_like(cond)
+            if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
+                raise UserError(f"the text encoder's output is not finite: {other_precision(self.engine.dtype)}")
+        self._last_texts = (prompt, negative_prompt), (cond, uncond)
+        return cond, uncond
+
+
+class EncodedImage(NamedTuple):
+    """A first frame as its latent (1, 1, c, h, w), with the state of random numbers after its first draws."""
+
+    latent: Tensor
+    random_state: Tensor
+
+
+@torch.no_grad()
+def encode_image(engine: SATVideoDiffusionEngine, request: SampleRequest) -> EncodedImage:
+    """Return the latent of a request's first frame, whose draws are the first that belong to its seed."""
+    image = request.load_image()
+    torch.manual_seed(request.seed)
+    clip = rearrange(image, "c h w -> 1 c 1 h w").to(engine.device)
+    latent = engine.encode_condition_image(clip).cpu()
+    return EncodedImage(latent, torch.get_rng_state())
+
+
+class Drawing:
+    """Samples the latents of a request: `drawing(report)` sets `latents` (1, t, c, h, w), on the CPU.
+
+    Args:
+        asked_steps: number of steps, None for the sampler's own.
+        texts: the embeddings (1, tokens, features) of the prompt and of what guidance steers away from.
+        channels: those of the latents.
+    """
+
+    latents: Tensor
+
+    def __init__(
+        self,
+        engine: SATVideoDiffusionEngine,
+        request: SampleRequest,
+        asked_steps: int | None,
+        texts: tuple[Tensor, Tensor],
+        image: EncodedImage | None,
+        channels: int,
+    ):
+        self.channels = channels
+        self.engine, self.request, self.asked_steps = engine, request, asked_steps
+        self.texts, self.image = texts, image
+
+    @torch.no_grad()
+    def __call__(self, report: Callable[[Progress], None]) -> None:
+        """Sample, and call `report` after each step."""
+        device = self.engine.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has its own
+            self._draw(report)
+
+    def _draw(self, report: Callable[[Progress], None]) -> None:
+        engine, request = self.engine, self.request
+        torch.manual_seed(request.seed)
+        concat_images = ofs = None
+        if self.image is not None:
+            torch.set_rng_state(self.image.random_state)
+            concat_images = engine.concat_condition(self.image.latent.to(engine.device), request.frames)
+            ofs = engine.default_ofs(1)
+        cond, uncond = self.texts
+        height, width = (side // SPACE_FACTOR for side in request.size)
+        latents = engine.sample(
+            {"crossattn": cond.to(engine.device)},
+            {"crossattn": uncond.to(engine.device)},
+            batch_size=1,
+            shape=(request.frames, self.channels, height, width),
+            concat_images=concat_images,
+            ofs=ofs,
+            num_steps=self.asked_steps,
+            callback=lambda step, steps: report(Progress(step, steps)),
+            check_finite=True,
+        )
+        self.latents = engine.drop_extra_frame(latents).cpu()

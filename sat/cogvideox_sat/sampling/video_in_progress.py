@@ -1,0 +1,84 @@
+"""A video of the sampling command on its way, and what becomes of a failure: it ends its own video."""
+
+import logging
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sat import mpu
+from torch import Tensor
+
+from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.sampling.requests import SampleEvent, SampleRequest
+from sgm.errors import UserError
+from sgm.memory_errors import describe_shortage, is_out_of_memory
+
+logger = logging.getLogger("sample_video")
+
+
+@dataclass
+class VideoInProgress:
+    """A planned video with what there is of it so far.
+
+    Attributes:
+        request, events: what the session is asked for, and its iterator.
+        kept: the file of the latents until the video is complete.
+        full: it failed because memory is full.
+    """
+
+    planned: PlannedVideo
+    request: SampleRequest | None = None
+    events: Generator[SampleEvent, None, None] | None = None
+    latents: Tensor | None = None
+    failure: str | None = None
+    kept: Path | None = None
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return what the log calls it: its prompt's number, from 1, and the beginning of the prompt."""
+        return f"prompt {self.planned.request.index + 1} ('{self.planned.request.text:.60}')"
+
+    def drop(self) -> None:
+        """End its request, and free its tensors."""
+        if self.events is not None:
+            self.events.close()
+        self.request = self.events = self.latents = None
+
+
+def attempt_each(
+    videos: Iterable[VideoInProgress],
+    stage: Callable[[VideoInProgress], Any],
+    remark: Callable[[VideoInProgress], str] | None = None,
+) -> None:
+    """Take every video that has not failed through a stage; a failure is logged and ends that video alone.
+
+    Args:
+        remark: gives what to add to the report of a failure.
+    """
+    for video in videos:
+        if video.failure is not None:
+            continue
+        try:
+            stage(video)
+        except Exception as error:
+            video.full = is_out_of_memory(error)
+            seen_by_all = isinstance(error, UserError) and not video.full
+            if mpu.get_model_parallel_world_size() > 1 and not seen_by_all:
+                raise  # the others are inside the network and would pair this one's next call with their present one
+            video.failure = describe(error)
+            where = None if video.full or isinstance(error, UserError) else error
+            if remark is not None:
+                video.failure += remark(video)
+            logger.error("failed: %s: %s", video.name, video.failure, exc_info=where)
+        if video.full and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # now that nothing of the failed stage is referred to any more
+
+
+def describe(error: Exception) -> str:
+    """Return an error in one line."""
+    if is_out_of_memory(error) and not isinstance(error, UserError):
+        return describe_shortage(error)
+    return next(iter(str(error).splitlines()), type(error).__name__)
