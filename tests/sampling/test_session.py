@@ -309,6 +309,28 @@ def test_cancelling_from_another_thread(session):
     sampled(session)
 
 
+def test_closing_waits_for_the_step_of_another_thread(tiny):
+    """The network is not taken away from it."""
+    session = SamplingSession(settings(tiny))
+    started, found = threading.Event(), []
+
+    def consume() -> None:
+        try:
+            for event in session.sample(replace(BOAT, steps=500)):
+                if isinstance(event, Progress):
+                    started.set()
+        except Exception as error:
+            found.append(type(error))
+
+    thread = threading.Thread(target=consume, daemon=True)
+    thread.start()
+    assert started.wait(60)
+    session.close()
+    thread.join(60)
+    assert found in ([SamplingCancelled], [])  # its iterator is closed, if that was between two steps
+    assert all(getattr(session.engine, part) is None for part in PARTS)
+
+
 def test_one_request_at_a_time_is_within_a_stage(session):
     first = up_to(session, Progress)
     with pytest.raises(RuntimeError, match="another request is within a stage"):
@@ -410,8 +432,8 @@ def test_a_failed_step_keeps_no_tensors(session, monkeypatch):
         ({"steps": 10**6}, "steps"),
         ({"fps": 0}, "fps is 0"),
         ({"size": (32,)}, "expected \\(height, width\\) in pixels"),
-        ({"size": (33, 48)}, "height 33 does not fit"),
-        ({"frames": 2}, "this model takes an odd number of latent frames"),
+        ({"size": (33, 48)}, "size: height 33 does not fit"),
+        ({"frames": 2}, "frames is 2; this model takes an odd number of latent frames"),
         ({"image": torch.zeros(3, 32, 48)}, "this is a text-to-video model; leave out the first frame"),
     ],
 )

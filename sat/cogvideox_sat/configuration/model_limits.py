@@ -52,16 +52,26 @@ class ModelLimits:
         """Leading latent frames that are sampled only to fill the first patch in time, and dropped."""
         return self.patch[0] - 1
 
-    def check_clip(self, latent_frames: int, height: int, width: int) -> None:
-        """Raises UserError unless the model can sample `latent_frames` of `height`×`width` pixels."""
+    def check_clip(
+        self,
+        latent_frames: int,
+        height: int,
+        width: int,
+        names: tuple[str, str] = ("sampling_num_frames", "sampling_image_size"),
+    ) -> None:
+        """Raises UserError unless the model can sample `latent_frames` of `height`×`width` pixels.
+
+        Args:
+            names: what the caller calls the number of frames, and the size.
+        """
         o, frames_limit = self.patch[0], self.largest[0]
         decoded = latent_frames - self.extra_frames
         if latent_frames % o or decoded % 2 == 0 or not 1 <= decoded <= frames_limit:
             # The first of an odd number of latent frames is one frame of video; an even number has no such frame.
             kind = "an odd number" if o == 1 else "an even number"
             fits = f"{kind} of latent frames up to {frames_limit}"
-            raise UserError(f"sampling_num_frames is {latent_frames}; this model takes {fits}")
-        self.check_size(height, width, "sampling_image_size")
+            raise UserError(f"{names[0]} is {latent_frames}; this model takes {fits}")
+        self.check_size(height, width, names[1])
 
     def check_training_clip(self, frames: int, height: int, width: int) -> None:
         """Raises UserError unless the model can be trained on `frames` frames of `height`×`width` pixels.

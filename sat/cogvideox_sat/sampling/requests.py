@@ -99,7 +99,7 @@ class SampleRequest:
                 raise UserError(f"{name} is {shown(value)}; expected a whole number {fits}")
         if not (isinstance(self.size, tuple) and [type(side) for side in self.size] == [int, int]):
             raise UserError(f"size is {shown(self.size)}; expected (height, width) in pixels")
-        limits.check_clip(self.frames, *self.size)
+        limits.check_clip(self.frames, *self.size, names=("frames", "size"))
         if limits.image_to_video != (self.image is not None):
             kind, remedy = ("an image", "give") if limits.image_to_video else ("a text", "leave out")
             raise UserError(f"image: this is {kind}-to-video model; {remedy} the first frame")

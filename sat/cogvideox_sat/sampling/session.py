@@ -146,11 +146,12 @@ class SamplingSession:
         for events in list(self._open):
             with suppress(ValueError):  # another thread is in it, and ends it at its next step
                 events.close()
-        self._last_texts = None
-        for part in PARTS:
-            if getattr(self.engine, part) is not None:
-                self.engine.release(part)
-        sessions_of_process.leave()
+        with self._stage_runs:  # once that thread has left its stage
+            self._last_texts = None
+            for part in PARTS:
+                if getattr(self.engine, part) is not None:
+                    self.engine.release(part)
+            sessions_of_process.leave()
 
     # Parts
 
