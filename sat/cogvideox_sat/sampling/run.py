@@ -27,7 +27,7 @@ from cogvideox_sat.sampling.plan import PlannedVideo, SamplingPlan, plan_videos,
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest, typed_prompts
 from cogvideox_sat.sampling.record_making import Recorder
 from cogvideox_sat.sampling.requests import Frames, Latents, SampleRequest, SessionSettings
-from cogvideox_sat.sampling.session import SamplingSession
+from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress, attempt_each
 from diffusion_video import PART_NAMES
 from sgm.context_parallel import get_context_parallel_world_size
@@ -47,7 +47,7 @@ def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
     Raises:
         UserError: the device or a checkpoint stands in the way of the whole run.
     """
-    joins = not dist.is_initialized()  # else a session of the program that calls this uses the groups
+    others = sessions_of_process.count  # of the program that calls this; they need the groups
     initialize_process_groups(args.model_parallel_size)
     try:
         with failing_together():
@@ -56,7 +56,7 @@ def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
             show(args, [(text, path) for text, path in plan.shown if path.exists()])
         return 1 if failed else 0
     finally:
-        if joins:
+        if not others:
             destroy_process_groups()
 
 
