@@ -14,7 +14,10 @@ import torch
 
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.runs import metrics as training_metrics
-from cogvideox_sat.runs.metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
+from cogvideox_sat.runs import step_clock
+from cogvideox_sat.runs.metrics import MetricsWriter
+from cogvideox_sat.runs.progress import format_values, progress_bar
+from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from sgm.errors import UserError
 
 
@@ -183,7 +186,7 @@ def test_clock():
 
 def test_pauses_do_not_count(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(training_metrics.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: now)
     clock = StepClock()
     now = 1.0
     with clock.waiting():

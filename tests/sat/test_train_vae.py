@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from cogvideox_sat.configuration.files import load_configs
-from cogvideox_sat.runs.metrics import StepClock
+from cogvideox_sat.runs.step_clock import StepClock
 from sgm.util import instantiate_from_config
 from train_vae import main
 from training_runs import assert_same, metrics, runs_of

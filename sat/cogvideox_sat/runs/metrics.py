@@ -1,4 +1,4 @@
-"""How a training run is watched: numbers to files and services, times, memory, and the progress bar."""
+"""Write the numbers of a training run to files and services."""
 
 import json
 import logging
@@ -6,31 +6,15 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
-from tqdm import tqdm
 
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from sgm.plain_json import parse_json
 
 logger = logging.getLogger("train_video")
-
-# How the values of a step are shown to people, in this order; others are only written.
-FORMATS = {
-    "loss": "loss {:.4f}",
-    "lr": "lr {:.2e}",
-    "grad_norm": "grad norm {:.3f}",
-    "samples_per_second": "{:.2f} samples/s",
-    "data_wait_share": "{:.0%} waiting for data",
-    "peak_memory_gib": "{:.1f} GiB",
-}
-
-
-# ---------------------------------------------------------------- numbers, out
 
 
 class Target(Protocol):
@@ -254,91 +238,3 @@ def _one_line(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------- times and memory
-
-
-class StepClock:
-    """Rates of the steps, from the wall clock alone: the device is never waited for.
-
-    A device works behind the program, which catches up with it whenever a value is fetched. Rates over several steps
-    are right; those of a single one may not be.
-    """
-
-    def __init__(self) -> None:
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = self._paused = 0.0
-        self._steps = self._samples = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around fetching data."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is no part of a step, such as evaluations and checkpoints: the clock stands still."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - start
-
-    def step(self, samples: int) -> None:
-        """An optimizer step is done; it took `samples` samples."""
-        self._steps += 1
-        self._samples += samples
-
-    def rates(self) -> dict[str, float]:
-        """Since the last call: `samples_per_second`, `seconds_per_step`, and `data_wait_share`, the share of the time
-        that was spent waiting for data. Empty if there was no step; they then count into the next call's."""
-        if not self._steps:
-            return {}
-        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
-        rates = {
-            "samples_per_second": self._samples / seconds,
-            "seconds_per_step": seconds / self._steps,
-            "data_wait_share": min(self._waited / seconds, 1.0),
-        }
-        self._start_over()
-        return rates
-
-
-def peak_memory(device: torch.device | str) -> float:
-    """The most memory in use so far, in GiB: by PyTorch on a CUDA `device`, else by this process.
-
-    NaN where the operating system does not say.
-    """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20  # given in KiB
-    return math.nan
-
-
-# ---------------------------------------------------------------- for people
-
-
-def format_values(values: Mapping[str, float], formats: Mapping[str, str] = FORMATS) -> str:
-    """The values that people watch, as `loss 0.1234, lr 1.00e-04, ...`; those that are missing are left out."""
-    return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)
-
-
-class ProgressBar(tqdm):
-    """A bar over optimizer steps that shows the newest values."""
-
-    def show(self, values: Mapping[str, float]) -> None:
-        """Show `values` from the next time that the bar is drawn."""
-        self.set_postfix_str(format_values(values), refresh=False)
-
-
-def progress_bar(total: int, initial: int = 0, disabled: bool = False) -> ProgressBar:
-    """A bar over `total` steps, of which `initial` are done. Call `update()` for each step."""
-    return ProgressBar(total=total, initial=initial, disable=disabled, unit="step", dynamic_ncols=True)

@@ -41,7 +41,9 @@ from cogvideox_sat.parallel.process_groups import destroy_process_groups, initia
 from cogvideox_sat.runs import random_state
 from cogvideox_sat.runs.clips import UnreadableClips, describe_data, open_clips, share_timeouts
 from cogvideox_sat.runs.folders import new_run_folder, removed_if_empty, write_config
-from cogvideox_sat.runs.metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
+from cogvideox_sat.runs.metrics import MetricsWriter
+from cogvideox_sat.runs.progress import format_values, progress_bar
+from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from cogvideox_sat.runs.stop_signals import stop_requests
 from cogvideox_sat.sampling.record_making import model_name
 from cogvideox_sat.training import deepspeed_engine, validation

@@ -37,7 +37,7 @@ from cogvideox_sat.parallel.devices import choose_device, fast_dtype
 from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.runs.clips import UnreadableClips, describe_data, open_clips, share_timeouts
 from cogvideox_sat.runs.folders import new_run_folder, removed_if_empty
-from cogvideox_sat.runs.metrics import StepClock
+from cogvideox_sat.runs.step_clock import StepClock
 from cogvideox_sat.runs.vae_data import open_data
 from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
 from cogvideox_sat.vae_training.plan import VaeTrainingPlan

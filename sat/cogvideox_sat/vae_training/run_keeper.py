@@ -20,11 +20,12 @@ from cogvideox_sat.clips.reader_record import KEY, warn_of_other_reader, with_ba
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import any_process, meet
-from cogvideox_sat.runs import metrics as training_metrics
-from cogvideox_sat.runs import random_state
+from cogvideox_sat.runs import progress, random_state
 from cogvideox_sat.runs.clips import UnreadableClips
 from cogvideox_sat.runs.folders import write_config
-from cogvideox_sat.runs.metrics import MetricsWriter, StepClock, format_values, peak_memory, progress_bar
+from cogvideox_sat.runs.metrics import MetricsWriter
+from cogvideox_sat.runs.progress import format_values, progress_bar
+from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from cogvideox_sat.runs.stop_signals import stop_requests
 from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, publish, write_weights
 from cogvideox_sat.vae_training.plan import CHECKPOINTS, VaeTrainingPlan
@@ -37,7 +38,7 @@ logger = logging.getLogger("train_vae")
 FORMATS = {
     "train/loss/rec": "rec {:.4f}",
     "train/loss/disc": "disc {:.4f}",
-    **{name: text for name, text in training_metrics.FORMATS.items() if name != "loss"},
+    **{name: text for name, text in progress.FORMATS.items() if name != "loss"},
     "val/rec": "|x - x'| {:.4f}",
     "val/psnr": "PSNR {:.2f} dB",
     "val_ema/rec": "with averaged weights |x - x'| {:.4f}",
