@@ -71,3 +71,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fuzz_case" in metafunc.fixturenames:
         start = metafunc.config.getoption("fuzz_start")
         metafunc.parametrize("fuzz_case", range(start, start + metafunc.config.getoption("fuzz_cases")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests of the GPU ran; without a GPU they are skipped, which should not go unnoticed."""
+    counts = {
+        outcome: sum(isinstance(report, pytest.TestReport) and "gpu" in report.keywords for report in reports)
+        for outcome, reports in terminalreporter.stats.items()
+        if outcome in ("passed", "failed", "error", "skipped")
+    }
+    if any(counts.values()):
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()) if count)
+        terminalreporter.write_line(f"tests of the GPU: {told}")

@@ -15,12 +15,24 @@ from typing import Any
 TIMEOUT = 120  # seconds
 
 
+class Running:
+    """The test that runs, as `conftest.py` says."""
+
+    is_marked = True  # outside of pytest
+
+
+def check_marked() -> None:
+    """Raise AssertionError where several processes are about to start in a test that is not marked `distributed`."""
+    assert Running.is_marked, "this test starts several processes: mark it with pytest.mark.distributed"
+
+
 def run_distributed(function: Callable, world_size: int, *args: Any) -> list[Any]:
     """Call `function(*args)` in `world_size` processes joined by gloo, and return its results in the order of ranks.
 
     `function` is any top-level function of a file; arguments and results are pickled. An exception in one of the
     processes is raised here as a RuntimeError with its traceback.
     """
+    check_marked()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "call").write_bytes(pickle.dumps((function.__code__.co_filename, function.__name__, args)))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}

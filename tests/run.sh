@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Sets up the environment where needed, then checks the style (ruff) and runs the tests (pytest), one process a core,
-# at most eight. Arguments go to pytest; paths are relative to the repository root.
+# Sets up the environment where needed, then checks the layers (tests/architecture.py), the style (ruff), the spelling
+# (codespell) and the types (mypy, tests/type_checks.py), and runs the tests (pytest), one process a core, at most eight.
+# Other arguments go to pytest; paths are relative to the repository root.
 #
 #   bash tests/run.sh
 #   bash tests/run.sh tests/sgm -k sampler
-#   bash tests/run.sh --long                   300 changed configurations rather than 60: tests/README.md
+#   bash tests/run.sh --quick                  without tests that are slow or start several processes
+#   bash tests/run.sh --all                    300 changed configurations rather than 60: tests/README.md
+#
+# --long          the same as --all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,16 +17,25 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     exit
 fi
 
-if [[ ${1:-} == --long ]]; then
-    shift
-    set -- "$@" --fuzz_cases 300
-fi
+case ${1:-} in
+    --quick)
+        shift
+        set -- -m "not slow and not distributed" "$@"
+        ;;
+    --all | --long)
+        shift
+        set -- --fuzz_cases 300 "$@"
+        ;;
+esac
 
 python=$(bash tools/setup_environment.sh requirements.txt tests/requirements.txt)
 export PATH="$(dirname "$python"):$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 style=0
+"$python" tests/architecture.py || style=$?
 "$python" -m ruff check || style=$?
+"$python" -m codespell_lib benchmarks configs sat sgm tests tools vae_modules ./*.md || style=$?
+"$python" tests/type_checks.py || style=$?
 # The tests of a file share its fixtures, so they stay together.
 "$python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
 exit "$style"

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distributed import check_marked
+
 TIMEOUT = 600  # seconds
 
 # Patches the reader as `patched` says, in the process that runs it and in those that it forks, and runs a command:
@@ -61,6 +63,7 @@ def start(folder: Path, module: str, *arguments: str, processes: int = 1) -> sub
     program.write_text(PROGRAM)
     launcher = [sys.executable]
     if processes > 1:
+        check_marked()
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*launcher, str(program), str(folder), module, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())

@@ -14,6 +14,8 @@ from fuzz_server import Server
 from training_clips import write_dataset
 from training_runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("sample_video", "train_video", "train_vae")
 SEED = 18
 

@@ -46,6 +46,7 @@ def commands(guide: str) -> Iterator[tuple[str, list[str]]]:
                 yield program, FLAG.findall(rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
 def test_flags_are_those_of_the_programs(guide):
     given = {(program, flag) for program, flags in commands(guide) for flag in flags if flag not in TORCHRUN}
@@ -53,7 +54,7 @@ def test_flags_are_those_of_the_programs(guide):
     assert not {(program, flag) for program, flag in given if flag not in flags_of(program)}
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", (*GUIDES, "CONTRIBUTING.md"))
 def test_named_files_are_there(guide):
     named = set(re.findall(r"\b(?:configs|tools|sat|benchmarks|assets|tests)/[\w./-]*\.\w+\b", text(guide)))
     assert len(named) > 3

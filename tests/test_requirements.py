@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ("sat", "sgm", "vae_modules", "tools")  # what a user runs
 CHECKS = ("tests", "benchmarks")
@@ -23,6 +25,8 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sat": "swissarmytransformer
 NOT_IMPORTED = {
     "datasets": "SwissArmyTransformer imports it",
     "triton": "SwissArmyTransformer imports it, and does not require it",
+    "codespell": "tests/run.sh runs it",
+    "mypy": "tests/type_checks.py runs it",
     "ruff": "tests/run.sh runs it",
     "pytest-timeout": "pyproject.toml sets its limit",
     "pytest-xdist": "tests/run.sh runs several processes",
@@ -85,6 +89,27 @@ def test_what_the_program_imports_is_required(folder):
 def test_what_tests_and_benchmarks_import_is_required_for_them(folder):
     required = requirements("requirements.txt") | requirements("tests/requirements.txt") | {"xformers"}
     assert not {name: file for name, file in imported((folder,)).items() if name not in required}
+
+
+def pinned() -> dict[str, str]:
+    """Return the versions of `constraints.txt` by distribution."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return {normalized(name): version for name, _, version in (line.partition("==") for line in lines if line)}
+
+
+def test_constraints_name_a_version_that_fits_of_all_that_is_required():
+    versions = pinned()
+    assert all(versions.values()), "only `name==version`: no paths, no addresses"
+    for file in ("requirements.txt", "tests/requirements.txt"):
+        lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+        for requirement in (Requirement(line) for line in lines if line):
+            assert requirement.specifier.contains(versions[normalized(requirement.name)]), requirement
+
+
+def test_hooks_before_a_commit_have_the_versions_of_the_tests():
+    hooks = re.findall(r"\b([a-z]+)==([\w.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert {name for name, _ in hooks} == {"ruff", "codespell"}
+    assert {*hooks} <= pinned().items()
 
 
 def test_what_is_required_is_imported():

@@ -63,6 +63,7 @@ def run(root: Path, script: str, *arguments: str, **environment: str) -> subproc
     )
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_tiny_model_runs_to_its_end(recipe):
     """Its programs take the flags that it gives them, and every configuration that it names is there."""
     result = run(recipe, "tools/train_tiny.sh", PYTHONPATH=str(recipe))
@@ -88,6 +89,7 @@ def test_a_part_of_the_recipe_runs_alone(recipe):
     assert run(recipe, "tools/train_tiny.sh", "text", PYTHONPATH=str(recipe)).stdout == "", "it is there"
 
 
+@pytest.mark.slow
 def test_the_script_of_the_tests_checks_style_and_runs_them():
     result = run(ROOT, "tests/run.sh", "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -96,6 +98,22 @@ def test_the_script_of_the_tests_checks_style_and_runs_them():
     assert result.returncode == 0, result.stdout + result.stderr
     assert "All checks passed!" in result.stdout and "1 deselected" not in result.stdout.splitlines()[0]
     assert run(ROOT, "tests/run.sh", "tests/test_requirements.py", "-k", "no_such_test").returncode == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "tests", "count"),
+    [
+        ("--quick", ("tests/test_config_fuzz.py", "tests/sat/test_model_parallel.py"), 0),
+        ("--quick", ("tests/sgm/test_seeds.py",), 3),
+        ("--all", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
+        ("--long", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
+    ],
+)
+def test_the_script_of_the_tests_runs_few_or_more(mode, tests, count):
+    result = run(ROOT, "tests/run.sh", mode, *tests, "--numprocesses", "0", "--collect-only", "-p", "no:cacheprovider")
+    assert result.returncode == (0 if count else 5), result.stdout + result.stderr
+    assert sum("::" in line for line in result.stdout.splitlines()) == count
 
 
 def test_every_script_is_run_by_a_test():

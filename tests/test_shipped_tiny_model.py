@@ -16,6 +16,8 @@ from sample_video import main
 from tools.make_shapes_dataset import main as make_dataset
 from videos import read_video
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets" / "tiny"
 PROMPTS = ROOT / "configs" / "test.txt"

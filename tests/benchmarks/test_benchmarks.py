@@ -80,6 +80,7 @@ def test_network(run):
     assert all(number(cell) > 0 for row in rows.values() for cell in row)
 
 
+@pytest.mark.slow
 def test_autoencoder(run):
     """17 frames are two slices of diffusers."""
     rows = table(run("vae", *AUTOENCODER, "--frames", "17"))
@@ -90,6 +91,7 @@ def test_autoencoder(run):
     assert rows[names[0]][2:4] == rows[names[3]][2:4] == ["1.000"] * 2, "ratios are to diffusers at its defaults"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frames", "rows_of_diffusers"), [(9, 1), (17, 2)])
 def test_autoencoder_training(run, frames, rows_of_diffusers):
     output = run("vae_training", *AUTOENCODER, "--frames", str(frames))
@@ -107,6 +109,7 @@ def test_training(run, kind):
     assert number(rows["ours"][-1]) == pytest.approx(number(rows["diffusers"][-1]), rel=1e-4), "the losses"
 
 
+@pytest.mark.slow
 def test_overhead_of_training(run):
     rows = table(run("training", *NETWORK, "--overhead"))
     shares = {name: number(cells[1]) for name, cells in rows.items()}
@@ -115,6 +118,7 @@ def test_overhead_of_training(run):
     assert 50 < sum(shares.values()) < 150 and min(shares.values()) >= 0
 
 
+@pytest.mark.slow
 def test_memory_of_training(run):
     rows = table(run("training_memory", "--models", "cogvideox_2b"))
     adapter, offloaded, divided = rows["cogvideox_2b, 49×480×720"]
@@ -122,6 +126,7 @@ def test_memory_of_training(run):
     assert offloaded.endswith(" on the host") and "host" not in adapter + divided
 
 
+@pytest.mark.slow
 def test_conversion(run, tmp_path):
     config = str(ROOT / "tests" / "configs" / "2b.yaml")
     output = run("conversion", "--config", config, "--folder", str(tmp_path), "--threads", "1")

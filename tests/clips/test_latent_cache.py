@@ -99,6 +99,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "variants"), [("2b", 0), ("5b_i2v", 2)])
 def test_tensors_are_those_of_a_direct_encoding(tiny, clips, cache, family, variants):
     args = arguments(tiny.config(family), clips)
@@ -124,6 +125,7 @@ def test_tensors_are_those_of_a_direct_encoding(tiny, clips, cache, family, vari
         assert ("image_moments" in item) == bool(variants)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["2b", "5b_i2v", "1.5_i2v"])
 def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips, cache, family):
     """With captions and images dropped at a high rate. Stored latents are those that the first epoch draws."""
@@ -156,6 +158,7 @@ def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips,
     assert_close(loss(light, encoded["moments"], [0, 3]), loss(engine, clips_read, [0, 3]), 1e-5)
 
 
+@pytest.mark.slow
 def test_captions_that_samples_share_are_stored_once(cache):
     (shard,) = read_shards(cache("2b"))
     texts = [name for name in load_file(shard.path) if name.endswith(".text")]
@@ -163,6 +166,7 @@ def test_captions_that_samples_share_are_stored_once(cache):
     assert [sample.text for sample in shard.samples] == [0, 0, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_stored_rounded_and_stacks(tiny, cache):
     exact, rounded = (LatentDataset([cache("2b", **o)], model_of(tiny, "2b")) for o in ({}, {"dtype": "bfloat16"}))
     for name in ("moments", "txt_embedding"):
@@ -209,6 +213,7 @@ def test_an_option_that_a_cache_was_not_made_with_is_refused(tiny, cache):
 # ---------------------------------------------------------------- making it
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(tiny, clips, tmp_path, monkeypatch):
     """Afterwards the files are those of a run in one go; one that is complete stays as it is."""
     monkeypatch.setattr(latent_encoding, "SHARD_SAMPLES", 2)
@@ -243,6 +248,8 @@ def encode_on_rank(config: Path, clips: Path, folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_share_the_work(tiny, clips, cache, tmp_path):
     run_distributed(encode_on_rank, 2, tiny.config("2b"), clips, tmp_path / "latents")
     names = sorted(path.name for path in (tmp_path / "latents").iterdir())
@@ -255,6 +262,7 @@ def test_two_processes_share_the_work(tiny, clips, cache, tmp_path):
             assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_unreadable_clips_are_left_out_and_listed(tiny, tmp_path):
     """A clip whose header is good and whose frames are not; no other takes its place."""
     data = make_clips(tmp_path / "data", 4)
@@ -296,6 +304,7 @@ def test_a_folder_of_other_things_is_left_alone(tiny, clips):
     assert sorted(path.name for path in clips.iterdir() if not path.name.startswith(".")) == ["labels", "videos"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_foreseen_or_named(tiny, clips, tmp_path, monkeypatch):
     args = arguments(tiny.config("2b"), clips)
     usage = shutil.disk_usage(tmp_path)
@@ -412,6 +421,7 @@ def test_conditioners_that_cannot_be_cached_are_refused(tiny):
             conditioner_for_cache({**config, "params": {"emb_models": change}})
 
 
+@pytest.mark.slow
 def test_tiles_are_part_of_what_a_cache_is(tiny, clips, tmp_path, cache):
     """A cache that was encoded in tiles says so, and is not filled otherwise; training takes it."""
     config = tiny.config("2b")

@@ -112,6 +112,7 @@ def test_a_signal_to_the_process_group_spares_the_workers():
     assert batch["group"] == batch["pid"]
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_trainer(folder):
     """The workers also end when the trainer leaves the loop in the middle, with signal handlers of its own."""
     program = f"""
@@ -158,6 +159,7 @@ def shown(batch: dict) -> list[int]:
     return [clip_number(clip) for clip in batch["mp4"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_clip_that_never_returns_is_replaced_like_an_unreadable_one(folder, stuck, workers, caplog):
     dataset = SFTDataset(folder, **SETTINGS)
@@ -179,6 +181,7 @@ def test_a_clip_that_never_returns_is_replaced_like_an_unreadable_one(folder, st
     assert caplog.text.count(f"{name}: {reason}") == 1
 
 
+@pytest.mark.slow
 def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
     """Samples that were read ahead, when the clip could be read, do so too; samples before that step keep it."""
     dataset = SFTDataset(folder, **SETTINGS)
@@ -220,6 +223,7 @@ def test_a_decoder_that_crashes_costs_one_clip(folder, stuck):
     assert batch["unreadable"][1][0].endswith("002.mp4: the process that read it crashed (SIGSEGV)")
 
 
+@pytest.mark.slow
 def test_looking_at_clips_is_limited_in_time(folder, stuck, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "set", ignore=shutil.ignore_patterns(INDEX))
     for name in ("probe-001.mp4", "probe-007.mp4"):
@@ -245,6 +249,7 @@ class Foreign(Dataset):
         return {"index": key.index, "x": torch.full((2,), float(key.index)), "unreadable": []}
 
 
+@pytest.mark.slow
 def test_of_a_data_set_without_attempts_the_next_sample_stands_in():
     (batch,) = ClipLoader(Foreign(), [[SampleKey(0, 0), SampleKey(1, 0)]], 1, clip_timeout=LIMIT)
     assert batch["x"].tolist() == [[0.0, 0.0], [2.0, 2.0]]
@@ -252,6 +257,7 @@ def test_of_a_data_set_without_attempts_the_next_sample_stands_in():
     assert batch["unreadable"] == [[], [f"sample 1: not read within {LIMIT:g} s (clip_timeout)"]]
 
 
+@pytest.mark.slow
 def test_processes_that_hang_end_with_the_trainer_that_is_killed(folder):
     """Nothing but SIGKILL ends them, and nobody is left to send it."""
     program = f"""

@@ -231,6 +231,7 @@ def test_flags_of_swissarmytransformers_trainer_are_taken_and_said(training, cap
     assert "not used here: --no_load_rng, --split, --distributed_backend" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_commands_take_the_flags_without_pytorch(tmp_path):
     """Each command goes on to the mistake that follows, which is one line."""
     flags = ["--local-rank=0", "--deepspeed", "--base", "gone.yaml"]

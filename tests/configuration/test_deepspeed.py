@@ -37,6 +37,7 @@ def test_the_shipped_section_is_taken_as_it_is():
     assert check_deepspeed_config(section) == section
 
 
+@pytest.mark.slow
 def test_deepspeed_itself_takes_what_passes():
     """Its own parser reads the completed section, in a process of its own, since it wants to set up logging."""
     code = (

@@ -65,6 +65,7 @@ def seen(monkeypatch) -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_computes_in_a_fixed_order_only_when_asked(tmp_path, tiny, clips, seen, one_thread, caplog):
     config = write_config(tmp_path / "config.yaml", tiny, "2b", clips, train_iters=2, save_interval=1)
     plain = train(config)
@@ -86,6 +87,7 @@ def test_a_run_computes_in_a_fixed_order_only_when_asked(tmp_path, tiny, clips, 
     assert seen[4:] == [STRICT, PLAIN]
 
 
+@pytest.mark.slow
 def test_a_vae_is_trained_in_a_fixed_order_only_when_asked(tmp_path, vae_clips, seen, one_thread, caplog):
     def config(name: str, **trainer: object):
         args = {"train_iters": 3, "save_interval": 2, "experiment_name": name}

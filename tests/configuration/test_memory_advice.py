@@ -63,6 +63,7 @@ def last_line(caplog) -> str:
     return caplog.messages[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "says"),
     [
@@ -102,6 +103,7 @@ def test_an_optimizer_of_deepspeed(tmp_path, tiny, clips, caplog, monkeypatch):
     assert line.startswith("error: making the optimizer: host memory is full") and "offload_optimizer" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["validation_loss", "save_samples"])
 def test_an_evaluation(tmp_path, tiny, clips, caplog, monkeypatch, part):
     monkeypatch.setattr(validation, part, fill_memory)
@@ -123,6 +125,7 @@ def test_the_text_encoder(tmp_path, tiny, clips, caplog, monkeypatch):
     assert "tools/precompute_latents.py" in line and not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.slow
 def test_encoding_before_training(tmp_path, tiny, clips, caplog, monkeypatch):
     from tools.precompute_latents import main
 
@@ -138,6 +141,7 @@ def test_encoding_before_training(tmp_path, tiny, clips, caplog, monkeypatch):
     assert main(command) == 0, "it goes on where it was"
 
 
+@pytest.mark.slow
 def test_one_of_two_processes(tmp_path, tiny, clips):
     """The other process does not wait in the middle of a step; neither process shows a traceback."""
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, zero=2)
@@ -161,6 +165,7 @@ def test_one_of_two_processes(tmp_path, tiny, clips):
     assert not any("Traceback" in output for output in outputs)
 
 
+@pytest.mark.slow
 def test_training_a_vae(tmp_path, caplog, monkeypatch):
     """Memory is full in the second step; the checkpoint of the first stays."""
     import train_vae

@@ -91,6 +91,7 @@ def test_references_that_lead_nowhere(write, content, says):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_references_that_write_out_to_billions_of_values(write):
     model = {"m0": {"v": 1}}
     for level in range(12):

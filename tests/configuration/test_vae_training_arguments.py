@@ -130,11 +130,13 @@ def test_processes_that_share_clips_get_the_same_batches(tmp_path, data, monkeyp
     assert (plan.ranks_per_clip, plan.data_ranks) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_folder_without_labels_is_fine(tmp_path, data, caplog):
     train(write_config(tmp_path / "config.yaml", data, args={"train_iters": 1}))
     assert "caption" not in caplog.text and "label" not in caplog.text
 
 
+@pytest.mark.slow
 def test_weights_and_checkpoints_of_another_architecture(tmp_path, data, failure):
     """Each names the first thing that differs, and the file."""
     wide = {"params": {"z_channels": 8}}
@@ -169,6 +171,7 @@ def test_losses_that_are_not_finite_end_a_run_and_leave_its_checkpoint(tmp_path,
     assert (run / "latest").read_text() == "step=1.ckpt"
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_command_end_with_one_line_before_pytorch_is_imported():
     code = "import sys, train_vae\ncode = train_vae.main(sys.argv[1:])\nassert 'torch' not in sys.modules\n"
     code += "sys.exit(code)"

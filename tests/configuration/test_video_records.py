@@ -86,6 +86,7 @@ def test_what_it_says(tiny, made):
     assert record["arguments"]["vae_tile_size"] == 64 and isinstance(record["guidance"], float | int)
 
 
+@pytest.mark.slow
 def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
     """The record repeats the video in another process, from another folder, without any configuration."""
     video = video_of(made / "videos")
@@ -101,6 +102,7 @@ def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
     assert json.loads(record_path(again).read_text()) == json.loads(record_path(video).read_text())
 
 
+@pytest.mark.slow
 def test_each_fact_that_differs_is_a_warning(tiny, made, tmp_path, caplog):
     """The model's own configuration is given, and a flag of the command line, which wins."""
     content = json.loads(record_path(video_of(made / "videos")).read_text())
@@ -118,6 +120,7 @@ def test_each_fact_that_differs_is_a_warning(tiny, made, tmp_path, caplog):
     assert json.loads(path.read_text())["steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_refined_prompt_is_recorded_with_the_users_own(tiny, tmp_path, monkeypatch):
     from cogvideox_sat.sampling import plan as sampling_plan
 
@@ -133,6 +136,7 @@ def test_a_refined_prompt_is_recorded_with_the_users_own(tiny, tmp_path, monkeyp
     assert video.parts[-3] == record.parts[-3]
 
 
+@pytest.mark.slow
 def test_a_record_belongs_to_its_video(tiny, tmp_path, caplog, monkeypatch):
     config = tiny.config("5b")
     assert sample(config, tmp_path, [PROMPT]) == 0
@@ -155,6 +159,7 @@ def test_a_record_belongs_to_its_video(tiny, tmp_path, caplog, monkeypatch):
     assert json.loads(record_path(video).read_text())["seed"] == 9
 
 
+@pytest.mark.slow
 def test_latents_say_what_they_are(tiny, tmp_path):
     assert sample(tiny.config("5b"), tmp_path, [PROMPT], "--only_save_latents") == 0
     (path,) = (path for path in (tmp_path / "videos").rglob("*") if path.is_file())

@@ -101,6 +101,7 @@ def test_casting(tmp_path):
         cast["large"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [1000, 20])
 def test_memory_does_not_grow_with_files_or_their_number(tmp_path, megabytes):
     """Source and result are read side by side, so two windows are mapped at most."""

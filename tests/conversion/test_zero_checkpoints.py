@@ -16,6 +16,8 @@ from pipelines import assert_identical
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -139,6 +141,7 @@ def test_an_adapter_alone_is_read(saved):
         assert torch.equal(tensor, truth[slot.sat_name])
 
 
+@pytest.mark.slow
 def test_deepspeed_is_not_imported_to_read(saved):
     code = "import sys; from pathlib import Path\n"
     code += "from cogvideox_sat.conversion.zero_checkpoints import read_zero, zero_folder\n"

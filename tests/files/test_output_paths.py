@@ -38,6 +38,7 @@ def test_names_are_cut_at_whole_characters_and_the_file_system_takes_them(tmp_pa
     (tmp_path / name).mkdir()
 
 
+@pytest.mark.slow
 def test_every_single_character_gives_a_legal_name(tmp_path):
     for code in range(sys.maxunicode + 1):
         name = safe_name(f"{chr(code)}")

@@ -40,6 +40,7 @@ def test_what_is_no_video_is_told_by_both(tmp_path, backend):
         open_video(tmp_path / "a.mp4", backend=backend)
 
 
+@pytest.mark.slow
 def test_decoders_are_imported_when_they_are_used(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 5)
     code = f"""

@@ -111,6 +111,7 @@ def test_some_of_several_gpus(nvidia_smi, caplog, monkeypatch):
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize("trap", ["", "trap '' TERM INT HUP"], ids=["", "ignores signals"])
 def test_an_nvidia_smi_that_hangs_costs_seconds(nvidia_smi, monkeypatch, trap):

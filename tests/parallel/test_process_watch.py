@@ -72,6 +72,8 @@ def run_two(scenario: str) -> tuple[int, str]:
             process.wait()
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_process_that_waits_says_for_which_and_what_that_does():
     code, output = run_two("reads long")
     assert code == 0, output
@@ -82,6 +84,8 @@ def test_a_process_that_waits_says_for_which_and_what_that_does():
     assert len(lines) <= 4  # again after twice as long
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "says"),
     [
@@ -98,6 +102,7 @@ def test_a_process_that_does_not_answer_ends_the_others_with_one_line(scenario, 
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_step_that_nccl_would_end_without_a_word_ends_with_a_line():
     program = """
 import logging, sys, time

@@ -48,11 +48,15 @@ def outcome(process: subprocess.Popen) -> tuple[int, list[str]]:
     return process.returncode, errors.splitlines()
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_processes_meet():
     variables = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MEETING": 60}
     assert [outcome(process)[0] for process in [start(RANK=rank, **variables) for rank in range(2)]] == [0, 0]
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "common"),
     [
@@ -71,6 +75,8 @@ def test_processes_of_mpirun_and_srun_meet(rank, common):
     assert [outcome(process)[0] for process in processes] == [0, 0]
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_two_of_three():
     """The first process waits for the third, and the second for the word of the first."""
     variables = {"WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MEETING": 10}
@@ -81,6 +87,7 @@ def test_two_of_three():
         assert len(lines) == 1
 
 
+@pytest.mark.slow
 def test_a_port_in_use():
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -101,6 +108,7 @@ def test_a_missing_variable(monkeypatch, missing):
         meet()
 
 
+@pytest.mark.slow
 def test_nobody_listens():
     code, lines = outcome(start(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()))
     assert (code, len(lines)) == (2, 1) and "not as many processes met" in lines[0]

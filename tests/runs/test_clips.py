@@ -11,6 +11,8 @@ from cogvideox_sat.clips.timeouts import read_record
 from training_clips import write_dataset
 from training_runs import metrics, runs_of, write_config
 
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
 SECONDS = "6"  # for a clip; reading one takes milliseconds, but machines may be busy
 REASON = f"not read within {SECONDS} s (clip_timeout)"
 

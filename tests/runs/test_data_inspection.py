@@ -53,6 +53,7 @@ def test_what_is_said_and_left_behind(config, place, tmp_path, capsys, monkeypat
         assert sheet.height > 4 * 128 and sheet.width > 9 * 128
 
 
+@pytest.mark.slow
 def test_scripts_get_json(config, place, tmp_path, capsys):
     sheet = tmp_path / "sheets" / "a.png"
     flags = ["--inspect_data", "--json", "--contact_sheet", str(sheet), "--valid_data", str(place)]
@@ -112,6 +113,7 @@ def test_the_vaes_clips_need_no_captions(place, tmp_path, capsys, monkeypatch):
     assert Path("inspect_data.png").is_file() and not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_is_described_but_not_shown(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = write_dataset(tmp_path / "set", clips=2, frames=9)

@@ -32,6 +32,7 @@ def image(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_text_is_refined():
     with chat_server(lambda request, number: Reply(' "A cat\n\nwalks  slowly." ')) as server:
         assert refine([IDEA], endpoint(server)) == ["A cat walks slowly."]
@@ -254,6 +255,7 @@ def sample(
     return {str(path.relative_to(folder / name)): path.read_bytes() for path in (folder / name).rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_sampling_refined_prompts(tiny, tmp_path, monkeypatch):
     """Videos are of the refined prompts, under the names and with the seeds of the original ones; those that exist are
     not asked for."""
@@ -271,6 +273,7 @@ def test_sampling_refined_prompts(tiny, tmp_path, monkeypatch):
     assert [videos[name] for name in sorted(videos)] == [plain[name] for name in sorted(plain)]
 
 
+@pytest.mark.slow
 def test_sampling_typed_prompts_refined(tiny, tmp_path, monkeypatch):
     with chat_server(lambda request, number: Reply("A grey cat walks.")) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)

@@ -34,6 +34,7 @@ def test_keys_and_shapes_equal_the_manifest(name):
     assert all(parameter.is_meta for key, parameter in network.named_parameters() if key not in frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora_twin_adds_three_pairs_to_qkv_and_one_to_dense(name):
     plain, lora = build(name), build(f"{name}_lora")

@@ -70,6 +70,7 @@ def is_white(folder: Path) -> bool:
     return float(read_video(video)[1].min()) > 0.95
 
 
+@pytest.mark.slow
 def test_sampling_from_python(tiny, tmp_path):
     """Sampling works as in the original's scripts: a Namespace, whose OmegaConf section is changed by attribute."""
     args = Namespace(**vars(get_args(command(tiny, tmp_path))), comment="anything")
@@ -84,12 +85,14 @@ def test_sampling_from_python(tiny, tmp_path):
     assert not is_white(tmp_path)
 
 
+@pytest.mark.slow
 def test_sampling_by_configuration(tiny, tmp_path):
     config = tiny.variant("5b", tmp_path / "5b.yaml", model={"target": f"{__name__}.White"})
     assert main(command(tiny, tmp_path, config)) == 0
     assert is_white(tmp_path)
 
 
+@pytest.mark.slow
 def test_training(tiny, tmp_path):
     clips = write_dataset(tmp_path / "data", clips=2, frames=12, sizes=[(64, 96)])
 
@@ -148,6 +151,7 @@ def test_an_engine_that_keeps_its_keywords_to_itself(tiny):
         build_engine(args, (), torch.device("meta"))
 
 
+@pytest.mark.slow
 def test_a_module_in_the_current_directory(tiny, tmp_path):
     """Found by the command, which is elsewhere; what is not there is said before PyTorch is imported."""
     (tmp_path / "my_engine.py").write_text(

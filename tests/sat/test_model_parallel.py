@@ -1,5 +1,6 @@
 """A network split over two processes computes what one process does, and each holds its own share of the weights."""
 
+import pytest
 import torch
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
@@ -8,6 +9,8 @@ from distributed import run_distributed
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def network_config(name: str, model_parallel_size: int) -> dict:

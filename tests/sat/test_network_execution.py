@@ -108,6 +108,7 @@ def test_nothing_is_read_back_to_the_host(name):
         assert output.device.type == "cuda"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_the_compiler_sees_one_graph(name):
@@ -121,6 +122,7 @@ def test_the_compiler_sees_one_graph(name):
             assert torch.equal(compiled(**inputs), network(**inputs))
 
 
+@pytest.mark.slow
 def test_the_compiler_sees_one_graph_of_a_network_with_an_adapter():
     """In sampling and in training; the numbers are those without the compiler."""
     network, inputs = network_and_inputs("t2v_2b_lora")
@@ -137,6 +139,7 @@ def test_the_compiler_sees_one_graph_of_a_network_with_an_adapter():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_compiler
 @torch.no_grad()
 def test_compile_model_changes_neither_numbers_nor_names():
@@ -149,6 +152,7 @@ def test_compile_model_changes_neither_numbers_nor_names():
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compile_model_gives_the_same_gradients():
     gradients = []

@@ -76,6 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LATENT_FRAMES)
 def test_every_family_writes_a_playable_video(tiny, tmp_path, image, family):
     prompt = f"a boat@@{image}" if family.endswith("i2v") else "a boat"
@@ -93,6 +94,7 @@ def test_another_decoder_plays_it_too(base_videos):
     assert (len(video), video[0].shape[:2], video.get_avg_fps()) == (9, (32, 48), 8)
 
 
+@pytest.mark.slow
 def test_the_image_matters_to_image_to_video(tiny, tmp_path, image):
     other = tmp_path / "other.png"
     Image.new("RGB", (60, 40), "red").save(other)
@@ -103,6 +105,7 @@ def test_the_image_matters_to_image_to_video(tiny, tmp_path, image):
         assert contents(tmp_path / f"{family}_first") != contents(tmp_path / f"{family}_second")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "decoded"), [("5b", 3), ("1.5", 3)])
 def test_only_latents(tiny, tmp_path, family, decoded):
     assert main(command(tiny.config(family), tmp_path, ONE_PROMPT, "--only_save_latents")) == 0
@@ -116,6 +119,7 @@ def test_only_latents(tiny, tmp_path, family, decoded):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_video_depends_on_seed_prompt_and_index_alone(tiny, tmp_path, base_videos):
     base = list(contents(base_videos).values())
     assert base[0] != base[1]
@@ -126,6 +130,7 @@ def test_a_video_depends_on_seed_prompt_and_index_alone(tiny, tmp_path, base_vid
     assert next(iter(contents(tmp_path / "seed").values())) not in base
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_differ_and_the_first_is_what_one_alone_would_be(tiny, tmp_path, base_videos):
     assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, "--batch_size", "2")) == 0
     names, videos = zip(*contents(tmp_path / "videos").items(), strict=True)
@@ -134,6 +139,8 @@ def test_samples_of_a_prompt_differ_and_the_first_is_what_one_alone_would_be(tin
     assert videos[0] != videos[1]
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_processes_share_the_prompts_and_make_the_same_videos(tiny, tmp_path, base_videos):
     """The third prompt fails in its process, which both report by their exit code."""
     arguments = command(tiny.config("5b"), tmp_path, [*TWO_PROMPTS, "blocked"])
@@ -148,6 +155,8 @@ def test_processes_share_the_prompts_and_make_the_same_videos(tiny, tmp_path, ba
     assert result.stdout == ""
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_processes_share_one_network_and_one_vae(tiny, tmp_path, base_videos):
     """Two processes hold half of the network each and decode half of each clip; sums run in another order there."""
     sharing = {"first_stage_config": {"params": {"cp_size": 2}}}
@@ -166,6 +175,7 @@ def test_processes_share_one_network_and_one_vae(tiny, tmp_path, base_videos):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_json_lines_set_each_video(tiny, tmp_path, base_videos):
     text = ONE_PROMPT[0]
     records = [
@@ -184,6 +194,7 @@ def test_json_lines_set_each_video(tiny, tmp_path, base_videos):
     assert (meta["size"], len(frames)) == ((32, 48), 1)
 
 
+@pytest.mark.slow
 def test_json_lines_name_images(tiny, tmp_path, image):
     records = [{"prompt": "a boat", "image": image.name}]
     assert main(command(tiny.config("5b_i2v"), tmp_path, records, name="json")) == 0
@@ -191,6 +202,7 @@ def test_json_lines_name_images(tiny, tmp_path, image):
     assert contents(tmp_path / "json") == contents(tmp_path / "text")
 
 
+@pytest.mark.slow
 def test_typed_prompts(tiny, tmp_path, base_videos, monkeypatch):
     arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS, "--input_type", "cli")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TWO_PROMPTS) + "\nq\n"))
@@ -201,6 +213,7 @@ def test_typed_prompts(tiny, tmp_path, base_videos, monkeypatch):
     assert len(files(tmp_path / "videos")) == 3
 
 
+@pytest.mark.slow
 def test_awkward_prompts_give_safe_names_and_warnings(tiny, tmp_path, caplog):
     """Slashes, quotes, emoji, an empty line, and more tokens than the encoder takes."""
     prompts = ['../a "cat"/dog 🐈', "", "over and over " * 30]
@@ -211,6 +224,7 @@ def test_awkward_prompts_give_safe_names_and_warnings(tiny, tmp_path, caplog):
     assert "text cut to 64 tokens" in caplog.text
 
 
+@pytest.mark.slow
 def test_pictures_show_all_videos_old_and_new(tiny, tmp_path, caplog):
     """The sheet has a row, and the folder a preview, for a video that was there before too; the prompt file is read
     once, so that what is odd about it is said once."""
@@ -230,12 +244,14 @@ def test_pictures_show_all_videos_old_and_new(tiny, tmp_path, caplog):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["stage", "sequential"])
 def test_offloading_changes_no_bit(tiny, tmp_path, base_videos, offload):
     assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS, "--offload", offload)) == 0
     assert contents(tmp_path / "videos") == contents(base_videos)
 
 
+@pytest.mark.slow
 def test_lora_scale(tiny, tmp_path, base_videos):
     lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4}}
     config = tiny.variant(
@@ -257,6 +273,7 @@ def test_lora_scale(tiny, tmp_path, base_videos):
     assert not set(contents(tmp_path / "1").values()) & set(contents(base_videos).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_is_close(tiny, tmp_path, base_videos, dtype):
     assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, f"--{dtype}")) == 0
@@ -264,6 +281,7 @@ def test_half_precision_is_close(tiny, tmp_path, base_videos, dtype):
     assert 0 < (half - full).abs().mean() < 0.1
 
 
+@pytest.mark.slow
 def test_tiles(tiny, tmp_path):
     size = ("--sampling_image_size", "64", "96")
     for name, tiles in (("whole", ()), ("tiled", ("--vae_tile_size", "64"))):
@@ -273,6 +291,7 @@ def test_tiles(tiny, tmp_path):
     assert 0 < (tiled - whole).abs().mean() < 0.5
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled(tiny, tmp_path, base_videos):
     config = tiny.variant("5b", tmp_path / "compiled.yaml", model={"compile_model": True})
@@ -286,6 +305,7 @@ def test_compiled(tiny, tmp_path, base_videos):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_existing_outputs(tiny, tmp_path, base_videos, caplog):
     shutil.copytree(base_videos, tmp_path / "videos")
     first, second = files(tmp_path / "videos")
@@ -302,6 +322,7 @@ def test_existing_outputs(tiny, tmp_path, base_videos, caplog):
     assert contents(tmp_path / "videos") == contents(base_videos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["none", "stage"])
 def test_a_prompt_that_fails_is_named_and_the_others_are_made(tiny, tmp_path, image, caplog, offload):
     broken = tmp_path / "broken.png"
@@ -312,6 +333,7 @@ def test_a_prompt_that_fails_is_named_and_the_others_are_made(tiny, tmp_path, im
     assert "failed: prompt 2 ('second'): cannot read the image" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_video_that_cannot_be_written_is_named_and_the_others_are_made(tiny, tmp_path, caplog):
     arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS)
     (tmp_path / "videos").mkdir()
@@ -337,6 +359,7 @@ def test_a_process_that_cannot_go_on_takes_part_in_the_end_of_the_run(monkeypatc
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, monkeypatch, caplog):
     from cogvideox_sat.sampling import run as sampling_run
 
@@ -352,6 +375,7 @@ def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, mo
     assert surprise.exc_info[1].args == ("surprise",)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_finite_ends_its_video_at_once(tiny, tmp_path, monkeypatch, caplog):
     """The video ends at the first step, and the message says what to do; the other video is made."""
     from diffusion_video import SATVideoDiffusionEngine
@@ -385,6 +409,7 @@ def test_what_to_do_about_values_that_are_not_finite():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_stop_the_run(tiny, tmp_path, caplog):
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(b"PK" + bytes(100))
@@ -414,6 +439,7 @@ def test_a_vae_that_does_not_fit_is_found_before_sampling(tiny, tmp_path, monkey
     assert not sampled
 
 
+@pytest.mark.slow
 def test_force_inference_lets_weights_be_missing(tiny, tmp_path, caplog):
     weights = torch.load(tiny.folder / "5b" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     del weights["model.diffusion_model.time_embed.0.bias"]
@@ -429,6 +455,7 @@ def test_force_inference_lets_weights_be_missing(tiny, tmp_path, caplog):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_the_bar_and_the_files_only(tiny, tmp_path, base_videos):
     arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS)
     result = run_process(sys.executable, str(SCRIPT), *arguments)

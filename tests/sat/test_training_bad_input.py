@@ -38,6 +38,7 @@ def test_a_folder_without_videos(tmp_path, tiny, caplog):
     assert str(tmp_path / "data") in message and "video" in message
 
 
+@pytest.mark.slow
 def test_a_missing_label_is_an_empty_caption_or_an_error(tmp_path, tiny, clips, caplog):
     data = shutil.copytree(clips, tmp_path / "data")
     next((data / "labels").iterdir()).unlink()
@@ -46,6 +47,7 @@ def test_a_missing_label_is_an_empty_caption_or_an_error(tmp_path, tiny, clips, 
     assert "label" in failure(caplog, config, "--missing_label", "stop")
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_videos_stop_a_run(tmp_path, tiny, clips, caplog):
     data = shutil.copytree(clips, tmp_path / "data")
     for video in sorted((data / "videos").iterdir())[:2]:
@@ -55,6 +57,7 @@ def test_too_many_unreadable_videos_stop_a_run(tmp_path, tiny, clips, caplog):
     train(config, "--max_unreadable_share", "0.6")
 
 
+@pytest.mark.slow
 def test_videos_that_are_cut_off_are_replaced_counted_and_listed(tmp_path, tiny, caplog):
     """Their headers are as good as any; that frames are missing shows when they are read."""
     data = write_dataset(tmp_path / "data", clips=4, frames=60)
@@ -76,6 +79,7 @@ def test_fewer_clips_than_a_batch(tmp_path, tiny, clips, caplog):
     assert "5" in message and "4" in message
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_stop_a_run_and_leave_the_weights(tmp_path, tiny, clips, caplog):
     """With a learning rate beyond all measure the first step spoils the weights; no later one is made."""
     settings = {"warmup": 0.0, "save_interval": 1, "train_iters": 20, "max_skipped_steps": 3}
@@ -107,6 +111,7 @@ def test_fp16_losses_that_are_not_finite_stop_a_run_too(tmp_path, tiny, clips, c
     assert "8 steps in a row" in failure(caplog, config)
 
 
+@pytest.mark.slow
 def test_an_optimizer_whose_state_cannot_be_saved_is_refused_at_once(tmp_path, tiny, clips, caplog):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips)
     content = yaml.safe_load(config.read_text())
@@ -121,6 +126,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path, tiny, clips, caplog):
     assert runs_of(config) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "during"])
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, monkeypatch, moment):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, save_interval=2)
@@ -154,6 +160,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, m
     assert max(metrics(run)) == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_names_the_first_mismatch(tmp_path, tiny, clips, caplog):
     run = train(write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True, train_iters=1))
     ranks = {"network_config": {"params": {"modules": {"lora_config": {"params": {"r": 8}}}}}}
@@ -165,6 +172,7 @@ def test_a_checkpoint_of_another_model_names_the_first_mismatch(tmp_path, tiny, 
     assert "mixins." in message and str(full) in message
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_named(tmp_path, tiny, clips, caplog):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True, train_iters=1)
     run = train(config)
@@ -175,6 +183,7 @@ def test_another_optimizer_is_named(tmp_path, tiny, clips, caplog):
     assert "EmaAdam" in message and "SGD" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["no optimizer", "another network split", "half a state"])
 def test_a_training_state_that_does_not_do(tmp_path, tiny, clips, caplog, damage):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True, train_iters=1)

@@ -174,7 +174,7 @@ def test_xformers_is_left_alone_where_it_does_not_serve(xformers):
     assert xformers.calls == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_cuda_both_kinds_agree_with_the_cpu(dtype):
     plain = attention.CrossAttention(64, heads=2, dim_head=32)
@@ -308,6 +308,7 @@ def test_what_does_not_fit_is_said_in_one_line():
 NAMES = ["sgm.modules.attention", "sgm.modules.diffusionmodules.model", "sgm.modules.video_attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", NAMES)
 def test_importable_first_and_in_any_order(first):
     """In a fresh process, and without xformers."""

@@ -77,6 +77,7 @@ def test_the_identity_first_stage_gives_back_what_it_gets():
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["AutoencodingEngine", "AutoencodingEngineLegacy", "AutoencoderKL"])
 def test_training_brings_reconstructions_closer(target):
     """With the adversarial phase in the second half."""
@@ -168,6 +169,7 @@ def test_the_schedule_counts_the_steps_of_its_own_optimizer():
     assert rates == pytest.approx([1e-5 * (1 - 3 / 4), 1e-5 * (1 - 1 / 4)])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Both optimizers, the schedules, the averages and the generators of samples go on."""
     schedule = {

@@ -127,6 +127,8 @@ def gradients_of_one_process(frames: int, gather_norm: bool, turn: int) -> dict[
     return loss_and_gradients(engine, batch(frames), turn)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_loss_and_gradients_equal_one_process(on_ranks):
     """For images and 9 and 17 frames, with and without gather_norm, in all ways to split input, latent and output."""
     expected = {}
@@ -145,6 +147,7 @@ def test_loss_and_gradients_equal_one_process(on_ranks):
                 assert (result[name] - value).norm() <= 3e-5 * value.norm() + 1e-6 * largest, (CASES[index], name)
 
 
+@pytest.mark.distributed
 def test_validation_and_videos_to_look_at_are_of_whole_clips(on_ranks):
     engine = build(True)
     expected = {"videos": engine.log_videos(batch(9)), "validation": engine.validate(batch(9))}
@@ -191,6 +194,8 @@ def train_on_clips(rank: int | None) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in engine.state_dict().items()}
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "train"), [("training", train_on_shares), ("a clip each", train_on_clips)])
 def test_training_steps_equal_one_process(on_ranks, name, train):
     """Four of them, each of two batches, by Lightning and DDP: how the weights and their averages have changed."""
@@ -224,6 +229,7 @@ def misuse() -> list[str]:
     return messages
 
 
+@pytest.mark.distributed
 def test_misuse_is_refused_in_one_line(on_ranks):
     for results in on_ranks:
         strategy, world = results["misuse"]

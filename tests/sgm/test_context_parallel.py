@@ -112,6 +112,8 @@ def misuse() -> list[str]:
     return messages
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "encoded", "decoded", "streamed"),
     [(2, [1, 9, 17], [1, 2, 3, 5], [3, 5, 8]), (3, [9], [2, 3], [7]), (4, [17], [3], [5])],
@@ -125,6 +127,8 @@ def test_results_equal_one_process(ranks, encoded, decoded, streamed):
             assert_close(result[key], expected[key], 1e-5)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_equal_one_process(ranks):
     expected = gradients(1, 9)
@@ -134,12 +138,16 @@ def test_gradients_equal_one_process(ranks):
             assert (result[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-3, name
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_ranks_may_keep_their_own_frames():
     expected = shares_in_and_out(1)
     for result in run_distributed(shares_in_and_out, 2, 2):
         assert_close(result, expected, 1e-5)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_misuse_is_refused():
     for messages in run_distributed(misuse, 2):
         assert len(messages) == 3 and all("context parallelism" in message for message in messages)
@@ -147,6 +155,8 @@ def test_misuse_is_refused():
         initialize_context_parallel(2)  # no torch.distributed here
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_failures_reach_the_test():
     with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*UserError: cannot encode 4 frames"):
         run_distributed(gradients, 2, 1, 4)

@@ -100,6 +100,8 @@ def actnorm_after_a_batch(shares: list[list[int]]) -> tuple[torch.Tensor, torch.
     return norm.loc.detach(), norm.scale.detach()
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_actnorm_starts_the_same_on_every_process():
     expected = actnorm_after_a_batch([[0, 1, 2, 3]])
     for actual in run_distributed(actnorm_after_a_batch, 2, [[0, 1], [2, 3]]):

@@ -9,7 +9,7 @@ from sgm.ema_adam import EmaAdam
 from sgm.errors import UserError
 from support import relative_error
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(33, 17), (5,), (64, 3, 2)]
 
 

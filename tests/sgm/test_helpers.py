@@ -34,6 +34,7 @@ from sgm.helpers import (
 )
 
 
+@pytest.mark.slow
 def test_sgm_util_offers_them_without_importing_pytorch_itself():
     code = (
         "import sys, sgm, sgm.util, sgm.models\n"

@@ -307,6 +307,8 @@ def losses_with_and_without_a_group():
     return *losses, loss_fn.sigma_sampler.index_range()
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_processes_share_what_their_groups_say():
     """A model-parallel group has one noise and one timestep a sample; a data-parallel one splits the timesteps."""
     (alone0, shared0, range0), (alone1, shared1, range1) = run_distributed(losses_with_and_without_a_group, 2)

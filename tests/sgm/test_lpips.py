@@ -246,6 +246,7 @@ def latents(name: str) -> torch.Tensor:
     return seeded_input(name, (2, 4, 32, 32))
 
 
+@pytest.mark.slow
 def test_loss_on_latents_adds_up_its_terms(files, monkeypatch):
     loss_fn = LatentLPIPS(upsampler_config(monkeypatch), 0.5, 2.0, False, False, 0.25, files["vgg"]).train()
     z, predictions, x = latents("z"), latents("p").requires_grad_(), image("x")

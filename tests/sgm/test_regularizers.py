@@ -243,6 +243,8 @@ def trained_on(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**quantizer.state_dict(), "gradient": gradient}
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_both_batches():
     batches = [torch.randn(320, 2) for _ in range(4)]
     expected = trained_on(batches)
@@ -275,6 +277,7 @@ TRAINED = {  # with the weight of the penalties
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_video_autoencoder_trains_with_each_quantizer(name, shapes):
     """In seconds the reconstruction loss falls to a fraction, while more than a handful of codes stay in use."""
@@ -308,6 +311,7 @@ def test_targets_and_their_other_path():
         assert get_obj_from_str(f"vae_modules.regularizers.{name}") is kind
 
 
+@pytest.mark.slow
 def test_the_quantization_library_is_imported_when_it_is_needed():
     code = f"import sys, {MODULE}, vae_modules.autoencoder; sys.exit('vector_quantize_pytorch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -287,6 +287,7 @@ def moving_squares(clips: int, frames: int, size: int = 8) -> Tensor:
     return video.flatten(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time_mode", ["conv-only", "attn-only"])
 def test_trains_on_moving_squares_and_uses_the_other_frames(time_mode):
     """Every other frame is hidden from the encoder, and the loss is taken there: by itself it tells nothing."""

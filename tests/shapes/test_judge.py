@@ -46,6 +46,7 @@ def wrong(scenes, change) -> list[tuple[str, Scene]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda clip, _: clip, spoilt], ids=["drawn", "spoilt"])
 def test_it_names_every_word(change):
     """Every second pair of a shape and a motion; each word comes, the others change in steps of their own."""
@@ -67,11 +68,13 @@ def test_a_spiral_is_no_circle_wherever_it_is(motion):
         assert judge(spoilt(draw(scene, 9, 64, 64), 0)).items[0].motion == motion
 
 
+@pytest.mark.slow
 def test_it_names_both_shapes():
     pairs = [scene for scene in random_scenes(60, 0, "held_out") if len(scene.items) == 2]
     assert wrong(pairs, lambda clip, _: clip) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (192, 256)])
 def test_it_reads_videos_of_any_size_and_length(tmp_path, size):
     for number, scene in enumerate(random_scenes(4, 1, "held_out", pairs=False)):

@@ -96,6 +96,7 @@ def test_a_fifth_of_all_combinations_is_held_out_whatever_the_word():
     assert split_of(("red", "circle", "growing", "plain green")) == "held_out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_every_item_of_a_scene_is_in_the_scenes_split(split):
     for scene in [scene for concept in (None, *CONCEPTS) for scene in random_scenes(500, 0, split, concept)]:

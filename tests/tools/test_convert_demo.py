@@ -146,6 +146,7 @@ def test_mistakes(server, tmp_path, image, caplog, monkeypatch):
     assert not server.requests
 
 
+@pytest.mark.slow
 def test_it_needs_no_pytorch(server):
     code = f"import sys, runpy; sys.argv = ['x', '--prompt', 'a cat']; sys.path.insert(0, {str(TOOL.parents[1])!r})\n"
     code += "from tools.convert_demo import main\nassert main() == 0\nassert 'torch' not in sys.modules"

@@ -82,6 +82,7 @@ def test_the_configuration_describes_the_same_model(tiny, returned, family):
     assert ours.get("noised_image_input", False) == theirs.get("noised_image_input", False)
 
 
+@pytest.mark.slow
 def test_videos_are_sampled_with_the_pair_of_configurations(returned, tmp_path):
     from sample_video import main as sample
 
@@ -211,6 +212,7 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(pipelines, tmp_path):  # noqa: F811
     out = tmp_path / "new" / "out"
     line = error_on_a_full_disk(

@@ -6,6 +6,8 @@ from pipelines import pipelines  # noqa: F401
 from sampling_pairs import DDIM, DPM, model_config, our_latents, their_latents
 from support import assert_close
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-3
 RUNS = {"2b": (DDIM, 50), "5b_i2v": (DDIM, 50), "1.5": (DDIM, 20), "5b": (DPM, 20), "1.5_i2v": (DPM, 20)}
 

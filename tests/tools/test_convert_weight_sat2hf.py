@@ -278,6 +278,7 @@ def test_bad_files_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_behind(tiny, tmp_path):
     """Neither a new folder nor a loss of the one that was to be replaced."""
     out = tmp_path / "a" / "out"

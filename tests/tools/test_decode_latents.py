@@ -81,6 +81,7 @@ def test_latents_that_were_kept_become_the_same_video(made, kept, tmp_path, capl
     assert caplog.messages[0].startswith("device: ") and caplog.messages[-1] == f"wrote {video}"
 
 
+@pytest.mark.slow
 def test_the_report_says_the_command(tiny, tmp_path, caplog, monkeypatch):
     """And the others go on."""
     decode = SATVideoDiffusionEngine.decode_stream
@@ -103,6 +104,7 @@ def test_the_report_says_the_command(tiny, tmp_path, caplog, monkeypatch):
     assert f"{latents} exists, latents that tools/decode_latents.py turns into the video" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny, tmp_path, caplog, monkeypatch):
     """The video cannot be written, and at last not even its latents beside it: they go to the temporary files."""
 
@@ -127,6 +129,7 @@ def test_a_full_disk(tiny, tmp_path, caplog, monkeypatch):
     assert load_file(place)["latents"].shape == (1, 3, 16, 4, 6) and str(place).startswith(os.environ["TMPDIR"])
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_written(tiny, tmp_path, caplog, monkeypatch):
     """The report says how to get both, though the video is there."""
 
@@ -141,6 +144,7 @@ def test_a_record_that_cannot_be_written(tiny, tmp_path, caplog, monkeypatch):
     assert len(found(tmp_path, ".mp4")) == len(found(tmp_path, ".json")) == 1
 
 
+@pytest.mark.slow
 def test_a_vae_that_does_not_load_any_more(tiny, tmp_path, caplog, monkeypatch):
     """The VAE is built again after sampling, since the parts take turns: all latents are kept."""
     build, calls = SATVideoDiffusionEngine._build_first_stage, []

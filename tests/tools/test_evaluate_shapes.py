@@ -42,6 +42,7 @@ def numbers(folder: Path) -> dict:
     return json.loads((folder.parent / "numbers.json").read_text())
 
 
+@pytest.mark.slow
 def test_videos_are_found_and_counted(tmp_path, caplog, capsys):
     """Of two prompts one is shown twice, once wrongly in two words; another's video is missing."""
     folder, file = tmp_path / "out", tmp_path / "prompts.txt"

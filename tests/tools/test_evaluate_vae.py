@@ -158,6 +158,7 @@ def i3d_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_inception_sees_the_clip(i3d_file):
     """400 numbers that depend on the clip; a batch is its clips, and the clip's size is brought to the network's."""
     network = load_inception3d(i3d_file)
@@ -239,6 +240,7 @@ def backbone(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_from_clips_to_numbers_and_videos(folder, backbone, i3d_file, tmp_path, capsys):
     """All measures at once; those of a clip are what the VAE's own reconstruction gives, and so is the video."""
     command = ["--base", f"{folder}/sampling.yaml", "--data", f"{folder}/data", "--device", "cpu"]
@@ -287,6 +289,7 @@ def reconstructed_by_hand(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return clip.numpy().astype(np.float64), pixels.numpy().astype(np.float64)
 
 
+@pytest.mark.slow
 def test_a_training_configuration_and_what_is_missing(folder, tmp_path, capsys, monkeypatch):
     """Weights come from --ckpt. What cannot be computed is said, and why; nothing else fails for it."""
 

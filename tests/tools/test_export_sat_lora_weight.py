@@ -183,6 +183,7 @@ def test_bad_input(adapted, tmp_path, caplog):
     assert "lora_alpha is 'many'" in message(run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(adapted, tmp_path):
     out = tmp_path / "new" / "out"
     arguments = ("--sat_pt_path", adapted.folder / "run", "--lora_save_directory", out)
@@ -191,6 +192,7 @@ def test_a_full_disk_leaves_nothing(adapted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_of_the_trainer(tiny, tmp_path):
     """Two steps of training, the average of its weights too; alpha comes from what the run has saved."""
     clips = write_dataset(tmp_path / "data", clips=2, frames=9, sizes=[(64, 96)])

@@ -61,6 +61,7 @@ def command(folder: Path, output: Path, *flags: str | Path, family: str = "5b", 
     return list(map(str, (*given, *small, *flags)))
 
 
+@pytest.mark.slow
 def test_text_to_video_at_several_strengths(folder, tmp_path):
     videos = {}
     for scale in ("0", "0.5", "1"):
@@ -75,6 +76,7 @@ def test_text_to_video_at_several_strengths(folder, tmp_path):
     assert (tmp_path / "seed.mp4").read_bytes() != (tmp_path / "1.mp4").read_bytes()
 
 
+@pytest.mark.slow
 def test_flags_of_the_public_tools(folder, tmp_path, caplog):
     """Other names for the paths, a folder for the output, and what is checked if it is given."""
     names = ["--model_dir", folder / "5b", "--lora-weights-path", folder / "lora", "--output-dir", tmp_path]

@@ -16,6 +16,8 @@ from support import assert_close, relative_error
 from tools.export_sat_lora_weight import main as export
 from tools.merge_lora import main as merge
 
+pytestmark = pytest.mark.slow
+
 WIDTH, LAYERS = 256, 2  # of the tiny models
 RANK, ALPHA = 4, 3
 TOLERANCE = 1e-4

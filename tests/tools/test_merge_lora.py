@@ -92,6 +92,7 @@ def test_the_checkpoint_is_read_by_plain_pytorch(adapted, tmp_path):
     assert {value.data_ptr() % 64 for value in module.values()} == {0}
 
 
+@pytest.mark.slow
 def test_a_run_of_the_trainer(tiny, tmp_path):
     """Its adapter, and the average of it, merged into the base that it names."""
     clips = write_dataset(tmp_path / "data", clips=2, frames=9, sizes=[(64, 96)])
@@ -168,6 +169,7 @@ def test_what_exists_is_replaced_only_when_told_and_never_what_is_read(adapted, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(adapted, tmp_path):
     out = tmp_path / "new" / "out"
     arguments = ("--load", adapted.folder / "base", "--lora", adapted.folder / "run", "--output", out)

@@ -129,6 +129,7 @@ def test_help_needs_no_pytorch():
     assert " torch\n" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(folder, monkeypatch):
     """Killed outright while it writes, and started again, it leaves the files of a run in one go."""
     base = ["--base", str(folder / "5b_i2v.yaml"), "--bf16", "--image_variants", "2", "--output"]

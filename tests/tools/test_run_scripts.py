@@ -228,6 +228,7 @@ def test_help_installs_nothing(scripts, script):
     assert not (scripts.root / ".venv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "code", "says"),
     [

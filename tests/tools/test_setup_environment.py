@@ -73,6 +73,7 @@ def fresh(tmp_path, wheels) -> Repository:
     return Repository(tmp_path / "with a space", wheels)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_make_one_environment_and_the_next_installs_nothing(repository):
     runs = [repository.start(), repository.start()]
     outcomes = [(*run.communicate(timeout=120), run.returncode) for run in runs]
@@ -85,6 +86,7 @@ def test_two_runs_at_once_make_one_environment_and_the_next_installs_nothing(rep
     assert repository.run() == (0, str(repository.venv_python), "")
 
 
+@pytest.mark.slow
 def test_what_pip_cannot_install_is_reported_and_keeps_the_environment(repository):
     status, output, messages = repository.run(repository.requirements("impossible.txt"))
     assert (status, output) == (1, "")
@@ -93,6 +95,7 @@ def test_what_pip_cannot_install_is_reported_and_keeps_the_environment(repositor
     assert repository.run() == (0, str(repository.venv_python), "")
 
 
+@pytest.mark.slow
 def test_an_interrupted_installation_is_started_over(fresh):
     process = fresh.start()
     assert "installing the packages" in process.stderr.readline()

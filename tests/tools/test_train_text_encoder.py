@@ -76,6 +76,7 @@ def test_articles_follow_the_word_after_them():
     assert text == "a blue background with a small red ring growing"
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_what_the_conditioner_loads(tmp_path):
     folder = tmp_path / "t5"
     assert main(["--output", str(folder), "--steps", "25", "--batch_size", "8", "--hidden_size", "32"]) == 0

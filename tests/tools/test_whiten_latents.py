@@ -54,6 +54,7 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
     return ["--base", f"{folder}/vae.yaml", "--data", f"{folder}/data", "--output", str(output), *more]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_latents_are_white_and_clips_come_back_the_same(folder, tmp_path):
     """From the command line: the covariance of the new latents is one, and what is decoded from them is unchanged."""
@@ -68,6 +69,7 @@ def test_latents_are_white_and_clips_come_back_the_same(folder, tmp_path):
         assert_close(new.decode_at_once(new_mean), old.decode_at_once(old_mean), 1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_near_turns_white_latents_back(folder, tmp_path):
     """Of a VAE whose latents have been mixed, --near the white original gives the original's latents again."""

@@ -17,7 +17,7 @@ from sgm.util import instantiate_from_config
 GIB = 2**30
 LARGE = Bucket(49, 480, 720)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 def first_stage(**sizes: int) -> dict:

@@ -56,6 +56,8 @@ def without_master(tensors):
     return {key: tensor for key, tensor in tensors.items() if key[0] != "master"}
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("optimizer", ["sat.ops.FusedEmaAdam", "torch.optim.AdamW"])
 def test_every_stage_and_two_processes_compute_the_same(stage, optimizer):
@@ -98,6 +100,7 @@ def first_half(stage, optimizer, dtype=torch.float32):
     return saved, (train(engine, range(STEPS, 2 * STEPS)), weights(engine), everything(engine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=needs_fp16)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("optimizer", ["sat.ops.FusedEmaAdam", "torch.optim.AdamW"])
@@ -112,6 +115,8 @@ def test_a_restored_optimizer_goes_on_to_the_bit(stage, optimizer, dtype):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(0, 3), (3, 1), (2, 0)])
 def test_a_state_fits_other_stages_and_more_processes(before, after):
     saved, straight = first_half(before, "sat.ops.FusedEmaAdam")

@@ -31,6 +31,8 @@ from training_runs import (
 )
 from videos import read_video
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
@@ -44,6 +46,7 @@ def one_process(tmp_path_factory, tiny, clips) -> Path:
     return train(write_config(folder / "config.yaml", tiny, "5b", clips, micro_batch=2))
 
 
+@pytest.mark.distributed
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path, tiny, clips, one_process):
     run = train_in_processes(write_config(tmp_path / "config.yaml", tiny, "5b", clips), 2)
     assert metrics(run) == pytest.approx(metrics(one_process), rel=1e-5)
@@ -51,6 +54,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, tiny, clips, one
     assert_same(weights(run), weights(one_process), 1e-5)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero_stages_on_two_processes_equal_one_process_without(tmp_path, tiny, clips, one_process, zero):
     run = train_in_processes(write_config(tmp_path / "config.yaml", tiny, "5b", clips, zero=zero), 2)
@@ -59,6 +63,7 @@ def test_zero_stages_on_two_processes_equal_one_process_without(tmp_path, tiny, 
     assert_same(weights(run, "-ema"), weights(one_process, "-ema"), 1e-5)
 
 
+@pytest.mark.distributed
 def test_an_adapter_under_zero_3_trains_as_without(tmp_path, tiny, clips):
     expected = train(write_config(tmp_path / "a.yaml", tiny, "5b_i2v", clips, lora=True, micro_batch=2, train_iters=3))
     save = str(tmp_path / "b")
@@ -77,6 +82,7 @@ def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path, tiny, cli
     assert_same(weights(run), weights(one_process), 1e-5)
 
 
+@pytest.mark.distributed
 def test_model_parallel_processes_equal_one(tmp_path, tiny, clips, one_process):
     """Also the VAE's context parallelism, since both processes then encode a clip together; and when resumed."""
     config = write_config(
@@ -355,6 +361,7 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, cli
     assert {path.name for path in run.glob("*-ema")} == {f"{step + 1}-ema", f"{step + 2}-ema"}
 
 
+@pytest.mark.distributed
 def test_a_run_goes_on_with_other_processes_and_stages(tmp_path, tiny, clips, one_process):
     """Saved by one process at batch 2, resumed by two at batch 1 with ZeRO-2."""
     half = write_config(tmp_path / "half.yaml", tiny, "5b", clips, micro_batch=2, save_interval=2)

@@ -102,6 +102,7 @@ def test_the_number_of_clips_is_limited_by_the_dataset(clips):
 # ---------------------------------------------------------------- loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["2b", "1.5_i2v"])
 def test_loss_does_not_depend_on_batches_or_on_when(tiny, clips, family):
     config = tiny.config(family)
@@ -125,6 +126,8 @@ def evaluation_of_rank(config: Path, folder: Path, output: Path) -> tuple[float,
     return loss, engine.loss_fn.sigma_sampler.index_range(), [path.name for path in written]
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_loss_does_not_depend_on_the_number_of_processes(tiny, clips, tmp_path):
     """Also though the configured levels are stratified over processes, and five batches over two do not come out even.
     Samples are written by the first process."""
@@ -138,6 +141,7 @@ def test_loss_does_not_depend_on_the_number_of_processes(tiny, clips, tmp_path):
     assert written == (["0_clip_0_greygreen.safetensors"], [])
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(tiny, clips, tmp_path):
     """Modes, gradients and the global random generators are as they were, also after an error."""
     engine = engine_of(tiny.config("5b"))
@@ -175,6 +179,7 @@ def test_stand_ins_are_named(clips, tmp_path, caplog):
 # ---------------------------------------------------------------- samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["5b", "1.5_i2v"])
 def test_samples_are_videos(tiny, clips, tmp_path, family):
     engine = engine_of(tiny.config(family))

@@ -80,6 +80,7 @@ def test_encoder_reference(recorded, gradient):
         assert_close(moments, reference[f"moments.{frames}"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True])
 def test_decoder_reference(recorded, gradient):
     reference, vae, name = recorded
@@ -131,6 +132,7 @@ def test_decode_agrees_with_diffusers(vae, frames):
     assert_close(decoded, as_diffusers(vae, 32, 1, 16).decode(z).sample, 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_diffusers(vae):
     other = as_diffusers(vae, 32, 1, 16)
     cotangent = seeded_input("cotangent", (1, 32, 3, 2, 3))
@@ -149,6 +151,7 @@ def test_gradients_agree_with_diffusers(vae):
     vae.zero_grad(set_to_none=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_float32(dtype):
@@ -173,6 +176,7 @@ def test_schedule():
         decoding_schedule(0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_unfinished_clip_leaves_nothing_behind(vae):
     z = latent(5)

@@ -224,6 +224,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_memory_peaks_under_the_size_of_the_file(tmp_path):
     """A checkpoint in the dtype of the network is used where it lies: no second copy, not even of a part."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

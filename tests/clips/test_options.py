@@ -9,7 +9,7 @@ from conftest import TinyModels
 from training_clips import write_clip, write_dataset
 from training_runs import metrics, train, write_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_decoding_all_at_once_equals_the_stream(case):
     assert torch.equal(frames, torch.cat(list(engine.decode_stream(latents)), dim=2))
 
 
+@pytest.mark.slow
 def test_log_video_shows_inputs_reconstructions_and_samples(case):
     _, reference, engine, clip = case
     batch = {"mp4": clip, "txt": reference.case["texts"]}
@@ -112,6 +113,7 @@ def test_only_the_network_trains(case):
     assert trainable == {"model"}
 
 
+@pytest.mark.slow
 def test_a_released_part_gives_its_memory_back():
     """At once, not when the garbage collector happens to run."""
     config = Reference("engine/t2v_2b").case["model"]
@@ -164,6 +166,7 @@ def few(case):
     stage.encoder, engine.samples_at_a_time = stage.encoder.encoder, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeded_samples", [False, True])
 def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_samples):
     engine, clips, sizes = few
@@ -181,6 +184,7 @@ def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_sam
         assert torch.equal(engine.encode_moments(clips), whole)
 
 
+@pytest.mark.slow
 def test_samples_are_decoded_a_few_at_a_time(few):
     """Samples equal those of each group alone to the bit, and those of one batch but for its rounding."""
     engine, clips, _ = few
@@ -202,6 +206,7 @@ def test_samples_are_decoded_a_few_at_a_time(few):
     hook.remove()
 
 
+@pytest.mark.slow
 def test_a_training_step_is_the_same_in_groups(case, few):
     engine, clips, sizes = few
     _, reference, _, _ = case

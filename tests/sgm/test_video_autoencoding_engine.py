@@ -39,6 +39,7 @@ def weights(engine: VideoAutoencodingEngine) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_training_brings_reconstructions_closer():
     """On videos and images, with the adversarial phase at the end."""
     engine = build(disc_start_iter=20, ema_decay=0.8)
@@ -74,6 +75,7 @@ def test_images_can_train_the_last_taps_alone(frames):
         build(image_taps="first")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Through the adversarial phase, with both optimizers, their schedules and the averages."""
     schedule = {
@@ -206,6 +208,7 @@ def test_a_first_stage_from_a_file_that_fits_in_part(tmp_path, caplog):
     assert "left out: decoder.conv_out.conv.weight ((1, 32, 3, 3, 3) instead of (3, 32, 3, 3, 3))" in caplog.messages
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_a_first_stage(tmp_path):
     """The averages have the names of the weights, and make the autoencoder that the engine is within `ema_scope`."""
     engine = build(ema_decay=0.5, optimizer_config=SGD)

@@ -399,6 +399,7 @@ def two_processes(backbone) -> list[tuple[dict, dict]]:
     return list(zip(*run_distributed(steps_of_a_toy, 2, backbone), strict=True))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("split", range(len(SPLITS)))
 def test_two_processes_that_share_a_clip_have_the_loss_and_the_gradient_of_one(split, two_processes, backbone):
     one = step_of_a_toy(None, True, SPLITS[split][2], backbone)
@@ -465,6 +466,7 @@ def tiny_autoencoder() -> nn.Sequential:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "perceptual_weight"), [("2d", 0.1), ("3d", 0.0)])
 def test_autoencoder_is_trained_against_a_discriminator(kind, perceptual_weight, backbone):
     model, start, steps = tiny_autoencoder(), 40, 120

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dit_video_concat import DiffusionTransformer
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
@@ -10,8 +11,9 @@ from support import Reference, assert_close
 CASES = ["t2v_2b", "t2v_2b_wide", "t2v_2b_lora", "t2v_5b", "i2v_5b", "i2v_5b_lora", "t2v_15", "i2v_15"]
 
 
-def build(case: dict) -> torch.nn.Module:
+def build(case: dict) -> DiffusionTransformer:
     network = instantiate_from_config(case["network_config"])
+    assert type(network) is DiffusionTransformer
     frozen = ("pos_embed.pos_embedding",) if case["kind"] == "2b" else ()
     return seed_module_(network, case["seed"], skip=frozen)
 

@@ -12,6 +12,7 @@ from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
+from vae_modules.recomputation import check_levels
 
 ALL_LEVELS = [0, 1, 2, 3]
 
@@ -67,6 +68,7 @@ def kept_bytes(vae: VideoAutoencoderInferenceWrapper, frames: int) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [[0], [1, 3], ALL_LEVELS])
 def test_gradients_are_the_same(levels):
     expected = loss_and_gradients(build(), 9)
@@ -74,6 +76,7 @@ def test_gradients_are_the_same(levels):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_chunks_keep_their_tails():
     """What a chunk leaves for the next is neither lost nor changed when the chunk is run again, much later."""
     expected = loss_and_gradients(build(), 17, chunks=True)
@@ -81,6 +84,7 @@ def test_chunks_keep_their_tails():
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_dropout_drops_the_same():
     expected = loss_and_gradients(build(dropout=0.3), 5)
     actual = loss_and_gradients(build(dropout=0.3, checkpoint_levels=ALL_LEVELS), 5)
@@ -88,6 +92,7 @@ def test_dropout_drops_the_same():
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_graph_can_be_used_twice():
     """As an adaptive loss weight does, which asks for the gradient of the last layer before the backward pass."""
     vae = build(checkpoint_levels=ALL_LEVELS)
@@ -100,6 +105,7 @@ def test_graph_can_be_used_twice():
     assert all(map(torch.equal, gradients, expected))
 
 
+@pytest.mark.slow
 def test_frozen_encoder_and_inference():
     """No gradient is wanted from some, or from anything."""
     expected, vae = build(), build(checkpoint_levels=ALL_LEVELS)
@@ -112,6 +118,8 @@ def test_frozen_encoder_and_inference():
         assert torch.equal(parameter.grad, other.grad), name
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_ranks_recompute_as_they_computed():
     """Each by itself, with statistics of its own frames or of all, also when a rank has no frames."""
     cases = [(9, {"gather_norm": True}), (9, {"gather_norm": False}), (1, {"gather_norm": True})]
@@ -126,6 +134,7 @@ def test_ranks_recompute_as_they_computed():
             assert (actual[0][name] - value).norm() <= 1e-4 * value.norm() + 1e-5, name
 
 
+@pytest.mark.slow
 def test_memory_falls_with_every_level():
     kept = [kept_bytes(build(checkpoint_levels=levels), 9) for levels in ([], [0], [0, 1], ALL_LEVELS)]
     assert kept == sorted(kept, reverse=True)
@@ -146,9 +155,16 @@ def test_levels_that_do_not_exist_are_refused(levels, says):
         build(checkpoint_levels=levels)
 
 
+@pytest.mark.slow
 def test_results_close_to_reference_when_recomputed():
     reference = Reference("vae/vae_small")
     vae = build(checkpoint_levels=ALL_LEVELS)
     x = seeded_input("vae_small.video9", (1, 3, 9, *reference.case["video_hw"]), reference.case["seed"])
     seed_module_(vae, reference.case["seed"])
     assert_close(vae.encode(x.clamp(-1, 1), unregularized=True)[0], reference["moments.9"], 1e-5)
+
+
+def test_levels_are_a_set():
+    assert check_levels([3, 0, 3], count=4) == {0, 3}
+    with pytest.raises(UserError, match="checkpoint_levels: 4 is none of the levels of ch_mult, 0 to 3"):
+        check_levels([0, 4], count=4)

@@ -1,0 +1,83 @@
+"""Files and folders appear whole or not at all, and what the system refuses is one line about the path."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogvideox_sat.files import atomic
+from cogvideox_sat.files.atomic import new_file, new_folder, replaced_when_complete, write_safetensors
+from sgm.errors import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: SimpleNamespace(free=atomic.SPARE_BYTES))
+
+
+def test_a_file_is_replaced_when_it_is_complete(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with replaced_when_complete(path) as part:
+        part.write_text("one")
+        assert not path.exists()
+    with replaced_when_complete(path) as part:
+        part.write_text("two")
+        assert path.read_text() == "one"
+    assert path.read_text() == "two" and names(path.parent) == ["file"]
+
+
+def test_a_file_stays_as_it_was_after_an_error(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("one")
+    with pytest.raises(ZeroDivisionError), replaced_when_complete(path) as part:
+        part.write_text("two")
+        raise ZeroDivisionError
+    assert path.read_text() == "one" and names(tmp_path) == ["file"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    folder = tmp_path / "folder"
+    for text in ("one", "two"):
+        with new_folder(folder, needed=3) as part:
+            (part / text).write_text(text)
+    assert names(folder) == ["two"] and names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_nothing_is_left_after_an_error_in_folders_that_were_made(tmp_path, make):
+    with pytest.raises(ZeroDivisionError), make(tmp_path / "a" / "b", needed=0):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, full_disk, make):
+    with pytest.raises(UserError, match="make room"), make(tmp_path / "a" / "b", needed=1):
+        pytest.fail("it was written")
+    assert names(tmp_path) == []
+
+
+def test_what_the_system_refuses_names_the_path(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"cannot write .*file/below: "),
+        replaced_when_complete(tmp_path / "file/below"),
+    ):
+        pytest.fail("it was written")
+
+
+def test_others_may_read_weights_as_far_as_the_umask_says(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    weights = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    write_safetensors(path, weights)
+    loaded = load_file(path)
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode

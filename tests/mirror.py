@@ -1,0 +1,204 @@
+"""Which test file is about which module: the one of its name, or the one that `COVERED_BY` gives.
+
+    python tests/mirror.py              prints what is wrong with that, and exits with 1 if anything is
+
+The tests of `sat/cogvideox_sat/clips/sources.py` stand in `tests/clips/test_sources.py`; those of the modules in
+`sat/` in `tests/sat/`; those of `sgm`, whose folders are deep, in `tests/sgm/` by the last name of the module.
+Modules that only pass on names of others need no tests: see `only_passes_on`. Of `benchmarks/`,
+`tests/benchmarks/test_benchmarks.py` checks itself that it runs each.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from architecture import ROOT, imports, module_of, places
+
+# Module: the file in tests/ that covers it, and why not one of its name.
+COVERED_BY = {
+    "clips.latent_dataset": ("clips/test_latent_cache.py", "training data from a cache"),
+    "clips.latent_identity": ("clips/test_latent_cache.py", "what a cache depends on"),
+    "clips.reading_processes": ("clips/test_loader.py", "the processes of a loader"),
+    "clips.trees": ("clips/test_sources.py", "finds the files of a source"),
+    "clips.validation_clips": ("training/test_validation.py", "the clips of a validation"),
+    "configuration.argument_lists": ("configuration/test_training_arguments.py", "data; its reading is tested"),
+    "configuration.argument_schema": ("configuration/test_training_arguments.py", "reads the lists of all commands"),
+    "configuration.meta_device": ("weights/test_loading.py", "builds networks that weights are loaded into"),
+    "configuration.shipped_configs": ("configuration/test_model_checks.py", "compares with files that are shipped"),
+    "configuration.static_signatures": ("configuration/test_targets.py", "signatures of targets"),
+    "conversion.config_writing": ("tools/test_convert_weight_hf2sat.py", "a part of the conversion"),
+    "conversion.diffusers_folders": ("conversion/test_stored_weights.py", "writes and reads them"),
+    "conversion.lora_files": ("tools/test_export_sat_lora_weight.py", "a part of the export"),
+    "conversion.lora_merging": ("tools/test_merge_lora.py", "a part of merging"),
+    "conversion.model_sizes": ("conversion/test_weight_family.py", "sizes tell the family"),
+    "conversion.network_sources": ("conversion/test_zero_checkpoints.py", "reads them from ZeRO's pieces too"),
+    "conversion.pipeline_reading": ("tools/test_convert_weight_hf2sat.py", "a part of the conversion"),
+    "conversion.stored_checkpoints": ("conversion/test_zero_checkpoints.py", "opens all forms"),
+    "evaluation.inception3d": ("tools/test_evaluate_vae.py", "a part of the report"),
+    "evaluation.vae_report": ("tools/test_evaluate_vae.py", "the report of the tool"),
+    "evaluation.video_metrics": ("tools/test_evaluate_vae.py", "a part of the report"),
+    "files.hub_reading": ("tools/test_convert_weight_hf2sat.py", "reads pipelines of the hub"),
+    "files.hub_upload": ("tools/test_convert_weight_sat2hf.py", "the option --push_to_hub"),
+    "files.shipped": ("commands/test_input_paths.py", "paths of inputs"),
+    "media.video_facts": ("media/test_video_reading.py", "facts, as all readers give them"),
+    "network.position_tables": ("sat/test_dit_video_concat.py", "tables of the network"),
+    "parallel.agreement": ("parallel/test_process_groups.py", "agreement of the processes of a group"),
+    "runs.vae_data": ("sat/test_train_vae.py", "the clips of a run"),
+    "sampling.kept_latents": ("sat/test_sample_video.py", "latents beside videos, by the command"),
+    "sampling.latent_decoding": ("tools/test_decode_latents.py", "the decoding of the tool"),
+    "sampling.latent_files": ("tools/test_decode_latents.py", "the files of the tool"),
+    "sampling.part_offloading": ("sat/test_sample_video.py", "memory of the command"),
+    "sampling.plan": ("sat/test_bad_input.py", "what is planned, by the command"),
+    "sampling.requests": ("sampling/test_session.py", "requests of a session"),
+    "sampling.run": ("sat/test_sample_video.py", "the command is its run"),
+    "sgm.config_blame": ("sgm/test_util.py", "errors of what instantiate_from_config builds"),
+    "sgm.config_places": ("sgm/test_util.py", "errors of what instantiate_from_config builds"),
+    "sgm.config_slots": ("sgm/test_util.py", "errors of what instantiate_from_config builds"),
+    "sgm.config_values": ("sgm/test_util.py", "errors of what instantiate_from_config builds"),
+    "sgm.diffusers_vae_names": ("weights/test_diffusers_names.py", "names of diffusers"),
+    "sgm.models.abstract_autoencoder": ("sgm/test_autoencoder.py", "a base of the engines"),
+    "sgm.models.autoencoding_engine": ("sgm/test_autoencoder.py", "`autoencoder` passes its names on"),
+    "sgm.models.video_coder": ("vae_modules/test_autoencoder.py", "runs its encoders and decoders"),
+    "sgm.module_aliases": ("configuration/test_targets.py", "a table; targets are looked up in it"),
+    "sgm.modules.autoencoding.clip": ("vae_modules/test_autoencoder.py", "chunks of a clip"),
+    "sgm.modules.autoencoding.regularizers.base": ("sgm/test_regularizers.py", "one set for all"),
+    "sgm.modules.autoencoding.regularizers.continuous": (
+        "sgm/test_regularizers.py",
+        "one set for all",
+    ),
+    "sgm.modules.autoencoding.regularizers.finite_scalar_quantization": (
+        "sgm/test_regularizers.py",
+        "one set for all",
+    ),
+    "sgm.modules.autoencoding.regularizers.lookup_free_quantization": (
+        "sgm/test_regularizers.py",
+        "one set for all",
+    ),
+    "sgm.modules.autoencoding.regularizers.quantize": (
+        "sgm/test_regularizers.py",
+        "one set for all",
+    ),
+    "sgm.modules.autoencoding.temporal_ae": ("sgm/test_video_attention.py", "layers over time"),
+    "sgm.modules.autoencoding.tiling": ("vae_modules/test_autoencoder.py", "tiles of the decoder"),
+    "sgm.modules.checkpoint": ("sgm/test_autoencoder.py", "weights of the engines"),
+    "sgm.modules.diffusionmodules.base_sampler": ("sgm/test_sampling.py", "a base of the samplers"),
+    "sgm.modules.diffusionmodules.denoiser_scaling": ("sgm/test_denoiser.py", "a part of denoisers"),
+    "sgm.modules.diffusionmodules.denoiser_weighting": ("sgm/test_denoiser.py", "a part of denoisers"),
+    "sgm.modules.diffusionmodules.guiders": ("sgm/test_sampling.py", "a part of samplers"),
+    "sgm.modules.diffusionmodules.sampling_utils": ("sgm/test_sampling.py", "a part of samplers"),
+    "sgm.modules.diffusionmodules.sigma_sampling": ("sgm/test_loss.py", "the noise levels of the loss"),
+    "sgm.modules.diffusionmodules.wrappers": ("sgm/test_denoiser.py", "what denoisers call"),
+    "sgm.randomness": ("sgm/test_modules.py", "random numbers of samples"),
+    "shapes.prompted_videos": ("tools/test_evaluate_shapes.py", "a part of the report"),
+    "shapes.report": ("tools/test_evaluate_shapes.py", "the report of the tool"),
+    "shapes.tiny_text_encoder": ("tools/test_train_text_encoder.py", "what the tool trains"),
+    "tools.torchrun": ("test_scripts.py", "the scripts start it"),
+    "train_video": ("training/test_run.py", "the command is its run"),
+    "training.checkpoint": ("training/test_run.py", "resumed runs"),
+    "training.deepspeed_engine": ("training/test_optimizer_state.py", "small engines"),
+    "training.latent_encoding": ("tools/test_precompute_latents.py", "encodes and caches"),
+    "vae_modules.cp_enc_dec": ("vae_modules/test_autoencoder.py", "the coders of the autoencoder"),
+    "vae_modules.layers": ("vae_modules/test_winograd.py", "all fast kernels stand together"),
+    "vae_modules.modulation": ("vae_modules/test_winograd.py", "all fast kernels stand together"),
+    "vae_training.checkpoint": ("sat/test_train_vae.py", "resumed runs"),
+    "vae_training.plan": ("configuration/test_vae_training_arguments.py", "what is planned from arguments"),
+    "vae_training.reconstructions": ("sat/test_train_vae.py", "a part of the run"),
+    "vae_training.run": ("sat/test_train_vae.py", "the command is its run"),
+    "vae_training.run_keeper": ("sat/test_train_vae.py", "a part of the run"),
+    "weights.checkpoint_files": ("weights/test_loading.py", "finds the files that are loaded"),
+}
+
+
+def own_test(path: Path, root: Path = ROOT) -> Path:
+    """Return where the tests of the module at `path` belong."""
+    parts = path.relative_to(root).with_suffix("").parts
+    room = parts[2:-1] if parts[:2] == ("sat", "cogvideox_sat") else parts[:1]
+    return root.joinpath("tests", *(room or ("sat",)), f"test_{parts[-1]}.py")
+
+
+def only_passes_on(path: Path) -> bool:
+    """Return whether a module holds nothing but imports, texts and lists of names."""
+    body = ast.parse(path.read_text()).body
+    return all(isinstance(node, ast.Import | ast.ImportFrom | ast.Expr | ast.Assign) for node in body) and all(
+        isinstance(node.value, ast.Constant | ast.List) for node in body if isinstance(node, ast.Expr | ast.Assign)
+    )
+
+
+class Reach:
+    """What test files use: modules that they import, name in a text, or start as a script.
+
+    Args:
+        root: of the repository.
+    """
+
+    def __init__(self, root: Path):
+        self.modules = places(root)
+        self.helpers = {path.stem: path for path in (root / "tests").glob("**/*.py") if path.parts[-1] != "conftest.py"}
+        self._direct = cache(self._read)
+
+    def _read(self, path: Path) -> tuple[frozenset[str], frozenset[Path]]:
+        """Return the modules that a file imports or names, and the helpers of tests that it imports."""
+        named = {name for _, name in imports(path, everywhere=True)} | set(_texts(path))
+        modules = {module for name in named if (module := module_of(name, self.modules))}
+        scripts = {module for module, source in self.modules.items() if source.name in named}
+        helpers = {self.helpers[first] for name in named if (first := name.partition(".")[0]) in self.helpers}
+        return frozenset(modules | scripts), frozenset(helpers - {path})
+
+    def of(self, test: Path) -> set[str]:
+        """Return the modules that a test file uses, itself or by helpers, and those that these import in turn, twice: a
+        command, its run, and the parts of the run."""
+        files, waiting = set(), [test]
+        while waiting:
+            if (path := waiting.pop()) not in files:
+                files.add(path)
+                waiting += self._direct(path)[1]
+        used = {module for path in files for module in self._direct(path)[0]}
+        for _ in range(2):
+            used = used.union(*(self._direct(self.modules[module])[0] for module in used))
+        return used
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yield the texts in a file, and the last name of those that are paths: targets of configurations, scripts."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
+            yield from (node.value, node.value.rpartition("/")[2])
+
+
+def wrong(root: Path = ROOT, covered_by: dict[str, tuple[str, str]] | None = None) -> list[str]:
+    """Return a line for each module without tests of its own or an entry, and for each entry that is not so."""
+    covered_by = COVERED_BY if covered_by is None else covered_by
+    reach, lines = Reach(root), []
+    for module, path in sorted(reach.modules.items()):
+        if path.name == "__init__.py" or only_passes_on(path) or module.startswith("benchmarks."):
+            if module in covered_by:
+                lines.append(f"{module}: holds nothing to test; take it out of COVERED_BY")
+            continue
+        own = own_test(path, root)
+        has_own = own.is_file() and module in reach.of(own)
+        if module not in covered_by:
+            if not has_own:
+                lines.append(f"{module}: has no tests in {own.relative_to(root)}, and no entry in COVERED_BY")
+            continue
+        test = root / "tests" / covered_by[module][0]
+        if has_own:
+            lines.append(f"{module}: has tests in {own.relative_to(root)}; take it out of COVERED_BY")
+        elif not test.is_file():
+            lines.append(f"{module}: {test.relative_to(root)} does not exist")
+        elif module not in reach.of(test):
+            lines.append(f"{module}: {test.relative_to(root)} does not use it")
+    return lines + [
+        f"{module}: does not exist; take it out of COVERED_BY" for module in covered_by.keys() - reach.modules
+    ]
+
+
+def main() -> int:
+    lines = wrong()
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The folder of a new run, and which run `resume: latest` means."""
+
+import os
+from argparse import Namespace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cogvideox_sat.runs.folders import find_resume, new_run_folder, removed_if_empty, runs_of, write_config
+from sgm.errors import UserError
+
+NOW = datetime(2024, 3, 1, 9, 5)
+
+
+def arguments(save: Path, resume: str | None = "latest") -> Namespace:
+    return Namespace(save=str(save), experiment_name="a.b", resume=resume)
+
+
+def saved_run(save: Path, name: str, time: int) -> Path:
+    """A run that saved something at `time`."""
+    run = save / name
+    run.mkdir()
+    (run / "latest").touch()
+    os.utime(run / "latest", (time, time))
+    return run
+
+
+def test_runs_of_one_minute_have_folders_of_their_own(tmp_path):
+    names = [new_run_folder(arguments(tmp_path / "runs"), NOW).name for _ in range(3)]
+    assert names == ["a.b-03-01-09-05", "a.b-03-01-09-05-2", "a.b-03-01-09-05-3"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make"):
+        new_run_folder(arguments(tmp_path / "file"), NOW)
+
+
+def test_the_latest_run_is_the_one_that_saved_last(tmp_path):
+    older = saved_run(tmp_path, "a.b-03-01-09-05-2", time=100)
+    newer = saved_run(tmp_path, "a.b-01-01-00-00", time=200)
+    for name in ("axb-03-01-09-05", "a.b-more-03-01-09-05", "a.b"):  # runs of other experiments
+        saved_run(tmp_path, name, time=300)
+    (tmp_path / "a.b-03-02-09-05").mkdir()  # it has saved nothing
+    assert set(runs_of(arguments(tmp_path))) == {older, newer}
+    assert find_resume(arguments(tmp_path), lambda run: run / "found") == newer / "found"
+
+
+def test_a_first_run_of_latest_is_new_and_says_so(tmp_path, caplog):
+    assert find_resume(arguments(tmp_path / "runs"), lambda _: pytest.fail("looked for")) is None
+    assert "starting a new one" in caplog.text
+    assert find_resume(arguments(tmp_path, resume=None), lambda _: pytest.fail("looked for")) is None
+
+
+def test_a_path_is_what_it_names(tmp_path):
+    assert find_resume(arguments(tmp_path, resume="some/run"), lambda path: path) == Path("some/run")
+
+
+def test_the_configuration_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "mine.yaml").write_text("kept")
+    (tmp_path / "training_config.yaml").symlink_to("mine.yaml")
+    write_config(tmp_path, {"b": 1, "a": [2]})
+    assert (tmp_path / "mine.yaml").read_text() == "kept"
+    text = (tmp_path / "training_config.yaml").read_text()
+    assert list(yaml.safe_load(text).items()) == [("b", 1), ("a", [2])]
+
+
+@pytest.mark.parametrize("files", [[], ["log"]])
+def test_a_folder_goes_when_nothing_was_written(tmp_path, files):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(ZeroDivisionError), removed_if_empty(folder):
+        for name in files:
+            (folder / name).touch()
+        raise ZeroDivisionError
+    assert folder.exists() == bool(files)
