@@ -149,7 +149,7 @@ class _CausalConv3d(torch.autograd.Function):
                     d_mixed, d_kernel, _ = torch.ops.aten.convolution_backward(
                         d_product, mixed, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
                     )
-                    if wants_frames:
+                    if d_frames is not None:
                         _add_multiples(filtering.inputs[index], d_mixed, d_frames[window])
                     if wants_weight:
                         _add_multiples(filtering.taps[index], d_kernel, d_taps)

@@ -22,7 +22,10 @@ class Bucket(NamedTuple):
 
 def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
     """Return the patch along (frames, height, width): `2` means (1, 2, 2), as in CogVideoX 1.0; 1.5 gives all three."""
-    return (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if isinstance(patch_size, int):
+        return 1, patch_size, patch_size
+    frames, height, width = patch_size
+    return frames, height, width
 
 
 def video_tokens(bucket: Bucket, patch: tuple[int, int, int]) -> int:

@@ -14,7 +14,9 @@ from sgm.errors import UserError
 class EitherSpellingParser(argparse.ArgumentParser):
     """Takes `-` for `_` and `_` for `-` within the names of flags, `--no-` included; values stay as they are."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # type: ignore[override]  # typeshed has an overload for each kind of namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         given = sys.argv[1:] if args is None else list(args)
         end = given.index("--") if "--" in given else len(given)
         known = {_plain(option): option for option in self._option_string_actions}

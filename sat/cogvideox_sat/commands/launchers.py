@@ -74,7 +74,7 @@ def adopt_launcher() -> None:
         return
     if not 0 <= launch.rank < launch.size:
         raise UserError(f"{launch.launcher} says rank {launch.rank} of {launch.size}: start with torchrun instead")
-    variables = {"RANK": launch.rank, "WORLD_SIZE": launch.size}
+    variables: dict[str, int | str] = {"RANK": launch.rank, "WORLD_SIZE": launch.size}
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     variables["MASTER_ADDR"] = address or first_address(launch)
     variables["MASTER_PORT"] = port or _port(launch.job)
@@ -186,8 +186,9 @@ def first_address(launch: Launch) -> str:
 
 def first_host(nodes: str) -> str:
     """Return the first name of SLURM's list of nodes: `gpu003` of `gpu[003-007,9],cpu1`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None, "it matches the empty text"
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _port(job: str) -> int:

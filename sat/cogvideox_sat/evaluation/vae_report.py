@@ -85,7 +85,7 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
             write_side_by_side(videos[-1], original, shown, float(sample["fps"]))
 
     names = [name for name in ("PSNR", "SSIM", "LPIPS") if name in clips[0]]
-    means = {name: fmean(clip[name] for clip in clips) for name in names}
+    means: dict[str, float] = {name: fmean(clip[name] for clip in clips) for name in names}
     if frechet:
         means["rFVD"] = frechet.compute().item()
     if options.json:

@@ -33,7 +33,7 @@ class FilePart(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]  # Buffer is of Python 3.12
         self._file.seek(self._start + self._position)
         with memoryview(buffer) as view:
             wanted = max(min(len(view), self._size - self._position), 0)

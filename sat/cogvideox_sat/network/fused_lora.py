@@ -42,9 +42,9 @@ def fuse_adapter(module: nn.Module) -> nn.Module:
     return FusedLoraLinear(module) if type(module) is LoraLinear else module
 
 
-def as_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+def as_autocast(first: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
     """The tensors in the dtype that autocast gives to a matrix product, which reaches into no `autograd.Function`."""
-    device = tensors[0].device.type
+    device, tensors = first.device.type, (first, *others)
     if not torch.is_autocast_enabled(device):
         return tensors
     return [None if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]

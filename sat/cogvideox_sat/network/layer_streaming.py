@@ -61,7 +61,7 @@ class LayerStreamer:
         """Start copying the weights of a layer into a slot, once what last computed there is done."""
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
             slot.make_room_for(self.host[index], self.device)
-            if slot.used is not None:
+            if self.copy_stream is not None and slot.used is not None:
                 self.copy_stream.wait_event(slot.used)
             for buffer, data in zip(slot.buffers, self.host[index], strict=True):
                 buffer.copy_(data, non_blocking=True)

@@ -33,8 +33,11 @@ def initialize_process_groups(model_parallel_size: int = 1, limit: float | None 
 
 def parallel_groups() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """The model-parallel and the data-parallel group of this process; None for a group of one."""
-    groups = mpu.get_model_parallel_group(), mpu.get_data_parallel_group()
-    return tuple(group if dist.get_world_size(group) > 1 else None for group in groups)
+
+    def unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+        return group if dist.get_world_size(group) > 1 else None
+
+    return unless_alone(mpu.get_model_parallel_group()), unless_alone(mpu.get_data_parallel_group())
 
 
 def destroy_process_groups() -> None:

@@ -216,7 +216,7 @@ class _Watch(threading.Thread):
         for rank in set(range(self.size)) - {self.rank}:
             status: dict[str, Any] = {}
             with suppress(Exception):
-                if self.store.check([f"watch/{rank}"]):
+                if self.store is not None and self.store.check([f"watch/{rank}"]):
                     status = json.loads(self.store.get(f"watch/{rank}"))
             now = time.monotonic()
             if rank not in self.seen or (status and self.seen[rank][0] != status["beat"]):

@@ -87,7 +87,7 @@ def share_timeouts(news: list[TimedOutClip], what: str) -> list[TimedOutClip]:
     """
     if not meet(what, len(news)) or dist.get_world_size() == 1:
         return []
-    everything: list[list[TimedOutClip] | None] = [None] * dist.get_world_size()
+    everything: list[list[TimedOutClip]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everything, news)
     return list(chain.from_iterable(everything))
 

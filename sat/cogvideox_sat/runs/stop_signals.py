@@ -21,7 +21,7 @@ def stop_requests() -> Iterator[list[int]]:
         if number == signal.SIGINT:  # launchers may send SIGTERM twice
             signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:

@@ -86,7 +86,7 @@ def find_background(pixels: Tensor) -> tuple[str, str, Tensor]:
     masks = {pattern: pattern_mask(pattern, *pixels.shape[-2:]) for pattern in (PLAIN, *PATTERNS)}
     pictures = {(colour, pattern): _ground(colour, mask) for colour in COLOURS for pattern, mask in masks.items()}
     errors = {key: _error(pixels, picture) for key, picture in pictures.items()}
-    colour, _ = min(errors, key=errors.get)
+    colour, _ = min(errors, key=errors.__getitem__)
     # Where all colours are off by as much as half a pattern's contrast, only that tells whether there is a pattern.
     everywhere = torch.ones_like(masks[PLAIN], dtype=torch.bool)
     shifted = {name: pictures[colour, name] + _shift(pixels, pictures[colour, name], everywhere) for name in masks}
@@ -207,8 +207,8 @@ def _find_item(colour: str, cover: Tensor) -> Item:
     cover, areas = cover[seen], areas[seen]
     rows, columns = _grid(cover)
     moments = torch.linspace(0, 1, len(seen))[seen]
-    middle = [(cover * place).sum(dim=(1, 2)) / areas for place in (rows, columns)]
-    track = Track(moments, *middle, areas)
+    down, right = ((cover * place).sum(dim=(1, 2)) / areas for place in (rows, columns))
+    track = Track(moments, down, right, areas)
     shape = find_shape(cover, track)
     motion = find_motion(track) if len(moments) > 1 else NONE
     size = NONE
@@ -235,7 +235,7 @@ def find_shape(cover: Tensor, track: Track) -> str:
         # A little blurred, since videos store colours in half the resolution, so that edges are never sharp.
         off = F.avg_pool2d(drawn - cover, 3, stride=1, padding=1).abs().sum(dim=(1, 2))
         fits[shape] = (off / track.areas).median().item()
-    best = min(fits, key=fits.get)
+    best = min(fits, key=fits.__getitem__)
     return best if fits[best] < WORST_FIT else NONE
 
 
@@ -280,7 +280,7 @@ def find_motion(track: Track) -> str:
         basis = torch.stack([(part - part.mean(dim=1, keepdim=True)).flatten() for part in parts], dim=1)
         factors[name] = torch.linalg.lstsq(basis, ways.flatten()[:, None]).solution
         left[name] = ((basis @ factors[name])[:, 0] - ways.flatten()).square().sum() / ways.square().sum()
-    best = min(left, key=left.get)
+    best = min(left, key=left.__getitem__)
     if left[best] > WORST_WAY:
         return NONE
     forward = bool(factors[best][0] > 0)

@@ -203,7 +203,7 @@ def parse(caption: str) -> Scene:
     items, ground = [], {}
     for kind, word in words:
         if kind == "size":
-            items.append(Item(word, *(next(words)[1] for _ in range(3))))
+            items.append(Item(word, colour=next(words)[1], shape=next(words)[1], motion=next(words)[1]))
         elif kind != "background":
             ground[kind] = word
     layout = "alone" if len(items) == 1 else "left and right"

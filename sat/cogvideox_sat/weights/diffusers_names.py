@@ -67,8 +67,8 @@ class Piece(NamedTuple):
     """The `index`-th of the `count` equal parts that the rows of the tensor `name` make."""
 
     name: str
-    index: int = 0
-    count: int = 1
+    index: int = 0  # type: ignore[assignment]  # a tuple has methods of these names, which nobody calls here
+    count: int = 1  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return self.name if self.count == 1 else f"{self.name} [{self.index + 1}/{self.count}]"

@@ -71,12 +71,13 @@ def load_network(
             raise UserError(f"{load} holds no adapter, but the configuration has a lora_config: give lora_load")
     elif any(map(is_adapter, weights)):
         raise UserError(f"{load} holds a LoRA adapter: use the '_lora' twin of the configuration")
+    may_miss: bool | list[str] = allow_missing
     if allow_missing:
         widen_inputs(network, weights)
     if new_adapter and not allow_missing:
-        allow_missing = [name for name in network.state_dict() if is_adapter(name)]
+        may_miss = [name for name in network.state_dict() if is_adapter(name)]
     missing, _ = assign_weights(
-        network, weights, what=" and ".join(sources) or "nothing", allow_missing=allow_missing, device=device
+        network, weights, what=" and ".join(sources) or "nothing", allow_missing=may_miss, device=device
     )
     if unforeseen := [name for name in missing if not (new_adapter and is_adapter(name))]:
         logger.warning(
