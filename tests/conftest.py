@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+import distributed
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -75,7 +77,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; let several processes start only where a test says so."""
+    distributed.Running.is_marked = item.get_closest_marker("distributed") is not None
     if item.get_closest_marker("gpu"):
         import torch
 

@@ -26,3 +26,8 @@ def test_results_come_in_the_order_of_ranks():
     assert run_distributed(rank_and_word, 2, "word") == [("1", 0, "word"), ("1", 1, "word")]
     with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*ValueError: the second does not want to"):
         run_distributed(fail_on_the_second, 2)
+
+
+def test_a_test_that_does_not_say_so_starts_none():
+    with pytest.raises(AssertionError, match=r"mark it with pytest\.mark\.distributed"):
+        run_distributed(rank_and_word, 2, "word")

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -32,6 +33,8 @@ def use_all() -> tuple[list[bool], str, bool]:
     return found, told, dist.is_initialized()
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_they_do_what_they_are_used_for():
     assert run_distributed(use_all, 2) == [([True, True], "by rank 0", False)] * 2
 

@@ -148,6 +148,7 @@ def run_wandb(folder: Path, start: int, video: Path, **environment: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_resumed(tmp_path, video):
     """Both runs carry one id, so that wandb joins them; without a login the second is kept offline by itself."""
     run_wandb(tmp_path, 0, video, WANDB_MODE="offline")
@@ -159,6 +160,7 @@ def test_wandb_offline_and_resumed(tmp_path, video):
     assert all(list(run.glob("**/*.mp4")) for run in runs)
 
 
+@pytest.mark.slow
 def test_without_wandb_it_is_not_imported(tmp_path):
     program = "import sys; from cogvideox_sat.runs.metrics import MetricsWriter; "
     program += f"MetricsWriter({str(tmp_path)!r}); print('wandb' in sys.modules)"
@@ -206,7 +208,7 @@ def test_peak_memory_of_a_process():
     assert peak_memory("cpu") >= 0.99 * resident, "a peak does not fall"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_peak_memory_of_a_device():
     held = torch.ones(2**28, device="cuda")
     assert peak_memory("cuda") >= 1.0

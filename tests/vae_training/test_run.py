@@ -49,6 +49,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     }
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, data):
     """Six steps on images and videos, the discriminator's among them, against a kill -9 in the fifth or sixth and the
     rest from step 4; in processes of their own, as what was computed before changes the last bit of sums."""
@@ -75,6 +76,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, data):
     assert ours["run"]["data"] == theirs["run"]["data"]
 
 
+@pytest.mark.slow
 def test_another_decoder_of_videos_is_reported_when_a_run_goes_on(tmp_path, data, caplog):
     settings = {"save": str(tmp_path / "runs"), "train_iters": 1}
     run = train(write_config(tmp_path / "a.yaml", data, args=settings, **NO_ADVERSARY))
@@ -118,11 +120,14 @@ def two_processes(tmp_path_factory, data) -> dict[str, Path]:
     return dict(zip(configs, train_in_processes([*configs.values()], 2), strict=True))
 
 
+@pytest.mark.distributed
 def test_two_processes_equal_one_with_twice_the_batch(two_processes, one_process):
     assert_same_losses(two_processes["batch"], one_process)
     assert_same(weights(two_processes["batch"]), weights(one_process), 1e-4)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_processes_that_share_clips_equal_one(tmp_path, data, two_processes):
     """Also with images, of which one process has all, and with the discriminator."""
     expected = train(write_config(tmp_path / "config.yaml", data))
@@ -130,6 +135,7 @@ def test_processes_that_share_clips_equal_one(tmp_path, data, two_processes):
     assert_same(weights(two_processes["clips"]), weights(expected), 1e-4)
 
 
+@pytest.mark.slow
 def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path):
     data = write_mixed_dataset(tmp_path / "data", images=0)
     expected = train(write_config(tmp_path / "one.yaml", data, **NO_ADVERSARY))
@@ -141,6 +147,7 @@ def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path):
     assert_same_losses(run, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, data, number, monkeypatch):
     config = write_config(tmp_path / "config.yaml", data, args={"train_iters": 10000})
@@ -162,6 +169,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, data, number, monkeypatc
     assert list(losses(run)) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_an_evaluation_writes_losses_psnr_and_videos_and_changes_nothing(tmp_path, data, one_process):
     held_out = write_mixed_dataset(tmp_path / "held_out", videos=1, images=0)
     evaluating = {"valid_data": [str(held_out)], "eval_interval": 2, "num_log_videos": 1, "save_interval": 1}
@@ -179,6 +187,7 @@ def test_an_evaluation_writes_losses_psnr_and_videos_and_changes_nothing(tmp_pat
         assert metrics(run, "val_ema/psnr") == pytest.approx(values)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_learns(tmp_path):
     """On a few images, as a new one should be (`image_taps: last`), in seconds; the adversarial phase at the end moves
     the discriminator and ruins nothing."""
@@ -211,6 +220,7 @@ def test_the_weights_serve_as_a_first_stage(tmp_path, data, one_process):
     assert not torch.equal(state[name], vae.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_a_plain_loss_and_a_start_that_fits_in_part(tmp_path, data, caplog):
     """The command trains with `torch.nn.MSELoss`, from a file whose last layer is another; strict, it refuses."""
     params = {"loss_config": {"target": "torch.nn.MSELoss", "params": {}}, "ema_decay": None}
@@ -237,6 +247,7 @@ def test_a_plain_loss_and_a_start_that_fits_in_part(tmp_path, data, caplog):
     assert second != first and weights(second)[name].shape == state[name].shape
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_future_that_was_given_up_are_deleted(tmp_path, data):
     settings = {"args": {"save_interval": 1, "keep_last": 2}}
     config = write_config(tmp_path / "config.yaml", data, **settings)
