@@ -20,6 +20,7 @@ LAYERS = (
     ("benchmarks",),
     ("tools",),
     ("train_video", "sample_video", "train_vae"),
+    ("tool_commands",),
     ("training", "vae_training", "evaluation", "shapes"),
     ("conversion", "sampling", "runs"),
     ("engine_choice",),

@@ -17,17 +17,13 @@ a pipeline. Exit codes: 0 the folder is written, 2 a mistake stands in the way, 
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
-from cogvideox_sat.files.hub_reading import local_folder  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool
+from cogvideox_sat.files.hub_reading import local_folder
+from sgm.errors import UserError
 
 if TYPE_CHECKING:
     from cogvideox_sat.conversion.pipeline_reading import Pipeline
@@ -140,7 +136,3 @@ def write(pipeline: "Pipeline", output: Path) -> None:
         described = sizes_of_config(load_configs([part / "model.yaml", part / "inference.yaml"]), family, "model.yaml")
         if described != pipeline.sizes:
             raise UserError(f"model.yaml would say {described} of a model that has {pipeline.sizes}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,17 +15,13 @@ written, 2 a mistake stands in the way, and nothing is written.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
-from cogvideox_sat.files.hub_upload import check_logged_in, upload  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool
+from cogvideox_sat.files.hub_upload import check_logged_in, upload
+from sgm.errors import UserError
 
 if TYPE_CHECKING:
     from cogvideox_sat.conversion.model_sizes import ModelSizes
@@ -326,7 +322,3 @@ def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files:
             write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(family, sizes.shift_scale))
             write_json(folder / PIPELINE_FILE, pipeline_index(family, files is not None))
     logger.info("wrote %s", options.output_path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

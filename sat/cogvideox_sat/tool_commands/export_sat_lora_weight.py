@@ -13,17 +13,13 @@ Exit codes: 0 the file is written, 2 a mistake stands in the way.
 
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
-from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool
+from cogvideox_sat.conversion.lora_names import LORA_FILE
+from sgm.errors import UserError
 
 if TYPE_CHECKING:
     from cogvideox_sat.conversion.lora_files import Adapter
@@ -109,7 +105,3 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
             bar = tqdm(tensors.items(), desc="reading back", unit="tensor", leave=False)
             if not same or not all(torch.equal(file.get_tensor(name), tensor) for name, tensor in bar):
                 raise UserError(f"{target} does not read back as it was written; nothing is left of it")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,15 +9,11 @@ file is written, 2 a mistake stands in the way.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool
+from sgm.errors import UserError
 
 logger = logging.getLogger("export_weights")
 
@@ -58,7 +54,3 @@ def export(arguments: Sequence[str] | None) -> None:
         return
     write_safetensors(options.output, weights)
     logger.info("wrote %s", options.output)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

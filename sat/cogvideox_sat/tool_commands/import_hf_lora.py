@@ -10,16 +10,12 @@ Exit codes: 0 the folder is written, 2 a mistake stands in the way.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
-from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
-from cogvideox_sat.files.hub_reading import local_file  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool
+from cogvideox_sat.conversion.lora_names import LORA_FILE
+from cogvideox_sat.files.hub_reading import local_file
 
 logger = logging.getLogger("import_hf_lora")
 
@@ -76,7 +72,3 @@ def configuration(folder: Path, rank: int, alpha: float, layers: list[int]) -> s
     }
     comment = "# The adapter beside this file; give it after the model's own file, which is one without LoRA.\n"
     return comment + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

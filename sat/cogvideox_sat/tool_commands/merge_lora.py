@@ -12,16 +12,12 @@ in the way.
 
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool
+from sgm.errors import UserError
 
 if TYPE_CHECKING:
     from cogvideox_sat.conversion.network_sources import NetworkSource
@@ -93,7 +89,3 @@ def path_and_weight(text: str) -> tuple[Path, float]:
     if not math.isfinite(value):
         raise UserError(f"--lora {text}: '{weight}' is no weight; write PATH:0.8")
     return Path(path), value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Converts a CogVideoX pipeline of diffusers to SwissArmyTransformer checkpoints, with a configuration that loads them.
+
+`--help` tells how; `cogvideox_sat.tool_commands.convert_weight_hf2sat` does it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.tool_commands.convert_weight_hf2sat import build_parser, convert, main, show, write  # noqa: E402
+
+__all__ = ["build_parser", "convert", "main", "show", "write"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Converts a SwissArmyTransformer checkpoint and the weights of the VAE to a pipeline folder of diffusers.
+
+`--help` tells how; `cogvideox_sat.tool_commands.convert_weight_sat2hf` does it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.tool_commands.convert_weight_sat2hf import (  # noqa: E402
+    assembled,
+    build_parser,
+    check_arguments,
+    check_flags,
+    check_norms,
+    convert,
+    find_sizes,
+    main,
+    read_network,
+    read_vae,
+    show,
+    unreproducible,
+    write,
+)
+
+__all__ = [
+    "assembled",
+    "build_parser",
+    "check_arguments",
+    "check_flags",
+    "check_norms",
+    "convert",
+    "find_sizes",
+    "main",
+    "read_network",
+    "read_vae",
+    "show",
+    "unreproducible",
+    "write",
+]
+
+if __name__ == "__main__":
+    sys.exit(main())

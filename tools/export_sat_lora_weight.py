@@ -1,0 +1,17 @@
+"""Turns a LoRA adapter that was trained here into a file for diffusers.
+
+`--help` tells how; `cogvideox_sat.tool_commands.export_sat_lora_weight` does it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.tool_commands.export_sat_lora_weight import export, main, write  # noqa: E402
+
+__all__ = ["export", "main", "write"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Turns a LoRA file of diffusers or peft into an adapter for `lora_load`.
+
+`--help` tells how; `cogvideox_sat.tool_commands.import_hf_lora` does it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.tool_commands.import_hf_lora import configuration, import_lora, main  # noqa: E402
+
+__all__ = ["configuration", "import_lora", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())

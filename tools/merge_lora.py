@@ -1,0 +1,17 @@
+"""Adds LoRA adapters to the weights of their base model: one checkpoint that runs without a lora_config.
+
+`--help` tells how; `cogvideox_sat.tool_commands.merge_lora` does it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.tool_commands.merge_lora import main, merge, path_and_weight, show  # noqa: E402
+
+__all__ = ["main", "merge", "path_and_weight", "show"]
+
+if __name__ == "__main__":
+    sys.exit(main())
