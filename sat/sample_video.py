@@ -8,7 +8,8 @@ failed, 2 a mistake in the arguments or files stands in the way of all.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modules, wherever the command is run from
+if Path(__file__).resolve().parts[-2:-1] == ("sat",):  # in a checkout: sgm and vae_modules, wherever it is run from
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging
 from collections.abc import Mapping, Sequence

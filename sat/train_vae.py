@@ -11,7 +11,8 @@ to save.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sgm and vae_modules, wherever the command is run from
+if Path(__file__).resolve().parts[-2:-1] == ("sat",):  # in a checkout: sgm and vae_modules, wherever it is run from
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging
 from collections.abc import Sequence

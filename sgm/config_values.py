@@ -14,8 +14,13 @@ from typing import Any, NamedTuple
 from sgm.errors import shown
 
 NO_DEFAULT = inspect.Parameter.empty
-REPOSITORY = Path(__file__).resolve().parents[1]
-OWN_FOLDERS = tuple(REPOSITORY / name for name in ("sgm", "vae_modules", "sat"))
+ROOT = Path(__file__).resolve().parents[1]  # of the repository, or where the package is installed
+# Where it is installed, `sat` is SwissArmyTransformer, and what is in sat/ here lies beside it.
+IN_SAT = ("arguments", "data_video", "diffusion_video", "dit_video_concat", "sample_video", "train_vae", "train_video")
+OWN_PLACES = (
+    *(ROOT / name for name in ("sgm", "vae_modules", "cogvideox_sat")),
+    *([ROOT / "sat"] if (ROOT / "sat" / "cogvideox_sat").is_dir() else [ROOT / f"{name}.py" for name in IN_SAT]),
+)
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing"}
 ITEMS = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
 MAPPINGS = (Mapping, dict, collections.abc.MutableMapping)
@@ -38,7 +43,7 @@ def is_own(function: Any) -> bool:
 def is_own_file(name: str) -> bool:
     """Return whether a source file belongs to this project."""
     path = Path(name)
-    return any(path.is_relative_to(folder) for folder in OWN_FOLDERS)
+    return any(path.is_relative_to(place) for place in OWN_PLACES)
 
 
 @dataclass(frozen=True)

@@ -243,5 +243,7 @@ def make_path_absolute(path: str | Path) -> str:
 
 
 def get_configs_path() -> str:
-    """Return the folder `configs` of this repository."""
-    return str(Path(__file__).resolve().parents[1] / "configs")
+    """Return the folder `configs` of this repository, or of the installed package."""
+    root = Path(__file__).resolve().parents[1]
+    installed = root / "cogvideox_sat" / "shipped"
+    return str((installed if installed.is_dir() else root) / "configs")

@@ -19,6 +19,7 @@ UMBRELLA = "cogvideox_sat"
 LAYERS = (
     ("benchmarks",),
     ("tools",),
+    ("command_line",),
     ("train_video", "sample_video", "train_vae"),
     ("tool_commands",),
     ("training", "vae_training", "evaluation", "shapes"),
@@ -30,13 +31,15 @@ LAYERS = (
     ("parallel",),
     ("configuration", "media"),
     ("commands",),
-    ("files", "latent_geometry"),
+    ("files", "latent_geometry", "version"),
     ("vae_modules",),
     ("sgm",),
 )
 
 # What plans and checks a request: packages and modules that may be imported before PyTorch is.
 LIGHT = (
+    "command_line",
+    "tool_commands",
     "commands",
     "configuration",
     "arguments",

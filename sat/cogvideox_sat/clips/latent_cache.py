@@ -26,6 +26,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.files.training_state import anything, count, find_misfit, mapping_of, reader
 from sgm.errors import UserError, shown
 from sgm.plain_json import parse_json
@@ -34,7 +35,7 @@ FORMAT = 1
 DESCRIPTION = "cache.json"
 SHARDS = "rank*-*.safetensors"
 STORES = ("moments", "latents")
-REMEDY = "run tools/precompute_latents.py"
+REMEDY = as_started("run tools/precompute_latents.py")
 
 
 def is_cache(path: str | Path) -> bool:

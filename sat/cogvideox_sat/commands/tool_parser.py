@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cogvideox_sat.commands.flag_spellings import StrictParser
 from cogvideox_sat.commands.launchers import check_alone
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.commands.startup import quiet_libraries
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
@@ -20,7 +21,9 @@ class ToolParser(StrictParser):
 
     def __init__(self, description: str):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            description=as_started(description),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error too")
 

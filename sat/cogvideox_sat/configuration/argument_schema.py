@@ -17,6 +17,7 @@ from typing import Any
 from cogvideox_sat.commands.flag_spellings import StrictParser
 from cogvideox_sat.commands.input_paths import located
 from cogvideox_sat.commands.launchers import add_launcher_flags, take_launcher_flags
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.data_mixing import check_mixing
 from cogvideox_sat.configuration.deepspeed_file import merged_with_file
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, replace_exclusive, with_located_paths
@@ -262,7 +263,7 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
     """
     parser = StrictParser(
         description=description,
-        epilog=f"for example: {example}",
+        epilog=f"for example: {as_started(example)}",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -272,7 +273,7 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
         kind = value_type(f)
         default = f.default_factory() if f.default is MISSING else f.default
         shown = f" (default: {default})" if default not in (None, "", []) else ""
-        options: dict[str, Any] = {"help": f.metadata["help"].replace("%", "%%") + shown}
+        options: dict[str, Any] = {"help": as_started(f.metadata["help"]).replace("%", "%%") + shown}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is list:

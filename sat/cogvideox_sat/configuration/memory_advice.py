@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
 
 TILES = "--vae_tile_size 256 (tiles: less memory, slightly different numbers)"
@@ -92,7 +93,7 @@ def vae_training_advice(args: VaeTrainingArguments, checkpoint: Path | None) -> 
 
 def one_of(options: list[str]) -> str:
     """Return "try one of" several options, or the only one."""
-    return f"try {options[0]}" if len(options) == 1 else "try one of: " + ", ".join(options)
+    return as_started(f"try {options[0]}" if len(options) == 1 else "try one of: " + ", ".join(options))
 
 
 def kept(checkpoint: Path | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cogvideox_sat.commands.program_names import as_started, by_command
 from cogvideox_sat.configuration.video_records import KEPT_SUFFIX, kept_path
 from cogvideox_sat.files.shipped import ROOT
 from cogvideox_sat.media.video_output import save_latents
@@ -53,9 +54,10 @@ def where_latents_are(video: VideoInProgress, recorder: Recorder) -> str:
         if problem := keep(video, Path(tempfile.mkdtemp(prefix="cogvideox-")) / name, recorder):
             return f"; its latents are lost: {problem}"
     tool = os.path.relpath(DECODE_TOOL) if Path.cwd() == DECODE_TOOL.parents[1] else DECODE_TOOL
+    command = as_started("tools/decode_latents.py") if by_command() else f"python {tool}"
     flags = " --vae_tile_size 256" if video.full else ""
     if (
         video.kept == kept_path(video.planned.path) and video.planned.path.exists()
     ):  # without its record, or one of before
         flags += " --overwrite"
-    return f"; its latents are kept, decode them with: python {tool} {shlex.quote(str(video.kept))}{flags}"
+    return f"; its latents are kept, decode them with: {command} {shlex.quote(str(video.kept))}{flags}"

@@ -1,1 +1,1 @@
-"""The conversion tools: `tools/NAME.py`, and `cogvideox convert NAME` where the package is installed."""
+"""The tools that convert weights and latents: `tools/NAME.py`, and `cogvideox convert NAME` where it is installed."""

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool
 from cogvideox_sat.files.hub_reading import local_folder
 from sgm.errors import UserError
@@ -76,7 +77,8 @@ def convert(arguments: Sequence[str] | None) -> None:
     else:
         write(pipeline, output)
         logger.info("wrote %s", output)
-        logger.info("sample with: bash inference.sh --base %s %s", output / "model.yaml", output / "inference.yaml")
+        command = as_started("bash inference.sh")
+        logger.info("sample with: %s --base %s %s", command, output / "model.yaml", output / "inference.yaml")
 
 
 def show(pipeline: "Pipeline") -> None:

@@ -14,22 +14,18 @@ not be decoded, 2 a mistake in the arguments or files ended the command.
 import argparse
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
-from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
-from cogvideox_sat.configuration.argument_schema import check_tile_size  # noqa: E402
-from cogvideox_sat.configuration.files import load_configs, with_located_paths  # noqa: E402
-from cogvideox_sat.configuration.video_records import record_path  # noqa: E402
-from cogvideox_sat.files.output_paths import decide_existing  # noqa: E402
-from cogvideox_sat.sampling.latent_files import LatentFile, find_files, read_header  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
-from sgm.exit_codes import exit_code  # noqa: E402
+from cogvideox_sat.commands.startup import quiet_libraries
+from cogvideox_sat.commands.tool_parser import ToolParser
+from cogvideox_sat.configuration.argument_schema import check_tile_size
+from cogvideox_sat.configuration.files import load_configs, with_located_paths
+from cogvideox_sat.configuration.video_records import record_path
+from cogvideox_sat.files.output_paths import decide_existing
+from cogvideox_sat.sampling.latent_files import LatentFile, find_files, read_header
+from sgm.errors import UserError
+from sgm.exit_codes import exit_code
 
 logger = logging.getLogger("decode_latents")
 
@@ -107,7 +103,3 @@ def plan(options: argparse.Namespace) -> list[LatentFile]:
             )
         planned[file.video] = file
     return list(planned.values())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

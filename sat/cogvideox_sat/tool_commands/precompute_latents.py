@@ -15,27 +15,24 @@ cache is complete, 2 a mistake in the arguments or files stands in the way.
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
-
-from cogvideox_sat.clips.latent_cache import STORES  # noqa: E402
-from cogvideox_sat.clips.latent_identity import text_embedder  # noqa: E402
-from cogvideox_sat.commands.flag_spellings import StrictParser  # noqa: E402
-from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
-from cogvideox_sat.commands.launchers import adopt_launcher, is_first_process  # noqa: E402
-from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
-from cogvideox_sat.configuration.files import check_paths  # noqa: E402
-from cogvideox_sat.configuration.model_limits import ModelLimits  # noqa: E402
-from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
-from cogvideox_sat.configuration.training_arguments import TrainingArguments, get_training_args  # noqa: E402
-from cogvideox_sat.training.plan import check_clips, check_data  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
-from sgm.exit_codes import exit_code  # noqa: E402
+from cogvideox_sat.clips.latent_cache import STORES
+from cogvideox_sat.clips.latent_identity import text_embedder
+from cogvideox_sat.commands.flag_spellings import StrictParser
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.launchers import adopt_launcher, is_first_process
+from cogvideox_sat.commands.program_names import as_started
+from cogvideox_sat.commands.startup import quiet_libraries
+from cogvideox_sat.configuration.files import check_paths
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters
+from cogvideox_sat.configuration.training_arguments import TrainingArguments, get_training_args
+from cogvideox_sat.training.plan import check_clips, check_data
+from sgm.errors import UserError
+from sgm.exit_codes import exit_code
 
 logger = logging.getLogger("train_video")
 
@@ -62,7 +59,9 @@ def precompute(command_line: Sequence[str] | None) -> int:
 
 def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int:
     if args.inspect_data:
-        raise UserError("inspect_data: give it to sat/train_video.py, which shows the clips that are encoded here")
+        raise UserError(
+            as_started("inspect_data: give it to sat/train_video.py, which shows the clips that are encoded here")
+        )
     variants = check(args, options.image_variants)
     tell_places()
     if args.device == "cpu":
@@ -76,7 +75,9 @@ def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = StrictParser(
+        description=as_started(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="the cache: a new folder, or one to go on with")
     parser.add_argument(
         "--store",
@@ -135,7 +136,3 @@ def check(args: TrainingArguments, image_variants: int | None) -> int:
     if variants < 1:
         raise UserError(f"image_variants is {variants}; it must be at least 1")
     return variants
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -157,12 +157,15 @@ def trainable_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str
 
 def trainable_line(groups: Mapping[str, int], total: int, model_parallel: int = 1) -> str:
     trained = sum(groups.values())
-    shares = ", ".join(f"{group} {_count(count)}" for group, count in groups.items())
+    shares = ", ".join(f"{group} {short_count(count)}" for group, count in groups.items())
     where = f" in each of {model_parallel} model-parallel processes" if model_parallel > 1 else ""
-    return f"trainable parameters{where}: {_count(trained)} of {_count(total)} ({trained / total:.1%}): {shares}"
+    return (
+        f"trainable parameters{where}: {short_count(trained)} of {short_count(total)} ({trained / total:.1%}): {shares}"
+    )
 
 
-def _count(number: int) -> str:
+def short_count(number: int) -> str:
+    """Return a number of parameters in three digits and a unit: `5.57 B`."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -190,7 +193,7 @@ def estimate_memory(
     network, d = engine.network, layout.data_parallel
     element = engine.dtype.itemsize
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    network_bytes, frozen_bytes = _bytes(network), _bytes(engine) - _bytes(network)
+    network_bytes, frozen_bytes = module_bytes(network), module_bytes(engine) - module_bytes(network)
 
     weights = network_bytes // (d if layout.zero_stage == 3 else 1)
     gradients = element * trained // (d if layout.zero_stage >= 2 else 1)
@@ -272,6 +275,7 @@ def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomp
     return f"expected memory of a process, for {clips}: {memory.total / GIB:.2f} GiB ({described}){host}"
 
 
-def _bytes(module: nn.Module) -> int:
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

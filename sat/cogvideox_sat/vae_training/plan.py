@@ -14,6 +14,7 @@ from typing import Any
 from cogvideox_sat.clips.latent_cache import is_cache
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.commands.input_paths import not_found
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
 from cogvideox_sat.configuration.determinism import check_workspace, describe_change
 from cogvideox_sat.configuration.files import check_paths
@@ -121,10 +122,8 @@ def check_devices(lightning: Mapping[str, Any], processes: int) -> None:
     if devices == "auto" or devices == processes or (type(devices) is int and processes % max(devices, 1) == 0):
         return
     if type(devices) is int and devices > 1 and processes == 1:
-        raise UserError(
-            f"lightning.trainer: devices is {devices}, but this is one process: start them with "
-            f"`torchrun --standalone --nproc_per_node={devices} sat/train_vae.py ...`"
-        )
+        start = as_started(f"torchrun --standalone --nproc_per_node={devices} sat/train_vae.py ...")
+        raise UserError(f"lightning.trainer: devices is {devices}, but this is one process: start them with `{start}`")
     raise UserError(f"lightning.trainer: devices is {devices!r}; expected auto, or the number of processes started")
 
 

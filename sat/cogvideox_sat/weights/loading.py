@@ -9,6 +9,7 @@ from sat import mpu
 from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.weights.checkpoint_files import checkpoint_file, is_adapter, is_diffusers_file, network_weights
 from cogvideox_sat.weights.diffusers_names import TABLES
 from sgm.errors import UserError
@@ -57,9 +58,9 @@ def load_network(
         file, _ = checkpoint_file(lora_load)
         adapter = {name: tensor for name, tensor in network_weights(file).items() if is_adapter(name)}
         if not adapter:
+            tool = as_started("tools/import_hf_lora.py")
             raise UserError(
-                f"lora_load: {file} holds no adapter (no matrix_A, matrix_B); one for diffusers becomes such by "
-                "tools/import_hf_lora.py"
+                f"lora_load: {file} holds no adapter (no matrix_A, matrix_B); one for diffusers becomes such by {tool}"
             )
         weights |= adapter
         sources.append(str(file))

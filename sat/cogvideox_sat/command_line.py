@@ -1,0 +1,93 @@
+"""The command `cogvideox` of the installed package: `cogvideox sample`, `train`, `train-vae`, `convert NAME`, `memory`.
+
+Each does what the script of the repository does. On several processes: `torchrun --standalone --nproc_per_node=N -m
+cogvideox_sat.command_line train ...`.
+"""
+
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from cogvideox_sat.commands.program_names import COMMAND, TOOLS
+from cogvideox_sat.version import __version__
+from sgm.errors import UserError, shown
+from sgm.exit_codes import exit_code
+
+logger = logging.getLogger(COMMAND)
+
+CONVERT = "convert"
+COMMANDS = {  # what each is for, and its module
+    "sample": ("sample videos from prompts", "sample_video"),
+    "train": ("fine-tune a model on videos with captions", "train_video"),
+    "train-vae": ("train a video autoencoder", "train_vae"),
+    CONVERT: ("convert weights, adapters and latents", None),
+    "memory": ("tell how much memory a run of a configuration needs", "cogvideox_sat.tool_commands.estimate_memory"),
+}
+HELP = ("-h", "--help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code, 2 for a command that does not exist."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return exit_code(lambda: start(given, as_program=arguments is None), logger, command_line=given)
+
+
+def start(given: list[str], as_program: bool) -> int:
+    """Start the command that the first words of a command line name, on the others.
+
+    Args:
+        as_program: let the process go by the command's name, for what parsers and libraries take from `sys.argv`.
+
+    Raises:
+        UserError: no command has that name.
+    """
+    if given[:1] and given[0] in HELP:
+        return show(f"usage: {COMMAND} COMMAND ...", "commands", {name: text for name, (text, _) in COMMANDS.items()})
+    if given[:1] == ["--version"]:
+        sys.stdout.write(f"{__version__}\n")
+        return 0
+    name = chosen(COMMAND, "the command", given[:1], COMMANDS)
+    words, module = [name], COMMANDS[name][1]
+    if module is None:
+        if given[1:2] and given[1] in HELP:
+            return show(f"usage: {COMMAND} {name} NAME ...", "conversions", TOOLS)
+        tool = chosen(f"{COMMAND} {name}", "the conversion", given[1:2], TOOLS)
+        words, module = [name, tool], f"cogvideox_sat.tool_commands.{tool}"
+    rest = given[len(words) :]
+    if as_program:
+        sys.argv[:] = [" ".join([COMMAND, *words]), *rest]
+    return importlib.import_module(module).main(rest)
+
+
+def chosen(command: str, what: str, words: Sequence[str], known: Iterable[str]) -> str:
+    """Return which of the `known` names the first word is, with `-` for `_` and the other way round.
+
+    Args:
+        command: what the words were given to, for messages; `what`: what they are to name.
+
+    Raises:
+        UserError: none, or there is no word.
+    """
+    names = {name.replace("-", "_"): name for name in known}
+    if not words:
+        raise UserError(f"{command}: {what} is missing; name one of {', '.join(names.values())}")
+    if found := names.get(words[0].replace("-", "_")):
+        return found
+    near = difflib.get_close_matches(words[0].replace("-", "_"), names, n=1)
+    advice = f"did you mean {names[near[0]]}?" if near else f"name one of {', '.join(names.values())}"
+    raise UserError(f"{command}: {shown(words[0])} does not exist; {advice}")
+
+
+def show(usage: str, title: str, names: Mapping[str, str]) -> int:
+    """Write the help of a command that has further ones."""
+    width = max(map(len, names))
+    lines = [usage, "", f"{title}, each with a --help of its own:", *(f"  {n:{width}}  {t}" for n, t in names.items())]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What a user types to start a program: a script of the repository, or the command `cogvideox` of the package.
+
+Nothing here imports PyTorch.
+"""
+
+import re
+import sys
+
+from cogvideox_sat.files.shipped import INSTALLED
+
+COMMAND = "cogvideox"
+MODULE = "cogvideox_sat.command_line"  # what torchrun starts
+SCRIPTS = {
+    "inference.sh": "sample",
+    "sat/sample_video.py": "sample",
+    "sat/train_video.py": "train",
+    "sat/train_vae.py": "train-vae",
+    "tools/estimate_memory.py": "memory",
+}
+# What `cogvideox convert` takes: tools/NAME.py.
+TOOLS = {
+    "convert_weight_hf2sat": "a pipeline of diffusers to checkpoints and configurations",
+    "convert_weight_sat2hf": "a checkpoint to a pipeline of diffusers",
+    "export_sat_lora_weight": "a trained adapter to a LoRA file of diffusers",
+    "import_hf_lora": "a LoRA file of diffusers to an adapter",
+    "merge_lora": "a checkpoint and adapters to one checkpoint",
+    "export_weights": "a checkpoint to one safetensors file",
+    "precompute_latents": "clips and captions to latents and embeddings to train on",
+    "decode_latents": "latents to videos",
+}
+_START = re.compile(
+    r"(?P<launcher>torchrun (?:--\S+ )*)?(?:(?:python|bash) )?(?P<script>(?:sat|tools)/\w+\.py|inference\.sh)\b"
+)
+
+
+def by_command() -> bool:
+    """Return whether this program was started as `cogvideox`, or is installed without its scripts."""
+    return INSTALLED or sys.argv[0].partition(" ")[0] == COMMAND
+
+
+def as_started(text: str) -> str:
+    """Return a text such that the scripts it names are what the user has: `cogvideox` where that is what runs.
+
+    Scripts without a command of their own stay as they are.
+    """
+    return _START.sub(_command, text) if by_command() else text
+
+
+def _command(match: re.Match) -> str:
+    script = match["script"]
+    name = script.removeprefix("tools/").removesuffix(".py")
+    command = SCRIPTS.get(script) or (f"convert {name}" if name in TOOLS else None)
+    if command is None:
+        return match[0]
+    launcher = match["launcher"]
+    return f"{launcher}-m {MODULE} {command}" if launcher else f"{COMMAND} {command}"

@@ -1,0 +1,117 @@
+"""Tells how much memory a run of a configuration will take. It needs neither the weights nor the data.
+
+  python tools/estimate_memory.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml
+  python tools/estimate_memory.py --base configs/cogvideox_5b.yaml configs/sft.yaml configs/sft_full.yaml --processes 8
+  python tools/estimate_memory.py --base configs/cogvideox_5b.yaml configs/inference.yaml
+
+A configuration with `data:` is for fine-tuning: the estimate is the one that a run logs before its first step, of one
+process, on its device and in host memory, for the largest clips that `data:` asks for. It is told for training on
+latents that were encoded before, and on clips. Every argument of sat/train_video.py is taken here too.
+
+Without `data:` it is for sampling: the sizes of the weights are told; activations need memory beside them.
+Exit codes: 0 the memory is told, 2 a mistake in the arguments or files stands in the way.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.tool_parser import ToolParser, run_tool
+from cogvideox_sat.configuration.argument_schema import PRECISIONS
+from cogvideox_sat.configuration.deepspeed import batch_sizes
+from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths
+from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
+from cogvideox_sat.configuration.model_section import check_trained_part
+from cogvideox_sat.configuration.model_values import check_data_section, check_model_values
+from cogvideox_sat.configuration.training_arguments import TrainingArguments, get_training_args
+from cogvideox_sat.training.plan import check_clips
+from sgm.errors import UserError
+
+logger = logging.getLogger("estimate_memory")
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """The fine-tuning run that is asked about; see `training.memory_forecast.forecast`."""
+
+    args: TrainingArguments
+    frames: int
+    sizes: list[tuple[int, int]]
+    micro_batch: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_tool(estimate, arguments, logger.name)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ToolParser(__doc__)
+    add = parser.add_argument
+    add("--base", nargs="+", required=True, metavar="FILE", help="configuration files, later ones overriding earlier")
+    add("--processes", type=int, default=1, metavar="N", help="of a fine-tuning run, which ZeRO spreads it over")
+    return parser
+
+
+def estimate(arguments: Sequence[str] | None) -> None:
+    options, rest = build_parser().parse_known_args(arguments)
+    config = load_configs(options.base, used=("model", "data"))
+    lines = of_training(options, rest) if config.get("data") else of_sampling(config, options, rest)
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+def of_training(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    # Whether weights are all there makes no difference to their size.
+    args = get_training_args(["--base", *options.base, *rest, "--force_train"])
+    with args.sources.naming():
+        request = plan(args, options.processes)
+        tell_places()
+        from cogvideox_sat.training.memory_forecast import forecast  # imports PyTorch
+
+        return forecast(request.args, request.frames, request.sizes, options.processes, request.micro_batch)
+
+
+def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
+    """
+    Raises:
+        UserError: the run could not be what is asked for.
+    """
+    if processes < 1:
+        raise UserError(f"--processes is {processes}; it must be at least 1")
+    if args.model_parallel_size > 1:
+        raise UserError(
+            f"model_parallel_size is {args.model_parallel_size}; the memory of a network that processes share is not "
+            "estimated: leave it at 1"
+        )
+    check_model_values(args.model_config, args.sources)
+    check_data_section(args.data_config, args.sources)
+    check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
+    check_trained_part(args.model_config)
+    params = args.data_config.get("params") or {}
+    check_clips(params, ModelLimits.from_config(args.model_config))
+    frames, sizes = params.get("max_num_frames", params.get("num_frames")), params.get("video_size")
+    sizes = params.get("image_size") if sizes is None else sizes
+    for name, value in (("max_num_frames", frames), ("video_size", sizes)):
+        if value is None:
+            raise UserError(f"data.params.{name} is missing; the memory depends on it: name it in the configuration")
+    sizes = sizes if isinstance(sizes[0], list) else [sizes]
+    micro_batch = batch_sizes(args.deepspeed_config, processes).micro
+    return TrainingRequest(args, frames, [(height, width) for height, width in sizes], micro_batch)
+
+
+def of_sampling(config: MergedConfig, options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    if rest or options.processes != 1:
+        given = rest[0] if rest else "--processes"
+        raise UserError(f"{given}: the configuration has no data section; only with one, for fine-tuning, it is taken")
+    precision: dict[str, Any] = {name: (config.get("args") or {}).get(name) is True for name in PRECISIONS}
+    with config.sources.naming():
+        model = with_located_paths(config.get("model") or {}, "model")
+        check_model_values(model, config.sources)
+        check_sharing(model, 1, None)
+        tell_places()
+        from cogvideox_sat.training.memory_forecast import sizes_of_parts  # imports PyTorch
+
+        return sizes_of_parts(model, precision)

@@ -1,0 +1,36 @@
+"""Adds to pyproject.toml what it cannot say: folders of the repository that become data of `cogvideox_sat`."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+SHIPPED = "cogvideox_sat.shipped"
+# Each with the names of the files that are taken along.
+FOLDERS = {
+    "configs": ["*.yaml", "*.txt"],
+    "configs/parts": ["*.yaml"],
+    "configs/tiny": ["*.yaml"],
+    "assets/tiny": ["*.safetensors", "README.md", "SHA256SUMS"],
+    "assets/tiny/t5": ["*"],
+}
+
+
+class BuildFromNothing(build_py):
+    """Leaves out what an earlier build has left in `build/`, such as modules that were renamed since."""
+
+    def run(self) -> None:
+        if not self.editable_mode and Path(self.build_lib).is_dir():
+            shutil.rmtree(self.build_lib)
+        super().run()
+
+
+packages = {f"{SHIPPED}.{folder.replace('/', '.')}": folder for folder in FOLDERS}
+setup(
+    # sat/ holds top-level modules and must never become a package: `import sat` is SwissArmyTransformer.
+    packages=[*find_packages("sat"), *find_packages(include=["sgm*", "vae_modules*"]), *packages],
+    package_dir={"": "sat", "sgm": "sgm", "vae_modules": "vae_modules", **packages},
+    package_data={name: FOLDERS[folder] for name, folder in packages.items()},
+    cmdclass={"build_py": BuildFromNothing},
+)

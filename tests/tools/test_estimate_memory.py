@@ -1,0 +1,93 @@
+"""The memory of a run is told without weights and data, and is what the run logs."""
+
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cogvideox_sat.training.memory_forecast import WeightlessEngine, weightless_t5
+from cogvideox_sat.training.parameter_report import module_bytes
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from tool_runs import error_of
+from tools.estimate_memory import main
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+TINY = (CONFIGS / "tiny" / "cogvideox_tiny_lora.yaml", CONFIGS / "tiny" / "sft.yaml")
+
+
+def told(capsys, *arguments: object) -> list[str]:
+    assert main(["--base", *map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def gib(line: str) -> float:
+    return float(re.search(r": ([\d.]+) GiB", line)[1])
+
+
+def test_released_models_need_what_the_benchmark_tells(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("training_memory")
+    lines = told(capsys, CONFIGS / "cogvideox_2b_lora.yaml", CONFIGS / "sft.yaml")
+    assert "adapter" in lines[0]
+    assert f"{gib(lines[1]):.1f}" == benchmark.cell("cogvideox_2b", True, 1, {})
+    assert lines[1].startswith("on latents: expected memory of a process, for 1 x 49 frames of 480x720: ")
+    assert gib(lines[2]) > gib(lines[1]) + 10, "the VAE at work on clips of full size"
+    assert lines[3].endswith("its size is not known: checkpoints/t5-v1_1-xxl/config.json does not exist")
+    divided = told(capsys, CONFIGS / "cogvideox_2b.yaml", CONFIGS / "sft.yaml", "--processes", 8)
+    assert f"{gib(divided[1]):.1f}" == benchmark.cell("cogvideox_2b", False, 8, {})
+
+
+def test_arguments_of_training_change_it(capsys):
+    lines = told(capsys, *TINY)
+    assert len(lines) == 3, "the text encoder is counted"
+    recomputed = told(capsys, *TINY, "--checkpoint_activations")
+    assert gib(recomputed[1]) < gib(lines[1]) and "activations (recomputed)" in recomputed[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parts_without_weights_have_the_size_of_the_loaded_ones(dtype):
+    folder = ROOT / "assets" / "tiny" / "t5"
+    assert module_bytes(weightless_t5(folder, dtype)) == module_bytes(FrozenT5Embedder(str(folder), dtype=dtype))
+
+
+def test_an_engine_without_weights_has_the_size_of_the_loaded_one(monkeypatch):
+    from cogvideox_sat.configuration.files import load_configs
+    from diffusion_video import PARTS, SATVideoDiffusionEngine
+
+    monkeypatch.chdir(ROOT)
+    config = load_configs([CONFIGS / "tiny" / "cogvideox_tiny.yaml", CONFIGS / "inference.yaml"])
+    args = SimpleNamespace(model_config=config["model"], load=config["args"]["load"], bf16=True)
+    loaded = SATVideoDiffusionEngine(args, parts=PARTS)
+    assert module_bytes(WeightlessEngine(args, parts=PARTS)) == module_bytes(loaded)
+
+
+def test_a_configuration_for_sampling_has_sizes(capsys):
+    lines = told(capsys, CONFIGS / "tiny" / "cogvideox_tiny.yaml", CONFIGS / "tiny" / "inference.yaml")
+    assert [line.split(":")[0] for line in lines] == ["network", "VAE", "text encoder", "weights on the device"]
+    assert "(2.68 M parameters)" in lines[0]
+    lines = told(capsys, CONFIGS / "cogvideox_5b.yaml", CONFIGS / "inference.yaml")
+    assert lines[0] == "network: 10.38 GiB of weights (5.57 B parameters)"
+    assert lines[2].startswith("text encoder: not counted")
+
+
+def test_mistakes_are_one_line(caplog, tmp_path):
+    def error(*arguments: object) -> str:
+        return error_of(main, caplog, *arguments)
+
+    assert "--base" in error()
+    assert "nowhere.yaml" in error("--base", tmp_path / "nowhere.yaml")
+    assert "--processes is 0; it must be at least 1" in error("--base", *TINY, "--processes", 0)
+    assert "unknown argument --sede" in error("--base", *TINY, "--sede", 1)
+    assert "--bf16: the configuration has no data section" in error("--base", CONFIGS / "cogvideox_2b.yaml", "--bf16")
+    config = tmp_path / "shared.yaml"
+    files = f"include: [{CONFIGS}/cogvideox_2b.yaml, {CONFIGS}/sft.yaml]\n"
+    config.write_text(files + "args: {model_parallel_size: 2}\n")
+    assert "model_parallel_size is 2; the memory of a network that processes share" in error("--base", config)
+    config.write_text(
+        f"include: [{CONFIGS}/cogvideox_2b.yaml, {CONFIGS}/sft.yaml]\ndata: {{params: {{video_size: }}}}\n"
+    )
+    assert "data.params.video_size is missing" in error("--base", config)

@@ -1,0 +1,17 @@
+"""Decodes latents into videos: those that sampling kept or wrote, and those in the samples/ of a training run.
+
+`--help` tells how; `cogvideox_sat.tool_commands.decode_latents` does it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.tool_commands.decode_latents import build_parser, check_options, decode, main, plan  # noqa: E402
+
+__all__ = ["build_parser", "check_options", "decode", "main", "plan"]
+
+if __name__ == "__main__":
+    sys.exit(main())

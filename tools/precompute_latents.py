@@ -1,0 +1,23 @@
+"""Encodes a data set once through the VAE and the text encoder, so that training needs neither.
+
+`--help` tells how; `cogvideox_sat.tool_commands.precompute_latents` does it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.tool_commands.precompute_latents import (  # noqa: E402
+    build_parser,
+    check,
+    main,
+    precompute,
+    precompute_with,
+)
+
+__all__ = ["build_parser", "check", "main", "precompute", "precompute_with"]
+
+if __name__ == "__main__":
+    sys.exit(main())
