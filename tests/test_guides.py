@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cogvideox_sat.commands.program_names import TOOLS
+
 ROOT = Path(__file__).parents[1]
 GUIDES = ("README.md", "assets/tiny/README.md", "benchmarks/RESULTS.md")
 SCRIPTS = {
@@ -16,6 +18,9 @@ SCRIPTS = {
     "finetune_single_gpu.sh": "sat/train_video.py",
     "finetune_multi_gpus.sh": "sat/train_video.py",
 }
+COMMAND = re.compile(r"(?:cogvideox|-m cogvideox_sat\.command_line) (convert \w+|[a-z-]+)([^`|#\n]*)")
+COMMANDS = {"sample": "sat/sample_video.py", "train": "sat/train_video.py", "train-vae": "sat/train_vae.py"}
+COMMANDS |= {"memory": "tools/estimate_memory.py"} | {f"convert {name}": f"tools/{name}.py" for name in TOOLS}
 PROGRAM = re.compile(r"(?<![\w/])((?:(?:sat|tools|benchmarks)/)?\w+\.(?:py|sh))\b([^`|#\n]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 TORCHRUN = ("--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint")
@@ -44,6 +49,9 @@ def commands(guide: str) -> Iterator[tuple[str, list[str]]]:
             program = SCRIPTS.get(name, name if "/" in name else f"tools/{name}")
             if program.endswith(".py") and (ROOT / program).exists():
                 yield program, FLAG.findall(rest)
+        for name, rest in COMMAND.findall(line):
+            if name != "convert":  # which has a list of names as its help
+                yield COMMANDS[name.replace("convert NAME", "convert merge_lora")], FLAG.findall(rest)
 
 
 @pytest.mark.slow
@@ -67,3 +75,4 @@ def test_a_wrong_flag_is_seen():
     assert "--seed" in flags_of("sat/sample_video.py")
     assert "--sede" not in flags_of("sat/sample_video.py")
     assert ("sat/sample_video.py", ["--base", "--seed"]) in list(commands("README.md"))
+    assert ("tools/estimate_memory.py", ["--base"]) in list(commands("README.md")), "as cogvideox memory"
