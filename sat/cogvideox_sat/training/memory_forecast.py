@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogvideox_sat.clips.batch_order import Bucket
 from cogvideox_sat.clips.latent_identity import conditioner_for_cache
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.training.encoding_memory import meta_encoder
 from cogvideox_sat.training.parameter_report import (
     GIB,
@@ -26,7 +26,6 @@ from cogvideox_sat.training.parameter_report import (
     short_count,
     trainable_groups,
     trainable_line,
-    video_tokens,
 )
 from diffusion_video import PARTS, SATVideoDiffusionEngine
 from sgm.errors import UserError
