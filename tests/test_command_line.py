@@ -1,6 +1,7 @@
 """`cogvideox NAME` is the script of that name, and a mistake before that is one line."""
 
 import importlib
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_as_a_program_it_is_named_as_it_was_called():
     assert "for example: cogvideox train --base" in result.stdout
 
 
+def test_of_several_processes_the_first_one_speaks():
+    """A command sets up the log itself, by its place among the processes."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    code = "import logging, sys, train_video\nfrom cogvideox_sat.command_line import main\n"
+    code += "level = lambda line: sys.exit(logging.getLogger('train_video').getEffectiveLevel())\n"
+    code += "train_video.plan = level\nmain(['train'])"
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'sat'}"}
+    result = subprocess.run([sys.executable, "-c", code], env={**path, **variables}, capture_output=True, text=True)
+    assert result.returncode == logging.ERROR, result.stderr
+
+
 def test_every_conversion_is_a_script_too():
     """The script has the same `main`, and every command a module with one."""
     for tool in TOOLS:
@@ -77,4 +89,4 @@ def test_every_conversion_is_a_script_too():
         for name in script.__all__:
             assert getattr(script, name) is getattr(module, name)
     for _, module in COMMANDS.values():
-        assert module is None or callable(importlib.import_module(module).main)
+        assert not module or callable(importlib.import_module(module).main)

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from cogvideox_sat.commands.program_names import COMMAND, TOOLS
 from cogvideox_sat.version import __version__
-from sgm.errors import UserError, shown
-from sgm.exit_codes import exit_code
+from sgm.errors import UserError, one_line, shown
 
 logger = logging.getLogger(COMMAND)
 
@@ -22,7 +21,7 @@ COMMANDS = {  # what each is for, and its module
     "sample": ("sample videos from prompts", "sample_video"),
     "train": ("fine-tune a model on videos with captions", "train_video"),
     "train-vae": ("train a video autoencoder", "train_vae"),
-    CONVERT: ("convert weights, adapters and latents", None),
+    CONVERT: ("convert weights, adapters and latents", ""),
     "memory": ("tell how much memory a run of a configuration needs", "cogvideox_sat.tool_commands.estimate_memory"),
 }
 HELP = ("-h", "--help")
@@ -31,35 +30,36 @@ HELP = ("-h", "--help")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code, 2 for a command that does not exist."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return exit_code(lambda: start(given, as_program=arguments is None), logger, command_line=given)
+    if given[:1] == ["--version"]:
+        sys.stdout.write(f"{__version__}\n")
+        return 0
+    if given[:1] and given[0] in HELP:
+        return show(f"usage: {COMMAND} COMMAND ...", "commands", {name: text for name, (text, _) in COMMANDS.items()})
+    if given[1:2] and given[0] == CONVERT and given[1] in HELP:
+        return show(f"usage: {COMMAND} {CONVERT} NAME ...", "conversions", TOOLS)
+    try:
+        words, module = choose(given)
+    except UserError as error:
+        logging.basicConfig(format="%(message)s")  # not before, since each command sets up its own
+        logger.error("error: %s", one_line(str(error)))
+        return 2
+    rest = given[len(words) :]
+    if arguments is None:  # what parsers and libraries take to be the program's name
+        sys.argv[:] = [" ".join([COMMAND, *words]), *rest]
+    return importlib.import_module(module).main(rest)
 
 
-def start(given: list[str], as_program: bool) -> int:
-    """Start the command that the first words of a command line name, on the others.
-
-    Args:
-        as_program: let the process go by the command's name, for what parsers and libraries take from `sys.argv`.
+def choose(given: Sequence[str]) -> tuple[list[str], str]:
+    """Return the words of a command line that name a command, and its module.
 
     Raises:
         UserError: no command has that name.
     """
-    if given[:1] and given[0] in HELP:
-        return show(f"usage: {COMMAND} COMMAND ...", "commands", {name: text for name, (text, _) in COMMANDS.items()})
-    if given[:1] == ["--version"]:
-        sys.stdout.write(f"{__version__}\n")
-        return 0
     name = chosen(COMMAND, "the command", given[:1], COMMANDS)
-    words, module = [name], COMMANDS[name][1]
-    if module is None:
-        if given[1:2] and given[1] in HELP:
-            return show(f"usage: {COMMAND} {name} NAME ...", "conversions", TOOLS)
-        tool = chosen(f"{COMMAND} {name}", "the conversion", given[1:2], TOOLS)
-        words, module = [name, tool], f"cogvideox_sat.tool_commands.{tool}"
-    rest = given[len(words) :]
-    if as_program:
-        sys.argv[:] = [" ".join([COMMAND, *words]), *rest]
-    return importlib.import_module(module).main(rest)
+    if name != CONVERT:
+        return [name], COMMANDS[name][1]
+    tool = chosen(f"{COMMAND} {name}", "the conversion", given[1:2], TOOLS)
+    return [name, tool], f"cogvideox_sat.tool_commands.{tool}"
 
 
 def chosen(command: str, what: str, words: Sequence[str], known: Iterable[str]) -> str:
