@@ -68,7 +68,7 @@ def test_an_engine_without_weights_has_the_size_of_the_loaded_one(monkeypatch):
 def test_a_configuration_for_sampling_has_sizes(capsys):
     lines = told(capsys, CONFIGS / "tiny" / "cogvideox_tiny.yaml", CONFIGS / "tiny" / "inference.yaml")
     assert [line.split(":")[0] for line in lines] == ["network", "VAE", "text encoder", "weights on the device"]
-    assert "(2.68 M parameters)" in lines[0]
+    assert lines[0] == "network: 10.26 MiB of weights (2.68 M parameters)"
     lines = told(capsys, CONFIGS / "cogvideox_5b.yaml", CONFIGS / "inference.yaml")
     assert lines[0] == "network: 10.38 GiB of weights (5.57 B parameters)"
     assert lines[2].startswith("text encoder: not counted")

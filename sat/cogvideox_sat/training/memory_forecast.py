@@ -140,12 +140,17 @@ def sizes_of_parts(model_config: Mapping[str, Any], precision: Mapping[str, bool
     lines = []
     for name, part in named.items():
         count = short_count(sum(parameter.numel() for parameter in part.parameters()))
-        lines.append(f"{name}: {module_bytes(part) / GIB:.2f} GiB of weights ({count} parameters)")
+        lines.append(f"{name}: {in_words(module_bytes(part))} of weights ({count} parameters)")
     if engine.unknown:
         lines.append(f"text encoder: not counted, its size is not known: {engine.unknown}")
-    sizes = [module_bytes(part) / GIB for part in named.values()]
+    sizes = [module_bytes(part) for part in named.values()]
     return [
         *lines,
-        f"weights on the device: {max(sizes):.2f} GiB at a time with --offload stage, {sum(sizes):.2f} GiB with "
+        f"weights on the device: {in_words(max(sizes))} at a time with --offload stage, {in_words(sum(sizes))} with "
         "--offload none; activations come on top and are not estimated",
     ]
+
+
+def in_words(size: int) -> str:
+    """Return a number of bytes in GiB, or in MiB where it is small."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
