@@ -3,7 +3,8 @@
     python tests/mirror.py              prints what is wrong with that, and exits with 1 if anything is
 
 The tests of `sat/cogvideox_sat/clips/sources.py` stand in `tests/clips/test_sources.py`; those of the modules in
-`sat/` in `tests/sat/`; those of `sgm`, whose folders are deep, in `tests/sgm/` by the last name of the module.
+`sat/` in `tests/sat/`; those of `tool_commands`, which scripts in `tools/` start, in `tests/tools/`; those of `sgm`,
+whose folders are deep, in `tests/sgm/` by the last name of the module.
 Modules that only pass on names of others need no tests: see `only_passes_on`. Of `benchmarks/`,
 `tests/benchmarks/test_benchmarks.py` checks itself that it runs each.
 """
@@ -93,6 +94,7 @@ COVERED_BY = {
     "vae_modules.cp_enc_dec": ("vae_modules/test_autoencoder.py", "the coders of the autoencoder"),
     "vae_modules.layers": ("vae_modules/test_winograd.py", "all fast kernels stand together"),
     "vae_modules.modulation": ("vae_modules/test_winograd.py", "all fast kernels stand together"),
+    "training.memory_forecast": ("tools/test_estimate_memory.py", "what that tool tells"),
     "vae_training.checkpoint": ("vae_training/test_run.py", "resumed runs"),
     "vae_training.plan": ("configuration/test_vae_training_arguments.py", "what is planned from arguments"),
     "vae_training.reconstructions": ("vae_training/test_run.py", "a part of the run"),
@@ -105,6 +107,8 @@ def own_test(path: Path, root: Path = ROOT) -> Path:
     """Return where the tests of the module at `path` belong."""
     parts = path.relative_to(root).with_suffix("").parts
     room = parts[2:-1] if parts[:2] == ("sat", "cogvideox_sat") else parts[:1]
+    if room == ("tool_commands",):  # which the scripts in tools/ start
+        room = ("tools",)
     return root.joinpath("tests", *(room or ("sat",)), f"test_{parts[-1]}.py")
 
 

@@ -17,6 +17,8 @@ import pytest
 
 from videos import read_video
 
+pytestmark = pytest.mark.slow  # builds the wheel and an environment
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "requirements.txt", "tests/requirements.txt")
 PACKAGES = {"cogvideox_sat": ROOT / "sat", "sgm": ROOT, "vae_modules": ROOT}

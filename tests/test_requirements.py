@@ -30,7 +30,6 @@ NOT_IMPORTED = {
     "ruff": "tests/run.sh runs it",
     "pytest-timeout": "pyproject.toml sets its limit",
     "pytest-xdist": "tests/run.sh runs several processes",
-    "pip": "tests/test_package.py installs the package",
     "setuptools": "tests/test_package.py builds the package",
 }
 

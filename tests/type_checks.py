@@ -27,6 +27,7 @@ NOT_YET = {
     "runs": 6,
     "sampling": 20,
     "sgm": 43,
+    "tool_commands": 4,
     "train_vae": 4,
     "train_video": 4,
     "training": 9,

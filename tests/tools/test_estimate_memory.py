@@ -28,6 +28,7 @@ def gib(line: str) -> float:
     return float(re.search(r": ([\d.]+) GiB", line)[1])
 
 
+@pytest.mark.slow
 def test_released_models_need_what_the_benchmark_tells(capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = importlib.import_module("training_memory")
@@ -41,6 +42,7 @@ def test_released_models_need_what_the_benchmark_tells(capsys, monkeypatch):
     assert f"{gib(divided[1]):.1f}" == benchmark.cell("cogvideox_2b", False, 8, {})
 
 
+@pytest.mark.slow
 def test_arguments_of_training_change_it(capsys):
     lines = told(capsys, *TINY)
     assert len(lines) == 3, "the text encoder is counted"
@@ -65,6 +67,7 @@ def test_an_engine_without_weights_has_the_size_of_the_loaded_one(monkeypatch):
     assert module_bytes(WeightlessEngine(args, parts=PARTS)) == module_bytes(loaded)
 
 
+@pytest.mark.slow
 def test_a_configuration_for_sampling_has_sizes(capsys):
     lines = told(capsys, CONFIGS / "tiny" / "cogvideox_tiny.yaml", CONFIGS / "tiny" / "inference.yaml")
     assert [line.split(":")[0] for line in lines] == ["network", "VAE", "text encoder", "weights on the device"]

@@ -92,8 +92,8 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     check_trained_part(args.model_config)
     params = args.data_config.get("params") or {}
     check_clips(params, ModelLimits.from_config(args.model_config))
-    frames, sizes = params.get("max_num_frames", params.get("num_frames")), params.get("video_size")
-    sizes = params.get("image_size") if sizes is None else sizes
+    frames: Any = params.get("max_num_frames", params.get("num_frames"))
+    sizes: Any = params.get("video_size", params.get("image_size"))
     for name, value in (("max_num_frames", frames), ("video_size", sizes)):
         if value is None:
             raise UserError(f"data.params.{name} is missing; the memory depends on it: name it in the configuration")

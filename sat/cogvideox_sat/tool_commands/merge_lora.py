@@ -50,8 +50,8 @@ def merge(arguments: Sequence[str] | None) -> None:
     from cogvideox_sat.conversion.lora_files import read_adapter
     from cogvideox_sat.conversion.network_sources import open_network
 
-    chosen = [(read_adapter(path, options.lora_alpha), weight) for path, weight in chosen]
-    source = open_network(options.load, lora_alpha=options.lora_alpha, further=chosen)
+    further = [(read_adapter(path, options.lora_alpha), weight) for path, weight in chosen]
+    source = open_network(options.load, lora_alpha=options.lora_alpha, further=further)
     if not source.adapters:
         raise UserError(f"{options.load} holds no adapter: name at least one with --lora")
     if options.dry_run:

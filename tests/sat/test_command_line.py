@@ -13,7 +13,7 @@ from cogvideox_sat.command_line import COMMANDS, main
 from cogvideox_sat.commands.program_names import TOOLS
 from cogvideox_sat.tool_commands import merge_lora
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
