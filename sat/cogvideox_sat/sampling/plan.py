@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arguments import SamplingArguments
-from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image, warn_of_crop
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
@@ -169,7 +168,7 @@ def files_beside(video: Path, args: SamplingArguments) -> dict[Path, str]:
         return {}
     return {
         record_path(video): "the record of a video that does not",
-        kept_path(video): as_started("latents that tools/decode_latents.py turns into the video"),
+        kept_path(video): "latents that tools/decode_latents.py turns into the video",
     }
 
 
