@@ -72,6 +72,8 @@ def test_a_session_that_cannot_be_opened_leaves_the_process_as_it_was(plain_proc
         ({"load": str(tmp_path / "gone")}, "gone"),
         ({"device": "cuda:99"}, "device"),
         ({"offload": "some"}, "offload: 'some' is unknown"),
+        ({"lora_load": "x"}, "the model has no lora_config"),
+        ({"fp16": True, "bf16": True}, "both on"),
     ):
         with pytest.raises(UserError, match=says):
             SamplingSession(replace(settings(tiny), **changes))

@@ -7,6 +7,8 @@ from typing import Any
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, patch_sizes
 from sgm.errors import UserError
 
+OFFLOAD_POLICIES = ("none", "stage", "sequential")
+
 
 @dataclass(frozen=True)
 class ModelLimits:
@@ -57,6 +59,7 @@ class ModelLimits:
         latent_frames: int,
         height: int,
         width: int,
+        *,
         names: tuple[str, str] = ("sampling_num_frames", "sampling_image_size"),
     ) -> None:
         """Raises UserError unless the model can sample `latent_frames` of `height`×`width` pixels.
@@ -129,6 +132,14 @@ def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lor
             f"first_stage_config: cp_size is {cp_size} and model_parallel_size {model_parallel_size}; processes "
             "that share a clip in the VAE are those that share a network, so these must be equal"
         )
+
+
+def check_offload(model_config: Mapping[str, Any], offload: str) -> None:
+    """Raises UserError unless `offload` is one of `OFFLOAD_POLICIES` that goes with the model."""
+    if offload not in OFFLOAD_POLICIES:
+        raise UserError(f"offload: {offload!r} is unknown; choose one of {', '.join(OFFLOAD_POLICIES)}")
+    if offload == "sequential" and model_config.get("compile_model"):
+        raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
 
 
 def _positive(value: Any, name: str) -> int:

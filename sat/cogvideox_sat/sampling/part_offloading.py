@@ -2,10 +2,7 @@
 
 from cogvideox_sat.network.layer_streaming import stream_layers
 from diffusion_video import PART_NAMES, SATVideoDiffusionEngine
-from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
-
-POLICIES = ("none", "stage", "sequential")
 
 
 class PartOffloader:
@@ -13,13 +10,11 @@ class PartOffloader:
 
     With `sequential` the network stays built, since its layers wait in host memory anyway.
 
-    Raises:
-        UserError: `offload` is not one of `POLICIES`.
+    Args:
+        offload: one of `model_limits.OFFLOAD_POLICIES`.
     """
 
     def __init__(self, engine: SATVideoDiffusionEngine, offload: str):
-        if offload not in POLICIES:
-            raise UserError(f"offload: {offload!r} is unknown; choose one of {', '.join(POLICIES)}")
         self.engine, self.offload = engine, offload
 
     def use(self, part: str) -> None:

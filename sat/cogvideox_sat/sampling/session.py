@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from threading import Lock
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from weakref import WeakSet
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT
 from cogvideox_sat.configuration.model_checks import check_model
-from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
@@ -44,7 +44,7 @@ from cogvideox_sat.sampling.requests import (
 )
 from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
 from cogvideox_sat.weights.checkpoint_files import checkpoint_file
-from diffusion_video import PARTS, SATVideoDiffusionEngine, other_precision
+from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of, other_precision
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
@@ -117,6 +117,9 @@ class SamplingSession:
             raise
 
     def _build_engine(self, settings: SessionSettings) -> SATVideoDiffusionEngine:
+        dtype_of(settings)  # raises if two are on
+        check_sharing(settings.model_config, settings.model_parallel_size, settings.lora_load)
+        check_offload(settings.model_config, settings.offload)
         for path in filter(None, (settings.load, settings.lora_load)):  # before minutes go into the text encoder
             checkpoint_file(path, mpu.get_model_parallel_rank(), settings.model_parallel_size)
         args = settings if settings.arguments is None else settings.arguments
@@ -178,7 +181,7 @@ class SamplingSession:
         Raises:
             UserError: the sampler has no number of its own, or cannot take that many.
         """
-        sampler = self.engine.sampler
+        sampler: Any = self.engine.sampler
         steps = steps or getattr(sampler, "num_steps", None)
         if steps is None:
             raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
