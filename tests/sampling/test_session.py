@@ -23,7 +23,7 @@ from sample_video import main
 from sgm.errors import UserError
 from sgm.seeds import derive_seed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 TEXTS = ("a paper boat on a pond", "a red kite over the hills")
 BOAT = SampleRequest(TEXTS[0], seed=1234, size=(32, 48), frames=3, steps=2)
