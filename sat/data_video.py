@@ -20,7 +20,7 @@ from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.clips.reader_record import describe_reader
 from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part, read_clip
 from cogvideox_sat.clips.report import SourceReport, counted
-from cogvideox_sat.clips.selection import Selection, SelectionRules, select
+from cogvideox_sat.clips.selection import Selection, SelectionRules, UnusablePlace, select
 from cogvideox_sat.clips.sources import LabelRules
 from cogvideox_sat.clips.transforms import Framing
 from cogvideox_sat.clips.video_sizes import nearest_size, parse_sizes
@@ -379,6 +379,7 @@ def make_dataset(
     *,
     repeats: Sequence[int] = (),
     weights: Sequence[float] = (),
+    argument: str = "train_data",
 ) -> Dataset:
     """Return the dataset of a run: of the class that `data_config` names, or what `tools/precompute_latents.py` made.
 
@@ -389,6 +390,7 @@ def make_dataset(
         random_start: False takes nothing of a clip by chance, for validation: neither its start nor its crop.
         repeats: how often each of the paths comes; empty: once.
         weights: of each of the paths, see `data_mixing`; empty: a path has as many samples as it has clips.
+        argument: that names the paths, for messages.
 
     Raises:
         UserError: the data or its settings do not fit; see the classes.
@@ -411,8 +413,11 @@ def make_dataset(
             )
         place = Place(("data",), data_config, getattr(args, "sources", None), building=True)
         kind = class_at(data_config["target"], place.below("target"), "data")
-        with reporting(place, Place((), None)):
-            dataset = kind.create_dataset_function(list(paths), args, **(data_config.get("params") or {}))
+        try:
+            with reporting(place, Place((), None)):
+                dataset = kind.create_dataset_function(list(paths), args, **(data_config.get("params") or {}))
+        except UnusablePlace as error:
+            raise UserError(f"{argument}: {error}") from error
         if not hasattr(dataset, "bucket"):
             raise UserError(
                 f"data.target: {data_config['target']} gives a {type(dataset).__name__}, which does not tell shapes "

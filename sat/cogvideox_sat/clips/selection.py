@@ -15,6 +15,10 @@ from cogvideox_sat.latent_geometry import Bucket
 from sgm.errors import UserError
 
 
+class UnusablePlace(UserError):
+    """Raised when a place has no clips or cannot be understood: who knows the argument that names it says which."""
+
+
 @dataclass(frozen=True)
 class SelectionRules:
     """Rules that decide which clips become samples.
@@ -54,9 +58,13 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
         clip_timeout: seconds to look at a clip, after which it is unreadable.
 
     Raises:
-        UserError: the place has no clips, a file cannot be understood, or captions are missing that must not.
+        UnusablePlace: the place has no clips, or a file cannot be understood.
+        UserError: captions are missing that must not.
     """
-    found = search(location, rules.labels)
+    try:
+        found = search(location, rules.labels)
+    except UserError as error:
+        raise UnusablePlace(str(error)) from error
     report = SourceReport(
         location,
         long_labels=found.long_labels,

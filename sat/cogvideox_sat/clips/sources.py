@@ -50,7 +50,7 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
     """
     rules = rules or LabelRules()
     if not location:
-        raise UserError("training data: a path is empty; the current folder is called .")
+        raise UserError("a path is empty; the current folder is called .")
     if re.match(r"[a-z][a-z0-9+.-]*:", location) and not Path(location).exists():
         raise UserError(
             f"{location}: clips are read from files: download them, or mount where they are, and give that path"
@@ -69,7 +69,7 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
     what = "is no folder, .jsonl, .csv or .tar file" if path.exists() else "does not exist"
     if path.exists() and suffix in (".txt", *CLIP_SUFFIXES):
         what += f": give the folder it lies in, {path.parent}"
-    raise UserError(f"training data: {location} {what}")
+    raise UserError(f"{location} {what}")
 
 
 def _with_files_beside(found: Found, root: Path) -> Found:
@@ -132,9 +132,9 @@ def _expand(pattern: str) -> list[str]:
         elif any(char in part for char in "*?["):
             shards += sorted(glob(part))  # noqa: PTH207
         else:
-            raise UserError(f"training data: {part} does not exist")
+            raise UserError(f"{part} does not exist")
     if not shards:
-        raise UserError(f"training data: no file fits {pattern}")
+        raise UserError(f"no file fits {pattern}")
     return shards
 
 

@@ -54,7 +54,8 @@ def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config:
 def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
     """Do what `run` describes."""
     device = choose_device(options.device)
-    dataset = make_dataset(options.data, data_config, SimpleNamespace(missing_label="ignore"), random_start=False)
+    settings = SimpleNamespace(missing_label="ignore")
+    dataset = make_dataset(options.data, data_config, settings, random_start=False, argument="--data")
     dtype = fast_dtype(getattr(torch, options.dtype), device)
     options.dtype = str(dtype).removeprefix("torch.")
     vae = build_vae(vae_config, device, dtype)

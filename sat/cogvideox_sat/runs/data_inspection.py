@@ -68,7 +68,7 @@ def _inspect(args: Any, open_places: Opener, batch_size: int) -> int:
     content: dict[str, Any] = {"train_data": _describe(dataset, args.train_data_weights)}
     problems = _problems(dataset, args, batch_size)
     if args.valid_data:
-        held_out = open_places(args.valid_data, random_start=False)
+        held_out = open_places(args.valid_data, random_start=False, argument="valid_data")
         content["valid_data"] = _describe(held_out, [])
     sheet, substituted = _draw(dataset, args)
     problems += [f"cannot be read: {line}" for line in substituted]

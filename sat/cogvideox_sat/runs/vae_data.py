@@ -23,7 +23,7 @@ def open_data(
         time_factor: clips have `time_factor * k + 1` frames.
         random_start: see `data_video.make_dataset`.
         max_unreadable_share: if not that of the arguments.
-        mixing: the repeats and weights that `make_dataset` takes.
+        mixing: the repeats, weights and name of the argument that `make_dataset` takes.
     """
     config = dict(args.data_config)
     config["params"] = {"frame_multiple": time_factor, **(config.get("params") or {})}

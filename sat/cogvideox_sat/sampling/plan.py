@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arguments import SamplingArguments
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image, warn_of_crop
-from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
+from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.configuration.model_values import check_model_values, check_parameters
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
@@ -66,7 +67,10 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
         return None
     if args.record is not None:
         return plan_repetition(args)
-    requests = read_prompts(args.input_file, args.image2video)
+    try:
+        requests = read_prompts(args.input_file, args.image2video)
+    except UserError as error:
+        raise UserError(f"input_file: {error}") from error
     for request in requests:
         size, frames = video_size(request, args), request.num_frames or args.sampling_num_frames
         try:
@@ -110,8 +114,7 @@ def check_combinations(args: SamplingArguments) -> None:
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
-    if args.offload == "sequential" and args.model_config.get("compile_model"):
-        raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
+    check_offload(args.model_config, args.offload)
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("prompts are typed into one process: start it without torchrun, or give an input_file")
     if args.refine_prompts:
@@ -168,7 +171,7 @@ def files_beside(video: Path, args: SamplingArguments) -> dict[Path, str]:
         return {}
     return {
         record_path(video): "the record of a video that does not",
-        kept_path(video): "latents that tools/decode_latents.py turns into the video",
+        kept_path(video): f"latents that {as_started('tools/decode_latents.py')} turns into the video",
     }
 
 

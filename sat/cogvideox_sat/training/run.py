@@ -178,7 +178,9 @@ class Trainer:
             self.validation_data, self.validation_timeouts = open_clips(
                 self.run_folder,
                 "valid_data",
-                lambda: make_dataset(args.valid_data, args.data_config, args, random_start=False),
+                lambda: make_dataset(
+                    args.valid_data, args.data_config, args, random_start=False, argument="valid_data"
+                ),
                 repeats=True,
             )
             self.validation_batches = ValidationLoader(

@@ -125,7 +125,7 @@ def fit(
         held_out, held_out_timeouts = open_clips(
             folder,
             "valid_data",
-            lambda: open_data(args, plan.time_factor, args.valid_data, random_start=False),
+            lambda: open_data(args, plan.time_factor, args.valid_data, random_start=False, argument="valid_data"),
             repeats=True,
         )
         loader = ValidationLoader(
