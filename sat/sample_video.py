@@ -78,9 +78,8 @@ def sample_with(args: SamplingArguments) -> int:
         plan = plan_run(args)
         tell_places()
         quiet_libraries()
-        from cogvideox_sat.sampling.run import (
-            run,  # imports PyTorch: seconds, spent only once the request is known to make sense
-        )
+        # Imports PyTorch: seconds, spent only once the request is known to make sense
+        from cogvideox_sat.sampling.run import run
 
         return run(args, plan)
 

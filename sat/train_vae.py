@@ -45,9 +45,8 @@ def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan | int]) -> int:
         logger.info("%s is the last step: raise train_iters to go on", plan.resume)
         return 0
     quiet_libraries()
-    from cogvideox_sat.vae_training.run import (
-        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
-    )
+    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.vae_training.run import run
 
     with args.sources.naming():
         return run(args, plan)

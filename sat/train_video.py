@@ -71,9 +71,8 @@ def train(planned: tuple[TrainingArguments, TrainingPlan | BatchSizes]) -> int:
     quiet_libraries()
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
-    from cogvideox_sat.training.run import (
-        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
-    )
+    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.training.run import run
 
     with args.sources.naming():
         return run(args, plan)

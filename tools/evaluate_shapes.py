@@ -40,9 +40,8 @@ def evaluate(command_line: Sequence[str] | None) -> int:
     prompted = from_file(options.videos, options.input_file) if options.input_file else from_folders(options.videos)
     if not any(prompt.videos for prompt in prompted):
         raise UserError(f"--videos: {options.videos} holds no video of these prompts, such as 0_a_prompt/0/000000.mp4")
-    from cogvideox_sat.shapes.report import (
-        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
-    )
+    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.shapes.report import run
 
     sys.stdout.write(f"{run(options, prompted)}\n")
     return 0

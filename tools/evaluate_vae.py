@@ -60,9 +60,8 @@ def evaluate_with(config: MergedConfig, options: argparse.Namespace) -> int:
     vae_config, data_config = find_parts(model, config, options.ckpt)
     tell_places()
     quiet_libraries()
-    from cogvideox_sat.evaluation.vae_report import (
-        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
-    )
+    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.evaluation.vae_report import run
 
     with section("model", model, config.sources):
         report = run(options, vae_config, data_config)

@@ -157,9 +157,8 @@ def chosen_words(options: argparse.Namespace) -> dict[str, list[str]]:
 
 def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
     """The clip: (frames, 3, height, width) in [-1, 1], edges antialiased."""
-    from cogvideox_sat.shapes import (
-        drawing as shape_drawing,  # imports PyTorch: seconds, spent only once there is something to draw
-    )
+    # Imports PyTorch: seconds, spent only once there is something to draw
+    from cogvideox_sat.shapes import drawing as shape_drawing
 
     return shape_drawing.draw(scene, frames, height, width)
 

@@ -44,9 +44,8 @@ def decode(command_line: Sequence[str] | None) -> int:
     if not files:
         return 0
     quiet_libraries()
-    from cogvideox_sat.sampling.latent_decoding import (
-        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
-    )
+    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.sampling.latent_decoding import run
 
     return run(files, options.device, options.dtype, options.vae_tile_size)
 

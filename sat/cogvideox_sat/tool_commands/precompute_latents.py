@@ -67,9 +67,8 @@ def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # SwissArmyTransformer imports DeepSpeed, which chooses then
     quiet_libraries()
-    from cogvideox_sat.training.latent_encoding import (
-        run,  # imports PyTorch: seconds, spent only once the request is known to make sense
-    )
+    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    from cogvideox_sat.training.latent_encoding import run
 
     return run(args, options.output, options.store, options.dtype, variants)
 
