@@ -59,6 +59,7 @@ def command(config: Path, folder: Path, prompts: list[str | dict], *arguments: s
 def run_process(*command: str) -> subprocess.CompletedProcess:
     """Run in a process of its own, with one thread and from a foreign folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # tools that other tests ran in this process show such bars
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=180)
 
 
