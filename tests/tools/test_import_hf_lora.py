@@ -199,3 +199,18 @@ def test_bad_files(exported, tmp_path, caplog, monkeypatch):
     assert "exists: give --overwrite" in text
     text = error_of(main, caplog, "--lora_path", exported, "--output", exported.parent, "--overwrite")
     assert "is read from and cannot be written to" in text and exported.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({"alpha_pattern": value}, "alpha_pattern is") for value in ("to_k", 5, [1], ["to_k"])),
+        *(({"lora_alpha": value}, "expected a positive number") for value in (10**400, "4", [4], True, -1)),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(adapted, exported, tmp_path, settings, message, caplog):
+    save_file(load_file(exported), tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, **settings}))
+    assert main(["--lora_path", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "imported")]) == 2
+    assert message in caplog.text and "Traceback" not in caplog.text
+    assert not (tmp_path / "imported").exists()

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from cogvideox_sat.conversion.lora_names import (
 )
 from cogvideox_sat.conversion.stored_checkpoints import open_checkpoint
 from cogvideox_sat.weights.checkpoint_files import is_adapter
-from sgm.errors import UserError, some
+from sgm.errors import UserError, shown, some
 from sgm.plain_json import parse_json
 from sgm.weights import read_state_dict
 
@@ -281,6 +282,8 @@ def _scales(
     divisor = math.sqrt(rank) if metadata.get("use_rslora") else rank
     general = metadata.get("lora_alpha")
     patterns = metadata.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise UserError(f"{file}: alpha_pattern is {shown(patterns)}; expected a number for each name of a module")
     if given is None and (odd := [pattern for pattern in patterns if not _NAME_PATTERN.fullmatch(pattern)]):
         raise UserError(f"{file}: alpha_pattern holds {odd[0]!r}, expected names of modules: give --file_alpha")
     if given is None and general is None and not alphas:
@@ -291,8 +294,8 @@ def _scales(
             alpha = given
         else:
             alpha = alphas.get(projection, _matching(patterns, projection, rank if general is None else general))
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise UserError(f"{file}: the alpha of {projection} is {alpha!r}; expected a positive number")
+        if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
+            raise UserError(f"{file}: the alpha of {projection} is {shown(alpha)}; expected a positive number")
         scales[projection] = alpha / divisor
     return scales
 
