@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.clips.latent_cache import is_cache, read_description, read_shards
@@ -355,6 +356,30 @@ def test_a_cache_of_another_model_is_refused(tiny, cache, tmp_path):
     model = model_of(tiny, "2b")
     model["network_config"]["params"]["num_frames"] = 5
     refused(model, "latents are of clips of 9 frames of 32x48: max_num_frames is 9; this model takes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"samples": value} for value in (None, {}, [1], [{}])),
+        *({"skipped": value} for value in ([], {"x": []}, {"1": 5}, {"1": [2]})),
+        *({name: value} for name, value in (("index", "0"), ("bucket", [9, 32]), ("bucket", [9, 32, "48"]))),
+        *({name: value} for name, value in (("caption", 5), ("text", -1), ("fps", "8"), ("fps", None))),
+    ],
+    ids=str,
+)
+def test_a_shard_that_says_wrong_things_is_refused(copied, change):
+    (shard,) = copied.glob("*.safetensors")
+    with safe_open(shard, "pt") as file:
+        content = json.loads(file.metadata()["content"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if change.keys() <= content.keys():
+        content |= change
+    else:
+        content["samples"][0] |= change
+    save_file(tensors, shard, metadata={"content": json.dumps(content)})
+    with pytest.raises(UserError, match=re.escape(str(shard)) + " is no shard of latents; run tools/precompute"):
+        LatentDataset([copied])
 
 
 def test_a_damaged_cache_is_refused(copied):

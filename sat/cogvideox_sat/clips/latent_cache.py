@@ -27,7 +27,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cogvideox_sat.commands.program_names import as_started
-from cogvideox_sat.files.training_state import anything, count, find_misfit, mapping_of, reader
+from cogvideox_sat.files.training_state import anything, count, find_misfit, list_of, mapping_of, number, reader, text
 from sgm.errors import UserError, shown
 from sgm.plain_json import parse_json
 
@@ -89,6 +89,15 @@ LAYOUT = {  # of `cache.json`
 }
 
 
+def _sample(value: Any) -> bool:
+    """The fields of a `CachedSample`."""
+    checks = {"index": count, "bucket": list_of(count, 3), "caption": text, "text": count, "fps": number}
+    return isinstance(value, Mapping) and all(name in value and check(value[name]) for name, check in checks.items())
+
+
+SHARD_LAYOUT = {"samples": list_of(_sample), "skipped": mapping_of(list_of(text))}  # of the `content` of a shard
+
+
 def read_description(folder: str | Path) -> dict[str, Any]:
     """The content of `cache.json`.
 
@@ -125,6 +134,8 @@ def _read_shard(path: Path) -> Shard:
     metadata = open_shard(path).metadata() or {}
     try:
         content = parse_json(metadata["content"])
+        if find_misfit(content, SHARD_LAYOUT):
+            raise ValueError
         samples = [CachedSample(**{**fields, "bucket": tuple(fields["bucket"])}) for fields in content["samples"]]
         skipped = {int(index): files for index, files in content["skipped"].items()}
     except (ValueError, KeyError, TypeError) as error:
