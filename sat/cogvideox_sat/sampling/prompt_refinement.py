@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,8 +134,12 @@ def refine(prompts: Sequence[Prompt], endpoint: Endpoint, done: Callable[[], Any
     pool = ThreadPoolExecutor(max_workers=endpoint.workers)
     # Closed in the end, the client also gives up what it would send again for prompts that are no longer waited for.
     with OpenAI(api_key=endpoint.api_key, base_url=endpoint.base_url, timeout=endpoint.timeout) as client:
+        futures = [pool.submit(refine_one, prompt) for prompt in prompts]
         try:
-            return list(pool.map(refine_one, prompts))
+            # What one prompt finds hopeless ends all, also those before it.
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+            return [future.result() for future in futures]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
