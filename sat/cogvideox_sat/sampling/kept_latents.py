@@ -56,8 +56,7 @@ def where_latents_are(video: VideoInProgress, recorder: Recorder) -> str:
     tool = os.path.relpath(DECODE_TOOL) if Path.cwd() == DECODE_TOOL.parents[1] else DECODE_TOOL
     command = as_started("tools/decode_latents.py") if by_command() else f"python {tool}"
     flags = " --vae_tile_size 256" if video.full else ""
-    if (
-        video.kept == kept_path(video.planned.path) and video.planned.path.exists()
-    ):  # without its record, or one of before
+    # A video there is without its record, or one of before.
+    if video.kept == kept_path(video.planned.path) and video.planned.path.exists():
         flags += " --overwrite"
     return f"; its latents are kept, decode them with: {command} {shlex.quote(str(video.kept))}{flags}"
