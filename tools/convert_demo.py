@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
+from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_image, locate_inputs, positive, run_tool  # noqa: E402
 from cogvideox_sat.files.atomic import new_file  # noqa: E402
 from cogvideox_sat.sampling.prompt_inputs import read_prompts, replace_prompts  # noqa: E402
 from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine  # noqa: E402
@@ -43,6 +44,7 @@ def convert(arguments: Sequence[str] | None) -> None:
         prompts = [Prompt(request.text, request.image) for request in requests]
     else:
         prompts = [Prompt(options.prompt or "", options.image_path)]
+    tell_places()
     endpoint = Endpoint.from_environment(
         model=options.model, timeout=options.timeout, tries=options.retry_times + 1, workers=options.workers
     )
@@ -75,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError for arguments that do not go together."""
+    """Put inputs where they are found; raise UserError for arguments that do not go together."""
     if options.input_file:
         if options.prompt is not None or options.image_path:
             raise UserError("--prompt and --image_path do not go with --input_file, whose lines have them")
@@ -86,14 +88,15 @@ def check(options: argparse.Namespace) -> None:
                 f"--output_file {options.output_file}: it will be of the kind of {options.input_file}, so name it "
                 f"'…{options.input_file.suffix}'"
             )
+        locate_inputs(options, "input_file")
         check_output(options.output_file, options)
     else:
         if not (options.prompt or "").strip() and not options.image_path:
             raise UserError("--prompt or --input_file is missing: name what to refine")
         if options.output_file:
             raise UserError("--output_file goes with --input_file; one prompt goes to standard output")
-        if options.image_path and not options.image_path.is_file():
-            raise UserError(f"there is no image {options.image_path}")
+        if options.image_path:
+            locate_image(options, "image_path")
         if options.type and (options.type == "i2v") != bool(options.image_path):
             raise UserError(f"--type {options.type} {'needs' if options.type == 'i2v' else 'takes no'} --image_path")
     if options.retry_times < 0 or not 1 <= options.workers <= 16:

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, locate_inputs  # noqa: E402
 from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
 from cogvideox_sat.shapes.prompted_videos import from_file, from_folders  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
@@ -40,6 +41,7 @@ def evaluate(command_line: Sequence[str] | None) -> int:
     prompted = from_file(options.videos, options.input_file) if options.input_file else from_folders(options.videos)
     if not any(prompt.videos for prompt in prompted):
         raise UserError(f"--videos: {options.videos} holds no video of these prompts, such as 0_a_prompt/0/000000.mp4")
+    tell_places()
     # Imports PyTorch: seconds, spent only once the request is known to make sense
     from cogvideox_sat.shapes.report import run
 
@@ -59,11 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises UserError if something is missing, is not there, or makes no sense."""
+    """Put inputs where they are found; raise UserError if something is missing or makes no sense."""
     if options.videos is None:
         raise UserError("--videos is missing: name the output_dir of sampling, outputs/tiny for instance")
+    given = options.videos
+    locate_inputs(options, "videos", "input_file")
     if not options.videos.is_dir():
-        raise UserError(f"--videos: there is no folder {options.videos}")
+        raise UserError(f"--videos: {given} is a file; name the output_dir of sampling")
     if options.own_accuracy_clips < 0:
         raise UserError(f"--own_accuracy_clips is {options.own_accuracy_clips}; it must be at least 0")
     if options.json:

@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.clips.latent_cache import is_cache  # noqa: E402
-from cogvideox_sat.commands.input_paths import located, tell_places  # noqa: E402
+from cogvideox_sat.commands.input_paths import located, not_found, tell_places  # noqa: E402
 from cogvideox_sat.commands.launchers import check_alone  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
-from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, locate_inputs  # noqa: E402
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths  # noqa: E402
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
 from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
@@ -47,8 +47,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
 def evaluate(command_line: Sequence[str] | None) -> int:
     check_alone(logger.name)
     options = build_parser().parse_args(command_line)
-    options.data = located(options.data, "--data")
-    options.ckpt = options.ckpt and Path(located(str(options.ckpt), "--ckpt"))
     check_options(options)
     config = load_configs(options.base, used=("model", "data"))
     with config.sources.naming():
@@ -92,16 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises UserError if something is missing, is not there, or makes no sense."""
+    """Put inputs where they are found; raise UserError if something is missing or makes no sense."""
     if not options.base:
         raise UserError("--base is missing: name the configuration of the VAE, configs/vae_3d.yaml for instance")
     if not options.data:
         raise UserError("--data is missing: name a folder of clips, a .jsonl or .csv manifest, or .tar shards")
-    check_clip_sources(options.data)
-    for name in ("ckpt", "lpips_weights", "i3d_weights"):
-        path = getattr(options, name)
-        if path is not None and not path.exists():
-            raise UserError(f"--{name}: there is no {path}")
+    options.data = clip_sources(options.data)
+    locate_inputs(options, "ckpt", "lpips_weights", "i3d_weights")
     for name, least in (("num_clips", 2 if options.i3d_weights else 1), ("num_videos", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
@@ -114,14 +109,20 @@ def check_options(options: argparse.Namespace) -> None:
         check_folder(options.json.parent, "--json")
 
 
-def check_clip_sources(sources: Sequence[str]) -> None:
-    """Raises UserError unless all are clips that may be there: a cache of latents is none."""
+def clip_sources(given: Sequence[str]) -> list[str]:
+    """Return the sources of clips that `--data` names, where they are found.
+
+    Raises:
+        UserError: one does not exist, or is a cache of latents.
+    """
+    sources = located(list(given), "--data")
     for path in sources:
         is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
         if not (is_pattern or "://" in path or Path(path).exists()):
-            raise UserError(f"--data: there is no {path}")
+            raise UserError(not_found("--data", path))
         if is_cache(path):
             raise UserError(f"--data: {path} holds latents; name the clips that it was made of")
+    return sources
 
 
 # ---------------------------------------------------------------- configuration
@@ -165,7 +166,7 @@ def find_vae(model: Mapping[str, Any], ckpt: Path | None) -> dict[str, Any]:
     if "ckpt_path" not in params:
         raise UserError(f"--ckpt is missing, and {section}.params.ckpt_path: name the weights of the VAE")
     if not Path(params["ckpt_path"]).exists():
-        raise UserError(f"{section}.params.ckpt_path: there is no {params['ckpt_path']}; or give --ckpt")
+        raise UserError(f"{not_found(f'{section}.params.ckpt_path', params['ckpt_path'])}; or give --ckpt")
     return {"target": INFERENCE, "params": params}
 
 

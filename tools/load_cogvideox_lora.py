@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool  # noqa: E402
+from cogvideox_sat.commands.hub_inputs import local_file  # noqa: E402
+from cogvideox_sat.commands.input_paths import find_input, tell_places  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_image, positive, run_tool  # noqa: E402
 from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
-from cogvideox_sat.files.hub_reading import local_file  # noqa: E402
 from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 
@@ -57,13 +58,15 @@ def sample(arguments: Sequence[str] | None) -> None:
     if options.height is not None:
         options.size = options.size or [options.height, options.width]
     check(options)
+    options.model_path = str(find_input(options.model_path, "--model_path") or options.model_path)
     model = read_model(options.model_path)
     if PIPELINES[model.pipeline] != bool(options.image_path):
         raise UserError(
             f"{options.model_path} is a {model.pipeline}: "
             + ("give --image_path" if PIPELINES[model.pipeline] else "it takes no --image_path")
         )
-    lora = local_file(options.lora_path, LORA_FILE, "lora_path")
+    lora = local_file(options.lora_path, LORA_FILE, "--lora_path")
+    tell_places()
     check_lora(lora, model.transformer, options.dry_run)
     strength = options.lora_scale * strength_of_flags(options, lora)
     if options.dry_run:
@@ -138,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError for what can be told before the model is looked at."""
+    """Put the image where it is found; raise UserError for what can be told before the model is looked at."""
     for package in ("diffusers", "peft"):
         if find_spec(package) is None:
             raise UserError(f"this tool needs {package}: pip install diffusers peft")
@@ -151,8 +154,8 @@ def check(options: argparse.Namespace) -> None:
     for path in output_paths(options):
         check_output(path, options)
     check_folder(options.output_path.parent, "output_path")
-    if options.image_path and not options.image_path.is_file():
-        raise UserError(f"there is no image {options.image_path}")
+    if options.image_path:
+        locate_image(options, "image_path")
     if options.size and any(side < SIDE_STEP or side % SIDE_STEP for side in options.size):
         raise UserError(f"--size is {options.size[0]} {options.size[1]}; both must be multiples of {SIDE_STEP}")
     if options.num_frames is not None and (options.num_frames < 1 or options.num_frames % 4 != 1):
@@ -171,7 +174,7 @@ def read_model(path: str) -> Model:
     """
     from cogvideox_sat.conversion.diffusers_folders import read_json
 
-    index = local_file(path, "model_index.json", "model_path")
+    index = local_file(path, "model_index.json", "--model_path")
     if index.is_dir():
         index = index / "model_index.json"
         if not index.is_file():
@@ -184,7 +187,7 @@ def read_model(path: str) -> Model:
     if Path(path).exists():
         config = index.parent / "transformer" / "config.json"
     else:
-        config = local_file(path, "transformer/config.json", "model_path")
+        config = local_file(path, "transformer/config.json", "--model_path")
     return Model(name, str(scheduler[-1] if isinstance(scheduler, list) else ""), read_json(config))
 
 

@@ -51,9 +51,7 @@ def main() -> int:
 
 def environment_with(files: list[Path], install: bool) -> str:
     """The path of a Python that has what `files` require, see the module's description."""
-    for file in files:
-        if not file.is_file():
-            raise SetupError(f"there is no requirement file {file}")
+    files = [located(file) for file in files]
     if is_ready(files):
         return sys.executable
     if not is_running_in_venv():
@@ -67,6 +65,18 @@ def environment_with(files: list[Path], install: bool) -> str:
             make_venv()
             install_into_venv(files)
     return str(PYTHON)
+
+
+def located(file: Path) -> Path:
+    """Return a requirement file, looked for in the current working directory, then in the repository's root.
+
+    Raises:
+        SetupError: it is in neither place.
+    """
+    for candidate in (file, ROOT / file):
+        if candidate.is_file():
+            return candidate
+    raise SetupError(f"{file} does not exist, neither in {Path.cwd()} nor in {ROOT}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.commands.input_paths import located, tell_places  # noqa: E402
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool  # noqa: E402
+from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, locate_inputs, run_tool  # noqa: E402
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths  # noqa: E402
 from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
-from tools.evaluate_vae import check_clip_sources, find_parts, find_vae  # noqa: E402
+from tools.evaluate_vae import clip_sources, find_parts, find_vae  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,9 +61,8 @@ def whiten(arguments: Sequence[str] | None) -> None:
     check_safetensors_name(options.output)
     if options.num_clips < 1:
         raise UserError(f"--num_clips is {options.num_clips}; it must be at least 1")
-    options.data = located(options.data, "--data")
-    check_clip_sources(options.data)
-    check_sources([options.ckpt, options.near])
+    options.data = clip_sources(options.data)
+    locate_inputs(options, "ckpt", "near")
     config = load_configs(options.base, used=("model", "data"))
     with config.sources.naming():
         whiten_with(config, options)

@@ -8,7 +8,7 @@ import yaml
 
 from arguments import get_args
 from cogvideox_sat.commands import input_paths
-from cogvideox_sat.commands.input_paths import find_input, located, not_found, tell_places
+from cogvideox_sat.commands.input_paths import find_input, located, named_place, not_found, required_input, tell_places
 from cogvideox_sat.configuration.training_arguments import get_training_args
 from sgm.errors import UserError
 
@@ -68,6 +68,22 @@ def test_messages_name_both_places(root, monkeypatch):
     assert not_found("load", "/a.pt") == "load: /a.pt does not exist"
     monkeypatch.chdir(root)
     assert not_found("load", "a.pt") == "load: a.pt does not exist"
+
+
+def test_outputs_beside_an_input_stay_here(root):
+    (root / "a.pt").touch()
+    for given in ("a.pt", str(root / "a.pt")):
+        assert named_place(Path(given), find_input(given, "PATH")) == Path(given)
+    Path("b.pt").touch()
+    assert named_place(Path("b.pt"), find_input("b.pt", "PATH")) == Path("b.pt")
+
+
+def test_a_home_is_one_place(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root))
+    (root / "a.pt").touch()
+    assert named_place(Path("~/a.pt"), required_input("~/a.pt", "PATH")) == root / "a.pt"
+    with pytest.raises(UserError, match=r"^PATH: ~/gone\.pt does not exist$"):
+        required_input("~/gone.pt", "PATH")
 
 
 def test_patterns_lists_weighted_entries_and_urls(root):

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from cogvideox_sat.commands import input_paths
 from cogvideox_sat.commands.tool_parser import (
     ToolParser,
     check_output,
     check_safetensors_name,
-    check_sources,
+    locate_image,
+    locate_inputs,
     positive,
     run_tool,
 )
@@ -53,9 +55,22 @@ def test_names_and_sources_are_checked(tmp_path):
     check_safetensors_name(Path("a.safetensors"))
     with pytest.raises(UserError, match=r"--output a\.pt"):
         check_safetensors_name(Path("a.pt"))
-    check_sources([None, tmp_path])
-    with pytest.raises(UserError, match="missing"):
-        check_sources([tmp_path, tmp_path / "missing"])
+
+
+def test_inputs_are_put_where_they_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(input_paths, "ROOT", tmp_path)
+    monkeypatch.setattr(input_paths, "_notes", [])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").touch()
+    options = Namespace(load=Path("a"), base=[Path("b"), Path("a")], near=None, image=Path("a"), gone=Path("gone"))
+    assert locate_inputs(options, "load", "base", "near") == [tmp_path / name for name in ("a", "b", "a")]
+    assert (options.load, options.base, options.near) == (tmp_path / "a", [tmp_path / "b", tmp_path / "a"], None)
+    with pytest.raises(UserError, match=f"--gone: gone does not exist, neither in {tmp_path}/here nor in {tmp_path}"):
+        locate_inputs(options, "gone")
+    with pytest.raises(UserError, match="--image: a is no file"):
+        locate_image(options, "image")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "inf", "nan"])

@@ -137,7 +137,7 @@ def test_mistakes(server, tmp_path, image, caplog, monkeypatch):
     assert "name it '….txt'" in message(*file, "--output_file", tmp_path / "out.jsonl")
     assert "an image-to-video model needs an image" in message(*file, *out, "--type", "i2v")
     assert "--type i2v needs --image_path" in message("--prompt", "a", "--type", "i2v")
-    assert "there is no image" in message("--prompt", "a", "--image_path", tmp_path / "no.png")
+    assert "no.png does not exist" in message("--prompt", "a", "--image_path", tmp_path / "no.png")
     assert "--workers from 1 to 16" in message("--prompt", "a", "--workers", "0")
     assert "unrecognized arguments" in message("--promt", "a")
     monkeypatch.delenv("OPENAI_API_KEY")

@@ -206,7 +206,7 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         assert message in line
         assert (str(folder) in line) == (message not in of_another_file), line
         shutil.rmtree(folder)
-    assert "there is no /nowhere/at/all" in mistake(caplog, "--hf_path", "/nowhere/at/all", "--output_path", "out")
+    assert "/nowhere/at/all does not exist" in mistake(caplog, "--hf_path", "/nowhere/at/all", "--output_path", "out")
     assert "is read from" in mistake(caplog, "--hf_path", good, "--output_path", tmp_path, "--overwrite")
     assert "exists: give --overwrite" in mistake(caplog, "--hf_path", good, "--output_path", good)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
@@ -229,7 +229,5 @@ def test_a_hub_id_without_a_network(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     lines = result.stderr.splitlines()
-    assert (
-        "there is no nobody/nothing here, nor could it be had from the hub" in lines[-1]
-        and "Traceback" not in result.stderr
-    )
+    assert "--hf_path: nobody/nothing does not exist here" in lines[-1] and "the hub did not give it" in lines[-1]
+    assert "Traceback" not in result.stderr

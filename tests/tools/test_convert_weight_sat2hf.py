@@ -208,7 +208,12 @@ def test_flags_that_are_right_are_taken_and_wrong_ones_refused(tiny, tmp_path, c
 def test_mistakes_are_told_before_pytorch_comes_in(tiny, tmp_path):
     network, out = str(tiny.folder / "2b"), str(tmp_path / "out")
     cases = {
-        "there is no /nowhere": ["--transformer_ckpt_path", "/nowhere", "--output_path", out],
+        "/nowhere does not exist": [
+            "--transformer_ckpt_path",
+            "/nowhere",
+            "--output_path",
+            out,
+        ],
         "nothing to convert": ["--output_path", out],
         "--fp16 and --bf16": ["--transformer_ckpt_path", network, "--output_path", out, "--fp16", "--bf16"],
         "exists: give --overwrite": ["--transformer_ckpt_path", network, "--output_path", str(tmp_path)],

@@ -113,10 +113,10 @@ def test_mistakes_are_named_in_one_line(tmp_path, caplog):
     broken.write_bytes(b"no video")
     cases = {
         "--videos is missing": [],
-        "there is no folder": ["--videos", tmp_path / "nowhere"],
+        "nowhere does not exist": ["--videos", tmp_path / "nowhere"],
         "'crimson'": ["--videos", tmp_path / "out"],
         "holds no video": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "prompts.txt"],
-        "cannot read the prompt file": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "none.txt"],
+        "none.txt does not exist": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "none.txt"],
         "must be at least 0": ["--videos", tmp_path / "empty", "--own_accuracy_clips", "-1"],
         "cannot read the video": ["--videos", tmp_path / "broken"],
         "unrecognized arguments": ["--video", tmp_path],

@@ -157,7 +157,7 @@ def test_bad_input(adapted, tmp_path, caplog):
         weights = {**adapter, **{first + key.replace("_", "."): value for key, value in changes.items()}}
         return save({key: value for key, value in weights.items() if value is not None}, tmp_path / name, "1")
 
-    assert "there is no " in message(tmp_path / "nowhere")
+    assert "nowhere does not exist" in message(tmp_path / "nowhere")
     assert "holds no adapter" in message(adapted.folder / "base")
     ranks = changed("ranks", A_1=torch.zeros(8, 64), B_1=torch.zeros(64, 8))
     assert "the rank differs between layers: 8 (layer 0 to_k), 4 (layer 0 to_out.0)" in message(ranks)

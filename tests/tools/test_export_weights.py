@@ -46,7 +46,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, caplog):
     for given, output, says in (
         (checkpoint, "a.pt", "ends with .safetensors"),
         (checkpoint, "there.safetensors", "exists: give --overwrite"),
-        (tmp_path / "gone", "a.safetensors", "there is no"),
+        (tmp_path / "gone", "a.safetensors", "gone does not exist"),
         (tmp_path / "large.pt", "a.safetensors", "layer.weight is not finite, or too large for float16"),
     ):
         caplog.clear()

@@ -186,14 +186,14 @@ def test_bad_files(exported, tmp_path, caplog, monkeypatch):
     assert "not a readable safetensors file" in message(tmp_path / "truncated.safetensors")
     (tmp_path / "empty").mkdir()
     assert "holds 0 safetensors files" in message(tmp_path / "empty")
-    assert "there is no" in message(tmp_path / "nowhere.safetensors")
+    assert "nowhere.safetensors does not exist" in message(tmp_path / "nowhere.safetensors")
     torch.save({"a": torch.save}, tmp_path / "code.bin")
     assert "code in a weight file is never run" in message(tmp_path / "code.bin")
     big = {name: tensor.half() * 3000 if "lora_B" in name else tensor for name, tensor in load_file(exported).items()}
     save_file(big, tmp_path / "big.safetensors")
     assert "out of the range of torch.float16" in message(tmp_path / "big.safetensors", "--file_alpha", "900")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "nor could pytorch_lora_weights.safetensors be had from the hub" in message("someone/no-such-lora-here")
+    assert "the hub did not give pytorch_lora_weights.safetensors" in message("someone/no-such-lora-here")
     (tmp_path / "there").mkdir()
     text = error_of(main, caplog, "--lora_path", exported, "--output", tmp_path / "there")
     assert "exists: give --overwrite" in text

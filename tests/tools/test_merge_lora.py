@@ -133,7 +133,7 @@ def test_bad_input(adapted, tmp_path, caplog):
         return text
 
     assert "name at least one with --lora" in message(folder / "base")
-    assert f"there is no {tmp_path / 'nowhere'}" in message(folder / "base", "--lora", tmp_path / "nowhere")
+    assert f"--lora: {tmp_path / 'nowhere'} does not exist" in message(folder / "base", "--lora", tmp_path / "nowhere")
     assert "'strong' is no weight" in message(folder / "base", "--lora", f"{folder / 'run'}:strong")
     assert "'nan' is no weight" in message(folder / "base", "--lora", f"{folder / 'run'}:nan")
     assert "holds no adapter" in message(folder / "base", "--lora", folder / "base")

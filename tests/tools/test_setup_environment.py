@@ -134,4 +134,6 @@ def test_an_older_python_is_refused_in_one_line(fresh):
 
 
 def test_a_missing_requirement_file_is_named(fresh):
-    assert fresh.run("none.txt") == (1, "", "setup: there is no requirement file none.txt\n")
+    code, python, message = fresh.run("none.txt")
+    assert (code, python) == (1, "")
+    assert message.startswith("setup: none.txt does not exist") and message.endswith(f" nor in {fresh.root}\n")

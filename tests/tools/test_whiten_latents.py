@@ -132,9 +132,9 @@ def test_the_map_changes_latents_least():
         (["--output", "vae.pt"], "ends with .safetensors"),
         (["--num_clips", "0"], "--num_clips is 0"),
         (["--data", "{folder}/cache"], "holds latents"),
-        (["--data", "/nowhere"], "there is no /nowhere"),
-        (["--ckpt", "/nowhere.pt"], "there is no /nowhere.pt"),
-        (["--near", "/nowhere.pt"], "there is no /nowhere.pt"),
+        (["--data", "/nowhere"], "/nowhere does not exist"),
+        (["--ckpt", "/nowhere.pt"], "/nowhere.pt does not exist"),
+        (["--near", "/nowhere.pt"], "/nowhere.pt does not exist"),
         (["--output", "{folder}/there.safetensors"], "exists: give --overwrite"),
     ],
 )

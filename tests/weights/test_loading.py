@@ -145,7 +145,7 @@ def test_misfits_are_named(seeded_base, seeded_lora, tmp_path):
     base, lora = tmp_path / "base.pt", tmp_path / "lora.pt"
     save(seeded_base.state_dict(), base)
     save(seeded_lora.state_dict(), lora)
-    refused("no checkpoint at", "nowhere", network=build("t2v_2b"), load=tmp_path / "nowhere")
+    refused("load: ", "nowhere does not exist", network=build("t2v_2b"), load=tmp_path / "nowhere")
     refused("(64, 16, 2, 2) instead of (96, 16, 2, 2)", "more", network=build("t2v_2b_wide"), load=base)
     refused("pos_embedding", network=build("t2v_5b"), load=base)
     refused("holds no adapter", network=build("t2v_2b_lora"), load=base)

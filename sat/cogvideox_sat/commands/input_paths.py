@@ -12,6 +12,7 @@ from typing import Any
 
 from cogvideox_sat.commands.launchers import is_first_process
 from cogvideox_sat.files.shipped import ROOT
+from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def find_input(path: str | Path, argument: str) -> Path | None:
     """
     path = Path(path)
     candidates = [path, ROOT / path]
-    if path.parts[:1] == ("~",):
+    if _is_home(path):
         with suppress(RuntimeError):  # there is no home directory
             candidates = [path.expanduser()]
     for candidate in candidates:
@@ -41,9 +42,33 @@ def find_input(path: str | Path, argument: str) -> Path | None:
     return None
 
 
+def required_input(path: str | Path, argument: str) -> Path:
+    """Return the file or folder that `path` means, as `find_input` does.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    found = find_input(path, argument)
+    if found is None:
+        raise UserError(not_found(argument, path))
+    return found
+
+
+def named_place(path: Path, found: Path) -> Path:
+    """Return the path beside which outputs go that belong beside an input: `found`, if the current folder has it.
+
+    For an input from the repository's root it is the path as it was given: outputs go to the current working directory.
+    """
+    return found if path.is_absolute() or _is_home(path) else path
+
+
+def _is_home(path: Path) -> bool:
+    return path.parts[:1] == ("~",)
+
+
 def _tell_place(path: Path, found: Path, argument: str) -> None:
     """Log where a relative path was found, unless that is the only place it can be."""
-    if path.is_absolute() or path.parts[:1] == ("~",) or Path.cwd() == ROOT:
+    if path.is_absolute() or _is_home(path) or Path.cwd() == ROOT:
         return
     if found.is_absolute():
         _note(f"{argument}: {path} is taken from {ROOT}")
@@ -100,6 +125,7 @@ def not_found(argument: str, path: str | Path) -> str:
 
 def places(path: str | Path) -> str:
     """Return the end of such a message, which names both places; nothing where there is only one."""
-    if Path(path).is_absolute() or Path.cwd() == ROOT:
+    path = Path(path)
+    if path.is_absolute() or _is_home(path) or Path.cwd() == ROOT:
         return ""
     return f", neither in {Path.cwd()} nor in {ROOT}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cogvideox_sat.commands.flag_spellings import StrictParser
+from cogvideox_sat.commands.input_paths import required_input
 from cogvideox_sat.commands.launchers import check_alone
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.commands.startup import quiet_libraries
@@ -49,11 +50,35 @@ def check_safetensors_name(output: Path) -> None:
         raise UserError(f"--output {output}: the name of a safetensors file ends with .safetensors")
 
 
-def check_sources(paths: Iterable[Path | None]) -> None:
-    """Raises UserError unless all that is to be read is there."""
-    for path in paths:
-        if path and not path.exists():
-            raise UserError(f"there is no {path}")
+def locate_inputs(options: argparse.Namespace, *names: str) -> list[Path]:
+    """Return the files and folders that are to be read, and let the options be these.
+
+    They are looked for in the current working directory, then in the repository's root: `input_paths.find_input`.
+
+    Args:
+        names: of the options that hold a path, a list of paths, or None.
+
+    Raises:
+        UserError: one is in neither place.
+    """
+    located = []
+    for name in names:
+        value = getattr(options, name)
+        if value is None:
+            continue
+        paths = value if isinstance(value, list) else [value]
+        found = [required_input(path, f"--{name}") for path in paths]
+        setattr(options, name, found if isinstance(value, list) else found[0])
+        located += found
+    return located
+
+
+def locate_image(options: argparse.Namespace, name: str) -> None:
+    """Let an option be the file that it names, as `locate_inputs`; a folder is refused."""
+    given = getattr(options, name)
+    (path,) = locate_inputs(options, name)
+    if not path.is_file():
+        raise UserError(f"--{name}: {given} is no file; name an image")
 
 
 def positive(text: str) -> float:

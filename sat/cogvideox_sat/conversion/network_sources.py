@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cogvideox_sat.commands.input_paths import required_input
 from cogvideox_sat.configuration.yaml_reading import read_yaml
 from cogvideox_sat.conversion.lora_files import Adapter, read_adapter, sat_adapter
 from cogvideox_sat.conversion.lora_merging import MergedWeights
@@ -96,14 +97,18 @@ def find_config(location: Path) -> Path | None:
 
 
 def _trained_on(config: Path | None) -> Path | None:
-    """What a run that trained an adapter loaded."""
+    """Return what a run that trained an adapter loaded, None if nothing tells it.
+
+    Raises:
+        UserError: it does not exist.
+    """
     if config is None:
         return None
     try:
-        content = read_yaml(config)
-        return Path(content["args"]["load"])
+        load = read_yaml(config)["args"]["load"]
     except (UserError, KeyError, TypeError):
         return None
+    return required_input(load, f"{config}: args.load") if isinstance(load, str) else None
 
 
 def _merged(base: StoredWeights, adapters: list[tuple[Adapter, float]]) -> StoredWeights:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from cogvideox_sat.commands.input_paths import find_input, named_place, not_found
 from cogvideox_sat.configuration.model_values import check_model_values, check_parameters
 from cogvideox_sat.configuration.video_records import KEPT_SUFFIX, LARGEST, check_foreign_model, parse_record
 from cogvideox_sat.files.output_paths import check_folder
@@ -46,33 +47,37 @@ class LatentFile:
     sources: Sources = field(default_factory=Sources, compare=False)
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files that are meant, those of folders in the order of their names.
+def find_files(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Return the files that are meant, those of folders in the order of their names, each with the folder of its video.
+
+    That is the folder of the file; for a file from the repository's root, the folder of that name in the current
+    working directory.
 
     Raises:
-        UserError: a path does not exist, or a folder has no such file.
+        UserError: a path is in neither place, or a folder has no such file.
     """
-    files: dict[Path, None] = {}
+    files: dict[Path, Path] = {}
     for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob(f"*{SUFFIX}") if not file.name.startswith("."))
-            if not found:
+        found = find_input(path, "PATH")
+        if found is None:
+            raise UserError(f"{not_found('PATH', path)}; name a file of latents or a folder of such")
+        inside = [found]
+        if found.is_dir():
+            inside = sorted(file for file in found.rglob(f"*{SUFFIX}") if not file.name.startswith("."))
+            if not inside:
                 raise UserError(f"{path} holds no {SUFFIX} file; name a file of latents or a folder of such")
-            files |= dict.fromkeys(found)
-        elif path.is_file():
-            files[path] = None
-        else:
-            raise UserError(f"{path} does not exist; name a file of latents or a folder of such")
-    return list(files)
+        for file in inside:
+            files[file] = (named_place(path, found) / file.relative_to(found)).parent
+    return files
 
 
-def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None, output: Path | None) -> LatentFile:
+def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None, folder: Path) -> LatentFile:
     """Return what is known of a file of latents without reading them.
 
     Args:
         config: of the model, from the user; it wins over what the file says.
         fps: frames a second, likewise.
-        output: folder of the video; None: that of the file.
+        folder: of the video.
 
     Raises:
         UserError: the path is no file of latents, or does not say what is needed.
@@ -91,8 +96,7 @@ def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None,
     record = None
     if "record" in metadata:
         record = parse_record(metadata["record"], f"{path}: record")
-    folder = path.parent if output is None else output
-    check_folder(folder, "output_dir" if output else "folder")
+    check_folder(folder, "output_dir")
     stem = path.name.removesuffix(SUFFIX).removesuffix(KEPT_SUFFIX.removesuffix(SUFFIX))
     dtype = metadata.get("computed_in")
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -166,7 +170,8 @@ def check_first_stage(first_stage: Any, where: str) -> None:
     if not isinstance(weights, str):
         raise UserError(f"{where}.params.ckpt_path is {shown(weights)}; expected the weights of the VAE")
     if not Path(weights).exists():
-        raise UserError(f"{where}.params.ckpt_path: {weights} does not exist; give the model's configuration as --base")
+        problem = not_found(f"{where}.params.ckpt_path", weights)
+        raise UserError(f"{problem}; give the model's configuration as --base")
 
 
 def number(value: Any, where: str) -> float:

@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvideox_sat.commands.hub_inputs import local_folder
+from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool
-from cogvideox_sat.files.hub_reading import local_folder
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def convert(arguments: Sequence[str] | None) -> None:
         raise UserError("--fp16 and --bf16 are both given: choose one")
     output = options.output_path
     check_output(output, options)
-    folder = local_folder(options.hf_path, DOWNLOADED, "hf_path", options.revision, options.cache_dir)
+    folder = local_folder(options.hf_path, DOWNLOADED, "--hf_path", options.revision, options.cache_dir)
     check_output(output, options, [folder])
+    tell_places()
 
     import torch
 

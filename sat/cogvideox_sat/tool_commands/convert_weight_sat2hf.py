@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_inputs, positive, run_tool
 from cogvideox_sat.files.hub_upload import check_logged_in, upload
 from sgm.errors import UserError
 
@@ -103,9 +104,10 @@ def convert(arguments: Sequence[str] | None) -> None:
 
 
 def check_arguments(options: Any) -> None:
-    """Raises UserError for what can be told without reading weights."""
-    sources = [options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_cache_dir, options.lora_load]
-    check_sources(sources)
+    """Put inputs where they are found; raise UserError for what can be told without reading weights."""
+    sources = locate_inputs(
+        options, "transformer_ckpt_path", "vae_ckpt_path", "text_encoder_cache_dir", "lora_load", "base"
+    )
     if not options.transformer_ckpt_path and not options.vae_ckpt_path:
         raise UserError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or both")
     if options.fp16 and options.bf16:
@@ -119,6 +121,7 @@ def check_arguments(options: Any) -> None:
     if options.repo_id and not options.push_to_hub:
         raise UserError("--repo_id needs --push_to_hub; give both or neither")
     check_output(options.output_path, options, sources)
+    tell_places()
 
 
 def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:

@@ -7,8 +7,9 @@ wrote, and those in the samples/ of a training run.
 Each PATH is a file, or a folder in which all `.safetensors` are taken. A file says itself which VAE it is for, how its
 latents are scaled and what the frame rate is; older files, without this record, need the model's configuration,
 `--base`, which also wins over what a file says. NAME.safetensors and NAME.latents.safetensors become NAME.mp4 beside
-it, with NAME.json where the file has the record of the video. Exit codes: 0 all videos are there, 1 some files could
-not be decoded, 2 a mistake in the arguments or files ended the command.
+it, with NAME.json where the file has the record of the video. A file may also be found in the repository's root: its
+video then goes to the folder of that name in the current working directory. Exit codes: 0 all videos are there, 1 some
+files could not be decoded, 2 a mistake in the arguments or files ended the command.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.startup import quiet_libraries
 from cogvideox_sat.commands.tool_parser import ToolParser
 from cogvideox_sat.configuration.argument_schema import check_tile_size
@@ -90,8 +92,8 @@ def plan(options: argparse.Namespace) -> list[LatentFile]:
     if config:
         config["model"] = with_located_paths(config.get("model") or {}, "model")
     planned: dict[Path, LatentFile] = {}
-    for path in find_files(options.paths):
-        file = read_header(path, config, options.fps, options.output_dir)
+    for path, folder in find_files(options.paths).items():
+        file = read_header(path, config, options.fps, options.output_dir or folder)
         beside = {record_path(file.video): "the record of a video that does not"}
         if not decide_existing(file.video, options.overwrite, options.skip_existing, beside):
             logger.info("skipped, it exists: %s", file.video)
@@ -101,4 +103,5 @@ def plan(options: argparse.Namespace) -> list[LatentFile]:
                 f"{planned[file.video].path} and {path} would both become {file.video}: decode one at a time"
             )
         planned[file.video] = file
+    tell_places()
     return list(planned.values())

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_inputs, positive, run_tool
 from cogvideox_sat.conversion.lora_names import LORA_FILE
 from sgm.errors import UserError
 
@@ -49,8 +50,9 @@ def export(arguments: Sequence[str] | None) -> None:
     target = options.lora_save_directory / LORA_FILE
     if options.lora_save_directory.exists() and not options.lora_save_directory.is_dir():
         raise UserError(f"{options.lora_save_directory} is a file: name a folder")
-    check_sources([options.sat_pt_path])
+    locate_inputs(options, "sat_pt_path")
     check_output(target, options)
+    tell_places()
 
     from cogvideox_sat.conversion.lora_files import read_sat_adapter
 

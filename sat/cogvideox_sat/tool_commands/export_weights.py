@@ -12,7 +12,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, check_sources, run_tool
+from cogvideox_sat.commands.input_paths import tell_places
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, locate_inputs, run_tool
 from sgm.errors import UserError
 
 logger = logging.getLogger("export_weights")
@@ -32,8 +33,8 @@ def export(arguments: Sequence[str] | None) -> None:
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
     check_safetensors_name(options.output)
-    check_sources([options.input])
-    check_output(options.output, options, [options.input])
+    check_output(options.output, options, locate_inputs(options, "input"))
+    tell_places()
 
     import torch
 

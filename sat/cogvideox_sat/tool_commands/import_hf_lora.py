@@ -13,9 +13,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from cogvideox_sat.commands.hub_inputs import local_file
+from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool
 from cogvideox_sat.conversion.lora_names import LORA_FILE
-from cogvideox_sat.files.hub_reading import local_file
 
 logger = logging.getLogger("import_hf_lora")
 
@@ -39,8 +40,9 @@ def import_lora(arguments: Sequence[str] | None) -> None:
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
     check_output(options.output, options)
-    path = local_file(options.lora_path, LORA_FILE, "lora_path")
+    path = local_file(options.lora_path, LORA_FILE, "--lora_path")
     check_output(options.output, options, [path])
+    tell_places()
 
     from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
     from cogvideox_sat.conversion.lora_files import read_diffusers_adapter

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_sources, positive, run_tool
+from cogvideox_sat.commands.input_paths import find_input, required_input, tell_places
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_inputs, positive, run_tool
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ def merge(arguments: Sequence[str] | None) -> None:
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
     chosen = [path_and_weight(text) for text in options.lora or []]
-    sources = [options.load, *(path for path, _ in chosen)]
-    check_sources(sources)
+    chosen = [(required_input(path, "--lora"), weight) for path, weight in chosen]
+    sources = [*locate_inputs(options, "load"), *(path for path, _ in chosen)]
     check_output(options.output, options, sources)
+    tell_places()
 
     from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
     from cogvideox_sat.conversion.lora_files import read_adapter
@@ -80,7 +82,7 @@ def path_and_weight(text: str) -> tuple[Path, float]:
         UserError: the weight is no number.
     """
     path, separator, weight = text.rpartition(":")
-    if not separator or Path(text).exists():
+    if not separator or find_input(text, "--lora"):
         return Path(text), 1.0
     try:
         value = float(weight)

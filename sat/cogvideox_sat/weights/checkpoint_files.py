@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cogvideox_sat.commands.input_paths import not_found
 from cogvideox_sat.files.latest_file import newest
 from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES, assemble, from_diffusers, is_diffusers_network
 from sgm.errors import UserError
@@ -28,7 +29,7 @@ def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Pat
     if path.is_file():
         return path, False
     if not path.is_dir():
-        raise UserError(f"load: there is no checkpoint at {path}")
+        raise UserError(not_found("load", path))
     folder = path / "transformer" if (path / PIPELINE_FILE).is_file() else path
     if (name := newest(path, "load")) is not None:
         folder = path / name
