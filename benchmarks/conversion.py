@@ -21,9 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
@@ -31,15 +29,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 from harness import machine, markdown_table, write_results  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
+from cogvideox_sat.commands.input_paths import find_input, not_found  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
-from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa: E402
-from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint, write_tensors  # noqa: E402
-from cogvideox_sat.conversion.diffusers_folders import check_equal  # noqa: E402
 from cogvideox_sat.conversion.lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
-from cogvideox_sat.conversion.stored_weights import open_weights  # noqa: E402
-from cogvideox_sat.conversion.weight_family import CONFIGS, TITLES  # noqa: E402
+from cogvideox_sat.conversion.released_models import CONFIGS, TITLES  # noqa: E402
 from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER  # noqa: E402
-from cogvideox_sat.weights.checkpoint_files import checkpoint_file  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 RANK = 128  # of the adapter
 INTERVAL = 0.01  # seconds between two looks at a process
@@ -72,6 +70,9 @@ class Usage:
 
 def main() -> None:
     args = arguments()
+    from cogvideox_sat.conversion.diffusers_folders import check_equal  # imports PyTorch
+    from cogvideox_sat.conversion.stored_weights import open_weights
+
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         make_checkpoints(args, folder)
@@ -101,15 +102,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="of another model than the released one, with weights in 16 bit")
     parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="of files for diffusers")
     parser.add_argument("--folder", type=Path, help="where files are written and removed (default: the system's)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     args = parser.parse_args()
+    if args.config and find_input(args.config, "--config") is None:
+        parser.error(not_found("--config", args.config))
+    if args.folder and not args.folder.is_dir():
+        parser.error(f"--folder: {args.folder} does not exist; name a folder")
+    import torch
+
+    args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
     return args
 
 
 def make_checkpoints(args: argparse.Namespace, folder: Path) -> None:
     """The network in the released model's dtype, its tables of positions as they are computed; the VAE in float32."""
+    import torch
+
+    from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+    from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint, write_tensors
+
     config = load_configs([args.config or CONFIG_FOLDER / f"{CONFIGS[args.family]}.yaml"])
     dtype = torch.float16 if config["args"].get("fp16") else torch.bfloat16
     network = instantiate_on_meta(config["model"]["network_config"]).to(dtype).state_dict()
@@ -122,8 +135,10 @@ def make_checkpoints(args: argparse.Namespace, folder: Path) -> None:
     write_tensors(folder / "3d-vae.pt", vae, lambda name: random_like(vae[name]), key="state_dict", prefix="")
 
 
-def adapter_like(network: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def adapter_like(network: Mapping[str, "Tensor"], dtype: "torch.dtype") -> dict[str, "Tensor"]:
     """The matrices of an adapter on a network, without values."""
+    import torch
+
     layers = itertools.takewhile(lambda layer: base_weight(layer, "dense") in network, itertools.count())
     width = network[base_weight(0, "dense")].shape[1]
     matrices = {}
@@ -135,8 +150,10 @@ def adapter_like(network: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str,
     return matrices
 
 
-def random_like(tensor: Tensor) -> Tensor:
+def random_like(tensor: "Tensor") -> "Tensor":
     """Random values in place of those on the meta device."""
+    import torch
+
     return torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=0.02) if tensor.is_meta else tensor
 
 
@@ -170,6 +187,8 @@ def gib(status: str, entry: str) -> float:
 
 
 def file_of(path: Path) -> Path:
+    from cogvideox_sat.weights.checkpoint_files import checkpoint_file
+
     return checkpoint_file(path)[0] if path.is_dir() else path
 
 
@@ -179,6 +198,8 @@ def largest(folder: Path) -> float:
 
 
 def report(args: argparse.Namespace, rows: list[list[object]]) -> str:
+    import torch
+
     header = ["", "s", "on a processor, s", "largest file GiB", "resident GiB", "of the largest file", "anonymous GiB"]
     return (
         f"{args.config or TITLES[args.family]}, VAE and LoRA of rank {RANK}, random; files for diffusers of at most "

@@ -1,5 +1,9 @@
-"""What the benchmarks share: fair timing of contenders in one process, peak memory of each, tables of results."""
+"""What the benchmarks share: fair timing of contenders in one process, peak memory of each, tables of results.
 
+PyTorch is imported when it is needed, so that `--help` answers at once.
+"""
+
+import argparse
 import json
 import platform
 import re
@@ -12,10 +16,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+
+
+def config_name(text: str) -> str:
+    """Return an argument that names a configuration in configs/."""
+    if not (ROOT / "configs" / f"{text}.yaml").is_file():
+        raise argparse.ArgumentTypeError(f"configs/{text}.yaml does not exist; give a name such as cogvideox_5b")
+    return text
+
+
+def device_name(text: str) -> str:
+    """Return an argument that names a device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no device; it can be cpu, cuda or cuda:N")
+    return text
 
 
 def alternating_medians(
@@ -41,16 +62,20 @@ def alternating_medians(
 
 
 def synchronize() -> None:
+    import torch
+
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> float:
+def peak_memory(run: Callable[[], object], device: "torch.device") -> float:
     """GiB that this process had in use at most during `run`: of the GPU's memory, or for a CPU its resident memory.
 
     Resident memory counts what anything before has left behind, so measure each contender in a process of its own
     (`peak_memories`). Linux only.
     """
+    import torch
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -62,11 +87,13 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
 
 
-def peak_memories(contenders: Iterable[str], device: torch.device, *task: str) -> dict[str, float]:
+def peak_memories(contenders: Iterable[str], device: "torch.device", *task: str) -> dict[str, float]:
     """GiB of each contender, by its name: this script run again with `--memory-of TASK CONTENDER` prints it last.
 
     On a GPU they run at once, since a process is told of its own memory alone, and most of their time goes by before.
     """
+    import torch
+
     if device.type == "cuda":
         torch.cuda.empty_cache()  # room for them
     names = list(contenders)
@@ -80,8 +107,10 @@ def layer_flops(tokens: int, width: int) -> tuple[int, int]:
     return 24 * tokens * width**2, 4 * tokens**2 * width
 
 
-def machine(device: torch.device) -> str:
+def machine(device: "torch.device") -> str:
     """One line that says where the numbers come from."""
+    import torch
+
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -98,7 +127,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 def write_results(section: str, text: str) -> None:
     """Put `text` and the command under the heading `section` of RESULTS.md, in place of what was there."""
-    script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parents[1])
+    script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     text = f"`{shlex.join(['python', str(script), *sys.argv[1:]])}`\n\n{text}"
     content = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n"
     block = f"## {section}\n\n{text}\n"

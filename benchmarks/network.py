@@ -11,14 +11,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests", "tests/sat", "benchmarks"))]
 
 from harness import (  # noqa: E402
     alternating_medians,
+    config_name,
+    device_name,
     layer_flops,
     machine,
     markdown_table,
@@ -29,11 +30,10 @@ from harness import (  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
-from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa: E402
 from cogvideox_sat.latent_geometry import patch_sizes  # noqa: E402
-from cogvideox_sat.weights.loading import initialise_missing  # noqa: E402
-from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary  # noqa: E402
-from support import relative_error  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
 
 BATCH = 2
 CPU_LAYERS = 2
@@ -42,6 +42,8 @@ CPU_CLIP = (5, 30, 44)  # latent frames, height, width; an even number of frames
 
 def main() -> None:
     args = arguments()
+    from support import relative_error  # imports PyTorch
+
     if args.memory_of:
         print(json.dumps(peak_memory(build(args)[args.memory_of], args.device)))  # noqa: T201
         return
@@ -77,8 +79,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cogvideox_5b", help="configuration in configs/")
-    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--model", type=config_name, default="cogvideox_5b", help="configuration in configs/")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--layers", type=int, help="of the network")
     parser.add_argument("--clip", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the latents")
@@ -87,6 +89,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--memory-of", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    import torch
+
+    args.device = torch.device(args.device)
     config = load_configs([ROOT / "configs" / f"{args.model}.yaml"])
     args.network_config = config["model"]["network_config"]
     params = args.network_config["params"]
@@ -101,8 +106,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
+def build(args: argparse.Namespace) -> dict[str, Callable[[], "torch.Tensor"]]:
     """The contenders' forward passes; with `--memory-of` that one alone is made."""
+    import torch
+
+    from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+    from cogvideox_sat.weights.loading import initialise_missing
+    from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary
+
     params, dtype = args.network_config["params"], getattr(torch, args.dtype)
     torch.manual_seed(0)
     network = instantiate_on_meta(args.network_config).to(dtype)

@@ -9,10 +9,8 @@ the run, and activations recomputed. Networks have no weights here, so that any 
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
@@ -21,10 +19,9 @@ from harness import markdown_table  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
+from cogvideox_sat.configuration.argument_schema import PRECISIONS  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
-from cogvideox_sat.configuration.meta_device import instantiate_on_meta  # noqa: E402
 from cogvideox_sat.latent_geometry import Bucket  # noqa: E402
-from cogvideox_sat.training.parameter_report import GIB, Layout, estimate_memory  # noqa: E402
 
 CLIPS = {  # frames, height, width
     "cogvideox_2b": Bucket(49, 480, 720),
@@ -37,17 +34,6 @@ COLUMNS = {  # with an adapter, processes, changes of ZeRO's section
     "all weights, 1 GPU, optimizer offloaded": (False, 1, OFFLOAD),
     "all weights, 8 GPUs": (False, 8, {}),
 }
-
-
-class Engine(nn.Module):
-    """The part of an engine that the estimate uses, for training on latents."""
-
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype):
-        super().__init__()
-        config["network_config"]["params"]["transformer_args"]["checkpoint_activations"] = True
-        self.network = instantiate_on_meta(config["network_config"]).to(dtype)
-        self.network.disable_untrainable_params()
-        self.config, self.dtype, self.first_stage_model = config, dtype, None
 
 
 def main() -> None:
@@ -67,12 +53,19 @@ def described(model: str) -> str:
 def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
     """Return the memory of one process, and of the host where something is offloaded to it."""
     files = [f"{model}_lora.yaml" if lora else f"{model}.yaml", "sft.yaml"]
+    from cogvideox_sat.training.memory_forecast import WeightlessEngine  # imports PyTorch
+    from cogvideox_sat.training.parameter_report import GIB, Layout, estimate_memory
+
     config = load_configs([ROOT / "configs" / name for name in files])
-    dtype = torch.float16 if config["args"].get("fp16") else torch.bfloat16
     section = config["deepspeed"]
     section["zero_optimization"] |= zero
-    layout = Layout.from_config(section, dtype, processes)
-    memory = estimate_memory(Engine(config["model"], dtype), layout, CLIPS[model], 1)
+    config["model"]["network_config"]["params"]["transformer_args"]["checkpoint_activations"] = True
+    precision = {name: bool(config["args"].get(name)) for name in PRECISIONS}
+    settings = SimpleNamespace(model_config=config["model"], **precision)
+    engine = WeightlessEngine(settings, parts=("model",), device="cuda")  # of which only the name counts
+    engine.disable_untrainable_params()
+    layout = Layout.from_config(section, engine.dtype, processes)
+    memory = estimate_memory(engine, layout, CLIPS[model], 1)
     host = f" + {memory.host / GIB:.3g} on the host" if memory.host else ""
     return f"{memory.total / GIB:.1f}{host}"
 

@@ -37,6 +37,7 @@ COVERED_BY = {
     "conversion.model_sizes": ("conversion/test_weight_family.py", "sizes tell the family"),
     "conversion.network_sources": ("conversion/test_zero_checkpoints.py", "reads them from ZeRO's pieces too"),
     "conversion.pipeline_reading": ("tools/test_convert_weight_hf2sat.py", "a part of the conversion"),
+    "conversion.released_models": ("conversion/test_weight_family.py", "a table"),
     "conversion.stored_checkpoints": ("conversion/test_zero_checkpoints.py", "opens all forms"),
     "evaluation.inception3d": ("tools/test_evaluate_vae.py", "a part of the report"),
     "evaluation.vae_report": ("tools/test_evaluate_vae.py", "the report of the tool"),

@@ -5,7 +5,9 @@ Memory is measured in this process here; the benchmarks do so in a process for e
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +31,7 @@ def run(monkeypatch, capsys, one_thread) -> Callable[..., str]:
     known = set(sys.modules)
 
     def run(name: str, *arguments: str) -> str:
-        module = importlib.import_module(name)
+        module, harness = (importlib.import_module(each) for each in (name, "harness"))
         assert Path(module.__file__).parent == BENCHMARKS
         command = [str(BENCHMARKS / f"{name}.py"), *arguments]
 
@@ -43,7 +45,8 @@ def run(monkeypatch, capsys, one_thread) -> Callable[..., str]:
                 assert not before, "nothing is printed before the table"
             return measured
 
-        monkeypatch.setattr(module, "peak_memories", memory, raising=False)
+        for user in (module, harness):  # what is imported later takes it from there
+            monkeypatch.setattr(user, "peak_memories", memory, raising=False)
         monkeypatch.setattr(sys, "argv", command)
         results = (BENCHMARKS / "RESULTS.md").read_bytes()
         module.main()
@@ -72,6 +75,36 @@ def test_every_benchmark_is_tested():
     source = Path(__file__).read_text()
     tested = set(re.findall(r'(?:run|def test_\w+)\(\s*"(\w+)"', source)) | ELSEWHERE.keys()
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == tested
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "harness"))
+def test_help_answers_before_pytorch_is_loaded(name):
+    """Of seconds those of the processor count, so that other work on the machine does not."""
+    script = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(BENCHMARKS / name) + '.py'!r}, "
+    script += "run_name='__main__')"
+    watched = f"import atexit, sys; atexit.register(lambda: print('loaded', 'torch' in sys.modules)); {script}"
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    assert done.stdout.endswith("loaded False\n")
+    assert seconds < 2, f"{seconds:.1f} s"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("network", ("--model", "nothing"), "configs/nothing.yaml does not exist"),
+        ("training", ("--device", "gpu"), "'gpu' is no device; it can be cpu, cuda or cuda:N"),
+        ("conversion", ("--config", "gone.yaml"), "--config: gone.yaml does not exist"),
+        ("conversion", ("--folder", "gone"), "--folder: gone does not exist"),
+    ],
+)
+def test_mistakes_end_with_2(name, arguments, message, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_network(run):

@@ -32,6 +32,20 @@ def test_scripts_become_the_command_where_that_runs(monkeypatch, text, expected)
     assert as_started(text) == expected
 
 
+def test_a_command_to_copy_runs_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["sat/sample_video.py"])
+    monkeypatch.chdir(tmp_path)
+    assert as_started("python tools/decode_latents.py a") == "python tools/decode_latents.py a"
+    assert as_started("python tools/decode_latents.py a", runnable=True) == f"python {ROOT}/tools/decode_latents.py a"
+    assert as_started("see sat/train_vae.py", runnable=True) == f"see {ROOT}/sat/train_vae.py"
+    monkeypatch.chdir(ROOT)
+    assert as_started("python tools/decode_latents.py a", runnable=True) == "python tools/decode_latents.py a"
+    monkeypatch.setattr(sys, "argv", ["cogvideox sample"])
+    monkeypatch.chdir(tmp_path)
+    command = as_started("python tools/decode_latents.py a", runnable=True)
+    assert command == "cogvideox convert decode_latents a"
+
+
 def test_all_of_them_are_scripts():
     assert all((ROOT / script).is_file() for script in SCRIPTS)
     assert all((ROOT / "tools" / f"{tool}.py").is_file() for tool in TOOLS)

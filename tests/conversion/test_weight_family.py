@@ -14,8 +14,8 @@ from cogvideox_sat.conversion.model_sizes import (
     sizes_of_config,
     sizes_of_tables,
 )
+from cogvideox_sat.conversion.released_models import CONFIGS
 from cogvideox_sat.conversion.weight_family import (
-    CONFIGS,
     autoencoder_shapes,
     detect_autoencoder,
     detect_network,

@@ -4,9 +4,11 @@ Nothing here imports PyTorch.
 """
 
 import re
+import shlex
 import sys
+from pathlib import Path
 
-from cogvideox_sat.files.shipped import INSTALLED
+from cogvideox_sat.files.shipped import INSTALLED, ROOT
 
 COMMAND = "cogvideox"
 MODULE = "cogvideox_sat.command_line"  # what torchrun starts
@@ -38,12 +40,23 @@ def by_command() -> bool:
     return INSTALLED or sys.argv[0].partition(" ")[0] == COMMAND
 
 
-def as_started(text: str) -> str:
+def as_started(text: str, runnable: bool = False) -> str:
     """Return a text such that the scripts it names are what the user has: `cogvideox` where that is what runs.
 
     Scripts without a command of their own stay as they are.
+
+    Args:
+        runnable: the text is a command to copy, so that outside of the repository's root it names scripts by their
+            absolute paths.
     """
-    return _START.sub(_command, text) if by_command() else text
+    if by_command():
+        return _START.sub(_command, text)
+    return _START.sub(_placed, text) if runnable and Path.cwd() != ROOT else text
+
+
+def _placed(match: re.Match) -> str:
+    script = match["script"]
+    return match[0].removesuffix(script) + shlex.quote(str(ROOT / script))
 
 
 def _command(match: re.Match) -> str:

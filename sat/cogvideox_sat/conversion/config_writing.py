@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from cogvideox_sat.conversion.model_sizes import ModelSizes, released_config, title
-from cogvideox_sat.conversion.weight_family import CONFIGS, AutoencoderFamily, NetworkFamily
+from cogvideox_sat.conversion.released_models import CONFIGS
+from cogvideox_sat.conversion.weight_family import AutoencoderFamily, NetworkFamily
 from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
 from sgm.errors import UserError

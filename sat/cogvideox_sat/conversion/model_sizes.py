@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cogvideox_sat.configuration.files import load_configs
-from cogvideox_sat.conversion.weight_family import CONFIGS, TITLES, UNUSED_POSITIONS, NetworkFamily
+from cogvideox_sat.conversion.released_models import CONFIGS, TITLES
+from cogvideox_sat.conversion.weight_family import UNUSED_POSITIONS, NetworkFamily
 from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER
 from cogvideox_sat.latent_geometry import TIME_FACTOR
 from cogvideox_sat.network.position_tables import rotary_angles, sincos_3d

@@ -8,25 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cogvideox_sat.conversion.released_models import TITLES
 from cogvideox_sat.weights.diffusers_names import FREQUENCIES, POSITION_TABLE, TABLES, UNUSED_TABLE
 from sgm.errors import UserError, some
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-CONFIGS = {  # by family: the file in configs/ that describes the released model
-    "2b": "cogvideox_2b",
-    "5b": "cogvideox_5b",
-    "5b_i2v": "cogvideox_5b_i2v",
-    "1.5": "cogvideox1.5_5b",
-    "1.5_i2v": "cogvideox1.5_5b_i2v",
-}
-TITLES = {
-    "2b": "CogVideoX-2B",
-    "5b": "CogVideoX-5B",
-    "5b_i2v": "CogVideoX-5B-I2V",
-    "1.5": "CogVideoX1.5-5B",
-    "1.5_i2v": "CogVideoX1.5-5B-I2V",
-}
 UNUSED_POSITIONS = 64  # rows of `UNUSED_TABLE`
 
 
@@ -35,7 +22,7 @@ class NetworkFamily:
     """What the tensors of a network say of it.
 
     Args:
-        name: a key of `CONFIGS`.
+        name: a key of `released_models.CONFIGS`.
         patch: (frames, height, width).
     """
 

@@ -1,24 +1,20 @@
 """Keep the latents of videos in files until the videos are complete, so that nothing can lose them."""
 
 import logging
-import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cogvideox_sat.commands.program_names import as_started, by_command
+from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.video_records import KEPT_SUFFIX, kept_path
-from cogvideox_sat.files.shipped import ROOT
 from cogvideox_sat.media.video_output import save_latents
 from cogvideox_sat.sampling.record_making import Recorder
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress
 from sgm.errors import UserError
 
 logger = logging.getLogger("sample_video")
-
-DECODE_TOOL = ROOT / "tools" / "decode_latents.py"
 
 
 @contextmanager
@@ -53,8 +49,7 @@ def where_latents_are(video: VideoInProgress, recorder: Recorder) -> str:
         name = f"{video.planned.request.index}_{video.planned.seed}{KEPT_SUFFIX}"
         if problem := keep(video, Path(tempfile.mkdtemp(prefix="cogvideox-")) / name, recorder):
             return f"; its latents are lost: {problem}"
-    tool = os.path.relpath(DECODE_TOOL) if Path.cwd() == DECODE_TOOL.parents[1] else DECODE_TOOL
-    command = as_started("tools/decode_latents.py") if by_command() else f"python {tool}"
+    command = as_started("python tools/decode_latents.py", runnable=True)
     flags = " --vae_tile_size 256" if video.full else ""
     # A video there is without its record, or one of before.
     if video.kept == kept_path(video.planned.path) and video.planned.path.exists():

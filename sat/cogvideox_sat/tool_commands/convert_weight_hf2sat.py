@@ -79,7 +79,7 @@ def convert(arguments: Sequence[str] | None) -> None:
     else:
         write(pipeline, output)
         logger.info("wrote %s", output)
-        command = as_started("bash inference.sh")
+        command = as_started("python sat/sample_video.py", runnable=True)
         logger.info("sample with: %s --base %s %s", command, output / "model.yaml", output / "inference.yaml")
 
 

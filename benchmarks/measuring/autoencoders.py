@@ -1,0 +1,62 @@
+"""The video autoencoders that `vae.py` and `vae_training.py` measure: ours and diffusers', with the same weights."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from diffusers_vae import as_diffusers
+from measuring.vae_arguments import DEFAULTS, NETWORKS, OURS, WHOLE
+from seeded import seed_module_, seeded_input
+from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
+
+LATENT_CHANNELS = 16
+
+
+def autoencoder(size: str, **coder: object) -> VideoAutoencoderInferenceWrapper:
+    """Ours, with the seeded weights of every benchmark; `coder` are further options of encoder and decoder."""
+    params = {"z_channels": LATENT_CHANNELS, **NETWORKS[size], **coder}
+    vae = VideoAutoencoderInferenceWrapper(
+        encoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelEncoder3D", "params": params},
+        decoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelDecoder3D", "params": params},
+        regularizer_config={"target": "vae_modules.regularizers.DiagonalGaussianRegularizer"},
+    )
+    return seed_module_(vae)
+
+
+def diffusers_autoencoder(size: str) -> torch.nn.Module:
+    """Return theirs with the same weights, at its defaults."""
+    network = NETWORKS[size]
+    ours = autoencoder(size)
+    return as_diffusers(ours, network["ch"], network["num_res_blocks"], LATENT_CHANNELS, whole_clip=False)
+
+
+def seeded_video(args: argparse.Namespace) -> torch.Tensor:
+    return seeded_input("video", (1, 3, args.frames, args.height, args.width)).clamp(-1, 1)
+
+
+def build(args: argparse.Namespace, *contenders: str) -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
+    """Return the two tasks of each contender, as functions of no arguments. Those of diffusers share one network."""
+    placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    x = seeded_video(args).to(**placement)
+    latent_size = ((args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
+    z = seeded_input("latent", (1, LATENT_CHANNELS, *latent_size)).to(**placement)
+    built = {}
+    if OURS in contenders:
+        vae = autoencoder(args.size).to(**placement)
+        built[OURS] = {
+            "encode": lambda: vae.encode(x, unregularized=True)[0],
+            "decode": lambda: torch.cat(list(vae.decode_chunks(z)), dim=2),
+        }
+    if theirs := [name for name in contenders if name != OURS]:
+        other = diffusers_autoencoder(args.size).to(**placement)
+        frames = {DEFAULTS: other.num_sample_frames_batch_size, WHOLE: args.frames}
+
+        def encode(name: str) -> torch.Tensor:
+            other.num_sample_frames_batch_size = frames[name]
+            return other.encode(x).latent_dist.parameters
+
+        for name in theirs:
+            built[name] = {"encode": partial(encode, name), "decode": lambda: other.decode(z).sample}
+    return {name: {task: torch.no_grad()(run) for task, run in tasks.items()} for name, tasks in built.items()}

@@ -1,0 +1,189 @@
+"""A training step of ours beside the same step of diffusers: what `training.py` measures."""
+
+import argparse
+import math
+from typing import Any
+
+import torch
+from harness import alternating_medians, layer_flops, markdown_table, peak_memories
+from torch import Tensor, nn
+
+from cogvideox_sat.latent_geometry import patch_sizes
+from measuring.training_arguments import RANK, deepspeed_config
+from measuring.training_peer import Contender, Inputs, diffusers_step, names_of_diffusers
+from support import relative_error
+
+NEGLIGIBLE = 1e-6  # gradients, beside the largest
+AGREEMENT = 1e-4  # of loss and gradients in float32
+
+
+def compare(args: argparse.Namespace) -> str:
+    """Time, memory and agreement of both sides, as Markdown."""
+    contenders = build(args)
+    agreement = check_agreement(contenders, args.dtype)
+    seconds = alternating_medians({name: each.step for name, each in contenders.items()}, args.repeats)
+    last = {name: each.step().item() for name, each in contenders.items()}
+    del contenders
+    memory = peak_memories(seconds, args.device)
+    flops = floating_point_operations(args)
+    rows = [
+        [
+            name,
+            seconds[name],
+            flops / seconds[name] / 1e12,
+            f"{memory[name]:.2f}",
+            f"{seconds[name] / seconds['diffusers']:.3f}",
+            f"{memory[name] / memory['diffusers']:.3f}",
+            f"{last[name]:.6f}",
+        ]
+        for name in seconds
+    ]
+    header = ["", "s per step", "TFLOP/s", "peak GiB", "time ratio", "memory ratio", f"loss of step {args.repeats + 2}"]
+    return f"{markdown_table(header, rows)}\n\n{agreement}"
+
+
+def check_agreement(contenders: dict[str, Contender], dtype: str) -> str:
+    """How far the losses and gradients of the two are apart, before the first step; stops if they are not the same."""
+    (loss, gradients), (expected_loss, expected) = (contenders[name].gradients() for name in ("ours", "diffusers"))
+    if gradients.keys() != expected.keys():
+        raise SystemExit(f"not the same is trained: {sorted(gradients.keys() ^ expected.keys())[:4]}")
+    # Some are zero but for rounding: a bias of all keys alike changes no attention.
+    largest = max(gradient.norm() for gradient in expected.values())
+    compared = [name for name, gradient in expected.items() if gradient.norm() > NEGLIGIBLE * largest]
+    worst = max(compared, key=lambda name: relative_error(gradients[name], expected[name]))
+    errors = relative_error(loss, expected_loss), relative_error(gradients[worst], expected[worst])
+    text = (
+        f"Relative difference before the first step: loss {errors[0]:.1e}, gradients at most {errors[1]:.1e} "
+        f"(the worst of {len(compared)}: {worst})"
+    )
+    if dtype == "float32" and max(errors) > AGREEMENT:
+        raise SystemExit(text)
+    return text
+
+
+def floating_point_operations(args: argparse.Namespace) -> float:
+    """Of a step's matrix products in the layers, without what checkpointing repeats.
+
+    The backward pass of an attention costs twice its forward pass; that of a product with a weight matrix once for its
+    input, which in LoRA's first attention needs no gradient, and once for the weight, if it is trained.
+    """
+    patch, position = patch_sizes(args.params["patch_size"]), args.params["modules"]["pos_embed_config"]["params"]
+    tokens = position["text_length"] + math.prod(args.network_clip) // math.prod(patch)
+    products, attention = layer_flops(tokens, args.params["hidden_size"])
+    if args.kind == "full":
+        return args.batch * args.layers * 3 * (products + attention)
+    adapter = products * 16 * RANK / (24 * args.params["hidden_size"])
+    untouched = products * 6 / 24
+    return args.batch * (args.layers * (2 * products + 3 * (attention + adapter)) - untouched)
+
+
+# The contenders
+
+
+def build(args: argparse.Namespace) -> dict[str, Contender]:
+    """Both contenders; with `--memory-of` that one alone is made."""
+    from sgm import randomness
+
+    engine = build_engine(args)
+    batch = cached_batch(args, engine)
+    seeds = list(range(args.batch))
+    # What ours draws in its step, for the other side.
+    with randomness.per_sample(seeds):
+        image, latents = engine.encode_batch(batch)
+        latents = latents.transpose(1, 2).contiguous()
+        if engine.is_15:
+            latents = torch.cat((latents[:, :1], latents), dim=1)
+        timesteps = engine.loss_fn.sigma_sampler(args.batch, return_idx=True)[1].to(args.device)
+        noise = engine.loss_fn.noise_like(latents)
+    condition = None if image is None else engine.concat_condition(image, latents.shape[1])
+    inputs = Inputs(
+        latents.float(), noise, timesteps, batch["txt_embedding"], condition, engine.default_ofs(args.batch)
+    )
+
+    network = None if args.memory_of == "diffusers" else build_network(args)
+    contenders = {}
+    if args.memory_of != "ours":
+        contenders["diffusers"] = diffusers_step(args, network, inputs)
+    if network is not None:
+        contenders["ours"] = our_step(args, engine, network, batch, seeds)
+    return contenders
+
+
+def build_engine(args: argparse.Namespace) -> nn.Module:
+    """Our engine without its network, conditioned on embeddings that were computed before."""
+    from cogvideox_sat.clips.latent_identity import conditioner_for_cache
+    from cogvideox_sat.parallel.process_groups import initialize_process_groups
+    from diffusion_video import SATVideoDiffusionEngine
+
+    initialize_process_groups()
+    model_config = {
+        **args.model_config,
+        "conditioner_config": conditioner_for_cache(args.model_config["conditioner_config"]),
+    }
+    engine_args = argparse.Namespace(model_config=model_config, bf16=args.dtype == "bfloat16")
+    return SATVideoDiffusionEngine(engine_args, ("conditioner",), args.device)
+
+
+def build_network(args: argparse.Namespace) -> nn.Module:
+    """Our network with random weights, none of them zero, of which what is trained requires gradients."""
+    from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+    from cogvideox_sat.weights.loading import initialise_missing
+
+    torch.manual_seed(0)
+    network = instantiate_on_meta(args.model_config["network_config"]).to(getattr(torch, args.dtype))
+    initialise_missing(network, args.device)
+    for name, parameter in network.named_parameters():
+        if ".matrix_B." in name:
+            nn.init.normal_(parameter, std=0.02)
+    network.to(args.device)
+    network.disable_untrainable_params()
+    return network.train()
+
+
+def cached_batch(args: argparse.Namespace, engine: nn.Module) -> dict[str, Any]:
+    """What a loader gives for clips that were encoded before."""
+    generator = torch.Generator().manual_seed(0)
+    channels = args.params["out_channels"]
+    tokens = args.params["modules"]["pos_embed_config"]["params"]["text_length"]
+    features = args.params["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
+    shapes = {"moments": (2 * channels, *args.clip), "txt_embedding": (tokens, features)}
+    if engine.noised_image_input:
+        shapes["image_moments"] = (2 * channels, 1, *args.clip[1:])
+    batch = {name: torch.randn(args.batch, *shape, generator=generator) for name, shape in shapes.items()}
+    return {name: tensor.to(args.device, engine.dtype) for name, tensor in batch.items()}
+
+
+def our_step(
+    args: argparse.Namespace, engine: nn.Module, network: nn.Module, batch: dict[str, Any], seeds: list[int]
+) -> Contender:
+    """A step as `training.run` does it."""
+    from cogvideox_sat.configuration.training_arguments import TrainingArguments
+    from cogvideox_sat.training import deepspeed_engine
+    from sgm import randomness
+    from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    schedule = {"warmup": 0.0, "auto_warmup_steps": 0, "lr_decay_style": "constant"}
+    training_args = TrainingArguments(
+        deepspeed_config=deepspeed_config(args, "torch.optim.AdamW", fused=True), **schedule
+    )
+    wrapper = OpenAIWrapper(network, dtype=engine.dtype)
+    runner = deepspeed_engine.initialize(wrapper, training_args, engine.dtype)
+
+    def loss(model: nn.Module) -> Tensor:
+        engine.model = model
+        with randomness.per_sample(seeds):
+            return engine.shared_step(batch, drop=False)[0]
+
+    def gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        value = loss(wrapper)  # DeepSpeed takes no backward pass but its own
+        found = torch.autograd.grad(value, list(trained.values()))
+        return value.detach(), names_of_diffusers(dict(zip(trained, found, strict=True)))
+
+    def step() -> Tensor:
+        value = loss(runner)
+        runner.backward(value)
+        runner.step()
+        return value.detach()
+
+    return Contender(step, gradients)
