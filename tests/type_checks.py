@@ -23,7 +23,6 @@ NOT_YET = {
     "data_video": 3,
     "diffusion_video": 6,
     "dit_video_concat": 5,
-    "media": 35,
     "runs": 6,
     "sampling": 20,
     "sgm": 43,

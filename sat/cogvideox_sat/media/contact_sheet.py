@@ -78,7 +78,7 @@ def _as_high_as_a_row(frame: Image.Image) -> Image.Image:
     return frame.resize(size, Image.Resampling.LANCZOS)
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The text, or as much of it as fits into so many pixels."""
     if font.getlength(text) <= width:
         return text

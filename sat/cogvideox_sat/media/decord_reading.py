@@ -32,10 +32,9 @@ class DecordVideo:
         return VideoFacts(width, height, len(self._times), float(self._times[-1]))
 
     def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
-        times = np.asarray(times, np.float64)
         if beyond is not None and len(times) and times[-1] > self._times[-1] + beyond:
             raise UnreadableClip(f"it ends after {self._times[-1]:.2f} s, before {times[-1]:.2f} s")
-        yield from self._decode(nearest_frames(self._times, times).tolist())
+        yield from self._decode(nearest_frames(self._times, np.asarray(times, np.float64)).tolist())
 
     def all_frames(self) -> Iterator[np.ndarray]:
         yield from self._decode(range(len(self._reader)))

@@ -30,8 +30,9 @@ class FramePixels:
     """
 
     def __init__(self, pixel_shape: Fraction | None, threads: int):
-        known = pixel_shape and 1 / STRANGEST_PIXEL <= pixel_shape <= STRANGEST_PIXEL
-        self.pixel_shape = pixel_shape if known else Fraction(1)
+        if not pixel_shape or not 1 / STRANGEST_PIXEL <= pixel_shape <= STRANGEST_PIXEL:
+            pixel_shape = Fraction(1)
+        self.pixel_shape = pixel_shape
         self.threads = threads
         self._reformatter = VideoReformatter()
         self._tone_map: ToneMap | None = None
@@ -84,7 +85,7 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
 
     Other angles, which no camera writes, are rounded to the nearest quarter turn.
     """
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV's types know motion only
     if matrix is None:
         return False, False, False
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # the point (x, y) goes to (a x + c y, b x + d y)

@@ -1,6 +1,6 @@
 """Find the frames nearest to given times."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ def nearest_frames(source_times: np.ndarray, times: np.ndarray, rounding: float 
 
 def nearest_in_order(
     frames: Iterable[tuple[float, Frame]],
-    times: Sequence[float],
+    times: Iterable[float],
     convert: Callable[[Frame], Pixels],
     rounding: float = ROUNDING,
 ) -> Iterator[Pixels]:
@@ -32,12 +32,12 @@ def nearest_in_order(
     frames = iter(frames)
     earlier = next(frames, None)
     later = next(frames, None)
-    converted, pixels = None, None
+    if earlier is None:
+        return
+    converted: tuple[tuple[float, Frame], Pixels] | None = None
     for time in times:
-        if earlier is None:
-            return
         while later is not None and time - rounding > (earlier[0] + later[0]) / 2:
             earlier, later = later, next(frames, None)
-        if converted is not earlier:
-            converted, pixels = earlier, convert(earlier[1])
-        yield pixels
+        if converted is None or converted[0] is not earlier:
+            converted = earlier, convert(earlier[1])
+        yield converted[1]

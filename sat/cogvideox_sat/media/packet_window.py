@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 
 class TimedPacket(Protocol):
@@ -12,12 +12,15 @@ class TimedPacket(Protocol):
     is_keyframe: bool
 
 
+AnyPacket = TypeVar("AnyPacket", bound=TimedPacket)
+
+
 def _time(packet: TimedPacket) -> float:
     """Return when a packet is shown; a packet without a time, which nobody can ask for, sorts before all others."""
     return -math.inf if packet.pts is None else packet.pts
 
 
-def decoding_runs(packets: Sequence[TimedPacket], wanted: Collection[int]) -> list[list[TimedPacket]]:
+def decoding_runs(packets: Sequence[AnyPacket], wanted: Collection[int]) -> list[list[AnyPacket]]:
     """Return the packets to decode, in runs; before each the decoder starts anew.
 
     Packets depend on those from the last key frame on. Packets that follow a key frame but are shown before it (open
@@ -37,7 +40,7 @@ def decoding_runs(packets: Sequence[TimedPacket], wanted: Collection[int]) -> li
             until[group] = needed[-1] + 1
         if group and any(_time(packets[number]) < _time(packets[start]) for number in needed):
             until[group - 1] = start
-    runs: list[list[TimedPacket]] = []
+    runs: list[list[AnyPacket]] = []
     complete = False  # whether the group before is decoded to its end
     for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
         part = packets[start : until[group]]

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import av
 import numpy as np
 from av import Packet
-from av.container import Flags, InputContainer
+from av.container import Flags
 from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
@@ -63,28 +63,30 @@ class VideoContainer:
 
     def __init__(self, file: str | os.PathLike | BinaryIO, threads: int):
         self._file, self._threads = file, threads
-        self.at_joints: set[int] = set()  # places of packets
+        self.at_joints: set[int | None] = set()  # places of packets
         self._open()
 
     def _open(self) -> None:
-        # With the protocol in front, a colon in the name of a file is only a colon.
-        is_path = isinstance(self._file, str | os.PathLike)
-        file = f"file:{os.fspath(self._file)}" if is_path else self._file
-        if not is_path:
+        file: str | BinaryIO
+        if isinstance(self._file, str | os.PathLike):
+            # With the protocol in front, a colon in the name of a file is only a colon.
+            file = f"file:{os.fspath(self._file)}"
+        else:
+            file = self._file
             file.seek(0)
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
         with unreadable(NOT_A_VIDEO):
-            self.container: InputContainer = av.open(file, container_options=options, metadata_errors="ignore")
+            self.container = av.open(file, "r", container_options=options, metadata_errors="ignore")
         # Times that FFmpeg makes up for packets that have none would be wrong for frames that are shown out of order.
-        self.container.flags &= ~Flags.gen_pts.value
-        self.stream = self._video_stream()
+        self.container.flags &= ~Flags.gen_pts.value  # type: ignore[operator]  # PyAV's types say: a flag, not a number
+        self.stream, self.tick = self._video_stream()
         self.codec = self.stream.codec_context
         self.codec.thread_count = self._threads
         self.codec.options = {"max_pixels": str(MOST_PIXELS)}
-        self.tick = float(self.stream.time_base)
         self._in_avi_index = len(self.stream.index_entries) if self.container.format.name == "avi" else 0
 
-    def _video_stream(self) -> VideoStream:
+    def _video_stream(self) -> tuple[VideoStream, float]:
+        """Return the best stream that can be decoded, and the seconds of a tick of its times."""
         best = self.container.streams.best("video")
         candidates = [
             stream
@@ -92,8 +94,8 @@ class VideoContainer:
             if not stream.disposition & Disposition.attached_pic
         ]
         for stream in candidates:
-            if stream.codec_context and stream.time_base:
-                return stream
+            if isinstance(stream, VideoStream) and stream.codec_context and stream.time_base:
+                return stream, float(stream.time_base)
         raise UnreadableClip("its video has a format that is not known" if candidates else NOT_A_VIDEO)
 
     def close(self) -> None:
@@ -193,9 +195,10 @@ class VideoContainer:
                 break
         if key is None or not shown:
             raise UnreadableClip(NOT_A_VIDEO)
-        if None in shown or key.pts is None:
+        times = [time for time in shown if time is not None]
+        if len(times) < len(shown) or key.pts is None:
             return Beginning(False, 0, 0)
-        first = min(shown)
+        first = min(times)
         # Hidden frames are there for others to depend on.
         return Beginning(True, first if key.is_discard else key.pts, first)
 
@@ -262,13 +265,14 @@ class VideoContainer:
 
         The n-th frame is shown when the decoder, which holds back a few frames, gives it out.
         """
-        times = [decoded for _, decoded in self._shown_packets()]
-        if None in times or len(set(times)) < len(times):
+        packets = list(self._shown_packets())
+        decoded = {time for _, time in packets if time is not None}
+        if len(decoded) < len(packets):
             rate = self.stream.average_rate or self.stream.guessed_rate
             if not rate:
                 raise UnreadableClip("it has neither time stamps nor a frame rate")
-            return np.arange(len(times)) / float(rate)
-        times = np.sort(times) * self.tick
+            return np.arange(len(packets)) / float(rate)
+        times = np.sort(np.array([*decoded])) * self.tick
         held = min(self.codec.reorder_depth, len(times) - 1)
         regular = held if held < len(times) - 1 else 0
         interval = (times[-1] - times[regular]) / max(len(times) - 1 - regular, 1)
@@ -278,8 +282,8 @@ class VideoContainer:
     def sizes_by_decoding(self) -> dict[int, int]:
         """Return the bytes of packets by the times at which they are decoded, ascending; empty if these are unknown."""
         packets = [(packet.dts, packet.size) for packet in self.from_beginning() if is_shown(packet)]
-        sizes = dict(packets)
-        return {} if None in sizes or len(sizes) < len(packets) else dict(sorted(sizes.items()))
+        sizes = {decoded: size for decoded, size in packets if decoded is not None}
+        return {} if len(sizes) < len(packets) else dict(sorted(sizes.items()))
 
 
 @contextmanager
@@ -288,8 +292,9 @@ def unreadable(reason: str = DAMAGED) -> Iterator[None]:
     try:
         yield
     except FFMPEG_ERRORS as error:
-        of_system = isinstance(error, OSError) and not isinstance(error, av.error.EOFError)
-        raise UnreadableClip((of_system and error.strerror) or reason) from error
+        if isinstance(error, OSError) and not isinstance(error, av.error.EOFError):
+            reason = error.strerror or reason
+        raise UnreadableClip(reason) from error
 
 
 def is_shown(packet: Packet) -> bool:

@@ -101,20 +101,20 @@ class PyavVideo:
             return beginning.first
         # It may depend on what is not in the file: does the decoder show it?
         frame = next(self._from_beginning(), None)
-        return beginning.key if frame is None else frame.pts
+        return beginning.key if frame is None or frame.pts is None else frame.pts
 
     # Frames
 
     def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
-        times = np.asarray(times, np.float64)
-        if not len(times):
+        seconds = np.asarray(times, np.float64)
+        if not len(seconds):
             return
         with unreadable():
             if not self._container.beginning.timed:
-                yield from self._frames_by_rank(times, beyond)
+                yield from self._frames_by_rank(seconds, beyond)
                 return
-            far = np.flatnonzero(np.diff(times) > LONGEST_WINDOW) + 1
-            for window in np.split(times, far):
+            far = np.flatnonzero(np.diff(seconds) > LONGEST_WINDOW) + 1
+            for window in np.split(seconds, far):
                 yield from self._frames_of_window(window, beyond)
 
     def all_frames(self) -> Iterator[np.ndarray]:
@@ -162,15 +162,15 @@ class PyavVideo:
             pixels = self._pixels.convert(frame)
             while time == frame.pts:
                 yield pixels
-                time = next(left, None)
-            if time is None:
-                return
+                following = next(left, None)
+                if following is None:
+                    return
+                time = following
         raise Undecodable
 
     def _from_key_frame(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
         """Yield the wanted frames, decoding everything from the key frame on."""
-        frames = (frame for frame in self._decoded([packets], None) if frame.pts is not None)
-        yield from self._nearest(frames, wanted)
+        yield from self._nearest(self._decoded([packets], None), wanted)
 
     def _surely(self, _: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
         """Yield the wanted frames, decoding everything from the beginning of the file."""
@@ -182,9 +182,10 @@ class PyavVideo:
         Raises:
             Undecodable: one is too far from the packet that promised it.
         """
-        timed = (((frame.pts - self._start) * self._tick, frame) for frame in frames)
+        shown = ((frame.pts, frame) for frame in frames if frame.pts is not None)
+        timed = (((ticks - self._start) * self._tick, (ticks, frame)) for ticks, frame in shown)
         found = nearest_in_order(
-            timed, wanted.times, lambda frame: (frame.pts, self._pixels.convert(frame)), self._rounding
+            timed, wanted.times, lambda frame: (frame[0], self._pixels.convert(frame[1])), self._rounding
         )
         count = 0
         for (ticks, pixels), promised in zip(found, wanted.ticks, strict=False):
@@ -198,11 +199,12 @@ class PyavVideo:
     def _decoded(self, runs: Iterable[Sequence[Packet]], wanted: frozenset[int] | None) -> Iterator[VideoFrame]:
         """Yield the frames of runs of packets: all, or at least the `wanted` ones and all that these depend on."""
         codec = self._container.codec
-        may_skip = wanted is not None and codec.name in SKIPPING
+        needed = wanted if codec.name in SKIPPING else None
         for run in runs:
             codec.flush_buffers()
             for packet in chain(run, [None]):
-                codec.skip_frame = "NONREF" if may_skip and packet and packet.pts not in wanted else "DEFAULT"
+                may_skip = needed is not None and packet and packet.pts not in needed
+                codec.skip_frame = "NONREF" if may_skip else "DEFAULT"
                 yield from self._clean(packet, run[0].pts)
 
     def _from_beginning(self) -> Iterator[VideoFrame]:
@@ -241,7 +243,7 @@ class PyavVideo:
     def _frames_by_rank(self, times: np.ndarray, beyond: float | None) -> Iterator[np.ndarray]:
         """Yield the frames nearest to `times`, counted from the beginning, where packets have no times of frames."""
         shown = self._container.times_by_rank
-        _check_end(times, shown[-1], beyond)
+        _check_end(times, float(shown[-1]), beyond)
         wanted = deque(nearest_frames(shown, times, self._rounding).tolist())
         for frame, first, last in self._ranked(len(shown)):
             if wanted[0] < first:
@@ -262,7 +264,8 @@ class PyavVideo:
         and the decoder returns no frame for them.
         """
         sizes = self._container.sizes_by_decoding if self._container.codec.name == "mpeg4" else {}
-        places, stays = {time: place for place, time in enumerate(sizes)}, [size <= TINY for size in sizes.values()]
+        places: dict[int | None, int] = {time: place for place, time in enumerate(sizes)}
+        stays = [size <= TINY for size in sizes.values()]
         before, first, offset = None, 0, 0
         for frame in self._from_beginning():
             place = places.get(frame.dts)

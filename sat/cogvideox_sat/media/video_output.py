@@ -67,6 +67,8 @@ class VideoWriter:
                 self._ffmpeg = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._messages
                 )
+            assert self._ffmpeg.stdin is not None, "it is a pipe"
+            self._input = self._ffmpeg.stdin
             stack.push(self._end_encoding)
             self._open = stack.pop_all()
         return self
@@ -80,7 +82,7 @@ class VideoWriter:
         if not finite:
             raise UserError(f"{self.path}: the decoded frames hold NaN or infinity; sample in bf16 or float32 instead")
         try:
-            self._ffmpeg.stdin.write(pixels.numpy())
+            self._input.write(pixels.numpy())
         except BrokenPipeError:  # ffmpeg ended early; its last words say why
             self._ffmpeg.wait()
             raise self._failure() from None
@@ -93,7 +95,7 @@ class VideoWriter:
         try:
             if kind is None:
                 with suppress(BrokenPipeError):  # the exit status tells
-                    self._ffmpeg.stdin.close()
+                    self._input.close()
                 if self._ffmpeg.wait() != 0:
                     raise self._failure()
                 if self.num_frames == 0:
@@ -101,7 +103,7 @@ class VideoWriter:
         finally:
             self._ffmpeg.kill()  # it still runs only after an exception
             with suppress(BrokenPipeError):
-                self._ffmpeg.stdin.close()
+                self._input.close()
             self._ffmpeg.wait()
 
     def _failure(self) -> UserError:
