@@ -53,8 +53,6 @@ class Sources:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sources)
 
-    __hash__ = None
-
     def set(self, key: Key, file: str | Path) -> None:
         """Record that `file` set `key`."""
         self._files[key] = str(file)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from abc import ABCMeta
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ def why_not(kind: Any, name: str | None) -> str | None:
     for method in slot.methods:
         if not any(method in vars(base) for base in kind.__mro__):
             return f"{wanted}: it has no {method}"
-    if inspect.isabstract(kind):
+    if isinstance(kind, ABCMeta) and inspect.isabstract(kind):
         return f"{wanted}: it is abstract, without {', '.join(sorted(kind.__abstractmethods__))}"
     return None
 

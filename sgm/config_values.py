@@ -174,8 +174,8 @@ def problem_of_value(
         return None
     if type(value) is type(default) and value == default:
         return None
-    problems = [_problem(value, option, infinite) for option in options]
-    if None in problems:
+    problems = [problem for option in options if (problem := _problem(value, option, infinite)) is not None]
+    if len(problems) < len(options):
         return None
     deeper = [problem for problem in problems if problem[0]]
     where, found, fits = deeper[0] if deeper else ((), value, "")

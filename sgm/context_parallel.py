@@ -5,6 +5,8 @@ differentiated, except `broadcast`. The whole loss is the sum of the ranks' loss
 tensor (before `split_frames`, after `gather_frames`), it is taken once, not once a rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -106,7 +108,7 @@ def all_gather_integer(value: int, group: ProcessGroup | None) -> list[int]:
     """Every rank's `value`, in the order of ranks."""
     if group is None:
         return [value]
-    values: list[int | None] = [None] * dist.get_world_size(group)
+    values = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -141,7 +143,7 @@ def split_frames(x: Tensor, frames: list[int], group: ProcessGroup | None) -> Te
     return x if group is None else _SplitFrames.apply(x, frames, group)
 
 
-def gather_frames(x: Tensor, frames: list[int], group: ProcessGroup | None) -> Tensor:
+def gather_frames(x: Tensor, frames: Sequence[int], group: ProcessGroup | None) -> Tensor:
     """All ranks' frames in order, on every rank; rank r brings `frames[r]` of them."""
     return x if group is None else _GatherFrames.apply(x, frames, group)
 

@@ -11,9 +11,9 @@ class UserError(Exception):
 
 def some(names: Iterable[object], shown: int = 3) -> str:
     """The first few of `names` and how many more there are, for a message."""
-    names = [str(name) for name in names]
-    more = f" ... and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    texts = [str(name) for name in names]
+    more = f" ... and {len(texts) - shown} more" if len(texts) > shown else ""
+    return ", ".join(texts[:shown]) + more
 
 
 def shown(value: object, most: int = 80) -> str:

@@ -149,7 +149,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
     width = max(1, int(wh[0] / max(1.0, font.getlength("x"))))
     pictures = []
     for text in xc:
-        picture = Image.new("RGB", tuple(wh), "white")
+        picture = Image.new("RGB", (wh[0], wh[1]), "white")
         lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width) or [""]]
         ImageDraw.Draw(picture).multiline_text((0, 0), "\n".join(lines), fill="black", font=font)
         pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1)
@@ -186,7 +186,7 @@ def autocast(f: Callable[..., Any], enabled: bool = True) -> Callable[..., Any]:
 # ---------------------------------------------------------------- configurations and paths
 
 
-def partialclass(cls: type, *args: Any, **kwargs: Any) -> type:
+def partialclass(cls: type[Any], *args: Any, **kwargs: Any) -> type:
     """Return a subclass of `cls` whose constructor already has these arguments."""
 
     class Partial(cls):

@@ -176,9 +176,9 @@ def _harmless_classes() -> list:
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     # Older NumPy versions pickled the same function under the second name.
     reconstruct = [_reconstruct, (_reconstruct, "numpy.core.multiarray._reconstruct")]
-    deepspeed = [(int, "deepspeed.runtime.zero.config.ZeroStageEnum")]
-    bookkeeping = ("utils.tensor_fragment.fragment_address",)
-    bookkeeping += tuple(f"runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler"))
+    deepspeed: list[tuple[type, str]] = [(int, "deepspeed.runtime.zero.config.ZeroStageEnum")]
+    scalers = [f"runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")]
+    bookkeeping = ["utils.tensor_fragment.fragment_address", *scalers]
     deepspeed += [(_Bookkeeping, f"deepspeed.{name}") for name in bookkeeping]
     return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *reconstruct, encode, *deepspeed]
 

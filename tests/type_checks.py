@@ -25,7 +25,6 @@ NOT_YET = {
     "dit_video_concat": 5,
     "runs": 6,
     "sampling": 20,
-    "sgm": 43,
     "tool_commands": 4,
     "train_vae": 4,
     "train_video": 4,

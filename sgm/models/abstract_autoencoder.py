@@ -82,8 +82,10 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
         return self.ema_decay is not None
 
     @abstractmethod
-    def encode(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Pixels -> latents."""
+    def encode(
+        self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Pixels -> latents; see `AutoencodingEngine.encode` for what comes with them."""
 
     @abstractmethod
     def decode(self, z: Tensor, **options: Any) -> Tensor:
@@ -179,7 +181,8 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
 
 
 def _with_nearest(engine: type, unknown: Iterable[str]) -> str:
-    known = {name for base in engine.__mro__ for name in inspect.signature(base.__init__).parameters}
+    bases: tuple[type[object], ...] = engine.__mro__
+    known = {name for base in bases for name in inspect.signature(base.__init__).parameters}
     name = min(unknown)
     near = difflib.get_close_matches(name, known, n=1)
     return f"'{name}'" + (f"; did you mean '{near[0]}'?" if near else "")

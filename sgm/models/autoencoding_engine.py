@@ -188,7 +188,8 @@ class AutoencodingEngine(AbstractAutoencoder):
         """The parameters that can be trained: the autoencoder's and the discriminator's."""
         named = {name: each for name, each in self.named_parameters() if each.requires_grad}
         chosen = [{id(each) for each in get()} for get in (self.get_autoencoder_params, self.get_discriminator_params)]
-        return tuple({name: each for name, each in named.items() if id(each) in ids} for ids in chosen)
+        autoencoder, discriminator = ({name: each for name, each in named.items() if id(each) in ids} for ids in chosen)
+        return autoencoder, discriminator
 
     @staticmethod
     def _choose(

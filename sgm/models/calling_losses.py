@@ -24,8 +24,9 @@ def loss_keywords(loss: Callable[..., Any]) -> set[str]:
     These are its `forward_keys`. Without that attribute they are its keyword-only parameters, so that a plain loss
     such as `torch.nn.MSELoss` is called as `loss(inputs, reconstructions)`.
     """
-    if getattr(loss, "forward_keys", None) is not None:
-        return set(loss.forward_keys)
+    keys = getattr(loss, "forward_keys", None)
+    if keys is not None:
+        return set(keys)
     try:
         parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
     except (TypeError, ValueError):  # it does not tell

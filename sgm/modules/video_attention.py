@@ -19,13 +19,17 @@ from sgm.modules.diffusionmodules.util import append_dims, timestep_embedding
 MERGE_STRATEGIES = ("fixed", "learned", "learned_with_images")
 
 
-def clips(frames: Tensor, timesteps: int | None) -> int:
-    """How many clips of `timesteps` frames the batch of `frames` (b t, ...) holds."""
+def clips(frames: Tensor, timesteps: int | None) -> tuple[int, int]:
+    """Return how many clips the batch of `frames` (b t, ...) holds, and `timesteps`, the frames of a clip.
+
+    Raises:
+        UserError: `timesteps` is missing, or does not divide the batch.
+    """
     if timesteps is None:
         raise UserError("timesteps: the number of frames of a clip is missing; pass it to the call or the constructor")
     if timesteps < 1 or len(frames) % timesteps:
         raise UserError(f"a batch of {len(frames)} frames does not hold whole clips of {timesteps}")
-    return len(frames) // timesteps
+    return len(frames) // timesteps, timesteps
 
 
 # ---------------------------------------------------------------- blending
@@ -127,14 +131,15 @@ class VideoTransformerBlock(BasicTransformerBlock):
             self.norm_in = nn.LayerNorm(dim)
             self.ff_in = FeedForward(dim, dropout=dropout, glu=gated_ff)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, timesteps: int | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # PyTorch leaves the arguments of `forward` to each module
+        self, x: Tensor, context: Tensor | None = None, timesteps: int | None = None
+    ) -> Tensor:
         """x (b t, s, dim) and context (b s, m, context_dim) -> (b t, s, dim).
 
         Raises:
             UserError: (b t) is no whole number of clips of `timesteps` frames.
         """
-        timesteps = self.timesteps if timesteps is None else timesteps
-        clips(x, timesteps)
+        _, timesteps = clips(x, self.timesteps if timesteps is None else timesteps)
         arguments = (x, context, timesteps)
         return checkpointed(self._mix, *arguments) if self.checkpoint else self._mix(*arguments)
 
@@ -246,8 +251,8 @@ class SpatialVideoTransformer(SpatialTransformer):
             UserError: (b t) is no whole number of clips of `timesteps` frames, or the context that the temporal
                 blocks are to share is missing.
         """
-        timesteps = self.timesteps if timesteps is None else timesteps
-        batch, (height, width) = clips(x, timesteps), x.shape[2:]
+        batch, timesteps = clips(x, self.timesteps if timesteps is None else timesteps)
+        height, width = x.shape[2:]
         contexts = self.contexts(context)
         if self.use_spatial_context:
             if contexts[0] is None:

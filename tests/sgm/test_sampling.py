@@ -476,6 +476,13 @@ def test_dynamic_guidance_takes_the_step_as_its_third_argument():
     assert not torch.equal(guider(denoised, sigma, 20), guider(denoised, sigma, 30))
 
 
+@pytest.mark.parametrize(("count", "told"), [("timestep", {"progress": 0.5}), ("step", {"step_index": 20})])
+def test_dynamic_guidance_says_what_a_sampler_does_not_tell_it(count, told):
+    missing = "step_index" if count == "timestep" else "progress"
+    with pytest.raises(UserError, match=rf"DynamicCFG: .* {missing}.*count '{count}'"):
+        DynamicCFG(6, 5, 50, count=count)(torch.randn(2, 4), torch.ones(1), **told)
+
+
 def test_step_formulas_by_tensor():
     """The functions by the names of the original are those of the samplers."""
     down, up = sampling_utils.get_ancestral_step(torch.tensor([5.0, 3.0]), torch.tensor([2.0, 0.0]), eta=0.7)

@@ -69,7 +69,7 @@ class VideoResBlock(ResnetBlock):
         self.time_stack = TemporalResBlock(out_channels, video_kernel_size, dropout)
         register_mix_factor(self, alpha, merge_strategy)
 
-    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:  # type: ignore[override]  # see `VideoTransformerBlock`
         """x (b t, in_channels, h, w) -> (b t, out_channels, h, w)."""
         x = rearrange(super().forward(x), "(b t) c h w -> b c t h w", t=timesteps)
         x = torch.lerp(x, self.time_stack(x), mix_share(self).to(x.dtype))
@@ -99,7 +99,7 @@ class VideoBlock(SpatialSelfAttention):
             zero_module(layer)
         register_mix_factor(self, 1 - alpha if merge_strategy == "fixed" else -alpha, merge_strategy)
 
-    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:  # type: ignore[override]  # see `VideoTransformerBlock`
         """x (b t, in_channels, h, w) -> the same shape."""
         within = rearrange(self.attention(x), "b c h w -> b (h w) c")
         position = self.video_time_embed(frame_embedding(x, timesteps, x.shape[1]))
@@ -153,10 +153,10 @@ class VideoDecoder(Decoder):
         except TypeError as error:
             raise UserError(f"VideoDecoder: {error}") from error
         self.time_mode, self.video_kernel_size = time_mode, video_kernel_size  # before the layers are made
-        self.blend = {"alpha": alpha, "merge_strategy": merge_strategy}
+        self.blend = alpha, merge_strategy
         super().__init__(**decoder)
 
-    def forward(self, z: Tensor, timesteps: int) -> Tensor:
+    def forward(self, z: Tensor, timesteps: int) -> Tensor:  # type: ignore[override]  # see `VideoTransformerBlock`
         """Decode; with `timesteps` 1 every latent is an image of its own.
 
         Raises:
@@ -178,7 +178,7 @@ class VideoDecoder(Decoder):
     def _make_resblock(self, in_channels: int, out_channels: int) -> nn.Module:
         if self.time_mode == "attn-only":
             return super()._make_resblock(in_channels, out_channels)
-        return VideoResBlock(in_channels, out_channels, self.dropout, self.video_kernel_size, **self.blend)
+        return VideoResBlock(in_channels, out_channels, self.dropout, self.video_kernel_size, *self.blend)
 
     def _make_attn(self, channels: int) -> nn.Module:
         if self.time_mode == "conv-only":
@@ -189,7 +189,7 @@ class VideoDecoder(Decoder):
                 f"attn_type: '{self.attn_type}' cannot be extended in time by time_mode '{self.time_mode}', "
                 f"{' or '.join(kinds)} can"
             )
-        return VideoBlock(channels, attn_type=kinds[self.attn_type], **self.blend)
+        return VideoBlock(channels, *self.blend, kinds[self.attn_type])
 
     def _make_conv(self, in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:
         if self.time_mode == "attn-only":

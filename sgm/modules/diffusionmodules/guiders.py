@@ -132,10 +132,15 @@ class DynamicCFG(VanillaCFG):
 
     def weight(self, scale: float | Tensor, step_index: int | None, progress: float | None) -> float | Tensor:
         # Python floats: for the large k the cosine's argument needs all their digits.
-        fraction = step_index / self.num_steps if self.count == "timestep" else progress
+        if self.count == "step":
+            told, fraction = "progress", progress
+        else:
+            told, fraction = "step_index", None if step_index is None else step_index / self.num_steps
+        if fraction is None:
+            raise UserError(f"DynamicCFG: the sampler does not say its {told}, which count '{self.count}' needs")
         return 1 + scale * (1 - math.cos(math.pi * fraction**self.exp)) / 2
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # the places of its arguments are those of the first release
         self,
         x: Tensor,
         sigma: Tensor,

@@ -151,7 +151,7 @@ class Sampler(SamplingBar, ABC):
                 model_inputs["idx"] = x.new_full((copies * len(x),), timesteps[step], dtype=torch.long)
             denoised = denoiser(*inputs, **model_inputs).float()
             k = configured_steps - timesteps[step]
-            told = {"scale": scale, "step_index": k, "progress": step / num_steps}
+            told: dict[str, Any] = {"scale": scale, "step_index": k, "progress": step / num_steps}
             return guider(denoised, level_of_each, **{name: told[name] for name in taken})
 
         steps = self._count_steps(num_steps, callback)
@@ -192,7 +192,7 @@ def dpmpp_2m(x: Tensor, run: Run, stochastic: bool) -> Tensor:
     x' = (s'/s)·x − expm1(−h)·a'·D̂, or
     x' = (s'/s)·e^(−h)·x − expm1(−2h)·a'·D̂ + s'·sqrt(1 − e^(−2h))·ε.
     """
-    h_prev, denoised_prev = None, None
+    previous: tuple[float, Tensor] | None = None  # h and D of the step before
     for i in run.steps:
         a, s, a_next, s_next = run.a[i], run.s[i], run.a[i + 1], run.s[i + 1]
         denoised = run.denoise(x, i)
@@ -201,22 +201,23 @@ def dpmpp_2m(x: Tensor, run: Run, stochastic: bool) -> Tensor:
             continue
 
         h = half_log_snr(a_next, s_next) - half_log_snr(a, s)
-        if denoised_prev is None:
+        if previous is None:
             estimate = denoised
         else:
+            h_prev, denoised_prev = previous
             half_inverse_r = h / (2 * h_prev)
             estimate = (1 + half_inverse_r) * denoised - half_inverse_r * denoised_prev
 
         if stochastic:
             eps = run.noise(x)
-            if denoised_prev is not None:
+            if previous is not None:
                 # A second draw, the first unused: so a seed keeps giving the video it has always given.
                 eps = run.noise(x)
             x = s_next / s * math.exp(-h) * x - math.expm1(-2 * h) * a_next * estimate
             x = x + s_next * math.sqrt(-math.expm1(-2 * h)) * eps
         else:
             x = s_next / s * x - math.expm1(-h) * a_next * estimate
-        h_prev, denoised_prev = h, denoised
+        previous = h, denoised
     return x
 
 

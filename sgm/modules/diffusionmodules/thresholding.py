@@ -6,13 +6,15 @@ sample depends on its own u, c and w alone. Configurations name these classes as
 `sgm.modules.diffusionmodules.sampling_utils`.
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import append_dims
 
-Scale = float | Tensor
+Scale: TypeAlias = float | Tensor
 
 
 class NoDynamicThresholding:

@@ -167,7 +167,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
 
         rec = self.pixel_loss(inputs - reconstructions)
         if self.perceptual_loss is not None:
-            perceptual = self._perceptual(inputs, reconstructions)
+            perceptual = self._perceptual(self.perceptual_loss, inputs, reconstructions)
             rec = rec + self.perceptual_weight * perceptual
             log["loss/perceptual"] = per_image(perceptual.detach())
         logvar = self.logvar.float()
@@ -179,7 +179,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
 
         g = d_weight = torch.zeros_like(nll)
         if self._is_adversarial(global_step):
-            fake = reconstructions if split_group is None else gather_frames(reconstructions, frames, split_group)
+            fake = reconstructions if frames is None else gather_frames(reconstructions, frames, split_group)
             g = -self._logits(fake, frozen=True).mean()
             if torch.is_grad_enabled():
                 d_weight = self.disc_weight * self._adaptive_weight(nll, g, last_layer, group)
@@ -244,9 +244,9 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
             )
         return inputs, reconstructions
 
-    def _perceptual(self, inputs: Tensor, reconstructions: Tensor) -> Tensor:
+    def _perceptual(self, lpips: LPIPS, inputs: Tensor, reconstructions: Tensor) -> Tensor:
         """LPIPS of each image or frame, with the dimensions of `inputs`."""
-        distances = self.perceptual_loss(_to_images(inputs), _to_images(reconstructions))
+        distances = lpips(_to_images(inputs), _to_images(reconstructions))
         return _from_images(distances, inputs.shape[0], self.dims)
 
     def _penalty(self, regularization_log: Mapping[str, Tensor]) -> Tensor | float:
@@ -281,7 +281,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
             loss = torch.zeros((), device=inputs.device, requires_grad=torch.is_grad_enabled())
             return loss, {f"{split}/loss/disc": loss.detach()}
         real, fake = inputs.detach(), reconstructions.detach()
-        if split_group is not None:
+        if frames is not None:
             real, fake = (gather_frames(x, frames, split_group) for x in (real, fake))
         real, fake = self._logits(real), self._logits(fake)
         loss = self.disc_factor * self.discriminator_loss(real, fake)

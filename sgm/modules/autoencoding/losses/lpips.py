@@ -99,10 +99,10 @@ def _downloaded_backbone(net: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if path.exists():
         return path
-    checksum = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
+    checksum = re.search(r"-([0-9a-f]{8,})\.", path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum, progress=False)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum and checksum[1], progress=False)
     except (OSError, HTTPException, RuntimeError) as error:  # no network or space; a broken or another file
         raise UserError(
             f"LPIPS needs the weights of {BACKBONES[net]} and cannot download them ({error}): "

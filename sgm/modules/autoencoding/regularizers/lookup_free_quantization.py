@@ -34,9 +34,10 @@ class LFQ(AbstractQuantizer):
         diversity_gamma: float = 1.0,
         inv_temperature: float = 100.0,
     ):
-        if dim is None and codebook_size is None:
-            raise UserError("LFQ: neither dim nor codebook_size is given")
-        codebook_size = 2**dim if codebook_size is None else codebook_size
+        if codebook_size is None:
+            if dim is None:
+                raise UserError("LFQ: neither dim nor codebook_size is given")
+            codebook_size = 2**dim
         bits = codebook_size.bit_length() - 1
         if codebook_size < 2 or codebook_size != 2**bits:
             raise UserError(f"LFQ: codebook_size is {codebook_size}; expected a power of two")
