@@ -18,7 +18,6 @@ from architecture import ROOT
 
 NOT_YET = {
     "clips": 18,
-    "configuration": 31,
     "conversion": 15,
     "data_video": 3,
     "diffusion_video": 6,

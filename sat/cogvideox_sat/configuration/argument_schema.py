@@ -271,7 +271,7 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error too")  # see sgm.errors
     for name, f in argument_fields(command).items():
         kind = value_type(f)
-        default = f.default_factory() if f.default is MISSING else f.default
+        default = f.default if f.default_factory is MISSING else f.default_factory()
         shown = f" (default: {default})" if default not in (None, "", []) else ""
         options: dict[str, Any] = {"help": as_started(f.metadata["help"]).replace("%", "%%") + shown}
         if kind is bool:
@@ -326,7 +326,8 @@ def check_value(f: Field, value: Any) -> Any:
         value = [value]
     if kind is list and item_type(f) is float and isinstance(value, list):
         value = [float(item) if type(item) is int else item for item in value]
-    fits = type(value) is kind and (kind is not list or all(type(item) is item_type(f) for item in value))
+    items = value if isinstance(value, list) else []
+    fits = type(value) is kind and all(type(item) is item_type(f) for item in items)
     if not fits:
         expected = ITEM_NAMES[item_type(f)] if kind is list else TYPE_NAMES[kind]
         raise UserError(f"args: {f.name} is {value!r}; expected {expected}")

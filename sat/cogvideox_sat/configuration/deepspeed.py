@@ -331,7 +331,7 @@ def batch_sizes(config: Mapping[str, Any], data_parallel_size: int) -> BatchSize
         accumulation = total // (micro * data_parallel_size)
     accumulation = 1 if accumulation is None else accumulation
     if micro is None:
-        micro = total // (accumulation * data_parallel_size)
+        micro = config["train_batch_size"] // (accumulation * data_parallel_size)
     product = micro * accumulation * data_parallel_size
     if total is not None and total != product:
         raise UserError(

@@ -99,7 +99,7 @@ class _Resolver:
     def at(self, key: Key) -> Any:
         """Return the value at a key with its references replaced."""
         if key not in self.done:
-            node = self.root
+            node: Any = self.root
             for part in key:
                 node = node[part]
             self.depth += 1

@@ -58,7 +58,7 @@ def check_schedules(config: Mapping[str, Any]) -> None:
         built = instantiate_from_config(config[name])
         if not all(target.startswith("sgm.") for part in (config[name], denoiser_config) for target in targets(part)):
             continue  # a class of the user's may need more than is there to try it with
-        parent = current_place()
+        parent = _here()
         place = Place((*parent.key, name), config[name], parent.sources, building=True)
         with reporting(place, parent, partial(tried, denoiser=shipped_denoiser(denoiser_config))):
             tried(built, denoiser)
@@ -119,7 +119,7 @@ def _no_network(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def check_conditioner(config: Mapping[str, Any]) -> None:
     """Check the classes and parameters of a conditioner's embedders, which read their weights when they are built."""
-    place = current_place()
+    place = _here()
     kind = class_of_config(config)
     if problem := problem_of_params(kind, config.get("params") or {}, {}):
         raise error_at(place.below("conditioner_config", "params", *problem.key), problem.text)
@@ -177,7 +177,12 @@ def check_size(module: nn.Module, *key: str | int, allocated: bool = True) -> No
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if allocated and size > host_memory():
         raise error_at(
-            (current_place() or Place((), None)).below(*key, "params"),
+            _here().below(*key, "params"),
             f"of these sizes it takes {size / 2**30:.0f} GiB, and the machine has {host_memory() / 2**30:.0f}; lower "
             "its sizes",
         )
+
+
+def _here() -> Place:
+    """Return the place of what is being built, that of the whole configuration if it is of no file."""
+    return current_place() or Place((), None)

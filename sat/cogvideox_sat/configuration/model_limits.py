@@ -36,11 +36,11 @@ class ModelLimits:
         size = params.get("patch_size")
         if not (isinstance(size, list) and len(size) == 3):
             size = number("patch_size")
-        patch = tuple(_positive(side, "patch_size") for side in patch_sizes(size))
+        time, height, width = (_positive(side, "patch_size") for side in patch_sizes(size))
         table_frames = (number("num_frames") - 1) // number("time_compressed_rate") + 1
         return cls(
-            patch=patch,
-            largest=(table_frames * patch[0], number("latent_height"), number("latent_width")),
+            patch=(time, height, width),
+            largest=(table_frames * time, number("latent_height"), number("latent_width")),
             in_channels=number("in_channels"),
             latent_channels=number("out_channels"),
         )

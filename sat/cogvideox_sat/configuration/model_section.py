@@ -18,7 +18,7 @@ LORA_PLACES = ((), ("network_config",), ("network_config", "params"), ("network_
 ALL = "all"  # among not_trainable_prefixes: everything but an adapter
 
 
-def plain_model_section(section: Any) -> dict[str, Any]:
+def plain_model_section(section: Any) -> Mapping[str, Any]:
     """Return the `model:` section as plain mappings and lists, its adapter in `network_config.params.modules`.
 
     The section itself is returned if it has that form, else a copy.

@@ -121,9 +121,9 @@ class Check:
         modules = params.get("modules")
         position = modules.get("pos_embed_config") if isinstance(modules, Mapping) else None
         position = position.get("params") if isinstance(position, Mapping) else None
-        given = position.get("hidden_size_head") if isinstance(position, Mapping) else None
-        hidden, heads = params.get("hidden_size"), params.get("num_attention_heads")
-        if all(type(size) is int and size > 0 for size in (given, hidden, heads)) and given * heads != hidden:
+        given = _size(position.get("hidden_size_head")) if isinstance(position, Mapping) else None
+        hidden, heads = _size(params.get("hidden_size")), _size(params.get("num_attention_heads"))
+        if given and hidden and heads and given * heads != hidden:
             self.refuse(
                 ("model", "network_config", "params", "modules", "pos_embed_config", "params", "hidden_size_head"),
                 f"is {given}; hidden_size {hidden} and num_attention_heads {heads} make {hidden / heads:g}",
@@ -192,11 +192,11 @@ class Check:
             return
         self.head_width(params)
         names = ("latent_height", "latent_width", "num_frames", "time_compressed_rate", "hidden_size", "patch_size")
-        height, width, frames, rate, hidden, patch = (params.get(name) for name in names)
-        if any(type(size) is not int for size in (height, width, frames, rate, hidden)) or rate < 1:
+        height, width, frames, rate, hidden = (_size(params.get(name)) for name in names[:-1])
+        if not (height and width and frames and rate and hidden):
             return  # said later, by name
-        patch = patch if type(patch) is int else patch[-1] if isinstance(patch, list) and patch else 1
-        patch = patch if type(patch) is int and patch > 0 else 1
+        sides = params.get("patch_size")
+        patch = _size(sides[-1] if isinstance(sides, list) and sides else sides) or 1
         modules = params.get("modules")
         positions = modules.get("pos_embed_config") if isinstance(modules, Mapping) else None
         target = positions.get("target") if isinstance(positions, Mapping) else None
@@ -226,6 +226,11 @@ class Check:
     def share(self, key: Key, value: Any) -> None:
         if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
             self.refuse(key, f"is {shown(value)}; expected a share, from 0 to 1")
+
+
+def _size(value: Any) -> int | None:
+    """Return a whole number from 1 on; None for all else that a file may have in its place."""
+    return value if type(value) is int and value > 0 else None
 
 
 def check_data_section(data: Mapping[str, Any], sources: Sources) -> None:

@@ -75,7 +75,7 @@ def why_target_fails(target: str, trusted: bool = True) -> str | None:
         if spec is None:
             return f"there is no module '{name}'"
         search_path = spec.submodule_search_locations
-    if not spec.origin or not spec.origin.endswith(".py"):
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return None
     try:
         names = _defined_names(Path(spec.origin))

@@ -68,8 +68,8 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
             sources=config.sources,
         )
         check_values(args)
-        config = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
-        args.merged_config = recorded(config, args.deterministic)
+        merged = {**sections, "args": {**sections["args"], **values}, "deepspeed": args.deepspeed_config}
+        args.merged_config = recorded(merged, args.deterministic)
         return args
 
 
@@ -81,7 +81,7 @@ def complete(args: TrainingArguments) -> TrainingArguments:
     """
     section = check_deepspeed_config(args.deepspeed_config)
     enabled = enabled_precision(section)
-    precision = {name: name == enabled if enabled else getattr(args, name) for name in PRECISIONS}
+    precision: dict[str, Any] = {name: name == enabled if enabled else getattr(args, name) for name in PRECISIONS}
     args = replace(args, **precision, deepspeed_config=with_precision(section, precision))
     check_values(args)
     if not args.merged_config:

@@ -11,6 +11,11 @@ from typing import Any, NoReturn
 
 import yaml
 
+try:
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:  # PyYAML without LibYAML
+    from yaml import SafeLoader
+
 from sgm.errors import UserError, shown
 
 MOST_BYTES = 4 * 2**20
@@ -24,7 +29,7 @@ _MERGE = _PREFIX + "merge"
 _EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _Loader(SafeLoader):
     """Reads `1e-3` as a number and dates as text, as OmegaConf does."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
