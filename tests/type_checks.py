@@ -17,7 +17,6 @@ from pathlib import Path
 from architecture import ROOT
 
 NOT_YET = {
-    "clips": 18,
     "conversion": 15,
     "data_video": 3,
     "diffusion_video": 6,

@@ -68,6 +68,23 @@ def test_a_second_run_takes_the_index(folder, probed):
     assert (folder / INDEX).stat().st_mtime_ns == written
 
 
+def test_a_clip_that_came_late_spoils_no_index(folder, probed, monkeypatch):
+    sources = find_clips(str(folder))
+    stamp = clip_probing._stamp
+    missing = sources[1].name
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            clip_probing,
+            "_stamp",
+            lambda source, root: (stamp(source, root)[0], None) if source.name == missing else stamp(source, root),
+        )
+        infos, _ = probe_clips(sources, folder)
+    assert None not in infos
+    probed.clear()
+    assert probe_clips(sources, folder) == (infos, [])
+    assert probed == [Path(missing).name]
+
+
 def test_changed_new_and_moved_clips(folder, probed, tmp_path):
     probe_clips(find_clips(str(folder)), folder)
     probed.clear()

@@ -18,7 +18,7 @@ logger = logging.getLogger("train_video")
 class SampleKey(NamedTuple):
     """What a dataset is asked for: a sample, the seed of all its random numbers, and the epoch (from 0)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls here
     seed: int
     epoch: int = 0
 

@@ -147,8 +147,8 @@ def _normalized(record: Mapping[str, Any]) -> dict[str, Any]:
 def _text(value: Any, column: str, where: str) -> str | None:
     if not isinstance(value, str | None):
         raise UserError(f"{where}: '{column}' must be text, got {value!r}")
-    if value and not value.isascii() and SURROGATE.search(value):
-        raise UserError(f"{where}: '{column}' has half of a character, {SURROGATE.search(value)[0]!r}: mend or drop it")
+    if value and not value.isascii() and (half := SURROGATE.search(value)):
+        raise UserError(f"{where}: '{column}' has half of a character, {half[0]!r}: mend or drop it")
     return (value or "").strip() or None
 
 

@@ -276,5 +276,5 @@ class _Listed:
                 f"{videos}: keep one of them"
             )
         texts = place + captions[0] if captions else ""
-        content = tree.read(texts) if captions else None
-        yield entries_of_lists(tree.read(place + videos), content, tree.shown(place + videos), tree.shown(texts))
+        lines = tree.read(texts) if captions else None
+        yield entries_of_lists(tree.read(place + videos), lines, tree.shown(place + videos), tree.shown(texts))

@@ -103,14 +103,15 @@ class _Pass(Iterator):
             raise StopIteration
         number, (_, step) = next(iter(self.queue.items()))
         loader, what = self.loader, f"the clips of step {step} ({self.loader.timeouts.data})"
-        found = [None]
-        while found:
+        while True:
             with process_watch.phase(f"reading {what}", loader.being_read):
                 while number not in self.finished or self._is_outdated(number):
                     for outcome in self.processes.collect():
                         self._take(outcome)
             # Processes that read the same clip must agree about it; and what is known at a step is the same on all.
             found = loader.share(loader.timeouts.take_news(), what) if loader.share else []
+            if not found:
+                break
             loader.timeouts.learn(found)
         batch, _ = self.finished.pop(number)
         del self.queue[number]

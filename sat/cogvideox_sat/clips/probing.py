@@ -43,7 +43,10 @@ def probe_clips(
     """
     with _taking_turns(folder):
         known = _read_index(folder / INDEX)
-        infos, problems, index, found = [], [], {}, {}
+        infos: list[ClipInfo | None] = []
+        problems: list[str] = []
+        index: Index = {}
+        found: dict[str, ClipInfo | str] = {}
         said = time.monotonic()
         with ThreadPoolExecutor(READERS) as threads:
             stamps = list(threads.map(lambda source: _stamp(source, folder), sources))
@@ -59,7 +62,8 @@ def probe_clips(
                 result = found[source.name] if source.name in found else next(probed)
                 if isinstance(result, ClipInfo):
                     infos.append(result)
-                    index[key] = (stamp, result)
+                    if stamp is not None:  # else it came only while the others were probed
+                        index[key] = (stamp, result)
                 else:
                     infos.append(None)
                     problems.append(printable(f"{source.name}: {result}"))

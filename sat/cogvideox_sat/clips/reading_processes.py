@@ -18,7 +18,7 @@ import traceback
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,7 +153,7 @@ class ReadingProcesses:
             for key, _ in selector.select(POLL if wait else 0):
                 outcomes += self._received(key.data)
         for reader in list(self._readers):
-            if self._is_late(reader):
+            if self._late(reader) is not None:
                 outcomes += self._replace_late(reader)
         self._assign()
         return outcomes
@@ -198,38 +198,39 @@ class ReadingProcesses:
         theirs.close()
         self._readers.append(_Reader(pid, ours, mark))
 
-    def _is_late(self, reader: _Reader) -> bool:
+    def _late(self, reader: _Reader) -> Reading | None:
+        """Return what a process has been reading for too long, if it has."""
         reading = reader.mark.get()
-        return reading is not None and time.monotonic() - reading.began > self.limit
+        return reading if reading is not None and time.monotonic() - reading.began > self.limit else None
 
     def _replace_late(self, reader: _Reader) -> list[Outcome]:
         """Kill a process and start another one; its tasks but the one that it was stuck at are begun anew."""
         self._kill(reader)
-        outcomes = []
+        outcomes: list[Outcome] = []
         with suppress(EOFError, BlockingIOError):  # what it finished before, or in this very moment
             reader.socket.setblocking(False)
             while True:
                 outcome = receive(reader.socket)
                 reader.tasks.pop(outcome.number)
                 outcomes.append(outcome)
-        if self._is_late(reader) and reader.tasks:  # since it is dead, the mark is final
-            outcomes.append(self._blame(reader, f"not read within {self.limit:g} s (clip_timeout)"))
+        reading = self._late(reader)  # since it is dead, the mark is final
+        if reading is not None and reader.tasks:
+            outcomes.append(self._blame(reader, reading, f"not read within {self.limit:g} s (clip_timeout)"))
         self._replace(reader)
         return outcomes
 
     def _replace_dead(self, reader: _Reader) -> list[Outcome]:
-        status = _status(reader.pid, DEATH)
-        if -(status or 0) not in CRASHES or reader.mark.get() is None or not reader.tasks:
+        status, reading = _status(reader.pid, DEATH), reader.mark.get()
+        if status is None or -status not in CRASHES or reading is None or not reader.tasks:
             self._readers.remove(reader)
             how = "it ended" if status is None or status >= 0 else f"signal {signal.Signals(-status).name}"
             raise UserError(f"a process that reads data died (pid {reader.pid}, {how}), {REMEDY}")
         name = signal.Signals(-status).name
-        outcomes = [self._blame(reader, f"the process that read it crashed ({name})")]
+        blamed = self._blame(reader, reading, f"the process that read it crashed ({name})")
         self._replace(reader)
-        return outcomes
+        return [blamed]
 
-    def _blame(self, reader: _Reader, reason: str) -> Stuck:
-        reading = reader.mark.get()
+    def _blame(self, reader: _Reader, reading: Reading, reason: str) -> Stuck:
         number, _ = reader.tasks.popitem(last=False)
         logger.warning("%s: %s; the process that read it is replaced", reading.name, reason)
         return Stuck(number, reading.place, reading.name, reason)
@@ -330,7 +331,7 @@ def in_processes(
     late: Callable[[Any, str], Any],
     count: int,
     limit: float,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield `work(item)` for every item, in their order; for one that takes more than `limit` seconds or crashes its
     process, `late(item, reason)`.
 

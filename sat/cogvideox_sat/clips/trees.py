@@ -200,7 +200,8 @@ class TarFile(Tree):
                         logger.warning("%s: %s is stored without its holes and left out", self.path, member.name)
                     elif member.issym() or member.islnk() or (member.isfile() and _end(member) <= end):
                         yield member
-                    archive.members.clear()  # which would come to hold all of them
+                    # It would come to hold all of them.
+                    archive.members.clear()  # type: ignore[attr-defined]  # typeshed does not know it
         except tarfile.ReadError as error:
             logger.warning("%s: damaged or cut off (%s); the clips before that are used", self.path, error)
         except OSError as error:

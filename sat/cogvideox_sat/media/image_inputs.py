@@ -1,6 +1,7 @@
 """The image that an image-to-video model starts from: file in, tensor out."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from sgm.errors import UserError
 
 
-def load_condition_image(path: str | Path, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+def load_condition_image(
+    path: str | Path | BinaryIO, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)
+) -> Tensor:
     """An image file as a first frame.
 
     The image is turned as its EXIF orientation says, laid on white where it is transparent, resized (antialiased
