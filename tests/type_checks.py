@@ -22,7 +22,7 @@ NOT_YET = {
     "diffusion_video": 6,
     "dit_video_concat": 5,
     "runs": 6,
-    "sampling": 20,
+    "sampling": 1,
     "tool_commands": 4,
     "train_vae": 4,
     "train_video": 4,

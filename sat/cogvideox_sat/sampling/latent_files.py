@@ -156,7 +156,7 @@ def configured_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
         UserError: the configuration has no VAE.
     """
     model = config.get("model") or {}
-    first_stage = model.get("first_stage_config")
+    first_stage: Any = model.get("first_stage_config")
     check_first_stage(first_stage, "model.first_stage_config")
     return dict(first_stage), number(model.get("scale_factor", 1.0), "model.scale_factor")
 

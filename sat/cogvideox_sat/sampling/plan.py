@@ -67,6 +67,8 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
         return None
     if args.record is not None:
         return plan_repetition(args)
+    if args.input_file is None:
+        raise UserError("input_file is missing: name a file of prompts")
     try:
         requests = read_prompts(args.input_file, args.image2video)
     except UserError as error:
@@ -95,13 +97,14 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
     if image is not None and not image.is_file():
         raise UserError(f"{record.path}: image: {image} does not exist; put it back, or name its new place in the file")
     original = record["original_prompt"]
+    height, width = args.sampling_image_size
     request = PromptRequest(
         record["index"],
         record["prompt"] if original is None else original,
         image=image,
         seed=args.seed,
         num_frames=args.sampling_num_frames,
-        size=tuple(args.sampling_image_size),
+        size=(height, width),
     )
     sampled = replace(request, text=record["prompt"])
     videos = [replace(video, request=sampled, original_prompt=original) for video in plan_videos([request], args)]
@@ -151,7 +154,8 @@ def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, in
     """Return (height, width) of the videos of a request: its own, that of its image, or that of the whole run."""
     if request.size is None and args.size_from_image and request.image and (image := size_of_image(request.image)):
         return size_from_image(image, ModelLimits.from_config(args.model_config))
-    return tuple(request.size or args.sampling_image_size)
+    height, width = request.size or args.sampling_image_size
+    return height, width
 
 
 def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:

@@ -100,10 +100,12 @@ def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> st
         text = next(remaining)
         name = _image_name(line, is_json)
         # An image that was found beside the prompt file would not be found beside another.
-        moves = name is not None and folder.resolve() != path.parent.resolve() and request.image != Path(name)
-        if text is None and not moves:
+        moved = None
+        if name is not None and folder.resolve() != path.parent.resolve() and request.image != Path(name):
+            moved = request.image
+        if text is None and moved is None:
             continue
-        text, name = text or request.text, str(request.image.resolve()) if moves else name
+        text, name = text or request.text, name if moved is None else str(moved.resolve())
         if is_json:
             record = {**parse_json(line), "prompt": text, **({} if name is None else {"image": name})}
             pieces[i] = json.dumps(record, ensure_ascii=line.isascii())

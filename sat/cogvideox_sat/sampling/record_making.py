@@ -33,8 +33,10 @@ from sgm.weights import INDEX_SUFFIX, PIPELINE_FILE, read_weight_map, safetensor
 
 logger = logging.getLogger("sample_video")
 
-PACKAGES = ("torch", "numpy", "SwissArmyTransformer", "deepspeed", "transformers", "tokenizers", "sentencepiece")
-PACKAGES += ("safetensors", "einops", "pillow", "imageio-ffmpeg")
+PACKAGES = (
+    *("torch", "numpy", "SwissArmyTransformer", "deepspeed", "transformers", "tokenizers", "sentencepiece"),
+    *("safetensors", "einops", "pillow", "imageio-ffmpeg"),
+)
 OWN = ("cogvideox_sat", "sgm", "vae_modules", "data_video", "diffusion_video", "dit_video_concat")
 METADATA_FORMAT = "cogvideox-latents-1"
 
@@ -81,7 +83,7 @@ class Recorder:
             "image": described_image(video.request.image),
             "seed": video.seed,
             "index": video.request.index,
-            "steps": args.sampling_num_steps or sampler.num_steps,
+            "steps": args.sampling_num_steps or getattr(sampler, "num_steps", None),
             "guidance": getattr(getattr(sampler, "guider", None), "scale", None),
             "size": list(video.size),
             "frames": (decoded - 1) * TIME_FACTOR + 1,
@@ -91,7 +93,7 @@ class Recorder:
             "computed_in": str(self.engine.dtype).removeprefix("torch."),
             "checkpoint": described(args.load, hashes.get("checkpoint")),
             "adapters": [
-                {**described(path, hashes.get("adapter")), "scale": args.lora_scale}
+                {**described_file(path, hashes.get("adapter")), "scale": args.lora_scale}
                 for path in filter(None, [args.lora_load])
             ],
             "vae": described(vae, hashes.get("vae")),
@@ -227,9 +229,12 @@ def with_shards(file: Path) -> list[Path]:
 
 
 def described(path: str | None, digest: str | None) -> dict[str, Any] | None:
+    """Return the entry of a file or folder in a record, None if there is none."""
+    return described_file(path, digest) if path else None
+
+
+def described_file(path: str, digest: str | None) -> dict[str, Any]:
     """Return the entry of a file or folder in a record."""
-    if not path:
-        return None
     return {"path": str(Path(path).resolve()) if Path(path).exists() else str(path), "hash": digest}
 
 
@@ -277,12 +282,26 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
+def source_files(module: str) -> tuple[Path, list[Path]]:
+    """Return the folder of a module, and its files there: all of a package's, sorted.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+    """
+    spec = find_spec(module)
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0])
+        return folder, sorted(folder.rglob("*.py"))
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin).parent, [Path(spec.origin)]
+
+
 def source_hash() -> str:
     """Return a hash of the program's own modules."""
     digest = hashlib.sha256()
     for name in OWN:
-        spec = find_spec(name)
-        folder = Path((spec.submodule_search_locations or [Path(spec.origin).parent])[0])
-        for file in sorted(folder.rglob("*.py")) if spec.submodule_search_locations else [Path(spec.origin)]:
+        folder, files = source_files(name)
+        for file in files:
             digest.update(f"{name}:{file.relative_to(folder)}".encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

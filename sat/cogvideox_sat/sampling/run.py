@@ -154,7 +154,8 @@ class CommandRun:
         """Take videos through the stages; the number of them that failed."""
         if not planned:
             return 0
-        args, videos = self.args, [VideoInProgress(video) for video in planned]
+        args = self.args
+        videos = [VideoInProgress(video, args.sampling_fps) for video in planned]
         self.recorder.tell_differences(planned[0])
         self.load("conditioner")
         attempt_each(videos, self.advised(TEXT, self.encode_prompt))
@@ -200,7 +201,7 @@ class CommandRun:
         request, image = planned.request, None
         if request.image is not None:
             image = partial(load_condition_image, request.image, planned.size)
-        video.request = SampleRequest(
+        asked = SampleRequest(
             prompt=request.text,
             negative_prompt=request.negative_prompt or args.negative_prompt,
             seed=planned.seed,
@@ -210,7 +211,7 @@ class CommandRun:
             steps=args.sampling_num_steps,
             fps=args.sampling_fps,
         )
-        video.events = self.session.sample(video.request)
+        video.events = self.session.sample(asked)
         next(video.events)
 
     def save_latents(self, video: VideoInProgress) -> None:
@@ -239,7 +240,7 @@ def decode_to_file(video: VideoInProgress) -> None:
     """Take the video's request to its end, and its frames into the file, chunk by chunk."""
     planned = video.planned
     try:
-        with VideoWriter(planned.path, video.request.fps, *planned.size) as writer:
+        with VideoWriter(planned.path, video.fps, *planned.size) as writer:
             for event in video.events:
                 if isinstance(event, Frames):
                     writer.write(event.frames)

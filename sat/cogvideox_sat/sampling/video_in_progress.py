@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,16 @@ from sat import mpu
 from torch import Tensor
 
 from cogvideox_sat.sampling.plan import PlannedVideo
-from cogvideox_sat.sampling.requests import SampleEvent, SampleRequest
+from cogvideox_sat.sampling.requests import SampleEvent
 from sgm.errors import UserError
 from sgm.memory_errors import describe_shortage, is_out_of_memory
 
 logger = logging.getLogger("sample_video")
+
+
+def no_events() -> Generator[SampleEvent, None, None]:
+    """Return the events of no request."""
+    yield from ()
 
 
 @dataclass
@@ -23,14 +28,15 @@ class VideoInProgress:
     """A planned video with what there is of it so far.
 
     Attributes:
-        request, events: what the session is asked for, and its iterator.
+        fps: frames a second of its file.
+        events: of its request to the session, once that has begun.
         kept: the file of the latents until the video is complete.
         full: it failed because memory is full.
     """
 
     planned: PlannedVideo
-    request: SampleRequest | None = None
-    events: Generator[SampleEvent, None, None] | None = None
+    fps: int = 8
+    events: Generator[SampleEvent, None, None] = field(default_factory=no_events)
     latents: Tensor | None = None
     failure: str | None = None
     kept: Path | None = None
@@ -43,9 +49,8 @@ class VideoInProgress:
 
     def drop(self) -> None:
         """End its request, and free its tensors."""
-        if self.events is not None:
-            self.events.close()
-        self.request = self.events = self.latents = None
+        self.events.close()
+        self.events, self.latents = no_events(), None
 
 
 def attempt_each(
