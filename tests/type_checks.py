@@ -17,7 +17,6 @@ from pathlib import Path
 from architecture import ROOT
 
 NOT_YET = {
-    "conversion": 15,
     "data_video": 3,
     "diffusion_video": 6,
     "dit_video_concat": 5,

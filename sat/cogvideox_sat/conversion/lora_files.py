@@ -126,8 +126,8 @@ def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None =
     found = {name: weights[name] for name in weights if is_adapter(name)}
     if not found:
         raise UserError(f"{file} holds no adapter (no matrix_A, matrix_B)")
-    slots = {name: parse_sat_name(name) for name in found}
-    if foreign := [name for name, slot in slots.items() if slot is None]:
+    slots = {name: slot for name in found if (slot := parse_sat_name(name)) is not None}
+    if foreign := [name for name in found if name not in slots]:
         raise UserError(f"{file}: its adapter is on modules that CogVideoX has not: {some(foreign)}")
     matrices = {slots[name]: tensor for name, tensor in found.items()}
     rank, width = check_matrices(file, matrices)
@@ -332,11 +332,11 @@ def _fill_with_zeros(file: Path, matrices: dict[Slot, Tensor], scales: dict[Proj
 def _why_foreign(names: list[str]) -> str:
     """One line on tensors that no adapter here can hold."""
     modules = {name.split(".lora")[0].removesuffix(".alpha") for name in names}
-    modules = sorted({re.sub(r".*transformer_blocks\.\d+\.", "", module) for module in modules})
+    kinds = sorted({re.sub(r".*transformer_blocks\.\d+\.", "", module) for module in modules})
     if any("dora" in name or "magnitude" in name for name in names):
         reason = "it is a DoRA"
     elif all(name.endswith(".bias") for name in names):
         reason = "it has biases"
     else:
-        reason = f"it adapts {some(modules)}"
+        reason = f"it adapts {some(kinds)}"
     return f"{reason}; an adapter here holds plain LoRA on attn1.to_q, to_k, to_v and to_out alone"

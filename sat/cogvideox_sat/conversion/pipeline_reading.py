@@ -148,7 +148,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> P
     for name, tensor in computed_tables(family, sizes, table_dtype).items():
         if name in tables and tables[name].shape != tensor.shape:
             raise UserError(f"{source}: {name} is {list(tables[name].shape)} instead of {list(tensor.shape)}")
-        tables.setdefault(name, Stored(tensor.shape, tensor.dtype, lambda tensor=tensor: tensor))
+        tables.setdefault(name, Stored.of(tensor))
     files = None
     if with_text and (folder / "text_encoder").is_dir():
         files = text_files(folder)
@@ -176,7 +176,7 @@ def read_sizes(
     released["model"]["network_config"]["params"] |= family.parameters()
     usual = sizes_of_config(released, family, "the released model")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    found = {
+    found: dict[str, Any] = {
         "num_frames": config.get("sample_frames"),
         "latent_height": config.get("sample_height"),
         "latent_width": config.get("sample_width"),

@@ -3,6 +3,7 @@
 That is a run, an iteration, a file, or the pieces that DeepSpeed's ZeRO leaves.
 """
 
+from operator import methodcaller
 from pathlib import Path
 
 from cogvideox_sat.conversion.stored_weights import StoredWeights, open_weights
@@ -30,5 +31,5 @@ def open_checkpoint(path: Path) -> tuple[Path, StoredWeights]:
     for wrapper in WRAPPERS:
         if any(name.startswith(wrapper) for name in weights):
             weights = weights.select(name for name in weights if not name.startswith(OTHER_PARTS))
-            weights = weights.renamed(lambda name, wrapper=wrapper: name.removeprefix(wrapper))
+            weights = weights.renamed(methodcaller("removeprefix", wrapper))
     return location, weights

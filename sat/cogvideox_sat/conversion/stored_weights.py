@@ -6,6 +6,7 @@ go by, so that a checkpoint of any size is converted in the memory of a few of i
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
@@ -25,6 +26,11 @@ class Stored:
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Stored":
+        """A tensor that is in memory."""
+        return cls(tensor.shape, tensor.dtype, lambda: tensor)
 
     @property
     def like(self) -> Tensor:
@@ -75,7 +81,7 @@ class StoredWeights(Mapping[str, Tensor]):
             return self
         return StoredWeights(
             {
-                name: Stored(entry.shape, dtype, lambda name=name: _cast(name, self[name], dtype))
+                name: Stored(entry.shape, dtype, partial(_read_as, dtype, name, entry))
                 if entry.dtype.is_floating_point
                 else entry
                 for name, entry in self.entries.items()
@@ -83,7 +89,8 @@ class StoredWeights(Mapping[str, Tensor]):
         )
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _read_as(dtype: torch.dtype, name: str, entry: Stored) -> Tensor:
+    tensor = entry.read()
     cast = tensor.to(dtype)
     if tensor.isfinite().all() and not cast.isfinite().all():
         raise UserError(f"{name} is out of the range of {str(dtype).removeprefix('torch.')}: choose another dtype")
@@ -105,7 +112,7 @@ class Window:
 
 
 class MappedFile:
-    """Tensors of a file by any key, mapped.
+    """Tensors of a file by name, mapped.
 
     Args:
         open_tensors: maps the file anew and returns its tensors.
@@ -120,8 +127,7 @@ class MappedFile:
 
     def stored(self) -> dict[str, Stored]:
         return {
-            name: Stored(tensor.shape, tensor.dtype, lambda name=name: self.read(name))
-            for name, tensor in self.tensors.items()
+            name: Stored(tensor.shape, tensor.dtype, partial(self.read, name)) for name, tensor in self.tensors.items()
         }
 
     @property
@@ -154,10 +160,14 @@ def open_weights(path: Path) -> StoredWeights:
     entries: dict[str, Stored] = {}
     window = Window()
     for file in files:
-        entries |= MappedFile(lambda file=file: module_weights(read_state_dict(file), what=str(file)), window).stored()
+        entries |= MappedFile(partial(_weights_in, file), window).stored()
     if len(files) > 1:
         read_state_dict(path)  # checks that the index and its files agree
     return StoredWeights(entries)
+
+
+def _weights_in(file: Path) -> Mapping[str, Tensor]:
+    return module_weights(read_state_dict(file), what=str(file))
 
 
 def shard_files(path: Path) -> list[Path]:

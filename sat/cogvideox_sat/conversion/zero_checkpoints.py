@@ -12,6 +12,7 @@ parameter into equal pieces, the last one padded, and lays a process's pieces en
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class _FlatGroups:
             raise UserError(f"{file} is no optimizer state of ZeRO: it does not say its stage or its processes")
         self.stage = int(stage)
         self.paddings = state.get("param_alignment_paddings")
-        self.file = MappedFile(lambda: dict(enumerate(self._pieces(self._optimizer_state()))), window)
+        self.file = MappedFile(self._groups, window)
         self.sizes = [tensor.numel() for tensor in self._pieces(state)]
 
     def _optimizer_state(self) -> Mapping[str, Any]:
@@ -91,6 +92,10 @@ class _FlatGroups:
             raise UserError(f"{self.name} is no optimizer state of ZeRO")
         return state
 
+    def _groups(self) -> dict[str, Tensor]:
+        """Return the pieces by the number of their group."""
+        return {str(group): piece for group, piece in enumerate(self._pieces(self._optimizer_state()))}
+
     def _pieces(self, state: Mapping[str, Any]) -> list[Tensor]:
         pieces = state.get("single_partition_of_fp32_groups" if self.stage <= 2 else "fp32_flat_groups")
         if not isinstance(pieces, list) or not all(isinstance(piece, Tensor) for piece in pieces):
@@ -98,7 +103,7 @@ class _FlatGroups:
         return pieces
 
     def read(self, group: int, start: int, stop: int) -> Tensor:
-        return self.file.read(group, start, stop)
+        return self.file.read(str(group), start, stop)
 
 
 def _model_states(file: Path) -> Mapping[str, Any]:
@@ -160,6 +165,10 @@ def _whole(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeig
     return _with_aliases(entries, states)
 
 
+def _frozen_fragments(file: Path) -> dict[str, Tensor]:
+    return dict(_model_states(file)["frozen_param_fragments"])
+
+
 def _partitioned(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeights:
     """Stage 3."""
     files = [folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(len(ranks))]
@@ -169,9 +178,7 @@ def _partitioned(folder: Path, ranks: list[_FlatGroups], window: Window) -> Stor
         if any(name not in (state.get("frozen_param_fragments") or {}) for state in states):
             raise UserError(f"{folder}: a process has no piece of {name}")
     if states[0].get("frozen_param_shapes"):
-        fragments = [
-            MappedFile(lambda file=file: dict(_model_states(file)["frozen_param_fragments"]), window) for file in files
-        ]
+        fragments = [MappedFile(partial(_frozen_fragments, file), window) for file in files]
         for name, shape in states[0]["frozen_param_shapes"].items():
 
             def read(name: str = name, shape: torch.Size = shape) -> Tensor:
