@@ -22,7 +22,6 @@ NOT_YET = {
     "dit_video_concat": 5,
     "runs": 6,
     "sampling": 1,
-    "tool_commands": 4,
     "train_vae": 4,
     "train_video": 4,
     "training": 9,

@@ -16,6 +16,7 @@ written, 2 a mistake stands in the way, and nothing is written.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,9 +163,10 @@ def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", f
     from cogvideox_sat.configuration.files import load_configs
     from cogvideox_sat.conversion.model_sizes import combined, released_config, sizes_of_config
 
-    if options.base or source.config:
-        name = " ".join(map(str, options.base or [source.config]))
-        config = load_configs(options.base) if options.base else load_configs([source.config], trusted=False)
+    files = options.base or list(filter(None, [source.config]))
+    if files:
+        name = " ".join(map(str, files))
+        config = load_configs(files, trusted=bool(options.base))
         sizes = combined(sizes_of_config(config, family, name), found, name)
         if options.vae_ckpt_path:
             check_norms(config, name)
@@ -186,7 +188,7 @@ def assembled(pieces: Any, weights: "StoredWeights") -> "StoredWeights":
     for name, parts in pieces.items():
         shape = torch.Size(assembled_shape(parts, shapes))
         dtype = weights.entries[parts[0].name].dtype
-        entries[name] = Stored(shape, dtype, lambda parts=parts: assemble(parts, weights))
+        entries[name] = Stored(shape, dtype, partial(assemble, parts, weights))
     return StoredWeights(entries)
 
 
@@ -224,11 +226,11 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
     ):
         if getattr(options, flag) not in (None, value):
             raise UserError(f"--{flag} is {getattr(options, flag)}, but the weights are those of {value}")
-    for flag, value in (("scaling_factor", sizes.scale_factor), ("snr_shift_scale", sizes.shift_scale)):
+    for flag, factor in (("scaling_factor", sizes.scale_factor), ("snr_shift_scale", sizes.shift_scale)):
         given = getattr(options, flag)
-        if given is not None and not math.isclose(given, value, rel_tol=1e-6):
+        if given is not None and not math.isclose(given, factor, rel_tol=1e-6):
             raise UserError(
-                f"--{flag} is {given:g}, but that of {title(family)} is {value:g}; if this one differs, name its "
+                f"--{flag} is {given:g}, but that of {title(family)} is {factor:g}; if this one differs, name its "
                 "configuration as --base"
             )
 
