@@ -371,7 +371,7 @@ class DiffusionTransformer(BaseModel):
                 f"model_parallel_size {model_parallel_size} does not divide {num_attention_heads} attention heads"
             )
         initialize_process_groups(model_parallel_size)
-        transformer_args = SimpleNamespace(
+        settings = SimpleNamespace(
             **{
                 "vocab_size": 1,
                 "max_sequence_length": 64,
@@ -383,20 +383,20 @@ class DiffusionTransformer(BaseModel):
         # Built here rather than by BaseModel, which would reseed the global random generators.
         transformer = BaseTransformer(
             num_layers=num_layers,
-            vocab_size=transformer_args.vocab_size,
+            vocab_size=settings.vocab_size,
             hidden_size=hidden_size,
             num_attention_heads=num_attention_heads,
-            max_sequence_length=transformer_args.max_sequence_length,
-            layernorm_order=transformer_args.layernorm_order,
-            skip_init=transformer_args.skip_init,
+            max_sequence_length=settings.max_sequence_length,
+            layernorm_order=settings.layernorm_order,
+            skip_init=settings.skip_init,
             layernorm=nn.LayerNorm,
             activation_func=gelu_tanh,
             **{
-                **{name: getattr(transformer_args, arg, default) for name, (arg, default) in ARGS_DEFAULT.items()},
+                **{name: getattr(settings, arg, default) for name, (arg, default) in ARGS_DEFAULT.items()},
                 "row_parallel_linear_final_bias": False,  # added within the matrix product
             },
         )
-        super().__init__(transformer_args, transformer=transformer)
+        super().__init__(settings, transformer=transformer)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size, self.num_layers, self.ofs_embed_dim = hidden_size, num_layers, ofs_embed_dim
         self.patch = patch_sizes(patch_size)

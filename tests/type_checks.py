@@ -19,7 +19,6 @@ from architecture import ROOT
 NOT_YET = {
     "data_video": 3,
     "diffusion_video": 6,
-    "dit_video_concat": 5,
     "runs": 6,
     "sampling": 1,
     "train_vae": 4,
