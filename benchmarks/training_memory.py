@@ -9,7 +9,6 @@ the run, and activations recomputed. Networks have no weights here, so that any 
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +52,7 @@ def described(model: str) -> str:
 def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
     """Return the memory of one process, and of the host where something is offloaded to it."""
     files = [f"{model}_lora.yaml" if lora else f"{model}.yaml", "sft.yaml"]
+    from cogvideox_sat.configuration.settings import EngineSettings
     from cogvideox_sat.training.memory_forecast import WeightlessEngine  # imports PyTorch
     from cogvideox_sat.training.parameter_report import GIB, Layout, estimate_memory
 
@@ -61,7 +61,7 @@ def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
     section["zero_optimization"] |= zero
     config["model"]["network_config"]["params"]["transformer_args"]["checkpoint_activations"] = True
     precision = {name: bool(config["args"].get(name)) for name in PRECISIONS}
-    settings = SimpleNamespace(model_config=config["model"], **precision)
+    settings = EngineSettings(config["model"], **precision)
     engine = WeightlessEngine(settings, parts=("model",), device="cuda")  # of which only the name counts
     engine.disable_untrainable_params()
     layout = Layout.from_config(section, engine.dtype, processes)

@@ -6,7 +6,7 @@ sample = dataset[SampleKey(index=0, seed=1)]
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,20 +20,19 @@ from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.clips.reader_record import describe_reader
 from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part, read_clip
 from cogvideox_sat.clips.report import SourceReport, counted
-from cogvideox_sat.clips.selection import Selection, SelectionRules, UnusablePlace, select
+from cogvideox_sat.clips.selection import Selection, SelectionRules, select
 from cogvideox_sat.clips.sources import LabelRules
 from cogvideox_sat.clips.transforms import Framing
 from cogvideox_sat.clips.video_sizes import nearest_size, parse_sizes
-from cogvideox_sat.configuration.data_mixing import draws_of, repeated
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.latent_geometry import TIME_FACTOR, Bucket
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND, load_decoder
-from sgm.config_places import Place
 from sgm.errors import UserError, printable
-from sgm.util import class_at, instantiate_from_config, reporting
+from sgm.util import instantiate_from_config
 
-__all__ = ["SFTDataset", "VideoDataset", "make_dataset", "nearest_size"]
+__all__ = ["SFTDataset", "VideoDataset", "nearest_size"]
 
 logger = logging.getLogger("train_video")
 
@@ -194,14 +193,15 @@ class SFTDataset(Dataset):
         """The dataset for the arguments of a run, in the form in which SAT's loaders ask for it.
 
         Args:
-            args: `TrainingArguments`, or anything with some of the attributes used here.
+            args: `DataSettings`, or an object with some of these attributes.
         """
+        settings = DataSettings.from_args(args, data_config={})
         names = ("missing_label", "max_unreadable_share", "clip_timeout")
-        settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-        if model_config := getattr(args, "model_config", None):
-            settings["frame_multiple"] = TIME_FACTOR * ModelLimits.from_config(model_config).patch[0]
+        known = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+        if settings.model_config:
+            known["frame_multiple"] = TIME_FACTOR * ModelLimits.from_config(settings.model_config).patch[0]
         target = f"{cls.__module__}.{cls.__qualname__}"
-        return instantiate_from_config({"target": target, "params": params}, **{cls.LOCATION: path}, **settings)
+        return instantiate_from_config({"target": target, "params": params}, **{cls.LOCATION: path}, **known)
 
     LOCATION = "data_dir"  # the argument that says where the data is
 
@@ -312,7 +312,7 @@ class VideoDataset(SFTDataset):
     ):
         if (image_size is None) == (video_size is None):
             raise UserError("data: give either image_size or video_size, [height, width] in pixels")
-        if unknown := others.keys() - SFTDataset.__init__.__kwdefaults__.keys():
+        if unknown := others.keys() - (SFTDataset.__init__.__kwdefaults__ or {}).keys():
             raise UserError(f"data: {', '.join(sorted(unknown))}: VideoDataset has no such params")
         ignored = {"nshards": nshards, "seed": seed, "meta_names": meta_names}
         if given := [name for name, value in ignored.items() if value is not None]:
@@ -323,7 +323,7 @@ class VideoDataset(SFTDataset):
         frames = next((count for count in (num_frames, max_num_frames) if count is not None), 49)
         super().__init__(
             [*places, *_included(include_dirs)],
-            video_size or image_size,
+            video_size or image_size or [],
             fps,
             frames,
             skip_frms_num,
@@ -364,73 +364,3 @@ def _check_readable(readable: int, unreadable: Sequence[str], max_share: float) 
         )
     if len(unreadable) > SHOWN:
         logger.warning("left out, unreadable: %d clips in all", len(unreadable))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_dataset(
-    paths: Sequence[str],
-    data_config: Mapping[str, Any],
-    args: Any,
-    random_start: bool = True,
-    *,
-    repeats: Sequence[int] = (),
-    weights: Sequence[float] = (),
-    argument: str = "train_data",
-) -> Dataset:
-    """Return the dataset of a run: of the class that `data_config` names, or what `tools/precompute_latents.py` made.
-
-    Args:
-        paths: where the data is; all of the same kind.
-        data_config: the `data:` section, `target` and `params`.
-        args: `TrainingArguments`.
-        random_start: False takes nothing of a clip by chance, for validation: neither its start nor its crop.
-        repeats: how often each of the paths comes; empty: once.
-        weights: of each of the paths, see `data_mixing`; empty: a path has as many samples as it has clips.
-        argument: that names the paths, for messages.
-
-    Raises:
-        UserError: the data or its settings do not fit; see the classes.
-    """
-    from cogvideox_sat.clips.latent_cache import is_cache
-    from cogvideox_sat.clips.latent_dataset import LatentDataset
-
-    paths = repeated(paths, repeats)
-    cached = [path for path in paths if is_cache(path)]
-    if cached:
-        if len(cached) < len(paths):
-            raise UserError(
-                f"{cached[0]} holds precomputed latents and other data does not: train on one kind at a time"
-            )
-        dataset = LatentDataset(paths, args.model_config, data_config)
-    else:
-        if "target" not in data_config:
-            raise UserError(
-                "data: target is missing; name the class of the dataset, data_video.SFTDataset for instance"
-            )
-        place = Place(("data",), data_config, getattr(args, "sources", None), building=True)
-        kind = class_at(data_config["target"], place.below("target"), "data")
-        try:
-            with reporting(place, Place((), None)):
-                dataset = kind.create_dataset_function(list(paths), args, **(data_config.get("params") or {}))
-        except UnusablePlace as error:
-            raise UserError(f"{argument}: {error}") from error
-        if not hasattr(dataset, "bucket"):
-            raise UserError(
-                f"data.target: {data_config['target']} gives a {type(dataset).__name__}, which does not tell shapes "
-                "of clips (bucket); derive your class from data_video.SFTDataset and change what it gives"
-            )
-        if not random_start:
-            dataset.random_start = False
-            dataset.framing = Framing()
-    if weights:
-        counts = getattr(dataset, "counts", ())
-        if len(counts) != len(weights):
-            raise UserError(
-                f"train_data_weights: {data_config['target']} does not tell its places apart; remove the weights"
-            )
-        dataset.draws = draws_of(counts, weights)
-    return dataset

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.configuration.model_section import ALL, not_trainable_prefixes, plain_model_section
+from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.latent_geometry import patch_sizes
 from cogvideox_sat.network.layer_runner import SamplingProgress
 from cogvideox_sat.parallel.process_groups import parallel_groups
 from cogvideox_sat.weights.checkpoint_files import is_adapter
 from cogvideox_sat.weights.loading import load_network
 from sgm import randomness
-from sgm.config_places import current_place, section
+from sgm.config_places import Place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
@@ -33,13 +33,13 @@ PART_NAMES = {"conditioner": "the text encoder", "first_stage_model": "the VAE",
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def dtype_of(args: Namespace) -> torch.dtype:
-    """float16 for `fp16: True`, bfloat16 for `bf16: True`, else float32.
+def dtype_of(settings: EngineSettings) -> torch.dtype:
+    """Return float16 for `fp16`, bfloat16 for `bf16`, else float32.
 
     Raises:
         UserError: both are set.
     """
-    chosen = [name for name in DTYPES if getattr(args, name, False)]
+    chosen = [name for name in DTYPES if getattr(settings, name)]
     if len(chosen) > 1:
         raise UserError("fp16 and bf16 are both on: choose one")
     return DTYPES[chosen[0]] if chosen else torch.float32
@@ -51,12 +51,11 @@ class SATVideoDiffusionEngine(nn.Module):
     The attributes `conditioner` (text to embeddings), `first_stage_model` (pixels to latents) and `model` (the
     network in its wrapper) are built on request, so that a program may hold them in turn.
 
+    Attributes:
+        settings: what it is built from; `args` as it was given, for subclasses that read more.
+
     Args:
-        args: `model_config` is the `model:` section of a configuration, also as an OmegaConf `DictConfig`; `fp16` or
-            `bf16` set the dtype of all parts;
-            `load` and `lora_load` name the network's weights, `force_inference` lets some be missing, `new_adapter`
-            only a LoRA adapter;
-            `model_parallel_size` overrides that of the network's configuration.
+        args: `EngineSettings`, or an object with such attributes (at least `model_config`), as in the original.
         parts: which of `PARTS` to build now.
         device: where parts are put.
         params_dtype: the dtype of all parts, as SwissArmyTransformer's `get_model` says it; None: that of `args`.
@@ -64,15 +63,15 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def __init__(
         self,
-        args: Namespace,
+        args: EngineSettings | Any,
         parts: tuple[str, ...] = PARTS,
         device: torch.device | str = "cpu",
         params_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        config = plain_model_section(args.model_config)
-        self.args, self.config = args, config
-        self.dtype = params_dtype or dtype_of(args)
+        self.args, self.settings = args, EngineSettings.from_args(args)
+        self.config = config = plain_model_section(self.settings.model_config)
+        self.dtype = params_dtype or dtype_of(self.settings)
         self.drops = True  # captions and images, where a call does not say
         self.device = torch.device(device)
         self.scale_factor = config.get("scale_factor", 1.0)
@@ -87,8 +86,8 @@ class SATVideoDiffusionEngine(nn.Module):
 
         with self.section():
             self.denoiser = instantiate_from_config(config["denoiser_config"])
-            self.sampler = instantiate_from_config(config["sampler_config"]) if config.get("sampler_config") else None
-            self.loss_fn = instantiate_from_config(config["loss_fn_config"]) if config.get("loss_fn_config") else None
+            self.sampler: Any = self._optional("sampler_config")
+            self.loss_fn: Any = self._optional("loss_fn_config")
             # The first stage's own, for latents that were encoded before.
             self.regularizer = instantiate_from_config(config["first_stage_config"]["params"]["regularizer_config"])
         for part in PARTS:
@@ -98,7 +97,11 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def section(self) -> AbstractContextManager[None]:
         """Return a context in which objects are built of this configuration, whose files errors then name."""
-        return section("model", self.config, getattr(self.args, "sources", None))
+        return section("model", self.config, self.settings.sources)
+
+    def _optional(self, key: str) -> Any:
+        """Return what the configuration describes at a key; None if it has no such key."""
+        return instantiate_from_config(self.config[key]) if self.config.get(key) else None
 
     # Parts
 
@@ -134,37 +137,33 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def _build_first_stage(self, device: torch.device | str) -> nn.Module:
         first_stage = instantiate_from_config(self.config["first_stage_config"])
-        if getattr(self.args, "vae_tile_size", None) is not None and isinstance(first_stage, VideoCoder):
-            first_stage.use_tiles(self.args.vae_tile_size)
+        if self.settings.vae_tile_size is not None and isinstance(first_stage, VideoCoder):
+            first_stage.use_tiles(self.settings.vae_tile_size)
         return first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
 
     def _build_network(self, device: torch.device | str) -> nn.Module:
-        config = self.config["network_config"]
-        size = getattr(self.args, "model_parallel_size", None)
-        overrides = {}
-        if size is not None:
+        config, settings, overrides = self.config["network_config"], self.settings, {}
+        if (size := settings.model_parallel_size) is not None:
             overrides["transformer_args"] = {**config["params"]["transformer_args"], "model_parallel_size": size}
-        load, lora_load = (getattr(self.args, name, None) for name in ("load", "lora_load"))
-        if load:
+        if settings.load:
             network = instantiate_on_meta(config, **overrides).to(self.dtype)
             load_network(
                 network,
-                load,
-                lora_load=lora_load,
-                allow_missing=getattr(self.args, "force_inference", False),
-                new_adapter=getattr(self.args, "new_adapter", False),
+                settings.load,
+                lora_load=settings.lora_load,
+                allow_missing=settings.force_inference,
+                new_adapter=settings.new_adapter,
                 device=device,
             )
         else:
             network = instantiate_from_config(config, **overrides).to(device=device, dtype=self.dtype)
         if self.loss_fn is not None:  # building the network has set up the groups
             self.loss_fn.set_parallel_groups(*parallel_groups())
-        lora_scale = getattr(self.args, "lora_scale", None)
-        if lora_scale is not None:
-            set_lora_scale(network, lora_scale)
-        wrapper = OpenAIWrapper
+        if settings.lora_scale is not None:
+            set_lora_scale(network, settings.lora_scale)
+        wrapper: type = OpenAIWrapper
         if self.config.get("network_wrapper"):
-            place = current_place().below("network_wrapper")
+            place = Place(("model",), self.config, self.settings.sources).below("network_wrapper")
             wrapper = class_at(self.config["network_wrapper"], place, place.slot)
         return wrapper(network, compile_model=self.config.get("compile_model", False), dtype=self.dtype)
 
@@ -385,6 +384,8 @@ class SATVideoDiffusionEngine(nn.Module):
             Scaled latents (batch_size, t, c, h, w), float32. The initial noise comes from the CPU generator, so that
             a seed means the same on every device.
         """
+        if shape is None:
+            raise TypeError("sample() needs the shape of the latents, (t, c, h, w)")
         noise = torch.randn(batch_size, *shape, dtype=torch.float32).to(self.device)
         if concat_images is not None:
             cond = {**cond, "concat": concat_images}

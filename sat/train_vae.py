@@ -36,7 +36,7 @@ def plan(command_line: Sequence[str] | None) -> tuple[VaeTrainingArguments, VaeT
 
 def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan | int]) -> int:
     args, plan = planned
-    if args.inspect_data:
+    if isinstance(plan, int):  # for --inspect_data
         from cogvideox_sat.runs.data_inspection import inspect_vae_data
 
         with args.sources.naming():

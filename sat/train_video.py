@@ -60,7 +60,7 @@ def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, Trainin
 
 def train(planned: tuple[TrainingArguments, TrainingPlan | BatchSizes]) -> int:
     args, plan = planned
-    if args.inspect_data:
+    if isinstance(plan, BatchSizes):  # for --inspect_data
         from cogvideox_sat.runs.data_inspection import inspect_training_data
 
         with args.sources.naming():

@@ -1,10 +1,11 @@
 """DeepSpeed engines around a network of three layers."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
+
+from cogvideox_sat.configuration.settings import LoopSettings
 
 
 @pytest.fixture
@@ -25,15 +26,8 @@ def arguments(stage: int, optimizer: str = "sat.ops.FusedEmaAdam", clipping: flo
         "optimizer": {"type": optimizer, "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}},
         **section,
     }
-    return SimpleNamespace(
-        deepspeed_config=check_deepspeed_config(config),
-        train_iters=20,
-        warmup=0.1,
-        auto_warmup_steps=0,
-        lr_decay_style="cosine",
-        lr_decay_iters=None,
-        lr_decay_ratio=0.1,
-    )
+    settings = LoopSettings(20, warmup=0.1, auto_warmup_steps=0, lr_decay_style="cosine", lr_decay_ratio=0.1)
+    return check_deepspeed_config(config), settings
 
 
 def build(args, dtype=torch.float32):
@@ -45,4 +39,4 @@ def build(args, dtype=torch.float32):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.LayerNorm(13), torch.nn.Linear(13, 5))
     network[0].bias.requires_grad_(False)
-    return deepspeed_engine.initialize(network.to(dtype), args, dtype)
+    return deepspeed_engine.initialize(network.to(dtype), *args, dtype)

@@ -16,16 +16,7 @@ from pathlib import Path
 
 from architecture import ROOT
 
-NOT_YET = {
-    "data_video": 3,
-    "diffusion_video": 6,
-    "runs": 6,
-    "sampling": 1,
-    "train_vae": 4,
-    "train_video": 4,
-    "training": 9,
-    "vae_training": 9,
-}
+NOT_YET: dict[str, int] = {}
 ERROR = re.compile(r"[^:]+\.py:\d+: error: ")
 
 

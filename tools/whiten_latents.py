@@ -20,7 +20,6 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, locate_inputs, run_tool  # noqa: E402
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths  # noqa: E402
+from cogvideox_sat.configuration.settings import DataSettings  # noqa: E402
 from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from tools.evaluate_vae import clip_sources, find_parts, find_vae  # noqa: E402
@@ -79,11 +79,11 @@ def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
 
     from cogvideox_sat.evaluation.vae_report import build_vae, encode, readable_samples
     from cogvideox_sat.files.atomic import write_safetensors
-    from data_video import make_dataset
+    from cogvideox_sat.runs.datasets import make_dataset
 
     with torch.no_grad(), section("model", model, config.sources):
         vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in vae_configs]
-        dataset = make_dataset(options.data, data_config, SimpleNamespace(missing_label="ignore"), random_start=False)
+        dataset = make_dataset(options.data, DataSettings(data_config, missing_label="ignore"), random_start=False)
         samples = readable_samples(dataset, options.num_clips)
         joint = covariance_of(torch.cat([encode(each, sample["mp4"]) for each in vaes], dim=1) for _, sample in samples)
         channels = len(joint) // len(vaes)

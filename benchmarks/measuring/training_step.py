@@ -112,6 +112,7 @@ def build(args: argparse.Namespace) -> dict[str, Contender]:
 def build_engine(args: argparse.Namespace) -> nn.Module:
     """Our engine without its network, conditioned on embeddings that were computed before."""
     from cogvideox_sat.clips.latent_identity import conditioner_for_cache
+    from cogvideox_sat.configuration.settings import EngineSettings
     from cogvideox_sat.parallel.process_groups import initialize_process_groups
     from diffusion_video import SATVideoDiffusionEngine
 
@@ -120,8 +121,8 @@ def build_engine(args: argparse.Namespace) -> nn.Module:
         **args.model_config,
         "conditioner_config": conditioner_for_cache(args.model_config["conditioner_config"]),
     }
-    engine_args = argparse.Namespace(model_config=model_config, bf16=args.dtype == "bfloat16")
-    return SATVideoDiffusionEngine(engine_args, ("conditioner",), args.device)
+    settings = EngineSettings(model_config, bf16=args.dtype == "bfloat16")
+    return SATVideoDiffusionEngine(settings, ("conditioner",), args.device)
 
 
 def build_network(args: argparse.Namespace) -> nn.Module:
@@ -157,18 +158,16 @@ def our_step(
     args: argparse.Namespace, engine: nn.Module, network: nn.Module, batch: dict[str, Any], seeds: list[int]
 ) -> Contender:
     """A step as `training.run` does it."""
-    from cogvideox_sat.configuration.training_arguments import TrainingArguments
+    from cogvideox_sat.configuration.settings import LoopSettings
     from cogvideox_sat.training import deepspeed_engine
     from sgm import randomness
     from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    schedule = {"warmup": 0.0, "auto_warmup_steps": 0, "lr_decay_style": "constant"}
-    training_args = TrainingArguments(
-        deepspeed_config=deepspeed_config(args, "torch.optim.AdamW", fused=True), **schedule
-    )
+    config = deepspeed_config(args, "torch.optim.AdamW", fused=True)
+    schedule = LoopSettings(1000, warmup=0.0, auto_warmup_steps=0, lr_decay_style="constant")
     wrapper = OpenAIWrapper(network, dtype=engine.dtype)
-    runner = deepspeed_engine.initialize(wrapper, training_args, engine.dtype)
+    runner = deepspeed_engine.initialize(wrapper, config, schedule, engine.dtype)
 
     def loss(model: nn.Module) -> Tensor:
         engine.model = model

@@ -1,11 +1,10 @@
 """Choose the engine that a command runs: ours, or a subclass of the user's own, from Python or by `model.target`."""
 
 import inspect
-from argparse import Namespace
-from typing import Any
 
 import torch
 
+from cogvideox_sat.configuration.settings import EngineSettings
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str
@@ -13,14 +12,14 @@ from sgm.util import get_obj_from_str
 OWN = f"{SATVideoDiffusionEngine.__module__}.{SATVideoDiffusionEngine.__name__}"
 
 
-def engine_class(args: Any) -> type[SATVideoDiffusionEngine]:
-    """Return the class that `args.model_cls` or else `model.target` of the configuration names, ours by default.
+def engine_class(settings: EngineSettings) -> type[SATVideoDiffusionEngine]:
+    """Return the class that `model_cls` or else `model.target` of the configuration names, ours by default.
 
     Raises:
         UserError: the class is no subclass of ours, or takes other arguments.
     """
-    target = args.model_config.get("target")
-    chosen, name = getattr(args, "model_cls", None), "model_cls"
+    target = settings.model_config.get("target")
+    chosen, name = settings.model_cls, "model_cls"
     if (chosen is None or chosen is SATVideoDiffusionEngine) and target is not None:
         if not isinstance(target, str):
             raise UserError(f"model.target is {target!r}; expected the import path of an engine, such as {OWN}")
@@ -32,19 +31,24 @@ def engine_class(args: Any) -> type[SATVideoDiffusionEngine]:
             f"{name}: {getattr(chosen, '__name__', chosen)} is no subclass of {OWN}; derive it from that class"
         )
     try:
-        inspect.signature(chosen).bind(args, parts=(), device="cpu")
+        inspect.signature(chosen).bind(settings, parts=(), device="cpu")
     except TypeError as error:
         raise UserError(f"{name}: its __init__ must take (args, **kwargs) and hand both on: {error}") from error
     return chosen
 
 
-def build_engine(args: Namespace | Any, parts: tuple[str, ...], device: torch.device) -> SATVideoDiffusionEngine:
+def build_engine(
+    settings: EngineSettings, parts: tuple[str, ...], device: torch.device | str
+) -> SATVideoDiffusionEngine:
     """Return the engine of a command, with `parts` of it built on `device`.
+
+    A class of the user's own gets as its `args` all arguments of the command, as in the original.
 
     Raises:
         UserError: see `engine_class`; its `__init__` does not hand `parts` and `device` on.
     """
-    chosen = engine_class(args)
+    chosen = engine_class(settings)
+    args = settings if chosen is SATVideoDiffusionEngine else settings.as_args()
     engine = chosen(args, parts=parts, device=device)
     if engine.device != torch.device(device):
         raise UserError(

@@ -20,10 +20,11 @@ from cogvideox_sat.clips.latent_dataset import LatentDataset
 from cogvideox_sat.clips.latent_identity import conditioner_for_cache
 from cogvideox_sat.clips.loader import collate
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import Bucket
+from cogvideox_sat.runs.datasets import make_dataset
 from cogvideox_sat.training import latent_encoding
-from data_video import make_dataset
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
 from distributed import run_distributed
 from sgm.errors import UserError
@@ -105,7 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_tensors_are_those_of_a_direct_encoding(tiny, clips, cache, family, variants):
     args = arguments(tiny.config(family), clips)
     encoded = LatentDataset([cache(family, image_variants=variants)], args.model_config)
-    read = make_dataset(args.train_data, args.data_config, args)
+    read = make_dataset(args.train_data, DataSettings.from_args(args))
     engine = SATVideoDiffusionEngine(args, parts=("first_stage_model", "conditioner"))
     assert len(encoded) == len(read) == 5
     for index in range(len(read)):
@@ -133,7 +134,7 @@ def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips,
     args = arguments(tiny.config(family), clips)
     variants = 0 if family == "2b" else 1
     folders = {store: cache(family, image_variants=variants, store=store) for store in ("moments", "latents")}
-    clips_read = make_dataset(args.train_data, args.data_config, args)
+    clips_read = make_dataset(args.train_data, DataSettings.from_args(args))
     model = model_of(tiny, family)
     model["conditioner_config"]["params"]["emb_models"][0]["ucg_rate"] = model["noised_image_dropout"] = 0.4
     args.model_config = copy.deepcopy(model)
@@ -186,7 +187,7 @@ def test_several_caches_are_one_dataset_and_travel_to_workers(tiny, cache):
 
 def test_the_data_module_recognises_a_cache(tiny, cache):
     args = arguments(tiny.config("2b"), cache("2b"))
-    dataset = make_dataset(args.train_data, args.data_config, args)
+    dataset = make_dataset(args.train_data, DataSettings.from_args(args))
     assert isinstance(dataset, LatentDataset) and len(dataset) == 5
     assert is_cache(cache("2b")) and not is_cache(cache("2b").parent)
 
@@ -194,10 +195,10 @@ def test_the_data_module_recognises_a_cache(tiny, cache):
 def test_caches_come_as_often_as_is_asked_for(tiny, cache):
     args = arguments(tiny.config("2b"), cache("2b"))
     paths = [str(cache("2b")), str(cache("2b", dtype="bfloat16"))]
-    repeated = make_dataset(paths, args.data_config, args, repeats=[3, 1])
-    equal = make_dataset([paths[0]] * 3 + [paths[1]], args.data_config, args)
+    repeated = make_dataset(paths, DataSettings.from_args(args), repeats=[3, 1])
+    equal = make_dataset([paths[0]] * 3 + [paths[1]], DataSettings.from_args(args))
     assert repeated.samples == equal.samples and len(repeated) == 20
-    assert make_dataset(paths, args.data_config, args, weights=[3, 1]).draws == [1.5] * 5 + [0.5] * 5
+    assert make_dataset(paths, DataSettings.from_args(args), weights=[3, 1]).draws == [1.5] * 5 + [0.5] * 5
 
 
 def test_an_option_that_a_cache_was_not_made_with_is_refused(tiny, cache):
@@ -206,9 +207,10 @@ def test_an_option_that_a_cache_was_not_made_with_is_refused(tiny, cache):
     for option, value in {"horizontal_flip": 0.5, "caption_prefix": "a", "reshape_mode": "none"}.items():
         data = {**DATA, "params": {**DATA["params"], option: value}}
         with pytest.raises(UserError, match=says.format(option)):
-            make_dataset(args.train_data, data, args)
+            make_dataset(args.train_data, DataSettings.from_args(args, data_config=data))
     same = {"horizontal_flip": 0, "clips_per_video": 1, "reshape_mode": "center", "min_frames": None}
-    assert len(make_dataset(args.train_data, {**DATA, "params": {**DATA["params"], **same}}, args)) == 5
+    data = {**DATA, "params": {**DATA["params"], **same}}
+    assert len(make_dataset(args.train_data, DataSettings.from_args(args, data_config=data))) == 5
 
 
 # ---------------------------------------------------------------- making it

@@ -11,7 +11,8 @@ from cogvideox_sat.clips.batch_order import BatchOrder
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.configuration.data_mixing import check_mixing, draws_of, repeated, split_entries
 from cogvideox_sat.configuration.files import load_configs
-from data_video import make_dataset
+from cogvideox_sat.configuration.settings import DataSettings
+from cogvideox_sat.runs.datasets import make_dataset
 from sgm.errors import UserError
 from training_clips import write_dataset
 
@@ -86,14 +87,14 @@ def places(tmp_path_factory) -> list[str]:
 
 def test_a_repeat_is_the_order_of_equal_lines(places):
     args = Namespace(model_config=None)
-    equal = make_dataset([places[0]] * 3 + [places[1]], DATA, args)
-    repeat = make_dataset(places, DATA, args, repeats=[3, 1])
+    equal = make_dataset([places[0]] * 3 + [places[1]], DataSettings.from_args(args, data_config=DATA))
+    repeat = make_dataset(places, DataSettings.from_args(args, data_config=DATA), repeats=[3, 1])
     assert repeat.sources == equal.sources and repeat.buckets == equal.buckets and len(repeat) == 12
     assert repeat.counts == [2, 2, 2, 6] and repeat.draws is None
 
 
 def test_weights_are_shares_of_the_samples(places):
-    dataset = make_dataset(places, DATA, Namespace(model_config=None), weights=[3, 1])
+    dataset = make_dataset(places, DataSettings(DATA), weights=[3, 1])
     buckets = [dataset.bucket(index) for index in range(len(dataset))]
     order = BatchOrder(buckets, 1, 0, 1, seed=0, draws=dataset.draws)
     drawn = Counter(dataset.sources[batch[0].index].path.split("/")[-3] for batch in itertools.islice(order, 800))

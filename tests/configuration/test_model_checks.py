@@ -2,7 +2,7 @@
 
 import copy
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.model_checks import check_autoencoder_sizes, check_model
 from cogvideox_sat.configuration.model_values import check_model_values
+from cogvideox_sat.configuration.settings import EngineSettings
 from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
@@ -27,7 +28,7 @@ def shipped():
 
 
 def changed(config, key: str, value):
-    """Arguments whose model has `value` at a dotted key; `...` takes the key away."""
+    """Settings whose model has `value` at a dotted key; `...` takes the key away."""
     model = copy.deepcopy(config["model"])
     node, (*path, last) = model, key.split(".")
     for part in path:
@@ -36,7 +37,7 @@ def changed(config, key: str, value):
         del node[last]
     else:
         node[last] = value
-    return SimpleNamespace(model_config=model, sources=config.sources, load="weights", model_parallel_size=1)
+    return EngineSettings(model, sources=config.sources, load="weights", model_parallel_size=1)
 
 
 def test_a_shipped_model_passes_and_random_numbers_go_on(shipped):
@@ -67,10 +68,10 @@ def test_a_shipped_model_passes_and_random_numbers_go_on(shipped):
     ],
 )
 def test_the_file_and_key_or_its_parent_are_named(shipped, key, value):
-    args = changed(shipped, key, value)
+    settings = changed(shipped, key, value)
     with pytest.raises(UserError) as error:
-        check_model_values(args.model_config, args.sources)  # as commands do
-        check_model(args, PARTS)
+        check_model_values(settings.model_config, settings.sources)  # as commands do
+        check_model(settings, PARTS)
     line = str(error.value)
     assert line.startswith(f"{ROOT}/configs/")
     *parents, last = [part for part in key.split(".") if part not in ("params", "0", "target")]
@@ -99,19 +100,17 @@ def test_a_mistake_of_ours_in_the_network_keeps_its_traceback(shipped, monkeypat
 
 def test_a_network_larger_than_the_machine_is_refused_before_it_is_built(shipped, monkeypatch):
     monkeypatch.setattr("cogvideox_sat.configuration.model_checks.host_memory", lambda: 2**20)
-    args = changed(shipped, "scale_factor", 1.0)
-    args.load = None
+    settings = replace(changed(shipped, "scale_factor", 1.0), load=None)
     with pytest.raises(UserError, match=r"model\.network_config\.params: of these sizes it takes"):
-        check_model(args, ("model",))
-    args.load = "weights"
-    check_model(args, ("model",))
+        check_model(settings, ("model",))
+    check_model(replace(settings, load="weights"), ("model",))
 
 
 def test_the_check_takes_little_time(shipped):
-    args = changed(shipped, "scale_factor", 1.0)
-    check_model(args, PARTS)
+    settings = changed(shipped, "scale_factor", 1.0)
+    check_model(settings, PARTS)
     started = time.process_time()
-    check_model(args, PARTS)
+    check_model(settings, PARTS)
     assert time.process_time() - started < 5
 
 
@@ -121,14 +120,14 @@ def test_trying_a_sampler_leaves_it_as_it_was(shipped):
 
 
 def test_a_sampler_of_the_users_own_is_built_but_not_tried(shipped):
-    args = changed(shipped, f"{SAMPLER}.target", f"{__name__}.Picky")
-    check_model(args, ())
+    settings = changed(shipped, f"{SAMPLER}.target", f"{__name__}.Picky")
+    check_model(settings, ())
 
 
 class Picky(VPSDEDPMPP2MSampler):
     """Takes only what it knows."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *settings, **kwargs):
         raise AssertionError("not with these latents")
 
 
@@ -150,9 +149,7 @@ def test_an_autoencoder_that_no_machine_holds_is_refused_before_it_is_built():
 
 @pytest.mark.parametrize("steps", [1001, 10**12])
 def test_more_steps_than_there_are_are_refused_by_the_argument_s_name(shipped, steps):
-    args = changed(shipped, "scale_factor", 1.0)
-    args.sampling_num_steps = 1000
-    check_model(args, ())
-    args.sampling_num_steps = steps
+    settings = changed(shipped, "scale_factor", 1.0)
+    check_model(settings, (), 1000)
     with pytest.raises(UserError, match=f"^sampling_num_steps.* is {steps}"):
-        check_model(args, ())
+        check_model(settings, (), steps)

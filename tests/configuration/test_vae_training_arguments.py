@@ -160,7 +160,7 @@ def test_resuming_what_is_complete(tmp_path, data, failure):
     assert main(["--base", str(config), "--resume", "latest"]) == 0
     assert runs_of(config) == [run]
     message = failure("--resume", str(run), "--train_iters", "1")
-    assert "is the last of 1 steps: raise train_iters to go on" in message
+    assert "is at step 1 of 1: raise train_iters to go on" in message
 
 
 def test_losses_that_are_not_finite_end_a_run_and_leave_its_checkpoint(tmp_path, data, caplog):

@@ -5,7 +5,6 @@ import logging
 import pickle
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from cogvideox_sat.clips.batch_order import BatchOrder, SampleKey
 from cogvideox_sat.clips.probing import INDEX
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.latent_geometry import Bucket
-from data_video import SFTDataset, VideoDataset, make_dataset, nearest_size
+from data_video import SFTDataset, VideoDataset, nearest_size
 from sgm.errors import UserError
 from training_clips import clip_number, damage, frame_numbers, truncate, write_clip, write_dataset, write_tar
 
@@ -179,22 +178,6 @@ def test_shards_give_what_the_folder_gives(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "params"),
-    [
-        ("data_video.SFTDataset", SETTINGS),
-        ("data_video.VideoDataset", {"image_size": [64, 96], "num_frames": 9, "fps": 8, "skip_frms_num": 0.0}),
-    ],
-)
-def test_the_dataset_of_a_configuration(folder, target, params):
-    args = Namespace(model_config=None, missing_label="stop", max_unreadable_share=0.0)
-    dataset = make_dataset([str(folder)], {"target": target, "params": params}, args)
-    assert (len(dataset), dataset.random_start) == (9, True)
-    assert not make_dataset([str(folder)], {"target": target, "params": params}, args, random_start=False).random_start
-    with pytest.raises(UserError, match="typo"):
-        make_dataset([str(folder)], {"target": target, "params": {**params, "typo": 1}}, args)
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"video_size": [64]}, r"video_size is \[64\]; expected \[height, width\]"),
@@ -212,29 +195,10 @@ def test_wrong_settings_are_named(folder, changes, message):
         SFTDataset(folder, **{**SETTINGS, **changes})
 
 
-def test_wrong_configurations_are_named(folder):
-    args = Namespace(model_config=None)
-    with pytest.raises(UserError, match="target is missing"):
-        make_dataset([str(folder)], {"params": SETTINGS}, args)
-    with pytest.raises(UserError, match="is no class of datasets"):
-        make_dataset([str(folder)], {"target": "torch.nn.Identity"}, args)
-    with pytest.raises(UserError, match="either image_size or video_size"):
-        VideoDataset(str(folder))
-
-
 def test_a_dataset_is_small_to_send_to_workers(folder):
     assert len(pickle.dumps(SFTDataset(folder, **SETTINGS))) < 3000
 
 
-class ListOfClips(list):
-    """A dataset that is written for another loader."""
-
-    @classmethod
-    def create_dataset_function(cls, path, args, **params):
-        return cls(path)
-
-
-def test_a_dataset_that_does_not_tell_shapes(tmp_path):
-    config = {"target": f"{__name__}.ListOfClips"}
-    with pytest.raises(UserError, match=r"data.target: .*ListOfClips.* derive your class from data_video.SFTDataset"):
-        make_dataset([str(tmp_path)], config, SimpleNamespace(model_config={}))
+def test_a_tar_dataset_needs_a_size(folder):
+    with pytest.raises(UserError, match="either image_size or video_size"):
+        VideoDataset(str(folder))

@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from arguments import get_args
+from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.training_arguments import get_training_args
 from cogvideox_sat.engine_choice import build_engine, engine_class
 from diffusion_video import SATVideoDiffusionEngine
@@ -132,7 +133,7 @@ def test_a_cache_knows_no_other_way_of_encoding(tiny, tmp_path, caplog):
 )
 def test_what_is_no_engine(chosen, says):
     with pytest.raises(UserError, match=says):
-        engine_class(Namespace(model_config={}, model_cls=chosen))
+        engine_class(EngineSettings({}, model_cls=chosen))
 
 
 @pytest.mark.parametrize(
@@ -141,14 +142,14 @@ def test_what_is_no_engine(chosen, says):
 )
 def test_a_target_that_is_no_engine(target, says):
     with pytest.raises(UserError, match=says):
-        engine_class(Namespace(model_config={"target": target}))
+        engine_class(EngineSettings({"target": target}))
 
 
 def test_an_engine_that_keeps_its_keywords_to_itself(tiny):
     section = get_args(["--base", str(tiny.config("5b")), "--input_file", "p"]).model_config
-    args = Namespace(model_config=section, model_cls=Deaf)
+    settings = EngineSettings(section, model_cls=Deaf)
     with pytest.raises(UserError, match="must hand its keywords on"):
-        build_engine(args, (), torch.device("meta"))
+        build_engine(settings, (), torch.device("meta"))
 
 
 @pytest.mark.slow

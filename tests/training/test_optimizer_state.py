@@ -84,7 +84,7 @@ def resumed(stage, optimizer, saved, numbers, schedule, first_weights, dtype=tor
     network = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.LayerNorm(13), torch.nn.Linear(13, 5)).to(dtype)
     network.load_state_dict(first_weights)
     network[0].bias.requires_grad_(False)
-    engine = deepspeed_engine.initialize(network, args, dtype)
+    engine = deepspeed_engine.initialize(network, *args, dtype)
     restore(engine, saved, numbers)
     engine.lr_scheduler.load_state_dict(schedule)
     return train(engine, range(STEPS, 2 * STEPS)), weights(engine), everything(engine)

@@ -12,8 +12,8 @@ from cogvideox_sat.configuration.deepspeed import BatchSizes
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, get_training_args
-from cogvideox_sat.runs.folders import new_run_folder
-from cogvideox_sat.training.plan import find_resume, plan_run
+from cogvideox_sat.runs.folders import find_resume, new_run_folder
+from cogvideox_sat.training.plan import iteration_folder, plan_run
 from sgm.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -216,12 +216,12 @@ def test_latest_is_the_run_of_this_name_that_saved_last(case):
     newest = case.run("finetune-01-01-00-01-2", 10, saved_at=2)
     case.run("finetune-more-01-01-00-02", 30, saved_at=3)
     (case.folder / "runs" / "finetune-01-01-00-03").mkdir()  # has not saved anything
-    assert find_resume(case.args("--resume", "latest")) == newest / "10"
+    assert find_resume(case.args("--resume", "latest"), iteration_folder) == newest / "10"
     assert plan_run(case.args("--resume", "latest")).resume == newest / "10"
 
 
 def test_latest_of_nothing_is_a_new_run(case, caplog):
-    assert find_resume(case.args("--resume", "latest")) is None
+    assert find_resume(case.args("--resume", "latest"), iteration_folder) is None
     assert "no run 'finetune' has saved anything" in caplog.text
 
 
@@ -234,8 +234,8 @@ def test_latest_of_a_complete_run_is_nothing_to_do(case):
 
 def test_a_path_names_a_run_or_one_of_its_iterations(case):
     run = case.run("any", 10, 20)
-    assert find_resume(case.args("--resume", str(run))) == run / "20"
-    assert find_resume(case.args("--resume", str(run / "10"))) == run / "10"
+    assert find_resume(case.args("--resume", str(run)), iteration_folder) == run / "20"
+    assert find_resume(case.args("--resume", str(run / "10")), iteration_folder) == run / "10"
 
 
 def test_what_cannot_be_resumed(case):
@@ -243,9 +243,9 @@ def test_what_cannot_be_resumed(case):
     with pytest.raises(UserError, match=r"20 is at step 20 of 20: raise train_iters to go on"):
         plan_run(case.args("--resume", str(run), "--train_iters", "20"))
     with pytest.raises(UserError, match="resume: gone does not exist"):
-        find_resume(case.args("--resume", "gone"))
+        find_resume(case.args("--resume", "gone"), iteration_folder)
     (run / "latest").write_text("30")
     with pytest.raises(UserError, match="latest names 30, which is gone"):
-        find_resume(case.args("--resume", str(run)))
+        find_resume(case.args("--resume", str(run)), iteration_folder)
     with pytest.raises(UserError, match=r"has no training_state/state\.json"):
-        find_resume(case.args("--resume", str(case.folder / "clips")))
+        find_resume(case.args("--resume", str(case.folder / "clips")), iteration_folder)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.configuration.model_values import SIZES, host_memory
+from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.shipped_configs import find_reference, targets
 from sgm.config_places import Place, current_place, section, within
 from sgm.config_values import problem_of_params
@@ -23,29 +24,29 @@ WEIGHTS = ("ckpt_path", "ckpt_engine")
 TRIED = (1, 2, 4, 2, 2)  # (batch, frames, channels, height, width) of the latents that samplers and losses are tried on
 
 
-def check_model(args: Any, parts: tuple[str, ...]) -> None:
-    """Check that the parts of a model can be built as `args.model_config` says.
+def check_model(settings: EngineSettings, parts: tuple[str, ...], steps: int | None = None) -> None:
+    """Check that the parts of a model can be built as its configuration says.
 
     Nothing is left of it: no weights are read, no memory is kept, and random numbers go on as if it had not been.
 
     Args:
-        args: with `model_config`, `sources` and optionally `load`, `model_parallel_size` and `sampling_num_steps`.
         parts: those of the engine that will be built: `conditioner`, `first_stage_model`, `model`.
+        steps: that sampling is to take; None: the sampler's own number.
 
     Raises:
         UserError: the file and key of the first object that cannot be built, or that fails when it is tried.
     """
-    config = args.model_config
-    with torch.random.fork_rng(devices=[]), section("model", config, getattr(args, "sources", None)):
+    config = settings.model_config
+    with torch.random.fork_rng(devices=[]), section("model", config, settings.sources):
         check_schedules(config)
-        check_steps(config, getattr(args, "sampling_num_steps", None))
+        check_steps(config, steps)
         if "conditioner" in parts:
             check_conditioner(config["conditioner_config"])
         if "first_stage_model" in parts:
             check_size(instantiate_on_meta(without_weights(config["first_stage_config"])), "first_stage_config")
         if "model" in parts:
-            network = instantiate_on_meta(network_config(config["network_config"], args))
-            check_size(network, "network_config", allocated=not getattr(args, "load", None))
+            network = instantiate_on_meta(network_config(config["network_config"], settings.model_parallel_size))
+            check_size(network, "network_config", allocated=not settings.load)
 
 
 def check_schedules(config: Mapping[str, Any]) -> None:
@@ -70,12 +71,19 @@ def check_steps(config: Mapping[str, Any], steps: int | None) -> None:
     Raises:
         UserError: it cannot.
     """
-    if steps is None or not config.get("sampler_config"):
-        return
+    if steps is not None and config.get("sampler_config"):
+        check_sampler_steps(instantiate_from_config(config["sampler_config"]), steps)
+
+
+def check_sampler_steps(sampler: Any, steps: int) -> None:
+    """Check that a sampler can take so many steps; one of the user's own without `schedule` takes any number.
+
+    Raises:
+        UserError: it cannot.
+    """
     _, most = SIZES["num_steps"]
     if steps > most:  # whose table would not fit into memory
         raise UserError(f"sampling_num_steps is {steps}; it can be up to {most}")
-    sampler = instantiate_from_config(config["sampler_config"])
     try:
         if hasattr(sampler, "schedule"):
             sampler.schedule(steps)
@@ -139,9 +147,9 @@ def without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "params": {name: value for name, value in params.items() if name not in WEIGHTS}}
 
 
-def network_config(config: Mapping[str, Any], args: Any) -> Mapping[str, Any]:
-    """Return the network's configuration, shared by as many processes as `args` says."""
-    size, params = getattr(args, "model_parallel_size", None), config.get("params")
+def network_config(config: Mapping[str, Any], size: int | None) -> Mapping[str, Any]:
+    """Return the configuration of a network that `size` processes share; None: as many as it says itself."""
+    params = config.get("params")
     if size is None or not isinstance(params, Mapping) or not isinstance(params.get("transformer_args"), Mapping):
         return config
     transformer = {**params["transformer_args"], "model_parallel_size": size}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, patch_sizes
@@ -113,7 +114,7 @@ class ModelLimits:
             raise UserError(f"latent_channels is {latent_channels}; this model has {self.latent_channels}")
 
 
-def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lora_load: str | None) -> None:
+def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lora_load: str | Path | None) -> None:
     """Raises UserError unless processes can share the model as asked, and an adapter that is given has its place."""
     params = model_config["network_config"]["params"]
     modules, heads = params.get("modules"), _positive(params.get("num_attention_heads"), "num_attention_heads")

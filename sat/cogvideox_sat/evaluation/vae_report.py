@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.configuration.memory_advice import one_of
 from cogvideox_sat.configuration.model_checks import check_autoencoder_sizes
+from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.evaluation.inception3d import load_inception3d
 from cogvideox_sat.evaluation.video_metrics import FrechetVideoDistance, as_shown, perceptual_distance, psnr, ssim
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.parallel.devices import choose_device, fast_dtype
-from data_video import make_dataset
+from cogvideox_sat.runs.datasets import make_dataset
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
@@ -54,8 +54,8 @@ def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config:
 def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
     """Do what `run` describes."""
     device = choose_device(options.device)
-    settings = SimpleNamespace(missing_label="ignore")
-    dataset = make_dataset(options.data, data_config, settings, random_start=False, argument="--data")
+    settings = DataSettings(data_config, missing_label="ignore")
+    dataset = make_dataset(options.data, settings, random_start=False, argument="--data")
     dtype = fast_dtype(getattr(torch, options.dtype), device)
     options.dtype = str(dtype).removeprefix("torch.")
     vae = build_vae(vae_config, device, dtype)

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from cogvideox_sat.clips.loader import ClipLoader
 from cogvideox_sat.clips.report import SourceReport, counted
 from cogvideox_sat.commands.launchers import is_first_process
 from cogvideox_sat.configuration.argument_lists import TrainingArguments, VaeTrainingArguments
+from cogvideox_sat.configuration.argument_schema import RunArguments
 from cogvideox_sat.configuration.deepspeed import BatchSizes
+from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.media.contact_sheet import FRAMES, spread, write_frames
-from cogvideox_sat.runs.vae_data import open_data
-from data_video import make_dataset
+from cogvideox_sat.runs.datasets import make_dataset
+from cogvideox_sat.runs.vae_data import vae_data_settings
 from sgm.errors import UserError
 from sgm.seeds import sample_seed
 
@@ -34,8 +36,6 @@ SHEET = "inspect_data.png"
 SHOWN_CLIPS = 16
 SHOWN_SHAPES = 12
 
-Opener = Callable[..., Dataset]  # of the places in a list; keywords as `make_dataset` has them
-
 
 def inspect_training_data(args: TrainingArguments, batch: BatchSizes) -> int:
     """Say and draw what `train_video.py` would train on; return the exit code.
@@ -43,8 +43,7 @@ def inspect_training_data(args: TrainingArguments, batch: BatchSizes) -> int:
     Raises:
         UserError: that training would refuse its data.
     """
-    lenient = replace(args, max_unreadable_share=1.0)  # so that all that is wrong is said
-    return _inspect(args, lambda paths, **mixing: make_dataset(paths, args.data_config, lenient, **mixing), batch.micro)
+    return _inspect(args, DataSettings.from_args(args), batch.micro)
 
 
 def inspect_vae_data(args: VaeTrainingArguments, time_factor: int) -> int:
@@ -53,24 +52,21 @@ def inspect_vae_data(args: VaeTrainingArguments, time_factor: int) -> int:
     Raises:
         UserError: that training would refuse its data.
     """
-    return _inspect(
-        args,
-        lambda paths, **mixing: open_data(args, time_factor, paths, max_unreadable_share=1.0, **mixing),
-        args.batch_size,
-    )
+    return _inspect(args, vae_data_settings(args, time_factor), args.batch_size)
 
 
-def _inspect(args: Any, open_places: Opener, batch_size: int) -> int:
+def _inspect(args: RunArguments, settings: DataSettings, batch_size: int) -> int:
     if not is_first_process():
         return 0
-    mixing = {"repeats": args.train_data_repeats, "weights": args.train_data_weights}
-    dataset = open_places(args.train_data, **mixing)
+    lenient = replace(settings, max_unreadable_share=1.0)  # so that all that is wrong is said
+    mixing: dict[str, Any] = {"repeats": settings.train_data_repeats, "weights": settings.train_data_weights}
+    dataset: Any = make_dataset(settings.train_data, lenient, **mixing)
     content: dict[str, Any] = {"train_data": _describe(dataset, args.train_data_weights)}
-    problems = _problems(dataset, args, batch_size)
+    problems = _problems(dataset, settings, batch_size)
     if args.valid_data:
-        held_out = open_places(args.valid_data, random_start=False, argument="valid_data")
+        held_out = make_dataset(settings.valid_data, lenient, random_start=False, argument="valid_data")
         content["valid_data"] = _describe(held_out, [])
-    sheet, substituted = _draw(dataset, args)
+    sheet, substituted = _draw(dataset, settings, Path(args.contact_sheet or SHEET))
     problems += [f"cannot be read: {line}" for line in substituted]
     content |= {"contact_sheet": sheet, "problems": problems}
     text = json.dumps(content, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(content))
@@ -81,18 +77,18 @@ def _inspect(args: Any, open_places: Opener, batch_size: int) -> int:
     return 0
 
 
-def _problems(dataset: Dataset, args: Any, batch_size: int) -> list[str]:
+def _problems(dataset: Any, settings: DataSettings, batch_size: int) -> list[str]:
     """Return the reasons why training would stop at its data."""
     problems = []
     total = len(dataset) + len(dataset.unreadable)
-    if len(dataset.unreadable) > args.max_unreadable_share * total:
+    if len(dataset.unreadable) > settings.max_unreadable_share * total:
         problems.append(
             f"{len(dataset.unreadable)} of {total} clips are unreadable, more than max_unreadable_share "
-            f"{args.max_unreadable_share:g} allows; the first: {dataset.unreadable[0]}"
+            f"{settings.max_unreadable_share:g} allows; the first: {dataset.unreadable[0]}"
         )
     try:
         buckets = [dataset.bucket(index) for index in range(len(dataset))]
-        BatchOrder(buckets, batch_size, 0, 1, args.seed, draws=getattr(dataset, "draws", None))
+        BatchOrder(buckets, batch_size, 0, 1, settings.seed, draws=getattr(dataset, "draws", None))
     except UserError as error:
         problems.append(str(error))
     return problems
@@ -125,7 +121,7 @@ def _cache_reports(dataset: Dataset) -> dict[str, SourceReport]:
         for path, sample in dataset.samples:
             report = reports.setdefault(str(path.parent), SourceReport(str(path.parent)))
             report.samples += 1
-            report.captions_missing += not sample.caption
+            report.captions_missing = (report.captions_missing or 0) + (not sample.caption)
             report.shapes["{} frames of {}x{}".format(*sample.bucket)] += 1
         for folder, report in reports.items():
             if (listed := Path(folder, "unreadable.txt")).is_file():
@@ -166,8 +162,8 @@ def _place_lines(place: dict[str, Any]) -> list[str]:
     if cut := place["cut_away"]:
         lines.append(f"crops cut away {cut['mean']:.0%} of the picture on average, {cut['max']:.0%} at most")
     for reason, left in place["left_out"].items():
-        more = ", …" if left["count"] > len(left["examples"]) else ""
-        lines.append(f"left out: {counted(left['count'], reason)}: {', '.join(left['examples'])}{more}")
+        end = ", …" if left["count"] > len(left["examples"]) else ""
+        lines.append(f"left out: {counted(left['count'], reason)}: {', '.join(left['examples'])}{end}")
     if place["unread"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(place["unread"].items()))
         lines.append(f"not read: {kinds}")
@@ -181,7 +177,7 @@ def _place_lines(place: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- what it looks like
 
 
-def _draw(dataset: Dataset, args: Any) -> tuple[str | None, list[str]]:
+def _draw(dataset: Any, settings: DataSettings, path: Path) -> tuple[str | None, list[str]]:
     """Write the contact sheet of clips as the first epoch would see them.
 
     Returns:
@@ -190,14 +186,13 @@ def _draw(dataset: Dataset, args: Any) -> tuple[str | None, list[str]]:
     if isinstance(dataset, LatentDataset):
         return None, []
     rows, unreadable = [], []
-    keys = [[SampleKey(index, sample_seed(args.seed, 0, index))] for index in spread(len(dataset), SHOWN_CLIPS)]
-    for batch in ClipLoader(dataset, keys, args.num_workers, args.clip_timeout):
+    keys = [[SampleKey(index, sample_seed(settings.seed, 0, index))] for index in spread(len(dataset), SHOWN_CLIPS)]
+    for batch in ClipLoader(dataset, keys, settings.num_workers, settings.clip_timeout):
         sample = {name: column[0] for name, column in batch.items()}
         unreadable += sample["unreadable"]
         clip = sample["mp4"]
         frames = [Image.fromarray(clip[i].permute(1, 2, 0).contiguous().numpy()) for i in spread(len(clip), FRAMES)]
         caption = " ".join(sample["txt"].split()) or "(no caption)"
         rows.append((f"{len(clip)} frames of {clip.shape[-2]}x{clip.shape[-1]}: {caption}", frames))
-    path = Path(args.contact_sheet or SHEET)
     write_frames(path, rows)
     return str(path), list(dict.fromkeys(unreadable))

@@ -13,14 +13,16 @@ from typing import Any
 
 import yaml
 
-from cogvideox_sat.configuration.argument_schema import RunArguments
+from cogvideox_sat.clips.reader_record import with_backend
+from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.runs.metrics import MetricsWriter
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_video")
 
 
-def new_run_folder(args: RunArguments, now: datetime) -> Path:
+def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
     """Make the folder `{save}/{experiment_name}-MM-DD-HH-MM` of a new run, or with -2, -3, ... if that is taken.
 
     One process does this and tells the others.
@@ -28,7 +30,7 @@ def new_run_folder(args: RunArguments, now: datetime) -> Path:
     Raises:
         UserError: it cannot be made.
     """
-    stem = Path(args.save) / f"{args.experiment_name}-{now:%m-%d-%H-%M}"
+    stem = Path(settings.save) / f"{settings.experiment_name}-{now:%m-%d-%H-%M}"
     folder, number = stem, 1
     while True:
         try:
@@ -39,6 +41,32 @@ def new_run_folder(args: RunArguments, now: datetime) -> Path:
             folder = stem.with_name(f"{stem.name}-{number}")
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}") from error
+
+
+def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, str] | None, step: int) -> MetricsWriter:
+    """Write the configuration of a run that begins or goes on, and return the writer of its metrics.
+
+    One process does this.
+
+    Args:
+        reader: what decodes the videos, to be recorded; None: nothing does.
+        step: steps done before.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = with_backend(settings.merged_config, reader)
+    write_config(folder, config)
+    return MetricsWriter(
+        folder,
+        tensorboard=settings.tensorboard,
+        wandb=settings.wandb,
+        wandb_project=settings.wandb_project,
+        name=folder.name,
+        config=config,
+        start_step=step,
+    )
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -52,8 +80,8 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
         part.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def find_resume(args: RunArguments, locate: Callable[[Path], Path]) -> Path | None:
-    """The checkpoint that `resume` means; None for a new run.
+def find_resume(settings: LoopSettings, locate: Callable[[Path], Path]) -> Path | None:
+    """Return the checkpoint that `resume` means; None for a new run.
 
     `latest` is the run of this `experiment_name` that saved last; when there is none yet a new one starts, so that a
     command that is started again and again needs no change. A path names a run, or one of its checkpoints.
@@ -61,23 +89,25 @@ def find_resume(args: RunArguments, locate: Callable[[Path], Path]) -> Path | No
     Args:
         locate: the checkpoint that such a path means; raises UserError if there is none.
     """
-    if args.resume is None:
+    if settings.resume is None:
         return None
-    if args.resume != "latest":
-        return locate(Path(args.resume))
-    runs = runs_of(args)
+    if settings.resume != "latest":
+        return locate(Path(settings.resume))
+    runs = runs_of(settings)
     if not runs:
         logger.warning(
-            "resume: no run '%s' has saved anything in %s yet: starting a new one", args.experiment_name, args.save
+            "resume: no run '%s' has saved anything in %s yet: starting a new one",
+            settings.experiment_name,
+            settings.save,
         )
         return None
     return locate(max(runs, key=lambda run: (run / "latest").stat().st_mtime_ns))
 
 
-def runs_of(args: RunArguments) -> list[Path]:
-    """The folders of all runs of this `experiment_name` that have saved something."""
-    name = re.compile(re.escape(args.experiment_name) + r"-\d\d-\d\d-\d\d-\d\d(-\d+)?")
-    save = Path(args.save)
+def runs_of(settings: LoopSettings) -> list[Path]:
+    """Return the folders of all runs of this `experiment_name` that have saved something."""
+    name = re.compile(re.escape(settings.experiment_name) + r"-\d\d-\d\d-\d\d-\d\d(-\d+)?")
+    save = Path(settings.save)
     runs = save.iterdir() if save.is_dir() else ()
     return [run for run in runs if name.fullmatch(run.name) and (run / "latest").is_file()]
 

@@ -6,10 +6,10 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from sgm.plain_json import parse_json
@@ -59,7 +59,7 @@ class MetricsWriter:
         folder = Path(folder)
         self._targets: list[Target] = [JsonLines(folder / "metrics.jsonl", start_step)]
         self._failed: set[Target] = set()
-        optional = []
+        optional: list[tuple[str, Callable[[], Target]]] = []
         if tensorboard:
             optional.append(("TensorBoard", lambda: TensorBoard(folder, start_step)))
         if wandb:
@@ -185,7 +185,7 @@ class WandbRun:
         identity = id_file.read_text().strip()
         settings = wandb.Settings(login_timeout=60)  # where there is a terminal, it asks for a key
 
-        def start(mode: str | None) -> Any:
+        def start(mode: Literal["offline"] | None) -> Any:
             return wandb.init(
                 project=project,
                 name=name,

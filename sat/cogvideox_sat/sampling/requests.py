@@ -1,60 +1,35 @@
 """What a sampling session is opened with, what it is asked for, and what it answers."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from sgm.config_places import Sources
+from cogvideox_sat.configuration.settings import EngineSettings
 from sgm.errors import UserError, shown
 
 LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class SessionSettings:
-    """The model of a session and where it runs.
+class SessionSettings(EngineSettings):
+    """The model of a session, see `EngineSettings`, and where it runs.
+
+    All processes that share a network (`model_parallel_size`) make the same calls.
 
     Args:
-        model_config: the `model:` section of a configuration, of `configuration.files.load_configs`, say.
-        load: checkpoint of the network: a folder with `latest`, or a weight file.
-        lora_load, lora_scale: adapter to put on top of it, and its strength.
-        force_inference: let weights be missing from the checkpoint.
-        fp16, bf16: compute in float16 or bfloat16; neither: in float32.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         offload: what leaves the device to make room. `none`: nothing, weights are read once. `stage`: all parts but
             the one in use, which are read again when their turn comes. `sequential`: as well the idle layers of the
             network, which stay in host memory.
-        vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
-        model_parallel_size: processes that share one network. All of them make the same calls.
-        model_cls: a subclass of the engine, which is used in its place.
-        sources: the file of each key of `model_config`, for errors.
-        arguments: what the engine gets as its `args` in place of these settings, since a subclass may read more.
     """
 
-    model_config: Mapping[str, Any]
-    load: str | None = None
-    lora_load: str | None = None
-    lora_scale: float = 1.0
-    force_inference: bool = False
-    fp16: bool = False
-    bf16: bool = False
+    _: KW_ONLY
     device: str | None = None
     offload: str = "none"
-    vae_tile_size: int | None = None
     model_parallel_size: int = 1
-    model_cls: type | None = None
-    sources: Sources = field(default_factory=Sources, repr=False, compare=False)
-    arguments: Any = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def from_args(cls, args: Any) -> Self:
-        """Return the settings that arguments of the sampling command ask for."""
-        names = [f.name for f in fields(cls) if f.name != "arguments"]
-        return cls(**{name: getattr(args, name) for name in names}, arguments=args)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from sat import mpu
 from torch import Tensor
 
 from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT
-from cogvideox_sat.configuration.model_checks import check_model
+from cogvideox_sat.configuration.model_checks import check_model, check_sampler_steps
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
@@ -120,13 +120,12 @@ class SamplingSession:
         dtype_of(settings)  # raises if two are on
         check_sharing(settings.model_config, settings.model_parallel_size, settings.lora_load)
         check_offload(settings.model_config, settings.offload)
-        for path in filter(None, (settings.load, settings.lora_load)):  # before minutes go into the text encoder
-            checkpoint_file(path, mpu.get_model_parallel_rank(), settings.model_parallel_size)
-        args = settings if settings.arguments is None else settings.arguments
-        check_model(args, PARTS)  # before any weights are read
+        for path in (settings.load, settings.lora_load):
+            if path:  # which fails here, before minutes go into the text encoder
+                checkpoint_file(path, mpu.get_model_parallel_rank(), settings.model_parallel_size)
+        check_model(settings, PARTS)  # before any weights are read
         device = choose_device(settings.device)
-        args = settle_precision(args, device)
-        engine = build_engine(args, (), device)
+        engine = build_engine(settle_precision(settings, device), (), device)
         hide_bar(engine.sampler)  # its steps are events
         return engine
 
@@ -182,11 +181,11 @@ class SamplingSession:
             UserError: the sampler has no number of its own, or cannot take that many.
         """
         sampler: Any = self.engine.sampler
-        steps = steps or getattr(sampler, "num_steps", None)
         if steps is None:
-            raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
-        if hasattr(sampler, "schedule"):  # one of the user's own may have none
-            sampler.schedule(steps)  # raises if there are not that many
+            steps = getattr(sampler, "num_steps", None)
+            if steps is None:
+                raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
+        check_sampler_steps(sampler, steps)
         return steps
 
     def cancel(self) -> None:

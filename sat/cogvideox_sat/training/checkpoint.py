@@ -11,7 +11,6 @@ Everything is written into a hidden folder, synced and renamed; `latest` moves l
 moment leaves the previous checkpoint in place.
 """
 
-import errno
 import json
 import logging
 import os
@@ -30,9 +29,10 @@ from safetensors.torch import save_file
 from sat import mpu
 from torch import Tensor, nn
 
-from cogvideox_sat.files.atomic import replaced_when_complete
 from cogvideox_sat.files.training_state import TRAINING_STATE, damaged, find_misfit
 from cogvideox_sat.parallel.agreement import meet
+from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room
+from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
 from cogvideox_sat.training import optimizer_state
 from cogvideox_sat.training.deepspeed_adapter import full_shape, is_partitioned
 from cogvideox_sat.training.plan import STATE_FILE
@@ -44,7 +44,6 @@ logger = logging.getLogger("train_video")
 
 SHADOW = "shadow"  # what the optimizer calls its moving average of a weight
 SHARD_BYTES = 2 * 2**30
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # the last is how torch.save reports a full disk
 
 
 # Writing
@@ -77,9 +76,7 @@ def save_checkpoint(
 
     def prepare() -> None:
         remove_unfinished(run_folder)
-        free = shutil.disk_usage(run_folder).free
-        if free < needed:
-            raise UserError(_disk_full(folder, needed, free))
+        check_room(folder, needed)
         (part / STATE_FILE.parent).mkdir(parents=True)
         if has_ema:
             ema_part.mkdir()
@@ -94,14 +91,13 @@ def save_checkpoint(
                     shutil.rmtree(target)
                 source.rename(target)
         _sync(run_folder)
-        with replaced_when_complete(run_folder / "latest") as file:
-            file.write_text(str(step))
+        mark_newest(run_folder, str(step))
         _sync(run_folder)
         prune(run_folder, step, keep_last)
 
-    _together(lambda: leads and prepare(), folder, needed)
+    _together(prepare if leads else _nothing, folder, needed)
     _together(lambda: _write_weights(part, ema_part if has_ema else None, engine, full), folder, needed)
-    _together(lambda: leads and publish(), folder, needed)
+    _together(publish if leads else _nothing, folder, needed)
     return folder
 
 
@@ -168,7 +164,8 @@ class _Shards:
             path = self.folder / f"{self.name}-{self.count:05d}.safetensors"
             path.touch()  # with the permissions of all other files; safetensors' own are its owner's alone
             mode = path.stat().st_mode
-            self.attempt(lambda: (save_file(self.tensors, path), path.chmod(mode)))
+            self.attempt(lambda: save_file(self.tensors, path))
+            self.attempt(lambda: path.chmod(mode))
         self.count, self.bytes, self.tensors = self.count + 1, 0, {}
 
     def attempt(self, write: Callable[[], Any]) -> None:
@@ -185,6 +182,10 @@ class _Shards:
             raise self.error
 
 
+def _nothing() -> None:
+    """Do nothing, where the first process writes and this one waits."""
+
+
 def _together(action: Callable[[], Any], folder: Path, needed: int) -> None:
     """Run an action that may differ between processes; if it fails on one, all raise a UserError."""
     problem = ""
@@ -193,11 +194,7 @@ def _together(action: Callable[[], Any], folder: Path, needed: int) -> None:
     except UserError as error:
         problem = str(error)
     except WRITE_ERRORS as error:
-        full = (
-            getattr(error, "errno", None) == errno.ENOSPC or "space left" in str(error) or "write failed" in str(error)
-        )
-        free = shutil.disk_usage(folder.parent).free
-        problem = _disk_full(folder, needed, free) if full else f"cannot write {folder}: {error}"
+        problem = str(cannot_write(folder, error, needed))
     meet("the checkpoint")
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
@@ -205,13 +202,6 @@ def _together(action: Callable[[], Any], folder: Path, needed: int) -> None:
         if dist.get_rank() == 0:
             remove_unfinished(folder.parent)
         raise UserError(first)
-
-
-def _disk_full(folder: Path, needed: int, free: int) -> str:
-    return (
-        f"cannot write {folder}: the disk is full: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free; "
-        "the previous checkpoint is kept: make room (keep_last: N helps) and go on with --resume latest"
-    )
 
 
 def estimated_bytes(engine: deepspeed.DeepSpeedEngine, full: bool) -> int:
@@ -225,19 +215,10 @@ def estimated_bytes(engine: deepspeed.DeepSpeedEngine, full: bool) -> int:
     return (weights * (2 if SHADOW in kinds else 1) + state) * mpu.get_model_parallel_world_size()
 
 
-def remove_unfinished(run_folder: Path) -> None:
-    for part in run_folder.glob(".*.part"):
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-
-
 def prune(run_folder: Path, newest: int, keep_last: int | None) -> None:
-    """Delete all checkpoints but the last `keep_last` up to the step `newest`; later ones are of a future that was
-    given up when the run was resumed from an earlier step."""
-    if keep_last is None:
-        return
-    steps = sorted(int(folder.name) for folder in run_folder.iterdir() if re.fullmatch(r"\d+", folder.name))
-    kept = [step for step in steps if step <= newest][-keep_last:]
-    for step in set(steps) - set(kept):
+    """Delete the checkpoints that are outdated once that of the step `newest` is written."""
+    steps = [int(folder.name) for folder in run_folder.iterdir() if re.fullmatch(r"\d+", folder.name)]
+    for step in outdated(steps, newest, keep_last):
         for name in (str(step), f"{step}-ema"):
             if (run_folder / name).exists():  # under a name that is no checkpoint's, whenever it is interrupted
                 (run_folder / name).rename(run_folder / f".{name}.part")

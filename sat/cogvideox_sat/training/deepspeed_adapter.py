@@ -6,6 +6,7 @@ this project names them. `check` compares them with the installed version.
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -142,10 +143,11 @@ def loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, int | float]:
 def set_loss_scale(engine: deepspeed.DeepSpeedEngine, numbers: Mapping[str, int | float]) -> None:
     """Let a dynamic loss scale go on from what `loss_scale` returned; nothing happens where one of the two is fixed."""
     if loss_scale(engine) and numbers:
-        vars(_loss_scaler(engine)).update(numbers)
+        for name, number in numbers.items():
+            setattr(_loss_scaler(engine), name, number)
 
 
-def _loss_scaler(engine: deepspeed.DeepSpeedEngine) -> object | None:
+def _loss_scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
     return getattr(getattr(engine, "optimizer", None), "loss_scaler", None)
 
 

@@ -2,8 +2,7 @@
 
 import os
 import traceback
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from cogvideox_sat.configuration.deepspeed import OUR_OPTIMIZERS, runtime_config
 from cogvideox_sat.configuration.deepspeed_features import complaint
+from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.training import deepspeed_adapter
 from sgm.config_places import ConfigError, Place, Sources
 from sgm.config_values import is_own_file
@@ -31,7 +31,9 @@ from sgm.util import class_at, reporting
 DEFAULT_BUCKET_SIZE = 500_000_000  # DeepSpeed's own, in elements
 
 
-def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deepspeed.DeepSpeedEngine:
+def initialize(
+    network: nn.Module, deepspeed_config: Mapping[str, Any], settings: LoopSettings, dtype: torch.dtype
+) -> deepspeed.DeepSpeedEngine:
     """Wrap `network`, some of whose parameters require gradients, in a DeepSpeed engine.
 
     Calling the engine calls the network. After `backward(loss)` and `step()`, `deepspeed_adapter.step_was_skipped` says
@@ -39,7 +41,8 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
 
     Args:
         network: on its device, in its dtype.
-        args: `deepspeed_config`, and for the schedule `train_iters`, `warmup`, `auto_warmup_steps` and `lr_decay_*`.
+        deepspeed_config: the `deepspeed:` section, checked.
+        settings: of the schedule of the learning rate.
         dtype: float16, bfloat16 or float32.
 
     Raises:
@@ -53,7 +56,7 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
     deepspeed_adapter.sum_by_gloo()
     device = next(network.parameters()).device
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device from it
-    config = runtime_config(args.deepspeed_config, dtype_name(dtype))
+    config = runtime_config(deepspeed_config, dtype_name(dtype))
     learning_rate = config["optimizer"]["params"]["lr"]
     # SwissArmyTransformer's schedule multiplies a group's rate, one of DeepSpeed's replaces it.
     groups = parameter_groups(network, learning_rate if "scheduler" in config else 1.0)
@@ -63,12 +66,12 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
     if is_plain:
         config["gradient_clipping"] = 0.0  # done before the step, with the norm in hand
     try:
-        optimizer = build_optimizer(config, groups, getattr(args, "sources", None))
+        optimizer = build_optimizer(config, groups, settings.sources)
         engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
             model_parameters=None if optimizer else groups,
-            lr_scheduler=None if "scheduler" in config else partial(Annealing, args, learning_rate),
+            lr_scheduler=None if "scheduler" in config else partial(Annealing, settings, learning_rate),
             config=config,
             mpu=mpu,
             dist_init_required=False,
@@ -76,8 +79,8 @@ def initialize(network: nn.Module, args: Namespace, dtype: torch.dtype) -> deeps
     except Exception as error:  # by any kind of which DeepSpeed reports what it does not like in its configuration
         if isinstance(error, UserError) or is_out_of_memory(error) or not raised_in_library(error):
             raise
-        line = complaint(error, args.deepspeed_config)
-        file = args.sources.file_of(("deepspeed",)) if getattr(args, "sources", None) else None
+        line = complaint(error, deepspeed_config)
+        file = settings.sources.file_of(("deepspeed",))
         raise ConfigError(f"{file}: {line}" if file else line) from error
     deepspeed_adapter.check(engine)
     if is_plain:
@@ -147,17 +150,17 @@ class Annealing(AnnealingLR):
     loaded: what is loaded is where it is, not the rates and lengths, which today's configuration gives.
     """
 
-    def __init__(self, args: Namespace, learning_rate: float, optimizer: Optimizer):
-        steps = args.lr_decay_iters or args.train_iters
+    def __init__(self, settings: LoopSettings, learning_rate: float, optimizer: Optimizer):
+        steps = settings.lr_decay_iters or settings.train_iters
         super().__init__(
             optimizer,
             start_lr=learning_rate,
-            warmup_iter=max(args.warmup * steps, 1e-9),  # it divides by it
+            warmup_iter=max(settings.warmup * steps, 1e-9),  # it divides by it
             num_iters=steps,
-            decay_style=args.lr_decay_style,
+            decay_style=settings.lr_decay_style,
             last_iter=0,
-            decay_ratio=args.lr_decay_ratio,
-            auto_warmup_steps=args.auto_warmup_steps,
+            decay_ratio=settings.lr_decay_ratio,
+            auto_warmup_steps=settings.auto_warmup_steps,
         )
 
     def get_lr(self) -> float:

@@ -41,6 +41,7 @@ from cogvideox_sat.configuration.data_mixing import repeated
 from cogvideox_sat.configuration.memory_advice import precompute_advice
 from cogvideox_sat.configuration.merging import first_difference
 from cogvideox_sat.configuration.model_checks import check_model
+from cogvideox_sat.configuration.settings import DataSettings, EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.engine_choice import build_engine, is_overridden
 from cogvideox_sat.files.atomic import replaced_when_complete
@@ -51,7 +52,7 @@ from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.runs.clips import same_dataset
-from data_video import make_dataset
+from cogvideox_sat.runs.datasets import make_dataset
 from diffusion_video import PARTS, SATVideoDiffusionEngine, noise_first_frame
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
@@ -92,15 +93,15 @@ def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | N
     """Encode what is missing in the cache; see `run`."""
     device = choose_device(args.device)
     args = settle_precision(args, device)
-    check_model(args, PARTS[:2])  # before weights and clips are read
-    engine = build_engine(without_context_parallel(args), (), device)
+    check_model(EngineSettings.from_args(args), PARTS[:2])  # before weights and clips are read
+    engine = build_engine(EngineSettings.from_args(without_context_parallel(args)), (), device)
     if is_overridden(engine, "encode_first_stage") and not is_overridden(engine, "encode_moments"):
         raise UserError(
             f"model.target: {type(engine).__name__} encodes clips in its own way (encode_first_stage), which a "
             "cache does not use: give it encode_moments too, or train on the clips themselves"
         )
     dataset = same_dataset(
-        lambda: make_dataset(args.train_data, args.data_config, args, repeats=args.train_data_repeats),
+        lambda: make_dataset(args.train_data, DataSettings.from_args(args), repeats=args.train_data_repeats),
         "the clips of train_data",
     )
     if getattr(dataset, "framing", Framing()) != Framing():

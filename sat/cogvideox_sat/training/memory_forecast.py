@@ -6,7 +6,6 @@ Modules are built on PyTorch's meta device, where tensors have shapes and no con
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from cogvideox_sat.clips.latent_identity import conditioner_for_cache
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.training.encoding_memory import meta_encoder
@@ -51,9 +51,8 @@ class WeightlessEngine(SATVideoDiffusionEngine):
 
     def _build_first_stage(self, device: torch.device | str) -> nn.Module:
         first_stage = meta_encoder(self.config["first_stage_config"], self.dtype)
-        tile_size = getattr(self.args, "vae_tile_size", None)
-        if tile_size is not None and isinstance(first_stage, VideoCoder):
-            first_stage.use_tiles(tile_size)
+        if self.settings.vae_tile_size is not None and isinstance(first_stage, VideoCoder):
+            first_stage.use_tiles(self.settings.vae_tile_size)
         return first_stage.eval().requires_grad_(False)
 
     def _build_conditioner(self, device: torch.device | str) -> nn.Module:
@@ -105,7 +104,7 @@ def forecast(
     if args.checkpoint_activations is not None:
         transformer = model["network_config"]["params"]["transformer_args"]
         transformer["checkpoint_activations"] = args.checkpoint_activations
-    settings = SimpleNamespace(**{**vars(args), "model_config": model})
+    settings = EngineSettings.from_args(args, model_config=model)
     engine = WeightlessEngine(settings, parts=("model",), device=args.device or "cuda")
     engine.disable_untrainable_params()
     network = engine.network
@@ -133,7 +132,7 @@ def sizes_of_parts(model_config: Mapping[str, Any], precision: Mapping[str, bool
     Raises:
         UserError: a part of the model cannot be built.
     """
-    engine = WeightlessEngine(SimpleNamespace(**precision, model_config=model_config), parts=PARTS)
+    engine = WeightlessEngine(EngineSettings.from_args(precision, model_config=model_config), parts=PARTS)
     named = {"network": engine.model, "VAE": engine.first_stage_model, "text encoder": engine.conditioner}
     if engine.unknown:
         del named["text encoder"]

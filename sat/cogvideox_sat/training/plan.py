@@ -13,7 +13,7 @@ from cogvideox_sat.clips.latent_cache import is_cache
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.commands.input_paths import not_found
 from cogvideox_sat.configuration.deepspeed import BatchSizes, batch_sizes
-from cogvideox_sat.configuration.determinism import check_workspace, describe_change
+from cogvideox_sat.configuration.determinism import check_workspace
 from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
 from cogvideox_sat.configuration.model_section import check_trained_part, has_adapter
@@ -21,7 +21,7 @@ from cogvideox_sat.configuration.model_values import check_data_section, check_m
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.files.latest_file import newest
 from cogvideox_sat.files.output_paths import check_folder, check_sheet
-from cogvideox_sat.runs import folders as run_folders
+from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_video")
@@ -83,12 +83,7 @@ def plan_run(args: TrainingArguments) -> TrainingPlan:
     check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": needed})
     check_parameters({"model": args.model_config, "data": args.data_config}, args.sources)
     check_folder(args.save, "save")
-    resume = find_resume(args)
-    finished = resume is not None and resume.name.isdecimal() and int(resume.name) >= args.train_iters
-    if finished and args.resume != "latest":  # which a command has that is started again until all is done
-        raise UserError(f"resume: {resume} is at step {resume.name} of {args.train_iters}: raise train_iters to go on")
-    if resume and not finished and (change := describe_change(resume.parent, args.deterministic)):
-        logger.warning("%s", change)
+    resume, finished = plan_resume(args, iteration_folder, step_of, lambda folder: folder.parent, logger)
     return TrainingPlan(resume, finished, cached, batch)
 
 
@@ -151,15 +146,7 @@ def check_data(args: TrainingArguments) -> bool:
     Raises:
         UserError: there is no data, or caches and clips are mixed.
     """
-    if not any(args.train_data):
-        raise UserError(
-            "train_data is missing: name a folder, a .jsonl or .csv manifest, .tar shards or a latent cache"
-        )
-    for name in ("train_data", "valid_data"):
-        for path in getattr(args, name):
-            is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
-            if not path or not (is_pattern or "://" in path or Path(path).exists()):
-                raise UserError(not_found(name, path))
+    check_places(args, "a folder, a .jsonl or .csv manifest, .tar shards or a latent cache")
     caches = [path for path in (*args.train_data, *args.valid_data) if is_cache(path)]
     clips = [path for path in (*args.train_data, *args.valid_data) if path not in caches]
     if caches and clips:
@@ -183,12 +170,7 @@ def check_clips(params: dict[str, Any], limits: ModelLimits) -> None:
             raise UserError(f"data.params.{name} is {value!r}; expected a {'positive ' * (least > 0)}number")
     check_options(params)
     frames = params.get("max_num_frames", params.get("num_frames", 1))
-    sizes = params.get("video_size", params.get("image_size"))
-    if sizes is None:
-        return
-    for size in sizes if isinstance(sizes, list) and sizes and isinstance(sizes[0], list) else [sizes]:
-        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
-            raise UserError(f"data.params.video_size has {size!r}; expected [height, width] in pixels")
+    for size in clip_sizes(params):
         try:
             limits.check_training_clip(frames, *size)
         except UserError as error:
@@ -196,21 +178,17 @@ def check_clips(params: dict[str, Any], limits: ModelLimits) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders of runs
+# Folders of iterations
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_resume(args: TrainingArguments) -> Path | None:
-    """The folder of the iteration that `resume` means; None for a new run. See `runs.folders.find_resume`.
-
-    Raises:
-        UserError: there is no training state at that place.
-    """
-    return run_folders.find_resume(args, iteration_folder)
+def step_of(folder: Path) -> int | None:
+    """Return the step of the folder of an iteration; None for a folder that was renamed."""
+    return int(folder.name) if folder.name.isdecimal() else None
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of an iteration with a training state: `path`, or what the file `latest` in it names.
+    """Return the folder of an iteration with a training state: `path`, or what the file `latest` in it names.
 
     Raises:
         UserError: there is none.

@@ -7,8 +7,6 @@
 A process that is killed at any moment leaves the previous checkpoint in place.
 """
 
-import errno
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 
 from cogvideox_sat.files.atomic import replaced_when_complete
 from cogvideox_sat.files.training_state import VAE_RUN, anything, counters, find_misfit, list_of, mapping_of
+from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room
+from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
 from cogvideox_sat.vae_training.plan import CHECKPOINTS, step_of
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
@@ -62,17 +62,30 @@ def write_whole(content: Any, path: Path) -> None:
     Raises:
         UserError: the disk is full or cannot be written to; a file that was there before still is.
     """
+    needed = saved_bytes(content)
+    remove_unfinished(path.parent)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path, needed)
         with replaced_when_complete(path) as part:
             torch.save(content, part)
-    except (OSError, RuntimeError) as error:  # the latter is how torch.save reports a full disk
-        full = getattr(error, "errno", None) == errno.ENOSPC or "write failed" in str(error)
-        free = shutil.disk_usage(path.parent).free / 2**30
-        reason = f"the disk is full, {free:.2f} GiB are free" if full else " ".join(str(error).split())
-        raise UserError(
-            f"cannot write {path}: {reason}; the previous checkpoint is kept: make room (keep_last: N helps) and go on "
-            "with --resume latest"
-        ) from error
+    except WRITE_ERRORS as error:
+        raise cannot_write(path, error, needed) from error
+
+
+def saved_bytes(content: Any) -> int:
+    """Return about how many bytes `torch.save` writes: those of all tensors, each storage once."""
+    storages: dict[int, int] = {}
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return sum(storages.values())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -115,14 +128,10 @@ def write_weights(state_dict: Mapping[str, Tensor], run_folder: Path) -> None:
 
 
 def publish(checkpoint: Path, run_folder: Path, keep_last: int | None) -> None:
-    """Make `checkpoint` the newest, and delete all but the last `keep_last` up to it; later ones are of a future that
-    was given up when the run was resumed from an earlier step."""
-    with replaced_when_complete(run_folder / "latest") as file:
-        file.write_text(checkpoint.name)
-    if keep_last is None:
-        return
-    newest = step_of(checkpoint)
+    """Make `checkpoint` the newest, and delete those that are outdated then; `keep_last` None: none is."""
+    mark_newest(run_folder, checkpoint.name)
     steps = {step: file for file in (run_folder / CHECKPOINTS).iterdir() if (step := step_of(file)) is not None}
-    kept = sorted(step for step in steps if step <= newest)[-keep_last:]
-    for step in steps.keys() - kept:
+    newest = step_of(checkpoint)
+    assert newest is not None, checkpoint
+    for step in outdated(steps, newest, keep_last):
         steps[step].unlink()

@@ -16,13 +16,13 @@ from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.commands.input_paths import not_found
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
-from cogvideox_sat.configuration.determinism import check_workspace, describe_change
+from cogvideox_sat.configuration.determinism import check_workspace
 from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters
 from cogvideox_sat.files.latest_file import newest
 from cogvideox_sat.files.output_paths import check_folder, check_sheet
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
-from cogvideox_sat.runs import folders as run_folders
+from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
 from sgm.errors import UserError
 
 logger = logging.getLogger("train_vae")
@@ -96,12 +96,7 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
     check_paths({"model": {"params": params}})
     check_parameters({"model": args.model_config, "data": args.data_config}, args.sources)
     check_folder(args.save, "save")
-    resume = run_folders.find_resume(args, checkpoint_file)
-    finished = resume is not None and step_of(resume) >= args.train_iters
-    if finished and args.resume != "latest":  # which a command has that is started again until all is done
-        raise UserError(f"resume: {resume} is the last of {args.train_iters} steps: raise train_iters to go on")
-    if resume and not finished and (change := describe_change(resume.parent.parent, args.deterministic)):
-        logger.warning("%s", change)
+    resume, finished = plan_resume(args, checkpoint_file, step_of, run_of, logger)
     accumulation = (args.lightning_config.get("trainer") or {}).get("accumulate_grad_batches", 1)
     return VaeTrainingPlan(
         resume=resume,
@@ -129,15 +124,10 @@ def check_devices(lightning: Mapping[str, Any], processes: int) -> None:
 
 def check_data(args: VaeTrainingArguments) -> None:
     """Raises UserError if there is no data, or data without pixels."""
-    if not any(args.train_data):
-        raise UserError("train_data is missing: name a folder, a .jsonl or .csv manifest or .tar shards")
-    for name in ("train_data", "valid_data"):
-        for path in getattr(args, name):
-            is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
-            if not path or not (is_pattern or "://" in path or Path(path).exists()):
-                raise UserError(not_found(name, path))
-            if is_cache(path):
-                raise UserError(f"{name}: {path} holds latents; an autoencoder is trained on the clips themselves")
+    check_places(args, "a folder, a .jsonl or .csv manifest or .tar shards")
+    for name, paths in (("train_data", args.train_data), ("valid_data", args.valid_data)):
+        for path in filter(is_cache, paths):
+            raise UserError(f"{name}: {path} holds latents; an autoencoder is trained on the clips themselves")
 
 
 def compression(params: Mapping[str, Any], coder: str = "encoder_config") -> tuple[int, int]:
@@ -184,10 +174,10 @@ def check_clips(params: Mapping[str, Any], time_factor: int, space_factor: int) 
             f"data.params.max_num_frames is {frames!r}; clips are cut to {time_factor}k+1 frames, for example {fits}"
         )
     check_options(params)
-    sizes = params.get("video_size", params.get("image_size"))
-    for size in sizes if isinstance(sizes, list) and sizes and isinstance(sizes[0], list) else [sizes]:
-        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
-            raise UserError(f"data.params.video_size has {size!r}; expected [height, width] in pixels")
+    sizes = list(clip_sizes(params))
+    if not sizes:
+        raise UserError("data.params.video_size is missing; expected [height, width] in pixels")
+    for size in sizes:
         for name, pixels in zip(("height", "width"), size, strict=True):
             if pixels % space_factor:
                 fits = max(round(pixels / space_factor), 1) * space_factor
@@ -237,7 +227,12 @@ def checkpoint_file(path: Path) -> Path:
     return file
 
 
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that a checkpoint is of."""
+    return checkpoint.parent.parent
+
+
 def step_of(file: Path) -> int | None:
-    """The step of `step=N.ckpt`; None for another name."""
+    """Return the step of `step=N.ckpt`; None for another name."""
     match = re.fullmatch(r"step=(\d+)\.ckpt", file.name)
     return int(match[1]) if match else None

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
-from cogvideox_sat.clips.batch_order import BatchOrder
-from cogvideox_sat.clips.loader import ClipLoader
-from cogvideox_sat.clips.validation_clips import ValidationLoader
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
 from cogvideox_sat.configuration.determinism import deterministic_arithmetic
 from cogvideox_sat.configuration.memory_advice import vae_training_advice
 from cogvideox_sat.configuration.model_checks import check_autoencoder_sizes
+from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.configuration.vae_training_arguments import ENGINE_KEYS, TRAINER_KEYS
 from cogvideox_sat.files.training_state import MISFITS, damaged, taken_from
 from cogvideox_sat.parallel.agreement import (
@@ -35,10 +32,11 @@ from cogvideox_sat.parallel.agreement import (
 )
 from cogvideox_sat.parallel.devices import choose_device, fast_dtype
 from cogvideox_sat.parallel.process_failures import failing_together
-from cogvideox_sat.runs.clips import UnreadableClips, describe_data, open_clips, share_timeouts
+from cogvideox_sat.runs.data import StepShare, open_training_data, open_validation_data
 from cogvideox_sat.runs.folders import new_run_folder, removed_if_empty
+from cogvideox_sat.runs.retention import last_saved
 from cogvideox_sat.runs.step_clock import StepClock
-from cogvideox_sat.runs.vae_data import open_data
+from cogvideox_sat.runs.vae_data import vae_data_settings
 from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
 from cogvideox_sat.vae_training.plan import VaeTrainingPlan
 from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
@@ -64,7 +62,11 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
     try:
         resume = from_first_process(lambda: plan.resume)
         content = read_checkpoint(resume) if resume else None
-        folder = resume.parent.parent if resume else from_first_process(lambda: new_run_folder(args, datetime.now()))
+        folder = (
+            resume.parent.parent
+            if resume
+            else from_first_process(lambda: new_run_folder(LoopSettings.from_args(args), datetime.now()))
+        )
         torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
         with (
             failing_together(),
@@ -94,77 +96,27 @@ def fit(
         resume, content: the checkpoint to go on from, and what is in it.
     """
     state = content[RUN_STATE] if content else None
-    data_rank = dist.get_rank() // plan.ranks_per_clip
-    # Whether too many clips are unreadable is decided here, where there is a folder to list them in.
-    clips, timeouts = open_clips(
-        folder,
-        "train_data",
-        lambda: open_data(
-            replace(args, max_unreadable_share=1.0),
-            plan.time_factor,
-            args.train_data,
-            repeats=args.train_data_repeats,
-            weights=args.train_data_weights,
-        ),
-    )
-    unreadable = UnreadableClips(folder, clips, args.max_unreadable_share, logger)
-    unreadable.check(0)
-    logger.info("train_data: %s", describe_data(clips, args.train_iters * step_size(args, plan)))
-    order = BatchOrder(
-        [clips.bucket(index) for index in range(len(clips))],
-        args.batch_size,
-        data_rank,
-        plan.data_ranks,
-        args.seed,
-        state=state["data"] if state else None,
-        locality=getattr(clips, "locality", None),
-        draws=getattr(clips, "draws", None),
-    )
+    settings = LoopSettings.from_args(args)
+    data_settings = vae_data_settings(args, plan.time_factor)
+    share = StepShare(args.batch_size, plan.accumulation, dist.get_rank() // plan.ranks_per_clip, plan.data_ranks)
+    data = open_training_data(folder, data_settings, share, settings.train_iters, state, logger)
     report = None
-    if args.valid_data and args.eval_interval:
-        held_out, held_out_timeouts = open_clips(
-            folder,
-            "valid_data",
-            lambda: open_data(args, plan.time_factor, args.valid_data, random_start=False, argument="valid_data"),
-            repeats=True,
-        )
-        loader = ValidationLoader(
-            held_out,
-            batches=args.eval_iters,
-            batch_size=args.eval_batch_size,
-            seed=args.seed,
-            rank=data_rank,
-            world_size=plan.data_ranks,
-            num_workers=min(args.num_workers, 1),
-            clip_timeout=args.clip_timeout,
-            timeouts=held_out_timeouts,
-            share=share_timeouts,
-        )
-        report = ReconstructionReport(loader, folder, args.num_log_videos, fps=held_out.sampling.fps)
-
-    first = state["step"] + 1 if state else 1
-    batches = ClipLoader(
-        clips,
-        order,
-        args.num_workers,
-        args.clip_timeout,
-        timeouts,
-        step_of=lambda number: first + number // plan.accumulation,
-        share=share_timeouts,
-    )
+    if data_settings.valid_data and settings.eval_interval:
+        held_out = open_validation_data(folder, data_settings, share)
+        report = ReconstructionReport(held_out.loader, folder, args.num_log_videos, fps=held_out.dataset.sampling.fps)
     engine = build_engine(args)
-    if content:
+    if content and resume:
         check_fits(content, engine, resume)
     clock = StepClock()
     with taken_from(resume) if resume else nullcontext():
-        keeper = RunKeeper(args, plan, folder, order, clips, unreadable, clock, state, report)
+        keeper = RunKeeper(settings, plan, share, folder, data, clock, state, report)
     trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, WholeFiles(content))
     del content
     try:
-        with memory_guard("training", lambda _: vae_training_advice(args, last_checkpoint(folder))):
+        with memory_guard("training", lambda _: vae_training_advice(args, last_saved(folder))):
             trainer.fit(
                 engine,
-                train_dataloaders=Batches(batches, plan, clock),
+                train_dataloaders=Batches(data.loader, plan, clock),
                 val_dataloaders=Batches(report.clips, plan) if report else None,
                 ckpt_path=resume,
             )
@@ -174,16 +126,6 @@ def fit(
         raise damaged(resume, str(error)) from error
     except SystemExit:  # what Lightning makes of it
         raise KeyboardInterrupt from None
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the run's folder if there is a checkpoint in it to go on from."""
-    return folder if (folder / "latest").exists() else None
-
-
-def step_size(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
-    """Clips of a step, over all processes."""
-    return args.batch_size * plan.accumulation * plan.data_ranks
 
 
 class Batches:
@@ -295,13 +237,13 @@ def make_trainer(
         return pl.Trainer(
             accelerator=accelerator,
             devices=devices,
-            num_nodes=plan.processes // devices if plan.processes > 1 else 1,
+            num_nodes=plan.processes // devices if isinstance(devices, int) else 1,
             strategy=strategy(plan, engine),
             plugins=plugins,
             callbacks=[keeper],
             max_epochs=-1,  # the keeper ends the run
             max_steps=-1,
-            val_check_interval=args.eval_interval * plan.accumulation if keeper.report else None,
+            val_check_interval=(args.eval_interval or 1) * plan.accumulation if keeper.report else None,
             check_val_every_n_epoch=None if keeper.report else 1,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,

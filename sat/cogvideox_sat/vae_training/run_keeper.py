@@ -12,25 +12,25 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cogvideox_sat.clips.batch_order import BatchOrder
-from cogvideox_sat.clips.reader_record import KEY, warn_of_other_reader, with_backend
-from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
+from cogvideox_sat.clips.reader_record import KEY
+from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import any_process, meet
 from cogvideox_sat.runs import progress, random_state
-from cogvideox_sat.runs.clips import UnreadableClips
-from cogvideox_sat.runs.folders import write_config
+from cogvideox_sat.runs.data import StepShare, TrainingData
+from cogvideox_sat.runs.folders import open_run_folder
 from cogvideox_sat.runs.metrics import MetricsWriter
 from cogvideox_sat.runs.progress import format_values, progress_bar
+from cogvideox_sat.runs.schedule import Schedule
+from cogvideox_sat.runs.skipped_steps import check_finite
 from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from cogvideox_sat.runs.stop_signals import stop_requests
 from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, publish, write_weights
 from cogvideox_sat.vae_training.plan import CHECKPOINTS, VaeTrainingPlan
 from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
-from sgm.errors import UserError, some
+from sgm.errors import some
 
 logger = logging.getLogger("train_vae")
 
@@ -98,9 +98,7 @@ class RunKeeper(pl.Callback):
 
     Args:
         folder: of the run.
-        order: of the batches; its position goes into checkpoints.
-        clips: that are trained on.
-        unreadable: those that cannot be read; those that are found while training are added.
+        data: that is trained on; the position in it goes into checkpoints.
         state: what an earlier `on_save_checkpoint` wrote, to go on from.
         report: evaluations; None for a run without.
 
@@ -110,24 +108,20 @@ class RunKeeper(pl.Callback):
 
     def __init__(
         self,
-        args: VaeTrainingArguments,
+        settings: LoopSettings,
         plan: VaeTrainingPlan,
+        share: StepShare,
         folder: Path,
-        order: BatchOrder,
-        clips: Dataset,
-        unreadable: UnreadableClips,
+        data: TrainingData,
         clock: StepClock,
         state: Mapping[str, Any] | None,
         report: ReconstructionReport | None,
     ):
-        self.args, self.plan, self.folder = args, plan, folder
-        self.order, self.unreadable, self.clock, self.report = order, unreadable, clock, report
+        self.settings, self.schedule, self.plan, self.share = settings, Schedule(settings), plan, share
+        self.folder, self.data, self.clock, self.report = folder, data, clock, report
         self.leads = dist.get_rank() == 0
         self.step = state["step"] if state else 0
         self.batches = 0  # since the order was made
-        self.reader = getattr(clips, "reader", None)
-        if state:
-            warn_of_other_reader("resume", state, self.reader)
         ranks = state["ranks"] if state else []
         self.own_state = ranks[dist.get_rank()] if len(ranks) == dist.get_world_size() else None
         self.means = Means(self.own_state["means"] if self.own_state else None)
@@ -142,24 +136,12 @@ class RunKeeper(pl.Callback):
             random_state.restore(self.own_state["random"], module.device)
             check_optimizers(trainer.optimizers)
         self.started = True
-        self.bar = self.stack.enter_context(progress_bar(self.args.train_iters, self.step, disabled=not self.leads))
+        self.bar = self.stack.enter_context(progress_bar(self.settings.train_iters, self.step, disabled=not self.leads))
         self.stack.enter_context(logging_redirect_tqdm())
         self.signals = self.stack.enter_context(stop_requests())  # only now: Lightning has just set its own handler
         if not self.leads:
             return
-        args = self.args
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = with_backend(args.merged_config, self.reader)
-        write_config(self.folder, config)
-        self.writer = MetricsWriter(
-            self.folder,
-            tensorboard=args.tensorboard,
-            wandb=args.wandb,
-            wandb_project=args.wandb_project,
-            name=self.folder.name,
-            config=config,
-            start_step=self.step,
-        )
+        self.writer = open_run_folder(self.folder, self.settings, self.data.reader, self.step)
         self.stack.callback(self.writer.close)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -187,17 +169,17 @@ class RunKeeper(pl.Callback):
         batch_idx: int,
     ) -> None:
         self.batches += 1
-        self.unreadable.add(chain.from_iterable(batch.get("unreadable", ())))
+        self.data.unreadable.add(chain.from_iterable(batch.get("unreadable", ())))
         self.means.add(outputs["log"])
-        if self.batches % self.plan.accumulation:
+        if self.batches % self.share.accumulation:
             return
         self.step += 1
         self.bar.update()
-        self.clock.step(self.args.batch_size * self.plan.accumulation * self.plan.data_ranks)
-        if self.is_due(self.args.log_interval):
+        self.clock.step(self.share.clips)
+        if self.schedule.logs(self.step):
             self.report_means(trainer, module)
         stopped = any_process(bool(self.signals))
-        if stopped or self.is_due(self.args.save_interval):
+        if stopped or self.schedule.saves(self.step):
             with self.clock.paused(), process_watch.phase("saving"):
                 self.save(trainer, module)
                 meet("the checkpoint")
@@ -205,26 +187,19 @@ class RunKeeper(pl.Callback):
             self.report.clips.step = self.step
         if stopped:
             trainer.limit_val_batches = 0  # else Lightning would evaluate before it stops
-        if stopped or self.step == self.args.train_iters:
+        if stopped or self.schedule.is_last(self.step):
             trainer.should_stop = True
-
-    def is_due(self, interval: int) -> bool:
-        return self.step % interval == 0 or self.step == self.args.train_iters
 
     def report_means(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         means = self.means.take(module.device)
-        if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
-            raise UserError(
-                f"{wrong[0]} is not finite at step {self.step}: lower base_learning_rate, or train in bf16 or float32; "
-                "the last checkpoint is as it was"
-            )
+        check_finite(means, self.step, "base_learning_rate")
         # Processes that share clips find the same ones.
-        found = meet("the log", self.unreadable.found) // self.plan.ranks_per_clip
+        found = meet("the log", self.data.unreadable.found) // self.plan.ranks_per_clip
         values = {
             **({"loss": means["train/loss/total"]} if "train/loss/total" in means else {}),
             **means,
             **dict(zip(("lr", "lr_discriminator"), self.rates, strict=False)),
-            "unreadable_clips": self.unreadable.check(found),
+            "unreadable_clips": self.data.unreadable.check(found),
             "peak_memory_gib": peak_memory(module.device),
             **self.clock.rates(),
         }
@@ -243,19 +218,20 @@ class RunKeeper(pl.Callback):
         if self.leads:
             averaged = getattr(module, "ema_decay", None) is not None
             write_weights(module.coder_state_dict(ema=averaged), self.folder)
-            publish(file, self.folder, self.args.keep_last)
+            publish(file, self.folder, self.settings.keep_last)
         logger.info("step %d: wrote %s", self.step, file)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         own = {"random": random_state.capture(module.device), "means": self.means.state()}
         ranks: list[dict[str, Any] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, own)
-        position = {"step": self.step, "data": self.order.state(self.batches)}
-        checkpoint[RUN_STATE] = {**position, "ranks": ranks, KEY: self.reader}
+        position = {"step": self.step, "data": self.data.order.state(self.batches)}
+        checkpoint[RUN_STATE] = {**position, "ranks": ranks, KEY: self.data.reader}
 
     # ------------------------------------------------------------ evaluations
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert self.report is not None  # Lightning evaluates only with one
         self.evaluation = ExitStack()
         self.evaluation.enter_context(self.clock.paused())
         self.evaluation.enter_context(process_watch.phase("evaluating"))
@@ -271,9 +247,11 @@ class RunKeeper(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        assert self.report is not None  # Lightning evaluates only with one
         self.report.add(module, batch, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert self.report is not None  # Lightning evaluates only with one
         meet("the evaluation")
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
         values |= self.report.results(module.device)

@@ -1,0 +1,209 @@
+"""The settings of the parts of a run: engine, data and loop, each with what it reads and no more.
+
+Commands take them out of their arguments, programs out of whatever they hold or make them of their own:
+
+    EngineSettings(model_config, load="CogVideoX-2b-sat/transformer", bf16=True)
+    EngineSettings.from_args(args)
+
+Nothing here imports PyTorch.
+"""
+
+import difflib
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from cogvideox_sat.configuration.argument_lists import (
+    IGNORED_KEYS,
+    LR_DECAY_STYLES,
+    SamplingArguments,
+    TrainingArguments,
+    VaeTrainingArguments,
+)
+from cogvideox_sat.configuration.argument_schema import argument_fields
+from sgm.config_places import Sources
+from sgm.errors import UserError
+
+MISSPELT = 0.85  # of difflib's ratio; SwissArmyTransformer's own argument nearest to one of ours has 0.84
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all settings have.
+
+    Args:
+        sources: the file of each key of the configuration, for errors.
+        arguments: what the settings were taken from, for classes of the user's own, which may read more of it.
+    """
+
+    _: KW_ONLY
+    sources: Sources = field(default_factory=Sources, repr=False, compare=False)
+    arguments: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_args(cls, args: Any, **changes: Any) -> Self:
+        """Return the settings that are among the attributes of `args`; what it lacks has its default.
+
+        Args:
+            args: arguments of a command, a `Namespace`, a mapping, or such settings.
+            changes: settings that take precedence.
+
+        Raises:
+            UserError: a name is a setting misspelt, one of `changes` is no setting, or a setting is missing.
+        """
+        names = {f.name for f in fields(cls)}
+        for name in changes.keys() - names:
+            raise UserError(f"{name}: {cls.__name__} has no such setting{_nearest(name, names)}")
+        if isinstance(args, cls):
+            return replace(args, **changes) if changes else args
+        given = _attributes(args, names)
+        for name in given.keys() - names - _known_arguments():
+            if near := difflib.get_close_matches(str(name), sorted(names - given.keys()), 1, MISSPELT):
+                raise UserError(f"{name}: the arguments have no such setting; did you mean {near[0]}?")
+        taken = {name: given[name] for name in names & given.keys()} | changes
+        taken = {name: value for name, value in taken.items() if value is not None or name in changes}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        for name in sorted(required - taken.keys()):
+            raise UserError(f"{name} is missing: {cls.__name__} needs it")
+        taken.setdefault("arguments", args)
+        return cls(**taken)
+
+    def as_args(self) -> Any:
+        """Return `arguments` with these settings in their place; the settings themselves if there are none."""
+        if self.arguments is None:
+            return self
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "arguments"}
+        return Namespace(**{**_attributes(self.arguments, own), **own})
+
+
+def _attributes(args: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return what an object of arguments holds: its own attributes, and those of the `names` that its class has."""
+    if isinstance(args, Mapping):
+        return dict(args)
+    return {name: getattr(args, name) for name in names if hasattr(args, name)} | getattr(args, "__dict__", {})
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@cache
+def _known_arguments() -> frozenset[str]:
+    """Return the names that objects of arguments have anyway."""
+    commands = (SamplingArguments, TrainingArguments, VaeTrainingArguments)
+    return frozenset(name for command in commands for name in argument_fields(command)) | {
+        *(f.name for command in commands for f in fields(command)),
+        *IGNORED_KEYS,
+    }
+
+
+@dataclass(frozen=True)
+class EngineSettings(Settings):
+    """What `diffusion_video.SATVideoDiffusionEngine` is built from.
+
+    Args:
+        model_config: the `model:` section of a configuration; also an OmegaConf `DictConfig`.
+        load: checkpoint of the network: a folder with `latest`, or a weight file; None: weights start at random.
+        lora_load, lora_scale: adapter to put on top of it, and its strength; None: the strength it was saved with.
+        force_inference: let weights be missing from the checkpoint.
+        new_adapter: initialise the adapter if no file holds one, for training.
+        fp16, bf16: compute in float16 or bfloat16; neither: in float32.
+        vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
+        model_parallel_size: processes that share one network; None: as `model_config` says.
+        model_cls: a subclass of the engine, which is used in its place.
+    """
+
+    model_config: Mapping[str, Any]
+    _: KW_ONLY
+    load: str | Path | None = None
+    lora_load: str | Path | None = None
+    lora_scale: float | None = None
+    force_inference: bool = False
+    new_adapter: bool = False
+    fp16: bool = False
+    bf16: bool = False
+    vae_tile_size: int | None = None
+    model_parallel_size: int | None = None
+    model_cls: type | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Which clips there are and how they are read; see `runs.datasets.make_dataset`.
+
+    Args:
+        data_config: the `data:` section of a configuration, `target` and `params`.
+        model_config: the `model:` section, for the lengths that the network takes; None: any that `data_config` says.
+        train_data: folders, manifests, tar shards or latent caches.
+        train_data_repeats: how often each of these comes; empty: once.
+        train_data_weights: share of the samples that each of these gives; empty: by its number of clips.
+        valid_data: the same kinds, for evaluations.
+        eval_iters: batches of an evaluation.
+        eval_batch_size: clips of such a batch.
+        missing_label: clips without a caption: `empty`, `stop`, or `ignore` where captions are not used; None: as the
+            dataset's class says.
+        max_unreadable_share: of the clips, above which the run ends.
+        clip_timeout: seconds to read a clip.
+        num_workers: processes that read clips.
+        seed: of the run; all chance of a sample follows from it, the epoch and the sample's index.
+    """
+
+    data_config: Mapping[str, Any]
+    _: KW_ONLY
+    model_config: Mapping[str, Any] | None = None
+    train_data: Sequence[str] = ()
+    train_data_repeats: Sequence[int] = ()
+    train_data_weights: Sequence[float] = ()
+    valid_data: Sequence[str] = ()
+    eval_iters: int = 1
+    eval_batch_size: int = 1
+    missing_label: str | None = None
+    max_unreadable_share: float = 0.1
+    clip_timeout: float = 120.0
+    num_workers: int = 2
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class LoopSettings(Settings):
+    """How long a run is, what it does between its steps, and where it writes.
+
+    Args:
+        train_iters: steps, each an update of the weights.
+        log_interval, eval_interval, save_interval: steps between lines of the log, evaluations and checkpoints.
+        keep_last: checkpoints to keep; None: all.
+        max_skipped_steps: in a row without finite loss and gradients, after which the run ends.
+        warmup: share of the steps over which the learning rate rises.
+        auto_warmup_steps: steps at the start with at most 5 % of the learning rate.
+        lr_decay_style: one of `argument_lists.LR_DECAY_STYLES`.
+        lr_decay_iters: steps over which the learning rate falls; None: `train_iters`.
+        lr_decay_ratio: share of the learning rate that a cosine falls to.
+        save, experiment_name: folder of the runs, and first part of the name of this one's.
+        resume: `latest`, or the folder of a run or a checkpoint to go on from.
+        tensorboard, wandb, wandb_project: where metrics go beside `metrics.jsonl`.
+        merged_config: the whole configuration, to be saved in the run's folder.
+    """
+
+    train_iters: int
+    _: KW_ONLY
+    log_interval: int = 20
+    eval_interval: int | None = None
+    save_interval: int = 500
+    keep_last: int | None = None
+    max_skipped_steps: int = 20
+    warmup: float = 0.01
+    auto_warmup_steps: int = 100
+    lr_decay_style: str = LR_DECAY_STYLES[1]
+    lr_decay_iters: int | None = None
+    lr_decay_ratio: float = 0.1
+    save: str = "checkpoints"
+    experiment_name: str = "train"
+    resume: str | None = None
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "cogvideox-sat"
+    merged_config: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,27 @@
+"""When a run logs, evaluates, saves and ends, by the number of steps that are done. Nothing here imports PyTorch."""
+
+from dataclasses import dataclass
+
+from cogvideox_sat.configuration.settings import LoopSettings
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What follows a step of a run; everything that the run does at intervals also follows its last step."""
+
+    settings: LoopSettings
+
+    def is_last(self, step: int) -> bool:
+        return step >= self.settings.train_iters
+
+    def logs(self, step: int) -> bool:
+        return self._is_due(step, self.settings.log_interval)
+
+    def evaluates(self, step: int) -> bool:
+        return self.settings.eval_interval is not None and self._is_due(step, self.settings.eval_interval)
+
+    def saves(self, step: int) -> bool:
+        return self._is_due(step, self.settings.save_interval)
+
+    def _is_due(self, step: int, interval: int) -> bool:
+        return step % interval == 0 or self.is_last(step)
