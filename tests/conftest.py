@@ -66,6 +66,9 @@ def place_parts(model: dict[str, Any], folder: Path) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz_cases", type=int, default=60, help="changed configurations to try (default: 60)")
+    parser.addoption(
+        "--soak_kills", type=int, default=0, help="kills of each kind of run, see test_kill_soak.py (default: 0)"
+    )
     parser.addoption("--fuzz_start", type=int, default=0, help="the number of the first of them (default: 0)")
 
 
@@ -73,6 +76,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fuzz_case" in metafunc.fixturenames:
         start = metafunc.config.getoption("fuzz_start")
         metafunc.parametrize("fuzz_case", range(start, start + metafunc.config.getoption("fuzz_cases")))
+
+
+@pytest.fixture
+def soak_kills(request: pytest.FixtureRequest) -> int:
+    kills = request.config.getoption("soak_kills")
+    if not kills:
+        pytest.skip("a long one: ask for it by --soak_kills 20, or bash tests/run.sh --all")
+    return kills
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,7 +6,7 @@
 #   bash tests/run.sh
 #   bash tests/run.sh tests/sgm -k sampler
 #   bash tests/run.sh --quick                  without tests that are slow or start several processes
-#   bash tests/run.sh --all                    300 changed configurations rather than 60: tests/README.md
+#   bash tests/run.sh --all                    300 changed configurations rather than 60, and 20 kills of each kind of run
 #
 # --long          the same as --all
 set -euo pipefail
@@ -24,7 +24,7 @@ case ${1:-} in
         ;;
     --all | --long)
         shift
-        set -- --fuzz_cases 300 "$@"
+        set -- --fuzz_cases 300 --soak_kills 20 "$@"
         ;;
 esac
 
