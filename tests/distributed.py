@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -11,6 +10,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import processes
 
 TIMEOUT = 120  # seconds
 
@@ -36,15 +37,12 @@ def run_distributed(function: Callable, world_size: int, *args: Any) -> list[Any
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "call").write_bytes(pickle.dumps((function.__code__.co_filename, function.__name__, args)))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen([sys.executable, __file__, folder, str(rank), str(world_size)], env=environment)
-            for rank in range(world_size)
-        ]
+        ranks = [processes.start([__file__, folder, rank, world_size], env=environment) for rank in range(world_size)]
         try:
-            for process in processes:
+            for process in ranks:
                 process.wait(TIMEOUT)
         finally:
-            for process in processes:
+            for process in ranks:
                 process.kill()
                 process.wait()
         outcomes = []

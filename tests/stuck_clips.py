@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 from distributed import check_marked
 
 TIMEOUT = 600  # seconds
@@ -57,21 +58,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 
 
-def start(folder: Path, module: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
-    """Start the command of `module`, where clips that `folder` marks get stuck; torchrun starts several processes."""
+def run(folder: Path, module: str, *arguments: str, ranks: int = 1) -> str:
+    """Run the command of `module`, where clips that `folder` marks get stuck, to its end, which must be a good one;
+    what it printed. torchrun starts several processes."""
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    launcher = [sys.executable]
-    if processes > 1:
+    launcher = []
+    if ranks > 1:
         check_marked()
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, str(program), str(folder), module, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-
-
-def run(folder: Path, module: str, *arguments: str, processes: int = 1, code: int = 0) -> str:
-    """Run such a command to its end, which must be the exit code `code`; what it printed."""
-    process = start(folder, module, *arguments, processes=processes)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == code, output
-    return output
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launcher, program, folder, module, *arguments]
+    done = processes.run(command, stderr=subprocess.STDOUT, env=environment(), timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout

@@ -1,11 +1,9 @@
 """Running tools that are to refuse."""
 
-import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+import processes
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -22,12 +20,6 @@ def error_of(main: Any, caplog: Any, *arguments: object) -> str:
 
 def error_on_a_full_disk(tool: str, limit: int, *arguments: object) -> str:
     """The last line of a tool whose files may have `limit` bytes at most, which fails as on a full disk."""
-    result = subprocess.run(
-        [sys.executable, str(TOOLS / tool), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    result = processes.run([TOOLS / tool, *arguments], limits={"RLIMIT_FSIZE": limit})
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     return result.stderr.strip().splitlines()[-1]

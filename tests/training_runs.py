@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+import processes
 from conftest import TinyModels
 from distributed import run_distributed
 
@@ -109,16 +109,10 @@ def _train_as_one_of(config: str, *flags: str) -> None:
     assert main(["--base", config, *flags]) == 0
 
 
-def start(config: Path, *flags: str, **environment: str) -> subprocess.Popen:
+def start(config: Path, *flags: str) -> processes.Process | subprocess.Popen:
     """The command in a process of its own."""
-    command = [sys.executable, str(ROOT / "sat" / "train_video.py"), "--base", str(config), *flags]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    command = [ROOT / "sat" / "train_video.py", "--base", config, *flags]
+    return processes.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def train_alone(config: Path, *flags: str) -> Path:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+import processes
 from distributed import run_distributed
 from training_clips import write_dataset
 from training_runs import runs_of
@@ -115,14 +115,13 @@ def _train_as_one_of(configs: Sequence[str]) -> None:
         assert main(["--base", config]) == 0
 
 
-def start(config: Path, *flags: str) -> subprocess.Popen:
+def start(config: Path, *flags: str) -> processes.Process | subprocess.Popen:
     """The command in a process of its own."""
-    command = [sys.executable, str(ROOT / "sat" / "train_vae.py"), "--base", str(config), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    command = [ROOT / "sat" / "train_vae.py", "--base", config, *flags]
+    return processes.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: processes.Process | subprocess.Popen) -> None:
     output, _ = process.communicate()
     assert process.returncode == 0, output
 

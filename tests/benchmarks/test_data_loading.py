@@ -1,12 +1,11 @@
 """The benchmark of reading and probing clips runs at its smallest size and prints its tables."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import processes
 
 pytestmark = pytest.mark.slow
 
@@ -15,17 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_it_runs():
     options = ["--sources", "64x96", "--frames", "5", "--clips", "2", "--repeats", "1", "--files", "6"]
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "data_loading.py"),
-        *options,
-        "--height",
-        "32",
-        "--width",
-        "48",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    command = [ROOT / "benchmarks" / "data_loading.py", *options, "--height", "32", "--width", "48"]
+    done = processes.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     reading, probing = (line for line in done.stdout.splitlines() if re.match(r"\| (64x96|6) ", line))
     rates = [float(cell.strip(" ×")) for cell in reading.split("|")[2:-1]]

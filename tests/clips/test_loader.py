@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+import processes
 import stuck_clips
 from cogvideox_sat.clips.batch_order import BatchOrder, SampleKey
 from cogvideox_sat.clips.loader import ClipLoader, collate
@@ -275,9 +276,7 @@ time.sleep(1)
 print(Path(f"/proc/self/task/{{os.getpid()}}/children").read_text(), flush=True)
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=stuck_clips.environment(), timeout=60
-    )
+    done = processes.run(["-c", program], env=stuck_clips.environment(), timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     workers = [int(pid) for pid in done.stdout.split()]
     assert len(workers) == 2

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import processes
 import train_video
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments
 from cogvideox_sat.configuration.memory_advice import precompute_advice, sampling_advice, training_advice
@@ -148,18 +148,17 @@ def test_one_of_two_processes(tmp_path, tiny, clips):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(ROOT)))
     port = 20000 + os.getpid() % 20000
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), "--base", str(config), "--device", "cpu"],
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        processes.start(
+            [script, "--base", config, "--device", "cpu"],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=150)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
+    outputs = [process.communicate(timeout=150)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], outputs
     assert "error: training: the memory of the GPU is full (2.00 GiB more were asked for); try" in outputs[1]
     assert "error: another process has failed, and says why" in outputs[0]
     assert not any("Traceback" in output for output in outputs)

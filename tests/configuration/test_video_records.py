@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+import processes
 from cogvideox_sat.configuration.video_records import differences, parse_record, read_record, record_path
 from cogvideox_sat.files.content_hashes import content_hash
 from cogvideox_sat.sampling import run as sampling_run
@@ -90,10 +88,8 @@ def test_what_it_says(tiny, made):
 def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
     """The record repeats the video in another process, from another folder, without any configuration."""
     video = video_of(made / "videos")
-    command = [sys.executable, str(ROOT / "sat" / "sample_video.py"), "--input_file", str(record_path(video))]
-    command += ["--output_dir", str(tmp_path / "again")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    command = [ROOT / "sat" / "sample_video.py", "--input_file", record_path(video), "--output_dir", tmp_path / "again"]
+    process = processes.run(command, cwd=tmp_path, timeout=300)
     assert process.returncode == 0, process.stderr
     (again,) = (tmp_path / "again").rglob("*.mp4")
     assert again.read_bytes() == video.read_bytes()

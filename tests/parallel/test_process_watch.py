@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import processes
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.process_watch import Phase, Reading
 
@@ -48,26 +49,24 @@ def run_two(scenario: str) -> tuple[int, str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, scenario],
+    ranks = [
+        processes.start(
+            ["-c", PROGRAM, scenario],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(2)
     ]
     try:
-        output, _ = processes[0].communicate(timeout=90)
-        return processes[0].returncode, output
+        output, _ = ranks[0].communicate(timeout=90)
+        return ranks[0].returncode, output
     finally:
-        for process in processes:
+        for process in ranks:
             process.kill()
             process.wait()
 
@@ -120,7 +119,7 @@ with process_watch.watching(1.0, ends_slow_steps=True):
     time.sleep(30)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    done = processes.run(["-c", program], env=environment, timeout=60)
     assert done.returncode == 2, done.stderr
     assert done.stdout.startswith("error: collective_timeout: step 4 has taken more than 1 s on rank 0")
 

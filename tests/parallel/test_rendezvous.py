@@ -3,10 +3,11 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import processes
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -36,14 +37,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(**variables: object) -> subprocess.Popen:
+def start(**variables: object) -> processes.Process | subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    environment |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "sat"))), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "sat")))
     environment |= {name: str(value) for name, value in variables.items()}
-    return subprocess.Popen([sys.executable, "-c", JOIN], stderr=subprocess.PIPE, text=True, env=environment)
+    return processes.start(["-c", JOIN], stderr=subprocess.PIPE, env=environment)
 
 
-def outcome(process: subprocess.Popen) -> tuple[int, list[str]]:
+def outcome(process: processes.Process | subprocess.Popen) -> tuple[int, list[str]]:
     _, errors = process.communicate(timeout=90)
     return process.returncode, errors.splitlines()
 
@@ -71,8 +72,8 @@ def test_processes_meet():
     ],
 )
 def test_processes_of_mpirun_and_srun_meet(rank, common):
-    processes = [start(MEETING=60, **common, **dict.fromkeys(rank, number)) for number in range(2)]
-    assert [outcome(process)[0] for process in processes] == [0, 0]
+    started = [start(MEETING=60, **common, **dict.fromkeys(rank, number)) for number in range(2)]
+    assert [outcome(process)[0] for process in started] == [0, 0]
 
 
 @pytest.mark.distributed

@@ -51,7 +51,7 @@ def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, w
         tmp_path / "config.yaml", tiny, "5b", clips, **settings, clip_timeout=float(SECONDS), max_unreadable_share=0.5
     )
     command = ["train_video", "--base", str(config), "--num_workers"]
-    output = stuck_clips.run(stuck, *command, str(workers), processes=processes)
+    output = stuck_clips.run(stuck, *command, str(workers), ranks=processes)
     (run,) = runs_of(config)
     expected = metrics(run)
     assert list(expected) == [1, 2, 3, 4, 5, 6]
@@ -69,7 +69,7 @@ def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, w
     for marker in stuck.glob("*.mp4"):
         marker.unlink()
     copy = resumed(run, "2", tmp_path / "copy")
-    stuck_clips.run(stuck, *command, str(others), "--resume", str(copy), processes=processes)
+    stuck_clips.run(stuck, *command, str(others), "--resume", str(copy), ranks=processes)
     assert metrics(copy) == expected
 
 
@@ -83,7 +83,7 @@ def test_precomputing_lists_it_as_unreadable(tmp_path, tiny, clips, stuck):
     )
     for name, processes, workers in (("two", 2, "2"), ("one", 1, "0")):
         arguments = ["--base", str(config), "--output", str(tmp_path / name), "--num_workers", workers]
-        stuck_clips.run(stuck, "tools.precompute_latents", *arguments, processes=processes)
+        stuck_clips.run(stuck, "tools.precompute_latents", *arguments, ranks=processes)
         assert (tmp_path / name / "unreadable.txt").read_text() == f"{clips}/videos/003.mp4: {REASON}\n"
         encoded = LatentDataset([tmp_path / name])
         assert [sample.index for _, sample in encoded.samples] == [0, 1, 2, 4, 5, 6, 7]
@@ -96,7 +96,7 @@ def test_a_vae_goes_on_and_lists_it(tmp_path, stuck, workers, others, processes)
     batch = {"batch_size": 2 // processes, "clip_timeout": float(SECONDS), "max_unreadable_share": 0.5}
     config = vae_runs.write_config(tmp_path / "config.yaml", data, args={"train_iters": 6, "save_interval": 2, **batch})
     command = ["train_vae", "--base", str(config), "--num_workers"]
-    stuck_clips.run(stuck, *command, str(workers), processes=processes)
+    stuck_clips.run(stuck, *command, str(workers), ranks=processes)
     (run,) = runs_of(config)
     assert unreadable(run) == {f"{data}/videos/003.mp4: {REASON}"}
     assert metrics(run, "unreadable_clips")[6] >= 1
@@ -104,5 +104,5 @@ def test_a_vae_goes_on_and_lists_it(tmp_path, stuck, workers, others, processes)
 
     (stuck / "003.mp4").unlink()
     copy = resumed(run, "step=2.ckpt", tmp_path / "copy")
-    stuck_clips.run(stuck, *command, str(others), "--resume", str(copy), processes=processes)
+    stuck_clips.run(stuck, *command, str(others), "--resume", str(copy), ranks=processes)
     assert metrics(copy) == expected

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import processes
 from arguments import SamplingArguments
 from cogvideox_sat.media.contact_sheet import FRAME_HEIGHT
 from sample_video import main
@@ -163,8 +164,8 @@ def test_processes_share_one_network_and_one_vae(tiny, tmp_path, base_videos):
     sharing = {"first_stage_config": {"params": {"cp_size": 2}}}
     config = tiny.variant("5b", tmp_path / "5b.yaml", model=sharing)
     arguments = command(config, tmp_path, TWO_PROMPTS, "--model_parallel_size", "2")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = run_process(*launcher, str(SCRIPT), *arguments)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = processes.run([*launcher, SCRIPT, *arguments], cwd="/", timeout=180)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("wrote") == len(TWO_PROMPTS)
     for shared, alone in zip(files(tmp_path / "videos"), files(base_videos), strict=True):

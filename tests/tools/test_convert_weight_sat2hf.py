@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import processes
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from pipelines import FAMILIES, assert_identical, checkpoint, convert, pipelines  # noqa: F401
 from sgm.weights import read_state_dict
@@ -287,8 +288,8 @@ def test_bad_files_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
 def test_a_full_disk_leaves_nothing_behind(tiny, tmp_path):
     """Neither a new folder nor a loss of the one that was to be replaced."""
     out = tmp_path / "a" / "out"
-    command = [sys.executable, "-c", FULL_DISK, "--transformer_ckpt_path", tiny.folder / "2b", "--output_path", out]
-    result = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True)
+    command = ["-c", FULL_DISK, "--transformer_ckpt_path", tiny.folder / "2b", "--output_path", out]
+    result = processes.run(command, env=environment())
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if "error" in line]
     assert len(lines) == 2 and all(f"cannot write {out}: File too large" in line for line in lines)

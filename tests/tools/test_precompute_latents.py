@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import processes
 from cogvideox_sat.clips.latent_dataset import LatentDataset
 from tools.precompute_latents import main
 from training_clips import write_dataset
@@ -133,8 +134,7 @@ def test_help_needs_no_pytorch():
 def test_a_killed_run_goes_on(folder, monkeypatch):
     """Killed outright while it writes, and started again, it leaves the files of a run in one go."""
     base = ["--base", str(folder / "5b_i2v.yaml"), "--bf16", "--image_variants", "2", "--output"]
-    command = [sys.executable, "-c", KILLED, *base, str(folder / "killed")]
-    process = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    process = processes.run(["-c", KILLED, *base, folder / "killed"], env=environment())
     assert process.returncode == -signal.SIGKILL, process.stderr
     left = sorted(path.name for path in (folder / "killed").iterdir())
     assert left[1:] == ["cache.json", "rank0000-00000.safetensors"] and left[0].endswith(".part")

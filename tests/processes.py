@@ -1,0 +1,240 @@
+"""Starting Python programs at once: in processes forked from one that has imported what takes long to import.
+
+Such a process is like one that an interpreter of its own was started for, but for the time that takes and what
+libraries print then. Where that start itself is tested, where memory is measured, where another copy of the repository
+runs, and where a variable matters that Python or a library reads at its start, tests use `subprocess`.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+ANSWER = struct.Struct("!q")
+AT_BIRTH = dict(os.environ)  # without what a test sets
+READ_AT_START = (
+    *("PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "LD_PRELOAD", "LD_LIBRARY_PATH"),
+    *("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE"),
+)
+
+
+def start(words: Sequence[object], **options: Any) -> "Process | subprocess.Popen":
+    """Start a Python program, whose `words` follow the interpreter's name.
+
+    Args:
+        options: `cwd`, `env`, `stdin`, `stdout`, `stderr` and `start_new_session` of `subprocess.Popen`, whose pipes
+            are text; `limits`, by name of a limit of `resource`. OMP_NUM_THREADS is 1.
+    """
+    if not _has_gpu():
+        return Process(list(map(str, words)), **options)
+    limits = options.pop("limits", {})
+    options["env"] = _environment(options.get("env"))
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], text=True, preexec_fn=lambda: _set_limits(limits), **options
+    )
+
+
+def run(
+    words: Sequence[object], *, timeout: float | None = None, check: bool = False, **options: Any
+) -> subprocess.CompletedProcess:
+    """Run such a program to its end, and return what it printed as `subprocess.run` does with `capture_output`."""
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    process = start(words, **options)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    done = subprocess.CompletedProcess(list(words), process.returncode, output, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+class Process:
+    """A forked process, with the methods of `subprocess.Popen` that tests and torchrun use."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        *,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: IO | int | None = None,
+        stdout: IO | int | None = None,
+        stderr: IO | int | None = None,
+        start_new_session: bool = False,
+        limits: Mapping[str, int] | None = None,
+    ) -> None:
+        request = {
+            "words": list(words),
+            "folder": str(Path(cwd or ".").resolve()),
+            "environment": _environment(env),
+            "new_session": start_new_session,
+            "limits": dict(limits or {}),
+        }
+        self.returncode: int | None = None
+        with contextlib.ExitStack() as files:
+            self.stdin, read = _standard(files, stdin, 0, "w")
+            self.stdout, written = _standard(files, stdout, 1, "r")
+            merged = stderr == subprocess.STDOUT
+            self.stderr, errors = (None, written) if merged else _standard(files, stderr, 2, "r")
+            self._connection = socket.socket(socket.AF_UNIX)
+            self._connection.connect(Servers.address())
+            content = json.dumps(request).encode()
+            socket.send_fds(self._connection, [len(content).to_bytes(8)], [read, written, errors])
+            self._connection.sendall(content)
+        self.pid = self._answer()
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the process runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end of the process, at most `timeout` seconds, and return its exit code."""
+        if self.returncode is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._connection, selectors.EVENT_READ)
+                if not selector.select(timeout):
+                    raise subprocess.TimeoutExpired("a forked process", timeout or 0)
+            self.returncode = self._answer()
+            self._connection.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
+        """Wait for the end of the process and of its pipes; return what was left to read of these."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self.stdin:
+            self.stdin.close()
+        outputs: dict[IO, str] = {}
+        pipes = [pipe for pipe in (self.stdout, self.stderr) if pipe]
+        readers = [threading.Thread(target=lambda pipe=pipe: outputs.update({pipe: pipe.read()})) for pipe in pipes]
+        for reader in readers:
+            reader.daemon = True
+            reader.start()
+        for reader in readers:
+            reader.join(None if deadline is None else max(deadline - time.monotonic(), 0))
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired("a forked process", timeout or 0)
+        self.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+        for pipe in pipes:
+            pipe.close()
+        return tuple(outputs.get(pipe) for pipe in (self.stdout, self.stderr))
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def _answer(self) -> int:
+        content = self._connection.recv(ANSWER.size, socket.MSG_WAITALL)
+        if len(content) < ANSWER.size:
+            raise RuntimeError("tests/process_server.py has ended")
+        return ANSWER.unpack(content)[0]
+
+
+def _standard(files: contextlib.ExitStack, given: IO | int | None, own: int, mode: str) -> tuple[IO | None, int]:
+    """Return our end of a pipe, if one is asked for, and what the process gets, which `files` closes."""
+    if given == subprocess.PIPE:
+        read, write = os.pipe()
+        ours, theirs = (write, read) if mode == "w" else (read, write)
+        files.callback(os.close, theirs)
+        return os.fdopen(ours, mode), theirs
+    if given == subprocess.DEVNULL:
+        null = os.open(os.devnull, os.O_RDWR)
+        files.callback(os.close, null)
+        return None, null
+    if given is None:
+        return None, own
+    return None, given if isinstance(given, int) else given.fileno()
+
+
+def _environment(given: Mapping[str, str] | None) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": "1", **(os.environ if given is None else given)}
+    assert environment["OMP_NUM_THREADS"] == "1", "PyTorch reads it when it is imported: use subprocess"
+    for name in READ_AT_START:
+        assert environment.get(name) == AT_BIRTH.get(name), f"{name} is read when a process starts: use subprocess"
+    return environment
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    """CUDA may be looked for at import, and a process that is forked afterwards cannot use it."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _set_limits(limits: Mapping[str, int]) -> None:
+    for name, limit in limits.items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+
+
+class Servers:
+    """The two servers of a run of the tests, which all its processes use: each started where it is first needed.
+
+    Processes take turns, because those of one server order sets of strings alike, by its hashes.
+    """
+
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}-{time.monotonic_ns()}")
+    turns = itertools.cycle(range(2))
+    held: ClassVar[dict[int, socket.socket]] = {}
+
+    @classmethod
+    def address(cls) -> str:
+        """Return the address of the server whose turn it is."""
+        number = next(cls.turns)
+        address = f"\0cogvideox-tests-{cls.run}-{number}"
+        while number not in cls.held:
+            with socket.socket(socket.AF_UNIX) as listener, contextlib.suppress(OSError):  # somebody has started it
+                listener.bind(address)
+                cls.start(listener)
+            cls.hold(number, address)
+        return address
+
+    @classmethod
+    def start(cls, listener: socket.socket) -> None:
+        listener.listen(64)
+        program = Path(__file__).with_name("process_server.py")
+        environment = {**AT_BIRTH, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        subprocess.Popen(
+            [sys.executable, str(program), str(listener.fileno()), cls.run],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL),
+            env=environment,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+
+    @classmethod
+    def hold(cls, number: int, address: str) -> None:
+        """Keep the server from ending before this process; do nothing where it has just ended."""
+        connection = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            connection.connect(address)
+            connection.sendall(bytes(8))
+            if connection.recv(ANSWER.size, socket.MSG_WAITALL):
+                cls.held[number] = connection
+                return
+        connection.close()
