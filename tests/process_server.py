@@ -24,8 +24,10 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import processes
 
@@ -34,6 +36,12 @@ HEAVY = (
     *(f"cogvideox_sat.{package}.run" for package in ("sampling", "training", "vae_training")),
     *("cogvideox_sat.weights.diffusers_names", "torch._dynamo", "torch.distributed.run", "pytest"),
 )
+
+# What gives each new process random numbers of its own, where a library does it at import; `random` does it at a fork.
+SEEDS: dict[str, Callable[[Any], Any]] = {
+    "numpy": lambda numpy: numpy.random.seed(),
+    "torch": lambda torch: torch.default_generator.seed(),
+}
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,9 @@ def become(request: Request, standard: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # as a new process does; `random` does by itself
+    for module, seed in SEEDS.items():
+        if module in sys.modules:
+            seed(sys.modules[module])
     for name, limit in request.limits.items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
 
@@ -162,7 +171,7 @@ def run_program(words: list[str], paths: list[str]) -> None:
     else:
         source, name, first = Path(words[0]).read_bytes(), words[0], str(Path(words[0]).resolve().parent)
         sys.argv = list(words)
-        program.__file__ = name
+        program.__file__ = str(Path(name).absolute())
     sys.path[:] = [first, *given, *paths]
     sys.modules["__main__"] = program
     exec(compile(source, name, "exec"), program.__dict__)
