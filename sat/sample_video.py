@@ -19,7 +19,7 @@ from arguments import SamplingArguments, check_values, get_args, settle_size
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.launchers import adopt_launcher
 from cogvideox_sat.commands.startup import quiet_libraries
-from cogvideox_sat.configuration.argument_schema import arguments_from
+from cogvideox_sat.configuration.program_arguments import arguments_from
 from cogvideox_sat.sampling.functions import (
     get_batch,
     get_unique_embedder_keys_from_conditioner,

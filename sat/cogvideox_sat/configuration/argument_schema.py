@@ -21,7 +21,7 @@ from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.data_mixing import check_mixing
 from cogvideox_sat.configuration.deepspeed_file import merged_with_file
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, replace_exclusive, with_located_paths
-from cogvideox_sat.configuration.model_section import check_modules, plain, plain_model_section
+from cogvideox_sat.configuration.model_section import check_modules, plain_model_section
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from sgm.config_places import Sources
 from sgm.errors import UserError
@@ -214,30 +214,6 @@ def read_command_line(
             check_modules(config["model"])
     replace_exclusive(given, exclusive)
     return given, config
-
-
-def arguments_from(command: type, given: Any, model_cls: type | None = None) -> Any:
-    """Return the arguments of a command from an object of a program: its attributes that are arguments.
-
-    Args:
-        given: an object of `command`, one with such attributes as `argparse.Namespace`, or a mapping.
-        model_cls: an engine of the program's own.
-
-    Raises:
-        UserError: `model_config` is no section of a configuration.
-    """
-    given = plain(given, "arguments")
-    given = given if isinstance(given, Mapping) else vars(given)
-    values = {f.name: given[f.name] for f in fields(command) if f.name in given}
-    known = argument_fields(command)
-    for name, value in values.items():
-        values[name] = plain(value, name)
-        if name in known and value is not None:
-            values[name] = check_value(known[name], values[name])
-    section = plain_model_section(values.get("model_config"))
-    values["model_config"] = with_located_paths(section, "model")
-    values["model_cls"] = model_cls or values.get("model_cls")
-    return command(**with_located_inputs(values))
 
 
 def allow_own_modules() -> None:

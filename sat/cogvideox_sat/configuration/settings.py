@@ -12,22 +12,13 @@ import difflib
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from cogvideox_sat.configuration.argument_lists import (
-    IGNORED_KEYS,
-    LR_DECAY_STYLES,
-    SamplingArguments,
-    TrainingArguments,
-    VaeTrainingArguments,
-)
-from cogvideox_sat.configuration.argument_schema import argument_fields
+from cogvideox_sat.configuration.argument_lists import LR_DECAY_STYLES
+from cogvideox_sat.configuration.program_arguments import check_spelling
 from sgm.config_places import Sources
 from sgm.errors import UserError
-
-MISSPELT = 0.85  # of difflib's ratio; SwissArmyTransformer's own argument nearest to one of ours has 0.84
 
 
 @dataclass(frozen=True)
@@ -54,22 +45,19 @@ class Settings:
         Raises:
             UserError: a name is a setting misspelt, one of `changes` is no setting, or a setting is missing.
         """
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - {"arguments"}
         for name in changes.keys() - names:
             raise UserError(f"{name}: {cls.__name__} has no such setting{_nearest(name, names)}")
         if isinstance(args, cls):
             return replace(args, **changes) if changes else args
         given = _attributes(args, names)
-        for name in given.keys() - names - _known_arguments():
-            if near := difflib.get_close_matches(str(name), sorted(names - given.keys()), 1, MISSPELT):
-                raise UserError(f"{name}: the arguments have no such setting; did you mean {near[0]}?")
+        check_spelling(given, names)
         taken = {name: given[name] for name in names & given.keys()} | changes
         taken = {name: value for name, value in taken.items() if value is not None or name in changes}
         required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         for name in sorted(required - taken.keys()):
             raise UserError(f"{name} is missing: {cls.__name__} needs it")
-        taken.setdefault("arguments", args)
-        return cls(**taken)
+        return cls(**taken, arguments=args.arguments if isinstance(args, Settings) else args)
 
     def as_args(self) -> Any:
         """Return `arguments` with these settings in their place; the settings themselves if there are none."""
@@ -89,16 +77,6 @@ def _attributes(args: Any, names: Iterable[str]) -> dict[str, Any]:
 def _nearest(name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, sorted(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-@cache
-def _known_arguments() -> frozenset[str]:
-    """Return the names that objects of arguments have anyway."""
-    commands = (SamplingArguments, TrainingArguments, VaeTrainingArguments)
-    return frozenset(name for command in commands for name in argument_fields(command)) | {
-        *(f.name for command in commands for f in fields(command)),
-        *IGNORED_KEYS,
-    }
 
 
 @dataclass(frozen=True)
