@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PROGRAM = ("sat", "sgm", "vae_modules", "tools")  # what a user runs
 CHECKS = ("tests", "benchmarks")
+FILES = ("requirements.txt", "tests/requirements.txt")
 FINDERS = ("import_module", "find_spec", "importorskip", "__import__")
 # It runs before there is an environment, and does without what it finds missing.
 SET_UP = ROOT / "tools" / "setup_environment.py"
@@ -62,7 +63,8 @@ def imported(folders: tuple[str, ...]) -> dict[str, str]:
     files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in (*PROGRAM, *CHECKS)}
     packages = {"cogvideox_sat", "sgm", "vae_modules"}
     alone = {file.stem for each in files.values() for file in each if not packages & set(file.relative_to(ROOT).parts)}
-    own = {*files, *packages, *alone} - {"sat"}  # that is SwissArmyTransformer
+    beside = {path.parent.name for folder in CHECKS for path in (ROOT / folder).glob("*/__init__.py")}
+    own = {*files, *packages, *alone, *beside} - {"sat"}  # that is SwissArmyTransformer
     installed, found = packages_distributions(), {}
     for file in (file for folder in folders for file in files[folder]):
         for module in imports(file.read_text()) if file != SET_UP else ():
@@ -101,10 +103,34 @@ def pinned() -> dict[str, str]:
 def test_constraints_name_a_version_that_fits_of_all_that_is_required():
     versions = pinned()
     assert all(versions.values()), "only `name==version`: no paths, no addresses"
-    for file in ("requirements.txt", "tests/requirements.txt"):
+    for file in FILES:
         lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
         for requirement in (Requirement(line) for line in lines if line):
             assert requirement.specifier.contains(versions[normalized(requirement.name)]), requirement
+
+
+def needed(lines: list[Requirement]) -> dict[str, str]:
+    """Return the distributions that requirements bring, with what requires each, as far as they are installed."""
+    found, waiting = {}, [(line, "the requirement files") for line in lines]
+    while waiting:
+        line, by = waiting.pop()
+        for name, extra in ((normalized(line.name), extra) for extra in ("", *line.extras)):
+            if (name, extra) in found:
+                continue
+            found[name, extra] = by
+            try:
+                further = [Requirement(text) for text in requires(name) or []]
+            except PackageNotFoundError:
+                continue
+            waiting += [(each, name) for each in further if not each.marker or each.marker.evaluate({"extra": extra})]
+    return {name: by for (name, _), by in found.items()}
+
+
+def test_constraints_name_a_version_of_all_that_comes_with_it():
+    lines = [line.split("#")[0].strip() for file in FILES for line in (ROOT / file).read_text().splitlines()]
+    found = needed([Requirement(line) for line in lines if line])
+    assert found["tokenizers"] == "transformers"
+    assert not {name: by for name, by in found.items() if name not in pinned()}
 
 
 def test_hooks_before_a_commit_have_the_versions_of_the_tests():
