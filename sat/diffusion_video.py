@@ -15,6 +15,7 @@ from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.configuration.model_section import ALL, not_trainable_prefixes, plain_model_section
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.latent_geometry import patch_sizes
+from cogvideox_sat.network.attention_choice import AttentionChoice, choose_attention
 from cogvideox_sat.network.layer_runner import SamplingProgress
 from cogvideox_sat.parallel.process_groups import parallel_groups
 from cogvideox_sat.weights.checkpoint_files import is_adapter
@@ -83,6 +84,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.noised_image_all_concat = config.get("noised_image_all_concat", False)
         self.noised_image_dropout = config.get("noised_image_dropout", 0.0)
         self.not_trainable_prefixes = not_trainable_prefixes(config)
+        self.attention: AttentionChoice | None = None
 
         with self.section():
             self.denoiser = instantiate_from_config(config["denoiser_config"])
@@ -161,11 +163,28 @@ class SATVideoDiffusionEngine(nn.Module):
             self.loss_fn.set_parallel_groups(*parallel_groups())
         if settings.lora_scale is not None:
             set_lora_scale(network, settings.lora_scale)
+        if hasattr(network, "use_attention"):
+            network.use_attention(self.attention or self.choose_attention())
         wrapper: type = OpenAIWrapper
         if self.config.get("network_wrapper"):
             place = Place(("model",), self.config, self.settings.sources).below("network_wrapper")
             wrapper = class_at(self.config["network_wrapper"], place, place.slot)
         return wrapper(network, compile_model=self.config.get("compile_model", False), dtype=self.dtype)
+
+    def choose_attention(self, gradients: bool = False) -> AttentionChoice:
+        """Choose the kernel of the network's attention and try it; else that is done when the network is built.
+
+        Args:
+            gradients: the network will be trained.
+
+        Raises:
+            UserError: the kernel that the settings name does not compute such tensors on the device.
+        """
+        params = self.config["network_config"]["params"]
+        head_dim = params["hidden_size"] // params["num_attention_heads"]
+        choice = choose_attention(self.settings.attention, self.device, self.dtype, head_dim, gradients)
+        self.attention = choice
+        return choice
 
     @property
     def network(self) -> nn.Module:

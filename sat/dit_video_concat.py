@@ -21,6 +21,7 @@ from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 
 from cogvideox_sat.latent_geometry import Grid, patch_sizes
+from cogvideox_sat.network.attention_choice import AttentionChoice
 from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
 from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
@@ -36,8 +37,6 @@ LAYERNORM_EPSILON = 1e-6
 OWN_MIXINS = (__name__, "sat.model.finetune.lora2")
 # Keywords that denoisers and losses hand on to every network.
 HANDED_ON = ("idx", "scale_emb")
-
-ATTENTION, TRAINING_ATTENTION = KERNELS["softmax"], KERNELS["written-out"]
 
 
 def may_overwrite() -> bool:
@@ -401,6 +400,8 @@ class DiffusionTransformer(BaseModel):
         self.hidden_size, self.num_layers, self.ofs_embed_dim = hidden_size, num_layers, ofs_embed_dim
         self.patch = patch_sizes(patch_size)
         self.layer_runner = LayerRunner([ActivationCheckpointing(transformer)])
+        self.attention = self.training_attention = KERNELS["softmax"]
+        self.use_attention(None)
 
         def embedding_mlp(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
@@ -463,6 +464,13 @@ class DiffusionTransformer(BaseModel):
 
             yield fuse_adapter
 
+    def use_attention(self, choice: AttentionChoice | None) -> None:
+        """Compute attention by another kernel from now on; None: as PyTorch chooses."""
+        own = KERNELS["softmax"], KERNELS["written-out"]
+        self.attention, self.training_attention = (choice.function,) * 2 if choice and choice.function else own
+        others = [each for each in self.layer_runner.around if not isinstance(each, AttentionChoice)]
+        self.layer_runner.around = (*others, choice) if choice and choice.backends else tuple(others)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.time_embed[0].weight.dtype
@@ -480,10 +488,10 @@ class DiffusionTransformer(BaseModel):
         """Full attention of q, k, v (b, heads, n, head_dim): no mask is ever built."""
         dropout_p = dropout.p if dropout is not None else 0.0
         if not torch.is_grad_enabled():
-            return ATTENTION(q, k, v, dropout_p=dropout_p)
+            return self.attention(q, k, v, dropout_p=dropout_p)
         # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
         v = v.transpose(1, 2).contiguous().transpose(1, 2)
-        return TRAINING_ATTENTION(q, k, v, dropout_p=dropout_p)
+        return self.training_attention(q, k, v, dropout_p=dropout_p)
 
     def patch_grid(self, latents: Tensor) -> Grid:
         """Number of patches along (t, h, w) of latents (b, t, c, h, w).

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-import dit_video_concat
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from seeded import seed_module_, seeded_input
 from sgm.attention_kernels import KERNELS, WRITTEN_OUT, written_out_attention
@@ -58,20 +57,20 @@ def test_written_out_attention_is_attention():
         torch.testing.assert_close(written_out, fused, rtol=1e-5, atol=1e-6)
 
 
-def test_attention_is_written_out_where_that_is_faster(monkeypatch):
+def test_attention_is_written_out_where_that_is_faster():
     """In bfloat16 on a CPU, with gradients, where the attention weights fit; its gradients are as good as the kernel's.
 
     "As good": no further than the kernel's own bfloat16 gradients, give or take half, from those in float32.
     """
     short, long = (torch.empty(1, 1, n, 8, dtype=torch.bfloat16, device="cpu") for n in (5792, 5793))
+    network, inputs = network_and_inputs("t2v_5b")
 
     def is_written_out(v: torch.Tensor) -> bool:
-        return dit_video_concat.TRAINING_ATTENTION.supports(v, v, v)
+        return network.training_attention.supports(v, v, v)
 
     assert is_written_out(short) and not is_written_out(long)
     assert not is_written_out(short.float()) and not is_written_out(short.to("meta"))
 
-    network, inputs = network_and_inputs("t2v_5b")
     network.train()
 
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -86,12 +85,12 @@ def test_attention_is_written_out_where_that_is_faster(monkeypatch):
 
     calls = []
     counting = replace(WRITTEN_OUT, compute=lambda *qkv: calls.append(1) or written_out_attention(*qkv))
-    monkeypatch.setattr(dit_video_concat, "TRAINING_ATTENTION", counting)
+    network.training_attention = counting
     exact = gradients(torch.float32)
     assert not calls
     written_out = gradients(torch.bfloat16)
     assert len(calls) == network.num_layers
-    monkeypatch.setattr(dit_video_concat, "TRAINING_ATTENTION", KERNELS["softmax"])
+    network.training_attention = KERNELS["softmax"]
     fused = gradients(torch.bfloat16)
     assert len(calls) == network.num_layers
     assert 0 < distance(written_out, exact) < 1.5 * distance(fused, exact)

@@ -27,6 +27,7 @@ from sgm.config_places import Sources
 from sgm.errors import UserError
 
 PRECISIONS = ("fp16", "bf16")
+ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "flash3")
 SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
 HIGHEST_RATE = 1000  # frames a second of a video that is written; ffmpeg takes no rate without limit
 MODES = ("inference", "finetune")
@@ -76,6 +77,11 @@ class CommonArguments:
     model_parallel_size: int = argument(1, "processes that share one network")
     vae_tile_size: int | None = argument(
         None, "run the VAE in overlapping square tiles of this many pixels: less memory, slightly different numbers"
+    )
+    attention: str = argument(
+        "auto",
+        "kernel of the network's attention: PyTorch's, FlashAttention 3, or the one that suits the device",
+        ATTENTIONS,
     )
     sampling_num_steps: int | None = argument(None, "sampling steps, if not the sampler's own number")
     sampling_fps: int = argument(8, "frames per second of sampled videos")

@@ -54,7 +54,10 @@ FIELDS = {
     "threads": _WHOLE,
 }
 # What else changes a video's numbers, by the name of the argument.
-REPEATED_ARGUMENTS = ("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference")
+REPEATED_ARGUMENTS = (
+    *("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference"),
+    "attention",
+)
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, version in content["versions"].items():
         yield f"version of {name}", version
-    for name in ("device", "threads", "processors"):
+    for name in ("device", "attention", "threads", "processors"):
         yield name, content.get(name)
     for name in ("checkpoint", "vae", "text_encoder", "image"):
         yield f"content of the {name.replace('_', ' ')}", (content.get(name) or {}).get("hash")

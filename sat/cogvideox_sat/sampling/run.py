@@ -103,6 +103,8 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
     """Make this process's videos; the number of them that failed."""
     with SamplingSession(SessionSettings.from_args(args)) as session:
         session.steps_of(args.sampling_num_steps)  # raises before any weights are read
+        if dist.get_rank() == 0:
+            logger.info("attention: %s", session.engine.attention)
         recorder = Recorder(session.engine, args, args.record)
         with closing(recorder):
             run = CommandRun(session, recorder, args)

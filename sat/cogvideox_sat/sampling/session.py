@@ -126,6 +126,7 @@ class SamplingSession:
         check_model(settings, PARTS)  # before any weights are read
         device = choose_device(settings.device)
         engine = build_engine(settle_precision(settings, device), (), device)
+        engine.choose_attention()  # what is not there fails before weights are read
         hide_bar(engine.sampler)  # its steps are events
         return engine
 

@@ -152,7 +152,10 @@ class Trainer:
         if resume:  # what was trained lies there, the rest where it lay at first
             settings = replace(settings, lora_load=resume) if self.has_adapter else replace(settings, load=resume)
         with self.memory_guard("loading the model"), process_watch.phase("loading the model"):
-            self.engine = build_engine(settings, parts, self.device)
+            self.engine = build_engine(settings, (), self.device)
+            logger.info("attention: %s", self.engine.choose_attention(gradients=True))
+            for part in parts:
+                self.engine.build(part)
         hide_bar(self.engine.sampler)
         self.engine.disable_untrainable_params()
         self.engine.model.train()

@@ -1,0 +1,68 @@
+"""FlashAttention 3 (arXiv:2407.08608), for Hopper GPUs, from whichever package of it is installed.
+
+`flash_attn_interface`, built from the authors' repository, computes gradients too, and PyTorch calls it in the place of
+its own FlashAttention once it is told to. `fa3_fwd_interface`, of the package fa3-fwd, has the forward pass in bfloat16
+alone. Both are imported only when they are used.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
+
+from sgm.attention_kernels import AttentionKernel, installed, register
+
+WHOLE, FORWARD = "flash_attn_interface", "fa3_fwd_interface"
+PACKAGES = f"{WHOLE} (the authors' flash-attention/hopper) or fa3-fwd, which has no gradients"
+
+
+def is_installed(gradients: bool) -> bool:
+    """Check that a package with the forward pass, and with `gradients` the backward pass, is installed."""
+    return installed(WHOLE) or (installed(FORWARD) and not gradients)
+
+
+def activate() -> None:
+    """Let PyTorch's FlashAttention be version 3 from now on; `WHOLE` must be installed.
+
+    Raises:
+        RuntimeError: it is not of the version that PyTorch knows.
+    """
+    activate_flash_attention_impl("FA3")
+
+
+@cache
+def _forward() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    return importlib.import_module(FORWARD).flash_attn_func
+
+
+# As an operator of its own, a compiler takes it as it is.
+@torch.library.custom_op("cogvideox::flash_attention3", mutates_args=())
+def flash_attention3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v (b, n, heads, d), bfloat16; without gradients."""
+    out = _forward()(q, k, v)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+@flash_attention3.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def attend_by_flash_attention3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` without mask and dropout, by the package that has the forward pass alone."""
+    return flash_attention3(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+FLASH3 = register(
+    AttentionKernel(
+        "flash3",
+        attend_by_flash_attention3,
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.bfloat16}),
+        package=FORWARD,
+        in_configurations=False,
+    )
+)
