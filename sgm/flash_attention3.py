@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
 
-from sgm.attention_kernels import AttentionKernel, installed, register
+from sgm.attention_kernels import SOFTMAX, AttentionKernel, installed, register
 
 WHOLE, FORWARD = "flash_attn_interface", "fa3_fwd_interface"
 PACKAGES = f"{WHOLE} (the authors' flash-attention/hopper) or fa3-fwd, which has no gradients"
@@ -63,6 +63,7 @@ FLASH3 = register(
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.bfloat16}),
         package=FORWARD,
+        otherwise=SOFTMAX,
         in_configurations=False,
     )
 )

@@ -64,6 +64,7 @@ COVERED_BY = {
     "sgm.diffusers_vae_names": ("weights/test_diffusers_names.py", "names of diffusers"),
     "sgm.models.abstract_autoencoder": ("sgm/test_autoencoder.py", "a base of the engines"),
     "sgm.models.autoencoding_engine": ("sgm/test_autoencoder.py", "`autoencoder` passes its names on"),
+    "sgm.flash_attention3": ("network/test_attention_choice.py", "one of the kernels to choose from"),
     "sgm.models.video_coder": ("vae_modules/test_autoencoder.py", "runs its encoders and decoders"),
     "sgm.module_aliases": ("configuration/test_targets.py", "a table; targets are looked up in it"),
     "sgm.modules.autoencoding.clip": ("vae_modules/test_autoencoder.py", "chunks of a clip"),

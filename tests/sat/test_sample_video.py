@@ -467,5 +467,6 @@ def test_the_terminal_shows_the_bar_and_the_files_only(tiny, tmp_path, base_vide
     shown = [line.strip() for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
     written = [line for line in shown if not line.startswith("sampling: ")]
     assert written[0].startswith("device: ")
-    assert written[1:] == [f"wrote {path}" for path in files(tmp_path / "videos")]
+    assert written[1] == "attention: flash (auto)"
+    assert written[2:] == [f"wrote {path}" for path in files(tmp_path / "videos")]
     assert any("4/4" in line for line in shown)

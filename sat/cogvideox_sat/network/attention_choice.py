@@ -29,7 +29,10 @@ BACKENDS = {
 }
 # By the first number of the compute capability, from which on the order holds. cuDNN's kernel is the fastest of
 # PyTorch's on Hopper at 64 channels a head: 413 TFLOP/s beside FlashAttention 2's 324 (published for the H100).
-PRIORITY = {9: ("cudnn", "flash", "efficient", "math"), 0: ("flash", "cudnn", "efficient", "math")}
+PRIORITY: dict[int, tuple[str, ...]] = {
+    9: ("cudnn", "flash", "efficient", "math"),
+    0: ("flash", "cudnn", "efficient", "math"),
+}
 CPU_PRIORITY = ("flash", "math")
 TRIED_TOKENS, TRIED_HEADS = 128, 2
 
@@ -100,7 +103,7 @@ def _first(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: b
     """Return the first kernel of the device's order that computes such tensors."""
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        order = next(names for least, names in PRIORITY.items() if major >= least)
+        order: tuple[str, ...] = next(names for least, names in PRIORITY.items() if major >= least)
     else:
         order = CPU_PRIORITY
     names = [name for name in order if not refusal(BACKENDS[name], device, dtype, head_dim, gradients)]
