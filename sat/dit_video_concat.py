@@ -215,7 +215,18 @@ class Rotary3DPositionEmbeddingMixin(BaseMixin):
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
     @non_conflict
-    def attention_fn(self, q, k, v, mask, dropout=None, *, rotary, old_impl=None, **kwargs):
+    def attention_fn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout: nn.Module | None = None,
+        *,
+        rotary: tuple[Tensor, Tensor],
+        old_impl: Callable[..., Tensor],
+        **kwargs: Any,
+    ) -> Tensor:
         cos, sin = rotary
         return old_impl(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask, dropout, **kwargs)
 
@@ -270,7 +281,11 @@ class AdaLNMixin(BaseMixin):
         vision_attention, vision_mlp, text_attention, text_mlp = (chunks[i : i + 3] for i in range(0, 12, 3))
 
         def branch(
-            x: Tensor, norm: nn.Module, run: Callable, vision: Sequence[Tensor], text: Sequence[Tensor]
+            x: Tensor,
+            norm: nn.Module,
+            run: Callable[[Tensor], Tensor],
+            vision: Sequence[Tensor],
+            text: Sequence[Tensor],
         ) -> Tensor:
             (shift, scale, gate), (text_shift, text_scale, text_gate) = vision, text
             normed = norm(x)
@@ -285,7 +300,18 @@ class AdaLNMixin(BaseMixin):
         return branch(x, layer.post_attention_layernorm, mlp, vision_mlp, text_mlp)
 
     @non_conflict
-    def attention_fn(self, q, k, v, mask, dropout=None, *, layer_id, old_impl=None, **kwargs):
+    def attention_fn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout: nn.Module | None = None,
+        *,
+        layer_id: int,
+        old_impl: Callable[..., Tensor],
+        **kwargs: Any,
+    ) -> Tensor:
         if self.qk_ln:
             q = self.query_layernorm_list[layer_id](q)
             k = self.key_layernorm_list[layer_id](k)
@@ -484,7 +510,9 @@ class DiffusionTransformer(BaseModel):
         self.has_foreign_mixin = any(type(mixin).__module__ not in OWN_MIXINS for mixin in self.mixins.values())
         return hooks
 
-    def attention_fn(self, q, k, v, mask, dropout=None, **_: Any) -> Tensor:
+    def attention_fn(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: nn.Dropout | None = None, **_: Any
+    ) -> Tensor:
         """Full attention of q, k, v (b, heads, n, head_dim): no mask is ever built."""
         dropout_p = dropout.p if dropout is not None else 0.0
         if not torch.is_grad_enabled():

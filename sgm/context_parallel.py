@@ -6,6 +6,7 @@ tensor (before `split_frames`, after `gather_frames`), it is taken once, not onc
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,14 +116,14 @@ def all_gather_integer(value: int, group: ProcessGroup | None) -> list[int]:
 
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Each rank uses the sum, so its gradient is the sum of what reaches every rank's copy.
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
@@ -138,7 +139,7 @@ def split_evenly(total: int, parts: int) -> list[int]:
     return [share + (part < rest) for part in range(parts)]
 
 
-def split_frames(x: Tensor, frames: list[int], group: ProcessGroup | None) -> Tensor:
+def split_frames(x: Tensor, frames: Sequence[int], group: ProcessGroup | None) -> Tensor:
     """This rank's frames (a view) of `x` (batch, channel, time, ...), which every rank holds: `frames[rank]` many."""
     return x if group is None else _SplitFrames.apply(x, frames, group)
 
@@ -150,32 +151,32 @@ def gather_frames(x: Tensor, frames: Sequence[int], group: ProcessGroup | None) 
 
 class _SplitFrames(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, frames, group):
+    def forward(ctx: Any, x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
         ctx.frames, ctx.group = frames, group
         return _own(x, frames, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _all_gather(gradient, ctx.frames, ctx.group), None, None
 
 
 class _GatherFrames(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, frames, group):
+    def forward(ctx: Any, x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
         ctx.frames, ctx.group = frames, group
         return _all_gather(x, frames, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _own(gradient, ctx.frames, ctx.group), None, None
 
 
-def _own(x: Tensor, frames: list[int], group: ProcessGroup) -> Tensor:
+def _own(x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
     rank = dist.get_rank(group)
     return x.narrow(FRAMES, sum(frames[:rank]), frames[rank])
 
 
-def _all_gather(x: Tensor, frames: list[int], group: ProcessGroup) -> Tensor:
+def _all_gather(x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
     longest = max(frames)
     padded = x.new_zeros((*x.shape[:FRAMES], longest, *x.shape[FRAMES + 1 :]))  # backends want equal shapes
     padded.narrow(FRAMES, 0, x.shape[FRAMES]).copy_(x)
@@ -206,24 +207,24 @@ def receive_from_previous(like: Tensor, frames: int, group: ProcessGroup) -> Ten
 
 class _SendToNext(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group, ctx.shape = group, x.shape
         _start_sending(x, +1, group)
         return x.new_empty((*x.shape[:FRAMES], 0, *x.shape[FRAMES + 1 :]))
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _receive(gradient, ctx.shape, +1, ctx.group), None
 
 
 class _ReceiveFromPrevious(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, like, frames, group):
+    def forward(ctx: Any, like: Tensor, frames: int, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return _receive(like, (*like.shape[:FRAMES], frames, *like.shape[FRAMES + 1 :]), -1, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         _start_sending(gradient, -1, ctx.group)
         return None, None, None
 

@@ -47,7 +47,7 @@ def _count_levels(names: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)
 
 
-def _translate(name: str, pattern: re.Pattern, levels: int, build: Callable[..., str]) -> str:
+def _translate(name: str, pattern: re.Pattern[str], levels: int, build: Callable[..., str]) -> str:
     match = pattern.fullmatch(name)
     if match is None:
         return name  # of what is outside the levels, names agree

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from sgm.config_blame import blame
 from sgm.config_places import ConfigError, Place, current_place, dotted, within
@@ -40,7 +40,7 @@ def get_obj_from_str(target: str) -> Any:
         raise UserError(f"target '{target}': module '{module_name}' has no '{attribute}'") from error
 
 
-def _raise_of_import(error: Exception, target: str, module_name: str) -> None:
+def _raise_of_import(error: Exception, target: str, module_name: str) -> NoReturn:
     spec = importlib.util.find_spec(module_name.partition(".")[0])
     if spec is None or spec.origin is None or is_own_file(spec.origin):
         raise error

@@ -166,7 +166,7 @@ class _Bookkeeping:
     """Stands for objects of DeepSpeed beside the weights, whose own classes are not imported."""
 
 
-def _harmless_classes() -> list:
+def _harmless_classes() -> list[Any]:
     """Classes beside tensors and plain values that DeepSpeed and SAT checkpoints hold: arguments and RNG states, and
     beside the optimizer's pieces of weights the ZeRO stage, loss scales and places in those pieces."""
     from _codecs import encode

@@ -101,7 +101,7 @@ class AutoencoderKL(AutoencodingEngineLegacy):
         embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`.
     """
 
-    regularizer_params = MappingProxyType({})
+    regularizer_params: Config = MappingProxyType({})
 
     def __init__(
         self,

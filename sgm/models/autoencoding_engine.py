@@ -386,7 +386,7 @@ class AutoencodingEngine(AbstractAutoencoder):
     def _evaluate(self, batch: Mapping[str, Any], batch_idx: int, split: str) -> dict[str, Tensor]:
         with _random_numbers(batch, len(batch[self.input_key]), batch_idx):
             reconstruction = self.reconstruct(self.get_input(batch), **self._decode_options(batch))
-        log = {}
+        log: dict[str, Tensor] = {}
         for optimizer_idx in range(1 + self.has_discriminator):
             log |= self._loss(reconstruction, optimizer_idx, split)[1]
         distance = (reconstruction.inputs - reconstruction.outputs).abs().sum(dtype=torch.float32)

@@ -23,7 +23,7 @@ LONGEST_NAME = 16384  # bytes; Linux has paths of up to 4096
 class Mark:
     """A note in memory that a process shares with those that it forks: what is being read, if anything."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._memory = mmap.mmap(-1, LAYOUT.size + LONGEST_NAME)
 
     def set(self, place: int, name: str) -> None:

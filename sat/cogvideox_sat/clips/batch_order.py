@@ -84,7 +84,8 @@ class BatchOrder:
         basis = (kinds, self.kinds.tolist(), shuffle, locality, *(() if draws is None else (list(draws),)))
         self.fingerprint = zlib.crc32(repr(basis).encode())
         self._groups_by_epoch: dict[int, int] = {}
-        self.epoch, self.phases = 0, []
+        self.epoch = 0
+        self.phases: list[tuple[int, int]] = []
         self._check_sizes(kinds, micro_batch_size, world_size)
         if state is not None:
             self._go_to(state)

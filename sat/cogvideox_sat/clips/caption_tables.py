@@ -175,14 +175,14 @@ def _looks_like_caption(name: str) -> bool:
 # ---------------------------------------------------------------- records
 
 
-def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict]]:
+def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     # Not str.splitlines, which also breaks at characters such as U+2028 that may stand inside a caption.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"line {number}", _object(_parsed(line, f"{name}, line {number}"), f"{name}, line {number}")
 
 
-def _json_list(text: str, name: str) -> Iterator[tuple[str, dict]]:
+def _json_list(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     content = _parsed(text, name)
     if isinstance(content, dict) and content and all(isinstance(caption, str) for caption in content.values()):
         content = [{"video": video, "caption": caption} for video, caption in content.items()]
@@ -199,13 +199,13 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON ({error})") from error
 
 
-def _object(record: Any, where: str) -> dict:
+def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f'{where}: expected an object such as {{"video": "a.mp4", "caption": "a cat"}}')
     return record
 
 
-def _csv_lines(text: str, name: str) -> Iterator[tuple[str, dict]]:
+def _csv_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     first = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max(DELIMITERS, key=first.count)
     text = re.sub(r'" +(?=[,;\t\r\n]|$)', '"', text)  # a blank after a quote, which is no mistake

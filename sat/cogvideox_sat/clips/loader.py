@@ -87,7 +87,7 @@ class ClipLoader:
         return self._processes.being_read() if self._processes else []
 
 
-class _Pass(Iterator):
+class _Pass(Iterator[dict[str, Any]]):
     """One time through the batches of a loader."""
 
     def __init__(self, loader: ClipLoader, processes: ReadingProcesses):

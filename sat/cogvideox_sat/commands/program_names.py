@@ -54,12 +54,12 @@ def as_started(text: str, runnable: bool = False) -> str:
     return _START.sub(_placed, text) if runnable and Path.cwd() != ROOT else text
 
 
-def _placed(match: re.Match) -> str:
+def _placed(match: re.Match[str]) -> str:
     script = match["script"]
     return match[0].removesuffix(script) + shlex.quote(str(ROOT / script))
 
 
-def _command(match: re.Match) -> str:
+def _command(match: re.Match[str]) -> str:
     script = match["script"]
     name = script.removeprefix("tools/").removesuffix(".py")
     command = SCRIPTS.get(script) or (f"convert {name}" if name in TOOLS else None)

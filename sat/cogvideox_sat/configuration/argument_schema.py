@@ -144,17 +144,17 @@ class RunArguments:
     sources: Sources = field(default_factory=Sources, repr=False, compare=False)
 
 
-def argument_fields(command: type) -> dict[str, Field]:
+def argument_fields(command: type) -> dict[str, Field[Any]]:
     """The arguments of a command by name; `command` is a dataclass."""
     return {f.name: f for f in fields(command) if "help" in f.metadata}
 
 
-def value_type(f: Field) -> type:
+def value_type(f: Field[Any]) -> type:
     """`int` for `int | None`, `list` for `list[int]`."""
     return typing.get_origin(_without_none(f.type)) or _without_none(f.type)
 
 
-def item_type(f: Field) -> type:
+def item_type(f: Field[Any]) -> type:
     """`int` for `list[int]`."""
     return typing.get_args(_without_none(f.type))[0]
 
@@ -293,7 +293,7 @@ def check_section(command: type, section: Mapping[str, Any], foreign: Collection
     return values
 
 
-def check_value(f: Field, value: Any) -> Any:
+def check_value(f: Field[Any], value: Any) -> Any:
     """A value of a configuration file as what the argument takes: `3` and `1e-3` for a float, `[1]` for an int, ...
 
     Raises:

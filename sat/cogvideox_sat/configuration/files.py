@@ -106,10 +106,10 @@ def with_located_paths(node: Any, key: str = "") -> Any:
     return node
 
 
-def _is_path(node: dict | list, name: str) -> bool:
+def _is_path(node: dict[str, Any] | list[Any], name: str) -> bool:
     """Return whether the value of the key `name` is a path; beside a `cache_dir` the value is a name on a hub."""
     return name in PATH_KEYS and not (isinstance(node, dict) and node.get("cache_dir"))
 
 
-def _children(node: dict | list) -> Iterator[tuple[str, Any]]:
+def _children(node: dict[str, Any] | list[Any]) -> Iterator[tuple[str, Any]]:
     return iter(node.items()) if isinstance(node, dict) else ((str(i), child) for i, child in enumerate(node))

@@ -334,7 +334,7 @@ def check_text_encoder(encoder_files: Sequence[Path], hidden_size: int) -> None:
         )
 
 
-def _matching(folder: Path, pattern: re.Pattern) -> list[Path]:
+def _matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return sorted(file for file in folder.glob("*") if file.is_file() and pattern.fullmatch(file.name))
 
 

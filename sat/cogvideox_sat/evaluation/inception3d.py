@@ -41,7 +41,7 @@ class Inception3D(nn.Module):
     `i3d_pretrained_400.pt`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.Conv3d_1a_7x7 = Unit(3, 64, kernel=7, stride=2)
         self.Conv3d_2b_1x1 = Unit(64, 64, kernel=1)

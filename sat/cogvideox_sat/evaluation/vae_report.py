@@ -59,7 +59,7 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
     dtype = fast_dtype(getattr(torch, options.dtype), device)
     options.dtype = str(dtype).removeprefix("torch.")
     vae = build_vae(vae_config, device, dtype)
-    notes = []
+    notes: list[str] = []
     lpips = build_lpips(options, device, notes)
     frechet = None
     if options.i3d_weights is None:
@@ -67,7 +67,8 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
     else:
         frechet = FrechetVideoDistance(load_inception3d(options.i3d_weights).to(device))
 
-    clips, videos = [], []
+    clips: list[dict[str, Any]] = []
+    videos: list[Path] = []
     for index, sample in readable_samples(dataset, options.num_clips):
         clip = sample["mp4"].to(device)
         video = reconstruct(vae, clip, options.whole)
@@ -177,7 +178,7 @@ def write_side_by_side(path: Path, clip: Tensor, reconstruction: Tensor, fps: fl
 
 
 def write_numbers(
-    path: Path, means: Mapping[str, float], clips: Sequence[dict], options: argparse.Namespace, weights: str
+    path: Path, means: Mapping[str, float], clips: Sequence[dict[str, Any]], options: argparse.Namespace, weights: str
 ) -> None:
     settings = {"weights": weights, "data": options.data, "dtype": options.dtype, "whole": options.whole}
     content = {"settings": settings, "lpips_net": options.lpips_net, "means": means, "clips": clips}
@@ -194,7 +195,9 @@ def _without_infinity(node: Any) -> Any:
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
-def report(means: Mapping[str, float], clips: Sequence[dict], notes: Sequence[str], videos: Sequence[Path]) -> str:
+def report(
+    means: Mapping[str, float], clips: Sequence[dict[str, Any]], notes: Sequence[str], videos: Sequence[Path]
+) -> str:
     shapes = sorted({"{0} frames of {2}x{3}".format(*clip["shape"]) for clip in clips})
     lines = [f"{len(clips)} clip{'s' * (len(clips) > 1)} of {', '.join(shapes)}"]
     lines += [f"{name:6}{value:9.4f}{UNITS.get(name, '')}" for name, value in means.items()]

@@ -19,7 +19,7 @@ USUAL = 100  # milliseconds
 class Animation:
     """See `media.video_reading.Video`. A picture that is not animated is a video of one frame."""
 
-    def __init__(self, file: str | os.PathLike | BinaryIO):
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO):
         self._owns_file = isinstance(file, str | os.PathLike)
         try:
             self._image = Image.open(file)
@@ -30,11 +30,11 @@ class Animation:
 
     @cached_property
     def facts(self) -> VideoFacts:
-        for count, (time, frame) in enumerate(self._frames(), start=1):  # noqa: B007, the last ones are used
-            width, height = frame.size
-        return VideoFacts(width, height, count, time)
+        frames = [(time, frame.size) for time, frame in self._frames()]
+        time, (width, height) = frames[-1]
+        return VideoFacts(width, height, len(frames), time)
 
-    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
+    def frames_at(self, times: Sequence[float] | np.ndarray, beyond: float | None = None) -> Iterator[np.ndarray]:
         if beyond is not None and len(times) and times[-1] > self.facts.seconds + beyond:
             raise UnreadableClip(f"it ends after {self.facts.seconds:.2f} s, before {times[-1]:.2f} s")
         yield from nearest_in_order(self._frames(), times, np.array)

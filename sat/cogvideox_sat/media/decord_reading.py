@@ -15,7 +15,7 @@ from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip
 class DecordVideo:
     """See `media.video_reading.Video`."""
 
-    def __init__(self, file: str | os.PathLike | BinaryIO, threads: int = 1):
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO, threads: int = 1):
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's remarks on damaged files, reported otherwise
@@ -31,7 +31,7 @@ class DecordVideo:
         height, width = self._decode([0])[0].shape[:2]
         return VideoFacts(width, height, len(self._times), float(self._times[-1]))
 
-    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
+    def frames_at(self, times: Sequence[float] | np.ndarray, beyond: float | None = None) -> Iterator[np.ndarray]:
         if beyond is not None and len(times) and times[-1] > self._times[-1] + beyond:
             raise UnreadableClip(f"it ends after {self._times[-1]:.2f} s, before {times[-1]:.2f} s")
         yield from self._decode(nearest_frames(self._times, np.asarray(times, np.float64)).tolist())

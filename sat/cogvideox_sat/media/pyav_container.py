@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import av
 import numpy as np
@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip
 
+VideoPacket: TypeAlias = "Packet[VideoStream]"  # a text, since only type checkers know a packet's kinds
 FFMPEG_ERRORS = (FFmpegError, MemoryError)  # the second if a damaged header asks for any amount
 # Containers of video. Not among them are playlists and the like, which would open other files and addresses.
 FORMATS = (
@@ -61,7 +62,7 @@ class VideoContainer:
         UnreadableClip: the file is missing, or has no video that can be decoded.
     """
 
-    def __init__(self, file: str | os.PathLike | BinaryIO, threads: int):
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO, threads: int):
         self._file, self._threads = file, threads
         self.at_joints: set[int | None] = set()  # places of packets
         self._open()
@@ -94,7 +95,7 @@ class VideoContainer:
             if not stream.disposition & Disposition.attached_pic
         ]
         for stream in candidates:
-            if isinstance(stream, VideoStream) and stream.codec_context and stream.time_base:
+            if isinstance(stream, VideoStream) and stream.codec_context is not None and stream.time_base:
                 return stream, float(stream.time_base)
         raise UnreadableClip("its video has a format that is not known" if candidates else NOT_A_VIDEO)
 
@@ -103,15 +104,15 @@ class VideoContainer:
 
     # Packets
 
-    def packets(self) -> Iterator[Packet]:
+    def packets(self) -> Iterator[VideoPacket]:
         """Yield the packets from where the file is read, those of no content left out."""
         packets = (packet for packet in self.container.demux(self.stream) if packet.size)
         return self._noting_joints(packets) if self.container.format.name == "mpegts" else packets
 
-    def _noting_joints(self, packets: Iterable[Packet]) -> Iterator[Packet]:
+    def _noting_joints(self, packets: Iterable[VideoPacket]) -> Iterator[VideoPacket]:
         """Where transport streams were put one behind the other, their counters break, and FFmpeg takes a packet before
         the next key frame for corrupt, though nothing is missing. If something is, the decoder tells."""
-        waiting: deque[Packet] = deque()
+        waiting: deque[VideoPacket] = deque()
         for packet in packets:
             if packet.is_keyframe:
                 self.at_joints.update(before.pos for before in waiting if before.is_corrupt)
@@ -120,11 +121,11 @@ class VideoContainer:
                 yield waiting.popleft()
         yield from waiting
 
-    def is_damaged(self, packet: Packet) -> bool:
+    def is_damaged(self, packet: VideoPacket) -> bool:
         """Return whether a packet is known to be damaged."""
         return packet.is_corrupt and packet.pos not in self.at_joints
 
-    def from_key_frame(self) -> Iterator[Packet]:
+    def from_key_frame(self) -> Iterator[VideoPacket]:
         """Yield the packets from the next key frame on; from here on, if none is marked as one for long."""
         before = []
         packets = self.packets()
@@ -139,7 +140,7 @@ class VideoContainer:
         yield from before
         yield from packets
 
-    def from_beginning(self) -> Iterator[Packet]:
+    def from_beginning(self) -> Iterator[VideoPacket]:
         """Yield all packets from the first key frame on."""
         try:
             self.seek(FAR_BACK)
@@ -152,7 +153,7 @@ class VideoContainer:
         """Read on from the last key frame, or frame of any kind, before a time. Raises FFmpegError if it cannot."""
         self.container.seek(max(ticks, FAR_BACK), stream=self.stream, any_frame=any_frame)
 
-    def window(self, first: float, last: float) -> tuple[list[Packet], bool] | None:
+    def window(self, first: float, last: float) -> tuple[list[VideoPacket], bool] | None:
         """Return the packets from the last key frame before the time `first` to behind the time `last`, and whether
         the stream ends there; None if there are no such packets.
 
@@ -165,7 +166,8 @@ class VideoContainer:
                 packets = self.from_key_frame()
             except FFmpegError:
                 packets, ticks = self.from_beginning(), FAR_BACK
-            found, behind, soonest, ended = [], 0, math.inf, True
+            found: list[VideoPacket] = []
+            behind, soonest, ended = 0, math.inf, True
             for packet in packets:
                 if not found and (packet.pts is None or packet.pts > first) and ticks >= beginning:
                     break
@@ -185,7 +187,8 @@ class VideoContainer:
     @cached_property
     def beginning(self) -> Beginning:
         """Return how the stream begins. Raises UnreadableClip if it has no frames."""
-        key, shown = None, []
+        key = None
+        shown: list[int | None] = []
         for packet in self.from_beginning():
             key = key or packet
             # Right behind the first packet, those without a time are of frames from before a cut.
@@ -297,7 +300,7 @@ def unreadable(reason: str = DAMAGED) -> Iterator[None]:
         raise UnreadableClip(reason) from error
 
 
-def is_shown(packet: Packet) -> bool:
+def is_shown(packet: VideoPacket) -> bool:
     """Return whether a packet has a frame that is shown: not one that an edit list hides, or VP8 only refers to."""
     if packet.is_discard:
         return False

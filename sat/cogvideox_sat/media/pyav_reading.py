@@ -17,12 +17,19 @@ from itertools import chain
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
-from av import Packet, VideoFrame
+from av import VideoFrame
 
 from cogvideox_sat.media.frame_pixels import FramePixels
 from cogvideox_sat.media.frame_times import COARSEST_ROUNDING, ROUNDING, nearest_frames, nearest_in_order
 from cogvideox_sat.media.packet_window import decoding_runs
-from cogvideox_sat.media.pyav_container import FFMPEG_ERRORS, REORDERED, VideoContainer, is_shown, unreadable
+from cogvideox_sat.media.pyav_container import (
+    FFMPEG_ERRORS,
+    REORDERED,
+    VideoContainer,
+    VideoPacket,
+    is_shown,
+    unreadable,
+)
 from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
 # Codecs whose decoders may leave out single frames that no other depends on.
@@ -56,7 +63,7 @@ class PyavVideo:
         threads: that decode, 0: as many as there are cores.
     """
 
-    def __init__(self, file: str | os.PathLike | BinaryIO, threads: int = 1):
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO, threads: int = 1):
         self._container = VideoContainer(file, threads)
         self._pixels = FramePixels(self._container.stream.sample_aspect_ratio, threads)
         self._tick = self._container.tick
@@ -105,7 +112,7 @@ class PyavVideo:
 
     # Frames
 
-    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> Iterator[np.ndarray]:
+    def frames_at(self, times: Sequence[float] | np.ndarray, beyond: float | None = None) -> Iterator[np.ndarray]:
         seconds = np.asarray(times, np.float64)
         if not len(seconds):
             return
@@ -149,7 +156,7 @@ class PyavVideo:
                 continue
         raise UnreadableClip(DAMAGED)
 
-    def _sparsely(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+    def _sparsely(self, packets: Sequence[VideoPacket], wanted: Wanted) -> Iterator[np.ndarray]:
         """Yield the wanted frames, decoding only frames that the wanted ones depend on."""
         left = iter(wanted.ticks)
         time = next(left)
@@ -168,11 +175,11 @@ class PyavVideo:
                 time = following
         raise Undecodable
 
-    def _from_key_frame(self, packets: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+    def _from_key_frame(self, packets: Sequence[VideoPacket], wanted: Wanted) -> Iterator[np.ndarray]:
         """Yield the wanted frames, decoding everything from the key frame on."""
         yield from self._nearest(self._decoded([packets], None), wanted)
 
-    def _surely(self, _: Sequence[Packet], wanted: Wanted) -> Iterator[np.ndarray]:
+    def _surely(self, _: Sequence[VideoPacket], wanted: Wanted) -> Iterator[np.ndarray]:
         """Yield the wanted frames, decoding everything from the beginning of the file."""
         yield from self._nearest(self._from_beginning(), wanted)
 
@@ -196,7 +203,7 @@ class PyavVideo:
         if count < len(wanted.times):
             raise Undecodable
 
-    def _decoded(self, runs: Iterable[Sequence[Packet]], wanted: frozenset[int] | None) -> Iterator[VideoFrame]:
+    def _decoded(self, runs: Iterable[Sequence[VideoPacket]], wanted: frozenset[int] | None) -> Iterator[VideoFrame]:
         """Yield the frames of runs of packets: all, or at least the `wanted` ones and all that these depend on."""
         codec = self._container.codec
         needed = wanted if codec.name in SKIPPING else None
@@ -224,7 +231,7 @@ class PyavVideo:
                 if not (timed and packet and packet.pts is not None and packet.pts < key):
                     raise UnreadableClip(DAMAGED) from error
 
-    def _clean(self, packet: Packet | None, key: int | None) -> Iterator[VideoFrame]:
+    def _clean(self, packet: "VideoPacket | None", key: int | None) -> Iterator[VideoFrame]:
         """Yield the frames that the decoder returns for a packet; for None, the frames that the decoder still holds.
 
         Damaged ones that are shown before the key frame, at the time `key`, are left out: they lack what was before.
@@ -248,8 +255,9 @@ class PyavVideo:
         for frame, first, last in self._ranked(len(shown)):
             if wanted[0] < first:
                 break
-            if wanted[0] <= last:
-                pixels = self._pixels.convert(frame)
+            if wanted[0] > last:
+                continue
+            pixels = self._pixels.convert(frame)
             while wanted and wanted[0] <= last:
                 yield pixels
                 wanted.popleft()

@@ -22,14 +22,14 @@ DEFAULT_BACKEND = "pyav"
 ANIMATIONS = ((0, b"GIF8"), (8, b"WEBP"), (0, b"\x89PNG"))
 
 
-class Video(Protocol, AbstractContextManager):
+class Video(Protocol, AbstractContextManager["Video"]):
     """An open video. Times are in seconds from its first frame."""
 
     @property
     def facts(self) -> VideoFacts:
         """Return size and length; where the container has no index of frames, this reads through the whole file."""
 
-    def frames_at(self, times: Sequence[float], beyond: float | None = None) -> "Iterator[np.ndarray]":
+    def frames_at(self, times: "Sequence[float] | np.ndarray", beyond: float | None = None) -> "Iterator[np.ndarray]":
         """Yield the frame nearest to each of `times`, which ascend: (height, width, 3), uint8, RGB.
 
         Args:
@@ -46,7 +46,7 @@ class Video(Protocol, AbstractContextManager):
         """Close the file."""
 
 
-def open_video(file: str | os.PathLike | BinaryIO, threads: int = 1, backend: str = DEFAULT_BACKEND) -> Video:
+def open_video(file: str | os.PathLike[str] | BinaryIO, threads: int = 1, backend: str = DEFAULT_BACKEND) -> Video:
     """Open a video file.
 
     Args:
@@ -78,7 +78,7 @@ def load_decoder(backend: str = DEFAULT_BACKEND) -> None:
         from cogvideox_sat.media import pyav_reading  # noqa: F401
 
 
-def is_animation(file: str | os.PathLike | BinaryIO) -> bool:
+def is_animation(file: str | os.PathLike[str] | BinaryIO) -> bool:
     """Return whether a file is a GIF, WebP or PNG picture, animated or not.
 
     Raises:

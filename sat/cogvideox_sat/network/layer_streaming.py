@@ -94,7 +94,7 @@ class LayerStreamer:
 class Slot:
     """Room for one layer on the device: which layer is in it, and on CUDA when it was filled and last used."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.buffers: list[Tensor] = []
         self.layer: int | None = None
         self.filled: torch.cuda.Event | None = None

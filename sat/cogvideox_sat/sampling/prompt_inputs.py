@@ -66,7 +66,8 @@ def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[P
     if path.suffix.lower() == ".json":
         raise UserError(f"prompt file {path}: use .txt with one prompt a line or .jsonl with one JSON object a line")
     parse = _parse_json if path.suffix.lower() == ".jsonl" else _parse_text
-    is_text, requests = parse is _parse_text, []
+    is_text = parse is _parse_text
+    requests: list[PromptRequest] = []
     for number, line in enumerate(_read_lines(path), start=1):
         where = f"{path}, line {number}"
         if not line.strip():

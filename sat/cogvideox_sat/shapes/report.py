@@ -53,7 +53,8 @@ def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
     numbers["prompts_without_videos"] = sum(not prompt.videos for prompt in prompted)
     if options.own_accuracy_clips:
         numbers["judge"] = own_accuracy(options.own_accuracy_clips, options.seed, first.shape)
-    results, ratios = {1: [], 2: []}, []
+    results: dict[int, list[dict[str, bool]]] = {1: [], 2: []}
+    ratios: list[float] = []
     for prompt in prompted:
         for path in prompt.videos:
             frames = read_video(path)

@@ -255,10 +255,11 @@ def random_scenes(
     while len(scenes) < count:
         patterned = chance.random() < PATTERNED_SHARE
         paired = pairs and chance.random() < PAIR_SHARE
-        for _ in range(50):  # when all scenes of this kind are there, they come again, elsewhere in the picture
-            scene = _random_scene(chance, patterned, paired, split, concept, words)
+        scene = _random_scene(chance, patterned, paired, split, concept, words)
+        for _ in range(49):  # when all scenes of this kind are there, they come again, elsewhere in the picture
             if scene not in seen:
                 break
+            scene = _random_scene(chance, patterned, paired, split, concept, words)
         seen.add(scene)
         scenes.append(scene)
     return scenes

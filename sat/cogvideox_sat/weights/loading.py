@@ -47,7 +47,8 @@ def load_network(
     if is_lora and size > 1:
         raise UserError("lora_config does not work with model_parallel_size > 1: merge the adapter first")
 
-    weights, sources = {}, []
+    weights: dict[str, Tensor] = {}
+    sources: list[str] = []
     if load:
         file, is_share = checkpoint_file(load, rank, size)
         weights |= own_tables(network) | network_weights(file) if is_diffusers_file(file) else network_weights(file)

@@ -4,7 +4,7 @@ Each scaling maps noise levels, (batch,) or broadcastable, to (c_skip, c_out, c_
 ("EDM", section 5) is the source of the form. `takes_alpha` says that a scaling works on a = sqrt(ᾱ), not on σ.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ class DenoiserScaling(Protocol):
 
     takes_alpha: bool
 
-    def __call__(self, level: Tensor, **model_inputs) -> Scales: ...
+    def __call__(self, level: Tensor, **model_inputs: Any) -> Scales: ...
 
 
 class EDMScaling:
@@ -27,7 +27,7 @@ class EDMScaling:
     def __init__(self, sigma_data: float = 0.5):
         self.sigma_data = sigma_data
 
-    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+    def __call__(self, sigma: Tensor, **model_inputs: Any) -> Scales:
         variance = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance**0.5
@@ -41,7 +41,7 @@ class EpsScaling:
 
     takes_alpha = False
 
-    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+    def __call__(self, sigma: Tensor, **model_inputs: Any) -> Scales:
         return sigma.new_ones(sigma.shape), -sigma, (sigma**2 + 1.0) ** -0.5, sigma
 
 
@@ -50,7 +50,7 @@ class VScaling:
 
     takes_alpha = False
 
-    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+    def __call__(self, sigma: Tensor, **model_inputs: Any) -> Scales:
         variance = sigma**2 + 1.0
         return 1.0 / variance, -sigma * variance**-0.5, variance**-0.5, sigma
 
@@ -58,7 +58,7 @@ class VScaling:
 class VScalingWithEDMcNoise(VScaling):
     """`VScaling`, telling the network the noise level as `EDMScaling` does."""
 
-    def __call__(self, sigma: Tensor, **model_inputs) -> Scales:
+    def __call__(self, sigma: Tensor, **model_inputs: Any) -> Scales:
         c_skip, c_out, c_in, _ = super().__call__(sigma)
         return c_skip, c_out, c_in, 0.25 * sigma.log()
 
@@ -68,5 +68,5 @@ class VideoScaling:
 
     takes_alpha = True
 
-    def __call__(self, alpha: Tensor, *, idx: Tensor, **model_inputs) -> Scales:
+    def __call__(self, alpha: Tensor, *, idx: Tensor, **model_inputs: Any) -> Scales:
         return alpha, -((1.0 - alpha**2) ** 0.5), alpha.new_ones(alpha.shape), idx

@@ -24,7 +24,7 @@ class EDMWeighting:
 class VWeighting(EDMWeighting):
     """The squared error of the velocity v: SNR + 1 (Salimans and Ho 2022)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(sigma_data=1.0)
 
 

@@ -21,7 +21,9 @@ Cond = Mapping[str, Tensor]
 class IdentityGuider:
     """No guidance: the network runs on the conditional batch alone."""
 
-    def prepare_inputs(self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None) -> tuple[Tensor, Tensor, dict]:
+    def prepare_inputs(
+        self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The network's inputs: `x` (batch, ...), its levels `s` (batch,) and the conditioning, as they are."""
         return x, s, dict(c)
 
@@ -58,7 +60,9 @@ class VanillaCFG:
                 f"{error}; use one of sgm.modules.diffusionmodules.sampling_utils"
             ) from error
 
-    def prepare_inputs(self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None) -> tuple[Tensor, Tensor, dict]:
+    def prepare_inputs(
+        self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The network's inputs, twice the batch: the unconditional half first.
 
         Raises:

@@ -55,7 +55,7 @@ class DiffusionLoss(nn.Module):
         self.sigma_sampler.data_parallel_group = data_parallel
 
     def condition(
-        self, conditioner: Callable[[Mapping], dict[str, Tensor]], batch: Mapping[str, Any]
+        self, conditioner: Callable[[Mapping[str, Any]], dict[str, Tensor]], batch: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The conditioning of a batch, with `batch["concat_images"]` as "concat", and what the network gets by name."""
         cond = dict(conditioner(batch))
@@ -90,7 +90,7 @@ class StandardDiffusionLoss(DiffusionLoss):
         self,
         network: nn.Module,
         denoiser: nn.Module,
-        conditioner: Callable[[Mapping], dict[str, Tensor]],
+        conditioner: Callable[[Mapping[str, Any]], dict[str, Tensor]],
         input: Tensor,
         batch: Mapping[str, Any],
     ) -> Tensor:
@@ -132,7 +132,7 @@ class VideoDiffusionLoss(DiffusionLoss):
         self,
         network: nn.Module,
         denoiser: nn.Module,
-        conditioner: Callable[[Mapping], dict[str, Tensor]],
+        conditioner: Callable[[Mapping[str, Any]], dict[str, Tensor]],
         input: Tensor,
         batch: Mapping[str, Any],
     ) -> Tensor:

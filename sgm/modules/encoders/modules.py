@@ -183,7 +183,7 @@ def _check_correlation(embedders: list[int], probabilities: list[float], count: 
         )
 
 
-def _replace_some(values: Any, replacement: Any, rate: float) -> list:
+def _replace_some(values: Any, replacement: Any, rate: float) -> list[Any]:
     """The samples of a batch, each replaced with probability `rate`."""
     dropped = (randomness.uniform(len(values), purpose="caption dropout") < rate).tolist()
     return [replacement if drop else value for value, drop in zip(values, dropped, strict=True)]

@@ -344,6 +344,6 @@ _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 _PIXEL_LOSSES = {"l1": torch.abs, "l2": torch.square}
 
 
-def _check_choice(name: str, value: Any, choices: Collection) -> None:
+def _check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     if value not in choices:
         raise UserError(f"loss_config: {name} is {value!r}, it can be {' or '.join(map(repr, choices))}")
