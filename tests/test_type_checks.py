@@ -34,6 +34,14 @@ def test_errors_count_where_the_room_is_checked():
     assert line == "media: no errors, or no such room; take it out of NOT_YET"
 
 
+def test_where_mypy_does_not_run_nothing_passes_for_checked(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'No module named mypy' >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(RuntimeError, match="No module named mypy"):
+        errors(tmp_path)
+
+
 @pytest.mark.slow
 def test_mypy_sees_a_mistake(tmp_path: Path):
     package = tmp_path / "sat" / "cogvideox_sat" / "clips"
