@@ -18,10 +18,10 @@ from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt
 from cogvideox_sat.clips.batch_order import Locality, SampleKey
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.clips.reader_record import describe_reader
-from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part, read_clip
+from cogvideox_sat.clips.reading import WHOLE, ClipInfo, FrameSampling, Part, read_clip
 from cogvideox_sat.clips.report import SourceReport, counted
 from cogvideox_sat.clips.selection import Selection, SelectionRules, select
-from cogvideox_sat.clips.sources import LabelRules
+from cogvideox_sat.clips.sources import ClipSource, LabelRules
 from cogvideox_sat.clips.transforms import Framing
 from cogvideox_sat.clips.video_sizes import nearest_size, parse_sizes
 from cogvideox_sat.configuration.model_limits import ModelLimits
@@ -142,7 +142,10 @@ class SFTDataset(Dataset):
             clips_per_video,
             clip_stride,
         )
-        self.sources, self.infos, self.buckets, self.unreadable = [], [], [], []
+        self.sources: list[ClipSource] = []
+        self.infos: list[ClipInfo] = []
+        self.buckets: list[Bucket] = []
+        self.unreadable: list[str] = []
         self.parts: dict[int, Part] = {}  # of the samples that do not start anywhere in their source
         self.counts: list[int] = []
         self.draws: list[float] | None = None

@@ -281,7 +281,7 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Ma
     )
 
 
-class StoredTensors(Mapping):
+class StoredTensors(Mapping[tuple[str, str], Tensor]):
     """The tensors of the optimizer's files by (kind, parameter), each read when it is asked for."""
 
     def __init__(self, folder: Path, share: int):

@@ -114,7 +114,8 @@ def limit_buckets(zero: dict[str, Any], trained: int) -> None:
 
 def parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
     """What is trained of `network`, in a group with weight decay and one without: biases and norms."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:

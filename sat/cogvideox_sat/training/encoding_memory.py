@@ -38,9 +38,11 @@ class AllocatedBytes(TorchDispatchMode):
         super().__init__()
         self.workspaces = workspaces
         self.live = self.peak = 0
-        self._seen: weakref.WeakSet = weakref.WeakSet()
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._seen:

@@ -95,7 +95,7 @@ def _lacks(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str
 def counters(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     """The plain numbers that the optimizer keeps (its step), which are the same for all parameters; JSON-able."""
     optimizer = inner_optimizer(engine)
-    state = next(iter(optimizer.state.values()), {})
+    state: Mapping[str, Any] = next(iter(optimizer.state.values()), {})
     numbers = {kind: _number(value) for kind, value in state.items() if _is_number(value)}
     rates = [group["lr"] for group in optimizer.param_groups]
     added = optimizer.param_groups[0].keys() - optimizer.defaults.keys() - {"params", "initial_lr"}
