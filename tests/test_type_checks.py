@@ -1,37 +1,24 @@
-"""The check of types sees a mistake in a room that is checked, and an entry that is no longer true."""
+"""The check of types sees mistakes and missing annotations, and says so if it could not run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from architecture import LAYERS
-from type_checks import NOT_YET, complaints, errors, room_of
+import type_checks
+from architecture import ROOT
 
-CLIPS = "sat/cogvideox_sat/clips/files.py:3: error: Incompatible return value type  [return-value]"
-
-
-@pytest.mark.parametrize(
-    ("line", "room"),
-    [
-        (CLIPS, "clips"),
-        ("sat/cogvideox_sat/engine_choice.py:1: error: x", "engine_choice"),
-        ("sat/train_video.py:1: error: x", "train_video"),
-        ("sgm/modules/ema.py:1: error: x", "sgm"),
-    ],
-)
-def test_rooms_of_files(line, room):
-    assert room_of(line) == room
-
-
-def test_rooms_that_are_not_checked_are_rooms():
-    assert {*NOT_YET} < {room for layer in LAYERS for room in layer}
-
-
-def test_errors_count_where_the_room_is_checked():
-    assert complaints([CLIPS], {}) == [CLIPS]
-    assert complaints([CLIPS], {"clips": 2}) == []
-    (line,) = complaints([CLIPS], {"clips": 2, "media": 1})
-    assert line == "media: no errors, or no such room; take it out of NOT_YET"
+MISTAKES = {
+    "return-value": "def f(x: int) -> str:\n    return x\n",
+    "no-untyped-def": "def f(x, y: int = 0):\n    return x\n",
+    "type-arg": "def f(x: dict) -> None: ...\n",
+    "var-annotated": "def f() -> None:\n    x = []\n    print(x)\n",
+    "possibly-undefined": "def f(x: int) -> int:\n    if x:\n        y = 1\n    return y\n",
+    "comparison-overlap": "def f(x: int) -> bool:\n    return x == 'a'\n",
+    "unused-ignore": "def f(x: int) -> int:\n    return x  # type: ignore[return-value]\n",
+    "redundant-cast": "from typing import cast\n\n\ndef f(x: int) -> int:\n    return cast(int, x)\n",
+    "ignore-without-code": "def f(x: int) -> str:\n    return x  # type: ignore\n",
+}
 
 
 def test_where_mypy_does_not_run_nothing_passes_for_checked(tmp_path: Path, monkeypatch):
@@ -39,15 +26,24 @@ def test_where_mypy_does_not_run_nothing_passes_for_checked(tmp_path: Path, monk
     (tmp_path / "python").write_text("#!/bin/sh\necho 'No module named mypy' >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(RuntimeError, match="No module named mypy"):
-        errors(tmp_path)
+        type_checks.errors(tmp_path)
 
 
 @pytest.mark.slow
-def test_mypy_sees_a_mistake(tmp_path: Path):
+def test_each_kind_of_mistake_is_seen(tmp_path: Path, monkeypatch, capsys):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     package = tmp_path / "sat" / "cogvideox_sat" / "clips"
     package.mkdir(parents=True)
-    (package / "files.py").write_text("def f(x: int) -> str:\n    return x\n")
-    (line,) = errors(tmp_path)
-    assert room_of(line) == "clips" and "return-value" in line
-    (package / "files.py").write_text("def f(x: int) -> int:\n    return x\n")
-    assert errors(tmp_path) == []
+    (package / "right.py").write_text("def f(x: int) -> int:\n    return x\n")
+    assert type_checks.errors(tmp_path) == []
+    files = {kind: package / f"mistake_{number}.py" for number, kind in enumerate(MISTAKES)}
+    for kind, file in files.items():
+        file.write_text(MISTAKES[kind])
+    found = type_checks.errors(tmp_path)
+    for kind, file in files.items():
+        assert any(f"{file.name}:" in line and f"[{kind}]" in line for line in found), kind
+    assert not any("right.py" in line for line in found)
+
+    monkeypatch.setattr(type_checks, "errors", lambda: found)
+    assert type_checks.main() == 1
+    assert capsys.readouterr().out.splitlines() == found
