@@ -2,10 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
 class FilePart(io.RawIOBase):
@@ -37,7 +33,7 @@ class FilePart(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
-    def readinto(self, buffer: "WriteableBuffer") -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # Buffer is of Python 3.12
         self._file.seek(self._start + self._position)
         with memoryview(buffer) as view:
             wanted = max(min(len(view), self._size - self._position), 0)
