@@ -11,7 +11,7 @@ from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.training import encoding_memory
 from cogvideox_sat.training.encoding_memory import encoding_peak, meta_encoder
-from cogvideox_sat.training.parameter_report import encoding_bytes
+from cogvideox_sat.training.memory_estimate import encoding_bytes
 from sgm.util import instantiate_from_config
 
 GIB = 2**30
@@ -61,7 +61,8 @@ def test_against_an_h100():
     """benchmarks/RESULTS.md, "Video autoencoder, full, cuda, bfloat16": encoding takes 29.2 GiB, weights included."""
     config = first_stage()
     weights = sum(parameter.nbytes for parameter in meta_encoder(config, torch.bfloat16).parameters())
-    engine = Namespace(first_stage_model=Namespace(), config={"first_stage_config": config})
+    vae, device = Namespace(), torch.device("cuda")
+    engine = Namespace(first_stage_model=vae, config={"first_stage_config": config}, device=device)
     assert encoding_bytes(engine, LARGE, 1, element=2) + weights == pytest.approx(29.2 * GIB, rel=0.1)
     assert encoding_bytes(engine, LARGE, 2, element=2) == 2 * encoding_bytes(engine, LARGE, 1, element=2)
     assert encoding_bytes(Namespace(first_stage_model=None), LARGE, 1, element=2) == 0

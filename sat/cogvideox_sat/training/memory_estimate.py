@@ -1,0 +1,203 @@
+"""How much memory a process of training takes, estimated from the sizes of its network and its clips."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogvideox_sat.configuration.deepspeed import runtime_config
+from cogvideox_sat.latent_geometry import Bucket, video_tokens
+from cogvideox_sat.training.encoding_memory import encoding_peak
+from cogvideox_sat.training.trainable_parameters import trainable_groups
+from diffusion_video import DTYPES, SATVideoDiffusionEngine
+from sgm.context_parallel import group_size
+
+GIB = 2**30
+
+# float32 tensors that optimizers keep for each trained parameter beside its master copy.
+OPTIMIZER_TENSORS = {"fusedemaadam": 3, "emaadam": 3, "lion": 1, "adagrad": 1, "muon": 1, "sgd": 1}
+ADAM_TENSORS = 2  # for all others
+
+# Of ZeRO, where the configuration does not say.
+REDUCE_BUCKET_SIZE = 500_000_000  # elements
+
+# Activations that one layer keeps for its backward pass, in tensors of (tokens, hidden_size): those that all
+# model-parallel processes hold, and those that they share. Without gradients of the frozen weights, modulation and MLP,
+# an adapter needs fewer.
+KEPT_BY_LAYER = {"network": (8, 15), "adapter": (3, 11)}
+KEPT_OUTSIDE_LAYERS = {"network": 4, "adapter": 2}
+WORKING_SET = 10  # gradients in the backward pass of a layer: 2 x 4 in its MLP, 2 on the residual path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the state of training is spread over processes and memories.
+
+    Args:
+        zero_stage: of DeepSpeed: 1 divides optimizer states among the data-parallel processes, 2 gradients too, 3 also
+            weights.
+        offload_optimizer, offload_parameters: ZeRO keeps these in host memory (or on NVMe).
+        data_parallel, model_parallel: numbers of processes.
+        optimizer_tensors: float32 tensors for each parameter beside its master copy: 2 of Adam, 3 with averages.
+        bucket_bytes: of the buffers in which ZeRO gathers gradients.
+    """
+
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    data_parallel: int = 1
+    model_parallel: int = 1
+    optimizer_tensors: int = ADAM_TENSORS
+    bucket_bytes: int = 0
+
+    @classmethod
+    def from_config(
+        cls, deepspeed_config: Mapping[str, Any], dtype: torch.dtype, data_parallel: int = 1, model_parallel: int = 1
+    ) -> "Layout":
+        """Read it off a checked `deepspeed:` section, for a network of `dtype`."""
+        precision = next((name for name, kind in DTYPES.items() if kind == dtype), "fp32")
+        config = runtime_config(deepspeed_config, precision)
+        zero = config["zero_optimization"]
+        kind = (config.get("optimizer") or {}).get("type", "").rpartition(".")[2].lower()
+        stage, bucket_bytes = zero["stage"], 0
+        if stage > 0 and zero.get("contiguous_gradients", True):
+            buffers = 2 if zero.get("overlap_comm", stage == 3) and stage < 3 else 1
+            element = 4 if stage == 1 else dtype.itemsize
+            bucket_bytes = buffers * element * zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
+
+        def offloaded(part: str) -> bool:
+            return (zero.get(part) or {}).get("device", "none") != "none"
+
+        return cls(
+            zero_stage=stage,
+            offload_optimizer=stage > 0 and offloaded("offload_optimizer"),
+            offload_parameters=stage == 3 and offloaded("offload_param"),
+            data_parallel=data_parallel,
+            model_parallel=model_parallel,
+            optimizer_tensors=OPTIMIZER_TENSORS.get(kind, ADAM_TENSORS),
+            bucket_bytes=bucket_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process: on its device, and `host` in host memory."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    encoding: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Of the device. A clip is encoded before the network runs on it, so only the larger of the two counts."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.encoding)
+
+
+def estimate_memory(
+    engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micro_batch: int
+) -> MemoryEstimate:
+    """Return the memory that training takes, to within 20 %, without the use by libraries (on CUDA about 1 GiB).
+
+    With Ψ parameters of the network, T of them trained, in b bytes each, D data-parallel processes, and D₁, D₂, D₃ = D
+    from that ZeRO stage on, else 1 (Rajbhandari et al., arXiv:1910.02054):
+
+        weights    b·Ψ / D₃, and those of the frozen VAE and text encoder
+        gradients  b·T / D₂, and ZeRO's buckets
+        optimizer  4·T / D₁ for each of its tensors; with ZeRO also for the float32 weights, and for the gradients in
+                   float32 while it steps, where b < 4
+
+    Offloaded parts count as `host`. Activations and encoding: `activation_bytes`, `encoding_bytes`.
+    """
+    network, d = engine.network, layout.data_parallel
+    element = engine.dtype.itemsize
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    network_bytes, frozen_bytes = module_bytes(network), module_bytes(engine) - module_bytes(network)
+
+    weights = network_bytes // (d if layout.zero_stage == 3 else 1)
+    gradients = element * trained // (d if layout.zero_stage >= 2 else 1)
+    tensors = layout.optimizer_tensors
+    if layout.zero_stage > 0:
+        tensors += 1 + int(element < 4)
+    optimizer = 4 * tensors * trained // (d if layout.zero_stage >= 1 else 1)
+
+    host = optimizer * layout.offload_optimizer + weights * layout.offload_parameters
+    return MemoryEstimate(
+        weights=frozen_bytes + weights * (not layout.offload_parameters),
+        gradients=gradients + min(layout.bucket_bytes, 8 * trained),  # `training.deepspeed_engine.limit_buckets`
+        optimizer=optimizer * (not layout.offload_optimizer),
+        activations=activation_bytes(network, bucket, micro_batch, element, layout.model_parallel),
+        encoding=encoding_bytes(engine, bucket, micro_batch, element),
+        host=host,
+    )
+
+
+def activation_bytes(
+    network: nn.Module, bucket: Bucket, micro_batch: int, element: int, model_parallel: int = 1
+) -> int:
+    """Memory of the network's activations at its peak, in the backward pass.
+
+    In tensors of micro_batch · tokens · hidden_size elements: each of the layers keeps k, or 1 where activations are
+    recomputed and then k of the layer at work; 4 are kept outside of layers (2 where an adapter alone is trained), and
+    10 are gradients on their way. k is 23, for an adapter alone 14; of these, model-parallel processes share 15 and 11.
+    """
+    unit = tensor_bytes(network, bucket, micro_batch, element)
+    at_work = kept_by_layer(network, model_parallel) if network.transformer.checkpoint_activations else 0
+    return kept_bytes(network, bucket, micro_batch, element, model_parallel) + int((at_work + WORKING_SET) * unit)
+
+
+def kept_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int, model_parallel: int = 1) -> int:
+    """Return the bytes that the forward pass keeps for the backward pass, see `activation_bytes`."""
+    recomputed = network.transformer.checkpoint_activations
+    kept = network.num_layers * (1 if recomputed else kept_by_layer(network, model_parallel))
+    kept += KEPT_OUTSIDE_LAYERS[what_is_trained(network)]
+    return int(kept * tensor_bytes(network, bucket, micro_batch, element))
+
+
+def kept_by_layer(network: nn.Module, model_parallel: int = 1) -> float:
+    """Return how many tensors a layer keeps for its backward pass, see `KEPT_BY_LAYER`."""
+    whole, shared = KEPT_BY_LAYER[what_is_trained(network)]
+    return whole + shared / model_parallel
+
+
+def what_is_trained(network: nn.Module) -> str:
+    """Return "adapter" if nothing else is trained, else "network"."""
+    return "adapter" if set(trainable_groups(network.named_parameters())) == {"adapter"} else "network"
+
+
+def tensor_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int) -> int:
+    """Return the bytes of one value for each hidden feature of each token, text included."""
+    tokens = network.mixins["pos_embed"].text_length + video_tokens(bucket, network.patch)
+    return micro_batch * tokens * network.hidden_size * element
+
+
+def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch: int, element: int) -> int:
+    """Return the bytes of the VAE's activations while it encodes clips, see `encoding_peak`; 0 for cached latents."""
+    vae = engine.first_stage_model
+    if vae is None:
+        return 0
+    dtype = torch.float32 if element == 4 else torch.bfloat16
+    first_stage = engine.config["first_stage_config"]
+    tile_size, group = getattr(vae, "tile_size", None), getattr(vae, "group", None)
+    return micro_batch * encoding_peak(first_stage, bucket, dtype, engine.device.type, tile_size, group_size(group))
+
+
+def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomputed: bool) -> str:
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    parts["activations" + (" (recomputed)" if recomputed else "")] = memory.activations
+    if memory.encoding > memory.activations:
+        parts["or, while clips are encoded,"] = memory.encoding
+    described = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    host = f", and {memory.host / GIB:.2f} GiB in host memory" if memory.host else ""
+    clips = f"{micro_batch} x {bucket}"
+    return f"expected memory of a process, for {clips}: {memory.total / GIB:.2f} GiB ({described}){host}"
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,52 @@
+"""Which parameters of a network are trained, and how many."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from sgm.errors import UserError
+
+# The group of a parameter of the network is the first with a mark that its name has.
+GROUPS = {
+    "adapter": (".matrix_A.", ".matrix_B."),
+    "final layer": ("final_layer.",),
+    "modulation": ("adaLN_modulation",),
+    "norms": ("norm",),
+    "attention": (".attention.",),
+    "mlp": (".mlp.",),
+    "embeddings": ("patch_embed.", "pos_embed.", "time_embed.", "ofs_embed.", "position_embeddings."),
+    "other": ("",),
+}
+
+
+def trainable_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Numbers of trainable parameters by group, largest first, of a network's parameters.
+
+    Raises:
+        UserError: there are none.
+    """
+    counts = dict.fromkeys(GROUPS, 0)
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            group = next(group for group, marks in GROUPS.items() if any(mark in name for mark in marks))
+            counts[group] += parameter.numel()
+    if not any(counts.values()):
+        raise UserError("nothing is to be trained: see model.not_trainable_prefixes in the configuration")
+    return {group: count for group, count in sorted(counts.items(), key=lambda item: -item[1]) if count}
+
+
+def trainable_line(groups: Mapping[str, int], total: int, model_parallel: int = 1) -> str:
+    trained = sum(groups.values())
+    shares = ", ".join(f"{group} {short_count(count)}" for group, count in groups.items())
+    where = f" in each of {model_parallel} model-parallel processes" if model_parallel > 1 else ""
+    return (
+        f"trainable parameters{where}: {short_count(trained)} of {short_count(total)} ({trained / total:.1%}): {shares}"
+    )
+
+
+def short_count(number: int) -> str:
+    """Return a number of parameters in three digits and a unit: `5.57 B`."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
