@@ -8,7 +8,8 @@ import torch
 
 from cogvideox_sat.conversion.diffusers_folders import transformer_config, vae_config
 from cogvideox_sat.conversion.model_sizes import released_config, sizes_of_config
-from cogvideox_sat.conversion.weight_family import CONFIGS, detect_autoencoder, detect_network
+from cogvideox_sat.conversion.released_models import CONFIGS
+from cogvideox_sat.conversion.weight_family import detect_autoencoder, detect_network
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
 from cogvideox_sat.weights.diffusers_names import (
     TABLES,
