@@ -1,5 +1,7 @@
 """What several test files share: the tiny models, and a single thread."""
 
+import gc
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
+
+
+def pytest_runtest_logfinish() -> None:
+    """After a test, take what it has imported out of garbage collection: there is so much of it that each
+    `gc.collect()` of the code under test would take a second."""
+    if len(sys.modules) > Imported.frozen + 100:
+        freeze_imports()
+
+
+class Imported:
+    frozen = 0  # how many modules there were when they were last taken out of garbage collection
+
+
+def freeze_imports() -> None:
+    gc.collect()  # what is garbage now would stay for ever
+    gc.freeze()
+    Imported.frozen = len(sys.modules)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    freeze_imports()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
