@@ -101,6 +101,19 @@ def peak_memories(contenders: Iterable[str], device: "torch.device", *task: str)
         return dict(zip(names, pool.map(lambda name: _in_own_process("--memory-of", *task, name), names), strict=True))
 
 
+def speeds(seconds: Mapping[str, float], memory: Mapping[str, float], flops: float) -> dict[str, list[object]]:
+    """Return the cells of each contender: seconds, TFLOP/s, GiB, and the time beside that of diffusers."""
+    return {
+        name: [
+            each,
+            flops / each / 1e12,
+            f"{memory[name]:.2f}",
+            f"{each / seconds['diffusers']:.3f}",
+        ]
+        for name, each in seconds.items()
+    }
+
+
 def layer_flops(tokens: int, width: int) -> tuple[int, int]:
     """Of one layer's forward pass on one clip: floating-point operations of the products with weight matrices (of the
     attention's projections and the MLP, 24·n·d²) and of the attention (4·n²·d)."""

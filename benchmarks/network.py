@@ -25,6 +25,7 @@ from harness import (  # noqa: E402
     markdown_table,
     peak_memories,
     peak_memory,
+    speeds,
     write_results,
 )
 
@@ -53,16 +54,7 @@ def main() -> None:
     del contenders
     memory = peak_memories(seconds, args.device)
     flops = floating_point_operations(args)
-    rows = [
-        [
-            name,
-            seconds[name],
-            flops / seconds[name] / 1e12,
-            f"{memory[name]:.2f}",
-            f"{seconds[name] / seconds['diffusers']:.3f}",
-        ]
-        for name in seconds
-    ]
+    rows = [[name, *cells] for name, cells in speeds(seconds, memory, flops).items()]
     header = ["", "s per step", "TFLOP/s", "peak GiB", "time ratio"]
     clip = "×".join(map(str, args.clip))
     text = (

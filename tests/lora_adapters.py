@@ -86,6 +86,18 @@ def adapted_network(
     return AdaptedNetwork(case, config, network, folder)
 
 
+def random_adapter(folder: Path, width: int, layers: int, rank: int) -> None:
+    """Write an adapter with random matrices on all layers of a network, without the weights of that."""
+    generator, adapter = torch.Generator().manual_seed(0), {}
+    for layer in range(layers):
+        for module, parts in (("query_key_value", 3), ("dense", 1)):
+            for part in range(parts):
+                name = f"transformer.layers.{layer}.attention.{module}.matrix"
+                adapter[f"{name}_A.{part}"] = torch.randn(rank, width, generator=generator)
+                adapter[f"{name}_B.{part}"] = torch.randn(width, rank, generator=generator)
+    save(adapter, folder, "1")
+
+
 def with_lora(config: dict[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
     params = {"r": rank} if alpha is None else {"r": rank, "lora_alpha": alpha}
     lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}

@@ -1,5 +1,10 @@
 """Running tools that are to refuse."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,36 @@ def error_of(main: Any, caplog: Any, *arguments: object) -> str:
     assert len(errors) == 1
     assert "\n" not in errors[0]
     return errors[0]
+
+
+# Runs each command line of a JSON list and prints, as JSON, its exit code, what it logged, and whether PyTorch came in.
+MISTAKES = """
+import importlib, io, json, logging, sys
+main = importlib.import_module("tools." + sys.argv[1]).main
+results = []
+for command in json.load(sys.stdin):
+    log = io.StringIO()
+    logging.basicConfig(stream=log, force=True, level=logging.INFO, format="%(message)s")
+    results.append([main(command), log.getvalue(), "torch" in sys.modules])
+print(json.dumps(results))
+"""
+
+
+def assert_told_before_pytorch(tool: str, mistakes: Mapping[str, tuple[Sequence[object], str]]) -> None:
+    """Check that a tool answers command lines with one line each, and does not import PyTorch for that.
+
+    Args:
+        mistakes: command lines by what is wrong with them, each with what the line is to hold.
+    """
+    root = TOOLS.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "sat")]), "OMP_NUM_THREADS": "1"}
+    commands = json.dumps([[str(word) for word in arguments] for arguments, _ in mistakes.values()])
+    run = [sys.executable, "-c", MISTAKES, tool]
+    process = subprocess.run(run, input=commands, env=environment, capture_output=True, text=True)
+    results = json.loads(process.stdout)
+    for (name, (_, says)), (code, log, torch_came_in) in zip(mistakes.items(), results, strict=True):
+        assert (code, torch_came_in) == (2, False), (name, log)
+        assert log.startswith("error: ") and says in log and log.count("\n") == 1, (name, log)
 
 
 def error_on_a_full_disk(tool: str, limit: int, *arguments: object) -> str:

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from harness import alternating_medians, layer_flops, markdown_table, peak_memories
+from harness import alternating_medians, layer_flops, markdown_table, peak_memories, speeds
 from torch import Tensor, nn
 
 from cogvideox_sat.latent_geometry import patch_sizes
@@ -27,16 +27,8 @@ def compare(args: argparse.Namespace) -> str:
     memory = peak_memories(seconds, args.device)
     flops = floating_point_operations(args)
     rows = [
-        [
-            name,
-            seconds[name],
-            flops / seconds[name] / 1e12,
-            f"{memory[name]:.2f}",
-            f"{seconds[name] / seconds['diffusers']:.3f}",
-            f"{memory[name] / memory['diffusers']:.3f}",
-            f"{last[name]:.6f}",
-        ]
-        for name in seconds
+        [name, *cells, f"{memory[name] / memory['diffusers']:.3f}", f"{last[name]:.6f}"]
+        for name, cells in speeds(seconds, memory, flops).items()
     ]
     header = ["", "s per step", "TFLOP/s", "peak GiB", "time ratio", "memory ratio", f"loss of step {args.repeats + 2}"]
     return f"{markdown_table(header, rows)}\n\n{agreement}"

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,23 +14,12 @@ import processes
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from pipelines import FAMILIES, assert_identical, checkpoint, convert, pipelines  # noqa: F401
 from sgm.weights import read_state_dict
-from tool_runs import error_of
+from tool_runs import assert_told_before_pytorch, error_of
 from tools.convert_weight_sat2hf import main
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "model.diffusion_model."
 
-# Runs each command line of a JSON list and prints, as JSON, its exit code, what it logged, and whether PyTorch came in.
-MISTAKES = """
-import io, json, logging, sys
-from tools.convert_weight_sat2hf import main
-results = []
-for command in json.load(sys.stdin):
-    log = io.StringIO()
-    logging.basicConfig(stream=log, force=True, level=logging.INFO, format="%(message)s")
-    results.append([main(command), log.getvalue(), "torch" in sys.modules])
-print(json.dumps(results))
-"""
 
 # Twice, the second time to replace a folder; every file may have 300 kB at most, as on a disk that is full.
 FULL_DISK = """
@@ -223,15 +210,9 @@ def test_mistakes_are_told_before_pytorch_comes_in(tiny, tmp_path):
         "is not a positive number": ["--vae_ckpt_path", network, "--scaling_factor", "-1", "--output_path", out],
         "unrecognized arguments: --vae": ["--vae", network, "--output_path", out],
     }
-    result = subprocess.run(
-        [sys.executable, "-c", MISTAKES],
-        input=json.dumps(list(cases.values())),
-        env=environment(),
-        capture_output=True,
-        text=True,
+    assert_told_before_pytorch(
+        "convert_weight_sat2hf", {message: (arguments, message) for message, arguments in cases.items()}
     )
-    for (code, log, torch_came), message in zip(json.loads(result.stdout), cases, strict=True):
-        assert code == 2 and message in log and log.count("\n") == 1 and not torch_came, (message, log)
 
 
 class Evil:

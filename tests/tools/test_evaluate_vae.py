@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from seeded import seed_module_
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 from support import assert_close, relative_error
+from tool_runs import assert_told_before_pytorch
 from tools.evaluate_vae import main
 from training_clips import write_dataset
 from videos import read_video
@@ -326,17 +326,6 @@ def test_unreadable_clips_are_left_out(folder, tmp_path, capsys, caplog):
     assert "left out, unreadable" in caplog.text and "001.mp4" in caplog.text
 
 
-# Runs each command line of a JSON list and prints, as JSON, its exit code, what it logged, and whether PyTorch came in.
-MISTAKES = """
-import io, json, logging, sys
-from tools.evaluate_vae import main
-results = []
-for command in json.load(sys.stdin):
-    log = io.StringIO()
-    logging.basicConfig(stream=log, force=True, level=logging.INFO, format="%(message)s")
-    results.append([main(command), log.getvalue(), "torch" in sys.modules])
-print(json.dumps(results))
-"""
 CASES = {
     "no files": (["--data", "{folder}/data"], "--base is missing: name the configuration of the VAE"),
     "no data": (["--base", "{folder}/sampling.yaml"], "--data is missing: name a folder of clips"),
@@ -357,22 +346,15 @@ CASES = {
 
 
 def test_mistakes_are_one_line_before_pytorch_comes_in(folder):
-    commands = []
-    for name, (arguments, _) in CASES.items():
+    mistakes = {}
+    for name, (arguments, says) in CASES.items():
         given = [argument.format(folder=folder) for argument in arguments]
         if "--base" not in given and name != "no files":
             given += ["--base", f"{folder}/sampling.yaml"]
         if "--data" not in given and name != "no data":
             given += ["--data", f"{folder}/data"]
-        commands.append(given)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "sat")])}
-    run = [sys.executable, "-c", MISTAKES]
-    process = subprocess.run(run, input=json.dumps(commands), env=environment, capture_output=True, text=True)
-    results = dict(zip(CASES, json.loads(process.stdout), strict=True))
-    for name, (_, says) in CASES.items():
-        code, log, torch_came_in = results[name]
-        assert (code, torch_came_in) == (2, False), (name, log)
-        assert log.startswith("error: ") and says in log and log.count("\n") == 1, (name, log)
+        mistakes[name] = given, says
+    assert_told_before_pytorch("evaluate_vae", mistakes)
 
 
 def test_help_needs_no_pytorch():

@@ -22,7 +22,7 @@ from cogvideox_sat.commands import input_paths
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.sampling.prompt_inputs import read_prompts
 from conftest import place_parts
-from lora_adapters import save
+from lora_adapters import random_adapter
 from lpips_weights import write_backbone
 from training_clips import write_clip, write_dataset
 
@@ -155,14 +155,7 @@ def root(tmp_path_factory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("root")
     for name in ("assets", "configs"):
         (root / name).symlink_to(REPOSITORY / name)
-    generator, adapter = torch.Generator().manual_seed(0), {}
-    for layer in range(LAYERS):
-        for module, parts in (("query_key_value", 3), ("dense", 1)):
-            for part in range(parts):
-                name = f"transformer.layers.{layer}.attention.{module}.matrix"
-                adapter[f"{name}_A.{part}"] = torch.randn(RANK, WIDTH, generator=generator)
-                adapter[f"{name}_B.{part}"] = torch.randn(WIDTH, RANK, generator=generator)
-    save(adapter, root / "run", "1")
+    random_adapter(root / "run", WIDTH, LAYERS, RANK)
     (root / "run" / "training_config.yaml").write_text(yaml.safe_dump({"args": {"load": MODEL}}))
     config = load_configs([REPOSITORY / "tests" / "configs" / "5b.yaml"])
     for folder in (root / "tiny", Path("tiny")):  # where the parts are made, and how the configuration names them

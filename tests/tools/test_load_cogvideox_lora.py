@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cogvideox_sat.conversion.lora_names import LORA_FILE
-from lora_adapters import save
+from lora_adapters import random_adapter
 from pipelines import convert
 from tool_runs import error_of
 from tools.export_sat_lora_weight import main as export
@@ -27,14 +27,7 @@ def folder(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("load_lora")
     for family in ("5b", "1.5_i2v"):
         convert(tiny, family, folder / family)
-    generator, adapter = torch.Generator().manual_seed(0), {}
-    for layer in range(LAYERS):
-        for module, parts in (("query_key_value", 3), ("dense", 1)):
-            for part in range(parts):
-                name = f"transformer.layers.{layer}.attention.{module}.matrix"
-                adapter[f"{name}_A.{part}"] = torch.randn(RANK, WIDTH, generator=generator)
-                adapter[f"{name}_B.{part}"] = torch.randn(WIDTH, RANK, generator=generator)
-    save(adapter, folder / "sat", "1")
+    random_adapter(folder / "sat", WIDTH, LAYERS, RANK)
     command = ["--sat_pt_path", folder / "sat", "--lora_save_directory", folder / "lora"]
     assert export(list(map(str, command))) == 0
     return folder

@@ -1,6 +1,5 @@
 """The command: mistakes are one line before PyTorch comes in, and a killed run goes on where it was."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,23 +11,13 @@ import yaml
 
 import processes
 from cogvideox_sat.clips.latent_dataset import LatentDataset
+from tool_runs import assert_told_before_pytorch
 from tools.precompute_latents import main
 from training_clips import write_dataset
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "precompute_latents.py"
 
-# Runs each command line of a JSON list and prints, as JSON, its exit code, what it logged, and whether PyTorch came in.
-MISTAKES = """
-import io, json, logging, sys
-from tools.precompute_latents import main
-results = []
-for command in json.load(sys.stdin):
-    log = io.StringIO()
-    logging.basicConfig(stream=log, force=True, level=logging.INFO, format="%(message)s")
-    results.append([main(command), log.getvalue(), "torch" in sys.modules])
-print(json.dumps(results))
-"""
 
 # Is killed while it writes its second shard.
 KILLED = """
@@ -104,21 +93,15 @@ CASES = {
 
 
 def test_mistakes_are_one_line_before_pytorch_comes_in(folder):
-    commands = []
-    for name, (arguments, _) in CASES.items():
+    mistakes = {}
+    for name, (arguments, says) in CASES.items():
         given = [argument.format(folder=folder) for argument in arguments]
         if "--base" not in given and name != "no files":
             given += ["--base", f"{folder}/2b.yaml"]
         if "--output" not in given and name != "no output":
             given += ["--output", f"{folder}/latents"]
-        commands.append(given)
-    run = [sys.executable, "-c", MISTAKES]
-    process = subprocess.run(run, input=json.dumps(commands), env=environment(), capture_output=True, text=True)
-    results = dict(zip(CASES, json.loads(process.stdout), strict=True))
-    for name, (_, says) in CASES.items():
-        code, log, torch_came_in = results[name]
-        assert (code, torch_came_in) == (2, False), (name, log)
-        assert log.startswith("error: ") and says in log and log.count("\n") == 1, (name, log)
+        mistakes[name] = given, says
+    assert_told_before_pytorch("precompute_latents", mistakes)
     assert not (folder / "latents").exists()
 
 
