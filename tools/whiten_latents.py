@@ -83,7 +83,8 @@ def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
 
     with torch.no_grad(), section("model", model, config.sources):
         vaes = [build_vae(each, torch.device("cpu"), torch.float32) for each in vae_configs]
-        dataset = make_dataset(options.data, DataSettings(data_config, missing_label="ignore"), random_start=False)
+        settings = DataSettings(data_config, missing_label="ignore")
+        dataset = make_dataset(options.data, settings, random_start=False, argument="--data")
         samples = readable_samples(dataset, options.num_clips)
         joint = covariance_of(torch.cat([encode(each, sample["mp4"]) for each in vaes], dim=1) for _, sample in samples)
         channels = len(joint) // len(vaes)

@@ -227,6 +227,18 @@ def test_an_input_in_neither_place_is_named_with_both(tool, name, root, here, ca
     assert not contents(here) and contents(root) == before
 
 
+@pytest.mark.parametrize("pattern", ["gone/*.tar", "gone/{000..010}.tar"])
+@pytest.mark.parametrize(
+    ("tool", "argument"),
+    [("evaluate_vae", "--data"), ("whiten_latents", "--data"), ("precompute_latents", "--train_data")],
+)
+def test_a_pattern_that_nothing_fits_is_named_with_both_places(tool, argument, pattern, root, here, caplog):
+    assert main_of(tool)([*COMMANDS[tool], argument, pattern]) == 2
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert line.startswith(f"error: {argument.removeprefix('--') if tool == 'precompute_latents' else argument}: ")
+    assert f"neither in {here} nor in {root}" in line and not contents(here)
+
+
 class Parsed(BaseException):
     def __init__(self, parser: argparse.ArgumentParser):
         self.parser = parser

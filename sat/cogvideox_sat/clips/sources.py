@@ -21,6 +21,7 @@ from cogvideox_sat.clips.caption_tables import TABLE_SUFFIXES, caption_of, decod
 from cogvideox_sat.clips.captions import CLIP_FOLDERS, METADATA, READERS, VIDEO_LISTS, Found, LabelRules, clips_of
 from cogvideox_sat.clips.files import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, ClipSource, other_forms
 from cogvideox_sat.clips.trees import Folder, TarFile
+from cogvideox_sat.commands.input_paths import places
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
@@ -66,7 +67,7 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
         return _manifest_clips(path, rules)
     if suffix == ".tar":
         return _tar_clips(_expand(location), rules)
-    what = "is no folder, .jsonl, .csv or .tar file" if path.exists() else "does not exist"
+    what = "is no folder, .jsonl, .csv or .tar file" if path.exists() else f"does not exist{places(path)}"
     if path.exists() and suffix in (".txt", *CLIP_SUFFIXES):
         what += f": give the folder it lies in, {path.parent}"
     raise UserError(f"{location} {what}")
@@ -132,9 +133,9 @@ def _expand(pattern: str) -> list[str]:
         elif any(char in part for char in "*?["):
             shards += sorted(glob(part))  # noqa: PTH207
         else:
-            raise UserError(f"{part} does not exist")
+            raise UserError(f"{part} does not exist{places(part)}")
     if not shards:
-        raise UserError(f"no file fits {pattern}")
+        raise UserError(f"no file fits {pattern}{places(pattern)}")
     return shards
 
 
