@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -25,12 +26,15 @@ from sgm.config_places import Place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
-from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, why_not_compilable
 from sgm.signatures import accepts
 from sgm.util import class_at, instantiate_from_config
 
+logger = logging.getLogger(__name__)
+
 PARTS = ("conditioner", "first_stage_model", "model")
 PART_NAMES = {"conditioner": "the text encoder", "first_stage_model": "the VAE", "model": "the network"}
+AUTO = "auto"  # of `compile_model`
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -85,6 +89,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.noised_image_dropout = config.get("noised_image_dropout", 0.0)
         self.not_trainable_prefixes = not_trainable_prefixes(config)
         self.attention: AttentionChoice | None = None
+        self.compiled = False  # the network goes through torch.compile
 
         with self.section():
             self.denoiser = instantiate_from_config(config["denoiser_config"])
@@ -169,7 +174,23 @@ class SATVideoDiffusionEngine(nn.Module):
         if self.config.get("network_wrapper"):
             place = Place(("model",), self.config, self.settings.sources).below("network_wrapper")
             wrapper = class_at(self.config["network_wrapper"], place, place.slot)
-        return wrapper(network, compile_model=self.config.get("compile_model", False), dtype=self.dtype)
+        self.compiled = self._compiles(network)
+        if self.compiled:
+            logger.info("compile_model: the network is compiled when it first runs")
+        return wrapper(network, compile_model=self.compiled, dtype=self.dtype)
+
+    def _compiles(self, network: nn.Module) -> bool:
+        """Return whether the network goes through torch.compile: as `compile_model` says, or `auto`, which is where it
+        pays (on a GPU) and nothing stands against it."""
+        asked = self.config.get("compile_model", AUTO)
+        if asked != AUTO:
+            return bool(asked)
+        if self.device.type != "cuda" or not hasattr(network, "compile_layers"):
+            return False
+        if reason := why_not_compilable(self.device):
+            logger.warning("compile_model: the network runs without torch.compile, which fails here: %s", reason)
+            return False
+        return bool(network.compile_layers())
 
     def choose_attention(self, gradients: bool = False) -> AttentionChoice:
         """Choose the kernel of the network's attention and try it; else that is done when the network is built.

@@ -8,6 +8,7 @@ n = l + v tokens of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q)
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from cogvideox_sat.latent_geometry import Grid, patch_sizes
 from cogvideox_sat.network.attention_choice import AttentionChoice
+from cogvideox_sat.network.block import tokens_of
+from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_layer, layer_weights
 from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
 from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
@@ -424,10 +427,13 @@ class DiffusionTransformer(BaseModel):
         super().__init__(settings, transformer=transformer)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size, self.num_layers, self.ofs_embed_dim = hidden_size, num_layers, ofs_embed_dim
+        self.num_attention_heads = num_attention_heads
         self.patch = patch_sizes(patch_size)
         self.layer_runner = LayerRunner([ActivationCheckpointing(transformer)])
         self.attention = self.training_attention = KERNELS["softmax"]
+        self.attention_name = "softmax"
         self.use_attention(None)
+        self.compiles_layers = False
 
         def embedding_mlp(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
@@ -494,8 +500,33 @@ class DiffusionTransformer(BaseModel):
         """Compute attention by another kernel from now on; None: as PyTorch chooses."""
         own = KERNELS["softmax"], KERNELS["written-out"]
         self.attention, self.training_attention = (choice.function,) * 2 if choice and choice.function else own
+        self.attention_name = choice.kernel if choice else "softmax"
         others = [each for each in self.layer_runner.around if not isinstance(each, AttentionChoice)]
         self.layer_runner.around = (*others, choice) if choice and choice.backends else tuple(others)
+
+    def compile_layers(self) -> bool:
+        """Run layers through a compiler from now on; return False, and change nothing, if that is not possible.
+
+        Layers that turn out later to have a part that `network.compiled_layers` does not know run without it.
+        """
+        with suppress(NotCompilable):
+            layer_weights(self, 0)
+            self.compiles_layers = True
+        return self.compiles_layers
+
+    def why_layers_are_not_plain(self) -> str | None:
+        """Return why layers may compute something else than `network.block` does; None: they do not."""
+        if self.has_foreign_mixin:
+            return "it has a mixin that is not defined here"
+        own = (DiffusionTransformer.attention_fn, DiffusionTransformer.layer)
+        if (type(self).attention_fn, type(self).layer) != own:
+            return f"{type(self).__name__} has its own way to run a layer"
+        if self.transformer.layernorm_order != "pre":
+            return f"its layernorm_order is {self.transformer.layernorm_order}"
+        watched = (self.transformer.layers, self.mixins["adaln_layer"])
+        if any(each._forward_hooks or each._forward_pre_hooks for part in watched for each in part.modules()):
+            return "somebody watches its modules"
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -595,11 +626,12 @@ class DiffusionTransformer(BaseModel):
         position = self.hooks["position_embedding_forward"](None, **arguments)
         if position is not None:
             hidden = hidden + position
+        run_layer = self.layers_of_call(arguments, hidden)
         for layer in range(self.num_layers):
             context = LayerContext(
                 layer, self.num_layers, timesteps, grid, text_length, self.training, self.layer_runner.sampling
             )
-            hidden = self.layer_runner(self.layer(layer, arguments), hidden, context)
+            hidden = self.layer_runner(run_layer(layer), hidden, context)
         hidden = self.transformer.final_layernorm(hidden)
         return self.hooks["final_forward"](hidden, **arguments)
 
@@ -631,6 +663,16 @@ class DiffusionTransformer(BaseModel):
                 f"{', '.join(known)}, and others only if a mixin of your own is registered"
             )
         return given if self.has_foreign_mixin else {}
+
+    def layers_of_call(self, arguments: Mapping[str, Any], hidden: Tensor) -> Callable[[int], RunLayer]:
+        """Return what makes each layer a function of the tokens alone, compiled if all of them can be."""
+        if self.compiles_layers:
+            tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
+            emb = F.silu(arguments["emb"])
+            with suppress(NotCompilable):
+                layers = [compiled_layer(self, layer_id, emb, tokens) for layer_id in range(self.num_layers)]
+                return layers.__getitem__
+        return lambda layer_id: self.layer(layer_id, arguments)
 
     def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:
         """Return a layer as a function of the tokens (b, n, d) alone."""

@@ -47,6 +47,7 @@ COVERED_BY = {
     "media.video_facts": ("media/test_video_reading.py", "facts, as all readers give them"),
     "network.position_tables": ("sat/test_dit_video_concat.py", "tables of the network"),
     "parallel.agreement": ("parallel/test_process_groups.py", "agreement of the processes of a group"),
+    "network.block": ("network/test_compiled_layers.py", "what is compiled"),
     "runs.progress": ("runs/test_metrics.py", "the bar of a run"),
     "runs.step_clock": ("runs/test_metrics.py", "the times of steps"),
     "runs.vae_data": ("vae_training/test_run.py", "the clips of a run"),

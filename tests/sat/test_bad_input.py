@@ -96,8 +96,8 @@ CASES = {
     "no size": case(config=params(latent_width=None), says="params.latent_width is None; expected a positive whole"),
     "no modules": case(config=params(modules=None), says="model.network_config.params.modules is missing"),
     "odd patch": case(config=params(patch_size=[2, 2]), says="params.patch_size is [2, 2]"),
-    "compiled and streamed": case(
-        "--offload", "sequential", config={"model": {"compile_model": True}}, says="offload sequential does not go with"
+    "no such way to compile": case(
+        config={"model": {"compile_model": "some"}}, says="compile_model: is 'some'; expected true, false or auto"
     ),
     # What the model can take
     "even frames": case("--sampling_num_frames", "4", says="this model takes an odd number of latent frames up to 3"),

@@ -11,6 +11,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
+import diffusion_video
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.configuration.settings import EngineSettings
 from diffusion_video import SATVideoDiffusionEngine
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
@@ -241,3 +245,37 @@ def test_a_first_stage_without_chunks_or_moments(case):
         latents = engine.encode_first_stage(clips)
         assert torch.equal(latents, engine.scale_factor * clips)
         assert_close(engine.decode_first_stage(latents), clips, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "problem", "compiled"),
+    [
+        (None, "cpu", None, False),
+        ("auto", "cpu", None, False),
+        (True, "cpu", None, True),
+        (False, "cuda", None, False),
+        (None, "cuda", None, True),
+        ("auto", "cuda", "Triton is missing", False),
+    ],
+)
+def test_where_a_network_is_compiled(tiny, monkeypatch, caplog, asked, device, problem, compiled):
+    """`auto`, the default, is on a GPU where a compiler works; what stands against it is one line."""
+    config = {**load_configs([tiny.config("5b")])["model"], **({} if asked is None else {"compile_model": asked})}
+    engine = SATVideoDiffusionEngine(EngineSettings(config), parts=())
+    engine.device = torch.device(device)
+    monkeypatch.setattr(diffusion_video, "why_not_compilable", lambda _: problem)
+    network = instantiate_on_meta(config["network_config"])
+    assert engine._compiles(network) == compiled
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [problem in line for line in warnings] == ([True] if problem else [])
+
+
+def test_a_network_that_cannot_be_compiled_by_layers_is_left_alone_by_auto(tiny, monkeypatch):
+    config = load_configs([tiny.config("5b")])["model"]
+    engine = SATVideoDiffusionEngine(EngineSettings(config), parts=())
+    engine.device = torch.device("cuda")
+    monkeypatch.setattr(diffusion_video, "why_not_compilable", lambda _: None)
+    network = instantiate_on_meta(config["network_config"])
+    network.transformer.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert not engine._compiles(network)
+    assert not engine._compiles(torch.nn.Identity())

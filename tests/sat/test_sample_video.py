@@ -297,7 +297,9 @@ def test_tiles(tiny, tmp_path):
 @needs_compiler
 def test_compiled(tiny, tmp_path, base_videos):
     config = tiny.variant("5b", tmp_path / "compiled.yaml", model={"compile_model": True})
-    assert main(command(config, tmp_path, ONE_PROMPT)) == 0
+    assert main(command(config, tmp_path, ONE_PROMPT, "--offload", "sequential")) == 0
+    (record,) = (tmp_path / "videos").rglob("*.json")
+    assert json.loads(record.read_text())["compiled"] is True
     compiled, eager = (read_video(files(folder)[0])[1] for folder in (tmp_path / "videos", base_videos))
     assert (compiled - eager).abs().mean() < 0.01
 

@@ -135,12 +135,10 @@ def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lor
         )
 
 
-def check_offload(model_config: Mapping[str, Any], offload: str) -> None:
-    """Raises UserError unless `offload` is one of `OFFLOAD_POLICIES` that goes with the model."""
+def check_offload(offload: str) -> None:
+    """Check that `offload` is one of `OFFLOAD_POLICIES`, else raise UserError."""
     if offload not in OFFLOAD_POLICIES:
         raise UserError(f"offload: {offload!r} is unknown; choose one of {', '.join(OFFLOAD_POLICIES)}")
-    if offload == "sequential" and model_config.get("compile_model"):
-        raise UserError("offload sequential does not go with compile_model: true; turn one of them off")
 
 
 def _positive(value: Any, name: str) -> int:

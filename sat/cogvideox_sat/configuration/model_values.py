@@ -14,7 +14,7 @@ from sgm.config_places import ConfigError, Key, Sources, walk
 from sgm.config_slots import SLOTS
 from sgm.errors import shown
 
-FLAGS = ("latent_input", "noised_image_input", "noised_image_all_concat", "compile_model")
+FLAGS = ("latent_input", "noised_image_input", "noised_image_all_concat")
 TEXTS = ("input_key", "network_wrapper", "target")
 LISTS = ("log_keys", "not_trainable_prefixes")
 # May be left empty: the object is then not built, or a default takes its place.
@@ -174,6 +174,9 @@ class Check:
             self.refuse(("model", "scale_factor"), f"is {shown(scale)}; expected a positive number")
         for name in FLAGS:
             self.flag(("model", name), model.get(name))
+        compiles = model.get("compile_model")
+        if not (compiles is None or type(compiles) is bool or compiles == "auto"):
+            self.refuse(("model", "compile_model"), f"is {shown(compiles)}; expected true, false or auto")
         for name in TEXTS:
             self.text(("model", name), model.get(name))
         for name in LISTS:

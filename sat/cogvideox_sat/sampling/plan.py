@@ -117,7 +117,7 @@ def check_combinations(args: SamplingArguments) -> None:
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
-    check_offload(args.model_config, args.offload)
+    check_offload(args.offload)
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("prompts are typed into one process: start it without torchrun, or give an input_file")
     if args.refine_prompts:

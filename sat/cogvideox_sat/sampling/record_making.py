@@ -92,6 +92,7 @@ class Recorder:
             "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "float32",
             "computed_in": str(self.engine.dtype).removeprefix("torch."),
             "attention": self.engine.attention.kernel if self.engine.attention else None,
+            "compiled": self.engine.compiled,
             "checkpoint": described(args.load, hashes.get("checkpoint")),
             "adapters": [
                 {**described_file(path, hashes.get("adapter")), "scale": args.lora_scale}

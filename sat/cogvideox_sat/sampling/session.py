@@ -119,7 +119,7 @@ class SamplingSession:
     def _build_engine(self, settings: SessionSettings) -> SATVideoDiffusionEngine:
         dtype_of(settings)  # raises if two are on
         check_sharing(settings.model_config, settings.model_parallel_size, settings.lora_load)
-        check_offload(settings.model_config, settings.offload)
+        check_offload(settings.offload)
         for path in (settings.load, settings.lora_load):
             if path:  # which fails here, before minutes go into the text encoder
                 checkpoint_file(path, mpu.get_model_parallel_rank(), settings.model_parallel_size)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,26 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
+@cache
+def why_not_compilable(device: torch.device) -> str | None:
+    """Return why torch.compile does not work on a GPU, after trying it on a few numbers; None: it works.
+
+    It needs Triton, a C compiler and Python's headers, which not every machine has.
+    """
+    try:
+        torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(8, device=device))
+    except Exception as error:  # of any kind, from whichever of these is missing
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def compile_network(network: nn.Module) -> None:
+    """Run a network through torch.compile: layer by layer if it knows how to, else as a whole."""
+    compile_layers = getattr(network, "compile_layers", None)
+    if compile_layers is None or not compile_layers():
+        network.compile()
+
+
 OPENAIUNETWRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
 """The class that `network_wrapper` in a configuration stands for by default."""
 
@@ -30,7 +51,7 @@ class OpenAIWrapper(nn.Module):
 
     Args:
         diffusion_model: the network; the name of the attribute is part of every checkpoint key.
-        compile_model: run the network through torch.compile. State-dict names stay as they are.
+        compile_model: run the network through torch.compile, see `compile_network`. State-dict names stay as they are.
         dtype: what the network computes in; None: that of its parameters at the time of the call.
 
     Raises:
@@ -43,7 +64,7 @@ class OpenAIWrapper(nn.Module):
         self.dtype = dtype
         if compile_model:
             check_compiler(next(self.parameters(), torch.empty(0)).device)
-            self.diffusion_model.compile()
+            compile_network(self.diffusion_model)
 
     def forward(self, x: Tensor, t: Tensor, c: dict[str, Tensor], **kwargs: Any) -> Tensor:
         """Run the network.

@@ -1,0 +1,107 @@
+"""Run the layers of a network through `block`, compiled once for all of them.
+
+Where the network has parts that `block` does not know (a mixin of the user's own, quantised products, layers that
+several processes share, dropout), its layers run as without a compiler.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from sat import mpu
+from sat.mpu import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from cogvideox_sat.network.block import Attend, LayerWeights, LowRank, Norm, Product, Tokens, block
+from cogvideox_sat.network.fused_lora import FusedLoraLinear
+from cogvideox_sat.network.layer_runner import RunLayer
+from sgm.attention_kernels import KERNELS, AttentionKernel
+
+# Subclasses that compute in the same way are as good.
+PLAIN = (ColumnParallelLinear.forward, RowParallelLinear.forward, nn.Linear.forward)
+
+
+class NotCompilable(Exception):
+    """Raised, with the reason, where a layer has a part that `block` does not know."""
+
+
+@cache
+def compiled_block() -> Callable[..., Tensor]:
+    """Return `block`, compiled when it is called first; all networks of a process share its graphs."""
+    return torch.compile(block, fullgraph=True)
+
+
+def compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Tokens) -> RunLayer:
+    """Return a layer of a `DiffusionTransformer` as a function of the tokens (b, n, d), compiled.
+
+    Args:
+        emb: time embedding (b, time_embed_dim), through its SiLU already.
+
+    Raises:
+        NotCompilable: it has a part that is not known here.
+    """
+    weights = layer_weights(network, layer_id)
+    modulation = network.mixins["adaln_layer"].adaLN_modulations[layer_id][1]
+    attention = network.training_attention if torch.is_grad_enabled() else network.attention
+    heads, attend, kernel = network.num_attention_heads, _attend(attention), network.attention_name
+
+    def run(hidden: Tensor) -> Tensor:
+        return compiled_block()(hidden, modulation(emb), weights, tokens, heads, attend, kernel)
+
+    return run
+
+
+def _attend(kernel: AttentionKernel) -> Attend:
+    """Return the function of a kernel without its checks, which a compiler cannot see through."""
+    known = kernel if kernel in (KERNELS["softmax"], KERNELS["flash3"]) else KERNELS["softmax"]
+    return known.compute  # neither of these two ever declines
+
+
+def layer_weights(network: nn.Module, layer_id: int) -> LayerWeights:
+    """Return the tensors of a layer.
+
+    Raises:
+        NotCompilable: it has a part that is not known here.
+    """
+    if reason := network.why_layers_are_not_plain():
+        raise NotCompilable(reason)
+    if mpu.get_model_parallel_world_size() > 1:
+        raise NotCompilable("several processes share it")
+    layer, adaln = network.transformer.layers[layer_id], network.mixins["adaln_layer"]
+    dropouts = (layer.attention.attention_dropout, layer.attention.output_dropout, layer.mlp.dropout)
+    if network.training and any(dropout.p for dropout in dropouts):
+        raise NotCompilable("it has dropout")
+    if layer.mlp.is_gated_mlp or layer.mlp.num_experts > 1 or layer.attention.num_multi_query_heads:
+        raise NotCompilable("its layers have other parts than CogVideoX's")
+    has_norms = adaln.qk_ln
+    return LayerWeights(
+        attention_norm=norm(layer.input_layernorm),
+        qkv=product(layer.attention.query_key_value),
+        query_norm=norm(adaln.query_layernorm_list[layer_id]) if has_norms else None,
+        key_norm=norm(adaln.key_layernorm_list[layer_id]) if has_norms else None,
+        out=product(layer.attention.dense),
+        mlp_norm=norm(layer.post_attention_layernorm),
+        up=product(layer.mlp.dense_h_to_4h),
+        down=product(layer.mlp.dense_4h_to_h),
+    )
+
+
+def norm(module: nn.Module) -> Norm:
+    """Return the tensors of a layer norm; raises NotCompilable for another module."""
+    if not isinstance(module, nn.LayerNorm) or type(module).forward is not nn.LayerNorm.forward:
+        raise NotCompilable(f"its norms are {type(module).__name__}")
+    return Norm(module.weight, module.bias, module.eps)
+
+
+def product(module: nn.Module) -> Product:
+    """Return the tensors of a matrix product, with those of an adapter; raises NotCompilable for another module."""
+    if isinstance(module, FusedLoraLinear) and type(module).forward is FusedLoraLinear.forward:
+        if module.training and isinstance(module.lora_dropout, nn.Dropout) and module.lora_dropout.p:
+            raise NotCompilable("its adapter has dropout")
+        adapter = LowRank(list(module.matrix_A), list(module.matrix_B), module.scaling)
+        return product(module.original)._replace(adapter=adapter)
+    if type(module).forward not in PLAIN or not module.weight.is_floating_point():
+        raise NotCompilable(f"its products are {type(module).__name__}")
+    if hasattr(module.weight, "ds_id"):
+        raise NotCompilable("ZeRO-3 divides its weights")
+    return Product(module.weight, module.bias)
