@@ -17,16 +17,8 @@ from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.training.encoding_memory import meta_encoder
-from cogvideox_sat.training.parameter_report import (
-    GIB,
-    Layout,
-    estimate_memory,
-    memory_line,
-    module_bytes,
-    short_count,
-    trainable_groups,
-    trainable_line,
-)
+from cogvideox_sat.training.memory_estimate import GIB, Layout, estimate_memory, memory_line, module_bytes
+from cogvideox_sat.training.trainable_parameters import short_count, trainable_groups, trainable_line
 from diffusion_video import PARTS, SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.models.video_coder import VideoCoder

@@ -6,22 +6,10 @@ from cogvideox_sat.configuration.deepspeed import batch_sizes
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import video_tokens
 from cogvideox_sat.parallel.process_groups import parallel_groups
-from cogvideox_sat.training.memory_estimate import GIB, Layout, estimate_memory, memory_line, module_bytes
-from cogvideox_sat.training.trainable_parameters import short_count, trainable_groups, trainable_line
+from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line
+from cogvideox_sat.training.trainable_parameters import trainable_groups, trainable_line
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.context_parallel import group_size
-
-__all__ = [  # beside `report`, for the memory forecast
-    "GIB",
-    "Layout",
-    "estimate_memory",
-    "memory_line",
-    "module_bytes",
-    "report",
-    "short_count",
-    "trainable_groups",
-    "trainable_line",
-]
 
 
 def report(engine: SATVideoDiffusionEngine, args: TrainingArguments, dataset: Dataset) -> list[str]:
