@@ -95,6 +95,8 @@ def check_values(args: SamplingArguments) -> None:
     if len(args.sampling_image_size) != 2:
         raise UserError(f"sampling_image_size is {args.sampling_image_size}; expected height and width")
     argument_schema.check_least(args, ("batch_size", "sampling_num_frames"))
+    if args.guidance_batch not in (1, 2):
+        raise UserError(f"guidance_batch is {args.guidance_batch}; it can be 1 or 2")
     if not args.load and not args.force_inference:
         raise UserError("load is missing: name the checkpoint of the network")
     if args.input_type == "txt" and not args.input_file:

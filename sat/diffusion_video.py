@@ -17,6 +17,7 @@ from cogvideox_sat.configuration.model_section import ALL, not_trainable_prefixe
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.latent_geometry import patch_sizes
 from cogvideox_sat.network.attention_choice import AttentionChoice, choose_attention
+from cogvideox_sat.network.batch_parts import in_parts
 from cogvideox_sat.network.layer_runner import SamplingProgress
 from cogvideox_sat.parallel.process_groups import parallel_groups
 from cogvideox_sat.weights.checkpoint_files import is_adapter
@@ -431,8 +432,10 @@ class SATVideoDiffusionEngine(nn.Module):
             cond = {**cond, "concat": concat_images}
             uc = uc and {**uc, "concat": concat_images}
 
+        network = self.model if self.settings.guidance_batch > 1 else in_parts(self.model, batch_size)
+
         def denoise(x: Tensor, level: Tensor, c: dict[str, Tensor], **model_inputs: Any) -> Tensor:
-            denoised = self.denoiser(self.model, x, level, c, **model_inputs)
+            denoised = self.denoiser(network, x, level, c, **model_inputs)
             if check_finite and not torch.isfinite(denoised).all():
                 raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
             return denoised

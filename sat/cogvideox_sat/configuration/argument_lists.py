@@ -48,6 +48,11 @@ class SamplingArguments(CommonArguments):
     sampling_num_frames: int = argument(13, "latent frames: 13, 11 or 9 for 1.0 models, 22 or 42 for 1.5")
     latent_channels: int = argument(16, "channels of the latents")
 
+    guidance_batch: int = argument(
+        2,
+        "prompt and negative prompt go through the network together (2), or one after the other (1) in less memory",
+    )
+
     # Output
     output_dir: str = argument("outputs", "folder of the videos")
     only_save_latents: bool = argument(False, "save latents (.safetensors) and decode nothing")

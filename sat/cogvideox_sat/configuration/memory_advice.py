@@ -21,6 +21,8 @@ def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
             options.append("--offload stage (one part of the model on the device at a time) or --offload sequential")
         elif args.offload == "stage":
             options.append("--offload sequential (the network's layers wait in host memory)")
+        if where == SAMPLING and args.guidance_batch > 1:
+            options.append("--guidance_batch 1 (half the activations)")
         if not (args.fp16 or args.bf16):
             options.append("--bf16 (half the memory)")
         options.append("fewer frames (--sampling_num_frames) or a smaller --sampling_image_size")

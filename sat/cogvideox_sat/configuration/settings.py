@@ -91,6 +91,8 @@ class EngineSettings(Settings):
         new_adapter: initialise the adapter if no file holds one, for training.
         fp16, bf16: compute in float16 or bfloat16; neither: in float32.
         vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
+        guidance_batch: 2: both halves of guidance go through the network together; 1: one after the other, which takes
+            half the memory of activations.
         attention: one of `argument_schema.ATTENTIONS`; see `network.attention_choice`.
         model_parallel_size: processes that share one network; None: as `model_config` says.
         model_cls: a subclass of the engine, which is used in its place.
@@ -106,6 +108,7 @@ class EngineSettings(Settings):
     fp16: bool = False
     bf16: bool = False
     vae_tile_size: int | None = None
+    guidance_batch: int = 2
     attention: str = "auto"
     model_parallel_size: int | None = None
     model_cls: type | None = None
