@@ -1,5 +1,6 @@
 """A video file is complete, plays everywhere and shows the frames, or is not there."""
 
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -117,6 +118,50 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
         for _ in range(20):
             video.write(torch.rand(8, 3, 256, 256) * 2 - 1)
     assert not list(tmp_path.iterdir())
+
+
+class SlowPipe:
+    """An encoder's input that takes a chunk only when it may."""
+
+    def __init__(self, pipe):
+        self.pipe, self.may_take, self.taken = pipe, threading.Semaphore(0), []
+
+    def write(self, pixels):
+        assert self.may_take.acquire(timeout=30)
+        self.taken.append(int(pixels[0, 0, 0, 0]))
+        self.pipe.write(pixels)
+
+    def close(self):
+        self.pipe.close()
+
+
+def test_decoding_goes_on_while_the_encoder_works_and_waits_when_it_is_far_behind(tmp_path):
+    """So that no more than a few chunks are in memory; they arrive in their order."""
+    chunks = [torch.full((1, 3, 64, 64), shade) for shade in (-1.0, -0.5, 0.0, 0.5)]
+    with VideoWriter(tmp_path / "v.mp4", 8, 64, 64) as writer:
+        slow = writer._input = SlowPipe(writer._input)
+        for chunk in chunks[: video_output.CHUNKS_AHEAD]:
+            writer.write(chunk)
+        assert not slow.taken
+        others = threading.Thread(target=lambda: [writer.write(chunk) for chunk in chunks[video_output.CHUNKS_AHEAD :]])
+        others.start()
+        others.join(timeout=0.5)
+        assert others.is_alive() and not slow.taken
+        for _ in chunks:
+            slow.may_take.release()
+        others.join(timeout=30)
+    assert slow.taken == [0, 64, 128, 191]
+    assert len(read_video(tmp_path / "v.mp4")[1]) == 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("video")]
+
+
+def test_an_exception_while_the_encoder_is_behind_ends_its_thread(tmp_path):
+    with pytest.raises(KeyError), VideoWriter(tmp_path / "v.mp4", 8, 512, 512) as writer:
+        for _ in range(video_output.CHUNKS_AHEAD):
+            writer.write(torch.zeros(64, 3, 512, 512))
+        raise KeyError("decoding")
+    assert not list(tmp_path.iterdir())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("video")]
 
 
 def test_a_missing_ffmpeg_is_reported(tmp_path, monkeypatch):

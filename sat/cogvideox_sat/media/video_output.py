@@ -3,7 +3,9 @@
 import json
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -14,9 +16,13 @@ from torch import Tensor
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from sgm.errors import UserError
 
+CHUNKS_AHEAD = 2  # that may wait for the encoder; each holds the frames of one `write`
+
 
 class VideoWriter:
     """Writes one H.264 video as its frames are decoded: `with VideoWriter(...) as video: video.write(frames)`.
+
+    A thread hands the frames to the encoder, so that decoding goes on while it works.
 
     The file appears under its name when it is complete; after an exception nothing is left of it. Pixels are stored
     as 8-bit yuv420p in the BT.709 colour space, which every player takes, near the visually lossless quality (crf 17).
@@ -44,6 +50,7 @@ class VideoWriter:
             raise UserError(f"cannot write {self.path}: height and width must be even, got {height}x{width}")
         self.fps = fps
         self.num_frames = 0
+        self._waiting: deque[Future[Any]] = deque()  # for the encoder to take them
 
     def __enter__(self) -> Self:
         from imageio_ffmpeg import get_ffmpeg_exe
@@ -69,6 +76,7 @@ class VideoWriter:
                 )
             assert self._ffmpeg.stdin is not None, "it is a pipe"
             self._input = self._ffmpeg.stdin
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="video")
             stack.push(self._end_encoding)
             self._open = stack.pop_all()
         return self
@@ -81,12 +89,18 @@ class VideoWriter:
         pixels, finite = _to_pixels(frames)
         if not finite:
             raise UserError(f"{self.path}: the decoded frames hold NaN or infinity; sample in bf16 or float32 instead")
+        while len(self._waiting) >= CHUNKS_AHEAD:
+            self._settle(self._waiting.popleft())
+        self._waiting.append(self._thread.submit(self._input.write, pixels.numpy()))
+        self.num_frames += len(frames)
+
+    def _settle(self, chunk: "Future[Any]") -> None:
+        """Wait until the encoder has taken a chunk of frames."""
         try:
-            self._input.write(pixels.numpy())
+            chunk.result()
         except BrokenPipeError:  # ffmpeg ended early; its last words say why
             self._ffmpeg.wait()
             raise self._failure() from None
-        self.num_frames += len(frames)
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
@@ -94,6 +108,8 @@ class VideoWriter:
     def _end_encoding(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             if kind is None:
+                while self._waiting:
+                    self._settle(self._waiting.popleft())
                 with suppress(BrokenPipeError):  # the exit status tells
                     self._input.close()
                 if self._ffmpeg.wait() != 0:
@@ -102,6 +118,7 @@ class VideoWriter:
                     raise UserError(f"cannot write {self.path}: no frames were given")
         finally:
             self._ffmpeg.kill()  # it still runs only after an exception
+            self._thread.shutdown(cancel_futures=True)  # what it is at fails, now that nobody reads
             with suppress(BrokenPipeError):
                 self._input.close()
             self._ffmpeg.wait()
