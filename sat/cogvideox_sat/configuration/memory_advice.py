@@ -20,7 +20,7 @@ def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
         if args.offload == "none":
             options.append("--offload stage (one part of the model on the device at a time) or --offload sequential")
         elif args.offload == "stage":
-            options.append("--offload sequential (the network's layers wait in host memory)")
+            options.append("--offload sequential (layers wait in host memory)")
         if where == SAMPLING and args.guidance_batch > 1:
             options.append("--guidance_batch 1 (half the activations)")
         if not (args.fp16 or args.bf16):

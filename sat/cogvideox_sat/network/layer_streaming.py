@@ -1,7 +1,9 @@
 """Running a network whose layers do not fit on the device: they wait in host memory and come over one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,44 @@ def stream_layers(network: nn.Module, device: torch.device) -> "LayerStreamer":
         What brings them, by now in the network's `network.layer_runner`.
     """
     layers = layer_modules(network)
-    streamed = {id(tensor) for modules in layers for module in modules for tensor in tensors_of(module)}
-    for tensor in tensors_of(network):
-        if id(tensor) not in streamed:
-            tensor.data = tensor.data.to(device)
+    move_all_but(network, layers, device)
     streamer = LayerStreamer(layers, device)
     network.layer_runner.add(streamer)
     return streamer
+
+
+def stream_blocks(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> "LayerStreamer":
+    """Move `module`, which is on the CPU, to `device`, all but its `blocks`, which come when they run.
+
+    Args:
+        blocks: modules in it that run one after the other, from the first to the last.
+
+    Returns:
+        What brings them, by now in the hooks of the blocks.
+    """
+    layers = [[block] for block in blocks]
+    move_all_but(module, layers, device)
+    streamer = LayerStreamer(layers, device)
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(partial(_bring, streamer, index))
+        block.register_forward_hook(partial(_return, streamer, index), always_call=True)
+    return streamer
+
+
+def _bring(streamer: "LayerStreamer", index: int, *_: Any) -> None:
+    streamer.bring(index)
+
+
+def _return(streamer: "LayerStreamer", index: int, *_: Any) -> None:
+    streamer.send_back(index)
+
+
+def move_all_but(module: nn.Module, layers: Sequence[Sequence[nn.Module]], device: torch.device) -> None:
+    """Move the tensors of `module` that are not in `layers`."""
+    streamed = {id(tensor) for modules in layers for layer in modules for tensor in tensors_of(layer)}
+    for tensor in tensors_of(module):
+        if id(tensor) not in streamed:
+            tensor.data = tensor.data.to(device)
 
 
 def layer_modules(network: nn.Module) -> list[list[nn.Module]]:
@@ -76,6 +109,14 @@ class LayerStreamer:
     @contextmanager
     def on_device(self, index: int) -> Iterator[None]:
         """Have the weights of a layer on the device within the block."""
+        self.bring(index)
+        try:
+            yield
+        finally:
+            self.send_back(index)
+
+    def bring(self, index: int) -> None:
+        """Have the weights of a layer on the device, and begin to copy those of the next."""
         if self.next.layer != index:
             self.fetch(index, self.next)
         self.current, self.next = self.next, self.current
@@ -84,11 +125,12 @@ class LayerStreamer:
             compute.wait_event(self.current.filled)
         self.fetch((index + 1) % len(self.layers), self.next)
         _point(self.layers[index], self.current.buffers)
-        try:
-            yield
-        finally:
-            _point(self.layers[index], self.host[index])
-            self.current.used = compute and compute.record_event()
+
+    def send_back(self, index: int) -> None:
+        """Let the weights of a layer that has run be those in host memory again."""
+        _point(self.layers[index], self.host[index])
+        compute = self.copy_stream and torch.cuda.current_stream(self.device)
+        self.current.used = compute and compute.record_event()
 
 
 class Slot:

@@ -1,14 +1,19 @@
 """Have the parts of a model on the device by turns."""
 
-from cogvideox_sat.network.layer_streaming import stream_layers
+import torch
+from torch import nn
+
+from cogvideox_sat.network.layer_streaming import move_all_but, stream_blocks, stream_layers
 from diffusion_video import PART_NAMES, SATVideoDiffusionEngine
 from sgm.memory_errors import memory_guard
+from sgm.modules.encoders.modules import FrozenT5Embedder
 
 
 class PartOffloader:
     """Has the part of the engine that is in use on the device, and, unless `offload` is none, no other.
 
-    With `sequential` the network stays built, since its layers wait in host memory anyway.
+    With `sequential` the layers of the network and of the text encoder wait in host memory and come when they run; the
+    network stays built therefore.
 
     Args:
         offload: one of `model_limits.OFFLOAD_POLICIES`.
@@ -35,8 +40,19 @@ class PartOffloader:
                 waits_elsewhere = streams and other == "model"
                 if other != part and not waits_elsewhere and getattr(engine, other) is not None:
                     engine.release(other)
-        if part == "model" and streams and engine.model is None:
+        if streams and part != "first_stage_model" and getattr(engine, part) is None:
             engine.build(part, device="cpu")
-            stream_layers(engine.network, engine.device)
+            if part == "model":
+                stream_layers(engine.network, engine.device)
+            else:
+                stream_text_encoders(engine.conditioner, engine.device)
         else:
             engine.build(part)
+
+
+def stream_text_encoders(conditioner: nn.Module, device: torch.device) -> None:
+    """Move a conditioner to `device`, all but the blocks of its T5 encoders, which come when they run."""
+    encoders = [module for module in conditioner.modules() if isinstance(module, FrozenT5Embedder)]
+    move_all_but(conditioner, [list(encoder.blocks) for encoder in encoders], device)
+    for encoder in encoders:
+        stream_blocks(encoder, list(encoder.blocks), device)

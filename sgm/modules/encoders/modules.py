@@ -261,6 +261,11 @@ class FrozenT5Embedder(AbstractEmbModel):
         with torch.autocast(tokens.device.type, enabled=False):
             return self.transformer(input_ids=tokens).last_hidden_state
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the layers of the encoder, in the order in which they run."""
+        return self.transformer.encoder.block
+
     def _warn_of_cut(self, text: str) -> None:
         excess = len(self.tokenizer(text, verbose=False)["input_ids"]) - self.max_length
         if excess > 0:
