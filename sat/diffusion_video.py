@@ -182,16 +182,15 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def _compiles(self, network: nn.Module) -> bool:
         """Return whether the network goes through torch.compile: as `compile_model` says, or `auto`, which is where it
-        pays (on a GPU) and nothing stands against it."""
+        pays: on a GPU, if the network's layers can be compiled. Without a compiler it does not, and a line says so."""
         asked = self.config.get("compile_model", AUTO)
-        if asked != AUTO:
-            return bool(asked)
-        if self.device.type != "cuda" or not hasattr(network, "compile_layers"):
+        pays = self.device.type == "cuda" and hasattr(network, "compile_layers")
+        if not (pays if asked == AUTO else asked):
             return False
         if reason := why_not_compilable(self.device):
             logger.warning("compile_model: the network runs without torch.compile, which fails here: %s", reason)
             return False
-        return bool(network.compile_layers())
+        return bool(asked != AUTO or network.compile_layers())
 
     def choose_attention(self, gradients: bool = False) -> AttentionChoice:
         """Choose the kernel of the network's attention and try it; else that is done when the network is built.

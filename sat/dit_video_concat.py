@@ -670,7 +670,9 @@ class DiffusionTransformer(BaseModel):
             tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
             emb = F.silu(arguments["emb"])
             with suppress(NotCompilable):
-                layers = [compiled_layer(self, layer_id, emb, tokens) for layer_id in range(self.num_layers)]
+                layers = [
+                    compiled_layer(self, i, emb, tokens, self.layer(i, arguments)) for i in range(self.num_layers)
+                ]
                 return layers.__getitem__
         return lambda layer_id: self.layer(layer_id, arguments)
 

@@ -173,6 +173,31 @@ def test_a_part_that_comes_later_switches_it_off(monkeypatch):
     assert torch.equal(built(**given), expected) and seen == [1]
 
 
+@torch.no_grad()
+def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog):
+    """Whatever it failed at: the numbers are those without it, in this call and in later ones."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    built = network("t2v_5b")
+    given = inputs("t2v_5b", built)
+    expected = built(**given)
+    calls = []
+
+    def failing(*_):
+        calls.append(1)
+        raise BackendCompilerFailed(lambda: None, RuntimeError("no\ncc1plus"), None)
+
+    monkeypatch.setattr(compiled_layers, "compiled_block", lambda: failing)
+    assert built.compile_layers()
+    for _ in range(2):
+        assert torch.equal(built(**given), expected)
+    assert calls == [1]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        line.startswith("compile_model: the network goes on without torch.compile, which failed") and "\n" not in line
+    )
+
+
 # Counts, as Inductor's backend for the CPU has them
 
 

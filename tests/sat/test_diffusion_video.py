@@ -253,6 +253,8 @@ def test_a_first_stage_without_chunks_or_moments(case):
         (None, "cpu", None, False),
         ("auto", "cpu", None, False),
         (True, "cpu", None, True),
+        (True, "cpu", "there is no g++", False),
+        (True, "cuda", "Triton is missing", False),
         (False, "cuda", None, False),
         (None, "cuda", None, True),
         ("auto", "cuda", "Triton is missing", False),

@@ -13,7 +13,7 @@ from sgm.modules.diffusionmodules import denoiser_scaling, denoiser_weighting
 from sgm.modules.diffusionmodules.denoiser import Denoiser, DiscreteDenoiser
 from sgm.modules.diffusionmodules.discretizer import LegacyDDPMDiscretization, ZeroSNRDDPMDiscretization
 from sgm.modules.diffusionmodules.util import timestep_embedding
-from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, why_not_compilable
 from support import Reference, assert_close
 
 MODULES = "sgm.modules.diffusionmodules"
@@ -157,6 +157,9 @@ def test_compiling_without_a_compiler_is_an_error(monkeypatch):
     with pytest.raises(UserError, match=r"on a CPU, but there is no .*: install one, name another"):
         OpenAIWrapper(RecordingNetwork(), compile_model=True)
     OpenAIWrapper(RecordingNetwork().to("meta"), compile_model=True)  # other devices have their own
+    why_not_compilable.cache_clear()
+    assert why_not_compilable(torch.device("cpu")).startswith("a C++ compiler on a CPU, but there is no ")
+    why_not_compilable.cache_clear()
 
 
 def test_timestep_embedding():

@@ -4,6 +4,7 @@ Where the network has parts that `block` does not know (a mixin of the user's ow
 several processes share, dropout), its layers run as without a compiler.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
@@ -11,11 +12,14 @@ import torch
 from sat import mpu
 from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from cogvideox_sat.network.block import Attend, LayerWeights, LowRank, Norm, Product, Tokens, block
 from cogvideox_sat.network.fused_lora import FusedLoraLinear
 from cogvideox_sat.network.layer_runner import RunLayer
 from sgm.attention_kernels import KERNELS, AttentionKernel
+
+logger = logging.getLogger(__name__)
 
 # Subclasses that compute in the same way are as good.
 PLAIN = (ColumnParallelLinear.forward, RowParallelLinear.forward, nn.Linear.forward)
@@ -31,11 +35,14 @@ def compiled_block() -> Callable[..., Tensor]:
     return torch.compile(block, fullgraph=True)
 
 
-def compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Tokens) -> RunLayer:
+def compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Tokens, otherwise: RunLayer) -> RunLayer:
     """Return a layer of a `DiffusionTransformer` as a function of the tokens (b, n, d), compiled.
+
+    A failure of the compiler is one line in the log, and the network runs without it from then on.
 
     Args:
         emb: time embedding (b, time_embed_dim), through its SiLU already.
+        otherwise: the layer without a compiler.
 
     Raises:
         NotCompilable: it has a part that is not known here.
@@ -46,7 +53,15 @@ def compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Token
     heads, attend, kernel = network.num_attention_heads, _attend(attention), network.attention_name
 
     def run(hidden: Tensor) -> Tensor:
-        return compiled_block()(hidden, modulation(emb), weights, tokens, heads, attend, kernel)
+        if not network.compiles_layers:  # since it failed for an earlier layer
+            return otherwise(hidden)
+        try:
+            return compiled_block()(hidden, modulation(emb), weights, tokens, heads, attend, kernel)
+        except TorchDynamoException as error:
+            network.compiles_layers = False
+            reason = " ".join(str(error).split())[:200]
+            logger.warning("compile_model: the network goes on without torch.compile, which failed: %s", reason)
+            return otherwise(hidden)
 
     return run
 

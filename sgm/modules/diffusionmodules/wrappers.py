@@ -24,12 +24,18 @@ def check_compiler(device: torch.device) -> None:
 
 @cache
 def why_not_compilable(device: torch.device) -> str | None:
-    """Return why torch.compile does not work on a GPU, after trying it on a few numbers; None: it works.
+    """Return why torch.compile does not work on a device; None: it works.
 
-    It needs Triton, a C compiler and Python's headers, which not every machine has.
+    On a CPU it needs a C++ compiler. On a GPU it needs Triton, a C compiler and Python's headers, which not every
+    machine has: there it is tried on a few numbers.
     """
     try:
+        check_compiler(device)
+        if device.type == "cpu":
+            return None
         torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(8, device=device))
+    except UserError as error:
+        return str(error).removeprefix("compile_model: true needs ")
     except Exception as error:  # of any kind, from whichever of these is missing
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
