@@ -670,10 +670,8 @@ class DiffusionTransformer(BaseModel):
             tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
             emb = F.silu(arguments["emb"])
             with suppress(NotCompilable):
-                layers = [
-                    compiled_layer(self, i, emb, tokens, self.layer(i, arguments)) for i in range(self.num_layers)
-                ]
-                return layers.__getitem__
+                plain = [self.layer(layer_id, arguments) for layer_id in range(self.num_layers)]
+                return [compiled_layer(self, i, emb, tokens, layer) for i, layer in enumerate(plain)].__getitem__
         return lambda layer_id: self.layer(layer_id, arguments)
 
     def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:
