@@ -1,0 +1,52 @@
+"""Steps of fine-tuning with LoRA, as `benchmarks/training.py` sets them up: with activations recomputed and kept."""
+
+import gc
+from typing import Any
+
+import torch
+from device_parts.models import TOY, TOY_LAYERS, compile_network
+from device_parts.recording import Recorder
+from device_parts.timing import measure as timed
+from device_parts.units import CONFIGURATIONS
+
+import training
+from cogvideox_sat.commands.startup import quiet_libraries
+
+STEPS = 3
+MODES = {True: "all layers recomputed", False: "nothing recomputed"}  # of `checkpoint_activations`
+TOY_CLIP = ("2", "4", "4")
+
+
+def measure_all(recorder: Recorder, model: str) -> None:
+    measure(recorder, model, compiled=False)
+    measure(recorder, model, compiled=True)
+
+
+def measure(recorder: Recorder, model: str, compiled: bool) -> None:
+    """Write a row for each mode of recomputing activations; one network, whose layers are told to."""
+    quiet_libraries()
+    args = training.arguments(command_line(recorder, model))
+    engine = training.build_engine(args)
+    network = training.build_network(args)
+    if compiled:
+        compile_network(recorder, network)
+    batch: dict[str, Any] = training.cached_batch(args, engine)
+    contender = training.our_step(args, engine, network, batch, seeds=[0])
+    for mode, description in MODES.items():
+        row = f"{model}, LoRA, {description}{', compiled' if compiled else ''}"
+        with recorder.attempt(row, may_not_fit=not mode):
+            network.transformer.checkpoint_activations = mode
+            gc.collect()
+            result = timed(lambda _: contender.step(), recorder.device, STEPS)
+            recorder.row(row, {"s a step": result.seconds, "peak GiB": result.gib, "first step s": result.first})
+            if recorder.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def command_line(recorder: Recorder, model: str) -> list[str]:
+    """Return the arguments of `benchmarks/training.py` for a model."""
+    words = ["--model", CONFIGURATIONS.get(model, TOY), "--lora", "--device", recorder.device.type]
+    words += ["--dtype", str(recorder.dtype).removeprefix("torch.")]
+    if recorder.toy:
+        words += ["--layers", str(TOY_LAYERS), "--clip", *TOY_CLIP]
+    return words

@@ -1,0 +1,97 @@
+"""The models that are measured: their configurations, and networks of random weights made on the device."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from device_parts.floating_point import Work
+from device_parts.recording import Recorder
+from device_parts.units import CONFIGURATIONS
+from torch import Tensor, nn
+
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.latent_geometry import SPACE_FACTOR, patch_sizes
+from cogvideox_sat.weights.loading import initialise_missing
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TOY = "tiny/cogvideox_tiny"
+TOY_LAYERS = 2
+TOY_BACKEND = "aot_eager"  # traces forward and backward pass, and generates no code
+GUIDANCE = 2  # clips of a batch: one step with classifier-free guidance
+
+
+def config_file(model: str, suffix: str = "") -> Path:
+    """Return the configuration of one of `CONFIGURATIONS`, or of "toy"; `suffix` is "_lora" for its twin."""
+    return CONFIGS / f"{CONFIGURATIONS.get(model, TOY)}{suffix}.yaml"
+
+
+class Model:
+    """A model whose network is measured alone.
+
+    Attributes:
+        params: those of its network.
+        clip: latent frames, height, width of its usual clip.
+        work: what one step of it computes.
+    """
+
+    def __init__(self, model: str, layers: int | None = None):
+        config = load_configs([config_file(model)])
+        self.config: dict[str, Any] = config["model"]
+        self.params: dict[str, Any] = self.config["network_config"]["params"]
+        if layers or model == "toy":
+            self.params["num_layers"] = layers or TOY_LAYERS
+        self.params["transformer_args"]["checkpoint_activations"] = False
+        height, width = config["args"]["sampling_image_size"]
+        self.patch = patch_sizes(self.params["patch_size"])
+        self.clip = (config["args"]["sampling_num_frames"], height // SPACE_FACTOR, width // SPACE_FACTOR)
+        self.grid = tuple(size // side for size, side in zip(self.clip, self.patch, strict=True))
+        t, h, w = self.grid
+        modules = self.params["modules"]
+        self.text_length = modules["pos_embed_config"]["params"]["text_length"]
+        self.text_width = modules["patch_embed_config"]["params"]["text_hidden_size"]
+        self.work = Work(
+            self.params["num_layers"], self.params["hidden_size"], self.text_length + t * h * w, batch=GUIDANCE
+        )
+
+    def network(self, recorder: Recorder) -> nn.Module:
+        """Return our network, of random weights of which none is zero."""
+        torch.manual_seed(0)
+        network = instantiate_on_meta(self.config["network_config"]).to(recorder.dtype)
+        return randomised(network, recorder.device).eval()
+
+    def inputs(self, recorder: Recorder) -> tuple[Tensor, Tensor, Tensor]:
+        """Return latents (b, t, c, h, w), timesteps (b,) and text states (b, l, features)."""
+        t, h, w = self.clip
+        placement = {"device": recorder.device, "dtype": recorder.dtype}
+        latents = torch.randn(GUIDANCE, t, self.params["in_channels"], h, w, **placement)
+        text = torch.randn(GUIDANCE, self.text_length, self.text_width, **placement)
+        return latents, torch.full((GUIDANCE,), 500, device=recorder.device), text
+
+
+def compile_network(recorder: Recorder, network: nn.Module) -> None:
+    """Compile our network in place, as `compile_model: true` does; a toy without the minutes of a C++ compiler."""
+    if recorder.toy:
+        network.compile(backend=TOY_BACKEND)
+    else:
+        OpenAIWrapper(network, compile_model=True)
+
+
+@torch.no_grad()
+def randomised(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return a module that was made on the meta device with random weights on `device`, frozen tables as they are.
+
+    Matrices and kernels are N(0, 1/fan_in), which keeps the size of activations from layer to layer: zeros are quicker
+    to multiply than weights are. Norms are the identity, biases zero.
+    """
+    initialise_missing(module, device)
+    module.to(device)
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return module

@@ -1,0 +1,79 @@
+"""One step of a whole network with guidance, ours and that of diffusers, eager and compiled."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from device_parts.models import TOY_BACKEND, Model, compile_network
+from device_parts.recording import Recorder
+from device_parts.timing import measure as timed
+from torch import Tensor, nn
+
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+
+REPEATS = {True: 2, False: 3}  # of the long and of the short networks
+LONG = 30_000  # tokens
+
+
+def measure_all(recorder: Recorder, model: str) -> None:
+    measure(recorder, model)
+    measure_compiled(recorder, model)
+
+
+def measure(recorder: Recorder, model: str) -> None:
+    """Write the rows of ours, of diffusers, and of diffusers with each of its layers compiled."""
+    described = Model(model)
+    with recorder.attempt(f"{model}, ours"):
+        write(recorder, described, f"{model}, ours", ours(recorder, described, compiled=False))
+    if importlib.util.find_spec("diffusers") is None:
+        recorder.note("diffusers is not installed: its rows are missing")
+        return
+    with recorder.attempt(f"{model}, diffusers"):
+        twin, run = theirs(recorder, described)
+        write(recorder, described, f"{model}, diffusers", run)
+        with recorder.attempt(f"{model}, diffusers compiled"):
+            for block in twin.transformer_blocks:
+                block.compile(backend=TOY_BACKEND if recorder.toy else "inductor")
+            write(recorder, described, f"{model}, diffusers compiled", run)
+        del twin, run
+
+
+def measure_compiled(recorder: Recorder, model: str) -> None:
+    """Write the row of ours with `compile_model: true`."""
+    described = Model(model)
+    with recorder.attempt(f"{model}, ours compiled"):
+        write(recorder, described, f"{model}, ours compiled", ours(recorder, described, compiled=True))
+
+
+def write(recorder: Recorder, model: Model, row: str, run: Callable[[object], Tensor]) -> None:
+    with torch.no_grad():
+        result = timed(run, recorder.device, REPEATS[model.work.tokens > LONG])
+    values: dict[str, Any] = {
+        "s a step": result.seconds,
+        "TFLOP/s": model.work.flops / result.seconds / 1e12,
+        "peak GiB": result.gib,
+        "first call s": result.first,
+    }
+    if not recorder.toy:
+        values["floor s"] = model.work.floor
+    recorder.row(row, values)
+
+
+def ours(recorder: Recorder, model: Model, compiled: bool) -> Callable[[object], Tensor]:
+    network = model.network(recorder)
+    if compiled:
+        compile_network(recorder, network)
+    wrapper = OpenAIWrapper(network, dtype=recorder.dtype)
+    x, timesteps, text = model.inputs(recorder)
+    return lambda _: wrapper(x, timesteps, {"crossattn": text})
+
+
+def theirs(recorder: Recorder, model: Model) -> tuple[nn.Module, Callable[[object], Tensor]]:
+    from diffusers_network import build_diffusers_network, diffusers_rotary
+
+    twin = build_diffusers_network(model.params, recorder.device, recorder.dtype)
+    rotary = diffusers_rotary(model.params, model.grid)
+    tables = rotary and tuple(table.to(recorder.device) for table in rotary)
+    x, timesteps, text = model.inputs(recorder)
+    return twin, lambda _: twin(x, text, timesteps, image_rotary_emb=tables, return_dict=False)[0]

@@ -1,0 +1,99 @@
+"""What the device check measures: the parts in their order, and the units of each, which run in processes of their own.
+
+Nothing here imports PyTorch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PARTS = {  # seconds of the budget that a part has for itself; what it leaves goes to those behind it
+    "attention": 30,
+    "layer": 30,
+    "networks": 130,
+    "vae": 35,
+    "training": 75,
+    "commands": 160,
+}
+FULL_BUDGET = sum(PARTS.values())
+FIVE_B, TWO_B, ONE_FIVE = "5B", "2B", "1.5, 81 frames"
+CONFIGURATIONS = {FIVE_B: "cogvideox_5b", TWO_B: "cogvideox_2b", ONE_FIVE: "cogvideox1.5_5b"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Something to measure in a process of its own.
+
+    Attributes:
+        name: in the results.
+        part: one of `PARTS`.
+        target: the function that measures, as `module.function`; it is called with a recorder and `options`.
+        cost: seconds that it takes on one H100, by estimate; without so much time left it is skipped.
+        options: keywords of the function.
+    """
+
+    name: str
+    part: str
+    target: str
+    cost: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def most(self) -> float:
+        """Seconds after which it counts as hanging."""
+        return 3 * self.cost + 30
+
+
+def units_of(size: str) -> list[Unit]:
+    """Return the units of a size, "full" or "toy", in the order in which they run."""
+    return full_units() if size == "full" else toy_units()
+
+
+def full_units() -> list[Unit]:
+    """Return the units of the released sizes. Within a part what is surest and most wanted comes first."""
+    networks = [(TWO_B, 35, 80), (FIVE_B, 45, 110), (ONE_FIVE, 80, 130)]
+    training = [(TWO_B, 30, 90), (FIVE_B, 50, 130)]
+    units = [
+        Unit("attention", "attention", "attention.measure", 25),
+        Unit("layer", "layer", "layer.measure", 30, {"model": FIVE_B}),
+    ]
+    units += [
+        Unit(f"networks, {name}", "networks", "networks.measure", cost, {"model": name}) for name, cost, _ in networks
+    ]
+    units += [
+        Unit(f"networks, {name}, compiled", "networks", "networks.measure_compiled", cost, {"model": name})
+        for name, _, cost in networks
+    ]
+    units.append(Unit("vae", "vae", "autoencoder.measure", 35))
+    for number, compiled in ((1, False), (2, True)):
+        units += [
+            Unit(
+                f"training, {each[0]}{', compiled' if compiled else ''}",
+                "training",
+                "fine_tuning.measure",
+                each[number],
+                {"model": each[0], "compiled": compiled},
+            )
+            for each in training
+        ]
+    # The first of a model also makes its weights; that of the 5B those of the text encoder, too.
+    sampling = [(FIVE_B, "none", 75), (FIVE_B, "stage", 35), (FIVE_B, "sequential", 35)]
+    sampling += [(TWO_B, "none", 35), (TWO_B, "stage", 30), (TWO_B, "sequential", 30)]
+    commands = [
+        Unit(f"sample {name}, {offload}", "commands", "commands.sample", cost, {"model": name, "offloads": [offload]})
+        for name, offload, cost in sampling
+    ]
+    commands.insert(3, Unit(f"train {FIVE_B}", "commands", "commands.train", 45, {"model": FIVE_B}))
+    return units + commands
+
+
+def toy_units() -> list[Unit]:
+    """Return the same measurements for networks that a CPU computes in a moment, with fewer processes to start."""
+    model = {"model": "toy"}
+    return [
+        Unit("attention", "attention", "attention.measure", 1),
+        Unit("layer", "layer", "layer.measure", 1, model),
+        Unit("networks, toy", "networks", "networks.measure_all", 1, model),
+        Unit("vae", "vae", "autoencoder.measure", 1),
+        Unit("training, toy", "training", "fine_tuning.measure_all", 1, model),
+        Unit("commands, toy", "commands", "commands.measure_all", 1, model),
+    ]
