@@ -3,6 +3,7 @@
     python benchmarks/device_check.py                              on a GPU, at the released sizes
     python benchmarks/device_check.py --parts networks,training    only these
     python benchmarks/device_check.py --resume                     what an earlier run did not finish
+    python benchmarks/device_check.py --tables --write             into RESULTS.md, also on another machine
     python benchmarks/device_check.py --device cpu --size toy      does the check itself work?
 
 Weights are random and made on the device. Each unit runs in a process of its own; one that crashes, hangs or fills the
@@ -28,13 +29,12 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
+from cogvideox_sat.commands.flag_spellings import StrictParser  # noqa: E402
 from device_parts.results import Record, Results  # noqa: E402
 from device_parts.running import LOG, UnitRunner, deadlines  # noqa: E402
 from device_parts.tables import failures, report  # noqa: E402
 from device_parts.units import FULL_BUDGET, PARTS, Unit, units_of  # noqa: E402
 from harness import write_results  # noqa: E402
-
-from cogvideox_sat.commands.flag_spellings import StrictParser  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
 
@@ -48,7 +48,17 @@ EXPECTATIONS = "In parentheses: expected on one H100, [M] measured before, [C] c
 
 def main(command_line: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return exit_code(lambda: check(arguments(command_line)), logger, "interrupted: --resume goes on", command_line)
+    return exit_code(lambda: run(arguments(command_line)), logger, "interrupted: --resume goes on", command_line)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments ask for; return the exit code.
+
+    Raises:
+        UserError: a mistake in them.
+    """
+    failed = tell_again(args) if args.tables else check(args)
+    return 1 if failed else 0
 
 
 def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
@@ -71,22 +81,25 @@ def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="for results and profiles; those of an earlier run are replaced (default: $OUT, else device_check)",
     )
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run measured, go on with the rest")
+    parser.add_argument(
+        "--tables", action="store_true", help="measure nothing: print an earlier run's tables, on any machine"
+    )
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
     args = parser.parse_args(command_line)
-    args.parts = [part.strip() for part in args.parts.split(",") if part.strip()]
+    args.parts = list(dict.fromkeys(part.strip() for part in args.parts.split(",") if part.strip()))
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise UserError(f"--parts: {unknown[0]!r} is unknown; choose from {', '.join(PARTS)}")
     if not args.parts:
         raise UserError(f"--parts: names none; choose from {', '.join(PARTS)}")
     if not 0 < args.budget < math.inf:
         raise UserError(f"--budget: {args.budget} is no number of seconds; give one above 0")
-    if args.size == "full" and args.device == "cpu":
+    if args.size == "full" and args.device == "cpu" and not args.tables:
         raise UserError("--size: full needs a GPU; give --size toy")
     return args
 
 
-def check(args: argparse.Namespace) -> int:
-    """Run the units; return the exit code.
+def check(args: argparse.Namespace) -> list[str]:
+    """Run the units and tell the results; return what failed.
 
     Raises:
         UserError: the folder holds the results of another device or size, or the device is not there.
@@ -104,15 +117,37 @@ def check(args: argparse.Namespace) -> int:
         try:
             run_units(runner, chosen, results.done())
         finally:
-            text = tell(results, args)
+            text = tell(results, settings)
     finally:
         signal.signal(signal.SIGTERM, ended_by)
         shutil.rmtree(work, ignore_errors=True)
-    failed = failures(results.read())
+    names = {unit.name for unit in chosen}
+    failed = failures([record for record in results.read() if record.get("unit") in names])
     logger.info("%.0f s; %s", time.monotonic() - start, f"failed: {', '.join(failed)}" if failed else "nothing failed")
     if args.write:
-        write_results(f"One device run, {args.device}, {args.size}", text)
-    return 1 if failed else 0
+        write_results(section(settings), text)
+    return failed
+
+
+def tell_again(args: argparse.Namespace) -> list[str]:
+    """Tell the results that the output folder holds; return what failed.
+
+    Raises:
+        UserError: it holds none.
+    """
+    results = Results(args.output)
+    settings = results.settings()
+    if settings is None:
+        raise UserError(f"--tables: {args.output} holds no results; name the --output of an earlier run")
+    text = tell(results, settings)
+    if args.write:
+        write_results(section(settings), text)
+    return failures(results.read())
+
+
+def section(settings: Record) -> str:
+    """Return the heading in RESULTS.md."""
+    return f"One device run, {settings['device']}, {settings['size']}"
 
 
 def run_units(runner: UnitRunner, units: Sequence[Unit], done: Container[str]) -> None:
@@ -140,7 +175,8 @@ def open_results(args: argparse.Namespace, settings: Record, chosen: Sequence[Un
             again = {unit.name for unit in chosen} - results.done()
             kept = [each for each in results.read() if "unit" in each and each["unit"] not in again]
         results.replace([{"settings": settings}, *kept])
-        (args.output / LOG).touch()
+        if not args.resume:
+            (args.output / LOG).write_text("")
     except OSError as error:
         raise UserError(f"--output: {args.output} cannot be written to: {error.strerror or error}") from error
     return results
@@ -162,15 +198,17 @@ def machine_line(results: Results) -> str:
     return next((record["machine"] for record in results.read() if "machine" in record), "")
 
 
-def tell(results: Results, args: argparse.Namespace) -> str:
+def tell(results: Results, settings: Record) -> str:
     """Print the tables, and write them into the output folder; return them."""
     records = results.read()
-    units = units_of(args.size)
+    device, size = settings["device"], settings["size"]
     seconds = sum(record.get("seconds", 0) for record in records)
-    precision = "float32" if args.device == "cpu" else "bfloat16"
-    setting = f"{args.size} size, {precision}; {machine_line(results)}; units took {seconds:.0f} s in all"
-    text = f"{setting}\n\n{EXPECTATIONS}\n\n{report(records, units)}"
-    (args.output / TABLES).write_text(text + "\n")
+    precision = "float32" if device == "cpu" else "bfloat16"
+    setting = f"{size} size, {precision}; {machine_line(results)}; units took {seconds:.0f} s in all"
+    if device == "cpu":
+        setting += "; memory is that of the whole process"
+    text = f"{setting}\n\n{EXPECTATIONS}\n\n{report(records, units_of(size))}"
+    results.file.with_name(TABLES).write_text(text + "\n")
     sys.stdout.write(text + "\n")
     return text
 

@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from device_parts.floating_point import attention_flops
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
 from device_parts.timing import profiled
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from sgm.errors import one_line
 
 SHAPES = {"5B": (2, 48, 17776, 64), "2B": (2, 30, 17776, 64)}  # batch, heads, tokens, head_dim
 TOY_SHAPES = {"toy": (2, 5, 224, 32)}
@@ -26,6 +29,8 @@ KEEPS_WEIGHTS = "math"  # n² of them, which may not fit
 # Packages with FlashAttention 3 for (b, n, heads, d), the second without a backward pass.
 FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")
 BACKWARD_TOO = 3.5  # of the FLOP of the forward pass, in kernels that recompute the weights
+
+KERNEL_NAME = 60  # characters of a name that are shown
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -82,7 +87,7 @@ def measure_kernel(recorder: Recorder, row: str, shape: tuple[int, int, int, int
         values["forward+backward ms, b=1"] = 1000 * both
         values["TFLOP/s of both"] = BACKWARD_TOO * flops / shape[0] / both / 1e12
     except (RuntimeError, NotImplementedError) as error:  # memory, or a kernel without a backward pass
-        recorder.note(f"{row}: no backward pass: {str(error).strip().splitlines()[0][:150]}")
+        recorder.note(f"{row}: no backward pass: {one_line(str(error).strip(), 150)}")
     recorder.row(row, values)
 
 
@@ -106,7 +111,8 @@ def forward_and_backward(recorder: Recorder, shape: tuple[int, int, int, int], a
 
 def longest_kernel(recorder: Recorder, run: Callable[[], object]) -> str:
     """Return the name of the kernel that takes most of the time."""
-    on_gpu = recorder.device.type == "cuda"
-    events = profiled(run, recorder.device).key_averages()
-    longest = max(events, key=lambda each: each.self_device_time_total if on_gpu else each.self_cpu_time_total)
-    return longest.key[:60]
+    events = profiled(run, recorder.device).events()
+    if recorder.device.type == "cuda":
+        events = [each for each in events if each.device_type == DeviceType.CUDA]
+    longest = max(events, key=lambda each: each.self_cpu_time_total or each.time_range.elapsed_us())
+    return longest.name[:KERNEL_NAME]

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+
 import vae
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed

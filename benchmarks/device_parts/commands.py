@@ -6,21 +6,22 @@ memory of a step is that of all, and `networks` tells its time.
 
 import contextlib
 import io
+import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from device_parts.models import CONFIGS, config_file
-from device_parts.recording import Recorder
-from device_parts.weights import weights_of, write_clips
-from harness import peak_memory
 
 import sample_video
 import train_video
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.tool_commands import estimate_memory
+from device_parts.models import CONFIGS, config_file
+from device_parts.recording import Recorder
+from device_parts.weights import weights_of, write_clips
+from harness import peak_memory
 
 OFFLOADS = ("none", "stage", "sequential")
 SAMPLING_STEPS, TRAINING_STEPS = 4, 4
@@ -92,16 +93,30 @@ def run(
     """
     start = time.perf_counter()
     codes: list[int] = []
-    gib = peak_memory(lambda: codes.append(command()), recorder.device)
+    with logged_errors() as errors:
+        gib = peak_memory(lambda: codes.append(command()), recorder.device)
     seconds = time.perf_counter() - start
     if codes != [0]:
-        raise RuntimeError(f"exit code {codes[0]}; log.txt says why")
+        raise RuntimeError(f"exit code {codes[0]}: {errors[-1] if errors else 'log.txt says why'}")
     if not any(outputs.rglob(pattern)):
         raise RuntimeError(f"it wrote no {pattern}")
     values = {"s": seconds, "peak GiB": gib}
     if recorder.device.type == "cuda":
         values["reserved GiB"] = torch.cuda.max_memory_reserved(recorder.device) / 2**30
     recorder.row(row, values, expected={"peak GiB": (expected, "C")} if expected else None)
+
+
+@contextlib.contextmanager
+def logged_errors() -> Iterator[list[str]]:
+    """Yield a list that takes the errors which are logged within the block."""
+    errors: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        yield errors
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def estimates(recorder: Recorder, arguments: Sequence[str]) -> dict[str, float]:

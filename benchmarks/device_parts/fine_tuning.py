@@ -4,13 +4,13 @@ import gc
 from typing import Any
 
 import torch
+
+import training
+from cogvideox_sat.commands.startup import quiet_libraries
 from device_parts.models import TOY, TOY_LAYERS, compile_network
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
 from device_parts.units import CONFIGURATIONS
-
-import training
-from cogvideox_sat.commands.startup import quiet_libraries
 
 STEPS = 3
 MODES = {True: "all layers recomputed", False: "nothing recomputed"}  # of `checkpoint_activations`

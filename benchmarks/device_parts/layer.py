@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from device_parts.models import Model
-from device_parts.recording import Recorder
-from device_parts.timing import Kernel, kernels_of, profiled
-from device_parts.timing import measure as timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
+from device_parts.models import Model
+from device_parts.recording import Recorder
+from device_parts.timing import Kernel, kernels_of, profiled
+from device_parts.timing import measure as timed
 
 SHOWN = 14  # operations or kernels that take longest
 NOT_ELEMENTWISE = ("mm", "linear", "attention", "bmm", "convolution")

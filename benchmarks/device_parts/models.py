@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_parts.floating_point import Work
-from device_parts.recording import Recorder
-from device_parts.units import CONFIGURATIONS
 from torch import Tensor, nn
 
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, patch_sizes
 from cogvideox_sat.weights.loading import initialise_missing
+from device_parts.floating_point import Work
+from device_parts.recording import Recorder
+from device_parts.units import CONFIGURATIONS
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from device_parts.models import TOY_BACKEND, Model, compile_network
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
-from torch import Tensor, nn
-
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
-REPEATS = {True: 2, False: 3}  # of the long and of the short networks
+REPEATS = {True: 1, False: 3}  # of the long and of the short networks
 LONG = 30_000  # tokens
 
 

@@ -89,7 +89,7 @@ class UnitRunner:
 
     def last_line(self, unit: Unit) -> str:
         """Return the last line that a unit printed."""
-        printed = self.log.read_text(errors="replace").rpartition(f"======== {unit.name}\n")[2].strip()
+        printed = self.log.read_text("utf-8", "replace").rpartition(f"======== {unit.name}\n")[2].strip()
         return printed.splitlines()[-1].strip()[:300] if printed else ""
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from harness import peak_memory
 from torch.profiler import ProfilerActivity, profile
+
+from harness import peak_memory
 
 
 class Measured(NamedTuple):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PARTS = {  # seconds of the budget that a part has for itself; what it leaves goes to those behind it
-    "attention": 30,
+    "attention": 25,
     "layer": 30,
-    "networks": 130,
+    "networks": 150,
     "vae": 35,
-    "training": 75,
-    "commands": 160,
+    "training": 80,
+    "commands": 140,
 }
 FULL_BUDGET = sum(PARTS.values())
 FIVE_B, TWO_B, ONE_FIVE = "5B", "2B", "1.5, 81 frames"
@@ -50,11 +50,11 @@ def units_of(size: str) -> list[Unit]:
 
 def full_units() -> list[Unit]:
     """Return the units of the released sizes. Within a part what is surest and most wanted comes first."""
-    networks = [(TWO_B, 35, 80), (FIVE_B, 45, 110), (ONE_FIVE, 80, 130)]
+    networks = [(TWO_B, 32, 80), (FIVE_B, 42, 110), (ONE_FIVE, 76, 130)]
     training = [(TWO_B, 30, 90), (FIVE_B, 50, 130)]
     units = [
-        Unit("attention", "attention", "attention.measure", 25),
-        Unit("layer", "layer", "layer.measure", 30, {"model": FIVE_B}),
+        Unit("attention", "attention", "attention.measure", 20),
+        Unit("layer", "layer", "layer.measure", 28, {"model": FIVE_B}),
     ]
     units += [
         Unit(f"networks, {name}", "networks", "networks.measure", cost, {"model": name}) for name, cost, _ in networks
@@ -75,14 +75,14 @@ def full_units() -> list[Unit]:
             )
             for each in training
         ]
-    # The first of a model also makes its weights; that of the 5B those of the text encoder, too.
-    sampling = [(FIVE_B, "none", 75), (FIVE_B, "stage", 35), (FIVE_B, "sequential", 35)]
+    # The first of a model also makes its weights; the first of all those of the text encoder, too.
+    sampling = [(FIVE_B, "none", 70), (FIVE_B, "stage", 37), (FIVE_B, "sequential", 37)]
     sampling += [(TWO_B, "none", 35), (TWO_B, "stage", 30), (TWO_B, "sequential", 30)]
     commands = [
         Unit(f"sample {name}, {offload}", "commands", "commands.sample", cost, {"model": name, "offloads": [offload]})
         for name, offload, cost in sampling
     ]
-    commands.insert(3, Unit(f"train {FIVE_B}", "commands", "commands.train", 45, {"model": FIVE_B}))
+    commands.insert(1, Unit(f"train {FIVE_B}", "commands", "commands.train", 45, {"model": FIVE_B}))
     return units + commands
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import yaml
-from device_parts.models import CONFIGS, config_file, randomised
-from device_parts.recording import Recorder
 
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.media.video_output import VideoWriter
+from device_parts.models import CONFIGS, config_file, randomised
+from device_parts.recording import Recorder
 from diffusion_video import DTYPES
 
 TOKENIZER = CONFIGS.parent / "assets" / "tiny" / "t5" / "spiece.model"
@@ -85,6 +85,7 @@ def write_text_encoder(recorder: Recorder, config: dict[str, Any], path: Path) -
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config(**sizes, **T5_COMMON))
     encoder = encoder.to(torch.float32 if recorder.toy else torch.bfloat16).to_empty(device=recorder.device)
+    encoder.set_input_embeddings(encoder.get_input_embeddings())  # one tensor under two names again
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if parameter.ndim >= 2:

@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 NETWORK = ("--model", "tiny/cogvideox_tiny", "--layers", "1", "--clip", "1", "4", "4", "--repeats", "1")
 AUTOENCODER = ("--size", "tiny", "--height", "16", "--width", "16", "--threads", "1", "--repeats", "1")
-ELSEWHERE = {"data_loading": "tests/benchmarks/test_data_loading.py", "harness": "what the benchmarks share"}
+ELSEWHERE = {
+    "data_loading": "tests/benchmarks/test_data_loading.py",
+    "device_check": "tests/benchmarks/test_device_check.py",
+    "harness": "what the benchmarks share",
+}
 
 
 @pytest.fixture
