@@ -61,7 +61,7 @@ def imports(source: str) -> Iterator[str]:
 def imported(folders: tuple[str, ...]) -> dict[str, str]:
     """Return the distributions that the files of some folders import, each with a file that does."""
     files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in (*PROGRAM, *CHECKS)}
-    packages = {"cogvideox_sat", "sgm", "vae_modules"}
+    packages = {"cogvideox_sat", "sgm", "vae_modules", "device_parts"}
     alone = {file.stem for each in files.values() for file in each if not packages & set(file.relative_to(ROOT).parts)}
     beside = {path.parent.name for folder in CHECKS for path in (ROOT / folder).glob("*/__init__.py")}
     own = {*files, *packages, *alone, *beside} - {"sat"}  # that is SwissArmyTransformer

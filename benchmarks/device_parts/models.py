@@ -17,7 +17,7 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOY = "tiny/cogvideox_tiny"
-TOY_LAYERS = 2
+TOY_LAYERS = 1
 TOY_BACKEND = "aot_eager"  # traces forward and backward pass, and generates no code
 GUIDANCE = 2  # clips of a batch: one step with classifier-free guidance
 

@@ -33,6 +33,8 @@ class Recorder:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.unit = task["unit"]
         self.device = torch.device(task["device"])
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.init()  # before its memory can be asked about
         self.toy = task["size"] == "toy"
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.work = Path(task["work"])

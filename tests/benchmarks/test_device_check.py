@@ -90,7 +90,7 @@ def test_toy_on_a_cpu(tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr + (output / "log.txt").read_text()
     assert (BENCHMARKS / "RESULTS.md").read_bytes() == results, "--write was not given"
-    assert after.ru_utime - before.ru_utime < 240, "seconds of processor time: half of it on a quiet core"
+    assert after.ru_utime - before.ru_utime < 240, "seconds of processor time; 80 on two cores of a server"
 
     found = tables(done.stdout)
     rows = [set(table) for table in found.values()]
@@ -195,6 +195,7 @@ def test_a_unit_that_crashes(planted, tmp_path, capfd):
 
     (tmp_path / "mended").write_text("")
     assert planted("--resume", "--parts", "commands") == 0, "of what was asked for, nothing failed"
+    assert "dies: failed" in capfd.readouterr().out, "that of other parts is still told"
     assert planted("--resume") == 1
     text = capfd.readouterr().out
     assert "dies: failed" not in text and tables(text)["The commands"]["good row"][0] == "0.5"
@@ -247,6 +248,7 @@ def runner(part, tmp_path) -> Callable[..., object]:
     return make
 
 
+@pytest.mark.slow
 def test_a_unit_that_hangs(part, runner, tmp_path, monkeypatch):
     """It is ended with all that it started."""
     pids = tmp_path / "pids"
@@ -291,6 +293,7 @@ def test_budget_is_shared_by_the_parts_that_are_chosen(part):
     assert running.deadlines(["training", "vae"], 230, now=0) == {"vae": 70, "training": 230}
 
 
+@pytest.mark.slow
 def test_units_name_functions(part, monkeypatch):
     """Each unit of the full size, which no CPU runs, names a function and its arguments."""
     import inspect
