@@ -29,12 +29,13 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from cogvideox_sat.commands.flag_spellings import StrictParser  # noqa: E402
 from device_parts.results import Record, Results  # noqa: E402
 from device_parts.running import LOG, UnitRunner, deadlines  # noqa: E402
 from device_parts.tables import failures, report  # noqa: E402
 from device_parts.units import FULL_BUDGET, PARTS, Unit, units_of  # noqa: E402
 from harness import write_results  # noqa: E402
+
+from cogvideox_sat.commands.flag_spellings import StrictParser  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
 

@@ -5,10 +5,11 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-
-import vae
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
+from measuring.autoencoders import build
+from measuring.vae_arguments import CLIPS, DEFAULTS, OURS, WHOLE
+from vae import CONTENDERS
 
 TOY_CLIP = (9, 32, 32)
 
@@ -16,18 +17,18 @@ TOY_CLIP = (9, 32, 32)
 def measure(recorder: Recorder) -> None:
     """Write a row for each task and contender."""
     size = "tiny" if recorder.toy else "full"
-    frames, height, width = TOY_CLIP if recorder.toy else vae.CLIPS["full", "cuda"]
+    frames, height, width = TOY_CLIP if recorder.toy else CLIPS["full", "cuda"]
     args = argparse.Namespace(size=size, frames=frames, height=height, width=width)
     args.device, args.dtype = recorder.device, str(recorder.dtype).removeprefix("torch.")
-    contenders = [(vae.OURS,)]
+    contenders = [(OURS,)]
     if importlib.util.find_spec("diffusers") is None:
         recorder.note("diffusers is not installed: its rows are missing")
     else:
-        contenders.append((vae.DEFAULTS, vae.WHOLE))
+        contenders.append((DEFAULTS, WHOLE))
     for names in contenders:
         with recorder.attempt(f"building {names[0]}"), torch.no_grad():
-            built = vae.build(args, *names)
-            for task, contending in vae.CONTENDERS.items():
+            built = build(args, *names)
+            for task, contending in CONTENDERS.items():
                 for name in names:
                     if name in contending:
                         measure_task(recorder, f"{'toy, ' if recorder.toy else ''}{task}, {name}", built[name][task])

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from device_parts.models import CONFIGS, config_file
+from device_parts.recording import Recorder
+from device_parts.weights import weights_of, write_clips
+from harness import peak_memory
 
 import sample_video
 import train_video
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.tool_commands import estimate_memory
-from device_parts.models import CONFIGS, config_file
-from device_parts.recording import Recorder
-from device_parts.weights import weights_of, write_clips
-from harness import peak_memory
 
 OFFLOADS = ("none", "stage", "sequential")
 SAMPLING_STEPS, TRAINING_STEPS = 4, 4

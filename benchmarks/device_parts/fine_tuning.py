@@ -4,13 +4,15 @@ import gc
 from typing import Any
 
 import torch
-
-import training
-from cogvideox_sat.commands.startup import quiet_libraries
-from device_parts.models import TOY, TOY_LAYERS, compile_network
+from device_parts.models import TOY, TOY_LAYERS, Model, compiler_off
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
 from device_parts.units import CONFIGURATIONS
+from measuring import training_step
+from measuring.training_arguments import arguments
+
+from cogvideox_sat.commands.startup import quiet_libraries
+from sgm.modules.diffusionmodules.wrappers import compile_network
 
 STEPS = 3
 MODES = {True: "all layers recomputed", False: "nothing recomputed"}  # of `checkpoint_activations`
@@ -18,6 +20,7 @@ TOY_CLIP = ("2", "4", "4")
 
 
 def measure_all(recorder: Recorder, model: str) -> None:
+    compiler_off(recorder)
     measure(recorder, model, compiled=False)
     measure(recorder, model, compiled=True)
 
@@ -25,13 +28,14 @@ def measure_all(recorder: Recorder, model: str) -> None:
 def measure(recorder: Recorder, model: str, compiled: bool) -> None:
     """Write a row for each mode of recomputing activations; one network, whose layers are told to."""
     quiet_libraries()
-    args = training.arguments(command_line(recorder, model))
-    engine = training.build_engine(args)
-    network = training.build_network(args)
+    args = arguments("", command_line(recorder, model))
+    engine = training_step.build_engine(args)
+    network = training_step.build_network(args)
+    network.use_attention(Model(model).attention(recorder, gradients=True))
     if compiled:
-        compile_network(recorder, network)
-    batch: dict[str, Any] = training.cached_batch(args, engine)
-    contender = training.our_step(args, engine, network, batch, seeds=[0])
+        compile_network(network)
+    batch: dict[str, Any] = training_step.cached_batch(args, engine)
+    contender = training_step.our_step(args, engine, network, batch, seeds=[0])
     for mode, description in MODES.items():
         row = f"{model}, LoRA, {description}{', compiled' if compiled else ''}"
         with recorder.attempt(row, may_not_fit=not mode):

@@ -1,9 +1,9 @@
 """The first unit of every run: is the device there, and what is it?"""
 
 import torch
-
 from device_parts.recording import Recorder
 from harness import machine
+
 from sgm.errors import UserError
 
 

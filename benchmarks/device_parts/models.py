@@ -4,21 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_parts.floating_point import Work
+from device_parts.recording import Recorder
+from device_parts.units import CONFIGURATIONS
 from torch import Tensor, nn
 
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, patch_sizes
+from cogvideox_sat.network.attention_choice import AUTO, AttentionChoice, choose_attention
 from cogvideox_sat.weights.loading import initialise_missing
-from device_parts.floating_point import Work
-from device_parts.recording import Recorder
-from device_parts.units import CONFIGURATIONS
-from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOY = "tiny/cogvideox_tiny"
 TOY_LAYERS = 1
-TOY_BACKEND = "aot_eager"  # traces forward and backward pass, and generates no code
 GUIDANCE = 2  # clips of a batch: one step with classifier-free guidance
 
 
@@ -59,7 +58,13 @@ class Model:
         """Return our network, of random weights of which none is zero."""
         torch.manual_seed(0)
         network = instantiate_on_meta(self.config["network_config"]).to(recorder.dtype)
+        network.use_attention(self.attention(recorder))
         return randomised(network, recorder.device).eval()
+
+    def attention(self, recorder: Recorder, gradients: bool = False) -> AttentionChoice:
+        """Return what `--attention auto` chooses."""
+        head_dim = self.params["hidden_size"] // self.params["num_attention_heads"]
+        return choose_attention(AUTO, recorder.device, recorder.dtype, head_dim, gradients)
 
     def inputs(self, recorder: Recorder) -> tuple[Tensor, Tensor, Tensor]:
         """Return latents (b, t, c, h, w), timesteps (b,) and text states (b, l, features)."""
@@ -70,12 +75,11 @@ class Model:
         return latents, torch.full((GUIDANCE,), 500, device=recorder.device), text
 
 
-def compile_network(recorder: Recorder, network: nn.Module) -> None:
-    """Compile our network in place, as `compile_model: true` does; a toy without the minutes of a C++ compiler."""
+def compiler_off(recorder: Recorder) -> None:
+    """Have what is compiled from now on run without a compiler in a toy: that of C++ takes a minute for each."""
     if recorder.toy:
-        network.compile(backend=TOY_BACKEND)
-    else:
-        OpenAIWrapper(network, compile_model=True)
+        torch.compiler.set_stance("force_eager")
+        recorder.note("without a compiler: at the toy size only the layer is compiled")
 
 
 @torch.no_grad()

@@ -5,45 +5,48 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from device_parts.models import TOY_BACKEND, Model, compile_network
+from device_parts.models import Model, compiler_off
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
-from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from torch import Tensor, nn
+
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, compile_network
 
 REPEATS = {True: 1, False: 3}  # of the long and of the short networks
 LONG = 30_000  # tokens
 
 
 def measure_all(recorder: Recorder, model: str) -> None:
+    compiler_off(recorder)
     measure(recorder, model)
-    measure_compiled(recorder, model)
+    measure_diffusers(recorder, model)
 
 
 def measure(recorder: Recorder, model: str) -> None:
-    """Write the rows of ours, of diffusers, and of diffusers with each of its layers compiled."""
+    """Write the rows of ours, eager and compiled as `compile_model: true` does it."""
     described = Model(model)
     with recorder.attempt(f"{model}, ours"):
-        write(recorder, described, f"{model}, ours", ours(recorder, described, compiled=False))
+        network = described.network(recorder)
+        run = ours(recorder, described, network)
+        write(recorder, described, f"{model}, ours", run)
+        with recorder.attempt(f"{model}, ours compiled"):
+            compile_network(network)
+            write(recorder, described, f"{model}, ours compiled", run)
+
+
+def measure_diffusers(recorder: Recorder, model: str) -> None:
+    """Write the rows of diffusers, eager and with each of its layers compiled."""
     if importlib.util.find_spec("diffusers") is None:
         recorder.note("diffusers is not installed: its rows are missing")
         return
+    described = Model(model)
     with recorder.attempt(f"{model}, diffusers"):
         twin, run = theirs(recorder, described)
         write(recorder, described, f"{model}, diffusers", run)
         with recorder.attempt(f"{model}, diffusers compiled"):
             for block in twin.transformer_blocks:
-                block.compile(backend=TOY_BACKEND if recorder.toy else "inductor")
+                block.compile()
             write(recorder, described, f"{model}, diffusers compiled", run)
-        del twin, run
-
-
-def measure_compiled(recorder: Recorder, model: str) -> None:
-    """Write the row of ours with `compile_model: true`."""
-    described = Model(model)
-    with recorder.attempt(f"{model}, ours compiled"):
-        write(recorder, described, f"{model}, ours compiled", ours(recorder, described, compiled=True))
 
 
 def write(recorder: Recorder, model: Model, row: str, run: Callable[[object], Tensor]) -> None:
@@ -60,10 +63,7 @@ def write(recorder: Recorder, model: Model, row: str, run: Callable[[object], Te
     recorder.row(row, values)
 
 
-def ours(recorder: Recorder, model: Model, compiled: bool) -> Callable[[object], Tensor]:
-    network = model.network(recorder)
-    if compiled:
-        compile_network(recorder, network)
+def ours(recorder: Recorder, model: Model, network: nn.Module) -> Callable[[object], Tensor]:
     wrapper = OpenAIWrapper(network, dtype=recorder.dtype)
     x, timesteps, text = model.inputs(recorder)
     return lambda _: wrapper(x, timesteps, {"crossattn": text})

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from device_parts.results import Results
+
 from sgm.errors import one_line
 from sgm.memory_errors import describe_shortage, memory_cause
 

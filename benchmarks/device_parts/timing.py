@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-
 from harness import peak_memory
+from torch.profiler import ProfilerActivity, profile
 
 
 class Measured(NamedTuple):

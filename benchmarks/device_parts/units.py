@@ -50,19 +50,17 @@ def units_of(size: str) -> list[Unit]:
 
 def full_units() -> list[Unit]:
     """Return the units of the released sizes. Within a part what is surest and most wanted comes first."""
-    networks = [(TWO_B, 32, 80), (FIVE_B, 42, 110), (ONE_FIVE, 76, 130)]
-    training = [(TWO_B, 30, 90), (FIVE_B, 50, 130)]
+    networks = [(TWO_B, 30), (FIVE_B, 36), (ONE_FIVE, 62)]
+    training = [(TWO_B, 30, 50), (FIVE_B, 50, 80)]
     units = [
         Unit("attention", "attention", "attention.measure", 20),
         Unit("layer", "layer", "layer.measure", 28, {"model": FIVE_B}),
     ]
-    units += [
-        Unit(f"networks, {name}", "networks", "networks.measure", cost, {"model": name}) for name, cost, _ in networks
-    ]
-    units += [
-        Unit(f"networks, {name}, compiled", "networks", "networks.measure_compiled", cost, {"model": name})
-        for name, _, cost in networks
-    ]
+    for whose, function in (("", "measure"), (", diffusers", "measure_diffusers")):
+        units += [
+            Unit(f"networks, {name}{whose}", "networks", f"networks.{function}", cost, {"model": name})
+            for name, cost in networks
+        ]
     units.append(Unit("vae", "vae", "autoencoder.measure", 35))
     for number, compiled in ((1, False), (2, True)):
         units += [

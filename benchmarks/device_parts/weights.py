@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import yaml
+from device_parts.models import CONFIGS, config_file, randomised
+from device_parts.recording import Recorder
 
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.media.video_output import VideoWriter
-from device_parts.models import CONFIGS, config_file, randomised
-from device_parts.recording import Recorder
 from diffusion_video import DTYPES
 
 TOKENIZER = CONFIGS.parent / "assets" / "tiny" / "t5" / "spiece.model"

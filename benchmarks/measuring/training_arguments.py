@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from harness import ROOT, config_name, device_name
@@ -16,8 +17,12 @@ RANK, LORA_ALPHA = 128, 1
 LEARNING_RATE, BETAS, CLIPPING = 1e-4, (0.9, 0.95), 1.0
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Return the arguments, with the configuration that they name and a clip that suits network and device."""
+def arguments(description: str, command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments, with the configuration that they name and a clip that suits network and device.
+
+    Args:
+        command_line: None for the process's own.
+    """
     parser = EitherSpellingParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=config_name, default="cogvideox_2b", help="configuration in configs/, without LoRA"
@@ -38,7 +43,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--overhead", action="store_true", help="measure the trainer instead")
     parser.add_argument("--write", action="store_true", help="put the result into benchmarks/RESULTS.md")
     parser.add_argument("--memory-of", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(command_line)
     on_cpu = args.device == "cpu"
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported, which is why that is done later

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPT = BENCHMARKS / "device_check.py"
+ATTENTION_ROWS = {"toy, auto", "toy, PyTorch's choice", "toy, flash", "toy, math"}
 PLANTED = """
 import os
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_toy_on_a_cpu(tmp_path):
     offloads = [f"toy, sample_video.py --offload {way}" for way in ("none", "stage", "sequential")]
     modes = ("all layers recomputed", "nothing recomputed")
     assert rows == [
-        {"toy, auto", "toy, flash", "toy, math"},
+        ATTENTION_ROWS,
         {"toy, eager", "toy, compiled"},
         set(found["Operations and kernels of one layer"]),
         {"toy, ours", "toy, ours compiled", "toy, diffusers", "toy, diffusers compiled"},
@@ -111,10 +112,12 @@ def test_toy_on_a_cpu(tmp_path):
     assert all(float(row[0].partition(" ")[0]) > 0 for table in found.values() for row in table.values())
     commands = found["The commands"]
     assert [name for name, row in commands.items() if "[C]" not in row[1]] == [offloads[2]], "estimates of memory"
-    eager, compiled = (int(found["One layer"][f"toy, {how}"][1]) for how in ("eager", "compiled"))
-    assert compiled < eager, "kernels"
-    kernels = list(found["Operations and kernels of one layer"])
-    assert any("addmm" in name for name in kernels) and any("fused" in name for name in kernels)
+    operations, fused = (
+        [name for name in found["Operations and kernels of one layer"] if name.startswith(how)]
+        for how in ("eager: ", "compiled: ")
+    )
+    assert "eager: addmm" in operations and all("fused" in name for name in fused)
+    assert 0 < len(fused) < len(operations)
 
     assert not list(temporary.glob("device_check-*")), "weights are removed"
     files = {path.name for path in output.iterdir()}
@@ -218,7 +221,7 @@ def test_a_run_that_is_ended_keeps_what_it_measured(tmp_path):
         process.terminate()
         text = process.communicate()[0]
     assert process.returncode == 130
-    assert set(tables(text)["Attention alone"]) == {"toy, auto", "toy, flash", "toy, math"}
+    assert set(tables(text)["Attention alone"]) == ATTENTION_ROWS
     assert "toy, eager" in tables(text)["One layer"]
 
 
