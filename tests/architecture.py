@@ -8,6 +8,7 @@ functions count for the layers, and not for PyTorch: that is how commands answer
 
 import ast
 import sys
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -79,9 +80,9 @@ def places(root: Path) -> dict[str, Path]:
 
 def imports(path: Path, everywhere: bool) -> Iterator[tuple[int, str]]:
     """Yield the line and the dotted name of each import; `everywhere`: also of those inside functions."""
-    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    waiting = deque[ast.AST]([ast.parse(path.read_text())])
     while waiting:
-        node = waiting.pop(0)
+        node = waiting.popleft()
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

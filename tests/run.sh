@@ -35,7 +35,17 @@ style=0
 "$python" tests/architecture.py || style=$?
 "$python" -m ruff check || style=$?
 "$python" -m codespell_lib benchmarks configs sat sgm tests tools vae_modules ./*.md || style=$?
-"$python" tests/type_checks.py || style=$?
-# The tests of a file share its fixtures, so they stay together.
-"$python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
+
+# The types are checked while the tests run, and told about after them.
+types=$(mktemp)
+"$python" tests/type_checks.py >"$types" 2>&1 &
+checker=$!
+trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
+
+# The tests of a file share its fixtures, so they stay together; tests/conftest.py puts the long files first.
+tests=0
+"$python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" || tests=$?
+wait "$checker" || style=$?
+cat "$types"
+((tests == 0)) || exit "$tests"
 exit "$style"

@@ -177,6 +177,7 @@ def test_bfloat16_is_stored_rounded_and_stacks(tiny, cache):
     assert batch["moments"].shape == (2, 32, 3, 4, 6) and batch["moments"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_several_caches_are_one_dataset_and_travel_to_workers(tiny, cache):
     dataset = LatentDataset([cache("2b"), cache("2b", dtype="bfloat16")], model_of(tiny, "2b"))
     sample = dataset[key(6)]

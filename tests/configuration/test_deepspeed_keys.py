@@ -47,6 +47,7 @@ def run(code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(version("deepspeed") != VERSION, reason="the tables are of another DeepSpeed, which is then asked")
 def test_the_tables_are_complete():
     run(COMPARE)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import processes
 from cogvideox_sat.conversion.checkpoint_folders import FILE, ITERATION, write_checkpoint, write_tensors
 from sgm.errors import UserError
 
@@ -37,11 +38,7 @@ write_checkpoint(Path(sys.argv[1]), like, lambda name: torch.ones(10**5))
 """
 
 
-def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, env={"PYTHONPATH": f"{ROOT / 'sat'}:{ROOT}"}, capture_output=True, text=True, timeout=300
-    )
+PATHS = {"PYTHONPATH": f"{ROOT / 'sat'}:{ROOT}"}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -90,8 +87,10 @@ def test_the_archive_is_a_sound_one(tmp_path):
     assert {value.data_ptr() % 64 for value in mapped.values() if value.numel()} == {0}
 
 
+@pytest.mark.slow
 def test_memory_holds_one_tensor(tmp_path):
-    result = in_a_process(WRITE, tmp_path / "x.pt")
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "x.pt")]
+    result = subprocess.run(command, env=PATHS, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 40, "megabytes"
     read = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)["module"]
@@ -105,10 +104,11 @@ def test_a_tensor_that_is_not_as_announced_leaves_nothing(tmp_path, wrong):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 500_000])
 def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, limit):
     """Whether the description does not fit on the disk, or the tensors do not."""
-    result = in_a_process(LIMITED, tmp_path / "new" / "out", limit)
+    result = processes.run(["-c", LIMITED, tmp_path / "new" / "out", limit], env=PATHS, timeout=300)
     assert result.stderr.splitlines()[-1].endswith(f"cannot write {tmp_path}/new/out: File too large")
     assert not list(tmp_path.iterdir())
 

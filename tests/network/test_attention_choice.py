@@ -213,6 +213,7 @@ def test_the_commands_say_so_before_they_read_weights(tiny, tmp_path, caplog):
     assert "attention: cudnn does not compute float32" in error and not videos.exists()
 
 
+@pytest.mark.slow
 def test_training_says_so_too(tiny, tmp_path, caplog):
     from train_video import main
     from training_clips import write_dataset

@@ -186,6 +186,7 @@ def test_the_stack_adds_no_operation(checkpointing):
     assert operations_of_a_step(network, inputs) != stacked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_compiler_sees_one_graph_of_the_stack(checkpointing):
     """In training, with layers recomputed or not; and while a sampler goes from step to step and video to video."""
