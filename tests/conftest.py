@@ -66,6 +66,9 @@ def place_parts(model: dict[str, Any], folder: Path) -> None:
     model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae.pt")
 
 
+gc.disable()  # until all test files are imported, which makes many objects and no garbage
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz_cases", type=int, default=60, help="changed configurations to try (default: 60)")
     parser.addoption(
@@ -128,6 +131,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     freeze_imports()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -215,6 +215,7 @@ def main() -> None:
     paths = [path for path in sys.path[1:] if path not in given]
     sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
     failure = ""
+    gc.disable()  # imports make many objects and no garbage
     try:
         importlib.import_module("cogvideox_sat.commands.startup").quiet_libraries()
         for name in HEAVY:
@@ -223,6 +224,7 @@ def main() -> None:
         failure = traceback.format_exc()
     gc.collect()
     gc.freeze()  # else the first collection of each process would copy all that they share
+    gc.enable()
     listener = socket.socket(fileno=int(sys.argv[1]))
     processes.Servers.run = sys.argv[2]
     request = Server(listener).serve()
