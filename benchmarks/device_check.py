@@ -111,10 +111,12 @@ def check(args: argparse.Namespace) -> list[str]:
     results = open_results(args, settings, chosen)
     work = Path(tempfile.mkdtemp(prefix="device_check-"))
     told = {**settings, "work": str(work)}
-    runner = UnitRunner(results, told, deadlines(args.parts, args.budget, start), args.output / LOG)
+    runner = UnitRunner(results, told, {}, args.output / LOG)
     ended_by = signal.signal(signal.SIGTERM, interrupt)
     try:
         find_device(runner, results)
+        now = time.monotonic()
+        runner.deadline_of = deadlines(args.parts, args.budget - (now - start), now)
         try:
             run_units(runner, chosen, results.done())
         finally:

@@ -100,5 +100,5 @@ def longest_kernel(recorder: Recorder, run: Callable[[], object]) -> str:
     events = profiled(run, recorder.device).events()
     if recorder.device.type == "cuda":
         events = [each for each in events if each.device_type == DeviceType.CUDA]
-    longest = max(events, key=lambda each: each.self_cpu_time_total or each.time_range.elapsed_us())
-    return longest.name[:KERNEL_NAME]
+    longest = max(events, key=lambda each: each.self_cpu_time_total or each.time_range.elapsed_us(), default=None)
+    return longest.name[:KERNEL_NAME] if longest else "not profiled"

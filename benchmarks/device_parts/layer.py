@@ -68,7 +68,7 @@ def measure_eager(recorder: Recorder, name: str, model: Model, run: RunLayer, hi
     with operations:
         run(given)
     calls = operations.kernels()
-    on_gpu = len(kernels_of(trace_of(recorder, "layer_eager"), recorder.device)) - 1  # the clone is not the layer's
+    on_gpu = launches_of(kernels_of(trace_of(recorder, "layer_eager"), recorder.device))
     moved = sum(each.gigabytes or 0 for each in calls if not any(word in each.name for word in NOT_ELEMENTWISE))
     values = {
         "ms": 1000 * result.seconds,
@@ -89,11 +89,16 @@ def measure_compiled(recorder: Recorder, name: str, model: Model, run: RunLayer,
     fused = sum(each.gigabytes or 0 for each in kernels)
     values: dict[str, Any] = {"ms": 1000 * result.seconds, "first call s": result.first}
     if recorder.device.type == "cuda":  # of a CPU, profiles have the fused kernels alone
-        values["launches"] = len(kernels) - 1  # the clone is not the layer's
+        values["launches"] = launches_of(kernels)
     if fused:
         values["elementwise U"] = fused * 1e9 * 2 / hidden.element_size() / model.work.unit
     recorder.row(f"{name}, compiled", values)
     write_kernels(recorder, "compiled", kernels)
+
+
+def launches_of(kernels: list[Kernel]) -> int | None:
+    """Return the launches of the layer, without the copy of its input; None where the profiler saw none."""
+    return len(kernels) - 1 if kernels else None
 
 
 def trace_of(recorder: Recorder, name: str) -> dict[str, Any]:
