@@ -11,7 +11,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention import activate_flash_attention_impl
 
 from sgm.attention_kernels import SOFTMAX, AttentionKernel, installed, register
 
@@ -29,7 +28,10 @@ def activate() -> None:
 
     Raises:
         RuntimeError: it is not of the version that PyTorch knows.
+        ImportError: PyTorch is older than 2.11, and cannot be told.
     """
+    from torch.nn.attention import activate_flash_attention_impl
+
     activate_flash_attention_impl("FA3")
 
 

@@ -193,7 +193,7 @@ def test_flash3_of_another_version_than_pytorch_knows(monkeypatch):
     def activate(_):
         raise RuntimeError("Module 'flash_attn_interface' does not expose FA3 kernels")
 
-    monkeypatch.setattr(flash_attention3, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
     with pytest.raises(UserError, match=r"flash3 does not compute bfloat16 .* not expose FA3 kernels\); choose"):
         choose_attention("flash3", CUDA, torch.bfloat16, 64, True)
 
