@@ -88,6 +88,8 @@ class Process:
             "limits": dict(limits or {}),
         }
         self.returncode: int | None = None
+        self._readers: list[threading.Thread] = []
+        self._outputs: dict[IO, str] = {}
         with contextlib.ExitStack() as files:
             self.stdin, read = _standard(files, stdin, 0, "w")
             self.stdout, written = _standard(files, stdout, 1, "r")
@@ -122,20 +124,25 @@ class Process:
         deadline = None if timeout is None else time.monotonic() + timeout
         if self.stdin:
             self.stdin.close()
-        outputs: dict[IO, str] = {}
         pipes = [pipe for pipe in (self.stdout, self.stderr) if pipe]
-        readers = [threading.Thread(target=lambda pipe=pipe: outputs.update({pipe: pipe.read()})) for pipe in pipes]
-        for reader in readers:
-            reader.daemon = True
-            reader.start()
-        for reader in readers:
+        if not self._readers:  # else an earlier call ran out of time, and they still read
+            for pipe in pipes:
+                reader = threading.Thread(
+                    target=lambda pipe=pipe: self._outputs.update({pipe: pipe.read()}), daemon=True
+                )
+                self._readers.append(reader)
+                reader.start()
+        for reader in self._readers:
             reader.join(None if deadline is None else max(deadline - time.monotonic(), 0))
             if reader.is_alive():
                 raise subprocess.TimeoutExpired("a forked process", timeout or 0)
         self.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
         for pipe in pipes:
             pipe.close()
-        return tuple(outputs.get(pipe) for pipe in (self.stdout, self.stderr))
+        return tuple(self._outputs.get(pipe) for pipe in (self.stdout, self.stderr))
+
+    def _read(self, pipe: IO) -> None:
+        self._outputs[pipe] = pipe.read()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

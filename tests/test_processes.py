@@ -65,7 +65,8 @@ def test_ends(program, code, errors):
 
 
 def test_signals_and_waiting():
-    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(5)); print('ready', flush=True)\n"
+    program = "import signal, sys, time; signal.signal(15, lambda *_: (print('bye'), sys.exit(5)))\n"
+    program += "print('ready', flush=True)\n"
     process = processes.start(["-c", program + "time.sleep(60)"], stdout=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
     assert process.poll() is None
@@ -75,7 +76,8 @@ def test_signals_and_waiting():
         process.communicate(timeout=0.1)
     os.kill(process.pid, 0)
     process.terminate()
-    assert process.wait(30) == process.poll() == 5
+    assert process.communicate(timeout=30) == ("bye\n", None)
+    assert process.wait() == process.poll() == 5
     process.kill()  # which has ended
     with pytest.raises(subprocess.TimeoutExpired):
         processes.run(["-c", "import time; time.sleep(60)"], timeout=0.1)
