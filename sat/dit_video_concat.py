@@ -525,7 +525,7 @@ class DiffusionTransformer(BaseModel):
             return f"its layernorm_order is {self.transformer.layernorm_order}"
         watched = (self.transformer.layers, self.mixins["adaln_layer"])
         if any(each._forward_hooks or each._forward_pre_hooks for part in watched for each in part.modules()):
-            return "somebody watches its modules"
+            return "its modules have hooks, as with ZeRO-3"
         return None
 
     @property

@@ -2,8 +2,10 @@
 
 from argparse import Namespace
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from typing import ClassVar
 
 import pytest
+from omegaconf import OmegaConf
 
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
 from cogvideox_sat.configuration.argument_schema import argument_fields
@@ -94,3 +96,41 @@ def test_settings_are_the_same_wherever_they_are_from():
 
     sources = Sources(["a.yaml"])
     assert EngineSettings.from_args(Mine(MODEL)) == EngineSettings(MODEL, sources=sources)
+
+
+class Slots:
+    __slots__ = ("mine", "model_config", "unset")
+
+    def __init__(self):
+        self.model_config, self.mine = {}, 7
+
+
+class OfClass:
+    model_config: ClassVar[dict] = {}
+    mine = 7
+
+    def bf61(self):  # a method is no setting
+        raise AssertionError
+
+
+class OfProperty(Slots):
+    @property
+    def mine(self):
+        return 7
+
+    @mine.setter
+    def mine(self, value):
+        pass
+
+
+@pytest.mark.parametrize("args", [Slots(), OfClass(), OfClass, OfProperty(), {"model_config": {}, "mine": 7, 1: 2}])
+def test_classes_of_users_see_what_is_no_attribute_of_the_object_itself(args):
+    seen = EngineSettings.from_args(args).as_args()
+    assert seen.mine == 7
+    assert not hasattr(seen, "unset")
+
+
+@pytest.mark.parametrize("value", ["???", "${nowhere}"])
+def test_a_value_that_omegaconf_lacks_is_an_error(value):
+    with pytest.raises(UserError, match=r"^load: "):
+        EngineSettings.from_args(OmegaConf.create({"model_config": {}, "load": value}))

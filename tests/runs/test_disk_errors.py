@@ -44,3 +44,11 @@ def test_room_is_checked_before(tmp_path):
     check_room(tmp_path / "10", GIB // 2)
     with pytest.raises(UserError, match=r"the disk is full: 0\.60 GiB are needed, 0\.50 GiB are free"):
         check_room(tmp_path / "10", int(0.6 * GIB))
+
+
+def test_a_folder_that_was_removed_during_the_run_is_told_as_any_other_failure(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the disk's own numbers, which a folder that is gone does not have
+    path = tmp_path / "gone" / "1"
+    assert "GiB are free" in str(cannot_write(path, OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UserError, match="the disk is full"):
+        check_room(path, 2**62)

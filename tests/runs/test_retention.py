@@ -15,6 +15,7 @@ from cogvideox_sat.runs.retention import last_saved, mark_newest, outdated, remo
         ([10, 20, 30, 40], 20, 2, [30, 40]),  # resumed from 10: what came after is another future
         ([10, 20, 30, 40], 20, None, []),
         ([], 10, 1, []),
+        ([10, 20], 20, 0, [10, 20]),
     ],
 )
 def test_outdated(steps, newest, keep_last, deleted):

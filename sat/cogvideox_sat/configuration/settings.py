@@ -15,6 +15,8 @@ from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from omegaconf.errors import OmegaConfBaseException
+
 from cogvideox_sat.configuration.argument_lists import LR_DECAY_STYLES
 from cogvideox_sat.configuration.program_arguments import check_spelling
 from sgm.config_places import Sources
@@ -64,14 +66,44 @@ class Settings:
         if self.arguments is None:
             return self
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "arguments"}
-        return Namespace(**{**_attributes(self.arguments, own), **own})
+        return _Overlaid(self.arguments, own, own)
+
+
+class _Overlaid(Namespace):
+    """A program's arguments with settings in their place.
+
+    What an object has for all (slots, properties, attributes of its class) is asked of it when it is read.
+    """
+
+    __slots__ = ("_given",)
+
+    def __init__(self, given: Any, names: Iterable[str], own: Mapping[str, Any]):
+        super().__init__(**{**_attributes(given, names), **own})
+        self._given = given
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # as copying and pickling ask for, before there is anything
+            raise AttributeError(name)
+        return getattr(self._given, name)
 
 
 def _attributes(args: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return what an object of arguments holds: its own attributes, and those of the `names` that its class has."""
+    """Return what an object of arguments holds: its own attributes or items, and those of the `names` that it has.
+
+    Raises:
+        UserError: a value of an OmegaConf configuration is missing, or refers to one that is.
+    """
     if isinstance(args, Mapping):
-        return dict(args)
-    return {name: getattr(args, name) for name in names if hasattr(args, name)} | getattr(args, "__dict__", {})
+        return {str(name): _item(args, name) for name in args}
+    own = {} if isinstance(args, type) else getattr(args, "__dict__", {})
+    return {name: getattr(args, name) for name in names if hasattr(args, name)} | own
+
+
+def _item(args: Mapping[Any, Any], name: Any) -> Any:
+    try:
+        return args[name]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def _nearest(name: str, known: set[str]) -> str:

@@ -117,6 +117,4 @@ def product(module: nn.Module) -> Product:
         return product(module.original)._replace(adapter=adapter)
     if type(module).forward not in PLAIN or not module.weight.is_floating_point():
         raise NotCompilable(f"its products are {type(module).__name__}")
-    if hasattr(module.weight, "ds_id"):
-        raise NotCompilable("ZeRO-3 divides its weights")
     return Product(module.weight, module.bias)

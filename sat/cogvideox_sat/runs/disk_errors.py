@@ -45,4 +45,6 @@ def disk_full(path: Path, needed: int | None) -> UserError:
 
 
 def free_bytes(path: Path) -> int:
-    return shutil.disk_usage(path.parent).free
+    """Return the bytes that are free where `path` is to be; its folder may have been removed during the run."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(folder).free

@@ -36,7 +36,8 @@ def outdated(steps: Iterable[int], newest: int, keep_last: int | None) -> list[i
     if keep_last is None:
         return []
     ascending = sorted(steps)
-    kept = [step for step in ascending if step <= newest][-keep_last:]
+    until = [step for step in ascending if step <= newest]
+    kept = until[max(len(until) - keep_last, 0) :]
     return [step for step in ascending if step not in kept]
 
 

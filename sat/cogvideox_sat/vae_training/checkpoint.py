@@ -63,8 +63,8 @@ def write_whole(content: Any, path: Path) -> None:
         UserError: the disk is full or cannot be written to; a file that was there before still is.
     """
     needed = saved_bytes(content)
-    remove_unfinished(path.parent)
     try:
+        remove_unfinished(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path, needed)
         with replaced_when_complete(path) as part:
@@ -134,4 +134,9 @@ def publish(checkpoint: Path, run_folder: Path, keep_last: int | None) -> None:
     newest = step_of(checkpoint)
     assert newest is not None, checkpoint
     for step in outdated(steps, newest, keep_last):
-        steps[step].unlink()
+        try:
+            steps[step].unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot delete {steps[step]}: {error.strerror or error}; see who may write there"
+            ) from error
