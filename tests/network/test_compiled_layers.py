@@ -1,6 +1,9 @@
 """Layers through a compiler: the numbers and gradients of those without, one graph for all, few launches, few bytes."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -302,3 +305,15 @@ def test_without_a_compiler_a_block_is_the_layer_too():
                 assert_close(built(**given), expected, 1e-5)
             finally:
                 compiled_layers.compiled_block = original
+
+
+def test_the_module_alone_knows_the_kernels_it_may_call():
+    """In a fresh interpreter: one that is forked has imported what registers them."""
+    code = "from cogvideox_sat.network import compiled_layers as layers; layers._attend(layers.KERNELS['softmax'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr

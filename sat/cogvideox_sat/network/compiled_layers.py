@@ -18,6 +18,7 @@ from cogvideox_sat.network.block import Attend, LayerWeights, LowRank, Norm, Pro
 from cogvideox_sat.network.fused_lora import FusedLoraLinear
 from cogvideox_sat.network.layer_runner import RunLayer
 from sgm.attention_kernels import KERNELS, AttentionKernel
+from sgm.flash_attention3 import FLASH3
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Token
 
 def _attend(kernel: AttentionKernel) -> Attend:
     """Return the function of a kernel without its checks, which a compiler cannot see through."""
-    known = kernel if kernel in (KERNELS["softmax"], KERNELS["flash3"]) else KERNELS["softmax"]
+    known = kernel if kernel in (KERNELS["softmax"], FLASH3) else KERNELS["softmax"]
     return known.compute  # neither of these two ever declines
 
 
