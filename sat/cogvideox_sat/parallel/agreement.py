@@ -17,7 +17,7 @@ from cogvideox_sat.parallel.torch_internals import all_groups
 from sgm.context_parallel import destroy_context_parallel
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = timedelta(days=7)  # for work that takes as long as it takes; see `parallel.process_watch`
 NO_ANSWER = re.compile(r"time[d ]* ?out", re.IGNORECASE)  # what gloo and the store say of a process that is silent

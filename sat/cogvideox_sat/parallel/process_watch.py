@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from cogvideox_sat.parallel.torch_internals import own_store
 
-logger = logging.getLogger("train_video.waiting")
+logger = logging.getLogger(__name__)
 logger.setLevel(logging.WARNING)  # on every process: the one that waits says so, whichever it is
 
 FIRST_LINE = 30.0  # seconds of waiting, after which one line says for what; then after twice as long, and so on

@@ -21,8 +21,6 @@ from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import from_first_process, meet
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
-
 
 def open_clips(
     folder: Path, data: str, make: Callable[[], Dataset], repeats: bool = False
@@ -103,7 +101,7 @@ class UnreadableClips:
         log: where to tell of new ones.
     """
 
-    def __init__(self, folder: Path, dataset: Any, max_share: float, log: logging.Logger = logger):
+    def __init__(self, folder: Path, dataset: Any, max_share: float, log: logging.Logger):
         self.folder, self.max_share, self.log = folder, max_share, log
         self.left_out = list(getattr(dataset, "unreadable", ()))
         self.clips = len(dataset) + len(self.left_out)

@@ -30,7 +30,7 @@ from cogvideox_sat.runs.vae_data import vae_data_settings
 from sgm.errors import UserError
 from sgm.seeds import sample_seed
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 SHEET = "inspect_data.png"
 SHOWN_CLIPS = 16

@@ -17,9 +17,10 @@ from cogvideox_sat.clips.reader_record import with_backend
 from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from cogvideox_sat.runs.metrics import MetricsWriter
+from cogvideox_sat.runs.retention import LATEST
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
@@ -101,7 +102,7 @@ def find_resume(settings: LoopSettings, locate: Callable[[Path], Path]) -> Path 
             settings.save,
         )
         return None
-    return locate(max(runs, key=lambda run: (run / "latest").stat().st_mtime_ns))
+    return locate(max(runs, key=lambda run: (run / LATEST).stat().st_mtime_ns))
 
 
 def runs_of(settings: LoopSettings) -> list[Path]:
@@ -109,7 +110,7 @@ def runs_of(settings: LoopSettings) -> list[Path]:
     name = re.compile(re.escape(settings.experiment_name) + r"-\d\d-\d\d-\d\d-\d\d(-\d+)?")
     save = Path(settings.save)
     runs = save.iterdir() if save.is_dir() else ()
-    return [run for run in runs if name.fullmatch(run.name) and (run / "latest").is_file()]
+    return [run for run in runs if name.fullmatch(run.name) and (run / LATEST).is_file()]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from sgm.plain_json import parse_json
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 class Target(Protocol):
@@ -235,6 +235,3 @@ def video_as_gif(path: Path, max_side: int = 320) -> tuple[bytes, int, int]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# ---------------------------------------------------------------- times and memory

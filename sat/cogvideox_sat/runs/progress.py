@@ -15,9 +15,6 @@ FORMATS = {
 }
 
 
-# ---------------------------------------------------------------- numbers, out
-
-
 def format_values(values: Mapping[str, float], formats: Mapping[str, str] = FORMATS) -> str:
     """The values that people watch, as `loss 0.1234, lr 1.00e-04, ...`; those that are missing are left out."""
     return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)

@@ -74,6 +74,3 @@ def peak_memory(device: torch.device | str) -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**20  # given in KiB
     return math.nan
-
-
-# ---------------------------------------------------------------- for people

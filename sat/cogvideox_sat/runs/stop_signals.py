@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
