@@ -42,7 +42,7 @@ def train(planned: tuple[VaeTrainingArguments, VaeTrainingPlan | int]) -> int:
         with args.sources.naming():
             return inspect_vae_data(args, plan)
     if plan.finished:
-        logger.info("%s is the last step: raise train_iters to go on", plan.resume)
+        logger.info("%s is at the last step: raise train_iters to go on", plan.resume)
         return 0
     quiet_libraries()
     # Imports PyTorch: seconds, spent only once the request is known to make sense

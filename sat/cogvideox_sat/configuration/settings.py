@@ -17,7 +17,6 @@ from typing import Any, Self
 
 from omegaconf.errors import OmegaConfBaseException
 
-from cogvideox_sat.configuration.argument_lists import LR_DECAY_STYLES
 from cogvideox_sat.configuration.program_arguments import check_spelling
 from sgm.config_places import Sources
 from sgm.errors import UserError
@@ -212,7 +211,7 @@ class LoopSettings(Settings):
     max_skipped_steps: int = 20
     warmup: float = 0.01
     auto_warmup_steps: int = 100
-    lr_decay_style: str = LR_DECAY_STYLES[1]
+    lr_decay_style: str = "linear"
     lr_decay_iters: int | None = None
     lr_decay_ratio: float = 0.1
     save: str = "checkpoints"
