@@ -20,7 +20,7 @@ from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.video_records import VideoRecord, is_record, read_record
 from sgm.errors import UserError
 
-logger = logging.getLogger("sample_video")
+logger = logging.getLogger(__name__)
 
 EXCLUSIVE = (argument_schema.PRECISIONS, ("overwrite", "skip_existing"))
 

@@ -34,7 +34,7 @@ from sgm.util import instantiate_from_config
 
 __all__ = ["SFTDataset", "VideoDataset", "nearest_size"]
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 SIDES = re.compile(r"\b(left|right)(ward|wards|most)?\b", re.IGNORECASE)
 SHOWN = 5  # unreadable clips named on the terminal; the dataset has the list of all

@@ -12,7 +12,7 @@ from cogvideox_sat.latent_geometry import Bucket
 from sgm.errors import UserError
 from sgm.seeds import hashed_seed, sample_seed
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 class SampleKey(NamedTuple):

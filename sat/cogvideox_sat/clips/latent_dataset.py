@@ -19,7 +19,7 @@ from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 OPEN_SHARDS = 16  # of a process that reads
 NO_VARIANCE = -30.0  # the smallest log-variance of a posterior: a draw is its mean, to 3e-7

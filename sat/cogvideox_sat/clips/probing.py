@@ -19,7 +19,7 @@ from cogvideox_sat.media.video_facts import UnreadableClip
 from sgm.errors import UserError, printable
 from sgm.plain_json import parse_json
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 INDEX = ".clip_index.json"
 VERSION = 2

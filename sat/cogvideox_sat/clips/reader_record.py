@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 KEY = "reader"
 BEFORE_RECORDS = "decord"  # which read all videos before there were records

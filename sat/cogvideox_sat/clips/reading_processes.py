@@ -30,7 +30,7 @@ from cogvideox_sat.parallel.process_transfer import receive, send, socket_pair
 from cogvideox_sat.parallel.process_watch import Reading
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 POLL = 0.5  # seconds between looks at the clock
 TASKS_AHEAD = 2  # of a process, so that it has work while it is not given more

@@ -25,7 +25,7 @@ from cogvideox_sat.clips.batch_order import SampleKey
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 FILES = "clip_timeouts-*.jsonl"
 BEFORE_TRAINING = 0  # the step of clips that took too long when the data was looked at

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from cogvideox_sat.clips.files import CLIP_SUFFIXES, IMAGE_SUFFIXES, ClipSource, moves
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 class Tree(ABC):

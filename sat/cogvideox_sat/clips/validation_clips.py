@@ -14,7 +14,7 @@ from cogvideox_sat.clips.timeouts import ClipTimeouts
 from cogvideox_sat.latent_geometry import Bucket
 from sgm.seeds import hashed_seed
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 def validation_key(seed: int, index: int) -> SampleKey:

@@ -18,7 +18,7 @@ from cogvideox_sat.configuration.deepspeed import check_deepspeed_config, enable
 from cogvideox_sat.configuration.determinism import recorded
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 TRAINED_PARTS = ("network_config", "denoiser_config", "loss_fn_config", "conditioner_config", "first_stage_config")
 # Arguments of SwissArmyTransformer's own trainer which are set in the `deepspeed:` section alone.

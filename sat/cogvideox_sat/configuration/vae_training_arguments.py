@@ -16,7 +16,7 @@ from cogvideox_sat.configuration.data_mixing import split_entries
 from cogvideox_sat.configuration.determinism import recorded
 from sgm.errors import UserError, shown
 
-logger = logging.getLogger("train_vae")
+logger = logging.getLogger(__name__)
 
 MODEL_KEYS = ("target", "params", "base_learning_rate")
 # Beside it lies the first stage whose sizes a configuration may refer to.

@@ -20,7 +20,7 @@ from sgm.config_places import Sources
 from sgm.errors import UserError, shown
 from sgm.plain_json import has_half_characters
 
-logger = logging.getLogger("sample_video")
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PRECISION_NAMES = ("fp16", "bf16", "float32")

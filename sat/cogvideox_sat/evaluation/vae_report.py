@@ -31,7 +31,7 @@ from sgm.modules.autoencoding.losses.lpips import LPIPS
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.util import instantiate_from_config
 
-logger = logging.getLogger("evaluate_vae")
+logger = logging.getLogger(__name__)
 
 UNITS = {"PSNR": " dB"}
 BOOST = 4  # of the differences in videos

@@ -14,7 +14,7 @@ from cogvideox_sat.sampling.record_making import Recorder
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress
 from sgm.errors import UserError
 
-logger = logging.getLogger("sample_video")
+logger = logging.getLogger(__name__)
 
 
 @contextmanager

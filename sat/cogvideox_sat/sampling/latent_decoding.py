@@ -24,7 +24,7 @@ from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
 from sgm.util import instantiate_from_config
 
-logger = logging.getLogger("decode_latents")
+logger = logging.getLogger(__name__)
 
 TARGET = ("model", "first_stage_config", "target")
 VAE = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"

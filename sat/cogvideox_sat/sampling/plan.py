@@ -24,7 +24,7 @@ from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine
 from sgm.errors import UserError, shown
 from sgm.seeds import derive_seed
 
-logger = logging.getLogger("sample_video")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.weights import INDEX_SUFFIX, PIPELINE_FILE, read_weight_map, safetensors_in
 
-logger = logging.getLogger("sample_video")
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     *("torch", "numpy", "SwissArmyTransformer", "deepspeed", "transformers", "tokenizers", "sentencepiece"),

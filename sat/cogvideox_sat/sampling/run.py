@@ -34,7 +34,7 @@ from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 
-logger = logging.getLogger("sample_video")
+logger = logging.getLogger(__name__)
 
 # With parts taking turns, so many videos are sampled before they are decoded: few enough to lose little when a run is
 # cut off, enough for the change of parts not to matter.

@@ -15,7 +15,7 @@ from cogvideox_sat.sampling.requests import SampleEvent
 from sgm.errors import UserError
 from sgm.memory_errors import describe_shortage, is_out_of_memory
 
-logger = logging.getLogger("sample_video")
+logger = logging.getLogger(__name__)
 
 
 def no_events() -> Generator[SampleEvent, None, None]:

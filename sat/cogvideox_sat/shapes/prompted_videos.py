@@ -10,7 +10,7 @@ from cogvideox_sat.sampling.prompt_inputs import read_prompts
 from cogvideox_sat.shapes.scenes import Scene, parse
 from sgm.errors import UserError
 
-logger = logging.getLogger("evaluate_shapes")
+logger = logging.getLogger(__name__)
 
 
 class Prompted(NamedTuple):

@@ -26,7 +26,7 @@ from cogvideox_sat.shapes.prompted_videos import Prompted
 from cogvideox_sat.shapes.scenes import Item, Scene, random_scenes
 from sgm.errors import UserError
 
-logger = logging.getLogger("evaluate_shapes")
+logger = logging.getLogger(__name__)
 
 ALL_FOUR = "all four"
 # What a scene with one shape says of each row of the table.

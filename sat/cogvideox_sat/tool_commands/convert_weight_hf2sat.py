@@ -30,7 +30,7 @@ from sgm.errors import UserError
 if TYPE_CHECKING:
     from cogvideox_sat.conversion.pipeline_reading import Pipeline
 
-logger = logging.getLogger("convert_weight_hf2sat")
+logger = logging.getLogger(__name__)
 
 T5_FOLDER = "t5-v1_1-xxl"
 DOWNLOADED = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*")

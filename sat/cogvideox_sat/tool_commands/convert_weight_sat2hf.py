@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cogvideox_sat.conversion.stored_weights import StoredWeights
     from cogvideox_sat.conversion.weight_family import NetworkFamily
 
-logger = logging.getLogger("convert_weight_sat2hf")
+logger = logging.getLogger(__name__)
 
 GB = 10**9
 

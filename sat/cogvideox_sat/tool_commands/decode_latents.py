@@ -29,7 +29,7 @@ from cogvideox_sat.sampling.latent_files import LatentFile, find_files, read_hea
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
 
-logger = logging.getLogger("decode_latents")
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -31,7 +31,7 @@ from cogvideox_sat.configuration.training_arguments import TrainingArguments, ge
 from cogvideox_sat.training.plan import check_clips
 from sgm.errors import UserError
 
-logger = logging.getLogger("estimate_memory")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

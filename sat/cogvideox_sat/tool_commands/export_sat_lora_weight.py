@@ -25,7 +25,7 @@ from sgm.errors import UserError
 if TYPE_CHECKING:
     from cogvideox_sat.conversion.lora_files import Adapter
 
-logger = logging.getLogger("export_sat_lora_weight")
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

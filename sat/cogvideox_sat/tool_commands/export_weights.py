@@ -16,7 +16,7 @@ from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, check_safetensors_name, locate_inputs, run_tool
 from sgm.errors import UserError
 
-logger = logging.getLogger("export_weights")
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 

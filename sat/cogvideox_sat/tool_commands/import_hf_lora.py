@@ -18,7 +18,7 @@ from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool
 from cogvideox_sat.conversion.lora_names import LORA_FILE
 
-logger = logging.getLogger("import_hf_lora")
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from sgm.errors import UserError
 if TYPE_CHECKING:
     from cogvideox_sat.conversion.network_sources import NetworkSource
 
-logger = logging.getLogger("merge_lora")
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ from cogvideox_sat.training.plan import check_clips, check_data
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 IMAGE_VARIANTS = 4
 

@@ -40,7 +40,7 @@ from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 SHADOW = "shadow"  # what the optimizer calls its moving average of a weight
 SHARD_BYTES = 2 * 2**30

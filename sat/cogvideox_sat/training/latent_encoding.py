@@ -60,7 +60,7 @@ from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
 from sgm.randomness import per_sample
 from sgm.seeds import sample_seed
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20  # at least one sample, however large
 SHARD_SAMPLES = 64  # what a run loses at most, for each process, when it is cut off

@@ -24,7 +24,7 @@ from cogvideox_sat.files.output_paths import check_folder, check_sheet
 from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 HIGHEST_FULL_RATE = 5e-4  # of full fine-tuning, above which a warning is due
 STATE_FILE = Path("training_state", "state.json")  # in the folder of an iteration: see `training.checkpoint`

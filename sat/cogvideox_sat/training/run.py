@@ -59,7 +59,7 @@ from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 def run(args: TrainingArguments, plan: TrainingPlan) -> int:

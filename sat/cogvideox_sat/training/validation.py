@@ -26,7 +26,7 @@ from sgm.context_parallel import all_reduce_sum
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.sigma_sampling import undivided
 
-logger = logging.getLogger("train_video")
+logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- loss

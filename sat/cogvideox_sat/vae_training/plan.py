@@ -25,7 +25,7 @@ from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
 from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_vae")
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run: `step=N.ckpt`
 

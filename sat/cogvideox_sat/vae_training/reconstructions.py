@@ -14,7 +14,7 @@ from cogvideox_sat.clips.validation_clips import ValidationLoader
 from cogvideox_sat.media.video_output import VideoWriter
 from sgm.errors import UserError
 
-logger = logging.getLogger("train_vae")
+logger = logging.getLogger(__name__)
 
 AVERAGED = "_ema"  # ends the names of what the averaged weights give
 

@@ -47,7 +47,7 @@ from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.util import instantiate_from_config
 
-logger = logging.getLogger("train_vae")
+logger = logging.getLogger(__name__)
 
 
 def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:

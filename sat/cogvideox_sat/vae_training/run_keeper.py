@@ -32,7 +32,7 @@ from cogvideox_sat.vae_training.plan import CHECKPOINTS, VaeTrainingPlan
 from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
 from sgm.errors import some
 
-logger = logging.getLogger("train_vae")
+logger = logging.getLogger(__name__)
 
 # How the values of a step and of an evaluation are shown to people; others are only written.
 FORMATS = {
