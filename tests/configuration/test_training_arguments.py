@@ -118,7 +118,7 @@ wall_clock_breakdown: false
 
 
 def test_a_file_of_the_earlier_trainer_serves(tmp_path, caplog):
-    caplog.set_level("INFO", "train_video")
+    caplog.set_level("INFO")
     path = tmp_path / "wild.yaml"
     data = {"target": "data_video.SFTDataset", "params": {"video_size": [480, 720], "fps": 8, "max_num_frames": 49}}
     sections = {"args": WILD_ARGS, "data": data, "deepspeed": yaml.safe_load(WILD_DEEPSPEED)}
