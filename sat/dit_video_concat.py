@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cogvideox_sat.latent_geometry import Grid, patch_sizes
 from cogvideox_sat.network.attention_choice import AttentionChoice
 from cogvideox_sat.network.block import tokens_of
-from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_layer, layer_weights
+from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_layers, layer_weights
 from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
 from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
@@ -671,7 +671,7 @@ class DiffusionTransformer(BaseModel):
             emb = F.silu(arguments["emb"])
             with suppress(NotCompilable):
                 plain = [self.layer(layer_id, arguments) for layer_id in range(self.num_layers)]
-                return [compiled_layer(self, i, emb, tokens, layer) for i, layer in enumerate(plain)].__getitem__
+                return compiled_layers(self, emb, tokens, plain).__getitem__
         return lambda layer_id: self.layer(layer_id, arguments)
 
     def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:

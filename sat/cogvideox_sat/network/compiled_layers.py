@@ -5,7 +5,7 @@ several processes share, dropout), its layers run as without a compiler.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -36,19 +36,24 @@ def compiled_block() -> Callable[..., Tensor]:
     return torch.compile(block, fullgraph=True)
 
 
-def compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Tokens, otherwise: RunLayer) -> RunLayer:
-    """Return a layer of a `DiffusionTransformer` as a function of the tokens (b, n, d), compiled.
+def compiled_layers(network: nn.Module, emb: Tensor, tokens: Tokens, plain: Sequence[RunLayer]) -> list[RunLayer]:
+    """Return the layers of a `DiffusionTransformer` as functions of the tokens (b, n, d), compiled.
 
     A failure of the compiler is one line in the log, and the network runs without it from then on.
 
     Args:
         emb: time embedding (b, time_embed_dim), through its SiLU already.
-        otherwise: the layer without a compiler.
+        plain: the layers without a compiler.
 
     Raises:
-        NotCompilable: it has a part that is not known here.
+        NotCompilable: one has a part that is not known here.
     """
-    weights = layer_weights(network, layer_id)
+    check_network(network)
+    return [_compiled_layer(network, layer_id, emb, tokens, layer) for layer_id, layer in enumerate(plain)]
+
+
+def _compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Tokens, otherwise: RunLayer) -> RunLayer:
+    weights = _weights_of(network, layer_id)
     modulation = network.mixins["adaln_layer"].adaLN_modulations[layer_id][1]
     attention = network.training_attention if torch.is_grad_enabled() else network.attention
     heads, attend, kernel = network.num_attention_heads, _attend(attention), network.attention_name
@@ -79,10 +84,19 @@ def layer_weights(network: nn.Module, layer_id: int) -> LayerWeights:
     Raises:
         NotCompilable: it has a part that is not known here.
     """
+    check_network(network)
+    return _weights_of(network, layer_id)
+
+
+def check_network(network: nn.Module) -> None:
+    """Check what all layers have in common, which takes a look at each of their modules; else raise NotCompilable."""
     if reason := network.why_layers_are_not_plain():
         raise NotCompilable(reason)
     if mpu.get_model_parallel_world_size() > 1:
         raise NotCompilable("several processes share it")
+
+
+def _weights_of(network: nn.Module, layer_id: int) -> LayerWeights:
     layer, adaln = network.transformer.layers[layer_id], network.mixins["adaln_layer"]
     dropouts = (layer.attention.attention_dropout, layer.attention.output_dropout, layer.mlp.dropout)
     if network.training and any(dropout.p for dropout in dropouts):
