@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -53,6 +52,7 @@ from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.runs.clips import same_dataset
 from cogvideox_sat.runs.datasets import make_dataset
+from cogvideox_sat.runs.disk_errors import free_bytes
 from diffusion_video import PARTS, SATVideoDiffusionEngine, noise_first_frame
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
@@ -195,7 +195,7 @@ def check_folder(folder: Path, description: Mapping[str, Any], dataset: Any) -> 
         raise UserError(f"{folder} is not empty and is no cache of latents; give --output a new folder")
     done = set().union(*(shard.indices for shard in read_shards(folder)))
     needed = sum(sample_bytes(dataset.bucket(i), description) for i in range(len(dataset)) if i not in done)
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
+    free = free_bytes(folder / DESCRIPTION)
     logger.info("%s: %d of %d samples to encode, %s", folder, len(dataset) - len(done), len(dataset), in_units(needed))
     if needed > free:
         raise UserError(f"the cache needs up to {in_units(needed)} more in {folder}, but {in_units(free)} are free")
