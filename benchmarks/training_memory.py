@@ -53,8 +53,8 @@ def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
     """Return the memory of one process, and of the host where something is offloaded to it."""
     files = [f"{model}_lora.yaml" if lora else f"{model}.yaml", "sft.yaml"]
     from cogvideox_sat.configuration.settings import EngineSettings
-    from cogvideox_sat.training.memory_estimate import GIB, Layout, estimate_memory
-    from cogvideox_sat.training.memory_forecast import WeightlessEngine  # imports PyTorch
+    from cogvideox_sat.memory.weightless import GIB, WeightlessEngine  # imports PyTorch
+    from cogvideox_sat.training.memory_estimate import Layout, estimate_memory
 
     config = load_configs([ROOT / "configs" / name for name in files])
     section = config["deepspeed"]

@@ -25,6 +25,7 @@ LAYERS = (
     ("tool_commands",),
     ("training", "vae_training", "evaluation", "shapes"),
     ("conversion", "sampling", "runs"),
+    ("memory",),
     ("engine_choice",),
     ("diffusion_video",),
     ("arguments", "data_video", "dit_video_concat"),

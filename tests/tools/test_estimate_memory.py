@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogvideox_sat.training.memory_estimate import module_bytes
-from cogvideox_sat.training.memory_forecast import WeightlessEngine, weightless_t5
+from cogvideox_sat.memory.weightless import WeightlessEngine, module_bytes, weightless_t5
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from tool_runs import error_of
 from tools.estimate_memory import main

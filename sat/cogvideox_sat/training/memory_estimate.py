@@ -9,12 +9,11 @@ from torch import nn
 
 from cogvideox_sat.configuration.deepspeed import runtime_config
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
-from cogvideox_sat.training.encoding_memory import encoding_peak
+from cogvideox_sat.memory.encoding_memory import encoding_peak
+from cogvideox_sat.memory.weightless import GIB, module_bytes
 from cogvideox_sat.training.trainable_parameters import trainable_groups
 from diffusion_video import DTYPES, SATVideoDiffusionEngine
 from sgm.context_parallel import group_size
-
-GIB = 2**30
 
 # float32 tensors that optimizers keep for each trained parameter beside its master copy.
 OPTIMIZER_TENSORS = {"fusedemaadam": 3, "emaadam": 3, "lion": 1, "adagrad": 1, "muon": 1, "sgd": 1}
@@ -195,9 +194,3 @@ def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomp
     host = f", and {memory.host / GIB:.2f} GiB in host memory" if memory.host else ""
     clips = f"{micro_batch} x {bucket}"
     return f"expected memory of a process, for {clips}: {memory.total / GIB:.2f} GiB ({described}){host}"
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's parameters and buffers."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

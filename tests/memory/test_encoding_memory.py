@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.latent_geometry import Bucket
-from cogvideox_sat.training import encoding_memory
-from cogvideox_sat.training.encoding_memory import encoding_peak, meta_encoder
+from cogvideox_sat.memory import encoding_memory
+from cogvideox_sat.memory.encoding_memory import encoding_peak, meta_encoder
 from cogvideox_sat.training.memory_estimate import encoding_bytes
 from sgm.util import instantiate_from_config
 

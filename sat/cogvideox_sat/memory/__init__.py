@@ -1,0 +1,1 @@
+"""How much memory parts of a run take, without their weights."""

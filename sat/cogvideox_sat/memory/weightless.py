@@ -1,0 +1,83 @@
+"""The engine without weights, to measure what a run of it takes.
+
+Modules are built on PyTorch's meta device, where tensors have shapes and no content.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cogvideox_sat.clips.latent_identity import conditioner_for_cache
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.memory.encoding_memory import meta_encoder
+from diffusion_video import SATVideoDiffusionEngine
+from sgm.errors import UserError
+from sgm.models.video_coder import VideoCoder
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.util import instantiate_from_config
+
+GIB = 2**30
+
+T5_CONFIG = "config.json"
+# Layers of T5 that its loader leaves in float32 when the others are float16.
+T5_FLOAT32_LAYER = ".wo."
+
+
+class WeightlessEngine(SATVideoDiffusionEngine):
+    """The engine with parts of the right shapes and dtypes that take no memory.
+
+    Attributes:
+        unknown: why the size of the text encoder is not known; None: it is, or there is no text encoder.
+    """
+
+    def _build_network(self, device: torch.device | str) -> nn.Module:
+        network = instantiate_on_meta(self.config["network_config"]).to(self.dtype)
+        return OpenAIWrapper(network, compile_model=False, dtype=self.dtype)
+
+    def _build_first_stage(self, device: torch.device | str) -> nn.Module:
+        first_stage = meta_encoder(self.config["first_stage_config"], self.dtype)
+        if self.settings.vae_tile_size is not None and isinstance(first_stage, VideoCoder):
+            first_stage.use_tiles(self.settings.vae_tile_size)
+        return first_stage.eval().requires_grad_(False)
+
+    def _build_conditioner(self, device: torch.device | str) -> nn.Module:
+        conditioner = instantiate_from_config(conditioner_for_cache(self.config["conditioner_config"]))
+        params = self.config["conditioner_config"]["params"]["emb_models"][0]["params"]
+        folder = Path(params["model_dir"])
+        self.unknown = None if (folder / T5_CONFIG).is_file() else f"{folder / T5_CONFIG} does not exist"
+        if self.unknown is None:
+            conditioner.text_encoder = weightless_t5(folder, self.dtype)
+        return conditioner
+
+
+def weightless_t5(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return the T5 encoder that a folder's `config.json` describes, in the dtypes that its loader gives it.
+
+    Raises:
+        UserError: the file describes no such encoder.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    try:
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # of transformers, about what the file says
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder / T5_CONFIG} does not describe a T5 encoder: {reason}") from error
+    for name, module in encoder.named_modules():
+        keeps = dtype == torch.float16 and T5_FLOAT32_LAYER in f".{name}."
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
+    return encoder.requires_grad_(False)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def in_words(size: int) -> str:
+    """Return a number of bytes in GiB, or in MiB where it is small."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
