@@ -19,6 +19,7 @@ from cogvideox_sat.latent_geometry import patch_sizes
 from cogvideox_sat.network.attention_choice import AttentionChoice, choose_attention
 from cogvideox_sat.network.batch_parts import in_parts
 from cogvideox_sat.network.layer_runner import SamplingProgress
+from cogvideox_sat.network.modulation_table import AskedLevel, LevelNotes
 from cogvideox_sat.parallel.process_groups import parallel_groups
 from cogvideox_sat.weights.checkpoint_files import is_adapter
 from cogvideox_sat.weights.loading import load_network
@@ -27,6 +28,8 @@ from sgm.config_places import Place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
+from sgm.modules.diffusionmodules.sampling import Sampler
+from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, why_not_compilable
 from sgm.signatures import accepts
 from sgm.util import class_at, instantiate_from_config
@@ -431,13 +434,17 @@ class SATVideoDiffusionEngine(nn.Module):
             cond = {**cond, "concat": concat_images}
             uc = uc and {**uc, "concat": concat_images}
 
-        network = self.model if self.settings.guidance_batch > 1 else in_parts(self.model, batch_size)
+        def draw(network: Callable[..., Tensor], sampler: Any, start: Tensor, **keywords: Any) -> Tensor:
+            if self.settings.guidance_batch == 1:
+                network = in_parts(network, batch_size)
 
-        def denoise(x: Tensor, level: Tensor, c: dict[str, Tensor], **model_inputs: Any) -> Tensor:
-            denoised = self.denoiser(network, x, level, c, **model_inputs)
-            if check_finite and not torch.isfinite(denoised).all():
-                raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
-            return denoised
+            def denoise(x: Tensor, level: Tensor, c: dict[str, Tensor], **model_inputs: Any) -> Tensor:
+                denoised = self.denoiser(network, x, level, c, **{**untaken, **model_inputs})
+                if check_finite and not torch.isfinite(denoised).all():
+                    raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
+                return denoised
+
+            return sampler(denoise, start, cond, uc=uc, num_steps=num_steps, **keywords)
 
         progress = SamplingProgress()
 
@@ -448,14 +455,28 @@ class SATVideoDiffusionEngine(nn.Module):
 
         keywords = {"ofs": ofs, "callback": count}
         taken = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
-        if ofs is not None and "ofs" not in taken:
-            denoise = partial(denoise, ofs=ofs)
+        untaken = {} if ofs is None or "ofs" in taken else {"ofs": ofs}
         if "callback" in taken:
             progress.step, progress.steps = 0, num_steps or getattr(self.sampler, "num_steps", None)
         # A network or a wrapper of the user's own may be without one.
-        runner = getattr(getattr(self.model, "diffusion_model", None), "layer_runner", None)
+        inner = getattr(self.model, "diffusion_model", None)
+        runner, table = getattr(inner, "layer_runner", None), getattr(inner, "modulation_table", None)
+        if table is not None and isinstance(self.sampler, Sampler):  # one of the user's own may do more than sample
+            told = {name: value for name, value in taken.items() if name != "callback"}
+            smallest = noise.new_zeros(batch_size, *[1] * len(shape))
+            levels = self._levels_of(partial(draw, start=smallest, **told))
+            table.fill(self.network.embed_condition(*level) for level in levels)
         with nullcontext() if runner is None else runner.during(progress):
-            return self.sampler(denoise, noise, cond, uc=uc, num_steps=num_steps, **taken)
+            return draw(self.model, self.sampler, noise, **taken)
+
+    def _levels_of(self, draw: Callable[..., Tensor]) -> list[AskedLevel]:
+        """Return the levels that the network is asked for by `draw(network, sampler)`, whose random numbers do not
+        count."""
+        notes, sampler = LevelNotes(), copy.copy(self.sampler)
+        hide_bar(sampler)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            draw(notes, sampler)
+        return notes.levels
 
     @torch.no_grad()
     def log_video(

@@ -26,6 +26,7 @@ from cogvideox_sat.network.attention_choice import AttentionChoice
 from cogvideox_sat.network.block import tokens_of
 from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_layers, layer_weights
 from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
+from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
 from cogvideox_sat.parallel.process_groups import initialize_process_groups
@@ -275,12 +276,22 @@ class AdaLNMixin(BaseMixin):
             nn.init.zeros_(modulation[1].bias)
 
     def layer_forward(
-        self, hidden_states: Tensor, mask: Tensor | None, *, layer_id: int, emb: Tensor, text_length: int, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        *,
+        layer_id: int,
+        emb: Tensor,
+        text_length: int,
+        modulations: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """`hidden_states` (b, n, d), text first; `emb` (b, time_embed_dim)."""
+        """`hidden_states` (b, n, d), text first; `emb` (b, time_embed_dim); `modulations` (layers, b, 12 d) of `emb`,
+        where they are known already."""
         layer = self.transformer.layers[layer_id]
         split = (text_length, hidden_states.shape[1] - text_length)
-        chunks = self.adaLN_modulations[layer_id](emb).unsqueeze(1).chunk(12, dim=-1)
+        modulation = self.adaLN_modulations[layer_id](emb) if modulations is None else modulations[layer_id]
+        chunks = modulation.unsqueeze(1).chunk(12, dim=-1)
         vision_attention, vision_mlp, text_attention, text_mlp = (chunks[i : i + 3] for i in range(0, 12, 3))
 
         def branch(
@@ -434,6 +445,7 @@ class DiffusionTransformer(BaseModel):
         self.attention_name = "softmax"
         self.use_attention(None)
         self.compiles_layers = False
+        self.modulation_table: ModulationTable | None = None
 
         def embedding_mlp(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
@@ -513,6 +525,17 @@ class DiffusionTransformer(BaseModel):
             layer_weights(self, 0)
             self.compiles_layers = True
         return self.compiles_layers
+
+    def tabulate_modulations(self, device: torch.device) -> bool:
+        """Work modulations out ahead, for sampling, and keep the weights behind them in host memory from now on; return
+        False, and change nothing, if layers may use these weights in another way.
+
+        Args:
+            device: where the network runs.
+        """
+        if self.why_layers_are_not_plain() is None:
+            self.modulation_table = ModulationTable(self.mixins["adaln_layer"].adaLN_modulations, device)
+        return self.modulation_table is not None
 
     def why_layers_are_not_plain(self) -> str | None:
         """Return why layers may compute something else than `network.block` does; None: they do not."""
@@ -621,6 +644,8 @@ class DiffusionTransformer(BaseModel):
             "text_length": text_length,
             "rotary": self.mixins["pos_embed"].rotary(grid, x),
         }
+        if self.modulation_table is not None:
+            arguments["modulations"] = self.modulation_table(arguments["emb"])
         arguments |= self.foreign_arguments({"idx": idx, "scale_emb": scale_emb, **kwargs}, arguments)
         hidden = self.hooks["word_embedding_forward"](None, images=x, encoder_outputs=context, **arguments)
         position = self.hooks["position_embedding_forward"](None, **arguments)
@@ -668,10 +693,10 @@ class DiffusionTransformer(BaseModel):
         """Return what makes each layer a function of the tokens alone, compiled if all of them can be."""
         if self.compiles_layers:
             tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
-            emb = F.silu(arguments["emb"])
+            emb, modulations = F.silu(arguments["emb"]), arguments.get("modulations")
             with suppress(NotCompilable):
                 plain = [self.layer(layer_id, arguments) for layer_id in range(self.num_layers)]
-                return compiled_layers(self, emb, tokens, plain).__getitem__
+                return compiled_layers(self, emb, tokens, plain, modulations).__getitem__
         return lambda layer_id: self.layer(layer_id, arguments)
 
     def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:

@@ -6,7 +6,7 @@ several processes share, dropout), its layers run as without a compiler.
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from sat import mpu
@@ -36,7 +36,9 @@ def compiled_block() -> Callable[..., Tensor]:
     return torch.compile(block, fullgraph=True)
 
 
-def compiled_layers(network: nn.Module, emb: Tensor, tokens: Tokens, plain: Sequence[RunLayer]) -> list[RunLayer]:
+def compiled_layers(
+    network: nn.Module, emb: Tensor, tokens: Tokens, plain: Sequence[RunLayer], modulations: Tensor | None = None
+) -> list[RunLayer]:
     """Return the layers of a `DiffusionTransformer` as functions of the tokens (b, n, d), compiled.
 
     A failure of the compiler is one line in the log, and the network runs without it from then on.
@@ -44,17 +46,21 @@ def compiled_layers(network: nn.Module, emb: Tensor, tokens: Tokens, plain: Sequ
     Args:
         emb: time embedding (b, time_embed_dim), through its SiLU already.
         plain: the layers without a compiler.
+        modulations: (layers, b, 12 d) of `emb`, where they are known already.
 
     Raises:
         NotCompilable: one has a part that is not known here.
     """
     check_network(network)
-    return [_compiled_layer(network, layer_id, emb, tokens, layer) for layer_id, layer in enumerate(plain)]
+    linears = [modulation[1] for modulation in network.mixins["adaln_layer"].adaLN_modulations]
+    known = modulations if modulations is not None else [partial(linear, emb) for linear in linears]
+    return [_compiled_layer(network, layer_id, known[layer_id], tokens, layer) for layer_id, layer in enumerate(plain)]
 
 
-def _compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Tokens, otherwise: RunLayer) -> RunLayer:
+def _compiled_layer(
+    network: nn.Module, layer_id: int, modulation: Tensor | Callable[[], Tensor], tokens: Tokens, otherwise: RunLayer
+) -> RunLayer:
     weights = _weights_of(network, layer_id)
-    modulation = network.mixins["adaln_layer"].adaLN_modulations[layer_id][1]
     attention = network.training_attention if torch.is_grad_enabled() else network.attention
     heads, attend, kernel = network.num_attention_heads, _attend(attention), network.attention_name
 
@@ -62,7 +68,8 @@ def _compiled_layer(network: nn.Module, layer_id: int, emb: Tensor, tokens: Toke
         if not network.compiles_layers:  # since it failed for an earlier layer
             return otherwise(hidden)
         try:
-            return compiled_block()(hidden, modulation(emb), weights, tokens, heads, attend, kernel)
+            parts = modulation if isinstance(modulation, Tensor) else modulation()
+            return compiled_block()(hidden, parts, weights, tokens, heads, attend, kernel)
         except TorchDynamoException as error:
             network.compiles_layers = False
             reason = " ".join(str(error).split())[:200]

@@ -14,11 +14,14 @@ from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
 def stream_layers(network: nn.Module, device: torch.device) -> "LayerStreamer":
     """Move `network`, a DiffusionTransformer on the CPU, to `device`, all but its layers, which come when they run.
 
+    The weights behind modulations that are worked out ahead (`tabulate_modulations`) stay where they are.
+
     Returns:
         What brings them, by now in the network's `network.layer_runner`.
     """
     layers = layer_modules(network)
-    move_all_but(network, layers, device)
+    tabulated = [] if network.modulation_table is None else [network.modulation_table.modulations]
+    move_all_but(network, [*layers, *tabulated], device)
     streamer = LayerStreamer(layers, device)
     network.layer_runner.add(streamer)
     return streamer
@@ -59,9 +62,11 @@ def move_all_but(module: nn.Module, layers: Sequence[Sequence[nn.Module]], devic
 
 
 def layer_modules(network: nn.Module) -> list[list[nn.Module]]:
-    """For every layer the modules whose weights it uses."""
+    """For every layer the modules whose weights it uses when it runs."""
     adaln = network.mixins["adaln_layer"]
-    per_layer = [network.transformer.layers, adaln.adaLN_modulations]
+    per_layer = [network.transformer.layers]
+    if network.modulation_table is None:
+        per_layer.append(adaln.adaLN_modulations)
     if adaln.qk_ln:
         per_layer += [adaln.query_layernorm_list, adaln.key_layernorm_list]
     return [list(modules) for modules in zip(*per_layer, strict=True)]

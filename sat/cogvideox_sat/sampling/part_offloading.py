@@ -13,7 +13,7 @@ class PartOffloader:
     """Has the part of the engine that is in use on the device, and, unless `offload` is none, no other.
 
     With `sequential` the layers of the network and of the text encoder wait in host memory and come when they run; the
-    network stays built therefore.
+    network stays built therefore. Unless `offload` is none, the weights behind its modulations wait there too.
 
     Args:
         offload: one of `model_limits.OFFLOAD_POLICIES`.
@@ -43,11 +43,21 @@ class PartOffloader:
         if streams and part != "first_stage_model" and getattr(engine, part) is None:
             engine.build(part, device="cpu")
             if part == "model":
+                tabulate_modulations(engine.network, engine.device)
                 stream_layers(engine.network, engine.device)
             else:
                 stream_text_encoders(engine.conditioner, engine.device)
-        else:
+        elif getattr(engine, part) is None:
             engine.build(part)
+            # On a CPU the weights would stay in the memory that they are in.
+            if part == "model" and self.offload != "none" and engine.device.type != "cpu":
+                tabulate_modulations(engine.network, engine.device)
+
+
+def tabulate_modulations(network: nn.Module, device: torch.device) -> None:
+    """Work modulations out ahead and keep their weights in host memory, if the network knows how to."""
+    if hasattr(network, "tabulate_modulations"):
+        network.tabulate_modulations(device)
 
 
 def stream_text_encoders(conditioner: nn.Module, device: torch.device) -> None:
