@@ -94,6 +94,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.not_trainable_prefixes = not_trainable_prefixes(config)
         self.attention: AttentionChoice | None = None
         self.compiled = False  # the network goes through torch.compile
+        self.text_blocks_as_stored = False  # see `FrozenT5Embedder`, for whoever brings its blocks when they run
 
         with self.section():
             self.denoiser = instantiate_from_config(config["denoiser_config"])
@@ -139,11 +140,14 @@ class SATVideoDiffusionEngine(nn.Module):
             torch.cuda.empty_cache()
 
     def _build_conditioner(self, device: torch.device | str) -> nn.Module:
-        # Given to the text encoder rather than cast later: it keeps some layers in float32 when it runs in float16.
+        # Given to the text encoder rather than cast later: it keeps some layers in float32 when it runs in float16, and
+        # takes weights from its file one by one.
         config = copy.deepcopy(dict(self.config["conditioner_config"]))
         for embedder in config["params"]["emb_models"]:
             if embedder["target"].endswith("FrozenT5Embedder"):
-                embedder["params"]["dtype"] = self.dtype
+                embedder["params"] |= {"dtype": self.dtype, "device": device}
+                if self.text_blocks_as_stored:
+                    embedder["params"]["blocks_as_stored"] = True
         return instantiate_from_config(config).to(device)
 
     def _build_first_stage(self, device: torch.device | str) -> nn.Module:
@@ -454,7 +458,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 callback(done, steps)
 
         keywords = {"ofs": ofs, "callback": count}
-        taken = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
+        taken: dict[str, Any] = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
         untaken = {} if ofs is None or "ofs" in taken else {"ofs": ofs}
         if "callback" in taken:
             progress.step, progress.steps = 0, num_steps or getattr(self.sampler, "num_steps", None)

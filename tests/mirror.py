@@ -55,7 +55,6 @@ COVERED_BY = {
     "sampling.kept_latents": ("sat/test_sample_video.py", "latents beside videos, by the command"),
     "sampling.latent_decoding": ("tools/test_decode_latents.py", "the decoding of the tool"),
     "sampling.latent_files": ("tools/test_decode_latents.py", "the files of the tool"),
-    "sampling.part_offloading": ("sat/test_sample_video.py", "memory of the command"),
     "sampling.plan": ("sat/test_bad_input.py", "what is planned, by the command"),
     "sampling.requests": ("sampling/test_session.py", "requests of a session"),
     "sampling.run": ("sat/test_sample_video.py", "the command is its run"),

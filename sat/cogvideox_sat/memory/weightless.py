@@ -12,16 +12,12 @@ from cogvideox_sat.clips.latent_identity import conditioner_for_cache
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.memory.encoding_memory import meta_encoder
 from diffusion_video import SATVideoDiffusionEngine
-from sgm.errors import UserError
 from sgm.models.video_coder import VideoCoder
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.encoders.t5_loading import CONFIG_FILE, empty_t5
 from sgm.util import instantiate_from_config
 
 GIB = 2**30
-
-T5_CONFIG = "config.json"
-# Layers of T5 that its loader leaves in float32 when the others are float16.
-T5_FLOAT32_LAYER = ".wo."
 
 
 class WeightlessEngine(SATVideoDiffusionEngine):
@@ -45,31 +41,10 @@ class WeightlessEngine(SATVideoDiffusionEngine):
         conditioner = instantiate_from_config(conditioner_for_cache(self.config["conditioner_config"]))
         params = self.config["conditioner_config"]["params"]["emb_models"][0]["params"]
         folder = Path(params["model_dir"])
-        self.unknown = None if (folder / T5_CONFIG).is_file() else f"{folder / T5_CONFIG} does not exist"
+        self.unknown = None if (folder / CONFIG_FILE).is_file() else f"{folder / CONFIG_FILE} does not exist"
         if self.unknown is None:
-            conditioner.text_encoder = weightless_t5(folder, self.dtype)
+            conditioner.text_encoder = empty_t5(folder, self.dtype).requires_grad_(False)
         return conditioner
-
-
-def weightless_t5(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Return the T5 encoder that a folder's `config.json` describes, in the dtypes that its loader gives it.
-
-    Raises:
-        UserError: the file describes no such encoder.
-    """
-    from transformers import T5Config, T5EncoderModel
-
-    try:
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True))
-    except Exception as error:  # of transformers, about what the file says
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder / T5_CONFIG} does not describe a T5 encoder: {reason}") from error
-    for name, module in encoder.named_modules():
-        keeps = dtype == torch.float16 and T5_FLOAT32_LAYER in f".{name}."
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
-    return encoder.requires_grad_(False)
 
 
 def module_bytes(module: nn.Module) -> int:

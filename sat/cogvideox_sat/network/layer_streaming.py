@@ -27,18 +27,25 @@ def stream_layers(network: nn.Module, device: torch.device) -> "LayerStreamer":
     return streamer
 
 
-def stream_blocks(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> "LayerStreamer":
+def stream_blocks(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    dtypes: Sequence[Sequence[torch.dtype]] | None = None,
+    pin: bool = True,
+) -> "LayerStreamer":
     """Move `module`, which is on the CPU, to `device`, all but its `blocks`, which come when they run.
 
     Args:
         blocks: modules in it that run one after the other, from the first to the last.
+        dtypes, pin: see `LayerStreamer`.
 
     Returns:
         What brings them, by now in the hooks of the blocks.
     """
     layers = [[block] for block in blocks]
     move_all_but(module, layers, device)
-    streamer = LayerStreamer(layers, device)
+    streamer = LayerStreamer(layers, device, dtypes, pin)
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(partial(_bring, streamer, index))
         block.register_forward_hook(partial(_return, streamer, index), always_call=True)
@@ -80,25 +87,38 @@ class LayerStreamer:
     """Has the weights of a layer on the device while it runs, a function for the stack of a `LayerRunner`.
 
     Two sets of buffers on the device take turns. While layer i computes in one of them, the weights of the next layer
-    are copied into the other, from pinned memory on a stream of its own.
+    are copied into the other, on a stream of its own.
+
+    Args:
+        layers: for each layer the modules whose weights it uses.
+        dtypes: of each tensor of each layer while it runs; None: those in host memory.
+        pin: on CUDA, copy the weights into pinned host memory first, from which they come fastest. Otherwise they come
+            from where they are, such as a file that is mapped, whose memory other processes share.
     """
 
-    def __init__(self, layers: list[list[nn.Module]], device: torch.device):
-        self.device = device
+    def __init__(
+        self,
+        layers: list[list[nn.Module]],
+        device: torch.device,
+        dtypes: Sequence[Sequence[torch.dtype]] | None = None,
+        pin: bool = True,
+    ):
+        self.device, self.pin = device, pin
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.layers = [[tensor for module in modules for tensor in tensors_of(module)] for modules in layers]
         self.host = [[self._pinned(tensor.data) for tensor in tensors] for tensors in self.layers]
         for tensors, host in zip(self.layers, self.host, strict=True):
             _point(tensors, host)
+        self.dtypes = dtypes or [[tensor.dtype for tensor in host] for host in self.host]
         self.current, self.next = Slot(), Slot()
 
     def _pinned(self, data: Tensor) -> Tensor:
-        return data.pin_memory() if self.copy_stream else data
+        return data.pin_memory() if self.copy_stream and self.pin else data
 
     def fetch(self, index: int, slot: "Slot") -> None:
         """Start copying the weights of a layer into a slot, once what last computed there is done."""
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
-            slot.make_room_for(self.host[index], self.device)
+            slot.make_room_for(self.host[index], self.dtypes[index], self.device)
             if self.copy_stream is not None and slot.used is not None:
                 self.copy_stream.wait_event(slot.used)
             for buffer, data in zip(slot.buffers, self.host[index], strict=True):
@@ -147,10 +167,14 @@ class Slot:
         self.filled: torch.cuda.Event | None = None
         self.used: torch.cuda.Event | None = None
 
-    def make_room_for(self, host: list[Tensor], device: torch.device) -> None:
+    def make_room_for(self, host: list[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
         """Layers mostly have the same shapes, so the same buffers serve them all."""
-        if [(b.shape, b.dtype) for b in self.buffers] != [(data.shape, data.dtype) for data in host]:
-            self.buffers = [torch.empty_like(data, device=device, pin_memory=False) for data in host]
+        wanted = [(data.shape, dtype) for data, dtype in zip(host, dtypes, strict=True)]
+        if [(buffer.shape, buffer.dtype) for buffer in self.buffers] != wanted:
+            self.buffers = [
+                torch.empty_like(data, dtype=dtype, device=device, pin_memory=False)
+                for data, dtype in zip(host, dtypes, strict=True)
+            ]
 
 
 def _point(tensors: list[Tensor], data: list[Tensor]) -> None:

@@ -50,6 +50,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def processes_here() -> int:
+    """Return how many processes of this run are on this machine; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
+
+
 def device_line(device: torch.device) -> str:
     """Return the line of the log that says what `device` is, with its memory or threads and PyTorch's version."""
     if device.type == "cuda":

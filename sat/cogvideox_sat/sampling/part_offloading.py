@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from cogvideox_sat.network.layer_streaming import move_all_but, stream_blocks, stream_layers
+from cogvideox_sat.parallel.devices import processes_here
 from diffusion_video import PART_NAMES, SATVideoDiffusionEngine
 from sgm.memory_errors import memory_guard
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -40,18 +41,29 @@ class PartOffloader:
                 waits_elsewhere = streams and other == "model"
                 if other != part and not waits_elsewhere and getattr(engine, other) is not None:
                     engine.release(other)
-        if streams and part != "first_stage_model" and getattr(engine, part) is None:
+        if getattr(engine, part) is not None:
+            return
+        if part == "conditioner":
+            self._use_conditioner(streams)
+        elif part == "model" and streams:
             engine.build(part, device="cpu")
-            if part == "model":
-                tabulate_modulations(engine.network, engine.device)
-                stream_layers(engine.network, engine.device)
-            else:
-                stream_text_encoders(engine.conditioner, engine.device)
-        elif getattr(engine, part) is None:
+            tabulate_modulations(engine.network, engine.device)
+            stream_layers(engine.network, engine.device)
+        else:
             engine.build(part)
             # On a CPU the weights would stay in the memory that they are in.
             if part == "model" and self.offload != "none" and engine.device.type != "cpu":
                 tabulate_modulations(engine.network, engine.device)
+
+    def _use_conditioner(self, streams: bool) -> None:
+        """Build the text encoder; the processes of a machine have its weights in host memory once, in their file."""
+        engine, shared = self.engine, processes_here() > 1
+        on_cpu = engine.device.type == "cpu"
+        engine.text_blocks_as_stored = shared and (streams or on_cpu)
+        engine.build("conditioner", device="cpu" if streams else None)
+        # Where each process would convert all weights to another dtype, it converts each block when that runs instead.
+        if streams or (shared and on_cpu and any(map(is_converted, text_encoders(engine.conditioner)))):
+            stream_text_encoders(engine.conditioner, engine.device, pin=not shared)
 
 
 def tabulate_modulations(network: nn.Module, device: torch.device) -> None:
@@ -60,9 +72,24 @@ def tabulate_modulations(network: nn.Module, device: torch.device) -> None:
         network.tabulate_modulations(device)
 
 
-def stream_text_encoders(conditioner: nn.Module, device: torch.device) -> None:
-    """Move a conditioner to `device`, all but the blocks of its T5 encoders, which come when they run."""
-    encoders = [module for module in conditioner.modules() if isinstance(module, FrozenT5Embedder)]
+def stream_text_encoders(conditioner: nn.Module, device: torch.device, pin: bool = True) -> None:
+    """Move a conditioner to `device`, all but the blocks of its T5 encoders, which come when they run.
+
+    Args:
+        pin: see `LayerStreamer`.
+    """
+    encoders = text_encoders(conditioner)
     move_all_but(conditioner, [list(encoder.blocks) for encoder in encoders], device)
     for encoder in encoders:
-        stream_blocks(encoder, list(encoder.blocks), device)
+        stream_blocks(encoder, list(encoder.blocks), device, encoder.block_dtypes, pin)
+
+
+def text_encoders(conditioner: nn.Module) -> list[FrozenT5Embedder]:
+    """Return the T5 encoders of a conditioner."""
+    return [module for module in conditioner.modules() if isinstance(module, FrozenT5Embedder)]
+
+
+def is_converted(encoder: FrozenT5Embedder) -> bool:
+    """Return whether an encoder computes in another dtype than that of its blocks' weights in memory."""
+    stored = [[parameter.dtype for parameter in block.parameters()] for block in encoder.blocks]
+    return stored != encoder.block_dtypes

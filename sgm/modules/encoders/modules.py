@@ -1,22 +1,19 @@
 """The conditioner and its embedders."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sgm import randomness
-from sgm.errors import UserError, shown
+from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import append_dims
+from sgm.modules.encoders.t5_loading import load_t5
 from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
-
-MOST_T5_LAYERS = 1000  # each takes a moment to build, whatever its size
 
 KIND_OF_RANK = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
 
@@ -221,7 +218,13 @@ class FrozenT5Embedder(AbstractEmbModel):
         max_length: tokens per text.
         freeze: evaluation mode, without gradients.
         cache_dir: if given, `model_dir` is a name on the Hugging Face hub, and downloads are kept here.
-        dtype: of the weights, such as torch.bfloat16 or "bfloat16"; None: as they are stored.
+        dtype: to compute in, such as torch.bfloat16 or "bfloat16"; None: as weights are stored. Weights that are stored
+            so are mapped from their file, which processes of a machine share.
+        blocks_as_stored: leave the weights of `blocks` in the file, mapped in any dtype, for something that brings each
+            block in `block_dtypes` when it runs.
+
+    Attributes:
+        block_dtypes: of each parameter of each of `blocks`, what to compute in.
 
     Raises:
         UserError: the folder or something in it is missing or cannot be read.
@@ -235,12 +238,12 @@ class FrozenT5Embedder(AbstractEmbModel):
         freeze: bool = True,
         cache_dir: str | None = None,
         dtype: torch.dtype | str | None = None,
+        blocks_as_stored: bool = False,
     ):
         super().__init__()
-        self.tokenizer, self.transformer = load_t5(model_dir, cache_dir, dtype)
+        loaded = load_t5(model_dir, cache_dir, dtype, device, blocks_as_stored)
+        self.tokenizer, self.transformer, self.block_dtypes = loaded
         self.max_length = max_length
-        if device is not None:
-            self.transformer.to(device)
         if freeze:
             self.requires_grad_(False).eval()
 
@@ -271,50 +274,3 @@ class FrozenT5Embedder(AbstractEmbModel):
         if excess > 0:
             start = text[:60].replace("\n", " ")
             logger.warning("text cut to %d tokens, the last %d are lost: '%s...'", self.max_length, excess, start)
-
-
-def load_t5(model_dir: str, cache_dir: str | None = None, dtype: torch.dtype | str | None = None) -> tuple[Any, Any]:
-    """The tokenizer and the encoder of `FrozenT5Embedder`, which describes the arguments."""
-    if cache_dir is None:
-        _check_t5_folder(Path(model_dir))
-        _check_t5_layers(Path(model_dir) / "config.json")
-    # Imported here, since it takes seconds.
-    from transformers import T5EncoderModel, T5Tokenizer, __version__
-
-    dtype_argument = "torch_dtype" if __version__.startswith("4.") else "dtype"
-    source = {"cache_dir": cache_dir, "local_files_only": cache_dir is None}
-    try:
-        tokenizer = T5Tokenizer.from_pretrained(model_dir, **source)
-        # Straight into the dtype asked for: the released encoder takes 19 GB in float32.
-        model, loaded = T5EncoderModel.from_pretrained(
-            model_dir, output_loading_info=True, **{dtype_argument: dtype or "auto"}, **source
-        )
-    except Exception as error:  # the loaders raise errors of many libraries
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"cannot load the T5 encoder from '{model_dir}': {type(error).__name__}: {reason}") from error
-    if loaded["missing_keys"]:
-        raise UserError(f"the T5 weights in '{model_dir}' are incomplete: no '{min(loaded['missing_keys'])}'")
-    return tokenizer, model
-
-
-def _check_t5_layers(path: Path) -> None:
-    """Check that an encoder's number of layers is one that ends being built; what else is wrong its loader says.
-
-    Raises:
-        UserError: there are too many.
-    """
-    try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["num_layers"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return
-    if isinstance(layers, int | float) and layers > MOST_T5_LAYERS:
-        raise UserError(f"{path}: num_layers is {shown(layers)}; an encoder has up to {MOST_T5_LAYERS}")
-
-
-def _check_t5_folder(folder: Path) -> None:
-    content = "config.json, the weights (*.safetensors or *.bin) and spiece.model (or tokenizer.json)"
-    if not folder.is_dir():
-        raise UserError(f"model_dir '{folder}' is not a folder; it should hold {content} of a T5 encoder")
-    for patterns in (["config.json"], ["*.safetensors", "*.bin"], ["spiece.model", "tokenizer.json"]):
-        if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise UserError(f"model_dir '{folder}' has no {' or '.join(patterns)}; it should hold {content}")
