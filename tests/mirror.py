@@ -91,7 +91,6 @@ COVERED_BY = {
     "tools.torchrun": ("test_scripts.py", "the scripts start it"),
     "train_vae": ("vae_training/test_run.py", "the command is its run"),
     "train_video": ("training/test_run.py", "the command is its run"),
-    "training.checkpoint": ("training/test_run.py", "resumed runs"),
     "training.deepspeed_engine": ("training/test_optimizer_state.py", "small engines"),
     "training.latent_encoding": ("tools/test_precompute_latents.py", "encodes and caches"),
     "vae_modules.cp_enc_dec": ("vae_modules/test_autoencoder.py", "the coders of the autoencoder"),

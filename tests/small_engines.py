@@ -30,12 +30,12 @@ def arguments(stage: int, optimizer: str = "sat.ops.FusedEmaAdam", clipping: flo
     return check_deepspeed_config(config), settings
 
 
-def build(args, dtype=torch.float32):
+def build(args, dtype=torch.float32, model_parallel_size=1):
     """An engine around a small network of which one layer is frozen; no tensor divides evenly among processes."""
     from cogvideox_sat.parallel.process_groups import initialize_process_groups
     from cogvideox_sat.training import deepspeed_engine
 
-    initialize_process_groups()
+    initialize_process_groups(model_parallel_size)
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.LayerNorm(13), torch.nn.Linear(13, 5))
     network[0].bias.requires_grad_(False)

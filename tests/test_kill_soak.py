@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ pytestmark = [pytest.mark.slow]
 STEPS = 12
 ARGS = {"train_iters": STEPS, "save_interval": 1, "keep_last": 2}
 Start = Callable[..., Popen]
+
+
+def args(name: str, background: bool) -> dict[str, Any]:
+    """Return the arguments of a run; the one without kills writes its checkpoints between its steps."""
+    return {**ARGS, "background_checkpoints": background and name != "straight"}
 
 
 def whole(process: Popen) -> float:
@@ -69,12 +75,13 @@ def soak(start: Start, configs: Callable[[str], Path], kills: int, check: Callab
     return runs
 
 
-def test_fine_tuning(tmp_path, tiny, soak_kills):
+@pytest.mark.parametrize("background", [False, True])
+def test_fine_tuning(tmp_path, tiny, soak_kills, background):
     data = write_dataset(tmp_path / "data", clips=6, frames=12, sizes=[(64, 96)])
 
     def config(name: str) -> Path:
         return training_runs.write_config(
-            tmp_path / f"{name}.yaml", tiny, "5b", data, True, save=str(tmp_path / name), **ARGS
+            tmp_path / f"{name}.yaml", tiny, "5b", data, True, save=str(tmp_path / name), **args(name, background)
         )
 
     def check(run: Path) -> None:
@@ -90,11 +97,14 @@ def test_fine_tuning(tmp_path, tiny, soak_kills):
             assert torch.equal(tensor, training_runs.weights(expected)[name]), name
 
 
-def test_vae_training(tmp_path, soak_kills):
+@pytest.mark.parametrize("background", [False, True])
+def test_vae_training(tmp_path, soak_kills, background):
     data = vae_runs.write_mixed_dataset(tmp_path / "data")
 
     def config(name: str) -> Path:
-        return vae_runs.write_config(tmp_path / f"{name}.yaml", data, args={"save": str(tmp_path / name), **ARGS})
+        return vae_runs.write_config(
+            tmp_path / f"{name}.yaml", data, args={"save": str(tmp_path / name), **args(name, background)}
+        )
 
     def check(run: Path) -> None:
         assert vae_runs.checkpoint(run)["run"]["step"] <= STEPS

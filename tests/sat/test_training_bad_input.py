@@ -127,9 +127,12 @@ def test_a_failed_start_leaves_no_folder(tmp_path, tiny, clips, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before", "during"])
+@pytest.mark.parametrize("moment", ["before", "during", "behind the steps"])
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, monkeypatch, moment):
-    config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, save_interval=2)
+    behind = moment == "behind the steps"
+    config = write_config(
+        tmp_path / "config.yaml", tiny, "5b", clips, save_interval=2, background_checkpoints=behind, train_iters=7
+    )
     with monkeypatch.context() as patch:
         saves = []
         if moment == "before":
@@ -156,7 +159,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, m
     (run,) = runs_of(config)
     assert (run / "latest").read_text() == "2"
     assert not list(run.glob(".*.part"))
-    train(config, "--resume", "latest")
+    assert max(metrics(run)) < 7
+    train(config, "--resume", "latest", "--train_iters", "4")
     assert max(metrics(run)) == 4
 
 

@@ -112,7 +112,8 @@ def test_model_parallel_processes_equal_one(tmp_path, tiny, clips, one_process):
     [("5b", False, False), ("2b", True, False), ("1.5_i2v", False, True), ("5b_i2v", True, True)],
 )
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, tiny, clips, family, lora, cached):
-    """Ten steps, against five, a kill -9 in the seventh, and five more from `latest`; with EMA."""
+    """Ten steps, against five, a kill -9 in the seventh, and five more from `latest`; with EMA. What is resumed from
+    was written behind the steps, where all weights are trained."""
     data = clips
     if cached:
         data = precomputed(tmp_path, tiny, family, clips)
@@ -128,6 +129,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, tiny, clip
         train_iters=10,
         save_interval=5,
         save=str(tmp_path / "broken"),
+        background_checkpoints=not lora,
     )
     process = start(broken)
     for line in process.stdout:
@@ -342,8 +344,10 @@ def test_muon_learns_and_goes_on_to_the_bit(tmp_path, tiny, clips):
     assert_same(weights(run), result)
 
 
-def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, clips):
-    config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, train_iters=1000, save_interval=1, keep_last=2)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, clips, background):
+    args = {"train_iters": 1000, "save_interval": 1, "keep_last": 2, "background_checkpoints": background}
+    config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, **args)
     process = start(config)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

@@ -128,6 +128,9 @@ class RunArguments:
     experiment_name: str = argument("train", "first part of the name of the run's folder")
     save_interval: int = argument(500, "steps between checkpoints")
     keep_last: int | None = argument(None, "checkpoints to keep (default: all)")
+    background_checkpoints: bool = argument(
+        False, "copy a checkpoint to host memory, if that has room, and write it while the next steps are made"
+    )
 
     # Watching
     log_interval: int = argument(20, "steps between lines of the log")

@@ -190,6 +190,7 @@ class LoopSettings(Settings):
         train_iters: steps, each an update of the weights.
         log_interval, eval_interval, save_interval: steps between lines of the log, evaluations and checkpoints.
         keep_last: checkpoints to keep; None: all.
+        background_checkpoints: write checkpoints behind the steps, from a copy in host memory.
         max_skipped_steps: in a row without finite loss and gradients, after which the run ends.
         warmup: share of the steps over which the learning rate rises.
         auto_warmup_steps: steps at the start with at most 5 % of the learning rate.
@@ -208,6 +209,7 @@ class LoopSettings(Settings):
     eval_interval: int | None = None
     save_interval: int = 500
     keep_last: int | None = None
+    background_checkpoints: bool = False
     max_skipped_steps: int = 20
     warmup: float = 0.01
     auto_warmup_steps: int = 100

@@ -120,11 +120,31 @@ def limited_collectives(limit: float) -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
     """Whether `flag` is set on any process. On the CPU: no device is waited for."""
+    return flags_of_any_process(flag)[0]
+
+
+def flags_of_any_process(*flags: bool) -> list[bool]:
+    """Return of each flag whether it is set on any process. On the CPU: no device is waited for."""
     if dist.get_world_size() == 1:
-        return flag
-    total = torch.tensor(int(flag))
-    dist.all_reduce(total)
-    return bool(total)
+        return list(flags)
+    totals = torch.tensor(flags, dtype=torch.int64)
+    dist.all_reduce(totals)
+    return [bool(total) for total in totals]
+
+
+def patient_group(member: bool) -> dist.ProcessGroup | None:
+    """Make a group of the processes that say `member`, for a thread of theirs to meet in; all processes call it.
+
+    Returns:
+        None for a process that is no member, or that is the only one.
+    """
+    members: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(members, member)
+    ranks = [rank for rank, is_member in enumerate(members) if is_member]
+    if len(ranks) < 2:
+        return None
+    group = dist.new_group(ranks, backend="gloo", timeout=LONGEST_WAIT)
+    return group if member else None
 
 
 def from_first_process(make: Callable[[], Any], what: str = "the first process") -> Any:

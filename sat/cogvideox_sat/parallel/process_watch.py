@@ -82,6 +82,7 @@ class _Current:
 
     phase = Phase("starting", time.monotonic())
     meetings = 0  # that it has come to
+    last_work: Callable[[], None] | None = None
 
 
 def begin(text: str, limited: bool = False) -> None:
@@ -124,9 +125,23 @@ def watching(limit: float, ends_slow_steps: bool) -> Iterator[None]:
         watch.stop()
 
 
+@contextmanager
+def before_the_end(work: Callable[[], None]) -> Iterator[None]:
+    """Do some work before the watch ends the process within the block."""
+    _Current.last_work = work
+    try:
+        yield
+    finally:
+        _Current.last_work = None
+
+
 def end_process(line: str) -> None:
-    """Log the line and end the process at once: other threads of it may never return."""
+    """Log the line and end the process at once, but for the work of `before_the_end`: other threads of it may never
+    return."""
     logger.error("error: %s", line)
+    if _Current.last_work is not None:
+        with suppress(Exception):
+            _Current.last_work()
     logging.shutdown()
     os._exit(EXIT_CODE)
 

@@ -8,7 +8,7 @@
         optimizer-mp00-00000.safetensors, ...         moments and float32 weights, whole tensors by `kind/parameter`
 
 Everything is written into a hidden folder, synced and renamed; `latest` moves last. A process that is killed at any
-moment leaves the previous checkpoint in place.
+moment leaves the previous checkpoint in place. So does one that is killed while it writes behind the steps.
 """
 
 import json
@@ -16,8 +16,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from sat import mpu
 from torch import Tensor, nn
 
 from cogvideox_sat.files.training_state import TRAINING_STATE, damaged, find_misfit
-from cogvideox_sat.parallel.agreement import meet
+from cogvideox_sat.parallel.agreement import any_process, meet, patient_group
+from cogvideox_sat.runs.background_writing import BackgroundWriter, wait_while_growing
 from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room
 from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
+from cogvideox_sat.runs.staging import StagingMemory
 from cogvideox_sat.training import optimizer_state
 from cogvideox_sat.training.deepspeed_adapter import full_shape, is_partitioned
 from cogvideox_sat.training.plan import STATE_FILE
@@ -45,80 +49,180 @@ logger = logging.getLogger(__name__)
 SHADOW = "shadow"  # what the optimizer calls its moving average of a weight
 SHARD_BYTES = 2 * 2**30
 
+_Weights = Iterable[tuple[str, Tensor]]
+_Tensors = Iterable[tuple[str, str, Tensor]]  # kind, parameter, tensor
+_Exchange = Callable[[str], list[str]]
+
 
 # Writing
 
 
-def save_checkpoint(
-    run_folder: Path,
-    step: int,
-    engine: deepspeed.DeepSpeedEngine,
-    state: dict[str, Any],
-    *,
-    full: bool,
-    keep_last: int | None,
-) -> Path:
-    """Write the checkpoint of `step`; all processes call it. Returns its folder.
+class CheckpointSaver:
+    """Writes the checkpoints of a run, between its steps or behind them; all processes call each of its methods.
+
+    Behind the steps at most one is written at a time, from a copy in host memory, by a thread of each process that
+    writes. These threads meet in a group of their own. What goes wrong in them is raised when the run waits for them.
 
     Args:
-        state: what goes into state.json beside the optimizer's numbers; JSON-able, the first process's is taken.
         full: write the whole network, rather than what is trained of it.
         keep_last: how many checkpoints to keep; None: all.
-
-    Raises:
-        UserError: the disk is full or cannot be written to; the previous checkpoint is still there. On all processes.
+        background: write behind the steps, where host memory has room for a copy.
     """
-    leads = dist.get_rank() == 0
-    folder, ema_folder = run_folder / str(step), run_folder / f"{step}-ema"
-    part, ema_part = run_folder / f".{step}.part", run_folder / f".{step}-ema.part"
-    has_ema = SHADOW in optimizer_state.tensor_kinds(engine)
-    needed = estimated_bytes(engine, full)
 
-    def prepare() -> None:
-        remove_unfinished(run_folder)
-        check_room(folder, needed)
-        (part / STATE_FILE.parent).mkdir(parents=True)
-        if has_ema:
-            ema_part.mkdir()
+    def __init__(
+        self,
+        run_folder: Path,
+        engine: deepspeed.DeepSpeedEngine,
+        *,
+        full: bool,
+        keep_last: int | None,
+        background: bool = False,
+    ):
+        self.run_folder, self.engine, self.full, self.keep_last = run_folder, engine, full, keep_last
+        self.leads, self.writes = dist.get_rank() == 0, mpu.get_data_parallel_rank() == 0
+        on_gpu = next(engine.module.parameters()).is_cuda
+        self.memory = StagingMemory(pinned=on_gpu) if background else None
+        self.asked = False  # whether host memory has room
+        self.writers = patient_group(self.writes) if background else None
+        self.thread = BackgroundWriter()
+        self.unfinished: _Checkpoint | None = None
 
-    def publish() -> None:
-        content = {"step": step, "optimizer": optimizer_state.counters(engine), **state}
-        (part / STATE_FILE).write_text(json.dumps(content))
-        for source, target in ((ema_part, ema_folder), (part, folder)):
+    def save(self, step: int, state: dict[str, Any], *, wait: bool = True) -> None:
+        """Write the checkpoint of `step`; the one before is finished first.
+
+        Args:
+            state: what goes into state.json beside the optimizer's numbers; JSON-able, the first process's is taken.
+            wait: until it is written; else, if checkpoints are written behind the steps, only until it is copied.
+
+        Raises:
+            UserError: the disk is full or cannot be written to; the previous checkpoint is still there. On all
+                processes.
+        """
+        self.finish()
+        checkpoint = _Checkpoint(
+            self.run_folder,
+            step,
+            needed=estimated_bytes(self.engine, self.full),
+            has_ema=SHADOW in optimizer_state.tensor_kinds(self.engine),
+            state=json.dumps({"step": step, "optimizer": optimizer_state.counters(self.engine), **state}),
+        )
+        _together(checkpoint.prepare if self.leads else _nothing, checkpoint, _from_all)
+        memory = None if wait else self.memory_for(checkpoint.needed)
+        copy = memory.copy if memory else on_host
+        weights = gathered_weights(self.engine.module, self.full, self.writes, copy)
+        tensors = _copies(optimizer_state.full_tensors(self.engine), self.writes, copy)
+        if memory is None:
+            self.write(checkpoint, weights, tensors, _from_all)
+            return
+        start = time.perf_counter()
+        memory.start_over(checkpoint.needed)
+        staged = list(weights), list(tensors)
+        memory.wait()
+        logger.info("step %d: copied in %.2f s, to be written behind the steps", step, time.perf_counter() - start)
+        self.unfinished = checkpoint
+        if self.writes:
+            exchange = partial(_from_group, self.writers)
+            self.thread.start(f"the checkpoint of step {step}", lambda: self.write(checkpoint, *staged, exchange))
+
+    def write(self, checkpoint: "_Checkpoint", weights: _Weights, tensors: _Tensors, exchange: _Exchange) -> None:
+        """Write all files, and make them the newest checkpoint."""
+        _together(lambda: checkpoint.write(weights, tensors, self.writes), checkpoint, exchange)
+        _together(lambda: checkpoint.publish(self.keep_last) if self.leads else None, checkpoint, exchange)
+        logger.info("step %d: wrote %s", checkpoint.step, checkpoint.folder)
+
+    def memory_for(self, needed: int) -> StagingMemory | None:
+        """Return where checkpoints of so many bytes are copied to; None if they are written between steps.
+
+        Whether host memory has room is asked once.
+        """
+        if self.memory is not None and not self.asked:
+            self.asked = True
+            if any_process(self.writes and not self.memory.allows(needed)):
+                self.memory = None
+        return self.memory
+
+    @property
+    def failed(self) -> bool:
+        """Return whether the checkpoint that this process writes behind the steps cannot be written."""
+        return self.thread.failed
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is written behind the steps, if there is one.
+
+        Raises:
+            UserError: it cannot be written; the previous checkpoint is still there. On all processes.
+        """
+        if self.unfinished is not None:
+            checkpoint, self.unfinished = self.unfinished, None
+            _together(self.thread.finish, checkpoint, _from_all)
+
+    def settle(self) -> None:
+        """Wait for that checkpoint where the run ends with an error; other processes need not call this."""
+        if self.unfinished is not None and not self.writes:
+            wait_while_growing(self.unfinished.part)  # a launcher may end all processes when this one has ended
+        self.thread.settle()
+
+
+class _Checkpoint:
+    """The files of a checkpoint, in folders that get their names when all is complete.
+
+    Args:
+        needed: bytes, about.
+        state: the content of state.json.
+    """
+
+    def __init__(self, run_folder: Path, step: int, *, needed: int, has_ema: bool, state: str):
+        self.run_folder, self.step, self.needed, self.has_ema, self.state = run_folder, step, needed, has_ema, state
+        self.folder, self.ema_folder = run_folder / str(step), run_folder / f"{step}-ema"
+        self.part, self.ema_part = _part_of(self.folder), _part_of(self.ema_folder)
+
+    def prepare(self) -> None:
+        """Make the hidden folders, and sweep away what a process that was killed has left."""
+        remove_unfinished(self.run_folder)
+        check_room(self.folder, self.needed)
+        (self.part / STATE_FILE.parent).mkdir(parents=True)
+        if self.has_ema:
+            self.ema_part.mkdir()
+
+    def write(self, weights: "_Weights", tensors: "_Tensors", writes: bool) -> None:
+        """Write this process's part of the files. The tensors are put together by all, whether or not they write."""
+        share = mpu.get_model_parallel_rank()
+        file = f"mp_rank_{share:02d}_model_states.pt"
+        by_name = dict(weights)
+        shards = _Shards(self.part / STATE_FILE.parent, f"optimizer-mp{share:02d}")
+        if writes:
+            shards.attempt(lambda: _save_weights(by_name, self.part / file))
+        for kind, name, tensor in tensors:
+            shards.add(f"{kind}/{name}", tensor)
+            if kind == SHADOW:
+                by_name[name] = tensor.to(by_name[name].dtype)
+        shards.close()
+        if writes and self.has_ema:
+            _save_weights(by_name, self.ema_part / file)
+
+    def publish(self, keep_last: int | None) -> None:
+        """Give the folders their names, mark the newest, and delete those that are outdated then."""
+        (self.part / STATE_FILE).write_text(self.state)
+        for source, target in ((self.ema_part, self.ema_folder), (self.part, self.folder)):
             if source.exists():
                 _sync(source)
                 if target.exists():
                     shutil.rmtree(target)
                 source.rename(target)
-        _sync(run_folder)
-        mark_newest(run_folder, str(step))
-        _sync(run_folder)
-        prune(run_folder, step, keep_last)
+        _sync(self.run_folder)
+        mark_newest(self.run_folder, str(self.step))
+        _sync(self.run_folder)
+        prune(self.run_folder, self.step, keep_last)
 
-    _together(prepare if leads else _nothing, folder, needed)
-    _together(lambda: _write_weights(part, ema_part if has_ema else None, engine, full), folder, needed)
-    _together(publish if leads else _nothing, folder, needed)
-    return folder
+    def give_up(self) -> None:
+        """Remove what is written of it."""
+        for part in (self.part, self.ema_part):
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_weights(part: Path, ema_part: Path | None, engine: deepspeed.DeepSpeedEngine, full: bool) -> None:
-    """This process's part of the files. The tensors are put together by all, whether or not they write."""
-    writes = mpu.get_data_parallel_rank() == 0
-    share = mpu.get_model_parallel_rank()
-    file = f"mp_rank_{share:02d}_model_states.pt"
-    weights = dict(gathered_weights(engine.module, full, keep=writes))
-    shards = _Shards(part / STATE_FILE.parent, f"optimizer-mp{share:02d}")
-    if writes:
-        shards.attempt(lambda: _save_weights(weights, part / file))
-    for kind, name, tensor in optimizer_state.full_tensors(engine):
-        if writes:
-            tensor = tensor.to("cpu", copy=True)
-            shards.add(f"{kind}/{name}", tensor)
-            if kind == SHADOW:
-                weights[name] = tensor.to(weights[name].dtype)
-    shards.close()
-    if writes and ema_part is not None:
-        _save_weights(weights, ema_part / file)
+def _part_of(folder: Path) -> Path:
+    """Return the name of a folder while it is not complete; see `retention.remove_unfinished`."""
+    return folder.with_name(f".{folder.name}.part")
 
 
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -130,8 +234,15 @@ def checkpoint_name(name: str) -> str:
     return NETWORK_PREFIX + name.removeprefix("diffusion_model.")
 
 
-def gathered_weights(network: nn.Module, full: bool, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Trained parameters, or with `full` all entries of the state dict, as copies on the CPU; collective.
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in host memory."""
+    return tensor.to("cpu", copy=True)
+
+
+def gathered_weights(
+    network: nn.Module, full: bool, keep: bool = True, copy: Callable[[Tensor], Tensor] = on_host
+) -> Iterator[tuple[str, Tensor]]:
+    """Trained parameters, or with `full` all entries of the state dict, copied by `copy`; collective.
 
     Processes that do not `keep` them only help to put together what ZeRO-3 has partitioned.
     """
@@ -140,7 +251,14 @@ def gathered_weights(network: nn.Module, full: bool, keep: bool = True) -> Itera
             continue
         with deepspeed.zero.GatheredParameters([tensor]) if is_partitioned(tensor) else nullcontext():
             if keep:
-                yield name, tensor.detach().to("cpu", copy=True)
+                yield name, copy(tensor.detach())
+
+
+def _copies(tensors: _Tensors, keep: bool, copy: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """Copies of the optimizer's tensors; as `gathered_weights`."""
+    for kind, name, tensor in tensors:
+        if keep:
+            yield kind, name, copy(tensor)
 
 
 class _Shards:
@@ -186,22 +304,37 @@ def _nothing() -> None:
     """Do nothing, where the first process writes and this one waits."""
 
 
-def _together(action: Callable[[], Any], folder: Path, needed: int) -> None:
-    """Run an action that may differ between processes; if it fails on one, all raise a UserError."""
+def _together(action: Callable[[], Any], checkpoint: _Checkpoint, exchange: _Exchange) -> None:
+    """Run an action that may differ between processes; if it fails on one, all raise a UserError.
+
+    Args:
+        exchange: gives what went wrong on this process to the others, and returns what did on all.
+    """
     problem = ""
     try:
         action()
     except UserError as error:
         problem = str(error)
     except WRITE_ERRORS as error:
-        problem = str(cannot_write(folder, error, needed))
-    meet("the checkpoint")
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if first := next(filter(None, problems), None):
+        problem = str(cannot_write(checkpoint.folder, error, checkpoint.needed))
+    if first := next(filter(None, exchange(problem)), None):
         if dist.get_rank() == 0:
-            remove_unfinished(folder.parent)
+            checkpoint.give_up()
         raise UserError(first)
+
+
+def _from_all(problem: str) -> list[str]:
+    """Exchange problems with all processes, which wait as long as it takes."""
+    meet("the checkpoint")
+    return _from_group(None, problem, size=dist.get_world_size())
+
+
+def _from_group(group: dist.ProcessGroup | None, problem: str, size: int = 1) -> list[str]:
+    """Exchange problems with the processes of a group."""
+    problems = [problem] * (size if group is None else group.size())
+    if len(problems) > 1:
+        dist.all_gather_object(problems, problem, group=group)
+    return problems
 
 
 def estimated_bytes(engine: deepspeed.DeepSpeedEngine, full: bool) -> int:
@@ -220,9 +353,10 @@ def prune(run_folder: Path, newest: int, keep_last: int | None) -> None:
     steps = [int(folder.name) for folder in run_folder.iterdir() if re.fullmatch(r"\d+", folder.name)]
     for step in outdated(steps, newest, keep_last):
         for name in (str(step), f"{step}-ema"):
-            if (run_folder / name).exists():  # under a name that is no checkpoint's, whenever it is interrupted
-                (run_folder / name).rename(run_folder / f".{name}.part")
-    remove_unfinished(run_folder)
+            if (run_folder / name).exists():
+                part = _part_of(run_folder / name)  # under a name that is no checkpoint's, whenever it is interrupted
+                (run_folder / name).rename(part)
+                shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -26,7 +26,7 @@ from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.files.training_state import STATE_ERRORS, taken_from
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import (
-    any_process,
+    flags_of_any_process,
     from_first_process,
     limit_collectives,
     limited_collectives,
@@ -36,6 +36,7 @@ from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
 from cogvideox_sat.runs import random_state
+from cogvideox_sat.runs.background_writing import settled_at_the_end
 from cogvideox_sat.runs.clips import share_timeouts
 from cogvideox_sat.runs.data import StepShare, open_training_data, open_validation_data
 from cogvideox_sat.runs.folders import new_run_folder, open_run_folder, removed_if_empty
@@ -47,7 +48,7 @@ from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from cogvideox_sat.runs.stop_signals import stop_requests
 from cogvideox_sat.sampling.record_making import model_name
 from cogvideox_sat.training import deepspeed_engine, validation
-from cogvideox_sat.training.checkpoint import read_state, restore_optimizer, save_checkpoint
+from cogvideox_sat.training.checkpoint import CheckpointSaver, read_state, restore_optimizer
 from cogvideox_sat.training.deepspeed_adapter import current_scale, inner_optimizer, step_was_skipped
 from cogvideox_sat.training.optimizer_state import check_storable
 from cogvideox_sat.training.parameter_report import report
@@ -111,6 +112,13 @@ class Trainer:
         if state:
             self._restore(resume, state)
         self.untried = resume / STATE_FILE if state else None  # whose values the optimizer has made no step with yet
+        self.saver = CheckpointSaver(
+            self.run_folder,
+            self.network,
+            full=args.save_full or not self.has_adapter,
+            keep_last=self.settings.keep_last,
+            background=self.settings.background_checkpoints,
+        )
         self.clock = StepClock()
         self.writer = None
         if self.leads:
@@ -196,7 +204,8 @@ class Trainer:
         """Step until `train_iters` or a signal; the checkpoint is then written."""
         first, schedule = self.step + 1, self.schedule
         bar = progress_bar(self.settings.train_iters, self.step, disabled=not self.leads)
-        with stop_requests() as signals, bar, logging_redirect_tqdm():
+        ending = settled_at_the_end(self.saver.settle)
+        with stop_requests() as signals, bar, logging_redirect_tqdm(), ending:
             while not schedule.is_last(self.step):
                 with self.memory_guard("training"):
                     self.train_step()
@@ -209,10 +218,12 @@ class Trainer:
                 if self.validation and schedule.evaluates(self.step):
                     with self.clock.paused(), self.memory_guard("evaluation"):
                         self.evaluate()
-                stopped = any_process(bool(signals))
+                stopped, failed = flags_of_any_process(bool(signals), self.saver.failed)
+                if failed:
+                    self.saver.finish()  # which says why
                 if stopped or schedule.saves(self.step):
                     with self.clock.paused(), self.memory_guard("saving a checkpoint"):
-                        self.save()
+                        self.save(wait=stopped or schedule.is_last(self.step))
                 if stopped:
                     logger.info("stopped after step %d, which is saved: go on with --resume latest", self.step)
                     break
@@ -298,7 +309,8 @@ class Trainer:
             share=share_timeouts,
         )
 
-    def save(self) -> None:
+    def save(self, wait: bool) -> None:
+        """Write a checkpoint; with `wait` it is there when this returns."""
         states = [None] * dist.get_world_size()
         dist.all_gather_object(states, random_state.capture(self.device))
         losses = all_reduce_sum(self.losses.clone(), parallel_groups()[1])
@@ -311,12 +323,4 @@ class Trainer:
             "skipped": self.skipped.state(),
             KEY: self.data.reader,
         }
-        folder = save_checkpoint(
-            self.run_folder,
-            self.step,
-            self.network,
-            state,
-            full=self.args.save_full or not self.has_adapter,
-            keep_last=self.settings.keep_last,
-        )
-        logger.info("step %d: wrote %s", self.step, folder)
+        self.saver.save(self.step, state, wait=wait)

@@ -19,6 +19,7 @@ from cogvideox_sat.files.atomic import replaced_when_complete
 from cogvideox_sat.files.training_state import VAE_RUN, anything, counters, find_misfit, list_of, mapping_of
 from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room
 from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
+from cogvideox_sat.runs.staging import StagingMemory, staged
 from cogvideox_sat.vae_training.plan import CHECKPOINTS, step_of
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
@@ -38,13 +39,32 @@ class WholeFiles(CheckpointIO):
 
     Args:
         content: what `load_checkpoint` returns, where the file has been read before; the first call takes it.
+
+    Attributes:
+        memory: where a checkpoint is copied to instead of being written, if that has room.
+        staged: such a copy.
     """
 
     def __init__(self, content: dict[str, Any] | None = None):
         self.content = content
+        self.memory: StagingMemory | None = None
+        self.staged: dict[str, Any] | None = None
+        self.has_room: bool | None = None  # asked once
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write_whole(checkpoint, Path(path))
+        if self.memory is None or not self.fits(checkpoint, self.memory):
+            write_whole(checkpoint, Path(path))
+        else:
+            check_writable(checkpoint, Path(path))
+            self.staged = staged(checkpoint, self.memory)
+
+    def fits(self, checkpoint: Mapping[str, Any], memory: StagingMemory) -> bool:
+        """Return whether host memory has room for copies of checkpoints; else the first call says so."""
+        needed = saved_bytes(checkpoint) + saved_bytes(checkpoint["state_dict"])  # and the weights for other programs
+        if self.has_room is None:
+            self.has_room = memory.allows(needed)
+        memory.start_over(needed)
+        return self.has_room
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -62,13 +82,26 @@ def write_whole(content: Any, path: Path) -> None:
     Raises:
         UserError: the disk is full or cannot be written to; a file that was there before still is.
     """
+    check_writable(content, path)
+    needed = saved_bytes(content)
+    try:
+        with replaced_when_complete(path) as part:
+            torch.save(content, part)
+    except WRITE_ERRORS as error:
+        raise cannot_write(path, error, needed) from error
+
+
+def check_writable(content: Any, path: Path) -> None:
+    """Make room for a file with `content`, and check that it has some.
+
+    Raises:
+        UserError: the disk is full or cannot be written to.
+    """
     needed = saved_bytes(content)
     try:
         remove_unfinished(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path, needed)
-        with replaced_when_complete(path) as part:
-            torch.save(content, part)
     except WRITE_ERRORS as error:
         raise cannot_write(path, error, needed) from error
 

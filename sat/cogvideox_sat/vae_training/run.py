@@ -108,9 +108,10 @@ def fit(
     if content and resume:
         check_fits(content, engine, resume)
     clock = StepClock()
+    files = WholeFiles(content)
     with taken_from(resume) if resume else nullcontext():
-        keeper = RunKeeper(settings, plan, share, folder, data, clock, state, report)
-    trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, WholeFiles(content))
+        keeper = RunKeeper(settings, plan, share, folder, data, clock, state, report, files)
+    trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, files)
     del content
     try:
         with memory_guard("training", lambda _: vae_training_advice(args, last_saved(folder))):

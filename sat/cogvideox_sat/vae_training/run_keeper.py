@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cogvideox_sat.clips.reader_record import KEY
 from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.parallel import process_watch
-from cogvideox_sat.parallel.agreement import any_process, meet
+from cogvideox_sat.parallel.agreement import any_process, flags_of_any_process, meet
 from cogvideox_sat.runs import progress, random_state
 from cogvideox_sat.runs.data import StepShare, TrainingData
 from cogvideox_sat.runs.folders import open_run_folder
@@ -25,10 +25,12 @@ from cogvideox_sat.runs.metrics import MetricsWriter
 from cogvideox_sat.runs.progress import format_values, progress_bar
 from cogvideox_sat.runs.schedule import Schedule
 from cogvideox_sat.runs.skipped_steps import check_finite
+from cogvideox_sat.runs.staging import StagingMemory
 from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from cogvideox_sat.runs.stop_signals import stop_requests
-from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, publish, write_weights
-from cogvideox_sat.vae_training.plan import CHECKPOINTS, VaeTrainingPlan
+from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, WholeFiles
+from cogvideox_sat.vae_training.checkpoint_saver import CheckpointSaver
+from cogvideox_sat.vae_training.plan import VaeTrainingPlan
 from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
 from sgm.errors import some
 
@@ -101,6 +103,7 @@ class RunKeeper(pl.Callback):
         data: that is trained on; the position in it goes into checkpoints.
         state: what an earlier `on_save_checkpoint` wrote, to go on from.
         report: evaluations; None for a run without.
+        files: what the trainer writes checkpoints with.
 
     Raises:
         UserError: losses are not finite, too many clips are unreadable, or a file cannot be written.
@@ -116,9 +119,11 @@ class RunKeeper(pl.Callback):
         clock: StepClock,
         state: Mapping[str, Any] | None,
         report: ReconstructionReport | None,
+        files: WholeFiles,
     ):
         self.settings, self.schedule, self.plan, self.share = settings, Schedule(settings), plan, share
         self.folder, self.data, self.clock, self.report = folder, data, clock, report
+        self.files = files
         self.leads = dist.get_rank() == 0
         self.step = state["step"] if state else 0
         self.batches = 0  # since the order was made
@@ -136,6 +141,9 @@ class RunKeeper(pl.Callback):
             random_state.restore(self.own_state["random"], module.device)
             check_optimizers(trainer.optimizers)
         self.started = True
+        memory = StagingMemory(pinned=module.device.type == "cuda") if self.settings.background_checkpoints else None
+        self.saver = CheckpointSaver(self.folder, self.settings.keep_last, self.files, memory)
+        self.stack.enter_context(process_watch.before_the_end(self.saver.settle))
         self.bar = self.stack.enter_context(progress_bar(self.settings.train_iters, self.step, disabled=not self.leads))
         self.stack.enter_context(logging_redirect_tqdm())
         self.signals = self.stack.enter_context(stop_requests())  # only now: Lightning has just set its own handler
@@ -152,6 +160,8 @@ class RunKeeper(pl.Callback):
         logger.info("the run is in %s; to use the autoencoder, name %s as its ckpt_path", self.folder, weights)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if self.started:
+            self.saver.settle()
         self.stack.close()
 
     # ------------------------------------------------------------ steps
@@ -178,10 +188,12 @@ class RunKeeper(pl.Callback):
         self.clock.step(self.share.clips)
         if self.schedule.logs(self.step):
             self.report_means(trainer, module)
-        stopped = any_process(bool(self.signals))
+        stopped, failed = flags_of_any_process(bool(self.signals), self.saver.failed)
+        if failed:
+            self.saver.finish()  # which says why
         if stopped or self.schedule.saves(self.step):
             with self.clock.paused(), process_watch.phase("saving"):
-                self.save(trainer, module)
+                self.save(trainer, module, wait=stopped or self.schedule.is_last(self.step))
                 meet("the checkpoint")
         if self.report:
             self.report.clips.step = self.step
@@ -210,16 +222,11 @@ class RunKeeper(pl.Callback):
 
     # ------------------------------------------------------------ checkpoints
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule, wait: bool) -> None:
+        """Write a checkpoint; with `wait` it is there when this returns."""
         if any_process(not all(math.isfinite(total) for total, _ in self.means.state().values())):
             self.report_means(trainer, module)  # which says what is wrong
-        file = self.folder / CHECKPOINTS / f"step={self.step}.ckpt"
-        trainer.save_checkpoint(file)
-        if self.leads:
-            averaged = getattr(module, "ema_decay", None) is not None
-            write_weights(module.coder_state_dict(ema=averaged), self.folder)
-            publish(file, self.folder, self.settings.keep_last)
-        logger.info("step %d: wrote %s", self.step, file)
+        self.saver.save(trainer, module, self.step, wait=wait)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         own = {"random": random_state.capture(module.device), "means": self.means.state()}

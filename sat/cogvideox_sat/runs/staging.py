@@ -1,0 +1,152 @@
+"""Copies of tensors in host memory, to be written to files while the tensors change."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvideox_sat.runs.host_memory import free_host_memory
+
+logger = logging.getLogger(__name__)
+
+SLAB_BYTES = 2**30
+ALIGNMENT = 64
+SHARE = 0.9  # of the free host memory may be taken
+GIB = 2**30
+
+
+class StagingMemory:
+    """Host memory that is filled with copies of tensors again and again.
+
+    It is taken in slabs and kept: taking memory from the operating system, and page-locking it for a GPU, takes longer
+    than filling it. PyTorch would round each page-locked tensor up to a power of two.
+
+    Args:
+        pinned: page-lock it, so that a GPU copies into it at the full speed of the bus.
+    """
+
+    def __init__(self, pinned: bool):
+        self.pinned = pinned
+        self.slabs: list[Tensor] = []
+        self._slab = self._used = 0
+
+    def allows(self, needed: int) -> bool:
+        """Return whether the machine has room for `needed` bytes; if not, one line of the log says so."""
+        free = free_host_memory()
+        held = sum(slab.nbytes for slab in self.slabs)
+        if free is None or needed <= held or needed <= held + SHARE * free:
+            return True
+        logger.warning(
+            "background_checkpoints: a copy of a checkpoint takes %.2f GiB of host memory, of which %.2f GiB are free; "
+            "checkpoints are written between steps",
+            needed / GIB,
+            free / GIB,
+        )
+        return False
+
+    def start_over(self, needed: int = SLAB_BYTES) -> None:
+        """Give up all copies, whose memory is used again.
+
+        Args:
+            needed: bytes, about, that the next copies take.
+        """
+        self._slab = self._used = 0
+        self._step = min(SLAB_BYTES, max(needed, ALIGNMENT))
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor with a storage of its own, as contiguous as the tensor; complete once `wait` is
+        called."""
+        tensor = tensor.detach()
+        if not tensor.numel():
+            return tensor.to("cpu", copy=True)
+        target = self._room(tensor.nbytes, tensor.dtype)
+        if not tensor.is_contiguous() and _is_dense(tensor):
+            target = target.as_strided(tensor.shape, tensor.stride())
+        else:
+            target = target.view(tensor.shape)
+        return target.copy_(tensor, non_blocking=self.pinned)
+
+    def _room(self, size: int, dtype: torch.dtype) -> Tensor:
+        while self._slab < len(self.slabs) and self._used + size > self.slabs[self._slab].nbytes:
+            self._slab, self._used = self._slab + 1, 0
+        if self._slab == len(self.slabs):
+            self.slabs.append(self._new_slab(max(size, self._step)))
+        begin, self._used = self._used, -(-(self._used + size) // ALIGNMENT) * ALIGNMENT
+        # Over the buffer rather than the slab, so that a file holds this tensor alone.
+        return torch.frombuffer(self.slabs[self._slab].numpy()[begin : begin + size], dtype=dtype)
+
+    def _new_slab(self, size: int) -> Tensor:
+        if self.pinned:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:  # the system limits how much may be locked
+                logger.debug("no page-locked memory: %s", error)
+                self.pinned = False
+        return torch.empty(size, dtype=torch.uint8)
+
+    def wait(self) -> None:
+        """Wait until all copies are complete."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its memory, in whatever order of its axes."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def staged(content: Any, memory: StagingMemory) -> Any:
+    """Return a copy of nested mappings, lists and tuples, whose tensors are copied to `memory`.
+
+    What shares memory in `content`, or is the same object twice, does so in the copy: `torch.save` makes the same file
+    of it, but for the names of devices.
+    """
+    return _Stager(memory).copy(content)
+
+
+class _Stager:
+    def __init__(self, memory: StagingMemory):
+        self.memory = memory
+        self.done: dict[int, Any] = {}  # by the id of the original
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.kept: list[Any] = []  # originals, so that no id is given twice
+
+    def copy(self, value: Any) -> Any:
+        if id(value) in self.done:
+            return self.done[id(value)]
+        if isinstance(value, Tensor):
+            made: Any = self.tensor(value)
+        elif isinstance(value, Mapping):
+            made = copy.copy(value)  # with the attributes that state dicts have
+            for key, item in value.items():
+                made[key] = self.copy(item)
+        elif isinstance(value, list):
+            made = copy.copy(value)
+            made[:] = [self.copy(item) for item in value]
+        elif type(value) is tuple:
+            made = tuple(self.copy(item) for item in value)
+        else:
+            return value
+        self.done[id(value)] = made
+        self.kept.append(value)
+        return made
+
+    def tensor(self, value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in self.storages or not storage.nbytes():
+            whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+            self.storages[storage.data_ptr()] = self.memory.copy(whole).untyped_storage()
+        made = torch.empty(0, dtype=value.dtype)
+        made.set_(self.storages[storage.data_ptr()], value.storage_offset(), value.size(), value.stride())
+        if isinstance(value, torch.nn.Parameter):
+            return torch.nn.Parameter(made, value.requires_grad)
+        return made.requires_grad_(value.requires_grad)
