@@ -101,6 +101,8 @@ def test_help_answers_before_pytorch_is_loaded(name):
     [
         ("network", ("--model", "nothing"), "configs/nothing.yaml does not exist"),
         ("training", ("--device", "gpu"), "'gpu' is no device; it can be cpu, cuda or cuda:N"),
+        ("checkpoint_stall", ("--folder", "gone"), "--folder: gone does not exist"),
+        ("checkpoint_stall", ("--layers", "0"), "--layers and --repeats are at least 1"),
         ("conversion", ("--config", "gone.yaml"), "--config: gone.yaml does not exist"),
         ("conversion", ("--folder", "gone"), "--folder: gone does not exist"),
     ],
@@ -153,6 +155,19 @@ def test_overhead_of_training(run):
     assert shares.pop("step") == 100
     assert set(shares) == {"forward", "backward", "optimizer", "waiting for data", "everything else"}
     assert 50 < sum(shares.values()) < 150 and min(shares.values()) >= 0
+
+
+def test_stalls_of_checkpoints(run):
+    network = [word for word in NETWORK if word != "--repeats"][:-1]
+    rows = table(run("checkpoint_stall", *network, "--repeats", "2"))
+    names = [f"{where} the steps, {which}" for where in ("between", "behind") for which in ("the first", "later ones")]
+    assert list(rows) == names
+    for name in names[:2]:
+        stall, call, after, _, written = map(number, rows[name])
+        assert stall == call == written > after == 0
+    for name in names[2:]:
+        _, call, _, _, written = map(number, rows[name])
+        assert 0 < call <= written
 
 
 @pytest.mark.slow

@@ -47,6 +47,11 @@ class BackgroundWriter:
             self._error = error
 
     @property
+    def busy(self) -> bool:
+        """Return whether a job is running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def failed(self) -> bool:
         """Return whether the job has ended with an error, which `finish` raises."""
         return self._error is not None
@@ -72,7 +77,7 @@ class BackgroundWriter:
 
     def settle(self) -> None:
         """Wait for the job at the end of a run that fails: what goes wrong with it is only logged."""
-        if self._thread is not None and self._thread.is_alive():
+        if self.busy:
             logger.warning("the run ends once %s is written", self._what)
         what = self._what
         try:
