@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
+from sgm.modules.autoencoding.waiting import WaitingRoom
+from vae_modules import piecewise
 from vae_modules.initialization import NOISE, initialize
 from vae_modules.layers import CausalConv3d, Downsample3D, GroupNorm, ResnetBlock3D, SpatialNorm3D, Upsample3D
 from vae_modules.recomputation import check_levels, run_layer
@@ -116,6 +118,19 @@ class ContextParallelEncoder3D(nn.Module):
         h = self.mid.block_2(h, chunk)
         return self.conv_out(self.norm_out(h, chunk), chunk)
 
+    def in_pieces(self, x: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
+        """Return what a call returns, by `steps` latent frames at a time; see `piecewise`. Without gradients.
+
+        Args:
+            room: where what is not at work waits.
+        """
+        lengths = _lengths(x.shape[2], steps * self.time_factor, self.time_factor - 1 if chunk.lead else 0)
+        pieces = piecewise.cut(x, lengths, chunk, None, room)
+        layers = [self.conv_in]
+        for down in self.down:
+            layers += [*down.block, *([down.downsample] if hasattr(down, "downsample") else [])]
+        return piecewise.run([*layers, self.mid.block_1, self.mid.block_2], self.norm_out, self.conv_out, pieces)
+
 
 class ContextParallelDecoder3D(nn.Module):
     """Latent (batch, z_channels, k+1, h, w) -> video (batch, out_ch, 4k+1, 8h, 8w).
@@ -208,6 +223,19 @@ class ContextParallelDecoder3D(nn.Module):
                 h = up.upsample(h, chunk)
         return self.conv_out(self.norm_out(h, z, chunk), chunk)
 
+    def in_pieces(self, z: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
+        """Return what a call returns, by `steps` latent frames at a time; see `piecewise`. Without gradients.
+
+        Args:
+            room: where what is not at work waits.
+        """
+        lengths = _lengths(z.shape[2], steps)
+        pieces = piecewise.cut(z, lengths, chunk, list(z.split(lengths, dim=2)), room)
+        layers = [self.conv_in, self.mid.block_1, self.mid.block_2]
+        for up in reversed(self.up):
+            layers += [*up.block, *([up.upsample] if hasattr(up, "upsample") else [])]
+        return piecewise.run(layers, self.norm_out, self.conv_out, pieces)
+
 
 NEUTRAL = {
     "resamp_with_conv": True,
@@ -233,6 +261,13 @@ def _check_neutral(**given: Any) -> None:
 def _refuse_attention(attn_resolutions: Sequence[int]) -> None:
     if len(attn_resolutions):
         raise UserError(f"attn_resolutions: the video autoencoder has no attention: {list(attn_resolutions)} is not []")
+
+
+def _lengths(frames: int, length: int, less: int = 0) -> list[int]:
+    """Cut `frames` into pieces of `length`, the first of which is `less` frames shorter."""
+    first = min(length - less, frames)
+    whole, rest = divmod(frames - first, length)
+    return [first, *[length] * whole, *([rest] if rest else [])]
 
 
 def _time_levels(compress_times: int, levels: int) -> int:

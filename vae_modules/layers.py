@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
-from vae_modules.modulation import channel_sums, modulated_silu
+from vae_modules.modulation import channel_sums, modulated_silu, write_modulated_silu
 
 # ---------------------------------------------------------------- convolution
 
@@ -25,6 +25,7 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size)
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """Convolve `x` (batch, channel, time, height, width), which follows the frames that `chunk` knows."""
         weight, bias = self.conv.weight, self.conv.bias
         time, height, width = self.conv.kernel_size
         padding = (0, height // 2, width // 2)
@@ -40,6 +41,19 @@ class CausalConv3d(nn.Module):
         if before is None:
             before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
         return F.conv3d(torch.cat([before, x], dim=2), weight, bias, padding=padding)
+
+    def takes_room(self, x: Tensor) -> bool:
+        """Whether `after` serves for what follows from `x`, and saves a copy: where no gradient is wanted."""
+        same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` has a shorter way for a frame by itself
+        return not (torch.is_grad_enabled() or x.shape[2] == 0 or same or winograd.serves(x, self.conv.weight))
+
+    def after(self, room: Tensor, chunk: Chunk) -> Tensor:
+        """Convolve all but the first `kernel - 1` frames of `room`, whose content is overwritten by what precedes."""
+        time, height, width = self.conv.kernel_size
+        x = room[:, :, time - 1 :]
+        before = chunk.frames_before(self, x, time - 1)
+        room[:, :, : time - 1] = x[:, :, :1] if before is None else before
+        return F.conv3d(room, self.conv.weight, self.conv.bias, padding=(0, height // 2, width // 2))
 
 
 # ---------------------------------------------------------------- normalization
@@ -57,22 +71,33 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.gather_norm = gather_norm
 
-    def coefficients(self, x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The scale and shift, each (batch, channel, 1, 1, 1), that normalize `x`: x * scale + shift."""
+    def statistics(self, x: Tensor) -> Tensor:
+        """The sums of `x`, of its square, and of ones over each group: (3, batch, groups), float64.
+
+        Those of a whole are the sums of its pieces'.
+        """
         sums = channel_sums(x).unflatten(2, (self.num_groups, -1)).sum(3)
         count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // self.num_groups].numel())
-        total, square, count = chunk.total(torch.cat([sums, count]), self.gather_norm)
+        return torch.cat([sums, count])
+
+    def maps(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk) -> tuple[Tensor, Tensor, bool]:
+        """The scale and shift, each (batch, channel, 1, 1, 1), that normalize, and whether a first frame has its own.
+
+        Args:
+            statistics: of all that is normalized together, on all ranks.
+            dtype: of what is normalized; the maps are float32 or wider.
+        """
+        total, square, count = statistics
         mean = total / count
         variance = (square / count - mean.square()).clamp_min(0)
         per_group = self.num_channels // self.num_groups
         scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1)
         shift = self.bias - scale * mean.repeat_interleave(per_group, dim=1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None]
+        wide = torch.promote_types(dtype, torch.float32)
+        return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None], False
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
-        scale, shift = self.coefficients(x, chunk)
-        return modulated_silu(x, scale, shift, lead=False)
+        return modulated_silu(x, *self.maps(chunk.total(self.statistics(x), self.gather_norm), x.dtype, chunk))
 
 
 class SpatialNorm3D(nn.Module):
@@ -87,12 +112,53 @@ class SpatialNorm3D(nn.Module):
         self.conv_y = CausalConv3d(latent_channels, channels, 1)
         self.conv_b = CausalConv3d(latent_channels, channels, 1)
 
-    def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
-        """f (batch, channel, T, H, W) with the latent z (batch, latent_channel, t, h, w) of the same frames."""
-        scale, shift = self.norm_layer.coefficients(f, chunk)
+    @property
+    def gather_norm(self) -> bool:
+        return self.norm_layer.gather_norm
+
+    def statistics(self, f: Tensor) -> Tensor:
+        """See `GroupNorm.statistics`."""
+        return self.norm_layer.statistics(f)
+
+    def maps(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """See `GroupNorm.maps`; here each (batch, channel, t, h, w) as `z`."""
+        scale, shift, _ = self.norm_layer.maps(statistics, dtype, chunk)
         # Pointwise maps commute with nearest resizing, so everything but one multiply-add is done at z's resolution.
         y, b = self.conv_y(z, chunk), self.conv_b(z, chunk)
-        return modulated_silu(f, scale * y, shift * y + b, chunk.lead)
+        return scale * y, shift * y + b, chunk.lead
+
+    def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
+        """f (batch, channel, T, H, W) with the latent z (batch, latent_channel, t, h, w) of the same frames."""
+        return modulated_silu(f, *self.maps(chunk.total(self.statistics(f), self.gather_norm), f.dtype, chunk, z))
+
+
+Norm = GroupNorm | SpatialNorm3D
+
+
+def normalize_and_convolve(
+    norm: Norm, conv: CausalConv3d, held: list[Tensor], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None
+) -> Tensor:
+    """conv(norm(x)) where no gradient is wanted.
+
+    Args:
+        held: only `x`; taken out of the list as soon as it is not needed, so that its memory may serve the convolution.
+        z: the latent, for a norm that is conditioned on one.
+        statistics: of all that is normalized together, where that is more than `x`.
+    """
+    x = held.pop()
+    if statistics is None:
+        statistics = chunk.total(norm.statistics(x), norm.gather_norm)
+    maps = norm.maps(statistics, x.dtype, chunk, *z)
+    if not conv.takes_room(x):
+        h = modulated_silu(x, *maps)
+        del x
+        return conv(h, chunk)
+    before = conv.conv.kernel_size[0] - 1
+    shape = (x.shape[0], x.shape[1], before + x.shape[2], *x.shape[3:])
+    room = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    write_modulated_silu(room[:, :, before:], x, *maps)
+    del x
+    return conv.after(room, chunk)
 
 
 # ---------------------------------------------------------------- blocks
@@ -127,11 +193,19 @@ class ResnetBlock3D(nn.Module):
 
     def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None) -> Tensor:
         condition = () if z is None else (z,)
-        h = self.conv1(self.norm1(x, *condition, chunk), chunk)
-        h = self.conv2(self.dropout(self.norm2(h, *condition, chunk)), chunk)
-        if hasattr(self, "nin_shortcut"):
-            x = _pointwise_in_time(self.nin_shortcut, x)
-        return x + h if torch.is_grad_enabled() else h.add_(x)
+        if torch.is_grad_enabled() or (self.training and self.dropout.p):
+            h = self.conv1(self.norm1(x, *condition, chunk), chunk)
+            h = self.conv2(self.dropout(self.norm2(h, *condition, chunk)), chunk)
+            return self.shortcut(x) + h
+        h = normalize_and_convolve(self.norm1, self.conv1, [x], chunk, *condition)
+        held = [h]
+        del h
+        h = normalize_and_convolve(self.norm2, self.conv2, held, chunk, *condition)
+        return h.add_(self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What is added to the result for the input `x`: itself, or as many channels as the result has."""
+        return _pointwise_in_time(self.nin_shortcut, x) if hasattr(self, "nin_shortcut") else x
 
 
 class Downsample3D(nn.Module):

@@ -30,7 +30,16 @@ def modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tenso
     """
     if x.shape[2] == 0:
         return x + (scale.sum() + shift.sum()).to(x.dtype)  # empty, but the graph goes on through the statistics
-    return _ModulatedSiLU.apply(x, scale, shift, lead and x.shape[2] > 1)
+    return _ModulatedSiLU.apply(x, scale, shift, lead)
+
+
+def write_modulated_silu(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> None:
+    """Write what `modulated_silu` returns into `out`, which may be a part of a larger tensor."""
+    for frames, at in _pieces(x, scale, lead):
+        a, b = _one_each(scale[:, :, at]), _one_each(shift[:, :, at])
+        piece = out[:, :, frames]
+        torch.addcmul(b, _blocks(x[:, :, frames], a), a, out=_blocks(piece, a))
+        F.silu(piece, inplace=True)
 
 
 class _ChannelSums(torch.autograd.Function):
@@ -60,11 +69,7 @@ class _ModulatedSiLU(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift)
         ctx.lead = lead
         out = torch.empty_like(x)
-        for frames, at in _pieces(x, scale, lead):
-            a, b = _one_each(scale[:, :, at]), _one_each(shift[:, :, at])
-            piece = out[:, :, frames]
-            torch.addcmul(b, _blocks(x[:, :, frames], a), a, out=_blocks(piece, a))
-            F.silu(piece, inplace=True)
+        write_modulated_silu(out, x, scale, shift, lead)
         return out
 
     @staticmethod
@@ -88,14 +93,14 @@ def _pieces(x: Tensor, maps: Tensor, lead: bool) -> Iterator[tuple[slice, slice]
 
     On a CPU a single frame, which stays in the cache from one operation to the next.
     """
-    alone, frames, steps = int(lead), x.shape[2], maps.shape[2]
+    alone, frames, steps = int(lead and x.shape[2] > 1), x.shape[2], maps.shape[2]
     if x.device.type == "cpu":
         repeats = max((frames - alone) // max(steps - alone, 1), 1)
         for frame in range(frames):
             step = frame if frame < alone else alone + (frame - alone) // repeats
             yield slice(frame, frame + 1), slice(step, step + 1)
         return
-    if lead:
+    if alone:
         yield slice(0, 1), slice(0, 1)
     yield slice(alone, frames), slice(alone, steps)
 

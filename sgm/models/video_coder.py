@@ -24,6 +24,7 @@ from sgm.modules.autoencoding import tiling
 from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
+from sgm.modules.autoencoding.waiting import WaitingRoom, in_host_memory
 
 Clip = defaultdict[int, TailCache]
 """The tails of each tile, from one chunk of a clip to the next."""
@@ -56,6 +57,10 @@ class VideoCoder(nn.Module):
         group: the ranks that share a clip; None for one process.
         tile_size: encode and decode in overlapping tiles of this many pixels a side, for images too large for the
             memory; results then differ a little. None: whole images. `use_tiles` changes it.
+        frames_at_once: go through each layer by so many frames of video, where no gradient is wanted: the same numbers
+            in less memory. None: all at once. `use_frames_at_once` changes it.
+        waiting_bytes: of a GPU's memory, for what waits meanwhile; the rest of it waits in host memory. None: as many
+            as are free.
     """
 
     encoder: nn.Module
@@ -63,11 +68,37 @@ class VideoCoder(nn.Module):
     regularization: nn.Module
     group: ProcessGroup | None = None
     tile_size: int | None = None
+    frames_at_once: int | None = None
+    waiting_bytes: int | None = None
     _open_clip: tuple[tuple[int, ...], Clip] | None = None  # its size and tails, between calls of `decode`
 
     def use_tiles(self, size: int | None) -> None:
         """Encode and decode in tiles of `size` pixels a side from the next clip on; None: whole images."""
         self.tile_size = size
+
+    def use_frames_at_once(self, frames: int | None, waiting_bytes: int | None = None) -> None:
+        """Go through each layer by so many frames of video from the next clip on; None: all at once.
+
+        Args:
+            frames: a multiple of the coders' `time_factor`, which is one latent frame.
+            waiting_bytes: see the attribute.
+
+        Raises:
+            UserError: the number does not fit, several processes share the frames of a clip, or the coders cannot.
+        """
+        if frames is not None:
+            factor = self.decoder.time_factor
+            if frames < 1 or frames % factor:
+                raise UserError(f"vae_frames_at_once: {frames} is no positive multiple of {factor}; give {factor} or 8")
+            if self.group is not None:
+                raise UserError(
+                    "vae_frames_at_once: the processes of a group share the frames of a clip already; "
+                    "leave it out, or set cp_size: 1 in the params of first_stage_config"
+                )
+            for coder in (self.encoder, self.decoder):
+                if not hasattr(coder, "in_pieces"):
+                    raise UserError(f"vae_frames_at_once: {type(coder).__name__} runs on whole clips only; leave it out")
+        self.frames_at_once, self.waiting_bytes = frames, waiting_bytes
 
     def get_last_layer(self) -> nn.Parameter:
         """The weight that makes the pixels, for losses that balance their terms by its gradient."""
@@ -137,7 +168,8 @@ class VideoCoder(nn.Module):
 
         def encode_tile(_: int, tile: Tensor) -> Tensor:
             lead = group_rank(self.group) == 0
-            return self.encoder(_channels_last(tile), Chunk(lead, group=self.group, gather_norm=_gather_norm(shares)))
+            chunk = Chunk(lead, group=self.group, gather_norm=_gather_norm(shares))
+            return self._run(self.encoder, tile, chunk)
 
         factor = self.encoder.space_factor
         grid = self._tiles(x.shape[3] // factor, x.shape[4] // factor)
@@ -250,7 +282,7 @@ class VideoCoder(nn.Module):
     ) -> Tensor:
         def decode_tile(index: int, tile: Tensor) -> Tensor:
             chunk = Chunk(lead, clip[index], last, self.group, gather_norm)
-            return self.decoder(_channels_last(tile), chunk, **decode_options)
+            return self._run(self.decoder, tile, chunk, **decode_options)
 
         grid = self._tiles(*z.shape[3:])
         return tiling.process(grid, z, decode_tile, factor=(1, self.decoder.space_factor))
@@ -269,6 +301,15 @@ class VideoCoder(nn.Module):
         factor = self.decoder.time_factor
         alone = [int(lead and rank == 0) for rank in range(len(shares))]
         return [factor * (share - first) + first for share, first in zip(shares, alone, strict=True)]
+
+    def _run(self, coder: nn.Module, x: Tensor, chunk: Chunk, **options: Any) -> Tensor:
+        """Return what the encoder or decoder makes of `x`, by `frames_at_once`."""
+        x = _channels_last(x)
+        if self.frames_at_once is None or torch.is_grad_enabled():
+            return coder(x, chunk, **options)
+        steps = self.frames_at_once // coder.time_factor
+        chunk.keep = in_host_memory
+        return coder.in_pieces(x, chunk, steps, WaitingRoom(self.waiting_bytes or 0))
 
     def _tiles(self, height: int, width: int) -> list[tiling.Tile]:
         """The tiles of a latent image."""

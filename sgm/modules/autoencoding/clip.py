@@ -1,5 +1,6 @@
 """What the layers must know of the clip beyond the frames in hand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ class Chunk:
         last: no chunk follows, so tails need not be kept.
         group: the ranks that hold neighbouring frames, in order; None for a single process.
         gather_norm: whether normalization statistics are those of all ranks' frames. None leaves it to each layer.
+        keep: returns a copy of a tail, where it is to wait for the next chunk; may be on another device.
     """
 
     lead: bool
@@ -29,6 +31,7 @@ class Chunk:
     last: bool = True
     group: ProcessGroup | None = None
     gather_norm: bool | None = None
+    keep: Callable[[Tensor], Tensor] = torch.clone
 
     def frames_before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
         """The `count` input frames of `conv` that precede `x` (batch, channel, time, height, width) in the clip.
@@ -38,8 +41,10 @@ class Chunk:
         """
         if self.group is None:
             before = self.tails.pop(conv, None)
+            if before is not None:
+                before = before.to(x.device, non_blocking=True)
             if not self.last:
-                self.tails[conv] = _tail(before, x, count).clone()  # a view would keep all of x in memory
+                self.tails[conv] = self.keep(_tail(before, x, count))  # a view would keep all of x in memory
             return before
 
         rank, size = group_rank(self.group), group_size(self.group)

@@ -1,0 +1,124 @@
+"""A coder run layer by layer over pieces of a clip in time: the numbers of the whole in a fraction of its memory.
+
+Every layer goes through all pieces before the next one starts, so each norm knows the statistics of the whole: they are
+summed up while the pieces come into being. Nothing is computed twice. What waits between two layers, and beside a block
+for its shortcut, waits in a `WaitingRoom`; convolutions leave the next piece its causal frames as they do for the next
+chunk of a clip.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sgm.modules.autoencoding.clip import Chunk
+from sgm.modules.autoencoding.waiting import Waiting, WaitingRoom
+from vae_modules.layers import (
+    CausalConv3d,
+    Downsample3D,
+    Norm,
+    ResnetBlock3D,
+    Upsample3D,
+    normalize_and_convolve,
+)
+
+Layer = CausalConv3d | ResnetBlock3D | Downsample3D | Upsample3D
+
+
+@dataclass
+class Pieces:
+    """The pieces of a clip.
+
+    Attributes:
+        waiting: the frames of each, between two layers.
+        chunks: where each lies in the clip.
+        latents: the latent frames that belong to each, one each, for norms that are conditioned on them; or none.
+        room: where the pieces wait.
+        statistics: the sums of what waits, for the norm that comes next.
+    """
+
+    waiting: list[Waiting]
+    chunks: list[Chunk]
+    latents: list[tuple[Tensor, ...]]
+    room: WaitingRoom
+    statistics: Tensor | None = None
+
+    def replace(self, step: Callable[[int, Waiting], Tensor], norm: Norm | None) -> None:
+        """Put step(index, piece) in the place of each piece, and take the sums for the `norm` that follows, if any."""
+        total = None
+        for index in range(len(self.waiting)):
+            y = step(index, self.waiting[index])
+            if norm is not None:
+                sums = norm.statistics(y)
+                total = sums if total is None else total + sums
+            self.waiting[index] = self.room.keep(y)
+            del y
+        self.statistics = total
+
+
+@torch.no_grad()
+def run(layers: Iterable[Layer], norm_out: Norm, conv_out: CausalConv3d, pieces: Pieces) -> Tensor:
+    """Return what the layers and conv_out(norm_out(...)) make of the pieces, put together along time."""
+    layers = list(layers)
+    for layer, following in zip(layers, [*layers[1:], norm_out], strict=True):
+        _run_layer(layer, pieces, _first_norm(following))
+    results = [
+        normalize_and_convolve(norm_out, conv_out, [piece.take()], chunk, *z, statistics=pieces.statistics)
+        for piece, chunk, z in zip(pieces.waiting, pieces.chunks, pieces.latents, strict=True)
+    ]
+    return torch.cat(results, dim=2)
+
+
+def cut(x: Tensor, lengths: list[int], chunk: Chunk, latents: list[Tensor] | None, room: WaitingRoom) -> Pieces:
+    """Return the pieces of `x` (batch, channel, time, height, width) that have so many frames each.
+
+    Args:
+        chunk: where `x` lies in its clip.
+        latents: those of each piece, for norms that are conditioned on them.
+        room: where pieces wait.
+    """
+    last = len(lengths) - 1
+    chunks = [
+        replace(
+            chunk,
+            lead=chunk.lead and index == 0,
+            last=chunk.last and index == last,
+            keep=chunk.keep if index == last else torch.clone,  # the next piece comes at once
+        )
+        for index in range(len(lengths))
+    ]
+    z = [(each,) for each in latents] if latents else [()] * len(lengths)
+    return Pieces([room.keep(piece) for piece in x.split(lengths, dim=2)], chunks, z, room)
+
+
+def _first_norm(layer: nn.Module) -> Norm | None:
+    """The norm that the input of a layer goes through first."""
+    if isinstance(layer, ResnetBlock3D):
+        return layer.norm1
+    return layer if isinstance(layer, Norm) else None
+
+
+def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
+    """Replace the pieces by what the layer makes of them; `norm` is what comes next."""
+    if not isinstance(layer, ResnetBlock3D):
+        pieces.replace(lambda index, piece: layer(piece.take(), pieces.chunks[index]), norm)
+        return
+    shortcuts: list[Waiting] = []
+    before = pieces.statistics
+
+    def first(index: int, piece: Waiting) -> Tensor:
+        held = [piece.take()]
+        shortcuts.append(pieces.room.keep(layer.shortcut(held[0])))
+        chunk, z = pieces.chunks[index], pieces.latents[index]
+        return normalize_and_convolve(layer.norm1, layer.conv1, held, chunk, *z, statistics=before)
+
+    pieces.replace(first, layer.norm2)
+    between = pieces.statistics
+
+    def second(index: int, piece: Waiting) -> Tensor:
+        chunk, z = pieces.chunks[index], pieces.latents[index]
+        h = normalize_and_convolve(layer.norm2, layer.conv2, [piece.take()], chunk, *z, statistics=between)
+        return h.add_(shortcuts[index].take())
+
+    pieces.replace(second, norm)
