@@ -154,6 +154,8 @@ class SATVideoDiffusionEngine(nn.Module):
         first_stage = instantiate_from_config(self.config["first_stage_config"])
         if self.settings.vae_tile_size is not None and isinstance(first_stage, VideoCoder):
             first_stage.use_tiles(self.settings.vae_tile_size)
+        if self.settings.vae_frames_at_once is not None and isinstance(first_stage, VideoCoder):
+            first_stage.use_frames_at_once(self.settings.vae_frames_at_once)
         return first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
 
     def _build_network(self, device: torch.device | str) -> nn.Module:

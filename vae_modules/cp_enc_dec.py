@@ -131,6 +131,11 @@ class ContextParallelEncoder3D(nn.Module):
             layers += [*down.block, *([down.downsample] if hasattr(down, "downsample") else [])]
         return piecewise.run([*layers, self.mid.block_1, self.mid.block_2], self.norm_out, self.conv_out, pieces)
 
+    def piece_bytes(self, x: Tensor, steps: int) -> int:
+        """Return about how much memory `in_pieces` takes beside weights and what waits."""
+        places = x.shape[0] * steps * self.time_factor * x.shape[3] * x.shape[4]
+        return piecewise.MAPS * places * self.conv_in.conv.out_channels * x.element_size()
+
 
 class ContextParallelDecoder3D(nn.Module):
     """Latent (batch, z_channels, k+1, h, w) -> video (batch, out_ch, 4k+1, 8h, 8w).
@@ -235,6 +240,11 @@ class ContextParallelDecoder3D(nn.Module):
         for up in reversed(self.up):
             layers += [*up.block, *([up.upsample] if hasattr(up, "upsample") else [])]
         return piecewise.run(layers, self.norm_out, self.conv_out, pieces)
+
+    def piece_bytes(self, z: Tensor, steps: int) -> int:
+        """Return about how much memory `in_pieces` takes beside weights and what waits."""
+        places = z.shape[0] * steps * self.time_factor * z.shape[3] * z.shape[4] * self.space_factor**2
+        return piecewise.MAPS * places * self.up[0].block[0].conv1.conv.in_channels * z.element_size()
 
 
 NEUTRAL = {

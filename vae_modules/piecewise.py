@@ -23,6 +23,10 @@ from vae_modules.layers import (
     normalize_and_convolve,
 )
 
+MAPS = 7
+"""Features of a piece, at the widest place, that are in memory at once. For the full size 5 to 6.2 are counted, with
+the workspaces of convolutions."""
+
 Layer = CausalConv3d | ResnetBlock3D | Downsample3D | Upsample3D
 
 

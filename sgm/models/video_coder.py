@@ -1,5 +1,6 @@
 """Encoding and decoding video with a causal autoencoder: a clip at once or chunk by chunk, on one process or more."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.autoencoding.waiting import WaitingRoom, in_host_memory
+
+USABLE = 0.85
+"""The part of a GPU's free memory that pieces of a clip may take: some of it is lost between tensors."""
+
+logger = logging.getLogger(__name__)
 
 Clip = defaultdict[int, TailCache]
 """The tails of each tile, from one chunk of a clip to the next."""
@@ -58,7 +64,7 @@ class VideoCoder(nn.Module):
         tile_size: encode and decode in overlapping tiles of this many pixels a side, for images too large for the
             memory; results then differ a little. None: whole images. `use_tiles` changes it.
         frames_at_once: go through each layer by so many frames of video, where no gradient is wanted: the same numbers
-            in less memory. None: all at once. `use_frames_at_once` changes it.
+            in less memory. None: all at once, until a GPU's memory does not do. `use_frames_at_once` changes it.
         waiting_bytes: of a GPU's memory, for what waits meanwhile; the rest of it waits in host memory. None: as many
             as are free.
     """
@@ -97,7 +103,9 @@ class VideoCoder(nn.Module):
                 )
             for coder in (self.encoder, self.decoder):
                 if not hasattr(coder, "in_pieces"):
-                    raise UserError(f"vae_frames_at_once: {type(coder).__name__} runs on whole clips only; leave it out")
+                    raise UserError(
+                        f"vae_frames_at_once: {type(coder).__name__} runs on whole clips only; leave it out"
+                    )
         self.frames_at_once, self.waiting_bytes = frames, waiting_bytes
 
     def get_last_layer(self) -> nn.Parameter:
@@ -305,11 +313,43 @@ class VideoCoder(nn.Module):
     def _run(self, coder: nn.Module, x: Tensor, chunk: Chunk, **options: Any) -> Tensor:
         """Return what the encoder or decoder makes of `x`, by `frames_at_once`."""
         x = _channels_last(x)
-        if self.frames_at_once is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.group is not None or options or not hasattr(coder, "in_pieces"):
             return coder(x, chunk, **options)
-        steps = self.frames_at_once // coder.time_factor
-        chunk.keep = in_host_memory
-        return coder.in_pieces(x, chunk, steps, WaitingRoom(self.waiting_bytes or 0))
+        tails = dict(chunk.tails)
+        while (result := self._attempt(coder, x, chunk)) is None:
+            chunk.tails.clear()
+            chunk.tails.update(tails)  # some are gone, or belong to what failed
+            torch.cuda.empty_cache()
+        return result
+
+    def _attempt(self, coder: nn.Module, x: Tensor, chunk: Chunk) -> Tensor | None:
+        """Return the result; None if memory did not do: then `frames_at_once` is smaller than before.
+
+        Raises:
+            torch.OutOfMemoryError: it cannot be any smaller.
+        """
+        try:
+            if self.frames_at_once is None:
+                return coder(x, chunk)
+            chunk.keep = in_host_memory
+            return coder.in_pieces(x, chunk, self.frames_at_once // coder.time_factor, self._waiting_room(coder, x))
+        except torch.OutOfMemoryError:
+            least = coder.time_factor
+            if self.frames_at_once is not None and self.frames_at_once <= least:
+                raise
+            self.frames_at_once = 2 * least if self.frames_at_once is None else least
+        frames = self.frames_at_once
+        logger.warning("the memory does not do for all frames at once: the VAE goes on by %d at a time", frames)
+        return None
+
+    def _waiting_room(self, coder: nn.Module, x: Tensor) -> WaitingRoom:
+        """Where pieces wait: as many on a GPU as its free memory takes beside those at work."""
+        if self.waiting_bytes is not None or x.device.type != "cuda" or not torch.cuda.is_available():
+            return WaitingRoom(self.waiting_bytes or 0)
+        unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+        free = torch.cuda.mem_get_info(x.device)[0] + unused
+        at_work = coder.piece_bytes(x, self.frames_at_once // coder.time_factor)
+        return WaitingRoom(max(0, int(USABLE * free) - at_work))
 
     def _tiles(self, height: int, width: int) -> list[tiling.Tile]:
         """The tiles of a latent image."""

@@ -22,7 +22,7 @@ from cogvideox_sat.configuration.data_mixing import check_mixing
 from cogvideox_sat.configuration.deepspeed_file import merged_with_file
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, replace_exclusive, with_located_paths
 from cogvideox_sat.configuration.model_section import check_modules, plain_model_section
-from cogvideox_sat.latent_geometry import SPACE_FACTOR
+from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
 from sgm.config_places import Sources
 from sgm.errors import UserError
 
@@ -77,6 +77,11 @@ class CommonArguments:
     model_parallel_size: int = argument(1, "processes that share one network")
     vae_tile_size: int | None = argument(
         None, "run the VAE in overlapping square tiles of this many pixels: less memory, slightly different numbers"
+    )
+    vae_frames_at_once: int | None = argument(
+        None,
+        "run each layer of the VAE on so many frames at a time, a multiple of 4; the others wait in host memory: "
+        "less memory, the same numbers; default: all frames, and fewer where a GPU's memory does not do",
     )
     attention: str = argument(
         "auto",
@@ -349,6 +354,7 @@ def check_common(args: CommonArguments) -> None:
     if args.sampling_fps > HIGHEST_RATE:
         raise UserError(f"sampling_fps is {args.sampling_fps}; it must be at most {HIGHEST_RATE}")
     check_tile_size(args.vae_tile_size)
+    check_frames_at_once(args.vae_frames_at_once)
     check_seed_and_device(args)
 
 
@@ -356,6 +362,14 @@ def check_tile_size(size: int | None) -> None:
     """Check that the VAE can run in tiles of so many pixels, else raise UserError; None stands for whole images."""
     if size is not None and (size < SMALLEST_TILE or size % SPACE_FACTOR):
         raise UserError(f"vae_tile_size is {size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}")
+
+
+def check_frames_at_once(frames: int | None) -> None:
+    """Check that the VAE can run on so many frames at a time, else raise UserError; None stands for all."""
+    if frames is not None and (frames < 1 or frames % TIME_FACTOR):
+        raise UserError(
+            f"vae_frames_at_once is {frames}; it must be a multiple of {TIME_FACTOR}, at least {TIME_FACTOR}"
+        )
 
 
 def check_seed_and_device(args: Any) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
+from cogvideox_sat.configuration.argument_schema import CommonArguments
 
 TILES = "--vae_tile_size 256 (tiles: less memory, slightly different numbers)"
+FRAMES = "--vae_frames_at_once 4 (the VAE's layers on so many frames at a time: less memory, the same numbers)"
 ENCODING, DECODING, SAMPLING, TEXT = "encoding clips", "decoding", "sampling", "the text encoder"
 
 
@@ -15,8 +17,8 @@ def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
 
     def advise(where: str) -> str:
         options = []
-        if where in (DECODING, ENCODING, "encoding images") and args.vae_tile_size is None:
-            options.append(TILES)
+        if where in (DECODING, ENCODING, "encoding images"):
+            options += vae_options(args)
         if args.offload == "none":
             options.append("--offload stage (one part of the model on the device at a time) or --offload sequential")
         elif args.offload == "stage":
@@ -53,8 +55,8 @@ def training_advice(args: TrainingArguments, cached: bool, checkpoint: Path | No
                 options.append("--eval_batch_size 1")
         if not cached:
             options.append("encode the clips before, with tools/precompute_latents.py")
-            if args.vae_tile_size is None and where in (ENCODING, DECODING, "training", "evaluation"):
-                options.append(TILES)
+            if where in (ENCODING, DECODING, "training", "evaluation"):
+                options += vae_options(args)
         if where != ENCODING:
             if not recomputed:
                 options.append("--checkpoint_activations")
@@ -74,7 +76,7 @@ def precompute_advice(args: TrainingArguments) -> Callable[[str], str]:
     """Return the function that advises tools/precompute_latents.py, given what was going on."""
 
     def advise(where: str) -> str:
-        options = [TILES] if args.vae_tile_size is None and not where.endswith(TEXT) else []
+        options = [] if where.endswith(TEXT) else vae_options(args)
         if not (args.fp16 or args.bf16):
             options.append("--bf16 (half the memory)")
         if not where.endswith(TEXT):
@@ -91,6 +93,12 @@ def vae_training_advice(args: VaeTrainingArguments, checkpoint: Path | None) -> 
         options.append("--batch_size 1 with lightning.trainer.accumulate_grad_batches")
     options.append("fewer frames or a smaller size (data.params.max_num_frames, video_size)")
     return one_of(options) + kept(checkpoint)
+
+
+def vae_options(args: CommonArguments) -> list[str]:
+    """Return the options by which a VAE takes less memory and that are not in use."""
+    options = [FRAMES] if args.vae_frames_at_once is None else []
+    return [*options, TILES] if args.vae_tile_size is None else options
 
 
 def one_of(options: list[str]) -> str:

@@ -122,6 +122,7 @@ class EngineSettings(Settings):
         new_adapter: initialise the adapter if no file holds one, for training.
         fp16, bf16: compute in float16 or bfloat16; neither: in float32.
         vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
+        vae_frames_at_once: run each layer of the VAE on so many frames at a time: less memory, the same numbers.
         guidance_batch: 2: both halves of guidance go through the network together; 1: one after the other, which takes
             half the memory of activations.
         attention: one of `argument_schema.ATTENTIONS`; see `network.attention_choice`.
@@ -139,6 +140,7 @@ class EngineSettings(Settings):
     fp16: bool = False
     bf16: bool = False
     vae_tile_size: int | None = None
+    vae_frames_at_once: int | None = None
     guidance_batch: int = 2
     attention: str = "auto"
     model_parallel_size: int | None = None

@@ -56,6 +56,7 @@ FIELDS = {
 # What else changes a video's numbers, by the name of the argument.
 REPEATED_ARGUMENTS = (
     *("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference"),
+    "vae_frames_at_once",  # in half precision
     *("attention", "guidance_batch"),
 )
 

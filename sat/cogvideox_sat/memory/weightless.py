@@ -35,6 +35,8 @@ class WeightlessEngine(SATVideoDiffusionEngine):
         first_stage = meta_encoder(self.config["first_stage_config"], self.dtype)
         if self.settings.vae_tile_size is not None and isinstance(first_stage, VideoCoder):
             first_stage.use_tiles(self.settings.vae_tile_size)
+        if self.settings.vae_frames_at_once is not None and isinstance(first_stage, VideoCoder):
+            first_stage.use_frames_at_once(self.settings.vae_frames_at_once)
         return first_stage.eval().requires_grad_(False)
 
     def _build_conditioner(self, device: torch.device | str) -> nn.Module:

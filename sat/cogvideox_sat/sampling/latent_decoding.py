@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cogvideox_sat.configuration.memory_advice import DECODING, TILES, one_of
+from cogvideox_sat.configuration.memory_advice import DECODING, FRAMES, TILES, one_of
 from cogvideox_sat.configuration.model_checks import check_autoencoder_sizes
 from cogvideox_sat.configuration.video_records import record_path, write_record
 from cogvideox_sat.files.content_hashes import hash_of_file
@@ -30,7 +30,13 @@ TARGET = ("model", "first_stage_config", "target")
 VAE = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
 
 
-def run(files: Sequence[LatentFile], device_name: str | None, dtype_name: str | None, tile_size: int | None) -> int:
+def run(
+    files: Sequence[LatentFile],
+    device_name: str | None,
+    dtype_name: str | None,
+    tile_size: int | None,
+    frames_at_once: int | None = None,
+) -> int:
     """Decode files; return the exit code: 0, or 1 if some of them could not be decoded.
 
     Raises:
@@ -42,11 +48,11 @@ def run(files: Sequence[LatentFile], device_name: str | None, dtype_name: str | 
     for file in files:
         dtype = fast_dtype(getattr(torch, dtype_name or file.dtype or "float32"), device)
         try:
-            with memory_guard(DECODING, advice(tile_size, dtype)):
+            with memory_guard(DECODING, advice(tile_size, dtype, frames_at_once)):
                 wanted = (json.dumps(file.first_stage_config, sort_keys=True), dtype)
                 if wanted != built_for:
                     vae = None  # one at a time
-                    vae, built_for = build_vae(file, device, dtype, tile_size), wanted
+                    vae, built_for = build_vae(file, device, dtype, tile_size, frames_at_once), wanted
                 decode_file(file, vae, tile_size)
         except UserError as error:
             failures.append(error)
@@ -61,15 +67,19 @@ def run(files: Sequence[LatentFile], device_name: str | None, dtype_name: str | 
     return 1 if failures else 0
 
 
-def advice(tile_size: int | None, dtype: torch.dtype) -> str:
+def advice(tile_size: int | None, dtype: torch.dtype, frames_at_once: int | None = None) -> str:
     """Return what to do when memory is full."""
     options = [TILES] if tile_size is None else [f"smaller tiles than --vae_tile_size {tile_size}"]
+    if frames_at_once is None:
+        options.insert(0, FRAMES)
     if dtype == torch.float32:
         options.append("--dtype bfloat16 (half the memory)")
     return one_of(options)
 
 
-def build_vae(file: LatentFile, device: torch.device, dtype: torch.dtype, tile_size: int | None) -> VideoCoder:
+def build_vae(
+    file: LatentFile, device: torch.device, dtype: torch.dtype, tile_size: int | None, frames_at_once: int | None = None
+) -> VideoCoder:
     """Return the VAE that a file of latents is for, with its weights, on one process.
 
     Raises:
@@ -84,6 +94,8 @@ def build_vae(file: LatentFile, device: torch.device, dtype: torch.dtype, tile_s
         raise UserError(f"{file.sources.place(TARGET)}: {config['target']} decodes no video in chunks; name {VAE}")
     if tile_size is not None:
         vae.use_tiles(tile_size)
+    if frames_at_once is not None:
+        vae.use_frames_at_once(frames_at_once)
     return vae.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -112,7 +124,11 @@ def decode_file(file: LatentFile, vae: VideoCoder, tile_size: int | None) -> Non
     if file.record is not None:
         record = {**file.record, "video": {"hash": f"sha256:{hash_of_file(file.video)}"}}
         record["computed_in"] = str(weight.dtype).removeprefix("torch.")
-        record["arguments"] = {**record["arguments"], "vae_tile_size": vae.tile_size}
+        record["arguments"] = {
+            **record["arguments"],
+            "vae_tile_size": vae.tile_size,
+            "vae_frames_at_once": vae.frames_at_once,
+        }
         write_record(file.video, record)
 
 

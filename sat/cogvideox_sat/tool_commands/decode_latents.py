@@ -21,7 +21,7 @@ from pathlib import Path
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.startup import quiet_libraries
 from cogvideox_sat.commands.tool_parser import ToolParser
-from cogvideox_sat.configuration.argument_schema import check_tile_size
+from cogvideox_sat.configuration.argument_schema import check_frames_at_once, check_tile_size
 from cogvideox_sat.configuration.files import load_configs, with_located_paths
 from cogvideox_sat.configuration.video_records import record_path
 from cogvideox_sat.files.output_paths import decide_existing
@@ -49,7 +49,7 @@ def decode(command_line: Sequence[str] | None) -> int:
     # Imports PyTorch: seconds, spent only once the request is known to make sense
     from cogvideox_sat.sampling.latent_decoding import run
 
-    return run(files, options.device, options.dtype, options.vae_tile_size)
+    return run(files, options.device, options.dtype, options.vae_tile_size, options.vae_frames_at_once)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("paths", nargs="*", type=Path, metavar="PATH", help="files of latents, or folders of such")
     add("--base", nargs="+", metavar="FILE", help="configuration of the model, if the files do not say it")
     add("--vae_tile_size", type=int, metavar="N", help="decode in overlapping tiles of N pixels, to save memory")
+    at_once = "run each layer on N frames at a time, a multiple of 4: less memory, the same numbers"
+    add("--vae_frames_at_once", type=int, metavar="N", help=at_once)
     add("--fps", type=float, help="frames a second (default: what the file says, else 8)")
     add("--output_dir", type=Path, metavar="FOLDER", help="folder of the videos (default: beside each file)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -76,6 +78,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.overwrite and options.skip_existing:
         raise UserError("overwrite and skip_existing are both on: choose one")
     check_tile_size(options.vae_tile_size)
+    check_frames_at_once(options.vae_frames_at_once)
     if options.fps is not None and not 0 < options.fps < 1000:
         raise UserError(f"--fps is {options.fps:g}; it must be above 0 and below 1000")
     if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):

@@ -182,7 +182,9 @@ def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch:
     dtype = torch.float32 if element == 4 else torch.bfloat16
     first_stage = engine.config["first_stage_config"]
     tile_size, group = getattr(vae, "tile_size", None), getattr(vae, "group", None)
-    return micro_batch * encoding_peak(first_stage, bucket, dtype, engine.device.type, tile_size, group_size(group))
+    at_once, processes = getattr(vae, "frames_at_once", None), group_size(group)
+    peak = encoding_peak(first_stage, bucket, dtype, engine.device.type, tile_size, processes, at_once)
+    return micro_batch * peak
 
 
 def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomputed: bool) -> str:
