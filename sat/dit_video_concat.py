@@ -26,6 +26,7 @@ from cogvideox_sat.network.attention_choice import AttentionChoice
 from cogvideox_sat.network.block import tokens_of
 from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_layers, layer_weights
 from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
+from cogvideox_sat.network.lean_layers import lean_layers
 from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
@@ -690,13 +691,18 @@ class DiffusionTransformer(BaseModel):
         return given if self.has_foreign_mixin else {}
 
     def layers_of_call(self, arguments: Mapping[str, Any], hidden: Tensor) -> Callable[[int], RunLayer]:
-        """Return what makes each layer a function of the tokens alone, compiled if all of them can be."""
+        """Return what makes each layer a function of the tokens alone: compiled, or of parts that keep little for a
+        backward pass, if all layers can be."""
         if self.compiles_layers:
             tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
             emb, modulations = F.silu(arguments["emb"]), arguments.get("modulations")
             with suppress(NotCompilable):
                 plain = [self.layer(layer_id, arguments) for layer_id in range(self.num_layers)]
                 return compiled_layers(self, emb, tokens, plain, modulations).__getitem__
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and "modulations" not in arguments:
+            with suppress(NotCompilable):
+                emb = F.silu(arguments["emb"])
+                return lean_layers(self, emb, arguments["text_length"], arguments["rotary"]).__getitem__
         return lambda layer_id: self.layer(layer_id, arguments)
 
     def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:

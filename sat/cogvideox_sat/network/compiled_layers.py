@@ -60,7 +60,7 @@ def compiled_layers(
 def _compiled_layer(
     network: nn.Module, layer_id: int, modulation: Tensor | Callable[[], Tensor], tokens: Tokens, otherwise: RunLayer
 ) -> RunLayer:
-    weights = _weights_of(network, layer_id)
+    weights = weights_of(network, layer_id)
     attention = network.training_attention if torch.is_grad_enabled() else network.attention
     heads, attend, kernel = network.num_attention_heads, _attend(attention), network.attention_name
 
@@ -92,7 +92,7 @@ def layer_weights(network: nn.Module, layer_id: int) -> LayerWeights:
         NotCompilable: it has a part that is not known here.
     """
     check_network(network)
-    return _weights_of(network, layer_id)
+    return weights_of(network, layer_id)
 
 
 def check_network(network: nn.Module) -> None:
@@ -103,7 +103,8 @@ def check_network(network: nn.Module) -> None:
         raise NotCompilable("several processes share it")
 
 
-def _weights_of(network: nn.Module, layer_id: int) -> LayerWeights:
+def weights_of(network: nn.Module, layer_id: int) -> LayerWeights:
+    """Return what `layer_weights` does, once `check_network` was called."""
     layer, adaln = network.transformer.layers[layer_id], network.mixins["adaln_layer"]
     dropouts = (layer.attention.attention_dropout, layer.attention.output_dropout, layer.mlp.dropout)
     if network.training and any(dropout.p for dropout in dropouts):

@@ -58,10 +58,7 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *matrices: Tensor) -> Tensor:
-        down, up = torch.cat(matrices[: len(matrices) // 2]), matrices[len(matrices) // 2 :]
-        out, low = F.linear(x, weight, bias), F.linear(x, down)
-        for part, low_part, matrix in zip(*split_by_rows(out.flatten(0, -2), low.flatten(0, -2), up), up, strict=True):
-            part.addmm_(low_part, matrix.t(), alpha=scale)
+        out, low = product_with_low_rank(x, weight, bias, scale, matrices)
         ctx.save_for_backward(x, weight, low, *matrices)
         ctx.scale = scale
         return out
@@ -70,19 +67,51 @@ class AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, *matrices = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        down, up = torch.cat(matrices[: len(matrices) // 2]), matrices[len(matrices) // 2 :]
-        shape, x, low, grad = x.shape, x.flatten(0, -2), low.flatten(0, -2), grad.flatten(0, -2)
-        grad_low, grad_up = torch.empty_like(low), []
-        parts = zip(*split_by_rows(grad, low, up), split_by_rows(grad, grad_low, up)[1], up, strict=True)
-        for part, low_part, grad_low_part, matrix in parts:
-            torch.mm(part, matrix, out=grad_low_part)
-            grad_up.append((part.t() @ low_part).mul_(ctx.scale))
-        grad_low.mul_(ctx.scale)
-        grad_down = (grad_low.t() @ x).split([matrix.shape[1] for matrix in up])
-        grad_x = (grad @ weight).addmm_(grad_low, down).view(shape) if needs_x else None
+        shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)
+        grad_x, grad_low, grad_up = gradients_of_low_rank(grad, weight, low, ctx.scale, matrices, needs_x)
+        grad_down = gradients_of_down(grad_low, x, matrices)
+        grad_x = grad_x.view(shape) if grad_x is not None else None
         grad_weight = grad.t() @ x if needs_weight else None
         grad_bias = grad.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, *grad_down, *grad_up
+
+
+def product_with_low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, matrices: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `AddLowRank` does for x (..., in), and x·Aᵀ (..., Σ rᵢ) of all Aᵢ; None without any."""
+    out = F.linear(x, weight, bias)
+    if not matrices:
+        return out, None
+    down, up = torch.cat(tuple(matrices[: len(matrices) // 2])), matrices[len(matrices) // 2 :]
+    low = F.linear(x, down)
+    for part, low_part, matrix in zip(*split_by_rows(out.flatten(0, -2), low.flatten(0, -2), up), up, strict=True):
+        part.addmm_(low_part, matrix.t(), alpha=scale)
+    return out, low
+
+
+def gradients_of_low_rank(
+    grad: Tensor, weight: Tensor, low: Tensor | None, scale: float, matrices: Sequence[Tensor], needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """Return the gradients of x (n, in), of x·Aᵀ (n, Σ rᵢ) and of the Bᵢ, given that of the result (n, out)."""
+    if low is None:
+        return (grad @ weight if needs_x else None), None, []
+    down, up = torch.cat(tuple(matrices[: len(matrices) // 2])), matrices[len(matrices) // 2 :]
+    low = low.flatten(0, -2)
+    grad_low, grad_up = torch.empty_like(low), []
+    parts = zip(*split_by_rows(grad, low, up), split_by_rows(grad, grad_low, up)[1], up, strict=True)
+    for part, low_part, grad_low_part, matrix in parts:
+        torch.mm(part, matrix, out=grad_low_part)
+        grad_up.append((part.t() @ low_part).mul_(scale))
+    grad_low.mul_(scale)
+    return ((grad @ weight).addmm_(grad_low, down) if needs_x else None), grad_low, grad_up
+
+
+def gradients_of_down(grad_low: Tensor | None, x: Tensor, matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients of the Aᵢ, given that of x·Aᵀ (n, Σ rᵢ) and x (n, in)."""
+    if grad_low is None:
+        return ()
+    return (grad_low.t() @ x).split([matrix.shape[1] for matrix in matrices[len(matrices) // 2 :]])
 
 
 def split_by_rows(wide: Tensor, low: Tensor, up: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
