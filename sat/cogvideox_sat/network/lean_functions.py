@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cogvideox_sat.network.block import Norm
 from cogvideox_sat.network.fused_lora import gradients_of_down, gradients_of_low_rank, product_with_low_rank
 
 GELU = "tanh"  # its approximation
@@ -82,7 +81,8 @@ class ModulatedProduct(torch.autograd.Function):
             kinds = zip(by_kind(grad_x, ctx.text), by_kind(normed, ctx.text), strict=True)
             sums = [(part.sum(1, keepdim=True), (part * of).sum(1, keepdim=True)) for part, of in kinds]
             grad_modulation = [each for pair in sums for each in pair]
-        grad_weight, grad_down = None, [None] * len(grad_up)
+        grad_weight: Tensor | None = None
+        grad_down: Sequence[Tensor | None] = [None] * len(grad_up)
         if normed is not None and (needs_weight or needs_low):
             modulated = _modulate(normed, ctx.text, modulation).flatten(0, 1)
             grad_weight = grad.t() @ modulated if needs_weight else None
@@ -127,8 +127,8 @@ class GatedSum(torch.autograd.Function):
         grad_update, grad_gates = None, [None, None]
         if ctx.needs_input_grad[1]:
             grad_update = torch.empty_like(grad, memory_format=torch.contiguous_format)
-            kinds = zip(by_kind(grad_update, ctx.text), by_kind(grad, ctx.text), gates, strict=True)
-            for result, part, gate in kinds:
+            by_gate = zip(by_kind(grad_update, ctx.text), by_kind(grad, ctx.text), gates, strict=True)
+            for result, part, gate in by_gate:
                 torch.mul(part, gate, out=result)
         if update is not None:
             kinds = zip(by_kind(grad, ctx.text), by_kind(update, ctx.text), strict=True)
@@ -149,9 +149,14 @@ class Heads(torch.autograd.Function):
         ctx: Any, qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None, eps: tuple[float, float], *norms: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         *queries_keys, v = _heads_of(qkv, heads)
-        results, kept = [], []
+        results: list[Tensor] = []
+        kept: list[Tensor] = []
+        # Attention's result lies in memory as q does: as the next product takes it, which then keeps no other copy.
+        queries_keys[0] = queries_keys[0].transpose(1, 2)
         for x, weight, bias, each in zip(queries_keys, norms[::2], norms[1::2], eps, strict=True):
             normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, each)
+            if not results:
+                normed = normed.transpose(1, 2)
             if cos is not None and sin is not None:
                 video = normed[:, :, -len(cos) :]
                 exchanged = _exchanged(video)
@@ -183,11 +188,13 @@ class Heads(torch.autograd.Function):
                 exchanged = _exchanged(video * sin)
                 video.mul_(cos).sub_(exchanged)
             mask = [True, *ctx.needs_input_grad[5 + 2 * index : 7 + 2 * index]]
-            source = sources[index]
+            source, result = sources[index], results[index]
+            if index == 0:
+                grad, source, result = (each.transpose(1, 2) for each in (grad, source, result))
             of_x, *of_norm = torch.ops.aten.native_layer_norm_backward(
                 grad, source, source.shape[-1:], mean, rstd, weight, bias, mask
             )
-            results[index].copy_(of_x)
+            result.copy_(of_x)
             grad_norms += of_norm
         return grad_qkv, None, None, None, None, *grad_norms
 

@@ -22,10 +22,11 @@ ADAM_TENSORS = 2  # for all others
 # Of ZeRO, where the configuration does not say.
 REDUCE_BUCKET_SIZE = 500_000_000  # elements
 
-# Activations that one layer keeps for its backward pass, in tensors of (tokens, hidden_size): those that all
-# model-parallel processes hold, and those that they share. Without gradients of the frozen weights, modulation and MLP,
-# an adapter needs fewer.
-KEPT_BY_LAYER = {"network": (8, 15), "adapter": (3, 11)}
+# Activations that one layer keeps for its backward pass, in tensors of (tokens, hidden_size), see
+# `network.lean_functions`; without gradients of the frozen weights, modulation and MLP, an adapter needs fewer. Layers
+# that processes share run otherwise, and keep more: those that all of them hold, and those that they share.
+KEPT_BY_LAYER = {"network": 14, "adapter": 12}
+KEPT_BY_SHARED_LAYER = {"network": (8, 15), "adapter": (3, 11)}
 KEPT_OUTSIDE_LAYERS = {"network": 4, "adapter": 2}
 WORKING_SET = 10  # gradients in the backward pass of a layer: 2 x 4 in its MLP, 2 on the residual path
 
@@ -142,7 +143,8 @@ def activation_bytes(
 
     In tensors of micro_batch · tokens · hidden_size elements: each of the layers keeps k, or 1 where activations are
     recomputed and then k of the layer at work; 4 are kept outside of layers (2 where an adapter alone is trained), and
-    10 are gradients on their way. k is 23, for an adapter alone 14; of these, model-parallel processes share 15 and 11.
+    10 are gradients on their way. k is 14, for an adapter alone 12; where model-parallel processes share the layers, 23
+    and 14, of which they share 15 and 11.
     """
     unit = tensor_bytes(network, bucket, micro_batch, element)
     at_work = kept_by_layer(network, model_parallel) if network.transformer.checkpoint_activations else 0
@@ -159,7 +161,9 @@ def kept_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: in
 
 def kept_by_layer(network: nn.Module, model_parallel: int = 1) -> float:
     """Return how many tensors a layer keeps for its backward pass, see `KEPT_BY_LAYER`."""
-    whole, shared = KEPT_BY_LAYER[what_is_trained(network)]
+    if model_parallel == 1:
+        return KEPT_BY_LAYER[what_is_trained(network)]
+    whole, shared = KEPT_BY_SHARED_LAYER[what_is_trained(network)]
     return whole + shared / model_parallel
 
 
