@@ -11,15 +11,9 @@ a GiB. What comes back must be what went out, to the bit. Linux only; takes four
 
 import argparse
 import itertools
-import os
-import re
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
 from harness import machine, markdown_table, write_results  # noqa: E402
+from measuring.process_memory import Usage, watched  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.input_paths import find_input, not_found  # noqa: E402
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK = 128  # of the adapter
-INTERVAL = 0.01  # seconds between two looks at a process
 
 
 # What is done, how, and where the largest file is that is read or written.
@@ -56,16 +50,6 @@ TASKS = (
     ("export LoRA", "export_sat_lora_weight.py --sat_pt_path lora --lora_save_directory exported", "exported"),
     ("import LoRA", "import_hf_lora.py --lora_path exported --output imported", "exported"),
 )
-
-
-@dataclass
-class Usage:
-    """Of one process: seconds, those of them on a processor, and the most GiB of resident and of anonymous memory."""
-
-    seconds: float = 0.0
-    busy: float = 0.0
-    resident: float = 0.0
-    anonymous: float = 0.0
 
 
 def main() -> None:
@@ -160,30 +144,8 @@ def random_like(tensor: "Tensor") -> "Tensor":
 def run(args: argparse.Namespace, folder: Path, line: str) -> Usage:
     """Run a tool in a folder, and look at its memory until it ends."""
     tool, *arguments = line.split()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    usage, start, busy = Usage(), time.perf_counter(), processor_seconds()
     command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
-    with subprocess.Popen(command, env=environment, cwd=folder) as process:
-        while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            usage.resident = max(usage.resident, gib(status, "VmHWM"))
-            usage.anonymous = max(usage.anonymous, gib(status, "RssAnon"))
-            time.sleep(INTERVAL)
-    usage.seconds, usage.busy = time.perf_counter() - start, processor_seconds() - busy
-    if process.returncode:
-        raise SystemExit(f"{tool} failed")
-    return usage
-
-
-def processor_seconds() -> float:
-    """Of all processes that this one has started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def gib(status: str, entry: str) -> float:
-    match = re.search(rf"{entry}:\s*(\d+) kB", status)
-    return int(match[1]) / 2**20 if match else 0.0  # a process that has ended has no such line
+    return watched(command, folder, {"OMP_NUM_THREADS": str(args.threads)})
 
 
 def file_of(path: Path) -> Path:

@@ -1,6 +1,11 @@
 """Recorded reference numbers and the comparison that every parity test uses."""
 
+import ctypes
+import gc
 import json
+import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,3 +55,30 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
     assert torch.isfinite(actual).all()
     error = relative_error(actual, expected)
     assert error <= tolerance, f"relative error {error:.3g} is over {tolerance:g}"
+
+
+def anonymous_growth(action: Callable[[], object]) -> int:
+    """Return by how many bytes the anonymous memory of this process grows at most while an action runs.
+
+    What is mapped from files is not counted. Linux only.
+    """
+
+    def now() -> int:
+        return 1024 * int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak.append(now())
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else it would grow into what was freed before
+    done, peak = threading.Event(), [now()]
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        action()
+        peak.append(now())
+    finally:
+        done.set()
+        watcher.join()
+    return max(peak) - peak[0]

@@ -103,6 +103,8 @@ def test_help_answers_before_pytorch_is_loaded(name):
         ("training", ("--device", "gpu"), "'gpu' is no device; it can be cpu, cuda or cuda:N"),
         ("checkpoint_stall", ("--folder", "gone"), "--folder: gone does not exist"),
         ("checkpoint_stall", ("--layers", "0"), "--layers and --repeats are at least 1"),
+        ("loading", ("--folder", "gone"), "--folder: gone does not exist"),
+        ("loading", ("--t5-width", "100"), "--t5-layers is at least 1, and --t5-width a multiple of 64"),
         ("conversion", ("--config", "gone.yaml"), "--config: gone.yaml does not exist"),
         ("conversion", ("--folder", "gone"), "--folder: gone does not exist"),
     ],
@@ -176,6 +178,15 @@ def test_memory_of_training(run):
     adapter, offloaded, divided = rows["cogvideox_2b, 49×480×720"]
     assert number(adapter) < number(offloaded) < number(divided)
     assert offloaded.endswith(" on the host") and "host" not in adapter + divided
+
+
+@pytest.mark.slow
+def test_loading(run, tmp_path):
+    sizes = ["--model", "tiny/cogvideox_tiny", "--t5-layers", "1", "--t5-width", "64"]
+    rows = table(run("loading", *sizes, "--folder", str(tmp_path), "--forms", "t5 float32"))
+    size, held, anonymous, _, seconds = map(number, rows.pop("text encoder, 6 layers: as float32"))
+    assert 0 < size < held < 0.1 < anonymous < 1 < seconds
+    assert not rows and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

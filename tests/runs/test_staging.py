@@ -1,7 +1,9 @@
 """Copies in host memory, of which `torch.save` makes the files that it makes of the originals."""
 
 import io
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +90,13 @@ def test_room_is_what_the_machine_says(memory, monkeypatch, caplog):
     assert memory.allows(1900)
     monkeypatch.setattr(staging, "free_host_memory", lambda: None)
     assert memory.allows(2**60)
+
+
+def test_processes_that_are_forked_do_not_keep_it(memory):
+    address = memory.copy(torch.ones(400)).data_ptr()
+    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+        begin, end = (int(number, 16) for number in part.partition(" ")[0].split("-"))
+        if begin <= address < end:
+            assert "dc" in re.search(r"VmFlags: (.*)", part)[1].split()
+            return
+    raise AssertionError("it is not mapped")

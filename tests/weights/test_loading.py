@@ -1,5 +1,6 @@
 """Checkpoints of every layout load into the network, adapters combine with bases, and a misfit is one clear line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from safetensors.torch import save_file
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, is_adapter
+from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from cogvideox_sat.weights.loading import load_network
 from diffusion_video import set_lora_scale
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
-from support import Reference, assert_close
+from sgm.weights import DIFFUSERS_FILES
+from support import Reference, anonymous_growth, assert_close
 
 
 def build(name: str, on_meta: bool = True) -> torch.nn.Module:
@@ -81,6 +84,62 @@ def test_weights_are_mapped_from_the_file_not_copied(seeded_base, tmp_path):
     ]
     ranges = [[int(address, 16) for address in fields[0].split("-")] for fields in maps]
     assert all(any(start <= p.data_ptr() < end for start, end in ranges) for p in network.parameters())
+
+
+def wide_network() -> torch.nn.Module:
+    """A network on the meta device, whose weights take 60 MB in 16 bit."""
+    config = Reference("dit/t2v_2b").case["network_config"]
+    wide = {"hidden_size": 1024, "num_attention_heads": 16, "time_embed_dim": 512}
+    return instantiate_on_meta({**config, "params": {**config["params"], **wide}}).to(torch.bfloat16)
+
+
+def write_wide(form: str, folder: Path) -> Path:
+    """Write the weights of `wide_network` in a form, and return what to load."""
+    state = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in wide_network().state_dict().items()
+    }
+    if form == "pt":
+        save(state, folder / "a.pt")
+        return folder / "a.pt"
+    if form == "diffusers":
+        state = {name: assemble(pieces, state) for name, pieces in to_diffusers(state).items()}
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / DIFFUSERS_FILES[1])
+        return folder
+    halves = {0: {}, 1: {}} if form == "shards" else {0: {}}
+    for number, (name, tensor) in enumerate(state.items()):
+        halves[number % len(halves)][name] = tensor
+    for half, tensors in halves.items():
+        save_file(tensors, folder / f"model-{half}.safetensors")
+    if form == "shards":
+        places = {name: f"model-{half}.safetensors" for half, tensors in halves.items() for name in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+# Shares of the weights: none is copied, or those that are not cut as in the file, or all for another dtype.
+@pytest.mark.parametrize(
+    ("form", "dtype", "most"),
+    [
+        ("pt", torch.bfloat16, 0.1),
+        ("safetensors", torch.bfloat16, 0.1),
+        ("shards", torch.bfloat16, 0.1),
+        ("diffusers", torch.bfloat16, 0.6),
+        ("pt", torch.float16, 1.1),
+        ("pt", torch.float32, 2.1),
+    ],
+)
+def test_anonymous_memory_of_loading(tmp_path, form, dtype, most):
+    path = write_wide(form, tmp_path)
+    networks = [wide_network().to(dtype)]
+
+    def load() -> None:
+        load_network(networks[0], path, device="cpu")
+        assert all(parameter.sum().isfinite() for parameter in networks[0].parameters())  # read to the last byte
+
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert size > 5e7
+    grown = anonymous_growth(load)
+    assert grown < most * size, f"{grown / size:.2f} of the files"
 
 
 def test_other_parts_of_an_engine_checkpoint_are_left_out(seeded_base, tmp_path):
@@ -203,6 +262,7 @@ LOAD_AND_READ = """
 import re, sys
 import torch
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from cogvideox_sat.weights.loading import load_network
 from sgm.util import instantiate_from_config
 from support import Reference

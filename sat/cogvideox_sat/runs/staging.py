@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class StagingMemory:
 
     def __init__(self, pinned: bool):
         self.pinned = pinned
-        self.slabs: list[Tensor] = []
+        self.slabs: list[memoryview] = []
         self._slab = self._used = 0
 
     def allows(self, needed: int) -> bool:
@@ -76,16 +78,21 @@ class StagingMemory:
             self.slabs.append(self._new_slab(max(size, self._step)))
         begin, self._used = self._used, -(-(self._used + size) // ALIGNMENT) * ALIGNMENT
         # Over the buffer rather than the slab, so that a file holds this tensor alone.
-        return torch.frombuffer(self.slabs[self._slab].numpy()[begin : begin + size], dtype=dtype)
+        return torch.frombuffer(self.slabs[self._slab][begin : begin + size], dtype=dtype)
 
-    def _new_slab(self, size: int) -> Tensor:
+    def _new_slab(self, size: int) -> memoryview:
         if self.pinned:
             try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
             except RuntimeError as error:  # the system limits how much may be locked
                 logger.debug("no page-locked memory: %s", error)
                 self.pinned = False
-        return torch.empty(size, dtype=torch.uint8)
+        slab = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Large pages are taken faster. Processes forked later, to read clips, would otherwise keep what was in here.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with suppress(AttributeError, OSError):  # a system without it
+                slab.madvise(getattr(mmap, advice))
+        return memoryview(slab)
 
     def wait(self) -> None:
         """Wait until all copies are complete."""
