@@ -6,8 +6,9 @@
 Files of random numbers are made, one form after another, and read by a process of its own, as the commands read them,
 to the last byte. Its anonymous memory is looked at again and again: what it has mapped of a file does not count, what
 it cannot map does. PyTorch and what else is imported take half a GiB of it. On a CPU a dtype other than that of the
-file is a copy of the weights, which has to be held; on a GPU they go there one at a time. Linux only; the text encoder
-takes 9 GiB of the disk, the pieces of ZeRO 13.
+file is a copy of the weights, which has to be held; on a GPU they go there one at a time. Tensors of diffusers of which
+one here is put together are copied in any case. Linux only; the text encoder takes 9 GiB of the disk, the pieces of
+ZeRO 13.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def main() -> None:
             usage = watched([sys.executable, *sys.argv, "--read", form, folder])
             size = largest_file(Path(folder))
         rows.append([title, size, held, usage.anonymous, f"{usage.anonymous / max(size, held):.2f}", usage.seconds])
-    header = ["", "largest file GiB", "weights as loaded GiB", "anonymous GiB", "of the larger", "s"]
+    header = ["", "largest file GiB", "weights as loaded GiB", "anonymous GiB", "of the larger of both", "s"]
     text = f"{args.model} and T5-XXL, random; {machine(torch.device('cpu'))}\n\n{markdown_table(header, rows)}"
     print(text)  # noqa: T201
     if args.write:

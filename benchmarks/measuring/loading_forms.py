@@ -24,7 +24,7 @@ from cogvideox_sat.weights.loading import load_network
 from sgm.modules.encoders.t5_loading import load_t5
 
 GIB = 2**30
-SHARD_BYTES = 10**9
+SHARD_BYTES, DIFFUSERS_SHARD_BYTES = 10**9, 5 * 10**9
 RANK = 128  # of the adapter
 TOKENIZER = ROOT / "assets" / "tiny" / "t5" / "spiece.model"
 FILE_DTYPE = torch.float16  # of the network, as the 2B is released
@@ -99,7 +99,7 @@ def make(args: argparse.Namespace, form: str, folder: Path) -> float:
     if kind == "sharded":
         write_part(folder, {}, numbers.stored(state), shard_bytes, "model.safetensors")
     if kind == "diffusers":
-        write_part(folder, {}, _of_diffusers(numbers, state), shard_bytes)
+        write_part(folder, {}, _of_diffusers(numbers, state), DIFFUSERS_SHARD_BYTES)
     if kind == "zero":
         _make_zero(numbers, state, folder)
     return size / GIB * (2 if kind == "zero" else 1)
@@ -181,7 +181,7 @@ def read(args: argparse.Namespace, form: str, path: str) -> None:
 
 
 def look_at(tensors: Iterable[Tensor]) -> None:
-    """Read every byte."""
+    """Read every byte; a piece at a time, since sums convert what they add up."""
     for tensor in tensors:
-        if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
+        if not all(piece.sum(dtype=torch.float32).isfinite() for piece in tensor.detach().view(-1).split(2**20)):
             raise SystemExit("the weights are not finite")

@@ -367,12 +367,14 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, cli
 
 @pytest.mark.distributed
 def test_a_run_goes_on_with_other_processes_and_stages(tmp_path, tiny, clips, one_process):
-    """Saved by one process at batch 2, resumed by two at batch 1 with ZeRO-2."""
-    half = write_config(tmp_path / "half.yaml", tiny, "5b", clips, micro_batch=2, save_interval=2)
+    """Saved by one process at batch 2, resumed by two at batch 1 with ZeRO-2; behind the steps by both."""
+    behind = {"background_checkpoints": True}
+    half = write_config(tmp_path / "half.yaml", tiny, "5b", clips, micro_batch=2, save_interval=2, **behind)
     run = train(half)
     (run / "latest").write_text("2")
-    other = write_config(tmp_path / "other.yaml", tiny, "5b", clips, zero=2)
+    other = write_config(tmp_path / "other.yaml", tiny, "5b", clips, zero=2, save_interval=1, keep_last=2, **behind)
     train_in_processes(other, 2, "--resume", str(run))
+    assert {path.name for path in run.iterdir() if path.name.isdecimal()} == {"3", "4"}
     assert metrics(run) == pytest.approx(metrics(one_process), rel=1e-5)
     assert_same(weights(run), weights(one_process), 1e-5)
 
