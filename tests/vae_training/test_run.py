@@ -109,10 +109,9 @@ def two_processes(tmp_path_factory, data) -> dict[str, Path]:
     which input, latents and reconstructions are each process's own."""
     folder = tmp_path_factory.mktemp("two")
     shared = {"context_parallel_size": 2, "input_cp": True, "latent_cp": True, "output_cp": True}
+    batch = {"batch_size": 1, "save": str(folder / "batch"), "save_interval": 1, "background_checkpoints": True}
     configs = {
-        "batch": write_config(
-            folder / "batch.yaml", data, args={"batch_size": 1, "save": str(folder / "batch")}, **NO_ADVERSARY
-        ),
+        "batch": write_config(folder / "batch.yaml", data, args=batch, **NO_ADVERSARY),
         "clips": write_config(
             folder / "clips.yaml", data, args={"save": str(folder / "clips")}, model={"params": shared}
         ),
@@ -124,6 +123,7 @@ def two_processes(tmp_path_factory, data) -> dict[str, Path]:
 def test_two_processes_equal_one_with_twice_the_batch(two_processes, one_process):
     assert_same_losses(two_processes["batch"], one_process)
     assert_same(weights(two_processes["batch"]), weights(one_process), 1e-4)
+    assert len(list((two_processes["batch"] / "checkpoints").iterdir())) == len(losses(one_process)) == 4
 
 
 @pytest.mark.distributed
