@@ -21,11 +21,13 @@ from sat.model.transformer import BaseTransformer
 from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
 
+from cogvideox_sat.configuration.recomputation import recomputation_mode
 from cogvideox_sat.latent_geometry import Grid, patch_sizes
+from cogvideox_sat.network.activation_checkpointing import ActivationCheckpointing
 from cogvideox_sat.network.attention_choice import AttentionChoice
 from cogvideox_sat.network.block import tokens_of
 from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_layers, layer_weights
-from cogvideox_sat.network.layer_runner import ActivationCheckpointing, LayerContext, LayerRunner, RunLayer
+from cogvideox_sat.network.layer_runner import LayerContext, LayerRunner, RunLayer
 from cogvideox_sat.network.lean_layers import lean_layers
 from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.network.module_converters import Converter, convert_modules
@@ -420,6 +422,8 @@ class DiffusionTransformer(BaseModel):
                 **transformer_args,
             }
         )
+        recompute = getattr(settings, "checkpoint_activations", False)
+        settings.checkpoint_activations = recomputation_mode("checkpoint_activations", recompute)
         # Built here rather than by BaseModel, which would reseed the global random generators.
         transformer = BaseTransformer(
             num_layers=num_layers,
@@ -434,14 +438,17 @@ class DiffusionTransformer(BaseModel):
             **{
                 **{name: getattr(settings, arg, default) for name, (arg, default) in ARGS_DEFAULT.items()},
                 "row_parallel_linear_final_bias": False,  # added within the matrix product
+                **{"checkpoint_num_layers": 1, "checkpoint_skip_layers": 0},  # of its own loop over layers
             },
         )
+        transformer.checkpoint_skip_layers = getattr(settings, "checkpoint_skip_layers", 0)
         super().__init__(settings, transformer=transformer)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.hidden_size, self.num_layers, self.ofs_embed_dim = hidden_size, num_layers, ofs_embed_dim
         self.num_attention_heads = num_attention_heads
         self.patch = patch_sizes(patch_size)
-        self.layer_runner = LayerRunner([ActivationCheckpointing(transformer)])
+        self.checkpointing = ActivationCheckpointing(transformer)
+        self.layer_runner = LayerRunner([self.checkpointing])
         self.attention = self.training_attention = KERNELS["softmax"]
         self.attention_name = "softmax"
         self.use_attention(None)
@@ -652,10 +659,17 @@ class DiffusionTransformer(BaseModel):
         position = self.hooks["position_embedding_forward"](None, **arguments)
         if position is not None:
             hidden = hidden + position
-        run_layer = self.layers_of_call(arguments, hidden)
+        run_layer, compiled = self.layers_of_call(arguments, hidden)
         for layer in range(self.num_layers):
             context = LayerContext(
-                layer, self.num_layers, timesteps, grid, text_length, self.training, self.layer_runner.sampling
+                layer,
+                self.num_layers,
+                timesteps,
+                grid,
+                text_length,
+                self.training,
+                self.layer_runner.sampling,
+                keeps_attention=compiled and self.compiles_layers,
             )
             hidden = self.layer_runner(run_layer(layer), hidden, context)
         hidden = self.transformer.final_layernorm(hidden)
@@ -690,20 +704,20 @@ class DiffusionTransformer(BaseModel):
             )
         return given if self.has_foreign_mixin else {}
 
-    def layers_of_call(self, arguments: Mapping[str, Any], hidden: Tensor) -> Callable[[int], RunLayer]:
+    def layers_of_call(self, arguments: Mapping[str, Any], hidden: Tensor) -> tuple[Callable[[int], RunLayer], bool]:
         """Return what makes each layer a function of the tokens alone: compiled, or of parts that keep little for a
-        backward pass, if all layers can be."""
+        backward pass, if all layers can be; and whether they are compiled."""
         if self.compiles_layers:
             tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
             emb, modulations = F.silu(arguments["emb"]), arguments.get("modulations")
             with suppress(NotCompilable):
                 plain = [self.layer(layer_id, arguments) for layer_id in range(self.num_layers)]
-                return compiled_layers(self, emb, tokens, plain, modulations).__getitem__
+                return compiled_layers(self, emb, tokens, plain, modulations).__getitem__, True
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and "modulations" not in arguments:
             with suppress(NotCompilable):
                 emb = F.silu(arguments["emb"])
-                return lean_layers(self, emb, arguments["text_length"], arguments["rotary"]).__getitem__
-        return lambda layer_id: self.layer(layer_id, arguments)
+                return lean_layers(self, emb, arguments["text_length"], arguments["rotary"]).__getitem__, False
+        return (lambda layer_id: self.layer(layer_id, arguments)), False
 
     def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:
         """Return a layer as a function of the tokens (b, n, d) alone."""

@@ -27,15 +27,16 @@ ON_CPU = 1.08
 class AllocatedBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make within the block: `live`, and their `peak`.
 
-    Those in host memory are not counted, where the others are on the meta device or a GPU.
+    Those in host memory are not counted, where the others are on the meta device or a GPU; unless `host` is set.
 
     Args:
         workspaces: count what 3D convolutions take while they run, see `workspace`.
+        host: count tensors in host memory too.
     """
 
-    def __init__(self, workspaces: bool):
+    def __init__(self, workspaces: bool, host: bool = False):
         super().__init__()
-        self.workspaces = workspaces
+        self.workspaces, self.host = workspaces, host
         self.live = self.peak = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
@@ -46,7 +47,7 @@ class AllocatedBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if (
                 isinstance(tensor, Tensor)
-                and tensor.device.type != "cpu"
+                and (self.host or tensor.device.type != "cpu")
                 and tensor.untyped_storage() not in self._seen
             ):
                 storage = tensor.untyped_storage()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cogvideox_sat.configuration.argument_schema import MODES, CommonArguments, RunArguments, argument
+from cogvideox_sat.configuration.recomputation import recomputation_mode
 
 MISSING_LABEL = ("empty", "stop")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
@@ -99,8 +100,15 @@ class TrainingArguments(RunArguments, CommonArguments):
     lr_decay_style: str = argument("linear", "how the learning rate falls", LR_DECAY_STYLES)
     lr_decay_iters: int | None = argument(None, "steps over which it falls (default: train_iters)")
     lr_decay_ratio: float = argument(0.1, "share of the learning rate that a cosine falls to")
-    checkpoint_activations: bool | None = argument(
-        None, "recompute activations in the backward pass, to save memory (default: as the model's file says)"
+    checkpoint_activations: bool | int | str | None = argument(
+        None,
+        "compute activations again in the backward pass, to save memory: true (all layers), false, a number of layers, "
+        "attention (all, but keep the result of their attention) or auto (what the free memory has no room for); the "
+        "flag alone is true (default: as the model's file says)",
+        read=recomputation_mode,
+    )
+    checkpoint_skip_layers: int | None = argument(
+        None, "so many layers, the last ones, keep their activations all the same (default: as the model's file says)"
     )
     max_skipped_steps: int = argument(20, "stop after this many steps in a row without a finite loss and gradient")
 

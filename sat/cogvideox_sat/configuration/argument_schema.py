@@ -10,6 +10,7 @@ import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -52,9 +53,19 @@ FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def argument(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field that is an argument; fields made otherwise are not."""
-    metadata = {"help": help, "choices": choices}
+def argument(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    read: Callable[[str, Any], Any] | None = None,
+) -> Any:
+    """A field that is an argument; fields made otherwise are not.
+
+    Args:
+        read: returns the value that a name and what stands in a configuration or on a command line mean, for one that
+            may be a switch (`--name`, `--no-name`) or have a value; raises UserError.
+    """
+    metadata = {"help": help, "choices": choices, "read": read}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -264,7 +275,10 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
         default = f.default if f.default_factory is MISSING else f.default_factory()
         shown = f" (default: {default})" if default not in (None, "", []) else ""
         options: dict[str, Any] = {"help": as_started(f.metadata["help"]).replace("%", "%%") + shown}
-        if kind is bool:
+        if read := f.metadata["read"]:
+            parser.add_argument(f"--no-{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+            options |= {"nargs": "?", "const": True, "type": partial(read, name), "metavar": "MODE"}
+        elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is list:
             options |= {"type": item_type(f), "nargs": "+", "metavar": item_type(f).__name__.upper()}
@@ -307,6 +321,8 @@ def check_value(f: Field[Any], value: Any) -> Any:
     Raises:
         UserError: it is of another type, or none of the choices.
     """
+    if read := f.metadata["read"]:
+        return read(f"args: {f.name}", value)
     kind = value_type(f)
     if kind is float and (type(value) is int or (isinstance(value, str) and FLOAT.fullmatch(value))):
         value = float(value)  # YAML takes 1e-3, which has no point, for text

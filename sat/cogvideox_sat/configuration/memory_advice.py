@@ -58,7 +58,7 @@ def training_advice(args: TrainingArguments, cached: bool, checkpoint: Path | No
             if where in (ENCODING, DECODING, "training", "evaluation"):
                 options += vae_options(args)
         if where != ENCODING:
-            if not recomputed:
+            if recomputed is not True:
                 options.append("--checkpoint_activations")
             if (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
                 options.append("offload the optimizer (deepspeed.zero_optimization.offload_optimizer.device: cpu)")

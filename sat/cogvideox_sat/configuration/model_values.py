@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from cogvideox_sat.configuration.recomputation import check_layers, recomputation_mode
 from cogvideox_sat.configuration.static_signatures import problem_of_section
 from sgm.config_places import ConfigError, Key, Sources, walk
 from sgm.config_slots import SLOTS
@@ -40,8 +41,9 @@ SIZES = {
 }
 POSITIVE = {"shift_scale", "sigma_data", "theta"}  # numbers that are divided by, or whose logarithm is taken
 # Of SwissArmyTransformer's arguments, which it takes without looking at them.
-TRANSFORMER_FLAGS = {"checkpoint_activations", "skip_init", "is_decoder"}
+TRANSFORMER_FLAGS = {"skip_init", "is_decoder"}
 TRANSFORMER_SIZES = {"vocab_size", "max_sequence_length", "model_parallel_size", "inner_hidden_size"}
+TRANSFORMER_COUNTS = {"checkpoint_num_layers": 1, "checkpoint_skip_layers": 0}  # the least of each
 TRANSFORMER_CHOICES = {"layernorm_order": ("pre", "post", "sandwich")}
 MOST_LEVELS = 16  # of `ch_mult`
 LONGEST_LIST = 10_000
@@ -78,6 +80,7 @@ class Check:
                 self.refuse(key, f"a list of {len(node)} items; at most {LONGEST_LIST} are taken")
         self.engine_values(model)
         self.tables(model)
+        self.recomputed_layers(model)
 
     def value(self, key: Key, value: Any) -> None:
         """Check what stands at a key, by its name."""
@@ -110,11 +113,31 @@ class Check:
         for name, value in values.items():
             if name in TRANSFORMER_FLAGS:
                 self.flag((*key, name), value)
+            elif name == "checkpoint_activations" and value is not None:
+                recomputation_mode(f"{self.sources.place((*key, name))}:", value)
+            elif name in TRANSFORMER_COUNTS and (type(value) is not int or value < TRANSFORMER_COUNTS[name]):
+                self.refuse((*key, name), f"is {shown(value)}; expected a whole number from {TRANSFORMER_COUNTS[name]}")
             elif name in TRANSFORMER_SIZES and value is not None and type(value) is not int:
                 self.refuse((*key, name), f"is {shown(value)}; expected a whole number")
             elif name in TRANSFORMER_CHOICES and value not in TRANSFORMER_CHOICES[name]:
                 choices = ", ".join(TRANSFORMER_CHOICES[name])
                 self.refuse((*key, name), f"is {shown(value)}; it can be {choices}")
+
+    def recomputed_layers(self, model: Mapping[str, Any]) -> None:
+        """Check that the layers whose activations are or are not computed again exist."""
+        params = (model.get("network_config") or {}).get("params")
+        values = params.get("transformer_args") if isinstance(params, Mapping) else None
+        layers = _size(params.get("num_layers")) if isinstance(params, Mapping) else None
+        if not layers or not isinstance(values, Mapping):
+            return
+        key = ("model", "network_config", "params", "transformer_args")
+        mode = values.get("checkpoint_activations")
+        if mode is not None:
+            place = f"{self.sources.place((*key, 'checkpoint_activations'))}:"
+            check_layers(place, recomputation_mode(place, mode), layers)
+        for name, least in TRANSFORMER_COUNTS.items():
+            if values.get(name, least) > layers:
+                self.refuse((*key, name), f"is {values[name]}; the network has {layers} layers")
 
     def head_width(self, params: Mapping[str, Any]) -> None:
         """Check that rotary positions are as wide as a head, if the widths are numbers."""

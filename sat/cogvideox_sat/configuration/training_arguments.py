@@ -16,6 +16,7 @@ from cogvideox_sat.configuration.argument_schema import PRECISIONS, argument_fie
 from cogvideox_sat.configuration.data_mixing import split_entries
 from cogvideox_sat.configuration.deepspeed import check_deepspeed_config, enabled_precision, with_precision
 from cogvideox_sat.configuration.determinism import recorded
+from cogvideox_sat.configuration.recomputation import check_layers, recomputation_mode
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -136,9 +137,24 @@ def check_values(args: TrainingArguments) -> None:
     argument_schema.check_common(args)
     argument_schema.check_run(args)
     argument_schema.check_least(args, ("lr_decay_iters", "max_skipped_steps"))
-    argument_schema.check_least(args, ("auto_warmup_steps",), least=0)
+    argument_schema.check_least(args, ("auto_warmup_steps", "checkpoint_skip_layers"), least=0)
+    check_recomputation(args)
     argument_schema.check_shares(args, ("warmup",))
     if not 0 < args.lr_decay_ratio <= 1:
         raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; it is a share, above 0 and up to 1")
     if not (args.load or args.force_train or args.inspect_data):
         raise UserError("load is missing: name the checkpoint to start from, or give --force_train to start at random")
+
+
+def check_recomputation(args: TrainingArguments) -> None:
+    """Check that the layers named by `checkpoint_activations` and `checkpoint_skip_layers` exist, else raise UserError;
+    what the model's file says of them is checked with it."""
+    params = (args.model_config.get("network_config") or {}).get("params") or {}
+    layers = params.get("num_layers")
+    if args.checkpoint_activations is not None:
+        mode = recomputation_mode("checkpoint_activations", args.checkpoint_activations)
+        if type(layers) is int:
+            check_layers("checkpoint_activations", mode, layers)
+    skipped = args.checkpoint_skip_layers
+    if skipped is not None and type(layers) is int and skipped > layers:
+        raise UserError(f"checkpoint_skip_layers is {skipped}; the network has {layers} layers")

@@ -7,6 +7,7 @@ several processes share, dropout), its layers run as without a compiler.
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from sat import mpu
@@ -14,6 +15,7 @@ from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from cogvideox_sat.network.activation_checkpointing import keeping_attention
 from cogvideox_sat.network.block import Attend, LayerWeights, LowRank, Norm, Product, Tokens, block
 from cogvideox_sat.network.fused_lora import FusedLoraLinear
 from cogvideox_sat.network.layer_runner import RunLayer
@@ -34,6 +36,16 @@ class NotCompilable(Exception):
 def compiled_block() -> Callable[..., Tensor]:
     """Return `block`, compiled when it is called first; all networks of a process share its graphs."""
     return torch.compile(block, fullgraph=True)
+
+
+@cache
+def compiled_keeping_block() -> Callable[..., Tensor]:
+    """Return `block`, compiled so that it keeps its input and the result of its attention for a backward pass."""
+    return torch.compile(_keeping_block, fullgraph=True)
+
+
+def _keeping_block(x: Tensor, modulation: Tensor, *others: Any) -> Tensor:
+    return keeping_attention(lambda *tensors: block(*tensors, *others), x, modulation)
 
 
 def compiled_layers(
@@ -63,18 +75,21 @@ def _compiled_layer(
     weights = weights_of(network, layer_id)
     attention = network.training_attention if torch.is_grad_enabled() else network.attention
     heads, attend, kernel = network.num_attention_heads, _attend(attention), network.attention_name
+    chosen = network.checkpointing.recomputation(network.num_layers)
+    keeps = network.training and torch.is_grad_enabled() and 0 <= layer_id - chosen.whole < chosen.attention
 
     def run(hidden: Tensor) -> Tensor:
         if not network.compiles_layers:  # since it failed for an earlier layer
             return otherwise(hidden)
         try:
             parts = modulation if isinstance(modulation, Tensor) else modulation()
-            return compiled_block()(hidden, parts, weights, tokens, heads, attend, kernel)
+            compiled = compiled_keeping_block if keeps else compiled_block
+            return compiled()(hidden, parts, weights, tokens, heads, attend, kernel)
         except TorchDynamoException as error:
             network.compiles_layers = False
             reason = " ".join(str(error).split())[:200]
             logger.warning("compile_model: the network goes on without torch.compile, which failed: %s", reason)
-            return otherwise(hidden)
+            return keeping_attention(otherwise, hidden) if keeps else otherwise(hidden)
 
     return run
 

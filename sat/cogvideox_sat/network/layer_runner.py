@@ -5,10 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from sat.model.transformer import BaseTransformer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from cogvideox_sat.latent_geometry import Grid
 
@@ -41,6 +38,8 @@ class LayerContext:
         text_length: tokens in front of those of the video.
         training: the network is in training mode.
         sampling: the step and the video that a sampler is at.
+        keeps_attention: the layer itself keeps no more than the result of its attention, where that is what it is to do
+            in training; else the function around it has to see to that.
     """
 
     layer: int
@@ -50,6 +49,7 @@ class LayerContext:
     text_length: int
     training: bool
     sampling: SamplingProgress
+    keeps_attention: bool = False
 
 
 AroundLayer = Callable[[RunLayer, Tensor, LayerContext], Tensor]
@@ -90,20 +90,3 @@ class LayerRunner:
 
 def _run_inside(around: AroundLayer, run: RunLayer, context: LayerContext, hidden: Tensor) -> Tensor:
     return around(run, hidden, context)
-
-
-class ActivationCheckpointing:
-    """Keeps only the input of a layer that is trained, and runs the layer again in the backward pass.
-
-    Args:
-        transformer: it does so as long as `checkpoint_activations` of this one is true.
-    """
-
-    def __init__(self, transformer: BaseTransformer):
-        self.transformer = transformer
-
-    def __call__(self, run: RunLayer, hidden: Tensor, context: LayerContext) -> Tensor:
-        """Return `run(hidden)`."""
-        if self.transformer.checkpoint_activations and context.training and torch.is_grad_enabled():
-            return checkpoint(run, hidden, use_reentrant=False)
-        return run(hidden)

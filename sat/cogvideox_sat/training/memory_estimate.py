@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cogvideox_sat.configuration.deepspeed import runtime_config
+from cogvideox_sat.configuration.recomputation import Recomputation
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.memory.encoding_memory import encoding_peak
 from cogvideox_sat.memory.weightless import GIB, module_bytes
@@ -28,7 +29,8 @@ REDUCE_BUCKET_SIZE = 500_000_000  # elements
 KEPT_BY_LAYER = {"network": 14, "adapter": 12}
 KEPT_BY_SHARED_LAYER = {"network": (8, 15), "adapter": (3, 11)}
 KEPT_OUTSIDE_LAYERS = {"network": 4, "adapter": 2}
-WORKING_SET = 10  # gradients in the backward pass of a layer: 2 x 4 in its MLP, 2 on the residual path
+KEPT_INPUT, KEPT_ATTENTION = 1, 2  # of layers that are recomputed: the input, and with it the attention's result
+WORKING_SET = 6  # gradients in the backward pass of a layer: 4 in its MLP, 2 on the residual path
 
 
 @dataclass(frozen=True)
@@ -141,22 +143,33 @@ def activation_bytes(
 ) -> int:
     """Memory of the network's activations at its peak, in the backward pass.
 
-    In tensors of micro_batch · tokens · hidden_size elements: each of the layers keeps k, or 1 where activations are
-    recomputed and then k of the layer at work; 4 are kept outside of layers (2 where an adapter alone is trained), and
-    10 are gradients on their way. k is 14, for an adapter alone 12; where model-parallel processes share the layers, 23
-    and 14, of which they share 15 and 11.
+    In tensors of micro_batch · tokens · hidden_size elements: each of the layers keeps k, or where it is recomputed 1,
+    or 2 with its attention, and once more k while it is at work; 4 are kept outside of layers (2 where an adapter alone
+    is trained), and 6 are gradients on their way. k is 14, for an adapter alone 12; where model-parallel processes
+    share the layers, 23 and 14, of which they share 15 and 11.
     """
     unit = tensor_bytes(network, bucket, micro_batch, element)
-    at_work = kept_by_layer(network, model_parallel) if network.transformer.checkpoint_activations else 0
+    recomputed, all_kept = recomputation(network), kept_by_layer(network, model_parallel)
+    # The backward pass begins with the last layers: what they keep is gone when the first ones are recomputed.
+    is_last = recomputed.whole + recomputed.attention == network.num_layers
+    at_work = all_kept - (KEPT_ATTENTION if recomputed.attention else KEPT_INPUT) if is_last else 0
     return kept_bytes(network, bucket, micro_batch, element, model_parallel) + int((at_work + WORKING_SET) * unit)
 
 
 def kept_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int, model_parallel: int = 1) -> int:
     """Return the bytes that the forward pass keeps for the backward pass, see `activation_bytes`."""
-    recomputed = network.transformer.checkpoint_activations
-    kept = network.num_layers * (1 if recomputed else kept_by_layer(network, model_parallel))
+    recomputed = recomputation(network)
+    others = network.num_layers - recomputed.whole - recomputed.attention
+    kept = recomputed.whole * KEPT_INPUT + others * kept_by_layer(network, model_parallel)
+    kept += recomputed.attention * (KEPT_ATTENTION + 2 * network.num_attention_heads / network.hidden_size)
     kept += KEPT_OUTSIDE_LAYERS[what_is_trained(network)]
     return int(kept * tensor_bytes(network, bucket, micro_batch, element))
+
+
+def recomputation(network: nn.Module) -> Recomputation:
+    """Return which layers of a `DiffusionTransformer` are recomputed."""
+    chosen: Recomputation = network.checkpointing.recomputation(network.num_layers)
+    return chosen
 
 
 def kept_by_layer(network: nn.Module, model_parallel: int = 1) -> float:
@@ -191,9 +204,14 @@ def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch:
     return micro_batch * peak
 
 
-def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomputed: bool) -> str:
+def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomputed: str) -> str:
+    """Return the line of the log about an estimate.
+
+    Args:
+        recomputed: which layers are, in words; "": none.
+    """
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
-    parts["activations" + (" (recomputed)" if recomputed else "")] = memory.activations
+    parts[f"activations ({recomputed})" if recomputed else "activations"] = memory.activations
     if memory.encoding > memory.activations:
         parts["or, while clips are encoded,"] = memory.encoding
     described = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())

@@ -7,11 +7,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cogvideox_sat.configuration.recomputation import ATTENTION, AUTO, take_recomputation
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.memory.weightless import WeightlessEngine, in_words, module_bytes
-from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line
+from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line, recomputation
 from cogvideox_sat.training.trainable_parameters import short_count, trainable_groups, trainable_line
 from diffusion_video import PARTS
 
@@ -31,23 +32,25 @@ def forecast(
         UserError: nothing is to be trained, or a part of the model cannot be built.
     """
     model = copy.deepcopy(args.model_config)
-    if args.checkpoint_activations is not None:
-        transformer = model["network_config"]["params"]["transformer_args"]
-        transformer["checkpoint_activations"] = args.checkpoint_activations
+    take_recomputation(model["network_config"]["params"]["transformer_args"], args)
     settings = EngineSettings.from_args(args, model_config=model)
     engine = WeightlessEngine(settings, parts=("model",), device=args.device or "cuda")
     engine.disable_untrainable_params()
     network = engine.network
     bucket = max((Bucket(frames, *size) for size in sizes), key=lambda each: video_tokens(each, network.patch))
     layout = Layout.from_config(args.deepspeed_config, engine.dtype, processes)
-    recomputed = network.transformer.checkpoint_activations
+    mode, layers = network.transformer.checkpoint_activations, network.num_layers
     total = sum(parameter.numel() for parameter in network.parameters())
     lines = [trainable_line(trainable_groups(network.named_parameters()), total)]
     for what, parts in (("on latents", ()), ("on clips", ("first_stage_model", "conditioner"))):
         for part in parts:
             engine.build(part)
-        memory = estimate_memory(engine, layout, bucket, micro_batch)
-        lines.append(f"{what}: {memory_line(memory, bucket, micro_batch, recomputed)}")
+        for each in (False, ATTENTION, True) if mode == AUTO else (mode,):
+            network.transformer.checkpoint_activations = each
+            memory = estimate_memory(engine, layout, bucket, micro_batch)
+            line = memory_line(memory, bucket, micro_batch, recomputation(network).in_words(layers))
+            named = f"{str(each).lower()}, one that auto may choose" if mode == AUTO else str(each).lower()
+            lines.append(f"{what}, checkpoint_activations {named}: {line}")
     if engine.unknown:
         lines.append(f"on clips: the text encoder comes on top; its size is not known: {engine.unknown}")
     return lines

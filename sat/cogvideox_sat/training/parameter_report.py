@@ -6,14 +6,16 @@ from cogvideox_sat.configuration.deepspeed import batch_sizes
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import video_tokens
 from cogvideox_sat.parallel.process_groups import parallel_groups
-from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line
+from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line, recomputation
+from cogvideox_sat.training.recomputation_choice import decide
 from cogvideox_sat.training.trainable_parameters import trainable_groups, trainable_line
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.context_parallel import group_size
 
 
 def report(engine: SATVideoDiffusionEngine, args: TrainingArguments, dataset: Dataset) -> list[str]:
-    """The lines to log before the first step. Call it before `deepspeed.initialize`, which may take weights away.
+    """The lines to log before the first step; where it is left to `auto`, which layers are recomputed is decided here.
+    Call it before `deepspeed.initialize`, which may take weights away.
 
     Args:
         engine: with the parts that training uses, frozen as for training.
@@ -28,8 +30,10 @@ def report(engine: SATVideoDiffusionEngine, args: TrainingArguments, dataset: Da
     micro_batch = batch_sizes(args.deepspeed_config, data_parallel).micro
     buckets = {dataset.bucket(index) for index in range(len(dataset))}
     largest = max(buckets, key=lambda bucket: video_tokens(bucket, engine.network.patch))
+    decided = decide(engine, layout, largest, micro_batch)
     memory = estimate_memory(engine, layout, largest, micro_batch)
     return [
         trainable_line(groups, sum(p.numel() for p in engine.network.parameters()), model_parallel),
-        memory_line(memory, largest, micro_batch, engine.network.transformer.checkpoint_activations),
+        memory_line(memory, largest, micro_batch, recomputation(engine.network).in_words(engine.network.num_layers)),
+        *([decided] if decided else []),
     ]

@@ -20,6 +20,7 @@ from cogvideox_sat.clips.reader_record import KEY
 from cogvideox_sat.configuration.determinism import deterministic_arithmetic
 from cogvideox_sat.configuration.memory_advice import training_advice
 from cogvideox_sat.configuration.model_checks import check_model
+from cogvideox_sat.configuration.recomputation import take_recomputation
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings, LoopSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.engine_choice import build_engine
@@ -148,8 +149,7 @@ class Trainer:
     def _build_engine(self, resume: Path | None) -> None:
         args, model = self.args, deepcopy(self.args.model_config)
         params = model["network_config"]["params"]
-        if args.checkpoint_activations is not None:
-            params["transformer_args"]["checkpoint_activations"] = args.checkpoint_activations
+        take_recomputation(params["transformer_args"], args)
         self.has_adapter = "lora_config" in params["modules"]
         parts = ("conditioner", "model") if self.cached else ("conditioner", "first_stage_model", "model")
         if self.cached:
