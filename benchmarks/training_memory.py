@@ -1,20 +1,24 @@
 """Expected memory of fine-tuning the released models: the estimate that a run logs before its first step, as a table.
 
-    python benchmarks/training_memory.py [--models cogvideox_2b cogvideox1.5_5b]
+    python benchmarks/training_memory.py [--models cogvideox_2b cogvideox1.5_5b] [--write]
+    python benchmarks/training_memory.py --counted [--layers 4] [--write]
 
 One process at batch 1, with the settings of configs/sft.yaml (ZeRO 2, `sat.ops.FusedEmaAdam`), latents encoded before
-the run, and activations recomputed. Networks have no weights here, so that any machine can print the table.
+the run. The first table is of networks whose activations are recomputed. `--counted` puts each mode of
+`checkpoint_activations` beside a count of what a whole step takes, which the estimate must be near to. Networks have no
+weights here, so that any machine can print the tables.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import markdown_table  # noqa: E402
+from harness import markdown_table, write_results  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -35,13 +39,31 @@ COLUMNS = {  # with an adapter, processes, changes of ZeRO's section
 }
 
 
+MODES = (True, "attention", False)  # of `checkpoint_activations`
+AGREEMENT = 0.15  # of the estimate and what is counted
+
+
 def main() -> None:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CLIPS), default=list(CLIPS))
-    models = parser.parse_args().models
+    parser.add_argument("--counted", action="store_true", help="count a whole step too, for each way to recompute")
+    parser.add_argument("--layers", type=int, help="of the networks that are counted, if not all")
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
+    args = parser.parse_args()
     quiet_libraries()
-    rows = [[described(name), *(cell(name, *column) for column in COLUMNS.values())] for name in models]
-    print(markdown_table(["GiB", *COLUMNS], rows))  # noqa: T201
+    if args.counted:
+        rows = [row for name in args.models for lora in (True, False) for row in counted_rows(name, lora, args.layers)]
+        header = ["", "trained", "checkpoint_activations", "estimate, GiB", "counted, GiB", "estimate / counted"]
+        title = "Memory of training, counted"
+    else:
+        rows = [[described(name), *(cell(name, *column) for column in COLUMNS.values())] for name in args.models]
+        header, title = ["GiB", *COLUMNS], "Memory of training"
+    text = markdown_table(header, rows)
+    print(text)  # noqa: T201
+    if args.counted and (far := [row for row in rows if abs(float(row[-1]) - 1) > AGREEMENT]):
+        raise SystemExit(f"{len(far)} estimates are further than {AGREEMENT:.0%} from what is counted")
+    if args.write:
+        write_results(title, text)
 
 
 def described(model: str) -> str:
@@ -51,23 +73,63 @@ def described(model: str) -> str:
 
 def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
     """Return the memory of one process, and of the host where something is offloaded to it."""
+    engine, layout = planned(model, lora, processes, zero)
+    from cogvideox_sat.memory.weightless import GIB
+    from cogvideox_sat.training.memory_estimate import estimate_memory
+
+    memory = estimate_memory(engine, layout, CLIPS[model], 1)
+    host = f" + {memory.host / GIB:.3g} on the host" if memory.host else ""
+    return f"{memory.total / GIB:.1f}{host}"
+
+
+def counted_rows(model: str, lora: bool, layers: int | None) -> list[list[str]]:
+    """Return a row for each of `MODES`."""
+    engine, layout = planned(model, lora, 1, {}, layers)
+    from measuring.training_peak import counted_peak
+
+    from cogvideox_sat.memory.weightless import GIB
+    from cogvideox_sat.training.memory_estimate import estimate_memory
+
+    network, estimates = engine.network, {}
+    for mode in MODES:
+        network.transformer.checkpoint_activations = mode
+        without_buffers = replace(layout, bucket_bytes=0)
+        estimates[mode] = estimate_memory(engine, without_buffers, CLIPS[model], 1).total
+    width = engine.config["network_config"]["params"]["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
+    counted = counted_peak(network, CLIPS[model], list(MODES), width)
+    kind = "LoRA" if lora else "all weights"
+    name = described(model) + (f", {layers} layers" if layers else "")
+    return [
+        [
+            name,
+            kind,
+            str(mode).lower(),
+            f"{estimates[mode] / GIB:.2f}",
+            f"{peak / GIB:.2f}",
+            f"{estimates[mode] / peak:.3f}",
+        ]
+        for mode, peak in counted.items()
+    ]
+
+
+def planned(model: str, lora: bool, processes: int, zero: dict[str, Any], layers: int | None = None) -> tuple[Any, Any]:
+    """Return the engine of a run, without weights and with activations recomputed, and the run's `Layout`."""
     files = [f"{model}_lora.yaml" if lora else f"{model}.yaml", "sft.yaml"]
     from cogvideox_sat.configuration.settings import EngineSettings
-    from cogvideox_sat.memory.weightless import GIB, WeightlessEngine  # imports PyTorch
-    from cogvideox_sat.training.memory_estimate import Layout, estimate_memory
+    from cogvideox_sat.memory.weightless import WeightlessEngine  # imports PyTorch
+    from cogvideox_sat.training.memory_estimate import Layout
 
     config = load_configs([ROOT / "configs" / name for name in files])
     section = config["deepspeed"]
     section["zero_optimization"] |= zero
-    config["model"]["network_config"]["params"]["transformer_args"]["checkpoint_activations"] = True
+    params = config["model"]["network_config"]["params"]
+    params["transformer_args"]["checkpoint_activations"] = True
+    params["num_layers"] = layers or params["num_layers"]
     precision = {name: bool(config["args"].get(name)) for name in PRECISIONS}
     settings = EngineSettings(config["model"], **precision)
     engine = WeightlessEngine(settings, parts=("model",), device="cuda")  # of which only the name counts
     engine.disable_untrainable_params()
-    layout = Layout.from_config(section, engine.dtype, processes)
-    memory = estimate_memory(engine, layout, CLIPS[model], 1)
-    host = f" + {memory.host / GIB:.3g} on the host" if memory.host else ""
-    return f"{memory.total / GIB:.1f}{host}"
+    return engine, Layout.from_config(section, engine.dtype, processes)
 
 
 if __name__ == "__main__":

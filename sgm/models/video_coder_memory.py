@@ -7,7 +7,7 @@ one operation is added (`workspace`); that part is measured.
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,10 @@ class AllocatedBytes(TorchDispatchMode):
         self.workspaces, self.host = workspaces, host
         self.live = self.peak = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def leave_out(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        """Count nothing of what was there before."""
+        self._seen.update(storages)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -190,6 +190,14 @@ def test_loading(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_memory_of_training_is_what_a_step_takes(run):
+    """For each way to recompute; it ends by itself where one of them is more than 15 % off."""
+    output = run("training_memory", "--counted", "--models", "cogvideox_2b", "--layers", "4")
+    modes = [line.split("|")[3].strip() for line in output.splitlines() if line.startswith("| cogvideox_2b")]
+    assert modes == ["true", "attention", "false"] * 2
+
+
+@pytest.mark.slow
 def test_conversion(run, tmp_path):
     config = str(ROOT / "tests" / "configs" / "2b.yaml")
     output = run("conversion", "--config", config, "--folder", str(tmp_path), "--threads", "1")

@@ -83,14 +83,15 @@ def test_zero_divides(tiny):
         section = {**EMA, "zero_optimization": {**small_bucket, **zero}, "bf16": {"enabled": True}}
         return estimate_memory(engine, Layout.from_config(section, torch.bfloat16, processes), CLIP, 1)
 
-    states = 4 * (3 + 1 + 1) * trained  # three of the optimizer, master weights, gradients while it steps
+    states, stepping = 4 * (3 + 1) * trained, 4 * trained  # three of the optimizer and master weights; gradients
     for stage, buckets, shares in ((1, 8000, (1, 1, 4)), (2, 4000, (1, 4, 4)), (3, 2000, (4, 4, 4))):
         memory = estimate(4, stage=stage)
         expected = weights / shares[0], 2 * trained / shares[1] + buckets, states / shares[2]
         assert (memory.weights, memory.gradients, memory.optimizer) == pytest.approx(expected, abs=4)
+        assert memory.stepping == pytest.approx(stepping / 4, abs=4)
     memory = estimate(4, stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
-    assert (memory.weights, memory.optimizer) == (0, 0)
-    assert memory.host == pytest.approx((weights + states) / 4, abs=4)
+    assert (memory.weights, memory.optimizer, memory.stepping) == (0, 0, 0)
+    assert memory.host == pytest.approx((weights + states + stepping) / 4, abs=4)
     assert estimate(1, stage=0) == estimate(1, stage=1), "half precision without ZeRO runs as stage 1"
 
 
