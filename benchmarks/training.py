@@ -1,6 +1,7 @@
 """One training step on cached latents against the same step written with diffusers and peft: same weights and inputs.
 
     python benchmarks/training.py [--model cogvideox_5b] [--full] [--device cuda] [--dtype bfloat16] [--write]
+    python benchmarks/training.py --cells [--write]
     python benchmarks/training.py --overhead [--write]
 
 A step is forward, loss of v, backward, clipping and AdamW, on LoRA of the attention projections or on all weights. Both
@@ -9,8 +10,9 @@ noise within the step, as it does in training; the other side is given them. Fir
 gradients, which must agree; then they take turns, on the same batch.
 
 On a CPU the network keeps its width but loses most of its layers, and the clip is small; on a GPU both are full size,
-with random weights. `--overhead` runs the trainer itself, from a cache of generated clips, and tells how much of a step
-passes outside of the network's forward and backward pass and the optimizer.
+with random weights. `--cells` makes one table of four steps, with LoRA and on all weights, of few tokens and of many;
+each in a process of its own, which needs up to 14 GB. `--overhead` runs the trainer itself, from a cache of generated
+clips, and tells how much of a step passes outside of the network's forward and backward pass and the optimizer.
 """
 
 import json
@@ -30,6 +32,19 @@ def main() -> None:
     args = arguments(__doc__)
     quiet_libraries()
     # Imports PyTorch: seconds, spent only once the request is known to make sense
+    if args.cells is not None:
+        from measuring.training_cells import cells
+
+        text = f"{cells(args)}\n\n{machine(args.device)}"
+        print(text)  # noqa: T201
+        if args.write:
+            write_results(f"Training steps, {args.model}, {args.device.type}, {args.dtype}", text)
+        return
+    if args.row and not args.memory_of:
+        from measuring.training_step import measure
+
+        print(json.dumps(measure(args)._asdict()))  # noqa: T201
+        return
     if args.overhead:
         from measuring.training_overhead import overhead
 

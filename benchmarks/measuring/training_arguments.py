@@ -13,6 +13,13 @@ from cogvideox_sat.latent_geometry import patch_sizes
 
 CPU_LAYERS = 2
 CPU_CLIP = (5, 30, 44)  # latent frames, height, width
+CELL_LAYERS, CELL_REPEATS = 6, 7
+CELLS = {  # what is trained, the clip and the batch: with 226 of text, 514 and 2,008 tokens
+    "lora-514": ("lora", (2, 24, 24), 2),
+    "full-514": ("full", (2, 24, 24), 2),
+    "lora-2000": ("lora", (9, 22, 36), 1),
+    "full-2000": ("full", (9, 22, 36), 1),
+}
 RANK, LORA_ALPHA = 128, 1
 LEARNING_RATE, BETAS, CLIPPING = 1e-4, (0.9, 0.95), 1.0
 
@@ -39,11 +46,21 @@ def arguments(description: str, command_line: Sequence[str] | None = None) -> ar
     )
     parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps")
+    parser.add_argument("--repeats", type=int, help="timed steps (default: 5, of cells 7)")
     parser.add_argument("--overhead", action="store_true", help="measure the trainer instead")
+    parser.add_argument(
+        "--cells",
+        nargs="*",
+        choices=list(CELLS),
+        metavar="CELL",
+        help=f"one table of several steps instead, of {CELL_LAYERS} layers: all of {', '.join(CELLS)}, or those named",
+    )
+    parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="put the result into benchmarks/RESULTS.md")
     parser.add_argument("--memory-of", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
     args = parser.parse_args(command_line)
+    args.own_clip, args.own_layers = args.clip, args.layers
+    args.repeats = args.repeats or (5 if args.cells is None else CELL_REPEATS)
     on_cpu = args.device == "cpu"
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported, which is why that is done later

@@ -200,5 +200,5 @@ class TimedTrainer(Trainer):
         self.watch.start()
         super().train_step()
 
-    def save(self) -> None:
+    def save(self, wait: bool = False) -> None:
         pass

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import alternating_medians, layer_flops, markdown_table, peak_memories, speeds
@@ -17,14 +17,28 @@ NEGLIGIBLE = 1e-6  # gradients, beside the largest
 AGREEMENT = 1e-4  # of loss and gradients in float32
 
 
-def compare(args: argparse.Namespace) -> str:
-    """Time, memory and agreement of both sides, as Markdown."""
+class Comparison(NamedTuple):
+    """What is measured: seconds, GiB and the loss of the last step, by side; and how far the sides agree."""
+
+    seconds: dict[str, float]
+    memory: dict[str, float]
+    last: dict[str, float]
+    agreement: str
+
+
+def measure(args: argparse.Namespace) -> Comparison:
+    """Return the time, memory and agreement of both sides."""
     contenders = build(args)
     agreement = check_agreement(contenders, args.dtype)
     seconds = alternating_medians({name: each.step for name, each in contenders.items()}, args.repeats)
     last = {name: each.step().item() for name, each in contenders.items()}
     del contenders
-    memory = peak_memories(seconds, args.device)
+    return Comparison(seconds, peak_memories(seconds, args.device), last, agreement)
+
+
+def compare(args: argparse.Namespace) -> str:
+    """Return time, memory and agreement of both sides, as Markdown."""
+    seconds, memory, last, agreement = measure(args)
     flops = floating_point_operations(args)
     rows = [
         [name, *cells, f"{memory[name] / memory['diffusers']:.3f}", f"{last[name]:.6f}"]

@@ -172,6 +172,32 @@ def test_stalls_of_checkpoints(run):
         assert 0 < call <= written
 
 
+def test_cells_of_training(run, monkeypatch):
+    """The table of what other processes measure, each of which is asked for one step."""
+    commands = []
+
+    def measured(command, **_):
+        commands.append(command)
+        found = {"seconds": {"ours": 2.0, "diffusers": 4.0}, "memory": {"ours": 3.3, "diffusers": 3.0}}
+        return subprocess.CompletedProcess(command, 0, stdout=f"a line\n{json.dumps(found)}\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", measured)
+        rows = table(run("training", "--cells", "lora-514", "full-2000", "--repeats", "3"))
+    assert rows == {name: ["2", "4", "3.3", "3", "0.500", "1.100"] for name in ("lora-514", "full-2000")}
+    parsed = [importlib.import_module("measuring.training_arguments").arguments("", each[2:]) for each in commands]
+    assert [(each.kind, each.batch, each.layers, each.row) for each in parsed] == [
+        ("lora", 2, 6, True),
+        ("full", 1, 6, True),
+    ]
+
+
+@pytest.mark.slow
+def test_a_cell_of_training(run):
+    found = json.loads(run("training", *NETWORK, "--row").splitlines()[-1])
+    assert found["seconds"]["ours"] > 0 and found["memory"]["diffusers"] > 0
+
+
 @pytest.mark.slow
 def test_memory_of_training(run):
     rows = table(run("training_memory", "--models", "cogvideox_2b"))

@@ -48,6 +48,12 @@ def test_arguments_of_training_change_it(capsys):
     assert len(lines) == 3, "the text encoder is counted"
     recomputed = told(capsys, *TINY, "--checkpoint_activations")
     assert gib(recomputed[1]) < gib(lines[1]) and "activations (recomputed)" in recomputed[1]
+    choices = told(capsys, *TINY, "--checkpoint_activations", "auto")[1:4]
+    assert [gib(line) for line in choices] == sorted(map(gib, choices), reverse=True) and gib(choices[0]) == gib(
+        lines[1]
+    )
+    for line, mode in zip(choices, ("false", "attention", "true"), strict=True):
+        assert line.startswith(f"on latents, if checkpoint_activations: auto takes {mode}: ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

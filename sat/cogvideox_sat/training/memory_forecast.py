@@ -49,8 +49,8 @@ def forecast(
             network.transformer.checkpoint_activations = each
             memory = estimate_memory(engine, layout, bucket, micro_batch)
             line = memory_line(memory, bucket, micro_batch, recomputation(network).in_words(layers))
-            named = f"{str(each).lower()}, one that auto may choose" if mode == AUTO else str(each).lower()
-            lines.append(f"{what}, checkpoint_activations {named}: {line}")
+            named = f"{what}, if checkpoint_activations: auto takes {str(each).lower()}" if mode == AUTO else what
+            lines.append(f"{named}: {line}")
     if engine.unknown:
         lines.append(f"on clips: the text encoder comes on top; its size is not known: {engine.unknown}")
     return lines
