@@ -128,6 +128,26 @@ def test_all_processes_end_with_the_line_of_the_one_that_fails(tmp_path, failing
     assert len(list((tmp_path / "1").glob("*.pt"))) == 1 + model_parallel
 
 
+def settled(folder):
+    """Whether each process finds the checkpoint once it has settled, by itself, while the first one still writes."""
+    engine = build(arguments(2))
+    step(engine)
+    late = saver(engine, Path(folder))
+    with held_writing() as go:
+        late.save(1, {}, wait=False)
+        threading.Timer(1, go.set).start()
+        assert not Path(folder, "1").exists()
+        late.settle()
+        return Path(folder, "1").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_process_that_fails_waits_for_the_one_that_writes(tmp_path):
+    assert run_distributed(settled, 2, str(tmp_path)) == [True, True]
+    assert (tmp_path / "latest").read_text() == "1"
+
+
 def test_one_at_a_time_and_the_ones_before_stay_until_it_is_there(tmp_path):
     engine = build(arguments(0))
     step(engine)
