@@ -8,6 +8,8 @@ from cogvideox_sat.memory.weightless import GIB
 from cogvideox_sat.training import recomputation_choice
 from cogvideox_sat.training.memory_estimate import Layout, estimate_memory
 from cogvideox_sat.training.recomputation_choice import candidates, decide, fastest_that_fits, free_memory
+from training_clips import write_dataset
+from training_runs import assert_same, metrics, train, weights, write_config
 from untrained_engines import ADAM, CLIP, engine_of
 
 
@@ -57,3 +59,19 @@ def test_free_memory_of_a_cpu_is_shared_by_the_processes(monkeypatch):
     assert free_memory(torch.device("cpu")) == 8 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory(torch.device("cpu")) == 2 * GIB
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_mode_to_the_bit(tmp_path, tiny, caplog):
+    """Four steps without recomputation, against two, and two more with `auto`, which says what it took."""
+    clips = write_dataset(tmp_path / "clips", clips=4, frames=12, sizes=[(64, 96)])
+    straight = train(write_config(tmp_path / "straight.yaml", tiny, "2b", clips, lora=True))
+    config = write_config(tmp_path / "changed.yaml", tiny, "2b", clips, lora=True, save=str(tmp_path / "changed"))
+    train(config, "--checkpoint_activations", "attention", "--save_interval", "2")
+    (first,) = (tmp_path / "changed").iterdir()
+    caplog.set_level("INFO")
+    changed = train(config, "--resume", str(first / "2"), "--checkpoint_activations", "auto")
+    assert metrics(changed) == metrics(straight)
+    assert_same(weights(changed), weights(straight))
+    (line,) = [each.getMessage() for each in caplog.records if "checkpoint_activations: auto" in each.getMessage()]
+    assert "nothing recomputed of 2 layers" in line
