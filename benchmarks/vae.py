@@ -1,6 +1,10 @@
 """Encode and decode of the video autoencoder against diffusers' AutoencoderKLCogVideoX: same weights, same inputs.
 
     python benchmarks/vae.py [--device cuda] [--dtype bfloat16] [--size tiny] [--write]
+    python benchmarks/vae.py --count --dtype bfloat16 --frames 49 --height 480 --width 720
+
+The second counts, without computing anything, what ours reads and writes beside convolutions, and the memory it takes
+on a GPU with all frames at once and with fewer.
 
 Ours encodes the clip at once, as the original does. diffusers encodes it in slices of eight frames, unless that is
 switched off: both are measured. Both sides decode in chunks of two latent frames. Ratios are to diffusers at its
@@ -28,6 +32,9 @@ def main() -> None:
 
     from support import relative_error
 
+    if args.count:
+        print(f"{setting(args)}\n\n{counted(args)}")  # noqa: T201
+        return
     if args.memory_of:
         task, contender = args.memory_of
         print(json.dumps(peak_memory(build(args, contender)[contender][task], args.device)))  # noqa: T201
@@ -51,8 +58,34 @@ def main() -> None:
         write_results(f"Video autoencoder, {args.size}, {args.device.type}, {args.dtype}", text)
 
 
+def counted(args: argparse.Namespace) -> str:
+    """Return the table of what is counted on tensors without content."""
+    import torch
+    from measuring.autoencoders import LATENT_CHANNELS, build_without_content
+
+    from memory_traffic import traffic_of
+    from sgm.models.video_coder_memory import peak_bytes
+
+    size = args.frames, args.height, args.width
+    dtype = getattr(torch, args.dtype)
+    vae = build_without_content(args.size, dtype)
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    latent_size = (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8
+    clip, latent = (
+        torch.empty((1, channels, *each), dtype=dtype, device="meta")
+        for channels, each in ((3, size), (LATENT_CHANNELS, latent_size))
+    )
+    tasks = {"encode": lambda: vae.encode(clip, unregularized=True), "decode": lambda: list(vae.decode_chunks(latent))}
+    rows = []
+    for task, run in tasks.items():
+        peaks = [(peak_bytes(vae, task, *size, frames_at_once=at_once) + weights) / 2**30 for at_once in (None, 8, 4)]
+        rows.append([task, f"{traffic_of(run).total / 1e9:.1f}", *(f"{peak:.2f}" for peak in peaks)])
+    return markdown_table(["", "GB beside convolutions", "GiB, all frames", "GiB, by 8", "GiB, by 4"], rows)
+
+
 def arguments() -> argparse.Namespace:
     parser = common_parser(__doc__)
+    parser.add_argument("--count", action="store_true", help="count bytes, and measure nothing")
     parser.add_argument("--memory-of", nargs=2, metavar=("TASK", "CONTENDER"), help=argparse.SUPPRESS)
     return parse(parser)
 

@@ -156,7 +156,10 @@ class SATVideoDiffusionEngine(nn.Module):
             first_stage.use_tiles(self.settings.vae_tile_size)
         if self.settings.vae_frames_at_once is not None and isinstance(first_stage, VideoCoder):
             first_stage.use_frames_at_once(self.settings.vae_frames_at_once)
-        return first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
+        first_stage = first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
+        if isinstance(first_stage, VideoCoder):
+            first_stage.lay_out_weights()
+        return first_stage
 
     def _build_network(self, device: torch.device | str) -> nn.Module:
         config, settings, overrides = self.config["network_config"], self.settings, {}

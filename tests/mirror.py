@@ -96,7 +96,6 @@ COVERED_BY = {
     "training.latent_encoding": ("tools/test_precompute_latents.py", "encodes and caches"),
     "vae_modules.cp_enc_dec": ("vae_modules/test_autoencoder.py", "the coders of the autoencoder"),
     "vae_modules.layers": ("vae_modules/test_winograd.py", "all fast kernels stand together"),
-    "vae_modules.modulation": ("vae_modules/test_winograd.py", "all fast kernels stand together"),
     "training.memory_forecast": ("tools/test_estimate_memory.py", "what that tool tells"),
     "vae_training.plan": ("configuration/test_vae_training_arguments.py", "what is planned from arguments"),
     "vae_training.reconstructions": ("vae_training/test_run.py", "a part of the run"),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sgm.errors import UserError
@@ -10,7 +11,15 @@ from sgm.modules.autoencoding.clip import Chunk
 from sgm.modules.autoencoding.waiting import WaitingRoom
 from vae_modules import piecewise
 from vae_modules.initialization import NOISE, initialize
-from vae_modules.layers import CausalConv3d, Downsample3D, GroupNorm, ResnetBlock3D, SpatialNorm3D, Upsample3D
+from vae_modules.layers import (
+    CausalConv3d,
+    Downsample3D,
+    GroupNorm,
+    ResnetBlock3D,
+    SpatialNorm3D,
+    Upsample3D,
+    normalize_and_convolve,
+)
 from vae_modules.recomputation import check_levels, run_layer
 
 
@@ -116,7 +125,9 @@ class ContextParallelEncoder3D(nn.Module):
                 h = run_layer(down.downsample, h, chunk, recompute=recompute)
         h = self.mid.block_1(h, chunk)
         h = self.mid.block_2(h, chunk)
-        return self.conv_out(self.norm_out(h, chunk), chunk)
+        if torch.is_grad_enabled():
+            return self.conv_out(self.norm_out(h, chunk), chunk)
+        return normalize_and_convolve(self.norm_out, self.conv_out, [h], chunk, overwrite=True)
 
     def in_pieces(self, x: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
         """Return what a call returns, by `steps` latent frames at a time; see `piecewise`. Without gradients.
@@ -226,7 +237,9 @@ class ContextParallelDecoder3D(nn.Module):
                 h = run_layer(block, h, chunk, z, recompute=recompute)
             if hasattr(up, "upsample"):
                 h = up.upsample(h, chunk)
-        return self.conv_out(self.norm_out(h, z, chunk), chunk)
+        if torch.is_grad_enabled():
+            return self.conv_out(self.norm_out(h, z, chunk), chunk)
+        return normalize_and_convolve(self.norm_out, self.conv_out, [h], chunk, z, overwrite=True)
 
     def in_pieces(self, z: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
         """Return what a call returns, by `steps` latent frames at a time; see `piecewise`. Without gradients.

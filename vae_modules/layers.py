@@ -1,6 +1,7 @@
 """The layers of the causal video autoencoder, on (batch, channel, time, height, width) in channels-last memory."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
-from vae_modules.modulation import channel_sums, modulated_silu, write_modulated_silu
+from vae_modules.modulation import (
+    add_in_place,
+    channel_sums,
+    modulated_silu,
+    write_modulated_silu,
+)
+
+FEW = 4  # channels of a float32 image, with which oneDNN has no 3D convolution
 
 # ---------------------------------------------------------------- convolution
 
@@ -40,7 +48,18 @@ class CausalConv3d(nn.Module):
             return winograd.causal_conv3d(before, x, weight, bias)
         if before is None:
             before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
-        return F.conv3d(torch.cat([before, x], dim=2), weight, bias, padding=padding)
+        frames = torch.cat([before, x], dim=2)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and self.conv.in_channels < FEW:
+            return _with_time_in_channels(self.conv, frames)
+        return F.conv3d(frames, weight, bias, padding=padding)
+
+    def forward_over(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """Return what a call does, where no gradient is wanted; `x` may be overwritten."""
+        # Frames that are being sent to another rank must stay as they are.
+        if chunk.group is None and x.shape[2] > 1 and winograd.serves(x, self.conv.weight):
+            before = chunk.frames_before(self, x, self.conv.kernel_size[0] - 1)
+            return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias)
+        return self(x, chunk)
 
     def takes_room(self, x: Tensor) -> bool:
         """Whether `after` serves for what follows from `x`, and saves a copy: where no gradient is wanted."""
@@ -80,8 +99,9 @@ class GroupNorm(nn.GroupNorm):
         count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // self.num_groups].numel())
         return torch.cat([sums, count])
 
-    def maps(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk) -> tuple[Tensor, Tensor, bool]:
-        """The scale and shift, each (batch, channel, 1, 1, 1), that normalize, and whether a first frame has its own.
+    def passes(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk) -> tuple[Any, ...]:
+        """The scale and shift, each (batch, channel, 1, 1, 1), that normalize, and whether a first frame has its own:
+        what `write_modulated_silu` takes.
 
         Args:
             statistics: of all that is normalized together, on all ranks.
@@ -97,7 +117,7 @@ class GroupNorm(nn.GroupNorm):
         return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None], False
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
-        return modulated_silu(x, *self.maps(chunk.total(self.statistics(x), self.gather_norm), x.dtype, chunk))
+        return modulated_silu(x, *self.passes(chunk.total(self.statistics(x), self.gather_norm), x.dtype, chunk))
 
 
 class SpatialNorm3D(nn.Module):
@@ -120,23 +140,30 @@ class SpatialNorm3D(nn.Module):
         """See `GroupNorm.statistics`."""
         return self.norm_layer.statistics(f)
 
-    def maps(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """See `GroupNorm.maps`; here each (batch, channel, t, h, w) as `z`."""
-        scale, shift, _ = self.norm_layer.maps(statistics, dtype, chunk)
-        # Pointwise maps commute with nearest resizing, so everything but one multiply-add is done at z's resolution.
-        y, b = self.conv_y(z, chunk), self.conv_b(z, chunk)
-        return scale * y, shift * y + b, chunk.lead
+    def passes(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor) -> tuple[Any, ...]:
+        """See `GroupNorm.passes`: maps (batch, channel, t, h, w) as `z`, after those of the normalization alone."""
+        scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk)
+        return self.conv_y(z, chunk), self.conv_b(z, chunk), chunk.lead, scale, shift
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
         """f (batch, channel, T, H, W) with the latent z (batch, latent_channel, t, h, w) of the same frames."""
-        return modulated_silu(f, *self.maps(chunk.total(self.statistics(f), self.gather_norm), f.dtype, chunk, z))
+        statistics = chunk.total(self.statistics(f), self.gather_norm)
+        y, b, lead, scale, shift = self.passes(statistics, f.dtype, chunk, z)
+        # Pointwise maps commute with nearest resizing, so everything but one multiply-add is done at z's resolution.
+        return modulated_silu(f, scale * y, shift * y + b, lead)
 
 
 Norm = GroupNorm | SpatialNorm3D
 
 
 def normalize_and_convolve(
-    norm: Norm, conv: CausalConv3d, held: list[Tensor], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None
+    norm: Norm,
+    conv: CausalConv3d,
+    held: list[Tensor],
+    chunk: Chunk,
+    *z: Tensor,
+    statistics: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """conv(norm(x)) where no gradient is wanted.
 
@@ -144,19 +171,21 @@ def normalize_and_convolve(
         held: only `x`; taken out of the list as soon as it is not needed, so that its memory may serve the convolution.
         z: the latent, for a norm that is conditioned on one.
         statistics: of all that is normalized together, where that is more than `x`.
+        overwrite: `x` is needed by nobody else, and its memory may be written to.
     """
     x = held.pop()
     if statistics is None:
         statistics = chunk.total(norm.statistics(x), norm.gather_norm)
-    maps = norm.maps(statistics, x.dtype, chunk, *z)
+    passes = norm.passes(statistics, x.dtype, chunk, *z)
     if not conv.takes_room(x):
-        h = modulated_silu(x, *maps)
+        h = x if overwrite else torch.empty_like(x)
+        write_modulated_silu(h, x, *passes)
         del x
-        return conv(h, chunk)
+        return conv.forward_over(h, chunk)
     before = conv.conv.kernel_size[0] - 1
     shape = (x.shape[0], x.shape[1], before + x.shape[2], *x.shape[3:])
     room = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    write_modulated_silu(room[:, :, before:], x, *maps)
+    write_modulated_silu(room[:, :, before:], x, *passes)
     del x
     return conv.after(room, chunk)
 
@@ -200,8 +229,8 @@ class ResnetBlock3D(nn.Module):
         h = normalize_and_convolve(self.norm1, self.conv1, [x], chunk, *condition)
         held = [h]
         del h
-        h = normalize_and_convolve(self.norm2, self.conv2, held, chunk, *condition)
-        return h.add_(self.shortcut(x))
+        h = normalize_and_convolve(self.norm2, self.conv2, held, chunk, *condition, overwrite=True)
+        return add_in_place(h, self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What is added to the result for the input `x`: itself, or as many channels as the result has."""
@@ -217,11 +246,30 @@ class Downsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        if not torch.is_grad_enabled():
+            return _framewise(self.conv, self._halved_in_time_and_padded(x, int(chunk.lead)))
         if self.compress_time:
             lead = int(chunk.lead)
             pairs = 0.5 * (x[:, :, lead::2] + x[:, :, lead + 1 :: 2])
             x = torch.cat([x[:, :, :1], pairs], dim=2) if lead else pairs
         return _framewise(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
+
+    def _halved_in_time_and_padded(self, x: Tensor, lead: int) -> Tensor:
+        """The frames that the convolution takes, with a row and a column of zeros, written once."""
+        batch, channels, time, height, width = x.shape
+        frames = lead + (time - lead) // 2 if self.compress_time else time
+        shape = (batch, channels, frames, height + 1, width + 1)
+        padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        padded[..., -1, :].zero_()
+        padded[..., -1].zero_()
+        inner = padded[..., :-1, :-1]
+        if not self.compress_time:
+            inner.copy_(x)
+            return padded
+        inner[:, :, :lead] = x[:, :, :lead]
+        if frames > lead:
+            torch.lerp(x[:, :, lead::2], x[:, :, lead + 1 :: 2], 0.5, out=inner[:, :, lead:])
+        return padded
 
 
 class Upsample3D(nn.Module):
@@ -235,7 +283,10 @@ class Upsample3D(nn.Module):
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         x = _framewise(self._double_and_convolve, x)
         if self.compress_time:  # after the convolution, which would only repeat itself
-            first, rest = x[:, :, : int(chunk.lead)], x[:, :, int(chunk.lead) :]
+            lead = int(chunk.lead)
+            first, rest = x[:, :, :lead], x[:, :, lead:]
+            if not torch.is_grad_enabled():
+                return _doubled_in_time(first, rest)
             doubled = rest.unsqueeze(3).expand(-1, -1, -1, 2, -1, -1).flatten(2, 3)
             x = torch.cat([first, doubled], dim=2)
         return x
@@ -250,10 +301,29 @@ class Upsample3D(nn.Module):
         return F.conv_transpose2d(frames, kernel, bias, stride=2, padding=1)
 
 
+def _doubled_in_time(first: Tensor, rest: Tensor) -> Tensor:
+    """The frames of `first`, and twice each of `rest`, written once."""
+    shape = (*first.shape[:2], first.shape[2] + 2 * rest.shape[2], *first.shape[3:])
+    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last_3d)
+    out[:, :, : first.shape[2]] = first
+    out[:, :, first.shape[2] :].unflatten(2, (rest.shape[2], 2)).copy_(rest.unsqueeze(3))
+    return out
+
+
 def _overlapping_sums(kernel: Tensor, dim: int) -> Tensor:
     """The taps (a, b, c) along `dim` -> (a, a + b, b + c, c): what a doubled row makes of them."""
     before = torch.cat([kernel, kernel.narrow(dim, 0, 1) * 0], dim)
     return before + before.roll(1, dim)
+
+
+def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor) -> Tensor:
+    """Apply a convolution without padding in time as one of images, which have the channels of all frames it sees."""
+    time, height, width = conv.kernel_size
+    count = frames.shape[2] - time + 1
+    seen = torch.cat([frames[:, :, tap : tap + count] for tap in range(time)], dim=1)
+    seen = seen.contiguous(memory_format=torch.channels_last_3d)
+    kernel = conv.weight.transpose(1, 2).flatten(1, 2)
+    return _framewise(lambda x: F.conv2d(x, kernel, conv.bias, padding=(height // 2, width // 2)), seen)
 
 
 def _pointwise_in_time(conv: nn.Conv3d, x: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""Normalization's two passes over a large tensor, each a function of its own for the backward pass.
+"""Normalization's passes over a large tensor, each a function of its own for the backward pass.
 
-Both keep nothing for it but what they are given, and recompute the rest. Tensors are (batch, channel, time, height,
-width) in channels-last memory.
+All keep nothing for it but what they are given. Tensors are (batch, channel, time, height, width)
+in channels-last memory. Each pass is one operator that reads and writes its tensors once: on a GPU one kernel (see
+`gpu_kernels`; several of PyTorch's where that is not at hand), on a CPU piece by piece in the cache.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,14 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+KNOWN = "_channel_sums"  # the attribute of a tensor that has been summed already
+CACHED = 2**18  # bytes that stay in a CPU's cache from one operation to the next, beside what belongs to them
+
 
 def channel_sums(x: Tensor) -> Tensor:
     """The sums over space and time of `x` and of its square, (2, batch, channel) in float64.
 
-    Sums run along one row of a frame in float32 and from there on in float64, so a clip of any size is summed to
-    full precision.
+    Sums run along a part of a frame in float32 and from there on in float64, so a clip of any size is summed to full
+    precision. What `add_in_place` has found out is not summed again.
     """
-    return _ChannelSums.apply(x)
+    known = getattr(x, KNOWN, None)
+    return _ChannelSums.apply(x) if known is None else known
+
+
+def add_in_place(x: Tensor, other: Tensor) -> Tensor:
+    """Add `other` to `x`, where no gradient is wanted, and return it, with its `channel_sums` known."""
+    setattr(x, KNOWN, _add_and_sum(x, other))
+    return x
 
 
 def modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tensor:
@@ -33,27 +46,139 @@ def modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tenso
     return _ModulatedSiLU.apply(x, scale, shift, lead)
 
 
-def write_modulated_silu(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> None:
-    """Write what `modulated_silu` returns into `out`, which may be a part of a larger tensor."""
+def write_modulated_silu(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, *before: Tensor) -> None:
+    """Write what `modulated_silu` returns into `out`, which may be `x` itself or a part of a larger tensor.
+
+    Args:
+        before: another scale and shift (batch, channel, 1, 1, 1), which apply to `x` first.
+    """
+    if out is x:
+        vars(x).pop(KNOWN, None)
+        _overwrite_with_modulated_silu(x, scale, shift, lead, list(before))
+    else:
+        _write_modulated_silu(out, x, scale, shift, lead, list(before))
+
+
+# ---------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("cogvideox_vae::channel_sums", mutates_args=())
+def _channel_sums(x: Tensor) -> Tensor:
+    kernels = _gpu_kernels(x)
+    return kernels.channel_sums(x) if kernels else _sums(x)
+
+
+@torch.library.custom_op("cogvideox_vae::add_and_sum", mutates_args=("x",))
+def _add_and_sum(x: Tensor, other: Tensor) -> Tensor:
+    if kernels := _gpu_kernels(x, other):
+        return kernels.add_and_sum(x, other)
+    total = x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
+    for frames, rows in _cached(x, 1):
+        piece = x[:, :, frames, rows]
+        piece.add_(other[:, :, frames, rows])
+        total += _sums_of_piece(piece)
+    return total
+
+
+@torch.library.custom_op("cogvideox_vae::modulated_silu", mutates_args=("out",))
+def _write_modulated_silu(
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]
+) -> None:
+    _modulate(out, x, scale, shift, lead, before)
+
+
+@torch.library.custom_op("cogvideox_vae::modulated_silu_", mutates_args=("x",))
+def _overwrite_with_modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
+    _modulate(x, x, scale, shift, lead, before)
+
+
+@_channel_sums.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
+
+
+@_add_and_sum.register_fake
+def _(x: Tensor, other: Tensor) -> Tensor:
+    return x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
+
+
+@_write_modulated_silu.register_fake
+def _(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
+    return None
+
+
+@_overwrite_with_modulated_silu.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
+    return None
+
+
+def _modulate(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
+    if x.shape[2] == 0:
+        return
+    if kernels := _gpu_kernels(x, out):
+        kernels.write_modulated_silu(out, x, scale, shift, lead, (before[0], before[1]) if before else None)
+        return
+    if before:
+        scale, shift = before[0] * scale, before[1] * scale + shift
     for frames, at in _pieces(x, scale, lead):
         a, b = _one_each(scale[:, :, at]), _one_each(shift[:, :, at])
-        piece = out[:, :, frames]
-        torch.addcmul(b, _blocks(x[:, :, frames], a), a, out=_blocks(piece, a))
-        F.silu(piece, inplace=True)
+        one = a.shape[4] == 1  # for all rows
+        multiple = 1 if one else x.shape[3] // a.shape[4]
+        for _, rows in _cached(x[:, :, frames], multiple):
+            steps = slice(None) if one else slice(rows.start // multiple, rows.stop // multiple)
+            factor, summand, piece = a[:, :, :, :, steps], b[:, :, :, :, steps], out[:, :, frames, rows]
+            torch.addcmul(summand, _blocks(x[:, :, frames, rows], factor), factor, out=_blocks(piece, factor))
+            F.silu(piece, inplace=True)
+
+
+def _gpu_kernels(*tensors: Tensor) -> ModuleType | None:
+    """The kernels that serve for these tensors, if any do. Triton takes a while to import, and no CPU needs it."""
+    if tensors[0].device.type != "cuda":
+        return None
+    from vae_modules import gpu_kernels
+
+    return gpu_kernels if gpu_kernels.serve(*tensors) else None
+
+
+def _sums(x: Tensor) -> Tensor:
+    """See `channel_sums`."""
+    if x.device.type == "cpu":
+        total = x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
+        for frames, rows in _cached(x, 1):
+            total += _sums_of_piece(x[:, :, frames, rows])
+        return total
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = x.sum((3, 4), dtype=wide), torch.linalg.vector_norm(x, dim=(3, 4), dtype=wide)  # without a wide copy
+    return torch.stack([sums[0].double(), sums[1].double().square()]).sum(3)
+
+
+def _sums_of_piece(piece: Tensor) -> Tensor:
+    rows = piece.permute(0, 2, 3, 4, 1).to(torch.promote_types(piece.dtype, torch.float32))
+    return torch.stack([rows.sum(3), rows.square().sum(3)]).double().sum((2, 3))
+
+
+def _cached(x: Tensor, multiple: int) -> Iterator[tuple[slice, slice]]:
+    """Frames and rows of pieces that stay in a CPU's cache, of whole `multiple`s of rows; on a GPU all at once."""
+    frames, height = x.shape[2], x.shape[3]
+    if x.device.type != "cpu":
+        yield slice(0, frames), slice(0, height)
+        return
+    row_bytes = max(multiple * x[:, :, :1, :1].nbytes, 1)
+    count = max(min(-(-(height // multiple) * row_bytes // CACHED), height // multiple), 1)
+    edges = [multiple * round(height // multiple * index / count) for index in range(count + 1)]
+    for frame in range(frames):
+        for top, bottom in pairwise(edges):
+            yield slice(frame, frame + 1), slice(top, bottom)
+
+
+# ---------------------------------------------------------------- functions with a backward pass
 
 
 class _ChannelSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rows = x.permute(0, 2, 3, 4, 1)  # b t h w c: contiguous in channels-last memory
-        # Frame by frame, so that the squares take little memory. split() gives one empty piece of no frames.
-        sums = [
-            torch.stack([frame.sum(3, dtype=wide), frame.to(wide).square().sum(3)]).double().sum((2, 3))
-            for frame in rows.split(1, dim=1)
-        ]
-        return torch.stack(sums).sum(0)
+        return _channel_sums(x)
 
     @staticmethod
     @once_differentiable
@@ -69,7 +194,7 @@ class _ModulatedSiLU(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift)
         ctx.lead = lead
         out = torch.empty_like(x)
-        write_modulated_silu(out, x, scale, shift, lead)
+        _write_modulated_silu(out, x, scale, shift, lead, [])
         return out
 
     @staticmethod

@@ -22,6 +22,7 @@ from vae_modules.layers import (
     Upsample3D,
     normalize_and_convolve,
 )
+from vae_modules.modulation import add_in_place
 
 MAPS = 7
 """Features of a piece, at the widest place, that are in memory at once. For the full size 5 to 6.2 are counted, with
@@ -122,7 +123,9 @@ def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
 
     def second(index: int, piece: Waiting) -> Tensor:
         chunk, z = pieces.chunks[index], pieces.latents[index]
-        h = normalize_and_convolve(layer.norm2, layer.conv2, [piece.take()], chunk, *z, statistics=between)
-        return h.add_(shortcuts[index].take())
+        h = normalize_and_convolve(
+            layer.norm2, layer.conv2, [piece.take()], chunk, *z, statistics=between, overwrite=True
+        )
+        return add_in_place(h, shortcuts[index].take())
 
     pieces.replace(second, norm)

@@ -38,6 +38,13 @@ def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor
     return _CausalConv3d.apply(before, x, weight, bias)
 
 
+def overwriting_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return what `causal_conv3d` does, without a gradient, in the memory of `x` where it fits: new memory is slow."""
+    out = x if x.shape[1] == len(weight) else _empty_result(x, weight)
+    _convolve(before, x, weight, bias, out)
+    return out
+
+
 # ---------------------------------------------------------------- minimal filtering
 
 
@@ -78,14 +85,17 @@ def _division(time: int, repeated: bool) -> Iterator[tuple[Filtering, list[int]]
         yield FOUR_FRAMES, list(range(time % 4, time, 4))
 
 
-def _combination(coefficients: Sequence[float], frames: Sequence[Tensor]) -> Tensor:
-    """Their weighted sum: a new tensor, or the only frame that counts."""
-    (c, total), *rest = [(c, frame) for c, frame in zip(coefficients, frames, strict=True) if c]
+def _combination(coefficients: Sequence[float], frames: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Their weighted sum, in `out` or else in a new tensor; or the only frame that counts."""
+    # A factor of 1 first, if there is one: it is not multiplied.
+    (c, total), *rest = sorted(
+        ((c, f) for c, f in zip(coefficients, frames, strict=True) if c), key=lambda p: p[0] != 1
+    )
     fresh = c != 1
     if fresh:
-        total = total * c
+        total = torch.mul(total, c, out=out)
     for c, frame in rest:
-        total = total.add_(frame, alpha=c) if fresh else torch.add(total, frame, alpha=c)
+        total = total.add_(frame, alpha=c) if fresh else torch.add(total, frame, alpha=c, out=out)
         fresh = True
     return total
 
@@ -100,27 +110,48 @@ def _add_multiples(coefficients: Sequence[float], product: Tensor, frames: Seque
 # ---------------------------------------------------------------- convolution
 
 
+def _empty_result(x: Tensor, weight: Tensor) -> Tensor:
+    shape = (x.shape[0], len(weight), *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+
+
+def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Write the convolution of `x` into `y`, which may be `x` itself."""
+    frames = _with_frames_before(before, x)
+    mixed = torch.empty_like(frames[-1])  # for all products: new memory takes longer than what is done with it
+    # From the last frames to the first, so that none is overwritten before it has been used.
+    for filtering, starts in reversed(list(_division(x.shape[2], before is None))):
+        kernels = _kernels(filtering, weight)
+        for start in reversed(starts):
+            d = frames[start : start + len(filtering.outputs) + 2]
+            products = (
+                F.conv2d(_combination(row, d, mixed), kernel, None if index else bias, padding=1)
+                for index, (row, kernel) in enumerate(zip(filtering.inputs, kernels, strict=True))
+            )
+            out = y[:, :, start : start + len(filtering.outputs)].unbind(2)
+            _write_sums(filtering, iter(list(products)) if y is x else products, out)
+
+
+def _write_sums(filtering: Filtering, products: Iterator[Tensor], out: Sequence[Tensor]) -> None:
+    """Write the output frames that the products give."""
+    first = next(products)
+    for index, product in enumerate(products, 1):
+        factors = [row[index] for row in filtering.outputs]
+        if index > 1:
+            _add_multiples(factors, product, out)
+        else:  # with the first product, of which every frame has one
+            for c, frame in zip(factors, out, strict=True):
+                torch.add(first, product, alpha=c, out=frame)
+    if len(filtering.inputs) == 1:
+        out[0].copy_(first)
+
+
 class _CausalConv3d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(before, x, weight)
-        batch, _, time, height, width = x.shape
-        shape = (batch, len(weight), time, height, width)
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-        frames = _with_frames_before(before, x)
-        for filtering, starts in _division(time, before is None):
-            kernels = _kernels(filtering, weight)
-            for start in starts:
-                d = frames[start : start + len(filtering.outputs) + 2]
-                out = y[:, :, start : start + len(filtering.outputs)].unbind(2)
-                for index, kernel in enumerate(kernels):
-                    mixed = _combination(filtering.inputs[index], d)
-                    product = F.conv2d(mixed, kernel, None if index else bias, padding=1)
-                    if index:
-                        _add_multiples([row[index] for row in filtering.outputs], product, out)
-                    else:
-                        for frame in out:
-                            frame.copy_(product)
+        y = _empty_result(x, weight)
+        _convolve(before, x, weight, bias, y)
         return y
 
     @staticmethod

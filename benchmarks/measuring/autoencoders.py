@@ -16,13 +16,22 @@ LATENT_CHANNELS = 16
 
 def autoencoder(size: str, **coder: object) -> VideoAutoencoderInferenceWrapper:
     """Ours, with the seeded weights of every benchmark; `coder` are further options of encoder and decoder."""
+    return seed_module_(_autoencoder(size, **coder))
+
+
+def build_without_content(size: str, dtype: torch.dtype) -> VideoAutoencoderInferenceWrapper:
+    """Ours on the meta device, where tensors have shapes alone."""
+    with torch.device("meta"):
+        return _autoencoder(size).to(dtype).eval()
+
+
+def _autoencoder(size: str, **coder: object) -> VideoAutoencoderInferenceWrapper:
     params = {"z_channels": LATENT_CHANNELS, **NETWORKS[size], **coder}
-    vae = VideoAutoencoderInferenceWrapper(
+    return VideoAutoencoderInferenceWrapper(
         encoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelEncoder3D", "params": params},
         decoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelDecoder3D", "params": params},
         regularizer_config={"target": "vae_modules.regularizers.DiagonalGaussianRegularizer"},
     )
-    return seed_module_(vae)
 
 
 def diffusers_autoencoder(size: str) -> torch.nn.Module:

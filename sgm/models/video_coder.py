@@ -108,6 +108,13 @@ class VideoCoder(nn.Module):
                     )
         self.frames_at_once, self.waiting_bytes = frames, waiting_bytes
 
+    def lay_out_weights(self) -> None:
+        """Put the weights of 3D convolutions on a GPU into the layout of what they convolve, for a VAE that is not
+        trained: cuDNN would otherwise do so at each call."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d) and module.weight.device.type != "cpu":
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+
     def get_last_layer(self) -> nn.Parameter:
         """The weight that makes the pixels, for losses that balance their terms by its gradient."""
         return self.decoder.conv_out.conv.weight

@@ -121,6 +121,14 @@ def test_network(run):
     assert all(number(cell) > 0 for row in rows.values() for cell in row)
 
 
+def test_autoencoder_counted(run):
+    """Twice the pixels are twice the bytes; fewer frames at once take less memory."""
+    size = ("--size", "tiny", "--frames", "17", "--width", "64")
+    one, two = (table(run("vae", "--count", *size, "--height", height)) for height in ("64", "128"))
+    for task in ("encode", "decode"):
+        assert number(two[task][0]) == pytest.approx(2 * number(one[task][0]), rel=0.2, abs=0.11)
+
+
 @pytest.mark.slow
 def test_autoencoder(run):
     """17 frames are two slices of diffusers."""

@@ -460,6 +460,11 @@ def test_tiles_are_part_of_what_a_cache_is(tiny, clips, tmp_path, cache):
         assert latent_encoding.run(args, folder) == 0
         assert json.loads((folder / "cache.json").read_text())["encoding"]["tile_size"] == size
     whole, tiled = (LatentDataset([folder], model_of(tiny, "2b"))[key(0)]["moments"] for folder in folders.values())
+    few = arguments(config, clips, data_config=data, vae_frames_at_once=4)
+    assert latent_encoding.run(few, folders[None]) == 0, "whole frames by few at a time are the same cache"
+    assert latent_encoding.run(few, tmp_path / "few") == 0
+    by_few = LatentDataset([tmp_path / "few"], model_of(tiny, "2b"))[key(0)]["moments"]
+    assert (by_few - whole).norm() <= 1e-2 * whole.norm()  # stored in half precision
     assert whole.shape == tiled.shape and 0 < (whole - tiled).norm() / whole.norm() < 0.5
     with pytest.raises(UserError, match=r"encoding.tile_size is 64 there and null now"):
         latent_encoding.run(arguments(config, clips, data_config=data), folders[64])

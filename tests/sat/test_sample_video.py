@@ -284,12 +284,14 @@ def test_half_precision_is_close(tiny, tmp_path, base_videos, dtype):
 
 
 @pytest.mark.slow
-def test_tiles(tiny, tmp_path):
+def test_tiles_and_few_frames_at_once(tiny, tmp_path):
     size = ("--sampling_image_size", "64", "96")
-    for name, tiles in (("whole", ()), ("tiled", ("--vae_tile_size", "64"))):
-        assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, *size, *tiles, name=name)) == 0
-    tiled, whole = (read_video(files(tmp_path / name)[0])[1] for name in ("tiled", "whole"))
-    assert tiled.shape == whole.shape
+    ways = {"whole": (), "tiled": ("--vae_tile_size", "64"), "few": ("--vae_frames_at_once", "4")}
+    for name, way in ways.items():
+        assert main(command(tiny.config("5b"), tmp_path, ONE_PROMPT, *size, *way, name=name)) == 0
+    whole, tiled, few = (read_video(files(tmp_path / name)[0])[1] for name in ways)
+    assert tiled.shape == whole.shape == few.shape
+    assert (few - whole).abs().mean() < 1e-3
     assert 0 < (tiled - whole).abs().mean() < 0.5
 
 

@@ -262,6 +262,7 @@ def test_latents_that_are_not_finite_or_of_another_model(tiny, kept, tmp_path, c
         (["/nowhere"], "/nowhere does not exist"),
         (["{folder}"], "holds no .safetensors file"),
         (["x", "--vae_tile_size", "63"], "vae_tile_size is 63"),
+        (["x", "--vae_frames_at_once", "6"], "vae_frames_at_once is 6; it must be a multiple of 4, at least 4"),
         (["x", "--fps", "0"], "--fps is 0"),
         (["x", "--device", "gpu"], "--device is 'gpu'"),
         (["x", "--overwrite", "--skip_existing"], "overwrite and skip_existing are both on"),

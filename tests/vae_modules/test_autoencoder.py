@@ -299,6 +299,16 @@ def test_norm_groups():
         ContextParallelEncoder3D(**sizes, norm_groups=3)
 
 
+def test_weights_on_a_gpu_have_the_layout_of_what_they_convolve():
+    """Here on the meta device; on a CPU they stay, since convolutions take single taps of them."""
+    vae = build(Reference("vae/vae_small").case)
+    weight = vae.encoder.mid.block_1.conv1.conv.weight
+    vae.lay_out_weights()
+    assert vae.encoder.mid.block_1.conv1.conv.weight is weight and weight.is_contiguous()
+    vae.to("meta").lay_out_weights()
+    assert vae.encoder.mid.block_1.conv1.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_last_layer(vae):
     assert vae.get_last_layer() is vae.decoder.conv_out.conv.weight
 

@@ -96,7 +96,9 @@ def build_vae(
         vae.use_tiles(tile_size)
     if frames_at_once is not None:
         vae.use_frames_at_once(frames_at_once)
-    return vae.to(device, dtype).eval().requires_grad_(False)
+    vae = vae.to(device, dtype).eval().requires_grad_(False)
+    vae.lay_out_weights()
+    return vae
 
 
 @torch.no_grad()

@@ -1,0 +1,61 @@
+"""Normalization's passes give one number for the whole and for its pieces, and read and write their tensors once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memory_traffic import traffic_of
+from seeded import seeded_input
+from sgm.util import instantiate_from_config
+from support import Reference, assert_close
+from vae_modules import modulation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FULL = (49, 480, 720)
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return seeded_input("passes", shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cached", [2**9, 2**18])
+def test_pieces_in_the_cache_change_nothing(monkeypatch, dtype, cached):
+    monkeypatch.setattr(modulation, "CACHED", cached)
+    x, other = channels_last(2, 8, 5, 12, 6, dtype=dtype), channels_last(2, 8, 5, 12, 6, dtype=dtype).flip(2)
+    wide = x.double()
+    sums = modulation.channel_sums(x)
+    assert_close(sums, torch.stack([wide.sum((2, 3, 4)), wide.square().sum((2, 3, 4))]), 1e-5)
+    maps = [seeded_input(name, (2, 8, 3, 4, 3)).to(torch.promote_types(dtype, torch.float32)) for name in "ab"]
+    full = [
+        m.repeat_interleave(torch.tensor([1, 2, 2]), 2).repeat_interleave(3, 3).repeat_interleave(2, 4) for m in maps
+    ]
+    expected = F.silu(wide * full[0] + full[1])
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    assert_close(modulation.modulated_silu(x, *maps, lead=True), expected, tolerance)
+    norm = [seeded_input(name, (2, 8, 1, 1, 1)).to(maps[0].dtype) for name in "cd"]
+    room = torch.zeros(2, 8, 7, 12, 6, dtype=dtype)
+    modulation.write_modulated_silu(room[:, :, 2:], x, *maps, True, *norm)
+    assert_close(room[:, :, 2:], F.silu((wide * norm[0] + norm[1]) * full[0] + full[1]), tolerance)
+    modulation.write_modulated_silu(x, x, *maps, True)
+    assert_close(x, expected, tolerance)
+    total = x + other
+    added = modulation.add_in_place(x, other)
+    assert added is x and torch.equal(x, total)
+    assert_close(modulation.channel_sums(x), modulation._sums(total), 1e-6)
+
+
+@pytest.mark.parametrize(("task", "most"), [("encode", 155e9), ("decode", 335e9)])
+def test_bytes_beside_convolutions_at_full_size(task, most):
+    """49 frames of 480x720 in bfloat16. Each norm reads its input twice and writes it once, for one convolution."""
+    config = Reference("vae/vae_small").case["first_stage_config"]
+    for part in ("encoder_config", "decoder_config"):
+        config["params"][part]["params"] |= {"ch": 128, "num_res_blocks": 3}
+    frames, height, width = FULL
+    with torch.device("meta"):
+        vae = instantiate_from_config(config).to(torch.bfloat16).eval()
+        clip = torch.empty(1, 3, frames, height, width, dtype=torch.bfloat16)
+        latent = torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, dtype=torch.bfloat16)
+    run = {"encode": lambda: vae.encode(clip, unregularized=True), "decode": lambda: list(vae.decode_chunks(latent))}
+    assert 0.9 * most < traffic_of(run[task]).total <= most

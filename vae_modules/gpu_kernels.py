@@ -1,0 +1,239 @@
+"""The VAE's passes over large tensors on a GPU, each reading and writing them once.
+
+Triton kernels. Tensors are (batch, channel, time, height, width) in channels-last memory, where every place is a row of
+channels. Where Triton is missing or fails, `serve` says no, and `modulation` does the same in several passes.
+"""
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # on a CPU, or Windows
+    triton = None
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+IN_HAND = 4096  # values that a program has in its registers at once
+PLACES_EACH = 2048  # places that a program sums in float32; from there on sums are float64
+WIDEST = 2048  # channels
+
+if triton is not None:
+
+    @triton.jit
+    def _sums_kernel(  # type: ignore[no-untyped-def]
+        x,
+        other,
+        partial,
+        rows,
+        channels,
+        x_batch,
+        other_batch,
+        ADD: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        ROWS: tl.constexpr,
+        ROWS_EACH: tl.constexpr,
+    ):
+        """Sum rows and their squares; with ADD add the rows of `other` to those of `x` first."""
+        block, batch = tl.program_id(0), tl.program_id(1)
+        channel = tl.arange(0, CHANNELS)
+        total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+        square = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+        for start in range(0, ROWS_EACH, ROWS):
+            row = block.to(tl.int64) * ROWS_EACH + start + tl.arange(0, ROWS)
+            mask = (row < rows)[:, None] & (channel < channels)[None, :]
+            offsets = row[:, None] * channels + channel[None, :]
+            place = x + batch.to(tl.int64) * x_batch + offsets
+            value = tl.load(place, mask=mask, other=0.0)
+            if ADD:
+                more = tl.load(other + batch.to(tl.int64) * other_batch + offsets, mask=mask, other=0.0)
+                value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+                tl.store(place, value, mask=mask)
+            wide = value.to(tl.float32)
+            total += wide
+            square += wide * wide
+        to = partial + (batch.to(tl.int64) * tl.num_programs(0) + block) * channels + channel
+        tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
+        half = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * channels
+        tl.store(to + half, tl.sum(square, axis=0), mask=channel < channels)
+
+    @triton.jit
+    def _modulated_silu_kernel(  # type: ignore[no-untyped-def]
+        out,
+        x,
+        scale,
+        shift,
+        outer_scale,
+        outer_shift,
+        channels,
+        frames,
+        height,
+        width,
+        out_batch,
+        x_batch,
+        map_batch,
+        map_channel,
+        map_frame,
+        map_row,
+        map_column,
+        alone,
+        per_frame,
+        per_row,
+        per_column,
+        OUTER: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        PLACES: tl.constexpr,
+    ):
+        """Write silu(x * scale + shift) for some places of a row of an image; with OUTER, a scale and a shift of each
+        channel come before that."""
+        line = tl.program_id(0).to(tl.int64)  # of all rows of all frames of all clips
+        row, frame, batch = line % height, line // height % frames, line // height // frames
+        column = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+        channel = tl.arange(0, CHANNELS)
+        mask = (column < width)[:, None] & (channel < channels)[None, :]
+        step = tl.where(frame < alone, frame, alone + (frame - alone) // per_frame)
+        at = batch * map_batch + step * map_frame + row // per_row * map_row
+        maps = at + (column // per_column)[:, None] * map_column + channel[None, :] * map_channel
+        factor = tl.load(scale + maps, mask=mask, other=0.0).to(tl.float32)
+        summand = tl.load(shift + maps, mask=mask, other=0.0).to(tl.float32)
+        if OUTER:
+            inside = channel < channels
+            first = tl.load(outer_shift + batch * channels + channel, mask=inside, other=0.0)
+            summand += first[None, :] * factor
+            factor *= tl.load(outer_scale + batch * channels + channel, mask=inside, other=0.0)[None, :]
+        offsets = ((frame * height + row) * width + column)[:, None] * channels + channel[None, :]
+        value = tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = value * factor + summand
+        value = value / (1.0 + tl.exp(-value))
+        tl.store(out + batch * out_batch + offsets, value.to(out.dtype.element_ty), mask=mask)
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """The sums over space and time of `x` and of its square, (2, batch, channel) in float64."""
+    return _launch_sums(x, None)
+
+
+def add_and_sum(x: Tensor, other: Tensor) -> Tensor:
+    """Add `other` to `x` in place, and return what `channel_sums` gives for the result."""
+    return _launch_sums(x, other)
+
+
+def write_modulated_silu(
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """See `modulation.write_modulated_silu`."""
+    batch, channels, frames, height, width = x.shape
+    if shift.stride() != scale.stride():
+        scale, shift = scale.contiguous(), shift.contiguous()
+    alone = int(lead and frames > 1)
+    steps, rows, columns = scale.shape[2:]
+    at_once = triton.next_power_of_2(channels)
+    places = max(IN_HAND // at_once, 1)
+    grid = batch * frames * height, triton.cdiv(width, places)
+    with torch.cuda.device_of(x):
+        _modulated_silu_kernel[grid](
+            out,
+            x,
+            scale,
+            shift,
+            *(each.flatten() for each in before or (scale, shift)),
+            channels,
+            frames,
+            height,
+            width,
+            out.stride(0),
+            x.stride(0),
+            *(0 if size == 1 else stride for size, stride in zip(scale.shape, scale.stride(), strict=True)),
+            alone,
+            max((frames - alone) // max(steps - alone, 1), 1),
+            height // rows,
+            width // columns,
+            OUTER=before is not None,
+            CHANNELS=at_once,
+            PLACES=places,
+        )
+
+
+def serve(*tensors: Tensor) -> bool:
+    """Whether these tensors can go through the kernels: on a GPU, rows of channels one after the other."""
+    first = tensors[0]
+    return (
+        first.device.type == "cuda"
+        and all(x.dtype == first.dtype and x.numel() > 0 and _is_dense(x) for x in tensors)
+        and first.dtype in DTYPES
+        and first.shape[1] <= WIDEST
+        and works()
+    )
+
+
+@functools.cache
+def works() -> bool:
+    """Whether the kernels give here what PyTorch does; they are tried once, and a line says so if they do not."""
+    if triton is None:
+        return False
+    try:
+        _try_out()
+    except Exception as error:  # of Triton, its compiler or the driver
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning("the VAE runs without its own GPU kernels, which fail here: %s", reason)
+        return False
+    return True
+
+
+def _try_out(device: str = "cuda") -> None:
+    """Raises ArithmeticError unless small tensors come out as by PyTorch."""
+    own = torch.Generator(device).manual_seed(0)  # the numbers of a seed are not ours
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=own, device=device)
+
+    x, other = (drawn(2, 3, 6, 5, 48).permute(0, 4, 1, 2, 3) for _ in range(2))
+    scale, shift = (drawn(2, 48, 2, 3, 5) for _ in range(2))
+    first_scale, first_shift = (drawn(2, 48, 1, 1, 1) for _ in range(2))
+    factor, summand = (
+        torch.cat([m[:, :, :1], m[:, :, 1:], m[:, :, 1:]], 2).repeat_interleave(2, 3) for m in (scale, shift)
+    )
+    expected, out = torch.nn.functional.silu(x * factor + summand), torch.empty_like(x)
+    write_modulated_silu(out, x, scale, shift, True)
+    normed_expected = torch.nn.functional.silu((x * first_scale + first_shift) * factor + summand)
+    normed_out = torch.empty_like(x)
+    write_modulated_silu(normed_out, x, scale, shift, True, (first_scale, first_shift))
+    total = x + other
+    sums = torch.stack([total.double().sum((2, 3, 4)), total.double().square().sum((2, 3, 4))])
+    found = add_and_sum(x, other)
+    pairs = ((out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums))
+    if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in pairs):
+        raise ArithmeticError("they give other numbers than PyTorch")
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the places of each clip are rows of channels without gaps."""
+    return x.ndim == 5 and x[:1].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _launch_sums(x: Tensor, other: Tensor | None) -> Tensor:
+    batch, channels = x.shape[:2]
+    places, at_once = x[0, 0].numel(), triton.next_power_of_2(channels)
+    shape = (2, batch, triton.cdiv(places, PLACES_EACH), channels)
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    grid = partial.shape[2], batch
+    with torch.cuda.device_of(x):
+        _sums_kernel[grid](
+            x,
+            x if other is None else other,
+            partial,
+            places,
+            channels,
+            x.stride(0),
+            0 if other is None else other.stride(0),
+            ADD=other is not None,
+            CHANNELS=at_once,
+            ROWS=max(IN_HAND // at_once, 1),
+            ROWS_EACH=PLACES_EACH,
+        )
+    return partial.double().sum(2)
