@@ -16,6 +16,7 @@ from cogvideox_sat.configuration.argument_lists import IGNORED_KEYS, SamplingArg
 from cogvideox_sat.configuration.argument_schema import argument_fields
 from cogvideox_sat.configuration.files import MergedConfig
 from cogvideox_sat.configuration.frame_sizes import size_from_image
+from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.video_records import VideoRecord, is_record, read_record
 from sgm.errors import UserError
@@ -25,8 +26,11 @@ logger = logging.getLogger(__name__)
 EXCLUSIVE = (argument_schema.PRECISIONS, ("overwrite", "skip_existing"))
 
 
-def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
+def get_args(command_line: Sequence[str] | None = None, complete: bool = True) -> SamplingArguments:
     """Read the command line and the configuration files it names.
+
+    Args:
+        complete: what is needed to sample has to be there: a checkpoint, and prompts.
 
     Raises:
         UserError: a file is missing or malformed, an argument is unknown or has a wrong value.
@@ -52,9 +56,11 @@ def get_args(command_line: Sequence[str] | None = None) -> SamplingArguments:
             recorded = argument_schema.check_section(SamplingArguments, record.arguments())
             section = {name: value for name, value in section.items() if name not in record.arguments()} | recorded
         values = argument_schema.with_located_inputs({**section, **given})
-        args = SamplingArguments(**values, model_config=config["model"], sources=config.sources, record=record)
+        args = SamplingArguments(
+            **values, model_config=config["model"], sources=config.sources, record=record, given=frozenset(values)
+        )
         settle_size(args, given="sampling_image_size" in values)
-        check_values(args)
+        check_values(args, complete)
         return args
 
 
@@ -88,8 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
 
-def check_values(args: SamplingArguments) -> None:
-    """What can be said about the values without looking at the model."""
+def check_values(args: SamplingArguments, complete: bool = True) -> None:
+    """What can be said about the values without looking at the model; see `get_args`."""
     argument_schema.check_common(args)
     argument_schema.check_exclusive(args, EXCLUSIVE)
     if len(args.sampling_image_size) != 2:
@@ -97,6 +103,9 @@ def check_values(args: SamplingArguments) -> None:
     argument_schema.check_least(args, ("batch_size", "sampling_num_frames"))
     if args.guidance_batch not in (1, 2):
         raise UserError(f"guidance_batch is {args.guidance_batch}; it can be 1 or 2")
+    check_fit(args)
+    if not complete:
+        return
     if not args.load and not args.force_inference:
         raise UserError("load is missing: name the checkpoint of the network")
     if args.input_type == "txt" and not args.input_file:
@@ -106,3 +115,17 @@ def check_values(args: SamplingArguments) -> None:
     for name in ("contact_sheet", "looping_previews"):
         if getattr(args, name) and (args.only_save_latents or args.input_type == "cli"):
             raise UserError(f"{name} shows the videos of a prompt file: not with only_save_latents or typed prompts")
+
+
+def check_fit(args: SamplingArguments) -> None:
+    """Raises UserError unless `fit` is an amount of memory that can be stayed within."""
+    if args.fit is None:
+        return
+    size = parse_fit(args.fit)
+    if size is None and args.device == "cpu":
+        raise UserError("fit: auto is what a GPU has free, but device is cpu; give an amount such as 12GB")
+    if args.model_parallel_size > 1:
+        raise UserError(
+            f"fit: model_parallel_size is {args.model_parallel_size}, and the memory of a network that processes share "
+            "is not estimated; leave one of them out"
+        )

@@ -155,7 +155,7 @@ class SATVideoDiffusionEngine(nn.Module):
         if self.settings.vae_tile_size is not None and isinstance(first_stage, VideoCoder):
             first_stage.use_tiles(self.settings.vae_tile_size)
         if self.settings.vae_frames_at_once is not None and isinstance(first_stage, VideoCoder):
-            first_stage.use_frames_at_once(self.settings.vae_frames_at_once)
+            first_stage.use_frames_at_once(self.settings.vae_frames_at_once, self.settings.vae_waiting_bytes)
         first_stage = first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
         if isinstance(first_stage, VideoCoder):
             first_stage.lay_out_weights()

@@ -68,7 +68,9 @@ def sampling_main(args: Any, model_cls: type | None = None) -> int:
     """
     adopt_launcher()
     given = arguments_from(SamplingArguments, args, model_cls)
-    settle_size(given, given="sampling_image_size" in (args if isinstance(args, Mapping) else vars(args)))
+    names = args if isinstance(args, Mapping) else vars(args)
+    given.given = given.given or frozenset(names)
+    settle_size(given, given="sampling_image_size" in names)
     check_values(given)
     return sample_with(given)
 

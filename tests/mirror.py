@@ -45,6 +45,7 @@ COVERED_BY = {
     "files.hub_upload": ("tools/test_convert_weight_sat2hf.py", "the option --push_to_hub"),
     "files.shipped": ("commands/test_input_paths.py", "paths of inputs"),
     "media.video_facts": ("media/test_video_reading.py", "facts, as all readers give them"),
+    "sampling.memory_report": ("tools/test_estimate_memory.py", "what that tool tells"),
     "memory.weightless": ("tools/test_estimate_memory.py", "what is measured, by that tool"),
     "network.position_tables": ("sat/test_dit_video_concat.py", "tables of the network"),
     "parallel.agreement": ("parallel/test_process_groups.py", "agreement of the processes of a group"),

@@ -232,6 +232,19 @@ def test_memory_of_training_is_what_a_step_takes(run):
 
 
 @pytest.mark.slow
+def test_memory_of_sampling(run, monkeypatch):
+    import measuring.fake_memory
+
+    # Whose counts are compared with the estimate in tests/memory/test_sampling_peaks.py.
+    counted = {"text encoder": 2**30, "network": 2**31, "VAE": 2**32}
+    monkeypatch.setattr(measuring.fake_memory, "stage_peaks", lambda *_, **__: counted)
+    rows = table(run("sampling_memory", "--models", "tiny/cogvideox_tiny"))
+    assert len(rows) == 2
+    for cells in rows.values():
+        assert cells[:4] == ["1.00", "2.00", "4.00", "4.00"] and 0 < number(cells[4]) < 1
+
+
+@pytest.mark.slow
 def test_conversion(run, tmp_path):
     config = str(ROOT / "tests" / "configs" / "2b.yaml")
     output = run("conversion", "--config", config, "--folder", str(tmp_path), "--threads", "1")

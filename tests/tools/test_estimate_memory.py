@@ -14,6 +14,7 @@ from sgm.modules.encoders.t5_loading import empty_t5
 from tool_runs import error_of
 from tools.estimate_memory import main
 
+OFFLOADS = ("none", "stage", "sequential")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 TINY = (CONFIGS / "tiny" / "cogvideox_tiny_lora.yaml", CONFIGS / "tiny" / "sft.yaml")
@@ -74,15 +75,34 @@ def test_an_engine_without_weights_has_the_size_of_the_loaded_one(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_configuration_for_sampling_has_sizes(capsys):
+def test_a_configuration_for_sampling(capsys):
     lines = told(capsys, CONFIGS / "tiny" / "cogvideox_tiny.yaml", CONFIGS / "tiny" / "inference.yaml")
-    assert [line.split(":")[0] for line in lines] == ["network", "VAE", "text encoder", "weights on the device"]
+    assert [line.split(":")[0] for line in lines[:3]] == ["network", "VAE", "text encoder"]
     assert lines[0] == "network: 10.26 MiB of weights (2.68 M parameters)"
-    lines = told(capsys, CONFIGS / "cogvideox_5b.yaml", CONFIGS / "inference.yaml")
+    assert lines[3] == "GiB of the device for 9 frames of 64x64, 1 of them for CUDA itself:"
+    assert lines[-1] == "--fit 6GB to 80GB: --offload none --guidance_batch 2"
+
+
+@pytest.mark.slow
+def test_sampling_a_released_model(capsys):
+    """A table of stages by --offload, and what --fit picks; with --fit, that alone."""
+    files = (CONFIGS / "cogvideox_5b.yaml", CONFIGS / "inference.yaml")
+    lines = told(capsys, *files, "--fit", "6GB")
     assert lines[0] == "network: 10.38 GiB of weights (5.57 B parameters)"
-    assert lines[2].startswith("text encoder: not counted")
+    assert lines[2].startswith("text encoder: 8.87 GiB of weights (4.76 B parameters), taken to be T5 v1.1 XXL: ")
+    assert lines[3] == "GiB of the device for 49 frames of 480x720, 1 of them for CUDA itself:"
+    assert lines[4].split() == ["text", "encoder", "network", "VAE"]
+    rows = {" ".join(line.split()[:2]): line.split()[2:] for line in lines[5:-1]}
+    none, stage, sequential = ([float(cell) for cell in rows[f"--offload {way}"]] for way in OFFLOADS)
+    assert none[1] > stage[1] > sequential[1] and stage[0] > 4 * sequential[0] - 4
+    assert re.fullmatch(
+        r"--fit 6GB picks --offload sequential --guidance_batch 2 --vae_frames_at_once 4, which takes up to 4\.8 GiB "
+        r"\(the VAE takes most\); --offload none --guidance_batch 2 would take 2\d\.\d GiB",
+        lines[-1],
+    )
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(caplog, tmp_path):
     def error(*arguments: object) -> str:
         return error_of(main, caplog, *arguments)
@@ -91,7 +111,13 @@ def test_mistakes_are_one_line(caplog, tmp_path):
     assert "nowhere.yaml" in error("--base", tmp_path / "nowhere.yaml")
     assert "--processes is 0; it must be at least 1" in error("--base", *TINY, "--processes", 0)
     assert "unknown argument --sede" in error("--base", *TINY, "--sede", 1)
-    assert "--bf16: the configuration has no data section" in error("--base", CONFIGS / "cogvideox_2b.yaml", "--bf16")
+    sampling = ("--base", CONFIGS / "cogvideox_2b.yaml")
+    assert "--processes: it is taken for fine-tuning only" in error(*sampling, "--processes", 2)
+    assert "unknown argument --fitt; did you mean --fit?" in error(*sampling, "--fitt", "12GB")
+    assert "fit: 12 has no unit; give an amount such as 12GB, or auto" in error(*sampling, "--fit", 12)
+    assert "sampling_num_frames is 14; this model takes" in error(*sampling, "--sampling_num_frames", 14)
+    assert "model_parallel_size is 2; the memory of a network" in error(*sampling, "--model_parallel_size", 2)
+    assert "fit: 1GB is too small for this model and size, which take at least 4" in error(*sampling, "--fit", "1GB")
     config = tmp_path / "shared.yaml"
     files = f"include: [{CONFIGS}/cogvideox_2b.yaml, {CONFIGS}/sft.yaml]\n"
     config.write_text(files + "args: {model_parallel_size: 2}\n")

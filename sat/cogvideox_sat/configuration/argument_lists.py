@@ -68,7 +68,14 @@ class SamplingArguments(CommonArguments):
         "what leaves the device to make room: nothing, the stages not running, or also the network's idle layers",
         choices=("none", "stage", "sequential"),
     )
+    fit: str | None = argument(
+        None,
+        "memory of the device to stay within, such as 12GB, or auto (what is free): picks offload, guidance_batch and "
+        "vae_frames_at_once, those of them that are not given",
+    )
 
+    given: frozenset[str] = frozenset()  # the arguments that do not merely have their defaults
+    vae_waiting_bytes: int | None = None  # what `fit` leaves, see `EngineSettings`
     deepspeed_config: dict[str, Any] = field(default_factory=dict)  # not read; the original's programs delete it
     size_from_image: bool = False  # sampling_image_size is not given, and the model is one that takes any shape
     # What `input_file` describes, where that is the record of a video: a `configuration.video_records.VideoRecord`.

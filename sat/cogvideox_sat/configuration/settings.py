@@ -123,6 +123,7 @@ class EngineSettings(Settings):
         fp16, bf16: compute in float16 or bfloat16; neither: in float32.
         vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
         vae_frames_at_once: run each layer of the VAE on so many frames at a time: less memory, the same numbers.
+        vae_waiting_bytes: of a GPU's memory, for frames that wait meanwhile; None: as many as are free.
         guidance_batch: 2: both halves of guidance go through the network together; 1: one after the other, which takes
             half the memory of activations.
         attention: one of `argument_schema.ATTENTIONS`; see `network.attention_choice`.
@@ -141,6 +142,7 @@ class EngineSettings(Settings):
     bf16: bool = False
     vae_tile_size: int | None = None
     vae_frames_at_once: int | None = None
+    vae_waiting_bytes: int | None = None
     guidance_batch: int = 2
     attention: str = "auto"
     model_parallel_size: int | None = None

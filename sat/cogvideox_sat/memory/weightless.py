@@ -4,6 +4,7 @@ Modules are built on PyTorch's meta device, where tensors have shapes and no con
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,14 @@ class WeightlessEngine(SATVideoDiffusionEngine):
 
     Attributes:
         unknown: why the size of the text encoder is not known; None: it is, or there is no text encoder.
+
+    Args:
+        assumes_t5: take an encoder whose size is not known for the released models' one.
     """
+
+    def __init__(self, *args: Any, assumes_t5: bool = False, **options: Any):
+        self.__dict__["assumes_t5"] = assumes_t5  # a module sets attributes once it is initialised
+        super().__init__(*args, **options)
 
     def _build_network(self, device: torch.device | str) -> nn.Module:
         network = instantiate_on_meta(self.config["network_config"]).to(self.dtype)
@@ -44,7 +52,7 @@ class WeightlessEngine(SATVideoDiffusionEngine):
         params = self.config["conditioner_config"]["params"]["emb_models"][0]["params"]
         folder = Path(params["model_dir"])
         self.unknown = None if (folder / CONFIG_FILE).is_file() else f"{folder / CONFIG_FILE} does not exist"
-        if self.unknown is None:
+        if self.unknown is None or self.assumes_t5:
             conditioner.text_encoder = empty_t5(folder, self.dtype).requires_grad_(False)
         return conditioner
 
@@ -58,3 +66,11 @@ def module_bytes(module: nn.Module) -> int:
 def in_words(size: int) -> str:
     """Return a number of bytes in GiB, or in MiB where it is small."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def short_count(number: int) -> str:
+    """Return a number of parameters in three digits and a unit: `5.57 B`."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

@@ -112,15 +112,23 @@ class LayerStreamer:
         self.dtypes = dtypes or [[tensor.dtype for tensor in host] for host in self.host]
         self.current, self.next = Slot(), Slot()
 
+    def leave_device(self) -> None:
+        """Give up the room for layers on the device, until a layer runs again."""
+        if self.copy_stream is not None:
+            self.copy_stream.synchronize()  # the next layer may be on its way
+        self.current, self.next = Slot(), Slot()
+        if self.copy_stream is not None:
+            torch.cuda.empty_cache()  # other streams would not get it otherwise
+
     def _pinned(self, data: Tensor) -> Tensor:
         return data.pin_memory() if self.copy_stream and self.pin else data
 
     def fetch(self, index: int, slot: "Slot") -> None:
         """Start copying the weights of a layer into a slot, once what last computed there is done."""
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
-            slot.make_room_for(self.host[index], self.dtypes[index], self.device)
             if self.copy_stream is not None and slot.used is not None:
                 self.copy_stream.wait_event(slot.used)
+            slot.make_room_for(self.host[index], self.dtypes[index], self.device)
             for buffer, data in zip(slot.buffers, self.host[index], strict=True):
                 buffer.copy_(data, non_blocking=True)
             slot.filled = self.copy_stream and self.copy_stream.record_event()
@@ -171,6 +179,7 @@ class Slot:
         """Layers mostly have the same shapes, so the same buffers serve them all."""
         wanted = [(data.shape, dtype) for data, dtype in zip(host, dtypes, strict=True)]
         if [(buffer.shape, buffer.dtype) for buffer in self.buffers] != wanted:
+            self.buffers = []  # those before go first
             self.buffers = [
                 torch.empty_like(data, dtype=dtype, device=device, pin_memory=False)
                 for data, dtype in zip(host, dtypes, strict=True)

@@ -170,6 +170,15 @@ def from_first_process(make: Callable[[], Any], what: str = "the first process")
     return result[0]
 
 
+def least_over_processes(value: int) -> int:
+    """Return the least of a number over all processes. On the CPU: no device is waited for."""
+    if dist.get_world_size() == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
 def total_over_processes(count: int) -> int:
     """Return the sum over all processes. Waits for them, since a launcher ends all processes when one exits with an
     error."""

@@ -34,7 +34,22 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         UserError: the device does not exist.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    logger.info("%s", device_line(device))
+    if os.environ.get("LOCAL_RANK", "0") == "0" and name != "cpu":
+        warn_of_unseen_gpus(seen_gpus())
+    return device
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device that `choose_device` would choose, and change nothing.
+
+    Raises:
+        UserError: the device does not exist.
+    """
+    count = seen_gpus()
     device = torch.device(name or ("cuda" if count else "cpu"))
     if device.type == "cuda":
         if not count:
@@ -43,11 +58,12 @@ def choose_device(name: str | None) -> torch.device:
             raise UserError(f"device: {device} does not exist; PyTorch sees GPUs 0 to {count - 1}")
         own = int(os.environ.get("LOCAL_RANK", "0")) % count
         device = torch.device("cuda", own if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    logger.info("%s", device_line(device))
-    if os.environ.get("LOCAL_RANK", "0") == "0" and name != "cpu":
-        warn_of_unseen_gpus(count)
     return device
+
+
+def seen_gpus() -> int:
+    """Return how many GPUs PyTorch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def processes_here() -> int:

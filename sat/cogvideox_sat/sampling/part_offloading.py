@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cogvideox_sat.network.layer_streaming import move_all_but, stream_blocks, stream_layers
+from cogvideox_sat.network.layer_streaming import LayerStreamer, move_all_but, stream_blocks, stream_layers
 from cogvideox_sat.parallel.devices import processes_here
 from diffusion_video import PART_NAMES, SATVideoDiffusionEngine
 from sgm.memory_errors import memory_guard
@@ -41,6 +41,10 @@ class PartOffloader:
                 waits_elsewhere = streams and other == "model"
                 if other != part and not waits_elsewhere and getattr(engine, other) is not None:
                     engine.release(other)
+        if streams and part != "model" and engine.model is not None:
+            for around in engine.network.layer_runner.around:
+                if isinstance(around, LayerStreamer):
+                    around.leave_device()
         if getattr(engine, part) is not None:
             return
         if part == "conditioner":

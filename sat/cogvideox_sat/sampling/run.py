@@ -22,6 +22,7 @@ from cogvideox_sat.media.video_output import VideoWriter, save_latents
 from cogvideox_sat.parallel.agreement import total_over_processes
 from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
+from cogvideox_sat.sampling.fitting import fitted
 from cogvideox_sat.sampling.kept_latents import keeping_latents, where_latents_are
 from cogvideox_sat.sampling.plan import PlannedVideo, SamplingPlan, plan_videos, refine_videos
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest, typed_prompts
@@ -51,6 +52,7 @@ def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
     initialize_process_groups(args.model_parallel_size)
     try:
         with failing_together():
+            args = fitted(args, plan)
             failed = sample_everywhere(args, plan.videos if plan else None)
         if plan and dist.get_rank() == 0:
             show(args, [(text, path) for text, path in plan.shown if path.exists()])

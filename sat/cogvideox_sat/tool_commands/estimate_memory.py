@@ -8,7 +8,9 @@ A configuration with `data:` is for fine-tuning: the estimate is the one that a 
 process, on its device and in host memory, for the largest clips that `data:` asks for. It is told for training on
 latents that were encoded before, and on clips. Every argument of sat/train_video.py is taken here too.
 
-Without `data:` it is for sampling: the sizes of the weights are told; activations need memory beside them.
+Without `data:` it is for sampling: the memory of the device is told for each stage, by --offload, --guidance_batch and
+--vae_frames_at_once, and what --fit picks. Every argument of sat/sample_video.py is taken: with --fit 12GB the last
+line is what that run would pick.
 Exit codes: 0 the memory is told, 2 a mistake in the arguments or files stands in the way.
 """
 
@@ -19,11 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from arguments import get_args
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.tool_parser import ToolParser, run_tool
-from cogvideox_sat.configuration.argument_schema import PRECISIONS
 from cogvideox_sat.configuration.deepspeed import batch_sizes
-from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths
+from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
 from cogvideox_sat.configuration.model_section import check_trained_part
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values
@@ -59,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def estimate(arguments: Sequence[str] | None) -> None:
     options, rest = build_parser().parse_known_args(arguments)
     config = load_configs(options.base, used=("model", "data"))
-    lines = of_training(options, rest) if config.get("data") else of_sampling(config, options, rest)
+    lines = of_training(options, rest) if config.get("data") else of_sampling(options, rest)
     sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
@@ -102,16 +104,21 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     return TrainingRequest(args, frames, [(height, width) for height, width in sizes], micro_batch)
 
 
-def of_sampling(config: MergedConfig, options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
-    if rest or options.processes != 1:
-        given = rest[0] if rest else "--processes"
-        raise UserError(f"{given}: the configuration has no data section; only with one, for fine-tuning, it is taken")
-    precision: dict[str, Any] = {name: (config.get("args") or {}).get(name) is True for name in PRECISIONS}
-    with config.sources.naming():
-        model = with_located_paths(config.get("model") or {}, "model")
-        check_model_values(model, config.sources)
-        check_sharing(model, 1, None)
+def of_sampling(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    if options.processes != 1:
+        raise UserError("--processes: it is taken for fine-tuning only, with a configuration that has a data section")
+    args = get_args(["--base", *options.base, *rest], complete=False)
+    with args.sources.naming():
+        check_model_values(args.model_config, args.sources)
+        check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
+        if args.model_parallel_size > 1:
+            raise UserError(
+                f"model_parallel_size is {args.model_parallel_size}; the memory of a network that processes share is "
+                "not estimated: leave it at 1"
+            )
+        limits = ModelLimits.from_config(args.model_config)
+        limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)
         tell_places()
-        from cogvideox_sat.training.memory_forecast import sizes_of_parts  # imports PyTorch
+        from cogvideox_sat.sampling.memory_report import report  # imports PyTorch
 
-        return sizes_of_parts(model, precision)
+        return report(args)

@@ -4,17 +4,15 @@ Modules are built on PyTorch's meta device, where tensors have shapes and no con
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from cogvideox_sat.configuration.recomputation import ATTENTION, AUTO, take_recomputation
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
-from cogvideox_sat.memory.weightless import WeightlessEngine, in_words, module_bytes
+from cogvideox_sat.memory.weightless import WeightlessEngine
 from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line, recomputation
-from cogvideox_sat.training.trainable_parameters import short_count, trainable_groups, trainable_line
-from diffusion_video import PARTS
+from cogvideox_sat.training.trainable_parameters import trainable_groups, trainable_line
 
 
 def forecast(
@@ -54,30 +52,3 @@ def forecast(
     if engine.unknown:
         lines.append(f"on clips: the text encoder comes on top; its size is not known: {engine.unknown}")
     return lines
-
-
-def sizes_of_parts(model_config: Mapping[str, Any], precision: Mapping[str, bool]) -> list[str]:
-    """Return the lines about a sampling run: the weights of each part, and what is on the device at a time.
-
-    Args:
-        precision: `fp16` or `bf16`, as the arguments have them.
-
-    Raises:
-        UserError: a part of the model cannot be built.
-    """
-    engine = WeightlessEngine(EngineSettings.from_args(precision, model_config=model_config), parts=PARTS)
-    named = {"network": engine.model, "VAE": engine.first_stage_model, "text encoder": engine.conditioner}
-    if engine.unknown:
-        del named["text encoder"]
-    lines = []
-    for name, part in named.items():
-        count = short_count(sum(parameter.numel() for parameter in part.parameters()))
-        lines.append(f"{name}: {in_words(module_bytes(part))} of weights ({count} parameters)")
-    if engine.unknown:
-        lines.append(f"text encoder: not counted, its size is not known: {engine.unknown}")
-    sizes = [module_bytes(part) for part in named.values()]
-    return [
-        *lines,
-        f"weights on the device: {in_words(max(sizes))} at a time with --offload stage, {in_words(sum(sizes))} with "
-        "--offload none; activations come on top and are not estimated",
-    ]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from cogvideox_sat.memory.weightless import short_count
 from sgm.errors import UserError
 
 # The group of a parameter of the network is the first with a mark that its name has.
@@ -42,11 +43,3 @@ def trainable_line(groups: Mapping[str, int], total: int, model_parallel: int = 
     return (
         f"trainable parameters{where}: {short_count(trained)} of {short_count(total)} ({trained / total:.1%}): {shares}"
     )
-
-
-def short_count(number: int) -> str:
-    """Return a number of parameters in three digits and a unit: `5.57 B`."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)

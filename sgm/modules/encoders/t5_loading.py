@@ -18,6 +18,10 @@ MOST_LAYERS = 1000  # each takes a moment to build, whatever its size
 CONFIG_FILE = "config.json"
 # By their names in a folder, in the order in which they are looked for.
 WEIGHT_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "*.safetensors", "*.bin")
+T5_V1_1_XXL = {
+    **{"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
+    "feed_forward_proj": "gated-gelu",
+}
 # Layers that stay in float32 when the others are float16, which is too narrow for them.
 FLOAT32_LAYERS = ".wo."
 
@@ -74,7 +78,8 @@ def load_t5(
 
 
 def empty_t5(folder: Path, dtype: torch.dtype | None, weights: dict[str, Tensor] | None = None) -> nn.Module:
-    """Return the T5 encoder that a folder's `config.json` describes, on the meta device, in the dtypes to compute in.
+    """Return the T5 encoder that a folder's `config.json` describes, on the meta device, in the dtypes to compute in;
+    that of the released models if the file does not exist.
 
     Args:
         dtype: of the weights; None: what the file says, else that of the `weights`.
@@ -85,7 +90,8 @@ def empty_t5(folder: Path, dtype: torch.dtype | None, weights: dict[str, Tensor]
     from transformers import T5Config, T5EncoderModel
 
     try:
-        config = T5Config.from_pretrained(folder, local_files_only=True)
+        exists = (folder / CONFIG_FILE).is_file()
+        config = T5Config.from_pretrained(folder, local_files_only=True) if exists else T5Config(**T5_V1_1_XXL)
         dtype = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
         if dtype is None:
             dtype = next(tensor.dtype for tensor in (weights or {}).values() if tensor.is_floating_point())

@@ -1,0 +1,35 @@
+"""Amounts of memory as users write them. Nothing here imports PyTorch."""
+
+import re
+
+from sgm.errors import UserError, shown
+
+AUTO = "auto"
+GIB = 2**30
+# A card that is sold with 12 GB has 12 GiB: both mean the same here.
+UNITS = {"mb": 2**20, "mib": 2**20, "gb": GIB, "gib": GIB, "tb": 2**40, "tib": 2**40}
+AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)")
+EXAMPLE = "give an amount such as 12GB, or auto"
+
+
+def parse_fit(text: str) -> int | None:
+    """Return the bytes that `fit` names; None for `auto`, what the device has free.
+
+    Raises:
+        UserError: it is neither an amount with a unit nor `auto`.
+    """
+    text = text.strip()
+    if text.lower() == AUTO:
+        return None
+    match = AMOUNT.fullmatch(text)
+    if match is None:
+        raise UserError(f"fit: {shown(text)} is no amount of memory; {EXAMPLE}")
+    number, unit = match.groups()
+    if not unit:
+        raise UserError(f"fit: {text} has no unit; {EXAMPLE}")
+    if unit.lower() not in UNITS:
+        raise UserError(f"fit: {text} has an unknown unit, {shown(unit)}; use GB or MB, as in 12GB")
+    size = int(float(number) * UNITS[unit.lower()]) if len(number) < 20 else 0
+    if not 0 < size < 2**60:
+        raise UserError(f"fit: {shown(text)} is no amount of memory that a device has; {EXAMPLE}")
+    return size

@@ -1,0 +1,247 @@
+"""The memory of the device that sampling takes, by what is told to leave the device; it needs no weights.
+
+The engine draws a few steps on PyTorch's meta device, where tensors have shapes and no content, and what comes into
+being and goes is counted; so do its text encoder and its VAE. The figures follow whatever model is described.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cogvideox_sat.configuration.settings import EngineSettings
+from cogvideox_sat.latent_geometry import SPACE_FACTOR
+from cogvideox_sat.memory.weightless import GIB, WeightlessEngine, module_bytes
+from cogvideox_sat.network.layer_streaming import layer_modules
+from diffusion_video import PARTS
+from sgm.models.video_coder import VideoCoder
+from sgm.models.video_coder_memory import AllocatedBytes
+from sgm.modules.diffusionmodules.sampling_bar import hide_bar
+
+LIBRARIES = GIB  # what CUDA and its libraries take beside tensors
+LAYERS, STEPS = 2, 3  # that are gone through; further ones take the same memory again
+DEFAULT_TOKENS = 77  # of `FrozenT5Embedder`
+LATENT_STEPS = 6  # of a video, that are decoded (4 in tiles, which are many); likewise
+TEXT, IMAGE, NETWORK, VIDEO = "text encoder", "first frame", "network", "VAE"
+
+
+class Way(NamedTuple):
+    """The arguments that decide how much memory the device needs, by their names."""
+
+    offload: str
+    guidance_batch: int
+    vae_frames_at_once: int | None = None
+    vae_tile_size: int | None = None
+
+    def __str__(self) -> str:
+        return " ".join(f"--{name} {value}" for name, value in self._asdict().items() if value is not None)
+
+
+class VideoSize(NamedTuple):
+    """The shape of a video: latent frames, as `sampling_num_frames` counts them, and pixels."""
+
+    latent_frames: int
+    height: int
+    width: int
+
+
+class PartBytes(NamedTuple):
+    """The weights of a part: all, those outside of its layers, and the room for layers that come one by one."""
+
+    whole: int
+    rest: int
+    slots: int
+
+
+class SamplingMemory:
+    """Tells what sampling takes on the device, with `LIBRARIES`.
+
+    Args:
+        settings: of the engine; what a `Way` says is not read.
+        videos: the sizes of those that are to be made.
+        keeps_text_encoder: it stays for further prompts, as when they are typed.
+        decodes: latents become videos.
+
+    Raises:
+        UserError: a part of the model cannot be built.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        videos: Collection[VideoSize],
+        keeps_text_encoder: bool = False,
+        decodes: bool = True,
+    ):
+        self.videos, self.keeps_text_encoder, self.decodes = set(videos), keeps_text_encoder, decodes
+        self.engine = WeightlessEngine(settings, parts=PARTS, device="meta", assumes_t5=True)
+        self.engine.to("meta")  # tables that are real otherwise
+        hide_bar(self.engine.sampler)
+        self.network, self.vae = self.engine.network, self.engine.first_stage_model
+        self.takes_image = self.engine.noised_image_input
+        pieces = hasattr(getattr(self.vae, "encoder", None), "in_pieces")
+        shared = (self.engine.config["first_stage_config"]["params"].get("cp_size") or 1) > 1
+        self.takes_pieces = isinstance(self.vae, VideoCoder) and pieces and not shared
+        self.parts = self._part_bytes()
+        self.text_activations = self._text_activations()
+        self.image_activations = self._image_activations() if self.takes_image else 0
+        self.network_activations = cache(self._network_activations)
+        self.decoding_activations = cache(self._decoding_activations)
+
+    def _part_bytes(self) -> dict[str, PartBytes]:
+        encoder = self.engine.conditioner.text_encoder
+        network, tabulated = self.network, 0
+        if network.why_layers_are_not_plain() is None:
+            network.modulation_table = TabulatedOnMeta(network.mixins["adaln_layer"].adaLN_modulations)
+            tabulated = sum(map(module_bytes, network.modulation_table.modulations))
+        whole, rest, slots = streamed(network, layer_modules(network))
+        self.tabulated = tabulated
+        return {
+            TEXT: streamed(encoder, [[block] for block in encoder.encoder.block]),
+            NETWORK: PartBytes(whole, rest - tabulated, slots),
+            VIDEO: PartBytes(module_bytes(self.vae), 0, 0),
+        }
+
+    def peak(self, way: Way) -> int:
+        """Return the bytes of the device that sampling takes in a way."""
+        return max(self.stages(way).values())
+
+    def stages(self, way: Way) -> dict[str, int]:
+        """Return the bytes of the device that each stage takes in a way."""
+        text, network, vae = self.parts[TEXT], self.parts[NETWORK], self.parts[VIDEO].whole
+        keeps_vae = self.decodes or self.takes_image
+        if way.offload == "none":
+            beside = vae * keeps_vae + text.whole * self.keeps_text_encoder
+            weights = {
+                TEXT: vae * keeps_vae + text.whole + network.whole * self.keeps_text_encoder,
+                IMAGE: beside + network.whole * self.keeps_text_encoder,
+                NETWORK: beside + network.whole,
+                VIDEO: beside + network.whole,
+            }
+        elif way.offload == "stage":
+            weights = {TEXT: text.whole, IMAGE: vae, NETWORK: network.whole - self.tabulated, VIDEO: vae}
+        else:
+            waiting = network.rest  # outside of the layers; it stays once it is there
+            earlier = waiting * self.keeps_text_encoder
+            weights = {
+                TEXT: text.rest + text.slots + earlier,
+                IMAGE: vae + earlier,
+                NETWORK: waiting + network.slots,
+                VIDEO: vae + waiting,
+            }
+        activations = {TEXT: self.text_activations}
+        activations[NETWORK] = self.network_activations(way.guidance_batch, way.offload != "none")
+        if self.takes_image:
+            activations[IMAGE] = self.image_activations
+        if self.decodes:
+            activations[VIDEO] = self.decoding_activations(way.vae_frames_at_once, way.vae_tile_size)
+        needed = {stage: LIBRARIES + weights[stage] + taken for stage, taken in activations.items()}
+        if way.offload == "stage":  # it is loaded before its modulations are worked out
+            needed[NETWORK] = max(needed[NETWORK], LIBRARIES + network.whole)
+        return needed
+
+    def _text_activations(self) -> int:
+        """Return what the text encoder takes for a prompt beside its weights."""
+        embedder = self.engine.config["conditioner_config"]["params"]["emb_models"][0]["params"]
+        tokens = torch.zeros(1, embedder.get("max_length", DEFAULT_TOKENS), dtype=torch.long, device="meta")
+        return peak_of(lambda: self.engine.conditioner.text_encoder(input_ids=tokens), self.engine)
+
+    def _image_activations(self) -> int:
+        """Return what the VAE takes to encode a first frame."""
+        height, width = self._largest_image()
+        image = torch.empty(1, 3, 1, height, width, device="meta")
+        return peak_of(lambda: self.engine.encode_condition_image(image), self.engine)
+
+    def _network_activations(self, guidance_batch: int, tabulated: bool) -> int:
+        """Return what the network and the sampler take for a video beside weights."""
+        engine, network, params = self.engine, self.network, self.engine.config["network_config"]["params"]
+        frames, height, width = max(self.videos, key=lambda video: video.latent_frames * video.height * video.width)
+        channels, layers, table = network.out_channels, network.num_layers, network.modulation_table
+        engine.settings = replace(engine.settings, guidance_batch=guidance_batch)
+        size = (height // SPACE_FACTOR, width // SPACE_FACTOR)
+        modules = params["modules"]
+        text = network.mixins["pos_embed"].text_length, modules["patch_embed_config"]["params"]["text_hidden_size"]
+
+        def draw() -> Tensor:
+            cond, uc = ({"crossattn": torch.empty(1, *text, device="meta")} for _ in range(2))
+            image = None
+            if self.takes_image:
+                image = engine.concat_condition(torch.empty(1, 1, channels, *size, device="meta"), frames)
+            shape = (frames, channels, *size)
+            return engine.sample(cond, uc, 1, shape, image, engine.default_ofs(1), num_steps=STEPS)
+
+        network.num_layers, network.modulation_table = min(LAYERS, layers), table if tabulated else None
+        network.attention = attention_without_scores
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return peak_of(draw, self.engine)
+        finally:
+            network.num_layers, network.modulation_table = layers, table
+
+    def _decoding_activations(self, frames_at_once: int | None, tile_size: int | None) -> int:
+        """Return what the VAE takes to decode a video beside its weights."""
+        height, width = self._largest_image()
+        frames = max(video.latent_frames for video in self.videos) - int(self.engine.is_15)
+        size = (height // SPACE_FACTOR, width // SPACE_FACTOR)
+        latents = torch.empty(1, self.network.out_channels, frames, *size, device="meta")
+        if isinstance(self.vae, VideoCoder):
+            latents = latents[:, :, : (LATENT_STEPS if tile_size is None else 4) + frames % 2]
+            self.vae.use_tiles(tile_size)
+            if self.takes_pieces:
+                self.vae.use_frames_at_once(frames_at_once, waiting_bytes=0)
+
+        def decode() -> None:
+            for _ in self.engine.decode_stream(latents):
+                pass
+
+        return peak_of(decode, self.engine)
+
+    def _largest_image(self) -> tuple[int, int]:
+        _, height, width = max(self.videos, key=lambda video: video.height * video.width)
+        return height, width
+
+
+class TabulatedOnMeta:
+    """Stands for a `ModulationTable` whose modulations have no content.
+
+    Args:
+        modulations: for each layer the module that makes its modulations.
+    """
+
+    def __init__(self, modulations: Iterable[nn.Module]):
+        self.modulations = list(modulations)
+
+    def __call__(self, emb: Tensor) -> Tensor:
+        """Return modulations (layers, b, 12 d) for embeddings (b, e)."""
+        width = self.modulations[0][1].out_features
+        return emb.new_empty(len(self.modulations), len(emb), width)
+
+    def fill(self, embeddings: Iterable[Tensor]) -> None:
+        """Do nothing, since nothing is worked out."""
+
+
+def attention_without_scores(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Return a tensor like `q` (b, heads, n, e), as kernels do that keep no weights (b, heads, n, n) of attention."""
+    b, heads, tokens, _ = q.shape
+    normalizers = q.new_empty(b, heads, tokens, dtype=torch.float32)  # they are made and let go
+    return torch.empty_like(q) if normalizers.numel() else q
+
+
+def streamed(module: nn.Module, layers: Iterable[Iterable[nn.Module]]) -> PartBytes:
+    """Return the bytes of a part of which two layers are on the device at a time."""
+    sizes = [sum(map(module_bytes, modules)) for modules in layers]
+    whole = module_bytes(module)
+    return PartBytes(whole, whole - sum(sizes), 2 * max(sizes, default=0))
+
+
+@torch.no_grad()
+def peak_of(run: Callable[[], Any], beside: nn.Module) -> int:
+    """Return the bytes that tensors made by `run` take at most at a time, `beside` those of a module."""
+    allocated = AllocatedBytes(workspaces=True)
+    allocated.leave_out(tensor.untyped_storage() for tensor in (*beside.parameters(), *beside.buffers()))
+    with allocated:
+        run()
+    return allocated.peak

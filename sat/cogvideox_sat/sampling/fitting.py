@@ -1,0 +1,140 @@
+"""`--fit`: choose how sampling stays within the memory of a device, by what each way is expected to take."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import product
+
+import torch
+import torch.distributed as dist
+
+from arguments import SamplingArguments
+from cogvideox_sat.configuration.memory_advice import TILES
+from cogvideox_sat.configuration.memory_sizes import parse_fit
+from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
+from cogvideox_sat.configuration.settings import EngineSettings
+from cogvideox_sat.memory.sampling_peaks import VIDEO, SamplingMemory, VideoSize, Way
+from cogvideox_sat.memory.weightless import GIB
+from cogvideox_sat.parallel.agreement import least_over_processes
+from cogvideox_sat.parallel.devices import find_device
+from cogvideox_sat.sampling.plan import SamplingPlan
+from sgm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# From the fastest way to the one that takes least; what comes first in a name's values is tried first.
+FRAMES_AT_ONCE = (None, 8, 4)
+GUIDANCE_BATCHES = (2, 1)
+
+
+def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArguments:
+    """Return the arguments with those that `fit` picks for the planned videos, and say in one line which and why.
+
+    Raises:
+        UserError: no way takes as little as `fit` says, and the message has the least; or the memory cannot be told.
+    """
+    if args.fit is None or (plan is not None and not plan.videos):
+        return replace(args, fit=None)
+    budget = least_over_processes(device_budget(args.fit, args.device))
+    try:
+        memory = memory_of(args, video_sizes(args, plan))
+        way, reason = choose(memory, ways(args, memory.takes_pieces), budget, args.fit)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind, from parts of the user's own that need content
+        described = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"fit: the memory of this model is not known ({described}); give --offload instead") from error
+    if dist.get_rank() == 0:
+        logger.info("fit: %s: %s", args.fit, reason)
+    return with_way(args, way, budget - memory.peak(way))
+
+
+def with_way(args: SamplingArguments, way: Way, left: int) -> SamplingArguments:
+    """Return the arguments with those of a way; `left` are the bytes that it leaves of the device."""
+    return replace(args, **way._asdict(), vae_waiting_bytes=left, fit=None)
+
+
+def memory_of(args: SamplingArguments, videos: Iterable[VideoSize]) -> SamplingMemory:
+    """Return what tells the memory of sampling.
+
+    Raises:
+        UserError: a part of the model cannot be built, or cannot run without content.
+    """
+    typed = args.input_type == "cli"
+    return SamplingMemory(EngineSettings.from_args(args), set(videos), typed, not args.only_save_latents)
+
+
+def video_sizes(args: SamplingArguments, plan: SamplingPlan | None = None) -> list[VideoSize]:
+    """Return the sizes of the planned videos; of those that the arguments describe, where prompts will be typed."""
+    if plan is not None:
+        return [VideoSize(video.frames, *video.size) for video in plan.videos]
+    height, width = args.sampling_image_size
+    return [VideoSize(args.sampling_num_frames, height, width)]
+
+
+def device_budget(fit: str, device: str | None) -> int:
+    """Return the bytes of the device that sampling may take, all in all.
+
+    Raises:
+        UserError: `fit` is `auto`, and there is no GPU.
+    """
+    budget = parse_fit(fit)
+    if budget is not None:
+        return budget
+    found = find_device(device)
+    if found.type != "cuda":
+        raise UserError("fit: auto is what a GPU has free, and there is none here; give an amount such as 12GB")
+    return torch.cuda.mem_get_info(found)[0]
+
+
+def ways(args: SamplingArguments, takes_pieces: bool = True) -> Iterator[Way]:
+    """Yield the ways to sample that give the numbers of the first one, the fastest first, as far as they are not given.
+
+    Args:
+        takes_pieces: the VAE can go through its layers by a few frames at a time.
+    """
+    offloads = [args.offload] if "offload" in args.given else OFFLOAD_POLICIES
+    given_vae = {"vae_frames_at_once", "vae_tile_size"} & args.given or not takes_pieces
+    frames = [args.vae_frames_at_once] if given_vae else FRAMES_AT_ONCE
+    batches = [args.guidance_batch] if "guidance_batch" in args.given else GUIDANCE_BATCHES
+    for offload, at_once, batch in product(offloads, frames, batches):
+        yield Way(offload, batch, at_once, args.vae_tile_size)
+
+
+def choose(memory: SamplingMemory, candidates: Iterable[Way], budget: int, fit: str) -> tuple[Way, str]:
+    """Return the first of the ways that stays within `budget` bytes, and the reason in words.
+
+    Raises:
+        UserError: none does.
+    """
+    candidates = list(candidates)
+    for way in candidates:
+        if memory.peak(way) <= budget:
+            return way, reason_for(memory, way, candidates[0])
+    least = min(candidates, key=memory.peak)
+    needed, stage = memory.peak(least), largest_stage(memory, least)
+    further = f"{TILES}, " if stage == VIDEO and least.vae_tile_size is None else ""
+    raise UserError(
+        f"fit: {fit} is too small for this model and size, which take at least {gib_up(needed)} GiB with {least} "
+        f"(the {stage} takes most); give --fit {gib_up(needed)}GB, {further}fewer frames or a smaller size"
+    )
+
+
+def reason_for(memory: SamplingMemory, way: Way, fastest: Way) -> str:
+    """Return what a way is expected to take, and why it is not the fastest."""
+    text = f"{way}, which takes up to {gib_up(memory.peak(way))} GiB (the {largest_stage(memory, way)} takes most)"
+    if way == fastest:
+        return text
+    return f"{text}; {fastest} would take {gib_up(memory.peak(fastest))} GiB"
+
+
+def largest_stage(memory: SamplingMemory, way: Way) -> str:
+    """Return the stage that takes most in a way."""
+    stages = memory.stages(way)
+    return max(stages, key=lambda stage: stages[stage])
+
+
+def gib_up(size: int) -> float:
+    """Return a number of bytes in GiB, rounded up to a tenth."""
+    return math.ceil(10 * size / GIB) / 10
