@@ -322,7 +322,7 @@ class VideoCoder(nn.Module):
         x = _channels_last(x)
         if torch.is_grad_enabled() or self.group is not None or options or not hasattr(coder, "in_pieces"):
             return coder(x, chunk, **options)
-        tails = dict(chunk.tails)
+        tails = dict(chunk.tails) if x.device.type == "cuda" else {}  # elsewhere a full memory is no such error
         while (result := self._attempt(coder, x, chunk)) is None:
             chunk.tails.clear()
             chunk.tails.update(tails)  # some are gone, or belong to what failed
