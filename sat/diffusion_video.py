@@ -21,6 +21,7 @@ from cogvideox_sat.network.batch_parts import in_parts
 from cogvideox_sat.network.layer_runner import SamplingProgress
 from cogvideox_sat.network.modulation_table import AskedLevel, LevelNotes
 from cogvideox_sat.parallel.process_groups import parallel_groups
+from cogvideox_sat.parallel.video_groups import ALONE, VideoGroups
 from cogvideox_sat.weights.checkpoint_files import is_adapter
 from cogvideox_sat.weights.loading import load_network
 from sgm import randomness
@@ -28,6 +29,7 @@ from sgm.config_places import Place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
+from sgm.modules.diffusionmodules.guidance_parallel import GuidanceParallel
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, why_not_compilable
@@ -95,6 +97,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.attention: AttentionChoice | None = None
         self.compiled = False  # the network goes through torch.compile
         self.text_blocks_as_stored = False  # see `FrozenT5Embedder`, for whoever brings its blocks when they run
+        self.video_groups = ALONE
 
         with self.section():
             self.denoiser = instantiate_from_config(config["denoiser_config"])
@@ -114,6 +117,21 @@ class SATVideoDiffusionEngine(nn.Module):
     def _optional(self, key: str) -> Any:
         """Return what the configuration describes at a key; None if it has no such key."""
         return instantiate_from_config(self.config[key]) if self.config.get(key) else None
+
+    def share_videos(self, groups: VideoGroups) -> None:
+        """Make each video together with other processes, which all do the same; call it before parts are built.
+
+        Raises:
+            UserError: the sampler has no guider whose halves could be shared.
+        """
+        self.video_groups = groups
+        if groups.guidance is not None:
+            if not hasattr(self.sampler, "guider"):
+                raise UserError(
+                    f"guidance_parallel: {type(self.sampler).__name__} has no `guider`; leave it out, and let all "
+                    "processes share the sequence"
+                )
+            self.sampler.guider = GuidanceParallel(self.sampler.guider, groups.guidance)
 
     # Parts
 
@@ -154,6 +172,8 @@ class SATVideoDiffusionEngine(nn.Module):
         first_stage = instantiate_from_config(self.config["first_stage_config"])
         if self.settings.vae_tile_size is not None and isinstance(first_stage, VideoCoder):
             first_stage.use_tiles(self.settings.vae_tile_size)
+        if self.video_groups.splits_work and isinstance(first_stage, VideoCoder):
+            first_stage.group = self.video_groups.group
         if self.settings.vae_frames_at_once is not None and isinstance(first_stage, VideoCoder):
             first_stage.use_frames_at_once(self.settings.vae_frames_at_once, self.settings.vae_waiting_bytes)
         first_stage = first_stage.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
@@ -178,11 +198,19 @@ class SATVideoDiffusionEngine(nn.Module):
         else:
             network = instantiate_from_config(config, **overrides).to(device=device, dtype=self.dtype)
         if self.loss_fn is not None:  # building the network has set up the groups
-            self.loss_fn.set_parallel_groups(*parallel_groups())
+            groups = self.video_groups
+            shared = (groups.group, groups.peers) if groups.splits_work else parallel_groups()
+            self.loss_fn.set_parallel_groups(*shared)
         if settings.lora_scale is not None:
             set_lora_scale(network, settings.lora_scale)
         if hasattr(network, "use_attention"):
             network.use_attention(self.attention or self.choose_attention())
+        if self.video_groups.sequence is not None:
+            if not hasattr(network, "share_tokens"):
+                raise UserError(
+                    f"sequence_parallel: {type(network).__name__} has no `share_tokens`; use guidance_parallel alone"
+                )
+            network.share_tokens(self.video_groups.sequence)
         wrapper: type = OpenAIWrapper
         if self.config.get("network_wrapper"):
             place = Place(("model",), self.config, self.settings.sources).below("network_wrapper")
@@ -438,7 +466,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if shape is None:
             raise TypeError("sample() needs the shape of the latents, (t, c, h, w)")
-        noise = torch.randn(batch_size, *shape, dtype=torch.float32).to(self.device)
+        noise = self.video_groups.agreed(torch.randn(batch_size, *shape, dtype=torch.float32).to(self.device))
         if concat_images is not None:
             cond = {**cond, "concat": concat_images}
             uc = uc and {**uc, "concat": concat_images}
@@ -448,9 +476,10 @@ class SATVideoDiffusionEngine(nn.Module):
                 network = in_parts(network, batch_size)
 
             def denoise(x: Tensor, level: Tensor, c: dict[str, Tensor], **model_inputs: Any) -> Tensor:
+                x = self.video_groups.agreed(x)
                 denoised = self.denoiser(network, x, level, c, **{**untaken, **model_inputs})
-                if check_finite and not torch.isfinite(denoised).all():
-                    raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
+                # Of processes that share the work all must stop at the same place, where all have the same.
+                self._check_finite(x if self.video_groups.splits_work else denoised, check_finite)
                 return denoised
 
             return sampler(denoise, start, cond, uc=uc, num_steps=num_steps, **keywords)
@@ -476,7 +505,13 @@ class SATVideoDiffusionEngine(nn.Module):
             levels = self._levels_of(partial(draw, start=smallest, **told))
             table.fill(self.network.embed_condition(*level) for level in levels)
         with nullcontext() if runner is None else runner.during(progress):
-            return draw(self.model, self.sampler, noise, **taken)
+            latents = self.video_groups.agreed(draw(self.model, self.sampler, noise, **taken))
+        self._check_finite(latents, check_finite and self.video_groups.splits_work)
+        return latents
+
+    def _check_finite(self, x: Tensor, wanted: bool) -> None:
+        if wanted and not torch.isfinite(x).all():
+            raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
 
     def _levels_of(self, draw: Callable[..., Tensor]) -> list[AskedLevel]:
         """Return the levels that the network is asked for by `draw(network, sampler)`, whose random numbers do not

@@ -20,6 +20,7 @@ from sat.model.base_model import BaseMixin, BaseModel, non_conflict
 from sat.model.transformer import BaseTransformer
 from sat.transformer_defaults import ARGS_DEFAULT
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from cogvideox_sat.configuration.recomputation import recomputation_mode
 from cogvideox_sat.latent_geometry import Grid, patch_sizes
@@ -32,6 +33,7 @@ from cogvideox_sat.network.lean_layers import lean_layers
 from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
+from cogvideox_sat.network.sequence_parallel import TokenShare, check_shares
 from cogvideox_sat.parallel.process_groups import initialize_process_groups
 from sgm.attention_kernels import KERNELS
 from sgm.errors import UserError
@@ -68,6 +70,16 @@ def joined(whole: Tensor, text: Tensor, vision: Tensor) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+def own_arguments(arguments: Mapping[str, Any], share: TokenShare) -> dict[str, Any]:
+    """Return what the arguments of a call are for a process that has a share of its tokens."""
+    rotary = arguments["rotary"]
+    return {
+        "share": share,
+        "text_length": share.own_text,
+        "rotary": rotary and tuple(map(share.own_rows, rotary)),
+    }
 
 
 # Patch embedding
@@ -360,9 +372,13 @@ class FinalLayerMixin(BaseMixin):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def final_forward(self, logits: Tensor, *, emb: Tensor, grid: Grid, text_length: int, **_: Any) -> Tensor:
+    def final_forward(
+        self, logits: Tensor, *, emb: Tensor, grid: Grid, text_length: int, share: TokenShare | None = None, **_: Any
+    ) -> Tensor:
         shift, scale = self.adaLN_modulation(emb).unsqueeze(1).chunk(2, dim=-1)
         x = self.linear(modulate(self.norm_final(logits[:, text_length:]), shift, scale))
+        if share is not None:
+            x = share.gather_video(x)
         (t, h, w), (o, p, q) = grid, self.patch
         return rearrange(x, "b (t h w) (c o p q) -> b (t o) c (h p) (w q)", t=t, h=h, w=w, o=o, p=p, q=q)
 
@@ -454,6 +470,7 @@ class DiffusionTransformer(BaseModel):
         self.use_attention(None)
         self.compiles_layers = False
         self.modulation_table: ModulationTable | None = None
+        self.sequence_group: ProcessGroup | None = None
 
         def embedding_mlp(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
@@ -524,6 +541,17 @@ class DiffusionTransformer(BaseModel):
         others = [each for each in self.layer_runner.around if not isinstance(each, AttentionChoice)]
         self.layer_runner.around = (*others, choice) if choice and choice.backends else tuple(others)
 
+    def share_tokens(self, group: ProcessGroup | None) -> None:
+        """Hold, from now on, a share of the tokens of each call, the other processes of the group the others; all of
+        them must be called with the same inputs, and return the same. None: hold all tokens.
+
+        Raises:
+            UserError: the group has more processes than the network heads.
+        """
+        if group is not None:
+            check_shares(group.size(), self.num_attention_heads)
+        self.sequence_group = group
+
     def compile_layers(self) -> bool:
         """Run layers through a compiler from now on; return False, and change nothing, if that is not possible.
 
@@ -573,10 +601,21 @@ class DiffusionTransformer(BaseModel):
         return hooks
 
     def attention_fn(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: nn.Dropout | None = None, **_: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout: nn.Dropout | None = None,
+        *,
+        share: TokenShare | None = None,
+        **_: Any,
     ) -> Tensor:
         """Full attention of q, k, v (b, heads, n, head_dim): no mask is ever built."""
         dropout_p = dropout.p if dropout is not None else 0.0
+        if share is not None:
+            kernel = self.training_attention if torch.is_grad_enabled() else self.attention
+            return share.attend(kernel)(q, k, v, dropout_p=dropout_p)
         if not torch.is_grad_enabled():
             return self.attention(q, k, v, dropout_p=dropout_p)
         # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
@@ -659,6 +698,10 @@ class DiffusionTransformer(BaseModel):
         position = self.hooks["position_embedding_forward"](None, **arguments)
         if position is not None:
             hidden = hidden + position
+        if self.sequence_group is not None:
+            share = TokenShare.of(hidden.shape[1], text_length, self.num_attention_heads, self.sequence_group)
+            hidden = share.own_tokens(hidden)
+            arguments |= own_arguments(arguments, share)
         run_layer, compiled = self.layers_of_call(arguments, hidden)
         for layer in range(self.num_layers):
             context = LayerContext(
@@ -666,7 +709,7 @@ class DiffusionTransformer(BaseModel):
                 self.num_layers,
                 timesteps,
                 grid,
-                text_length,
+                arguments["text_length"],
                 self.training,
                 self.layer_runner.sampling,
                 keeps_attention=compiled and self.compiles_layers,
@@ -707,16 +750,18 @@ class DiffusionTransformer(BaseModel):
     def layers_of_call(self, arguments: Mapping[str, Any], hidden: Tensor) -> tuple[Callable[[int], RunLayer], bool]:
         """Return what makes each layer a function of the tokens alone: compiled, or of parts that keep little for a
         backward pass, if all layers can be; and whether they are compiled."""
+        share = arguments.get("share")
         if self.compiles_layers:
             tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
             emb, modulations = F.silu(arguments["emb"]), arguments.get("modulations")
             with suppress(NotCompilable):
                 plain = [self.layer(layer_id, arguments) for layer_id in range(self.num_layers)]
-                return compiled_layers(self, emb, tokens, plain, modulations).__getitem__, True
+                return compiled_layers(self, emb, tokens, plain, modulations, share).__getitem__, True
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and "modulations" not in arguments:
             with suppress(NotCompilable):
                 emb = F.silu(arguments["emb"])
-                return lean_layers(self, emb, arguments["text_length"], arguments["rotary"]).__getitem__, False
+                layers = lean_layers(self, emb, arguments["text_length"], arguments["rotary"], share)
+                return layers.__getitem__, False
         return (lambda layer_id: self.layer(layer_id, arguments)), False
 
     def layer(self, layer_id: int, arguments: Mapping[str, Any]) -> RunLayer:

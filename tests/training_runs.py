@@ -35,9 +35,11 @@ def write_config(
     model: dict[str, Any] | None = None,
     deepspeed: dict[str, Any] | None = None,
     params: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
     **args: Any,
 ) -> Path:
-    """A configuration that trains a tiny model for a few steps; `args` and the sections are added to it."""
+    """A configuration that trains a tiny model for a few steps; `args` and the sections are added to it, and an
+    `optimizer` takes the place of Adam."""
     from omegaconf import OmegaConf
 
     config = {
@@ -71,8 +73,9 @@ def write_config(
         },
     }
     extra = {"model": model or {}, "deepspeed": deepspeed or {}}
-    merged = OmegaConf.merge(config, LORA if lora else {}, extra)
-    return tiny.variant(family, path, **OmegaConf.to_container(merged))
+    merged = OmegaConf.to_container(OmegaConf.merge(config, LORA if lora else {}, extra))
+    merged["deepspeed"]["optimizer"] = optimizer or merged["deepspeed"]["optimizer"]
+    return tiny.variant(family, path, **merged)
 
 
 def train(config: Path, *flags: str) -> Path:

@@ -31,9 +31,9 @@ def sharded(folder: Path) -> set[Path]:
 
 def test_a_network_in_shards(tmp_path):
     expected = sharded(tmp_path / "transformer")
-    assert set(network_files(str(tmp_path / "transformer"), 1)) == expected
+    assert set(network_files(str(tmp_path / "transformer"))) == expected
     (tmp_path / "model_index.json").write_text("{}")
-    assert set(network_files(str(tmp_path), 1)) == expected, "a pipeline's"
+    assert set(network_files(str(tmp_path))) == expected, "a pipeline's"
 
 
 def test_a_network_of_a_training_run(tmp_path):
@@ -45,8 +45,8 @@ def test_a_network_of_a_training_run(tmp_path):
         (tmp_path / iteration / "training_state" / "large.pt").touch()
     (tmp_path / "latest").write_text("2")
     expected = [tmp_path / "2" / f"mp_rank_0{rank}_model_states.pt" for rank in range(2)]
-    assert network_files(str(tmp_path), 2) == expected
-    assert network_files(str(tmp_path / "gone"), 1) == []
+    assert network_files(str(tmp_path)) == expected
+    assert network_files(str(tmp_path / "gone")) == []
 
 
 def test_a_vae(tmp_path):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogvideox_sat.sampling import video_in_progress
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress, attempt_each
 from sgm.errors import UserError
 
@@ -25,16 +24,11 @@ def failing_with(error: Exception, index: int = 0):
     return stage
 
 
-def share_networks_among(monkeypatch, processes: int) -> None:
-    monkeypatch.setattr(video_in_progress.mpu, "get_model_parallel_world_size", lambda: processes)
-
-
 @pytest.mark.parametrize(
     ("error", "with_traceback"),
     [(UserError("bad image"), False), (RuntimeError("odd"), True), (torch.OutOfMemoryError("full"), False)],
 )
-def test_a_failure_ends_its_own_video(error, with_traceback, monkeypatch, caplog):
-    share_networks_among(monkeypatch, 1)
+def test_a_failure_ends_its_own_video(error, with_traceback, caplog):
     both = videos(2)
     attempt_each(both, failing_with(error))
     assert both[0].failure and both[1].failure is None and both[1].latents is not None
@@ -42,15 +36,13 @@ def test_a_failure_ends_its_own_video(error, with_traceback, monkeypatch, caplog
     assert bool(caplog.records[0].exc_info) == with_traceback
 
 
-def test_a_process_that_fails_inside_a_shared_network_ends(monkeypatch):
+def test_a_process_that_fails_beside_others_ends():
     """Going on, its next all-reduce would meet the present one of its partners, and wrong videos would be written."""
-    share_networks_among(monkeypatch, 2)
     with pytest.raises(RuntimeError, match="odd"):
-        attempt_each(videos(2), failing_with(RuntimeError("odd")))
+        attempt_each(videos(2), failing_with(RuntimeError("odd")), together=True)
 
 
-def test_a_mistake_that_all_processes_see_alike_does_not_end_them(monkeypatch):
-    share_networks_among(monkeypatch, 2)
+def test_a_mistake_that_all_processes_see_alike_does_not_end_them():
     both = videos(2)
-    attempt_each(both, failing_with(UserError("bad image")))
+    attempt_each(both, failing_with(UserError("bad image")), together=True)
     assert both[0].failure == "bad image" and both[1].failure is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
-from cogvideox_sat.weights.loading import load_network
+from cogvideox_sat.weights.loading import load_network, shares_of_rank
 from distributed import run_distributed
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
@@ -47,6 +47,12 @@ def test_two_processes_equal_one(tmp_path):
         weights = {f"model.diffusion_model.{key}": value for key, value in network.state_dict().items()}
         checkpoints[name] = str(tmp_path / f"{name}.pt")
         torch.save({"module": weights}, checkpoints[name])
+        if name == "t2v_5b":  # also of four ranks, of which two processes take two each
+            checkpoints[name] = str(tmp_path / name)
+            (tmp_path / name).mkdir()
+            for rank in range(4):
+                share = shares_of_rank(network, network.state_dict(), rank, 4)
+                torch.save({"module": share}, tmp_path / name / f"mp_rank_0{rank}_model_states.pt")
         with torch.no_grad():
             expected[name] = network(**inputs(network))
     for outputs in run_distributed(outputs_of_rank, 2, checkpoints):

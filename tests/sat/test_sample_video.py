@@ -367,14 +367,14 @@ def test_a_process_that_cannot_go_on_takes_part_in_the_end_of_the_run(monkeypatc
 
 @pytest.mark.slow
 def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, monkeypatch, caplog):
-    from cogvideox_sat.sampling import run as sampling_run
+    from cogvideox_sat.sampling.run import CommandRun
 
-    def fail(video):
+    def fail(_, video):
         if video.planned.request.index == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
         raise KeyError("surprise")
 
-    monkeypatch.setattr(sampling_run, "decode_to_file", fail)
+    monkeypatch.setattr(CommandRun, "decode_to_file", fail)
     assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS)) == 1
     full, surprise = (record for record in caplog.records if record.getMessage().startswith("failed: prompt"))
     assert "--offload sequential" in full.getMessage()

@@ -24,7 +24,7 @@ def merge(load: Path, output: Path, *arguments: str | Path) -> dict[str, torch.T
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    return network_weights(checkpoint_file(folder)[0])
+    return network_weights(checkpoint_file(folder))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_checkpoint_is_read_by_plain_pytorch(adapted, tmp_path):
     import zipfile
 
     merged = merge(adapted.folder / "base", tmp_path / "merged", "--lora", adapted.folder / "run")
-    file, _ = checkpoint_file(tmp_path / "merged")
+    file = checkpoint_file(tmp_path / "merged")
     assert zipfile.ZipFile(file).testzip() is None
     for mmap in (False, True):
         module = torch.load(file, weights_only=True, mmap=mmap)["module"]

@@ -207,7 +207,7 @@ def test_lora_changes_the_adapter_alone(tmp_path, tiny, clips, family):
     layers, projections, matrices = 2, 2, 2
     assert len(adapter) == layers * matrices * (3 + projections - 1)
     assert all(tensor.any() for tensor in adapter.values()), "the B matrices begin at zero"
-    base = network_weights(checkpoint_file(tiny.folder / family)[0])
+    base = network_weights(checkpoint_file(tiny.folder / family))
     kept = {
         name.removeprefix(NETWORK_PREFIX).replace(".original.", "."): tensor
         for name, tensor in everything.items()
@@ -225,7 +225,7 @@ def test_lora_changes_the_adapter_alone(tmp_path, tiny, clips, family):
 def test_full_training_changes_what_is_trained(tmp_path, tiny, clips, family):
     run = train(write_config(tmp_path / "config.yaml", tiny, family, clips, train_iters=3, warmup=0.0))
     trained = weights(run)
-    base = network_weights(checkpoint_file(tiny.folder / family)[0])
+    base = network_weights(checkpoint_file(tiny.folder / family))
     same = {name for name, tensor in base.items() if torch.equal(trained[NETWORK_PREFIX + name], tensor)}
     assert trained.keys() == {NETWORK_PREFIX + name for name in base}
     tables = {"mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos", "transformer.position_embeddings.weight"}

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
-from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, is_adapter
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, checkpoint_shares, is_adapter
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
-from cogvideox_sat.weights.loading import load_network
+from cogvideox_sat.weights.loading import load_network, shares_of_rank
 from diffusion_video import set_lora_scale
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
@@ -255,7 +255,35 @@ def test_layouts_that_are_no_checkpoint(tmp_path):
         (tmp_path / "7" / f"mp_rank_0{rank}_model_states.pt").touch()
     with pytest.raises(UserError, match="split over 2 model-parallel ranks"):
         checkpoint_file(tmp_path)
-    assert checkpoint_file(tmp_path, rank=1, size=2) == (tmp_path / "7" / "mp_rank_01_model_states.pt", True)
+    assert checkpoint_shares(tmp_path) == [tmp_path / "7" / f"mp_rank_0{rank}_model_states.pt" for rank in range(2)]
+    (tmp_path / "7" / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(UserError, match=r"holds 1 files of model-parallel ranks, but no mp_rank_00_model_states\.pt"):
+        checkpoint_shares(tmp_path)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["t2v_2b", "t2v_2b_lora"])
+def test_a_checkpoint_of_several_ranks_is_joined(tmp_path, seeded_base, size, name):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "latest").write_text("1")
+    for rank in range(size):
+        share = shares_of_rank(seeded_base, seeded_base.state_dict(), rank, size)
+        assert share["transformer.layers.0.attention.dense.weight"].shape[1] * size == seeded_base.hidden_size
+        save(share, tmp_path / "1" / f"mp_rank_0{rank}_model_states.pt")
+    network = build(name)
+    load_network(network, tmp_path, new_adapter=True)
+    loaded = {key.replace(".original.", "."): value for key, value in network.state_dict().items()}
+    assert all(torch.equal(loaded[key], value) for key, value in seeded_base.state_dict().items())
+
+
+def test_shares_that_are_not_of_one_checkpoint(tmp_path, seeded_base):
+    for rank in range(2):
+        share = shares_of_rank(seeded_base, seeded_base.state_dict(), rank, 2)
+        if rank:
+            del share["time_embed.0.bias"]
+        save(share, tmp_path / f"mp_rank_0{rank}_model_states.pt")
+    with pytest.raises(UserError, match="do not hold the same tensors"):
+        load_network(build("t2v_2b"), tmp_path)
 
 
 LOAD_AND_READ = """

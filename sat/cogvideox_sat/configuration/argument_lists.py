@@ -73,6 +73,15 @@ class SamplingArguments(CommonArguments):
         "memory of the device to stay within, such as 12GB, or auto (what is free): picks offload, guidance_batch and "
         "vae_frames_at_once, those of them that are not given",
     )
+    processes_per_video: int | None = argument(
+        None, "processes that share the work on each video: halves of guidance first, then tokens (default: 1)"
+    )
+    guidance_parallel: bool | None = argument(
+        None, "each half of guidance has processes of its own (default: as processes_per_video allows)"
+    )
+    sequence_parallel: int | None = argument(
+        None, "processes that share the tokens of a half (default: what processes_per_video leaves)"
+    )
 
     given: frozenset[str] = frozenset()  # the arguments that do not merely have their defaults
     vae_waiting_bytes: int | None = None  # what `fit` leaves, see `EngineSettings`
@@ -117,6 +126,7 @@ class TrainingArguments(RunArguments, CommonArguments):
     checkpoint_skip_layers: int | None = argument(
         None, "so many layers, the last ones, keep their activations all the same (default: as the model's file says)"
     )
+    sequence_parallel_size: int = argument(1, "processes that share the tokens of each clip; a batch has a clip once")
     max_skipped_steps: int = argument(20, "stop after this many steps in a row without a finite loss and gradient")
 
     # Checkpoints

@@ -342,7 +342,7 @@ def batch_sizes(config: Mapping[str, Any], data_parallel_size: int) -> BatchSize
     return BatchSizes(micro, accumulation, product)
 
 
-def runtime_config(config: Mapping[str, Any], precision: str) -> dict[str, Any]:
+def runtime_config(config: Mapping[str, Any], precision: str, processes_per_clip: int = 1) -> dict[str, Any]:
     """What `deepspeed.initialize(config=...)` is given for a checked section.
 
     The precision is the one that the run computes in, optimizers that are not DeepSpeed's are allowed, and half
@@ -351,6 +351,7 @@ def runtime_config(config: Mapping[str, Any], precision: str) -> dict[str, Any]:
 
     Args:
         precision: `fp16`, `bf16` or `fp32`.
+        processes_per_clip: that share a clip, each of which DeepSpeed takes for one with a batch of its own.
 
     Raises:
         UserError: the optimizer needs whole matrices, which ZeRO takes apart.
@@ -362,8 +363,12 @@ def runtime_config(config: Mapping[str, Any], precision: str) -> dict[str, Any]:
             f"deepspeed: {WHOLE_MATRICES} needs whole matrices, but in {precision} this is ZeRO stage {zero['stage']}, "
             "which flattens them: train in float32 with zero_optimization.stage 0, or with another optimizer"
         )
+    total = (
+        {"train_batch_size": config["train_batch_size"] * processes_per_clip} if "train_batch_size" in config else {}
+    )
     return {
         **with_precision(config, {precision: True}),
+        **total,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -136,7 +136,7 @@ def check_values(args: TrainingArguments) -> None:
     """What can be said about the values without looking at the model, the data or DeepSpeed's section."""
     argument_schema.check_common(args)
     argument_schema.check_run(args)
-    argument_schema.check_least(args, ("lr_decay_iters", "max_skipped_steps"))
+    argument_schema.check_least(args, ("lr_decay_iters", "max_skipped_steps", "sequence_parallel_size"))
     argument_schema.check_least(args, ("auto_warmup_steps", "checkpoint_skip_layers"), least=0)
     check_recomputation(args)
     argument_schema.check_shares(args, ("warmup",))

@@ -120,7 +120,7 @@ def write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryvie
 
 def check_written(folder: Path, like: Mapping[str, Tensor]) -> None:
     """Raises UserError unless the checkpoint in `folder` reads back as it was written."""
-    file, _ = checkpoint_file(folder)
+    file = checkpoint_file(folder)
     written = module_weights(read_state_dict(file), what=str(file))
     expected = {NETWORK_PREFIX + name: (tensor.shape, tensor.dtype) for name, tensor in like.items()}
     same = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()} == expected

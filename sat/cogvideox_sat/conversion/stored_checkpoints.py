@@ -24,7 +24,7 @@ def open_checkpoint(path: Path) -> tuple[Path, StoredWeights]:
     if pieces is not None:
         location, weights = pieces, read_zero(pieces)
     else:
-        location, _ = checkpoint_file(path)
+        location = checkpoint_file(path)
         if is_diffusers_file(location):
             raise UserError(f"{path} is in the form of diffusers already")
         weights = open_weights(location)

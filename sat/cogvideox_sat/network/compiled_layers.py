@@ -19,6 +19,7 @@ from cogvideox_sat.network.activation_checkpointing import keeping_attention
 from cogvideox_sat.network.block import Attend, LayerWeights, LowRank, Norm, Product, Tokens, block
 from cogvideox_sat.network.fused_lora import FusedLoraLinear
 from cogvideox_sat.network.layer_runner import RunLayer
+from cogvideox_sat.network.sequence_parallel import TokenShare
 from sgm.attention_kernels import KERNELS, AttentionKernel
 from sgm.flash_attention3 import FLASH3
 
@@ -49,7 +50,12 @@ def _keeping_block(x: Tensor, modulation: Tensor, *others: Any) -> Tensor:
 
 
 def compiled_layers(
-    network: nn.Module, emb: Tensor, tokens: Tokens, plain: Sequence[RunLayer], modulations: Tensor | None = None
+    network: nn.Module,
+    emb: Tensor,
+    tokens: Tokens,
+    plain: Sequence[RunLayer],
+    modulations: Tensor | None = None,
+    share: TokenShare | None = None,
 ) -> list[RunLayer]:
     """Return the layers of a `DiffusionTransformer` as functions of the tokens (b, n, d), compiled.
 
@@ -59,6 +65,7 @@ def compiled_layers(
         emb: time embedding (b, time_embed_dim), through its SiLU already.
         plain: the layers without a compiler.
         modulations: (layers, b, 12 d) of `emb`, where they are known already.
+        share: of the tokens, where the network has not all of them.
 
     Raises:
         NotCompilable: one has a part that is not known here.
@@ -66,15 +73,25 @@ def compiled_layers(
     check_network(network)
     linears = [modulation[1] for modulation in network.mixins["adaln_layer"].adaLN_modulations]
     known = modulations if modulations is not None else [partial(linear, emb) for linear in linears]
-    return [_compiled_layer(network, layer_id, known[layer_id], tokens, layer) for layer_id, layer in enumerate(plain)]
+    attend = _attend(network.training_attention if torch.is_grad_enabled() else network.attention)
+    if share is not None:
+        attend = share.attend(attend)
+    return [
+        _compiled_layer(network, layer_id, known[layer_id], tokens, attend, layer)
+        for layer_id, layer in enumerate(plain)
+    ]
 
 
 def _compiled_layer(
-    network: nn.Module, layer_id: int, modulation: Tensor | Callable[[], Tensor], tokens: Tokens, otherwise: RunLayer
+    network: nn.Module,
+    layer_id: int,
+    modulation: Tensor | Callable[[], Tensor],
+    tokens: Tokens,
+    attend: Attend,
+    otherwise: RunLayer,
 ) -> RunLayer:
     weights = weights_of(network, layer_id)
-    attention = network.training_attention if torch.is_grad_enabled() else network.attention
-    heads, attend, kernel = network.num_attention_heads, _attend(attention), network.attention_name
+    heads, kernel = network.num_attention_heads, network.attention_name
     chosen = network.checkpointing.recomputation(network.num_layers)
     keeps = network.training and torch.is_grad_enabled() and 0 <= layer_id - chosen.whole < chosen.attention
 

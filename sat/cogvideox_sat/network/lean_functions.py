@@ -158,7 +158,7 @@ class Heads(torch.autograd.Function):
             if not results:
                 normed = normed.transpose(1, 2)
             if cos is not None and sin is not None:
-                video = normed[:, :, -len(cos) :]
+                video = normed[:, :, normed.shape[2] - len(cos) :]
                 exchanged = _exchanged(video)
                 video.mul_(cos).addcmul_(exchanged, sin)
             results.append(normed)
@@ -184,7 +184,7 @@ class Heads(torch.autograd.Function):
             )
             if cos is not None and sin is not None:
                 grad = grad.clone(memory_format=torch.contiguous_format)
-                video = grad[:, :, -len(cos) :]
+                video = grad[:, :, grad.shape[2] - len(cos) :]
                 exchanged = _exchanged(video * sin)
                 video.mul_(cos).sub_(exchanged)
             mask = [True, *ctx.needs_input_grad[5 + 2 * index : 7 + 2 * index]]

@@ -14,17 +14,21 @@ from cogvideox_sat.network.compiled_layers import NotCompilable, check_network, 
 from cogvideox_sat.network.fused_lora import AddLowRank
 from cogvideox_sat.network.layer_runner import RunLayer
 from cogvideox_sat.network.lean_functions import GatedSum, GeluProduct, Heads, ModulatedProduct
+from cogvideox_sat.network.sequence_parallel import TokenShare
 
 Rotary = tuple[Tensor, Tensor]
 
 
-def lean_layers(network: nn.Module, emb: Tensor, text: int, rotary: Rotary | None) -> list[RunLayer]:
+def lean_layers(
+    network: nn.Module, emb: Tensor, text: int, rotary: Rotary | None, share: TokenShare | None = None
+) -> list[RunLayer]:
     """Return the layers of a `DiffusionTransformer` as functions of the tokens (b, n, d) that keep little.
 
     Args:
         emb: time embedding (b, time_embed_dim), through its SiLU already.
         text: tokens of the text.
         rotary: cosines and sines of the video's tokens.
+        share: of the tokens, where the network has not all of them; `text` and `rotary` are of its own then.
 
     Raises:
         NotCompilable: one has a part that is not known here.
@@ -34,15 +38,18 @@ def lean_layers(network: nn.Module, emb: Tensor, text: int, rotary: Rotary | Non
         raise NotCompilable("autocast chooses other types")
     if any(parameter.dtype != emb.dtype for parameter in network.parameters()):
         raise NotCompilable("its weights are of several types")
-    return [_lean_layer(network, layer_id, emb, text, rotary) for layer_id in range(network.num_layers)]
+    attend = network.training_attention if share is None else share.attend(network.training_attention)
+    return [_lean_layer(network, layer_id, emb, text, rotary, attend) for layer_id in range(network.num_layers)]
 
 
-def _lean_layer(network: nn.Module, layer_id: int, emb: Tensor, text: int, rotary: Rotary | None) -> RunLayer:
+def _lean_layer(
+    network: nn.Module, layer_id: int, emb: Tensor, text: int, rotary: Rotary | None, attend: Attend
+) -> RunLayer:
     weights = weights_of(network, layer_id)
     if weights.query_norm is None or weights.key_norm is None:
         raise NotCompilable("queries and keys have no norm")
     modulation = network.mixins["adaln_layer"].adaLN_modulations[layer_id][1]
-    heads, attend = network.num_attention_heads, network.training_attention
+    heads = network.num_attention_heads
     return lambda hidden: lean_layer(hidden, modulation(emb), weights, text, rotary, heads, attend)
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from cogvideox_sat.parallel import process_watch, rendezvous
 from cogvideox_sat.parallel.torch_internals import all_groups
+from cogvideox_sat.parallel.video_groups import forget_video_groups
 from sgm.context_parallel import destroy_context_parallel
 from sgm.errors import UserError
 
@@ -56,6 +57,7 @@ def leave_processes() -> None:
     global _patient
     _patient = None
     destroy_context_parallel()
+    forget_video_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -14,6 +14,11 @@ def all_groups() -> list[dist.ProcessGroup]:
     return list(distributed_c10d._world.pg_map)
 
 
+def group_named(name: str) -> dist.ProcessGroup:
+    """Return the group of processes with that `group_name`."""
+    return distributed_c10d._resolve_process_group(name)
+
+
 def abort_groups() -> None:
     """Drop the connections of all groups at once, without waiting for the other processes."""
     distributed_c10d._abort_process_group()

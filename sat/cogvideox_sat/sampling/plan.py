@@ -17,6 +17,7 @@ from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image, warn_of_crop
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.configuration.model_values import check_model_values, check_parameters
+from cogvideox_sat.configuration.video_layout import check_world, layout_of
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts, request_seed
@@ -114,6 +115,12 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
 def check_combinations(args: SamplingArguments) -> None:
     """Raises UserError for arguments that this model, or this way of starting the command, does not go with."""
     check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
+    layout = layout_of(args)
+    check_world(layout, int(os.environ.get("WORLD_SIZE", "1")))
+    if layout.processes > 1 and args.vae_frames_at_once is not None:
+        raise UserError(
+            "vae_frames_at_once: the processes of processes_per_video share the frames already; leave it out"
+        )
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")

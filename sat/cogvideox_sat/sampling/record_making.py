@@ -26,7 +26,7 @@ from cogvideox_sat.files.content_hashes import BackgroundHashes, hash_of_file
 from cogvideox_sat.latent_geometry import TIME_FACTOR
 from cogvideox_sat.parallel.devices import processor_name
 from cogvideox_sat.sampling.plan import PlannedVideo
-from cogvideox_sat.weights.checkpoint_files import checkpoint_file
+from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.weights import INDEX_SUFFIX, PIPELINE_FILE, read_weight_map, safetensors_in
@@ -191,16 +191,16 @@ def weight_files(args: SamplingArguments) -> dict[str, list[Path]]:
     vae = (model["first_stage_config"].get("params") or {}).get("ckpt_path")
     return {
         "vae": vae_files(Path(vae)) if vae else [],
-        "adapter": network_files(args.lora_load, args.model_parallel_size) if args.lora_load else [],
-        "checkpoint": network_files(args.load, args.model_parallel_size) if args.load else [],
+        "adapter": network_files(args.lora_load) if args.lora_load else [],
+        "checkpoint": network_files(args.load) if args.load else [],
         "text_encoder": text_encoder_files(Path(text_encoder)) if text_encoder else [],
     }
 
 
-def network_files(path: str, size: int) -> list[Path]:
+def network_files(path: str) -> list[Path]:
     """Return the files of a network's checkpoint, of whichever form."""
     try:
-        found = {checkpoint_file(path, rank, size)[0] for rank in range(size)}
+        found = checkpoint_shares(path)
     except UserError:  # whoever loads it says so
         return []
     return sorted({file for first in found for file in with_shards(first)})

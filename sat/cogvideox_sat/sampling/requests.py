@@ -17,19 +17,24 @@ LARGEST_SEED = 2**63 - 1
 class SessionSettings(EngineSettings):
     """The model of a session, see `EngineSettings`, and where it runs.
 
-    All processes that share a network (`model_parallel_size`) make the same calls.
+    All processes that share a network (`model_parallel_size`) or a video (`processes_per_video`) make the same calls.
 
     Args:
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         offload: what leaves the device to make room. `none`: nothing, weights are read once. `stage`: all parts but
             the one in use, which are read again when their turn comes. `sequential`: as well the idle layers of the
             network, which stay in host memory.
+        processes_per_video, guidance_parallel, sequence_parallel: how processes share the work on a video; see
+            `configuration.video_layout.plan_layout`.
     """
 
     _: KW_ONLY
     device: str | None = None
     offload: str = "none"
     model_parallel_size: int = 1
+    processes_per_video: int | None = None
+    guidance_parallel: bool | None = None
+    sequence_parallel: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from sat import mpu
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import SamplingArguments
 from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT, sampling_advice
+from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.configuration.video_records import record_path, write_record
 from cogvideox_sat.media.contact_sheet import write_contact_sheet
 from cogvideox_sat.media.image_inputs import load_condition_image
@@ -81,7 +81,7 @@ def sample_everywhere(args: SamplingArguments, videos: list[PlannedVideo] | None
     except Exception:
         # The others finish their videos first; but those that share a network with this process wait for it inside the
         # network, until the launcher sees it gone and ends them.
-        if args.model_parallel_size == 1:
+        if args.model_parallel_size == 1 and layout_of(args).processes == 1:
             total_over_processes(1)
         raise
     return total_over_processes(failed)
@@ -114,7 +114,7 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
                 run.load("first_stage_model")  # weights that do not fit are found before sampling, not after
             if videos is None:
                 return sum(run.sample_typed(request) for request in typed_prompts(args.image2video))
-            own = videos[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+            own = videos[session.groups.video :: session.groups.videos]
             return run.sample_videos(own, keep_text_encoder=False)
 
 
@@ -124,6 +124,7 @@ class CommandRun:
     def __init__(self, session: SamplingSession, recorder: Recorder, args: SamplingArguments):
         self.session, self.recorder, self.args = session, recorder, args
         self.advice = sampling_advice(args)
+        self.attempt = partial(attempt_each, together=session.groups.size > 1)
 
     def load(self, part: str) -> None:
         """Have a part of the model on the device.
@@ -162,12 +163,12 @@ class CommandRun:
         videos = [VideoInProgress(video, args.sampling_fps) for video in planned]
         self.recorder.tell_differences(planned[0])
         self.load("conditioner")
-        attempt_each(videos, self.advised(TEXT, self.encode_prompt))
+        self.attempt(videos, self.advised(TEXT, self.encode_prompt))
         if not keep_text_encoder:
             self.session.release("conditioner")
         if args.image2video:
             self.load("first_stage_model")
-            attempt_each(videos, self.advised("encoding images", lambda video: next(video.events)))
+            self.attempt(videos, self.advised("encoding images", lambda video: next(video.events)))
         pending = [video for video in videos if video.failure is None]
         steps = self.session.steps_of(args.sampling_num_steps)
         bar = tqdm(total=len(pending) * steps, desc="sampling", unit="step", disable=dist.get_rank() != 0)
@@ -183,21 +184,28 @@ class CommandRun:
     def sample_group(self, videos: list[VideoInProgress], bar: tqdm) -> None:
         """Take videos from embeddings to files."""
         self.load("model")
-        attempt_each(videos, self.advised(SAMPLING, lambda video: sample_latents(video, bar)))
-        writes = mpu.get_model_parallel_rank() == 0  # for all processes of its model-parallel group
+        self.attempt(videos, self.advised(SAMPLING, lambda video: sample_latents(video, bar)))
+        writes = self.session.groups.first  # for all processes that make the video
         written = videos if writes else []
         if self.args.only_save_latents:
-            attempt_each(written, self.save_latents)
-        elif writes or get_context_parallel_world_size() > 1:
+            self.attempt(written, self.save_latents)
+        elif writes or self.decodes_together:
             with keeping_latents(written, self.recorder):
                 self.load("first_stage_model")
                 remark = (lambda video: where_latents_are(video, self.recorder)) if writes else None
-                attempt_each(videos, self.advised(DECODING, decode_to_file if writes else decode_for_others), remark)
-                attempt_each(written, self.complete, remark)
+                self.attempt(
+                    videos, self.advised(DECODING, self.decode_to_file if writes else decode_for_others), remark
+                )
+                self.attempt(written, self.complete, remark)
         for video in videos:
             video.drop()
             if writes and video.failure is None:
                 logger.info("wrote %s", video.planned.path)
+
+    @property
+    def decodes_together(self) -> bool:
+        """Whether the processes that make a video share the autoencoder's frames."""
+        return self.session.groups.splits_work or get_context_parallel_world_size() > 1
 
     def encode_prompt(self, video: VideoInProgress) -> None:
         """Begin the video's request, up to its encoded prompt."""
@@ -222,6 +230,19 @@ class CommandRun:
         """Write the latents as the video's output."""
         save_latents(video.planned.path, video.latents, self.recorder.metadata(video.planned))
 
+    def decode_to_file(self, video: VideoInProgress) -> None:
+        """Take the video's request to its end, and its frames into the file, chunk by chunk."""
+        planned = video.planned
+        try:
+            with VideoWriter(planned.path, video.fps, *planned.size) as writer:
+                for event in video.events:
+                    if isinstance(event, Frames):
+                        writer.write(event.frames)
+                record_path(planned.path).unlink(missing_ok=True)  # of the video that this one now replaces
+        finally:
+            if self.decodes_together:  # the others wait for this process, whatever became of the file
+                decode_for_others(video)
+
     def complete(self, video: VideoInProgress) -> None:
         """Write the record beside the video, and remove the latents that were kept for the case that it fails."""
         planned = video.planned
@@ -238,20 +259,6 @@ def sample_latents(video: VideoInProgress, bar: tqdm) -> None:
             video.latents = event.latents
             return
         bar.update()
-
-
-def decode_to_file(video: VideoInProgress) -> None:
-    """Take the video's request to its end, and its frames into the file, chunk by chunk."""
-    planned = video.planned
-    try:
-        with VideoWriter(planned.path, video.fps, *planned.size) as writer:
-            for event in video.events:
-                if isinstance(event, Frames):
-                    writer.write(event.frames)
-            record_path(planned.path).unlink(missing_ok=True)  # of the video that this one now replaces
-    finally:
-        if get_context_parallel_world_size() > 1:  # the others wait for this process, whatever became of the file
-            decode_for_others(video)
 
 
 def decode_for_others(video: VideoInProgress) -> None:

@@ -21,16 +21,17 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from sat import mpu
 from torch import Tensor
 
 from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT
 from cogvideox_sat.configuration.model_checks import check_model, check_sampler_steps
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
+from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
+from cogvideox_sat.parallel.video_groups import video_groups
 from cogvideox_sat.sampling.part_offloading import PartOffloader
 from cogvideox_sat.sampling.requests import (
     Encoded,
@@ -43,7 +44,7 @@ from cogvideox_sat.sampling.requests import (
     SessionSettings,
 )
 from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
-from cogvideox_sat.weights.checkpoint_files import checkpoint_file
+from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of, other_precision
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
@@ -95,6 +96,7 @@ class SamplingSession:
     Attributes:
         engine: conditioner, network and VAE, which are None while they are not loaded.
         limits: the sizes that the model takes.
+        groups: the processes that make a video together.
 
     Raises:
         UserError: the model cannot be built, the device does not exist, or the checkpoint does not.
@@ -110,7 +112,9 @@ class SamplingSession:
         self._last_texts: tuple[tuple[str, str], tuple[Tensor, Tensor]] | None = None
         sessions_of_process.enter(settings.model_parallel_size)
         try:
+            self.groups = video_groups(layout_of(settings))
             self.engine = self._build_engine(settings)
+            self.engine.share_videos(self.groups)
             self.parts = PartOffloader(self.engine, settings.offload)
         except BaseException:
             sessions_of_process.leave()
@@ -122,7 +126,7 @@ class SamplingSession:
         check_offload(settings.offload)
         for path in (settings.load, settings.lora_load):
             if path:  # which fails here, before minutes go into the text encoder
-                checkpoint_file(path, mpu.get_model_parallel_rank(), settings.model_parallel_size)
+                checkpoint_shares(path)
         check_model(settings, PARTS)  # before any weights are read
         device = choose_device(settings.device)
         engine = build_engine(settle_precision(settings, device), (), device)
@@ -167,7 +171,13 @@ class SamplingSession:
         Raises:
             UserError: its weights cannot be read or do not fit, or memory is full.
         """
-        self.parts.use(part)
+        if part != "conditioner" or self._encodes_texts:
+            self.parts.use(part)
+
+    @property
+    def _encodes_texts(self) -> bool:
+        """Whether this process encodes prompts; of those that share the work on a video the first does."""
+        return self.groups.first or not self.groups.splits_work
 
     def release(self, part: str) -> None:
         """Drop a part that is not needed for now, and free its memory."""
@@ -232,7 +242,7 @@ class SamplingSession:
         random_numbers, image = RandomNumbers(self.engine.device), None
         if request.image is not None:
             with self._stage("first_stage_model", "encoding images"), random_numbers:
-                image = encode_image(self.engine, request)
+                image = encode_image(self.engine, request, self._load_image(request))
             yield Encoded("image")
             go_on()
         with self._stage("model", SAMPLING):
@@ -249,6 +259,10 @@ class SamplingSession:
                 yield Frames(rearrange(frames, "1 c t h w -> t c h w"))
                 go_on()
         yield Result(drawing.latents, request)
+
+    def _load_image(self, request: SampleRequest) -> Tensor:
+        """Return a request's first frame; of processes that share the work the first one reads it."""
+        return self.groups.from_first(request.load_image) if self.groups.splits_work else request.load_image()
 
     @contextmanager
     def _stage(self, part: str, doing: str) -> Iterator[None]:
@@ -275,11 +289,15 @@ class SamplingSession:
         def embed(text: str) -> Tensor:
             return self.engine.conditioner({"txt": [text]}, drop=False)["crossattn"].cpu()
 
-        with self._stage("conditioner", TEXT):
-            cond = embed(prompt)
-            uncond = embed(negative_prompt) if negative_prompt else torch.zeros_like(cond)
-            if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
-                raise UserError(f"the text encoder's output is not finite: {other_precision(self.engine.dtype)}")
+        def embed_both() -> tuple[Tensor, Tensor]:
+            with self._stage("conditioner", TEXT):
+                cond = embed(prompt)
+                uncond = embed(negative_prompt) if negative_prompt else torch.zeros_like(cond)
+                if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
+                    raise UserError(f"the text encoder's output is not finite: {other_precision(self.engine.dtype)}")
+            return cond, uncond
+
+        cond, uncond = self.groups.from_first(embed_both) if self.groups.splits_work else embed_both()
         self._last_texts = (prompt, negative_prompt), (cond, uncond)
         return cond, uncond
 
@@ -292,9 +310,9 @@ class EncodedImage(NamedTuple):
 
 
 @torch.no_grad()
-def encode_image(engine: SATVideoDiffusionEngine, request: SampleRequest) -> EncodedImage:
-    """Return the latent of a request's first frame, whose draws are the first that belong to its seed."""
-    image = request.load_image()
+def encode_image(engine: SATVideoDiffusionEngine, request: SampleRequest, image: Tensor) -> EncodedImage:
+    """Return the latent of a request's first frame (3, height, width), whose draws are the first that belong to its
+    seed."""
     torch.manual_seed(request.seed)
     clip = rearrange(image, "c h w -> 1 c 1 h w").to(engine.device)
     latent = engine.encode_condition_image(clip).cpu()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sat import mpu
 from torch import Tensor
 
 from cogvideox_sat.sampling.plan import PlannedVideo
@@ -57,11 +56,13 @@ def attempt_each(
     videos: Iterable[VideoInProgress],
     stage: Callable[[VideoInProgress], Any],
     remark: Callable[[VideoInProgress], str] | None = None,
+    together: bool = False,
 ) -> None:
     """Take every video that has not failed through a stage; a failure is logged and ends that video alone.
 
     Args:
         remark: gives what to add to the report of a failure.
+        together: other processes take part in the stage; a failure that they do not see is raised.
     """
     for video in videos:
         if video.failure is not None:
@@ -71,7 +72,7 @@ def attempt_each(
         except Exception as error:
             video.full = is_out_of_memory(error)
             seen_by_all = isinstance(error, UserError) and not video.full
-            if mpu.get_model_parallel_world_size() > 1 and not seen_by_all:
+            if together and not seen_by_all:
                 raise  # the others are inside the network and would pair this one's next call with their present one
             video.failure = describe(error)
             where = None if video.full or isinstance(error, UserError) else error

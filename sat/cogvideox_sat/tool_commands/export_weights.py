@@ -41,7 +41,7 @@ def export(arguments: Sequence[str] | None) -> None:
     from cogvideox_sat.files.atomic import write_safetensors
     from cogvideox_sat.weights.checkpoint_files import checkpoint_file, network_weights
 
-    file, _ = checkpoint_file(options.input)
+    file = checkpoint_file(options.input)
     weights = network_weights(file)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     weights = {

@@ -32,7 +32,11 @@ DEFAULT_BUCKET_SIZE = 500_000_000  # DeepSpeed's own, in elements
 
 
 def initialize(
-    network: nn.Module, deepspeed_config: Mapping[str, Any], settings: LoopSettings, dtype: torch.dtype
+    network: nn.Module,
+    deepspeed_config: Mapping[str, Any],
+    settings: LoopSettings,
+    dtype: torch.dtype,
+    processes_per_clip: int = 1,
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap `network`, some of whose parameters require gradients, in a DeepSpeed engine.
 
@@ -44,6 +48,7 @@ def initialize(
         deepspeed_config: the `deepspeed:` section, checked.
         settings: of the schedule of the learning rate.
         dtype: float16, bfloat16 or float32.
+        processes_per_clip: that share the tokens of each clip.
 
     Raises:
         UserError: DeepSpeed or the optimizer refuses its part of the configuration, or the device the dtype;
@@ -56,7 +61,7 @@ def initialize(
     deepspeed_adapter.sum_by_gloo()
     device = next(network.parameters()).device
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device from it
-    config = runtime_config(deepspeed_config, dtype_name(dtype))
+    config = runtime_config(deepspeed_config, dtype_name(dtype), processes_per_clip)
     learning_rate = config["optimizer"]["params"]["lr"]
     # SwissArmyTransformer's schedule multiplies a group's rate, one of DeepSpeed's replaces it.
     groups = parameter_groups(network, learning_rate if "scheduler" in config else 1.0)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sat import mpu
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cogvideox_sat.clips.latent_identity import conditioner_for_cache
@@ -23,6 +22,7 @@ from cogvideox_sat.configuration.model_checks import check_model
 from cogvideox_sat.configuration.recomputation import take_recomputation
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings, LoopSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.configuration.video_layout import VideoLayout
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.files.training_state import STATE_ERRORS, taken_from
 from cogvideox_sat.parallel import process_watch
@@ -35,7 +35,8 @@ from cogvideox_sat.parallel.agreement import (
 )
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_failures import failing_together
-from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups, parallel_groups
+from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
+from cogvideox_sat.parallel.video_groups import video_groups
 from cogvideox_sat.runs import random_state
 from cogvideox_sat.runs.background_writing import settled_at_the_end
 from cogvideox_sat.runs.clips import share_timeouts
@@ -56,7 +57,7 @@ from cogvideox_sat.training.parameter_report import report
 from cogvideox_sat.training.plan import STATE_FILE, TrainingPlan
 from diffusion_video import PARTS
 from sgm import randomness
-from sgm.context_parallel import all_reduce_sum, group_size
+from sgm.context_parallel import all_reduce_sum
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
@@ -95,6 +96,7 @@ class Trainer:
         self.args = args = settle_precision(args, self.device)
         self.settings = LoopSettings.from_args(args)
         self.schedule = Schedule(self.settings)
+        self.groups = video_groups(VideoLayout(sequence=args.sequence_parallel_size))
         self.leads = dist.get_rank() == 0
         self.batch, self.cached = plan.batch, plan.cached
         parts = ("model",) if self.cached else PARTS
@@ -136,8 +138,8 @@ class Trainer:
         share = StepShare(
             self.batch.micro,
             self.batch.accumulation,
-            mpu.get_data_parallel_rank(),
-            mpu.get_data_parallel_world_size(),
+            self.groups.video,
+            self.groups.videos,
         )
         self.data = open_training_data(self.run_folder, settings, share, self.settings.train_iters, state, logger)
         self.consumed = 0  # micro-batches since the order was made
@@ -161,6 +163,7 @@ class Trainer:
             settings = replace(settings, lora_load=resume) if self.has_adapter else replace(settings, load=resume)
         with self.memory_guard("loading the model"), process_watch.phase("loading the model"):
             self.engine = build_engine(settings, (), self.device)
+            self.engine.share_videos(self.groups)
             logger.info("attention: %s", self.engine.choose_attention(gradients=True))
             for part in parts:
                 self.engine.build(part)
@@ -175,7 +178,11 @@ class Trainer:
         with self.memory_guard("making the optimizer"):
             meet("the model to be loaded")
             self.network = deepspeed_engine.initialize(
-                self.engine.model, self.args.deepspeed_config, self.settings, self.engine.dtype
+                self.engine.model,
+                self.args.deepspeed_config,
+                self.settings,
+                self.engine.dtype,
+                self.args.sequence_parallel_size,
             )
         self.engine.model = self.network
 
@@ -265,7 +272,7 @@ class Trainer:
     def log(self, bar: Any) -> None:
         """Write the mean loss since the last line, over all processes, and how the run goes."""
         sums = torch.cat((self.losses, self.losses.new_tensor([self.data.unreadable.found])))
-        total, count, found = all_reduce_sum(sums, parallel_groups()[1]).tolist()
+        total, count, found = all_reduce_sum(sums, self.groups.peers).tolist()
         self.losses.zero_()
         values = {
             "loss": total / count if count else float("nan"),
@@ -313,13 +320,13 @@ class Trainer:
         """Write a checkpoint; with `wait` it is there when this returns."""
         states = [None] * dist.get_world_size()
         dist.all_gather_object(states, random_state.capture(self.device))
-        losses = all_reduce_sum(self.losses.clone(), parallel_groups()[1])
+        losses = all_reduce_sum(self.losses.clone(), self.groups.peers)
         state = {
             "optimizer_type": type(inner_optimizer(self.network)).__name__,
             "data": self.data.order.state(self.consumed),
             "schedule": self.network.lr_scheduler.state_dict(),
             "random": states,
-            "losses": (losses / group_size(parallel_groups()[1])).tolist(),
+            "losses": (losses / self.groups.videos).tolist(),
             "skipped": self.skipped.state(),
             KEY: self.data.reader,
         }

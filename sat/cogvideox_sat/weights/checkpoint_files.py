@@ -16,18 +16,32 @@ OTHER_PARTS = ("first_stage_model.", "conditioner.", "denoiser.", "loss_fn.", "s
 ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
 
 
-def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Path, bool]:
-    """The file with the weights of a model-parallel `rank` of `size`, and whether it holds only that rank's share.
+def checkpoint_file(path: str | Path) -> Path:
+    """Return the one file with the weights of a network; see `checkpoint_shares`.
+
+    Raises:
+        UserError: there is none, or the network is split over several.
+    """
+    shares = checkpoint_shares(path)
+    if len(shares) > 1:
+        raise UserError(
+            f"load: {shares[0].parent} is split over {len(shares)} model-parallel ranks; one file is needed here"
+        )
+    return shares[0]
+
+
+def checkpoint_shares(path: str | Path) -> list[Path]:
+    """Return the files with the weights of a network: one, or one for each model-parallel rank.
 
     `path` is a weight file, a folder with a file `latest` beside the iteration folders, an iteration folder with
     `mp_rank_XX_model_states.pt`, a folder of safetensors, or one with a pipeline of diffusers.
 
     Raises:
-        UserError: nothing of that kind is there.
+        UserError: nothing of that kind is there, or the file of a rank is missing.
     """
     path = Path(path)
     if path.is_file():
-        return path, False
+        return [path]
     if not path.is_dir():
         raise UserError(not_found("load", path))
     folder = path / "transformer" if (path / PIPELINE_FILE).is_file() else path
@@ -36,14 +50,13 @@ def checkpoint_file(path: str | Path, rank: int = 0, size: int = 1) -> tuple[Pat
         if not folder.is_dir():
             raise UserError(f"load: {path / 'latest'} names the iteration '{name}', but there is no folder {folder}")
     shares = sorted(folder.glob("mp_rank_*_model_states.pt"))
-    if len(shares) == 1:
-        return shares[0], False
     if shares:
-        if len(shares) != size:
-            raise UserError(f"load: {folder} is split over {len(shares)} model-parallel ranks, this run has {size}")
-        return shares[rank], size > 1
+        expected = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(shares))]
+        if missing := [file.name for file in expected if file not in shares]:
+            raise UserError(f"load: {folder} holds {len(shares)} files of model-parallel ranks, but no {missing[0]}")
+        return expected
     if list(folder.glob("*.safetensors*")):
-        return safetensors_in(folder), False
+        return [safetensors_in(folder)]
     raise UserError(
         f"load: {path} holds no checkpoint; expected a file 'latest' beside iteration folders, "
         "mp_rank_00_model_states.pt, or safetensors"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,13 @@ from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from cogvideox_sat.commands.program_names import as_started
-from cogvideox_sat.weights.checkpoint_files import checkpoint_file, is_adapter, is_diffusers_file, network_weights
+from cogvideox_sat.weights.checkpoint_files import (
+    checkpoint_file,
+    checkpoint_shares,
+    is_adapter,
+    is_diffusers_file,
+    network_weights,
+)
 from cogvideox_sat.weights.diffusers_names import TABLES
 from sgm.errors import UserError
 from sgm.weights import assign_weights
@@ -30,7 +37,8 @@ def load_network(
     """Fill `network`, which may be on the meta device, from a checkpoint and optionally an adapter on top of it.
 
     Args:
-        load: full checkpoint, with or without an adapter in it. See `checkpoint_file`.
+        load: full checkpoint, with or without an adapter in it. See `checkpoint_shares`; of another number of
+            model-parallel ranks, it is joined and cut anew.
         lora_load: an adapter alone, or a checkpoint whose adapter is taken.
         allow_missing: leave out what the checkpoint does not hold, with a warning; it is initialised from scratch.
             Input channels that it lacks, as text-to-video lacks those of image-to-video, start without influence.
@@ -50,13 +58,17 @@ def load_network(
     weights: dict[str, Tensor] = {}
     sources: list[str] = []
     if load:
-        file, is_share = checkpoint_file(load, rank, size)
-        weights |= own_tables(network) | network_weights(file) if is_diffusers_file(file) else network_weights(file)
-        sources.append(str(file))
-        if size > 1 and not is_share:
+        files = checkpoint_shares(load)
+        is_cut = size > 1 and len(files) == size
+        files = [files[rank]] if is_cut else files
+        parts = [network_weights(file) for file in files]
+        weights |= own_tables(network) if is_diffusers_file(files[0]) else {}
+        weights |= joined_shares(network, parts, str(files[0].parent)) if len(parts) > 1 else parts[0]
+        sources.append(str(files[0] if len(files) == 1 else files[0].parent))
+        if size > 1 and not is_cut:
             weights = shares_of_rank(network, weights, rank, size)
     if lora_load:
-        file, _ = checkpoint_file(lora_load)
+        file = checkpoint_file(lora_load)
         adapter = {name: tensor for name, tensor in network_weights(file).items() if is_adapter(name)}
         if not adapter:
             tool = as_started("tools/import_hf_lora.py")
@@ -142,6 +154,32 @@ def shares_of_rank(network: nn.Module, weights: dict[str, Tensor], rank: int, si
         elif isinstance(module, RowParallelLinear) and weight in shares:
             shares[weight] = shares[weight].chunk(size, dim=1)[rank].contiguous()
     return shares
+
+
+def joined_shares(network: nn.Module, shares: Sequence[dict[str, Tensor]], what: str) -> dict[str, Tensor]:
+    """The full weights of the shares of all model-parallel ranks: what undoes `shares_of_rank`.
+
+    Args:
+        what: they are of, for errors.
+
+    Raises:
+        UserError: the shares do not hold the same tensors.
+    """
+    if any(share.keys() != shares[0].keys() for share in shares):
+        raise UserError(f"load: {what}: the files of its model-parallel ranks do not hold the same tensors")
+    whole = dict(shares[0])
+    for prefix, module in network.named_modules():
+        prefix = prefix.removesuffix(".original")  # as a layer with an adapter has it, and a checkpoint need not
+        for name in (f"{prefix}.weight", f"{prefix}.bias", f"{prefix}.original.weight", f"{prefix}.original.bias"):
+            if name not in whole:
+                continue
+            parts = [share[name] for share in shares]
+            if isinstance(module, ColumnParallelLinear):
+                by_rank = [part.chunk(module.stride) for part in parts]
+                whole[name] = torch.cat([part for same in zip(*by_rank, strict=True) for part in same])
+            elif isinstance(module, RowParallelLinear) and name.endswith(".weight"):
+                whole[name] = torch.cat(parts, dim=1)
+    return whole
 
 
 def initialise_missing(network: nn.Module, device: torch.device | str | None) -> None:

@@ -1,0 +1,210 @@
+"""Sequence parallelism: the processes of a group hold a share of a clip's tokens each (Ulysses, arXiv:2309.14509).
+
+All that a layer does to a token by itself needs no other token. Attention does: before it, processes exchange tokens
+for heads, so that each has all tokens of some heads, and after it they exchange them back. Shares and heads need not be
+equal. Nothing else travels between layers; the small output of the last layer is gathered.
+
+Shapes: b batch, h heads of e channels, n tokens of the call, text first; h_r and n_r those of rank r.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cogvideox_sat.parallel.torch_internals import group_named
+from sgm.context_parallel import split_evenly
+from sgm.errors import UserError
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """Which tokens and which heads of a call each process of a group has.
+
+    Attributes:
+        tokens, heads: how many each rank has; they follow each other in the order of ranks.
+        text: of all tokens.
+        rank: this process's.
+        group: the name of the group.
+    """
+
+    tokens: tuple[int, ...]
+    heads: tuple[int, ...]
+    text: int
+    rank: int
+    group: str
+
+    @classmethod
+    def of(cls, tokens: int, text: int, heads: int, group: dist.ProcessGroup) -> "TokenShare":
+        """Share out the tokens of a call over a group.
+
+        Raises:
+            UserError: a process would have none, or no head.
+        """
+        size = dist.get_world_size(group)
+        check_shares(size, heads, tokens)
+        shares = tuple(split_evenly(tokens, size)), tuple(split_evenly(heads, size))
+        return cls(*shares, text, dist.get_rank(group), group.group_name)
+
+    @property
+    def first(self) -> int:
+        """The number of this process's first token."""
+        return sum(self.tokens[: self.rank])
+
+    def text_of(self, rank: int) -> int:
+        """Return how many of a rank's tokens are text."""
+        return min(max(self.text - sum(self.tokens[:rank]), 0), self.tokens[rank])
+
+    @property
+    def own_text(self) -> int:
+        return self.text_of(self.rank)
+
+    def own_tokens(self, hidden: Tensor) -> Tensor:
+        """Return this process's of all tokens (b, n, d), in memory of their own."""
+        return hidden.narrow(1, self.first, self.tokens[self.rank]).clone()
+
+    def own_rows(self, table: Tensor) -> Tensor:
+        """Return the rows of a table (video tokens, ...) that belong to this process's tokens."""
+        return table.narrow(0, max(self.first - self.text, 0), self.tokens[self.rank] - self.own_text)
+
+    def gather_video(self, x: Tensor) -> Tensor:
+        """Return all video tokens (b, v, f), on every process, of its own (b, v_r, f).
+
+        The gradient is made for a loss that all processes compute, each the whole of it: the mean over the group of a
+        parameter's gradients is the gradient of that loss.
+        """
+        counts = [tokens - self.text_of(rank) for rank, tokens in enumerate(self.tokens)]
+        return _GatherTokens.apply(x, counts, self.rank, self.group)
+
+    def attend(self, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return full attention by `kernel`, for q, k, v (b, h, n_r, e) of this process's tokens; the same function
+        for the same kernel. It hands keywords on."""
+        return _spread(self, kernel)
+
+
+def check_shares(processes: int, heads: int, tokens: int | None = None) -> None:
+    """Check that each of so many processes has a head and a token; else raise UserError.
+
+    Args:
+        tokens: None where they are not known yet.
+    """
+    for name, count in (("attention heads", heads), ("tokens", tokens)):
+        if count is not None and processes > count:
+            raise UserError(
+                f"sequence_parallel_size: {processes} processes cannot share {count} {name}; use {count} at most"
+            )
+
+
+@cache  # a compiler takes another function for a reason to compile again
+def _spread(share: TokenShare, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    places = share.tokens, share.heads, share.rank, share.group
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        q, k, v = tokens_to_heads([q, k, v], *places).unbind()
+        return heads_to_tokens(kernel(q, k, v, **options)[None], *places)[0]
+
+    return attend
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The exchange. Operators of their own, since a compiler takes such as they are.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("cogvideox::tokens_to_heads", mutates_args=())
+def tokens_to_heads(
+    parts: Sequence[Tensor], tokens: Sequence[int], heads: Sequence[int], rank: int, group: str
+) -> Tensor:
+    """Return all tokens of this process's heads, (parts, b, h_r, n, e), of all heads of its tokens.
+
+    Args:
+        parts: each (b, h, n_r, e).
+        tokens, heads, rank, group: see `TokenShare`.
+    """
+    count, (b, _, own, e) = len(parts), parts[0].shape
+    sent_sizes = [own * count * b * each * e for each in heads]
+    received_sizes = [each * count * b * heads[rank] * e for each in tokens]
+    sent = parts[0].new_empty(sum(sent_sizes))
+    for block, first, each in zip(sent.split(sent_sizes), _starts(heads), heads, strict=True):
+        block = block.view(own, count, b, each, e)
+        for number, part in enumerate(parts):
+            block[:, number] = part.narrow(1, first, each).permute(2, 0, 1, 3)
+    received = _exchange(sent, sent_sizes, received_sizes, group)
+    return received.view(sum(tokens), count, b, heads[rank], e).permute(1, 2, 3, 0, 4)
+
+
+@torch.library.custom_op("cogvideox::heads_to_tokens", mutates_args=())
+def heads_to_tokens(x: Tensor, tokens: Sequence[int], heads: Sequence[int], rank: int, group: str) -> Tensor:
+    """Return all heads of this process's tokens, (parts, b, h, n_r, e): what undoes `tokens_to_heads`.
+
+    Args:
+        x: (parts, b, h_r, n, e).
+    """
+    count, b, _, _, e = x.shape
+    own = tokens[rank]
+    sent_sizes = [each * count * b * heads[rank] * e for each in tokens]
+    received_sizes = [own * count * b * each * e for each in heads]
+    sent = x.permute(3, 0, 1, 2, 4).reshape(-1)
+    received = _exchange(sent, sent_sizes, received_sizes, group)
+    joined = x.new_empty(count, b, own, sum(heads), e)
+    for block, first, each in zip(received.split(received_sizes), _starts(heads), heads, strict=True):
+        joined.narrow(3, first, each).copy_(block.view(own, count, b, each, e).permute(1, 2, 0, 3, 4))
+    return joined.transpose(2, 3)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:number]) for number in range(len(sizes))]
+
+
+def _exchange(sent: Tensor, sent_sizes: list[int], received_sizes: list[int], group: str) -> Tensor:
+    received = sent.new_empty(sum(received_sizes))
+    dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=group_named(group))
+    return received
+
+
+@tokens_to_heads.register_fake
+def _(parts: Sequence[Tensor], tokens: Sequence[int], heads: Sequence[int], rank: int, group: str) -> Tensor:
+    b, _, _, e = parts[0].shape
+    return parts[0].new_empty(sum(tokens), len(parts), b, heads[rank], e).permute(1, 2, 3, 0, 4)
+
+
+@heads_to_tokens.register_fake
+def _(x: Tensor, tokens: Sequence[int], heads: Sequence[int], rank: int, group: str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], tokens[rank], sum(heads), x.shape[4]).transpose(2, 3)
+
+
+def _keep_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.places = inputs[1:]
+
+
+def _gradients_of_parts(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return list(heads_to_tokens(gradient, *ctx.places).unbind()), *(None for _ in ctx.places)
+
+
+def _gradient_of_heads(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return tokens_to_heads(list(gradient.unbind()), *ctx.places), *(None for _ in ctx.places)
+
+
+# Each moves numbers and changes none, so that its gradient goes back the other way.
+tokens_to_heads.register_autograd(_gradients_of_parts, setup_context=_keep_places)
+heads_to_tokens.register_autograd(_gradient_of_heads, setup_context=_keep_places)
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int], rank: int, group: str) -> Tensor:
+        ctx.counts, ctx.rank = counts, rank
+        padded = x.new_zeros(x.shape[0], max(counts), x.shape[2])  # backends want equal shapes
+        padded[:, : x.shape[1]] = x
+        received = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(received, padded, group=group_named(group))
+        return torch.cat([part[:, :count] for part, count in zip(received, counts, strict=True)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        first = sum(ctx.counts[: ctx.rank])
+        return gradient.narrow(1, first, ctx.counts[ctx.rank]) * len(ctx.counts), None, None, None

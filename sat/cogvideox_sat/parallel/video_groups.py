@@ -1,0 +1,137 @@
+"""The processes that make a video together, as groups of torch.distributed.
+
+With model parallelism they share the weights of the network, else as a `VideoLayout` says; both never come together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from sat import mpu
+from torch import Tensor
+
+from cogvideox_sat.configuration.video_layout import VideoLayout, check_world
+from sgm.context_parallel import broadcast
+from sgm.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class VideoGroups:
+    """The place of this process among those of a run.
+
+    Attributes:
+        video, videos: the number of its group, and how many groups there are; each makes videos of its own.
+        first: it is the first of its group, which encodes prompts and writes files.
+        size: processes of a group.
+        group: of the processes that make a video together; None: one makes it.
+        guidance: of the two processes that have the same tokens, the one without the prompt first; None: one process
+            has both halves of guidance.
+        sequence: of the processes that share the tokens of a batch; None: one has them all.
+        peers: of the processes that have the same place in all groups, and therefore other videos; None: there is one.
+        splits_work: they share the work on each video, as a `VideoLayout` says, rather than the weights.
+    """
+
+    video: int = 0
+    videos: int = 1
+    first: bool = True
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    guidance: dist.ProcessGroup | None = None
+    sequence: dist.ProcessGroup | None = None
+    peers: dist.ProcessGroup | None = None
+    splits_work: bool = False
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """Return the first process's `x`, where processes share the work: rounding must not let them drift apart."""
+        return broadcast(x.contiguous(), self.group) if self.splits_work else x
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        """Return what `make` returns on the first process of the group, on all of them.
+
+        Raises:
+            UserError: it failed there, with one.
+        """
+        if self.group is None:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome = [make(), None]
+            except UserError as error:
+                outcome = [None, error]
+        dist.broadcast_object_list(outcome, group=self.group, group_src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+ALONE = VideoGroups()
+_made: dict[VideoLayout, VideoGroups] = {}
+
+
+def video_groups(layout: VideoLayout) -> VideoGroups:
+    """Return the groups of a layout, made when they are first asked for; all processes ask alike.
+
+    Raises:
+        UserError: the processes of this run are no whole groups.
+    """
+    if layout.processes == 1:
+        return _groups_of_shared_network()
+    if layout not in _made:
+        _made[layout] = _make(layout)
+    return _made[layout]
+
+
+def forget_video_groups() -> None:
+    """Forget the groups, where torch.distributed itself is shut down."""
+    _made.clear()
+
+
+def _groups_of_shared_network() -> VideoGroups:
+    size = mpu.get_model_parallel_world_size()
+    return VideoGroups(
+        video=mpu.get_data_parallel_rank(),
+        videos=mpu.get_data_parallel_world_size(),
+        first=mpu.get_model_parallel_rank() == 0,
+        size=size,
+        group=mpu.get_model_parallel_group() if size > 1 else None,
+        peers=mpu.get_data_parallel_group() if mpu.get_data_parallel_world_size() > 1 else None,
+    )
+
+
+def _make(layout: VideoLayout) -> VideoGroups:
+    world, rank, size = dist.get_world_size(), dist.get_rank(), layout.processes
+    check_world(layout, world)
+    firsts = range(0, world, size)
+    video = _own_group([list(range(first, first + size)) for first in firsts])
+    sequence = guidance = None
+    if layout.sequence > 1:
+        sequence = _own_group(
+            [list(range(first, first + layout.sequence)) for first in range(0, world, layout.sequence)]
+        )
+    if layout.guidance > 1:
+        pairs = [
+            [first + offset, first + offset + layout.sequence] for first in firsts for offset in range(layout.sequence)
+        ]
+        guidance = _own_group(pairs)
+    peers = _own_group([list(range(place, world, size)) for place in range(size)]) if world > size else None
+    return VideoGroups(
+        video=rank // size,
+        videos=world // size,
+        first=rank % size == 0,
+        size=size,
+        group=video,
+        guidance=guidance,
+        sequence=sequence,
+        peers=peers,
+        splits_work=True,
+    )
+
+
+def _own_group(groups: list[list[int]]) -> dist.ProcessGroup:
+    """Make groups of ranks, which all processes must do together, and return this process's."""
+    own, _ = dist.new_subgroups_by_enumeration(groups)
+    return own
