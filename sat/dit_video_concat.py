@@ -471,6 +471,7 @@ class DiffusionTransformer(BaseModel):
         self.compiles_layers = False
         self.modulation_table: ModulationTable | None = None
         self.sequence_group: ProcessGroup | None = None
+        self.sequence_processes = 1  # that share the tokens of a call
 
         def embedding_mlp(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
@@ -550,7 +551,7 @@ class DiffusionTransformer(BaseModel):
         """
         if group is not None:
             check_shares(group.size(), self.num_attention_heads)
-        self.sequence_group = group
+        self.sequence_group, self.sequence_processes = group, 1 if group is None else group.size()
 
     def compile_layers(self) -> bool:
         """Run layers through a compiler from now on; return False, and change nothing, if that is not possible.

@@ -100,7 +100,10 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
         if value is None:
             raise UserError(f"data.params.{name} is missing; the memory depends on it: name it in the configuration")
     sizes = sizes if isinstance(sizes[0], list) else [sizes]
-    micro_batch = batch_sizes(args.deepspeed_config, processes).micro
+    shared = args.sequence_parallel_size
+    if processes % shared:
+        raise UserError(f"--processes is {processes}; sequence_parallel_size {shared} does not divide it")
+    micro_batch = batch_sizes(args.deepspeed_config, processes // shared).micro
     return TrainingRequest(args, frames, [(height, width) for height, width in sizes], micro_batch)
 
 

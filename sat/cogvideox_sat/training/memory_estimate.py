@@ -193,6 +193,7 @@ def what_is_trained(network: nn.Module) -> str:
 def tensor_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int) -> int:
     """Return the bytes of one value for each hidden feature of each token, text included."""
     tokens = network.mixins["pos_embed"].text_length + video_tokens(bucket, network.patch)
+    tokens = -(-tokens // network.sequence_processes)
     return micro_batch * tokens * network.hidden_size * element
 
 

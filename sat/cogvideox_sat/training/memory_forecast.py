@@ -35,6 +35,7 @@ def forecast(
     engine = WeightlessEngine(settings, parts=("model",), device=args.device or "cuda")
     engine.disable_untrainable_params()
     network = engine.network
+    network.sequence_processes = args.sequence_parallel_size
     bucket = max((Bucket(frames, *size) for size in sizes), key=lambda each: video_tokens(each, network.patch))
     layout = Layout.from_config(args.deepspeed_config, engine.dtype, processes)
     mode, layers = network.transformer.checkpoint_activations, network.num_layers
