@@ -121,6 +121,8 @@ def check_combinations(args: SamplingArguments) -> None:
         raise UserError(
             "vae_frames_at_once: the processes of processes_per_video share the frames already; leave it out"
         )
+    if layout.processes > 1 and args.fit is not None:
+        raise UserError("fit: it counts what one process needs that makes a video alone; leave out processes_per_video")
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")
