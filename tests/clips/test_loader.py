@@ -46,6 +46,7 @@ def test_collate_stacks_tensors_and_lists_the_rest():
     assert batch == {"txt": ["a", "b"], "seed": [1, 2]}
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(folder):
     dataset = SFTDataset(folder, **{**SETTINGS, "video_size": SIZES})
     random_state = torch.random.get_rng_state()
@@ -200,6 +201,7 @@ def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
     assert [shown(batch) for batch in loader] == [[3]]
 
 
+@pytest.mark.slow
 def test_processes_that_read_the_same_sample_agree_about_it(folder):
     """Another process could not read the clip in time: this one, which has read it, reads the substitute too."""
     dataset = SFTDataset(folder, **SETTINGS)

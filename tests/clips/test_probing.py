@@ -68,6 +68,7 @@ def test_a_second_run_takes_the_index(folder, probed):
     assert (folder / INDEX).stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_clip_that_came_late_spoils_no_index(folder, probed, monkeypatch):
     sources = find_clips(str(folder))
     stamp = clip_probing._stamp
@@ -85,6 +86,7 @@ def test_a_clip_that_came_late_spoils_no_index(folder, probed, monkeypatch):
     assert probed == [Path(missing).name]
 
 
+@pytest.mark.slow
 def test_changed_new_and_moved_clips(folder, probed, tmp_path):
     probe_clips(find_clips(str(folder)), folder)
     probed.clear()
@@ -124,6 +126,7 @@ def test_members_of_tar_files_are_kept_too(folder, tmp_path, probed):
     assert probed == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "not JSON", '{"version": 0, "clips": {}}', '{"version": 2, "clips": [3]}'])
 def test_an_index_that_cannot_be_used_or_written_is_no_obstacle(folder, content):
     if content is None:

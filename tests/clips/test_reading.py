@@ -69,6 +69,7 @@ def test_a_short_source_is_not_padded(tmp_path):
     assert frame_numbers(clip) == [0, 4, 7, 11, 15]
 
 
+@pytest.mark.slow
 def test_a_variable_rate_is_followed_in_time(tmp_path):
     steady = write_clip(tmp_path / "a.mp4", frames=90, fps=30)
     path = vary_rate(steady, tmp_path / "b.mp4")

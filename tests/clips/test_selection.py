@@ -87,6 +87,7 @@ def test_pictures_alone_are_a_data_set(tmp_path):
     assert len(SFTDataset(tmp_path, **SETTINGS)) == 3
 
 
+@pytest.mark.slow
 def test_pictures_that_move_train_as_videos(tmp_path):
     frames = [Image.new("RGB", (96, 64), (20 * i, 0, 0)) for i in range(12)]
     for kind in ("gif", "webp"):
@@ -101,6 +102,7 @@ def test_pictures_that_move_train_as_videos(tmp_path):
 # ---------------------------------------------------------------- captions
 
 
+@pytest.mark.slow
 def test_without_any_caption_the_run_stops_and_says_what_it_looked_for(folder, tmp_path):
     place = linked(folder, tmp_path / "set", labels=False)
     (place / "prompts.txt").write_text("a\nb\nc\n")
@@ -157,6 +159,7 @@ def starts(dataset: SFTDataset, index: int, seeds: int = 30) -> set[int]:
     return {frame_numbers(dataset[SampleKey(index, seed)]["mp4"])[0] for seed in range(seeds)}
 
 
+@pytest.mark.slow
 def test_clips_of_a_video_start_each_in_a_part_of_its_own(long_video):
     dataset = SFTDataset(long_video, **SETTINGS, clips_per_video=3)
     assert [dataset[i]["txt"] for i in range(len(dataset))] == ["long", "long", "long", "short"]
@@ -168,6 +171,7 @@ def test_clips_of_a_video_start_each_in_a_part_of_its_own(long_video):
     assert len(SFTDataset(long_video, **SETTINGS, clips_per_video=100)) == 10 + 1  # as many as do not overlap
 
 
+@pytest.mark.slow
 def test_a_clip_every_so_many_seconds(long_video):
     dataset = SFTDataset(long_video, **SETTINGS, clip_stride=2, random_start=False)
     assert [frame_numbers(dataset[i]["mp4"])[0] for i in range(len(dataset))] == [0, 16, 32, 48, 64, 80, 0]

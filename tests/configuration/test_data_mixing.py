@@ -85,6 +85,7 @@ def places(tmp_path_factory) -> list[str]:
     return [str(write_dataset(folder / name, clips, frames=9)) for name, clips in (("few", 2), ("many", 6))]
 
 
+@pytest.mark.slow
 def test_a_repeat_is_the_order_of_equal_lines(places):
     args = Namespace(model_config=None)
     equal = make_dataset([places[0]] * 3 + [places[1]], DataSettings.from_args(args, data_config=DATA))

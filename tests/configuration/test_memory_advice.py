@@ -86,6 +86,7 @@ def test_a_training_step(tmp_path, tiny, clips, caplog, monkeypatch, owner, name
     assert train_video.main(["--base", str(config), "--resume", str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_the_first_step_leaves_no_checkpoint_to_name(tmp_path, tiny, clips, caplog, monkeypatch):
     monkeypatch.setattr(SATVideoDiffusionEngine, "forward", fill_memory)
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips)
@@ -93,6 +94,7 @@ def test_the_first_step_leaves_no_checkpoint_to_name(tmp_path, tiny, clips, capl
     assert "checkpoint is kept" not in last_line(caplog)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_deepspeed(tmp_path, tiny, clips, caplog, monkeypatch):
     import deepspeed
 

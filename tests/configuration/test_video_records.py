@@ -56,6 +56,7 @@ def video_of(folder: Path, number: int = 1) -> Path:
     return next(folder.glob(f"1_*/{number}/000000.mp4"))
 
 
+@pytest.mark.slow
 def test_what_it_says(tiny, made):
     record = json.loads(record_path(video_of(made / "videos")).read_text())
     expected = {

@@ -100,6 +100,7 @@ def test_codecs_and_containers(numbered, tmp_path, name):
     check(convert(numbered, tmp_path / f"a{suffix}", *options), ALL)
 
 
+@pytest.mark.slow
 def test_hidden_frames_of_vp8(numbered, tmp_path):
     """Packets of their own, with the times of others."""
     options = ["-c:v", "libvpx", "-b:v", "200k", "-g", "60", "-auto-alt-ref", "1", "-lag-in-frames", "16"]

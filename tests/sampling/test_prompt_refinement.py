@@ -70,6 +70,7 @@ def test_order_is_kept_and_few_are_sent_at_once():
     assert len(seen) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failure",
     [
@@ -102,6 +103,7 @@ def test_failures_are_tried_again_and_in_the_end_the_prompt_stays(failure, caplo
     assert "\n" not in warning
 
 
+@pytest.mark.slow
 def test_waits_grow():
     """They are the client's: half a second, then one, less a quarter at most by chance."""
     times = []
@@ -123,6 +125,7 @@ def test_tries_are_counted_whatever_fails():
         assert len(server.requests) == 3
 
 
+@pytest.mark.slow
 def test_the_server_may_ask_for_a_longer_wait():
     busy = Reply(status=429, body="{}", headers={"Retry-After": "0.4"})
     with chat_server(lambda request, number: busy if number == 0 else Reply("fine")) as server:
@@ -133,6 +136,7 @@ def test_the_server_may_ask_for_a_longer_wait():
         assert refine([IDEA], endpoint(server)) == [None]
 
 
+@pytest.mark.slow
 def test_a_timeout_is_tried_again(caplog):
     with chat_server(lambda request, number: Reply("fine", delay=1.0 if number == 0 else 0)) as server:
         assert refine([IDEA], endpoint(server, timeout=0.3)) == ["fine"]
@@ -142,6 +146,7 @@ def test_a_timeout_is_tried_again(caplog):
     assert "no answer within 0.2 seconds" in caplog.text
 
 
+@pytest.mark.slow
 def test_nobody_there(caplog):
     """Every prompt stays, and only the first ones wait for the server to come up."""
     with socket.socket() as unused:
@@ -154,6 +159,7 @@ def test_nobody_there(caplog):
     assert f"cannot reach {address}" in caplog.text
 
 
+@pytest.mark.slow
 def test_somebody_comes_up_late():
     """A prompt that is sent but once, for lack of a server, has all its tries when one answers that it is busy."""
     replies = [Reply(delay=0.5)] * 3 + [Reply(status=503, body="{}")] * 2 + [Reply("fine")]
@@ -161,6 +167,7 @@ def test_somebody_comes_up_late():
         assert refine([IDEA, IDEA], endpoint(server, timeout=0.2, workers=1)) == [None, "fine"]
 
 
+@pytest.mark.slow
 def test_prompts_that_wait_are_given_up_when_none_can_succeed():
     refused, busy = Reply(status=401, body="{}", delay=0.3), Reply(status=503, body="{}", headers={"Retry-After": "1"})
     with chat_server(lambda request, number: busy if number else refused) as server:

@@ -48,6 +48,7 @@ def returned(pipelines, tmp_path_factory) -> Path:  # noqa: F811
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_every_bit_is_the_same(tiny, returned, family):
     assert_identical(checkpoint(returned / family / "transformer"), checkpoint(tiny.folder / family))

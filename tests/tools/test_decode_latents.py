@@ -65,6 +65,7 @@ def kept(tiny, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_latents_that_were_kept_become_the_same_video(made, kept, tmp_path, caplog):
     caplog.set_level("INFO")
     shutil.copytree(kept / "videos", tmp_path / "videos")

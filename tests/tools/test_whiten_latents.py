@@ -97,6 +97,7 @@ def test_nearest_rotation():
     assert (found @ b - a).square().sum() < min((each @ b - a).square().sum() for each in (turn, other, other @ found))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_posteriors_follow_the_map(folder):
     """Where all channels of a posterior have one variance, the new log-variances are exactly those of the mapped

@@ -205,6 +205,7 @@ def test_an_autoencoder_learns(tmp_path):
     assert all(0 < weight < 1e4 for step, weight in metrics(run, "train/loss/d_weight").items() if step > 60)
 
 
+@pytest.mark.slow
 def test_the_weights_serve_as_a_first_stage(tmp_path, data, one_process):
     """They have exactly the names of a first stage, and are the averages that the checkpoint holds."""
     params = yaml.safe_load((one_process / "training_config.yaml").read_text())["model"]["params"]
