@@ -46,12 +46,13 @@ def counted_peak(network: nn.Module, bucket: Bucket, modes: list[Any], text_widt
             network.transformer.checkpoint_activations = mode
             with AllocatedBytes(workspaces=False, host=True) as counted:
                 counted.leave_out(storages.values())
-                _step(network, _inputs(network, bucket, text_width), trained, masters, optimizer)
+                _step(network, network_inputs(network, bucket, text_width), trained, masters, optimizer)
             peaks[mode] = resident + counted.peak
     return peaks
 
 
-def _inputs(network: nn.Module, bucket: Bucket, text_width: int) -> dict[str, Any]:
+def network_inputs(network: nn.Module, bucket: Bucket, text_width: int) -> dict[str, Any]:
+    """Return what a network is called with for one clip, `text_width` features of a text state."""
     frames = (bucket.frames - 1) // 4 + 1
     frames += frames % network.patch[0]
     size = (1, frames, network.in_channels, bucket.height // 8, bucket.width // 8)

@@ -245,6 +245,18 @@ def test_memory_of_sampling(run, monkeypatch):
 
 
 @pytest.mark.slow
+def test_shared_videos(run):
+    """Each layer exchanges twice and the network gathers once; a share of the tokens takes a share of their memory."""
+    output = run("shared_videos", "--models", "cogvideox_5b", "--layers", "2", "--processes", "1", "4")
+    (_, alone, shared) = [
+        row.split("|")[2:-1] for row in output.splitlines() if row.count("|") == 8 and "---" not in row
+    ]
+    assert [cell.strip() for cell in alone[3:]] == ["0", "0", "0"]
+    assert [cell.strip() for cell in shared[3:5]] == ["4", "1"] and float(shared[5]) > 0
+    assert all(float(part) < 0.6 * float(whole) for whole, part in zip(alone[1:3], shared[1:3], strict=True))
+
+
+@pytest.mark.slow
 def test_conversion(run, tmp_path):
     config = str(ROOT / "tests" / "configs" / "2b.yaml")
     output = run("conversion", "--config", config, "--folder", str(tmp_path), "--threads", "1")

@@ -45,10 +45,10 @@ class TokenShare:
         Raises:
             UserError: a process would have none, or no head.
         """
-        size = dist.get_world_size(group)
+        size = group.size()
         check_shares(size, heads, tokens)
         shares = tuple(split_evenly(tokens, size)), tuple(split_evenly(heads, size))
-        return cls(*shares, text, dist.get_rank(group), group.group_name)
+        return cls(*shares, text, group.rank(), group.group_name)
 
     @property
     def first(self) -> int:
@@ -78,7 +78,7 @@ class TokenShare:
         parameter's gradients is the gradient of that loss.
         """
         counts = [tokens - self.text_of(rank) for rank, tokens in enumerate(self.tokens)]
-        return _GatherTokens.apply(x, counts, self.rank, self.group)
+        return gather_tokens(x, counts, self.rank, self.group)
 
     def attend(self, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return full attention by `kernel`, for q, k, v (b, h, n_r, e) of this process's tokens; the same function
@@ -166,6 +166,16 @@ def _exchange(sent: Tensor, sent_sizes: list[int], received_sizes: list[int], gr
     return received
 
 
+@torch.library.custom_op("cogvideox::gather_tokens", mutates_args=())
+def gather_tokens(x: Tensor, tokens: Sequence[int], rank: int, group: str) -> Tensor:
+    """Return the tokens of all processes (b, n, f), of this one's (b, tokens[rank], f)."""
+    padded = x.new_zeros(x.shape[0], max(tokens), x.shape[2])  # backends want equal shapes
+    padded[:, : x.shape[1]] = x
+    received = [torch.empty_like(padded) for _ in tokens]
+    dist.all_gather(received, padded, group=group_named(group))
+    return torch.cat([part[:, :count] for part, count in zip(received, tokens, strict=True)], dim=1)
+
+
 @tokens_to_heads.register_fake
 def _(parts: Sequence[Tensor], tokens: Sequence[int], heads: Sequence[int], rank: int, group: str) -> Tensor:
     b, _, _, e = parts[0].shape
@@ -175,6 +185,11 @@ def _(parts: Sequence[Tensor], tokens: Sequence[int], heads: Sequence[int], rank
 @heads_to_tokens.register_fake
 def _(x: Tensor, tokens: Sequence[int], heads: Sequence[int], rank: int, group: str) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], tokens[rank], sum(heads), x.shape[4]).transpose(2, 3)
+
+
+@gather_tokens.register_fake
+def _(x: Tensor, tokens: Sequence[int], rank: int, group: str) -> Tensor:
+    return x.new_empty(x.shape[0], sum(tokens), x.shape[2])
 
 
 def _keep_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,22 +204,13 @@ def _gradient_of_heads(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return tokens_to_heads(list(gradient.unbind()), *ctx.places), *(None for _ in ctx.places)
 
 
+def _gradient_of_own(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    tokens, rank, _ = ctx.places
+    own = gradient.narrow(1, sum(tokens[:rank]), tokens[rank])
+    return own * len(tokens), *(None for _ in ctx.places)
+
+
 # Each moves numbers and changes none, so that its gradient goes back the other way.
 tokens_to_heads.register_autograd(_gradients_of_parts, setup_context=_keep_places)
 heads_to_tokens.register_autograd(_gradient_of_heads, setup_context=_keep_places)
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], rank: int, group: str) -> Tensor:
-        ctx.counts, ctx.rank = counts, rank
-        padded = x.new_zeros(x.shape[0], max(counts), x.shape[2])  # backends want equal shapes
-        padded[:, : x.shape[1]] = x
-        received = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(received, padded, group=group_named(group))
-        return torch.cat([part[:, :count] for part, count in zip(received, counts, strict=True)], dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        first = sum(ctx.counts[: ctx.rank])
-        return gradient.narrow(1, first, ctx.counts[ctx.rank]) * len(ctx.counts), None, None, None
+gather_tokens.register_autograd(_gradient_of_own, setup_context=_keep_places)
