@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, folder: Path, line: str) -> Usage:
 def file_of(path: Path) -> Path:
     from cogvideox_sat.weights.checkpoint_files import checkpoint_file
 
-    return checkpoint_file(path)[0] if path.is_dir() else path
+    return checkpoint_file(path) if path.is_dir() else path
 
 
 def largest(folder: Path) -> float:

@@ -103,7 +103,7 @@ def run(
     values = {"s": seconds, "peak GiB": gib}
     if recorder.device.type == "cuda":
         values["reserved GiB"] = torch.cuda.max_memory_reserved(recorder.device) / 2**30
-    recorder.row(row, values, expected={"peak GiB": (expected, "C")} if expected else None)
+    recorder.row(row, values, expected={"peak GiB": (expected, "C")} if expected is not None else None)
 
 
 @contextlib.contextmanager
@@ -129,15 +129,15 @@ def estimates(recorder: Recorder, arguments: Sequence[str]) -> dict[str, float]:
     return read_estimates(told.getvalue())
 
 
-SIZE = r"([\d.]+) ([GM])iB"
-ESTIMATES = {
-    "stage": re.compile(SIZE + " at a time with --offload stage"),
-    "none": re.compile(SIZE + " with --offload none"),
-    "training": re.compile(r"^on clips: expected memory.*?: " + SIZE, re.MULTILINE),
-}
+# A row for each way of offloading that saves something, with the GiB of each stage, 1 of them for CUDA itself.
+STAGES = re.compile(r"^--offload (\w+)((?: +[\d.]+)+)$", re.MULTILINE)
+TRAINING = re.compile(r"^on clips: expected memory.*?: ([\d.]+) GiB", re.MULTILINE)
+OF_CUDA = 1.0
 
 
 def read_estimates(text: str) -> dict[str, float]:
-    """Return the sizes in GiB that the estimate tells, by what they are of."""
-    found = {name: pattern.search(text) for name, pattern in ESTIMATES.items()}
-    return {name: float(match[1]) / (1 if match[2] == "G" else 1024) for name, match in found.items() if match}
+    """Return the sizes in GiB that the estimate tells, without what CUDA takes, by what they are of."""
+    found = {way: max(map(float, sizes.split())) - OF_CUDA for way, sizes in STAGES.findall(text)}
+    if training := TRAINING.search(text):
+        found["training"] = float(training[1])
+    return found

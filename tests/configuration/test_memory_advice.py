@@ -13,6 +13,7 @@ from cogvideox_sat.configuration.argument_lists import SamplingArguments, Traini
 from cogvideox_sat.configuration.memory_advice import precompute_advice, sampling_advice, training_advice
 from cogvideox_sat.training import latent_encoding, validation
 from diffusion_video import SATVideoDiffusionEngine
+from sgm.modules.encoders import t5_loading
 from training_clips import write_dataset
 from training_runs import ROOT, runs_of, weights, write_config
 
@@ -117,9 +118,7 @@ def test_an_evaluation(tmp_path, tiny, clips, caplog, monkeypatch, part):
 
 def test_the_text_encoder(tmp_path, tiny, clips, caplog, monkeypatch):
     """The text encoder's loader reports everything as a mistake of its own."""
-    from transformers import T5EncoderModel
-
-    monkeypatch.setattr(T5EncoderModel, "from_pretrained", fill_memory)
+    monkeypatch.setattr(t5_loading, "stored_weights", fill_memory)
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips)
     assert train_video.main(["--base", str(config)]) == 2
     line = last_line(caplog)

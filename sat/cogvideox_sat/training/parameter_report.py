@@ -27,7 +27,7 @@ def report(engine: SATVideoDiffusionEngine, args: TrainingArguments, dataset: Da
     groups = trainable_groups(engine.network.named_parameters())
     model_parallel, data_parallel = (group_size(group) for group in parallel_groups())
     layout = Layout.from_config(args.deepspeed_config, engine.dtype, data_parallel, model_parallel)
-    micro_batch = batch_sizes(args.deepspeed_config, data_parallel // args.sequence_parallel_size).micro
+    micro_batch = batch_sizes(args.deepspeed_config, data_parallel // engine.network.sequence_processes).micro
     buckets = {dataset.bucket(index) for index in range(len(dataset))}
     largest = max(buckets, key=lambda bucket: video_tokens(bucket, engine.network.patch))
     decided = decide(engine, layout, largest, micro_batch)
