@@ -14,25 +14,13 @@ from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.sampling.part_offloading import PartOffloader
 from diffusion_video import SATVideoDiffusionEngine
 from dit_video_concat import AdaLNMixin
-from seeded import seed_module_, seeded_input
+from reference_networks import network_and_inputs
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.util import instantiate_from_config
 from support import Reference
 
 CPU = torch.device("cpu")
 FAMILIES = ["t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15", "t2v_2b_lora"]
-
-
-def network_and_inputs(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    case = Reference(f"dit/{name}").case
-    network = seed_module_(instantiate_from_config(case["network_config"])).eval()
-    b, t, _, h, w = case["latent"]
-    inputs = {
-        "x": seeded_input("x", (b, t, network.in_channels, h, w)),
-        "timesteps": torch.tensor(case["timesteps"]),
-        "context": seeded_input("context", case["context"]),
-    }
-    return network, inputs if case["ofs"] is None else {**inputs, "ofs": torch.tensor(case["ofs"])}
 
 
 def without_modulation_weights(network: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
-from seeded import seed_module_, seeded_input
+from reference_networks import network_and_inputs
 from sgm.attention_kernels import KERNELS, WRITTEN_OUT, written_out_attention
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
@@ -17,20 +17,6 @@ from sgm.util import instantiate_from_config
 from support import Reference, needs_compiler
 
 FAMILIES = ["t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15"]
-
-
-def network_and_inputs(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    case = Reference(f"dit/{name}").case
-    network = seed_module_(instantiate_from_config(case["network_config"])).eval()
-    b, t, _, h, w = case["latent"]
-    inputs = {
-        "x": seeded_input("x", (b, t, network.in_channels, h, w)),
-        "timesteps": torch.tensor(case["timesteps"]),
-        "context": seeded_input("context", case["context"]),
-    }
-    if case["ofs"] is not None:
-        inputs["ofs"] = torch.tensor(case["ofs"])
-    return network, inputs
 
 
 @torch.no_grad()

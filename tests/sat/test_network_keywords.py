@@ -4,24 +4,10 @@ import pytest
 import torch
 from sat.model.base_model import BaseMixin
 
-from seeded import seed_module_, seeded_input
+from reference_networks import network_and_inputs
 from sgm.errors import UserError
-from sgm.util import instantiate_from_config
-from support import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def network_and_inputs(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    case = Reference(f"dit/{name}").case
-    network = seed_module_(instantiate_from_config(case["network_config"])).eval()
-    b, t, _, h, w = case["latent"]
-    inputs = {
-        "x": seeded_input("x", (b, t, network.in_channels, h, w)),
-        "timesteps": torch.tensor(case["timesteps"]),
-        "context": seeded_input("context", case["context"]),
-    }
-    return network, inputs | ({} if case["ofs"] is None else {"ofs": torch.tensor(case["ofs"])})
 
 
 @torch.no_grad()
