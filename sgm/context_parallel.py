@@ -157,14 +157,14 @@ class _SplitFrames(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(gradient, ctx.frames, ctx.group), None, None
+        return all_gather_uneven(gradient, ctx.frames, ctx.group, FRAMES), None, None
 
 
 class _GatherFrames(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
         ctx.frames, ctx.group = frames, group
-        return _all_gather(x, frames, group)
+        return all_gather_uneven(x, frames, group, FRAMES)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -176,13 +176,13 @@ def _own(x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
     return x.narrow(FRAMES, sum(frames[:rank]), frames[rank])
 
 
-def _all_gather(x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
-    longest = max(frames)
-    padded = x.new_zeros((*x.shape[:FRAMES], longest, *x.shape[FRAMES + 1 :]))  # backends want equal shapes
-    padded.narrow(FRAMES, 0, x.shape[FRAMES]).copy_(x)
-    received = [torch.empty_like(padded) for _ in frames]
+def all_gather_uneven(x: Tensor, counts: Sequence[int], group: ProcessGroup, dim: int) -> Tensor:
+    """All ranks' `x` one after the other along `dim`, of which rank r brings `counts[r]`; without gradients."""
+    padded = x.new_zeros((*x.shape[:dim], max(counts), *x.shape[dim + 1 :]))  # backends want equal shapes
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    received = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(received, padded, group=group)
-    return torch.cat([part.narrow(FRAMES, 0, count) for part, count in zip(received, frames, strict=True)], FRAMES)
+    return torch.cat([part.narrow(dim, 0, count) for part, count in zip(received, counts, strict=True)], dim)
 
 
 # ---------------------------------------------------------------- from rank to rank

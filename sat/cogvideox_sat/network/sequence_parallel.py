@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox_sat.parallel.torch_internals import group_named
-from sgm.context_parallel import split_evenly
+from sgm.context_parallel import all_gather_uneven, split_evenly
 from sgm.errors import UserError
 
 
@@ -169,11 +169,7 @@ def _exchange(sent: Tensor, sent_sizes: list[int], received_sizes: list[int], gr
 @torch.library.custom_op("cogvideox::gather_tokens", mutates_args=())
 def gather_tokens(x: Tensor, tokens: Sequence[int], rank: int, group: str) -> Tensor:
     """Return the tokens of all processes (b, n, f), of this one's (b, tokens[rank], f)."""
-    padded = x.new_zeros(x.shape[0], max(tokens), x.shape[2])  # backends want equal shapes
-    padded[:, : x.shape[1]] = x
-    received = [torch.empty_like(padded) for _ in tokens]
-    dist.all_gather(received, padded, group=group_named(group))
-    return torch.cat([part[:, :count] for part, count in zip(received, tokens, strict=True)], dim=1)
+    return all_gather_uneven(x, tokens, group_named(group), dim=1)
 
 
 @tokens_to_heads.register_fake
