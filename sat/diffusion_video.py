@@ -5,6 +5,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,11 @@ from sgm.config_places import Place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
+from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.diffusionmodules.guidance_parallel import GuidanceParallel
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
+from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, why_not_compilable
 from sgm.signatures import accepts
 from sgm.util import class_at, instantiate_from_config
@@ -313,6 +316,15 @@ class SATVideoDiffusionEngine(nn.Module):
         encode = self.first_stage_model.encode
         return torch.cat([encode(group.to(self.dtype), unregularized=True)[0] for group in self.groups(x)])
 
+    @torch.no_grad()
+    def encode_means(self, x: Tensor) -> Tensor:
+        """Clips (b, 3, frames, height, width) in [-1, 1] to the means of their scaled latents (b, c, t, h, w): what a
+        clip is sampled from, without a random number."""
+        moments = self.encode_moments(x.to(self.device))
+        if isinstance(self.regularizer, DiagonalGaussianRegularizer):
+            return self.scale_factor * moments.chunk(2, dim=1)[0]
+        return self.scale_factor * self.regularizer(moments)[0]  # it draws nothing
+
     def groups(self, x: Tensor) -> list[Tensor]:
         """Return the samples that the first stage takes at once: `en_and_decode_n_samples_a_time`, or all of them."""
         return list(x.split(self.samples_at_a_time or max(len(x), 1)))
@@ -448,6 +460,8 @@ class SATVideoDiffusionEngine(nn.Module):
         num_steps: int | None = None,
         callback: Callable[[int, int], None] | None = None,
         check_finite: bool = False,
+        prefix: Tensor | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Draw latents.
 
@@ -459,6 +473,8 @@ class SATVideoDiffusionEngine(nn.Module):
             num_steps: number of steps, if not the sampler's own.
             callback: called as `callback(steps done, steps)`, by samplers that take one.
             check_finite: end at the first output of the network that is not finite.
+            prefix: clean latents (batch_size, fewer than t, c, h, w) in front, from which the rest goes on.
+            start: a clip to start from, and a prefix where `prefix` gives none.
 
         Returns:
             Scaled latents (batch_size, t, c, h, w), float32. The initial noise comes from the CPU generator, so that
@@ -466,12 +482,17 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if shape is None:
             raise TypeError("sample() needs the shape of the latents, (t, c, h, w)")
+        start = NOISE if start is None else start
+        if prefix is not None:
+            start = replace(start, prefix=prefix)
+        start = self._agreed_start(start, (batch_size, *shape))
         noise = self.video_groups.agreed(torch.randn(batch_size, *shape, dtype=torch.float32).to(self.device))
+        noise = start.with_prefix(noise)  # where samplers of the original look for it
         if concat_images is not None:
             cond = {**cond, "concat": concat_images}
             uc = uc and {**uc, "concat": concat_images}
 
-        def draw(network: Callable[..., Tensor], sampler: Any, start: Tensor, **keywords: Any) -> Tensor:
+        def draw(network: Callable[..., Tensor], sampler: Any, noise: Tensor, **keywords: Any) -> Tensor:
             if self.settings.guidance_batch == 1:
                 network = in_parts(network, batch_size)
 
@@ -482,7 +503,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 self._check_finite(x if self.video_groups.splits_work else denoised, check_finite)
                 return denoised
 
-            return sampler(denoise, start, cond, uc=uc, num_steps=num_steps, **keywords)
+            return sampler(denoise, noise, cond, uc=uc, num_steps=num_steps, **keywords)
 
         progress = SamplingProgress()
 
@@ -491,23 +512,42 @@ class SATVideoDiffusionEngine(nn.Module):
             if callback is not None:
                 callback(done, steps)
 
-        keywords = {"ofs": ofs, "callback": count}
+        keywords = {"ofs": ofs, "callback": count, "start": start}
+        if start.clip is not None and not accepts(self.sampler, "start"):
+            raise UserError(
+                f"video: {type(self.sampler).__name__} takes no `start`; use one of this package's samplers"
+            )
         taken: dict[str, Any] = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
         untaken = {} if ofs is None or "ofs" in taken else {"ofs": ofs}
         if "callback" in taken:
-            progress.step, progress.steps = 0, num_steps or getattr(self.sampler, "num_steps", None)
+            steps = num_steps or getattr(self.sampler, "num_steps", None)
+            progress.step, progress.steps = 0, steps and start.steps(steps)
         # A network or a wrapper of the user's own may be without one.
         inner = getattr(self.model, "diffusion_model", None)
         runner, table = getattr(inner, "layer_runner", None), getattr(inner, "modulation_table", None)
         if table is not None and isinstance(self.sampler, Sampler):  # one of the user's own may do more than sample
             told = {name: value for name, value in taken.items() if name != "callback"}
             smallest = noise.new_zeros(batch_size, *[1] * len(shape))
-            levels = self._levels_of(partial(draw, start=smallest, **told))
+            told["start"] = replace(start, clip=None if start.clip is None else smallest, prefix=None)
+            levels = self._levels_of(partial(draw, noise=smallest, **told))
             table.fill(self.network.embed_condition(*level) for level in levels)
         with nullcontext() if runner is None else runner.during(progress):
             latents = self.video_groups.agreed(draw(self.model, self.sampler, noise, **taken))
         self._check_finite(latents, check_finite and self.video_groups.splits_work)
         return latents
+
+    def _agreed_start(self, start: Start, shape: tuple[int, ...]) -> Start:
+        """Return what sampling starts from, on the engine's device, the same in all processes that share the work."""
+        clip, prefix = start.clip, start.prefix
+        if clip is not None and clip.shape != shape:
+            raise UserError(f"video: latents of shape {tuple(clip.shape)} do not fit into {shape}")
+        if prefix is not None and not (
+            prefix.shape[1] < shape[1] and prefix.shape == (shape[0], prefix.shape[1], *shape[2:])
+        ):
+            raise UserError(f"prefix: latents of shape {tuple(prefix.shape)} are not the first frames of {shape}")
+        agreed = self.video_groups.agreed
+        on_device = [None if x is None else agreed(x.float().to(self.device)) for x in (clip, prefix)]
+        return replace(start, clip=on_device[0], prefix=on_device[1])
 
     def _check_finite(self, x: Tensor, wanted: bool) -> None:
         if wanted and not torch.isfinite(x).all():

@@ -9,63 +9,30 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sampler_cases import (
+    EVERY_COMBINATION,
+    MODULES,
+    NOISELESS,
+    SCHEDULES,
+    SIGMA,
+    SIGMA_SAMPLERS,
+    VANILLA,
+    VIDEO,
+    VIDEO_SAMPLERS,
+    inputs,
+    make_denoiser,
+    make_sampler,
+    sigma_denoiser,
+    sigma_network,
+    video_denoiser,
+    video_network,
+)
 from seeded import seeded_input
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules import sampling, sampling_utils
 from sgm.modules.diffusionmodules.guiders import DynamicCFG
 from sgm.util import instantiate_from_config
-from support import Reference, assert_close
-
-MODULES = "sgm.modules.diffusionmodules"
-VIDEO = Reference("sampling/video_samplers")
-SIGMA = Reference("sampling/sigma_samplers")
-
-
-def video_network(x, t, cond, **model_inputs):
-    rest = (slice(None),) + (None,) * (x.ndim - 1)
-    return x.tanh() * torch.cos(t / 300)[rest] + 0.3 * cond["crossattn"].mean(dim=(1, 2))[rest]
-
-
-def sigma_network(x, t, cond, **model_inputs):
-    rest = (slice(None),) + (None,) * (x.ndim - 1)
-    return x.tanh() / (1 + t)[rest] + 0.3 * cond["crossattn"].mean(dim=(1, 2))[rest]
-
-
-def video_denoiser(discretization_config, network=video_network):
-    denoiser = instantiate_from_config(
-        {
-            "target": f"{MODULES}.denoiser.DiscreteDenoiser",
-            "params": {
-                "num_idx": 1000,
-                "quantize_c_noise": False,
-                "weighting_config": {"target": f"{MODULES}.denoiser_weighting.EpsWeighting"},
-                "scaling_config": {"target": f"{MODULES}.denoiser_scaling.VideoScaling"},
-                "discretization_config": discretization_config,
-            },
-        }
-    )
-    return lambda x, alpha, cond, **model_inputs: denoiser(network, x, alpha, cond, **model_inputs)
-
-
-def sigma_denoiser(network=sigma_network):
-    denoiser = instantiate_from_config(
-        {
-            "target": f"{MODULES}.denoiser.Denoiser",
-            "params": {
-                "weighting_config": {"target": f"{MODULES}.denoiser_weighting.EDMWeighting"},
-                "scaling_config": {"target": f"{MODULES}.denoiser_scaling.EDMScaling"},
-            },
-        }
-    )
-    return lambda x, sigma, cond, **model_inputs: denoiser(network, x, sigma, cond, **model_inputs)
-
-
-def inputs(reference):
-    seed = reference.case["seed"]
-    noise = seeded_input("noise", reference.case["shape"], seed)
-    cond = {"crossattn": seeded_input("cond", (2, 7, 8), seed)}
-    uncond = {"crossattn": seeded_input("uncond", (2, 7, 8), seed)}
-    return noise, cond, uncond
+from support import assert_close
 
 
 @pytest.mark.parametrize("name", VIDEO.case["cases"])
@@ -81,31 +48,6 @@ def test_sigma_sampler_gives_the_reference_numbers(name):
     torch.manual_seed(SIGMA.case["torch_manual_seed"])
     sampler = instantiate_from_config(SIGMA.case["cases"][name])
     assert_close(sampler(sigma_denoiser(), *inputs(SIGMA)), SIGMA[name], 2e-5)
-
-
-VIDEO_SAMPLERS = ["VPSDEDPMPP2MSampler", "VPODEDPMPP2MSampler", "VideoDDIMSampler", "VideoDDPMSampler"]
-SIGMA_SAMPLERS = sorted({"DDIMSampler", *(name.split(".")[0] for name in SIGMA.case["cases"])})
-NOISELESS = ["VPODEDPMPP2MSampler", "VideoDDIMSampler", "EulerEDMSampler", "HeunEDMSampler", "DPMPP2MSampler"]
-SCHEDULES = {
-    "zerosnr": {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}},
-    "legacy": {"target": f"{MODULES}.discretizer.LegacyDDPMDiscretization"},
-    "edm": {"target": f"{MODULES}.discretizer.EDMDiscretization"},
-}
-VANILLA = {"target": f"{MODULES}.guiders.VanillaCFG", "params": {"scale": 6.0}}
-EVERY_COMBINATION = [(name, schedule) for name in VIDEO_SAMPLERS for schedule in SCHEDULES] + [
-    (name, schedule) for name in SIGMA_SAMPLERS for schedule in ("legacy", "edm")
-]
-
-
-def make_sampler(name, schedule="zerosnr", **params):
-    config = {"discretization_config": SCHEDULES[schedule], "num_steps": 5, **params}
-    return instantiate_from_config({"target": f"{MODULES}.sampling.{name}", "params": config})
-
-
-def make_denoiser(name, schedule="zerosnr", network=None):
-    if name in VIDEO_SAMPLERS:
-        return video_denoiser(SCHEDULES[schedule], network or video_network)
-    return sigma_denoiser(network or sigma_network)
 
 
 class CountingNetwork:
@@ -511,8 +453,8 @@ def test_sampler_mistakes():
         make_sampler("VideoDDIMSampler", num_steps=None)(denoiser, noise, cond)
     with pytest.raises(UserError, match="num_steps is 1001"):
         make_sampler("VideoDDIMSampler")(denoiser, noise, cond, num_steps=1001)
-    with pytest.raises(UserError, match="does not support fixed_frames, which is set to 3"):
-        make_sampler("VideoDDIMSampler", fixed_frames=3)
+    with pytest.raises(UserError, match="fixed_frames is -1; expected a whole number"):
+        make_sampler("VideoDDIMSampler", fixed_frames=-1)
     with pytest.raises(UserError, match="EulerEDMSampler needs a schedule of sigma"):
         make_sampler("EulerEDMSampler")(denoiser, noise, cond)
     with pytest.raises(UserError, match=r"\['concat', 'crossattn'\]; it holds \['crossattn'\]"):
