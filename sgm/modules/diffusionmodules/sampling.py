@@ -141,7 +141,8 @@ class Sampler(SamplingBar, ABC):
         if start is None:
             start = Start(prefix=x[:, : self.fixed_frames]) if self.fixed_frames else NOISE
         first = num_steps - start.steps(num_steps)
-        a, s, timesteps = (of_step[first:] for of_step in self.schedule(num_steps))
+        a, s, timesteps = self.schedule(num_steps)
+        a, s, timesteps = a[first:], s[first:], timesteps[first:]
         levels = a if self.variance_preserving else s
         configured_steps = num_steps if self.num_steps is None else self.num_steps
 
