@@ -371,8 +371,26 @@ class SATVideoDiffusionEngine(nn.Module):
         """The first frame's latent (b, 1, c, h, w), followed by zeros (or repeated) up to `frames`."""
         if self.noised_image_all_concat:
             return image_latent.expand(-1, frames, -1, -1, -1)
-        padding = image_latent.new_zeros(image_latent.shape[0], frames - 1, *image_latent.shape[2:])
-        return torch.cat((image_latent, padding), dim=1)
+        return self.concat_key_frames({0: image_latent}, frames)
+
+    def concat_key_frames(self, latents: Mapping[int, Tensor], frames: int) -> Tensor:
+        """Return the condition (b, frames, c, h, w) of a network that is told some frames: their latents, else zeros.
+
+        Args:
+            latents: those of single pictures (b, 1, c, h, w), by the number of the latent frame that they stand in, as
+                decoding counts; 1.5 models have one more, before the second, which repeats the first.
+
+        Raises:
+            UserError: the model repeats the first frame's latent in all frames (`noised_image_all_concat`), so that
+                others have no place.
+        """
+        if self.noised_image_all_concat and latents.keys() != {0}:
+            raise UserError("keyframes: this model takes the first frame alone (noised_image_all_concat is on)")
+        some = next(iter(latents.values()))
+        condition = some.new_zeros(some.shape[0], frames, *some.shape[2:])
+        for number, latent in latents.items():
+            condition[:, number + (int(self.is_15) if number else 0)] = latent[:, 0]
+        return condition
 
     # Training
 

@@ -145,6 +145,22 @@ def test_a_sampler_of_the_users_own_goes_on_from_frames_but_starts_from_no_clip(
         draw(case, start=Start(clip))
 
 
+def test_key_frames_stand_in_their_latent_frames(case, monkeypatch):
+    """The first frame alone is today's condition; 1.5 models sample a frame more, before the second."""
+    engine = case[2]
+    first, last = torch.randn(2, 1, 4, 2, 2), torch.randn(2, 1, 4, 2, 2)
+    assert torch.equal(engine.concat_key_frames({0: first}, 3), engine.concat_condition(first, 3))
+    both = engine.concat_key_frames({0: first, 2: last}, 3)
+    assert torch.equal(both, torch.cat((first, torch.zeros_like(first), last), dim=1))
+    monkeypatch.setitem(engine.config["network_config"]["params"], "patch_size", [2, 2, 2])
+    both = engine.concat_key_frames({0: first, 2: last}, 4)
+    assert torch.equal(both, torch.cat((first, torch.zeros(2, 2, 4, 2, 2), last), dim=1))
+    monkeypatch.setattr(engine, "noised_image_all_concat", True)
+    assert torch.equal(engine.concat_condition(first, 3), first.expand(2, 3, 4, 2, 2))
+    with pytest.raises(UserError, match="keyframes: this model takes the first frame alone"):
+        engine.concat_key_frames({2: last}, 4)
+
+
 def test_a_clip_is_encoded_without_chance(case):
     """As the mean of its posterior, for which no random number is drawn."""
     _, _, engine, clip = case
