@@ -128,13 +128,22 @@ class SATVideoDiffusionEngine(nn.Module):
             UserError: the sampler has no guider whose halves could be shared.
         """
         self.video_groups = groups
-        if groups.guidance is not None:
-            if not hasattr(self.sampler, "guider"):
+        self.shared_sampler(self.sampler)
+
+    def shared_sampler(self, sampler: Any) -> Any:
+        """Return a sampler, with the halves of its guider shared out as `share_videos` says.
+
+        Raises:
+            UserError: it has no guider whose halves could be shared.
+        """
+        if (group := self.video_groups.guidance) is not None:
+            if not hasattr(sampler, "guider"):
                 raise UserError(
-                    f"guidance_parallel: {type(self.sampler).__name__} has no `guider`; leave it out, and let all "
+                    f"guidance_parallel: {type(sampler).__name__} has no `guider`; leave it out, and let all "
                     "processes share the sequence"
                 )
-            self.sampler.guider = GuidanceParallel(self.sampler.guider, groups.guidance)
+            sampler.guider = GuidanceParallel(sampler.guider, group)
+        return sampler
 
     # Parts
 
@@ -476,10 +485,11 @@ class SATVideoDiffusionEngine(nn.Module):
         concat_images: Tensor | None = None,
         ofs: Tensor | None = None,
         num_steps: int | None = None,
-        callback: Callable[[int, int], None] | None = None,
+        callback: Callable[..., None] | None = None,
         check_finite: bool = False,
         prefix: Tensor | None = None,
         start: Start | None = None,
+        sampler: Any = None,
     ) -> Tensor:
         """Draw latents.
 
@@ -489,10 +499,11 @@ class SATVideoDiffusionEngine(nn.Module):
             concat_images: image condition (batch_size, t, c, h, w); guidance leaves it in place.
             ofs: (batch_size,), for 1.5 image-to-video.
             num_steps: number of steps, if not the sampler's own.
-            callback: called as `callback(steps done, steps)`, by samplers that take one.
+            callback: called as `callback(steps done, steps)`, by samplers that take one; see `Sampler.__call__`.
             check_finite: end at the first output of the network that is not finite.
             prefix: clean latents (batch_size, fewer than t, c, h, w) in front, from which the rest goes on.
             start: a clip to start from, and a prefix where `prefix` gives none.
+            sampler: in place of the configured one.
 
         Returns:
             Scaled latents (batch_size, t, c, h, w), float32. The initial noise comes from the CPU generator, so that
@@ -504,6 +515,7 @@ class SATVideoDiffusionEngine(nn.Module):
         if prefix is not None:
             start = replace(start, prefix=prefix)
         start = self._agreed_start(start, (batch_size, *shape))
+        own = self.sampler if sampler is None else sampler
         noise = self.video_groups.agreed(torch.randn(batch_size, *shape, dtype=torch.float32).to(self.device))
         noise = start.with_prefix(noise)  # where samplers of the original look for it
         if concat_images is not None:
@@ -525,32 +537,31 @@ class SATVideoDiffusionEngine(nn.Module):
 
         progress = SamplingProgress()
 
-        def count(done: int, steps: int) -> None:
+        def count(done: int, steps: int, denoised: Tensor | None = None) -> None:
             progress.step, progress.steps = done, steps
             if callback is not None:
-                callback(done, steps)
+                callback(done, steps, **({} if denoised is None or not shows else {"denoised": denoised}))
 
+        shows = callback is not None and accepts(callback, "denoised")
         keywords = {"ofs": ofs, "callback": count, "start": start}
-        if start.clip is not None and not accepts(self.sampler, "start"):
-            raise UserError(
-                f"video: {type(self.sampler).__name__} takes no `start`; use one of this package's samplers"
-            )
-        taken: dict[str, Any] = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
+        if start.clip is not None and not accepts(own, "start"):
+            raise UserError(f"video: {type(own).__name__} takes no `start`; use one of this package's samplers")
+        taken: dict[str, Any] = {name: value for name, value in keywords.items() if accepts(own, name)}
         untaken = {} if ofs is None or "ofs" in taken else {"ofs": ofs}
         if "callback" in taken:
-            steps = num_steps or getattr(self.sampler, "num_steps", None)
+            steps = num_steps or getattr(own, "num_steps", None)
             progress.step, progress.steps = 0, steps and start.steps(steps)
         # A network or a wrapper of the user's own may be without one.
         inner = getattr(self.model, "diffusion_model", None)
         runner, table = getattr(inner, "layer_runner", None), getattr(inner, "modulation_table", None)
-        if table is not None and isinstance(self.sampler, Sampler):  # one of the user's own may do more than sample
+        if table is not None and isinstance(own, Sampler):  # one of the user's own may do more than sample
             told = {name: value for name, value in taken.items() if name != "callback"}
             smallest = noise.new_zeros(batch_size, *[1] * len(shape))
             told["start"] = replace(start, clip=None if start.clip is None else smallest, prefix=None)
-            levels = self._levels_of(partial(draw, noise=smallest, **told))
+            levels = self._levels_of(partial(draw, noise=smallest, **told), own)
             table.fill(self.network.embed_condition(*level) for level in levels)
         with nullcontext() if runner is None else runner.during(progress):
-            latents = self.video_groups.agreed(draw(self.model, self.sampler, noise, **taken))
+            latents = self.video_groups.agreed(draw(self.model, own, noise, **taken))
         self._check_finite(latents, check_finite and self.video_groups.splits_work)
         return latents
 
@@ -571,10 +582,10 @@ class SATVideoDiffusionEngine(nn.Module):
         if wanted and not torch.isfinite(x).all():
             raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
 
-    def _levels_of(self, draw: Callable[..., Tensor]) -> list[AskedLevel]:
+    def _levels_of(self, draw: Callable[..., Tensor], sampler: Any) -> list[AskedLevel]:
         """Return the levels that the network is asked for by `draw(network, sampler)`, whose random numbers do not
         count."""
-        notes, sampler = LevelNotes(), copy.copy(self.sampler)
+        notes, sampler = LevelNotes(), copy.copy(sampler)
         hide_bar(sampler)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             draw(notes, sampler)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -229,6 +230,69 @@ def test_dynamic_guidance_weight():
         DynamicCFG(scale=6, exp=5, num_steps=n, count="steps")
     with pytest.raises(UserError, match=r"exp is 2\.5"):
         DynamicCFG(scale=6, exp=2.5, num_steps=n)
+
+
+def test_dynamic_guidance_counts_as_diffusers_does():
+    """(n − timestep)/n for the n steps of the call, where "timestep" keeps to the configured number of steps."""
+    schedule = "zerosnr"
+    seen: dict[str, list[float]] = {}
+    for count in ("timestep", "diffusers"):
+        weights = seen[count] = []
+        guider = {"target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": 50}}
+        guider["params"]["count"] = count
+        sampler = make_sampler("VideoDDIMSampler", schedule, guider_config=guider, num_steps=50)
+        sampler.guider.dyn_thresh = lambda u, c, w, weights=weights: weights.append(w) or u + w * (c - u)
+        for steps in (50, 20):
+            sampler(make_denoiser("VideoDDIMSampler", schedule), *inputs(VIDEO), num_steps=steps)
+    assert seen["timestep"][:50] == seen["diffusers"][:50] and seen["timestep"][50:] != seen["diffusers"][50:]
+    timesteps = np.linspace(999, 0, 20, endpoint=False).astype(int)
+    for name, n in (("timestep", 50), ("diffusers", 20)):
+        expected = [1 + 6 * (1 - math.cos(math.pi * ((n - int(t)) / n) ** 5)) / 2 for t in timesteps]
+        assert seen[name][50:] == expected
+
+
+@pytest.mark.parametrize("name", ["VPSDEDPMPP2MSampler", "VideoDDIMSampler", "HeunEDMSampler"])
+def test_guidance_in_an_interval_of_the_steps(name):
+    """Outside of it the network sees the conditional batch alone; the whole interval changes nothing to the bit."""
+    schedule = "zerosnr" if name in VIDEO_SAMPLERS else "edm"
+
+    def sample(interval=None, guider=VANILLA):
+        network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
+        torch.manual_seed(0)
+        options = {} if interval is None else {"guidance_interval": interval}
+        sampler = make_sampler(name, schedule, guider_config=guider, **options)
+        return sampler(make_denoiser(name, schedule, network), *inputs(VIDEO)), network.batches
+
+    everywhere, batches = sample()
+    assert set(batches) == {4} and torch.equal(sample([0, 1])[0], everywhere)
+    inside, batches = sample([0.2, 0.6])
+    once = [2, 4, 4, 2, 2]
+    assert batches == (once if name != "HeunEDMSampler" else [2, 2, 4, 4, 4, 4, 2, 2, 2])
+    never = sample(guider={"target": f"{MODULES}.guiders.IdentityGuider"})[0]
+    assert not torch.equal(inside, everywhere) and not torch.equal(inside, never)
+    assert torch.equal(sample([0.9, 0.95])[0], never), "no step is in it"
+    assert sample([0.8, 1.0])[1][-1] == 4
+
+
+@pytest.mark.parametrize("interval", [[0.5], [0.6, 0.2], [0, 1.5]])
+def test_an_interval_that_is_none(interval):
+    with pytest.raises(UserError, match=r"guidance_interval is .*expected two shares of the steps"):
+        make_sampler("VideoDDIMSampler", guidance_interval=interval)
+
+
+@pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
+def test_a_callback_sees_the_estimate_of_each_step_and_the_last_one_is_near_the_sample(name, schedule):
+    """It costs nothing: the network runs as often, and what is told is the tensor that the sampler has."""
+    seen, plain, counts = [], [], []
+    for callback in (lambda step, steps, denoised: seen.append(denoised), lambda step, steps: plain.append(step)):
+        network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
+        torch.manual_seed(0)
+        sample = make_sampler(name, schedule)(make_denoiser(name, schedule, network), *inputs(VIDEO), callback=callback)
+        counts.append(len(network.batches))
+    assert counts[0] == counts[1] and plain == [1, 2, 3, 4, 5] and len(seen) == 5
+    assert all(denoised.shape == sample.shape for denoised in seen)
+    if name in (*VIDEO_SAMPLERS, "EulerEDMSampler"):
+        assert_close(seen[-1], sample, 1e-4)
 
 
 def test_churn_and_ancestral_noise():

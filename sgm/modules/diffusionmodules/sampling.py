@@ -7,7 +7,7 @@ so the loops never wait for a device.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from sgm.modules.diffusionmodules.sampling_utils import (
     noise_like,
     to_d,
 )
+from sgm.signatures import accepts
 from sgm.util import instantiate_from_config
 
 __all__ = [
@@ -78,6 +79,11 @@ class Sampler(SamplingBar, ABC):
         guider_config: guidance; none by default.
         verbose: show a progress bar (on the first process only).
         device: accepted from configurations; sampling takes place where `x` is.
+        guidance_interval: from which share of the steps to which there is guidance, such as [0.2, 0.8]; at the others
+            the network runs on the conditional batch alone (arXiv:2404.07724, in steps rather than levels). None: all.
+
+    Raises:
+        UserError: `guidance_interval` is no such interval.
     """
 
     variance_preserving: bool  # then the denoiser takes a as the level, and the timestep as `idx`; else it takes s
@@ -91,10 +97,12 @@ class Sampler(SamplingBar, ABC):
         guider_config: Mapping[str, Any] | None = None,
         verbose: bool = False,
         device: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ):
         self.discretization = instantiate_from_config(discretization_config)
         self.num_steps = num_steps
         self.guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
+        self.guidance_interval = None if guidance_interval is None else checked_interval(guidance_interval)
         self.show_bar(verbose)
 
     @torch.no_grad()
@@ -109,7 +117,7 @@ class Sampler(SamplingBar, ABC):
         scale_emb: Tensor | None = None,
         ofs: float | Tensor | None = None,
         generator: Generators = None,
-        callback: Callable[[int, int], None] | None = None,
+        callback: Callable[..., None] | None = None,
         start: Start | None = None,
     ) -> Tensor:
         """Sample.
@@ -124,7 +132,8 @@ class Sampler(SamplingBar, ABC):
             scale_emb: embedding of the guidance scale, (batch, features), for networks distilled to take one.
             ofs: what the network is told besides the timestep (CogVideoX 1.5 image-to-video), a number or (batch,).
             generator: source of the noise that is added on the way, see `draw_noise`.
-            callback: called as `callback(steps done, steps in all)` after each step.
+            callback: called as `callback(steps done, steps in all)` after each step; one that takes the keyword
+                `denoised` is given the last guided estimate of the clean samples with it.
             start: what sampling starts from, and the frames that it goes on from; None: noise alone, of which the first
                 `fixed_frames` frames are clean ones to go on from, as in the original.
 
@@ -147,8 +156,9 @@ class Sampler(SamplingBar, ABC):
         configured_steps = num_steps if self.num_steps is None else self.num_steps
 
         unguided = uc is None or (not isinstance(scale, Tensor) and scale == 1)
-        guider = IdentityGuider() if unguided else self.guider
-        taken = guider_keywords(guider)
+        guiders: dict[bool, Any] = {False: IdentityGuider()}
+        guiders[True] = guiders[False] if unguided else self.guider
+        taken = {guided: guider_keywords(guider) for guided, guider in guiders.items()}
         scale = scale.to(x.device) if isinstance(scale, Tensor) else scale
         given = {"scale_emb": scale_emb, "ofs": ofs}
         given = {name: _per_sample(value, x) for name, value in given.items() if value is not None}
@@ -158,6 +168,9 @@ class Sampler(SamplingBar, ABC):
 
         def denoise(x: Tensor, step: int, level: float | None = None) -> Tensor:
             x = start.with_prefix(x, *((a[step], s[step], noise) if self.sdedit else ()))
+            done = (first + step) / num_steps
+            guided = self._is_guided(done)
+            guider = guiders[guided]
             level_of_each = x.new_full((len(x),), levels[step] if level is None else level)
             inputs = guider.prepare_inputs(x, level_of_each, cond, uc)
             copies = len(inputs[0]) // len(x)
@@ -165,17 +178,31 @@ class Sampler(SamplingBar, ABC):
             if self.variance_preserving:
                 model_inputs["idx"] = x.new_full((copies * len(x),), timesteps[step], dtype=torch.long)
             denoised = denoiser(*inputs, **model_inputs).float()
-            k = configured_steps - timesteps[step]
-            told: dict[str, Any] = {"scale": scale, "step_index": k, "progress": (first + step) / num_steps}
-            return guider(denoised, level_of_each, **{name: told[name] for name in taken})
+            told: dict[str, Any] = {
+                "scale": scale,
+                "step_index": configured_steps - timesteps[step],
+                "progress": done,
+                "shortfall": (num_steps - timesteps[step]) / num_steps,
+            }
+            estimate[:] = [guider(denoised, level_of_each, **{name: told[name] for name in taken[guided]})]
+            return estimate[0]
 
+        estimate: list[Tensor] = []  # the last one
         x = self.noised(x, None if start.clip is None else start.clip.to(x), a[0], s[0])
-        run = Run(a, s, num_steps, self._count_steps(num_steps - first, callback), denoise, noise)
+        steps = self._count_steps(num_steps - first, callback, estimate)
+        run = Run(a, s, num_steps, steps, denoise, noise)
         return start.with_prefix(self.sample(x, run))
 
     def noised(self, noise: Tensor, clip: Tensor | None, a: float, s: float) -> Tensor:
         """Return what the loop starts with: a·clip + s·ε; without a clip noise of the variance that belongs there."""
         return noise if clip is None else a * clip + s * noise
+
+    def _is_guided(self, done: float) -> bool:
+        """Return whether there is guidance at a step, given the share of the steps that come before it."""
+        if self.guidance_interval is None:
+            return True
+        first, last = self.guidance_interval
+        return first <= done and (done < last or last == 1)
 
     @abstractmethod
     def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
@@ -185,11 +212,29 @@ class Sampler(SamplingBar, ABC):
     def sample(self, x: Tensor, run: Run) -> Tensor:
         """The loop."""
 
-    def _count_steps(self, num_steps: int, callback: Callable[[int, int], None] | None) -> Iterator[int]:
+    def _count_steps(
+        self, num_steps: int, callback: Callable[..., None] | None, estimate: Sequence[Tensor]
+    ) -> Iterator[int]:
+        shows = callback is not None and accepts(callback, "denoised")
         for step in self.counted(range(num_steps)):
             yield step
             if callback is not None:
-                callback(step + 1, num_steps)
+                callback(step + 1, num_steps, **({"denoised": estimate[-1]} if shows else {}))
+
+
+def checked_interval(interval: Any) -> tuple[float, float]:
+    """Return an interval of steps as two shares of them.
+
+    Raises:
+        UserError: it is something else.
+    """
+    fits = isinstance(interval, list | tuple) and [type(end) in (int, float) for end in interval] == [True, True]
+    if not fits or not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(
+            f"guidance_interval is {shown(interval)}; expected two shares of the steps such as [0.2, 0.8], the smaller "
+            "one first"
+        )
+    return interval[0], interval[1]
 
 
 def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
