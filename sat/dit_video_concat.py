@@ -423,7 +423,7 @@ class DiffusionTransformer(BaseModel):
         time_interpolation: float | None = None,
         adm_in_channels: int | None = None,
     ):
-        model_parallel_size = transformer_args.get("model_parallel_size", 1)
+        model_parallel_size = transformer_args.get("model_parallel_size") or 1
         if num_attention_heads % model_parallel_size:
             raise UserError(
                 f"model_parallel_size {model_parallel_size} does not divide {num_attention_heads} attention heads"
@@ -435,7 +435,7 @@ class DiffusionTransformer(BaseModel):
                 "max_sequence_length": 64,
                 "layernorm_order": "pre",
                 "skip_init": False,
-                **transformer_args,
+                **{name: value for name, value in transformer_args.items() if value is not None},
             }
         )
         recompute = getattr(settings, "checkpoint_activations", False)

@@ -13,7 +13,14 @@ GIB = 2**30
     ("text", "size"),
     [
         *(("12GB", 12 * GIB), ("12 gib", 12 * GIB), ("5.5GB", 11 * GIB // 2), (".5 GB", GIB // 2)),
-        *(("12288MiB", 12 * GIB), ("1TB", 2**40), ("auto", None), (" Auto ", None)),
+        *(
+            ("12288MiB", 12 * GIB),
+            ("1TB", 2**40),
+            ("12G", 12 * GIB),
+            ("12288m", 12 * GIB),
+            ("auto", None),
+            (" Auto ", None),
+        ),
     ],
 )
 def test_amounts(text, size):
@@ -34,7 +41,7 @@ def test_amounts(text, size):
             for text in ("nan GB", "12GB!", "1,5GB", "٣GB")
         ),
         ("12QB", "has an unknown unit, 'QB'"),
-        ("12G", "has an unknown unit, 'G'; use GB"),
+        ("12K", "has an unknown unit, 'K'; use GB"),
     ],
 )
 def test_others_are_one_line(text, problem):

@@ -49,6 +49,20 @@ def test_what_it_cannot_be_is_one_line(value):
         check_model_values(model_of(checkpoint_activations=value), Sources())
 
 
+@pytest.mark.parametrize("value", ["all", 7])
+def test_the_file_is_named_once(value):
+    """By the check itself, not again by the block around it that names files."""
+    sources = Sources(["config.yaml"])
+    with pytest.raises(UserError, match=r"^config\.yaml: model\.network_config\.params") as error, sources.naming():
+        check_model_values(model_of(checkpoint_activations=value), sources)
+    assert str(error.value).count("config.yaml") == 1
+
+
+def test_an_empty_value_is_not_set():
+    names = "checkpoint_activations", "checkpoint_skip_layers", "checkpoint_num_layers", "layernorm_order", "skip_init"
+    check_model_values(model_of(**dict.fromkeys(names)), Sources())
+
+
 def model_of(**transformer_args) -> dict:
     params = {"num_layers": 6, "transformer_args": transformer_args}
     return {"network_config": {"target": "dit_video_concat.DiffusionTransformer", "params": params}}

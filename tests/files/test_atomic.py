@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvideox_sat.files import atomic
+from cogvideox_sat.files import atomic, sizes
 from cogvideox_sat.files.atomic import new_file, new_folder, replaced_when_complete, write_safetensors
 from sgm.errors import UserError
 
@@ -18,7 +18,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: SimpleNamespace(free=atomic.SPARE_BYTES))
+    monkeypatch.setattr(sizes.shutil, "disk_usage", lambda _: SimpleNamespace(free=atomic.SPARE_BYTES))
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path):

@@ -13,6 +13,7 @@ import torch._dynamo
 import torch._inductor.config
 from sat.model.finetune.lora2 import LoraMixin
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from cogvideox_sat.network import compiled_layers
@@ -170,11 +171,17 @@ def test_a_part_that_comes_later_switches_it_off(monkeypatch):
     assert torch.equal(built(**given), expected) and seen == [1]
 
 
-@torch.no_grad()
-def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog):
-    """Whatever it failed at: the numbers are those without it, in this call and in later ones."""
-    from torch._dynamo.exc import BackendCompilerFailed
+FAILURES = [
+    BackendCompilerFailed(lambda: None, RuntimeError("no\ncc1plus"), None),
+    FileNotFoundError(2, "No such file or\ndirectory", "/proc/cache"),
+    subprocess.CalledProcessError(1, ["c++"], "no\noutput"),
+]
 
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@torch.no_grad()
+def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog, failure):
+    """Whatever it failed at: the numbers are those without it, in this call and in later ones, and who asks is told."""
     built = network("t2v_5b")
     given = inputs("t2v_5b", built)
     expected = built(**given)
@@ -182,13 +189,14 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog):
 
     def failing(*_):
         calls.append(1)
-        raise BackendCompilerFailed(lambda: None, RuntimeError("no\ncc1plus"), None)
+        raise failure
 
     monkeypatch.setattr(compiled_layers, "compiled_block", lambda: failing)
     assert built.compile_layers()
+    built.compiler_failed = lambda: calls.append("told")
     for _ in range(2):
         assert torch.equal(built(**given), expected)
-    assert calls == [1]
+    assert calls == [1, "told"]
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert (
         line.startswith("compile_model: the network goes on without torch.compile, which failed") and "\n" not in line

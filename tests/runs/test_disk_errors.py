@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
-from cogvideox_sat.runs import disk_errors
-from cogvideox_sat.runs.disk_errors import cannot_write, check_room
+from cogvideox_sat.files import sizes
+from cogvideox_sat.runs.disk_errors import cannot_write, check_room_for_checkpoint
 from sgm.errors import UserError
 
 GIB = 2**30
@@ -15,7 +15,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def half_a_gib(monkeypatch):
-    monkeypatch.setattr(disk_errors.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB // 2))
+    monkeypatch.setattr(sizes.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB // 2))
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_other_reasons_are_told(tmp_path):
 
 
 def test_room_is_checked_before(tmp_path):
-    check_room(tmp_path / "10", GIB // 2)
+    check_room_for_checkpoint(tmp_path / "10", GIB // 2)
     with pytest.raises(UserError, match=r"the disk is full: 0\.60 GiB are needed, 0\.50 GiB are free"):
-        check_room(tmp_path / "10", int(0.6 * GIB))
+        check_room_for_checkpoint(tmp_path / "10", int(0.6 * GIB))
 
 
 def test_a_folder_that_was_removed_during_the_run_is_told_as_any_other_failure(tmp_path, monkeypatch):
@@ -51,4 +51,4 @@ def test_a_folder_that_was_removed_during_the_run_is_told_as_any_other_failure(t
     path = tmp_path / "gone" / "1"
     assert "GiB are free" in str(cannot_write(path, OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match="the disk is full"):
-        check_room(path, 2**62)
+        check_room_for_checkpoint(path, 2**62)

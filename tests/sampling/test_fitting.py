@@ -26,7 +26,7 @@ GIB = 2**30
 class Memory:
     """Tells made-up sizes: less by each means, of the stage that the means is for."""
 
-    takes_pieces = True
+    takes_pieces, longest_side = True, 720
 
     def stages(self, way: Way) -> dict[str, int]:
         resident = {"none": 30, "stage": 10, "sequential": 2}[way.offload]
@@ -73,6 +73,10 @@ def test_too_small_says_the_least():
     )
     with pytest.raises(UserError, match=r"\(the VAE takes most\); give --fit 12.0GB, --vae_tile_size 256 \(tiles: "):
         choose(Memory(), ways(SamplingArguments(), takes_pieces=False), 4 * GIB, "4GB")
+    small = Memory()
+    small.longest_side = 256  # a single tile
+    with pytest.raises(UserError, match=r"give --fit 12.0GB, fewer frames"):
+        choose(small, ways(SamplingArguments(), takes_pieces=False), 4 * GIB, "4GB")
     with pytest.raises(UserError, match=r"at least 36\.0 GiB with --offload none --guidance_batch 2 \(the network"):
         given = {"offload": "none", "guidance_batch": 2}
         choose(Memory(), ways(SamplingArguments(**given, given=frozenset(given))), 20 * GIB, "20GB")

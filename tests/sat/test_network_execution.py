@@ -137,6 +137,24 @@ def test_compile_model_changes_neither_numbers_nor_names():
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_network_that_fails_to_compile_as_a_whole_goes_on_without(monkeypatch, caplog):
+    network, inputs = network_and_inputs("t2v_2b")
+    wrapper = OpenAIWrapper(network, compile_model=False)
+    call = (inputs["x"], inputs["timesteps"], {"crossattn": inputs["context"]})
+    expected, told = wrapper(*call), []
+
+    def failing(*_, **__):
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    network._compiled_call_impl, network.compiler_failed = failing, lambda: told.append(1)
+    for _ in range(2):
+        assert torch.equal(wrapper(*call), expected)
+    assert told == [1]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "goes on without torch.compile, which failed: [Errno 13] Permission denied" in line
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_compile_model_gives_the_same_gradients():

@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, m
 
             patch.setattr(training_checkpoint.torch, "save", fail_at_the_second)
         message = failure(caplog, config)
-    assert "disk is full" in message and "GiB are needed" in message
+    assert "disk is full" in message and "MiB are needed" in message
     (run,) = runs_of(config)
     assert (run / "latest").read_text() == "2"
     assert not list(run.glob(".*.part"))

@@ -3,8 +3,17 @@
 import pytest
 import torch
 
+from cogvideox_sat.files.sizes import in_words
 from cogvideox_sat.latent_geometry import Bucket
-from cogvideox_sat.training.memory_estimate import Layout, activation_bytes, estimate_memory, kept_bytes
+from cogvideox_sat.runs.staging import StagingMemory
+from cogvideox_sat.training.memory_estimate import (
+    Layout,
+    activation_bytes,
+    checkpoint_copy_bytes,
+    checkpoint_copy_line,
+    estimate_memory,
+    kept_bytes,
+)
 from sgm.ema_adam import EmaAdam
 from untrained_engines import ADAM, CLIP, engine_of
 
@@ -68,6 +77,29 @@ def test_weights_gradients_and_optimizer(tiny, lora):
     assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained)
     assert memory.weights == sum(t.nbytes for t in (*engine.network.parameters(), *engine.network.buffers()))
     assert memory.host == memory.encoding == 0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("lora", "full"), [(False, True), (True, False), (True, True)])
+def test_the_copy_of_a_checkpoint(tiny, lora, full, bf16):
+    """The bytes that are staged, and then those of the moving average in half precision."""
+    engine = engine_of(tiny.config("2b"), lora, bf16=bf16)
+    network = engine.network
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    zero = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}} if bf16 else {}
+    layout = Layout.from_config({**EMA, **zero}, engine.dtype)
+    memory = StagingMemory(pinned=False)
+    memory.start_over(1)  # slabs of what is asked for
+    for tensor in network.state_dict().values() if full else trained:
+        memory.copy(tensor)
+    for _ in range(3 + bf16):
+        for parameter in trained:
+            memory.copy(parameter.float())
+    staged = sum(slab.nbytes for slab in memory.slabs)
+    assert checkpoint_copy_bytes(network, layout, full) == staged + 2 * count * bf16
+    line = checkpoint_copy_line(network, layout, full)
+    assert line.startswith("background_checkpoints: ") and in_words(staged + 2 * count * bf16) in line
 
 
 # ---------------------------------------------------------------- ZeRO

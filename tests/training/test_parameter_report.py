@@ -17,7 +17,7 @@ class Buckets(list):
 
 def test_report(tiny):
     """The largest clip counts, not the last."""
-    args = Namespace(deepspeed_config=ADAM)
+    args = Namespace(deepspeed_config=ADAM, background_checkpoints=False)
     engine = engine_of(tiny.config("5b"), lora=True, recompute=True, parts=("model", "first_stage_model"))
     lines = report(engine, args, Buckets([Bucket(1, 32, 48), CLIP, Bucket(9, 96, 144)]))
     assert lines[0].startswith("trainable parameters: 16.4 k of ") and lines[0].endswith("adapter 16.4 k")

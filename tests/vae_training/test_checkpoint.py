@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogvideox_sat.runs import disk_errors
+from cogvideox_sat.files import sizes
 from cogvideox_sat.vae_training import checkpoint
 from cogvideox_sat.vae_training.checkpoint import publish, saved_bytes, write_whole
 from sgm.errors import UserError
@@ -29,11 +29,11 @@ def test_a_tensor_counts_once_however_often_it_is_in():
 
 
 def test_room_is_looked_for_before_anything_is_written(file, monkeypatch):
-    monkeypatch.setattr(disk_errors.shutil, "disk_usage", lambda _: SimpleNamespace(free=4079))
+    monkeypatch.setattr(sizes.shutil, "disk_usage", lambda _: SimpleNamespace(free=4079))
     with pytest.raises(UserError, match=r"cannot write .*step=2\.ckpt: the disk is full"):
         write_whole(CONTENT, file)
     assert torch.load(file) == {"earlier": 1}
-    monkeypatch.setattr(disk_errors.shutil, "disk_usage", lambda _: SimpleNamespace(free=4080))
+    monkeypatch.setattr(sizes.shutil, "disk_usage", lambda _: SimpleNamespace(free=4080))
     write_whole(CONTENT, file)
     assert torch.equal(torch.load(file)["state_dict"]["weight"], torch.ones(1000))
 

@@ -7,7 +7,8 @@ from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
 from cogvideox_sat.configuration.argument_schema import CommonArguments
 
-TILES = "--vae_tile_size 256 (tiles: less memory, slightly different numbers)"
+TILE = 256  # pixels
+TILES = f"--vae_tile_size {TILE} (tiles: less memory, slightly different numbers)"
 FRAMES = "--vae_frames_at_once 4 (the VAE's layers on so many frames at a time: less memory, the same numbers)"
 ENCODING, DECODING, SAMPLING, TEXT = "encoding clips", "decoding", "sampling", "the text encoder"
 

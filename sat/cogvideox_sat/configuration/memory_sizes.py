@@ -7,7 +7,7 @@ from sgm.errors import UserError, shown
 AUTO = "auto"
 GIB = 2**30
 # A card that is sold with 12 GB has 12 GiB: both mean the same here.
-UNITS = {"mb": 2**20, "mib": 2**20, "gb": GIB, "gib": GIB, "tb": 2**40, "tib": 2**40}
+UNITS = {prefix + unit: size for prefix, size in (("m", 2**20), ("g", GIB), ("t", 2**40)) for unit in ("", "b", "ib")}
 AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)")
 EXAMPLE = "give an amount such as 12GB, or auto"
 

@@ -13,7 +13,7 @@ from cogvideox_sat.configuration.recomputation import check_layers, recomputatio
 from cogvideox_sat.configuration.static_signatures import problem_of_section
 from sgm.config_places import ConfigError, Key, Sources, walk
 from sgm.config_slots import SLOTS
-from sgm.errors import shown
+from sgm.errors import UserError, shown
 
 FLAGS = ("latent_input", "noised_image_input", "noised_image_all_concat")
 TEXTS = ("input_key", "network_wrapper", "target")
@@ -111,13 +111,15 @@ class Check:
     def transformer_arguments(self, key: Key, values: Mapping[str, Any]) -> None:
         """Check those of SwissArmyTransformer's arguments that configurations have."""
         for name, value in values.items():
+            if value is None:  # an empty value: not set
+                continue
             if name in TRANSFORMER_FLAGS:
                 self.flag((*key, name), value)
-            elif name == "checkpoint_activations" and value is not None:
-                recomputation_mode(f"{self.sources.place((*key, name))}:", value)
+            elif name == "checkpoint_activations":
+                self.recomputation((*key, name), value)
             elif name in TRANSFORMER_COUNTS and (type(value) is not int or value < TRANSFORMER_COUNTS[name]):
                 self.refuse((*key, name), f"is {shown(value)}; expected a whole number from {TRANSFORMER_COUNTS[name]}")
-            elif name in TRANSFORMER_SIZES and value is not None and type(value) is not int:
+            elif name in TRANSFORMER_SIZES and type(value) is not int:
                 self.refuse((*key, name), f"is {shown(value)}; expected a whole number")
             elif name in TRANSFORMER_CHOICES and value not in TRANSFORMER_CHOICES[name]:
                 choices = ", ".join(TRANSFORMER_CHOICES[name])
@@ -133,11 +135,20 @@ class Check:
         key = ("model", "network_config", "params", "transformer_args")
         mode = values.get("checkpoint_activations")
         if mode is not None:
-            place = f"{self.sources.place((*key, 'checkpoint_activations'))}:"
-            check_layers(place, recomputation_mode(place, mode), layers)
+            self.recomputation((*key, "checkpoint_activations"), mode, layers)
         for name, least in TRANSFORMER_COUNTS.items():
-            if values.get(name, least) > layers:
+            if (values.get(name) or least) > layers:
                 self.refuse((*key, name), f"is {values[name]}; the network has {layers} layers")
+
+    def recomputation(self, key: Key, value: Any, layers: int | None = None) -> None:
+        """Check which layers compute their activations again; with `layers`, that there are so many."""
+        place = f"{self.sources.place(key)}:"
+        try:
+            mode = recomputation_mode(place, value)
+            if layers is not None:
+                check_layers(place, mode, layers)
+        except UserError as error:
+            raise ConfigError(str(error)) from error  # it names its file already
 
     def head_width(self, params: Mapping[str, Any]) -> None:
         """Check that rotary positions are as wide as a head, if the widths are numbers."""

@@ -16,6 +16,7 @@ from cogvideox_sat.configuration.argument_schema import PRECISIONS, argument_fie
 from cogvideox_sat.configuration.data_mixing import split_entries
 from cogvideox_sat.configuration.deepspeed import check_deepspeed_config, enabled_precision, with_precision
 from cogvideox_sat.configuration.determinism import recorded
+from cogvideox_sat.configuration.model_section import has_adapter
 from cogvideox_sat.configuration.recomputation import check_layers, recomputation_mode
 from sgm.errors import UserError
 
@@ -94,6 +95,11 @@ def complete(args: TrainingArguments) -> TrainingArguments:
             "deepspeed": args.deepspeed_config,
         }
     return args
+
+
+def saves_all(args: TrainingArguments) -> bool:
+    """Return whether checkpoints hold the whole network, rather than an adapter alone."""
+    return args.save_full or not has_adapter(args.model_config)
 
 
 def build_parser() -> argparse.ArgumentParser:

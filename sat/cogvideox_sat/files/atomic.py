@@ -1,7 +1,6 @@
 """Files and folders that appear when they are complete, or not at all. Nothing here imports PyTorch."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from cogvideox_sat.files.sizes import free_bytes, room_in_words
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,11 +87,8 @@ def write_safetensors(path: Path, weights: "Mapping[str, Tensor]") -> None:
 def check_room(path: Path, needed: int) -> None:
     """Raises UserError unless the disk of the folder of `path` has `needed` bytes free, and some to spare."""
     needed += SPARE_BYTES
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise UserError(
-            f"cannot write {path}: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free: make room"
-        )
+    if free_bytes(path) < needed:
+        raise UserError(f"cannot write {path}: {room_in_words(path, needed)}: make room")
 
 
 @contextmanager

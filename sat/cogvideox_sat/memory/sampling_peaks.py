@@ -105,6 +105,11 @@ class SamplingMemory:
             VIDEO: PartBytes(module_bytes(self.vae), 0, 0),
         }
 
+    @property
+    def longest_side(self) -> int:
+        """Return the pixels of the longest side of the videos."""
+        return max(max(video.height, video.width) for video in self.videos)
+
     def peak(self, way: Way) -> int:
         """Return the bytes of the device that sampling takes in a way."""
         return max(self.stages(way).values())

@@ -63,11 +63,6 @@ def module_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def in_words(size: int) -> str:
-    """Return a number of bytes in GiB, or in MiB where it is small."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
-
-
 def short_count(number: int) -> str:
     """Return a number of parameters in three digits and a unit: `5.57 B`."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):

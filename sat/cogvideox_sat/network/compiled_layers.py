@@ -4,7 +4,6 @@ Where the network has parts that `block` does not know (a mixin of the user's ow
 several processes share, dropout), its layers run as without a compiler.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from sat import mpu
 from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from cogvideox_sat.network.activation_checkpointing import keeping_attention
 from cogvideox_sat.network.block import Attend, LayerWeights, LowRank, Norm, Product, Tokens, block
@@ -22,8 +20,7 @@ from cogvideox_sat.network.layer_runner import RunLayer
 from cogvideox_sat.network.sequence_parallel import TokenShare
 from sgm.attention_kernels import KERNELS, AttentionKernel
 from sgm.flash_attention3 import FLASH3
-
-logger = logging.getLogger(__name__)
+from sgm.modules.diffusionmodules.wrappers import compiler_errors, go_on_without_compiler
 
 # Subclasses that compute in the same way are as good.
 PLAIN = (ColumnParallelLinear.forward, RowParallelLinear.forward, nn.Linear.forward)
@@ -102,10 +99,9 @@ def _compiled_layer(
             parts = modulation if isinstance(modulation, Tensor) else modulation()
             compiled = compiled_keeping_block if keeps else compiled_block
             return compiled()(hidden, parts, weights, tokens, heads, attend, kernel)
-        except TorchDynamoException as error:
+        except compiler_errors() as error:
             network.compiles_layers = False
-            reason = " ".join(str(error).split())[:200]
-            logger.warning("compile_model: the network goes on without torch.compile, which failed: %s", reason)
+            go_on_without_compiler(network, error)
             return keeping_attention(otherwise, hidden) if keeps else otherwise(hidden)
 
     return run

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogvideox_sat.files.sizes import in_words
 from cogvideox_sat.runs.host_memory import free_host_memory
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,6 @@ logger = logging.getLogger(__name__)
 SLAB_BYTES = 2**30
 ALIGNMENT = 64
 SHARE = 0.9  # of the free host memory may be taken
-GIB = 2**30
 
 
 class StagingMemory:
@@ -42,10 +42,10 @@ class StagingMemory:
         if free is None or needed <= held or needed <= held + SHARE * free:
             return True
         logger.warning(
-            "background_checkpoints: a copy of a checkpoint takes %.2f GiB of host memory, of which %.2f GiB are free; "
+            "background_checkpoints: a copy of a checkpoint takes %s of host memory, of which %s are free; "
             "checkpoints are written between steps",
-            needed / GIB,
-            free / GIB,
+            in_words(needed),
+            in_words(free),
         )
         return False
 

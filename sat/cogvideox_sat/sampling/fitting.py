@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from arguments import SamplingArguments
-from cogvideox_sat.configuration.memory_advice import TILES
+from cogvideox_sat.configuration.memory_advice import TILE, TILES
 from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
 from cogvideox_sat.configuration.settings import EngineSettings
@@ -114,7 +114,8 @@ def choose(memory: SamplingMemory, candidates: Iterable[Way], budget: int, fit: 
             return way, reason_for(memory, way, candidates[0])
     least = min(candidates, key=memory.peak)
     needed, stage = memory.peak(least), largest_stage(memory, least)
-    further = f"{TILES}, " if stage == VIDEO and least.vae_tile_size is None else ""
+    tiles_help = stage == VIDEO and least.vae_tile_size is None and memory.longest_side > TILE
+    further = f"{TILES}, " if tiles_help else ""
     raise UserError(
         f"fit: {fit} is too small for this model and size, which take at least {gib_up(needed)} GiB with {least} "
         f"(the {stage} takes most); give --fit {gib_up(needed)}GB, {further}fewer frames or a smaller size"

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from cogvideox_sat.files.training_state import TRAINING_STATE, damaged, find_misfit
 from cogvideox_sat.parallel.agreement import any_process, meet, patient_group
 from cogvideox_sat.runs.background_writing import BackgroundWriter, wait_while_growing
-from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room
+from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room_for_checkpoint
 from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
 from cogvideox_sat.runs.staging import StagingMemory
 from cogvideox_sat.training import optimizer_state
@@ -179,7 +179,7 @@ class _Checkpoint:
     def prepare(self) -> None:
         """Make the hidden folders, and sweep away what a process that was killed has left."""
         remove_unfinished(self.run_folder)
-        check_room(self.folder, self.needed)
+        check_room_for_checkpoint(self.folder, self.needed)
         (self.part / STATE_FILE.parent).mkdir(parents=True)
         if self.has_ema:
             self.ema_part.mkdir()

@@ -44,6 +44,7 @@ from cogvideox_sat.configuration.settings import DataSettings, EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.engine_choice import build_engine, is_overridden
 from cogvideox_sat.files.atomic import replaced_when_complete
+from cogvideox_sat.files.sizes import free_bytes
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, Bucket
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import limited_collectives, meet
@@ -52,7 +53,6 @@ from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.runs.clips import same_dataset
 from cogvideox_sat.runs.datasets import make_dataset
-from cogvideox_sat.runs.disk_errors import free_bytes
 from diffusion_video import PARTS, SATVideoDiffusionEngine, noise_first_frame
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard

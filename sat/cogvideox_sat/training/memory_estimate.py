@@ -9,6 +9,7 @@ from torch import nn
 
 from cogvideox_sat.configuration.deepspeed import runtime_config
 from cogvideox_sat.configuration.recomputation import Recomputation
+from cogvideox_sat.files.sizes import in_words
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.memory.encoding_memory import encoding_peak
 from cogvideox_sat.memory.weightless import GIB, module_bytes
@@ -19,6 +20,8 @@ from sgm.context_parallel import group_size
 # float32 tensors that optimizers keep for each trained parameter beside its master copy.
 OPTIMIZER_TENSORS = {"fusedemaadam": 3, "emaadam": 3, "lion": 1, "adagrad": 1, "muon": 1, "sgd": 1}
 ADAM_TENSORS = 2  # for all others
+
+AVERAGING = 3  # tensors of the optimizers that keep a moving average of the weights
 
 # Of ZeRO, where the configuration does not say.
 REDUCE_BUCKET_SIZE = 500_000_000  # elements
@@ -208,6 +211,30 @@ def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch:
     at_once, processes = getattr(vae, "frames_at_once", None), group_size(group)
     peak = encoding_peak(first_stage, bucket, dtype, engine.device.type, tile_size, processes, at_once)
     return micro_batch * peak
+
+
+def checkpoint_copy_bytes(network: nn.Module, layout: Layout, full: bool) -> int:
+    """Return the host memory that a checkpoint takes of the process that writes it behind the steps.
+
+    It is a copy of the weights that are saved and of the optimizer's float32 tensors, and while files are written the
+    moving average in the weights' dtype.
+
+    Args:
+        full: the whole network is saved, rather than what is trained of it.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    weights = sum(tensor.nbytes for tensor in (network.state_dict().values() if full else trained))
+    state = 4 * (layout.optimizer_tensors + (layout.zero_stage > 0)) * count
+    averages = layout.optimizer_tensors == AVERAGING
+    average = sum(parameter.nbytes for parameter in trained if parameter.element_size() < 4) if averages else 0
+    return weights + state + average
+
+
+def checkpoint_copy_line(network: nn.Module, layout: Layout, full: bool) -> str:
+    """Return the line of the log about what `checkpoint_copy_bytes` tells."""
+    size = in_words(checkpoint_copy_bytes(network, layout, full))
+    return f"background_checkpoints: a copy of a checkpoint takes {size} of host memory, on the process that writes it"
 
 
 def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomputed: str) -> str:

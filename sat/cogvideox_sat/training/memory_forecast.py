@@ -8,10 +8,16 @@ from collections.abc import Sequence
 
 from cogvideox_sat.configuration.recomputation import ATTENTION, AUTO, take_recomputation
 from cogvideox_sat.configuration.settings import EngineSettings
-from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.configuration.training_arguments import TrainingArguments, saves_all
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.memory.weightless import WeightlessEngine
-from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line, recomputation
+from cogvideox_sat.training.memory_estimate import (
+    Layout,
+    checkpoint_copy_line,
+    estimate_memory,
+    memory_line,
+    recomputation,
+)
 from cogvideox_sat.training.trainable_parameters import trainable_groups, trainable_line
 
 
@@ -50,6 +56,8 @@ def forecast(
             line = memory_line(memory, bucket, micro_batch, recomputation(network).in_words(layers))
             named = f"{what}, if checkpoint_activations: auto takes {str(each).lower()}" if mode == AUTO else what
             lines.append(f"{named}: {line}")
+    if args.background_checkpoints:
+        lines.append(checkpoint_copy_line(network, layout, saves_all(args)))
     if engine.unknown:
         lines.append(f"on clips: the text encoder comes on top; its size is not known: {engine.unknown}")
     return lines

@@ -3,10 +3,16 @@
 from torch.utils.data import Dataset
 
 from cogvideox_sat.configuration.deepspeed import batch_sizes
-from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.configuration.training_arguments import TrainingArguments, saves_all
 from cogvideox_sat.latent_geometry import video_tokens
 from cogvideox_sat.parallel.process_groups import parallel_groups
-from cogvideox_sat.training.memory_estimate import Layout, estimate_memory, memory_line, recomputation
+from cogvideox_sat.training.memory_estimate import (
+    Layout,
+    checkpoint_copy_line,
+    estimate_memory,
+    memory_line,
+    recomputation,
+)
 from cogvideox_sat.training.recomputation_choice import decide
 from cogvideox_sat.training.trainable_parameters import trainable_groups, trainable_line
 from diffusion_video import SATVideoDiffusionEngine
@@ -36,4 +42,5 @@ def report(engine: SATVideoDiffusionEngine, args: TrainingArguments, dataset: Da
         trainable_line(groups, sum(p.numel() for p in engine.network.parameters()), model_parallel),
         memory_line(memory, largest, micro_batch, recomputation(engine.network).in_words(engine.network.num_layers)),
         *([decided] if decided else []),
+        *([checkpoint_copy_line(engine.network, layout, saves_all(args))] if args.background_checkpoints else []),
     ]

@@ -21,7 +21,7 @@ from cogvideox_sat.configuration.memory_advice import training_advice
 from cogvideox_sat.configuration.model_checks import check_model
 from cogvideox_sat.configuration.recomputation import take_recomputation
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings, LoopSettings
-from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.configuration.training_arguments import TrainingArguments, saves_all
 from cogvideox_sat.configuration.video_layout import VideoLayout
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.files.training_state import STATE_ERRORS, taken_from
@@ -118,7 +118,7 @@ class Trainer:
         self.saver = CheckpointSaver(
             self.run_folder,
             self.network,
-            full=args.save_full or not self.has_adapter,
+            full=saves_all(args),
             keep_last=self.settings.keep_last,
             background=self.settings.background_checkpoints,
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cogvideox_sat.files.atomic import replaced_when_complete
 from cogvideox_sat.files.training_state import VAE_RUN, anything, counters, find_misfit, list_of, mapping_of
-from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room
+from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room_for_checkpoint
 from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
 from cogvideox_sat.runs.staging import StagingMemory, staged
 from cogvideox_sat.vae_training.plan import CHECKPOINTS, step_of
@@ -101,7 +101,7 @@ def check_writable(content: Any, path: Path) -> None:
     try:
         remove_unfinished(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_room(path, needed)
+        check_room_for_checkpoint(path, needed)
     except WRITE_ERRORS as error:
         raise cannot_write(path, error, needed) from error
 

@@ -1,7 +1,9 @@
 """What stands between a denoiser and a network."""
 
+import logging
 import os
 import shutil
+import subprocess
 import sys
 from functools import cache
 from typing import Any
@@ -11,13 +13,18 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+
+NEEDED = "compile_model: true needs "
+
 
 def check_compiler(device: torch.device) -> None:
     """Raise a UserError if torch.compile cannot work on `device` for want of a C++ compiler."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and not shutil.which(compiler):
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and not shutil.which(compiler.split()[0]):  # flags may follow
         raise UserError(
-            f"compile_model: true needs a C++ compiler on a CPU, but there is no {compiler}: "
+            f"{NEEDED}a C++ compiler on a CPU, and {compiler} does not exist; "
             "install one, name another in the environment variable CXX, or set compile_model: false"
         )
 
@@ -35,10 +42,33 @@ def why_not_compilable(device: torch.device) -> str | None:
             return None
         torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(8, device=device))
     except UserError as error:
-        return str(error).removeprefix("compile_model: true needs ")
+        return f"it needs {str(error).removeprefix(NEEDED)}"
     except Exception as error:  # of any kind, from whichever of these is missing
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return compiler_reason(error)
     return None
+
+
+@cache
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """Return what a compiler that fails raises: its own errors, and those of files and programs that it cannot use."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a while to import
+
+    return TorchDynamoException, OSError, ImportError, subprocess.SubprocessError
+
+
+def compiler_reason(error: Exception) -> str:
+    """Return what went wrong with a compiler, as a part of one line."""
+    described = " ".join(str(error).split())
+    for advice in (" Set TORCHDYNAMO_VERBOSE", " The above exception was", " from user code:"):
+        described = described.partition(advice)[0]  # to who works on the compiler
+    return described[:200] or type(error).__name__
+
+
+def go_on_without_compiler(network: nn.Module, error: Exception) -> None:
+    """Say in one line that a compiler failed, and tell who asked for it, by the network's `compiler_failed`, if any."""
+    logger.warning("compile_model: the network goes on without torch.compile, which failed: %s", compiler_reason(error))
+    if failed := getattr(network, "compiler_failed", None):
+        failed()
 
 
 def compile_network(network: nn.Module) -> None:
@@ -89,4 +119,16 @@ class OpenAIWrapper(nn.Module):
         if "concat" in c:
             x = torch.cat([x.to(dtype), c["concat"].to(dtype)], dim=x.ndim - 3)
         context, vector = (c[kind].to(dtype) if kind in c else None for kind in ("crossattn", "vector"))
-        return self.diffusion_model(x.to(dtype), timesteps=t, context=context, y=vector, **kwargs).float()
+        return self._run(x.to(dtype), timesteps=t, context=context, y=vector, **kwargs).float()
+
+    def _run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the network; where it is compiled as a whole and the compiler fails, from then on without."""
+        network = self.diffusion_model
+        if network._compiled_call_impl is None:
+            return network(*args, **kwargs)
+        try:
+            return network(*args, **kwargs)
+        except compiler_errors() as error:
+            network._compiled_call_impl = None
+            go_on_without_compiler(network, error)
+            return network(*args, **kwargs)
