@@ -6,7 +6,7 @@ section of a configuration file; the command line wins. Nothing here imports PyT
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from cogvideox_sat.commands.input_paths import located
 from cogvideox_sat.configuration import argument_schema
 from cogvideox_sat.configuration.argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
 from cogvideox_sat.configuration.argument_schema import argument_fields
-from cogvideox_sat.configuration.files import MergedConfig
+from cogvideox_sat.configuration.files import ALTERNATIVES, MergedConfig, check_alternatives
 from cogvideox_sat.configuration.frame_sizes import size_from_image
 from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.request_fields import check_argument
+from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
 from cogvideox_sat.configuration.video_records import VideoRecord, is_record, read_record
 from sgm.errors import UserError
 
@@ -45,7 +47,17 @@ def get_args(command_line: Sequence[str] | None = None, complete: bool = True) -
         ignored=IGNORED_KEYS,
         otherwise=recorded_model,
     )
+    return arguments_of(given, config, complete)
+
+
+def arguments_of(given: Mapping[str, Any], config: MergedConfig, complete: bool = True) -> SamplingArguments:
+    """Return the arguments of a merged configuration, with those that are `given` beside it in their place.
+
+    Raises:
+        UserError: as `get_args`.
+    """
     with config.sources.naming(given):
+        check_alternatives(given)
         section = argument_schema.check_section(
             SamplingArguments, config.get("args") or {}, foreign={*argument_fields(TrainingArguments), *IGNORED_KEYS}
         )
@@ -54,14 +66,37 @@ def get_args(command_line: Sequence[str] | None = None, complete: bool = True) -
         record = recorded_video({**section, **given})
         if record is not None:  # what made the video comes before what the files say
             recorded = argument_schema.check_section(SamplingArguments, record.arguments())
-            section = {name: value for name, value in section.items() if name not in record.arguments()} | recorded
+            section = {name: value for name, value in section.items() if name not in record.arguments()}
+            section = without_alternatives(section, recorded) | recorded
+        section = without_alternatives(section, given)
         values = argument_schema.with_located_inputs({**section, **given})
         args = SamplingArguments(
             **values, model_config=config["model"], sources=config.sources, record=record, given=frozenset(values)
         )
         settle_size(args, given="sampling_image_size" in values)
+        settle_knobs(args)
         check_values(args, complete)
         return args
+
+
+def without_alternatives(section: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Return the `args:` section without what is given under another name, for the same thing."""
+    others = {name: other for pair in ALTERNATIVES for name, other in (pair, pair[::-1])}
+    return {name: value for name, value in section.items() if others.get(name) not in given}
+
+
+def settle_knobs(args: SamplingArguments) -> None:
+    """Let `frames` and `steps` be the arguments that they stand for.
+
+    Raises:
+        UserError: the model makes no video of so many frames.
+    """
+    for name in ("frames", "steps"):
+        check_argument(name, getattr(args, name))
+    if args.frames is not None:
+        args.sampling_num_frames = ModelLimits.from_config(args.model_config).latent_frames(args.frames)
+    if args.steps is not None:
+        args.sampling_num_steps = args.steps
 
 
 def settle_size(args: SamplingArguments, given: bool) -> None:
@@ -104,6 +139,10 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
     if args.guidance_batch not in (1, 2):
         raise UserError(f"guidance_batch is {args.guidance_batch}; it can be 1 or 2")
     check_fit(args)
+    for name in ("guidance_scale", "guidance_schedule"):
+        check_argument(name, getattr(args, name))
+    check_argument("guidance_interval", args.guidance_interval or None)
+    SamplerKnobs.of(args)  # raises for a sampler that does not exist
     if not complete:
         return
     if not args.load and not args.force_inference:

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +31,11 @@ from sgm.config_places import Place, section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
+from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.diffusionmodules.guidance_parallel import GuidanceParallel
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
+from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, why_not_compilable
 from sgm.signatures import accepts
 from sgm.util import class_at, instantiate_from_config
@@ -126,13 +129,22 @@ class SATVideoDiffusionEngine(nn.Module):
             UserError: the sampler has no guider whose halves could be shared.
         """
         self.video_groups = groups
-        if groups.guidance is not None:
-            if not hasattr(self.sampler, "guider"):
+        self.shared_sampler(self.sampler)
+
+    def shared_sampler(self, sampler: Any) -> Any:
+        """Return a sampler, with the halves of its guider shared out as `share_videos` says.
+
+        Raises:
+            UserError: it has no guider whose halves could be shared.
+        """
+        if (group := self.video_groups.guidance) is not None:
+            if not hasattr(sampler, "guider"):
                 raise UserError(
-                    f"guidance_parallel: {type(self.sampler).__name__} has no `guider`; leave it out, and let all "
+                    f"guidance_parallel: {type(sampler).__name__} has no `guider`; leave it out, and let all "
                     "processes share the sequence"
                 )
-            self.sampler.guider = GuidanceParallel(self.sampler.guider, groups.guidance)
+            sampler.guider = GuidanceParallel(sampler.guider, group)
+        return sampler
 
     # Parts
 
@@ -317,6 +329,15 @@ class SATVideoDiffusionEngine(nn.Module):
         encode = self.first_stage_model.encode
         return torch.cat([encode(group.to(self.dtype), unregularized=True)[0] for group in self.groups(x)])
 
+    @torch.no_grad()
+    def encode_means(self, x: Tensor) -> Tensor:
+        """Clips (b, 3, frames, height, width) in [-1, 1] to the means of their scaled latents (b, c, t, h, w): what a
+        clip is sampled from, without a random number."""
+        moments = self.encode_moments(x.to(self.device))
+        if isinstance(self.regularizer, DiagonalGaussianRegularizer):
+            return self.scale_factor * moments.chunk(2, dim=1)[0]
+        return self.scale_factor * self.regularizer(moments)[0]  # it draws nothing
+
     def groups(self, x: Tensor) -> list[Tensor]:
         """Return the samples that the first stage takes at once: `en_and_decode_n_samples_a_time`, or all of them."""
         return list(x.split(self.samples_at_a_time or max(len(x), 1)))
@@ -363,8 +384,26 @@ class SATVideoDiffusionEngine(nn.Module):
         """The first frame's latent (b, 1, c, h, w), followed by zeros (or repeated) up to `frames`."""
         if self.noised_image_all_concat:
             return image_latent.expand(-1, frames, -1, -1, -1)
-        padding = image_latent.new_zeros(image_latent.shape[0], frames - 1, *image_latent.shape[2:])
-        return torch.cat((image_latent, padding), dim=1)
+        return self.concat_key_frames({0: image_latent}, frames)
+
+    def concat_key_frames(self, latents: Mapping[int, Tensor], frames: int) -> Tensor:
+        """Return the condition (b, frames, c, h, w) of a network that is told some frames: their latents, else zeros.
+
+        Args:
+            latents: those of single pictures (b, 1, c, h, w), by the number of the latent frame that they stand in, as
+                decoding counts; 1.5 models have one more, before the second, which repeats the first.
+
+        Raises:
+            UserError: the model repeats the first frame's latent in all frames (`noised_image_all_concat`), so that
+                others have no place.
+        """
+        if self.noised_image_all_concat and latents.keys() != {0}:
+            raise UserError("keyframes: this model takes the first frame alone (noised_image_all_concat is on)")
+        some = next(iter(latents.values()))
+        condition = some.new_zeros(some.shape[0], frames, *some.shape[2:])
+        for number, latent in latents.items():
+            condition[:, number + (int(self.is_15) if number else 0)] = latent[:, 0]
+        return condition
 
     # Training
 
@@ -450,8 +489,11 @@ class SATVideoDiffusionEngine(nn.Module):
         concat_images: Tensor | None = None,
         ofs: Tensor | None = None,
         num_steps: int | None = None,
-        callback: Callable[[int, int], None] | None = None,
+        callback: Callable[..., None] | None = None,
         check_finite: bool = False,
+        prefix: Tensor | None = None,
+        start: Start | None = None,
+        sampler: Any = None,
     ) -> Tensor:
         """Draw latents.
 
@@ -461,8 +503,11 @@ class SATVideoDiffusionEngine(nn.Module):
             concat_images: image condition (batch_size, t, c, h, w); guidance leaves it in place.
             ofs: (batch_size,), for 1.5 image-to-video.
             num_steps: number of steps, if not the sampler's own.
-            callback: called as `callback(steps done, steps)`, by samplers that take one.
+            callback: called as `callback(steps done, steps)`, by samplers that take one; see `Sampler.__call__`.
             check_finite: end at the first output of the network that is not finite.
+            prefix: clean latents (batch_size, fewer than t, c, h, w) in front, from which the rest goes on.
+            start: a clip to start from, and a prefix where `prefix` gives none.
+            sampler: in place of the configured one.
 
         Returns:
             Scaled latents (batch_size, t, c, h, w), float32. The initial noise comes from the CPU generator, so that
@@ -470,12 +515,18 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if shape is None:
             raise TypeError("sample() needs the shape of the latents, (t, c, h, w)")
+        start = NOISE if start is None else start
+        if prefix is not None:
+            start = replace(start, prefix=prefix)
+        start = self._agreed_start(start, (batch_size, *shape))
+        own = self.sampler if sampler is None else sampler
         noise = self.video_groups.agreed(torch.randn(batch_size, *shape, dtype=torch.float32).to(self.device))
+        noise = start.with_prefix(noise)  # where samplers of the original look for it
         if concat_images is not None:
             cond = {**cond, "concat": concat_images}
             uc = uc and {**uc, "concat": concat_images}
 
-        def draw(network: Callable[..., Tensor], sampler: Any, start: Tensor, **keywords: Any) -> Tensor:
+        def draw(network: Callable[..., Tensor], sampler: Any, noise: Tensor, **keywords: Any) -> Tensor:
             if self.settings.guidance_batch == 1:
                 network = in_parts(network, batch_size)
 
@@ -486,41 +537,59 @@ class SATVideoDiffusionEngine(nn.Module):
                 self._check_finite(x if self.video_groups.splits_work else denoised, check_finite)
                 return denoised
 
-            return sampler(denoise, start, cond, uc=uc, num_steps=num_steps, **keywords)
+            return sampler(denoise, noise, cond, uc=uc, num_steps=num_steps, **keywords)
 
         progress = SamplingProgress()
 
-        def count(done: int, steps: int) -> None:
+        def count(done: int, steps: int, denoised: Tensor | None = None) -> None:
             progress.step, progress.steps = done, steps
             if callback is not None:
-                callback(done, steps)
+                callback(done, steps, **({} if denoised is None or not shows else {"denoised": denoised}))
 
-        keywords = {"ofs": ofs, "callback": count}
-        taken: dict[str, Any] = {name: value for name, value in keywords.items() if accepts(self.sampler, name)}
+        shows = callback is not None and accepts(callback, "denoised")
+        keywords = {"ofs": ofs, "callback": count, "start": start}
+        if start.clip is not None and not accepts(own, "start"):
+            raise UserError(f"video: {type(own).__name__} takes no `start`; use one of this package's samplers")
+        taken: dict[str, Any] = {name: value for name, value in keywords.items() if accepts(own, name)}
         untaken = {} if ofs is None or "ofs" in taken else {"ofs": ofs}
         if "callback" in taken:
-            progress.step, progress.steps = 0, num_steps or getattr(self.sampler, "num_steps", None)
+            steps = num_steps or getattr(own, "num_steps", None)
+            progress.step, progress.steps = 0, steps and start.steps(steps)
         # A network or a wrapper of the user's own may be without one.
         inner = getattr(self.model, "diffusion_model", None)
         runner, table = getattr(inner, "layer_runner", None), getattr(inner, "modulation_table", None)
-        if table is not None and isinstance(self.sampler, Sampler):  # one of the user's own may do more than sample
+        if table is not None and isinstance(own, Sampler):  # one of the user's own may do more than sample
             told = {name: value for name, value in taken.items() if name != "callback"}
             smallest = noise.new_zeros(batch_size, *[1] * len(shape))
-            levels = self._levels_of(partial(draw, start=smallest, **told))
+            told["start"] = replace(start, clip=None if start.clip is None else smallest, prefix=None)
+            levels = self._levels_of(partial(draw, noise=smallest, **told), own)
             table.fill(self.network.embed_condition(*level) for level in levels)
         with nullcontext() if runner is None else runner.during(progress):
-            latents = self.video_groups.agreed(draw(self.model, self.sampler, noise, **taken))
+            latents = self.video_groups.agreed(draw(self.model, own, noise, **taken))
         self._check_finite(latents, check_finite and self.video_groups.splits_work)
         return latents
+
+    def _agreed_start(self, start: Start, shape: tuple[int, ...]) -> Start:
+        """Return what sampling starts from, on the engine's device, the same in all processes that share the work."""
+        clip, prefix = start.clip, start.prefix
+        if clip is not None and clip.shape != shape:
+            raise UserError(f"video: latents of shape {tuple(clip.shape)} do not fit into {shape}")
+        if prefix is not None and not (
+            prefix.shape[1] < shape[1] and prefix.shape == (shape[0], prefix.shape[1], *shape[2:])
+        ):
+            raise UserError(f"prefix: latents of shape {tuple(prefix.shape)} are not the first frames of {shape}")
+        agreed = self.video_groups.agreed
+        on_device = [None if x is None else agreed(x.float().to(self.device)) for x in (clip, prefix)]
+        return replace(start, clip=on_device[0], prefix=on_device[1])
 
     def _check_finite(self, x: Tensor, wanted: bool) -> None:
         if wanted and not torch.isfinite(x).all():
             raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
 
-    def _levels_of(self, draw: Callable[..., Tensor]) -> list[AskedLevel]:
+    def _levels_of(self, draw: Callable[..., Tensor], sampler: Any) -> list[AskedLevel]:
         """Return the levels that the network is asked for by `draw(network, sampler)`, whose random numbers do not
         count."""
-        notes, sampler = LevelNotes(), copy.copy(self.sampler)
+        notes, sampler = LevelNotes(), copy.copy(sampler)
         hide_bar(sampler)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             draw(notes, sampler)

@@ -15,10 +15,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arguments import SamplingArguments, check_values, get_args, settle_size
+from arguments import SamplingArguments, check_values, get_args, settle_knobs, settle_size
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.launchers import adopt_launcher
 from cogvideox_sat.commands.startup import quiet_libraries
+from cogvideox_sat.configuration.files import check_alternatives
 from cogvideox_sat.configuration.program_arguments import arguments_from
 from cogvideox_sat.sampling.functions import (
     get_batch,
@@ -71,6 +72,9 @@ def sampling_main(args: Any, model_cls: type | None = None) -> int:
     names = args if isinstance(args, Mapping) else vars(args)
     given.given = given.given or frozenset(names)
     settle_size(given, given="sampling_image_size" in names)
+    if not isinstance(args, SamplingArguments):  # which have values for all names
+        check_alternatives({name for name, value in names.items() if value is not None})
+    settle_knobs(given)
     check_values(given)
     return sample_with(given)
 

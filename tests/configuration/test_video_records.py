@@ -100,6 +100,38 @@ def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
 
 
 @pytest.mark.slow
+def test_knobs_of_lines_and_flags_are_those_of_the_configuration_and_repeat(tiny, tmp_path):
+    """The bytes of a video are the same by a line of .jsonl, by flags, by --set and from its record; a line without
+    knobs is what it was, and its record has none."""
+    knobs = {"sampler": "ddim", "guidance_scale": 3, "guidance_interval": [0, 0.5], "guidance_schedule": "step"}
+    others = {"steps": 3, "frames": 9, "fps": 16}
+    config, line = tiny.config("5b"), {"prompt": PROMPT, "seed": 7}
+    assert sample(config, tmp_path, [{**line, **knobs, **others}, line], output="line") == 0
+    assert sample(config, tmp_path, [PROMPT], "--seed", "7", output="plain") == 0
+    line_video, other_video = sorted((tmp_path / "line").rglob("*.mp4"))
+    (plain,) = (tmp_path / "plain").rglob("*.mp4")
+    assert other_video.read_bytes() == plain.read_bytes() != line_video.read_bytes()
+    record = json.loads(record_path(line_video).read_text())
+    assert (record["steps"], record["fps"], record["guidance"], record["frames"]) == (3, 16, 3, 9)
+    assert record["arguments"].items() >= {**knobs, "sampler": "VideoDDIMSampler"}.items()
+    assert not json.loads(record_path(plain).read_text())["arguments"].keys() & knobs.keys()
+
+    flags = ["--sampler", "VideoDDIMSampler", "--guidance_scale", "3", "--guidance-interval", "0", "0.5", "--seed", "7"]
+    flags += ["--guidance_schedule", "step", "--sampling_num_steps", "3", "--sampling_fps", "16"]
+    assert sample(config, tmp_path, [PROMPT], *flags, output="flags") == 0
+    guider, module = "model.sampler_config.params.guider_config.params", "sgm.modules.diffusionmodules.sampling"
+    keys = [f"{guider}.scale=3", f"{guider}.count=step", f"model.sampler_config.target={module}.VideoDDIMSampler"]
+    keys += ["model.sampler_config.params.guidance_interval=[0, 0.5]"]
+    rest = ["--seed", "7", "--sampling_num_steps", "3", "--sampling_fps", "16"]
+    assert sample(config, tmp_path, [PROMPT], "--set", *keys, *rest, output="set") == 0
+    again = ["--input_file", str(record_path(line_video)), "--output_dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    for output in ("flags", "set", "again"):
+        (video,) = (tmp_path / output).rglob("*.mp4")
+        assert video.read_bytes() == line_video.read_bytes(), output
+
+
+@pytest.mark.slow
 def test_each_fact_that_differs_is_a_warning(tiny, made, tmp_path, caplog):
     """The model's own configuration is given, and a flag of the command line, which wins."""
     content = json.loads(record_path(video_of(made / "videos")).read_text())

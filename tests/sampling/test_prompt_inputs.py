@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_sat.sampling.prompt_inputs import _JSON_KEYS, PromptRequest, read_prompts, request_seed, typed_prompts
+from cogvideox_sat.configuration.request_fields import FIELDS
+from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
+from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts, request_seed, typed_prompts
 from sgm.errors import UserError
 
 
@@ -87,6 +89,11 @@ def test_json_lines_take_every_field(prompt_file, tmp_path):
     requests = read_prompts(prompt_file([{**record, "size": [64, 96]}, {"prompt": "b", "seed": None}]))
     assert requests[0] == PromptRequest(0, "a@@b", "blur", tmp_path / "cat.png", 3, 5, (64, 96))
     assert requests[1] == PromptRequest(1, "b")
+    further = {"frames": 9, "fps": 16, "steps": 20, "guidance_scale": 4, "guidance_schedule": "diffusers"}
+    record = {"prompt": "a", "sampler": "ddim", "guidance_interval": [0.2, 0.8], **further}
+    (request,) = read_prompts(prompt_file([record]))
+    expected = PromptRequest(0, "a", sampler="VideoDDIMSampler", guidance_interval=(0.2, 0.8), **further)
+    assert request == expected and request.knobs == SamplerKnobs("ddim", 4, (0.2, 0.8), "diffusers")
 
 
 def test_empty_prompts_are_skipped_with_a_warning(prompt_file, caplog):
@@ -96,7 +103,7 @@ def test_empty_prompts_are_skipped_with_a_warning(prompt_file, caplog):
 
 
 def test_every_field_of_a_request_can_be_given_in_json():
-    assert set(_JSON_KEYS) == {field.name for field in fields(PromptRequest)} - {"index", "text"} | {"prompt"}
+    assert set(FIELDS) == {field.name for field in fields(PromptRequest)} - {"index", "text"} | {"prompt"}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +122,14 @@ def test_every_field_of_a_request_can_be_given_in_json():
         ({"prompt": "a", "size": [480]}, r"line 2: 'size' must be \[height, width\]"),
         ({"prompt": "a", "size": "480x720"}, "line 2: 'size' must be"),
         ({"prompt": "a", "image": "dog.png"}, "line 2: image dog.png does not exist"),
+        ({"prompt": "a", "frames": 9, "num_frames": 3}, "line 2: 'frames' and 'num_frames' are both given"),
+        ({"prompt": "a", "guidance_scale": "6"}, "line 2: 'guidance_scale' must be a number from 0 to 1000"),
+        ({"prompt": "a", "guidance_scal": 6}, "line 2: unknown key 'guidance_scal', did you mean 'guidance_scale'?"),
+        ({"prompt": "a", "guidance_interval": [0.8, 0.2]}, "line 2: 'guidance_interval' must be two shares"),
+        ({"prompt": "a", "guidance_schedule": "cosine"}, "line 2: 'guidance_schedule' must be one of timestep, "),
+        ({"prompt": "a", "sampler": "dimm"}, "line 2: sampler is 'dimm'; did you mean ddim?"),
+        ({"prompt": "a", "steps": 0}, "line 2: 'steps' must be a positive whole number"),
+        ({"prompt": "a", "fps": 8.0}, "line 2: 'fps' must be a whole number"),
         (["a"], "line 2: expected a JSON object"),
     ],
 )

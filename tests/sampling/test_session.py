@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from arguments import get_args
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs, changed_sampler
 from cogvideox_sat.media import video_output
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.parallel.process_groups import destroy_process_groups
@@ -253,6 +254,45 @@ def test_noise_within_the_steps_is_the_requests_own(tiny, tmp_path):
         events = session.sample(replace(BOAT, steps=4))
         *_, result = ((torch.rand(7), event)[1] for event in events)
         assert torch.equal(result.latents, alone)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Knobs
+# ---------------------------------------------------------------------------------------------------------------------
+
+KNOBS = SamplerKnobs("ddim", 3.0, (0.0, 0.5), "step")
+
+
+def test_knobs_are_the_keys_of_the_configuration_and_load_nothing(tiny, session, monkeypatch):
+    """To the bit; the request without knobs that follows is what it was."""
+    expected = sampled(session).latents
+    other = settings(tiny)
+    changed = dict(other.model_config)
+    changed["sampler_config"] = changed_sampler(changed["sampler_config"], KNOBS)
+    with SamplingSession(replace(other, model_config=changed)) as configured:
+        by_configuration = sampled(configured).latents
+    monkeypatch.setattr(SATVideoDiffusionEngine, "_build_network", None)
+    assert torch.equal(sampled(session, replace(BOAT, knobs=KNOBS)).latents, by_configuration)
+    assert not torch.equal(by_configuration, expected)
+    assert torch.equal(sampled(session).latents, expected)
+
+
+def test_knobs_that_do_not_go_with_the_model(session):
+    with pytest.raises(UserError, match="sampler is 'HeunEDMSampler', which needs a noise schedule of sigma"):
+        session.sample(replace(BOAT, knobs=SamplerKnobs("heun")))
+    with pytest.raises(UserError, match="sampling_num_steps"):
+        session.sample(replace(BOAT, steps=1001, knobs=KNOBS))
+
+
+def test_progress_has_the_clean_estimate(tiny, session):
+    """It is a tensor that the sampler has anyway: without the leading frame of 1.5 models, and after the last step the
+    latents themselves."""
+    with SamplingSession(settings(tiny, "1.5")) as of_15:
+        for own, frames in ((session, 3), (of_15, 4)):
+            events = list(own.sample(replace(BOAT, frames=frames, knobs=SamplerKnobs("dpmpp_2m"))))
+            estimates = [event.denoised for event in events if isinstance(event, Progress)]
+            assert len(estimates) == 2 and all(estimate.shape == events[-1].latents.shape for estimate in estimates)
+            assert torch.equal(estimates[-1], events[-1].latents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from diffusion_video import SATVideoDiffusionEngine
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
+from sgm.modules.diffusionmodules.sampling_start import Start
 from sgm.randomness import per_sample
 from support import REFERENCE, Reference, assert_close
 
@@ -88,6 +89,89 @@ def test_sampled_latents(case):
         concat_images=concat_images,
     )
     assert_close(samples, reference["sample"], 2e-4)
+
+
+def draw(case, num_steps=3, **options):
+    """Sample latents of the case's first text."""
+    name, reference, engine, _ = case
+    cond, uncond = embeddings(reference, engine)
+    shape = tuple(reference.case["sample_shape"])
+    if reference.case["image_latent"]:
+        image = seeded_input(f"{name}.image_latent", reference.case["image_latent"], reference.case["seed"])
+        options["concat_images"] = engine.concat_condition(image, shape[0])
+    torch.manual_seed(5)
+    return engine.sample(
+        {"crossattn": cond[:1]}, {"crossattn": uncond[:1]}, shape=shape, num_steps=num_steps, **options
+    )
+
+
+def test_sampling_starts_from_a_clip(case):
+    """At strength 1 nothing is left of it, to the bit; at 0 it is what comes out; in between it takes fewer steps."""
+    from_noise = draw(case)
+    clip, told = torch.randn_like(from_noise), []
+    assert torch.equal(draw(case, start=Start(clip, 1.0)), from_noise)
+    assert torch.equal(draw(case, start=Start(clip, 0.0)), clip)
+    between = draw(case, start=Start(clip, 0.67), callback=lambda *counts: told.append(counts))
+    assert told == [(1, 2), (2, 2)] and not torch.equal(between, from_noise)
+    with pytest.raises(UserError, match="video: latents of shape"):
+        draw(case, start=Start(clip[:, 1:]))
+
+
+def test_sampling_goes_on_from_a_prefix(case):
+    from_noise = draw(case)
+    prefix = torch.randn_like(from_noise[:, :1])
+    longer = draw(case, prefix=prefix)
+    assert torch.equal(longer[:, :1], prefix) and not torch.equal(longer[:, 1:], from_noise[:, 1:])
+    assert torch.equal(draw(case, start=Start(prefix=prefix)), longer)
+    assert torch.equal(draw(case, prefix=prefix[:, :0]), from_noise)
+    for wrong in (torch.randn_like(from_noise), prefix[..., :2]):
+        with pytest.raises(UserError, match="prefix: latents of shape"):
+            draw(case, prefix=wrong)
+
+
+def test_a_sampler_of_the_users_own_goes_on_from_frames_but_starts_from_no_clip(case, monkeypatch):
+    """It finds the frames where the original puts them: in front of the noise."""
+    given = []
+
+    def sampler(denoise, x, cond, uc=None, num_steps=None):
+        given.append(x)
+        return x
+
+    monkeypatch.setattr(case[2], "sampler", sampler)
+    clip = torch.randn(1, *case[1].case["sample_shape"])
+    draw(case, prefix=clip[:, :1])
+    assert torch.equal(given[0][:, :1], clip[:, :1])
+    with pytest.raises(UserError, match="video: function takes no `start`"):
+        draw(case, start=Start(clip))
+
+
+def test_key_frames_stand_in_their_latent_frames(case, monkeypatch):
+    """The first frame alone is today's condition; 1.5 models sample a frame more, before the second."""
+    engine = case[2]
+    first, last = torch.randn(2, 1, 4, 2, 2), torch.randn(2, 1, 4, 2, 2)
+    assert torch.equal(engine.concat_key_frames({0: first}, 3), engine.concat_condition(first, 3))
+    both = engine.concat_key_frames({0: first, 2: last}, 3)
+    assert torch.equal(both, torch.cat((first, torch.zeros_like(first), last), dim=1))
+    monkeypatch.setitem(engine.config["network_config"]["params"], "patch_size", [2, 2, 2])
+    both = engine.concat_key_frames({0: first, 2: last}, 4)
+    assert torch.equal(both, torch.cat((first, torch.zeros(2, 2, 4, 2, 2), last), dim=1))
+    monkeypatch.setattr(engine, "noised_image_all_concat", True)
+    assert torch.equal(engine.concat_condition(first, 3), first.expand(2, 3, 4, 2, 2))
+    with pytest.raises(UserError, match="keyframes: this model takes the first frame alone"):
+        engine.concat_key_frames({2: last}, 4)
+
+
+def test_a_clip_is_encoded_without_chance(case):
+    """As the mean of its posterior, for which no random number is drawn."""
+    _, _, engine, clip = case
+    clip = rearrange(clip, "b t c h w -> b c t h w")
+    state = torch.get_rng_state()
+    means = engine.encode_means(clip)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(means, engine.scale_factor * engine.encode_moments(clip)[:, : means.shape[1]])
+    engine.regularizer.sample = False
+    assert_close(engine.sample_latent(engine.encode_moments(clip)), means, 1e-6)
+    engine.regularizer.sample = True
 
 
 def test_decoding_all_at_once_equals_the_stream(case):

@@ -17,6 +17,7 @@ from sgm.modules.diffusionmodules.sigma_sampling import (
     LogitNormalSampling,
     PartialDiscreteSampling,
 )
+from sgm.randomness import per_sample
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
 
@@ -316,7 +317,49 @@ def test_processes_share_what_their_groups_say():
     assert (range0, range1) == ((0, 500), (500, 1000))
 
 
+def test_fixed_frames_are_clean_and_count_for_nothing():
+    """The network sees them clean, its error is the mean over the others, and no gradient comes from them."""
+    clean, seen = torch.randn(2, 4, 3, 2, 2), []
+    clean.requires_grad_()
+
+    def denoiser(network, x, alpha, cond, **model_inputs):
+        seen.append((x, alpha))
+        return 0.5 * x
+
+    torch.manual_seed(0)
+    loss = VideoDiffusionLoss(discrete(), fixed_frames=2)(None, denoiser, lambda batch: {}, clean, {})
+    x, alpha = seen[0]
+    assert torch.equal(x[:, :2], clean[:, :2])
+    weight = 1 / (1 - alpha**2)
+    assert_close(loss, weight * (0.5 * x - clean)[:, 2:].square().flatten(1).mean(1), 1e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), clean)
+    assert gradient[:, :2].abs().max() == 0 < gradient[:, 2:].abs().min()
+
+    torch.manual_seed(0)
+    VideoDiffusionLoss(discrete())(None, denoiser, lambda batch: {}, clean, {})
+    assert torch.equal(seen[1][0][:, 2:], x[:, 2:]), "the noise of the others is that without fixed frames"
+
+
+def test_the_number_of_fixed_frames_is_drawn_by_weight():
+    loss = VideoDiffusionLoss(discrete(), fixed_frames={0: 1, 2: 3, 3: 0})
+    clean = torch.zeros(400, 4, 1, 1, 1)
+    torch.manual_seed(0)
+    free = loss.free_frames(clean)[:, :, 0, 0, 0]
+    counts = [int((free.sum(1) == number).sum()) for number in (4, 3, 2, 1)]
+    assert counts[1] == counts[3] == 0 and sum(counts) == 400 and abs(counts[0] - 100) < 30
+    assert torch.equal(free[:, 3], torch.ones(400, dtype=torch.bool))
+    with per_sample(range(400)):
+        first = loss.free_frames(clean)
+    with per_sample(range(200)):
+        assert torch.equal(loss.free_frames(clean[:200]), first[:200])
+
+
 def test_loss_mistakes():
+    for value in (-1, 1.5, "two", {}, {2: -1}, {2: 0}, {"2": 1}, True):
+        with pytest.raises(UserError, match=r"fixed_frames is .*; expected a number of latent frames"):
+            VideoDiffusionLoss(discrete(), fixed_frames=value)
+    with pytest.raises(UserError, match="fixed_frames is 4, but a clip has 4 latent frames"):
+        VideoDiffusionLoss(discrete(), fixed_frames={0: 1, 4: 1}).free_frames(torch.zeros(1, 4, 1, 1, 1))
     with pytest.raises(UserError, match="does not support block_scale"):
         VideoDiffusionLoss(discrete(), block_scale=0.5)
     with pytest.raises(UserError, match="type is 'lpips'"):

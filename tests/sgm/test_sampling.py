@@ -3,69 +3,37 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sampler_cases import (
+    EVERY_COMBINATION,
+    MODULES,
+    NOISELESS,
+    SCHEDULES,
+    SIGMA,
+    SIGMA_SAMPLERS,
+    VANILLA,
+    VIDEO,
+    VIDEO_SAMPLERS,
+    inputs,
+    make_denoiser,
+    make_sampler,
+    sigma_denoiser,
+    sigma_network,
+    video_denoiser,
+    video_network,
+)
 from seeded import seeded_input
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules import sampling, sampling_utils
 from sgm.modules.diffusionmodules.guiders import DynamicCFG
 from sgm.util import instantiate_from_config
-from support import Reference, assert_close
-
-MODULES = "sgm.modules.diffusionmodules"
-VIDEO = Reference("sampling/video_samplers")
-SIGMA = Reference("sampling/sigma_samplers")
-
-
-def video_network(x, t, cond, **model_inputs):
-    rest = (slice(None),) + (None,) * (x.ndim - 1)
-    return x.tanh() * torch.cos(t / 300)[rest] + 0.3 * cond["crossattn"].mean(dim=(1, 2))[rest]
-
-
-def sigma_network(x, t, cond, **model_inputs):
-    rest = (slice(None),) + (None,) * (x.ndim - 1)
-    return x.tanh() / (1 + t)[rest] + 0.3 * cond["crossattn"].mean(dim=(1, 2))[rest]
-
-
-def video_denoiser(discretization_config, network=video_network):
-    denoiser = instantiate_from_config(
-        {
-            "target": f"{MODULES}.denoiser.DiscreteDenoiser",
-            "params": {
-                "num_idx": 1000,
-                "quantize_c_noise": False,
-                "weighting_config": {"target": f"{MODULES}.denoiser_weighting.EpsWeighting"},
-                "scaling_config": {"target": f"{MODULES}.denoiser_scaling.VideoScaling"},
-                "discretization_config": discretization_config,
-            },
-        }
-    )
-    return lambda x, alpha, cond, **model_inputs: denoiser(network, x, alpha, cond, **model_inputs)
-
-
-def sigma_denoiser(network=sigma_network):
-    denoiser = instantiate_from_config(
-        {
-            "target": f"{MODULES}.denoiser.Denoiser",
-            "params": {
-                "weighting_config": {"target": f"{MODULES}.denoiser_weighting.EDMWeighting"},
-                "scaling_config": {"target": f"{MODULES}.denoiser_scaling.EDMScaling"},
-            },
-        }
-    )
-    return lambda x, sigma, cond, **model_inputs: denoiser(network, x, sigma, cond, **model_inputs)
-
-
-def inputs(reference):
-    seed = reference.case["seed"]
-    noise = seeded_input("noise", reference.case["shape"], seed)
-    cond = {"crossattn": seeded_input("cond", (2, 7, 8), seed)}
-    uncond = {"crossattn": seeded_input("uncond", (2, 7, 8), seed)}
-    return noise, cond, uncond
+from support import assert_close
 
 
 @pytest.mark.parametrize("name", VIDEO.case["cases"])
@@ -81,31 +49,6 @@ def test_sigma_sampler_gives_the_reference_numbers(name):
     torch.manual_seed(SIGMA.case["torch_manual_seed"])
     sampler = instantiate_from_config(SIGMA.case["cases"][name])
     assert_close(sampler(sigma_denoiser(), *inputs(SIGMA)), SIGMA[name], 2e-5)
-
-
-VIDEO_SAMPLERS = ["VPSDEDPMPP2MSampler", "VPODEDPMPP2MSampler", "VideoDDIMSampler", "VideoDDPMSampler"]
-SIGMA_SAMPLERS = sorted({"DDIMSampler", *(name.split(".")[0] for name in SIGMA.case["cases"])})
-NOISELESS = ["VPODEDPMPP2MSampler", "VideoDDIMSampler", "EulerEDMSampler", "HeunEDMSampler", "DPMPP2MSampler"]
-SCHEDULES = {
-    "zerosnr": {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}},
-    "legacy": {"target": f"{MODULES}.discretizer.LegacyDDPMDiscretization"},
-    "edm": {"target": f"{MODULES}.discretizer.EDMDiscretization"},
-}
-VANILLA = {"target": f"{MODULES}.guiders.VanillaCFG", "params": {"scale": 6.0}}
-EVERY_COMBINATION = [(name, schedule) for name in VIDEO_SAMPLERS for schedule in SCHEDULES] + [
-    (name, schedule) for name in SIGMA_SAMPLERS for schedule in ("legacy", "edm")
-]
-
-
-def make_sampler(name, schedule="zerosnr", **params):
-    config = {"discretization_config": SCHEDULES[schedule], "num_steps": 5, **params}
-    return instantiate_from_config({"target": f"{MODULES}.sampling.{name}", "params": config})
-
-
-def make_denoiser(name, schedule="zerosnr", network=None):
-    if name in VIDEO_SAMPLERS:
-        return video_denoiser(SCHEDULES[schedule], network or video_network)
-    return sigma_denoiser(network or sigma_network)
 
 
 class CountingNetwork:
@@ -287,6 +230,69 @@ def test_dynamic_guidance_weight():
         DynamicCFG(scale=6, exp=5, num_steps=n, count="steps")
     with pytest.raises(UserError, match=r"exp is 2\.5"):
         DynamicCFG(scale=6, exp=2.5, num_steps=n)
+
+
+def test_dynamic_guidance_counts_as_diffusers_does():
+    """(n − timestep)/n for the n steps of the call, where "timestep" keeps to the configured number of steps."""
+    schedule = "zerosnr"
+    seen: dict[str, list[float]] = {}
+    for count in ("timestep", "diffusers"):
+        weights = seen[count] = []
+        guider = {"target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": 50}}
+        guider["params"]["count"] = count
+        sampler = make_sampler("VideoDDIMSampler", schedule, guider_config=guider, num_steps=50)
+        sampler.guider.dyn_thresh = lambda u, c, w, weights=weights: weights.append(w) or u + w * (c - u)
+        for steps in (50, 20):
+            sampler(make_denoiser("VideoDDIMSampler", schedule), *inputs(VIDEO), num_steps=steps)
+    assert seen["timestep"][:50] == seen["diffusers"][:50] and seen["timestep"][50:] != seen["diffusers"][50:]
+    timesteps = np.linspace(999, 0, 20, endpoint=False).astype(int)
+    for name, n in (("timestep", 50), ("diffusers", 20)):
+        expected = [1 + 6 * (1 - math.cos(math.pi * ((n - int(t)) / n) ** 5)) / 2 for t in timesteps]
+        assert seen[name][50:] == expected
+
+
+@pytest.mark.parametrize("name", ["VPSDEDPMPP2MSampler", "VideoDDIMSampler", "HeunEDMSampler"])
+def test_guidance_in_an_interval_of_the_steps(name):
+    """Outside of it the network sees the conditional batch alone; the whole interval changes nothing to the bit."""
+    schedule = "zerosnr" if name in VIDEO_SAMPLERS else "edm"
+
+    def sample(interval=None, guider=VANILLA):
+        network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
+        torch.manual_seed(0)
+        options = {} if interval is None else {"guidance_interval": interval}
+        sampler = make_sampler(name, schedule, guider_config=guider, **options)
+        return sampler(make_denoiser(name, schedule, network), *inputs(VIDEO)), network.batches
+
+    everywhere, batches = sample()
+    assert set(batches) == {4} and torch.equal(sample([0, 1])[0], everywhere)
+    inside, batches = sample([0.2, 0.6])
+    once = [2, 4, 4, 2, 2]
+    assert batches == (once if name != "HeunEDMSampler" else [2, 2, 4, 4, 4, 4, 2, 2, 2])
+    never = sample(guider={"target": f"{MODULES}.guiders.IdentityGuider"})[0]
+    assert not torch.equal(inside, everywhere) and not torch.equal(inside, never)
+    assert torch.equal(sample([0.9, 0.95])[0], never), "no step is in it"
+    assert sample([0.8, 1.0])[1][-1] == 4
+
+
+@pytest.mark.parametrize("interval", [[0.5], [0.6, 0.2], [0, 1.5]])
+def test_an_interval_that_is_none(interval):
+    with pytest.raises(UserError, match=r"guidance_interval is .*expected two shares of the steps"):
+        make_sampler("VideoDDIMSampler", guidance_interval=interval)
+
+
+@pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
+def test_a_callback_sees_the_estimate_of_each_step_and_the_last_one_is_near_the_sample(name, schedule):
+    """It costs nothing: the network runs as often, and what is told is the tensor that the sampler has."""
+    seen, plain, counts = [], [], []
+    for callback in (lambda step, steps, denoised: seen.append(denoised), lambda step, steps: plain.append(step)):
+        network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
+        torch.manual_seed(0)
+        sample = make_sampler(name, schedule)(make_denoiser(name, schedule, network), *inputs(VIDEO), callback=callback)
+        counts.append(len(network.batches))
+    assert counts[0] == counts[1] and plain == [1, 2, 3, 4, 5] and len(seen) == 5
+    assert all(denoised.shape == sample.shape for denoised in seen)
+    if name in (*VIDEO_SAMPLERS, "EulerEDMSampler"):
+        assert_close(seen[-1], sample, 1e-4)
 
 
 def test_churn_and_ancestral_noise():
@@ -511,8 +517,8 @@ def test_sampler_mistakes():
         make_sampler("VideoDDIMSampler", num_steps=None)(denoiser, noise, cond)
     with pytest.raises(UserError, match="num_steps is 1001"):
         make_sampler("VideoDDIMSampler")(denoiser, noise, cond, num_steps=1001)
-    with pytest.raises(UserError, match="does not support fixed_frames, which is set to 3"):
-        make_sampler("VideoDDIMSampler", fixed_frames=3)
+    with pytest.raises(UserError, match="fixed_frames is -1; expected a whole number"):
+        make_sampler("VideoDDIMSampler", fixed_frames=-1)
     with pytest.raises(UserError, match="EulerEDMSampler needs a schedule of sigma"):
         make_sampler("EulerEDMSampler")(denoiser, noise, cond)
     with pytest.raises(UserError, match=r"\['concat', 'crossattn'\]; it holds \['crossattn'\]"):

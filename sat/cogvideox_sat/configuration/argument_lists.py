@@ -8,6 +8,7 @@ from typing import Any
 
 from cogvideox_sat.configuration.argument_schema import MODES, CommonArguments, RunArguments, argument
 from cogvideox_sat.configuration.recomputation import recomputation_mode
+from cogvideox_sat.configuration.sampler_knobs import SAMPLERS, SCHEDULES
 
 MISSING_LABEL = ("empty", "stop")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
@@ -20,8 +21,9 @@ IGNORED_KEYS = (
 
 _INPUT_FILE_HELP = (
     "prompts: .txt, one a line (`prompt@@image` for image-to-video), or .jsonl, one object a line with prompt and "
-    "optionally negative_prompt, image, seed, num_frames (latent frames) and size ([height, width]); or the .json "
-    "beside a video, to make that video again"
+    "optionally negative_prompt, image, seed, frames (or num_frames, latent frames), size ([height, width]), fps, "
+    "steps, sampler, guidance_scale, guidance_interval and guidance_schedule; or the .json beside a video, to make "
+    "that video again"
 )
 
 
@@ -48,7 +50,21 @@ class SamplingArguments(CommonArguments):
     )
     sampling_num_frames: int = argument(13, "latent frames: 13, 11 or 9 for 1.0 models, 22 or 42 for 1.5")
     latent_channels: int = argument(16, "channels of the latents")
+    frames: int | None = argument(None, "frames of the video, in place of sampling_num_frames: 49 for 13 of 1.0 models")
 
+    # Sampler
+    steps: int | None = argument(None, "the same as sampling_num_steps")
+    sampler: str | None = argument(None, f"the sampler, if not the configuration's: {', '.join(SAMPLERS)}")
+    guidance_scale: float | None = argument(None, "how strongly prompts guide, if not as the configuration says (6)")
+    guidance_interval: list[float] = argument(  # noqa: RUF009
+        [], "from which share of the steps to which there is guidance, such as 0.2 0.8 (default: 0 1)"
+    )
+    guidance_schedule: str | None = argument(
+        None,
+        "how the strength of guidance goes with the steps: as DynamicCFG counts them (timestep, diffusers or step), or "
+        "constant (default: as the configuration says)",
+        choices=SCHEDULES,
+    )
     guidance_batch: int = argument(
         2,
         "prompt and negative prompt go through the network together (2), or one after the other (1) in less memory",

@@ -22,7 +22,8 @@ from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.data_mixing import check_mixing
 from cogvideox_sat.configuration.deepspeed_file import merged_with_file
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, replace_exclusive, with_located_paths
-from cogvideox_sat.configuration.model_section import check_modules, plain_model_section
+from cogvideox_sat.configuration.model_section import MODEL_KEYS, MODEL_PARTS, check_modules, plain_model_section
+from cogvideox_sat.configuration.single_keys import parse_settings, set_keys
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
 from sgm.config_places import Sources
 from sgm.errors import UserError
@@ -32,17 +33,8 @@ ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "flash3")
 SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
 HIGHEST_RATE = 1000  # frames a second of a video that is written; ffmpeg takes no rate without limit
 MODES = ("inference", "finetune")
-MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
 # Arguments that are files or folders to read from.
 INPUT_ARGUMENTS = ("load", "lora_load", "input_file", "train_data", "valid_data", "resume")
-# What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
-MODEL_KEYS = (
-    "target",
-    *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
-    *("noised_image_input", "noised_image_all_concat", "noised_image_dropout"),
-    *("loss_fn_config", "network_wrapper", "compile_model"),
-    *("disable_first_stage_autocast", "en_and_decode_n_samples_a_time"),
-)
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -218,18 +210,43 @@ def read_command_line(
             name = flag.strip("-").split("=")[0].replace("-", "_")
             if elsewhere and name in elsewhere:
                 raise UserError(f"--{name} is not set here but as {elsewhere[name]} in a configuration")
-            hint = nearest(name, ["base", *argument_fields(command)], prefix="--")
+            hint = nearest(name, ["base", "set", *argument_fields(command)], prefix="--")
             raise UserError(f"unknown argument {flag.split('=')[0]}{hint}")
         raise UserError(f"unexpected '{flag}' on the command line: values follow an argument such as --load")
     given = vars(known)
     given.pop("debug", None)
+    settings = parse_settings(given.pop("set", ()))
+    return given, read_configuration(given, settings, command, used, exclusive, ignored, otherwise, parser.epilog)
+
+
+def read_configuration(
+    given: dict[str, Any],
+    settings: Mapping[str, Any],
+    command: type,
+    used: Sequence[str],
+    exclusive: Sequence[tuple[str, str]] = (),
+    ignored: Sequence[str] = (),
+    otherwise: Callable[[dict[str, Any]], MergedConfig | None] | None = None,
+    example: str | None = None,
+) -> MergedConfig:
+    """Return the merged configuration files that `base` among the `given` names, which it takes out of there.
+
+    Args:
+        settings: keys that are set on top of the files, see `single_keys`.
+        example: what to give where there are no files, for a message.
+
+    Raises:
+        UserError: as `read_command_line`.
+    """
     config = None if "base" in given or otherwise is None else otherwise(given)
     if "base" not in given and config is None:
-        raise UserError(f"--base is missing: {parser.epilog}")
+        raise UserError(f"--base is missing: {example}")
     deepspeed_file = take_launcher_flags(given, ignored)
     allow_own_modules()
     if config is None:
-        config = load_configs(given.pop("base"), used, exclusive)
+        config = load_configs(given.pop("base"), used, exclusive, settings=settings)
+    elif settings:
+        set_keys(config, config.sources, settings)
     config.sources.arguments = set(argument_fields(command))
     if deepspeed_file is not None:
         config["deepspeed"] = merged_with_file(config.get("deepspeed") or {}, deepspeed_file)
@@ -238,7 +255,7 @@ def read_command_line(
         with config.sources.naming():
             check_modules(config["model"])
     replace_exclusive(given, exclusive)
-    return given, config
+    return config
 
 
 def allow_own_modules() -> None:
@@ -269,6 +286,13 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
         allow_abbrev=False,
     )
     parser.add_argument("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="set any keys of the configuration, such as model.sampler_config.params.guider_config.params.exp=3",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error too")  # see sgm.errors
     for name, f in argument_fields(command).items():
         kind = value_type(f)

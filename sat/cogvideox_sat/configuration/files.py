@@ -3,7 +3,7 @@
 Nothing here imports PyTorch, so that a mistake is reported at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from cogvideox_sat.commands.input_paths import located, not_found
 from cogvideox_sat.configuration.includes import read_files
 from cogvideox_sat.configuration.merging import merge_files, resolve
 from cogvideox_sat.configuration.shipped_configs import build_reference
+from cogvideox_sat.configuration.single_keys import set_keys
 from cogvideox_sat.configuration.targets import iterate_targets, why_target_fails
 from sgm.config_places import SECTIONS, ConfigError, Sources, parse_key
 from sgm.errors import UserError, shown
 
+# Arguments with two names: that of the requests, and that of the original.
+ALTERNATIVES = (("frames", "sampling_num_frames"), ("steps", "sampling_num_steps"))
 PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir", "lpips_weights")
 
 
@@ -34,6 +37,7 @@ def load_configs(
     used: Sequence[str] = SECTIONS,
     exclusive: Sequence[tuple[str, str]] = (),
     trusted: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> MergedConfig:
     """Return the merged content of configuration files, later ones overriding earlier ones.
 
@@ -44,6 +48,7 @@ def load_configs(
         exclusive: pairs of switches in `args`; a file that turns one on turns off the other, unless it sets both.
         trusted: the files are the user's own. False for files that came with something else, such as a downloaded
             checkpoint: they include nothing, read no variables of the environment, and name only our own classes.
+        settings: keys that are set on top of all files, by their dotted names; see `single_keys`.
 
     Raises:
         UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve; a
@@ -52,7 +57,10 @@ def load_configs(
     files = read_files(paths, trusted)
     for _, content in files:
         replace_exclusive(content.get("args", {}), exclusive)
+    replace_alternatives(files)
     merged, sources = merge_files(files, paths)
+    if settings:
+        set_keys(merged, sources, settings)
     config = MergedConfig(resolve(merged, sources, trusted))
     config.sources = sources
     sources.build_reference = build_reference
@@ -67,6 +75,29 @@ def replace_exclusive(args: dict[str, Any], pairs: Sequence[tuple[str, str]]) ->
     for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
         if args.get(one) is True and other not in args:
             args[other] = False
+
+
+def replace_alternatives(files: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Let an argument take the place of the one of earlier files that means the same under another name.
+
+    Raises:
+        UserError: a file sets both.
+    """
+    for one, other in ALTERNATIVES:
+        earlier: set[str] = set()
+        for path, content in files:
+            args = content.get("args", {})
+            here = {name for name in (one, other) if args.get(name) is not None}
+            check_alternatives(here, f"{path}: args: ")
+            args |= dict.fromkeys((earlier - here) if here else ())
+            earlier |= here
+
+
+def check_alternatives(given: Collection[str], where: str = "") -> None:
+    """Raises UserError if both names of one argument are given; `where` begins the message."""
+    for one, other in ALTERNATIVES:
+        if one in given and other in given:
+            raise UserError(f"{where}{one}: {other} is given too, and tells the same; keep one of them")
 
 
 def check_paths(config: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def _merge_mapping(
         at, old = (*key, name), target.get(name)
         if isinstance(value, dict) and isinstance(old, str) and _WHOLE_REFERENCE.fullmatch(old):
             # Settings on top of those that are referred to.
-            target[name] = old = copy.deepcopy(_Resolver(root, sources, trusted=True).at(at))
+            target[name] = old = written_out(root, sources, at)
         if (isinstance(value, list) and isinstance(old, dict)) or (isinstance(value, dict) and isinstance(old, list)):
             kinds = {list: "a list", dict: "keys and values"}
             raise ConfigError(
@@ -61,6 +61,29 @@ def _merge_mapping(
             sources.replace(at, file)
             if isinstance(value, dict):
                 _record(value, at, file, sources)
+
+
+def merge_into(
+    target: dict[str, Any], content: dict[str, Any], key: Key, file: str, root: dict[str, Any], sources: Sources
+) -> None:
+    """Merge further content into the mapping at a key of a merged configuration, as if `file` had it.
+
+    Args:
+        root: the whole configuration.
+
+    Raises:
+        UserError: a list meets a mapping.
+    """
+    _merge_mapping(target, content, key, Path(file), root, sources)
+
+
+def written_out(root: dict[str, Any], sources: Sources, key: Key) -> Any:
+    """Return a copy of what is at a key, its references replaced by what they refer to.
+
+    Raises:
+        UserError: see `resolve`.
+    """
+    return copy.deepcopy(_Resolver(root, sources, trusted=True).at(key))
 
 
 def _record(content: dict[str, Any], key: Key, file: Path, sources: Sources) -> None:

@@ -55,6 +55,28 @@ class ModelLimits:
         """Leading latent frames that are sampled only to fill the first patch in time, and dropped."""
         return self.patch[0] - 1
 
+    def lengths(self) -> list[int]:
+        """Return the numbers of frames that a video of the model can have, the shortest first."""
+        frames = range(1, self.largest[0] + 1, 2)
+        return [(n - 1) * TIME_FACTOR + 1 for n in frames if (n + self.extra_frames) % self.patch[0] == 0]
+
+    def latent_frames(self, frames: int, name: str = "frames") -> int:
+        """Return how many latent frames are sampled for a video of so many frames.
+
+        Raises:
+            UserError: about the argument `name`: the model makes no such video.
+        """
+        lengths = self.lengths()
+        if frames not in lengths:
+            nearest = min(lengths, key=lambda length: (abs(length - frames), -length))
+            step = f", and {lengths[1] - 1}k+1 up to {lengths[-1]}" if len(lengths) > 1 else ""
+            raise UserError(f"{name} is {frames}; this model makes 1 frame{step}, for example {nearest}")
+        return (frames - 1) // TIME_FACTOR + 1 + self.extra_frames
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Return how many frames the video of so many latent frames has."""
+        return (latent_frames - self.extra_frames - 1) * TIME_FACTOR + 1
+
     def check_clip(
         self,
         latent_frames: int,

@@ -12,6 +12,15 @@ from typing import Any
 from sgm.errors import UserError
 
 MODULES = ("pos_embed_config", "patch_embed_config", "adaln_layer_config", "final_layer_config", "lora_config")
+MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
+# What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
+MODEL_KEYS = (
+    "target",
+    *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
+    *("noised_image_input", "noised_image_all_concat", "noised_image_dropout"),
+    *("loss_fn_config", "network_wrapper", "compile_model"),
+    *("disable_first_stage_autocast", "en_and_decode_n_samples_a_time"),
+)
 NETWORK = "dit_video_concat.DiffusionTransformer"
 # Where an adapter may be described; the last place is where the network looks for it.
 LORA_PLACES = ((), ("network_config",), ("network_config", "params"), ("network_config", "params", "modules"))

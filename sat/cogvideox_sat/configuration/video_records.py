@@ -14,6 +14,7 @@ from typing import Any
 
 from cogvideox_sat.configuration.files import PATH_KEYS, MergedConfig
 from cogvideox_sat.configuration.merging import first_difference
+from cogvideox_sat.configuration.sampler_knobs import KNOBS
 from cogvideox_sat.configuration.targets import iterate_targets, why_target_fails
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from sgm.config_places import Sources
@@ -58,7 +59,7 @@ REPEATED_ARGUMENTS = (
     *("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference"),
     "vae_frames_at_once",  # in half precision
     *("attention", "guidance_batch"),
-)
+)  # and `KNOBS`, where a video has some
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class VideoRecord:
         """Return the sampling arguments that make the video again, by their names in a configuration."""
         content, adapters = self.content, self.content["adapters"]
         return {
-            **{name: content["arguments"].get(name) for name in REPEATED_ARGUMENTS},
+            **{name: content["arguments"].get(name) for name in (*REPEATED_ARGUMENTS, *KNOBS)},
             "load": (content["checkpoint"] or {}).get("path"),
             "lora_load": adapters[0].get("path") if adapters else None,
             "lora_scale": adapters[0].get("scale") if adapters else None,

@@ -17,6 +17,7 @@ from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image, warn_of_crop
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.configuration.model_values import check_model_values, check_parameters
+from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler
 from cogvideox_sat.configuration.video_layout import check_world, layout_of
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
@@ -30,8 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedVideo:
-    """One video to make: `frames` are latent frames, `size` is (height, width) in pixels, `original_prompt` is the
-    user's own where a language model has written it out."""
+    """One video to make.
+
+    Args:
+        frames: latent frames.
+        size: (height, width) in pixels.
+        original_prompt: the user's own, where a language model has written it out.
+        fps: frames a second of the file.
+        steps: sampling steps; None: the sampler's own number.
+        knobs: what is changed of the configured sampler.
+    """
 
     request: PromptRequest
     path: Path
@@ -39,6 +48,9 @@ class PlannedVideo:
     frames: int
     size: tuple[int, int]
     original_prompt: str | None = None
+    fps: int = 8
+    steps: int | None = None
+    knobs: SamplerKnobs = NO_KNOBS
 
 
 class SamplingPlan(NamedTuple):
@@ -61,6 +73,7 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     check_combinations(args)
     check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
     check_parameters({"model": args.model_config}, args.sources)
+    changed_sampler(args.model_config["sampler_config"], SamplerKnobs.of(args))
     check_folder(args.output_dir)
     if args.contact_sheet is not None:
         check_folder(Path(args.contact_sheet).parent, "contact_sheet")
@@ -75,9 +88,9 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     except UserError as error:
         raise UserError(f"input_file: {error}") from error
     for request in requests:
-        size, frames = video_size(request, args), request.num_frames or args.sampling_num_frames
         try:
-            limits.check_clip(frames, *size)
+            limits.check_clip(latent_frames(request, args), *video_size(request, args))
+            changed_sampler(args.model_config["sampler_config"], knobs_of(request, args))
         except UserError as error:
             raise UserError(f"{args.input_file}, prompt {request.index + 1}: {error}") from error
     shown = [output for request in requests for output in outputs(request, args)]
@@ -150,8 +163,11 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
                 request,
                 path,
                 seed=derive_seed(request_seed(args.seed, request), sample),
-                frames=request.num_frames or args.sampling_num_frames,
+                frames=latent_frames(request, args),
                 size=size,
+                fps=request.fps or args.sampling_fps,
+                steps=request.steps or args.sampling_num_steps,
+                knobs=knobs_of(request, args),
             )
             videos.append(video)
         if videos and videos[-1].request is request:
@@ -165,6 +181,20 @@ def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, in
         return size_from_image(image, ModelLimits.from_config(args.model_config))
     height, width = request.size or args.sampling_image_size
     return height, width
+
+
+def latent_frames(request: PromptRequest, args: SamplingArguments) -> int:
+    """Return the length of a request's videos in latent frames: its own, or that of the whole run.
+
+    Raises:
+        UserError: the model makes no such video.
+    """
+    return request.latent_frames(ModelLimits.from_config(args.model_config)) or args.sampling_num_frames
+
+
+def knobs_of(request: PromptRequest, args: SamplingArguments) -> SamplerKnobs:
+    """Return what a request changes of the sampler: by its own, and else by what the whole run does."""
+    return request.knobs.over(SamplerKnobs.of(args))
 
 
 def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:

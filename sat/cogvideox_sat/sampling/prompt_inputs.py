@@ -1,6 +1,5 @@
 """The prompts to sample: read from a file or typed in, each with its own seed."""
 
-import difflib
 import json
 import logging
 import re
@@ -10,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox_sat.commands.input_paths import ROOT, find_input, places, tell_places
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.request_fields import checked_fields
+from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
 from sgm.errors import UserError
-from sgm.plain_json import has_half_characters, parse_json
+from sgm.plain_json import parse_json
 from sgm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,10 @@ class PromptRequest:
         seed: overrides the seed derived from the run's, see `request_seed`.
         num_frames: length in latent frames, the unit of `sampling_num_frames`.
         size: (height, width) of the video in pixels, the order of `sampling_image_size`.
+        frames: length in frames, in place of `num_frames`.
+        fps: frames a second of the file.
+        steps: sampling steps.
+        sampler, guidance_scale, guidance_interval, guidance_schedule: see `SamplerKnobs`.
     """
 
     index: int
@@ -40,6 +46,26 @@ class PromptRequest:
     seed: int | None = None
     num_frames: int | None = None
     size: tuple[int, int] | None = None
+    frames: int | None = None
+    fps: int | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_schedule: str | None = None
+
+    def latent_frames(self, limits: ModelLimits) -> int | None:
+        """Return the length in latent frames; None: as the arguments of the whole run say.
+
+        Raises:
+            UserError: the model makes no video of so many `frames`.
+        """
+        return self.num_frames if self.frames is None else limits.latent_frames(self.frames)
+
+    @property
+    def knobs(self) -> SamplerKnobs:
+        """Return what the request changes of the sampler."""
+        return SamplerKnobs.of(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,46 +186,10 @@ def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptReques
         raise UserError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f'{where}: expected a JSON object such as {{"prompt": "a cat"}}, got {_shorten(record)}')
-    for key in record:
-        if key not in _JSON_KEYS:
-            near = difflib.get_close_matches(key, _JSON_KEYS, n=1, cutoff=0.5)
-            known = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_JSON_KEYS)}"
-            raise UserError(f"{where}: unknown key '{key}', {known}")
-    if "prompt" not in record:
-        raise UserError(f"{where}: the key 'prompt' is missing")
-    values = {}
-    for key, value in record.items():
-        accepts, expected = _JSON_KEYS[key]
-        if value is None and key != "prompt":
-            continue
-        if not accepts(value):
-            raise UserError(f"{where}: '{key}' must be {expected}, got {_shorten(value)}")
-        if isinstance(value, str) and has_half_characters(value):
-            raise UserError(f"{where}: '{key}' has half a character, {value!r:.60}; write the character itself")
-        values[key] = value
+    values = checked_fields(record, where)
     if "image" in values:
         values["image"] = _find_image(values["image"], folder, where)
-    if "size" in values:
-        values["size"] = tuple(values["size"])
     return PromptRequest(index, values.pop("prompt"), **values)
-
-
-def _is_positive_int(value: object) -> bool:
-    return type(value) is int and value > 0  # bool is a subclass of int, and true is no number of frames
-
-
-# key: (whether a value is accepted, what is expected)
-_JSON_KEYS = {
-    "prompt": (lambda value: isinstance(value, str), "a string"),
-    "negative_prompt": (lambda value: isinstance(value, str), "a string"),
-    "image": (lambda value: isinstance(value, str) and value != "", "the path of an image"),
-    "seed": (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1"),
-    "num_frames": (_is_positive_int, "a positive whole number of latent frames"),
-    "size": (
-        lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_positive_int, value)),
-        "[height, width] in pixels",
-    ),
-}
 
 
 def _find_image(name: str, folder: Path, where: str) -> Path:

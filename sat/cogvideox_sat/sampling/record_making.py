@@ -74,7 +74,8 @@ class Recorder:
         embedders = (params["conditioner_config"].get("params") or {}).get("emb_models") or [{}]
         text_encoder = (embedders[0].get("params") or {}).get("model_dir")
         decoded = video.frames - int(self.engine.is_15)
-        sampler = self.engine.sampler
+        sampler, knobs = self.engine.sampler, video.knobs.given()
+        scale = getattr(getattr(sampler, "guider", None), "scale", None)
         content = {
             "format": FORMAT,
             "prompt": video.request.text,
@@ -83,12 +84,12 @@ class Recorder:
             "image": described_image(video.request.image),
             "seed": video.seed,
             "index": video.request.index,
-            "steps": args.sampling_num_steps or getattr(sampler, "num_steps", None),
-            "guidance": getattr(getattr(sampler, "guider", None), "scale", None),
+            "steps": video.steps or getattr(sampler, "num_steps", None),
+            "guidance": knobs.get("guidance_scale", scale),
             "size": list(video.size),
             "frames": (decoded - 1) * TIME_FACTOR + 1,
             "latent_frames": video.frames,
-            "fps": args.sampling_fps,
+            "fps": video.fps,
             "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "float32",
             "computed_in": str(self.engine.dtype).removeprefix("torch."),
             "attention": self.engine.attention.kernel if self.engine.attention else None,
@@ -101,7 +102,7 @@ class Recorder:
             "vae": described(vae, hashes.get("vae")),
             "text_encoder": described(text_encoder, hashes.get("text_encoder")),
             "model": self.model,
-            "arguments": {name: getattr(args, name) for name in REPEATED_ARGUMENTS},
+            "arguments": {name: getattr(args, name) for name in REPEATED_ARGUMENTS} | knobs,
             "versions": self.versions,
             "device": device_name(self.engine.device),
             "threads": torch.get_num_threads(),
@@ -119,7 +120,7 @@ class Recorder:
         if wait:
             del record["original_prompt"]
         return {
-            **latents_metadata(self.engine, record["model"]["name"], video.request.text, self.args.sampling_fps),
+            **latents_metadata(self.engine, record["model"]["name"], video.request.text, video.fps),
             "negative_prompt": readable(record["negative_prompt"]),
             "record": json.dumps(record),
         }

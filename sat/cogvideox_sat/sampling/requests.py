@@ -1,16 +1,16 @@
 """What a sampling session is opened with, what it is asked for, and what it answers."""
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
 
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.request_fields import LARGEST_SEED
+from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.configuration.settings import EngineSettings
 from sgm.errors import UserError, shown
-
-LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class SampleRequest:
             returns it, called when its turn comes, so that many requests hold no image each.
         steps: sampling steps; None: the sampler's own number.
         fps: frames a second at which the video is to be shown. No number of it depends on that.
+        knobs: what is changed of the configured sampler. No weights are read for that.
     """
 
     prompt: str
@@ -60,6 +61,7 @@ class SampleRequest:
     image: Tensor | Callable[[], Tensor] | None = None
     steps: int | None = None
     fps: int = 8
+    knobs: SamplerKnobs = NO_KNOBS
 
     def check(self, limits: ModelLimits) -> None:
         """Check that a model of such limits can sample the request, else raise UserError.
@@ -120,10 +122,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` sampling steps are done, from 1. A sampler of the user's own without `callback` tells none."""
+    """`step` of `steps` sampling steps are done, from 1. A sampler of the user's own without `callback` tells none.
+
+    Attributes:
+        denoised: the present estimate of `Latents.latents`, on the session's device: a tensor of the sampler's own,
+            which must not be changed. Nothing is computed or copied for it. None: the sampler does not tell it.
+    """
 
     step: int
     steps: int
+    denoised: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import SamplingArguments
 from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT, sampling_advice
+from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.configuration.video_records import record_path, write_record
 from cogvideox_sat.media.contact_sheet import write_contact_sheet
@@ -104,7 +105,9 @@ def refine_once(videos: list[PlannedVideo]) -> list[PlannedVideo]:
 def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
     """Make this process's videos; the number of them that failed."""
     with SamplingSession(SessionSettings.from_args(args)) as session:
-        session.steps_of(args.sampling_num_steps)  # raises before any weights are read
+        asked = {(video.steps, video.knobs) for video in videos or ()}
+        for steps, knobs in asked or [(args.sampling_num_steps, SamplerKnobs.of(args))]:
+            session.steps_of(steps, knobs)  # raises before any weights are read
         if dist.get_rank() == 0:
             logger.info("attention: %s", session.engine.attention)
         recorder = Recorder(session.engine, args, args.record)
@@ -160,7 +163,7 @@ class CommandRun:
         if not planned:
             return 0
         args = self.args
-        videos = [VideoInProgress(video, args.sampling_fps) for video in planned]
+        videos = [VideoInProgress(video, video.fps) for video in planned]
         self.recorder.tell_differences(planned[0])
         self.load("conditioner")
         self.attempt(videos, self.advised(TEXT, self.encode_prompt))
@@ -170,8 +173,8 @@ class CommandRun:
             self.load("first_stage_model")
             self.attempt(videos, self.advised("encoding images", lambda video: next(video.events)))
         pending = [video for video in videos if video.failure is None]
-        steps = self.session.steps_of(args.sampling_num_steps)
-        bar = tqdm(total=len(pending) * steps, desc="sampling", unit="step", disable=dist.get_rank() != 0)
+        steps = sum(self.session.steps_of(video.planned.steps, video.planned.knobs) for video in pending)
+        bar = tqdm(total=steps, desc="sampling", unit="step", disable=dist.get_rank() != 0)
         with bar, logging_redirect_tqdm():
             group_size = 1 if args.offload == "none" else STAGE_GROUP
             for start in range(0, len(pending), group_size):
@@ -220,8 +223,9 @@ class CommandRun:
             size=planned.size,
             frames=planned.frames,
             image=image,
-            steps=args.sampling_num_steps,
-            fps=args.sampling_fps,
+            steps=planned.steps,
+            fps=planned.fps,
+            knobs=planned.knobs,
         )
         video.events = self.session.sample(asked)
         next(video.events)

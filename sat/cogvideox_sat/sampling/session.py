@@ -24,8 +24,9 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT
-from cogvideox_sat.configuration.model_checks import check_model, check_sampler_steps
+from cogvideox_sat.configuration.model_checks import check_model, check_sampler_steps, try_sampler
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
+from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
@@ -46,9 +47,11 @@ from cogvideox_sat.sampling.requests import (
 from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of, other_precision
+from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
+from sgm.util import instantiate_from_config
 
 
 class SamplingCancelled(Exception):
@@ -109,6 +112,7 @@ class SamplingSession:
         self._cancellations = 0
         self._stage_runs = Lock()
         self._open: WeakSet[Generator[SampleEvent, None, None]] = WeakSet()
+        self._samplers: dict[SamplerKnobs, Any] = {}
         self._last_texts: tuple[tuple[str, str], tuple[Tensor, Tensor]] | None = None
         sessions_of_process.enter(settings.model_parallel_size)
         try:
@@ -185,13 +189,32 @@ class SamplingSession:
 
     # Requests
 
-    def steps_of(self, steps: int | None) -> int:
+    def sampler_of(self, knobs: SamplerKnobs) -> Any:
+        """Return the configured sampler with what a request changes of it; no weights are read for that.
+
+        Raises:
+            UserError: the sampler has no such knob, or a value does not go with the model.
+        """
+        if not knobs.given():
+            return self.engine.sampler
+        if knobs not in self._samplers:
+            config = dict(self.engine.config)
+            config["sampler_config"] = changed_sampler(config["sampler_config"], knobs)
+            with torch.random.fork_rng(devices=[]), section("model", config, None):
+                sampler = instantiate_from_config(config["sampler_config"])
+                if config["sampler_config"]["target"].startswith("sgm."):
+                    try_sampler(sampler, self.engine.denoiser)
+            hide_bar(sampler)
+            self._samplers[knobs] = self.engine.shared_sampler(sampler)
+        return self._samplers[knobs]
+
+    def steps_of(self, steps: int | None, knobs: SamplerKnobs = NO_KNOBS) -> int:
         """Return how many steps a request takes that asks for `steps`, None for the sampler's own number.
 
         Raises:
-            UserError: the sampler has no number of its own, or cannot take that many.
+            UserError: the sampler has no number of its own, or cannot take that many; or see `sampler_of`.
         """
-        sampler: Any = self.engine.sampler
+        sampler = self.sampler_of(knobs)
         if steps is None:
             steps = getattr(sampler, "num_steps", None)
             if steps is None:
@@ -223,7 +246,7 @@ class SamplingSession:
             raise RuntimeError("the session is closed: open another one")
         request.check(self.limits)
         asked_steps = request.steps
-        request = replace(request, steps=self.steps_of(asked_steps))
+        request = replace(request, steps=self.steps_of(asked_steps, request.knobs))
         events = self._events(request, asked_steps, self._cancellations)
         self._open.add(events)
         return events
@@ -246,7 +269,8 @@ class SamplingSession:
             yield Encoded("image")
             go_on()
         with self._stage("model", SAMPLING):
-            drawing = Drawing(self.engine, request, asked_steps, texts, image, self.limits.latent_channels)
+            sampler = self.sampler_of(request.knobs)
+            drawing = Drawing(self.engine, request, asked_steps, texts, image, self.limits.latent_channels, sampler)
             with closing(in_turns(drawing, random_numbers)) as steps:
                 for progress in steps:
                     go_on()
@@ -326,6 +350,7 @@ class Drawing:
         asked_steps: number of steps, None for the sampler's own.
         texts: the embeddings (1, tokens, features) of the prompt and of what guidance steers away from.
         channels: those of the latents.
+        sampler: the engine's own, or another one for this request.
     """
 
     latents: Tensor
@@ -338,8 +363,9 @@ class Drawing:
         texts: tuple[Tensor, Tensor],
         image: EncodedImage | None,
         channels: int,
+        sampler: Any,
     ):
-        self.channels = channels
+        self.channels, self.sampler = channels, sampler
         self.engine, self.request, self.asked_steps = engine, request, asked_steps
         self.texts, self.image = texts, image
 
@@ -360,6 +386,12 @@ class Drawing:
             ofs = engine.default_ofs(1)
         cond, uncond = self.texts
         height, width = (side // SPACE_FACTOR for side in request.size)
+        # An engine of the user's own may have the original's `sample`, and then samples as it is configured.
+        other = {} if self.sampler is engine.sampler else {"sampler": self.sampler}
+
+        def tell(step: int, steps: int, denoised: Tensor | None = None) -> None:
+            report(Progress(step, steps, None if denoised is None else engine.drop_extra_frame(denoised)))
+
         latents = engine.sample(
             {"crossattn": cond.to(engine.device)},
             {"crossattn": uncond.to(engine.device)},
@@ -368,7 +400,8 @@ class Drawing:
             concat_images=concat_images,
             ofs=ofs,
             num_steps=self.asked_steps,
-            callback=lambda step, steps: report(Progress(step, steps)),
+            callback=tell,
             check_finite=True,
+            **other,
         )
         self.latents = engine.drop_extra_frame(latents).cpu()

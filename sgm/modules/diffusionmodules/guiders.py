@@ -92,7 +92,7 @@ class VanillaCFG:
             x: (2·batch, ...) denoised samples, in the order of `prepare_inputs`.
             sigma: (batch,) noise levels; guidance that depends on the noise reads them.
             scale: takes the place of the guider's own scale: a number, or a (batch,) tensor.
-            step_index: num_steps − timestep, what `DynamicCFG` counts.
+            step_index: num_steps − timestep, num_steps as the sampler is configured: what `DynamicCFG` counts.
             progress: the share of the steps that is done, 0 ≤ progress < 1.
 
         Returns:
@@ -103,18 +103,22 @@ class VanillaCFG:
         return self.dyn_thresh(uncond, cond, weight)
 
 
+COUNTS = ("timestep", "diffusers", "step")
+
+
 class DynamicCFG(VanillaCFG):
-    """Classifier-free guidance with the weight 1 + scale·(1 − cos(π·(k/num_steps)^exp))/2.
+    """Classifier-free guidance with the weight 1 + scale·(1 − cos(π·f^exp))/2.
 
     Args:
-        exp: exponent; a whole number unless `count` is "step", since k may be negative.
-        num_steps: number of sampling steps.
+        exp: exponent; a whole number unless `count` is "step", since f may be negative.
+        num_steps: number of sampling steps that the weights are made for.
         dyn_thresh_config: see `VanillaCFG`.
-        count: what k is. "timestep": num_steps − timestep, mostly negative; the released models are sampled so.
-            "step": the number of steps done.
+        count: what f is. "timestep": (num_steps − timestep)/num_steps, mostly negative, however many steps are taken;
+            the released models are sampled so. "diffusers": (n − timestep)/n for the n steps that are taken, as
+            diffusers' `use_dynamic_cfg` has it; the same where n is num_steps. "step": the share of the steps done.
 
     Raises:
-        UserError: `count` is neither, or `exp` is fractional for a negative k.
+        UserError: `count` is none of these, or `exp` is fractional for a negative f.
     """
 
     def __init__(
@@ -126,18 +130,18 @@ class DynamicCFG(VanillaCFG):
         count: str = "timestep",
     ):
         super().__init__(scale, dyn_thresh_config)
-        if count not in ("timestep", "step"):
-            raise UserError(f"DynamicCFG: count is '{count}', it can be 'timestep' or 'step'")
-        if count == "timestep" and exp != int(exp):
+        if count not in COUNTS:
+            raise UserError(f"DynamicCFG: count is '{count}', it can be {', '.join(map(repr, COUNTS))}")
+        if count != "step" and exp != int(exp):
             raise UserError(f"DynamicCFG: exp is {exp}, it must be a whole number unless count is 'step'")
         self.exp = exp
         self.num_steps = num_steps
         self.count = count
 
     def weight(self, scale: float | Tensor, step_index: int | None, progress: float | None) -> float | Tensor:
-        # Python floats: for the large k the cosine's argument needs all their digits.
-        if self.count == "step":
-            told, fraction = "progress", progress
+        # Python floats: for the large f the cosine's argument needs all their digits.
+        if self.count != "timestep":
+            told, fraction = "progress" if self.count == "step" else "shortfall", progress
         else:
             told, fraction = "step_index", None if step_index is None else step_index / self.num_steps
         if fraction is None:
@@ -151,17 +155,22 @@ class DynamicCFG(VanillaCFG):
         step_index: int | None = None,
         scale: float | Tensor | None = None,
         progress: float | None = None,
+        shortfall: float | None = None,
     ) -> Tensor:
-        """Combine the two halves of `x`, see `VanillaCFG`."""
-        return super().__call__(x, sigma, scale, step_index, progress)
+        """Combine the two halves of `x`, see `VanillaCFG`.
+
+        Args:
+            shortfall: (n − timestep)/n for the n steps that are taken.
+        """
+        return super().__call__(x, sigma, scale, step_index, shortfall if self.count == "diffusers" else progress)
 
 
 def guider_keywords(guider: Callable[..., Tensor]) -> set[str]:
-    """Return what a guider is told by name beside the samples and their levels: `scale`, `step_index`, `progress`.
+    """Return what a guider is told by name beside the samples and their levels, as `DynamicCFG` describes it.
 
-    Those that it takes; a guider written for another sampler may take fewer.
+    That which it takes; a guider written for another sampler may take less.
     """
-    names = {"scale", "step_index", "progress"}
+    names = {"scale", "step_index", "progress", "shortfall"}
     parameters = inspect.signature(guider).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return names

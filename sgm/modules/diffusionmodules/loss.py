@@ -1,14 +1,16 @@
 """Training losses: noise a batch, denoise it, weigh the error. Each returns one number a sample."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sgm import randomness
 from sgm.context_parallel import broadcast
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 from sgm.modules.diffusionmodules.util import append_dims, reject_options
 from sgm.util import instantiate_from_config
 
@@ -108,25 +110,28 @@ class VideoDiffusionLoss(DiffusionLoss):
 
     Args:
         min_snr_value: an upper limit for the weight 1/s² = SNR + 1 (Hang et al. 2023, "Min-SNR weighting").
-        fixed_frames, block_scale, block_size: accepted at their neutral values only.
+        fixed_frames: so many latent frames in front stay clean and count for nothing, so that the network learns to go
+            on from them: a number; or by number its weight, such as {0: 1, 2: 3}, of which each sample draws one.
+        block_scale, block_size: accepted at their neutral values only.
         kwargs: see `DiffusionLoss`; the sigma sampler must be a `DiscreteSampling`.
 
     Raises:
-        UserError: an option that is not supported is set.
+        UserError: an option that is not supported is set, or `fixed_frames` is something else.
     """
 
     def __init__(
         self,
         *args: Any,
         min_snr_value: float | None = None,
-        fixed_frames: int = 0,
+        fixed_frames: int | Mapping[int, float] = 0,
         block_scale: float | None = None,
         block_size: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        reject_options(type(self).__name__, fixed_frames=fixed_frames, block_scale=block_scale, block_size=block_size)
+        reject_options(type(self).__name__, block_scale=block_scale, block_size=block_size)
         self.min_snr_value = min_snr_value
+        self.fixed_frames = frame_weights(fixed_frames)
 
     def forward(
         self,
@@ -138,7 +143,8 @@ class VideoDiffusionLoss(DiffusionLoss):
     ) -> Tensor:
         """The loss of each sample.
 
-        Random numbers are drawn in this order: the conditioner's dropout, the timesteps, the noise.
+        Random numbers are drawn in this order: the conditioner's dropout, the timesteps, the noise, and the number of
+        fixed frames where there are several to choose from.
 
         Args:
             network: what the denoiser calls, see `Denoiser.forward`.
@@ -160,9 +166,56 @@ class VideoDiffusionLoss(DiffusionLoss):
 
         a, s = append_dims(alpha, clean.ndim), append_dims(variance**0.5, clean.ndim)
         noised = a * clean + s * self.noise_like(clean)
+        free = self.free_frames(clean)
+        if free is not None:
+            noised = torch.where(free, noised, clean)
         denoised = denoiser(network, noised, alpha, cond, idx=idx, **model_inputs)
 
         weight = 1 / variance
         if self.min_snr_value is not None:
             weight = weight.clamp(max=self.min_snr_value)
+        if free is not None:
+            denoised = torch.where(free, denoised, clean)  # no error, and no gradient
+            weight = weight / free.float().flatten(1).mean(1)  # the mean is over the free frames
         return self.error(denoised, clean, weight)
+
+    def free_frames(self, clean: Tensor) -> Tensor | None:
+        """Return where frames are noised and learnt, bool (batch, time, 1, ...), for latents (batch, time, ...); None:
+        all are.
+
+        Raises:
+            UserError: a clip has no frame more than are to be fixed.
+        """
+        numbers, weights = list(self.fixed_frames), list(self.fixed_frames.values())
+        if numbers == [0]:
+            return None
+        if max(numbers) >= clean.shape[1]:
+            raise UserError(
+                f"loss_fn_config: fixed_frames is {max(numbers)}, but a clip has {clean.shape[1]} latent frames; lower "
+                "it, or train on longer clips"
+            )
+        choice = torch.zeros(len(clean), dtype=torch.long)
+        if len(numbers) > 1:
+            shares = torch.tensor(weights, dtype=torch.float64).cumsum(0) / sum(weights)
+            draws = randomness.uniform(len(clean), purpose="fixed frames").double()
+            choice = torch.searchsorted(shares[:-1], draws, right=True)
+        fixed = torch.tensor(numbers)[choice]
+        free = torch.arange(clean.shape[1]) >= fixed[:, None]
+        return append_dims(self.share(free.to(clean.device)), clean.ndim)
+
+
+def frame_weights(fixed_frames: Any) -> dict[int, float]:
+    """Return the weight of each number of fixed frames.
+
+    Raises:
+        UserError: `fixed_frames` is neither a number of frames nor weights of such numbers.
+    """
+    given = fixed_frames if isinstance(fixed_frames, Mapping) else {fixed_frames: 1.0}
+    numbers = all(type(number) is int and number >= 0 for number in given)
+    weights = [type(weight) in (int, float) and 0 <= weight < math.inf for weight in given.values()]
+    if not (given and numbers and all(weights) and sum(given.values()) > 0):
+        raise UserError(
+            f"loss_fn_config: fixed_frames is {shown(fixed_frames)}; expected a number of latent frames, or weights by "
+            "number such as {0: 1, 2: 3}"
+        )
+    return {number: weight for number, weight in given.items() if weight}

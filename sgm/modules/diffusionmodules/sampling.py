@@ -7,17 +7,18 @@ so the loops never wait for a device.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 from sgm.modules.diffusionmodules.base_sampler import BaseDiffusionSampler
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, guider_keywords
 from sgm.modules.diffusionmodules.sampling_bar import SamplingBar
+from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
 from sgm.modules.diffusionmodules.sampling_utils import (
     Generators,
     ancestral_step,
@@ -26,7 +27,7 @@ from sgm.modules.diffusionmodules.sampling_utils import (
     noise_like,
     to_d,
 )
-from sgm.modules.diffusionmodules.util import reject_options
+from sgm.signatures import accepts
 from sgm.util import instantiate_from_config
 
 __all__ = [
@@ -56,12 +57,14 @@ class Run:
     """One call of a sampler, as its loop sees it.
 
     `a` and `s` run from noisy to clean and hold one more number than there are steps: the clean sample, where s is 0.
-    `steps` counts from 0 and takes care of the progress bar. `denoise(x, step, level)` is the guided estimate of the
-    clean sample, by default at the level of the step. `noise(x)` is fresh noise shaped like `x`.
+    `steps` counts from 0 and takes care of the progress bar; `num_steps` is the number of steps of the whole schedule,
+    of which a start from a clip leaves out the first. `denoise(x, step, level)` is the guided estimate of the clean
+    sample, by default at the level of the step. `noise(x)` is fresh noise shaped like `x`.
     """
 
     a: list[float]
     s: list[float]
+    num_steps: int
     steps: Iterable[int]
     denoise: Callable[..., Tensor]
     noise: Callable[[Tensor], Tensor]
@@ -76,9 +79,16 @@ class Sampler(SamplingBar, ABC):
         guider_config: guidance; none by default.
         verbose: show a progress bar (on the first process only).
         device: accepted from configurations; sampling takes place where `x` is.
+        guidance_interval: from which share of the steps to which there is guidance, such as [0.2, 0.8]; at the others
+            the network runs on the conditional batch alone (arXiv:2404.07724, in steps rather than levels). None: all.
+
+    Raises:
+        UserError: `guidance_interval` is no such interval.
     """
 
     variance_preserving: bool  # then the denoiser takes a as the level, and the timestep as `idx`; else it takes s
+    fixed_frames = 0  # of `x` are given clean, and held, where a call gives no other `start`
+    sdedit = False  # hold such frames at the noise level of each step rather than clean
 
     def __init__(
         self,
@@ -87,10 +97,12 @@ class Sampler(SamplingBar, ABC):
         guider_config: Mapping[str, Any] | None = None,
         verbose: bool = False,
         device: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ):
         self.discretization = instantiate_from_config(discretization_config)
         self.num_steps = num_steps
         self.guider = instantiate_from_config(guider_config) if guider_config else IdentityGuider()
+        self.guidance_interval = None if guidance_interval is None else checked_interval(guidance_interval)
         self.show_bar(verbose)
 
     @torch.no_grad()
@@ -105,7 +117,8 @@ class Sampler(SamplingBar, ABC):
         scale_emb: Tensor | None = None,
         ofs: float | Tensor | None = None,
         generator: Generators = None,
-        callback: Callable[[int, int], None] | None = None,
+        callback: Callable[..., None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Sample.
 
@@ -119,7 +132,10 @@ class Sampler(SamplingBar, ABC):
             scale_emb: embedding of the guidance scale, (batch, features), for networks distilled to take one.
             ofs: what the network is told besides the timestep (CogVideoX 1.5 image-to-video), a number or (batch,).
             generator: source of the noise that is added on the way, see `draw_noise`.
-            callback: called as `callback(steps done, steps in all)` after each step.
+            callback: called as `callback(steps done, steps in all)` after each step; one that takes the keyword
+                `denoised` is given the last guided estimate of the clean samples with it.
+            start: what sampling starts from, and the frames that it goes on from; None: noise alone, of which the first
+                `fixed_frames` frames are clean ones to go on from, as in the original.
 
         Returns:
             The clean samples, shaped like `x`, float32.
@@ -131,18 +147,30 @@ class Sampler(SamplingBar, ABC):
         if num_steps is None:
             raise UserError("sampler_config: num_steps is missing; set it there or pass it when sampling")
         x = x.float()
+        if start is None:
+            start = Start(prefix=x[:, : self.fixed_frames]) if self.fixed_frames else NOISE
+        first = num_steps - start.steps(num_steps)
         a, s, timesteps = self.schedule(num_steps)
+        a, s, timesteps = a[first:], s[first:], timesteps[first:]
         levels = a if self.variance_preserving else s
         configured_steps = num_steps if self.num_steps is None else self.num_steps
 
         unguided = uc is None or (not isinstance(scale, Tensor) and scale == 1)
-        guider = IdentityGuider() if unguided else self.guider
-        taken = guider_keywords(guider)
+        guiders: dict[bool, Any] = {False: IdentityGuider()}
+        guiders[True] = guiders[False] if unguided else self.guider
+        taken = {guided: guider_keywords(guider) for guided, guider in guiders.items()}
         scale = scale.to(x.device) if isinstance(scale, Tensor) else scale
         given = {"scale_emb": scale_emb, "ofs": ofs}
         given = {name: _per_sample(value, x) for name, value in given.items() if value is not None}
 
+        def noise(x: Tensor) -> Tensor:
+            return noise_like(x, generator)
+
         def denoise(x: Tensor, step: int, level: float | None = None) -> Tensor:
+            x = start.with_prefix(x, *((a[step], s[step], noise) if self.sdedit else ()))
+            done = (first + step) / num_steps
+            guided = self._is_guided(done)
+            guider = guiders[guided]
             level_of_each = x.new_full((len(x),), levels[step] if level is None else level)
             inputs = guider.prepare_inputs(x, level_of_each, cond, uc)
             copies = len(inputs[0]) // len(x)
@@ -150,12 +178,31 @@ class Sampler(SamplingBar, ABC):
             if self.variance_preserving:
                 model_inputs["idx"] = x.new_full((copies * len(x),), timesteps[step], dtype=torch.long)
             denoised = denoiser(*inputs, **model_inputs).float()
-            k = configured_steps - timesteps[step]
-            told: dict[str, Any] = {"scale": scale, "step_index": k, "progress": step / num_steps}
-            return guider(denoised, level_of_each, **{name: told[name] for name in taken})
+            told: dict[str, Any] = {
+                "scale": scale,
+                "step_index": configured_steps - timesteps[step],
+                "progress": done,
+                "shortfall": (num_steps - timesteps[step]) / num_steps,
+            }
+            estimate[:] = [guider(denoised, level_of_each, **{name: told[name] for name in taken[guided]})]
+            return estimate[0]
 
-        steps = self._count_steps(num_steps, callback)
-        return self.sample(x, Run(a, s, steps, denoise, lambda x: noise_like(x, generator)))
+        estimate: list[Tensor] = []  # the last one
+        x = self.noised(x, None if start.clip is None else start.clip.to(x), a[0], s[0])
+        steps = self._count_steps(num_steps - first, callback, estimate)
+        run = Run(a, s, num_steps, steps, denoise, noise)
+        return start.with_prefix(self.sample(x, run))
+
+    def noised(self, noise: Tensor, clip: Tensor | None, a: float, s: float) -> Tensor:
+        """Return what the loop starts with: a·clip + s·ε; without a clip noise of the variance that belongs there."""
+        return noise if clip is None else a * clip + s * noise
+
+    def _is_guided(self, done: float) -> bool:
+        """Return whether there is guidance at a step, given the share of the steps that come before it."""
+        if self.guidance_interval is None:
+            return True
+        first, last = self.guidance_interval
+        return first <= done and (done < last or last == 1)
 
     @abstractmethod
     def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
@@ -165,11 +212,29 @@ class Sampler(SamplingBar, ABC):
     def sample(self, x: Tensor, run: Run) -> Tensor:
         """The loop."""
 
-    def _count_steps(self, num_steps: int, callback: Callable[[int, int], None] | None) -> Iterator[int]:
+    def _count_steps(
+        self, num_steps: int, callback: Callable[..., None] | None, estimate: Sequence[Tensor]
+    ) -> Iterator[int]:
+        shows = callback is not None and accepts(callback, "denoised")
         for step in self.counted(range(num_steps)):
             yield step
             if callback is not None:
-                callback(step + 1, num_steps)
+                callback(step + 1, num_steps, **({"denoised": estimate[-1]} if shows else {}))
+
+
+def checked_interval(interval: Any) -> tuple[float, float]:
+    """Return an interval of steps as two shares of them.
+
+    Raises:
+        UserError: it is something else.
+    """
+    fits = isinstance(interval, list | tuple) and [type(end) in (int, float) for end in interval] == [True, True]
+    if not fits or not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(
+            f"guidance_interval is {shown(interval)}; expected two shares of the steps such as [0.2, 0.8], the smaller "
+            "one first"
+        )
+    return interval[0], interval[1]
 
 
 def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
@@ -230,18 +295,25 @@ class VideoSampler(Sampler):
     """What the video samplers share: the schedule of a, ending at 1.
 
     Args:
-        fixed_frames, sdedit: accepted at their neutral values only.
+        fixed_frames: so many frames in front of the noise that a call is given are clean ones, which stay as they are
+            while the rest is denoised; a call's `start` has others.
+        sdedit: bring such frames to the noise level of each step, with fresh noise, rather than leave them clean.
         kwargs: see `Sampler`.
 
     Raises:
-        UserError: an option that is not supported is set.
+        UserError: `fixed_frames` is no number of frames.
     """
 
     variance_preserving = True
 
     def __init__(self, *args: Any, fixed_frames: int = 0, sdedit: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        reject_options(type(self).__name__, fixed_frames=fixed_frames, sdedit=sdedit)
+        if type(fixed_frames) is not int or fixed_frames < 0:
+            raise UserError(
+                f"sampler_config: fixed_frames is {shown(fixed_frames)}; expected a whole number of latent frames"
+            )
+        self.fixed_frames = fixed_frames
+        self.sdedit = sdedit
 
     def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
         levels, timesteps = self.discretization.table(num_steps)
@@ -313,13 +385,9 @@ class SigmaSampler(Sampler):
         sigmas, timesteps = self.discretization.table(num_steps)
         return [1.0] * (num_steps + 1), [*sigmas.tolist(), 0.0], timesteps[::-1].tolist()
 
-    def sample(self, x: Tensor, run: Run) -> Tensor:
-        # x0 is taken to have unit variance.
-        return self.loop(x * math.sqrt(1 + run.s[0] ** 2), run)
-
-    @abstractmethod
-    def loop(self, x: Tensor, run: Run) -> Tensor:
-        """The loop, from `x` at σ = `run.s[0]`."""
+    def noised(self, noise: Tensor, clip: Tensor | None, a: float, s: float) -> Tensor:
+        # A sample that is not known is taken to have unit variance.
+        return noise * math.sqrt(1 + s**2) if clip is None else super().noised(noise, clip, a, s)
 
 
 class DDIMSampler(SigmaSampler):
@@ -338,7 +406,7 @@ class DDIMSampler(SigmaSampler):
             raise UserError(f"sampler_config: s_noise is {s_noise}; expected a number from 0 to 1")
         self.s_noise = s_noise
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def sample(self, x: Tensor, run: Run) -> Tensor:
         for i in run.steps:
             sigma, sigma_next = run.s[i], run.s[i + 1]
             d = to_d(x, sigma, run.denoise(x, i))
@@ -351,14 +419,14 @@ class DDIMSampler(SigmaSampler):
 class DPMPP2MSampler(SigmaSampler):
     """DPM-Solver++(2M)."""
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def sample(self, x: Tensor, run: Run) -> Tensor:
         return dpmpp_2m(x, run, stochastic=False)
 
 
 class SDEDPMPP2MSampler(SigmaSampler):
     """SDE-DPM-Solver++(2M)."""
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def sample(self, x: Tensor, run: Run) -> Tensor:
         return dpmpp_2m(x, run, stochastic=True)
 
 
@@ -384,12 +452,11 @@ class EulerEDMSampler(SigmaSampler):
         self.s_tmax = s_tmax
         self.s_noise = s_noise
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
-        num_steps = len(run.s) - 1
+    def sample(self, x: Tensor, run: Run) -> Tensor:
         for i in run.steps:
             sigma, sigma_next = run.s[i], run.s[i + 1]
             churned = self.s_tmin <= sigma <= self.s_tmax
-            gamma = min(self.s_churn / num_steps, math.sqrt(2) - 1) if churned else 0.0
+            gamma = min(self.s_churn / run.num_steps, math.sqrt(2) - 1) if churned else 0.0
             sigma_hat = sigma * (1 + gamma)
             if gamma > 0:
                 x = x + run.noise(x) * self.s_noise * math.sqrt(sigma_hat**2 - sigma**2)
@@ -430,7 +497,7 @@ class AncestralSampler(SigmaSampler):
         self.eta = eta
         self.s_noise = s_noise
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def sample(self, x: Tensor, run: Run) -> Tensor:
         for i in run.steps:
             sigma, sigma_next = run.s[i], run.s[i + 1]
             sigma_down, sigma_up = ancestral_step(sigma, sigma_next, self.eta)
@@ -469,7 +536,7 @@ class LinearMultistepSampler(SigmaSampler):
         super().__init__(*args, **kwargs)
         self.order = order
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def sample(self, x: Tensor, run: Run) -> Tensor:
         derivatives: list[Tensor] = []
         for i in run.steps:
             sigma, sigma_next = run.s[i], run.s[i + 1]

@@ -1,0 +1,59 @@
+"""The pixels of a clip that a video is made from, read as training reads clips.
+
+That happens in a process of its own: a file whose decoder hangs or crashes costs the video that is made from it alone.
+"""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cogvideox_sat.clips.attempts import CLIP_TIMEOUT
+from cogvideox_sat.clips.files import ClipSource
+from cogvideox_sat.clips.reading import FrameSampling, probe, read_clip
+from cogvideox_sat.clips.reading_processes import in_processes
+from cogvideox_sat.latent_geometry import Bucket
+from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
+from cogvideox_sat.media.video_probe import frames_at_rate
+from cogvideox_sat.media.video_reading import load_decoder
+from sgm.errors import UserError
+
+
+def read_input_video(path: Path, size: tuple[int, int], frames: int, fps: float, limit: float = CLIP_TIMEOUT) -> Tensor:
+    """Return the first frames of a clip at `fps` frames a second, resized to cover `size` and cropped in the middle.
+
+    Args:
+        size: (height, width) in pixels.
+        limit: seconds to read it.
+
+    Returns:
+        (frames, 3, height, width), float32 in [-1, 1], RGB.
+
+    Raises:
+        UserError: the clip cannot be read, takes too long, or is shorter.
+    """
+    source = ClipSource(str(path), None, animated=True)  # opened as a video whatever its name
+
+    def read(_: Any) -> Tensor | str:
+        try:
+            info = probe(source)
+            if (available := frames_at_rate(VideoFacts(*info), fps)) < frames:
+                return (
+                    f"it has {available} frames at {fps:g} frames a second, and {frames} are asked for; ask for fewer, "
+                    "or give a longer clip"
+                )
+            sampling = FrameSampling(fps, frames, random_start=False)
+            return read_clip(source, Bucket(frames, *size), sampling, seed=0, info=info).contiguous()
+        except UnreadableClip as error:
+            return str(error)
+
+    def late(_: Any, reason: str) -> str:
+        return reason.removesuffix(" (clip_timeout)")
+
+    load_decoder()  # before the process is forked, where it is not part of the time
+    with closing(in_processes(read, [None], lambda _: str(path), late, 1, limit)) as results:
+        pixels = next(results)
+    if isinstance(pixels, str):
+        raise UserError(f"video: {path}: {pixels}")
+    return pixels.float() / 127.5 - 1.0

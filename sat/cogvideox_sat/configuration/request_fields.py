@@ -1,0 +1,213 @@
+"""The fields of a request, wherever they are given: in a `.jsonl` file, from Python, on a page. Nothing here imports
+PyTorch.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cogvideox_sat.configuration.argument_schema import HIGHEST_RATE
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.sampler_knobs import SCHEDULES, sampler_class, samplers_for, usual_knobs
+from cogvideox_sat.latent_geometry import SPACE_FACTOR
+from sgm.errors import UserError, shown
+from sgm.plain_json import has_half_characters
+
+LARGEST_SEED = 2**63 - 1
+LARGEST_SCALE = 1000  # of guidance; the released models use 6
+MOST_STEPS = 2**20
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field: what it takes, in words and as a test, and what it is for."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+    help: str
+
+
+def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most  # bool is a subclass of int, and true is no number of frames
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most
+
+
+def _is_pair(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(accepts, value))
+
+
+def _is_interval(value: Any) -> bool:
+    return _is_pair(value, lambda end: _is_number(end, 0, 1)) and value[0] < value[1]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+FIELDS = {
+    "prompt": Field("a string", _is_text, "what the video shows"),
+    "negative_prompt": Field("a string", _is_text, "what guidance steers away from"),
+    "image": Field(
+        "the path of an image", lambda value: isinstance(value, str) and value != "", "the first frame of the video"
+    ),
+    "seed": Field(
+        "a whole number from 0 to 2^63 - 1", lambda value: _is_whole(value, 0, LARGEST_SEED), "seed of the noise"
+    ),
+    "num_frames": Field(
+        "a positive whole number of latent frames", lambda value: _is_whole(value, 1), "length in latent frames"
+    ),
+    "frames": Field("a positive whole number of frames", lambda value: _is_whole(value, 1), "length in frames"),
+    "size": Field(
+        "[height, width] in pixels",
+        lambda value: _is_pair(value, lambda side: _is_whole(side, 1)),
+        "height and width in pixels",
+    ),
+    "fps": Field(
+        f"a whole number from 1 to {HIGHEST_RATE}",
+        lambda value: _is_whole(value, 1, HIGHEST_RATE),
+        "frames a second of the file",
+    ),
+    "steps": Field("a positive whole number", lambda value: _is_whole(value, 1, MOST_STEPS), "sampling steps"),
+    "sampler": Field("the name of a sampler", _is_text, "which way the steps are taken"),
+    "guidance_scale": Field(
+        f"a number from 0 to {LARGEST_SCALE}",
+        lambda value: _is_number(value, 0, LARGEST_SCALE),
+        "how strongly the prompt guides",
+    ),
+    "guidance_interval": Field(
+        "two shares of the steps such as [0.2, 0.8], the smaller one first",
+        _is_interval,
+        "from which share of the steps to which there is guidance",
+    ),
+    "guidance_schedule": Field(
+        f"one of {', '.join(SCHEDULES)}",
+        lambda value: value in SCHEDULES,
+        "how the strength of guidance goes with the steps",
+    ),
+}
+# Two names of one thing; a request has one of them.
+ALTERNATIVES = (("frames", "num_frames"),)
+
+
+def checked_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields that are given, without those that are None; pairs as tuples.
+
+    Args:
+        where: what messages begin with.
+
+    Raises:
+        UserError: a field does not exist, `prompt` is missing, or a value is none of what its field takes.
+    """
+    for name in given:
+        if name not in FIELDS:
+            raise UserError(f"{where}: unknown key '{name}', {nearest_field(str(name))}")
+    if "prompt" not in given:
+        raise UserError(f"{where}: the key 'prompt' is missing")
+    values = {name: value for name, value in given.items() if value is not None or name == "prompt"}
+    for name, value in values.items():
+        if not FIELDS[name].accepts(value):
+            raise UserError(f"{where}: '{name}' must be {FIELDS[name].expected}, got {_shorten(value)}")
+        if isinstance(value, str) and has_half_characters(value):
+            raise UserError(f"{where}: '{name}' has half a character, {value!r:.60}; write the character itself")
+    if "sampler" in values:
+        try:
+            values["sampler"] = sampler_class(values["sampler"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    for one, other in ALTERNATIVES:
+        if one in values and other in values:
+            raise UserError(f"{where}: '{one}' and '{other}' are both given; '{other}' counts latent frames, keep one")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def check_argument(name: str, value: Any) -> None:
+    """Check what an argument of the name of a field is given; None: nothing.
+
+    Raises:
+        UserError: the value is none of what the field takes.
+    """
+    if value is not None and not FIELDS[name].accepts(value):
+        raise UserError(f"{name} is {shown(value)}; expected {FIELDS[name].expected}")
+
+
+def nearest_field(name: str) -> str:
+    """Return the advice for a field that does not exist."""
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(FIELDS)}"
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For whoever shows them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OfferedField:
+    """What a loaded model takes in a field.
+
+    Args:
+        kind: text, image, whole, number, pair (of whole numbers), interval (two shares) or choice.
+        usual: what it is where a request says nothing; None: nothing, or another one for each request.
+        least, most, step: of numbers, of both of a pair (`most` of each); None: no bound.
+        choices: the values that the model takes; empty: any within the bounds.
+        required: a request needs it.
+    """
+
+    name: str
+    help: str
+    kind: str
+    usual: Any = None
+    least: float | None = None
+    most: float | tuple[int, int] | None = None
+    step: float | None = None
+    choices: Sequence[Any] = ()
+    required: bool = False
+
+
+def offered_fields(model_config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, OfferedField]:
+    """Return the fields of a request to a model by name, each with what the model takes there.
+
+    Fields that mean nothing to the model are left out: the image of a text-to-video model, guidance without a guider.
+
+    Args:
+        model_config: the `model:` section.
+        usual: values of fields where a request says nothing, such as `size` and `frames`.
+    """
+    limits, section = ModelLimits.from_config(model_config), model_config.get("sampler_config") or {}
+    knobs = usual_knobs(section) | {name: value for name, value in usual.items() if value is not None}
+    height, width = (SPACE_FACTOR * limit for limit in limits.largest[1:])
+    side = SPACE_FACTOR * max(limits.patch[1:])
+    lengths = limits.lengths()
+    kinds: dict[str, dict[str, Any]] = {
+        "prompt": {"kind": "text", "required": True},
+        "negative_prompt": {"kind": "text"},
+        "image": {"kind": "image", "required": True} if limits.image_to_video else {},
+        "seed": {"kind": "whole", "least": 0, "most": LARGEST_SEED},
+        "size": {"kind": "pair", "least": side, "most": (height, width), "step": side},
+        "frames": {"kind": "choice", "choices": lengths},
+        "fps": {"kind": "whole", "least": 1, "most": HIGHEST_RATE},
+        "steps": {"kind": "whole", "least": 1, "most": 1000},
+        "sampler": {"kind": "choice", "choices": list(samplers_for(section))},
+    }
+    if "guidance_scale" in knobs:
+        kinds |= {
+            "guidance_scale": {"kind": "number", "least": 0, "most": LARGEST_SCALE},
+            "guidance_interval": {"kind": "interval", "least": 0, "most": 1},
+            "guidance_schedule": {"kind": "choice", "choices": list(SCHEDULES)},
+        }
+    return {
+        name: OfferedField(name, FIELDS[name].help, usual=knobs.get(name), **kind)
+        for name, kind in kinds.items()
+        if kind
+    }

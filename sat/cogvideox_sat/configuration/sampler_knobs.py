@@ -1,0 +1,204 @@
+"""What a request may change of the configured sampler: which one it is, and its guidance. Nothing here imports PyTorch.
+
+A knob means the same as the keys of the configuration that it stands for: `changed_sampler` returns the section with
+them set. Weights have no part in it.
+"""
+
+import copy
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cogvideox_sat.configuration.static_signatures import static_parameters
+from sgm.errors import UserError, shown
+
+MODULE = "sgm.modules.diffusionmodules.sampling"
+GUIDERS = "sgm.modules.diffusionmodules.guiders"
+# Classes by short name. The first group takes any schedule, the second one of sigma, which CogVideoX's is not.
+VIDEO_SAMPLERS = {
+    "dpmpp_2m_sde": "VPSDEDPMPP2MSampler",
+    "dpmpp_2m": "VPODEDPMPP2MSampler",
+    "ddim": "VideoDDIMSampler",
+    "ddpm": "VideoDDPMSampler",
+}
+SIGMA_SAMPLERS = {
+    "euler": "EulerEDMSampler",
+    "heun": "HeunEDMSampler",
+    "euler_ancestral": "EulerAncestralSampler",
+    "dpmpp_2s_ancestral": "DPMPP2SAncestralSampler",
+    "sigma_dpmpp_2m": "DPMPP2MSampler",
+    "sigma_dpmpp_2m_sde": "SDEDPMPP2MSampler",
+    "sigma_ddim": "DDIMSampler",
+    "linear_multistep": "LinearMultistepSampler",
+}
+SAMPLERS = VIDEO_SAMPLERS | SIGMA_SAMPLERS
+ALPHA_SCHEDULE = "ZeroSNRDDPMDiscretization"
+SCHEDULES = ("timestep", "diffusers", "step", "constant")  # of guidance; all but the last are `count` of `DynamicCFG`
+USUAL_EXPONENT = 5  # of `DynamicCFG`, where the configuration names another guider
+# Of all samplers; other parameters mean something to one class alone.
+SHARED_PARAMETERS = ("discretization_config", "num_steps", "guider_config", "verbose", "device", "guidance_interval")
+VIDEO_PARAMETERS = ("fixed_frames", "sdedit")  # of those of the first group
+
+
+@dataclass(frozen=True)
+class SamplerKnobs:
+    """What a request changes of the configured sampler; None: nothing.
+
+    Args:
+        sampler: one of `SAMPLERS`, by its short name or that of its class; then it is the class.
+        guidance_scale: `scale` of the guider.
+        guidance_interval: from which share of the steps to which there is guidance; see `Sampler`.
+        guidance_schedule: how the strength of guidance goes with the steps: one of `SCHEDULES`.
+
+    Raises:
+        UserError: there is no such sampler.
+    """
+
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_schedule: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None:
+            object.__setattr__(self, "sampler", sampler_class(self.sampler))
+
+    @classmethod
+    def of(cls, settings: Any) -> "SamplerKnobs":
+        """Return the knobs that are attributes of an object, such as the arguments of a run."""
+        values = {name: getattr(settings, name) for name in KNOBS}
+        interval = values["guidance_interval"]
+        first, last = interval or (None, None)
+        return cls(**{**values, "guidance_interval": None if first is None else (first, last)})
+
+    def over(self, others: "SamplerKnobs") -> "SamplerKnobs":
+        """Return these knobs, with those of `others` where they say nothing."""
+        return SamplerKnobs(**{**others.given(), **self.given()})
+
+    def given(self) -> dict[str, Any]:
+        """Return those that are not None, by name."""
+        return {name: value for name in KNOBS if (value := getattr(self, name)) is not None}
+
+
+NO_KNOBS = SamplerKnobs()
+KNOBS = tuple(f.name for f in fields(SamplerKnobs))
+
+
+def sampler_class(name: str) -> str:
+    """Return the class of a sampler, given by its short name, its class or its import path.
+
+    Raises:
+        UserError: there is no such sampler.
+    """
+    plain = name.removeprefix(f"{MODULE}.")
+    known = {**SAMPLERS, **{kind: kind for kind in SAMPLERS.values()}}
+    found = known.get(plain) or known.get(plain.replace("-", "_").lower())
+    if found is None:
+        near = difflib.get_close_matches(plain, known, n=1) or difflib.get_close_matches(plain.lower(), SAMPLERS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"it can be {', '.join(SAMPLERS)}, or a class of {MODULE}"
+        raise UserError(f"sampler is {shown(name)}; {advice}")
+    return found
+
+
+def samplers_for(section: Mapping[str, Any]) -> dict[str, str]:
+    """Return the samplers that go with the noise schedule of a `sampler_config`: classes by short name."""
+    return VIDEO_SAMPLERS if _is_alpha_schedule(section) else SAMPLERS
+
+
+def short_name(section: Mapping[str, Any]) -> str:
+    """Return what the sampler of a `sampler_config` is called here; its class if it is of somebody else."""
+    target = str(section.get("target"))
+    names = {f"{MODULE}.{kind}": name for name, kind in SAMPLERS.items()}
+    return names.get(target, target)
+
+
+def usual_knobs(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the knobs are where a request leaves them alone: those that the configured sampler has."""
+    guider = _guider(section)
+    params = guider.get("params") or {} if guider else {}
+    usual: dict[str, Any] = {"sampler": short_name(section)}
+    if "scale" in params:
+        usual["guidance_scale"] = params["scale"]
+        usual["guidance_interval"] = _params(section).get("guidance_interval") or [0.0, 1.0]
+        is_dynamic = str(guider["target"]).endswith(".DynamicCFG") if guider else False
+        usual["guidance_schedule"] = params.get("count", SCHEDULES[0]) if is_dynamic else "constant"
+    return usual
+
+
+def changed_sampler(section: Mapping[str, Any], knobs: SamplerKnobs) -> dict[str, Any]:
+    """Return a `sampler_config` with the keys set that the knobs stand for.
+
+    Raises:
+        UserError: the configured sampler or its guider has no such key.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(section))
+    params = changed["params"] = dict(_params(changed))
+    if knobs.sampler is not None:
+        kind = sampler_class(knobs.sampler)
+        if kind in SIGMA_SAMPLERS.values() and _is_alpha_schedule(section):
+            raise UserError(
+                f"sampler is {shown(knobs.sampler)}, which needs a noise schedule of sigma, and this model has "
+                f"{ALPHA_SCHEDULE}; choose one of {', '.join(VIDEO_SAMPLERS)}"
+            )
+        if changed.get("target") != f"{MODULE}.{kind}":
+            changed["target"] = f"{MODULE}.{kind}"
+            kept = (*SHARED_PARAMETERS, *(VIDEO_PARAMETERS if kind in VIDEO_SAMPLERS.values() else ()))
+            changed["params"] = params = {name: params[name] for name in kept if name in params}
+    if knobs.guidance_scale is not None:
+        _own_guider(changed, "guidance_scale")["params"]["scale"] = knobs.guidance_scale
+    if knobs.guidance_schedule is not None:
+        _reschedule(changed, knobs.guidance_schedule)
+    if knobs.guidance_interval is not None:
+        _own_guider(changed, "guidance_interval")
+        taken = static_parameters(str(changed.get("target")))
+        if taken is None or "guidance_interval" not in taken.hints:
+            raise UserError(
+                f"guidance_interval: the sampler {short_name(changed)} does not take it; choose another `sampler`"
+            )
+        params["guidance_interval"] = list(knobs.guidance_interval)
+    return changed
+
+
+def _reschedule(section: dict[str, Any], schedule: str) -> None:
+    """Let the strength of guidance go with the steps as `schedule` says."""
+    guider = _own_guider(section, "guidance_schedule")
+    params, name = guider["params"], str(guider["target"]).removeprefix(f"{GUIDERS}.")
+    if name not in ("DynamicCFG", "VanillaCFG"):
+        raise UserError(f"guidance_schedule: {guider['target']} has none to choose; leave it out")
+    if schedule == "constant":
+        kept = {key: params[key] for key in ("scale", "dyn_thresh_config") if key in params}
+        section["params"]["guider_config"] = {"target": f"{GUIDERS}.VanillaCFG", "params": kept}
+        return
+    guider["target"] = f"{GUIDERS}.DynamicCFG"
+    params["count"] = schedule
+    params.setdefault("exp", USUAL_EXPONENT)
+    params.setdefault("num_steps", section["params"].get("num_steps") or 50)
+
+
+def _own_guider(section: Mapping[str, Any], knob: str) -> dict[str, Any]:
+    """Return the guider of a copied `sampler_config`, whose `params` may be changed.
+
+    Raises:
+        UserError: it has none with a scale.
+    """
+    guider = _guider(section)
+    if guider is None or "scale" not in (guider.get("params") or {}):
+        kind = str(guider["target"]).rpartition(".")[2] if guider else "no guider"
+        raise UserError(f"{knob}: this model is sampled without guidance ({kind} in sampler_config); leave it out")
+    return guider
+
+
+def _guider(section: Mapping[str, Any]) -> dict[str, Any] | None:
+    guider = _params(section).get("guider_config")
+    return guider if isinstance(guider, dict) and isinstance(guider.get("target"), str) else None
+
+
+def _params(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    params = section.get("params")
+    return params if isinstance(params, Mapping) else {}
+
+
+def _is_alpha_schedule(section: Mapping[str, Any]) -> bool:
+    schedule = _params(section).get("discretization_config")
+    return isinstance(schedule, Mapping) and str(schedule.get("target")).endswith(f".{ALPHA_SCHEDULE}")

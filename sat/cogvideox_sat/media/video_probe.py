@@ -1,0 +1,59 @@
+"""Look at a video that a user names: size and length, without its pixels. Nothing here imports PyTorch.
+
+The file is opened in a process of its own, since a decoder that hangs or crashes takes its process with it.
+"""
+
+import math
+import multiprocessing
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from cogvideox_sat.media.frame_times import ROUNDING
+from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
+from cogvideox_sat.media.video_reading import load_decoder, open_video
+
+LIMIT = 60.0  # seconds to open a video; a file without an index of frames is read to its end
+
+
+def facts_in_time(path: Path, limit: float = LIMIT) -> VideoFacts:
+    """Return size and length of a video.
+
+    Raises:
+        UnreadableClip: the file is missing, holds no video, or takes longer than `limit` seconds.
+    """
+    load_decoder()  # before the process is forked, where it is not part of the time
+    context = multiprocessing.get_context("fork")
+    answers, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_look, args=(path, theirs), daemon=True)
+    with warnings.catch_warnings():  # of threads, whose locks the child does not need
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    theirs.close()
+    try:
+        if not answers.poll(limit):
+            raise UnreadableClip(f"not opened within {limit:g} s")
+        answer = answers.recv()
+    except EOFError as error:
+        raise UnreadableClip("the process that opened it crashed") from error
+    finally:
+        process.kill()
+        process.join()
+        answers.close()
+    if isinstance(answer, str):
+        raise UnreadableClip(answer)
+    return answer
+
+
+def _look(path: Path, answers: Connection) -> None:
+    try:
+        with open_video(path) as video:
+            answers.send(video.facts)
+    except UnreadableClip as error:
+        answers.send(str(error))
+
+
+def frames_at_rate(facts: VideoFacts, fps: float) -> int:
+    """Return how many frames a video has at `fps` frames a second; its last frame is shown as long as a mean one."""
+    duration = facts.seconds / (facts.frames - 1) if facts.frames > 1 else 0.0
+    return math.floor((facts.seconds + duration / 2) * fps + ROUNDING) + 1

@@ -1,0 +1,54 @@
+"""The fields of a request say what they take; what is wrong with one is told in a line. `.jsonl` files are tested in
+tests/sampling/test_prompt_inputs.py."""
+
+import pytest
+
+from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.request_fields import FIELDS, checked_fields, offered_fields
+from cogvideox_sat.files.shipped import CONFIGS
+from sgm.errors import UserError
+
+
+def model(name: str):
+    return load_configs([CONFIGS / name])["model"]
+
+
+def test_what_is_given_and_nothing_else():
+    given = {"prompt": "a", "seed": None, "size": [64, 96], "guidance_interval": [0, 1], "sampler": "ddim"}
+    expected = {"prompt": "a", "size": (64, 96), "guidance_interval": (0, 1), "sampler": "VideoDDIMSampler"}
+    assert checked_fields(given, "here") == expected
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), -1, 1001, "6", [6]])
+def test_a_guidance_scale_is_a_number(value):
+    with pytest.raises(UserError, match="here: 'guidance_scale' must be a number from 0 to 1000"):
+        checked_fields({"prompt": "a", "guidance_scale": value}, "here")
+
+
+@pytest.mark.parametrize("value", [[0, 0], [0.5, 0.2], [0, 2], [-0.1, 1], [0.5], 0.5, ["0", "1"], [False, True]])
+def test_an_interval_is_two_shares(value):
+    with pytest.raises(UserError, match="here: 'guidance_interval' must be two shares"):
+        checked_fields({"prompt": "a", "guidance_interval": value}, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "lengths", "has_image"),
+    [
+        ("tiny/cogvideox_tiny.yaml", (8, (64, 64)), [1, 9], False),
+        ("cogvideox_5b_i2v.yaml", (16, (480, 720)), [1, 9, 17, 25, 33, 41, 49], True),
+        ("cogvideox1.5_5b.yaml", (16, (2400, 2400)), list(range(1, 162, 8)), False),
+    ],
+)
+def test_a_model_offers_what_it_takes(name, sizes, lengths, has_image):
+    offered = offered_fields(model(name), {"fps": 8})
+    assert offered.keys() == FIELDS.keys() - {"num_frames"} - ({"image"} if not has_image else set())
+    size = offered["size"]
+    assert (size.least, size.most, size.step) == (sizes[0], sizes[1], sizes[0])
+    assert offered["frames"].choices == lengths and offered["fps"].usual == 8
+    assert offered["guidance_scale"].usual == 6 and offered["sampler"].usual in offered["sampler"].choices
+
+
+def test_a_model_without_guidance_offers_none():
+    section = model("tiny/cogvideox_tiny.yaml")
+    del section["sampler_config"]["params"]["guider_config"]
+    assert not [name for name in offered_fields(section, {}) if name.startswith("guidance")]
