@@ -13,7 +13,8 @@ this tool did not write is never touched.
 Of all combinations of colour, shape, motion and background, 22 % are held out: `--split train`, the default, never
 shows one, `--split held_out` shows nothing else. `--shapes circle cross cross` draws only these, crosses twice as
 often; `--sizes` and `--motions` likewise. To teach a trained model what no other dataset has, `--concept spiral` draws
-shapes that move in a spiral, `--concept star` purple stars.
+shapes that move in a spiral, `--concept star` purple stars. `--begins 0 0.5` lets a clip begin at one of these moments
+of its motion, in clip lengths, as the windows do in which a clip is continued.
 
 With `--prompts_file FILE` no dataset is made, but a file of captions of single shapes to sample from. With
 `--with_first_frames` each names an image, `prompt@@prompts/00000.png`, and the clip that begins with it lies beside it,
@@ -28,7 +29,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
@@ -37,9 +37,6 @@ from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
 from cogvideox_sat.shapes.scenes import CONCEPTS, MOTIONS, SHAPES, SIZES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger("make_shapes_dataset")
 
@@ -77,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, words in CHOICES.items():
         word = name.removesuffix("s").upper()
         add(f"--{name}", nargs="+", choices=words, metavar=word, help="draw these; one named twice, twice as often")
+    add("--begins", type=float, nargs="+", metavar="MOMENT", help="of its motion, at one of which a clip begins")
     add("--concept", choices=tuple(CONCEPTS), help="draw this and nothing else")
     add("--prompts_file", type=Path, metavar="FILE", help="write prompts to this file instead of a dataset")
     add("--prompts", type=int, default=64, help="how many (default: 64)")
@@ -90,6 +88,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(
             "clips, frames and fps must be positive, images not negative, and height and width at least 16 pixels"
         )
+    if not all(0 <= begin <= 100 for begin in options.begins or []):
+        raise UserError(f"--begins: moments are numbers from 0 to 100, got {options.begins}")
     if any(side % 2 for side in options.size):
         raise UserError(f"height and width must be even, got {options.size[0]} and {options.size[1]}")
     for kind in CONCEPTS.get(options.concept, {}):
@@ -112,7 +112,7 @@ def make_dataset(options: argparse.Namespace) -> None:
     """Raises UserError if the folder holds something else or cannot be written."""
     names = ("clips", "images", "frames", "size", "fps", "seed", "split", "concept")
     settings = {name: getattr(options, name) for name in names} | {"version": VERSION}
-    settings |= chosen_words(options)
+    settings |= chosen_words(options) | ({"begins": options.begins} if options.begins else {})
     output = options.output
     marker = output / MARKER
     if marker.is_file() and marker.read_text() == json.dumps(settings):
@@ -137,9 +137,11 @@ def make_dataset(options: argparse.Namespace) -> None:
 def write_clips(folder: Path, settings: dict) -> None:
     (folder / "labels").mkdir(parents=True)
     chance = random.Random(f"captions {settings['seed']}")
+    begin_of = random.Random(f"begins {settings['seed']}")
     scenes = scenes_of(settings, settings["clips"], settings["seed"])
     for number, scene in enumerate(scenes):
-        write_clip(folder / "videos" / f"{number:05d}.mp4", scene, settings)
+        begin = begin_of.choice(settings.get("begins", [0.0]))
+        write_clip(folder / "videos" / f"{number:05d}.mp4", scene, settings, begin)
         (folder / "labels" / f"{number:05d}.txt").write_text(phrase(scene, chance) + "\n")
     write_images(folder / "images", settings)
     (folder / MARKER).write_text(json.dumps(settings))
@@ -155,20 +157,14 @@ def chosen_words(options: argparse.Namespace) -> dict[str, list[str]]:
     return {name: getattr(options, name) for name in CHOICES if getattr(options, name)}
 
 
-def draw(scene: Scene, frames: int, height: int, width: int) -> "Tensor":
-    """The clip: (frames, 3, height, width) in [-1, 1], edges antialiased."""
-    # Imports PyTorch: seconds, spent only once there is something to draw
-    from cogvideox_sat.shapes import drawing as shape_drawing
-
-    return shape_drawing.draw(scene, frames, height, width)
-
-
-def write_clip(path: Path, scene: Scene, settings: dict) -> None:
+def write_clip(path: Path, scene: Scene, settings: dict, begin: float = 0.0) -> None:
+    # These import PyTorch: seconds, spent only once there is something to draw
     from cogvideox_sat.media.video_output import VideoWriter
+    from cogvideox_sat.shapes.drawing import draw
 
     height, width = settings["size"]
     with VideoWriter(path, settings["fps"], height, width, lossless=True) as video:
-        video.write(draw(scene, settings["frames"], height, width))
+        video.write(draw(scene, settings["frames"], height, width, begin))
 
 
 def write_images(folder: Path, settings: dict) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from cogvideox_sat.media.image_inputs import load_condition_image
@@ -45,6 +46,28 @@ def test_it_is_read_as_training_data(tmp_path):
     meta, frames = read_video(tmp_path / "shapes" / "videos" / "00001.mp4")
     assert meta["fps"] == 8
     assert (frames - draw(scenes[1], 9, 64, 96)).abs().mean() < 0.006  # not a compressed video
+
+
+def test_clips_begin_at_the_moments_asked_for(tmp_path):
+    """And say the same as those that begin at the start; a dataset of other moments is another."""
+    assert make(tmp_path / "shapes", "--begins", "0", "0.5", clips=8, frames=9) == 0
+    begins = []
+    for number, scene in enumerate(random_scenes(8, 0)):
+        frames = read_video(tmp_path / "shapes" / "videos" / f"{number:05d}.mp4")[1]
+        assert parse((tmp_path / "shapes" / "labels" / f"{number:05d}.txt").read_text()) == scene
+        errors = {begin: (frames - draw(scene, 9, 64, 96, begin)).abs().mean() for begin in (0.0, 0.5)}
+        begins.append(min(errors, key=errors.get))
+        assert errors[begins[-1]] < 0.01 < max(errors.values())
+    assert set(begins) == {0.0, 0.5}
+    before = files(tmp_path / "shapes")
+    assert make(tmp_path / "shapes", "--begins", "0", "0.5", clips=8, frames=9) == 0
+    assert files(tmp_path / "shapes") == before
+    assert make(tmp_path / "shapes", "--begins", "-1") == 2
+
+
+def test_what_begins_in_the_middle_goes_on(tmp_path):
+    scene = random_scenes(1, 0, motions=["moving in a circle"])[0]
+    assert torch.equal(draw(scene, 9, 64, 64, 0.5)[:5], draw(scene, 9, 64, 64)[4:])
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

@@ -23,13 +23,18 @@ SHADE = 0.65  # of a pattern: so much of the background's colour
 LIGHT_BLACK = 0.3  # the shade of black, which has no darker one
 
 
-def draw(scene: Scene, frames: int, height: int, width: int) -> Tensor:
-    """The clip: (frames, 3, height, width) in [-1, 1], edges antialiased."""
-    return draw_moments(scene, torch.linspace(0, 1, frames).tolist(), height, width)
+def draw(scene: Scene, frames: int, height: int, width: int, begin: float = 0.0) -> Tensor:
+    """Return the clip (frames, 3, height, width) in [-1, 1], edges antialiased.
+
+    Args:
+        begin: the moment at which it begins; one that begins at 0.5 goes on from the middle of one that begins at 0.
+    """
+    return draw_moments(scene, (begin + torch.linspace(0, 1, frames)).tolist(), height, width)
 
 
 def draw_moments(scene: Scene, moments: Sequence[float], height: int, width: int) -> Tensor:
-    """The frames (moments, 3, height, width) in [-1, 1] at these times, 0 the clip's start and 1 its end."""
+    """The frames (moments, 3, height, width) in [-1, 1] at these times, 0 the clip's start and 1 its end; after it all
+    go on as before, and a shape that moves straight on leaves the picture."""
     picture = draw_background(scene.background, scene.pattern, height, width)
     for item, place in zip(scene.items, LAYOUTS[scene.layout], strict=True):
         inside = coverage(item, place, moments, height, width)[:, None]
@@ -89,7 +94,7 @@ def position(
 ) -> tuple[float, float, float]:
     """(row, column, radius) of the shape, in pixels, when the share `progress` of the clip is over.
 
-    The shape never leaves its place in the picture.
+    The shape does not leave its place in the picture before the clip is over.
     """
     top, left, high, wide = (part * side for part, side in zip(place, (height, width) * 2, strict=True))
     shorter = min(height, width)
