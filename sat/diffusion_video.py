@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.configuration.model_section import ALL, not_trainable_prefixes, plain_model_section
 from cogvideox_sat.configuration.settings import EngineSettings
-from cogvideox_sat.latent_geometry import patch_sizes
+from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, patch_sizes
 from cogvideox_sat.network.attention_choice import AttentionChoice, choose_attention
 from cogvideox_sat.network.batch_parts import in_parts
 from cogvideox_sat.network.layer_runner import SamplingProgress
@@ -33,6 +33,7 @@ from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.diffusionmodules.guidance_parallel import GuidanceParallel
+from sgm.modules.diffusionmodules.key_frames import KeyFrameDraws, noise_pictures
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
@@ -97,6 +98,9 @@ class SATVideoDiffusionEngine(nn.Module):
         self.noised_image_input = config.get("noised_image_input", False)
         self.noised_image_all_concat = config.get("noised_image_all_concat", False)
         self.noised_image_dropout = config.get("noised_image_dropout", 0.0)
+        self.key_frames = KeyFrameDraws(config["conditioning"]) if config.get("conditioning") else None
+        if self.key_frames is not None:
+            self.check_key_frames()
         self.not_trainable_prefixes = not_trainable_prefixes(config)
         self.attention: AttentionChoice | None = None
         self.compiled = False  # the network goes through torch.compile
@@ -381,29 +385,43 @@ class SATVideoDiffusionEngine(nn.Module):
         return rearrange(latent, "b c t h w -> b t c h w")
 
     def concat_condition(self, image_latent: Tensor, frames: int) -> Tensor:
-        """The first frame's latent (b, 1, c, h, w), followed by zeros (or repeated) up to `frames`."""
-        if self.noised_image_all_concat:
-            return image_latent.expand(-1, frames, -1, -1, -1)
-        return self.concat_key_frames({0: image_latent}, frames)
-
-    def concat_key_frames(self, latents: Mapping[int, Tensor], frames: int) -> Tensor:
-        """Return the condition (b, frames, c, h, w) of a network that is told some frames: their latents, else zeros.
+        """Return the condition (b, frames, c, h, w) of a network that is told some frames.
 
         Args:
-            latents: those of single pictures (b, 1, c, h, w), by the number of the latent frame that they stand in, as
-                decoding counts; 1.5 models have one more, before the second, which repeats the first.
+            image_latent: of the first frame (b, 1, c, h, w), after which zeros follow, or the model repeats it; or of
+                all latent frames, as decoding counts them, with zeros for those that are not told.
+        """
+        if self.noised_image_all_concat:
+            return image_latent.expand(-1, frames, -1, -1, -1)
+        told = image_latent.shape[1]
+        extra = frames - told if told > 1 else 0  # 1.5 models have a frame more, before the second
+        condition = image_latent.new_zeros(image_latent.shape[0], frames, *image_latent.shape[2:])
+        condition[:, :1] = image_latent[:, :1]
+        condition[:, 1 + extra : told + extra] = image_latent[:, 1:]
+        return condition
+
+    def concat_key_frames(self, latents: Mapping[int, Tensor], frames: int) -> Tensor:
+        """Return `concat_condition` of the latents of single pictures (b, 1, c, h, w) by the number of the latent frame
+        that they stand in, as decoding counts.
 
         Raises:
-            UserError: the model repeats the first frame's latent in all frames (`noised_image_all_concat`), so that
-                others have no place.
+            UserError: the model has no place for other frames than the first (`noised_image_all_concat`).
         """
-        if self.noised_image_all_concat and latents.keys() != {0}:
-            raise UserError("keyframes: this model takes the first frame alone (noised_image_all_concat is on)")
+        if latents.keys() == {0}:
+            return self.concat_condition(latents[0], frames)
+        self.check_key_frames()
         some = next(iter(latents.values()))
-        condition = some.new_zeros(some.shape[0], frames, *some.shape[2:])
+        placed = some.new_zeros(some.shape[0], frames - int(self.is_15), *some.shape[2:])
         for number, latent in latents.items():
-            condition[:, number + (int(self.is_15) if number else 0)] = latent[:, 0]
-        return condition
+            placed[:, number] = latent[:, 0]
+        return self.concat_condition(placed, frames)
+
+    def check_key_frames(self) -> None:
+        """Check that the model has a place for other frames than the first, else raise UserError."""
+        if not self.noised_image_input:
+            raise UserError("keyframes: this is a text-to-video model; use an '_i2v' configuration")
+        if self.noised_image_all_concat:
+            raise UserError("keyframes: this model takes the first frame alone (noised_image_all_concat is on)")
 
     # Training
 
@@ -425,11 +443,13 @@ class SATVideoDiffusionEngine(nn.Module):
         """Loss of a batch.
 
         Random numbers are drawn in the order: noise level and noise of the first frame, encoding of the first frame,
-        encoding of the clip, image dropout, then those of the loss.
+        then, where `conditioning` tells other frames, which ones, their noise and their encoding; encoding of the clip,
+        image dropout, then those of the loss.
 
         Args:
             batch: clips `mp4` (b, frames, 3, height, width), uint8 or in [-1, 1], and captions `txt`; or, encoded
-                before, `moments` (b, 2c, t, h, w) and, for image-to-video, `image_moments` (b, 2c, 1, h, w).
+                before, `moments` (b, 2c, t, h, w) and, for image-to-video, `image_moments` (b, 2c, 1, h, w), with
+                `key_moments` (b, 2c, t - 1, h, w) where `conditioning` tells other frames than the first.
             drop: drop captions and images at random, as training does; None: unless in `without_drops`.
         """
         drop = self.drops if drop is None else drop
@@ -450,14 +470,16 @@ class SATVideoDiffusionEngine(nn.Module):
         return self(latent, batch, **({"drop": drop} if accepts(self.forward, "drop") else {}))
 
     def encode_batch(self, batch: Mapping[str, Any], noise: bool = True) -> tuple[Tensor | None, Tensor]:
-        """The condition image (b, 1, c, h, w), if the model takes one, and the scaled latents (b, c, t, h, w).
+        """The condition image, if the model takes one, and the scaled latents (b, c, t, h, w).
 
-        The image is the first frame with some noise, or without `noise` as it is.
+        The image is the first frame (b, 1, c, h, w) with some noise, or without `noise` as it is; where the model's
+        `conditioning` tells others too, it is (b, t, c, h, w) with zeros for those that are not told.
         """
         image = None
         if "moments" in batch:
             if self.noised_image_input:
                 image = self.scale_condition(self.sample_latent(batch["image_moments"]))
+                image = self._with_key_frames(image, batch["moments"].shape[2], noise, lambda _: batch["key_moments"])
             return image, self.sample_latent(batch["moments"])
         if self.latent_input:
             if self.noised_image_input:
@@ -467,7 +489,50 @@ class SATVideoDiffusionEngine(nn.Module):
         if self.noised_image_input:
             first = clip[:, :, :1]
             image = self.encode_condition_image(noise_first_frame(first) if noise else first)
+            frames = (clip.shape[2] - 1) // TIME_FACTOR + 1
+            image = self._with_key_frames(image, frames, noise, lambda told: self.encode_key_frames(clip, told, noise))
         return image, self.encode_first_stage(clip, batch)
+
+    def _with_key_frames(
+        self, image: Tensor, frames: int, chance: bool, moments_of: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the latents of the frames that are told; the first alone where `conditioning` tells no others.
+
+        Args:
+            image: latent of the first frame (b, 1, c, h, w).
+            chance: draw which are told.
+            moments_of: gives the moments of the others (b, 2c, frames - 1, h, w), by which of them are told.
+        """
+        if self.key_frames is None or self.key_frames.first_alone:
+            return image
+        count = len(image)
+        if chance:
+            told = self.key_frames.draw(count, frames)
+        else:
+            told = self.key_frames.of_kind(self.key_frames.usual, frames).expand(count, -1)
+        others = self.scale_condition(self.sample_latent(moments_of(told[:, 1:])))
+        mask = told.to(image.device)[:, :, None, None, None]
+        return torch.where(mask, torch.cat((image, others.to(image)), dim=1), 0.0)
+
+    @torch.no_grad()
+    def encode_key_frames(self, clip: Tensor, told: Tensor | None = None, noise: bool = True) -> Tensor:
+        """Return the moments (b, 2c, t - 1, h, w) of single frames of clips (b, 3, frames, height, width): the last of
+        each latent frame but the first, each encoded by itself.
+
+        Args:
+            told: bool (b, t - 1), those that are wanted, the others are zeros; None: all.
+            noise: add that of training.
+        """
+        pictures = clip[:, :, TIME_FACTOR::TIME_FACTOR]
+        pictures = noise_pictures(pictures, "key frame") if noise else pictures
+        wanted = torch.ones(len(clip), pictures.shape[2], dtype=torch.bool) if told is None else told
+        chosen = rearrange(pictures, "b c t h w -> b t c 1 h w")[wanted.to(clip.device)]
+        height, width = (side // SPACE_FACTOR for side in clip.shape[-2:])
+        channels = 2 * self.config["network_config"]["params"]["out_channels"]
+        moments = clip.new_zeros(*wanted.shape, channels, 1, height, width)
+        if len(chosen):
+            moments[wanted.to(clip.device)] = self.encode_moments(chosen).to(moments)
+        return rearrange(moments, "b t c 1 h w -> b c t h w")
 
     def forward(self, x: Tensor, batch: dict[str, Any], drop: bool | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of latents (b, t, c, h, w): its mean, and the same by name for logging."""
@@ -663,10 +728,8 @@ def samples_at_a_time(value: Any) -> int | None:
 
 
 def noise_first_frame(image: Tensor) -> Tensor:
-    """Frames (b, 3, 1, height, width) plus noise with log σ ~ N(−3, 0.5²), so that the condition may be imperfect."""
-    sigma = (0.5 * randomness.normal(image.shape[:1], purpose="first frame level") - 3.0).exp()
-    noise = randomness.normal(image.shape, purpose="first frame noise", device=image.device, dtype=image.dtype)
-    return image + noise * sigma.to(noise)[:, None, None, None, None]
+    """Return first frames (b, 3, 1, height, width) with the noise of training; see `noise_pictures`."""
+    return noise_pictures(image)
 
 
 def other_precision(dtype: torch.dtype) -> str:

@@ -161,6 +161,35 @@ def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["5b_i2v", "1.5_i2v"])
+def test_key_frames_are_encoded_too_and_give_the_same_losses(tiny, clips, cache, tmp_path, family):
+    """Of any number of frames, with their noise; a cache made without them is refused, with a line."""
+    conditioning = {"first": 1, "first_last": 1, "random": 2}
+    config = tiny.variant(family, tmp_path / "key_frames.yaml", model={"conditioning": conditioning})
+    args = arguments(config, clips)
+    folders = {store: tmp_path / store for store in ("moments", "latents")}
+    for store, folder in folders.items():
+        assert latent_encoding.run(args, folder, image_variants=1, store=store) == 0
+    read, engine = make_dataset(args.train_data, DataSettings.from_args(args)), SATVideoDiffusionEngine(args)
+
+    def loss(dataset, indices) -> torch.Tensor:
+        batch = collate([dataset[key(index)] for index in indices])
+        with per_sample(batch["seed"]):
+            return engine.shared_step(batch)[0].detach()
+
+    encoded = {store: LatentDataset([folder], args.model_config) for store, folder in folders.items()}
+    for indices in ([0], [1], [2], [0, 3, 4]):
+        expected = loss(read, indices)
+        assert_close(loss(encoded["moments"], indices), expected, 1e-5)
+        assert_close(loss(encoded["latents"], indices), expected, 1e-5)
+    alone = loss(read, [1])
+    engine.key_frames = None
+    assert loss(read, [1]) != alone, "key frames make a difference"
+    with pytest.raises(UserError, match="has no key frames, which model"):
+        LatentDataset([cache(family, image_variants=1)], args.model_config)
+
+
+@pytest.mark.slow
 def test_captions_that_samples_share_are_stored_once(cache):
     (shard,) = read_shards(cache("2b"))
     texts = [name for name in load_file(shard.path) if name.endswith(".text")]

@@ -148,6 +148,7 @@ def test_a_sampler_of_the_users_own_goes_on_from_frames_but_starts_from_no_clip(
 def test_key_frames_stand_in_their_latent_frames(case, monkeypatch):
     """The first frame alone is today's condition; 1.5 models sample a frame more, before the second."""
     engine = case[2]
+    monkeypatch.setattr(engine, "noised_image_input", True)
     first, last = torch.randn(2, 1, 4, 2, 2), torch.randn(2, 1, 4, 2, 2)
     assert torch.equal(engine.concat_key_frames({0: first}, 3), engine.concat_condition(first, 3))
     both = engine.concat_key_frames({0: first, 2: last}, 3)
@@ -159,6 +160,9 @@ def test_key_frames_stand_in_their_latent_frames(case, monkeypatch):
     assert torch.equal(engine.concat_condition(first, 3), first.expand(2, 3, 4, 2, 2))
     with pytest.raises(UserError, match="keyframes: this model takes the first frame alone"):
         engine.concat_key_frames({2: last}, 4)
+    monkeypatch.setattr(engine, "noised_image_input", False)
+    with pytest.raises(UserError, match="keyframes: this is a text-to-video model"):
+        engine.concat_key_frames({0: first, 2: last}, 4)
 
 
 def test_a_clip_is_encoded_without_chance(case):

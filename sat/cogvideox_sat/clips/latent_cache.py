@@ -13,7 +13,9 @@ Of the sample i of the data set there are
   * `{i}.moments` (2c, t, h, w), means and then log-variances of the clip's posterior, or `{i}.latents` (c, t, h, w),
     one draw from it; both unscaled;
   * for image-to-video `{i}.image_moments.{v}` (2c, 1, h, w), or `{i}.image_latents.{v}` (c, 1, h, w): the first frame
-    encoded with the noise that the sample adds to it in epoch v;
+    encoded with the noise that the sample adds to it in epoch v; and where the model's `conditioning` tells other
+    frames, `{i}.key_moments.{v}` (2c, t - 1, h, w), or `{i}.key_latents.{v}`, those that it may tell, each encoded by
+    itself;
   * `{i}.text` (tokens, features), its caption's embedding, unless an earlier sample of the shard has the same caption.
 
 Clips start where they start in epoch 0. Nothing here imports PyTorch until a shard is opened.
@@ -84,7 +86,7 @@ def _params(value: Any) -> bool:
 LAYOUT = {  # of `cache.json`
     "model": {"VAE": mapping_of(anything), "text encoder": mapping_of(anything)},
     "data": {"samples": count, "config": _params},
-    "encoding": {"image_variants": count},
+    "encoding": {"image_variants": count, "key_frames?": anything},
     "reader?": reader,
 }
 

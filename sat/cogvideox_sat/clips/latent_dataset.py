@@ -15,6 +15,7 @@ from cogvideox_sat.clips.options import KEPT_IN_CACHES
 from cogvideox_sat.clips.reader_record import KEY, describe_reader, recorded_backend
 from cogvideox_sat.configuration.merging import first_difference
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.model_section import tells_key_frames
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND
 from sgm.errors import UserError
@@ -31,9 +32,10 @@ class LatentDataset:
     """The samples of one or several caches, as `data_video` gives those of clips, but encoded.
 
     `dataset[key]` is a dict with `moments` (2c, t, h, w), `txt_embedding` (tokens, features), both in the dtype of the
-    cache, the caption `txt`, `fps`, `num_frames` (of the clip), `index`, `seed` and `unreadable` (empty); and for
-    image-to-video `image_moments` (2c, 1, h, w), those of `key.epoch`, or where so many epochs were not encoded, of an
-    earlier one. Samples that could not be read when the cache was made are left out.
+    cache, the caption `txt`, `fps`, `num_frames` (of the clip), `index`, `seed` and `unreadable` (empty). For
+    image-to-video there are `image_moments` (2c, 1, h, w), and `key_moments` (2c, t - 1, h, w) where the model's
+    `conditioning` tells other frames: those of `key.epoch`, or where so many epochs were not encoded, of an earlier
+    one. Samples that could not be read when the cache was made are left out.
 
     Args:
         paths: folders of caches.
@@ -74,8 +76,10 @@ class LatentDataset:
             self.counts.append(len(read[path]))
             self.samples += read[path]
         self.with_image = all(encoding["image_variants"] for encoding in self.encodings.values())
+        self.with_key_frames = all(encoding.get("key_frames") for encoding in self.encodings.values())
         if model_config is not None:
             self.with_image = model_config.get("noised_image_input", False)
+            self.with_key_frames = tells_key_frames(model_config)
             check_buckets(self, ModelLimits.from_config(model_config))
         self._open: OrderedDict[Path, Any] = OrderedDict()
 
@@ -116,7 +120,11 @@ class LatentDataset:
         }
         if self.with_image:
             variant = key.epoch % encoding["image_variants"]
-            item["image_moments"] = self._moments(path, f"{sample.index}.image_{encoding['store']}.{variant}", encoding)
+            names = {"image_moments": "image", **({"key_moments": "key"} if self.with_key_frames else {})}
+            item |= {
+                entry: self._moments(path, f"{sample.index}.{name}_{encoding['store']}.{variant}", encoding)
+                for entry, name in names.items()
+            }
         return item
 
     def _moments(self, path: Path, name: str, encoding: Mapping[str, Any]) -> Any:
@@ -168,6 +176,11 @@ def check_model(folder: Path, description: Mapping[str, Any], model_config: Mapp
     if model_config.get("noised_image_input") and not description["encoding"]["image_variants"]:
         raise UserError(
             f"{folder} has no first frames, since it was made with a text-to-video model; {REMEDY} into another folder"
+        )
+    if tells_key_frames(model_config) and not description["encoding"].get("key_frames"):
+        raise UserError(
+            f"{folder} has no key frames, which model.conditioning tells: it was made without; {REMEDY} into another "
+            "folder"
         )
 
 

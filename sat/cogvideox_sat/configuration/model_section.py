@@ -17,7 +17,7 @@ MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "condition
 MODEL_KEYS = (
     "target",
     *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
-    *("noised_image_input", "noised_image_all_concat", "noised_image_dropout"),
+    *("noised_image_input", "noised_image_all_concat", "noised_image_dropout", "conditioning"),
     *("loss_fn_config", "network_wrapper", "compile_model"),
     *("disable_first_stage_autocast", "en_and_decode_n_samples_a_time"),
 )
@@ -52,6 +52,14 @@ def plain_model_section(section: Any) -> Mapping[str, Any]:
     for place in found:
         section = _without_adapter(section, place)
     return _with_adapter(section, LORA_PLACES[-1], adapters[0]) if adapters else section
+
+
+def tells_key_frames(section: Mapping[str, Any]) -> bool:
+    """Return whether the `conditioning` of a model tells the network other frames than the first."""
+    weights = section.get("conditioning")
+    if not section.get("noised_image_input") or not isinstance(weights, Mapping):
+        return False
+    return any(weights.get(kind) for kind in ("first_last", "random"))
 
 
 def plain(value: Any, name: str) -> Any:

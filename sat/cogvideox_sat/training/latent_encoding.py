@@ -40,6 +40,7 @@ from cogvideox_sat.configuration.data_mixing import repeated
 from cogvideox_sat.configuration.memory_advice import precompute_advice
 from cogvideox_sat.configuration.merging import first_difference
 from cogvideox_sat.configuration.model_checks import check_model
+from cogvideox_sat.configuration.model_section import tells_key_frames
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.engine_choice import build_engine, is_overridden
@@ -114,6 +115,8 @@ def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | N
         "image_variants": image_variants,
         "seed": args.seed,
     }
+    if tells_key_frames(args.model_config):
+        encoding["key_frames"] = True
     description = describe(args, dataset, encoding)
     done = check_folder(output, description, dataset)
     wait_for_all()  # a process that has begun changes what the others check
@@ -219,7 +222,8 @@ def sample_bytes(bucket: Bucket, description: Mapping[str, Any]) -> int:
     """Size of a sample in a cache, if its caption is its own."""
     encoding, model = description["encoding"], description["model"]
     channels = model["VAE"]["z_channels"] * (2 if encoding["store"] == "moments" else 1)
-    frames = (bucket.frames - 1) // TIME_FACTOR + 1 + encoding["image_variants"]
+    frames = (bucket.frames - 1) // TIME_FACTOR + 1
+    frames += encoding["image_variants"] * (frames if encoding.get("key_frames") else 1)
     latents = channels * frames * (bucket.height // SPACE_FACTOR) * (bucket.width // SPACE_FACTOR)
     text = model["text encoder"]["tokens"] * model["text encoder"]["features"]
     return (latents + text) * getattr(torch, encoding["dtype"]).itemsize
@@ -284,13 +288,18 @@ class Encoder:
             with per_sample([sample_seed(self.encoding["seed"], epoch, index)]):
                 if variants:
                     encoded[f"{index}.image_{store}.{epoch}"] = self._encode(noise_first_frame(clip[:, :, :1]))
+                if self.encoding.get("key_frames"):
+                    encoded[f"{index}.key_{store}.{epoch}"] = self._kept(self.engine.encode_key_frames(clip))
                 if epoch == 0:
                     encoded[f"{index}.{store}"] = self._encode(clip)
         return {name: self._stored(tensor, f"sample {index}") for name, tensor in encoded.items()}
 
     def _encode(self, clip: Tensor) -> Tensor:
         with memory_guard("encoding clips"):
-            moments = self.engine.encode_moments(clip)
+            return self._kept(self.engine.encode_moments(clip))
+
+    def _kept(self, moments: Tensor) -> Tensor:
+        """Return the moments, or one draw of latents: what the cache stores."""
         return moments if self.encoding["store"] == "moments" else DiagonalGaussianDistribution(moments).sample()
 
     @torch.no_grad()
