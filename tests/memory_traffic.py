@@ -17,8 +17,9 @@ MAKE_NOTHING = ("aten::empty", "aten::new_empty", "prim::")
 class MemoryTraffic(TorchDispatchMode):
     """Sums up the bytes that each operation within the block reads and writes, by its name: `bytes`.
 
-    Convolutions, views and what only reserves memory are left out. A tensor that is changed in place counts as read and
-    as written, unless the operation does not look at what it overwrites.
+    Convolutions, views and what only reserves memory are left out. But a convolution with a bias counts as one that
+    reads its result and writes it once more: so PyTorch adds the bias on a GPU, after cuDNN. A tensor that is changed
+    in place counts as read and as written, unless the operation does not look at what it overwrites.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,8 @@ class MemoryTraffic(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         name = function.name().removesuffix(".out")
+        if name == "aten::convolution" and args[2] is not None:
+            self.bytes["bias of a convolution"] += 2 * _bytes(result)
         if not (function.is_view or "convolution" in name or name.startswith(MAKE_NOTHING)):
             written = list(_written(function, args, kwargs))
             results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]

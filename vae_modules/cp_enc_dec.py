@@ -18,7 +18,9 @@ from vae_modules.layers import (
     ResnetBlock3D,
     SpatialNorm3D,
     Upsample3D,
+    left_bias,
     normalize_and_convolve,
+    run_and_leave_bias,
 )
 from vae_modules.recomputation import check_levels, run_layer
 
@@ -116,13 +118,14 @@ class ContextParallelEncoder3D(nn.Module):
     def forward(self, x: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Encode a whole clip; `chunk` says otherwise."""
         chunk = chunk or Chunk(lead=x.shape[2] % 2 == 1)
-        h = self.conv_in(x, chunk)
+        h, left = run_and_leave_bias(self.conv_in, x, chunk)
         for level, down in enumerate(self.down):
             recompute = level in self.checkpoint_levels
             for block in down.block:
-                h = run_layer(block, h, chunk, recompute=recompute)
+                h, left = run_layer(block, h, chunk, None, left, recompute=recompute), None
             if hasattr(down, "downsample"):
-                h = run_layer(down.downsample, h, chunk, recompute=recompute)
+                left = left_bias(down.downsample.conv)
+                h = run_layer(down.downsample, h, chunk, left is None, recompute=recompute)
         h = self.mid.block_1(h, chunk)
         h = self.mid.block_2(h, chunk)
         if torch.is_grad_enabled():
@@ -228,15 +231,15 @@ class ContextParallelDecoder3D(nn.Module):
     def forward(self, z: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Decode a whole clip at once; `chunk` says otherwise."""
         chunk = chunk or Chunk(lead=z.shape[2] % 2 == 1)
-        h = self.conv_in(z, chunk)
-        h = self.mid.block_1(h, chunk, z)
+        h, left = run_and_leave_bias(self.conv_in, z, chunk)
+        h, left = self.mid.block_1(h, chunk, z, left), None
         h = self.mid.block_2(h, chunk, z)
         for level, up in reversed(list(enumerate(self.up))):
             recompute = level in self.checkpoint_levels
             for block in up.block:
-                h = run_layer(block, h, chunk, z, recompute=recompute)
+                h, left = run_layer(block, h, chunk, z, left, recompute=recompute), None
             if hasattr(up, "upsample"):
-                h = up.upsample(h, chunk)
+                h, left = run_and_leave_bias(up.upsample, h, chunk)
         if torch.is_grad_enabled():
             return self.conv_out(self.norm_out(h, z, chunk), chunk)
         return normalize_and_convolve(self.norm_out, self.conv_out, [h], chunk, z, overwrite=True)

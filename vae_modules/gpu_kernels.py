@@ -29,21 +29,26 @@ if triton is not None:
     def _sums_kernel(  # type: ignore[no-untyped-def]
         x,
         other,
+        offset,
         partial,
         rows,
         channels,
         x_batch,
         other_batch,
         ADD: tl.constexpr,
+        OFFSET: tl.constexpr,
         CHANNELS: tl.constexpr,
         ROWS: tl.constexpr,
         ROWS_EACH: tl.constexpr,
     ):
-        """Sum rows and their squares; with ADD add the rows of `other` to those of `x` first."""
+        """Sum rows and their squares; with ADD add the rows of `other` to those of `x` first, with OFFSET also a number
+        for each channel."""
         block, batch = tl.program_id(0), tl.program_id(1)
         channel = tl.arange(0, CHANNELS)
         total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
         square = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+        if OFFSET:
+            added = tl.load(offset + channel, mask=channel < channels, other=0.0).to(tl.float32)
         for start in range(0, ROWS_EACH, ROWS):
             row = block.to(tl.int64) * ROWS_EACH + start + tl.arange(0, ROWS)
             mask = (row < rows)[:, None] & (channel < channels)[None, :]
@@ -52,7 +57,10 @@ if triton is not None:
             value = tl.load(place, mask=mask, other=0.0)
             if ADD:
                 more = tl.load(other + batch.to(tl.int64) * other_batch + offsets, mask=mask, other=0.0)
-                value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+                total_of_both = value.to(tl.float32) + more.to(tl.float32)
+                if OFFSET:
+                    total_of_both += added[None, :]
+                value = tl.where(mask, total_of_both, 0.0).to(value.dtype)
                 tl.store(place, value, mask=mask)
             wide = value.to(tl.float32)
             total += wide
@@ -118,9 +126,9 @@ def channel_sums(x: Tensor) -> Tensor:
     return _launch_sums(x, None)
 
 
-def add_and_sum(x: Tensor, other: Tensor) -> Tensor:
-    """Add `other` to `x` in place, and return what `channel_sums` gives for the result."""
-    return _launch_sums(x, other)
+def add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Add `other`, and `offset` (channel,), to `x` in place, and return what `channel_sums` gives for the result."""
+    return _launch_sums(x, other, offset)
 
 
 def write_modulated_silu(
@@ -203,10 +211,15 @@ def _try_out(device: str = "cuda") -> None:
     normed_expected = torch.nn.functional.silu((x * first_scale + first_shift) * factor + summand)
     normed_out = torch.empty_like(x)
     write_modulated_silu(normed_out, x, scale, shift, True, (first_scale, first_shift))
-    total = x + other
-    sums = torch.stack([total.double().sum((2, 3, 4)), total.double().square().sum((2, 3, 4))])
-    found = add_and_sum(x, other)
+    offset = drawn(48)
+    total, shifted = x + other, x + other + offset[:, None, None, None]
+    sums, shifted_sums = (
+        torch.stack([each.double().sum((2, 3, 4)), each.double().square().sum((2, 3, 4))]) for each in (total, shifted)
+    )
+    with_offset = x.clone()
+    found, shifted_found = add_and_sum(x, other), add_and_sum(with_offset, other, offset)
     pairs = ((out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums))
+    pairs += (with_offset, shifted), (shifted_found, shifted_sums)
     if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in pairs):
         raise ArithmeticError("they give other numbers than PyTorch")
 
@@ -216,7 +229,7 @@ def _is_dense(x: Tensor) -> bool:
     return x.ndim == 5 and x[:1].is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _launch_sums(x: Tensor, other: Tensor | None) -> Tensor:
+def _launch_sums(x: Tensor, other: Tensor | None, offset: Tensor | None = None) -> Tensor:
     batch, channels = x.shape[:2]
     places, at_once = x[0, 0].numel(), triton.next_power_of_2(channels)
     shape = (2, batch, triton.cdiv(places, PLACES_EACH), channels)
@@ -226,12 +239,14 @@ def _launch_sums(x: Tensor, other: Tensor | None) -> Tensor:
         _sums_kernel[grid](
             x,
             x if other is None else other,
+            x if offset is None else offset,
             partial,
             places,
             channels,
             x.stride(0),
             0 if other is None else other.stride(0),
             ADD=other is not None,
+            OFFSET=offset is not None,
             CHANNELS=at_once,
             ROWS=max(IN_HAND // at_once, 1),
             ROWS_EACH=PLACES_EACH,

@@ -1,6 +1,7 @@
 """The layers of the causal video autoencoder, on (batch, channel, time, height, width) in channels-last memory."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,27 @@ FEW = 4  # channels of a float32 image, with which oneDNN has no 3D convolution
 # ---------------------------------------------------------------- convolution
 
 
+def leaves_bias(weight: Tensor) -> bool:
+    """Whether a convolution with this weight leaves its bias to what follows: where no gradient is wanted, on a GPU.
+
+    There PyTorch adds it in a pass over the whole result; on a CPU it does so within the convolution.
+    """
+    return weight.device.type != "cpu" and not torch.is_grad_enabled()
+
+
+def left_bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor | None:
+    """The bias (channel,) that a convolution leaves to what follows; None: it adds it."""
+    return conv.bias if leaves_bias(conv.weight) else None
+
+
+def run_and_leave_bias(
+    layer: "CausalConv3d | Downsample3D | Upsample3D", x: Tensor, chunk: Chunk
+) -> tuple[Tensor, Tensor | None]:
+    """layer(x, chunk), and the bias (channel,) that is still to be added to it, if there is one."""
+    left = left_bias(layer.conv)
+    return layer(x, chunk, biased=left is None), left
+
+
 class CausalConv3d(nn.Module):
     """A 3D convolution that looks back in time only; before the clip's first frame it sees that frame repeated.
 
@@ -32,13 +54,13 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size)
 
-    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
         """Convolve `x` (batch, channel, time, height, width), which follows the frames that `chunk` knows."""
-        weight, bias = self.conv.weight, self.conv.bias
+        weight, bias = self.conv.weight, self.conv.bias if biased else None
         time, height, width = self.conv.kernel_size
         padding = (0, height // 2, width // 2)
         if time == 1:
-            return _pointwise_in_time(self.conv, x)
+            return _pointwise_in_time(self.conv, x, biased)
         before = chunk.frames_before(self, x, time - 1)
         if x.shape[2] == 0:  # a rank without frames: no output, but a place in the graph for the frames it passed on
             return F.conv3d(F.pad(before, (0, 0, 0, 0, 0, 1)), weight, bias, padding=padding)[:, :, :0]
@@ -50,29 +72,30 @@ class CausalConv3d(nn.Module):
             before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
         frames = torch.cat([before, x], dim=2)
         if x.device.type == "cpu" and x.dtype == torch.float32 and self.conv.in_channels < FEW:
-            return _with_time_in_channels(self.conv, frames)
+            return _with_time_in_channels(self.conv, frames, biased)
         return F.conv3d(frames, weight, bias, padding=padding)
 
-    def forward_over(self, x: Tensor, chunk: Chunk) -> Tensor:
+    def forward_over(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
         """Return what a call does, where no gradient is wanted; `x` may be overwritten."""
         # Frames that are being sent to another rank must stay as they are.
         if chunk.group is None and x.shape[2] > 1 and winograd.serves(x, self.conv.weight):
             before = chunk.frames_before(self, x, self.conv.kernel_size[0] - 1)
-            return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias)
-        return self(x, chunk)
+            return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias if biased else None)
+        return self(x, chunk, biased)
 
     def takes_room(self, x: Tensor) -> bool:
         """Whether `after` serves for what follows from `x`, and saves a copy: where no gradient is wanted."""
         same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` has a shorter way for a frame by itself
         return not (torch.is_grad_enabled() or x.shape[2] == 0 or same or winograd.serves(x, self.conv.weight))
 
-    def after(self, room: Tensor, chunk: Chunk) -> Tensor:
+    def after(self, room: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
         """Convolve all but the first `kernel - 1` frames of `room`, whose content is overwritten by what precedes."""
         time, height, width = self.conv.kernel_size
         x = room[:, :, time - 1 :]
         before = chunk.frames_before(self, x, time - 1)
         room[:, :, : time - 1] = x[:, :, :1] if before is None else before
-        return F.conv3d(room, self.conv.weight, self.conv.bias, padding=(0, height // 2, width // 2))
+        bias = self.conv.bias if biased else None
+        return F.conv3d(room, self.conv.weight, bias, padding=(0, height // 2, width // 2))
 
 
 # ---------------------------------------------------------------- normalization
@@ -90,29 +113,41 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.gather_norm = gather_norm
 
-    def statistics(self, x: Tensor) -> Tensor:
+    def statistics(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         """The sums of `x`, of its square, and of ones over each group: (3, batch, groups), float64.
 
         Those of a whole are the sums of its pieces'.
+
+        Args:
+            offset: (channel,), is to be added to `x` first.
         """
-        sums = channel_sums(x).unflatten(2, (self.num_groups, -1)).sum(3)
+        sums = channel_sums(x)
+        if offset is not None:
+            total, square = sums
+            places, offset = x[0, 0].numel(), offset.double()
+            sums = torch.stack([total + places * offset, square + offset * (2 * total + places * offset)])
+        sums = sums.unflatten(2, (self.num_groups, -1)).sum(3)
         count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // self.num_groups].numel())
         return torch.cat([sums, count])
 
-    def passes(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk) -> tuple[Any, ...]:
+    def passes(
+        self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, offset: Tensor | None = None
+    ) -> tuple[Any, ...]:
         """The scale and shift, each (batch, channel, 1, 1, 1), that normalize, and whether a first frame has its own:
         what `write_modulated_silu` takes.
 
         Args:
             statistics: of all that is normalized together, on all ranks.
             dtype: of what is normalized; the maps are float32 or wider.
+            offset: (channel,), is to be added to it first.
         """
         total, square, count = statistics
         mean = total / count
         variance = (square / count - mean.square()).clamp_min(0)
         per_group = self.num_channels // self.num_groups
         scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1)
-        shift = self.bias - scale * mean.repeat_interleave(per_group, dim=1)
+        mean = mean.repeat_interleave(per_group, dim=1)
+        shift = self.bias - scale * (mean if offset is None else mean - offset)
         wide = torch.promote_types(dtype, torch.float32)
         return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None], False
 
@@ -136,13 +171,15 @@ class SpatialNorm3D(nn.Module):
     def gather_norm(self) -> bool:
         return self.norm_layer.gather_norm
 
-    def statistics(self, f: Tensor) -> Tensor:
+    def statistics(self, f: Tensor, offset: Tensor | None = None) -> Tensor:
         """See `GroupNorm.statistics`."""
-        return self.norm_layer.statistics(f)
+        return self.norm_layer.statistics(f, offset)
 
-    def passes(self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor) -> tuple[Any, ...]:
+    def passes(
+        self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, offset: Tensor | None = None
+    ) -> tuple[Any, ...]:
         """See `GroupNorm.passes`: maps (batch, channel, t, h, w) as `z`, after those of the normalization alone."""
-        scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk)
+        scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk, offset)
         return self.conv_y(z, chunk), self.conv_b(z, chunk), chunk.lead, scale, shift
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
@@ -163,7 +200,9 @@ def normalize_and_convolve(
     chunk: Chunk,
     *z: Tensor,
     statistics: Tensor | None = None,
+    offset: Tensor | None = None,
     overwrite: bool = False,
+    biased: bool = True,
 ) -> Tensor:
     """conv(norm(x)) where no gradient is wanted.
 
@@ -171,23 +210,25 @@ def normalize_and_convolve(
         held: only `x`; taken out of the list as soon as it is not needed, so that its memory may serve the convolution.
         z: the latent, for a norm that is conditioned on one.
         statistics: of all that is normalized together, where that is more than `x`.
+        offset: (channel,), is to be added to `x` first.
         overwrite: `x` is needed by nobody else, and its memory may be written to.
+        biased: add the bias of the convolution.
     """
     x = held.pop()
     if statistics is None:
-        statistics = chunk.total(norm.statistics(x), norm.gather_norm)
-    passes = norm.passes(statistics, x.dtype, chunk, *z)
+        statistics = chunk.total(norm.statistics(x, offset), norm.gather_norm)
+    passes = norm.passes(statistics, x.dtype, chunk, *z, offset=offset)
     if not conv.takes_room(x):
         h = x if overwrite else torch.empty_like(x)
         write_modulated_silu(h, x, *passes)
         del x
-        return conv.forward_over(h, chunk)
+        return conv.forward_over(h, chunk, biased)
     before = conv.conv.kernel_size[0] - 1
     shape = (x.shape[0], x.shape[1], before + x.shape[2], *x.shape[3:])
     room = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     write_modulated_silu(room[:, :, before:], x, *passes)
     del x
-    return conv.after(room, chunk)
+    return conv.after(room, chunk, biased)
 
 
 # ---------------------------------------------------------------- blocks
@@ -220,21 +261,73 @@ class ResnetBlock3D(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            offset: (channel,), is to be added to `x` first; see `left_bias`.
+        """
         condition = () if z is None else (z,)
         if torch.is_grad_enabled() or (self.training and self.dropout.p):
+            x = x if offset is None else x + offset[:, None, None, None]
             h = self.conv1(self.norm1(x, *condition, chunk), chunk)
             h = self.conv2(self.dropout(self.norm2(h, *condition, chunk)), chunk)
             return self.shortcut(x) + h
-        h = normalize_and_convolve(self.norm1, self.conv1, [x], chunk, *condition)
-        held = [h]
-        del h
-        h = normalize_and_convolve(self.norm2, self.conv2, held, chunk, *condition, overwrite=True)
-        return add_in_place(h, self.shortcut(x))
+        held = [self.first_round([x], chunk, *condition, offset=offset)]
+        h = self.second_round(held, chunk, *condition)
+        return self.add_shortcut(h, self.shortcut(x, biased=False), offset)
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """What is added to the result for the input `x`: itself, or as many channels as the result has."""
-        return _pointwise_in_time(self.nin_shortcut, x) if hasattr(self, "nin_shortcut") else x
+    def first_round(
+        self,
+        held: list[Tensor],
+        chunk: Chunk,
+        *z: Tensor,
+        statistics: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        """Norm and convolution, the first ones, without the bias that is left; see `normalize_and_convolve`."""
+        biased = left_bias(self.conv1.conv) is None
+        return normalize_and_convolve(
+            self.norm1, self.conv1, held, chunk, *z, statistics=statistics, offset=offset, biased=biased
+        )
+
+    def second_round(self, held: list[Tensor], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Norm and convolution of what `first_round` returns, without a bias."""
+        return normalize_and_convolve(
+            self.norm2,
+            self.conv2,
+            held,
+            chunk,
+            *z,
+            statistics=statistics,
+            offset=left_bias(self.conv1.conv),
+            overwrite=True,
+            biased=left_bias(self.conv2.conv) is None,
+        )
+
+    def add_shortcut(self, h: Tensor, shortcut: Tensor, offset: Tensor | None) -> Tensor:
+        """What the block returns, of what `second_round` and `shortcut` do; in the memory of `h`.
+
+        Args:
+            offset: of the input, see `forward`.
+        """
+        left = left_bias(self.conv2.conv)
+        if hasattr(self, "nin_shortcut"):
+            if offset is not None:  # through the shortcut's product
+                offset = self.nin_shortcut.weight[:, :, 0, 0, 0] @ offset
+            left = left if left is None else left + self.nin_shortcut.bias
+        if offset is not None:
+            left = offset if left is None else left + offset
+        return add_in_place(h, shortcut, left)
+
+    def shortcut(self, x: Tensor, biased: bool = True) -> Tensor:
+        """What is added to the result for the input `x`: itself, or as many channels as the result has.
+
+        Args:
+            biased: with the shortcut's bias, even where it may be left to `add_shortcut`.
+        """
+        if not hasattr(self, "nin_shortcut"):
+            return x
+        return _pointwise_in_time(self.nin_shortcut, x, biased or left_bias(self.conv2.conv) is None)
 
 
 class Downsample3D(nn.Module):
@@ -245,9 +338,11 @@ class Downsample3D(nn.Module):
         self.compress_time = compress_time
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
-    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
         if not torch.is_grad_enabled():
-            return _framewise(self.conv, self._halved_in_time_and_padded(x, int(chunk.lead)))
+            weight, bias = self.conv.weight, self.conv.bias if biased else None
+            padded = self._halved_in_time_and_padded(x, int(chunk.lead))
+            return _framewise(lambda frames: F.conv2d(frames, weight, bias, stride=2), padded)
         if self.compress_time:
             lead = int(chunk.lead)
             pairs = 0.5 * (x[:, :, lead::2] + x[:, :, lead + 1 :: 2])
@@ -280,8 +375,8 @@ class Upsample3D(nn.Module):
         self.compress_time = compress_time
         self.conv = nn.Conv2d(channels, channels, kernel_size=3)
 
-    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
-        x = _framewise(self._double_and_convolve, x)
+    def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
+        x = _framewise(partial(self._double_and_convolve, bias=self.conv.bias if biased else None), x)
         if self.compress_time:  # after the convolution, which would only repeat itself
             lead = int(chunk.lead)
             first, rest = x[:, :, :lead], x[:, :, lead:]
@@ -291,8 +386,8 @@ class Upsample3D(nn.Module):
             x = torch.cat([first, doubled], dim=2)
         return x
 
-    def _double_and_convolve(self, frames: Tensor) -> Tensor:
-        weight, bias = self.conv.weight, self.conv.bias
+    def _double_and_convolve(self, frames: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.conv.weight
         if frames.device.type != "cpu" or frames.dtype != torch.float32:  # where it is exact and pays
             return F.conv2d(F.interpolate(frames, scale_factor=2, mode="nearest"), weight, bias, padding=1)
         # A 3x3 kernel meets only 2x2 different pixels of a doubled image. Adding up the taps that meet the same pixel
@@ -316,20 +411,22 @@ def _overlapping_sums(kernel: Tensor, dim: int) -> Tensor:
     return before + before.roll(1, dim)
 
 
-def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor) -> Tensor:
+def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor, biased: bool) -> Tensor:
     """Apply a convolution without padding in time as one of images, which have the channels of all frames it sees."""
     time, height, width = conv.kernel_size
     count = frames.shape[2] - time + 1
     seen = torch.cat([frames[:, :, tap : tap + count] for tap in range(time)], dim=1)
     seen = seen.contiguous(memory_format=torch.channels_last_3d)
     kernel = conv.weight.transpose(1, 2).flatten(1, 2)
-    return _framewise(lambda x: F.conv2d(x, kernel, conv.bias, padding=(height // 2, width // 2)), seen)
+    bias = conv.bias if biased else None
+    return _framewise(lambda x: F.conv2d(x, kernel, bias, padding=(height // 2, width // 2)), seen)
 
 
-def _pointwise_in_time(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def _pointwise_in_time(conv: nn.Conv3d, x: Tensor, biased: bool = True) -> Tensor:
     """Apply a convolution that is one frame long; unlike a 3D convolution this also takes no frames at all."""
     padding = [size // 2 for size in conv.kernel_size[1:]]
-    return _framewise(lambda frames: F.conv2d(frames, conv.weight[:, :, 0], conv.bias, padding=padding), x)
+    bias = conv.bias if biased else None
+    return _framewise(lambda frames: F.conv2d(frames, conv.weight[:, :, 0], bias, padding=padding), x)
 
 
 def _framewise(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -29,9 +29,13 @@ def channel_sums(x: Tensor) -> Tensor:
     return _ChannelSums.apply(x) if known is None else known
 
 
-def add_in_place(x: Tensor, other: Tensor) -> Tensor:
-    """Add `other` to `x`, where no gradient is wanted, and return it, with its `channel_sums` known."""
-    setattr(x, KNOWN, _add_and_sum(x, other))
+def add_in_place(x: Tensor, other: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Add `other` to `x`, where no gradient is wanted, and return it, with its `channel_sums` known.
+
+    Args:
+        offset: (channel,), is added as well.
+    """
+    setattr(x, KNOWN, _add_and_sum(x, other, offset))
     return x
 
 
@@ -69,12 +73,14 @@ def _channel_sums(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("cogvideox_vae::add_and_sum", mutates_args=("x",))
-def _add_and_sum(x: Tensor, other: Tensor) -> Tensor:
+def _add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None) -> Tensor:
     if kernels := _gpu_kernels(x, other):
-        return kernels.add_and_sum(x, other)
+        return kernels.add_and_sum(x, other, offset)
     total = x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
     for frames, rows in _cached(x, 1):
         piece = x[:, :, frames, rows]
+        if offset is not None:
+            piece.add_(offset[:, None, None, None])
         piece.add_(other[:, :, frames, rows])
         total += _sums_of_piece(piece)
     return total
@@ -98,7 +104,7 @@ def _(x: Tensor) -> Tensor:
 
 
 @_add_and_sum.register_fake
-def _(x: Tensor, other: Tensor) -> Tensor:
+def _(x: Tensor, other: Tensor, offset: Tensor | None) -> Tensor:
     return x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
 
 

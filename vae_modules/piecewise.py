@@ -20,9 +20,9 @@ from vae_modules.layers import (
     Norm,
     ResnetBlock3D,
     Upsample3D,
+    left_bias,
     normalize_and_convolve,
 )
-from vae_modules.modulation import add_in_place
 
 MAPS = 7
 """Features of a piece, at the widest place, that are in memory at once. For the full size 5 to 6.2 are counted, with
@@ -41,6 +41,7 @@ class Pieces:
         latents: the latent frames that belong to each, one each, for norms that are conditioned on them; or none.
         room: where the pieces wait.
         statistics: the sums of what waits, for the norm that comes next.
+        offset: (channel,), is to be added to what waits; see `layers.left_bias`.
     """
 
     waiting: list[Waiting]
@@ -48,18 +49,23 @@ class Pieces:
     latents: list[tuple[Tensor, ...]]
     room: WaitingRoom
     statistics: Tensor | None = None
+    offset: Tensor | None = None
 
-    def replace(self, step: Callable[[int, Waiting], Tensor], norm: Norm | None) -> None:
-        """Put step(index, piece) in the place of each piece, and take the sums for the `norm` that follows, if any."""
+    def replace(self, step: Callable[[int, Waiting], Tensor], norm: Norm | None, offset: Tensor | None = None) -> None:
+        """Put step(index, piece) in the place of each piece, and take the sums for the `norm` that follows, if any.
+
+        Args:
+            offset: (channel,), is to be added to each.
+        """
         total = None
         for index in range(len(self.waiting)):
             y = step(index, self.waiting[index])
             if norm is not None:
-                sums = norm.statistics(y)
+                sums = norm.statistics(y, offset)
                 total = sums if total is None else total + sums
             self.waiting[index] = self.room.keep(y)
             del y
-        self.statistics = total
+        self.statistics, self.offset = total, offset
 
 
 @torch.no_grad()
@@ -107,25 +113,24 @@ def _first_norm(layer: nn.Module) -> Norm | None:
 def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
     """Replace the pieces by what the layer makes of them; `norm` is what comes next."""
     if not isinstance(layer, ResnetBlock3D):
-        pieces.replace(lambda index, piece: layer(piece.take(), pieces.chunks[index]), norm)
+        left = left_bias(layer.conv)
+        pieces.replace(lambda index, piece: layer(piece.take(), pieces.chunks[index], biased=left is None), norm, left)
         return
     shortcuts: list[Waiting] = []
-    before = pieces.statistics
+    before, offset = pieces.statistics, pieces.offset
 
     def first(index: int, piece: Waiting) -> Tensor:
         held = [piece.take()]
-        shortcuts.append(pieces.room.keep(layer.shortcut(held[0])))
+        shortcuts.append(pieces.room.keep(layer.shortcut(held[0], biased=False)))
         chunk, z = pieces.chunks[index], pieces.latents[index]
-        return normalize_and_convolve(layer.norm1, layer.conv1, held, chunk, *z, statistics=before)
+        return layer.first_round(held, chunk, *z, statistics=before, offset=offset)
 
-    pieces.replace(first, layer.norm2)
+    pieces.replace(first, layer.norm2, left_bias(layer.conv1.conv))
     between = pieces.statistics
 
     def second(index: int, piece: Waiting) -> Tensor:
         chunk, z = pieces.chunks[index], pieces.latents[index]
-        h = normalize_and_convolve(
-            layer.norm2, layer.conv2, [piece.take()], chunk, *z, statistics=between, overwrite=True
-        )
-        return add_in_place(h, shortcuts[index].take())
+        h = layer.second_round([piece.take()], chunk, *z, statistics=between)
+        return layer.add_shortcut(h, shortcuts[index].take(), offset)
 
     pieces.replace(second, norm)

@@ -4,6 +4,7 @@ Chen et al., "Training Deep Nets with Sublinear Memory Cost".
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,19 @@ from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk, RepeatableChunk
 
 
-def run_layer(layer: nn.Module, x: Tensor, chunk: Chunk, *condition: Tensor, recompute: bool) -> Tensor:
-    """layer(x, chunk, *condition). With `recompute`, all that is kept for the backward pass are these arguments, the
+def run_layer(layer: nn.Module, x: Tensor, chunk: Chunk, *others: Any, recompute: bool) -> Tensor:
+    """layer(x, chunk, *others). With `recompute`, all that is kept for the backward pass are these arguments, the
     frames that convolutions got from another chunk or rank, and the sums of norms: to recompute takes no communication.
     """
     if not (recompute and torch.is_grad_enabled()):
-        return layer(x, chunk, *condition)
+        return layer(x, chunk, *others)
     chunk = RepeatableChunk(chunk)
 
-    def run(x: Tensor, *condition: Tensor) -> Tensor:
+    def run(x: Tensor, *others: Any) -> Tensor:
         chunk.rewind()
-        return layer(x, chunk, *condition)
+        return layer(x, chunk, *others)
 
-    return checkpoint(run, x, *condition, use_reentrant=False)
+    return checkpoint(run, x, *others, use_reentrant=False)
 
 
 def check_levels(levels: Sequence[int], count: int) -> frozenset[int]:

@@ -29,7 +29,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return applies and min(weight.shape[:2]) >= 16 and (cached or pixels >= 256)
 
 
-def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve `x` (batch, channel, time, height, width) with a 3x3x3 `weight`, zeros around in space.
 
     Two frames `before` precede it; None: the first frame, repeated. Returns (batch, len(weight), time, height, width).
@@ -38,7 +38,7 @@ def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor
     return _CausalConv3d.apply(before, x, weight, bias)
 
 
-def overwriting_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def overwriting_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return what `causal_conv3d` does, without a gradient, in the memory of `x` where it fits: new memory is slow."""
     out = x if x.shape[1] == len(weight) else _empty_result(x, weight)
     _convolve(before, x, weight, bias, out)
@@ -115,7 +115,7 @@ def _empty_result(x: Tensor, weight: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
 
 
-def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
+def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Write the convolution of `x` into `y`, which may be `x` itself."""
     frames = _with_frames_before(before, x)
     mixed = torch.empty_like(frames[-1])  # for all products: new memory takes longer than what is done with it
@@ -148,7 +148,7 @@ def _write_sums(filtering: Filtering, products: Iterator[Tensor], out: Sequence[
 
 class _CausalConv3d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(before, x, weight)
         y = _empty_result(x, weight)
         _convolve(before, x, weight, bias, y)

@@ -15,6 +15,7 @@ from sgm.modules.autoencoding import tiling
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.util import instantiate_from_config
 from support import REFERENCE, Reference, assert_close, relative_error
+from vae_modules import layers
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 from vae_modules.cp_enc_dec import ContextParallelDecoder3D, ContextParallelEncoder3D
 
@@ -325,3 +326,41 @@ def test_settings_of_other_configurations_hold_at_the_values_that_are_always_so(
     for key, value in others.items():
         with pytest.raises(UserError, match=f"^{key}: .*; remove it"):
             coder(**sizes, **{key: value})
+
+
+# What a GPU does
+
+
+def adds_bias_later(convolve):
+    def run(x, weight, bias=None, **options):
+        y = convolve(x, weight, **options)
+        return y if bias is None else y.add_(bias.reshape(-1, *[1] * (y.ndim - 2)))
+
+    return run
+
+
+@pytest.mark.parametrize("at_once", [None, 4])
+@torch.no_grad()
+def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
+    """To the norm and the sum after a convolution, as on a GPU: the same numbers, in bfloat16 no further off."""
+    for name in ("conv2d", "conv3d"):  # with a pass for the bias, as PyTorch has it there
+        monkeypatch.setattr(torch.nn.functional, name, adds_bias_later(getattr(torch.nn.functional, name)))
+    clip, latent = seeded_input("video", (1, 3, 9, 32, 32)).clamp(-1, 1), seeded_input("latent", (1, 16, 5, 4, 4))
+    vae = seed_module_(build(Reference("vae/vae_small").case))
+
+    def results(dtype: torch.dtype, leaves: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(layers, "leaves_bias", lambda _: leaves)
+        vae.to(dtype).use_frames_at_once(at_once)
+        encoded = vae.encode(clip.to(dtype), unregularized=True)[0]
+        return [encoded.double(), torch.cat(list(vae.decode_chunks(latent.to(dtype))), dim=2).double()]
+
+    half = [results(torch.bfloat16, leaves) for leaves in (False, True)]
+    seed_module_(vae.float())
+    single = [results(torch.float32, leaves) for leaves in (False, True)]
+    wide = [results(torch.float64, leaves) for leaves in (False, True)]
+    for index in range(2):
+        exact = wide[0][index]
+        assert_close(wide[1][index], exact, 1e-10)
+        assert_close(single[1][index], single[0][index], 1e-5)
+        as_before, left = (relative_error(each[index], exact) for each in half)
+        assert left <= as_before

@@ -39,10 +39,11 @@ def cases(dtype: torch.dtype, channels: int) -> None:
         out = torch.empty_like(x)
         gpu_kernels.write_modulated_silu(out, x, *norm, False)
         assert_close(out, F.silu(normed), tolerance)
-        total = x + other
-        sums = gpu_kernels.add_and_sum(x, other)
-        assert_close(x, total, tolerance)  # the interpreter cuts off where a GPU rounds
-        assert_close(sums, modulation._sums(x), 1e-6)  # of what is stored
+        for offset in (None, torch.randn(channels).to(dtype)):
+            total = x.double() + other + (0 if offset is None else offset[:, None, None, None])
+            sums = gpu_kernels.add_and_sum(x, other, offset)
+            assert_close(x, total, tolerance)  # the interpreter cuts off where a GPU rounds
+            assert_close(sums, modulation._sums(x), 1e-6)  # of what is stored
         assert_close(gpu_kernels.channel_sums(room), modulation._sums(room), 1e-6)
 
 
@@ -66,9 +67,9 @@ def test_they_compile(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    sizes = {"CHANNELS": 128, "ROWS": 32, "ROWS_EACH": 2048, "PLACES": 32, "ADD": True, "OUTER": True}
+    sizes = {"CHANNELS": 128, "ROWS": 32, "ROWS_EACH": 2048, "PLACES": 32, "ADD": True, "OUTER": True, "OFFSET": True}
     pointers = {"partial": "*fp32", "outer_scale": "*fp32", "outer_shift": "*fp32"}
-    pointers |= dict.fromkeys(("x", "other", "out", "scale", "shift"), "*bf16")
+    pointers |= dict.fromkeys(("x", "other", "offset", "out", "scale", "shift"), "*bf16")
     for kernel in (gpu_kernels._sums_kernel, gpu_kernels._modulated_silu_kernel):
         constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
         types = {name: "constexpr" if name in constants else pointers.get(name, "i64") for name in kernel.arg_names}
