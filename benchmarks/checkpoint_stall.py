@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests", "tests/sat", "benchmarks"))]
 
-from harness import config_name, device_name, machine, write_results  # noqa: E402
+from harness import config_name, device_name, machine, tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -56,9 +56,7 @@ def main() -> None:
     from measuring.checkpoint_stalls import measure  # imports PyTorch
 
     text = f"{description(trained)}; {machine(trained.device)}\n\n{measure(trained, args.repeats, args.folder)}"
-    print(text)  # noqa: T201
-    if args.write:
-        write_results(f"Checkpoints, {args.model}, {trained.device.type}, {trained.dtype}", text)
+    tell(f"Checkpoints, {args.model}, {trained.device.type}, {trained.dtype}", text, args.write)
 
 
 if __name__ == "__main__":

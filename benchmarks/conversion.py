@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import machine, markdown_table, write_results  # noqa: E402
+from harness import machine, markdown_table, tell  # noqa: E402
 from measuring.process_memory import Usage, watched  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
@@ -73,11 +73,11 @@ def main() -> None:
             went, came = (open_weights(file_of(folder / name)) for name in (ours, theirs))
             check_equal(came, went, folder / theirs)
         text = report(args, rows)
-    print(text)  # noqa: T201
-    if args.write:
-        write_results(
-            f"Conversion, {args.config or CONFIGS[args.family]}, files of at most {args.max_shard_size:g} GB", text
-        )
+    tell(
+        f"Conversion, {args.config or CONFIGS[args.family]}, files of at most {args.max_shard_size:g} GB",
+        text,
+        args.write,
+    )
 
 
 def arguments() -> argparse.Namespace:

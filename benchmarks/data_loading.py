@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import write_results  # noqa: E402
+from harness import tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 
@@ -34,15 +34,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         videos = {size: write_videos(args, Path(folder), size) for size in args.sources}
         if not args.only_probe:
-            tell(args, "Reading clips", reading(args, videos))
+            tell("Reading clips", reading(args, videos), args.write)
         if args.files:
-            tell(args, "Probing clips", probing(args, Path(folder) / "many", next(iter(videos.values()))))
-
-
-def tell(args: argparse.Namespace, section: str, text: str) -> None:
-    print(text, flush=True)  # noqa: T201
-    if args.write:
-        write_results(section, text)
+            tell("Probing clips", probing(args, Path(folder) / "many", next(iter(videos.values()))), args.write)
 
 
 def arguments() -> argparse.Namespace:

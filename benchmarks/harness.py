@@ -138,6 +138,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
 
 
+def tell(section: str, text: str, write: bool) -> None:
+    """Print what was measured; with `write`, put it into RESULTS.md too, see `write_results`."""
+    print(text, flush=True)  # noqa: T201
+    if write:
+        write_results(section, text)
+
+
 def write_results(section: str, text: str) -> None:
     """Put `text` and the command under the heading `section` of RESULTS.md, in place of what was there."""
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)

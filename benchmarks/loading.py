@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import config_name, machine, markdown_table, write_results  # noqa: E402
+from harness import config_name, machine, markdown_table, tell  # noqa: E402
 from measuring.process_memory import watched  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
@@ -75,9 +75,7 @@ def main() -> None:
         rows.append([title, size, held, usage.anonymous, f"{usage.anonymous / max(size, held):.2f}", usage.seconds])
     header = ["", "largest file GiB", "weights as loaded GiB", "anonymous GiB", "of the larger of both", "s"]
     text = f"{args.model} and T5-XXL, random; {machine(torch.device('cpu'))}\n\n{markdown_table(header, rows)}"
-    print(text)  # noqa: T201
-    if args.write:
-        write_results(f"Host memory of loading, {args.model}", text)
+    tell(f"Host memory of loading, {args.model}", text, args.write)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
     python benchmarks/network.py [--model cogvideox_5b] [--device cuda] [--dtype bfloat16] [--compile] [--write]
 
+diffusers is measured with its defaults, to which the ratios are, and with equal settings: the attention kernel of ours,
+one product for queries, keys and values, and with `--compile` layers through torch.compile as well.
+
 The batch of two is one step of sampling with classifier-free guidance. On a CPU the network keeps its width but loses
 most of its layers, and the clip is small; on a GPU both are full size, with random weights.
 """
@@ -26,7 +29,7 @@ from harness import (  # noqa: E402
     peak_memories,
     peak_memory,
     speeds,
-    write_results,
+    tell,
 )
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 BATCH = 2
 CPU_LAYERS = 2
 CPU_CLIP = (5, 30, 44)  # latent frames, height, width; an even number of frames for 1.5
+DEFAULTS, EQUAL, OURS = "diffusers", "diffusers, equal settings", "ours"
 
 
 def main() -> None:
@@ -50,7 +54,9 @@ def main() -> None:
         return
     contenders = build(args)
     seconds = alternating_medians(contenders, args.repeats)
-    error = relative_error(*(run() for run in contenders.values()))
+    outputs = {name: run() for name, run in contenders.items()}
+    errors = [relative_error(outputs[name], outputs[OURS]) for name in (DEFAULTS, EQUAL)]
+    del outputs
     del contenders
     memory = peak_memories(seconds, args.device)
     flops = floating_point_operations(args)
@@ -59,14 +65,12 @@ def main() -> None:
     clip = "×".join(map(str, args.clip))
     text = (
         f"{args.layers} layers, latents {clip} (frames×height×width), batch {BATCH}, {args.dtype}"
-        f"{', ours compiled' if args.compile else ''}; {machine(args.device)}\n\n"
-        f"{markdown_table(header, rows)}\n\nRelative difference of the outputs: {error:.1e}"
+        f"{', ours and equal settings compiled' if args.compile else ''}; {machine(args.device)}\n\n"
+        f"{markdown_table(header, rows)}\n\n"
+        f"Relative difference of ours from diffusers: {errors[0]:.1e}, with equal settings {errors[1]:.1e}"
     )
-    print(text)  # noqa: T201
-    if args.write:
-        write_results(
-            f"Network, {args.model}, {args.device.type}, {args.dtype}{', compiled' if args.compile else ''}", text
-        )
+    compiled = ", compiled" if args.compile else ""
+    tell(f"Network, {args.model}, {args.device.type}, {args.dtype}{compiled}", text, args.write)
 
 
 def arguments() -> argparse.Namespace:
@@ -77,16 +81,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of the network")
     parser.add_argument("--clip", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the latents")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="ours, and diffusers with equal settings, with torch.compile"
+    )
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
-    parser.add_argument("--memory-of", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=[DEFAULTS, EQUAL, OURS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
 
     args.device = torch.device(args.device)
     config = load_configs([ROOT / "configs" / f"{args.model}.yaml"])
     args.network_config = config["model"]["network_config"]
-    params = args.network_config["params"]
+    params = args.params = args.network_config["params"]
     on_cpu = args.device.type == "cpu"
     args.layers = args.layers or (CPU_LAYERS if on_cpu else params["num_layers"])
     params["num_layers"] = args.layers
@@ -99,8 +105,9 @@ def arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> dict[str, Callable[[], "torch.Tensor"]]:
-    """The contenders' forward passes; with `--memory-of` that one alone is made."""
+    """The contenders' forward passes; with `--memory-of` the weights of that one alone are made."""
     import torch
+    from measuring.equal_settings import attention_of, compile_layers, fuse_projections
 
     from cogvideox_sat.configuration.meta_device import instantiate_on_meta
     from cogvideox_sat.weights.loading import initialise_missing
@@ -120,24 +127,39 @@ def build(args: argparse.Namespace) -> dict[str, Callable[[], "torch.Tensor"]]:
     rotary = diffusers_rotary(params, network.patch_grid(x))
     rotary = rotary and tuple(table.to(args.device) for table in rotary)
 
-    if args.memory_of == "diffusers":
-        twin = build_diffusers_network(params, args.device, dtype)
-    else:
+    attention = attention_of(args, gradients=False)
+
+    made: dict[str, torch.nn.Module] = {}
+    if args.memory_of in (None, OURS):
         initialise_missing(network, args.device)
         network.to(args.device).eval()
-        twin = None if args.memory_of else diffusers_network(network, params)
+        network.use_attention(attention)
+    for name in (DEFAULTS, EQUAL):
+        if args.memory_of == name:
+            made[name] = build_diffusers_network(params, args.device, dtype)
+        elif args.memory_of is None:
+            made[name] = diffusers_network(network, params)
+    if EQUAL in made:
+        fuse_projections(made[EQUAL])
         if args.compile:
-            compile_network(network)
+            compile_layers(made[EQUAL])
+    if args.compile and args.memory_of in (None, OURS):
+        compile_network(network)
 
     @torch.no_grad()
     def diffusers() -> torch.Tensor:
-        return twin(x, context, timesteps, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
+        return made[DEFAULTS](x, context, timesteps, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
+
+    @torch.no_grad()
+    def with_equal_settings() -> torch.Tensor:
+        with attention.applied():
+            return made[EQUAL](x, context, timesteps, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
 
     @torch.no_grad()
     def ours() -> torch.Tensor:
         return network(x, timesteps, context, ofs=ofs)
 
-    return {"diffusers": diffusers, "ours": ours}
+    return {DEFAULTS: diffusers, EQUAL: with_equal_settings, OURS: ours}
 
 
 def floating_point_operations(args: argparse.Namespace) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import markdown_table, write_results  # noqa: E402
+from harness import markdown_table, tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -43,9 +43,7 @@ def main() -> None:
     ]
     header = ["", "processes", "sampling, GiB", "LoRA, GiB", "exchanges a call", "gathers a call", "MB sent a call"]
     text = f"Weights are included, what libraries take is not.\n\n{markdown_table(header, rows)}"
-    print(text)  # noqa: T201
-    if options.write:
-        write_results(SECTION, text)
+    tell(SECTION, text, options.write)
 
 
 def rows_of(model: str, clip: Bucket, sizes: list[int], layers: int | None) -> list[list[str]]:

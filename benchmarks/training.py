@@ -1,6 +1,7 @@
 """One training step on cached latents against the same step written with diffusers and peft: same weights and inputs.
 
     python benchmarks/training.py [--model cogvideox_5b] [--full] [--device cuda] [--dtype bfloat16] [--write]
+    python benchmarks/training.py --equal [--compile] [--write]
     python benchmarks/training.py --cells [--write]
     python benchmarks/training.py --overhead [--write]
 
@@ -8,6 +9,9 @@ A step is forward, loss of v, backward, clipping and AdamW, on LoRA of the atten
 sides hold the network in `--dtype`, and float32 weights beside it of what is trained. Ours draws latents, timestep and
 noise within the step, as it does in training; the other side is given them. First both compute one loss and its
 gradients, which must agree; then they take turns, on the same batch.
+
+With `--equal` diffusers is measured with the settings of ours as well: its attention kernel, one product for queries,
+keys and values where all weights are trained, and with `--compile` layers through torch.compile.
 
 On a CPU the network keeps its width but loses most of its layers, and the clip is small; on a GPU both are full size,
 with random weights. `--cells` makes one table of four steps, with LoRA and on all weights, of few tokens and of many;
@@ -22,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("sat", "tests", "tests/sat", "benchmarks"))]
 
-from harness import machine, peak_memory, write_results  # noqa: E402
+from harness import machine, peak_memory, tell  # noqa: E402
 from measuring.training_arguments import arguments, description  # noqa: E402
 
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -36,9 +40,7 @@ def main() -> None:
         from measuring.training_cells import cells
 
         text = f"{cells(args)}\n\n{machine(args.device)}"
-        print(text)  # noqa: T201
-        if args.write:
-            write_results(f"Training steps, {args.model}, {args.device.type}, {args.dtype}", text)
+        tell(f"Training steps, {args.model}, {args.device.type}, {args.dtype}", text, args.write)
         return
     if args.row and not args.memory_of:
         from measuring.training_step import measure
@@ -60,10 +62,9 @@ def main() -> None:
 
         title, text = "Training step", compare(args)
     text = f"{description(args)}; {machine(args.device)}\n\n{text}"
-    print(text)  # noqa: T201
-    if args.write:
-        checkpointing = ", checkpointing" if args.checkpointing else ""
-        write_results(f"{title}, {args.model}, {args.kind}, {args.device.type}, {args.dtype}{checkpointing}", text)
+    checkpointing, compiled = ", checkpointing" * args.checkpointing, ", compiled" * args.compile
+    section = f"{title}, {args.model}, {args.kind}, {args.device.type}, {args.dtype}{checkpointing}{compiled}"
+    tell(section, text, args.write)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import markdown_table, write_results  # noqa: E402
+from harness import markdown_table, tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -59,11 +59,10 @@ def main() -> None:
         rows = [[described(name), *(cell(name, *column) for column in COLUMNS.values())] for name in args.models]
         header, title = ["GiB", *COLUMNS], "Memory of training"
     text = markdown_table(header, rows)
-    print(text)  # noqa: T201
-    if args.counted and (far := [row for row in rows if abs(float(row[-1]) - 1) > AGREEMENT]):
+    far = [row for row in rows if abs(float(row[-1]) - 1) > AGREEMENT] if args.counted else []
+    tell(title, text, args.write and not far)
+    if far:
         raise SystemExit(f"{len(far)} estimates are further than {AGREEMENT:.0%} from what is counted")
-    if args.write:
-        write_results(title, text)
 
 
 def described(model: str) -> str:

@@ -1,10 +1,10 @@
 """Encode and decode of the video autoencoder against diffusers' AutoencoderKLCogVideoX: same weights, same inputs.
 
     python benchmarks/vae.py [--device cuda] [--dtype bfloat16] [--size tiny] [--write]
-    python benchmarks/vae.py --count --dtype bfloat16 --frames 49 --height 480 --width 720
+    python benchmarks/vae.py --count --dtype bfloat16 --frames 49 --height 480 --width 720 [--write]
 
-The second counts, without computing anything, what ours reads and writes beside convolutions, and the memory it takes
-on a GPU with all frames at once and with fewer.
+The second counts, without computing anything, what ours reads and writes beside convolutions, a pass that adds a bias
+included, and the memory it takes on a GPU with all frames at once and with fewer.
 
 Ours encodes the clip at once, as the original does. diffusers encodes it in slices of eight frames, unless that is
 switched off: both are measured. Both sides decode in chunks of two latent frames. Ratios are to diffusers at its
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from harness import alternating_medians, markdown_table, peak_memories, peak_memory, write_results  # noqa: E402
+from harness import alternating_medians, markdown_table, peak_memories, peak_memory, tell  # noqa: E402
 from measuring.vae_arguments import DEFAULTS, OURS, WHOLE, common_parser, parse, setting  # noqa: E402
 
 CONTENDERS = {"encode": (DEFAULTS, WHOLE, OURS), "decode": (DEFAULTS, OURS)}
@@ -33,7 +33,8 @@ def main() -> None:
     from support import relative_error
 
     if args.count:
-        print(f"{setting(args)}\n\n{counted(args)}")  # noqa: T201
+        size = f"{args.frames} frames of {args.height}x{args.width}"
+        tell(f"Video autoencoder, {args.size}, counted: {size}, {args.dtype}", counted(args), args.write)
         return
     if args.memory_of:
         task, contender = args.memory_of
@@ -53,9 +54,7 @@ def main() -> None:
             rows.append([f"{task}: {name}", seconds[name], f"{memory[name]:.2f}", *ratios, difference])
     header = ["", "s", "peak GiB", "time ratio", "memory ratio", "ours differs by"]
     text = f"{setting(args)}\n\n{markdown_table(header, rows)}"
-    print(text)  # noqa: T201
-    if args.write:
-        write_results(f"Video autoencoder, {args.size}, {args.device.type}, {args.dtype}", text)
+    tell(f"Video autoencoder, {args.size}, {args.device.type}, {args.dtype}", text, args.write)
 
 
 def counted(args: argparse.Namespace) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from harness import alternating_medians, markdown_table, peak_memories, peak_memory, write_results  # noqa: E402
+from harness import alternating_medians, markdown_table, peak_memories, peak_memory, tell  # noqa: E402
 from measuring.vae_arguments import DEFAULTS, OURS, WHOLE, common_parser, parse, setting  # noqa: E402
 
 LONGEST_UNCUT = 9  # frames that diffusers encodes and decodes at once by itself
@@ -55,9 +55,7 @@ def main() -> None:
         f"{setting(args)}\n\n{markdown_table(['', 's per step', 'times as fast', 'peak GiB'], rows)}\n\n"
         f"Relative difference of the losses: {loss_error:.1e}, of the gradients: {gradient_error:.1e}"
     )
-    print(text)  # noqa: T201
-    if args.write:
-        write_results(f"Video autoencoder, training step, {args.size}, {args.device.type}, {args.dtype}", text)
+    tell(f"Video autoencoder, training step, {args.size}, {args.device.type}, {args.dtype}", text, args.write)
 
 
 def arguments() -> argparse.Namespace:

@@ -11,15 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ONLY_WRITE = ("aten::copy_", "aten::zero_", "aten::fill_", "cogvideox_vae::modulated_silu")
+PRODUCTS = ("aten::addmm", "aten::mm")  # of matrices: pointwise convolutions
 MAKE_NOTHING = ("aten::empty", "aten::new_empty", "prim::")
 
 
 class MemoryTraffic(TorchDispatchMode):
     """Sums up the bytes that each operation within the block reads and writes, by its name: `bytes`.
 
-    Convolutions, views and what only reserves memory are left out. But a convolution with a bias counts as one that
-    reads its result and writes it once more: so PyTorch adds the bias on a GPU, after cuDNN. A tensor that is changed
-    in place counts as read and as written, unless the operation does not look at what it overwrites.
+    Convolutions, also as products of matrices, views and what only reserves memory are left out. But a convolution that
+    is no such product and has a bias counts as one that reads its result and writes it once more: so PyTorch adds the
+    bias on a GPU, after cuDNN. A tensor that is changed in place counts as read and as written, unless the operation
+    does not look at what it overwrites.
     """
 
     def __init__(self) -> None:
@@ -38,7 +40,7 @@ class MemoryTraffic(TorchDispatchMode):
         name = function.name().removesuffix(".out")
         if name == "aten::convolution" and args[2] is not None:
             self.bytes["bias of a convolution"] += 2 * _bytes(result)
-        if not (function.is_view or "convolution" in name or name.startswith(MAKE_NOTHING)):
+        if not (function.is_view or "convolution" in name or name in PRODUCTS or name.startswith(MAKE_NOTHING)):
             written = list(_written(function, args, kwargs))
             results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
             fresh = [each for each in results if not any(each is other for other in written)]

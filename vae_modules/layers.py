@@ -424,6 +424,9 @@ def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor, biased: bool) -> Ten
 
 def _pointwise_in_time(conv: nn.Conv3d, x: Tensor, biased: bool = True) -> Tensor:
     """Apply a convolution that is one frame long; unlike a 3D convolution this also takes no frames at all."""
+    if biased and conv.kernel_size == (1, 1, 1) and leaves_bias(conv.weight):
+        # A product of matrices, which adds the bias as it writes its result.
+        return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
     padding = [size // 2 for size in conv.kernel_size[1:]]
     bias = conv.bias if biased else None
     return _framewise(lambda frames: F.conv2d(frames, conv.weight[:, :, 0], bias, padding=padding), x)

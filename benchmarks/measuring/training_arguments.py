@@ -20,6 +20,7 @@ CELLS = {  # what is trained, the clip and the batch: with 226 of text, 514 and 
     "lora-2000": ("lora", (9, 22, 36), 1),
     "full-2000": ("full", (9, 22, 36), 1),
 }
+DEFAULTS, EQUAL, OURS = "diffusers", "diffusers, equal settings", "ours"
 RANK, LORA_ALPHA = 128, 1
 LEARNING_RATE, BETAS, CLIPPING = 1e-4, (0.9, 0.95), 1.0
 
@@ -47,6 +48,12 @@ def arguments(description: str, command_line: Sequence[str] | None = None) -> ar
     parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, help="timed steps (default: 5, of cells 7)")
+    parser.add_argument("--compile", action="store_true", help="ours, and diffusers with equal settings, compiled")
+    parser.add_argument(
+        "--equal",
+        action="store_true",
+        help="a row for diffusers with equal settings too, which takes more memory",
+    )
     parser.add_argument("--overhead", action="store_true", help="measure the trainer instead")
     parser.add_argument(
         "--cells",
@@ -57,7 +64,7 @@ def arguments(description: str, command_line: Sequence[str] | None = None) -> ar
     )
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="put the result into benchmarks/RESULTS.md")
-    parser.add_argument("--memory-of", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=[DEFAULTS, EQUAL, OURS], help=argparse.SUPPRESS)
     args = parser.parse_args(command_line)
     args.own_clip, args.own_layers = args.clip, args.layers
     args.repeats = args.repeats or (5 if args.cells is None else CELL_REPEATS)
@@ -96,6 +103,7 @@ def description(args: argparse.Namespace) -> str:
         f"latents {'×'.join(map(str, args.clip))} (frames×height×width), batch {args.batch}, {args.dtype}",
         f"ZeRO {max(args.zero, int(args.dtype != 'float32'))}",
         *(["activation checkpointing"] if args.checkpointing else []),
+        *(["ours and equal settings compiled"] if args.compile else []),
     ]
     return ", ".join(parts)
 

@@ -3,12 +3,14 @@
 import argparse
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cogvideox_sat.latent_geometry import patch_sizes
+from measuring.equal_settings import attention_of, compile_layers, fuse_projections
 from measuring.training_arguments import BETAS, CLIPPING, LEARNING_RATE, LORA_ALPHA, RANK
 
 PEFT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -46,10 +48,16 @@ class Inputs(NamedTuple):
     ofs: Tensor | None
 
 
-def diffusers_step(args: argparse.Namespace, network: nn.Module | None, inputs: Inputs) -> Contender:
+def diffusers_step(
+    args: argparse.Namespace, network: nn.Module | None, inputs: Inputs, equal: bool = False
+) -> Contender:
     """The step with diffusers' network and scheduler, peft's adapter and PyTorch's optimizer.
 
     The weights are those of `network`; without it they are random.
+
+    Args:
+        equal: as ours: the attention kernel, with `--compile` compiled layers, and one product for queries, keys and
+            values, unless an adapter is trained, for which peft needs three.
     """
     from diffusers import CogVideoXDPMScheduler
     from peft import LoraConfig
@@ -64,6 +72,11 @@ def diffusers_step(args: argparse.Namespace, network: nn.Module | None, inputs: 
         twin.requires_grad_(False)
         twin.add_adapter(LoraConfig(r=RANK, lora_alpha=LORA_ALPHA, target_modules=PEFT_TARGETS))
         twin.load_state_dict({name: tensor for name, tensor in weights.items() if ".lora_" in name}, strict=False)
+    elif equal:
+        fuse_projections(twin)
+    if equal and args.compile:
+        compile_layers(twin)
+    kernel = attention_of(args).applied if equal else nullcontext
     if args.checkpointing:
         twin.enable_gradient_checkpointing()
     twin.train()
@@ -90,12 +103,14 @@ def diffusers_step(args: argparse.Namespace, network: nn.Module | None, inputs: 
         return (weight * (denoised - inputs.latents) ** 2).mean()
 
     def gradients() -> tuple[Tensor, dict[str, Tensor]]:
-        value = loss()
+        with kernel():
+            value = loss()
         return value.detach(), dict(zip(trained, torch.autograd.grad(value, list(trained.values())), strict=True))
 
     def step() -> Tensor:
-        value = loss()
-        value.backward()
+        with kernel():
+            value = loss()
+            value.backward()
         optimizer.step()
         return value.detach()
 

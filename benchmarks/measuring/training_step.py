@@ -9,7 +9,8 @@ from harness import alternating_medians, layer_flops, markdown_table, peak_memor
 from torch import Tensor, nn
 
 from cogvideox_sat.latent_geometry import patch_sizes
-from measuring.training_arguments import RANK, deepspeed_config
+from measuring.equal_settings import attention_of
+from measuring.training_arguments import DEFAULTS, EQUAL, OURS, RANK, deepspeed_config
 from measuring.training_peer import Contender, Inputs, diffusers_step, names_of_diffusers
 from support import relative_error
 
@@ -50,7 +51,7 @@ def compare(args: argparse.Namespace) -> str:
 
 def check_agreement(contenders: dict[str, Contender], dtype: str) -> str:
     """How far the losses and gradients of the two are apart, before the first step; stops if they are not the same."""
-    (loss, gradients), (expected_loss, expected) = (contenders[name].gradients() for name in ("ours", "diffusers"))
+    (loss, gradients), (expected_loss, expected) = (contenders[name].gradients() for name in (OURS, DEFAULTS))
     if gradients.keys() != expected.keys():
         raise SystemExit(f"not the same is trained: {sorted(gradients.keys() ^ expected.keys())[:4]}")
     # Some are zero but for rounding: a bias of all keys alike changes no attention.
@@ -87,7 +88,7 @@ def floating_point_operations(args: argparse.Namespace) -> float:
 
 
 def build(args: argparse.Namespace) -> dict[str, Contender]:
-    """Both contenders; with `--memory-of` that one alone is made."""
+    """The contenders; with `--memory-of` that one alone is made."""
     from sgm import randomness
 
     engine = build_engine(args)
@@ -106,12 +107,14 @@ def build(args: argparse.Namespace) -> dict[str, Contender]:
         latents.float(), noise, timesteps, batch["txt_embedding"], condition, engine.default_ofs(args.batch)
     )
 
-    network = None if args.memory_of == "diffusers" else build_network(args)
+    made = [args.memory_of] if args.memory_of else [DEFAULTS, *([EQUAL] if args.equal else []), OURS]
+    network = build_network(args) if OURS in made else None
     contenders = {}
-    if args.memory_of != "ours":
-        contenders["diffusers"] = diffusers_step(args, network, inputs)
-    if network is not None:
-        contenders["ours"] = our_step(args, engine, network, batch, seeds)
+    for name in made:
+        if name == OURS:
+            contenders[name] = our_step(args, engine, network, batch, seeds)
+        else:
+            contenders[name] = diffusers_step(args, network, inputs, equal=name == EQUAL)
     return contenders
 
 
@@ -144,6 +147,7 @@ def build_network(args: argparse.Namespace) -> nn.Module:
             nn.init.normal_(parameter, std=0.02)
     network.to(args.device)
     network.disable_untrainable_params()
+    network.use_attention(attention_of(args))
     return network.train()
 
 
@@ -172,7 +176,7 @@ def our_step(
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     config = deepspeed_config(args, "torch.optim.AdamW", fused=True)
     schedule = LoopSettings(1000, warmup=0.0, auto_warmup_steps=0, lr_decay_style="constant")
-    wrapper = OpenAIWrapper(network, dtype=engine.dtype)
+    wrapper = OpenAIWrapper(network, compile_model=args.compile, dtype=engine.dtype)
     runner = deepspeed_engine.initialize(wrapper, config, schedule, engine.dtype)
 
     def loss(model: nn.Module) -> Tensor:

@@ -117,7 +117,7 @@ def test_mistakes_end_with_2(name, arguments, message, tmp_path):
 
 def test_network(run):
     rows = table(run("network", *NETWORK))
-    assert set(rows) == {"diffusers", "ours"}
+    assert set(rows) == {"diffusers", "diffusers, equal settings", "ours"}
     assert all(number(cell) > 0 for row in rows.values() for cell in row)
 
 
@@ -152,10 +152,11 @@ def test_autoencoder_training(run, frames, rows_of_diffusers):
 
 @pytest.mark.parametrize("kind", ["--lora", "--full"])
 def test_training(run, kind):
-    output = run("training", *NETWORK, kind)
+    output = run("training", *NETWORK, kind, "--equal")
     rows = table(output)
-    assert set(rows) == {"diffusers", "ours"}
+    assert set(rows) == {"diffusers", "diffusers, equal settings", "ours"}
     assert number(rows["ours"][-1]) == pytest.approx(number(rows["diffusers"][-1]), rel=1e-4), "the losses"
+    assert number(rows["diffusers, equal settings"][-1]) == pytest.approx(number(rows["ours"][-1]), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_pieces_in_the_cache_change_nothing(monkeypatch, dtype, cached):
     assert_close(modulation.channel_sums(x), modulation._sums(x.clone()), 1e-6)
 
 
-@pytest.mark.parametrize(("task", "most"), [("encode", 155e9), ("decode", 340e9)])
+@pytest.mark.parametrize(("task", "most"), [("encode", 155e9), ("decode", 335e9)])
 def test_bytes_beside_convolutions_at_full_size(task, most):
     """49 frames of 480x720 in bfloat16. Each norm reads its input twice and writes it once, for one convolution; biases
     go with them."""
