@@ -47,6 +47,7 @@ if triton is not None:
         channel = tl.arange(0, CHANNELS)
         total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
         square = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+        added = tl.zeros((CHANNELS,), dtype=tl.float32)
         if OFFSET:
             added = tl.load(offset + channel, mask=channel < channels, other=0.0).to(tl.float32)
         for start in range(0, ROWS_EACH, ROWS):
@@ -57,10 +58,8 @@ if triton is not None:
             value = tl.load(place, mask=mask, other=0.0)
             if ADD:
                 more = tl.load(other + batch.to(tl.int64) * other_batch + offsets, mask=mask, other=0.0)
-                total_of_both = value.to(tl.float32) + more.to(tl.float32)
-                if OFFSET:
-                    total_of_both += added[None, :]
-                value = tl.where(mask, total_of_both, 0.0).to(value.dtype)
+                both = value.to(tl.float32) + more.to(tl.float32) + added[None, :]
+                value = tl.where(mask, both, 0.0).to(value.dtype)
                 tl.store(place, value, mask=mask)
             wide = value.to(tl.float32)
             total += wide
@@ -218,8 +217,8 @@ def _try_out(device: str = "cuda") -> None:
     )
     with_offset = x.clone()
     found, shifted_found = add_and_sum(x, other), add_and_sum(with_offset, other, offset)
-    pairs = ((out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums))
-    pairs += (with_offset, shifted), (shifted_found, shifted_sums)
+    pairs = [(out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums)]
+    pairs += [(with_offset, shifted), (shifted_found, shifted_sums)]
     if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in pairs):
         raise ArithmeticError("they give other numbers than PyTorch")
 

@@ -131,7 +131,7 @@ class GroupNorm(nn.GroupNorm):
         return torch.cat([sums, count])
 
     def passes(
-        self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, offset: Tensor | None = None
+        self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
         """The scale and shift, each (batch, channel, 1, 1, 1), that normalize, and whether a first frame has its own:
         what `write_modulated_silu` takes.
@@ -176,10 +176,10 @@ class SpatialNorm3D(nn.Module):
         return self.norm_layer.statistics(f, offset)
 
     def passes(
-        self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, offset: Tensor | None = None
+        self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
         """See `GroupNorm.passes`: maps (batch, channel, t, h, w) as `z`, after those of the normalization alone."""
-        scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk, offset)
+        scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk, offset=offset)
         return self.conv_y(z, chunk), self.conv_b(z, chunk), chunk.lead, scale, shift
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
