@@ -457,9 +457,7 @@ class SATVideoDiffusionEngine(nn.Module):
         with memory_guard("encoding clips"):
             image, latent = self.encode_batch(batch)
         # Contiguous, since noise drawn in its likeness follows the order in memory.
-        latent = rearrange(latent, "b c t h w -> b t c h w").contiguous()
-        if self.is_15:  # an even number of latent frames: the first one twice
-            latent = torch.cat((latent[:, :1], latent), dim=1)
+        latent = self.with_extra_frame(rearrange(latent, "b c t h w -> b t c h w").contiguous())
         if image is not None:
             condition = self.concat_condition(image, latent.shape[1])
             if drop:
@@ -708,6 +706,10 @@ class SATVideoDiffusionEngine(nn.Module):
         if self.config["network_config"]["params"].get("ofs_embed_dim") is None:
             return None
         return torch.full((batch_size,), 2.0, device=self.device)
+
+    def with_extra_frame(self, latents: Tensor) -> Tensor:
+        """Latents (b, t, c, h, w) with the first twice for 1.5 networks, which need an even number."""
+        return torch.cat((latents[:, :1], latents), dim=1) if self.is_15 else latents
 
     def drop_extra_frame(self, latents: Tensor) -> Tensor:
         """Latents (b, t, c, h, w) without the leading frame that 1.5 networks need to make their number even."""

@@ -20,6 +20,11 @@ class Bucket(NamedTuple):
         return f"{self.frames} frames of {self.height}x{self.width}"
 
 
+def latent_frame_of(frame: int) -> int:
+    """Return the latent frame that frame number `frame` of a video lies in, both from 0."""
+    return (frame + TIME_FACTOR - 1) // TIME_FACTOR
+
+
 def patch_sizes(patch_size: int | Sequence[int]) -> tuple[int, int, int]:
     """Return the patch along (frames, height, width): `2` means (1, 2, 2), as in CogVideoX 1.0; 1.5 gives all three."""
     if isinstance(patch_size, int):

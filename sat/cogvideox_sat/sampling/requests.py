@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,7 +11,13 @@ from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.request_fields import LARGEST_SEED
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.configuration.settings import EngineSettings
+from cogvideox_sat.latent_geometry import TIME_FACTOR, latent_frame_of
 from sgm.errors import UserError, shown
+
+STRENGTH = 0.8  # of a video that starts from a clip
+CONTEXT_FRAMES = 5  # that a window goes on from: two latent frames, since the first alone shows no motion
+
+PixelSource: TypeAlias = Tensor | Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,41 @@ class SessionSettings(EngineSettings):
 
 
 @dataclass(frozen=True, eq=False)
+class KeyFrame:
+    """A picture that a frame of the video shows.
+
+    Args:
+        image: (3, height, width) in [-1, 1], RGB; or a function that returns it, called when its turn comes.
+        at: number of the frame, from 0; negative ones count from the end, -1 is the last.
+    """
+
+    image: PixelSource
+    at: int
+
+
+@dataclass(frozen=True, eq=False)
 class SampleRequest:
     """One video to sample.
+
+    Pictures and clips are tensors in [-1, 1], RGB, or functions that return such, called when their turn comes, so that
+    many requests hold none.
 
     Args:
         seed: from 0 to 2^63 - 1; equal requests of equal seeds give equal latents.
         size: (height, width) in pixels.
         frames: length in latent frames: `4 (n - 1) + 1` frames of video for `n` of them; 1.5 models take one more.
         negative_prompt: what guidance steers away from.
-        image: the first frame (3, height, width) in [-1, 1], RGB, for image-to-video models; or a function that
-            returns it, called when its turn comes, so that many requests hold no image each.
+        image: the first frame (3, height, width), for image-to-video models.
         steps: sampling steps; None: the sampler's own number.
         fps: frames a second at which the video is to be shown. No number of it depends on that.
         knobs: what is changed of the configured sampler. No weights are read for that.
+        key_frames: other frames, for image-to-video models; two may not lie in one latent frame.
+        video: a clip (frames of the video, 3, height, width) that sampling starts from. In a request with `extend` and
+            without `strength` the clip may be of any length from `CONTEXT_FRAMES`, stays as it is, and is continued.
+        strength: share of the steps that is taken from the clip, 1 leaves nothing of it; None: `STRENGTH`.
+        context: a clip (4k + 1 frames, 3, height, width) that the video begins with and goes on from, by a network that
+            was trained so (`fixed_frames`).
+        extend: prompts of further windows, each of which goes on from the last `CONTEXT_FRAMES` frames before it.
     """
 
     prompt: str
@@ -58,15 +87,32 @@ class SampleRequest:
     size: tuple[int, int]
     frames: int
     negative_prompt: str = ""
-    image: Tensor | Callable[[], Tensor] | None = None
+    image: PixelSource | None = None
     steps: int | None = None
     fps: int = 8
     knobs: SamplerKnobs = NO_KNOBS
+    key_frames: tuple[KeyFrame, ...] = ()
+    video: PixelSource | None = None
+    strength: float | None = None
+    context: PixelSource | None = None
+    extend: tuple[str, ...] = ()
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether a clip is continued, rather than sampled from."""
+        return bool(self.extend) and self.video is not None and self.strength is None
+
+    @property
+    def shows(self) -> str | None:
+        """Return what is encoded besides the prompt: image, or video; None: nothing."""
+        if self.image is not None or self.key_frames:
+            return "image"
+        return "video" if self.video is not None or self.context is not None else None
 
     def check(self, limits: ModelLimits) -> None:
         """Check that a model of such limits can sample the request, else raise UserError.
 
-        An image that a function will return is checked when it does.
+        What a function will return is checked when it does.
         """
         for name in ("prompt", "negative_prompt"):
             if not isinstance(value := getattr(self, name), str):
@@ -82,30 +128,95 @@ class SampleRequest:
         if not (isinstance(self.size, tuple) and [type(side) for side in self.size] == [int, int]):
             raise UserError(f"size is {shown(self.size)}; expected (height, width) in pixels")
         limits.check_clip(self.frames, *self.size, names=("frames", "size"))
-        if limits.image_to_video != (self.image is not None):
+        self._check_key_frames(limits)
+        self._check_clips(limits)
+
+    def _check_key_frames(self, limits: ModelLimits) -> None:
+        told = self.image is not None or bool(self.key_frames)
+        if limits.image_to_video != told and not (self.goes_on and not told):
             kind, remedy = ("an image", "give") if limits.image_to_video else ("a text", "leave out")
-            raise UserError(f"image: this is {kind}-to-video model; {remedy} the first frame")
+            name = "keyframes" if self.key_frames and self.image is None else "image"
+            raise UserError(f"{name}: this is {kind}-to-video model; {remedy} the first frame")
         if isinstance(self.image, Tensor):
             self.check_image(self.image)
+        frames = limits.video_frames(self.frames)
+        taken: dict[int, str] = {0: "image"} if self.image is not None else {}
+        for number, key_frame in enumerate(self.key_frames, start=1):
+            if type(key_frame.at) is not int or not -frames <= key_frame.at < frames:
+                raise UserError(
+                    f"keyframes: at is {shown(key_frame.at)}; the video has {frames} frames, expected a number from "
+                    f"{-frames} to {frames - 1}"
+                )
+            place = latent_frame_of(key_frame.at % frames)
+            if place in taken:
+                raise UserError(
+                    f"keyframes: number {number} is at {key_frame.at}, in the same {TIME_FACTOR} frames as "
+                    f"{taken[place]}; leave out one"
+                )
+            taken[place] = f"number {number}"
+            if isinstance(key_frame.image, Tensor):
+                self.check_image(key_frame.image, "keyframes")
 
-    def check_image(self, image: Tensor) -> None:
-        """Check that an image is a first frame of the request's size, else raise UserError."""
-        expected = (3, *self.size)
-        if tuple(image.shape) != expected or not image.is_floating_point():
+    def _check_clips(self, limits: ModelLimits) -> None:
+        strength = self.strength
+        if strength is not None and (type(strength) not in (int, float) or not 0 <= strength <= 1):
+            raise UserError(f"strength is {shown(strength)}; expected a number from 0 to 1")
+        if strength is not None and self.video is None:
+            raise UserError("strength: it says how much of a clip is changed; give `video` too, or leave it out")
+        if not (isinstance(self.extend, tuple) and all(isinstance(prompt, str) for prompt in self.extend)):
+            raise UserError(f"extend is {shown(self.extend)}; expected a tuple of prompts")
+        frames = limits.video_frames(self.frames)
+        if self.extend and frames <= CONTEXT_FRAMES:
+            raise UserError(f"extend: a window has {frames} frames; it must have more than {CONTEXT_FRAMES}")
+        for name in ("video", "context"):
+            if isinstance(clip := getattr(self, name), Tensor):
+                self._check_clip(name, clip, frames)
+
+    def _check_clip(self, name: str, clip: Tensor, frames: int) -> None:
+        """Check a clip for a video of so many frames."""
+        self._check_pixels(name, clip, (len(clip), 3, *self.size))
+        count = len(clip)
+        if name == "context":
+            fits, expected = count % TIME_FACTOR == 1 and count < frames, f"{TIME_FACTOR}k + 1, fewer than {frames}"
+        elif self.goes_on:
+            fits, expected = count >= CONTEXT_FRAMES, f"at least {CONTEXT_FRAMES}"
+        else:
+            fits, expected = count == frames, str(frames)
+        if not fits:
+            raise UserError(f"{name}: it has {count} frames; expected {expected}")
+
+    def check_image(self, image: Tensor, name: str = "image") -> None:
+        """Check that an image is a frame of the request's size, else raise UserError."""
+        self._check_pixels(name, image, (3, *self.size))
+
+    def _check_pixels(self, name: str, pixels: Tensor, expected: tuple[int, ...]) -> None:
+        if tuple(pixels.shape) != expected or not pixels.is_floating_point():
             raise UserError(
-                f"image: it is {str(image.dtype).removeprefix('torch.')} of shape {tuple(image.shape)}; expected "
+                f"{name}: it is {str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}; expected "
                 f"floating-point numbers of shape {expected}"
             )
-        if not torch.isfinite(image).all() or image.abs().max() > 1.001:  # what rounding in float16 may add
-            raise UserError("image: its values are not in [-1, 1]; scale them")
+        if not torch.isfinite(pixels).all() or pixels.abs().max() > 1.001:  # what rounding in float16 may add
+            raise UserError(f"{name}: its values are not in [-1, 1]; scale them")
 
-    def load_image(self) -> Tensor | None:
-        """Return the first frame (3, height, width) in [-1, 1]; None: there is none."""
-        if self.image is None or isinstance(self.image, Tensor):
-            return self.image
-        image = self.image()
-        self.check_image(image)
-        return image
+    def load_key_frames(self, limits: ModelLimits) -> dict[int, Tensor]:
+        """Return the pictures (3, height, width) by the latent frame that they stand in."""
+        frames = limits.video_frames(self.frames)
+        first = () if self.image is None else (KeyFrame(self.image, 0),)
+        pictures = {}
+        for key_frame in (*first, *self.key_frames):
+            picture = key_frame.image if isinstance(key_frame.image, Tensor) else key_frame.image()
+            self.check_image(picture, "image" if key_frame in first else "keyframes")
+            pictures[latent_frame_of(key_frame.at % frames)] = picture
+        return pictures
+
+    def load_clip(self, name: str, limits: ModelLimits) -> Tensor | None:
+        """Return the clip `video` or `context` (frames, 3, height, width); None: there is none."""
+        clip = getattr(self, name)
+        if clip is None or isinstance(clip, Tensor):
+            return clip
+        clip = clip()
+        self._check_clip(name, clip, limits.video_frames(self.frames))
+        return clip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +226,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A condition of the video is encoded; `what` is prompt, or image."""
+    """A condition of the video is encoded; `what` is prompt, or what the request `shows`."""
 
     what: str
 

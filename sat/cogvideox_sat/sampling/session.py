@@ -10,12 +10,13 @@
 Nothing here prints, writes files or knows a command's arguments. `sampling.run` is the command on top of it.
 """
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from threading import Lock
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from weakref import WeakSet
 
 import torch
@@ -23,34 +24,37 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT
+from cogvideox_sat.configuration.memory_advice import DECODING, ENCODING, SAMPLING, TEXT
 from cogvideox_sat.configuration.model_checks import check_model, check_sampler_steps, try_sampler
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.engine_choice import build_engine
-from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.parallel.video_groups import video_groups
+from cogvideox_sat.sampling.drawing import Drawing
+from cogvideox_sat.sampling.extension import extended
 from cogvideox_sat.sampling.part_offloading import PartOffloader
 from cogvideox_sat.sampling.requests import (
+    STRENGTH,
     Encoded,
     Frames,
     Latents,
-    Progress,
     Result,
     SampleEvent,
     SampleRequest,
     SessionSettings,
 )
 from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
+from cogvideox_sat.sampling.visual_inputs import EncodedInputs, Pixels, encode_inputs, load_pixels
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of, other_precision
 from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
+from sgm.modules.diffusionmodules.sampling_start import steps_of_strength
 from sgm.util import instantiate_from_config
 
 
@@ -222,6 +226,19 @@ class SamplingSession:
         check_sampler_steps(sampler, steps)
         return steps
 
+    def steps_taken(self, request: SampleRequest) -> int:
+        """Return how many steps a request takes in all, which its `Progress` counts.
+
+        Raises:
+            UserError: see `steps_of`.
+        """
+        steps = self.steps_of(request.steps, request.knobs)
+        further = steps * len(request.extend)
+        if request.goes_on:
+            return further
+        strength = STRENGTH if request.strength is None else request.strength
+        return further + (steps if request.video is None else steps_of_strength(strength, steps))
+
     def cancel(self) -> None:
         """End all requests that are open, each at its next step or chunk; iterating one raises SamplingCancelled.
 
@@ -232,9 +249,9 @@ class SamplingSession:
     def sample(self, request: SampleRequest) -> Generator[SampleEvent, None, None]:
         """Return an iterator over the events of a request: `Encoded`, `Progress`, `Latents`, `Frames`, `Result`.
 
-        A stage is computed when its first event is asked for: the prompt is encoded, then the image, then latents are
-        sampled, then decoded. Closing the iterator ends the request; between two stages another request may be taken
-        on, within one it may not.
+        A stage is computed when its first event is asked for: the prompt is encoded, then what the request shows, then
+        latents are sampled, then decoded; and so on for each window of a request that is continued. Closing the
+        iterator ends the request; between two stages another request may be taken on, within one it may not.
 
         Raises:
             UserError: the model cannot do what is asked; and when iterating, a stage fails.
@@ -245,11 +262,17 @@ class SamplingSession:
         if self.closed:
             raise RuntimeError("the session is closed: open another one")
         request.check(self.limits)
-        asked_steps = request.steps
-        request = replace(request, steps=self.steps_of(asked_steps, request.knobs))
-        events = self._events(request, asked_steps, self._cancellations)
+        self.steps_of(request.steps, request.knobs)
+        single = partial(self._single, cancellations=self._cancellations)
+        events = extended(request, self.limits, single, self.steps_taken) if request.extend else single(request)
         self._open.add(events)
         return events
+
+    def _single(self, request: SampleRequest, cancellations: int) -> Generator[SampleEvent, None, None]:
+        """Return the events of a request that is not continued."""
+        request.check(self.limits)
+        settled = replace(request, steps=self.steps_of(request.steps, request.knobs))
+        return self._events(settled, request.steps, cancellations)
 
     def _events(
         self, request: SampleRequest, asked_steps: int | None, cancellations: int
@@ -262,15 +285,16 @@ class SamplingSession:
         texts = self._encode_texts(request.prompt, request.negative_prompt)
         yield Encoded("prompt")
         go_on()
-        random_numbers, image = RandomNumbers(self.engine.device), None
-        if request.image is not None:
-            with self._stage("first_stage_model", "encoding images"), random_numbers:
-                image = encode_image(self.engine, request, self._load_image(request))
-            yield Encoded("image")
+        random_numbers, inputs = RandomNumbers(self.engine.device), EncodedInputs({})
+        if what := request.shows:
+            doing = "encoding images" if what == "image" else ENCODING
+            with self._stage("first_stage_model", doing), random_numbers:
+                inputs = encode_inputs(self.engine, request, self._load_pixels(request))
+            yield Encoded(what)
             go_on()
         with self._stage("model", SAMPLING):
             sampler = self.sampler_of(request.knobs)
-            drawing = Drawing(self.engine, request, asked_steps, texts, image, self.limits.latent_channels, sampler)
+            drawing = Drawing(self.engine, request, asked_steps, texts, inputs, self.limits.latent_channels, sampler)
             with closing(in_turns(drawing, random_numbers)) as steps:
                 for progress in steps:
                     go_on()
@@ -284,9 +308,10 @@ class SamplingSession:
                 go_on()
         yield Result(drawing.latents, request)
 
-    def _load_image(self, request: SampleRequest) -> Tensor:
-        """Return a request's first frame; of processes that share the work the first one reads it."""
-        return self.groups.from_first(request.load_image) if self.groups.splits_work else request.load_image()
+    def _load_pixels(self, request: SampleRequest) -> Pixels:
+        """Return what a request shows; of processes that share the work the first one reads it."""
+        load = partial(load_pixels, request, self.limits)
+        return self.groups.from_first(load) if self.groups.splits_work else load()
 
     @contextmanager
     def _stage(self, part: str, doing: str) -> Iterator[None]:
@@ -324,84 +349,3 @@ class SamplingSession:
         cond, uncond = self.groups.from_first(embed_both) if self.groups.splits_work else embed_both()
         self._last_texts = (prompt, negative_prompt), (cond, uncond)
         return cond, uncond
-
-
-class EncodedImage(NamedTuple):
-    """A first frame as its latent (1, 1, c, h, w), with the state of random numbers after its first draws."""
-
-    latent: Tensor
-    random_state: Tensor
-
-
-@torch.no_grad()
-def encode_image(engine: SATVideoDiffusionEngine, request: SampleRequest, image: Tensor) -> EncodedImage:
-    """Return the latent of a request's first frame (3, height, width), whose draws are the first that belong to its
-    seed."""
-    torch.manual_seed(request.seed)
-    clip = rearrange(image, "c h w -> 1 c 1 h w").to(engine.device)
-    latent = engine.encode_condition_image(clip).cpu()
-    return EncodedImage(latent, torch.get_rng_state())
-
-
-class Drawing:
-    """Samples the latents of a request: `drawing(report)` sets `latents` (1, t, c, h, w), on the CPU.
-
-    Args:
-        asked_steps: number of steps, None for the sampler's own.
-        texts: the embeddings (1, tokens, features) of the prompt and of what guidance steers away from.
-        channels: those of the latents.
-        sampler: the engine's own, or another one for this request.
-    """
-
-    latents: Tensor
-
-    def __init__(
-        self,
-        engine: SATVideoDiffusionEngine,
-        request: SampleRequest,
-        asked_steps: int | None,
-        texts: tuple[Tensor, Tensor],
-        image: EncodedImage | None,
-        channels: int,
-        sampler: Any,
-    ):
-        self.channels, self.sampler = channels, sampler
-        self.engine, self.request, self.asked_steps = engine, request, asked_steps
-        self.texts, self.image = texts, image
-
-    @torch.no_grad()
-    def __call__(self, report: Callable[[Progress], None]) -> None:
-        """Sample, and call `report` after each step."""
-        device = self.engine.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has its own
-            self._draw(report)
-
-    def _draw(self, report: Callable[[Progress], None]) -> None:
-        engine, request = self.engine, self.request
-        torch.manual_seed(request.seed)
-        concat_images = ofs = None
-        if self.image is not None:
-            torch.set_rng_state(self.image.random_state)
-            concat_images = engine.concat_condition(self.image.latent.to(engine.device), request.frames)
-            ofs = engine.default_ofs(1)
-        cond, uncond = self.texts
-        height, width = (side // SPACE_FACTOR for side in request.size)
-        # An engine of the user's own may have the original's `sample`, and then samples as it is configured.
-        other = {} if self.sampler is engine.sampler else {"sampler": self.sampler}
-
-        def tell(step: int, steps: int, denoised: Tensor | None = None) -> None:
-            report(Progress(step, steps, None if denoised is None else engine.drop_extra_frame(denoised)))
-
-        latents = engine.sample(
-            {"crossattn": cond.to(engine.device)},
-            {"crossattn": uncond.to(engine.device)},
-            batch_size=1,
-            shape=(request.frames, self.channels, height, width),
-            concat_images=concat_images,
-            ofs=ofs,
-            num_steps=self.asked_steps,
-            callback=tell,
-            check_finite=True,
-            **other,
-        )
-        self.latents = engine.drop_extra_frame(latents).cpu()

@@ -181,25 +181,16 @@ class VideoDiffusionLoss(DiffusionLoss):
 
     def free_frames(self, clean: Tensor) -> Tensor | None:
         """Return where frames are noised and learnt, bool (batch, time, 1, ...), for latents (batch, time, ...); None:
-        all are.
-
-        Raises:
-            UserError: a clip has no frame more than are to be fixed.
-        """
+        all are. A clip has one such frame at least, however many are to be fixed."""
         numbers, weights = list(self.fixed_frames), list(self.fixed_frames.values())
         if numbers == [0]:
             return None
-        if max(numbers) >= clean.shape[1]:
-            raise UserError(
-                f"loss_fn_config: fixed_frames is {max(numbers)}, but a clip has {clean.shape[1]} latent frames; lower "
-                "it, or train on longer clips"
-            )
         choice = torch.zeros(len(clean), dtype=torch.long)
         if len(numbers) > 1:
             shares = torch.tensor(weights, dtype=torch.float64).cumsum(0) / sum(weights)
             draws = randomness.uniform(len(clean), purpose="fixed frames").double()
             choice = torch.searchsorted(shares[:-1], draws, right=True)
-        fixed = torch.tensor(numbers)[choice]
+        fixed = torch.tensor(numbers)[choice].clamp(max=clean.shape[1] - 1)
         free = torch.arange(clean.shape[1]) >= fixed[:, None]
         return append_dims(self.share(free.to(clean.device)), clean.ndim)
 

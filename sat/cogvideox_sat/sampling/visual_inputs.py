@@ -1,0 +1,75 @@
+"""The pictures and clips of a request as latents: what sampling is conditioned on, and what it starts from."""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.sampling.requests import STRENGTH, SampleRequest
+from diffusion_video import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
+
+
+class Pixels(NamedTuple):
+    """What a request shows.
+
+    Args:
+        key_frames: pictures (3, height, width) by the latent frame that they stand in.
+        video: the clip (frames, 3, height, width) that sampling starts from.
+        context: the clip (frames, 3, height, width) that the video begins with and goes on from.
+    """
+
+    key_frames: dict[int, Tensor]
+    video: Tensor | None = None
+    context: Tensor | None = None
+
+
+class EncodedInputs(NamedTuple):
+    """What a request shows, as latents on the CPU.
+
+    Args:
+        key_frames: (1, 1, c, h, w) by latent frame.
+        start: what sampling starts from; 1.5 models have the first latent twice.
+        random_state: of the request's random numbers after those of its key frames; None: it has none.
+    """
+
+    key_frames: dict[int, Tensor]
+    start: Start = NOISE
+    random_state: Tensor | None = None
+
+
+def load_pixels(request: SampleRequest, limits: ModelLimits) -> Pixels:
+    """Return what a request to a model of such limits shows; functions that give pictures and clips are called.
+
+    Raises:
+        UserError: a picture or clip cannot be read or does not fit.
+    """
+    clips = (request.load_clip(name, limits) for name in ("video", "context"))
+    return Pixels(request.load_key_frames(limits), *clips)
+
+
+@torch.no_grad()
+def encode_inputs(engine: SATVideoDiffusionEngine, request: SampleRequest, pixels: Pixels) -> EncodedInputs:
+    """Return the latents of what a request shows.
+
+    Key frames are drawn from their posteriors, one after the other: those draws are the first that belong to the
+    request's seed. Clips are the means of theirs, and take no random number.
+    """
+    torch.manual_seed(request.seed)
+    key_frames = {
+        number: engine.encode_condition_image(rearrange(picture, "c h w -> 1 c 1 h w").to(engine.device)).cpu()
+        for number, picture in sorted(pixels.key_frames.items())
+    }
+    random_state = torch.get_rng_state() if key_frames else None
+
+    def latents_of(clip: Tensor | None) -> Tensor | None:
+        if clip is None:
+            return None
+        latents = engine.encode_means(rearrange(clip, "t c h w -> 1 c t h w"))
+        return engine.with_extra_frame(rearrange(latents, "1 c t h w -> 1 t c h w")).float().cpu()
+
+    strength = STRENGTH if request.strength is None else request.strength
+    start = Start(latents_of(pixels.video), strength, latents_of(pixels.context))
+    return EncodedInputs(key_frames, start, random_state)
