@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cogvideox_sat.configuration.files import load_configs
@@ -24,6 +25,7 @@ from seeded import seeded_input
 from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
 from sgm.modules.diffusionmodules.guiders import VanillaCFG
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler, VPSDEDPMPP2MSampler
+from sgm.modules.diffusionmodules.sampling_start import Start
 
 FRAMES, HEIGHT, WIDTH = 17, 128, 192  # the largest clip of the tiny models, the one whose positions need no resizing
 SEED = 3
@@ -41,8 +43,13 @@ class WholeTable(ZeroSNRDDPMDiscretization):
         return levels[::-1][timesteps][::-1].copy(), timesteps
 
 
-def our_latents(config: dict[str, Any], run: Run, load: Path, lora_load: Path | None = None) -> Tensor:
-    """Latents (1, frames, 16, height, width) of our engine; `config` is the section `model` of a configuration."""
+def our_latents(
+    config: dict[str, Any], run: Run, load: Path, lora_load: Path | None = None, strength: float | None = None
+) -> Tensor:
+    """Latents (1, frames, 16, height, width) of our engine; `config` is the section `model` of a configuration.
+
+    With `strength` sampling starts from `video()`.
+    """
     args = Namespace(model_config=config, load=str(load), lora_load=lora_load and str(lora_load))
     engine = SATVideoDiffusionEngine(args, parts=("first_stage_model", "model"))
     schedule = config["sampler_config"]["params"]["discretization_config"]
@@ -58,8 +65,13 @@ def our_latents(config: dict[str, Any], run: Run, load: Path, lora_load: Path | 
         condition = engine.concat_condition(engine.encode_condition_image(image()[:, :, None]), frames)
     cond, uncond = embeddings()
     shape = (frames, 16, HEIGHT // 8, WIDTH // 8)
+    start = None
+    if strength is not None:
+        means = engine.encode_means(rearrange(video(), "1 t c h w -> 1 c t h w"))
+        start = Start(rearrange(means, "1 c t h w -> 1 t c h w"), strength)
     ofs = engine.default_ofs(1)
-    return engine.sample({"crossattn": cond}, {"crossattn": uncond}, 1, shape, concat_images=condition, ofs=ofs)
+    texts = {"crossattn": cond}, {"crossattn": uncond}
+    return engine.sample(*texts, 1, shape, concat_images=condition, ofs=ofs, start=start)
 
 
 def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
@@ -90,6 +102,44 @@ def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
         output_type="latent",
         **inputs,
     ).frames
+
+
+def their_latents_from_video(folder: Path, run: Run, strength: float) -> Tensor:
+    """The same of the video-to-video pipeline on the models in `folder`, which starts from `video()`.
+
+    That pipeline draws the clip's latents from their posteriors, and encodes the clip in pieces that know nothing of
+    each other; here it takes the means and the whole clip, as ours does.
+    """
+    import diffusers
+    from diffusers.pipelines.cogvideo import pipeline_cogvideox_video2video as module
+
+    pipe = diffusers.CogVideoXVideoToVideoPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    scheduler, steps = run
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.vae.num_sample_frames_batch_size = FRAMES
+    draw, module.retrieve_latents = module.retrieve_latents, lambda output, *_: output.latent_dist.mode()
+    try:
+        cond, uncond = embeddings()
+        return pipe(
+            video=[*((video()[0] + 1) / 2)],
+            prompt_embeds=cond,
+            negative_prompt_embeds=uncond,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=steps,
+            strength=strength,
+            guidance_scale=6.0,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="latent",
+        ).frames
+    finally:
+        module.retrieve_latents = draw
+
+
+def video() -> Tensor:
+    """A clip (1, frames, 3, height, width)."""
+    return seeded_input("video", (1, FRAMES, 3, HEIGHT, WIDTH)).clamp(-1, 1)
 
 
 def embeddings() -> tuple[Tensor, Tensor]:
