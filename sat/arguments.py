@@ -12,6 +12,7 @@ from typing import Any
 
 from cogvideox_sat.commands.input_paths import located
 from cogvideox_sat.configuration import argument_schema
+from cogvideox_sat.configuration.adapter_lists import settle_adapters
 from cogvideox_sat.configuration.argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
 from cogvideox_sat.configuration.argument_schema import argument_fields
 from cogvideox_sat.configuration.files import ALTERNATIVES, MergedConfig, check_alternatives
@@ -50,6 +51,31 @@ def get_args(command_line: Sequence[str] | None = None, complete: bool = True) -
     return arguments_of(given, config, complete)
 
 
+def arguments_from_names(
+    base: Sequence[str | Path],
+    values: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config: MergedConfig | None = None,
+) -> SamplingArguments:
+    """Return the arguments that a program gives by name, as the command has those of a command line.
+
+    Args:
+        base: configuration files.
+        settings: keys that are set on top of them, see `configuration.single_keys`.
+        config: a configuration in place of files.
+
+    Raises:
+        UserError: as `get_args`.
+    """
+    given = argument_schema.given_values(SamplingArguments, values)
+    named: dict[str, Any] = {**given, **({"base": list(base)} if base else {})}
+    found = argument_schema.read_configuration(
+        named, settings, SamplingArguments, used=("model",), exclusive=EXCLUSIVE, otherwise=lambda _: config
+    )
+    named.pop("base", None)
+    return arguments_of(named, found, complete=False)
+
+
 def arguments_of(given: Mapping[str, Any], config: MergedConfig, complete: bool = True) -> SamplingArguments:
     """Return the arguments of a merged configuration, with those that are `given` beside it in their place.
 
@@ -75,6 +101,7 @@ def arguments_of(given: Mapping[str, Any], config: MergedConfig, complete: bool 
         )
         settle_size(args, given="sampling_image_size" in values)
         settle_knobs(args)
+        settle_adapters(args)
         check_values(args, complete)
         return args
 

@@ -106,6 +106,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.compiled = False  # the network goes through torch.compile
         self.text_blocks_as_stored = False  # see `FrozenT5Embedder`, for whoever brings its blocks when they run
         self.video_groups = ALONE
+        self.prepare_network: Callable[[nn.Module], None] | None = None  # called with a network that has its weights
 
         with self.section():
             self.denoiser = instantiate_from_config(config["denoiser_config"])
@@ -220,6 +221,8 @@ class SATVideoDiffusionEngine(nn.Module):
             self.loss_fn.set_parallel_groups(*shared)
         if settings.lora_scale is not None:
             set_lora_scale(network, settings.lora_scale)
+        if self.prepare_network is not None:
+            self.prepare_network(network)
         if hasattr(network, "use_attention"):
             network.use_attention(self.attention or self.choose_attention())
         if self.video_groups.sequence is not None:

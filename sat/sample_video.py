@@ -19,6 +19,7 @@ from arguments import SamplingArguments, check_values, get_args, settle_knobs, s
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.launchers import adopt_launcher
 from cogvideox_sat.commands.startup import quiet_libraries
+from cogvideox_sat.configuration.adapter_lists import settle_adapters
 from cogvideox_sat.configuration.files import check_alternatives
 from cogvideox_sat.configuration.program_arguments import arguments_from
 from cogvideox_sat.sampling.functions import (
@@ -75,6 +76,7 @@ def sampling_main(args: Any, model_cls: type | None = None) -> int:
     if not isinstance(args, SamplingArguments):  # which have values for all names
         check_alternatives({name for name, value in names.items() if value is not None})
     settle_knobs(given)
+    settle_adapters(given)
     check_values(given)
     return sample_with(given)
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -160,7 +161,15 @@ def test_the_tiny_model_samples_in_an_empty_folder(environment, tmp_path):
     shipped = next(environment.glob("lib/python*/site-packages")) / DATA
     assert f"load: assets/tiny/text_to_video.safetensors is taken from {shipped}" in result.stderr
     assert str(ROOT) not in result.stderr
-    assert len(read_video(next(empty.glob("outputs/tiny/0_*/0/000000.mp4")))[1]) == 9
+    video = next(empty.glob("outputs/tiny/0_*/0/000000.mp4"))
+    assert len(read_video(video)[1]) == 9
+
+    code = "import cogvideox_sat as cv\n"
+    code += f"with cv.load('tiny') as pipe:\n    pipe({prompt.read_text().strip()!r}, steps=2).save('square.mp4')\n"
+    result = run(environment / "bin" / "python", "-c", code, cwd=empty)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    assert (empty / "square.mp4").read_bytes() == video.read_bytes()
+    assert json.loads((empty / "square.json").read_text()) == json.loads(video.with_suffix(".json").read_text())
 
 
 def test_a_configuration_may_name_classes_of_the_installed_modules_alone(environment, tmp_path):

@@ -1,8 +1,34 @@
-"""Training and sampling of the CogVideoX video models. CONTRIBUTING.md has the map of the packages."""
+"""Training and sampling of the CogVideoX video models: `import cogvideox_sat as cv`, then `cv.load("tiny")`.
 
-from typing import Any
+CONTRIBUTING.md has the map of the packages.
+"""
 
-_NAMES = {"__version__": "cogvideox_sat.version"}
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cogvideox_sat.python_api.converting import convert as convert
+    from cogvideox_sat.python_api.loading import load as load
+    from cogvideox_sat.python_api.pipeline import Pipeline as Pipeline
+    from cogvideox_sat.python_api.pipeline import Update as Update
+    from cogvideox_sat.python_api.results import Video as Video
+    from cogvideox_sat.python_api.training import TrainingRun as TrainingRun
+    from cogvideox_sat.python_api.training import train as train
+    from cogvideox_sat.sampling.session import SamplingCancelled as SamplingCancelled
+    from cogvideox_sat.version import __version__ as __version__
+    from sgm.errors import UserError as UserError
+
+_NAMES = {
+    "__version__": "cogvideox_sat.version",
+    "load": "cogvideox_sat.python_api.loading",
+    "train": "cogvideox_sat.python_api.training",
+    "convert": "cogvideox_sat.python_api.converting",
+    "TrainingRun": "cogvideox_sat.python_api.training",
+    "Pipeline": "cogvideox_sat.python_api.pipeline",
+    "Update": "cogvideox_sat.python_api.pipeline",
+    "Video": "cogvideox_sat.python_api.results",
+    "SamplingCancelled": "cogvideox_sat.sampling.session",
+    "UserError": "sgm.errors",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -12,3 +38,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names that there are, those that are imported when they are asked for among them."""
+    return sorted({*globals(), *_NAMES})

@@ -16,19 +16,19 @@ def model(name: str):
 def test_what_is_given_and_nothing_else():
     given = {"prompt": "a", "seed": None, "size": [64, 96], "guidance_interval": [0, 1], "sampler": "ddim"}
     expected = {"prompt": "a", "size": (64, 96), "guidance_interval": (0, 1), "sampler": "VideoDDIMSampler"}
-    assert checked_fields(given, "here") == expected
+    assert checked_fields(given, "here: ") == expected
 
 
 @pytest.mark.parametrize("value", [True, float("nan"), float("inf"), -1, 1001, "6", [6]])
 def test_a_guidance_scale_is_a_number(value):
     with pytest.raises(UserError, match="here: 'guidance_scale' must be a number from 0 to 1000"):
-        checked_fields({"prompt": "a", "guidance_scale": value}, "here")
+        checked_fields({"prompt": "a", "guidance_scale": value}, "here: ")
 
 
 @pytest.mark.parametrize("value", [[0, 0], [0.5, 0.2], [0, 2], [-0.1, 1], [0.5], 0.5, ["0", "1"], [False, True]])
 def test_an_interval_is_two_shares(value):
     with pytest.raises(UserError, match="here: 'guidance_interval' must be two shares"):
-        checked_fields({"prompt": "a", "guidance_interval": value}, "here")
+        checked_fields({"prompt": "a", "guidance_interval": value}, "here: ")
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,11 @@ def test_lossless_keeps_colours_to_the_pixel(tmp_path):
 
 def test_values_outside_the_range_saturate_and_are_rounded(tmp_path):
     frames = torch.tensor([-3.0, -1.0, 0.0, 1 / 255, 1.0, 7.0])[:, None, None, None].expand(-1, 3, 2, 2)
-    pixels, finite = video_output._to_pixels(frames)
+    pixels = video_output.pixels_of(frames)
     assert pixels[:, 0, 0, 0].tolist() == [0, 0, 128, 128, 255, 255]
     assert pixels.shape == (6, 2, 2, 3)
-    assert finite
+    with pytest.raises(UserError, match=r"^there: the decoded frames hold NaN"):
+        video_output.pixels_of(frames * torch.nan, "there: ")
 
 
 def test_a_single_frame_is_a_video_too(tmp_path):

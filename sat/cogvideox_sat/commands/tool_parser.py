@@ -1,12 +1,15 @@
 """The command lines of tools that turn files into files."""
 
 import argparse
+import difflib
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cogvideox_sat.commands.flag_spellings import StrictParser
 from cogvideox_sat.commands.input_paths import required_input
@@ -27,6 +30,25 @@ class ToolParser(StrictParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error too")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # typeshed has an overload for each kind of namespace
+        """Return the options of a command line; a flag that does not exist is told before one that is missing."""
+        given = sys.argv[1:] if args is None else list(args)
+        for word in given[: given.index("--") if "--" in given else None]:
+            flag = word.partition("=")[0]
+            if re.fullmatch(r"--[A-Za-z][\w-]*", flag) and not self.knows(flag):
+                near = difflib.get_close_matches(flag.replace("-", "_"), self.flags(), n=1)
+                advice = f"did you mean {self.flags()[near[0]]}?" if near else "--help lists them all"
+                raise UserError(f"unknown argument {flag}; {advice}")
+        return super().parse_args(args, namespace)
+
+    def knows(self, flag: str) -> bool:
+        """Return whether there is a flag, in either spelling."""
+        return flag.replace("-", "_") in self.flags()
+
+    def flags(self) -> dict[str, str]:
+        """Return all flags by their spelling with `_` alone."""
+        return {flag.replace("-", "_"): flag for flag in self._option_string_actions}
 
     def add_writing_arguments(self) -> None:
         """`--dry_run` and `--overwrite`."""

@@ -33,6 +33,11 @@ class SamplingArguments(CommonArguments):
 
     # Weights
     lora_scale: float = argument(1.0, "strength of the adapter; 0 is the base model")
+    lora: list[str] = argument(  # noqa: RUF009
+        [],
+        "adapters, each PATH or PATH:STRENGTH, which are added unmerged: checkpoints with adapters, or LoRA files of "
+        "diffusers; the model needs no lora_config for them",
+    )
     force_inference: bool = argument(False, "let weights be missing from the checkpoint")
 
     # Prompts

@@ -8,7 +8,8 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -256,6 +257,35 @@ def read_configuration(
             check_modules(config["model"])
     replace_exclusive(given, exclusive)
     return config
+
+
+def given_values(command: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments that a program gives by name, each as what the argument takes; None stands for its default.
+
+    Raises:
+        UserError: a name is no argument, or a value is of the wrong type or none of the choices.
+    """
+    known, given = argument_fields(command), {}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{name}: there is no such argument{nearest(name, sorted(known), otherwise='')}")
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, tuple):
+            value = list(value)
+        if value is not None:
+            with without_section():
+                given[name] = check_value(known[name], value)
+    return given
+
+
+@contextmanager
+def without_section() -> Iterator[None]:
+    """Leave out of messages that a value stands in the section `args` of a file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).removeprefix("args: ")) from error
 
 
 def allow_own_modules() -> None:

@@ -75,20 +75,23 @@ def check_steps(config: Mapping[str, Any], steps: int | None) -> None:
         check_sampler_steps(instantiate_from_config(config["sampler_config"]), steps)
 
 
-def check_sampler_steps(sampler: Any, steps: int) -> None:
+def check_sampler_steps(sampler: Any, steps: int, name: str = "sampling_num_steps") -> None:
     """Check that a sampler can take so many steps; one of the user's own without `schedule` takes any number.
+
+    Args:
+        name: what the caller calls the number.
 
     Raises:
         UserError: it cannot.
     """
     _, most = SIZES["num_steps"]
     if steps > most:  # whose table would not fit into memory
-        raise UserError(f"sampling_num_steps is {steps}; it can be up to {most}")
+        raise UserError(f"{name} is {steps}; it can be up to {most}")
     try:
         if hasattr(sampler, "schedule"):
             sampler.schedule(steps)
     except UserError as error:
-        raise UserError(f"sampling_num_steps: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def shipped_denoiser(config: Any) -> nn.Module | None:

@@ -60,6 +60,14 @@ class ModelLimits:
         frames = range(1, self.largest[0] + 1, 2)
         return [(n - 1) * TIME_FACTOR + 1 for n in frames if (n + self.extra_frames) % self.patch[0] == 0]
 
+    def takes(self, latent_frames: int, height: int, width: int) -> bool:
+        """Return whether the model can sample so many latent frames of `height`×`width` pixels."""
+        try:
+            self.check_clip(latent_frames, height, width)
+        except UserError:
+            return False
+        return True
+
     def latent_frames(self, frames: int, name: str = "frames") -> int:
         """Return how many latent frames are sampled for a video of so many frames.
 

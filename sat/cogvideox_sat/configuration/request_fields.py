@@ -99,30 +99,30 @@ def checked_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the fields that are given, without those that are None; pairs as tuples.
 
     Args:
-        where: what messages begin with.
+        where: what messages begin with, such as "prompts.jsonl, line 2: ".
 
     Raises:
         UserError: a field does not exist, `prompt` is missing, or a value is none of what its field takes.
     """
     for name in given:
         if name not in FIELDS:
-            raise UserError(f"{where}: unknown key '{name}', {nearest_field(str(name))}")
+            raise UserError(f"{where}unknown key '{name}', {nearest_field(str(name))}")
     if "prompt" not in given:
-        raise UserError(f"{where}: the key 'prompt' is missing")
+        raise UserError(f"{where}the key 'prompt' is missing")
     values = {name: value for name, value in given.items() if value is not None or name == "prompt"}
     for name, value in values.items():
         if not FIELDS[name].accepts(value):
-            raise UserError(f"{where}: '{name}' must be {FIELDS[name].expected}, got {_shorten(value)}")
+            raise UserError(f"{where}'{name}' must be {FIELDS[name].expected}, got {_shorten(value)}")
         if isinstance(value, str) and has_half_characters(value):
-            raise UserError(f"{where}: '{name}' has half a character, {value!r:.60}; write the character itself")
+            raise UserError(f"{where}'{name}' has half a character, {value!r:.60}; write the character itself")
     if "sampler" in values:
         try:
             values["sampler"] = sampler_class(values["sampler"])
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where}{error}") from error
     for one, other in ALTERNATIVES:
         if one in values and other in values:
-            raise UserError(f"{where}: '{one}' and '{other}' are both given; '{other}' counts latent frames, keep one")
+            raise UserError(f"{where}'{one}' and '{other}' are both given; '{other}' counts latent frames, keep one")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

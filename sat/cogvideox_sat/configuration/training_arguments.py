@@ -8,6 +8,7 @@ import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.configuration import argument_schema
@@ -16,6 +17,7 @@ from cogvideox_sat.configuration.argument_schema import PRECISIONS, argument_fie
 from cogvideox_sat.configuration.data_mixing import split_entries
 from cogvideox_sat.configuration.deepspeed import check_deepspeed_config, enabled_precision, with_precision
 from cogvideox_sat.configuration.determinism import recorded
+from cogvideox_sat.configuration.files import MergedConfig
 from cogvideox_sat.configuration.model_section import has_adapter
 from cogvideox_sat.configuration.recomputation import check_layers, recomputation_mode
 from sgm.errors import UserError
@@ -50,6 +52,37 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
         ignored=IGNORED_KEYS,
         elsewhere={name: f"deepspeed.{place}" for name, place in SET_ELSEWHERE.items()},
     )
+    return training_arguments_of(given, config)
+
+
+def training_arguments_from_names(
+    base: Sequence[str | Path], values: Mapping[str, Any], settings: Mapping[str, Any]
+) -> TrainingArguments:
+    """Return the arguments that a program gives by name, as the command has those of a command line.
+
+    Args:
+        base: configuration files.
+        settings: keys that are set on top of them, see `single_keys`.
+
+    Raises:
+        UserError: as `get_training_args`.
+    """
+    for name, place in SET_ELSEWHERE.items():
+        if name in values:
+            raise UserError(f"{name} is not set here but as deepspeed.{place}; give set={{'deepspeed.{place}': …}}")
+    named: dict[str, Any] = {**argument_schema.given_values(TrainingArguments, values), "base": list(base)}
+    config = argument_schema.read_configuration(
+        named, settings, TrainingArguments, used=("model", "data"), exclusive=(PRECISIONS,)
+    )
+    return training_arguments_of(named, config)
+
+
+def training_arguments_of(given: dict[str, Any], config: MergedConfig) -> TrainingArguments:
+    """Return the arguments of a merged configuration, with those that are `given` beside it in their place.
+
+    Raises:
+        UserError: as `get_training_args`.
+    """
     with config.sources.naming(given):
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
         sections["args"] = split_entries(sections["args"], given)

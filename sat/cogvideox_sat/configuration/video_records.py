@@ -54,6 +54,7 @@ FIELDS = {
     "device": _TEXT,
     "threads": _WHOLE,
 }
+UNMERGED = "lora"  # among the arguments of a record: its adapters are those of `lora`, not that of `lora_load`
 # What else changes a video's numbers, by the name of the argument.
 REPEATED_ARGUMENTS = (
     *("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference"),
@@ -75,11 +76,13 @@ class VideoRecord:
     def arguments(self) -> dict[str, Any]:
         """Return the sampling arguments that make the video again, by their names in a configuration."""
         content, adapters = self.content, self.content["adapters"]
+        unmerged = content["arguments"].get(UNMERGED) is True
         return {
             **{name: content["arguments"].get(name) for name in (*REPEATED_ARGUMENTS, *KNOBS)},
             "load": (content["checkpoint"] or {}).get("path"),
-            "lora_load": adapters[0].get("path") if adapters else None,
-            "lora_scale": adapters[0].get("scale") if adapters else None,
+            "lora_load": adapters[0].get("path") if adapters and not unmerged else None,
+            "lora_scale": adapters[0].get("scale") if adapters and not unmerged else None,
+            "lora": [f"{each['path']}:{each['scale']!r}" for each in adapters] if unmerged else None,
             "fp16": content["precision"] == "fp16",
             "bf16": content["precision"] == "bf16",
             "negative_prompt": content["negative_prompt"],
@@ -92,6 +95,23 @@ class VideoRecord:
             "batch_size": 1,
             "refine_prompts": False,
         }
+
+    def request(self) -> dict[str, Any]:
+        """Return the fields of a request for the video, see `configuration.request_fields`: those of a call from
+        Python, or of a line of a `.jsonl` file, to a model that is loaded already."""
+        content, image = self.content, self.content["image"]
+        fields = {
+            "prompt": content["prompt"],
+            "negative_prompt": content["negative_prompt"],
+            "image": image and image["path"],
+            "seed": content["seed"],
+            "size": tuple(content["size"]),
+            "num_frames": content["latent_frames"],
+            "fps": content["fps"],
+            "steps": content["steps"],
+            **{name: content["arguments"].get(name) for name in KNOBS},
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     def model(self) -> MergedConfig:
         """Return the model section of the configuration that made the video, as load_configs returns one.

@@ -29,7 +29,6 @@ def load_condition_image(
     Raises:
         UserError: the file is missing, no image, or damaged.
     """
-    height, width = size
     try:
         with Image.open(path) as file:
             image = to_rgb(ImageOps.exif_transpose(file))
@@ -38,6 +37,12 @@ def load_condition_image(
     # Pillow's decoders report damaged files by whichever of these came up.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}") from error
+    return fitted_image(image, size, crop)
+
+
+def fitted_image(image: Image.Image, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """Return an image in RGB as a first frame, see `load_condition_image`."""
+    height, width = size
     pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, centering=crop))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
 

@@ -86,13 +86,14 @@ class VideoWriter:
         if frames.shape[1:] != (3, self.height, self.width):
             expected = f"(frames, 3, {self.height}, {self.width})"
             raise ValueError(f"{self.path}: expected frames of shape {expected}, got {tuple(frames.shape)}")
-        pixels, finite = _to_pixels(frames)
-        if not finite:
-            raise UserError(f"{self.path}: the decoded frames hold NaN or infinity; sample in bf16 or float32 instead")
+        self.write_pixels(pixels_of(frames, f"{self.path}: "))
+
+    def write_pixels(self, pixels: Tensor) -> None:
+        """Append frames (frames, height, width, 3) that are uint8 already, on the CPU."""
         while len(self._waiting) >= CHUNKS_AHEAD:
             self._settle(self._waiting.popleft())
         self._waiting.append(self._thread.submit(self._input.write, pixels.numpy()))
-        self.num_frames += len(frames)
+        self.num_frames += len(pixels)
 
     def _settle(self, chunk: "Future[Any]") -> None:
         """Wait until the encoder has taken a chunk of frames."""
@@ -130,15 +131,20 @@ class VideoWriter:
         return UserError(f"cannot write {self.path}: ffmpeg: {reason}")
 
 
-def _to_pixels(frames: Tensor) -> tuple[Tensor, bool]:
-    """(t, 3, h, w) in [-1, 1] to uint8 (t, h, w, 3) on the CPU, and whether all values were finite.
+def pixels_of(frames: Tensor, where: str = "") -> Tensor:
+    """Return frames (t, 3, h, w) in [-1, 1] as uint8 (t, h, w, 3) on the CPU, as videos have them.
 
     The conversion runs where the frames are, so that one byte a value is transferred.
+
+    Raises:
+        UserError: a value is not finite; `where` begins the message.
     """
     finite = torch.isfinite(frames).all()
     pixels = ((frames.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
     pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu()
-    return pixels, bool(finite)
+    if not finite:
+        raise UserError(f"{where}the decoded frames hold NaN or infinity; sample in bf16 or float32 instead")
+    return pixels
 
 
 def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """How LoRA (arXiv:2106.09685) is applied: to SwissArmyTransformer's layers, with fewer passes over memory."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,23 @@ class FusedLoraLinear(LoraLinear):
         self.partition, self.lora_dropout = layer.partition, layer.lora_dropout
         self.original, self.matrix_A, self.matrix_B = layer.original, layer.matrix_A, layer.matrix_B
         self.train(layer.training)
+
+    @classmethod
+    def beside(cls, original: nn.Module, down: Sequence[Tensor], up: Sequence[Tensor], scale: float) -> Self:
+        """Return what adds scale·x·Aᵢᵀ·Bᵢᵀ to the i-th of equal parts of the features of a linear layer.
+
+        Args:
+            original: the layer; the matrices take its weight's device and type.
+            down, up: the Aᵢ (rank, in) and the Bᵢ (out, rank).
+        """
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.r, module.lora_alpha, module.scaling = len(down[0]), scale * len(down[0]), scale
+        module.partition, module.lora_dropout, module.original = len(down), nn.Identity(), original
+        for name, matrices in (("matrix_A", down), ("matrix_B", up)):
+            own = [nn.Parameter(matrix.to(original.weight), requires_grad=False) for matrix in matrices]
+            setattr(module, name, nn.ParameterList(own))
+        return module.train(original.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what a `LoraLinear` returns: (..., in) becomes (..., out)."""

@@ -105,12 +105,22 @@ class LayerStreamer:
     ):
         self.device, self.pin = device, pin
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._take(layers)
+        self.dtypes = dtypes or [[tensor.dtype for tensor in host] for host in self.host]
+        self.current, self.next = Slot(), Slot()
+
+    def _take(self, layers: list[list[nn.Module]]) -> None:
         self.layers = [[tensor for module in modules for tensor in tensors_of(module)] for modules in layers]
         self.host = [[self._pinned(tensor.data) for tensor in tensors] for tensors in self.layers]
         for tensors, host in zip(self.layers, self.host, strict=True):
             _point(tensors, host)
-        self.dtypes = dtypes or [[tensor.dtype for tensor in host] for host in self.host]
-        self.current, self.next = Slot(), Slot()
+
+    def renew(self, layers: list[list[nn.Module]]) -> None:
+        """Bring the weights of other modules from now on, in the types that they have in host memory; no layer may run
+        meanwhile."""
+        self.leave_device()
+        self._take(layers)
+        self.dtypes = [[tensor.dtype for tensor in host] for host in self.host]
 
     def leave_device(self) -> None:
         """Give up the room for layers on the device, until a layer runs again."""

@@ -66,14 +66,7 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     Raises:
         UserError: the model cannot do what is asked, a file that it needs is not there, or an output exists.
     """
-    check_model_values(args.model_config, args.sources)
-    limits = ModelLimits.from_config(args.model_config)
-    limits.check_mode(args.image2video, args.latent_channels)
-    limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)
-    check_combinations(args)
-    check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
-    check_parameters({"model": args.model_config}, args.sources)
-    changed_sampler(args.model_config["sampler_config"], SamplerKnobs.of(args))
+    check_model_arguments(args)
     check_folder(args.output_dir)
     if args.contact_sheet is not None:
         check_folder(Path(args.contact_sheet).parent, "contact_sheet")
@@ -88,13 +81,25 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     except UserError as error:
         raise UserError(f"input_file: {error}") from error
     for request in requests:
-        try:
-            limits.check_clip(latent_frames(request, args), *video_size(request, args))
-            changed_sampler(args.model_config["sampler_config"], knobs_of(request, args))
-        except UserError as error:
-            raise UserError(f"{args.input_file}, prompt {request.index + 1}: {error}") from error
+        check_request(request, args, f"{args.input_file}, prompt {request.index + 1}: ")
     shown = [output for request in requests for output in outputs(request, args)]
     return SamplingPlan(plan_videos(requests, args), shown)
+
+
+def check_model_arguments(args: SamplingArguments) -> None:
+    """Check that the model is described as it should be and can do what the arguments of the whole run ask for.
+
+    Raises:
+        UserError: it is not, it cannot, or a file that it needs is not there.
+    """
+    check_model_values(args.model_config, args.sources)
+    limits = ModelLimits.from_config(args.model_config)
+    limits.check_mode(args.image2video, args.latent_channels)
+    limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)
+    check_combinations(args)
+    check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
+    check_parameters({"model": args.model_config}, args.sources)
+    changed_sampler(args.model_config["sampler_config"], SamplerKnobs.of(args))
 
 
 def plan_repetition(args: SamplingArguments) -> SamplingPlan:
@@ -154,25 +159,46 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
     """
     videos = []
     for request in requests:
-        size = video_size(request, args)
         for sample, (_, path) in enumerate(outputs(request, args)):
             if not decide_existing(path, args.overwrite, args.skip_existing, files_beside(path, args)):
                 logger.info("skipped, it exists: %s", path)
                 continue
-            video = PlannedVideo(
-                request,
-                path,
-                seed=derive_seed(request_seed(args.seed, request), sample),
-                frames=latent_frames(request, args),
-                size=size,
-                fps=request.fps or args.sampling_fps,
-                steps=request.steps or args.sampling_num_steps,
-                knobs=knobs_of(request, args),
-            )
-            videos.append(video)
+            videos.append(planned_video(request, args, path, sample))
         if videos and videos[-1].request is request:
-            tell_size(request, size, args)
+            tell_size(request, videos[-1].size, args)
     return videos
+
+
+def planned_video(request: PromptRequest, args: SamplingArguments, path: Path, sample: int = 0) -> PlannedVideo:
+    """Return the video of a request: what it asks for, and the rest as the arguments of the whole run say.
+
+    Args:
+        sample: its number among the videos of the request.
+    """
+    return PlannedVideo(
+        request,
+        path,
+        seed=derive_seed(request_seed(args.seed, request), sample),
+        frames=latent_frames(request, args),
+        size=video_size(request, args),
+        fps=request.fps or args.sampling_fps,
+        steps=request.steps or args.sampling_num_steps,
+        knobs=knobs_of(request, args),
+    )
+
+
+def check_request(request: PromptRequest, args: SamplingArguments, where: str) -> None:
+    """Check that the model can make the videos of a request, else raise UserError, which begins with `where`."""
+    try:
+        limits = ModelLimits.from_config(args.model_config)
+        names = (
+            "sampling_num_frames" if request.num_frames is None else "num_frames",
+            "sampling_image_size" if request.size is None else "size",
+        )
+        limits.check_clip(latent_frames(request, args), *video_size(request, args), names=names)
+        changed_sampler(args.model_config["sampler_config"], knobs_of(request, args))
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
 
 
 def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, int]:

@@ -176,7 +176,7 @@ def _parse_text(line: str, index: int, folder: Path, where: str) -> PromptReques
         return PromptRequest(index, line)
     if not image.strip():
         raise UserError(f"{where}: there is no image path after '{IMAGE_SEPARATOR}'")
-    return PromptRequest(index, text.strip(), image=_find_image(image.strip(), folder, where))
+    return PromptRequest(index, text.strip(), image=found_image(image.strip(), folder, where))
 
 
 def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptRequest:
@@ -186,13 +186,18 @@ def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptReques
         raise UserError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f'{where}: expected a JSON object such as {{"prompt": "a cat"}}, got {_shorten(record)}')
-    values = checked_fields(record, where)
+    values = checked_fields(record, f"{where}: ")
     if "image" in values:
-        values["image"] = _find_image(values["image"], folder, where)
+        values["image"] = found_image(values["image"], folder, where)
     return PromptRequest(index, values.pop("prompt"), **values)
 
 
-def _find_image(name: str, folder: Path, where: str) -> Path:
+def found_image(name: str, folder: Path, where: str) -> Path:
+    """Return the image that a request names, from the current directory, from `folder`, or from the program's root.
+
+    Raises:
+        UserError: it is in none of them; `where` begins the message.
+    """
     for candidate in (Path(name), folder / name):
         with suppress(OSError, ValueError):  # a name too long for the file system is no file either
             if candidate.is_file():

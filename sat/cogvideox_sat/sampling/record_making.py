@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from sat import mpu
 
+from cogvideox_sat.configuration.adapter_lists import path_and_weight
 from cogvideox_sat.configuration.argument_lists import SamplingArguments
 from cogvideox_sat.configuration.video_records import (
     FORMAT,
     REPEATED_ARGUMENTS,
+    UNMERGED,
     VideoRecord,
     differences,
     with_absolute_paths,
@@ -96,13 +98,16 @@ class Recorder:
             "compiled": self.engine.compiled,
             "checkpoint": described(args.load, hashes.get("checkpoint")),
             "adapters": [
-                {**described_file(path, hashes.get("adapter")), "scale": args.lora_scale}
-                for path in filter(None, [args.lora_load])
+                {**described_file(path, hashes.get(name)), "scale": scale} for name, path, scale in adapters_of(args)
             ],
             "vae": described(vae, hashes.get("vae")),
             "text_encoder": described(text_encoder, hashes.get("text_encoder")),
             "model": self.model,
-            "arguments": {name: getattr(args, name) for name in REPEATED_ARGUMENTS} | knobs,
+            "arguments": {
+                **{name: getattr(args, name) for name in REPEATED_ARGUMENTS},
+                **knobs,
+                **({UNMERGED: True} if args.lora else {}),
+            },
             "versions": self.versions,
             "device": device_name(self.engine.device),
             "threads": torch.get_num_threads(),
@@ -190,12 +195,26 @@ def weight_files(args: SamplingArguments) -> dict[str, list[Path]]:
     embedders = (model["conditioner_config"].get("params") or {}).get("emb_models") or [{}]
     text_encoder = (embedders[0].get("params") or {}).get("model_dir")
     vae = (model["first_stage_config"].get("params") or {}).get("ckpt_path")
+    further = {name: adapter_files(path) for name, path, _ in adapters_of(args) if name != "adapter"}
     return {
         "vae": vae_files(Path(vae)) if vae else [],
         "adapter": network_files(args.lora_load) if args.lora_load else [],
         "checkpoint": network_files(args.load) if args.load else [],
         "text_encoder": text_encoder_files(Path(text_encoder)) if text_encoder else [],
+        **further,
     }
+
+
+def adapters_of(args: SamplingArguments) -> list[tuple[str, str, float]]:
+    """Return the adapters of a run: what their hash is called, path, strength."""
+    if args.lora_load:
+        return [("adapter", args.lora_load, args.lora_scale)]
+    return [(f"adapter {n + 1}", str(path), weight) for n, (path, weight) in enumerate(map(path_and_weight, args.lora))]
+
+
+def adapter_files(path: str) -> list[Path]:
+    """Return the files of an adapter, of whichever form."""
+    return network_files(path) or ([Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.safetensors")))
 
 
 def network_files(path: str) -> list[Path]:

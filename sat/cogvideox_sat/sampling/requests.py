@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
+from cogvideox_sat.configuration.adapter_lists import path_and_weight
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.request_fields import LARGEST_SEED
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
@@ -31,6 +33,7 @@ class SessionSettings(EngineSettings):
         offload: what leaves the device to make room. `none`: nothing, weights are read once. `stage`: all parts but
             the one in use, which are read again when their turn comes. `sequential`: as well the idle layers of the
             network, which stay in host memory.
+        adapters: paths of adapters with their strengths, which are added unmerged; `model_config` describes none then.
         processes_per_video, guidance_parallel, sequence_parallel: how processes share the work on a video; see
             `configuration.video_layout.plan_layout`.
     """
@@ -39,9 +42,16 @@ class SessionSettings(EngineSettings):
     device: str | None = None
     offload: str = "none"
     model_parallel_size: int = 1
+    adapters: tuple[tuple[str | Path, float], ...] = ()
     processes_per_video: int | None = None
     guidance_parallel: bool | None = None
     sequence_parallel: int | None = None
+
+    @classmethod
+    def of_command(cls, args: Any) -> Self:
+        """Return the settings that the arguments of the command mean."""
+        adapters = tuple((str(path), weight) for path, weight in map(path_and_weight, args.lora))
+        return cls.from_args(args, adapters=adapters)
 
 
 @dataclass(frozen=True, eq=False)

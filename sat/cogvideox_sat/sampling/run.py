@@ -104,7 +104,7 @@ def refine_once(videos: list[PlannedVideo]) -> list[PlannedVideo]:
 
 def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
     """Make this process's videos; the number of them that failed."""
-    with SamplingSession(SessionSettings.from_args(args)) as session:
+    with SamplingSession(SessionSettings.of_command(args)) as session:
         asked = {(video.steps, video.knobs) for video in videos or ()}
         for steps, knobs in asked or [(args.sampling_num_steps, SamplerKnobs.of(args))]:
             session.steps_of(steps, knobs)  # raises before any weights are read
@@ -212,22 +212,7 @@ class CommandRun:
 
     def encode_prompt(self, video: VideoInProgress) -> None:
         """Begin the video's request, up to its encoded prompt."""
-        planned, args = video.planned, self.args
-        request, image = planned.request, None
-        if request.image is not None:
-            image = partial(load_condition_image, request.image, planned.size)
-        asked = SampleRequest(
-            prompt=request.text,
-            negative_prompt=request.negative_prompt or args.negative_prompt,
-            seed=planned.seed,
-            size=planned.size,
-            frames=planned.frames,
-            image=image,
-            steps=planned.steps,
-            fps=planned.fps,
-            knobs=planned.knobs,
-        )
-        video.events = self.session.sample(asked)
+        video.events = self.session.sample(sample_request(video.planned, self.args))
         next(video.events)
 
     def save_latents(self, video: VideoInProgress) -> None:
@@ -254,6 +239,24 @@ class CommandRun:
         write_record(planned.path, self.recorder.with_content(planned, planned.path))
         if video.kept is not None:
             video.kept.unlink(missing_ok=True)
+
+
+def sample_request(planned: PlannedVideo, args: SamplingArguments) -> SampleRequest:
+    """Return what a session is asked for to make a planned video."""
+    request, image = planned.request, None
+    if request.image is not None:
+        image = partial(load_condition_image, request.image, planned.size)
+    return SampleRequest(
+        prompt=request.text,
+        negative_prompt=request.negative_prompt or args.negative_prompt,
+        seed=planned.seed,
+        size=planned.size,
+        frames=planned.frames,
+        image=image,
+        steps=planned.steps,
+        fps=planned.fps,
+        knobs=planned.knobs,
+    )
 
 
 def sample_latents(video: VideoInProgress, bar: tqdm) -> None:

@@ -10,10 +10,11 @@
 Nothing here prints, writes files or knows a command's arguments. `sampling.run` is the command on top of it.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self
@@ -22,17 +23,20 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox_sat.configuration.memory_advice import DECODING, ENCODING, SAMPLING, TEXT
 from cogvideox_sat.configuration.model_checks import check_model, check_sampler_steps, try_sampler
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
+from cogvideox_sat.configuration.model_section import has_adapter
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.engine_choice import build_engine
+from cogvideox_sat.network.added_adapters import put_on
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.parallel.video_groups import video_groups
+from cogvideox_sat.sampling.adapters import added_up, read_adapters
 from cogvideox_sat.sampling.drawing import Drawing
 from cogvideox_sat.sampling.extension import extended
 from cogvideox_sat.sampling.part_offloading import PartOffloader
@@ -50,6 +54,7 @@ from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
 from cogvideox_sat.sampling.visual_inputs import EncodedInputs, Pixels, encode_inputs, load_pixels
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of, other_precision
+from dit_video_concat import DiffusionTransformer
 from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
@@ -135,12 +140,22 @@ class SamplingSession:
         for path in (settings.load, settings.lora_load):
             if path:  # which fails here, before minutes go into the text encoder
                 checkpoint_shares(path)
+        self.adapters = read_adapters(settings.adapters, settings.model_config)
         check_model(settings, PARTS)  # before any weights are read
         device = choose_device(settings.device)
         engine = build_engine(settle_precision(settings, device), (), device)
         engine.choose_attention()  # what is not there fails before weights are read
         hide_bar(engine.sampler)  # its steps are events
+        engine.prepare_network = self._adapt
         return engine
+
+    def _adapt(self, network: nn.Module) -> None:
+        """Put the session's adapters on a network, in the place of those that were on it."""
+        sums = added_up(self.adapters)
+        if isinstance(network, DiffusionTransformer):
+            put_on(network, sums)
+        elif sums:
+            raise UserError(f"lora: {type(network).__name__} is none of this package's networks; merge the adapters")
 
     def __enter__(self) -> Self:
         return self
@@ -187,6 +202,26 @@ class SamplingSession:
         """Whether this process encodes prompts; of those that share the work on a video the first does."""
         return self.groups.first or not self.groups.splits_work
 
+    def set_adapters(self, adapters: Iterable[tuple[str | Path, float]]) -> None:
+        """Have these adapters, each with its strength, and no others from the next request on; the network stays.
+
+        Raises:
+            UserError: one cannot be read or does not fit, or the network has an adapter of its own configuration.
+            RuntimeError: a request is within a stage.
+        """
+        if has_adapter(self.settings.model_config):
+            raise UserError("lora: the model was loaded with a lora_config, which holds one adapter; load it without")
+        chosen = read_adapters(adapters, self.settings.model_config)
+        if not self._stage_runs.acquire(blocking=False):
+            raise RuntimeError("a request is within a stage: take it to the stage's end, or close its iterator")
+        try:
+            self.adapters = chosen
+            if self.engine.model is not None:
+                with memory_guard("putting adapters on"):
+                    self._adapt(self.engine.network)
+        finally:
+            self._stage_runs.release()
+
     def release(self, part: str) -> None:
         """Drop a part that is not needed for now, and free its memory."""
         self.engine.release(part)
@@ -212,8 +247,11 @@ class SamplingSession:
             self._samplers[knobs] = self.engine.shared_sampler(sampler)
         return self._samplers[knobs]
 
-    def steps_of(self, steps: int | None, knobs: SamplerKnobs = NO_KNOBS) -> int:
+    def steps_of(self, steps: int | None, knobs: SamplerKnobs = NO_KNOBS, name: str = "sampling_num_steps") -> int:
         """Return how many steps a request takes that asks for `steps`, None for the sampler's own number.
+
+        Args:
+            name: what the caller calls the number.
 
         Raises:
             UserError: the sampler has no number of its own, or cannot take that many; or see `sampler_of`.
@@ -222,8 +260,8 @@ class SamplingSession:
         if steps is None:
             steps = getattr(sampler, "num_steps", None)
             if steps is None:
-                raise UserError("the sampler_config has no num_steps: give sampling_num_steps")
-        check_sampler_steps(sampler, steps)
+                raise UserError(f"the sampler_config has no num_steps: give {name}")
+        check_sampler_steps(sampler, steps, name)
         return steps
 
     def steps_taken(self, request: SampleRequest) -> int:

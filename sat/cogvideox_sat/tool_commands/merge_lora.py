@@ -11,13 +11,14 @@ in the way.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvideox_sat.commands.input_paths import find_input, required_input, tell_places
+from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_inputs, positive, run_tool
+from cogvideox_sat.configuration.adapter_lists import located_adapters
+from cogvideox_sat.configuration.adapter_lists import path_and_weight as path_and_weight
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def merge(arguments: Sequence[str] | None) -> None:
     )
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
-    chosen = [path_and_weight(text) for text in options.lora or []]
-    chosen = [(required_input(path, "--lora"), weight) for path, weight in chosen]
+    chosen = located_adapters(options.lora or [], "--lora")
     sources = [*locate_inputs(options, "load"), *(path for path, _ in chosen)]
     check_output(options.output, options, sources)
     tell_places()
@@ -73,21 +73,3 @@ def show(source: "NetworkSource") -> None:
     for name, tensor in source.weights.like.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         logger.info("%s %s %s: %s", name, list(tensor.shape), dtype, "merged" if name in adapted else "as it is")
-
-
-def path_and_weight(text: str) -> tuple[Path, float]:
-    """`PATH[:WEIGHT]`; a path may have colons of its own.
-
-    Raises:
-        UserError: the weight is no number.
-    """
-    path, separator, weight = text.rpartition(":")
-    if not separator or find_input(text, "--lora"):
-        return Path(text), 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"--lora {text}: '{weight}' is no weight; write PATH:0.8")
-    return Path(path), value

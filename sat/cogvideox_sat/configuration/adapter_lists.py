@@ -1,0 +1,96 @@
+"""Lists of adapters, each with its strength: `PATH:0.8`. Nothing here imports PyTorch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cogvideox_sat.commands.input_paths import find_input, required_input
+from cogvideox_sat.configuration.model_section import LORA_PLACES, plain_model_section
+from sgm.errors import UserError, shown
+
+
+def path_and_weight(text: str, argument: str = "--lora") -> tuple[Path, float]:
+    """Return the path and the weight of `PATH[:WEIGHT]`; a path may have colons of its own.
+
+    Raises:
+        UserError: the weight is no number; the message begins with the argument.
+    """
+    path, separator, weight = text.rpartition(":")
+    if not separator or find_input(text, argument):
+        return Path(text), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{argument} {text}: '{weight}' is no weight; write PATH:0.8")
+    return Path(path), value
+
+
+def located_adapters(texts: Sequence[str], argument: str) -> list[tuple[Path, float]]:
+    """Return the paths and weights of adapters, the paths where they are found.
+
+    Raises:
+        UserError: a path does not exist, or a weight is no number.
+    """
+    chosen = [path_and_weight(text, argument) for text in texts]
+    return [(required_input(path, argument), weight) for path, weight in chosen]
+
+
+def adapter_texts(lora: Any) -> list[str]:
+    """Return adapters that a program names as the command has them: `PATH:WEIGHT` each.
+
+    Args:
+        lora: a mapping of paths to weights; a path, or a list of paths, each with the weight 1.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(lora, str | Path):
+        lora = [lora]
+    weights: dict[Any, Any] = dict(lora) if isinstance(lora, Mapping) else {None: None}
+    if _is_list(lora):
+        weights = dict.fromkeys(lora, 1.0)
+    for path, weight in weights.items():
+        if not isinstance(path, str | Path):
+            raise UserError(f"lora is {shown(lora)}; give paths with their strengths, such as {{'style': 0.8}}")
+        if type(weight) not in (int, float) or not math.isfinite(weight):
+            raise UserError(f"lora: the strength of {path} is {shown(weight)}; give a number such as 0.8")
+    return [f"{path}:{weight!r}" for path, weight in weights.items()]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str | Path) for item in value)
+
+
+def settle_adapters(args: Any) -> None:
+    """Let the adapters of the arguments be where they are found, and the model describe none beside them.
+
+    Raises:
+        UserError: one does not exist, or other arguments do not go with adapters.
+    """
+    if not args.lora:
+        return
+    if args.lora_load:
+        raise UserError("lora: lora_load is given too; name all adapters in lora")
+    if args.model_parallel_size > 1:
+        raise UserError(
+            f"lora: model_parallel_size is {args.model_parallel_size}, and processes that share a network take no "
+            "adapters; merge them before (tools/merge_lora.py)"
+        )
+    args.lora = [f"{path}:{weight!r}" for path, weight in located_adapters(args.lora, "lora")]
+    args.model_config = dict(without_adapter(args.model_config))
+
+
+def without_adapter(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a `model:` section that describes no adapter, for one whose adapters say themselves what they are."""
+    section = plain_model_section(section)
+
+    def copied(node: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+        if not place:
+            return {name: value for name, value in node.items() if name != "lora_config"}
+        inner = node.get(place[0])
+        return {**node, place[0]: copied(inner, place[1:])} if isinstance(inner, Mapping) else dict(node)
+
+    return copied(section, LORA_PLACES[-1])

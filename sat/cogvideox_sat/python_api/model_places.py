@@ -1,0 +1,137 @@
+"""Find what a program names as a model: a shipped one, configuration files, a run's folder, a pipeline of diffusers.
+
+Nothing here imports PyTorch, but for a pipeline of diffusers, whose tensors say what it is.
+"""
+
+import difflib
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cogvideox_sat.commands.input_paths import find_input, places
+from cogvideox_sat.configuration.files import MergedConfig, load_configs
+from cogvideox_sat.configuration.model_section import has_adapter, plain_model_section
+from cogvideox_sat.files.shipped import CONFIGS
+from sgm.errors import UserError, shown
+
+RUN_FILE = "training_config.yaml"
+PIPELINE_FILE = "model_index.json"  # as `sgm.weights` has it, which imports PyTorch
+YAML = (".yaml", ".yml")
+# Arguments of a training run that say how it was trained, and mean something else to sampling.
+OF_TRAINING = ("lora_load", "resume", "seed", "device", "mode", "vae_tile_size", "vae_frames_at_once")
+
+
+@dataclass
+class ModelPlace:
+    """A model that was found.
+
+    Args:
+        base: configuration files.
+        config: a configuration in place of files.
+        values: arguments that belong to it, such as the checkpoint.
+        lora: adapters that belong to it, each with its strength.
+        kept: what has to stay as long as the model is used, such as a temporary folder.
+    """
+
+    base: Sequence[str | Path] = ()
+    config: MergedConfig | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, float] = field(default_factory=dict)
+    kept: ExitStack = field(default_factory=ExitStack)
+
+
+def shipped_models() -> dict[str, Path]:
+    """Return the configurations of the models that come with the program, by the names that `load` takes."""
+    released = {path.stem: path for path in sorted(CONFIGS.glob("cogvideox*.yaml")) if not path.stem.endswith("_lora")}
+    tiny = {"tiny": CONFIGS / "tiny" / "cogvideox_tiny.yaml", "tiny_i2v": CONFIGS / "tiny" / "cogvideox_tiny_i2v.yaml"}
+    return {**tiny, **released}
+
+
+def find_model(model: str | Path | Sequence[str | Path]) -> ModelPlace:
+    """Return where a model is.
+
+    Args:
+        model: the name of a shipped one; one or more configuration files; the folder of a training run or of one of its
+            checkpoints; or the folder of a pipeline of diffusers.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(model, str) and (found := shipped_models().get(model.replace("-", "_").lower())):
+        return ModelPlace(base=[found])
+    if not isinstance(model, str | Path):
+        if not isinstance(model, list | tuple) or not model or not all(isinstance(name, str | Path) for name in model):
+            raise UserError(f"model: {shown(model)} is no model; give a name, a folder, or configuration files")
+        return ModelPlace(base=list(model))
+    if str(model).lower().endswith(YAML):
+        return ModelPlace(base=[model])
+    found = find_input(str(model), "model")
+    if found is None:
+        near = difflib.get_close_matches(str(model), shipped_models(), n=1)
+        advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(shipped_models())}"
+        raise UserError(f"model: {model} does not exist{places(model)}; {advice}")
+    if (found / PIPELINE_FILE).is_file():
+        return pipeline(found)
+    for folder in (found, found.parent):
+        if found.is_dir() and (folder / RUN_FILE).is_file():
+            return training_run(found, folder / RUN_FILE)
+    raise UserError(f"model: {model} holds neither {RUN_FILE} nor {PIPELINE_FILE}; give configuration files (.yaml)")
+
+
+def training_run(checkpoint: Path, file: Path) -> ModelPlace:
+    """Return the model of a training run: with its adapter, or with all of its weights.
+
+    Args:
+        checkpoint: the folder of the run, or of one of its checkpoints.
+        file: the configuration of the run, which may name only classes of our own.
+
+    Raises:
+        UserError: the configuration cannot be read, or describes no model.
+    """
+    config = load_configs([file], used=("model",), trusted=False)
+    section = plain_model_section(config.get("model") or {})
+    config["args"] = {name: value for name, value in (config.get("args") or {}).items() if name not in OF_TRAINING}
+    if has_adapter(section):
+        return ModelPlace(config=config, lora={str(checkpoint): 1.0})
+    return ModelPlace(config=config, values={"load": str(checkpoint)})
+
+
+def pipeline(folder: Path) -> ModelPlace:
+    """Return the model of a pipeline of diffusers, whose weights are read where they are.
+
+    Its configuration, and a folder of links to the files of its text encoder and tokenizer, are temporary.
+
+    Raises:
+        UserError: it is no pipeline of CogVideoX, or its text encoder is missing.
+    """
+    from cogvideox_sat.conversion.config_writing import model_config, write_yaml
+    from cogvideox_sat.conversion.pipeline_reading import read_pipeline
+
+    folder = folder.resolve()
+    found = read_pipeline(folder, None, with_text=True)
+    if found.text_files is None:
+        raise UserError(f"model: {folder} has no text_encoder; put the folders text_encoder and tokenizer there")
+    kept = ExitStack()
+    temporary = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="cogvideox-")))
+    try:
+        text = temporary / "text_encoder"
+        text.mkdir()
+        for file in (*found.text_files[0], *found.text_files[1]):
+            (text / file.name).symlink_to(file)
+        content = model_config(
+            found.family,
+            found.sizes,
+            found.autoencoder,
+            load=folder / "transformer",
+            vae=folder / "vae",
+            text_encoder=text,
+            **found.precision,
+        )
+        write_yaml(temporary / "model.yaml", content, found.family, "of a pipeline of diffusers")
+    except BaseException:
+        kept.close()
+        raise
+    return ModelPlace(base=[temporary / "model.yaml"], kept=kept)

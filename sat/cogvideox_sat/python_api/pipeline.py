@@ -1,0 +1,399 @@
+"""A model that is loaded once and makes a video for each call."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self, cast, overload
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from arguments import SamplingArguments
+from cogvideox_sat.configuration.adapter_lists import adapter_texts, located_adapters, path_and_weight
+from cogvideox_sat.configuration.frame_sizes import size_from_image
+from cogvideox_sat.configuration.request_fields import OfferedField, check_argument, offered_fields
+from cogvideox_sat.media.image_inputs import fitted_image, to_rgb
+from cogvideox_sat.media.video_output import pixels_of
+from cogvideox_sat.python_api.calls import requests_of
+from cogvideox_sat.python_api.results import Video
+from cogvideox_sat.sampling.plan import PlannedVideo, check_request, planned_video
+from cogvideox_sat.sampling.prompt_inputs import PromptRequest
+from cogvideox_sat.sampling.record_making import Recorder
+from cogvideox_sat.sampling.requests import (
+    Encoded,
+    Frames,
+    Latents,
+    Progress,
+    Result,
+    SampleEvent,
+    SampleRequest,
+    SessionSettings,
+)
+from cogvideox_sat.sampling.run import sample_request
+from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
+from diffusion_video import PARTS
+from sgm.errors import UserError, shown
+
+PLACE = Path("000000.mp4")  # of a video that may never become a file
+
+Prompt = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far a call is.
+
+    Attributes:
+        stage: what comes next or goes on: `text`, `image`, `sampling`, `decoding`, or `done`.
+        step, steps: of the sampling steps of this video, those done and all; `step` is 0 before the first.
+        video, videos: which of the videos of the call it is, from 0, and how many these are.
+        denoised: after a step, the present estimate of the video's `latents`, on the pipeline's device, not to be
+            changed; see `Pipeline.preview`. It costs nothing. None: there is none yet, or the sampler does not tell it.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    video: int
+    videos: int
+    denoised: Tensor | None = None
+
+
+class Pipeline:
+    """A model that is loaded once: `pipe("a red kite", seed=1).save("kite.mp4")`. Made by `load`.
+
+    Calls from several threads take turns. As a context manager, or by `close`, it gives its memory back.
+
+    Attributes:
+        args: the arguments of the command that would do the same.
+        session: what samples; see `sampling.session`.
+    """
+
+    def __init__(self, args: SamplingArguments, settings: SessionSettings, kept: ExitStack):
+        self.args, self._kept = args, kept
+        self._turn = Lock()
+        self._cancellations = 0
+        self._recorders: dict[tuple[str, ...], Recorder] = {}  # by the adapters that were on
+        self.session = SamplingSession(settings)
+
+    def load_weights(self) -> None:
+        """Read all weights now, rather than in the first call; with `offload` other than none, nothing is read."""
+        if self.args.offload == "none":
+            for part in PARTS:
+                self.session.load(part)
+
+    @property
+    def fields(self) -> dict[str, OfferedField]:
+        """Return the fields of a request by name, each with what this model takes: type, limits, choices, default."""
+        args, limits = self.args, self.session.limits
+        usual: dict[str, Any] = {
+            "negative_prompt": args.negative_prompt,
+            "seed": args.seed,
+            "size": None if args.size_from_image else tuple(args.sampling_image_size),
+            "frames": limits.video_frames(args.sampling_num_frames),
+            "fps": args.sampling_fps,
+            "steps": args.sampling_num_steps or getattr(self.session.engine.sampler, "num_steps", None),
+            **{name: value for name in ("guidance_scale", "guidance_schedule") if (value := getattr(args, name))},
+        }
+        return offered_fields(args.model_config, usual)
+
+    @overload
+    def __call__(self, prompt: Prompt, **fields: Any) -> Video: ...
+
+    @overload
+    def __call__(self, prompt: Sequence[Prompt], **fields: Any) -> list[Video]: ...
+
+    def __call__(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        seed: int | Sequence[int] | None = None,
+        size: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        frames: int | Sequence[int] | None = None,
+        num_frames: int | Sequence[int] | None = None,
+        fps: int | Sequence[int] | None = None,
+        steps: int | Sequence[int] | None = None,
+        sampler: str | Sequence[str] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_interval: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        guidance_schedule: str | Sequence[str] | None = None,
+        progress: Callable[[Update], None] | bool | None = None,
+        **misspelt: Any,
+    ) -> Video | list[Video]:
+        """Return the video of a prompt, or the videos of a list of prompts.
+
+        A prompt is a text, or a mapping with the fields of a line of a `.jsonl` file. Each other field is given once,
+        or as a list with one value for each prompt. What is left out is as the model's configuration says;
+        `pipe.fields` tells what that is and what the model takes.
+
+        Args:
+            prompt: what the video shows.
+            negative_prompt: what guidance steers away from.
+            image: the first frame, for image-to-video models: a path, a picture of Pillow's, an array (h, w, 3) of
+                uint8, or a tensor (3, height, width) in [-1, 1] of the video's size.
+            seed: of the noise. For several prompts one seed is that of a run of the command, from which each prompt's
+                own follows; a list gives each its own. Default: 1234.
+            size: (height, width) in pixels.
+            frames: length in frames.
+            num_frames: length in latent frames, in place of `frames`.
+            fps: frames a second of the file.
+            steps: sampling steps.
+            sampler: its short name or its class, see README.md, "Knobs of the sampler".
+            guidance_scale: how strongly the prompt guides.
+            guidance_interval: from which share of the steps to which there is guidance, such as (0.2, 0.8).
+            guidance_schedule: how the strength of guidance goes with the steps: timestep, diffusers, step or constant.
+            progress: called with an `Update` whenever something is done; an exception that it raises ends the call.
+                True: a bar; False: nothing; None: a bar in a notebook and in a terminal.
+
+        Raises:
+            UserError: a field does not exist, or its value is none that the model takes; memory is full.
+            SamplingCancelled: `cancel` was called meanwhile.
+            RuntimeError: the pipeline is closed.
+        """
+        given = {
+            "negative_prompt": negative_prompt,
+            "image": image,
+            "size": size,
+            "frames": frames,
+            "num_frames": num_frames,
+            "fps": fps,
+            "steps": steps,
+            "sampler": sampler,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "guidance_schedule": guidance_schedule,
+            **misspelt,
+        }
+        args = self.args
+        if isinstance(seed, list | tuple):
+            given["seed"] = seed
+        elif seed is not None:
+            check_argument("seed", seed)
+            args = replace(args, seed=int(cast("int", seed)))
+        found, several = requests_of(
+            prompt,
+            {name: value for name, value in given.items() if value is not None},
+            self.session.limits.image_to_video,
+        )
+        jobs = [self._planned(request, first, args, several) for request, first in found]
+        cancellations = self._cancellations
+        with self._turn, shown_progress(progress, jobs, self.session) as tell:
+            args = replace(args, lora=self.args.lora)
+            videos = []
+            for number, (planned, asked) in enumerate(jobs):
+                told = partial(tell, video=number, videos=len(jobs))
+                with closing(self.session.sample(asked)) as events:
+                    if self._cancellations != cancellations:  # while it waited, or between two videos
+                        raise SamplingCancelled("the call is cancelled")
+                    videos.append(self._made(events, planned, asked, told, args))
+        return videos if several else videos[0]
+
+    def _planned(
+        self, request: PromptRequest, first: Any, args: SamplingArguments, several: bool
+    ) -> tuple[PlannedVideo, SampleRequest]:
+        """Return the video of a request, and what the session is asked for."""
+        where = f"prompt {request.index + 1}: " if several else ""
+        picture = None
+        if first is not None:
+            picture = first_frame(first, f"{where}image")
+            if request.size is None and args.size_from_image:
+                height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
+                request = replace(request, size=size_from_image((height, width), self.session.limits))
+        check_request(request, args, where)
+        planned = planned_video(request, args, PLACE)
+        asked = sample_request(planned, args)
+        if isinstance(picture, Tensor):
+            asked = replace(asked, image=picture)
+        elif picture is not None:
+            asked = replace(asked, image=partial(fitted_image, picture, planned.size))
+        self.session.steps_of(planned.steps, planned.knobs, f"{where}steps")
+        asked.check(self.session.limits)
+        return planned, asked
+
+    def _made(
+        self,
+        events: Iterable[SampleEvent],
+        planned: PlannedVideo,
+        asked: SampleRequest,
+        tell: Callable[..., None],
+        args: SamplingArguments,
+    ) -> Video:
+        """Return the video that the events of a request lead to."""
+        frames: list[Tensor] = []
+        latents = torch.empty(0)
+        steps = self.session.steps_of(planned.steps, planned.knobs)
+        tell("text", 0, steps)
+        for event in events:
+            match event:
+                case Encoded(what="prompt"):
+                    tell("image" if asked.image is not None else "sampling", 0, steps)
+                case Encoded():
+                    tell("sampling", 0, steps)
+                case Progress():
+                    tell("sampling", event.step, event.steps, denoised=event.denoised)
+                case Latents():
+                    tell("decoding", steps, steps)
+                case Frames():
+                    frames.append(pixels_of(event.frames))
+                case Result():
+                    latents = event.latents
+        tell("done", steps, steps)
+        pixels: np.ndarray = torch.cat(frames).numpy()
+        return Video(
+            pixels,
+            latents,
+            fields_of(planned, asked, steps),
+            partial(self._record, planned, args),
+            partial(self._metadata, planned, args),
+        )
+
+    def _record(self, planned: PlannedVideo, args: SamplingArguments, path: Path) -> Mapping[str, Any]:
+        return self._recorder_of(args).with_content(planned, path)
+
+    def _metadata(self, planned: PlannedVideo, args: SamplingArguments) -> Mapping[str, str]:
+        return self._recorder_of(args).metadata(planned)
+
+    def _recorder_of(self, args: SamplingArguments) -> Recorder:
+        """Return what makes records; weights are hashed when the first one is asked for."""
+        kept = self._recorders.get(tuple(args.lora))
+        if kept is None:
+            kept = self._recorders[tuple(args.lora)] = Recorder(self.session.engine, args)
+        return kept
+
+    @property
+    def lora(self) -> dict[str, float]:
+        """Return the adapters that are on the network, by path, with their strengths."""
+        return {str(path): weight for path, weight in map(path_and_weight, self.args.lora)}
+
+    def set_lora(self, lora: Mapping[str | Path, float] | Sequence[str | Path] | str | Path) -> None:
+        """Have these adapters, each with its strength, and no others from the next call on; the network stays loaded.
+
+        Args:
+            lora: as of `load`; {} for none.
+
+        Raises:
+            UserError: an adapter does not exist or does not fit, or the model has one of its configuration's own.
+        """
+        found = located_adapters(adapter_texts(lora), "lora")
+        with self._turn:
+            self.session.set_adapters(found)
+            self.args = replace(self.args, lora=[f"{path}:{weight!r}" for path, weight in found])
+
+    def preview(self, update: Update) -> np.ndarray | None:
+        """Return what the first frame would be if sampling ended now: (height, width, 3), uint8.
+
+        To be called from `progress`; decodes one latent frame of `update.denoised`. None: there is no estimate, or the
+        VAE is not loaded, as with `offload` other than none.
+        """
+        engine = self.session.engine
+        if update.denoised is None or engine.first_stage_model is None:
+            return None
+        with torch.no_grad():
+            latents = rearrange(update.denoised[:, :1], "1 t c h w -> 1 c t h w")
+            frames = torch.cat(list(engine.decode_stream(latents)), dim=2)
+        return pixels_of(rearrange(frames, "1 c t h w -> t c h w"))[0].numpy()
+
+    def cancel(self) -> None:
+        """End all calls that run or wait for their turn, each at its next step; they raise SamplingCancelled.
+
+        May be called from another thread, or from `progress`. Later calls are not affected.
+        """
+        self._cancellations += 1
+        self.session.cancel()
+
+    def close(self) -> None:
+        """End all calls and give the memory of the model back; a second call does nothing."""
+        self.cancel()
+        self.session.close()
+        for recorder in self._recorders.values():
+            recorder.close()
+        self._kept.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        name = Path(self.args.sources.names[0]).stem if self.args.sources.names else "model"
+        engine = self.session.engine
+        return f"Pipeline({name}, {engine.device}, {str(engine.dtype).removeprefix('torch.')})"
+
+
+def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[str, Any]:
+    """Return the fields of a request with all that it had left open, which make the same video again."""
+    image = planned.request.image if planned.request.image is not None else asked.image
+    if isinstance(image, partial):
+        image = image.args[0]
+    fields = {
+        "prompt": asked.prompt,
+        "negative_prompt": asked.negative_prompt,
+        "image": str(image) if isinstance(image, Path) else image,
+        "seed": planned.seed,
+        "size": planned.size,
+        "num_frames": planned.frames,
+        "fps": planned.fps,
+        "steps": steps,
+        **planned.knobs.given(),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def first_frame(image: Any, where: str) -> Image.Image | Tensor:
+    """Return a first frame that is no file: a picture in RGB, or a tensor as it is.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
+            raise UserError(f"{where} is an array of {image.dtype} {image.shape}; give uint8 of (height, width, 3)")
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image))
+    raise UserError(f"{where} is {shown(image)}; give a path, a picture, an array or a tensor")
+
+
+@contextmanager
+def shown_progress(
+    progress: Callable[[Update], None] | bool | None,
+    jobs: Sequence[tuple[PlannedVideo, SampleRequest]],
+    session: SamplingSession,
+) -> Iterator[Callable[..., None]]:
+    """Yield what is told about the progress of a call: a function of `Update`'s attributes."""
+    if callable(progress):
+        yield lambda *values, **named: progress(Update(*values, **named))
+        return
+    if progress is False or (progress is None and not is_interactive()):
+        yield lambda *values, **named: None
+        return
+    from tqdm.auto import tqdm
+
+    total = sum(session.steps_of(planned.steps, planned.knobs) for planned, _ in jobs)
+    with tqdm(total=total, desc="sampling", unit="step") as bar:
+
+        def count(stage: str, step: int, steps: int, denoised: Tensor | None = None, **_: Any) -> None:
+            if denoised is not None or (stage == "sampling" and step):
+                bar.update()
+
+        yield count
+
+
+def is_interactive() -> bool:
+    """Return whether somebody sees what is shown: in a notebook, or in a terminal."""
+    return "ipykernel" in sys.modules or sys.stderr.isatty()

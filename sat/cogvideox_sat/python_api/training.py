@@ -1,0 +1,119 @@
+"""`train`: fine-tuning as a function, and the run that it leaves."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cogvideox_sat.commands.startup import quiet_libraries
+from cogvideox_sat.configuration.argument_lists import TrainingArguments
+from cogvideox_sat.configuration.settings import LoopSettings
+from cogvideox_sat.configuration.training_arguments import training_arguments_from_names
+from cogvideox_sat.python_api.converting import logging_left_alone
+from cogvideox_sat.runs.folders import runs_of
+from sgm.errors import UserError, shown
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run that has ended.
+
+    Args:
+        folder: of the run: checkpoints, metrics, samples. `load(run.folder)` samples with what it has trained.
+    """
+
+    folder: Path
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return what was recorded while training, a mapping for each line of `metrics.jsonl`."""
+        file = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Return the folders of the checkpoints that were kept, the oldest first."""
+        found = [path for path in self.folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+        return sorted(found, key=lambda path: int(path.name))
+
+
+def train(
+    config: str | Path | Sequence[str | Path] | TrainingArguments,
+    *,
+    processes: int = 1,
+    set: Mapping[str, Any] | None = None,  # as the flag is called
+    **arguments: Any,
+) -> TrainingRun:
+    """Fine-tune a model, as `cogvideox train` does, and return the run once it has ended.
+
+    `train(["configs/cogvideox_2b_lora.yaml", "configs/sft.yaml"], train_data="clips", train_iters=500)`
+
+    Args:
+        config: configuration files, later ones overriding earlier ones; or arguments that are complete.
+        processes: how many to train on; more than one are started as torchrun does.
+        set: keys of the configuration with their values, such as {"deepspeed.optimizer.params.lr": 1e-4}.
+        arguments: those of the command, such as `train_data`, `train_iters`, `save`, `resume`; see README.md,
+            "Fine-tuning".
+
+    Raises:
+        UserError: an argument does not exist or has a wrong value, a file is missing, or the run cannot go on.
+    """
+    if type(processes) is not int or processes < 1:
+        raise UserError(f"processes is {shown(processes)}; expected a whole number of at least 1")
+    if isinstance(config, TrainingArguments):
+        if arguments or set:
+            raise UserError(f"config: it is complete; leave out {', '.join([*arguments, *(set or {})])}, or change it")
+        args = config
+    else:
+        base = [config] if isinstance(config, str | Path) else list(config)
+        args = training_arguments_from_names(base, arguments, set or {})
+    settings = LoopSettings.from_args(args)
+    before = {run: last_change(run) for run in runs_of(settings)}
+    if processes == 1:
+        quiet_libraries()
+        import train_video
+
+        with logging_left_alone():
+            train_video.training_main(args)
+    else:
+        train_in_processes(args, processes)
+    changed = [run for run in runs_of(settings) if last_change(run) != before.get(run)]
+    if not changed:  # `resume` named one that was complete
+        changed = list(before) or [Path(args.save)]
+    return TrainingRun(max(changed, key=last_change))
+
+
+def last_change(run: Path) -> int:
+    """Return when a run last saved something, in nanoseconds; 0 for a folder that is none."""
+    latest = run / "latest"
+    return latest.stat().st_mtime_ns if latest.is_file() else 0
+
+
+def train_in_processes(args: TrainingArguments, processes: int) -> None:
+    """Train in several processes, whose output goes where this one's goes.
+
+    Raises:
+        UserError: with the line that they end with.
+    """
+    with tempfile.TemporaryDirectory(prefix="cogvideox-") as folder:
+        file = Path(folder) / "training_config.yaml"
+        file.write_text(yaml.safe_dump(args.merged_config, sort_keys=False))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        program = find_spec("train_video")
+        assert program is not None and program.origin, "it belongs to the package"
+        command = [*launcher, program.origin, "--base", str(file)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None, "it is a pipe"
+        reason = ""
+        for line in process.stderr:
+            sys.stderr.write(line)
+            if line.startswith("error: "):
+                reason = line.removeprefix("error: ").strip()
+        if process.wait():
+            raise UserError(reason or f"training ended with the exit code {process.returncode}; the log says why")
