@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-from sat.model.finetune.lora2 import LoraMixin
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -21,9 +20,10 @@ from cogvideox_sat.network.attention_choice import choose_attention
 from cogvideox_sat.network.block import LayerWeights, Norm, Product, block, tokens_of
 from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_block, layer_weights
 from cogvideox_sat.network.layer_streaming import stream_layers
-from seeded import seed_module_, seeded_input
-from sgm.util import instantiate_from_config
-from support import Reference, assert_close, needs_compiler, relative_error
+from reference_networks import network_and_inputs
+from seeded import seeded_input
+from support import assert_close, needs_compiler, relative_error
+from unusual_networks import with_dropout, with_foreign_mixin, with_other_norm, with_watched_module
 
 pytestmark = [needs_compiler]
 
@@ -32,18 +32,13 @@ LORA = ["t2v_2b_lora", "i2v_5b_lora"]
 
 
 def network(name: str) -> nn.Module:
-    return seed_module_(instantiate_from_config(Reference(f"dit/{name}").case["network_config"])).eval()
+    return network_and_inputs(name)[0]
 
 
-def inputs(name: str, built: nn.Module, frames: int | None = None) -> dict[str, Tensor]:
-    case = Reference(f"dit/{name}").case
-    b, t, _, h, w = case["latent"]
-    given = {
-        "x": seeded_input("x", (b, frames or t, built.in_channels, h, w)),
-        "timesteps": torch.tensor(case["timesteps"]),
-        "context": seeded_input("context", case["context"]),
-    }
-    return given if case["ofs"] is None else {**given, "ofs": torch.tensor(case["ofs"])}
+def inputs(name: str, frames: int | None = None) -> dict[str, Tensor]:
+    given = network_and_inputs(name)[1]
+    b, t, *rest = given["x"].shape
+    return {**given, "x": seeded_input("x", (b, frames or t, *rest))}
 
 
 def gradients(built: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -66,7 +61,7 @@ def graphs() -> Iterator[None]:
 @torch.no_grad()
 def test_sampling_gives_the_same_by_one_graph(name, graphs):
     built = network(name)
-    given = inputs(name, built)
+    given = inputs(name)
     names, expected = list(built.state_dict()), built(**given)
     assert built.compile_layers() and built.num_layers > 1
     assert_close(built(**given), expected, 1e-5)
@@ -80,7 +75,7 @@ def test_training_gives_the_same_gradients(name, checkpointed, graphs):
     built = network(name).train()
     built.disable_untrainable_params()
     built.transformer.checkpoint_activations = checkpointed
-    given = inputs(name, built)
+    given = inputs(name)
     expected = gradients(built, given)
     assert built.compile_layers()
     found = gradients(built, given)
@@ -93,7 +88,7 @@ def test_training_gives_the_same_gradients(name, checkpointed, graphs):
 @torch.no_grad()
 def test_bfloat16_is_no_further_from_float32_than_without(graphs):
     built = network("t2v_5b")
-    given = inputs("t2v_5b", built)
+    given = inputs("t2v_5b")
     exact = built(**given)
     built.bfloat16()
     given = {key: value.bfloat16() if value.is_floating_point() else value for key, value in given.items()}
@@ -106,7 +101,7 @@ def test_bfloat16_is_no_further_from_float32_than_without(graphs):
 @torch.no_grad()
 def test_another_length_and_another_kernel(graphs):
     built = network("t2v_5b")
-    short, long = inputs("t2v_5b", built, frames=1), inputs("t2v_5b", built)
+    short, long = inputs("t2v_5b", frames=1), inputs("t2v_5b")
     expected = [built(**given) for given in (short, long)]
     built.compile_layers()
     for given, output in zip((short, long), expected, strict=True):
@@ -119,7 +114,7 @@ def test_another_length_and_another_kernel(graphs):
 @torch.no_grad()
 def test_layers_that_wait_in_host_memory(graphs):
     built = network("t2v_5b")
-    given = inputs("t2v_5b", built)
+    given = inputs("t2v_5b")
     expected = built(**given)
     built.compile_layers()
     stream_layers(built, torch.device("cpu"))
@@ -128,26 +123,6 @@ def test_layers_that_wait_in_host_memory(graphs):
 
 
 # What it does not know
-
-
-class Scaled(LoraMixin):
-    """A mixin of the user's own."""
-
-
-def with_foreign_mixin(built: nn.Module) -> None:
-    built.add_mixin("mine", Scaled(built.num_layers, 2), reinit=False)
-
-
-def with_watched_module(built: nn.Module) -> None:
-    built.transformer.layers[1].mlp.register_forward_hook(lambda *_: None)
-
-
-def with_dropout(built: nn.Module) -> None:
-    built.train().transformer.layers[0].attention.attention_dropout.p = 0.1
-
-
-def with_other_norm(built: nn.Module) -> None:
-    built.transformer.layers[0].input_layernorm = nn.Identity()
 
 
 @pytest.mark.parametrize("change", [with_foreign_mixin, with_watched_module, with_dropout, with_other_norm])
@@ -162,7 +137,7 @@ def test_what_it_does_not_know_is_left_alone(change, monkeypatch):
 @torch.no_grad()
 def test_a_part_that_comes_later_switches_it_off(monkeypatch):
     built = network("t2v_5b")
-    given = inputs("t2v_5b", built)
+    given = inputs("t2v_5b")
     expected = built(**given)
     assert built.compile_layers()
     seen = []
@@ -183,7 +158,7 @@ FAILURES = [
 def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog, failure):
     """Whatever it failed at: the numbers are those without it, in this call and in later ones, and who asks is told."""
     built = network("t2v_5b")
-    given = inputs("t2v_5b", built)
+    given = inputs("t2v_5b")
     expected = built(**given)
     calls = []
 
@@ -304,7 +279,7 @@ def test_without_a_compiler_a_block_is_the_layer_too():
     """Every family's, by plain PyTorch: what is compiled is right before it is."""
     for name in FAMILIES:
         built = network(name)
-        given = inputs(name, built)
+        given = inputs(name)
         with torch.no_grad():
             expected = built(**given)
             built.compiles_layers = True

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from sat.model.finetune.lora2 import LoraMixin
 from torch import Tensor, nn
 
 import dit_video_concat
@@ -12,24 +11,9 @@ from cogvideox_sat.network.compiled_layers import NotCompilable
 from cogvideox_sat.network.lean_layers import lean_layers
 from support import assert_close
 from test_network_execution import FAMILIES, network_and_inputs
+from unusual_networks import with_dropout, with_foreign_mixin, with_watched_module
 
 LORA = ["t2v_2b_lora", "i2v_5b_lora"]
-
-
-class Mine(LoraMixin):
-    """A mixin of the user's own."""
-
-
-def with_foreign_mixin(built: nn.Module) -> None:
-    built.add_mixin("mine", Mine(built.num_layers, 2), reinit=False)
-
-
-def with_watched_module(built: nn.Module) -> None:
-    built.transformer.layers[1].mlp.register_forward_hook(lambda *_: None)
-
-
-def with_dropout(built: nn.Module) -> None:
-    built.transformer.layers[0].mlp.dropout.p = 0.1
 
 
 def results(built: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:

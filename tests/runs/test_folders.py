@@ -1,6 +1,8 @@
 """The folder of a new run, and which run `resume: latest` means."""
 
 import os
+import subprocess
+import sys
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cogvideox_sat.runs.folders import find_resume, new_run_folder, removed_if_empty, runs_of, write_config
+from cogvideox_sat.runs.folders import claim, find_resume, new_run_folder, removed_if_empty, runs_of, write_config
 from sgm.errors import UserError
 
 NOW = datetime(2024, 3, 1, 9, 5)
@@ -76,3 +78,39 @@ def test_a_folder_goes_when_nothing_was_written(tmp_path, files):
             (folder / name).touch()
         raise ZeroDivisionError
     assert folder.exists() == bool(files)
+
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_belongs_to_one_process(tmp_path):
+    """Until that ends, however it does; a process may claim what is its own again."""
+    assert claim(tmp_path) is None, "of a new run there is nothing yet"
+    write_config(tmp_path, {"args": {}})
+    command = [sys.executable, "-S", "-c", HOLDS, str(tmp_path / "training_config.yaml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"holds\n"
+        with pytest.raises(UserError, match=r"resume: another process goes on with .* already"):
+            claim(tmp_path)
+        other.kill()
+        other.wait()
+        first, second = claim(tmp_path), claim(tmp_path)
+        assert first is not None and second is not None
+        first.close()
+        second.close()
+
+
+def test_a_file_system_without_locks_claims_nothing(tmp_path, monkeypatch):
+    write_config(tmp_path, {"args": {}})
+
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    assert claim(tmp_path) is None

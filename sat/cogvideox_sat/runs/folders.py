@@ -3,13 +3,14 @@
 Nothing here imports PyTorch.
 """
 
+import fcntl
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -21,6 +22,8 @@ from cogvideox_sat.runs.retention import LATEST
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "training_config.yaml"
 
 
 def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
@@ -47,19 +50,21 @@ def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
 def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, str] | None, step: int) -> MetricsWriter:
     """Write the configuration of a run that begins or goes on, and return the writer of its metrics.
 
-    One process does this.
+    One process does this. As long as it and the writer live, no other process can open the folder.
 
     Args:
         reader: what decodes the videos, to be recorded; None: nothing does.
         step: steps done before.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: a file cannot be written, or another process has opened the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    claim(folder)
     config = with_backend(settings.merged_config, reader)
     write_config(folder, config)
-    return MetricsWriter(
+    held = claim(folder)
+    writer = MetricsWriter(
         folder,
         tensorboard=settings.tensorboard,
         wandb=settings.wandb,
@@ -68,6 +73,35 @@ def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, s
         config=config,
         start_step=step,
     )
+    writer.held = held
+    return writer
+
+
+def claim(folder: Path) -> IO[bytes] | None:
+    """Return the configuration of a run as an open file that no other process can claim until it is closed, or the
+    process ends; None where there is none, or the file system cannot do this.
+
+    The lock is the operating system's own and belongs to the process alone: those that it forks to read clips, and that
+    may outlive it, do not hold it.
+
+    Raises:
+        UserError: another process has claimed it.
+    """
+    try:
+        file = (folder / CONFIG_FILE).open("r+b")
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(
+            f"resume: another process goes on with {folder} already; wait until it has ended, or stop it"
+        ) from error
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -76,7 +110,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    path = folder / "training_config.yaml"
+    path = folder / CONFIG_FILE
     with replaced_when_complete(path) as part, reported_as_user_error(path):
         part.write_text(yaml.safe_dump(config, sort_keys=False))
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from sgm.plain_json import parse_json
@@ -57,6 +57,7 @@ class MetricsWriter:
         start_step: int = 0,
     ):
         folder = Path(folder)
+        self.held: IO[bytes] | None = None  # what the run keeps open as long as it writes
         self._targets: list[Target] = [JsonLines(folder / "metrics.jsonl", start_step)]
         self._failed: set[Target] = set()
         optional: list[tuple[str, Callable[[], Target]]] = []

@@ -1,0 +1,24 @@
+"""Changes of a network that its layers' own functions do not know: they run as SwissArmyTransformer's hooks say."""
+
+from sat.model.finetune.lora2 import LoraMixin
+from torch import nn
+
+
+class Mine(LoraMixin):
+    """A mixin of the user's own."""
+
+
+def with_foreign_mixin(built: nn.Module) -> None:
+    built.add_mixin("mine", Mine(built.num_layers, 2), reinit=False)
+
+
+def with_watched_module(built: nn.Module) -> None:
+    built.transformer.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def with_dropout(built: nn.Module) -> None:
+    built.train().transformer.layers[0].mlp.dropout.p = 0.1
+
+
+def with_other_norm(built: nn.Module) -> None:
+    built.transformer.layers[0].input_layernorm = nn.Identity()
