@@ -1,5 +1,6 @@
 """Checkpoints of every layout load into the network, adapters combine with bases, and a misfit is one clear line."""
 
+import builtins
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.configuration.meta_device import import_compiler, instantiate_on_meta
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, checkpoint_shares, is_adapter
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from cogvideox_sat.weights.loading import load_network, shares_of_rank
@@ -325,3 +326,17 @@ def test_memory_peaks_under_the_size_of_the_file(tmp_path):
     size = (tmp_path / "a.pt").stat().st_size
     assert size > 150e6
     assert 0.5 * size < int(run("load").split()[-1]) < 1.2 * size
+
+
+def test_a_folder_that_the_compiler_cannot_make_is_one_line(monkeypatch):
+    """PyTorch makes it when that part of it is imported, whether or not anything is compiled."""
+    real = builtins.__import__
+
+    def without_folder(name, *args):
+        if name == "torch._dynamo":
+            raise FileNotFoundError(2, "No such file or directory", "/proc/x")
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_folder)
+    with pytest.raises(UserError, match=r"^TORCHINDUCTOR_CACHE_DIR: .*'/proc/x'\); name another one"):
+        import_compiler()
