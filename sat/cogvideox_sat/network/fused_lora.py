@@ -59,10 +59,15 @@ def fuse_adapter(module: nn.Module) -> nn.Module:
     return FusedLoraLinear(module) if type(module) is LoraLinear else module
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether products on such devices are computed in another dtype; on the meta device PyTorch refuses to say."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def as_autocast(first: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
     """The tensors in the dtype that autocast gives to a matrix product, which reaches into no `autograd.Function`."""
     device, tensors = first.device.type, (first, *others)
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     return [None if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 

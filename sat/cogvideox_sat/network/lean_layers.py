@@ -5,13 +5,12 @@ Layers with parts that these do not know run by SwissArmyTransformer's hooks, as
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideox_sat.network.block import Attend, LayerWeights, Norm, Product
 from cogvideox_sat.network.compiled_layers import NotCompilable, check_network, weights_of
-from cogvideox_sat.network.fused_lora import AddLowRank
+from cogvideox_sat.network.fused_lora import AddLowRank, autocasts
 from cogvideox_sat.network.layer_runner import RunLayer
 from cogvideox_sat.network.lean_functions import GatedSum, GeluProduct, Heads, ModulatedProduct
 from cogvideox_sat.network.sequence_parallel import TokenShare
@@ -34,7 +33,7 @@ def lean_layers(
         NotCompilable: one has a part that is not known here.
     """
     check_network(network)
-    if torch.is_autocast_enabled(emb.device.type):
+    if autocasts(emb.device.type):
         raise NotCompilable("autocast chooses other types")
     if any(parameter.dtype != emb.dtype for parameter in network.parameters()):
         raise NotCompilable("its weights are of several types")
