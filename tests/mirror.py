@@ -52,7 +52,6 @@ COVERED_BY = {
     "network.block": ("network/test_compiled_layers.py", "what is compiled"),
     "python_api.calls": ("python_api/test_pipeline.py", "arguments of a call"),
     "python_api.model_places": ("python_api/test_loading.py", "models that are loaded"),
-    "python_api.results": ("python_api/test_pipeline.py", "what a call returns"),
     "runs.progress": ("runs/test_metrics.py", "the bar of a run"),
     "runs.step_clock": ("runs/test_metrics.py", "the times of steps"),
     "runs.vae_data": ("vae_training/test_run.py", "the clips of a run"),

@@ -45,7 +45,6 @@ def test_on_two_processes(tiny, clips, tmp_path, capfd):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True)
     run = cv.train(config, processes=2, train_iters=1)
     assert [path.name for path in run.checkpoints] == ["1"] and run.folder.parent == tmp_path / "runs"
-    assert not capfd.readouterr().out
 
 
 def test_the_line_that_processes_end_with_is_the_error(tiny, clips, tmp_path, monkeypatch, capfd):

@@ -9,9 +9,13 @@ import torch
 import yaml
 
 import cogvideox_sat as cv
+from arguments import get_args
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.conversion.lora_files import read_adapter
+from cogvideox_sat.memory.sampling_peaks import Way
+from cogvideox_sat.sampling import fitting as fitting_module
 from cogvideox_sat.sampling.adapters import adapter_bytes, added_up, fitting
+from cogvideox_sat.sampling.session import sessions_of_process
 from diffusion_video import SATVideoDiffusionEngine
 from lora_adapters import random_adapter, with_lora
 from sample_video import main
@@ -173,6 +177,24 @@ def test_what_is_wrong_with_one_is_a_line(tiny, adapters, tmp_path, caplog):
         cv.load(tiny.config("5b"), lora=adapters[0], lora_load=str(adapters[0]))
     given = ["--base", str(tiny.config("5b")), "--lora", f"{adapters[0]}:much"]
     assert main(given) == 2 and "'much' is no weight; write PATH:0.8" in caplog.text
+
+
+def test_what_they_take_is_left_of_the_memory_to_stay_within(tiny, adapters, monkeypatch):
+    asked = []
+
+    def choose(memory, ways, budget, fit):
+        asked.append(budget)
+        return Way("none", 2), ""
+
+    monkeypatch.setattr(fitting_module, "choose", choose)
+    monkeypatch.setattr(fitting_module, "with_way", lambda args, way, left: args)
+    given = ["--base", str(tiny.config("5b")), "--fit", "8GB", "--sampling_image_size", "32", "48"]
+    given += ["--sampling_num_frames", "3"]
+    sessions_of_process.enter(1)
+    for lora in ([], ["--lora", str(adapters[0])]):
+        fitting_module.fitted(get_args([*given, *lora], complete=False), None)
+    sessions_of_process.leave()
+    assert asked[0] - asked[1] == adapter_bytes([(read_adapter(adapters[0]), 1.0)]) > 0
 
 
 def test_layers_beyond_the_network_are_refused(tiny, tmp_path):

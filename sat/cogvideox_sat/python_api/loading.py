@@ -1,6 +1,7 @@
 """`load`: a model, ready to be called. PyTorch is imported once the arguments are known to make sense."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,23 +104,26 @@ def opened(args: SamplingArguments, kept: Any) -> "Pipeline":
     """Return a model whose arguments are known to make sense, with its weights."""
     quiet_libraries()
     # Imports PyTorch: seconds, spent only once the request is known to make sense
-    from cogvideox_sat.parallel.process_groups import initialize_process_groups
     from cogvideox_sat.python_api.pipeline import Pipeline
     from cogvideox_sat.sampling.fitting import fitted
     from cogvideox_sat.sampling.requests import SessionSettings
+    from cogvideox_sat.sampling.session import sessions_of_process
     from sgm.memory_errors import memory_guard
 
-    with memory_guard("loading the model"):
-        if args.fit is not None:
-            initialize_process_groups(args.model_parallel_size)
-            args = fitted(args, None)
-        pipe = Pipeline(args, SessionSettings.of_command(args), kept)
-        try:
-            pipe.load_weights()
-        except BaseException:
-            pipe.close()
-            raise
-    return pipe
+    sessions_of_process.enter(args.model_parallel_size)  # what `fit` asks needs the groups that the session will have
+    try:
+        with memory_guard("loading the model"):
+            # As with prompts that are typed: the text encoder stays.
+            args = replace(fitted(replace(args, input_type="cli"), None), input_type=args.input_type)
+            pipe = Pipeline(args, SessionSettings.of_command(args), kept)
+            try:
+                pipe.load_weights()
+            except BaseException:
+                pipe.close()
+                raise
+        return pipe
+    finally:
+        sessions_of_process.leave()
 
 
 def precision_of(dtype: Any) -> dict[str, bool]:

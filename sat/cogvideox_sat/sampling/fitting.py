@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from arguments import SamplingArguments
+from cogvideox_sat.configuration.adapter_lists import path_and_weight
 from cogvideox_sat.configuration.memory_advice import TILE, TILES
 from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
@@ -18,6 +19,7 @@ from cogvideox_sat.memory.sampling_peaks import VIDEO, SamplingMemory, VideoSize
 from cogvideox_sat.memory.weightless import GIB
 from cogvideox_sat.parallel.agreement import least_over_processes
 from cogvideox_sat.parallel.devices import find_device
+from cogvideox_sat.sampling.adapters import adapter_bytes, read_adapters
 from cogvideox_sat.sampling.plan import SamplingPlan
 from sgm.errors import UserError
 
@@ -36,7 +38,8 @@ def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArgume
     """
     if args.fit is None or (plan is not None and not plan.videos):
         return replace(args, fit=None)
-    budget = least_over_processes(device_budget(args.fit, args.device))
+    adapters = read_adapters(map(path_and_weight, args.lora), args.model_config)
+    budget = least_over_processes(device_budget(args.fit, args.device)) - adapter_bytes(adapters)
     try:
         memory = memory_of(args, video_sizes(args, plan))
         way, reason = choose(memory, ways(args, memory.takes_pieces), budget, args.fit)
