@@ -57,8 +57,18 @@ def main() -> None:
     tell(f"Video autoencoder, {args.size}, {args.device.type}, {args.dtype}", text, args.write)
 
 
+KINDS = {  # of operations beside convolutions, by their names
+    "norms applied": ("modulated_silu",),
+    "norms' statistics": ("channel_sums",),
+    "sums with shortcuts": ("add_and_sum",),
+    "causal frames and other copies": ("clone", "copy_", "cat"),
+    "up and down": ("upsample", "lerp"),
+    "biases": ("bias",),
+}
+
+
 def counted(args: argparse.Namespace) -> str:
-    """Return the table of what is counted on tensors without content."""
+    """Return the tables of what is counted on tensors without content."""
     import torch
     from measuring.autoencoders import LATENT_CHANNELS, build_without_content
 
@@ -75,11 +85,17 @@ def counted(args: argparse.Namespace) -> str:
         for channels, each in ((3, size), (LATENT_CHANNELS, latent_size))
     )
     tasks = {"encode": lambda: vae.encode(clip, unregularized=True), "decode": lambda: list(vae.decode_chunks(latent))}
-    rows = []
+    rows, parts = [], []
     for task, run in tasks.items():
         peaks = [(peak_bytes(vae, task, *size, frames_at_once=at_once) + weights) / 2**30 for at_once in (None, 8, 4)]
-        rows.append([task, f"{traffic_of(run).total / 1e9:.1f}", *(f"{peak:.2f}" for peak in peaks)])
-    return markdown_table(["", "GB beside convolutions", "GiB, all frames", "GiB, by 8", "GiB, by 4"], rows)
+        traffic = traffic_of(run)
+        rows.append([task, f"{traffic.total / 1e9:.1f}", *(f"{peak:.2f}" for peak in peaks)])
+        of_kind = [
+            sum(traffic.bytes[name] for name in traffic.bytes if any(map(name.count, kind))) for kind in KINDS.values()
+        ]
+        parts.append([f"{task}, by kind", *(f"{size / 1e9:.1f}" for size in of_kind)])
+    whole = markdown_table(["", "GB beside convolutions", "GiB, all frames", "GiB, by 8", "GiB, by 4"], rows)
+    return f"{whole}\n\nGB by kind:\n\n{markdown_table(['', *KINDS], parts)}"
 
 
 def arguments() -> argparse.Namespace:

@@ -72,6 +72,7 @@ if triton is not None:
     @triton.jit
     def _modulated_silu_kernel(  # type: ignore[no-untyped-def]
         out,
+        tail,
         x,
         scale,
         shift,
@@ -82,6 +83,8 @@ if triton is not None:
         height,
         width,
         out_batch,
+        tail_batch,
+        tail_frames,
         x_batch,
         map_batch,
         map_channel,
@@ -93,11 +96,12 @@ if triton is not None:
         per_row,
         per_column,
         OUTER: tl.constexpr,
+        TAIL: tl.constexpr,
         CHANNELS: tl.constexpr,
         PLACES: tl.constexpr,
     ):
         """Write silu(x * scale + shift) for some places of a row of an image; with OUTER, a scale and a shift of each
-        channel come before that."""
+        channel come before that; with TAIL the last frames are written there too."""
         line = tl.program_id(0).to(tl.int64)  # of all rows of all frames of all clips
         row, frame, batch = line % height, line // height % frames, line // height // frames
         column = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
@@ -117,7 +121,12 @@ if triton is not None:
         value = tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value * factor + summand
         value = value / (1.0 + tl.exp(-value))
-        tl.store(out + batch * out_batch + offsets, value.to(out.dtype.element_ty), mask=mask)
+        result = value.to(out.dtype.element_ty)
+        tl.store(out + batch * out_batch + offsets, result, mask=mask)
+        if TAIL:
+            in_tail = frame - frames + tail_frames
+            offsets = ((in_tail * height + row) * width + column)[:, None] * channels + channel[None, :]
+            tl.store(tail + batch * tail_batch + offsets, result, mask=mask & (in_tail >= 0))
 
 
 def channel_sums(x: Tensor) -> Tensor:
@@ -131,7 +140,13 @@ def add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None = None) -> Tenso
 
 
 def write_modulated_silu(
-    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: tuple[Tensor, Tensor] | None = None
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    lead: bool,
+    before: tuple[Tensor, Tensor] | None = None,
+    tail: Tensor | None = None,
 ) -> None:
     """See `modulation.write_modulated_silu`."""
     batch, channels, frames, height, width = x.shape
@@ -145,6 +160,7 @@ def write_modulated_silu(
     with torch.cuda.device_of(x):
         _modulated_silu_kernel[grid](
             out,
+            out if tail is None else tail,
             x,
             scale,
             shift,
@@ -154,6 +170,8 @@ def write_modulated_silu(
             height,
             width,
             out.stride(0),
+            0 if tail is None else tail.stride(0),
+            0 if tail is None else tail.shape[2],
             x.stride(0),
             *(0 if size == 1 else stride for size, stride in zip(scale.shape, scale.stride(), strict=True)),
             alone,
@@ -161,6 +179,7 @@ def write_modulated_silu(
             height // rows,
             width // columns,
             OUTER=before is not None,
+            TAIL=tail is not None,
             CHANNELS=at_once,
             PLACES=places,
         )
@@ -209,7 +228,8 @@ def _try_out(device: str = "cuda") -> None:
     write_modulated_silu(out, x, scale, shift, True)
     normed_expected = torch.nn.functional.silu((x * first_scale + first_shift) * factor + summand)
     normed_out = torch.empty_like(x)
-    write_modulated_silu(normed_out, x, scale, shift, True, (first_scale, first_shift))
+    tail = torch.empty_like(x[:, :, :2], memory_format=torch.channels_last_3d)
+    write_modulated_silu(normed_out, x, scale, shift, True, (first_scale, first_shift), tail)
     offset = drawn(48)
     total, shifted = x + other, x + other + offset[:, None, None, None]
     sums, shifted_sums = (
@@ -218,7 +238,7 @@ def _try_out(device: str = "cuda") -> None:
     with_offset = x.clone()
     found, shifted_found = add_and_sum(x, other), add_and_sum(with_offset, other, offset)
     pairs = [(out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums)]
-    pairs += [(with_offset, shifted), (shifted_found, shifted_sums)]
+    pairs += [(with_offset, shifted), (shifted_found, shifted_sums), (tail, normed_expected[:, :, -2:])]
     if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in pairs):
         raise ArithmeticError("they give other numbers than PyTorch")
 

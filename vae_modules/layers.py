@@ -88,11 +88,15 @@ class CausalConv3d(nn.Module):
         same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` has a shorter way for a frame by itself
         return not (torch.is_grad_enabled() or x.shape[2] == 0 or same or winograd.serves(x, self.conv.weight))
 
-    def after(self, room: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
-        """Convolve all but the first `kernel - 1` frames of `room`, whose content is overwritten by what precedes."""
+    def after(self, room: Tensor, chunk: Chunk, biased: bool = True, tail: Tensor | None = None) -> Tensor:
+        """Convolve all but the first `kernel - 1` frames of `room`, whose content is overwritten by what precedes.
+
+        Args:
+            tail: a copy of the last `kernel - 1` frames, if there is one; see `Chunk.copies_tail`.
+        """
         time, height, width = self.conv.kernel_size
         x = room[:, :, time - 1 :]
-        before = chunk.frames_before(self, x, time - 1)
+        before = chunk.frames_before(self, x, time - 1, tail)
         room[:, :, : time - 1] = x[:, :, :1] if before is None else before
         bias = self.conv.bias if biased else None
         return F.conv3d(room, self.conv.weight, bias, padding=(0, height // 2, width // 2))
@@ -226,9 +230,12 @@ def normalize_and_convolve(
     before = conv.conv.kernel_size[0] - 1
     shape = (x.shape[0], x.shape[1], before + x.shape[2], *x.shape[3:])
     room = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    write_modulated_silu(room[:, :, before:], x, *passes)
+    tail = None
+    if chunk.copies_tail(x.shape[2], before):
+        tail = torch.empty_like(room[:, :, :before], memory_format=torch.channels_last_3d)
+    write_modulated_silu(room[:, :, before:], x, *passes, tail=tail)
     del x
-    return conv.after(room, chunk, biased)
+    return conv.after(room, chunk, biased, tail)
 
 
 # ---------------------------------------------------------------- blocks

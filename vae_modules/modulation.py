@@ -50,17 +50,20 @@ def modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tenso
     return _ModulatedSiLU.apply(x, scale, shift, lead)
 
 
-def write_modulated_silu(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, *before: Tensor) -> None:
+def write_modulated_silu(
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, *before: Tensor, tail: Tensor | None = None
+) -> None:
     """Write what `modulated_silu` returns into `out`, which may be `x` itself or a part of a larger tensor.
 
     Args:
         before: another scale and shift (batch, channel, 1, 1, 1), which apply to `x` first.
+        tail: gets the last frames as well, as many as it has; only where `out` is not `x`.
     """
     if out is x:
         vars(x).pop(KNOWN, None)
         _overwrite_with_modulated_silu(x, scale, shift, lead, list(before))
     else:
-        _write_modulated_silu(out, x, scale, shift, lead, list(before))
+        _write_modulated_silu(out, x, scale, shift, lead, list(before), tail)
 
 
 # ---------------------------------------------------------------- operators
@@ -86,11 +89,11 @@ def _add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None) -> Tensor:
     return total
 
 
-@torch.library.custom_op("cogvideox_vae::modulated_silu", mutates_args=("out",))
+@torch.library.custom_op("cogvideox_vae::modulated_silu", mutates_args=("out", "tail"))
 def _write_modulated_silu(
-    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor], tail: Tensor | None
 ) -> None:
-    _modulate(out, x, scale, shift, lead, before)
+    _modulate(out, x, scale, shift, lead, before, tail)
 
 
 @torch.library.custom_op("cogvideox_vae::modulated_silu_", mutates_args=("x",))
@@ -109,7 +112,9 @@ def _(x: Tensor, other: Tensor, offset: Tensor | None) -> Tensor:
 
 
 @_write_modulated_silu.register_fake
-def _(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
+def _(
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor], tail: Tensor | None
+) -> None:
     return None
 
 
@@ -118,11 +123,19 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor])
     return None
 
 
-def _modulate(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
+def _modulate(
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    lead: bool,
+    before: list[Tensor],
+    tail: Tensor | None = None,
+) -> None:
     if x.shape[2] == 0:
         return
-    if kernels := _gpu_kernels(x, out):
-        kernels.write_modulated_silu(out, x, scale, shift, lead, (before[0], before[1]) if before else None)
+    if kernels := _gpu_kernels(x, out, *([] if tail is None else [tail])):
+        kernels.write_modulated_silu(out, x, scale, shift, lead, (before[0], before[1]) if before else None, tail)
         return
     if before:
         scale, shift = before[0] * scale, before[1] * scale + shift
@@ -135,6 +148,8 @@ def _modulate(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, 
             factor, summand, piece = a[:, :, :, :, steps], b[:, :, :, :, steps], out[:, :, frames, rows]
             torch.addcmul(summand, _blocks(x[:, :, frames, rows], factor), factor, out=_blocks(piece, factor))
             F.silu(piece, inplace=True)
+    if tail is not None:
+        tail.copy_(out[:, :, -tail.shape[2] :])
 
 
 def _gpu_kernels(*tensors: Tensor) -> ModuleType | None:
@@ -200,7 +215,7 @@ class _ModulatedSiLU(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift)
         ctx.lead = lead
         out = torch.empty_like(x)
-        _write_modulated_silu(out, x, scale, shift, lead, [])
+        _write_modulated_silu(out, x, scale, shift, lead, [], None)
         return out
 
     @staticmethod

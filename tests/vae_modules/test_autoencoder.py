@@ -364,3 +364,14 @@ def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
         assert_close(single[1][index], single[0][index], 1e-5)
         as_before, left = (relative_error(each[index], exact) for each in half)
         assert left <= as_before
+
+
+@torch.no_grad()
+def test_causal_frames_are_kept_as_they_are_written(monkeypatch):
+    """By the norm that writes them, or copied for the next chunk: the same."""
+    z = latent(7).double()
+    wide = seed_module_(build(Reference("vae/vae_small").case)).double()
+    written = list(wide.decode_chunks(z))
+    monkeypatch.setattr(Chunk, "copies_tail", lambda *_: False)
+    copied = list(wide.decode_chunks(z))
+    assert len(written) > 2 and all(torch.equal(one, two) for one, two in zip(written, copied, strict=True))

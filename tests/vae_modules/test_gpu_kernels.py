@@ -33,7 +33,9 @@ def cases(dtype: torch.dtype, channels: int) -> None:
         alone = int(lead)
         repeats = torch.tensor([1] * alone + [2] * (steps - alone))
         full = [m.double().repeat_interleave(repeats, 2).repeat_interleave(2, 3).repeat_interleave(4, 4) for m in maps]
-        gpu_kernels.write_modulated_silu(room[:, :, 2:], x, *maps, lead, (norm[0], norm[1]))
+        tail = clip(2, 2, 6, 40) if frames > 1 else None
+        gpu_kernels.write_modulated_silu(room[:, :, 2:], x, *maps, lead, (norm[0], norm[1]), tail)
+        assert tail is None or torch.equal(tail, room[:, :, -2:])
         normed = x.double() * norm[0] + norm[1]
         assert_close(room[:, :, 2:], F.silu(normed * full[0] + full[1]), tolerance)
         out = torch.empty_like(x)
@@ -67,9 +69,18 @@ def test_they_compile(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    sizes = {"CHANNELS": 128, "ROWS": 32, "ROWS_EACH": 2048, "PLACES": 32, "ADD": True, "OUTER": True, "OFFSET": True}
+    sizes = {
+        "CHANNELS": 128,
+        "ROWS": 32,
+        "ROWS_EACH": 2048,
+        "PLACES": 32,
+        "ADD": True,
+        "OUTER": True,
+        "OFFSET": True,
+        "TAIL": True,
+    }
     pointers = {"partial": "*fp32", "outer_scale": "*fp32", "outer_shift": "*fp32"}
-    pointers |= dict.fromkeys(("x", "other", "offset", "out", "scale", "shift"), "*bf16")
+    pointers |= dict.fromkeys(("x", "other", "offset", "out", "tail", "scale", "shift"), "*bf16")
     for kernel in (gpu_kernels._sums_kernel, gpu_kernels._modulated_silu_kernel):
         constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
         types = {name: "constexpr" if name in constants else pointers.get(name, "i64") for name in kernel.arg_names}

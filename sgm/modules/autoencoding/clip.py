@@ -33,17 +33,27 @@ class Chunk:
     gather_norm: bool | None = None
     keep: Callable[[Tensor], Tensor] = torch.clone
 
-    def frames_before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
+    def copies_tail(self, frames: int, count: int) -> bool:
+        """Whether `frames_before`, of so many frames, makes a plain copy of the last `count` of them for the next
+        chunk, which whoever writes these frames can make as well."""
+        return self.group is None and not self.last and self.keep is torch.clone and frames >= count
+
+    def frames_before(self, conv: nn.Module, x: Tensor, count: int, tail: Tensor | None = None) -> Tensor | None:
         """The `count` input frames of `conv` that precede `x` (batch, channel, time, height, width) in the clip.
 
         None at the start of the clip (or its first frame repeated). Also sees to it that whoever holds the frames
         that follow `x`, the next chunk or the next rank, gets its tail.
+
+        Args:
+            tail: a copy of the last `count` frames, where one is made already; see `copies_tail`.
         """
         if self.group is None:
             before = self.tails.pop(conv, None)
             if before is not None:
                 before = before.to(x.device, non_blocking=True)
-            if not self.last:
+            if tail is not None:
+                self.tails[conv] = tail
+            elif not self.last:
                 self.tails[conv] = self.keep(_tail(before, x, count))  # a view would keep all of x in memory
             return before
 
@@ -100,8 +110,8 @@ class RepeatableChunk(Chunk):
     def rewind(self) -> None:
         self._next = 0
 
-    def frames_before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
-        return self._recall() if self._knows() else self._learn(super().frames_before(conv, x, count))
+    def frames_before(self, conv: nn.Module, x: Tensor, count: int, tail: Tensor | None = None) -> Tensor | None:
+        return self._recall() if self._knows() else self._learn(super().frames_before(conv, x, count, tail))
 
     def total(self, sums: Tensor, gather_norm: bool) -> Tensor:
         return self._recall() if self._knows() else self._learn(super().total(sums, gather_norm))
