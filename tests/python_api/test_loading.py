@@ -36,6 +36,7 @@ def test_the_names_of_shipped_models():
     [
         ("tinny", "model: tinny does not exist.*; did you mean tiny?"),
         ("/nowhere/at/all", "model: /nowhere/at/all does not exist; known are tiny, "),
+        ("", "model: '' does not exist"),
         (3, "model: 3 is no model; give a name, a folder, or configuration files"),
         ([], r"model: \[\] is no model"),
         (str(ROOT / "tests"), "tests holds neither training_config.yaml nor model_index.json"),
@@ -58,6 +59,8 @@ def test_what_is_no_model(model, says):
         ({"fit": "much"}, "fit"),
         ({"output_dir": "x"}, "output_dir: it belongs to the command"),
         ({"set": {"model.scale_facto": 1}}, "--set model.scale_facto: model has no 'scale_facto'; did you mean"),
+        ({"set": 5}, "set is 5; give keys with their values"),
+        ({"lora": TINY}, "lora: .*is damaged or not a PyTorch file"),
         ({"load": "nowhere.pt"}, "load: nowhere.pt does not exist"),
         ({"seed": "x"}, "seed is 'x'; expected a whole number"),
         ({"frames": 5}, "frames is 5; this model makes 1 frame"),

@@ -149,6 +149,7 @@ def test_memory_stays_what_it_is_over_a_hundred_calls(pipe):
         ({"guidance_interval": (1, 0)}, "'guidance_interval' must be two shares"),
         ({"prompt": ""}, "prompt is ''; say what the video shows"),
         ({"prompt": 5}, "'prompt' must be a string, got 5"),
+        ({"progress": 5}, "progress is 5; give a function"),
         ({"prompt": []}, "prompt: the list is empty"),
         ({"prompt": [BOAT, KITE], "seed": [1]}, "seed: there are 1 values for 2 prompts"),
         ({"prompt": [BOAT, {"prompt": KITE, "sede": 2}]}, "prompt 2: unknown key 'sede', did you mean 'seed'"),
@@ -165,6 +166,8 @@ def test_lists_give_each_prompt_its_own(pipe):
     videos = pipe([BOAT, {"prompt": KITE, "frames": 1}], seed=[1, 2], size=[(32, 48), (48, 32)], frames=9, steps=1)
     assert [video.frames.shape for video in videos] == [(9, 32, 48, 3), (1, 48, 32, 3)]
     assert [video.request["seed"] for video in videos] == [1, 2]
+    few = {"size": np.array([32, 48]).tolist(), "frames": np.int64(9), "steps": torch.tensor(1)}
+    assert (pipe(BOAT, seed=np.int32(1), **few).frames == videos[0].frames).all(), "numbers of other libraries"
 
 
 def test_progress_is_told_and_previews_are_there(pipe, capsys):

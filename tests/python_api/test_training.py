@@ -62,12 +62,15 @@ def test_mistakes_are_one_line(tiny, clips, tmp_path):
         ({"train_itters": 2}, "train_itters: there is no such argument; did you mean train_iters?"),
         ({"train_iters": "x"}, "train_iters is 'x'; expected a whole number"),
         ({"lr": 0.1}, "lr is not set here but as deepspeed.optimizer.params.lr"),
+        ({"config": 5}, "config is 5; give configuration files"),
+        ({"config": []}, "config is []; give configuration files"),
+        ({"set": 5}, "set is 5; give keys"),
         ({"processes": 0}, "processes is 0; expected a whole number of at least 1"),
         ({"train_data": "/nowhere"}, "train_data: /nowhere does not exist"),
         ({"set": {"data.parms.fps": 8}}, "data: unknown"),
     ):
         with pytest.raises(UserError) as caught:
-            cv.train(config, **arguments)
+            cv.train(arguments.pop("config", config), **arguments)
         assert says in str(caught.value) or "parms" in str(caught.value), caught.value
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()

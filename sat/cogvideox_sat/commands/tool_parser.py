@@ -37,9 +37,11 @@ class ToolParser(StrictParser):
         for word in given[: given.index("--") if "--" in given else None]:
             flag = word.partition("=")[0]
             if re.fullmatch(r"--[A-Za-z][\w-]*", flag) and not self.knows(flag):
-                near = difflib.get_close_matches(flag.replace("-", "_"), self.flags(), n=1)
+                plain = flag.replace("-", "_")
+                begin = [known for known in self.flags() if known.startswith(plain)]
+                near = begin or difflib.get_close_matches(plain, self.flags(), n=1)
                 advice = f"did you mean {self.flags()[near[0]]}?" if near else "--help lists them all"
-                raise UserError(f"unknown argument {flag}; {advice}")
+                raise UserError(f"unrecognized arguments: {flag}; {advice}")
         return super().parse_args(args, namespace)
 
     def knows(self, flag: str) -> bool:

@@ -64,12 +64,20 @@ def spread(name: str, value: Any, count: int | None) -> list[Any]:
     return list(value)
 
 
+def plain(value: Any) -> Any:
+    """Return a value with the numbers of NumPy and PyTorch in it as Python's own."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def request_of(fields: dict[str, Any], index: int, where: str, image_to_video: bool) -> tuple[PromptRequest, Any]:
     """Return a request, and its first frame where that is no file.
 
     Raises:
         UserError: a field does not exist or is none of what it takes, or the model takes no image or needs one.
     """
+    fields = {name: value if name == "image" else plain(value) for name, value in fields.items()}
     image = fields.get("image")
     if isinstance(image, Path):
         fields["image"] = image = str(image)

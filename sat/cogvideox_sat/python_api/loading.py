@@ -60,6 +60,7 @@ def load(
     Raises:
         UserError: the model, a file or the device does not exist; an argument does not exist or has a wrong value.
     """
+    check_settings(set)
     place = find_model(model)
     try:
         for name in arguments:
@@ -87,6 +88,12 @@ def load(
     except BaseException:
         place.kept.close()
         raise
+
+
+def check_settings(settings: Any) -> None:
+    """Raises UserError unless `set` gives keys with their values, or nothing."""
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError(f"set is {shown(settings)}; give keys with their values, such as {{'model.scale_factor': 0.7}}")
 
 
 def settle_clip(args: SamplingArguments, limits: ModelLimits) -> None:

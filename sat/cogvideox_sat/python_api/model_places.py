@@ -68,11 +68,11 @@ def find_model(model: str | Path | Sequence[str | Path]) -> ModelPlace:
         return ModelPlace(base=list(model))
     if str(model).lower().endswith(YAML):
         return ModelPlace(base=[model])
-    found = find_input(str(model), "model")
+    found = find_input(str(model), "model") if str(model) else None
     if found is None:
         near = difflib.get_close_matches(str(model), shipped_models(), n=1)
         advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(shipped_models())}"
-        raise UserError(f"model: {model} does not exist{places(model)}; {advice}")
+        raise UserError(f"model: {str(model) or repr(model)} does not exist{places(model)}; {advice}")
     if (found / PIPELINE_FILE).is_file():
         return pipeline(found)
     for folder in (found, found.parent):

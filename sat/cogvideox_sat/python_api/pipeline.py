@@ -22,7 +22,7 @@ from cogvideox_sat.configuration.frame_sizes import size_from_image
 from cogvideox_sat.configuration.request_fields import OfferedField, check_argument, offered_fields
 from cogvideox_sat.media.image_inputs import fitted_image, to_rgb
 from cogvideox_sat.media.video_output import pixels_of
-from cogvideox_sat.python_api.calls import requests_of
+from cogvideox_sat.python_api.calls import plain, requests_of
 from cogvideox_sat.python_api.results import Video
 from cogvideox_sat.sampling.plan import PlannedVideo, check_request, planned_video
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest
@@ -52,7 +52,7 @@ class Update:
     """How far a call is.
 
     Attributes:
-        stage: what comes next or goes on: `text`, `image`, `sampling`, `decoding`, or `done`.
+        stage: what comes next or goes on: `text`, `image` (or `video`), `sampling`, `decoding`, or `done`.
         step, steps: of the sampling steps of this video, those done and all; `step` is 0 before the first.
         video, videos: which of the videos of the call it is, from 0, and how many these are.
         denoised: after a step, the present estimate of the video's `latents`, on the pipeline's device, not to be
@@ -174,7 +174,9 @@ class Pipeline:
             "guidance_schedule": guidance_schedule,
             **misspelt,
         }
-        args = self.args
+        args, seed = self.args, plain(seed)
+        if not (progress is None or isinstance(progress, bool) or callable(progress)):
+            raise UserError(f"progress is {shown(progress)}; give a function, True for a bar, or False for nothing")
         if isinstance(seed, list | tuple):
             given["seed"] = seed
         elif seed is not None:
@@ -231,12 +233,12 @@ class Pipeline:
         """Return the video that the events of a request lead to."""
         frames: list[Tensor] = []
         latents = torch.empty(0)
-        steps = self.session.steps_of(planned.steps, planned.knobs)
+        steps = self.session.steps_taken(asked)
         tell("text", 0, steps)
         for event in events:
             match event:
                 case Encoded(what="prompt"):
-                    tell("image" if asked.image is not None else "sampling", 0, steps)
+                    tell(asked.shows or "sampling", 0, steps)
                 case Encoded():
                     tell("sampling", 0, steps)
                 case Progress():
@@ -252,7 +254,7 @@ class Pipeline:
         return Video(
             pixels,
             latents,
-            fields_of(planned, asked, steps),
+            fields_of(planned, asked, self.session.steps_of(planned.steps, planned.knobs)),
             partial(self._record, planned, args),
             partial(self._metadata, planned, args),
         )
@@ -384,7 +386,7 @@ def shown_progress(
         return
     from tqdm.auto import tqdm
 
-    total = sum(session.steps_of(planned.steps, planned.knobs) for planned, _ in jobs)
+    total = sum(session.steps_taken(asked) for _, asked in jobs)
     with tqdm(total=total, desc="sampling", unit="step") as bar:
 
         def count(stage: str, step: int, steps: int, denoised: Tensor | None = None, **_: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cogvideox_sat.configuration.video_records import is_record, read_record, record_path, write_record
 from cogvideox_sat.media.video_output import VideoWriter, save_latents
-from sgm.errors import UserError
+from sgm.errors import UserError, shown
 
 SUFFIX, LATENTS = ".mp4", ".safetensors"
 
@@ -54,6 +54,8 @@ class Video:
         Raises:
             UserError: the path has another ending or cannot be written, or `NAME.json` is something else.
         """
+        if not isinstance(path, str | Path):
+            raise UserError(f"path is {shown(path)}; give the name of a file that ends with {SUFFIX}")
         path = Path(path)
         if path.suffix.lower() == LATENTS:
             save_latents(path, self.latents, self._metadata())

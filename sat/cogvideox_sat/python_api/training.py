@@ -17,6 +17,7 @@ from cogvideox_sat.configuration.argument_lists import TrainingArguments
 from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.configuration.training_arguments import training_arguments_from_names
 from cogvideox_sat.python_api.converting import logging_left_alone
+from cogvideox_sat.python_api.loading import check_settings
 from cogvideox_sat.runs.folders import runs_of
 from sgm.errors import UserError, shown
 
@@ -66,6 +67,9 @@ def train(
     """
     if type(processes) is not int or processes < 1:
         raise UserError(f"processes is {shown(processes)}; expected a whole number of at least 1")
+    check_settings(set)
+    if not isinstance(config, str | Path | list | tuple | TrainingArguments) or not config:
+        raise UserError(f"config is {shown(config)}; give configuration files (.yaml)")
     if isinstance(config, TrainingArguments):
         if arguments or set:
             raise UserError(f"config: it is complete; leave out {', '.join([*arguments, *(set or {})])}, or change it")

@@ -25,7 +25,14 @@ def read_adapters(paths: Iterable[tuple[str | Path, float]], model_config: Mappi
     Raises:
         UserError: one cannot be read, or is not of a network such as the configuration describes.
     """
-    return [(fitting(read_adapter(path), model_config), strength) for path, strength in paths]
+    chosen = []
+    for path, strength in paths:
+        try:
+            adapter = read_adapter(path)
+        except UserError as error:
+            raise UserError(f"lora: {error}") from error
+        chosen.append((fitting(adapter, model_config), strength))
+    return chosen
 
 
 def fitting(adapter: Adapter, model_config: Mapping[str, Any]) -> Adapter:
