@@ -18,6 +18,8 @@ from cogvideox_sat.configuration.sampler_knobs import (
     VIDEO_PARAMETERS,
     SamplerKnobs,
     changed_sampler,
+    check_steps,
+    most_steps,
     sampler_class,
     samplers_for,
     usual_knobs,
@@ -114,6 +116,22 @@ def test_knobs_that_the_configuration_has_no_place_for(section):
     assert changed_sampler(own, SamplerKnobs(guidance_scale=2))["params"]["guider_config"]["params"] == {"scale": 2}
     with pytest.raises(UserError, match=r"guidance_interval: the sampler my_samplers.Mine does not take it"):
         changed_sampler(own, SamplerKnobs(guidance_interval=(0, 0.5)))
+
+
+def test_steps_that_the_noise_schedule_does_not_have(section):
+    from sgm.modules.diffusionmodules import discretizer
+
+    schedules = ("EDMDiscretization", "LegacyDDPMDiscretization", ALPHA_SCHEDULE)
+    assert {
+        inspect.signature(getattr(discretizer, name)).parameters["num_timesteps"].default for name in schedules
+    } == {most_steps(section)}
+    check_steps(section, 1000, "steps")
+    check_steps(section, None, "steps")
+    with pytest.raises(UserError, match="steps is 1001; this model's noise schedule has 1 to 1000 steps"):
+        check_steps(section, 1001, "steps")
+    section["params"]["discretization_config"] = {"target": "my.Schedule"}
+    check_steps(section, 1001, "steps")
+    assert most_steps(section) is None
 
 
 def test_what_a_model_offers(section):

@@ -64,6 +64,7 @@ def test_what_is_no_model(model, says):
         ({"load": "nowhere.pt"}, "load: nowhere.pt does not exist"),
         ({"seed": "x"}, "seed is 'x'; expected a whole number"),
         ({"frames": 5}, "frames is 5; this model makes 1 frame"),
+        ({"steps": 1001}, "steps is 1001; this model's noise schedule has 1 to 1000 steps"),
         ({"sampler": "euler"}, "sampler is 'EulerEDMSampler', which needs a noise schedule of sigma"),
         ({"vae_tile_size": 3}, "vae_tile_size is 3"),
     ],

@@ -141,7 +141,7 @@ def test_memory_stays_what_it_is_over_a_hundred_calls(pipe):
         ({"frames": 9, "num_frames": 3}, "'frames' and 'num_frames' are both given"),
         ({"size": (31, 48)}, "size: height 31 does not fit"),
         ({"size": 32}, r"'size' must be \[height, width\] in pixels, got 32"),
-        ({"steps": 2000}, "steps: num_steps is 2000, but this noise schedule has 1 to 1000"),
+        ({"steps": 2000}, "steps is 2000; this model's noise schedule has 1 to 1000"),
         ({"sampler": "dimm"}, "sampler is 'dimm'; did you mean ddim"),
         ({"sampler": "heun"}, "sampler is 'HeunEDMSampler', which needs a noise schedule of sigma"),
         ({"image": "first.png"}, "image: this is a text-to-video model; leave out"),

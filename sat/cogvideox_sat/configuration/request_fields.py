@@ -11,7 +11,7 @@ from typing import Any
 
 from cogvideox_sat.configuration.argument_schema import HIGHEST_RATE
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from cogvideox_sat.configuration.sampler_knobs import SCHEDULES, sampler_class, samplers_for, usual_knobs
+from cogvideox_sat.configuration.sampler_knobs import SCHEDULES, most_steps, sampler_class, samplers_for, usual_knobs
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from sgm.errors import UserError, shown
 from sgm.plain_json import has_half_characters
@@ -197,7 +197,7 @@ def offered_fields(model_config: Mapping[str, Any], usual: Mapping[str, Any]) ->
         "size": {"kind": "pair", "least": side, "most": (height, width), "step": side},
         "frames": {"kind": "choice", "choices": lengths},
         "fps": {"kind": "whole", "least": 1, "most": HIGHEST_RATE},
-        "steps": {"kind": "whole", "least": 1, "most": 1000},
+        "steps": {"kind": "whole", "least": 1, "most": most_steps(section)},
         "sampler": {"kind": "choice", "choices": list(samplers_for(section))},
     }
     if "guidance_scale" in knobs:

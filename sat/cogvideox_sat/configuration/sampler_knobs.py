@@ -33,6 +33,8 @@ SIGMA_SAMPLERS = {
     "linear_multistep": "LinearMultistepSampler",
 }
 SAMPLERS = VIDEO_SAMPLERS | SIGMA_SAMPLERS
+SCHEDULE_MODULE = "sgm.modules.diffusionmodules.discretizer"
+USUAL_STEPS = 1000  # of a noise schedule
 ALPHA_SCHEDULE = "ZeroSNRDDPMDiscretization"
 SCHEDULES = ("timestep", "diffusers", "step", "constant")  # of guidance; all but the last are `count` of `DynamicCFG`
 USUAL_EXPONENT = 5  # of `DynamicCFG`, where the configuration names another guider
@@ -158,6 +160,26 @@ def changed_sampler(section: Mapping[str, Any], knobs: SamplerKnobs) -> dict[str
             )
         params["guidance_interval"] = list(knobs.guidance_interval)
     return changed
+
+
+def most_steps(section: Mapping[str, Any]) -> int | None:
+    """Return how many steps the noise schedule of a `sampler_config` has; None for a schedule of somebody else."""
+    schedule = _params(section).get("discretization_config")
+    if not isinstance(schedule, Mapping) or not str(schedule.get("target")).startswith(f"{SCHEDULE_MODULE}."):
+        return None
+    most = (schedule.get("params") or {}).get("num_timesteps", USUAL_STEPS)
+    return most if type(most) is int else None
+
+
+def check_steps(section: Mapping[str, Any], steps: int | None, name: str) -> None:
+    """Check that a sampler can take so many steps, as far as its configuration tells; None: its own number.
+
+    Raises:
+        UserError: about the argument `name`: the noise schedule has fewer.
+    """
+    most = most_steps(section)
+    if steps is not None and most is not None and steps > most:
+        raise UserError(f"{name} is {steps}; this model's noise schedule has 1 to {most} steps")
 
 
 def _reschedule(section: dict[str, Any], schedule: str) -> None:

@@ -17,7 +17,7 @@ from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image, warn_of_crop
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.configuration.model_values import check_model_values, check_parameters
-from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler
+from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler, check_steps
 from cogvideox_sat.configuration.video_layout import check_world, layout_of
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
@@ -100,6 +100,8 @@ def check_model_arguments(args: SamplingArguments) -> None:
     check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": args.model_config})
     check_parameters({"model": args.model_config}, args.sources)
     changed_sampler(args.model_config["sampler_config"], SamplerKnobs.of(args))
+    name = "sampling_num_steps" if args.steps is None else "steps"
+    check_steps(args.model_config["sampler_config"], args.sampling_num_steps, name)
 
 
 def plan_repetition(args: SamplingArguments) -> SamplingPlan:
@@ -197,6 +199,7 @@ def check_request(request: PromptRequest, args: SamplingArguments, where: str) -
         )
         limits.check_clip(latent_frames(request, args), *video_size(request, args), names=names)
         changed_sampler(args.model_config["sampler_config"], knobs_of(request, args))
+        check_steps(args.model_config["sampler_config"], request.steps, "steps")
     except UserError as error:
         raise UserError(f"{where}{error}") from error
 
