@@ -131,6 +131,13 @@ def machine(device: "torch.device") -> str:
     return f"{name}; PyTorch {torch.__version__}; Python {platform.python_version()}; {date.today()}"
 
 
+def counted_with() -> str:
+    """One line that says where numbers come from that are the same on every machine."""
+    import torch
+
+    return f"Computed, not measured; PyTorch {torch.__version__}; {date.today()}"
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import config_name, markdown_table, tell  # noqa: E402
+from harness import config_name, counted_with, markdown_table, tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -47,7 +47,7 @@ def main() -> None:
     quiet_libraries()
     rows = [row for name in options.models for row in rows_of(name, options.layers, options.all)]
     header = ["", "text encoder", "network", "VAE", "largest", "estimate", "estimate / counted"]
-    text = f"GiB beside about 1 of CUDA itself.\n\n{markdown_table(header, rows)}"
+    text = f"GiB beside about 1 of CUDA itself. {counted_with()}\n\n{markdown_table(header, rows)}"
     tell(SECTION, text, options.write)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import markdown_table, tell  # noqa: E402
+from harness import counted_with, markdown_table, tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -42,7 +42,7 @@ def main() -> None:
         for row in rows_of(model, clip, options.processes, options.layers)
     ]
     header = ["", "processes", "sampling, GiB", "LoRA, GiB", "exchanges a call", "gathers a call", "MB sent a call"]
-    text = f"Weights are included, what libraries take is not.\n\n{markdown_table(header, rows)}"
+    text = f"Weights are included, what libraries take is not. {counted_with()}\n\n{markdown_table(header, rows)}"
     tell(SECTION, text, options.write)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "benchmarks")]
 
-from harness import markdown_table, tell  # noqa: E402
+from harness import counted_with, markdown_table, tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
@@ -58,7 +58,7 @@ def main() -> None:
     else:
         rows = [[described(name), *(cell(name, *column) for column in COLUMNS.values())] for name in args.models]
         header, title = ["GiB", *COLUMNS], "Memory of training"
-    text = markdown_table(header, rows)
+    text = f"{counted_with()}\n\n{markdown_table(header, rows)}"
     far = [row for row in rows if abs(float(row[-1]) - 1) > AGREEMENT] if args.counted else []
     tell(title, text, args.write and not far)
     if far:

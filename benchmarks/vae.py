@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from harness import alternating_medians, markdown_table, peak_memories, peak_memory, tell  # noqa: E402
+from harness import alternating_medians, counted_with, markdown_table, peak_memories, peak_memory, tell  # noqa: E402
 from measuring.vae_arguments import DEFAULTS, OURS, WHOLE, common_parser, parse, setting  # noqa: E402
 
 CONTENDERS = {"encode": (DEFAULTS, WHOLE, OURS), "decode": (DEFAULTS, OURS)}
@@ -95,7 +95,7 @@ def counted(args: argparse.Namespace) -> str:
         ]
         parts.append([f"{task}, by kind", *(f"{size / 1e9:.1f}" for size in of_kind)])
     whole = markdown_table(["", "GB beside convolutions", "GiB, all frames", "GiB, by 8", "GiB, by 4"], rows)
-    return f"{whole}\n\nGB by kind:\n\n{markdown_table(['', *KINDS], parts)}"
+    return f"{counted_with()}\n\n{whole}\n\nGB by kind:\n\n{markdown_table(['', *KINDS], parts)}"
 
 
 def arguments() -> argparse.Namespace:
