@@ -40,11 +40,9 @@ def initialize_context_parallel(size: int) -> None:
         return
     if _group is not None:
         raise UserError(f"context parallelism over {size} processes: it is already set up over {_initialized_size}")
-    # Tails go by way of the CPU, which NCCL by itself cannot.
-    backend = "cpu:gloo,cuda:nccl" if world > 1 and dist.get_backend() == "nccl" else None
     for first in range(0, world, size):
         ranks = list(range(first, first + size))
-        group = dist.new_group(ranks, backend=backend)
+        group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             _group = group
     _initialized_size = size
@@ -188,67 +186,61 @@ def all_gather_uneven(x: Tensor, counts: Sequence[int], group: ProcessGroup, dim
 # ---------------------------------------------------------------- from rank to rank
 
 
-def send_to_next(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Send `x` to the next rank of the ring without waiting for it. Returns a tensor of no frames.
+def pass_on(x: Tensor | None, like: Tensor, frames: int | None, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Send frames to the next rank of the ring, and return what the previous one sent, in one exchange.
 
-    Concatenate the result, along time, with something that the loss depends on: that is how this rank's backward
-    pass knows that it has a gradient to receive.
+    Args:
+        x: (batch, channel, time, height, width), sent to the next rank; None: it expects nothing.
+        like: gives shape but for time, dtype and device of what is received, and whether a gradient goes back.
+        frames: how many the previous rank sends; None: it sends none.
+
+    Returns:
+        A tensor of no frames, and those received, if any. Concatenate the first, along time, with something that the
+        loss depends on: that is how this rank's backward pass knows that it has a gradient to receive. Use the second
+        likewise.
     """
-    return _SendToNext.apply(x, group)
+    return _PassOn.apply(like[:, :, :0] if x is None else x, like, x is not None, frames, group)
 
 
-def receive_from_previous(like: Tensor, frames: int, group: ProcessGroup) -> Tensor:
-    """What the previous rank of the ring sent: shaped as `like` (batch, channel, time, height, width), `frames` long.
+class _PassOn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, like: Tensor, sends: bool, frames: int | None, group: ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        ctx.places = x.shape, sends, frames is not None, group
+        received = _with_frames(like, frames or 0)
+        _exchange(x if sends else None, received if frames is not None else None, +1, group)
+        return _with_frames(x, 0), received
 
-    `like` only gives shape, dtype and device, and whether a gradient goes back. The result must be used likewise.
+    @staticmethod
+    def backward(ctx: Any, token: Tensor, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        # What was received has its gradient sent back, and for what was sent one comes back.
+        shape, sends, receives, group = ctx.places
+        own = _with_frames(token, shape[FRAMES])
+        _exchange(gradient if receives else None, own if sends else None, -1, group)
+        return own, None, None, None, None
+
+
+def _with_frames(like: Tensor, frames: int) -> Tensor:
+    """Return a tensor like `like` but of so many frames, with channels last in memory, as layers want it."""
+    batch, channel, _, height, width = like.shape
+    return like.new_empty((batch, frames, height, width, channel)).permute(0, 4, 1, 2, 3)
+
+
+def _exchange(sent: Tensor | None, received: Tensor | None, step: int, group: ProcessGroup) -> None:
+    """Send to the neighbour `step` places on in the ring and receive from the one on the other side, at once: ranks
+    that first sent and then received would wait for each other. The tensors stay on their device.
+
+    Args:
+        received: with channels last in memory; it is filled.
     """
-    return _ReceiveFromPrevious.apply(like, frames, group)
-
-
-class _SendToNext(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group, ctx.shape = group, x.shape
-        _start_sending(x, +1, group)
-        return x.new_empty((*x.shape[:FRAMES], 0, *x.shape[FRAMES + 1 :]))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _receive(gradient, ctx.shape, +1, ctx.group), None
-
-
-class _ReceiveFromPrevious(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, like: Tensor, frames: int, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _receive(like, (*like.shape[:FRAMES], frames, *like.shape[FRAMES + 1 :]), -1, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        _start_sending(gradient, -1, ctx.group)
-        return None, None, None
-
-
-_sending: list[tuple[dist.Work, Tensor]] = []
-
-
-def _start_sending(x: Tensor, step: int, group: ProcessGroup) -> None:
-    # A send must be kept, with its tensor, until it is done. One at a time is enough: by the time of the next,
-    # the neighbour has asked for this one.
-    while _sending:
-        _sending.pop()[0].wait()
-    x = x.permute(0, 2, 3, 4, 1).contiguous()  # channels last in memory, as the receiver will want it
-    # By way of the CPU (gloo): with NCCL two ranks that first send and then receive would wait for each other.
-    x = x.cpu()
-    _sending.append((dist.isend(x, group=group, group_dst=_neighbour(step, group)), x))
-
-
-def _receive(like: Tensor, shape: tuple[int, ...], step: int, group: ProcessGroup) -> Tensor:
-    batch, channel, time, height, width = shape
-    x = torch.empty((batch, time, height, width, channel), dtype=like.dtype)
-    dist.recv(x, group=group, group_src=_neighbour(step, group))
-    return x.to(like.device).permute(0, 4, 1, 2, 3)
-
-
-def _neighbour(step: int, group: ProcessGroup) -> int:
-    return (dist.get_rank(group) + step) % dist.get_world_size(group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    operations = []
+    if sent is not None:
+        content = sent.permute(0, 2, 3, 4, 1).contiguous()
+        operations.append(dist.P2POp(dist.isend, content, group=group, group_peer=(rank + step) % size))
+    if received is not None:
+        content = received.permute(0, 2, 3, 4, 1)
+        operations.append(dist.P2POp(dist.irecv, content, group=group, group_peer=(rank - step) % size))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()

@@ -1,14 +1,24 @@
 """A network split over two processes computes what one process does, and each holds its own share of the weights."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
-from cogvideox_sat.weights.loading import load_network, shares_of_rank
+from cogvideox_sat.sampling.requests import Latents, SampleRequest, SessionSettings
+from cogvideox_sat.sampling.session import SamplingSession
+from cogvideox_sat.weights.checkpoint_files import is_adapter
+from cogvideox_sat.weights.loading import load_network
+from cogvideox_sat.weights.rank_shares import cuts_of, recut
 from distributed import run_distributed
+from lora_adapters import FAMILIES, adapted_network, random_adapter, save
 from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
-from support import Reference, assert_close
+from support import Reference, assert_close, relative_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -51,7 +61,7 @@ def test_two_processes_equal_one(tmp_path):
             checkpoints[name] = str(tmp_path / name)
             (tmp_path / name).mkdir()
             for rank in range(4):
-                share = shares_of_rank(network, network.state_dict(), rank, 4)
+                share = recut([network.state_dict()], cuts_of(network), rank, 4, "it")
                 torch.save({"module": share}, tmp_path / name / f"mp_rank_0{rank}_model_states.pt")
         with torch.no_grad():
             expected[name] = network(**inputs(network))
@@ -59,3 +69,97 @@ def test_two_processes_equal_one(tmp_path):
         for name, (output, rows) in outputs.items():
             assert_close(output, expected[name], 1e-4)
             assert rows == 3 * 64 // 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_shares(network: torch.nn.Module, folder: Path, size: int) -> None:
+    """Write an adapter as so many ranks do."""
+    adapter = {name: tensor for name, tensor in network.state_dict().items() if is_adapter(name)}
+    for rank in range(size):
+        share = recut([adapter], cuts_of(network), rank, size, "it")
+        save(share, folder, "1").rename(folder / "1" / f"mp_rank_0{rank}_model_states.pt.part")
+    for part in folder.rglob("*.part"):
+        part.rename(part.with_suffix(""))
+
+
+def output_and_gradients(
+    network: torch.nn.Module, called: tuple[tuple[Tensor, ...], Tensor | None]
+) -> dict[str, Tensor]:
+    """What a network computes, and the gradient of its adapter's matrices; they come after a dropout."""
+    inputs, ofs = called
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    for module in network.modules():
+        if hasattr(module, "matrix_A"):
+            module.lora_dropout = torch.nn.Dropout(0.2)
+    torch.manual_seed(3)
+    out = network.train()(*inputs, ofs=ofs)
+    (out * seeded_input("weight", out.shape)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters() if is_adapter(name)}
+    return {"output": out.detach(), **gradients}
+
+
+def adapted_of_rank(
+    cases: dict[str, tuple[dict, str, str, Any]], asked: tuple[str, str, str]
+) -> tuple[dict, dict, Tensor]:
+    """Of every family, output and gradients of this rank; a new adapter of the first; and the latents of a video."""
+    results = {}
+    for name, (config, base, adapter, called) in cases.items():
+        config["params"]["transformer_args"]["model_parallel_size"] = 2
+        network = instantiate_on_meta(config)
+        load_network(network, base, lora_load=adapter)
+        results[name] = output_and_gradients(network, called)
+    new = instantiate_on_meta(config)
+    torch.manual_seed(0)
+    load_network(new, base, new_adapter=True)
+    drawn = {name: tensor for name, tensor in new.state_dict().items() if "matrix_A" in name}
+    return results, drawn, latents(*asked, model_parallel_size=2)
+
+
+def latents(config: str, adapter: str, scale: str, **changes: Any) -> Tensor:
+    loaded = load_configs([config])
+    settings = SessionSettings(
+        loaded["model"],
+        load=loaded["args"]["load"],
+        lora_load=adapter,
+        lora_scale=float(scale),
+        sources=loaded.sources,
+        **changes,
+    )
+    with SamplingSession(settings) as session:
+        events = session.sample(SampleRequest("a boat", 7, (32, 48), 3, steps=2))
+        return next(event.latents for event in events if isinstance(event, Latents))
+
+
+def test_adapters_on_two_processes_equal_those_on_one(tmp_path, tiny):
+    """Outputs, gradients, initial values and sampled latents; the adapter is in one file, or of two or four ranks."""
+    cases, expected, networks = {}, {}, {}
+    for name, size in zip(FAMILIES, (1, 2, 4, 1, 4), strict=True):
+        adapted = adapted_network(tmp_path / name, name, alpha=3)
+        adapter = tmp_path / name / "run"
+        if size > 1:
+            save_shares(adapted.network, adapter := tmp_path / name / "shares", size)
+        networks[name] = adapted.loaded(tmp_path / name / "base", adapter)
+        cases[name] = adapted.config, str(tmp_path / name / "base"), str(adapter), (adapted.inputs(), adapted.ofs)
+        expected[name] = output_and_gradients(networks[name], cases[name][3])
+    lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4}}
+    params = {"network_config": {"params": {"modules": {"lora_config": lora}}}}
+    random_adapter(tmp_path / "adapter", 256, 2, 4)
+    asked = str(tiny.variant("5b", tmp_path / "lora.yaml", model=params)), str(tmp_path / "adapter"), "0.02"
+    new = instantiate_on_meta(cases["i2v_15"][0])
+    torch.manual_seed(0)
+    load_network(new, tmp_path / "i2v_15" / "base", new_adapter=True)
+    for rank, (results, drawn, found) in enumerate(run_distributed(adapted_of_rank, 2, cases, asked)):
+        for name, result in results.items():
+            shares = recut([expected[name]], cuts_of(networks[name]), rank, 2, "it")
+            assert_close(result["output"], shares["output"], 1e-5)
+            for matrix, gradient in shares.items():
+                assert relative_error(result[matrix], gradient) < 1e-4, (name, matrix)
+        whole = {name: tensor for name, tensor in new.state_dict().items() if name in drawn}
+        assert all(torch.equal(drawn[name], share) for name, share in recut([whole], cuts_of(new), rank, 2, "").items())
+        assert relative_error(found, latents(*asked)) < 1e-4
+    assert relative_error(latents(*asked[:2], "0"), latents(*asked)) > 1e-2

@@ -200,7 +200,7 @@ def test_a_training_state_that_does_not_do(tmp_path, tiny, clips, caplog, damage
         says = "has no exp_avg of"
     elif damage == "another network split":
         content["optimizer"]["model_parallel_size"] = 2
-        says = "model_parallel_size 2, not 1"
+        says = "model_parallel_size 2, not 1, and does not hold the optimizer's tensors of all its ranks"
     else:
         del content["data"]
         says = "has no whole training state"

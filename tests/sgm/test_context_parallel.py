@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from distributed import run_distributed
 from seeded import seed_module_, seeded_input
@@ -10,6 +11,7 @@ from sgm.context_parallel import (
     get_context_parallel_rank,
     get_context_parallel_world_size,
     initialize_context_parallel,
+    pass_on,
     split_evenly,
 )
 from sgm.errors import UserError
@@ -160,6 +162,23 @@ def test_misuse_is_refused():
 def test_failures_reach_the_test():
     with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*UserError: cannot encode 4 frames"):
         run_distributed(gradients, 2, 1, 4)
+
+
+def test_frames_go_both_ways_in_one_exchange_and_stay_on_their_device(monkeypatch):
+    """In both passes; so NCCL cannot wait in a circle, and nothing goes by way of the CPU."""
+    exchanges = []
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(dist, "P2POp", lambda op, x, group, group_peer: (op, group_peer, x.device.type, x.shape[1]))
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: exchanges.append(operations) or [])
+    x = torch.zeros(1, 4, 5, 2, 2, device="meta", requires_grad=True)
+    token, before = pass_on(x[:, :, -2:], x, 2, None)
+    assert token.shape[2] == 0 and before.shape[2] == 2 and before.device.type == "meta"
+    torch.cat([token, before, x], dim=2).sum().backward()
+    assert exchanges == [
+        [(dist.isend, 2, "meta", 2), (dist.irecv, 0, "meta", 2)],
+        [(dist.isend, 0, "meta", 2), (dist.irecv, 2, "meta", 2)],
+    ]
 
 
 def test_even_split():

@@ -1,15 +1,20 @@
 """A merged checkpoint runs without LoRA and computes what base and adapters together do."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from cogvideox_sat.weights.checkpoint_files import checkpoint_file, is_adapter, network_weights
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, is_adapter, network_weights
+from cogvideox_sat.weights.rank_shares import cuts_of, recut
 from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, save
 from support import assert_close, relative_error
 from tool_runs import error_of, error_on_a_full_disk
 from tools.export_sat_lora_weight import main as export
+from tools.export_weights import main as export_weights
 from tools.merge_lora import main, path_and_weight
 from training_clips import write_dataset
 from training_runs import assert_same, train, write_config
@@ -51,6 +56,33 @@ def test_every_form_of_base_and_adapter_gives_the_same(adapted, tmp_path):
     assert_same(merge(folder / "base", tmp_path / "b", "--lora", f"{file}:1"), expected)
     assert_same(merge(folder / "full", tmp_path / "c"), expected)
     assert_same(merge(folder / "run", tmp_path / "d"), expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_model_parallel_ranks_wrote_gives_the_same(adapted, tmp_path, size):
+    """Each of their files alone, too, stands for all of them."""
+    folder, cuts = adapted.folder, cuts_of(adapted.network)
+    for kind in ("full", "run"):
+        whole = weights_in(folder / kind)
+        shutil.copytree(folder / kind, tmp_path / kind)
+        (file,) = (tmp_path / kind).rglob("*.pt")
+        for rank in range(size):
+            share = {NETWORK_PREFIX + name: value for name, value in recut([whole], cuts, rank, size, "it").items()}
+            torch.save({"module": share}, file.with_name(f"mp_rank_0{rank}_model_states.pt"))
+    expected = merge(folder / "base", tmp_path / "merged", "--lora", folder / "run")
+    assert_same(merge(tmp_path / "full", tmp_path / "a"), expected)
+    assert_same(merge(tmp_path / "run", tmp_path / "b"), expected)
+    exported = []
+    for run in (folder / "run", tmp_path / "run", next((tmp_path / "run").rglob("*01_model_states.pt"))):
+        command = ["--sat_pt_path", run, "--lora_save_directory", tmp_path / "exported", "--overwrite"]
+        assert export(list(map(str, command))) == 0
+        with safe_open(tmp_path / "exported" / "pytorch_lora_weights.safetensors", "pt") as file:
+            exported.append((file.metadata(), {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
+    for metadata, matrices in exported[1:]:
+        assert metadata == exported[0][0]
+        assert_same(matrices, exported[0][1])
+    assert export_weights(["--input", str(tmp_path / "full"), "--output", str(tmp_path / "w.safetensors")]) == 0
+    assert_same(load_file(tmp_path / "w.safetensors"), weights_in(folder / "full"))
 
 
 def test_several_adapters_with_weights(adapted, tmp_path):

@@ -132,7 +132,7 @@ def network(**params) -> dict:
     return {"network_config": {"params": params}}
 
 
-LORA_MODEL = network(modules={"lora_config": LORA})
+QLORA_MODEL = network(modules={"lora_config": {**LORA, "params": {"r": 4, "qlora": True}}})
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_refused(case, flags, changes, says):
     ("size", "changes", "says"),
     [
         (4, {}, "model_parallel_size 4 does not divide the model's 30 heads"),
-        (2, LORA_MODEL, "a model with lora_config takes 1 only"),
+        (2, QLORA_MODEL, "model_parallel_size is 2; processes cannot share an adapter with qlora"),
         (2, {"first_stage_config": {"params": {"cp_size": 4}}}, "cp_size is 4 and model_parallel_size 2"),
     ],
 )

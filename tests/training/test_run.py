@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, is_adapter, network_weights
+from cogvideox_sat.weights.rank_shares import cuts_by_name, recut
 from conftest import TinyModels
 from diffusion_video import DTYPES
 from support import FP16_PROCESSOR, needs_fp16
@@ -105,6 +106,42 @@ def test_model_parallel_processes_equal_one(tmp_path, tiny, clips, one_process):
     train_in_processes(config, 2, "--resume", str(run))
     for rank, share in enumerate(shares):
         assert_same(torch.load(run / "4" / f"mp_rank_0{rank}_model_states.pt")["module"], share)
+
+
+@pytest.mark.distributed
+def test_an_adapter_that_processes_share_trains_as_on_one(tmp_path, tiny, clips):
+    """To the bit when resumed; and it goes on in one process, which joins what the two have written."""
+    settings = {"lora": True, "micro_batch": 2, "save_interval": 2, "zero": 1}
+    one = train(write_config(tmp_path / "one.yaml", tiny, "2b", clips, save=str(tmp_path / "one"), **settings))
+    config = write_config(tmp_path / "config.yaml", tiny, "2b", clips, model_parallel_size=2, **settings)
+    run = train_in_processes(config, 2)
+    losses, shares = metrics(run), shares_of(run / "4")
+    assert losses == pytest.approx(metrics(one), rel=1e-5)
+    assert metrics(run, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
+    joined = recut(shares, cuts_by_name(shares[0]), 0, 1, "it")
+    assert_same(joined, weights(one), 1e-5)
+    averages = shares_of(run / "4-ema")
+    assert_same(recut(averages, cuts_by_name(averages[0]), 0, 1, "it"), weights(one, "-ema"), 1e-5)
+
+    shutil.rmtree(run / "4")
+    (run / "latest").write_text("2")
+    alone, apart = (shutil.copytree(run, tmp_path / name / run.name) for name in ("alone", "apart"))
+    train_in_processes(config, 2, "--resume", str(run))
+    assert metrics(run) == losses
+    for rank, share in enumerate(shares_of(run / "4")):
+        assert_same(share, shares[rank])
+
+    train(config, "--resume", str(alone), "--model_parallel_size", "1")
+    assert metrics(alone) == pytest.approx(losses, rel=1e-5)
+    assert_same(weights(alone), joined, 1e-5)
+    for file in (apart / "2" / "training_state").glob("optimizer-mp01-*"):
+        file.unlink()
+    with pytest.raises(AssertionError):
+        train(config, "--resume", str(apart), "--model_parallel_size", "1")
+
+
+def shares_of(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [torch.load(file)["module"] for file in sorted(folder.glob("mp_rank_*_model_states.pt"))]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from cogvideox_sat.configuration.meta_device import import_compiler, instantiate_on_meta
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, checkpoint_shares, is_adapter
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
-from cogvideox_sat.weights.loading import load_network, shares_of_rank
+from cogvideox_sat.weights.loading import load_network
+from cogvideox_sat.weights.rank_shares import cuts_of, recut
 from diffusion_video import set_lora_scale
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
@@ -268,7 +269,7 @@ def test_a_checkpoint_of_several_ranks_is_joined(tmp_path, seeded_base, size, na
     (tmp_path / "1").mkdir()
     (tmp_path / "latest").write_text("1")
     for rank in range(size):
-        share = shares_of_rank(seeded_base, seeded_base.state_dict(), rank, size)
+        share = recut([seeded_base.state_dict()], cuts_of(seeded_base), rank, size, "it")
         assert share["transformer.layers.0.attention.dense.weight"].shape[1] * size == seeded_base.hidden_size
         save(share, tmp_path / "1" / f"mp_rank_0{rank}_model_states.pt")
     network = build(name)
@@ -279,7 +280,7 @@ def test_a_checkpoint_of_several_ranks_is_joined(tmp_path, seeded_base, size, na
 
 def test_shares_that_are_not_of_one_checkpoint(tmp_path, seeded_base):
     for rank in range(2):
-        share = shares_of_rank(seeded_base, seeded_base.state_dict(), rank, 2)
+        share = recut([seeded_base.state_dict()], cuts_of(seeded_base), rank, 2, "it")
         if rank:
             del share["time_embed.0.bias"]
         save(share, tmp_path / f"mp_rank_0{rank}_model_states.pt")

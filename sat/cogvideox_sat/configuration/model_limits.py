@@ -152,8 +152,10 @@ def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lor
         raise UserError("model.network_config.params.modules is missing")
     if lora_load and "lora_config" not in modules:
         raise UserError("lora_load is given, but the model has no lora_config: use the '_lora' twin of its file")
-    if model_parallel_size > 1 and "lora_config" in modules:
-        raise UserError(f"model_parallel_size is {model_parallel_size}; a model with lora_config takes 1 only")
+    adapter = modules.get("lora_config")
+    adapter_params = adapter.get("params") if isinstance(adapter, dict) else None
+    if model_parallel_size > 1 and isinstance(adapter_params, dict) and adapter_params.get("qlora"):
+        raise UserError(f"model_parallel_size is {model_parallel_size}; processes cannot share an adapter with qlora")
     if heads % model_parallel_size:
         raise UserError(f"model_parallel_size {model_parallel_size} does not divide the model's {heads} heads")
     first_stage = model_config["first_stage_config"].get("params")

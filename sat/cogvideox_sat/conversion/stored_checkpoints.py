@@ -1,14 +1,20 @@
 """The network's tensors in any checkpoint of SwissArmyTransformer's form, adapters included, as they are stored.
 
-That is a run, an iteration, a file, or the pieces that DeepSpeed's ZeRO leaves.
+That is a run, an iteration, a file, the files of model-parallel ranks, which are joined, or the pieces that DeepSpeed's
+ZeRO leaves.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 
-from cogvideox_sat.conversion.stored_weights import StoredWeights, open_weights
+from torch import Tensor
+
+from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights, open_weights
 from cogvideox_sat.conversion.zero_checkpoints import read_zero, zero_folder
-from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, OTHER_PARTS, checkpoint_file, is_diffusers_file
+from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, OTHER_PARTS, checkpoint_shares, is_diffusers_file
+from cogvideox_sat.weights.rank_shares import Cut, check_alike, cuts_by_name, plain
 from sgm.errors import UserError
 
 WRAPPERS = (NETWORK_PREFIX, "diffusion_model.")  # of whole engines, and of what DeepSpeed is given here
@@ -24,12 +30,38 @@ def open_checkpoint(path: Path) -> tuple[Path, StoredWeights]:
     if pieces is not None:
         location, weights = pieces, read_zero(pieces)
     else:
-        location = checkpoint_file(path)
+        files = checkpoint_shares(path)
+        location = files[0]
         if is_diffusers_file(location):
             raise UserError(f"{path} is in the form of diffusers already")
-        weights = open_weights(location)
+        weights = joined([open_weights(file) for file in files], str(location.parent))
     for wrapper in WRAPPERS:
         if any(name.startswith(wrapper) for name in weights):
             weights = weights.select(name for name in weights if not name.startswith(OTHER_PARTS))
             weights = weights.renamed(methodcaller("removeprefix", wrapper))
     return location, weights
+
+
+def joined(shares: Sequence[StoredWeights], what: str) -> StoredWeights:
+    """Return the weights that model-parallel ranks share, each put together when it is read.
+
+    Args:
+        what: they are of, for errors.
+
+    Raises:
+        UserError: the shares do not hold the same tensors.
+    """
+    if len(shares) == 1:
+        return shares[0]
+    check_alike([share.entries for share in shares], what)
+    entries, cuts = dict(shares[0].entries), cuts_by_name(shares[0])
+    for name, first in shares[0].entries.items():
+        if (cut := cuts.get(plain(name))) is not None:
+            shape = cut.whole_shape(first.shape, len(shares))
+            read = partial(_read_joined, cut, [share.entries[name] for share in shares])
+            entries[name] = Stored(shape, first.dtype, read)
+    return StoredWeights(entries)
+
+
+def _read_joined(cut: Cut, shares: Sequence[Stored]) -> Tensor:
+    return cut.join([share.read() for share in shares])

@@ -10,6 +10,9 @@ from sat.model.finetune.lora2 import LoraLinear
 from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from cogvideox_sat.network.parallel_lora import ParallelLoraLinear
+from sgm.errors import UserError
+
 
 class FusedLoraLinear(LoraLinear):
     """A `LoraLinear` that computes in fewer passes.
@@ -47,7 +50,7 @@ class FusedLoraLinear(LoraLinear):
         drops = self.training and isinstance(self.lora_dropout, nn.Dropout)
         is_plain = isinstance(self.original, ColumnParallelLinear | RowParallelLinear)  # not quantised, as in QLoRA
         compiles = torch.compiler.is_compiling()  # a compiler cannot trace `AddLowRank`, and fuses the rest by itself
-        if drops or not is_plain or compiles or mpu.get_model_parallel_world_size() > 1:
+        if drops or not is_plain or compiles:
             return super().forward(x)
         original = self.original
         x, weight, bias, *matrices = as_autocast(x, original.weight, original.bias, *self.matrix_A, *self.matrix_B)
@@ -55,8 +58,20 @@ class FusedLoraLinear(LoraLinear):
 
 
 def fuse_adapter(module: nn.Module) -> nn.Module:
-    """Return the `FusedLoraLinear` of a `LoraLinear`; other modules, also of classes made from it, as they are."""
-    return FusedLoraLinear(module) if type(module) is LoraLinear else module
+    """Return the `FusedLoraLinear` of a `LoraLinear`, or its `ParallelLoraLinear` where ranks share the network; other
+    modules, also of classes made from it, as they are.
+
+    Raises:
+        UserError: ranks share the network, and the adapter is one that they cannot share.
+    """
+    if type(module) is LoraLinear:
+        return (ParallelLoraLinear if mpu.get_model_parallel_world_size() > 1 else FusedLoraLinear)(module)
+    if isinstance(module, LoraLinear) and mpu.get_model_parallel_world_size() > 1:
+        raise UserError(
+            f"model_parallel_size: {type(module).__name__} has its own way to apply an adapter, which processes cannot "
+            "share; leave model_parallel_size at 1"
+        )
+    return module
 
 
 def autocasts(device_type: str) -> bool:

@@ -39,10 +39,13 @@ def export(arguments: Sequence[str] | None) -> None:
     import torch
 
     from cogvideox_sat.files.atomic import write_safetensors
-    from cogvideox_sat.weights.checkpoint_files import checkpoint_file, network_weights
+    from cogvideox_sat.weights.checkpoint_files import checkpoint_shares, network_weights
+    from cogvideox_sat.weights.rank_shares import cuts_by_name, recut
 
-    file = checkpoint_file(options.input)
-    weights = network_weights(file)
+    files = checkpoint_shares(options.input)
+    file = files[0] if len(files) == 1 else files[0].parent
+    shares = [network_weights(each) for each in files]
+    weights = shares[0] if len(shares) == 1 else recut(shares, cuts_by_name(shares[0]), 0, 1, str(file))
     dtype = getattr(torch, options.dtype) if options.dtype else None
     weights = {
         name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous() for name, tensor in weights.items()

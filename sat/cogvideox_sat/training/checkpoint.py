@@ -41,6 +41,7 @@ from cogvideox_sat.training import optimizer_state
 from cogvideox_sat.training.deepspeed_adapter import full_shape, is_partitioned
 from cogvideox_sat.training.plan import STATE_FILE
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
+from cogvideox_sat.weights.rank_shares import cuts_of, plain, recut_tensor
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 SHADOW = "shadow"  # what the optimizer calls its moving average of a weight
 SHARD_BYTES = 2 * 2**30
+OPTIMIZER_FILE = re.compile(r"optimizer-mp(\d+)-\d+\.safetensors")
 
 _Weights = Iterable[tuple[str, Tensor]]
 _Tensors = Iterable[tuple[str, str, Tensor]]  # kind, parameter, tensor
@@ -396,31 +398,67 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"resume: {folder} holds the training state of step {state['step']}: give the folder that name, or name "
             "another checkpoint"
         )
-    shares = state["optimizer"]["model_parallel_size"]
-    if shares != mpu.get_model_parallel_world_size():
-        raise UserError(
-            f"resume: {folder} is of a run with model_parallel_size {shares}, not {mpu.get_model_parallel_world_size()}"
-        )
     return state
 
 
 def restore_optimizer(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
-    """Put the optimizer's part of a checkpoint back.
+    """Put the optimizer's part of a checkpoint back, which any number of model-parallel ranks may have written.
 
     Raises:
         UserError: files are missing or damaged.
     """
-    optimizer_state.restore(
-        engine, StoredTensors(folder / STATE_FILE.parent, mpu.get_model_parallel_rank()), state["optimizer"]
-    )
+    tensors = TensorsOfRank(folder / STATE_FILE.parent, state["optimizer"]["model_parallel_size"], engine.module)
+    optimizer_state.restore(engine, tensors, state["optimizer"])
+
+
+class TensorsOfRank(Mapping[tuple[str, str], Tensor]):
+    """This model-parallel rank's share of the optimizer's tensors, by (kind, parameter), read when they are asked for.
+
+    Args:
+        written_by: the number of ranks that wrote them.
+        network: tells where its tensors are cut.
+
+    Raises:
+        UserError: the files of a rank are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, written_by: int, network: nn.Module):
+        self.rank, self.size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
+        is_own = written_by == self.size
+        there = {match[1] for file in folder.iterdir() if (match := OPTIMIZER_FILE.fullmatch(file.name))}
+        ranks = [f"{self.rank:02d}"] if is_own else sorted(there)
+        self.shares = [StoredTensors(folder, rank) for rank in ranks]
+        self.cuts = {} if is_own else cuts_of(network)
+        if not is_own and (
+            len(ranks) != written_by or any(share.files.keys() != self.shares[0].files.keys() for share in self.shares)
+        ):
+            raise UserError(
+                f"resume: {folder} is of a run with model_parallel_size {written_by}, not {self.size}, and does not "
+                "hold the optimizer's tensors of all its ranks; name another checkpoint"
+            )
+
+    def __getitem__(self, key: tuple[str, str]) -> Tensor:
+        if (cut := self.cuts.get(plain(key[1]))) is None:
+            return self.shares[0][key]
+        return recut_tensor([share[key] for share in self.shares], cut, self.rank, self.size)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.shares[0])
+
+    def __len__(self) -> int:
+        return len(self.shares[0])
 
 
 class StoredTensors(Mapping[tuple[str, str], Tensor]):
-    """The tensors of the optimizer's files by (kind, parameter), each read when it is asked for."""
+    """The tensors of the optimizer's files by (kind, parameter), each read when it is asked for.
 
-    def __init__(self, folder: Path, share: int):
+    Args:
+        rank: the model-parallel one that wrote them, in digits.
+    """
+
+    def __init__(self, folder: Path, rank: str):
         self.files: dict[tuple[str, str], tuple[Path, Any]] = {}
-        for path in sorted(folder.glob(f"optimizer-mp{share:02d}-*.safetensors")):
+        for path in sorted(folder.glob(f"optimizer-mp{rank}-*.safetensors")):
             try:
                 file = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:

@@ -1,5 +1,6 @@
 """Finding the file with the network's weights below a path, and what of it is the network's. Without the network."""
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, module_weights, read_sta
 NETWORK_PREFIX = "model.diffusion_model."
 # What else a checkpoint of the whole engine may hold; these parts have files of their own.
 OTHER_PARTS = ("first_stage_model.", "conditioner.", "denoiser.", "loss_fn.", "sampler.")
+RANK_FILE = re.compile(r"mp_rank_\d+_model_states\.pt")
 ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
 
 
@@ -34,14 +36,15 @@ def checkpoint_shares(path: str | Path) -> list[Path]:
     """Return the files with the weights of a network: one, or one for each model-parallel rank.
 
     `path` is a weight file, a folder with a file `latest` beside the iteration folders, an iteration folder with
-    `mp_rank_XX_model_states.pt`, a folder of safetensors, or one with a pipeline of diffusers.
+    `mp_rank_XX_model_states.pt`, a folder of safetensors, or one with a pipeline of diffusers. The file of one rank
+    stands for those of all ranks, which lie beside it.
 
     Raises:
         UserError: nothing of that kind is there, or the file of a rank is missing.
     """
     path = Path(path)
     if path.is_file():
-        return [path]
+        return shares_in(path.parent) if RANK_FILE.fullmatch(path.name) else [path]
     if not path.is_dir():
         raise UserError(not_found("load", path))
     folder = path / "transformer" if (path / PIPELINE_FILE).is_file() else path
@@ -49,18 +52,27 @@ def checkpoint_shares(path: str | Path) -> list[Path]:
         folder = path / name
         if not folder.is_dir():
             raise UserError(f"load: {path / 'latest'} names the iteration '{name}', but there is no folder {folder}")
-    shares = sorted(folder.glob("mp_rank_*_model_states.pt"))
-    if shares:
-        expected = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(shares))]
-        if missing := [file.name for file in expected if file not in shares]:
-            raise UserError(f"load: {folder} holds {len(shares)} files of model-parallel ranks, but no {missing[0]}")
-        return expected
+    if shares := shares_in(folder):
+        return shares
     if list(folder.glob("*.safetensors*")):
         return [safetensors_in(folder)]
     raise UserError(
         f"load: {path} holds no checkpoint; expected a file 'latest' beside iteration folders, "
         "mp_rank_00_model_states.pt, or safetensors"
     )
+
+
+def shares_in(folder: Path) -> list[Path]:
+    """Return the files of all model-parallel ranks in a folder, in their order; none where it has no such files.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    shares = [file for file in folder.iterdir() if RANK_FILE.fullmatch(file.name)]
+    expected = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(shares))]
+    if missing := [file.name for file in expected if file not in shares]:
+        raise UserError(f"load: {folder} holds {len(shares)} files of model-parallel ranks, but no {missing[0]}")
+    return expected
 
 
 def network_weights(path: Path) -> dict[str, Tensor]:

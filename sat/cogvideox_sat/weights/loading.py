@@ -2,23 +2,22 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from sat import mpu
-from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.weights.checkpoint_files import (
-    checkpoint_file,
     checkpoint_shares,
     is_adapter,
     is_diffusers_file,
     network_weights,
 )
 from cogvideox_sat.weights.diffusers_names import TABLES
+from cogvideox_sat.weights.rank_shares import Cuts, cuts_of, plain, recut
 from sgm.errors import UserError
 from sgm.weights import assign_weights
 
@@ -52,31 +51,34 @@ def load_network(
     is_lora = "lora" in network.mixins
     if lora_load and not is_lora:
         raise UserError("lora_load is given, but the configuration has no lora_config: use its '_lora' twin")
-    if is_lora and size > 1:
-        raise UserError("lora_config does not work with model_parallel_size > 1: merge the adapter first")
+
+    cuts = cuts_of(network)
+
+    def read(path: str | Path, keep: Callable[[str], bool]) -> tuple[dict[str, Tensor], str]:
+        """Return this rank's share of the tensors that are to be kept of a checkpoint, and what it is called."""
+        files = checkpoint_shares(path)
+        is_own = len(files) == size
+        files = [files[rank]] if is_own else files
+        name = str(files[0] if len(files) == 1 else files[0].parent)
+        shares = [{name: value for name, value in network_weights(file).items() if keep(name)} for file in files]
+        own = shares[0] if is_own else recut(shares, cuts, rank, size, name)
+        return (own_tables(network) if is_diffusers_file(files[0]) else {}) | own, name
 
     weights: dict[str, Tensor] = {}
     sources: list[str] = []
     if load:
-        files = checkpoint_shares(load)
-        is_cut = size > 1 and len(files) == size
-        files = [files[rank]] if is_cut else files
-        parts = [network_weights(file) for file in files]
-        weights |= own_tables(network) if is_diffusers_file(files[0]) else {}
-        weights |= joined_shares(network, parts, str(files[0].parent)) if len(parts) > 1 else parts[0]
-        sources.append(str(files[0] if len(files) == 1 else files[0].parent))
-        if size > 1 and not is_cut:
-            weights = shares_of_rank(network, weights, rank, size)
+        weights, source = read(load, lambda name: True)
+        sources.append(source)
     if lora_load:
-        file = checkpoint_file(lora_load)
-        adapter = {name: tensor for name, tensor in network_weights(file).items() if is_adapter(name)}
-        if not adapter:
+        adapter, source = read(lora_load, is_adapter)
+        if not any(map(is_adapter, adapter)):
             tool = as_started("tools/import_hf_lora.py")
             raise UserError(
-                f"lora_load: {file} holds no adapter (no matrix_A, matrix_B); one for diffusers becomes such by {tool}"
+                f"lora_load: {source} holds no adapter (no matrix_A, matrix_B); one for diffusers becomes such by "
+                f"{tool}"
             )
         weights |= adapter
-        sources.append(str(file))
+        sources.append(source)
     if is_lora:
         weights = rename_for_lora(network, weights)
         if any(map(is_adapter, weights)):
@@ -102,7 +104,7 @@ def load_network(
             ", ..." if len(unforeseen) > 3 else "",
         )
     if missing:
-        initialise_missing(network, device)
+        initialise_missing(network, device, cuts)
         network.to(device)  # tables that were never on the meta device
 
 
@@ -137,63 +139,30 @@ def rename_for_lora(network: nn.Module, weights: dict[str, Tensor]) -> dict[str,
     return {rename(name): tensor for name, tensor in weights.items()}
 
 
-def shares_of_rank(network: nn.Module, weights: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """This rank's slices of the full weights.
+def initialise_missing(network: nn.Module, device: torch.device | str | None, cuts: Cuts) -> None:
+    """Give tensors that are still on the meta device the values a new network or a new adapter starts from.
 
-    Column-parallel layers are cut along output features, each of their `stride` parts apart, so that every rank gets
-    whole heads of q, k and v; row-parallel layers along input features.
+    Of what model-parallel ranks share, each draws the whole and takes its part, so that the values are those of one
+    process.
     """
-    shares = dict(weights)
-    for prefix, module in network.named_modules():
-        weight, bias = f"{prefix}.weight", f"{prefix}.bias"
-        if isinstance(module, ColumnParallelLinear):
-            for name in (weight, bias):
-                if name in shares:
-                    parts = shares[name].chunk(module.stride)
-                    shares[name] = torch.cat([part.chunk(size)[rank] for part in parts])
-        elif isinstance(module, RowParallelLinear) and weight in shares:
-            shares[weight] = shares[weight].chunk(size, dim=1)[rank].contiguous()
-    return shares
-
-
-def joined_shares(network: nn.Module, shares: Sequence[dict[str, Tensor]], what: str) -> dict[str, Tensor]:
-    """The full weights of the shares of all model-parallel ranks: what undoes `shares_of_rank`.
-
-    Args:
-        what: they are of, for errors.
-
-    Raises:
-        UserError: the shares do not hold the same tensors.
-    """
-    if any(share.keys() != shares[0].keys() for share in shares):
-        raise UserError(f"load: {what}: the files of its model-parallel ranks do not hold the same tensors")
-    whole = dict(shares[0])
-    for prefix, module in network.named_modules():
-        prefix = prefix.removesuffix(".original")  # as a layer with an adapter has it, and a checkpoint need not
-        for name in (f"{prefix}.weight", f"{prefix}.bias", f"{prefix}.original.weight", f"{prefix}.original.bias"):
-            if name not in whole:
-                continue
-            parts = [share[name] for share in shares]
-            if isinstance(module, ColumnParallelLinear):
-                by_rank = [part.chunk(module.stride) for part in parts]
-                whole[name] = torch.cat([part for same in zip(*by_rank, strict=True) for part in same])
-            elif isinstance(module, RowParallelLinear) and name.endswith(".weight"):
-                whole[name] = torch.cat(parts, dim=1)
-    return whole
-
-
-def initialise_missing(network: nn.Module, device: torch.device | str | None) -> None:
-    """Give tensors that are still on the meta device the values a new network or a new adapter starts from."""
+    rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
     for prefix, module in network.named_modules():
         for entries in (module._parameters, module._buffers):
             for name, old in entries.items():
                 if old is None or not old.is_meta:
                     continue
-                new = torch.zeros(old.shape, dtype=old.dtype, device=device or "cpu")
+                cut = cuts.get(plain(f"{prefix}.{name}")) if size > 1 else None
+                shape = old.shape if cut is None else cut.whole_shape(old.shape, size)
+                new = torch.zeros(shape, dtype=old.dtype, device=device or "cpu")
                 if prefix.endswith("matrix_A"):
                     nn.init.kaiming_uniform_(new, a=math.sqrt(5))
                 elif isinstance(module, nn.LayerNorm) and name == "weight":
                     new.fill_(1.0)
                 elif new.ndim >= 2 and not prefix.endswith("matrix_B"):
                     new.normal_(std=0.02)
-                entries[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                if cut is not None:
+                    new = cut.share(new, rank, size)
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, old.requires_grad)
+                    new.__dict__.update(vars(old))  # whether ranks share it
+                entries[name] = new

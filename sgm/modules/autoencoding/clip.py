@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sgm.context_parallel import all_reduce_sum, group_rank, group_size, receive_from_previous, send_to_next
+from sgm.context_parallel import all_reduce_sum, group_rank, group_size, pass_on
 
 TailCache = dict[nn.Module, Tensor]
 """The last input frames that each causal convolution saw, for the next chunk of the same clip."""
@@ -59,18 +59,20 @@ class Chunk:
 
         rank, size = group_rank(self.group), group_size(self.group)
         sends = rank < size - 1 or not self.last
-        token = x[:, :, :0]
-        if x.shape[2] >= count:
+        if rank == 0:
+            # What follows the last rank's frames is this one's next chunk.
+            before, wanted = self.tails.pop(conv, None), None if self.last else count
+            token, received = pass_on(_tail(before, x, count), x, wanted, self.group)
+            if not self.last:
+                self.tails[conv] = received
+        elif x.shape[2] >= count:
             # The tail does not depend on what comes before: all ranks send at once.
-            if sends:
-                token = send_to_next(x[:, :, -count:], self.group)
-            before = self._before(conv, x, count)
+            token, before = pass_on(x[:, :, -count:] if sends else None, x, count, self.group)
         else:
-            before = self._before(conv, x, count)
+            token, before = pass_on(None, x, count, self.group)
             if sends:
-                token = send_to_next(_tail(before, x, count), self.group)
-        if rank == 0 and not self.last:
-            self.tails[conv] = receive_from_previous(x, count, self.group)
+                further, _ = pass_on(_tail(before, x, count), x, None, self.group)
+                token = torch.cat([token, further], dim=2)
         if before is None:
             before = x[:, :, :1].expand(-1, -1, count, -1, -1)
         return torch.cat([token, before], dim=2)
@@ -79,11 +81,6 @@ class Chunk:
         """`sums` that a norm takes of its input, added up over the ranks if it (`gather_norm`) or the chunk says so."""
         gather = gather_norm if self.gather_norm is None else self.gather_norm
         return all_reduce_sum(sums, self.group if gather else None)
-
-    def _before(self, conv: nn.Module, x: Tensor, count: int) -> Tensor | None:
-        if group_rank(self.group) == 0:
-            return self.tails.pop(conv, None)
-        return receive_from_previous(x, count, self.group)
 
 
 def _tail(before: Tensor | None, x: Tensor, count: int) -> Tensor:
