@@ -212,6 +212,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 allow_missing=settings.force_inference,
                 new_adapter=settings.new_adapter,
                 device=device,
+                in_shares=settings.weights_in_shares,
             )
         else:
             network = instantiate_from_config(config, **overrides).to(device=device, dtype=self.dtype)

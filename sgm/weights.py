@@ -4,7 +4,7 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +206,13 @@ def _read_pickle(path: Path) -> Any:
 
 def assign_weights(
     module: nn.Module,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
     *,
     what: str,
     allow_missing: bool | Collection[str] = False,
     allow_unexpected: bool | Collection[str] = False,
     device: torch.device | str | None = None,
+    convert: Callable[[Tensor, Any, torch.device | str | None], Tensor] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Make `weights` the parameters and persistent buffers of `module`, by assignment instead of copying.
 
@@ -225,6 +226,8 @@ def assign_weights(
         what: names the source of the weights in error messages.
         allow_missing, allow_unexpected: True for any, or the prefixes of names that may be missing from
             `weights` or unknown to `module`.
+        convert: returns what takes the place of an entry, given that entry, what `weights` has for it and `device`;
+            `weights` may then hold anything that has a shape. None: what is said above.
 
     Returns:
         The names that were missing and those that were unexpected, all of them allowed.
@@ -256,7 +259,7 @@ def assign_weights(
     for name, (entries, key) in slots.items():
         old = entries[key]
         if name in weights and id(old) not in replaced:
-            replaced[id(old)] = _like(old, weights[name], device)
+            replaced[id(old)] = (convert or as_entry)(old, weights[name], device)
     for entries, key in slots.values():
         entries[key] = replaced.get(id(entries[key]), entries[key])
     return missing, unexpected
@@ -276,8 +279,8 @@ def _slots(module: nn.Module) -> dict[str, tuple[dict[str, Tensor], str]]:
     return slots
 
 
-def _like(old: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:
-    """`value` with the dtype, kind, `requires_grad` and attributes of `old`."""
+def as_entry(old: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:
+    """Return `value` with the dtype, kind, `requires_grad` and attributes of `old`, on `device`; None: where it is."""
     if device is None and not old.is_meta:
         device = old.device
     value = value.detach().to(device=device, dtype=old.dtype)

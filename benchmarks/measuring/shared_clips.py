@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.latent_geometry import Bucket
-from cogvideox_sat.memory.weightless import WeightlessEngine
+from cogvideox_sat.memory.weightless import FirstOfGroup, WeightlessEngine
 from cogvideox_sat.network import sequence_parallel
 from measuring.training_peak import counted_peak, network_inputs
 from sgm.attention_kernels import KERNELS
@@ -33,21 +33,6 @@ class SharedClip(NamedTuple):
     exchanges: int
     gathers: int
     sent: int
-
-
-class FirstOfGroup:
-    """Stands for a group of processes, of which nobody but this one, the first, is there."""
-
-    group_name = "counted"
-
-    def __init__(self, size: int):
-        self._size = size
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return 0
 
 
 class Traffic(TorchDispatchMode):

@@ -90,17 +90,12 @@ class VideoCoder(nn.Module):
             waiting_bytes: see the attribute.
 
         Raises:
-            UserError: the number does not fit, several processes share the frames of a clip, or the coders cannot.
+            UserError: the number does not fit, or the coders cannot.
         """
         if frames is not None:
             factor = self.decoder.time_factor
             if frames < 1 or frames % factor:
                 raise UserError(f"vae_frames_at_once: {frames} is no positive multiple of {factor}; give {factor} or 8")
-            if self.group is not None:
-                raise UserError(
-                    "vae_frames_at_once: the processes of a group share the frames of a clip already; "
-                    "leave it out, or set cp_size: 1 in the params of first_stage_config"
-                )
             for coder in (self.encoder, self.decoder):
                 if not hasattr(coder, "in_pieces"):
                     raise UserError(
@@ -320,8 +315,12 @@ class VideoCoder(nn.Module):
     def _run(self, coder: nn.Module, x: Tensor, chunk: Chunk, **options: Any) -> Tensor:
         """Return what the encoder or decoder makes of `x`, by `frames_at_once`."""
         x = _channels_last(x)
-        if torch.is_grad_enabled() or self.group is not None or options or not hasattr(coder, "in_pieces"):
+        if torch.is_grad_enabled() or options or not hasattr(coder, "in_pieces"):
             return coder(x, chunk, **options)
+        if self.group is not None:  # a rank that tried again would be alone in that
+            if self.frames_at_once is None or x.shape[2] == 0:
+                return coder(x, chunk)
+            return self._in_pieces(coder, x, chunk, self.frames_at_once)
         tails = dict(chunk.tails) if x.device.type == "cuda" else {}  # elsewhere a full memory is no such error
         while (result := self._attempt(coder, x, chunk)) is None:
             chunk.tails.clear()
@@ -338,8 +337,7 @@ class VideoCoder(nn.Module):
         try:
             if self.frames_at_once is None:
                 return coder(x, chunk)
-            chunk.keep = in_host_memory
-            return coder.in_pieces(x, chunk, self.frames_at_once // coder.time_factor, self._waiting_room(coder, x))
+            return self._in_pieces(coder, x, chunk, self.frames_at_once)
         except torch.OutOfMemoryError:
             least = coder.time_factor
             if self.frames_at_once is not None and self.frames_at_once <= least:
@@ -349,13 +347,17 @@ class VideoCoder(nn.Module):
         logger.warning("the memory does not do for all frames at once: the VAE goes on by %d at a time", frames)
         return None
 
-    def _waiting_room(self, coder: nn.Module, x: Tensor) -> WaitingRoom:
+    def _in_pieces(self, coder: nn.Module, x: Tensor, chunk: Chunk, frames: int) -> Tensor:
+        chunk.keep, steps = in_host_memory, frames // coder.time_factor
+        return coder.in_pieces(x, chunk, steps, self._waiting_room(coder, x, steps))
+
+    def _waiting_room(self, coder: nn.Module, x: Tensor, steps: int) -> WaitingRoom:
         """Where pieces wait: as many on a GPU as its free memory takes beside those at work."""
         if self.waiting_bytes is not None or x.device.type != "cuda" or not torch.cuda.is_available():
             return WaitingRoom(self.waiting_bytes or 0)
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         free = torch.cuda.mem_get_info(x.device)[0] + unused
-        at_work = coder.piece_bytes(x, self.frames_at_once // coder.time_factor)
+        at_work = coder.piece_bytes(x, steps)
         return WaitingRoom(max(0, int(USABLE * free) - at_work))
 
     def _tiles(self, height: int, width: int) -> list[tiling.Tile]:

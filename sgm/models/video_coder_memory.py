@@ -60,11 +60,14 @@ class AllocatedBytes(TorchDispatchMode):
                 self._seen.add(storage)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
-        during = self.live
-        if self.workspaces and function is torch.ops.aten.convolution.default:
-            during += workspace(args[0], args[1], result)
-        self.peak = max(self.peak, during)
+        self.peak = max(self.peak, self.live + self.during(function, args, result))
         return result
+
+    def during(self, function: Any, args: tuple[Any, ...], result: Any) -> int:
+        """Return the bytes that an operation takes beside its result while it runs."""
+        if self.workspaces and function is torch.ops.aten.convolution.default:
+            return workspace(args[0], args[1], result)
+        return 0
 
     def _freed(self, size: int) -> None:
         self.live -= size

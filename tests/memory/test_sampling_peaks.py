@@ -9,6 +9,8 @@ import torch
 
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.settings import EngineSettings
+from cogvideox_sat.configuration.video_layout import VideoLayout
+from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.memory.sampling_peaks import IMAGE, LIBRARIES, NETWORK, TEXT, VIDEO, SamplingMemory, VideoSize, Way
 from sgm.modules.encoders.t5_loading import T5_V1_1_XXL
 
@@ -80,3 +82,21 @@ def test_81_frames_of_1_5_in_12_gib():
     """With what CUDA takes for itself."""
     memory = SamplingMemory(settings("cogvideox1.5_5b", layers=3), [VideoSize(22, 768, 1360)])  # others wait elsewhere
     assert memory.peak(Way("sequential", 1, 4)) < 12 * GIB
+
+
+@pytest.mark.slow
+def test_a_process_that_shares_a_video(monkeypatch):
+    """Its part of the tokens, with what it sends and receives, as a run on fake tensors counts them; one half of
+    guidance; and the frames of all in the VAE."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    shared_clips = importlib.import_module("measuring.shared_clips")
+    asked, video = settings("cogvideox_5b", layers=2), VideoSize(13, 480, 720)
+    alone = SamplingMemory(asked, [video])
+    memory = SamplingMemory(asked, [video], layout=VideoLayout(guidance=2, sequence=4))
+    counted = shared_clips.counted_shares("cogvideox_5b", Bucket(49, 480, 720), 4, layers=2).sampling
+    weights = memory.parts[NETWORK].whole
+    assert memory.network_activations(1, False) + weights == pytest.approx(counted, rel=0.15)
+    assert memory.stages(Way("stage", 2))[NETWORK] == memory.stages(Way("stage", 1))[NETWORK]
+    assert memory.network_activations(1, False) < 0.4 * alone.network_activations(1, False)
+    frames = memory.stages(Way("stage", 2))[VIDEO] - alone.stages(Way("stage", 2))[VIDEO]
+    assert frames == 17 * 12 * 3 * 480 * 720 * 2

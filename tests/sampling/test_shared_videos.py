@@ -25,7 +25,7 @@ CASES = [
     ("5b", SPLIT),
     ("5b", {"processes_per_video": 2}),  # two videos at a time
     ("5b_i2v", {**SPLIT, "offload": "sequential"}),
-    ("1.5", SPLIT),
+    ("1.5", {**SPLIT, "vae_frames_at_once": 4}),
     ("1.5_i2v", SEQUENCE),
 ]
 
@@ -133,7 +133,8 @@ def test_the_command(tiny, tmp_path, fails):
     arguments += ["--sampling_image_size", "32", "48", "--sampling_num_frames", "3", "--output_dir", tmp_path / "out"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [*launcher, tmp_path / "program.py", fails, *arguments, "--processes_per_video", "4"]
+    memory = ["--fit", "2GB", "--vae_frames_at_once", "4"]
+    command = [*launcher, tmp_path / "program.py", fails, *arguments, "--processes_per_video", "4", *memory]
     result = processes.run(command, env=environment, timeout=60)
     videos = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
     if fails == "fails":
@@ -141,4 +142,5 @@ def test_the_command(tiny, tmp_path, fails):
         assert not videos
     else:
         assert result.returncode == 0, result.stderr
+        assert result.stderr.count("fit: 2GB for each process: --offload none --guidance_batch 2 --vae_frames_at_") == 1
         assert result.stderr.count("wrote") == 3 and videos == ["000000.json"] * 3 + ["000000.mp4"] * 3

@@ -54,8 +54,15 @@ def encode_and_decode(cp_size: int, encoded: list[int], decoded: list[int], stre
             first = vae.decode(latent(frames))
             results["chunk", frames] = first
             results["next chunk", frames] = vae.decode(latent(2), clear_fake_cp_cache=True)
-        for frames in streamed:
-            results["stream", frames] = torch.cat(list(vae.decode_chunks(latent(frames))), dim=2)
+        for at_once in (None, 4):  # the latter by pieces of one latent frame
+            vae.use_frames_at_once(at_once)
+            for frames in streamed:
+                results["stream", frames, at_once] = torch.cat(list(vae.decode_chunks(latent(frames))), dim=2)
+        for frames in encoded:
+            results["moments by pieces", frames] = vae.encode(video(frames), unregularized=True)[0]
+        for frames in decoded:
+            results["chunk by pieces", frames] = vae.decode(latent(frames))
+            results["next chunk by pieces", frames] = vae.decode(latent(2), clear_fake_cp_cache=True)
     return results
 
 
@@ -125,8 +132,8 @@ def test_results_equal_one_process(ranks, encoded, decoded, streamed):
     expected = encode_and_decode(1, encoded, decoded, streamed)
     for result in run_distributed(encode_and_decode, ranks, ranks, encoded, decoded, streamed):
         assert result.keys() == expected.keys()
-        for key in expected:
-            assert_close(result[key], expected[key], 1e-5)
+        for (what, *numbers), value in result.items():
+            assert_close(value, expected[what.removesuffix(" by pieces"), numbers[0], *numbers[1:] and [None]], 1e-5)
 
 
 @pytest.mark.distributed

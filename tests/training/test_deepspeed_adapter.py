@@ -1,15 +1,20 @@
 """The installed DeepSpeed has all that is taken from it beyond its documentation, and a name that is gone is told."""
 
+import os
 import re
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from safetensors.torch import save_file
 
-from cogvideox_sat.training import deepspeed_adapter
+from cogvideox_sat.configuration.deepspeed import runtime_config
+from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.training import deepspeed_adapter, deepspeed_engine
 from cogvideox_sat.training.deepspeed_adapter import (
     CHECKED,
     ENGINE,
@@ -20,8 +25,15 @@ from cogvideox_sat.training.deepspeed_adapter import (
     loss_scale,
     set_loss_scale,
 )
+from cogvideox_sat.weights.diffusers_names import UNUSED_TABLE, assemble, to_diffusers
+from cogvideox_sat.weights.loading import load_network
+from cogvideox_sat.weights.stored_values import StoredValue
+from distributed import run_distributed
+from seeded import seed_module_
 from sgm.errors import UserError
+from sgm.util import instantiate_from_config
 from small_engines import arguments, build, linear_as_before  # noqa: F401  (a fixture)
+from support import Reference, anonymous_growth
 
 pytestmark = pytest.mark.usefixtures("linear_as_before")
 
@@ -116,3 +128,79 @@ def test_no_other_module_names_what_is_not_documented():
         for match in pattern.finditer(path.read_text(encoding="utf-8"))
     }
     assert found == {"weights.py: .loss_scaler"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting ZeRO-3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def divided(files: list[str], case: dict, dtype: torch.dtype, persistent: int) -> list[tuple[dict, int, int, int, int]]:
+    """Of each checkpoint: the weights that the processes hold together; the bytes of them; how many of them this one
+    read, and holds; and by how many its memory grew at most, with what it holds."""
+    from cogvideox_sat.parallel.process_groups import initialize_process_groups
+
+    initialize_process_groups()
+    os.environ["LOCAL_RANK"] = "0"  # as `initialize` sets it
+    section = {"bf16": {"enabled": dtype == torch.bfloat16}}
+    config, settings = arguments(3, "torch.optim.SGD", **section)
+    config["optimizer"]["params"] = {"lr": 0.01}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
+    results, read = [], []
+    fill = StoredValue.fill
+
+    def counted(value: StoredValue, target: torch.Tensor, start: int, stop: int) -> None:
+        read.append(max(stop - start, 0) * target.element_size())
+        fill(value, target, start, stop)
+
+    StoredValue.fill = counted
+    for file in files:
+        network = instantiate_on_meta(case).to(dtype)
+        read.clear()
+
+        def load(network=network, file=file) -> None:
+            load_network(network, file, in_shares=True)
+            deepspeed_engine.divide(network, runtime_config(config, deepspeed_engine.dtype_name(dtype)), dtype)
+
+        grown = anonymous_growth(load)
+        deepspeed_engine.initialize(network, config, settings, dtype)
+        parameters = dict(network.named_parameters())
+        held = sum(each.ds_tensor.numel() * each.element_size() for each in parameters.values())
+        whole = {}
+        for name, parameter in parameters.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole[name] = parameter.detach().clone()
+        size = sum(each.numel() * each.element_size() for each in whole.values())
+        results.append((whole, size, sum(read), held, grown))
+        del network, parameters
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_process_reads_its_part_of_the_weights(tmp_path, dtype):
+    """Of checkpoints of both layouts, in float32: half of the bytes for each of two, to the bit what one would have."""
+    case = Reference("dit/t2v_2b").case["network_config"]
+    case["params"].update(num_layers=3, hidden_size=512, num_attention_heads=8)
+    network = seed_module_(instantiate_from_config(case))
+    (tmp_path / "sat").mkdir()
+    torch.save({"module": network.state_dict()}, tmp_path / "sat" / "mp_rank_00_model_states.pt")
+    weights = network.state_dict()
+    theirs = {name: assemble(pieces, weights).contiguous() for name, pieces in to_diffusers(weights).items()}
+    (tmp_path / "theirs").mkdir()
+    save_file(theirs, tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")
+    files = [str(tmp_path / "sat"), str(tmp_path / "theirs")]
+    expected = instantiate_on_meta(case).to(dtype)
+    load_network(expected, files[0])
+    expected = dict(expected.named_parameters())
+    ranks = run_distributed(divided, 2, files, case, dtype, 0)
+    for number in range(len(files)):
+        size = ranks[0][number][1]
+        assert size > 40e6 * torch.finfo(dtype).bits / 32
+        for whole, _, read, held, grown in (results[number] for results in ranks):
+            assert whole.keys() == expected.keys()
+            assert all(torch.equal(whole[name], expected[name]) for name in whole if name != UNUSED_TABLE)
+            assert 0.49 * size < read < 0.51 * size
+            assert held < 0.51 * size
+            assert grown < held + 8e6  # a part of one tensor beside it, and what objects and pages take

@@ -120,6 +120,7 @@ class EngineSettings(Settings):
         lora_load, lora_scale: adapter to put on top of it, and its strength; None: the strength it was saved with.
         force_inference: let weights be missing from the checkpoint.
         new_adapter: initialise the adapter if no file holds one, for training.
+        weights_in_shares: leave the network's weights in their files until ZeRO-3 takes each process's share of them.
         fp16, bf16: compute in float16 or bfloat16; neither: in float32.
         vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
         vae_frames_at_once: run each layer of the VAE on so many frames at a time: less memory, the same numbers.
@@ -138,6 +139,7 @@ class EngineSettings(Settings):
     lora_scale: float | None = None
     force_inference: bool = False
     new_adapter: bool = False
+    weights_in_shares: bool = False
     fp16: bool = False
     bf16: bool = False
     vae_tile_size: int | None = None

@@ -1,7 +1,8 @@
 """The memory of the device that sampling takes, by what is told to leave the device; it needs no weights.
 
 The engine draws a few steps on PyTorch's meta device, where tensors have shapes and no content, and what comes into
-being and goes is counted; so do its text encoder and its VAE. The figures follow whatever model is described.
+being and goes is counted; so do its text encoder and its VAE. The figures follow whatever model is described. Where
+several processes make a video, they are those of the first, which has the most tokens and the text encoder.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox_sat.configuration.settings import EngineSettings
+from cogvideox_sat.configuration.video_layout import VideoLayout
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
-from cogvideox_sat.memory.weightless import GIB, WeightlessEngine, module_bytes
+from cogvideox_sat.memory.weightless import GIB, FirstOfGroup, WeightlessEngine, module_bytes
+from cogvideox_sat.network import sequence_parallel
 from cogvideox_sat.network.layer_streaming import layer_modules
 from diffusion_video import PARTS
 from sgm.models.video_coder import VideoCoder
@@ -25,6 +28,8 @@ LIBRARIES = GIB  # what CUDA and its libraries take beside tensors
 LAYERS, STEPS = 2, 3  # that are gone through; further ones take the same memory again
 DEFAULT_TOKENS = 77  # of `FrozenT5Embedder`
 LATENT_STEPS = 6  # of a video, that are decoded (4 in tiles, which are many); likewise
+LONGEST_CHUNK = 12  # frames
+EXCHANGES = tuple(each._opoverload for each in (sequence_parallel.tokens_to_heads, sequence_parallel.heads_to_tokens))
 TEXT, IMAGE, NETWORK, VIDEO = "text encoder", "first frame", "network", "VAE"
 
 
@@ -64,6 +69,7 @@ class SamplingMemory:
         videos: the sizes of those that are to be made.
         keeps_text_encoder: it stays for further prompts, as when they are typed.
         decodes: latents become videos.
+        layout: how processes share a video.
 
     Raises:
         UserError: a part of the model cannot be built.
@@ -75,12 +81,16 @@ class SamplingMemory:
         videos: Collection[VideoSize],
         keeps_text_encoder: bool = False,
         decodes: bool = True,
+        layout: VideoLayout | None = None,
     ):
         self.videos, self.keeps_text_encoder, self.decodes = set(videos), keeps_text_encoder, decodes
+        self.layout = layout or VideoLayout()
         self.engine = WeightlessEngine(settings, parts=PARTS, device="meta", assumes_t5=True)
         self.engine.to("meta")  # tables that are real otherwise
         hide_bar(self.engine.sampler)
         self.network, self.vae = self.engine.network, self.engine.first_stage_model
+        if self.layout.sequence > 1:
+            self.network.share_tokens(FirstOfGroup(self.layout.sequence))
         self.takes_image = self.engine.noised_image_input
         pieces = hasattr(getattr(self.vae, "encoder", None), "in_pieces")
         shared = (self.engine.config["first_stage_config"]["params"].get("cp_size") or 1) > 1
@@ -138,7 +148,8 @@ class SamplingMemory:
                 VIDEO: vae + waiting,
             }
         activations = {TEXT: self.text_activations}
-        activations[NETWORK] = self.network_activations(way.guidance_batch, way.offload != "none")
+        batch = 1 if self.layout.guidance > 1 else way.guidance_batch
+        activations[NETWORK] = self.network_activations(batch, way.offload != "none")
         if self.takes_image:
             activations[IMAGE] = self.image_activations
         if self.decodes:
@@ -202,11 +213,29 @@ class SamplingMemory:
             for _ in self.engine.decode_stream(latents):
                 pass
 
-        return peak_of(decode, self.engine)
+        return peak_of(decode, self.engine) + self._gathered_bytes(height, width)
+
+    def _gathered_bytes(self, height: int, width: int) -> int:
+        """Return what it takes to gather the frames of the chunks that processes decode at a time."""
+        if self.layout.processes == 1:
+            return 0
+        chunk = 3 * LONGEST_CHUNK * height * width * self.engine.dtype.itemsize
+        return (1 + 2 * self.layout.processes) * chunk  # padded, received, put together
 
     def _largest_image(self) -> tuple[int, int]:
         _, height, width = max(self.videos, key=lambda video: video.height * video.width)
         return height, width
+
+
+class BytesWithExchanges(AllocatedBytes):
+    """Counts what is sent and received in `network.sequence_parallel` too."""
+
+    def during(self, function: Any, args: tuple[Any, ...], result: Any) -> int:
+        """See `AllocatedBytes`; the tensor that is received becomes the result, or is as large."""
+        own = super().during(function, args, result)
+        if function is EXCHANGES[0]:
+            return own + sum(part.nbytes for part in args[0])
+        return own + (args[0].nbytes + result.nbytes if function is EXCHANGES[1] else 0)
 
 
 class TabulatedOnMeta:
@@ -245,7 +274,7 @@ def streamed(module: nn.Module, layers: Iterable[Iterable[nn.Module]]) -> PartBy
 @torch.no_grad()
 def peak_of(run: Callable[[], Any], beside: nn.Module) -> int:
     """Return the bytes that tensors made by `run` take at most at a time, `beside` those of a module."""
-    allocated = AllocatedBytes(workspaces=True)
+    allocated = BytesWithExchanges(workspaces=True)
     allocated.leave_out(tensor.untyped_storage() for tensor in (*beside.parameters(), *beside.buffers()))
     with allocated:
         run()

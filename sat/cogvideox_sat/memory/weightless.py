@@ -57,6 +57,21 @@ class WeightlessEngine(SATVideoDiffusionEngine):
         return conditioner
 
 
+class FirstOfGroup:
+    """Stands for a group of processes, of which nobody but this one, the first, is there."""
+
+    group_name = "counted"
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
 def module_bytes(module: nn.Module) -> int:
     """Return the bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]

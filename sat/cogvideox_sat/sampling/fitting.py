@@ -15,6 +15,7 @@ from cogvideox_sat.configuration.memory_advice import TILE, TILES
 from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
 from cogvideox_sat.configuration.settings import EngineSettings
+from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.memory.sampling_peaks import VIDEO, SamplingMemory, VideoSize, Way
 from cogvideox_sat.memory.weightless import GIB
 from cogvideox_sat.parallel.agreement import least_over_processes
@@ -49,7 +50,8 @@ def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArgume
         described = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"fit: the memory of this model is not known ({described}); give --offload instead") from error
     if dist.get_rank() == 0:
-        logger.info("fit: %s: %s", args.fit, reason)
+        each = " for each process" if layout_of(args).processes > 1 else ""
+        logger.info("fit: %s%s: %s", args.fit, each, reason)
     return with_way(args, way, budget - memory.peak(way))
 
 
@@ -65,7 +67,9 @@ def memory_of(args: SamplingArguments, videos: Iterable[VideoSize]) -> SamplingM
         UserError: a part of the model cannot be built, or cannot run without content.
     """
     typed = args.input_type == "cli"
-    return SamplingMemory(EngineSettings.from_args(args), set(videos), typed, not args.only_save_latents)
+    return SamplingMemory(
+        EngineSettings.from_args(args), set(videos), typed, not args.only_save_latents, layout_of(args)
+    )
 
 
 def video_sizes(args: SamplingArguments, plan: SamplingPlan | None = None) -> list[VideoSize]:
@@ -100,7 +104,8 @@ def ways(args: SamplingArguments, takes_pieces: bool = True) -> Iterator[Way]:
     offloads = [args.offload] if "offload" in args.given else OFFLOAD_POLICIES
     given_vae = {"vae_frames_at_once", "vae_tile_size"} & args.given or not takes_pieces
     frames = [args.vae_frames_at_once] if given_vae else FRAMES_AT_ONCE
-    batches = [args.guidance_batch] if "guidance_batch" in args.given else GUIDANCE_BATCHES
+    halves_are_apart = layout_of(args).guidance > 1
+    batches = [args.guidance_batch] if "guidance_batch" in args.given or halves_are_apart else GUIDANCE_BATCHES
     for offload, at_once, batch in product(offloads, frames, batches):
         yield Way(offload, batch, at_once, args.vae_tile_size)
 

@@ -135,14 +135,7 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
 def check_combinations(args: SamplingArguments) -> None:
     """Raises UserError for arguments that this model, or this way of starting the command, does not go with."""
     check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
-    layout = layout_of(args)
-    check_world(layout, int(os.environ.get("WORLD_SIZE", "1")))
-    if layout.processes > 1 and args.vae_frames_at_once is not None:
-        raise UserError(
-            "vae_frames_at_once: the processes of processes_per_video share the frames already; leave it out"
-        )
-    if layout.processes > 1 and args.fit is not None:
-        raise UserError("fit: it counts what one process needs that makes a video alone; leave out processes_per_video")
+    check_world(layout_of(args), int(os.environ.get("WORLD_SIZE", "1")))
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path is missing: name the weights of the VAE")

@@ -15,6 +15,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cogvideox_sat.weights.stored_values import forget_value, value_of
 from sgm.errors import UserError
 
 CHECKED = "0.19.8"  # the version that all of this was tried with
@@ -34,6 +35,10 @@ OPTIMIZERS = {
     "BF16_Optimizer": ("overflow", *LINKING),
 }
 PARTITIONED = ("ds_id", "ds_shape", "ds_tensor")
+DIVIDING = (
+    *("_convert_to_zero_parameters", "_convert_to_deepspeed_param", "_zero_init_param", "_aligned_size"),
+    *("_partition_world_size", "_partition_rank"),
+)
 
 
 def check(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -45,6 +50,7 @@ def check(engine: deepspeed.DeepSpeedEngine) -> None:
     optimizer, scaler = getattr(engine, "optimizer", None), _loss_scaler(engine)
     parameters = [each for each in engine.module.parameters() if is_partitioned(each)]
     used = [
+        ("zero.Init", deepspeed.zero.Init, DIVIDING),
         ("the engine", engine, ENGINE),
         (type(optimizer).__name__, optimizer, OPTIMIZERS.get(type(optimizer).__name__, ())),
         ("the loss scale", scaler, (*LOSS_SCALE, LIMIT) if isinstance(scaler, DynamicLossScaler) else ()),
@@ -154,6 +160,36 @@ def _loss_scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters that ZeRO-3 has divided
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class DividedFromFiles(deepspeed.zero.Init):
+    """Divides the parameters of `module`, with arguments and under the configuration that DeepSpeed would do it with.
+
+    Of those that wait for their values (`weights.stored_values`) each process reads its own part. DeepSpeed itself puts
+    the whole parameter on each process's device first, and sends it there from the first process.
+    """
+
+    def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+        others = []
+        for parameter in param_list:
+            value = value_of(parameter)
+            if value is None or is_partitioned(parameter):
+                others.append(parameter)
+                continue
+            self._convert_to_deepspeed_param(parameter)
+            # Memory that nobody has touched takes none.
+            whole = torch.empty(value.shape, dtype=parameter.dtype)
+            if self.zero_param_process_group is not None:  # a second part is kept, of a group of fewer processes
+                value.fill(whole, 0, whole.numel())
+            else:
+                length = self._aligned_size(parameter) // self._partition_world_size(parameter)
+                start = length * self._partition_rank(parameter)
+                value.fill(whole, start, min(start + length, whole.numel()))
+            parameter.data = whole
+            forget_value(parameter)
+            parameter.partition()
+            parameter.data = parameter.data.to(self.local_device)  # what is left of it is empty
+        super()._convert_to_zero_parameters(others)
 
 
 def is_partitioned(parameter: Tensor) -> bool:

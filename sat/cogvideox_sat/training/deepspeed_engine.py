@@ -20,6 +20,7 @@ from cogvideox_sat.configuration.deepspeed import OUR_OPTIMIZERS, runtime_config
 from cogvideox_sat.configuration.deepspeed_features import complaint
 from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.training import deepspeed_adapter
+from cogvideox_sat.weights.stored_values import waiting_bytes
 from sgm.config_places import ConfigError, Place, Sources
 from sgm.config_values import is_own_file
 from sgm.ema_adam import EmaAdam
@@ -44,7 +45,8 @@ def initialize(
     whether the gradients were not finite and the weights therefore left as they were.
 
     Args:
-        network: on its device, in its dtype.
+        network: on its device, in its dtype; with ZeRO-3 its parameters may wait for their values, as
+            `weights.stored_values` says.
         deepspeed_config: the `deepspeed:` section, checked.
         settings: of the schedule of the learning rate.
         dtype: float16, bfloat16 or float32.
@@ -72,6 +74,8 @@ def initialize(
         config["gradient_clipping"] = 0.0  # done before the step, with the norm in hand
     try:
         optimizer = build_optimizer(config, groups, settings.sources)
+        if waiting_bytes(network):
+            divide(network, config, dtype)
         engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
@@ -96,6 +100,17 @@ def initialize(
         deepspeed_adapter.leave_out_steps(engine)  # the trainer counts them
     sum_partial_gradients(network)
     return engine
+
+
+def divide(network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Divide parameters among data-parallel processes, each of which reads its part of those that wait for values.
+
+    Args:
+        config: what DeepSpeed is given.
+    """
+    deepspeed_adapter.sum_by_gloo()
+    group = mpu.get_data_parallel_group()
+    deepspeed_adapter.DividedFromFiles(network, group, dtype=dtype, config_dict_or_path=config, mpu=mpu)
 
 
 def raised_in_library(error: Exception) -> bool:

@@ -115,8 +115,6 @@ def check_processes(args: TrainingArguments) -> BatchSizes:
             "run; start a multiple of it, with torchrun --nproc_per_node"
         )
     check_sequence(shared, args.model_config, "sequence_parallel_size")
-    if shared > 1 and args.vae_frames_at_once is not None:
-        raise UserError("vae_frames_at_once: the processes of sequence_parallel_size share the frames; leave it out")
     return batch_sizes(args.deepspeed_config, processes // (args.model_parallel_size * shared))
 
 

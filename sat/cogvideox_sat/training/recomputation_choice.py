@@ -14,6 +14,7 @@ from cogvideox_sat.memory.weightless import GIB
 from cogvideox_sat.parallel.devices import processes_here
 from cogvideox_sat.runs.host_memory import free_host_memory
 from cogvideox_sat.training.memory_estimate import Layout, estimate_memory
+from cogvideox_sat.weights.stored_values import waiting_bytes
 from diffusion_video import SATVideoDiffusionEngine
 
 # Of the free memory, what may be used: estimates are not exact, memory is taken in pieces, and a host has other work.
@@ -56,11 +57,14 @@ def decide(engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micr
         return "checkpoint_activations: auto recomputes all layers: how much memory is free is not known"
     usable = max(int(free * USABLE[device.type]) - LIBRARIES[device.type], 0)
 
+    # Weights are there already, but for those of which ZeRO-3 has not taken this process's share yet.
+    waiting = 0 if layout.offload_parameters else waiting_bytes(network) // layout.data_parallel
+
     def needs(choice: Recomputation) -> int:
         transformer.checkpoint_activations = choice
         memory = estimate_memory(engine, layout, bucket, micro_batch)
         host = memory.host if device.type == "cpu" else 0
-        return memory.total - memory.weights + host  # weights are there already
+        return memory.total - memory.weights + waiting + host
 
     choice = fastest_that_fits(layers, needs, usable)
     needed = needs(choice)

@@ -157,7 +157,11 @@ class Trainer:
         if self.cached:
             model["conditioner_config"] = conditioner_for_cache(model["conditioner_config"])
         settings = EngineSettings.from_args(
-            args, model_config=model, new_adapter=True, force_inference=args.force_train
+            args,
+            model_config=model,
+            new_adapter=True,
+            force_inference=args.force_train,
+            weights_in_shares=args.deepspeed_config["zero_optimization"]["stage"] == 3,
         )
         if resume:  # what was trained lies there, the rest where it lay at first
             settings = replace(settings, lora_load=resume) if self.has_adapter else replace(settings, load=resume)

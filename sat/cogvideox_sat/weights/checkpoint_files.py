@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cogvideox_sat.commands.input_paths import not_found
 from cogvideox_sat.files.latest_file import newest
-from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES, assemble, from_diffusers, is_diffusers_network
+from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES, from_diffusers, is_diffusers_network, rows_of
+from cogvideox_sat.weights.stored_values import StoredValue
 from sgm.errors import UserError
 from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, module_weights, read_state_dict, safetensors_in
 
@@ -80,15 +81,20 @@ def network_weights(path: Path) -> dict[str, Tensor]:
 
     Those of diffusers lack `TABLES`, unless a file `EXTRA_TABLES` beside them holds some.
     """
+    return {name: value.tensor() for name, value in network_values(path).items()}
+
+
+def network_values(path: Path) -> dict[str, StoredValue]:
+    """Return what `network_weights` does, with nothing put together yet."""
     weights = module_weights(read_state_dict(path), what=str(path))
     if is_diffusers_network(weights):
-        weights = {name: assemble(pieces, weights) for name, pieces in from_diffusers(weights).items()}
+        values = {name: StoredValue(rows_of(pieces, weights)) for name, pieces in from_diffusers(weights).items()}
         if (beside := path.parent / EXTRA_TABLES).is_file():
-            weights |= read_state_dict(beside)
-        return weights
+            values |= {name: StoredValue([tensor]) for name, tensor in read_state_dict(beside).items()}
+        return values
     if any(name.startswith(NETWORK_PREFIX) for name in weights):
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OTHER_PARTS)}
-    return {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in weights.items()}
+    return {name.removeprefix(NETWORK_PREFIX): StoredValue([tensor]) for name, tensor in weights.items()}
 
 
 def is_diffusers_file(file: Path) -> bool:

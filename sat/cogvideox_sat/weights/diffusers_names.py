@@ -162,11 +162,16 @@ def _split(name: str) -> tuple[str, str, str]:
 
 def assemble(pieces: Pieces, tensors: Mapping[str, Tensor]) -> Tensor:
     """The tensor that `pieces` of `tensors` make; a view where it is one piece."""
+    rows = rows_of(pieces, tensors)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def rows_of(pieces: Pieces, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return views of `tensors`, which one after the other are the tensor that `pieces` make."""
     parts: dict[str, Tensor] = {}  # each is read once
     for name in dict.fromkeys(piece.name for piece in pieces):
         parts[name] = tensors[name]
-    rows = [parts[name].chunk(count)[index] if count > 1 else parts[name] for name, index, count in pieces]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    return [parts[name].chunk(count)[index] if count > 1 else parts[name] for name, index, count in pieces]
 
 
 def check_divisible(pieces: Mapping[str, Pieces], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

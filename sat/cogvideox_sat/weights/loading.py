@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ from cogvideox_sat.weights.checkpoint_files import (
     checkpoint_shares,
     is_adapter,
     is_diffusers_file,
-    network_weights,
+    network_values,
 )
 from cogvideox_sat.weights.diffusers_names import TABLES
 from cogvideox_sat.weights.rank_shares import Cuts, cuts_of, plain, recut
+from cogvideox_sat.weights.stored_values import StoredValue, waiting
 from sgm.errors import UserError
-from sgm.weights import assign_weights
+from sgm.weights import as_entry, assign_weights
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def load_network(
     allow_missing: bool = False,
     new_adapter: bool = False,
     device: torch.device | str | None = None,
+    in_shares: bool = False,
 ) -> None:
     """Fill `network`, which may be on the meta device, from a checkpoint and optionally an adapter on top of it.
 
@@ -43,6 +45,7 @@ def load_network(
             Input channels that it lacks, as text-to-video lacks those of image-to-video, start without influence.
         new_adapter: initialise the adapter where neither file holds one, for training.
         device: where the weights go.
+        in_shares: let parameters wait for their values, which stay in the files: see `weights.stored_values`.
 
     Raises:
         UserError: a file is missing or unreadable, or its names or shapes do not fit.
@@ -54,17 +57,20 @@ def load_network(
 
     cuts = cuts_of(network)
 
-    def read(path: str | Path, keep: Callable[[str], bool]) -> tuple[dict[str, Tensor], str]:
+    def read(path: str | Path, keep: Callable[[str], bool]) -> tuple[dict[str, StoredValue], str]:
         """Return this rank's share of the tensors that are to be kept of a checkpoint, and what it is called."""
         files = checkpoint_shares(path)
         is_own = len(files) == size
         files = [files[rank]] if is_own else files
         name = str(files[0] if len(files) == 1 else files[0].parent)
-        shares = [{name: value for name, value in network_weights(file).items() if keep(name)} for file in files]
-        own = shares[0] if is_own else recut(shares, cuts, rank, size, name)
-        return (own_tables(network) if is_diffusers_file(files[0]) else {}) | own, name
+        shares = [{name: value for name, value in network_values(file).items() if keep(name)} for file in files]
+        tables = as_stored(own_tables(network)) if is_diffusers_file(files[0]) else {}
+        if is_own:
+            return tables | shares[0], name
+        whole = [{name: value.tensor() for name, value in share.items()} for share in shares]
+        return tables | as_stored(recut(whole, cuts, rank, size, name)), name
 
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, StoredValue] = {}
     sources: list[str] = []
     if load:
         weights, source = read(load, lambda name: True)
@@ -93,7 +99,12 @@ def load_network(
     if new_adapter and not allow_missing:
         may_miss = [name for name in network.state_dict() if is_adapter(name)]
     missing, _ = assign_weights(
-        network, weights, what=" and ".join(sources) or "nothing", allow_missing=may_miss, device=device
+        network,
+        weights,
+        what=" and ".join(sources) or "nothing",
+        allow_missing=may_miss,
+        device=device,
+        convert=entry_in_shares if in_shares else whole_entry,
     )
     if unforeseen := [name for name in missing if not (new_adapter and is_adapter(name))]:
         logger.warning(
@@ -108,17 +119,30 @@ def load_network(
         network.to(device)  # tables that were never on the meta device
 
 
-def widen_inputs(network: nn.Module, weights: dict[str, Tensor]) -> None:
+def as_stored(weights: Mapping[str, Tensor]) -> dict[str, StoredValue]:
+    return {name: StoredValue([tensor]) for name, tensor in weights.items()}
+
+
+def whole_entry(old: Tensor, value: StoredValue, device: torch.device | str | None) -> Tensor:
+    return as_entry(old, value.tensor(), device)
+
+
+def entry_in_shares(old: Tensor, value: StoredValue, device: torch.device | str | None) -> Tensor:
+    """Return a parameter that waits for its value; a buffer, which nobody shares out, with its value."""
+    return waiting(old, value, device) if isinstance(old, nn.Parameter) else whole_entry(old, value, device)
+
+
+def widen_inputs(network: nn.Module, weights: dict[str, StoredValue]) -> None:
     """Give `weights`, if they are of a network with fewer input channels, zeros for the others, which come last."""
     name = "mixins.patch_embed.proj.weight"
     if name not in weights or "patch_embed" not in network.mixins:
         return
-    given, wanted = weights[name], network.mixins["patch_embed"].proj.weight.shape
+    given, wanted = weights[name].tensor(), network.mixins["patch_embed"].proj.weight.shape
     # Features are ordered with channels outermost, so that further channels are further columns of a Linear too.
     if given.ndim == len(wanted) and given.shape[1] < wanted[1]:
         logger.warning("%s: the input channels that the checkpoint lacks start at zero", name)
         further = given.new_zeros(given.shape[0], wanted[1] - given.shape[1], *given.shape[2:])
-        weights[name] = torch.cat((given, further), dim=1)
+        weights[name] = StoredValue([torch.cat((given, further), dim=1)])
 
 
 def own_tables(network: nn.Module) -> dict[str, Tensor]:
@@ -128,7 +152,7 @@ def own_tables(network: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t for name, t in tables.items()}
 
 
-def rename_for_lora(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_for_lora(network: nn.Module, weights: dict[str, StoredValue]) -> dict[str, StoredValue]:
     """Names of a checkpoint made without LoRA, for a network with it: `….weight` becomes `….original.weight`."""
     wrapped = {name for name, module in network.named_modules() if hasattr(module, "matrix_A")}
 

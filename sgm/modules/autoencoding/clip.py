@@ -57,25 +57,44 @@ class Chunk:
                 self.tails[conv] = self.keep(_tail(before, x, count))  # a view would keep all of x in memory
             return before
 
-        rank, size = group_rank(self.group), group_size(self.group)
-        sends = rank < size - 1 or not self.last
-        if rank == 0:
-            # What follows the last rank's frames is this one's next chunk.
-            before, wanted = self.tails.pop(conv, None), None if self.last else count
-            token, received = pass_on(_tail(before, x, count), x, wanted, self.group)
-            if not self.last:
-                self.tails[conv] = received
-        elif x.shape[2] >= count:
-            # The tail does not depend on what comes before: all ranks send at once.
-            token, before = pass_on(x[:, :, -count:] if sends else None, x, count, self.group)
-        else:
-            token, before = pass_on(None, x, count, self.group)
-            if sends:
-                further, _ = pass_on(_tail(before, x, count), x, None, self.group)
-                token = torch.cat([token, further], dim=2)
+        token, before = self._exchanged(conv, x, count)
         if before is None:
             before = x[:, :, :1].expand(-1, -1, count, -1, -1)
         return torch.cat([token, before], dim=2)
+
+    def tail_before(self, conv: nn.Module, end: Tensor, count: int) -> Tensor | None:
+        """Return what `frames_before` does, with the ranks of the group, for whoever has the frames piece by piece.
+
+        Args:
+            end: the last frames of all, `count` of them if there are as many.
+
+        Returns:
+            None at the start of the clip.
+        """
+        return self._exchanged(conv, end, count)[1]
+
+    def _exchanged(self, conv: nn.Module, x: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        """Give the next rank the tail of `x`; return a tensor of no frames (see `pass_on`), and the previous one's."""
+        assert self.group is not None
+        rank, size = group_rank(self.group), group_size(self.group)
+        sends = rank < size - 1 or not self.last
+        if rank == 0:
+            before = self.tails.pop(conv, None)
+            if before is not None:
+                before = before.to(x.device, non_blocking=True)
+            # What follows the last rank's frames is this one's next chunk.
+            token, received = pass_on(_tail(before, x, count), x, None if self.last else count, self.group)
+            if not self.last:
+                self.tails[conv] = received if self.keep is torch.clone else self.keep(received)
+            return token, before
+        if x.shape[2] >= count:
+            # The tail does not depend on what comes before: all ranks send at once.
+            return pass_on(x[:, :, -count:] if sends else None, x, count, self.group)
+        token, before = pass_on(None, x, count, self.group)
+        if sends:
+            further, _ = pass_on(_tail(before, x, count), x, None, self.group)
+            token = torch.cat([token, further], dim=2)
+        return token, before
 
     def total(self, sums: Tensor, gather_norm: bool) -> Tensor:
         """`sums` that a norm takes of its input, added up over the ranks if it (`gather_norm`) or the chunk says so."""

@@ -35,6 +35,10 @@ class Waiting:
     def __init__(self, place: WaitingRoom, x: Tensor, device: torch.device):
         self._place, self._tensor, self._device = place, x, device
 
+    def copy(self) -> Tensor:
+        """Return a copy of the tensor, on its device; it goes on waiting."""
+        return self._tensor.to(self._device, non_blocking=True, copy=True)
+
     def take(self) -> Tensor:
         """Return the tensor, on its device; it waits no longer."""
         x = self._tensor
