@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cogvideox_sat.configuration.recomputation import recomputation_mode
+from cogvideox_sat.configuration.video_layout import check_shares
 from cogvideox_sat.latent_geometry import Grid, patch_sizes
 from cogvideox_sat.network.activation_checkpointing import ActivationCheckpointing
 from cogvideox_sat.network.attention_choice import AttentionChoice
@@ -33,7 +34,7 @@ from cogvideox_sat.network.lean_layers import lean_layers
 from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.network.module_converters import Converter, convert_modules
 from cogvideox_sat.network.position_tables import leading_corner, rotary_angles, sincos_3d
-from cogvideox_sat.network.sequence_parallel import TokenShare, check_shares
+from cogvideox_sat.network.sequence_parallel import TokenShare
 from cogvideox_sat.parallel.process_groups import initialize_process_groups
 from sgm.attention_kernels import KERNELS
 from sgm.errors import UserError
@@ -550,7 +551,7 @@ class DiffusionTransformer(BaseModel):
             UserError: the group has more processes than the network heads.
         """
         if group is not None:
-            check_shares(group.size(), self.num_attention_heads)
+            check_shares(group.size(), "attention heads", self.num_attention_heads)
         self.sequence_group, self.sequence_processes = group, 1 if group is None else group.size()
 
     def compile_layers(self) -> bool:

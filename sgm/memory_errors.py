@@ -31,6 +31,9 @@ class OutOfMemory(UserError):
         self.where, self.shortage, self.advice = where, shortage, advice
         super().__init__(f"{where}: {shortage}; {advice or GENERAL_ADVICE}")
 
+    def __reduce__(self) -> tuple[type["OutOfMemory"], tuple[str, str, str | None]]:
+        return type(self), (self.where, self.shortage, self.advice)  # it travels to other processes
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` says that memory is full: in PyTorch's, Python's, NumPy's or the system's own way."""

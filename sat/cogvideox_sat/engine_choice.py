@@ -5,6 +5,7 @@ import inspect
 import torch
 
 from cogvideox_sat.configuration.settings import EngineSettings
+from cogvideox_sat.parallel.video_groups import ALONE, VideoGroups
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.util import get_obj_from_str
@@ -38,23 +39,33 @@ def engine_class(settings: EngineSettings) -> type[SATVideoDiffusionEngine]:
 
 
 def build_engine(
-    settings: EngineSettings, parts: tuple[str, ...], device: torch.device | str
+    settings: EngineSettings,
+    parts: tuple[str, ...],
+    device: torch.device | str,
+    groups: VideoGroups = ALONE,
 ) -> SATVideoDiffusionEngine:
     """Return the engine of a command, with `parts` of it built on `device`.
 
     A class of the user's own gets as its `args` all arguments of the command, as in the original.
 
+    Args:
+        groups: the processes that make a video together.
+
     Raises:
-        UserError: see `engine_class`; its `__init__` does not hand `parts` and `device` on.
+        UserError: see `engine_class`; its `__init__` does not hand `parts` and `device` on; the engine cannot share
+            videos so.
     """
     chosen = engine_class(settings)
     args = settings if chosen is SATVideoDiffusionEngine else settings.as_args()
-    engine = chosen(args, parts=parts, device=device)
+    engine = chosen(args, parts=(), device=device)
     if engine.device != torch.device(device):
         raise UserError(
             f"{chosen.__module__}.{chosen.__name__}: its __init__ must hand its keywords on: "
             "super().__init__(args, **kwargs)"
         )
+    engine.share_videos(groups)
+    for part in parts:
+        engine.build(part)
     return engine
 
 

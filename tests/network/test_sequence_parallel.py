@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cogvideox_sat.network.sequence_parallel import TokenShare, check_shares
+from cogvideox_sat.memory.weightless import FirstOfGroup
+from cogvideox_sat.network.sequence_parallel import TokenShare
 from distributed import run_distributed
 from seeded import seed_module_, seeded_input
 from sgm.attention_kernels import attend
@@ -178,6 +179,6 @@ def test_compiled_layers_exchange_too():
 
 def test_more_processes_than_heads_is_one_line():
     with pytest.raises(UserError, match="4 processes cannot share 3 attention heads; use 3 at most"):
-        check_shares(4, 3)
+        TokenShare.of(9, 3, 3, FirstOfGroup(4))
     with pytest.raises(UserError, match="4 processes cannot share 2 tokens"):
-        check_shares(4, 8, 2)
+        TokenShare.of(2, 1, 8, FirstOfGroup(4))

@@ -84,7 +84,7 @@ def test_it_resumes_to_the_bit_and_goes_on_in_one_process(tmp_path, tiny, clips)
         ({"sequence_parallel_size": 0}, 1, "sequence_parallel_size is 0; it must be at least 1"),
         ({"sequence_parallel_size": 2}, 3, "sequence_parallel_size: 2 does not divide the 3 processes"),
         ({"sequence_parallel_size": 2, "model_parallel_size": 2}, 4, "choose one of them"),
-        ({"sequence_parallel_size": 5}, 5, "5 processes cannot share the tokens of a network with 4 attention heads"),
+        ({"sequence_parallel_size": 5}, 5, "5 processes cannot share 4 attention heads"),
     ],
 )
 def test_numbers_that_do_not_go_together_are_one_line(tmp_path, tiny, clips, monkeypatch, asked, processes, says):

@@ -110,14 +110,20 @@ def check_sequence(size: int, model_config: Mapping[str, Any], name: str) -> Non
     Raises:
         UserError: they cannot.
     """
-    if size == 1:
-        return
-    heads = model_config["network_config"]["params"].get("num_attention_heads")
-    if isinstance(heads, int) and size > heads:
-        raise UserError(
-            f"{name}: {size} processes cannot share the tokens of a network with {heads} attention heads; "
-            f"use {heads} at most"
-        )
+    if size > 1:
+        heads = model_config["network_config"]["params"].get("num_attention_heads")
+        check_shares(size, "attention heads", heads if isinstance(heads, int) else size, name)
+
+
+def check_shares(processes: int, what: str, count: int, name: str = "sequence_parallel_size") -> None:
+    """Check that each of so many processes has one of the `count` things that they share; else raise UserError.
+
+    Args:
+        what: is shared, in the plural.
+        name: of the argument that asks for it.
+    """
+    if processes > count:
+        raise UserError(f"{name}: {processes} processes cannot share {count} {what}; use {count} at most")
 
 
 def check_world(layout: VideoLayout, world: int) -> None:

@@ -9,16 +9,16 @@ Shapes: b batch, h heads of e channels, n tokens of the call, text first; h_r an
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cogvideox_sat.configuration.video_layout import check_shares
 from cogvideox_sat.parallel.torch_internals import group_named
 from sgm.context_parallel import all_gather_uneven, split_evenly
-from sgm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class TokenShare:
             UserError: a process would have none, or no head.
         """
         size = group.size()
-        check_shares(size, heads, tokens)
+        check_shares(size, "attention heads", heads)
+        check_shares(size, "tokens", tokens)
         shares = tuple(split_evenly(tokens, size)), tuple(split_evenly(heads, size))
         return cls(*shares, text, group.rank(), group.group_name)
 
@@ -86,20 +87,7 @@ class TokenShare:
         return _spread(self, kernel)
 
 
-def check_shares(processes: int, heads: int, tokens: int | None = None) -> None:
-    """Check that each of so many processes has a head and a token; else raise UserError.
-
-    Args:
-        tokens: None where they are not known yet.
-    """
-    for name, count in (("attention heads", heads), ("tokens", tokens)):
-        if count is not None and processes > count:
-            raise UserError(
-                f"sequence_parallel_size: {processes} processes cannot share {count} {name}; use {count} at most"
-            )
-
-
-@cache  # a compiler takes another function for a reason to compile again
+@lru_cache(maxsize=64)  # a compiler takes another function for a reason to compile again
 def _spread(share: TokenShare, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     places = share.tokens, share.heads, share.rank, share.group
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from cogvideox_sat.parallel import process_watch, rendezvous
+from cogvideox_sat.parallel.first_process import made_by_first
 from cogvideox_sat.parallel.torch_internals import all_groups
 from cogvideox_sat.parallel.video_groups import forget_video_groups
 from sgm.context_parallel import destroy_context_parallel
-from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -158,18 +158,7 @@ def from_first_process(make: Callable[[], Any], what: str = "the first process")
     Raises:
         UserError: it failed there.
     """
-    result = [None, ""]
-    if dist.get_rank() == 0:
-        try:
-            result[0] = make()
-        except UserError as error:
-            result[1] = str(error)
-    if dist.get_world_size() > 1:
-        meet(what)
-        dist.broadcast_object_list(result)
-    if result[1]:
-        raise UserError(result[1])
-    return result[0]
+    return made_by_first(make, dist.get_rank() == 0, None, before=lambda: meet(what))
 
 
 def least_over_processes(value: int) -> int:

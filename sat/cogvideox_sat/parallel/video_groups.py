@@ -5,15 +5,15 @@ With model parallelism they share the weights of the network, else as a `VideoLa
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from sat import mpu
 from torch import Tensor
 
 from cogvideox_sat.configuration.video_layout import VideoLayout, check_world
+from cogvideox_sat.parallel.first_process import made_by_first
 from sgm.context_parallel import broadcast
-from sgm.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -56,16 +56,7 @@ class VideoGroups:
         """
         if self.group is None:
             return make()
-        outcome: list[Any] = [None, None]
-        if self.first:
-            try:
-                outcome = [make(), None]
-            except UserError as error:
-                outcome = [None, error]
-        dist.broadcast_object_list(outcome, group=self.group, group_src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        return made_by_first(make, self.first, self.group)
 
 
 ALONE = VideoGroups()

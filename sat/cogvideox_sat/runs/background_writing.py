@@ -2,15 +2,19 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
+from typing import Generic, TypeVar
 
 from cogvideox_sat.parallel import process_watch
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
 
 LIMIT = 3600.0  # seconds for what is still to be written when a run waits for it; a disk that takes longer is broken
 SILENCE = 30.0  # seconds without a change of a folder, after which nobody writes into it any more
@@ -84,6 +88,58 @@ class BackgroundWriter:
             self.finish()
         except Exception as error:
             logger.warning("%s is not written: %s", what, error)
+
+
+class BackgroundSaver(ABC, Generic[Content]):
+    """What savers of checkpoints have in common: at most one checkpoint is written at a time, behind the steps.
+
+    All processes call `finish`; those that write have a thread for it.
+
+    Attributes:
+        unfinished: what is written now, by this process or another; None: nothing.
+    """
+
+    def __init__(self) -> None:
+        self.thread = BackgroundWriter()
+        self.unfinished: Content | None = None
+
+    @abstractmethod
+    def on_all(self, finish: Callable[[], None], content: Content) -> None:
+        """Call `finish`, and raise on all processes what goes wrong on one."""
+
+    def await_writer(self, content: Content) -> None:
+        """Wait for another process that writes, where it must not be left alone; here for none."""
+
+    def write_behind(self, step: int, since: float, write: Callable[[], object]) -> None:
+        """Write a checkpoint in the thread.
+
+        Args:
+            since: the time of `time.perf_counter` at which copying it began.
+        """
+        taken = time.perf_counter() - since
+        logger.info("step %d: copied in %.2f s, to be written behind the steps", step, taken)
+        self.thread.start(f"the checkpoint of step {step}", write)
+
+    @property
+    def failed(self) -> bool:
+        """Return whether the checkpoint that this process writes behind the steps cannot be written."""
+        return self.thread.failed
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is written behind the steps, if there is one.
+
+        Raises:
+            UserError: it cannot be written; the previous checkpoint is still there. On all processes.
+        """
+        if self.unfinished is not None:
+            content, self.unfinished = self.unfinished, None
+            self.on_all(self.thread.finish, content)
+
+    def settle(self) -> None:
+        """Wait for that checkpoint where the run ends with an error; other processes need not call this."""
+        if self.unfinished is not None:
+            self.await_writer(self.unfinished)
+        self.thread.settle()
 
 
 @contextmanager

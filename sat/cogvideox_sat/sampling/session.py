@@ -127,7 +127,6 @@ class SamplingSession:
         try:
             self.groups = video_groups(layout_of(settings))
             self.engine = self._build_engine(settings)
-            self.engine.share_videos(self.groups)
             self.parts = PartOffloader(self.engine, settings.offload)
         except BaseException:
             sessions_of_process.leave()
@@ -143,7 +142,7 @@ class SamplingSession:
         self.adapters = read_adapters(settings.adapters, settings.model_config)
         check_model(settings, PARTS)  # before any weights are read
         device = choose_device(settings.device)
-        engine = build_engine(settle_precision(settings, device), (), device)
+        engine = build_engine(settle_precision(settings, device), (), device, self.groups)
         engine.choose_attention()  # what is not there fails before weights are read
         hide_bar(engine.sampler)  # its steps are events
         engine.prepare_network = self._adapt

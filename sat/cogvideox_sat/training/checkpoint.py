@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from cogvideox_sat.files.training_state import TRAINING_STATE, damaged, find_misfit
 from cogvideox_sat.parallel.agreement import any_process, meet, patient_group
-from cogvideox_sat.runs.background_writing import BackgroundWriter, wait_while_growing
+from cogvideox_sat.runs.background_writing import BackgroundSaver, wait_while_growing
 from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_room_for_checkpoint
 from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
 from cogvideox_sat.runs.staging import StagingMemory
@@ -59,7 +59,7 @@ _Exchange = Callable[[str], list[str]]
 # Writing
 
 
-class CheckpointSaver:
+class CheckpointSaver(BackgroundSaver["_Checkpoint"]):
     """Writes the checkpoints of a run, between its steps or behind them; all processes call each of its methods.
 
     Behind the steps at most one is written at a time, from a copy in host memory, by a thread of each process that
@@ -80,14 +80,13 @@ class CheckpointSaver:
         keep_last: int | None,
         background: bool = False,
     ):
+        super().__init__()
         self.run_folder, self.engine, self.full, self.keep_last = run_folder, engine, full, keep_last
         self.leads, self.writes = dist.get_rank() == 0, mpu.get_data_parallel_rank() == 0
         on_gpu = next(engine.module.parameters()).is_cuda
         self.memory = StagingMemory(pinned=on_gpu) if background else None
         self.asked = False  # whether host memory has room
         self.writers = patient_group(self.writes) if background else None
-        self.thread = BackgroundWriter()
-        self.unfinished: _Checkpoint | None = None
 
     def save(self, step: int, state: dict[str, Any], *, wait: bool = True) -> None:
         """Write the checkpoint of `step`; the one before is finished first.
@@ -120,11 +119,10 @@ class CheckpointSaver:
         memory.start_over(checkpoint.needed)
         staged = list(weights), list(tensors)
         memory.wait()
-        logger.info("step %d: copied in %.2f s, to be written behind the steps", step, time.perf_counter() - start)
         self.unfinished = checkpoint
         if self.writes:
             exchange = partial(_from_group, self.writers)
-            self.thread.start(f"the checkpoint of step {step}", lambda: self.write(checkpoint, *staged, exchange))
+            self.write_behind(step, start, lambda: self.write(checkpoint, *staged, exchange))
 
     def write(self, checkpoint: "_Checkpoint", weights: _Weights, tensors: _Tensors, exchange: _Exchange) -> None:
         """Write all files, and make them the newest checkpoint."""
@@ -143,26 +141,14 @@ class CheckpointSaver:
                 self.memory = None
         return self.memory
 
-    @property
-    def failed(self) -> bool:
-        """Return whether the checkpoint that this process writes behind the steps cannot be written."""
-        return self.thread.failed
+    def on_all(self, finish: Callable[[], None], content: "_Checkpoint") -> None:
+        """See `BackgroundSaver`."""
+        _together(finish, content, _from_all)
 
-    def finish(self) -> None:
-        """Wait for the checkpoint that is written behind the steps, if there is one.
-
-        Raises:
-            UserError: it cannot be written; the previous checkpoint is still there. On all processes.
-        """
-        if self.unfinished is not None:
-            checkpoint, self.unfinished = self.unfinished, None
-            _together(self.thread.finish, checkpoint, _from_all)
-
-    def settle(self) -> None:
-        """Wait for that checkpoint where the run ends with an error; other processes need not call this."""
-        if self.unfinished is not None and not self.writes:
-            wait_while_growing(self.unfinished.part)  # a launcher may end all processes when this one has ended
-        self.thread.settle()
+    def await_writer(self, content: "_Checkpoint") -> None:
+        """See `BackgroundSaver`: a launcher may end all processes when this one has ended."""
+        if not self.writes:
+            wait_while_growing(content.part)
 
 
 class _Checkpoint:

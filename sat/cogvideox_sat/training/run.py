@@ -166,8 +166,7 @@ class Trainer:
         if resume:  # what was trained lies there, the rest where it lay at first
             settings = replace(settings, lora_load=resume) if self.has_adapter else replace(settings, load=resume)
         with self.memory_guard("loading the model"), process_watch.phase("loading the model"):
-            self.engine = build_engine(settings, (), self.device)
-            self.engine.share_videos(self.groups)
+            self.engine = build_engine(settings, (), self.device, self.groups)
             logger.info("attention: %s", self.engine.choose_attention(gradients=True))
             for part in parts:
                 self.engine.build(part)
