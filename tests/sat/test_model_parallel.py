@@ -38,15 +38,24 @@ def inputs(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def outputs_of_rank(checkpoints: dict[str, str]) -> dict[str, tuple[torch.Tensor, int]]:
-    """Of every network: what this rank computes, and how many rows it holds of the first qkv weight."""
-    outputs = {}
+def outputs_of_rank(checkpoints: dict[str, str]) -> dict[str, tuple[torch.Tensor, int, list[torch.Size]]]:
+    """Of every network: what this rank computes, how many rows it holds of the first qkv weight, and what is summed."""
+    outputs, summed = {}, []
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(x: torch.Tensor, *args, **kwargs) -> None:
+        summed.append(x.shape)
+        all_reduce(x, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted
     for name, checkpoint in checkpoints.items():
         network = instantiate_on_meta(network_config(name, 2))
         load_network(network, checkpoint)
         with torch.no_grad():
             rows = network.transformer.layers[0].attention.query_key_value.weight.shape[0]
-            outputs[name] = network(**inputs(network)), rows
+            summed.clear()
+            outputs[name] = network(**inputs(network)), rows, list(summed)
+    torch.distributed.all_reduce = all_reduce
     return outputs
 
 
@@ -66,9 +75,11 @@ def test_two_processes_equal_one(tmp_path):
         with torch.no_grad():
             expected[name] = network(**inputs(network))
     for outputs in run_distributed(outputs_of_rank, 2, checkpoints):
-        for name, (output, rows) in outputs.items():
+        for name, (output, rows, summed) in outputs.items():
             assert_close(output, expected[name], 1e-4)
             assert rows == 3 * 64 // 2
+            layers = network_config(name, 1)["params"]["num_layers"]
+            assert len(summed) == 2 * layers and {shape[-1] for shape in summed} == {64}  # all tokens, the full width
 
 
 # ---------------------------------------------------------------------------------------------------------------------
