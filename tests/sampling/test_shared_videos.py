@@ -1,6 +1,7 @@
 """Processes that make a video together make the one that a process makes alone."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.sampling.requests import Frames, Latents, SampleRequest, SessionSettings
 from cogvideox_sat.sampling.session import SamplingSession
 from distributed import check_marked, run_distributed
+from faulty_processes import ends_of_ranks
 from seeded import seeded_input
 from sgm.errors import UserError
 
@@ -144,3 +146,20 @@ def test_the_command(tiny, tmp_path, fails):
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("fit: 2GB for each process: --offload none --guidance_batch 2 --vae_frames_at_") == 1
         assert result.stderr.count("wrote") == 3 and videos == ["000000.json"] * 3 + ["000000.mp4"] * 3
+
+
+@pytest.mark.parametrize("fault", ["killed", "terminated", "full", "full in the text encoder"])
+def test_a_process_that_is_lost_ends_the_others(tiny, tmp_path, fault):
+    (tmp_path / "prompts.txt").write_text("a boat\na kite\n")
+    arguments = ["--base", tiny.config("5b"), "--input_file", tmp_path / "prompts.txt", "--sampling_num_steps", "2"]
+    arguments += ["--sampling_image_size", "32", "48", "--sampling_num_frames", "3", "--output_dir", tmp_path / "out"]
+    (first, said), (second, other) = ends_of_ranks(tmp_path, fault, [*arguments, "--sequence_parallel", "2"])
+    assert second == {"killed": -signal.SIGKILL, "terminated": -signal.SIGTERM}.get(fault, 2), other
+    assert first == 2 and "Traceback" not in said + other
+    if fault.startswith("full"):
+        assert "the memory of the GPU is full (" in other
+    if "text" in fault:
+        assert "the text encoder: the memory of the GPU is full (" in said
+    else:
+        assert "another process has failed" in said
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

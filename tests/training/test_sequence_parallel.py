@@ -1,6 +1,7 @@
 """Fine-tuning where processes share the tokens of each clip takes the steps of one process."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 from cogvideox_sat.configuration.training_arguments import get_training_args
 from cogvideox_sat.training.plan import plan_run
+from faulty_processes import ends_of_ranks
 from sgm.errors import UserError
 from training_clips import write_dataset
-from training_runs import assert_same, metrics, precomputed, train, train_in_processes, weights, write_config
+from training_runs import assert_same, metrics, precomputed, runs_of, train, train_in_processes, weights, write_config
 
 pytestmark = [pytest.mark.slow]
 
@@ -76,6 +78,25 @@ def test_it_resumes_to_the_bit_and_goes_on_in_one_process(tmp_path, tiny, clips)
     train(config, "--resume", str(alone), "--sequence_parallel_size", "1")
     assert metrics(alone) == pytest.approx(losses, rel=1e-5)
     assert_same(weights(alone), expected, 1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("fault", ["killed", "full", "terminated"])
+def test_a_process_that_is_lost_ends_the_others(tmp_path, tiny, clips, fault):
+    """The last whole checkpoint stays, and nothing of another; a signal that asks for the end lets all write one."""
+    settings = {"lora": True, "save_interval": 1, "sequence_parallel_size": 2, "train_iters": 9}
+    config = write_config(tmp_path / "config.yaml", tiny, "2b", clips, **settings)
+    (first, said), (second, other) = ends_of_ranks(tmp_path, fault, ["--base", config, "--train_data", clips])
+    (run,) = runs_of(config)
+    assert "Traceback" not in said + other
+    assert second == {"killed": -signal.SIGKILL, "full": 2, "terminated": first}[fault], other
+    if fault == "terminated":
+        assert first == 0 and weights(run) and (run / "latest").read_text() == "2", said
+    else:
+        assert first == 2 and "another process has failed" in said
+        assert ("the memory of the GPU is full (" in other) == (fault == "full")
+        assert weights(run) and (run / "latest").read_text() == "1"
+    assert not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""A command in two processes, one of which meets with a fault: how both end."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import processes
+from distributed import check_marked
+
+LEFT_ALONE = 60  # seconds in which a process ends once the other one has
+
+
+# Runs a command; process 1 meets with a fault in its second call of the network, or process 0 encoding the second text.
+FAULTS = """
+import os, signal, sys
+import torch
+import dit_video_concat
+from sgm.modules.encoders import modules
+
+fault, rank, calls = sys.argv.pop(1), os.environ["RANK"], []
+def faulty(function, where, call):
+    def run(*args, **kwargs):
+        calls.append(1)
+        if rank == where and len(calls) == call:
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "terminated":
+                os.kill(os.getpid(), signal.SIGTERM)  # which training takes as a wish
+            else:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return function(*args, **kwargs)
+    return run
+if fault == "full in the text encoder":
+    modules.FrozenT5Embedder.forward = faulty(modules.FrozenT5Embedder.forward, "0", 2)
+else:
+    dit_video_concat.DiffusionTransformer.forward = faulty(dit_video_concat.DiffusionTransformer.forward, "1", 2)
+if "--train_data" in sys.argv:
+    from train_video import main
+else:
+    from sample_video import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def ends_of_ranks(folder: Path, fault: str, arguments: Sequence[object]) -> list[tuple[int, str]]:
+    """Return the exit code of each of two processes, which no launcher looks after, and what it printed.
+
+    Args:
+        fault: killed, terminated, full (of memory), or full in the text encoder.
+        arguments: of the command for training, if `--train_data` is among them, else of that for sampling.
+    """
+    check_marked()
+    (folder / "program.py").write_text(FAULTS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}
+    ranks: list[processes.Process] = []
+    for rank in range(2):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"{fault}{rank}.log").open("w") as log:
+            ranks.append(processes.start([folder / "program.py", fault, *arguments], env=own, stdout=log, stderr=log))
+    try:
+        wait_for_one(ranks, 180)
+        for process in ranks:
+            process.wait(LEFT_ALONE)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return [
+        (process.returncode or 0, (folder / f"{fault}{rank}.log").read_text()) for rank, process in enumerate(ranks)
+    ]
+
+
+def wait_for_one(running: list[processes.Process], seconds: float) -> None:
+    """Wait until one of the processes has ended."""
+    end = time.monotonic() + seconds
+    while all(process.poll() is None for process in running):
+        assert time.monotonic() < end, "both processes hang"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
