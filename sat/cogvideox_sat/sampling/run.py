@@ -127,7 +127,7 @@ class CommandRun:
     def __init__(self, session: SamplingSession, recorder: Recorder, args: SamplingArguments):
         self.session, self.recorder, self.args = session, recorder, args
         self.advice = sampling_advice(args)
-        self.attempt = partial(attempt_each, together=session.groups.size > 1)
+        self.attempt = partial(attempt_each, together=session.groups.size > 1, tells=session.groups.first)
 
     def load(self, part: str) -> None:
         """Have a part of the model on the device.

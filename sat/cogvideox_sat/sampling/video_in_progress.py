@@ -57,12 +57,14 @@ def attempt_each(
     stage: Callable[[VideoInProgress], Any],
     remark: Callable[[VideoInProgress], str] | None = None,
     together: bool = False,
+    tells: bool = True,
 ) -> None:
     """Take every video that has not failed through a stage; a failure is logged and ends that video alone.
 
     Args:
         remark: gives what to add to the report of a failure.
         together: other processes take part in the stage; a failure that they do not see is raised.
+        tells: this process logs failures, of those that take part.
     """
     for video in videos:
         if video.failure is not None:
@@ -78,7 +80,8 @@ def attempt_each(
             where = None if video.full or isinstance(error, UserError) else error
             if remark is not None:
                 video.failure += remark(video)
-            logger.error("failed: %s: %s", video.name, video.failure, exc_info=where)
+            if tells:
+                logger.error("failed: %s: %s", video.name, video.failure, exc_info=where)
         if video.full and torch.cuda.is_available():
             torch.cuda.empty_cache()  # now that nothing of the failed stage is referred to any more
 

@@ -170,15 +170,17 @@ class DividedFromFiles(deepspeed.zero.Init):
     """
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
-        others = []
-        for parameter in param_list:
+        parameters = [each for each in param_list if not is_partitioned(each)]
+        rooms: dict[torch.dtype, Tensor] = {}  # for one whole parameter at a time; untouched memory takes none
+        for parameter in parameters:
             value = value_of(parameter)
-            if value is None or is_partitioned(parameter):
-                others.append(parameter)
+            if value is None:
                 continue
+            if parameter.dtype not in rooms:
+                alike = [each for each in parameters if value_of(each) is not None and each.dtype == parameter.dtype]
+                rooms[parameter.dtype] = torch.empty(max(map(Tensor.numel, alike)), dtype=parameter.dtype)
+            whole = rooms[parameter.dtype][: parameter.numel()].view(parameter.shape)
             self._convert_to_deepspeed_param(parameter)
-            # Memory that nobody has touched takes none.
-            whole = torch.empty(value.shape, dtype=parameter.dtype)
             if self.zero_param_process_group is not None:  # a second part is kept, of a group of fewer processes
                 value.fill(whole, 0, whole.numel())
             else:
@@ -188,8 +190,8 @@ class DividedFromFiles(deepspeed.zero.Init):
             parameter.data = whole
             forget_value(parameter)
             parameter.partition()
-            parameter.data = parameter.data.to(self.local_device)  # what is left of it is empty
-        super()._convert_to_zero_parameters(others)
+            parameter.data = torch.empty(0, dtype=whole.dtype, device=self.local_device)
+        super()._convert_to_zero_parameters(parameters)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
