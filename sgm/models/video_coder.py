@@ -321,7 +321,9 @@ class VideoCoder(nn.Module):
             if self.frames_at_once is None or x.shape[2] == 0:
                 return coder(x, chunk)
             return self._in_pieces(coder, x, chunk, self.frames_at_once)
-        tails = dict(chunk.tails) if x.device.type == "cuda" else {}  # elsewhere a full memory is no such error
+        # For another attempt. On a CPU none follows, since there PyTorch does not report a full memory; the meta device
+        # stands for a GPU.
+        tails = {} if x.device.type == "cpu" else dict(chunk.tails)
         while (result := self._attempt(coder, x, chunk)) is None:
             chunk.tails.clear()
             chunk.tails.update(tails)  # some are gone, or belong to what failed
