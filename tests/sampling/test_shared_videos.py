@@ -12,6 +12,7 @@ from torch import Tensor
 
 import processes
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.sampling.requests import Frames, Latents, SampleRequest, SessionSettings
 from cogvideox_sat.sampling.session import SamplingSession
 from distributed import check_marked, run_distributed
@@ -26,6 +27,8 @@ CASES = [
     ("2b", SEQUENCE),
     ("5b", SPLIT),
     ("5b", {"processes_per_video": 2}),  # two videos at a time
+    ("5b", {"processes_per_video": 2, "knobs": SamplerKnobs("ddim", 3.0, (0.0, 0.5), "step")}),
+    ("2b", {**SEQUENCE, "knobs": SamplerKnobs(guidance_interval=(0.3, 1.0))}),
     ("5b_i2v", {**SPLIT, "offload": "sequential"}),
     ("1.5", {**SPLIT, "vae_frames_at_once": 4}),
     ("1.5_i2v", SEQUENCE),
@@ -37,11 +40,11 @@ def settings(config: str, **changes: Any) -> SessionSettings:
     return SessionSettings(loaded["model"], load=loaded["args"]["load"], sources=loaded.sources, **changes)
 
 
-def request(family: str, image: Any = None, seed: int = 7) -> SampleRequest:
+def request(family: str, image: Any = None, seed: int = 7, knobs: SamplerKnobs = NO_KNOBS) -> SampleRequest:
     if family.endswith("i2v"):
         image = image or seeded_input("image", (3, 32, 48)).clamp(-1, 1)
     frames = 4 if family.startswith("1.5") else 3
-    return SampleRequest("a boat", seed, (32, 48), frames, negative_prompt="blurred", image=image, steps=3)
+    return SampleRequest("a boat", seed, (32, 48), frames, negative_prompt="blurred", image=image, steps=3, knobs=knobs)
 
 
 def made(session: SamplingSession, asked: SampleRequest) -> tuple[Tensor, Tensor]:
@@ -52,11 +55,16 @@ def made(session: SamplingSession, asked: SampleRequest) -> tuple[Tensor, Tensor
     return latents, ((frames.clamp(-1, 1) + 1) * 127.5).round()
 
 
+def without_knobs(changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if name != "knobs"}
+
+
 def videos_of_a_rank(cases: list[tuple[str, str, dict[str, Any]]]) -> list[tuple[Tensor, Tensor, bool]]:
     results = []
     for family, config, changes in cases:
-        with SamplingSession(settings(config, **changes)) as session:
-            latents, frames = made(session, request(family, seed=7 + session.groups.video))
+        knobs = changes.get("knobs", NO_KNOBS)
+        with SamplingSession(settings(config, **without_knobs(changes))) as session:
+            latents, frames = made(session, request(family, seed=7 + session.groups.video, knobs=knobs))
             results.append((latents, frames, session.engine.conditioner is not None))
     return results
 
@@ -69,7 +77,8 @@ def test_latents_and_frames_are_those_of_one_process(tiny):
         with SamplingSession(settings(config, guidance_batch=1)) as session:
             for rank, results in enumerate(outcomes):
                 latents, frames, encodes = results[number]
-                expected, pixels = made(session, request(family, seed=7 + rank // size))
+                knobs = changes.get("knobs", NO_KNOBS)
+                expected, pixels = made(session, request(family, seed=7 + rank // size, knobs=knobs))
                 assert torch.equal(latents, outcomes[rank - rank % size][number][0])
                 assert (latents - expected).norm() <= 1e-4 * expected.norm()
                 assert (frames - pixels).abs().max() <= 1
