@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from cogvideox_sat.conversion.lora_files import read_adapter
 from cogvideox_sat.memory.sampling_peaks import Way
 from cogvideox_sat.sampling import fitting as fitting_module
 from cogvideox_sat.sampling.adapters import adapter_bytes, added_up, fitting
-from cogvideox_sat.sampling.session import sessions_of_process
+from cogvideox_sat.sampling.requests import SessionSettings
+from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process
 from diffusion_video import SATVideoDiffusionEngine
 from lora_adapters import random_adapter, with_lora
 from sample_video import main
@@ -195,6 +197,17 @@ def test_what_they_take_is_left_of_the_memory_to_stay_within(tiny, adapters, mon
         fitting_module.fitted(get_args([*given, *lora], complete=False), None)
     sessions_of_process.leave()
     assert asked[0] - asked[1] == adapter_bytes([(read_adapter(adapters[0]), 1.0)]) > 0
+
+
+def test_a_session_of_a_program_takes_them_where_the_network_has_none_of_its_own(tiny, adapters):
+    config = load_configs([tiny.config("5b")])
+    plain = SessionSettings(config["model"], load=config["args"]["load"], adapters=((adapters[0], 1.0),))
+    with SamplingSession(plain) as session:
+        assert len(session.adapters) == 1
+    network = with_lora(config["model"]["network_config"], 3, 6.0)
+    with pytest.raises(UserError, match="lora: the model was loaded with a lora_config"):
+        SamplingSession(replace(plain, model_config={**config["model"], "network_config": network}))
+    assert sessions_of_process.count == 0
 
 
 def test_layers_beyond_the_network_are_refused(tiny, tmp_path):

@@ -36,7 +36,7 @@ from cogvideox_sat.network.added_adapters import put_on
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.parallel.video_groups import video_groups
-from cogvideox_sat.sampling.adapters import added_up, read_adapters
+from cogvideox_sat.sampling.adapters import Chosen, added_up, read_adapters
 from cogvideox_sat.sampling.drawing import Drawing
 from cogvideox_sat.sampling.extension import extended
 from cogvideox_sat.sampling.part_offloading import PartOffloader
@@ -139,7 +139,7 @@ class SamplingSession:
         for path in (settings.load, settings.lora_load):
             if path:  # which fails here, before minutes go into the text encoder
                 checkpoint_shares(path)
-        self.adapters = read_adapters(settings.adapters, settings.model_config)
+        self.adapters = self._chosen(settings.adapters) if settings.adapters else ()
         check_model(settings, PARTS)  # before any weights are read
         device = choose_device(settings.device)
         engine = build_engine(settle_precision(settings, device), (), device, self.groups)
@@ -147,6 +147,15 @@ class SamplingSession:
         hide_bar(engine.sampler)  # its steps are events
         engine.prepare_network = self._adapt
         return engine
+
+    def _chosen(self, adapters: Iterable[tuple[str | Path, float]]) -> Chosen:
+        """Return adapters with their strengths; raises UserError for those that cannot be put on this network."""
+        size = self.settings.model_parallel_size
+        if has_adapter(self.settings.model_config):
+            raise UserError("lora: the model was loaded with a lora_config, which holds one adapter; load it without")
+        if size > 1:
+            raise UserError(f"lora: {size} processes share the network, and take no adapters; merge them before")
+        return read_adapters(adapters, self.settings.model_config)
 
     def _adapt(self, network: nn.Module) -> None:
         """Put the session's adapters on a network, in the place of those that were on it."""
@@ -208,9 +217,7 @@ class SamplingSession:
             UserError: one cannot be read or does not fit, or the network has an adapter of its own configuration.
             RuntimeError: a request is within a stage.
         """
-        if has_adapter(self.settings.model_config):
-            raise UserError("lora: the model was loaded with a lora_config, which holds one adapter; load it without")
-        chosen = read_adapters(adapters, self.settings.model_config)
+        chosen = self._chosen(adapters)
         if not self._stage_runs.acquire(blocking=False):
             raise RuntimeError("a request is within a stage: take it to the stage's end, or close its iterator")
         try:
