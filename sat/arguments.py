@@ -169,6 +169,10 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
     for name in ("guidance_scale", "guidance_schedule"):
         check_argument(name, getattr(args, name))
     check_argument("guidance_interval", args.guidance_interval or None)
+    for name in ("video", "strength", "extend"):
+        check_argument(name, getattr(args, name))
+    if args.strength is not None and args.video is None and args.input_type == "cli":
+        raise UserError("strength: it says how much of a clip is changed; give --video too, or leave it out")
     SamplerKnobs.of(args)  # raises for a sampler that does not exist
     if not complete:
         return

@@ -7,6 +7,8 @@
 #   bash tools/train_tiny.sh
 #   bash tools/train_tiny.sh text vae                  the text encoder and the VAE
 #   bash tools/train_tiny.sh text_to_video image_to_video
+#   bash tools/train_tiny.sh continue                  from text_to_video, a network that goes on from a clip
+#   bash tools/train_tiny.sh first_last                from image_to_video, one that is told the last frame too
 #
 # Needs ten hours on two cores.
 set -euo pipefail
@@ -78,6 +80,22 @@ train_image_to_video() {
     train_network image_to_video image_to_video "${base[@]}"
 }
 
+train_continue() {
+    local base=(configs/tiny/cogvideox_tiny.yaml configs/tiny/train_continue.yaml)
+    dataset clips_continue --clips 6000 --seed 21 --begins 0 0.5 0.5 --motions "moving left" "moving right" "moving up" \
+        "moving down" "moving in a circle" "moving in a circle" "moving in a circle" bouncing bouncing bouncing \
+        "standing still" growing shrinking
+    encode clips_continue latents_continue "${base[@]}"
+    train_network continue continue "${base[@]}"
+}
+
+train_first_last() {
+    local base=(configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/train_first_last.yaml)
+    dataset clips_i2v --clips 3000 --seed 4
+    encode clips_i2v latents_first_last "${base[@]}"
+    train_network first_last first_last "${base[@]}"
+}
+
 # What is hard: small shapes, corners and holes, motion in a circle.
 hard_motions=("moving left" "moving right" "moving up" "moving down" growing shrinking
     "moving in a circle" "moving in a circle")
@@ -130,8 +148,9 @@ export_weights() {
 }
 
 parts=(text vae text_to_video image_to_video)
+more=(continue first_last)
 for part in "$@"; do
-    if [[ " ${parts[*]} " != *" $part "* ]]; then
+    if [[ " ${parts[*]} ${more[*]} " != *" $part "* ]]; then
         echo "train_tiny: there is no part '$part': name some of ${parts[*]}, or none for all" >&2
         exit 2
     fi

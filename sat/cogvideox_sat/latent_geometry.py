@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 SPACE_FACTOR = 8  # pixels per latent along height and width, of the 3D VAE
 TIME_FACTOR = 4  # frames per latent frame after the first
+CONTEXT_FRAMES = 5  # that a window goes on from: two latent frames, since the first alone shows no motion
 
 Grid = tuple[int, int, int]  # frames, height, width in patches
 

@@ -41,7 +41,7 @@ def test_an_interval_is_two_shares(value):
 )
 def test_a_model_offers_what_it_takes(name, sizes, lengths, has_image):
     offered = offered_fields(model(name), {"fps": 8})
-    assert offered.keys() == FIELDS.keys() - {"num_frames"} - ({"image"} if not has_image else set())
+    assert offered.keys() == FIELDS.keys() - {"num_frames"} - (set() if has_image else {"image", "keyframes"})
     size = offered["size"]
     assert (size.least, size.most, size.step) == (sizes[0], sizes[1], sizes[0])
     assert offered["frames"].choices == lengths and offered["fps"].usual == 8
@@ -52,3 +52,20 @@ def test_a_model_without_guidance_offers_none():
     section = model("tiny/cogvideox_tiny.yaml")
     del section["sampler_config"]["params"]["guider_config"]
     assert not [name for name in offered_fields(section, {}) if name.startswith("guidance")]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("video", ["a.mp4"], ["", 3]),
+        ("strength", [0, 0.5, 1], [-0.1, 1.5, "half", True]),
+        ("extend", [1, ["a", "b"]], [0, -1, [], ["a", 3], 10**6, 1.5]),
+        ("keyframes", [[{"image": "a.png", "at": -1}]], [[], "a.png", [{"image": "a.png"}], [{"image": 3, "at": 0}]]),
+    ],
+)
+def test_what_a_request_may_show(name, good, bad):
+    for value in good:
+        assert name in checked_fields({"prompt": "a", name: value}, "")
+    for value in bad:
+        with pytest.raises(UserError, match=f"'{name}' must be "):
+            checked_fields({"prompt": "a", name: value}, "")

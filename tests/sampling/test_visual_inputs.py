@@ -116,7 +116,7 @@ def test_key_frames(case):
         (9, "keyframes: at is 9; the video has 9 frames, expected a number from -9 to 8"),
         (-10, "keyframes: at is -10"),
         (0.5, "keyframes: at is 0.5"),
-        (0, "number 1 is at 0, in the same 4 frames as image"),
+        (0, "keyframes: the one at 0 is in the same 4 frames as the first frame"),
     ):
         with pytest.raises(UserError, match=says):
             session.sample(replace(request, key_frames=(KeyFrame(picture(5), at),)))

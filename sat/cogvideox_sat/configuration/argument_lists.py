@@ -20,10 +20,10 @@ IGNORED_KEYS = (
 )
 
 _INPUT_FILE_HELP = (
-    "prompts: .txt, one a line (`prompt@@image` for image-to-video), or .jsonl, one object a line with prompt and "
-    "optionally negative_prompt, image, seed, frames (or num_frames, latent frames), size ([height, width]), fps, "
-    "steps, sampler, guidance_scale, guidance_interval and guidance_schedule; or the .json beside a video, to make "
-    "that video again"
+    "prompts: .txt, one a line (`prompt@@image` for image-to-video, `prompt@@first@@last`), or .jsonl, one object a "
+    "line with prompt and optionally negative_prompt, image, keyframes, video, strength, extend, seed, frames (or "
+    "num_frames, latent frames), size ([height, width]), fps, steps, sampler, guidance_scale, guidance_interval and "
+    "guidance_schedule; or the .json beside a video, to make that video again"
 )
 
 
@@ -47,6 +47,16 @@ class SamplingArguments(CommonArguments):
     negative_prompt: str = argument("", "what guidance steers away from; a .jsonl line may have its own")
     refine_prompts: bool = argument(False, "let a language model write prompts out, see tools/convert_demo.py")
     seed: int = argument(1234, "seed of the run; every prompt's noise depends on it and on the prompt's index")
+
+    # What prompts are shown; a .jsonl line may have its own
+    video: str | None = argument(None, "a clip that videos start from, or with extend go on from")
+    strength: float | None = argument(
+        None, "share of the steps that is taken from the clip: 0 keeps it, 1 leaves nothing of it (default: 0.8)"
+    )
+    extend: int | None = argument(None, "go on for so many windows from the last frames of the video, or of the clip")
+    keyframes: list[str] = argument(  # noqa: RUF009
+        [], "pictures that frames show, IMAGE:AT; -1 is the last frame, such as last.png:-1 (image-to-video)"
+    )
 
     # Videos
     batch_size: int = argument(1, "videos per prompt")

@@ -1,12 +1,12 @@
 """What a model can take, read off its configuration, so that a wrong request is refused before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, patch_sizes
-from sgm.errors import UserError
+from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, latent_frame_of, patch_sizes
+from sgm.errors import UserError, shown
 
 OFFLOAD_POLICIES = ("none", "stage", "sequential")
 
@@ -84,6 +84,32 @@ class ModelLimits:
     def video_frames(self, latent_frames: int) -> int:
         """Return how many frames the video of so many latent frames has."""
         return (latent_frames - self.extra_frames - 1) * TIME_FACTOR + 1
+
+    def key_frame_places(self, numbers: Sequence[int], latent_frames: int, first: bool) -> list[int]:
+        """Return the latent frames that key frames stand in.
+
+        Args:
+            numbers: of the frames that they are in a video of `latent_frames`, from 0; -1 is the last.
+            first: the first frame is told besides.
+
+        Raises:
+            UserError: a number is beyond the video, or two key frames lie in one latent frame.
+        """
+        frames = self.video_frames(latent_frames)
+        taken = {0: "the first frame"} if first else {}
+        for at in numbers:
+            if type(at) is not int or not -frames <= at < frames:
+                raise UserError(
+                    f"keyframes: at is {shown(at)}; the video has {frames} frames, expected a number from {-frames} to "
+                    f"{frames - 1}"
+                )
+            place = latent_frame_of(at % frames)
+            if place in taken:
+                raise UserError(
+                    f"keyframes: the one at {at} is in the same {TIME_FACTOR} frames as {taken[place]}; leave out one"
+                )
+            taken[place] = f"the one at {at}"
+        return list(taken)[int(first) :]
 
     def check_clip(
         self,

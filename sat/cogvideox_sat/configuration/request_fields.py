@@ -19,6 +19,7 @@ from sgm.plain_json import has_half_characters
 LARGEST_SEED = 2**63 - 1
 LARGEST_SCALE = 1000  # of guidance; the released models use 6
 MOST_STEPS = 2**20
+MOST_WINDOWS = 1000  # by which a video is continued
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Field:
     help: str
 
 
-def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+def _is_whole(value: Any, least: float, most: float = math.inf) -> bool:
     return type(value) is int and least <= value <= most  # bool is a subclass of int, and true is no number of frames
 
 
@@ -50,11 +51,39 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_key_frame(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == {"image", "at"}
+        and _is_path(value["image"])
+        and _is_whole(value["at"], -math.inf)
+    )
+
+
+def _is_extension(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and 0 < len(value) <= MOST_WINDOWS and all(map(_is_text, value))
+    return is_list or _is_whole(value, 1, MOST_WINDOWS)
+
+
 FIELDS = {
     "prompt": Field("a string", _is_text, "what the video shows"),
     "negative_prompt": Field("a string", _is_text, "what guidance steers away from"),
-    "image": Field(
-        "the path of an image", lambda value: isinstance(value, str) and value != "", "the first frame of the video"
+    "image": Field("the path of an image", _is_path, "the first frame of the video"),
+    "keyframes": Field(
+        'a list of objects such as {"image": "last.png", "at": -1}',
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_key_frame, value)),
+        "pictures that other frames of the video show",
+    ),
+    "video": Field("the path of a video", _is_path, "the clip that the video starts from, or goes on from"),
+    "strength": Field("a number from 0 to 1", lambda value: _is_number(value, 0, 1), "how much of the clip is changed"),
+    "extend": Field(
+        f"a whole number from 1 to {MOST_WINDOWS}, or a list of prompts",
+        _is_extension,
+        "further windows that the video goes on for, or their prompts",
     ),
     "seed": Field(
         "a whole number from 0 to 2^63 - 1", lambda value: _is_whole(value, 0, LARGEST_SEED), "seed of the noise"
@@ -157,7 +186,8 @@ class OfferedField:
     """What a loaded model takes in a field.
 
     Args:
-        kind: text, image, whole, number, pair (of whole numbers), interval (two shares) or choice.
+        kind: text, image, video, key frames (pictures with numbers of frames), whole, number, pair (of whole numbers),
+            interval (two shares) or choice.
         usual: what it is where a request says nothing; None: nothing, or another one for each request.
         least, most, step: of numbers, of both of a pair (`most` of each); None: no bound.
         choices: the values that the model takes; empty: any within the bounds.
@@ -193,6 +223,10 @@ def offered_fields(model_config: Mapping[str, Any], usual: Mapping[str, Any]) ->
         "prompt": {"kind": "text", "required": True},
         "negative_prompt": {"kind": "text"},
         "image": {"kind": "image", "required": True} if limits.image_to_video else {},
+        "keyframes": {"kind": "key frames"} if limits.image_to_video else {},
+        "video": {"kind": "video"},
+        "strength": {"kind": "number", "least": 0, "most": 1},
+        "extend": {"kind": "whole", "least": 1, "most": MOST_WINDOWS},
         "seed": {"kind": "whole", "least": 0, "most": LARGEST_SEED},
         "size": {"kind": "pair", "least": side, "most": (height, width), "step": side},
         "frames": {"kind": "choice", "choices": lengths},

@@ -39,6 +39,10 @@ FIELDS = {
     "original_prompt": _TEXT_OR_NONE,  # missing: null
     "negative_prompt": _TEXT,
     "image": _OBJECT_OR_NONE,
+    "keyframes": _LIST,  # missing: none; so with the next three
+    "video_from": _OBJECT_OR_NONE,
+    "strength": ((int, float, type(None)), "a number or null"),
+    "extend": _LIST,
     "seed": _WHOLE,
     "index": _WHOLE,
     "steps": _WHOLE,
@@ -104,6 +108,10 @@ class VideoRecord:
             "prompt": content["prompt"],
             "negative_prompt": content["negative_prompt"],
             "image": image and image["path"],
+            "keyframes": [{"image": entry["path"], "at": entry["at"]} for entry in content["keyframes"]] or None,
+            "video": content["video_from"] and content["video_from"]["path"],
+            "strength": content["strength"],
+            "extend": content["extend"] or None,
             "seed": content["seed"],
             "size": tuple(content["size"]),
             "num_frames": content["latent_frames"],
@@ -177,7 +185,9 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where} is of format {shown(content['format'])}, this program reads {FORMAT}; sample it again"
         )
-    content.setdefault("original_prompt", None)
+    for key, value in (("original_prompt", None), ("keyframes", []), ("video_from", None), ("strength", None)):
+        content.setdefault(key, value)
+    content.setdefault("extend", [])
     for key, (kinds, expected) in FIELDS.items():
         value = content.get(key)
         if key not in content or not isinstance(value, kinds) or isinstance(value, bool):
@@ -188,9 +198,15 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: precision is {shown(content['precision'])}; it can be {', '.join(PRECISION_NAMES)}")
     if not 0 <= content["index"] < 2**63:
         raise UserError(f"{where}: index is {content['index']}; it can be from 0 to 2^63 - 1")
-    for key in ("checkpoint", "image"):
+    for key in ("checkpoint", "image", "video_from"):
         if content[key] is not None and not isinstance(content[key].get("path"), str):
             raise UserError(f"{where}: {key}.path is {shown(content[key].get('path'))}; expected text")
+    for entry in content["keyframes"]:
+        if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and type(entry.get("at")) is int):
+            raise UserError(f"{where}: keyframes holds {shown(entry)}; expected objects with path and at")
+    for text in content["extend"]:
+        if not isinstance(text, str) or has_half_characters(text):
+            raise UserError(f"{where}: extend holds {shown(text)}; expected texts")
     for adapter in content["adapters"]:
         fits = isinstance(adapter, dict) and isinstance(adapter.get("path"), str)
         if not fits or isinstance(adapter.get("scale"), bool) or not isinstance(adapter.get("scale"), int | float):
@@ -291,7 +307,7 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"version of {name}", version
     for name in ("device", "attention", "threads", "processors"):
         yield name, content.get(name)
-    for name in ("checkpoint", "vae", "text_encoder", "image"):
+    for name in ("checkpoint", "vae", "text_encoder", "image", "video_from"):
         yield f"content of the {name.replace('_', ' ')}", (content.get(name) or {}).get("hash")
     for number, adapter in enumerate(content["adapters"]):
         yield f"content of adapter {number + 1}", adapter.get("hash")

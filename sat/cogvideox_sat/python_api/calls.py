@@ -4,21 +4,38 @@ Nothing here imports PyTorch.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.configuration.request_fields import FIELDS, checked_fields, nearest_field
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest, found_image
+from cogvideox_sat.sampling.prompt_inputs import PromptRequest, found_files
 from sgm.errors import UserError, shown
 
-IN_MEMORY = "the image"  # stands for one that is no file while fields are checked
-PAIRS = ("size", "guidance_interval")
+IN_MEMORY = "in memory"  # stands for a picture or clip that is no file while fields are checked
+SHOWN = ("image", "video", "keyframes")  # which may be pictures and clips in memory
+LISTS = ("size", "guidance_interval", "keyframes", "extend")  # a value of these may be a list
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """What a request shows that is no file.
+
+    Args:
+        image: the first frame.
+        video: the clip; the request then names one that is called `IN_MEMORY`.
+        keyframes: pictures, each with the number of its frame.
+    """
+
+    image: Any = None
+    video: Any = None
+    keyframes: tuple[tuple[Any, int], ...] = ()
 
 
 def requests_of(
     prompt: Any, given: Mapping[str, Any], image_to_video: bool
-) -> tuple[list[tuple[PromptRequest, Any]], bool]:
-    """Return the requests of a call, each with its first frame where that is no file, and whether it asks for a list.
+) -> tuple[list[tuple[PromptRequest, InMemory]], bool]:
+    """Return the requests of a call, each with what it shows that is no file, and whether the call asks for a list.
 
     Args:
         prompt: one, or a list; each a text, or a mapping with the fields of a line of a `.jsonl` file.
@@ -55,8 +72,9 @@ def spread(name: str, value: Any, count: int | None) -> list[Any]:
         UserError: it is a list of another length.
     """
     is_list = isinstance(value, list | tuple)
-    if name in PAIRS:
-        is_list = is_list and (not value or isinstance(value[0], list | tuple | None.__class__))
+    if name in LISTS and is_list and value:  # else it is one value, which is a list
+        inner = list | tuple | int | None.__class__ if name == "extend" else list | tuple | None.__class__
+        is_list = isinstance(value[0], inner)
     if count is None or not is_list:
         return [value] * (count or 1)
     if len(value) != count:
@@ -71,26 +89,48 @@ def plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-def request_of(fields: dict[str, Any], index: int, where: str, image_to_video: bool) -> tuple[PromptRequest, Any]:
-    """Return a request, and its first frame where that is no file.
+def request_of(fields: dict[str, Any], index: int, where: str, image_to_video: bool) -> tuple[PromptRequest, InMemory]:
+    """Return a request, and what it shows that is no file.
 
     Raises:
         UserError: a field does not exist or is none of what it takes, or the model takes no image or needs one.
     """
-    fields = {name: value if name == "image" else plain(value) for name, value in fields.items()}
-    image = fields.get("image")
-    if isinstance(image, Path):
-        fields["image"] = image = str(image)
-    if in_memory := image is not None and not isinstance(image, str):
-        fields["image"] = IN_MEMORY
+    fields = {name: value if name in SHOWN else plain(value) for name, value in fields.items()}
+    fields, memory = without_memory(fields)
     values = checked_fields(fields, where)
     if not values["prompt"].strip():
         raise UserError(f"{where}prompt is {shown(values['prompt'])}; say what the video shows")
-    if image_to_video != ("image" in values):
+    told = "image" in values or "keyframes" in values
+    if image_to_video != told and not (image_to_video and "video" in values):
         kind, advice = ("an image", "give its first frame as") if image_to_video else ("a text", "leave out")
         raise UserError(f"{where}image: this is {kind}-to-video model; {advice} `image`")
-    if in_memory:
-        del values["image"]
-    elif "image" in values:
-        values["image"] = found_image(values["image"], Path.cwd(), f"{where}image")
-    return PromptRequest(index, values.pop("prompt"), **values), image if in_memory else None
+    files = {name: value for name, value in values.items() if value != IN_MEMORY}
+    if "keyframes" in files:
+        files["keyframes"] = tuple(entry for entry in files["keyframes"] if entry["image"] != IN_MEMORY)
+    found = found_files(files, Path.cwd(), f"{where}image")
+    if memory.video is not None:
+        found["video"] = Path(IN_MEMORY)
+    return PromptRequest(index, found.pop("prompt"), **found), memory
+
+
+def without_memory(fields: Mapping[str, Any]) -> tuple[dict[str, Any], InMemory]:
+    """Return the fields with `IN_MEMORY` in place of pictures and clips that are no files, and these."""
+    named, memory = dict(fields), {}
+    for name in ("image", "video"):
+        value = named.get(name)
+        if isinstance(value, Path):
+            named[name] = str(value)
+        elif value is not None and not isinstance(value, str):
+            named[name], memory[name] = IN_MEMORY, value
+    if isinstance(entries := named.get("keyframes"), list | tuple):
+        named["keyframes"], kept = [], []
+        for entry in entries:
+            picture = entry.get("image") if isinstance(entry, Mapping) else None
+            if isinstance(picture, Path):
+                entry = {**entry, "image": str(picture)}
+            elif picture is not None and not isinstance(picture, str):
+                kept.append((picture, entry.get("at")))
+                entry = {**entry, "image": IN_MEMORY}
+            named["keyframes"].append(entry)
+        memory["keyframes"] = tuple(kept)
+    return named, InMemory(**memory)

@@ -13,23 +13,24 @@ from typing import Any, Self, cast, overload
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from arguments import SamplingArguments
 from cogvideox_sat.configuration.adapter_lists import adapter_texts, located_adapters, path_and_weight
 from cogvideox_sat.configuration.frame_sizes import size_from_image
 from cogvideox_sat.configuration.request_fields import OfferedField, check_argument, offered_fields
-from cogvideox_sat.media.image_inputs import fitted_image, to_rgb
 from cogvideox_sat.media.video_output import pixels_of
-from cogvideox_sat.python_api.calls import plain, requests_of
+from cogvideox_sat.python_api.calls import InMemory, plain, requests_of
+from cogvideox_sat.python_api.pictures import first_frame, fitted, fitted_clip, input_clip
 from cogvideox_sat.python_api.results import Video
 from cogvideox_sat.sampling.plan import PlannedVideo, check_request, planned_video
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest
 from cogvideox_sat.sampling.record_making import Recorder
+from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import (
     Encoded,
     Frames,
+    KeyFrame,
     Latents,
     Progress,
     Result,
@@ -37,7 +38,6 @@ from cogvideox_sat.sampling.requests import (
     SampleRequest,
     SessionSettings,
 )
-from cogvideox_sat.sampling.run import sample_request
 from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
 from diffusion_video import PARTS
 from sgm.errors import UserError, shown
@@ -117,6 +117,10 @@ class Pipeline:
         *,
         negative_prompt: str | Sequence[str] | None = None,
         image: Any = None,
+        keyframes: Sequence[Mapping[str, Any]] | None = None,
+        video: Any = None,
+        strength: float | Sequence[float] | None = None,
+        extend: int | Sequence[Any] | None = None,
         seed: int | Sequence[int] | None = None,
         size: Sequence[int] | Sequence[Sequence[int]] | None = None,
         frames: int | Sequence[int] | None = None,
@@ -141,6 +145,13 @@ class Pipeline:
             negative_prompt: what guidance steers away from.
             image: the first frame, for image-to-video models: a path, a picture of Pillow's, an array (h, w, 3) of
                 uint8, or a tensor (3, height, width) in [-1, 1] of the video's size.
+            keyframes: other frames of image-to-video models, mappings with `image`, as above, and `at`, the number of
+                the frame; -1 is the last.
+            video: a clip that the video starts from: a path, an array (t, h, w, 3) of uint8, or a tensor
+                (t, 3, height, width) in [-1, 1] of the video's size; both at the rate of the video. With `extend` and
+                without `strength` it stays as it is and is continued.
+            strength: share of the steps that is taken from the clip: 0 keeps it, 1 leaves nothing of it. Default: 0.8.
+            extend: a number of further windows that go on from the last frames, or their prompts.
             seed: of the noise. For several prompts one seed is that of a run of the command, from which each prompt's
                 own follows; a list gives each its own. Default: 1234.
             size: (height, width) in pixels.
@@ -163,6 +174,10 @@ class Pipeline:
         given = {
             "negative_prompt": negative_prompt,
             "image": image,
+            "keyframes": keyframes,
+            "video": video,
+            "strength": strength,
+            "extend": extend,
             "size": size,
             "frames": frames,
             "num_frames": num_frames,
@@ -187,7 +202,7 @@ class Pipeline:
             {name: value for name, value in given.items() if value is not None},
             self.session.limits.image_to_video,
         )
-        jobs = [self._planned(request, first, args, several) for request, first in found]
+        jobs = [self._planned(request, memory, args, several) for request, memory in found]
         cancellations = self._cancellations
         with self._turn, shown_progress(progress, jobs, self.session) as tell:
             args = replace(args, lora=self.args.lora)
@@ -201,25 +216,40 @@ class Pipeline:
         return videos if several else videos[0]
 
     def _planned(
-        self, request: PromptRequest, first: Any, args: SamplingArguments, several: bool
+        self, request: PromptRequest, memory: InMemory, args: SamplingArguments, several: bool
     ) -> tuple[PlannedVideo, SampleRequest]:
         """Return the video of a request, and what the session is asked for."""
-        where = f"prompt {request.index + 1}: " if several else ""
-        picture = None
-        if first is not None:
-            picture = first_frame(first, f"{where}image")
-            if request.size is None and args.size_from_image:
-                height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
-                request = replace(request, size=size_from_image((height, width), self.session.limits))
+        where, limits = f"prompt {request.index + 1}: " if several else "", self.session.limits
+        picture = None if memory.image is None else first_frame(memory.image, f"{where}image")
+        if picture is not None and request.size is None and args.size_from_image:
+            height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
+            request = replace(request, size=size_from_image((height, width), limits))
+        clip = None if memory.video is None else input_clip(memory.video, f"{where}video")
+        if clip is not None and not request.goes_on and request.latent_frames(limits) is None:
+            longest = limits.video_frames(args.sampling_num_frames)
+            fitting = [length for length in limits.lengths() if 1 < length <= min(len(clip), longest)]
+            request = replace(request, frames=fitting[-1] if fitting else longest)
         check_request(request, args, where)
         planned = planned_video(request, args, PLACE)
         asked = sample_request(planned, args)
-        if isinstance(picture, Tensor):
-            asked = replace(asked, image=picture)
-        elif picture is not None:
-            asked = replace(asked, image=partial(fitted_image, picture, planned.size))
+        if picture is not None:
+            asked = replace(asked, image=fitted(picture, planned.size))
+        key_frames = [
+            KeyFrame(fitted(first_frame(image, f"{where}keyframes"), planned.size), at)
+            for image, at in memory.keyframes
+        ]
+        asked = replace(asked, key_frames=(*asked.key_frames, *key_frames))
+        if clip is not None:
+            used = clip if request.goes_on else clip[: limits.video_frames(planned.frames)]
+            pixels = fitted_clip(used, planned.size)
+            image = (
+                pixels[0]
+                if isinstance(asked.image, partial) and memory.image is None and not request.image
+                else asked.image
+            )
+            asked = replace(asked, video=pixels, image=image)
         self.session.steps_of(planned.steps, planned.knobs, f"{where}steps")
-        asked.check(self.session.limits)
+        asked.check(limits)
         return planned, asked
 
     def _made(
@@ -344,6 +374,7 @@ def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[s
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
         "image": str(image) if isinstance(image, Path) else image,
+        **shown_fields(planned, asked),
         "seed": planned.seed,
         "size": planned.size,
         "num_frames": planned.frames,
@@ -354,21 +385,17 @@ def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[s
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def first_frame(image: Any, where: str) -> Image.Image | Tensor:
-    """Return a first frame that is no file: a picture in RGB, or a tensor as it is.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if isinstance(image, Tensor):
-        return image
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
-            raise UserError(f"{where} is an array of {image.dtype} {image.shape}; give uint8 of (height, width, 3)")
-        image = Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
-    raise UserError(f"{where} is {shown(image)}; give a path, a picture, an array or a tensor")
+def shown_fields(planned: PlannedVideo, asked: SampleRequest) -> dict[str, Any]:
+    """Return the fields of what a request shows besides its first frame, and how it goes on; None: it does not."""
+    request = planned.request
+    files = {key_frame.at: str(key_frame.path) for key_frame in request.keyframes}
+    told = [{"image": files.get(key_frame.at, key_frame.image), "at": key_frame.at} for key_frame in asked.key_frames]
+    return {
+        "keyframes": told or None,
+        "video": asked.video if isinstance(asked.video, Tensor) else request.video and str(request.video),
+        "strength": request.strength,
+        "extend": list(request.windows) or None,
+    }
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from cogvideox_sat.sampling.requests import CONTEXT_FRAMES, Frames, Progress, Result, SampleEvent, SampleRequest
+from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
+from cogvideox_sat.sampling.requests import Frames, Progress, Result, SampleEvent, SampleRequest
 from sgm.seeds import derive_seed
 
 

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 def keeping_latents(videos: Sequence[VideoInProgress], recorder: Recorder) -> Iterator[None]:
     """Have the latents of sampled videos in files while the block decodes them, so that nothing can lose them: no full
     memory or disk, and not the end of the process. Those of complete videos are removed."""
-    sampled = [video for video in videos if video.failure is None]
+    # The latents of a video that goes on are those of its first window.
+    sampled = [video for video in videos if video.failure is None and not video.planned.request.extend]
     for video in sampled:
         keep(video, kept_path(video.planned.path), recorder)
     try:
@@ -45,6 +46,8 @@ def keep(video: VideoInProgress, path: Path, recorder: Recorder) -> str | None:
 
 def where_latents_are(video: VideoInProgress, recorder: Recorder) -> str:
     """Return the end of the report of a video that cannot be decoded: the command that decodes it later."""
+    if video.planned.request.extend:
+        return "; its latents are not kept, since it has several windows"
     if video.kept is None:  # beside the video there is no place; perhaps there is in the folder of temporary files
         name = f"{video.planned.request.index}_{video.planned.seed}{KEPT_SUFFIX}"
         if problem := keep(video, Path(tempfile.mkdtemp(prefix="cogvideox-")) / name, recorder):

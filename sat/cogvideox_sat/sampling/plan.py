@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from arguments import SamplingArguments
+from cogvideox_sat.commands.input_paths import required_input
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image, warn_of_crop
@@ -21,8 +22,10 @@ from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, ch
 from cogvideox_sat.configuration.video_layout import check_world, layout_of
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
+from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts, request_seed
 from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine
+from cogvideox_sat.sampling.shown_files import KeyFrameFile, frames_of_video, key_frame_files, video_facts
 from sgm.errors import UserError, shown
 from sgm.seeds import derive_seed
 
@@ -77,13 +80,33 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     if args.input_file is None:
         raise UserError("input_file is missing: name a file of prompts")
     try:
-        requests = read_prompts(args.input_file, args.image2video)
+        # What the whole run shows may be the picture that an image-to-video model needs.
+        shows = bool(args.keyframes) or args.video is not None
+        requests = read_prompts(args.input_file, None if args.image2video and shows else args.image2video)
     except UserError as error:
         raise UserError(f"input_file: {error}") from error
+    requests = [with_shown(request, args) for request in requests]
     for request in requests:
         check_request(request, args, f"{args.input_file}, prompt {request.index + 1}: ")
     shown = [output for request in requests for output in outputs(request, args)]
     return SamplingPlan(plan_videos(requests, args), shown)
+
+
+def with_shown(request: PromptRequest, args: SamplingArguments) -> PromptRequest:
+    """Return a request with what the arguments of the whole run show, where it says nothing itself.
+
+    Raises:
+        UserError: a file that the arguments name does not exist.
+    """
+    changes: dict[str, Any] = {}
+    if request.video is None and args.video is not None:
+        changes["video"] = required_input(args.video, "video")
+    if not request.keyframes and args.keyframes:
+        changes["keyframes"] = key_frame_files(args.keyframes, lambda name: required_input(name, "keyframes"))
+    for name in ("strength", "extend"):
+        if getattr(request, name) is None and getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    return replace(request, **changes)
 
 
 def check_model_arguments(args: SamplingArguments) -> None:
@@ -112,11 +135,18 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
     """
     record = args.record
     image = record["image"] and Path(record["image"]["path"])
-    if (image is not None) != args.image2video:
+    key_frames = tuple(KeyFrameFile(Path(entry["path"]), entry["at"]) for entry in record["keyframes"])
+    clip = record["video_from"] and Path(record["video_from"]["path"])
+    told = image is not None or bool(key_frames)
+    if told != args.image2video and not (args.image2video and clip is not None):
         kind = "an image" if args.image2video else "a text"
         raise UserError(f"{record.path}: image is {shown(record['image'])}, but this is {kind}-to-video model")
-    if image is not None and not image.is_file():
-        raise UserError(f"{record.path}: image: {image} does not exist; put it back, or name its new place in the file")
+    files = [("image", image), ("video_from", clip), *(("keyframes", key_frame.path) for key_frame in key_frames)]
+    for name, file in files:
+        if file is not None and not file.is_file():
+            raise UserError(
+                f"{record.path}: {name}: {file} does not exist; put it back, or name its new place in the file"
+            )
     original = record["original_prompt"]
     height, width = args.sampling_image_size
     request = PromptRequest(
@@ -126,6 +156,10 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
         seed=args.seed,
         num_frames=args.sampling_num_frames,
         size=(height, width),
+        keyframes=key_frames,
+        video=clip,
+        strength=record["strength"],
+        extend=tuple(record["extend"]) or None,
     )
     sampled = replace(request, text=record["prompt"])
     videos = [replace(video, request=sampled, original_prompt=original) for video in plan_videos([request], args)]
@@ -190,11 +224,33 @@ def check_request(request: PromptRequest, args: SamplingArguments, where: str) -
             "sampling_num_frames" if request.num_frames is None else "num_frames",
             "sampling_image_size" if request.size is None else "size",
         )
-        limits.check_clip(latent_frames(request, args), *video_size(request, args), names=names)
+        frames = latent_frames(request, args)
+        limits.check_clip(frames, *video_size(request, args), names=names)
+        check_shown(request, args, limits, frames)
         changed_sampler(args.model_config["sampler_config"], knobs_of(request, args))
         check_steps(args.model_config["sampler_config"], request.steps, "steps")
     except UserError as error:
         raise UserError(f"{where}{error}") from error
+
+
+def check_shown(request: PromptRequest, args: SamplingArguments, limits: ModelLimits, frames: int) -> None:
+    """Check that a model of such limits can do with what a request shows, for windows of so many latent frames.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if request.strength is not None and request.video is None:
+        raise UserError("strength: it says how much of a clip is changed; give video too, or leave it out")
+    if request.keyframes and not limits.image_to_video:
+        raise UserError("keyframes: this is a text-to-video model; use an '_i2v' configuration")
+    numbers = [key_frame.at for key_frame in request.keyframes]
+    limits.key_frame_places(numbers, frames, first=request.image is not None)
+    if request.extend:
+        window = limits.video_frames(frames)
+        if window <= CONTEXT_FRAMES:
+            raise UserError(f"extend: a window has {window} frames; it must have more than {CONTEXT_FRAMES}")
+        if args.only_save_latents:
+            raise UserError("extend: windows go on from decoded frames; leave out only_save_latents")
 
 
 def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, int]:
@@ -206,12 +262,18 @@ def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, in
 
 
 def latent_frames(request: PromptRequest, args: SamplingArguments) -> int:
-    """Return the length of a request's videos in latent frames: its own, or that of the whole run.
+    """Return the length of a request's videos in latent frames: its own, or that of the whole run, or as much of that
+    as the clip has that it starts from.
 
     Raises:
         UserError: the model makes no such video.
     """
-    return request.latent_frames(ModelLimits.from_config(args.model_config)) or args.sampling_num_frames
+    limits = ModelLimits.from_config(args.model_config)
+    if frames := request.latent_frames(limits):
+        return frames
+    if request.video is None or request.goes_on:
+        return args.sampling_num_frames
+    return frames_of_video(request.video, request.fps or args.sampling_fps, args.sampling_num_frames, limits)
 
 
 def knobs_of(request: PromptRequest, args: SamplingArguments) -> SamplerKnobs:
@@ -222,6 +284,9 @@ def knobs_of(request: PromptRequest, args: SamplingArguments) -> SamplerKnobs:
 def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:
     """Log a size that follows from an image, and warn if much of the image is cut away."""
     image = size_of_image(request.image) if request.image else None
+    if request.video is not None and (facts := video_facts(request.video)) is not None:
+        name = f"prompt {request.index + 1}, {request.video}"
+        warn_of_crop(name, (facts.height, facts.width), size, "size sets another one")
     if image is None:
         return
     name = f"prompt {request.index + 1}, {request.image}"

@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
+from cogvideox_sat.clips.files import IMAGE_SUFFIXES
 from cogvideox_sat.commands.input_paths import ROOT, find_input, places, tell_places
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.request_fields import checked_fields
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
+from cogvideox_sat.sampling.shown_files import KeyFrameFile, key_frame_files
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 from sgm.seeds import derive_seed
@@ -37,6 +40,10 @@ class PromptRequest:
         fps: frames a second of the file.
         steps: sampling steps.
         sampler, guidance_scale, guidance_interval, guidance_schedule: see `SamplerKnobs`.
+        keyframes: pictures that other frames show, for image-to-video models.
+        video: the clip that the video starts from; without `strength` and with `extend` the clip that is continued.
+        strength: share of the steps that is taken from the clip.
+        extend: further windows, or their prompts.
     """
 
     index: int
@@ -53,6 +60,20 @@ class PromptRequest:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_schedule: str | None = None
+    keyframes: tuple[KeyFrameFile, ...] = ()
+    video: Path | None = None
+    strength: float | None = None
+    extend: int | tuple[str, ...] | None = None
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """Return the prompts of further windows."""
+        return (self.text,) * self.extend if isinstance(self.extend, int) else self.extend or ()
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether the clip stays as it is and is continued."""
+        return bool(self.extend) and self.video is not None and self.strength is None
 
     def latent_frames(self, limits: ModelLimits) -> int | None:
         """Return the length in latent frames; None: as the arguments of the whole run say.
@@ -79,8 +100,9 @@ def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[P
     Empty lines and empty prompts are left out. They count in a text file, as in the original, and not in `.jsonl`.
 
     `.jsonl`: one JSON object a line with the key `prompt` and, as wanted, the other fields of `PromptRequest`.
-    Any other suffix: one prompt a line, `prompt@@image_path` where there is an image. Text is UTF-8 in both, and an
-    image path that does not exist from the current directory is taken from the folder of the prompt file.
+    Any other suffix: one prompt a line, `prompt@@image` where there is a first frame, `prompt@@first@@last` where there
+    is a last one too. Text is UTF-8 in both, and the path of a picture or clip that does not exist from the current
+    directory is taken from the folder of the prompt file.
 
     Args:
         image_to_video: True demands an image for every prompt, False refuses images, None takes both.
@@ -103,7 +125,7 @@ def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[P
         if not request.text.strip():
             logger.warning("%s: skipped, its prompt is empty", where)
             continue
-        _check_image_use(request, image_to_video, where)
+        check_image_use(request, image_to_video, where)
         requests.append(request)
     if not requests:
         raise UserError(f"prompt file {path} holds no prompt: write one a line")
@@ -125,27 +147,41 @@ def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> st
         if not request.text.strip():
             continue
         text = next(remaining)
-        name = _image_name(line, is_json)
-        # An image that was found beside the prompt file would not be found beside another.
-        moved = None
-        if name is not None and folder.resolve() != path.parent.resolve() and request.image != Path(name):
-            moved = request.image
-        if text is None and moved is None:
-            continue
-        text, name = text or request.text, name if moved is None else str(moved.resolve())
-        if is_json:
-            record = {**parse_json(line), "prompt": text, **({} if name is None else {"image": name})}
-            pieces[i] = json.dumps(record, ensure_ascii=line.isascii())
-        else:
-            pieces[i] = text if name is None else f"{text}{IMAGE_SEPARATOR}{name}"
+        moved = folder.resolve() != path.parent.resolve()
+        replaced = _replaced_json(line, text, request, moved) if is_json else _replaced_text(line, text, request, moved)
+        pieces[i] = line if replaced is None else replaced
     return "".join(pieces)
 
 
-def _image_name(line: str, is_json: bool) -> str | None:
-    if is_json:
-        return parse_json(line).get("image")
-    _, separator, name = line.rpartition(IMAGE_SEPARATOR)
-    return name.strip() if separator else None
+def _replaced_text(line: str, text: str | None, request: PromptRequest, moved: bool) -> str | None:
+    """Return a line with another prompt, and with whole paths where these would not be found; None: it stays."""
+    _, *names = _split_text(line)
+    files = [file for file in (request.image, *(key_frame.path for key_frame in request.keyframes)) if file is not None]
+    placed = [_placed(name, file, moved) for name, file in zip(names, files, strict=True)]
+    if text is None and placed == names:
+        return None
+    return IMAGE_SEPARATOR.join((text or request.text, *placed))
+
+
+def _replaced_json(line: str, text: str | None, request: PromptRequest, moved: bool) -> str | None:
+    record = parse_json(line)
+    placed = dict(record)
+    for name, file in (("image", request.image), ("video", request.video)):
+        if file is not None:
+            placed[name] = _placed(record[name], file, moved)
+    if request.keyframes:
+        placed["keyframes"] = [
+            {**entry, "image": _placed(entry["image"], key_frame.path, moved)}
+            for entry, key_frame in zip(record["keyframes"], request.keyframes, strict=True)
+        ]
+    if text is None and placed == record:
+        return None
+    return json.dumps({**placed, "prompt": text or request.text}, ensure_ascii=line.isascii())
+
+
+def _placed(name: str, file: Path, moved: bool) -> str:
+    """Return what names a file: one that was found beside the prompt file would not be found beside another."""
+    return str(file.resolve()) if moved and file != Path(name) else name
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -171,12 +207,25 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_text(line: str, index: int, folder: Path, where: str) -> PromptRequest:
-    text, separator, image = line.rpartition(IMAGE_SEPARATOR)
-    if not separator:
-        return PromptRequest(index, line)
-    if not image.strip():
-        raise UserError(f"{where}: there is no image path after '{IMAGE_SEPARATOR}'")
-    return PromptRequest(index, text.strip(), image=found_image(image.strip(), folder, where))
+    text, *names = _split_text(line)
+    for name in names:
+        if not name:
+            raise UserError(f"{where}: there is no image path after '{IMAGE_SEPARATOR}'")
+    images = [found_image(name, folder, where) for name in names]
+    last = tuple(KeyFrameFile(image, -1) for image in images[1:])
+    return PromptRequest(index, text, image=images[0] if images else None, keyframes=last)
+
+
+def _split_text(line: str) -> list[str]:
+    """Return the prompt, and the names of its first and its last picture where it has such.
+
+    What stands between two separators is a part of the prompt, as in the original, unless it is named like a picture.
+    """
+    text, *names = (part.strip() for part in line.rsplit(IMAGE_SEPARATOR, 2))
+    if len(names) == 2 and PurePath(names[0]).suffix.lower() not in IMAGE_SUFFIXES:
+        head, _, name = line.rpartition(IMAGE_SEPARATOR)
+        return [head.strip(), name.strip()]
+    return [text, *names] if names else [line]
 
 
 def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptRequest:
@@ -187,13 +236,27 @@ def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptReques
     if not isinstance(record, dict):
         raise UserError(f'{where}: expected a JSON object such as {{"prompt": "a cat"}}, got {_shorten(record)}')
     values = checked_fields(record, f"{where}: ")
+    return PromptRequest(index, values.pop("prompt"), **found_files(values, folder, where))
+
+
+def found_files(values: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """Return fields with the files that they name in place of their names.
+
+    Raises:
+        UserError: one does not exist; `where` begins the message.
+    """
+    found = dict(values)
     if "image" in values:
-        values["image"] = found_image(values["image"], folder, where)
-    return PromptRequest(index, values.pop("prompt"), **values)
+        found["image"] = found_image(values["image"], folder, where)
+    if "video" in values:
+        found["video"] = found_image(values["video"], folder, where, "video")
+    if "keyframes" in values:
+        found["keyframes"] = key_frame_files(values["keyframes"], lambda name: found_image(name, folder, where))
+    return found
 
 
-def found_image(name: str, folder: Path, where: str) -> Path:
-    """Return the image that a request names, from the current directory, from `folder`, or from the program's root.
+def found_image(name: str, folder: Path, where: str, kind: str = "image") -> Path:
+    """Return the picture or clip that a request names, from the current directory, `folder`, or the program's root.
 
     Raises:
         UserError: it is in none of them; `where` begins the message.
@@ -206,14 +269,21 @@ def found_image(name: str, folder: Path, where: str) -> Path:
     if found is not None and found.is_file():
         return found
     raise UserError(
-        f"{where}: image {name} does not exist, neither in the current working directory nor in {folder} nor in {ROOT}"
+        f"{where}: {kind} {name} does not exist, neither in the current working directory nor in {folder} nor in {ROOT}"
     )
 
 
-def _check_image_use(request: PromptRequest, image_to_video: bool | None, where: str) -> None:
-    if image_to_video is True and request.image is None:
+def check_image_use(request: PromptRequest, image_to_video: bool | None, where: str) -> None:
+    """Check that a request names pictures if the model takes such (True), and none if it does not (False).
+
+    A clip has a first frame, which may be the picture.
+
+    Raises:
+        UserError: it does not; `where` begins the message.
+    """
+    if image_to_video is True and request.image is None and not request.keyframes and request.video is None:
         raise UserError(f"{where}: an image-to-video model needs an image: prompt{IMAGE_SEPARATOR}image_path")
-    if image_to_video is False and request.image is not None:
+    if image_to_video is False and (request.image is not None or request.keyframes):
         raise UserError(f"{where}: it names an image, but this is a text-to-video model")
 
 
@@ -241,7 +311,7 @@ def typed_prompts(image_to_video: bool = False) -> Iterator[PromptRequest]:
                 if (image := _ask("Image: ")) is None:
                     return
                 request = _parse_text(f"{line}{IMAGE_SEPARATOR}{image}", index, Path.cwd(), where)
-            _check_image_use(request, image_to_video, where)
+            check_image_use(request, image_to_video, where)
         except UserError as error:
             logger.error("%s", error)
             continue

@@ -25,9 +25,11 @@ from cogvideox_sat.configuration.video_records import (
     with_absolute_paths,
 )
 from cogvideox_sat.files.content_hashes import BackgroundHashes, hash_of_file
-from cogvideox_sat.latent_geometry import TIME_FACTOR
+from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, TIME_FACTOR
 from cogvideox_sat.parallel.devices import processor_name
 from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.sampling.prompt_inputs import PromptRequest
+from cogvideox_sat.sampling.shown_files import all_frames_of_video
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
@@ -78,18 +80,19 @@ class Recorder:
         decoded = video.frames - int(self.engine.is_15)
         sampler, knobs = self.engine.sampler, video.knobs.given()
         scale = getattr(getattr(sampler, "guider", None), "scale", None)
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "prompt": video.request.text,
             "original_prompt": video.original_prompt,
             "negative_prompt": video.request.negative_prompt or args.negative_prompt,
-            "image": described_image(video.request.image),
+            "image": described_input(video.request.image),
+            **shown(video.request),
             "seed": video.seed,
             "index": video.request.index,
             "steps": video.steps or getattr(sampler, "num_steps", None),
             "guidance": knobs.get("guidance_scale", scale),
             "size": list(video.size),
-            "frames": (decoded - 1) * TIME_FACTOR + 1,
+            "frames": frames_of(video, (decoded - 1) * TIME_FACTOR + 1),
             "latent_frames": video.frames,
             "fps": video.fps,
             "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "float32",
@@ -260,8 +263,30 @@ def described_file(path: str, digest: str | None) -> dict[str, Any]:
     return {"path": str(Path(path).resolve()) if Path(path).exists() else str(path), "hash": digest}
 
 
-def described_image(path: Path | None) -> dict[str, Any] | None:
-    """Return the entry of a first frame in a record."""
+def shown(request: PromptRequest) -> dict[str, Any]:
+    """Return the entries of what else a request shows, and how its video goes on."""
+    entries: dict[str, Any] = {}
+    if request.keyframes:
+        key_frames = ((described_input(key_frame.path), key_frame.at) for key_frame in request.keyframes)
+        entries["keyframes"] = [{**(file or {}), "at": at} for file, at in key_frames]
+    if request.video is not None:
+        entries |= {"video_from": described_input(request.video), "strength": request.strength}
+    if request.extend:
+        entries["extend"] = list(request.windows)
+    return entries
+
+
+def frames_of(video: PlannedVideo, window: int) -> int:
+    """Return how many frames a video has whose windows have `window` of them."""
+    request = video.request
+    first = window
+    if request.goes_on and request.video is not None:
+        first = all_frames_of_video(request.video, video.fps)
+    return first + len(request.windows) * (window - CONTEXT_FRAMES)
+
+
+def described_input(path: Path | None) -> dict[str, Any] | None:
+    """Return the entry of a picture or clip in a record."""
     if path is None:
         return None
     digest = None

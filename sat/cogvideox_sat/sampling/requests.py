@@ -13,11 +13,10 @@ from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.request_fields import LARGEST_SEED
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.configuration.settings import EngineSettings
-from cogvideox_sat.latent_geometry import TIME_FACTOR, latent_frame_of
+from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, TIME_FACTOR
 from sgm.errors import UserError, shown
 
 STRENGTH = 0.8  # of a video that starts from a clip
-CONTEXT_FRAMES = 5  # that a window goes on from: two latent frames, since the first alone shows no motion
 
 PixelSource: TypeAlias = Tensor | Callable[[], Tensor]
 
@@ -149,21 +148,8 @@ class SampleRequest:
             raise UserError(f"{name}: this is {kind}-to-video model; {remedy} the first frame")
         if isinstance(self.image, Tensor):
             self.check_image(self.image)
-        frames = limits.video_frames(self.frames)
-        taken: dict[int, str] = {0: "image"} if self.image is not None else {}
-        for number, key_frame in enumerate(self.key_frames, start=1):
-            if type(key_frame.at) is not int or not -frames <= key_frame.at < frames:
-                raise UserError(
-                    f"keyframes: at is {shown(key_frame.at)}; the video has {frames} frames, expected a number from "
-                    f"{-frames} to {frames - 1}"
-                )
-            place = latent_frame_of(key_frame.at % frames)
-            if place in taken:
-                raise UserError(
-                    f"keyframes: number {number} is at {key_frame.at}, in the same {TIME_FACTOR} frames as "
-                    f"{taken[place]}; leave out one"
-                )
-            taken[place] = f"number {number}"
+        limits.key_frame_places([key.at for key in self.key_frames], self.frames, first=self.image is not None)
+        for key_frame in self.key_frames:
             if isinstance(key_frame.image, Tensor):
                 self.check_image(key_frame.image, "keyframes")
 
@@ -210,13 +196,14 @@ class SampleRequest:
 
     def load_key_frames(self, limits: ModelLimits) -> dict[int, Tensor]:
         """Return the pictures (3, height, width) by the latent frame that they stand in."""
-        frames = limits.video_frames(self.frames)
         first = () if self.image is None else (KeyFrame(self.image, 0),)
+        key_frames = (*first, *self.key_frames)
+        places = limits.key_frame_places([key.at for key in key_frames], self.frames, first=False)
         pictures = {}
-        for key_frame in (*first, *self.key_frames):
+        for place, key_frame in zip(places, key_frames, strict=True):
             picture = key_frame.image if isinstance(key_frame.image, Tensor) else key_frame.image()
             self.check_image(picture, "image" if key_frame in first else "keyframes")
-            pictures[latent_frame_of(key_frame.at % frames)] = picture
+            pictures[place] = picture
         return pictures
 
     def load_clip(self, name: str, limits: ModelLimits) -> Tensor | None:

@@ -12,12 +12,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import SamplingArguments
-from cogvideox_sat.configuration.memory_advice import DECODING, SAMPLING, TEXT, sampling_advice
+from cogvideox_sat.configuration.memory_advice import DECODING, ENCODING, SAMPLING, TEXT, sampling_advice
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.configuration.video_records import record_path, write_record
 from cogvideox_sat.media.contact_sheet import write_contact_sheet
-from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.media.looping_previews import write_looping_preview
 from cogvideox_sat.media.video_output import VideoWriter, save_latents
 from cogvideox_sat.parallel.agreement import total_over_processes
@@ -25,10 +24,18 @@ from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.sampling.fitting import fitted
 from cogvideox_sat.sampling.kept_latents import keeping_latents, where_latents_are
-from cogvideox_sat.sampling.plan import PlannedVideo, SamplingPlan, plan_videos, refine_videos
+from cogvideox_sat.sampling.plan import (
+    PlannedVideo,
+    SamplingPlan,
+    check_request,
+    plan_videos,
+    refine_videos,
+    with_shown,
+)
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest, typed_prompts
 from cogvideox_sat.sampling.record_making import Recorder
-from cogvideox_sat.sampling.requests import Frames, Latents, SampleRequest, SessionSettings
+from cogvideox_sat.sampling.request_making import sample_request
+from cogvideox_sat.sampling.requests import Frames, Latents, Progress, SessionSettings
 from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress, attempt_each
 from diffusion_video import PART_NAMES
@@ -150,6 +157,8 @@ class CommandRun:
     def sample_typed(self, request: PromptRequest) -> int:
         """Make the videos of one typed prompt; the number of them that failed."""
         try:
+            request = with_shown(request, self.args)
+            check_request(request, self.args, f"prompt {request.index + 1}: ")
             videos = plan_videos([request], self.args)
             if self.args.refine_prompts:
                 videos = refine_videos(videos)
@@ -169,11 +178,13 @@ class CommandRun:
         self.attempt(videos, self.advised(TEXT, self.encode_prompt))
         if not keep_text_encoder:
             self.session.release("conditioner")
-        if args.image2video:
+        if showing := [video for video in videos if video.asked is not None and video.asked.shows]:
             self.load("first_stage_model")
-            self.attempt(videos, self.advised("encoding images", lambda video: next(video.events)))
+            pictures = all(video.asked is not None and video.asked.shows == "image" for video in showing)
+            where = "encoding images" if pictures else ENCODING
+            self.attempt(showing, self.advised(where, lambda video: next(video.events)))
         pending = [video for video in videos if video.failure is None]
-        steps = sum(self.session.steps_of(video.planned.steps, video.planned.knobs) for video in pending)
+        steps = sum(self.session.steps_taken(video.asked) for video in pending if video.asked is not None)
         bar = tqdm(total=steps, desc="sampling", unit="step", disable=dist.get_rank() != 0)
         with bar, logging_redirect_tqdm():
             group_size = 1 if args.offload == "none" else STAGE_GROUP
@@ -196,9 +207,8 @@ class CommandRun:
             with keeping_latents(written, self.recorder):
                 self.load("first_stage_model")
                 remark = (lambda video: where_latents_are(video, self.recorder)) if writes else None
-                self.attempt(
-                    videos, self.advised(DECODING, self.decode_to_file if writes else decode_for_others), remark
-                )
+                decode = partial(self.decode_to_file, bar=bar) if writes else decode_for_others
+                self.attempt(videos, self.advised(DECODING, decode), remark)
                 self.attempt(written, self.complete, remark)
         for video in videos:
             video.drop()
@@ -212,21 +222,25 @@ class CommandRun:
 
     def encode_prompt(self, video: VideoInProgress) -> None:
         """Begin the video's request, up to its encoded prompt."""
-        video.events = self.session.sample(sample_request(video.planned, self.args))
+        video.asked = sample_request(video.planned, self.args)
+        video.events = self.session.sample(video.asked)
         next(video.events)
 
     def save_latents(self, video: VideoInProgress) -> None:
         """Write the latents as the video's output."""
         save_latents(video.planned.path, video.latents, self.recorder.metadata(video.planned))
 
-    def decode_to_file(self, video: VideoInProgress) -> None:
-        """Take the video's request to its end, and its frames into the file, chunk by chunk."""
+    def decode_to_file(self, video: VideoInProgress, bar: tqdm) -> None:
+        """Take the video's request to its end, and its frames into the file, chunk by chunk. The windows of one that
+        goes on are sampled here."""
         planned = video.planned
         try:
             with VideoWriter(planned.path, video.fps, *planned.size) as writer:
                 for event in video.events:
                     if isinstance(event, Frames):
                         writer.write(event.frames)
+                    elif isinstance(event, Progress):
+                        bar.update()
                 record_path(planned.path).unlink(missing_ok=True)  # of the video that this one now replaces
         finally:
             if self.decodes_together:  # the others wait for this process, whatever became of the file
@@ -241,31 +255,14 @@ class CommandRun:
             video.kept.unlink(missing_ok=True)
 
 
-def sample_request(planned: PlannedVideo, args: SamplingArguments) -> SampleRequest:
-    """Return what a session is asked for to make a planned video."""
-    request, image = planned.request, None
-    if request.image is not None:
-        image = partial(load_condition_image, request.image, planned.size)
-    return SampleRequest(
-        prompt=request.text,
-        negative_prompt=request.negative_prompt or args.negative_prompt,
-        seed=planned.seed,
-        size=planned.size,
-        frames=planned.frames,
-        image=image,
-        steps=planned.steps,
-        fps=planned.fps,
-        knobs=planned.knobs,
-    )
-
-
 def sample_latents(video: VideoInProgress, bar: tqdm) -> None:
     """Take the video's request up to its latents."""
     for event in video.events:
         if isinstance(event, Latents):
             video.latents = event.latents
             return
-        bar.update()
+        if isinstance(event, Progress):
+            bar.update()
 
 
 def decode_for_others(video: VideoInProgress) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvideox_sat.sampling.plan import PlannedVideo
-from cogvideox_sat.sampling.requests import SampleEvent
+from cogvideox_sat.sampling.requests import SampleEvent, SampleRequest
 from sgm.errors import UserError
 from sgm.memory_errors import describe_shortage, is_out_of_memory
 
@@ -28,13 +28,14 @@ class VideoInProgress:
 
     Attributes:
         fps: frames a second of its file.
-        events: of its request to the session, once that has begun.
+        asked, events: its request to the session, and what comes of that, once it has begun.
         kept: the file of the latents until the video is complete.
         full: it failed because memory is full.
     """
 
     planned: PlannedVideo
     fps: int = 8
+    asked: SampleRequest | None = None
     events: Generator[SampleEvent, None, None] = field(default_factory=no_events)
     latents: Tensor | None = None
     failure: str | None = None
@@ -49,7 +50,7 @@ class VideoInProgress:
     def drop(self) -> None:
         """End its request, and free its tensors."""
         self.events.close()
-        self.events, self.latents = no_events(), None
+        self.asked, self.events, self.latents = None, no_events(), None
 
 
 def attempt_each(
