@@ -131,7 +131,7 @@ def build(args: argparse.Namespace) -> dict[str, Callable[[], "torch.Tensor"]]:
 
     made: dict[str, torch.nn.Module] = {}
     if args.memory_of in (None, OURS):
-        initialise_missing(network, args.device)
+        initialise_missing(network, args.device, {})
         network.to(args.device).eval()
         network.use_attention(attention)
     for name in (DEFAULTS, EQUAL):

@@ -1,6 +1,7 @@
 """A decoder that never returns: native code that holds the interpreter's lock, so that no signal handler runs."""
 
 import ctypes
+import faulthandler
 import os
 import signal
 import subprocess
@@ -29,6 +30,12 @@ def hang() -> None:
     """Never return, whatever signal comes but SIGKILL."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ctypes.PyDLL(None).sleep(100_000)
+
+
+def crash() -> None:
+    """End the process as a decoder's mistake does, without the report that pytest would print of it."""
+    faulthandler.disable()
+    os.abort()
 
 
 def patch(folder: Path) -> None:

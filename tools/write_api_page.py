@@ -4,8 +4,8 @@ python tools/write_api_page.py            writes the page
 python tools/write_api_page.py --check    writes nothing, and exits with 1 if the page is not what it would write
 """
 
-import argparse
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
+
+from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from sgm.exit_codes import exit_code  # noqa: E402
+
+logger = logging.getLogger("write_api_page")
 
 PAGE = ROOT / "docs" / "python_api.md"
 HEAD = """# The Python interface
@@ -108,8 +113,13 @@ def items(text: str) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return exit_code(lambda: run(arguments), logger, command_line=arguments)
+
+
+def run(arguments: Sequence[str] | None) -> int:
     """Write the page, or say whether it is current; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
     text = page()

@@ -89,7 +89,7 @@ def randomised(module: nn.Module, device: torch.device) -> nn.Module:
     Matrices and kernels are N(0, 1/fan_in), which keeps the size of activations from layer to layer: zeros are quicker
     to multiply than weights are. Norms are the identity, biases zero.
     """
-    initialise_missing(module, device)
+    initialise_missing(module, device, {})
     module.to(device)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

@@ -141,7 +141,7 @@ def build_network(args: argparse.Namespace) -> nn.Module:
 
     torch.manual_seed(0)
     network = instantiate_on_meta(args.model_config["network_config"]).to(getattr(torch, args.dtype))
-    initialise_missing(network, args.device)
+    initialise_missing(network, args.device, {})
     for name, parameter in network.named_parameters():
         if ".matrix_B." in name:
             nn.init.normal_(parameter, std=0.02)

@@ -46,7 +46,7 @@ def test_guidance_comes_first_and_the_rest_share_the_sequence(sampler, asked, la
         (UNGUIDED, {"guidance_parallel": True}, "the sampler has no guidance"),
         (UNGUIDED, {"processes_per_video": 2, "guidance_parallel": True}, "the sampler has no guidance"),
         (GUIDED, {"processes_per_video": 2, "model_parallel_size": 2}, "choose one of them"),
-        (GUIDED, {"processes_per_video": 62}, "31 processes cannot share the tokens of a network with 30 attention"),
+        (GUIDED, {"processes_per_video": 62}, "31 processes cannot share 30 attention heads; use 30 at most"),
     ],
 )
 def test_numbers_that_do_not_go_together_are_one_line(sampler, asked, says):

@@ -30,7 +30,7 @@ def test_large_messages_without_tensors_arrive_and_files_are_closed():
     for size in (10, 40_000, 5_000_000):
         send(ours, "x" * size)
         assert receive(theirs) == "x" * size
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before  # garbage of other tests may have closed some
 
 
 def test_what_was_sent_before_the_end_arrives():

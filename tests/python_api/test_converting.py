@@ -40,7 +40,7 @@ def test_a_conversion_writes_what_the_command_writes(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("merge_lora", {"lod": "x"}, "unrecognized arguments: --lod; did you mean --load?"),
+        ("merge_lora", {"loads": "x"}, "unrecognized arguments: --loads; did you mean --load?"),
         ("merge_lora", {"load": "/nowhere", "output": "x"}, "--load: /nowhere does not exist"),
         ("merge_lra", {}, "name: there is no conversion 'merge_lra'; did you mean merge_lora?"),
         ("xyz", {}, "name: there is no conversion 'xyz'; it can be convert_weight_hf2sat, "),

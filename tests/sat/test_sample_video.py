@@ -369,7 +369,7 @@ def test_a_process_that_cannot_go_on_takes_part_in_the_end_of_the_run(monkeypatc
 def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, monkeypatch, caplog):
     from cogvideox_sat.sampling.run import CommandRun
 
-    def fail(_, video):
+    def fail(_, video, bar):
         if video.planned.request.index == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
         raise KeyError("surprise")

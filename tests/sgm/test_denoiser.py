@@ -154,11 +154,11 @@ def test_compiled_wrapper_keeps_names_and_numbers(monkeypatch):
 
 def test_compiling_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"on a CPU, but there is no .*: install one, name another"):
+    with pytest.raises(UserError, match=r"on a CPU, and .* does not exist; install one, name another"):
         OpenAIWrapper(RecordingNetwork(), compile_model=True)
     OpenAIWrapper(RecordingNetwork().to("meta"), compile_model=True)  # other devices have their own
     why_not_compilable.cache_clear()
-    assert why_not_compilable(torch.device("cpu")).startswith("a C++ compiler on a CPU, but there is no ")
+    assert why_not_compilable(torch.device("cpu")).startswith("it needs a C++ compiler on a CPU, and ")
     why_not_compilable.cache_clear()
 
 

@@ -260,7 +260,8 @@ def test_two_processes_do_what_one_does_with_both_batches():
 @pytest.fixture(scope="module")
 def shapes() -> torch.Tensor:
     """(clips, 3, 5, 16, 16) in [-1, 1]: moving shapes."""
-    from tools.make_shapes_dataset import draw, random_scenes
+    from cogvideox_sat.shapes.drawing import draw
+    from cogvideox_sat.shapes.scenes import random_scenes
 
     return torch.stack([draw(scene, 5, 16, 16) for scene in random_scenes(3, seed=0)]).transpose(1, 2)
 

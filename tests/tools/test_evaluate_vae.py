@@ -331,7 +331,7 @@ CASES = {
     "no data": (["--base", "{folder}/sampling.yaml"], "--data is missing: name a folder of clips"),
     "data not there": (["--data", "/nowhere"], "--data: /nowhere does not exist"),
     "latents": (["--data", "{folder}/cache"], "holds latents; name the clips that it was made of"),
-    "unknown argument": (["--clips", "3"], "unrecognized arguments: --clips 3"),
+    "unknown argument": (["--clips", "3"], "unrecognized arguments: --clips; did you mean --num_clips?"),
     "no clips": (["--num_clips", "0"], "--num_clips is 0; it must be at least 1"),
     "too few clips": (["--i3d_weights", "{folder}/data", "--num_clips", "1"], "it must be at least 2"),
     "weights not there": (["--ckpt", "/nowhere/vae.pt"], "--ckpt: /nowhere/vae.pt does not exist"),

@@ -67,6 +67,7 @@ def stages_written_both_ways(folder, stages):
                 step(engine)
             dist.barrier()
             assert not (behind / "latest").exists() and not (behind / "1").exists()
+            dist.barrier()  # another rank may write once all have looked
             go.set()
             late.finish()
         late.save(3, {}, wait=True)

@@ -39,7 +39,7 @@ FIELDS = {
     "original_prompt": _TEXT_OR_NONE,  # missing: null
     "negative_prompt": _TEXT,
     "image": _OBJECT_OR_NONE,
-    "keyframes": _LIST,  # missing: none; so with the next three
+    "keyframes": _LIST,
     "video_from": _OBJECT_OR_NONE,
     "strength": ((int, float, type(None)), "a number or null"),
     "extend": _LIST,
@@ -59,6 +59,8 @@ FIELDS = {
     "threads": _WHOLE,
 }
 UNMERGED = "lora"  # among the arguments of a record: its adapters are those of `lora`, not that of `lora_load`
+# What a record has only where a request shows it, and what it is elsewhere.
+LEFT_OUT: dict[str, Any] = {"keyframes": [], "video_from": None, "strength": None, "extend": []}
 # What else changes a video's numbers, by the name of the argument.
 REPEATED_ARGUMENTS = (
     *("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference"),
@@ -75,7 +77,7 @@ class VideoRecord:
     content: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
-        return self.content[key]
+        return self.content[key] if key in self.content else LEFT_OUT[key]
 
     def arguments(self) -> dict[str, Any]:
         """Return the sampling arguments that make the video again, by their names in a configuration."""
@@ -108,10 +110,10 @@ class VideoRecord:
             "prompt": content["prompt"],
             "negative_prompt": content["negative_prompt"],
             "image": image and image["path"],
-            "keyframes": [{"image": entry["path"], "at": entry["at"]} for entry in content["keyframes"]] or None,
-            "video": content["video_from"] and content["video_from"]["path"],
-            "strength": content["strength"],
-            "extend": content["extend"] or None,
+            "keyframes": [{"image": entry["path"], "at": entry["at"]} for entry in self["keyframes"]] or None,
+            "video": self["video_from"] and self["video_from"]["path"],
+            "strength": self["strength"],
+            "extend": self["extend"] or None,
             "seed": content["seed"],
             "size": tuple(content["size"]),
             "num_frames": content["latent_frames"],
@@ -185,12 +187,10 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where} is of format {shown(content['format'])}, this program reads {FORMAT}; sample it again"
         )
-    for key, value in (("original_prompt", None), ("keyframes", []), ("video_from", None), ("strength", None)):
-        content.setdefault(key, value)
-    content.setdefault("extend", [])
+    content.setdefault("original_prompt", None)
     for key, (kinds, expected) in FIELDS.items():
-        value = content.get(key)
-        if key not in content or not isinstance(value, kinds) or isinstance(value, bool):
+        value = content.get(key, LEFT_OUT.get(key))
+        if key not in content.keys() | LEFT_OUT.keys() or not isinstance(value, kinds) or isinstance(value, bool):
             raise UserError(f"{where}: {key} is {shown(value)}; expected {expected}")
         if isinstance(value, str) and has_half_characters(value):
             raise UserError(f"{where}: {key} is {value!r:.60}, which has half a character; write the character itself")
@@ -199,12 +199,12 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
     if not 0 <= content["index"] < 2**63:
         raise UserError(f"{where}: index is {content['index']}; it can be from 0 to 2^63 - 1")
     for key in ("checkpoint", "image", "video_from"):
-        if content[key] is not None and not isinstance(content[key].get("path"), str):
+        if content.get(key) is not None and not isinstance(content[key].get("path"), str):
             raise UserError(f"{where}: {key}.path is {shown(content[key].get('path'))}; expected text")
-    for entry in content["keyframes"]:
+    for entry in content.get("keyframes", []):
         if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and type(entry.get("at")) is int):
             raise UserError(f"{where}: keyframes holds {shown(entry)}; expected objects with path and at")
-    for text in content["extend"]:
+    for text in content.get("extend", []):
         if not isinstance(text, str) or has_half_characters(text):
             raise UserError(f"{where}: extend holds {shown(text)}; expected texts")
     for adapter in content["adapters"]:
