@@ -242,12 +242,9 @@ class Pipeline:
         if clip is not None:
             used = clip if request.goes_on else clip[: limits.video_frames(planned.frames)]
             pixels = fitted_clip(used, planned.size)
-            image = (
-                pixels[0]
-                if isinstance(asked.image, partial) and memory.image is None and not request.image
-                else asked.image
-            )
-            asked = replace(asked, video=pixels, image=image)
+            if asked.image is not None and picture is None and request.image is None:  # it is that of the clip
+                asked = replace(asked, image=pixels[0])
+            asked = replace(asked, video=pixels)
         self.session.steps_of(planned.steps, planned.knobs, f"{where}steps")
         asked.check(limits)
         return planned, asked
