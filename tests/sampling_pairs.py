@@ -74,14 +74,21 @@ def our_latents(
     return engine.sample(*texts, 1, shape, concat_images=condition, ofs=ofs, start=start)
 
 
+def their_pipeline(kind: Any, folder: Path, run: Run) -> Any:
+    """Return a pipeline of the class `kind` on the models in `folder`, with the scheduler of a run."""
+    import diffusers
+
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, run[0]).from_config(pipe.scheduler.config)
+    return pipe
+
+
 def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
     """The same of the pipeline in `folder`, with a LoRA file's folder at its default scale."""
     import diffusers
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    scheduler, steps = run
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe = their_pipeline(diffusers.DiffusionPipeline, folder, run)
     if lora:
         pipe.load_lora_weights(str(lora))
     inputs = {}
@@ -96,7 +103,7 @@ def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
         prompt_embeds=cond,
         negative_prompt_embeds=uncond,
         num_frames=FRAMES,
-        num_inference_steps=steps,
+        num_inference_steps=run[1],
         guidance_scale=6.0,
         generator=torch.Generator().manual_seed(SEED),
         output_type="latent",
@@ -113,10 +120,7 @@ def their_latents_from_video(folder: Path, run: Run, strength: float) -> Tensor:
     import diffusers
     from diffusers.pipelines.cogvideo import pipeline_cogvideox_video2video as module
 
-    pipe = diffusers.CogVideoXVideoToVideoPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    scheduler, steps = run
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe = their_pipeline(diffusers.CogVideoXVideoToVideoPipeline, folder, run)
     pipe.vae.num_sample_frames_batch_size = FRAMES
     draw, module.retrieve_latents = module.retrieve_latents, lambda output, *_: output.latent_dist.mode()
     try:
@@ -127,7 +131,7 @@ def their_latents_from_video(folder: Path, run: Run, strength: float) -> Tensor:
             negative_prompt_embeds=uncond,
             height=HEIGHT,
             width=WIDTH,
-            num_inference_steps=steps,
+            num_inference_steps=run[1],
             strength=strength,
             guidance_scale=6.0,
             generator=torch.Generator().manual_seed(SEED),

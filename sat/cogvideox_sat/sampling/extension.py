@@ -40,6 +40,7 @@ def extended(
     result: Result | None = None
     for number in range(int(request.goes_on), 1 + len(request.extend)):
         window = replace(request, extend=()) if number == 0 else continuation(request, number, tail, limits)
+        window.check(limits)  # what was decoded may not be finite
         known = CONTEXT_FRAMES if number else 0  # frames of the window that the video has already
         with closing(sample(window)) as events:
             for event in events:

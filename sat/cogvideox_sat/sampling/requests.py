@@ -112,6 +112,11 @@ class SampleRequest:
         return bool(self.extend) and self.video is not None and self.strength is None
 
     @property
+    def share(self) -> float:
+        """Return the share of the steps that is taken from a clip."""
+        return STRENGTH if self.strength is None else self.strength
+
+    @property
     def shows(self) -> str | None:
         """Return what is encoded besides the prompt: image, or video; None: nothing."""
         if self.image is not None or self.key_frames:

@@ -41,7 +41,6 @@ from cogvideox_sat.sampling.drawing import Drawing
 from cogvideox_sat.sampling.extension import extended
 from cogvideox_sat.sampling.part_offloading import PartOffloader
 from cogvideox_sat.sampling.requests import (
-    STRENGTH,
     Encoded,
     Frames,
     Latents,
@@ -280,8 +279,7 @@ class SamplingSession:
         further = steps * len(request.extend)
         if request.goes_on:
             return further
-        strength = STRENGTH if request.strength is None else request.strength
-        return further + (steps if request.video is None else steps_of_strength(strength, steps))
+        return further + (steps if request.video is None else steps_of_strength(request.share, steps))
 
     def cancel(self) -> None:
         """End all requests that are open, each at its next step or chunk; iterating one raises SamplingCancelled.
@@ -313,8 +311,7 @@ class SamplingSession:
         return events
 
     def _single(self, request: SampleRequest, cancellations: int) -> Generator[SampleEvent, None, None]:
-        """Return the events of a request that is not continued."""
-        request.check(self.limits)
+        """Return the events of a request that is checked and is not continued."""
         settled = replace(request, steps=self.steps_of(request.steps, request.knobs))
         return self._events(settled, request.steps, cancellations)
 

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from cogvideox_sat.sampling.requests import STRENGTH, SampleRequest
+from cogvideox_sat.sampling.requests import SampleRequest
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
 
@@ -70,6 +70,5 @@ def encode_inputs(engine: SATVideoDiffusionEngine, request: SampleRequest, pixel
         latents = engine.encode_means(rearrange(clip, "t c h w -> 1 c t h w"))
         return engine.with_extra_frame(rearrange(latents, "1 c t h w -> 1 t c h w")).float().cpu()
 
-    strength = STRENGTH if request.strength is None else request.strength
-    start = Start(latents_of(pixels.video), strength, latents_of(pixels.context))
+    start = Start(latents_of(pixels.video), request.share, latents_of(pixels.context))
     return EncodedInputs(key_frames, start, random_state)
