@@ -9,8 +9,8 @@ import pytest
 from cogvideox_sat.files.output_paths import output_path
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.shapes.input_fidelity import psnr
 from cogvideox_sat.shapes.judge import judge
-from cogvideox_sat.shapes.report import psnr
 from cogvideox_sat.shapes.scenes import parse
 from sample_video import main
 from tools.make_shapes_dataset import main as make_dataset

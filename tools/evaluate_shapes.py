@@ -7,7 +7,9 @@ The videos are those that sampling writes, `{n}_{prompt}/{i}/000000.mp4`; the pr
 `tools/make_shapes_dataset.py` writes them, taken from the prompt file, or else from the names of the folders. First
 comes how often the judge is right about freshly drawn clips of held-out combinations, of the same size and length,
 written and read as videos are. "By chance" is how often a video would be right if it belonged to another of the
-prompts. Where prompts name images, the first frame's PSNR against the image is reported too. Exit codes: 0 done, 2 a
+prompts. Where requests have them, the report adds the PSNR of the first, the last and other frames against their
+images, the mean difference from the clip of video-to-video, and, for videos of several windows (`extend`), the frame
+difference where windows join. Exit codes: 0 done, 2 a
 mistake in the arguments or files stands in the way.
 """
 

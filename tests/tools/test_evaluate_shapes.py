@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from cogvideox_sat.files.output_paths import output_path
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.sampling.prompt_inputs import read_prompts
-from cogvideox_sat.shapes.drawing import draw
+from cogvideox_sat.shapes.drawing import draw, draw_moments
 from cogvideox_sat.shapes.report import ASPECTS, by_chance, compare
 from cogvideox_sat.shapes.scenes import Item, Scene, parse
 from tools import make_shapes_dataset
@@ -79,6 +80,35 @@ def test_first_frames_are_compared_with_their_images(tmp_path):
     assert evaluate(folder, "--input_file", file) == 0
     assert numbers(folder)["one_shape"]["right"] == dict.fromkeys(ASPECTS, 2)
     assert numbers(folder)["first_frame_psnr"] > 24
+
+
+def test_videos_of_several_windows_are_judged_as_long_as_they_are(tmp_path):
+    """A circle goes round three times; what repeats its first window once too often shows a seam."""
+    scene = Scene((Item("small", "red", "circle", "moving in a circle"),), "blue")
+    folder, file = tmp_path / "out", tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": scene.caption, "extend": 4}) + "\n")
+    path = output_path(folder, 0, scene.caption, 0)
+    moving = draw_moments(scene, [frame / 8 % 1 for frame in range(25)], 64, 64)
+    with VideoWriter(path, 8, 64, 64) as video:
+        video.write(moving)
+    assert evaluate(folder, "--input_file", file) == 0
+    assert numbers(folder)["one_shape"]["right"]["motion"] == 1
+    assert 0.8 < numbers(folder)["seam_ratio"] < 1.2
+
+
+def test_a_video_made_from_a_clip_is_compared_with_it(tmp_path):
+    folder, file, clip = tmp_path / "out", tmp_path / "prompts.jsonl", tmp_path / "clip.mp4"
+    write_video(clip, RED)
+    green = Scene((replace(RED.items[0], colour="green"),), "blue")
+    lines = [{"prompt": scene.caption, "video": str(clip), "strength": 0.5} for scene in (RED, green)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = []
+    for index, scene in enumerate((RED, green)):
+        write_video(output_path(folder, index, scene.caption, 0), scene)
+        assert evaluate(folder, "--input_file", file) == 0
+        changes.append(numbers(folder)["change_of_clip"])
+    assert changes[0] < 0.01 < changes[1]
+    assert numbers(folder)["one_shape"]["right"] == dict.fromkeys(ASPECTS, 2)
 
 
 def test_two_shapes_are_told_apart_by_colour():

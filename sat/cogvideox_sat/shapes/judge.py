@@ -34,7 +34,7 @@ class Track(NamedTuple):
     """Where a shape is in the frames in which it is seen.
 
     Args:
-        moments: (n,) in [0, 1], the share of the clip that is over.
+        moments: (n,), the time since the start of the video in clips.
         rows, columns: (n,), its middle in pixels.
         areas: (n,) in pixels.
     """
@@ -45,11 +45,12 @@ class Track(NamedTuple):
     areas: Tensor
 
 
-def judge(frames: Tensor) -> Scene:
-    """What a video shows.
+def judge(frames: Tensor, clips: float = 1.0) -> Scene:
+    """Return the scene that a video shows.
 
     Args:
         frames: (t, 3, h, w) in [-1, 1].
+        clips: the length of the video in clips; a motion runs once in the time of a clip.
 
     Returns:
         The background and two, one or no items, the plainer first. "none" stands for what cannot be told; phases,
@@ -60,7 +61,7 @@ def judge(frames: Tensor) -> Scene:
     if (_distances(pixels, ground) < CAP).float().mean() < LEAST_GROUND:
         return Scene((), NONE, NONE)
     layers = find_layers(pixels, ground, background)
-    items = tuple(_find_item(colour, cover) for colour, cover in layers)
+    items = tuple(_find_item(colour, cover, clips) for colour, cover in layers)
     return Scene(items, background, pattern)
 
 
@@ -199,14 +200,14 @@ def _largest_piece(cover: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_item(colour: str, cover: Tensor) -> Item:
+def _find_item(colour: str, cover: Tensor, clips: float) -> Item:
     areas = cover.sum(dim=(1, 2))
     seen = areas >= LEAST_AREA
     if 2 * seen.sum() < len(seen):
         return Item(NONE, colour, NONE, NONE)
     cover, areas = cover[seen], areas[seen]
     rows, columns = _grid(cover)
-    moments = torch.linspace(0, 1, len(seen))[seen]
+    moments = torch.linspace(0, clips, len(seen))[seen]
     down, right = ((cover * place).sum(dim=(1, 2)) / areas for place in (rows, columns))
     track = Track(moments, down, right, areas)
     shape = find_shape(cover, track)

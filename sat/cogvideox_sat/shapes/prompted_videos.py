@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cogvideox_sat.files.output_paths import output_path
-from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts
 from cogvideox_sat.shapes.scenes import Scene, parse
 from sgm.errors import UserError
 
@@ -17,7 +17,7 @@ class Prompted(NamedTuple):
     """A prompt and the videos that were made of it; none if they are missing."""
 
     scene: Scene
-    image: Path | None
+    request: PromptRequest | None  # None: only the name of the folder is known
     videos: list[Path]
 
 
@@ -26,7 +26,7 @@ def from_file(folder: Path, file: Path) -> list[Prompted]:
     prompted = []
     for request in read_prompts(file):
         first = output_path(folder, request.index, request.text, 0)
-        prompted.append(Prompted(parse(request.text), request.image, _videos(first.parent.parent)))
+        prompted.append(Prompted(parse(request.text), request, _videos(first.parent.parent)))
         if not prompted[-1].videos:
             logger.warning("missing: %s", first)
     return prompted

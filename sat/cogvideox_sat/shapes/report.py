@@ -3,12 +3,10 @@
 import argparse
 import json
 import logging
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,11 +14,12 @@ import torch
 from torch import Tensor
 
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
-from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.media.video_reading import open_video
 from cogvideox_sat.shapes.drawing import draw
+from cogvideox_sat.shapes.input_fidelity import InputFidelity, window_frames
+from cogvideox_sat.shapes.input_fidelity import lines as fidelity_lines
 from cogvideox_sat.shapes.judge import NONE, judge
 from cogvideox_sat.shapes.prompted_videos import Prompted
 from cogvideox_sat.shapes.scenes import Item, Scene, random_scenes
@@ -48,33 +47,35 @@ def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
     Raises:
         UserError: a video or image cannot be read, or a file cannot be written.
     """
-    first = read_video(next(video for prompt in prompted for video in prompt.videos))
+    first, _ = read_video(next(video for prompt in prompted for video in prompt.videos))
     numbers: dict[str, Any] = {"videos": sum(len(prompt.videos) for prompt in prompted)}
     numbers["prompts_without_videos"] = sum(not prompt.videos for prompt in prompted)
     if options.own_accuracy_clips:
         numbers["judge"] = own_accuracy(options.own_accuracy_clips, options.seed, first.shape)
     results: dict[int, list[dict[str, bool]]] = {1: [], 2: []}
-    ratios: list[float] = []
+    fidelity = InputFidelity()
     for prompt in prompted:
         for path in prompt.videos:
-            frames = read_video(path)
-            results[len(prompt.scene.items)] += compare(prompt.scene, judge(frames))
-            if prompt.image:
-                ratios.append(psnr(frames[0], load_condition_image(prompt.image, tuple(frames.shape[-2:]))))
+            frames, fps = read_video(path)
+            clips = 1.0
+            if prompt.request is not None:
+                fidelity.measure(prompt.request, frames, fps)
+                if window := window_frames(prompt.request, len(frames)):
+                    clips = (len(frames) - 1) / (window - 1)
+            results[len(prompt.scene.items)] += compare(prompt.scene, judge(frames, clips))
     for count, name in ((1, "one_shape"), (2, "two_shapes")):
         if results[count]:
             scenes = [prompt.scene for prompt in prompted if len(prompt.scene.items) == count]
             numbers[name] = summary(results[count]) | {"by_chance": by_chance(scenes)}
-    if ratios:
-        numbers["first_frame_psnr"] = fmean(ratios)
+    numbers |= fidelity.means()
     if options.json:
         with replaced_when_complete(options.json) as part, reported_as_user_error(options.json):
             part.write_text(json.dumps(numbers, indent=2) + "\n")
     return report(numbers)
 
 
-def read_video(path: Path) -> Tensor:
-    """The frames (t, 3, h, w) of a video, in [-1, 1].
+def read_video(path: Path) -> tuple[Tensor, float]:
+    """Return the frames (t, 3, h, w) of a video, in [-1, 1], and how many it shows in a second.
 
     Raises:
         UserError: it cannot be read.
@@ -82,9 +83,10 @@ def read_video(path: Path) -> Tensor:
     try:
         with open_video(path) as video:
             frames = torch.from_numpy(np.stack(list(video.all_frames())))
+            seconds = video.facts.seconds
     except UnreadableClip as error:
         raise UserError(f"cannot read the video {path}: {error}") from error
-    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1, (len(frames) - 1) / seconds if seconds else 8.0
 
 
 def own_accuracy(clips: int, seed: int, shape: Sequence[int]) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def own_accuracy(clips: int, seed: int, shape: Sequence[int]) -> dict[str, Any]:
         for scene in random_scenes(clips, seed, "held_out", pairs=False):
             with VideoWriter(path, 8, height, width) as video:
                 video.write(draw(scene, frames, height, width))
-            results += compare(scene, judge(read_video(path)))
+            results += compare(scene, judge(read_video(path)[0]))
     return summary(results)
 
 
@@ -133,12 +135,6 @@ def _agreement(answers: Iterable[Any]) -> float:
     return sum(count * (count - 1) for count in counts.values()) / (total * (total - 1)) if total > 1 else 1.0
 
 
-def psnr(frame: Tensor, image: Tensor) -> float:
-    """Of two pictures in [-1, 1], in dB."""
-    error = ((frame - image) / 2).square().mean().item()
-    return math.inf if error == 0 else -10 * math.log10(error)
-
-
 # ---------------------------------------------------------------- report
 
 
@@ -149,8 +145,8 @@ def report(numbers: dict[str, Any]) -> str:
     for name, title in (("one_shape", "videos of one shape"), ("two_shapes", "shapes in videos of two")):
         if found := numbers.get(name):
             lines += table(f"{found['count']} {title}", found)
-    if "first_frame_psnr" in numbers:
-        lines += [f"First frame against its image: {numbers['first_frame_psnr']:.1f} dB PSNR", ""]
+    if told := fidelity_lines(numbers):
+        lines += [*told, ""]
     if numbers["prompts_without_videos"]:
         lines.append(f"Prompts without a video: {numbers['prompts_without_videos']}")
     return "\n".join(lines).rstrip()

@@ -1,0 +1,93 @@
+"""Measures how a video keeps to the pictures and the clip of its request, and how its windows join."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from cogvideox_sat.clips.input_video import read_input_video
+from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
+from cogvideox_sat.media.image_inputs import load_condition_image
+from cogvideox_sat.sampling.prompt_inputs import PromptRequest
+
+LEAST_DIFFERENCE = 1e-3  # of pixels in [-1, 1]: a video whose frames differ less shows no seams either
+
+# The measures and how the report names them. A mean over videos follows each name.
+TITLES = {
+    "first_frame_psnr": "First frame against its image, dB PSNR",
+    "last_frame_psnr": "Last frame against its image, dB PSNR",
+    "key_frame_psnr": "Other frames against their images, dB PSNR",
+    "change_of_clip": "Mean difference from the clip, of 1",
+    "seam_ratio": "Frame difference at seams, of the median",
+}
+
+
+class InputFidelity:
+    """The measures of all videos, by name: one number for each video that has the input."""
+
+    def __init__(self) -> None:
+        self.values: defaultdict[str, list[float]] = defaultdict(list)
+
+    def measure(self, request: PromptRequest, frames: Tensor, fps: float) -> None:
+        """Add the measures of one video.
+
+        Args:
+            frames: (t, 3, height, width) in [-1, 1].
+            fps: frames a second.
+
+        Raises:
+            UserError: a picture or the clip of the request cannot be read.
+        """
+        size = (frames.shape[-2], frames.shape[-1])
+        if request.image:
+            self.values["first_frame_psnr"].append(psnr(frames[0], load_condition_image(request.image, size)))
+        for key_frame in request.keyframes:
+            is_last = key_frame.at in (-1, len(frames) - 1)
+            value = psnr(frames[key_frame.at], load_condition_image(key_frame.path, size))
+            self.values["last_frame_psnr" if is_last else "key_frame_psnr"].append(value)
+        if request.video and not request.goes_on:
+            clip = read_input_video(request.video, size, len(frames), fps)
+            self.values["change_of_clip"].append((frames - clip).abs().mean().item() / 2)
+        window = window_frames(request, len(frames))
+        if window is not None:
+            self.values["seam_ratio"].append(seam_ratio(frames, window))
+
+    def means(self) -> dict[str, float]:
+        return {name: fmean(values) for name, values in self.values.items()}
+
+
+def window_frames(request: PromptRequest, frames: int) -> int | None:
+    """Return the frames of a window of a video of `frames` frames, None where the request has no further windows.
+
+    A clip that the video goes on from counts as the first window.
+    """
+    windows = len(request.windows)
+    if not windows:
+        return None
+    return (frames + CONTEXT_FRAMES * windows) // (windows + 1)
+
+
+def seam_ratio(frames: Tensor, window: int) -> float:
+    """Return the mean difference of frames where windows join, as a multiple of the median over the whole video.
+
+    Args:
+        frames: (t, 3, height, width) in [-1, 1].
+        window: frames of a window; each but the first repeats `CONTEXT_FRAMES` frames.
+    """
+    differences = (frames[1:] - frames[:-1]).abs().mean(dim=(1, 2, 3))
+    seams = differences[window - 1 :: window - CONTEXT_FRAMES]
+    return (seams.mean() / differences.median().clamp(min=LEAST_DIFFERENCE)).item()
+
+
+def psnr(frame: Tensor, image: Tensor) -> float:
+    """Return the PSNR of two pictures in [-1, 1], in dB."""
+    error = ((frame - image) / 2).square().mean().item()
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def lines(numbers: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the report for the measures among `numbers`."""
+    return [f"{title}: {numbers[name]:.3g}" for name, title in TITLES.items() if name in numbers]
