@@ -69,6 +69,21 @@ def test_a_resumed_run_takes_the_place_of_the_killed_one(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 2)]
 
 
+def test_videos_are_listed_in_the_folder_and_a_resumed_run_goes_on_there(tmp_path, video):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    assert not (tmp_path / "videos.jsonl").exists()
+    for step in (0, 2, 4):
+        writer.write_video(step, "samples/0", video, {"prompt": "a boat"})
+    with (tmp_path / "videos.jsonl").open("a") as file:
+        file.write('{"step": 4, "na')
+    MetricsWriter(tmp_path, tensorboard=False, start_step=2).write_video(3, "samples/1", tmp_path.parent / "other.mp4")
+    lines = [json.loads(line) for line in (tmp_path / "videos.jsonl").read_text().splitlines()]
+    named = {"name": "samples/0", "file": "video.mp4", "prompt": "a boat"}
+    assert lines[:2] == [{"step": 0, **named}, {"step": 2, **named}]
+    assert lines[2:] == [{"step": 3, "name": "samples/1", "file": str(tmp_path.parent / "other.mp4")}]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_tensorboard(tmp_path, video):
     writer = MetricsWriter(tmp_path)
     writer.write(7, {"loss": 0.25, "lr": 1e-4})

@@ -19,6 +19,7 @@ from cogvideox_sat.configuration.training_arguments import training_arguments_fr
 from cogvideox_sat.python_api.converting import logging_left_alone
 from cogvideox_sat.python_api.loading import check_settings
 from cogvideox_sat.runs.folders import runs_of
+from cogvideox_sat.runs.videos import RunVideo, read_videos
 from sgm.errors import UserError, shown
 
 
@@ -36,6 +37,16 @@ class TrainingRun:
         """Return what was recorded while training, a mapping for each line of `metrics.jsonl`."""
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def videos(self, name: str | None = None) -> list[RunVideo]:
+        """Return the videos that were made while training, in their order: `step`, `name`, `path`, `prompt`, `shows`.
+
+        Args:
+            name: of those that are wanted, or the first part of it, such as `valid_prompts/0` or `valid_prompts`; None:
+                all.
+        """
+        videos = read_videos(self.folder)
+        return [video for video in videos if name is None or name in (video.name, video.name.partition("/")[0])]
 
     @property
     def checkpoints(self) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.runs.videos import VIDEOS_FILE, video_entry
 from sgm.plain_json import parse_json
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Target(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def write_video(self, step: int, name: str, path: Path) -> None: ...
+    def write_video(self, step: int, name: str, path: Path, details: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -30,19 +31,21 @@ class Target(Protocol):
 class MetricsWriter:
     """Writes the metrics of a run to `metrics.jsonl`, and if asked to TensorBoard and Weights & Biases.
 
-    A resumed run goes on where its checkpoint was: what a run that was killed wrote after it is removed from
-    `metrics.jsonl` and hidden in TensorBoard. A target that fails later is reported once and does not stop the run.
+    Videos are listed in `videos.jsonl`, see `runs.videos`. A resumed run goes on where its checkpoint was: what a run
+    that was killed wrote after it is removed from these two and hidden in TensorBoard. A target that fails later is
+    reported once and does not stop the run.
     Make it on one process only.
 
     Args:
-        folder: the run's; `metrics.jsonl`, TensorBoard's event files, `wandb/` and `wandb_id` are put there.
+        folder: the run's; `metrics.jsonl`, `videos.jsonl`, TensorBoard's event files, `wandb/` and `wandb_id` are put
+            there.
         tensorboard: write event files.
         wandb: report to Weights & Biases; see `WandbRun`.
         wandb_project, name, config: how the run is called there, and the settings shown with it.
         start_step: steps done before; those after it are still to come.
 
     Raises:
-        UserError: `metrics.jsonl` cannot be written.
+        UserError: `metrics.jsonl` or `videos.jsonl` cannot be written.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class MetricsWriter:
     ):
         folder = Path(folder)
         self.held: IO[bytes] | None = None  # what the run keeps open as long as it writes
-        self._targets: list[Target] = [JsonLines(folder / "metrics.jsonl", start_step)]
+        self._targets: list[Target] = [JsonLines(folder / "metrics.jsonl", start_step), VideoList(folder, start_step)]
         self._failed: set[Target] = set()
         optional: list[tuple[str, Callable[[], Target]]] = []
         if tensorboard:
@@ -75,9 +78,13 @@ class MetricsWriter:
         """Record `values` of `step`. Numbers that are not finite are null in `metrics.jsonl`."""
         self._each("write", step, values)
 
-    def write_video(self, step: int, name: str, path: str | Path) -> None:
-        """Show the video file `path` under `name`, in TensorBoard as a moving image."""
-        self._each("write_video", step, name, Path(path))
+    def write_video(self, step: int, name: str, path: str | Path, details: Mapping[str, Any] | None = None) -> None:
+        """Show the video file `path` under `name`, in TensorBoard as a moving image.
+
+        Args:
+            details: `prompt` and `shows` of `RunVideo`, as far as they differ from its defaults.
+        """
+        self._each("write_video", step, name, Path(path), details or {})
 
     def close(self) -> None:
         self._each("close")
@@ -92,37 +99,73 @@ class MetricsWriter:
                     logger.warning("metrics to %s are incomplete: %s", type(target).__name__, _one_line(error))
 
 
-class JsonLines:
-    """`metrics.jsonl`: one JSON object a line, with `step`."""
+class LineFile:
+    """A file of JSON objects, one a line, each with `step`.
+
+    Args:
+        start_step: lines of later steps, and what is no complete line, are removed.
+
+    Raises:
+        UserError: the file cannot be read or written.
+    """
 
     def __init__(self, path: Path, start_step: int):
         self.path = path
         with reported_as_user_error(path):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start_step]
-        if kept != lines or not lines:
+        if kept != lines:
             with replaced_when_complete(path) as part, reported_as_user_error(path):
                 part.write_bytes(b"".join(kept))
         self._torn = False
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = json.dumps({"step": step, **finite}) + "\n"
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write a line."""
+        line = json.dumps({"step": step, **values}) + "\n"
         # Opened anew each time, so that a file system that was away for a while, or full, is found again.
         torn, self._torn = self._torn, True
         with self.path.open("a") as file:
             file.write("\n" + line if torn else line)
         self._torn = False
 
-    def write_video(self, step: int, name: str, path: Path) -> None:
-        pass  # the video's own file says it all
+
+class JsonLines:
+    """`metrics.jsonl`: the metrics of a step are a line."""
+
+    def __init__(self, path: Path, start_step: int):
+        self._file = LineFile(path, start_step)
+        if not path.exists():
+            with replaced_when_complete(path):
+                pass
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.add(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
+
+    def write_video(self, step: int, name: str, path: Path, details: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class VideoList:
+    """`videos.jsonl`: each video is a line, see `runs.videos`. There is no such file before the first video."""
+
+    def __init__(self, folder: Path, start_step: int):
+        self._folder, self._file = folder, LineFile(folder / VIDEOS_FILE, start_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def write_video(self, step: int, name: str, path: Path, details: Mapping[str, Any]) -> None:
+        self._file.add(step, video_entry(self._folder, name, path, dict(details)))
 
     def close(self) -> None:
         pass
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a complete line of `metrics.jsonl`; infinity for anything else."""
+    """Return the step of a complete line of a `LineFile`; infinity for anything else."""
     with suppress(ValueError, KeyError, TypeError, OverflowError):
         if line.endswith(b"\n"):
             return float(parse_json(line)["step"])
@@ -158,7 +201,7 @@ class TensorBoard:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step, summary=Summary(value=scalars))
 
-    def write_video(self, step: int, name: str, path: Path) -> None:
+    def write_video(self, step: int, name: str, path: Path, details: Mapping[str, Any]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
         gif, width, height = video_as_gif(path)
@@ -208,10 +251,10 @@ class WandbRun:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def write_video(self, step: int, name: str, path: Path) -> None:
+    def write_video(self, step: int, name: str, path: Path, details: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run.log({"step": step, name: wandb.Video(str(path), format="mp4")})
+        self._run.log({"step": step, name: wandb.Video(str(path), caption=details.get("prompt"), format="mp4")})
 
     def close(self) -> None:
         self._run.finish()

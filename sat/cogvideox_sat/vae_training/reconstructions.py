@@ -16,6 +16,7 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+SHOWN = ("clip", "reconstruction", "difference")  # side by side, in a video of an evaluation
 AVERAGED = "_ema"  # ends the names of what the averaged weights give
 
 

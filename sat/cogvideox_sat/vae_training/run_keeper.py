@@ -31,7 +31,7 @@ from cogvideox_sat.runs.stop_signals import stop_requests
 from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, WholeFiles
 from cogvideox_sat.vae_training.checkpoint_saver import CheckpointSaver
 from cogvideox_sat.vae_training.plan import VaeTrainingPlan
-from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
+from cogvideox_sat.vae_training.reconstructions import SHOWN, ReconstructionReport
 from sgm.errors import some
 
 logger = logging.getLogger(__name__)
@@ -266,6 +266,6 @@ class RunKeeper(pl.Callback):
         if self.writer:
             self.writer.write(self.step, values)
             for name, video in self.report.write_videos(self.step):
-                self.writer.write_video(self.step, name, video)
+                self.writer.write_video(self.step, name, video, {"shows": SHOWN})
         meet("the videos of the evaluation")
         self.evaluation.close()

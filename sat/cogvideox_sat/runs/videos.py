@@ -1,0 +1,68 @@
+"""The videos of a run: `videos.jsonl` in its folder lists them, one object a line. Nothing here imports PyTorch."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgm.plain_json import parse_json
+
+VIDEOS_FILE = "videos.jsonl"
+
+
+@dataclass(frozen=True)
+class RunVideo:
+    """A video that a run wrote while it trained.
+
+    Args:
+        step: of the run, after which it was made; 0: before the first one.
+        name: what it is called at every step: `samples/N` and `valid_prompts/N`, of validation clip or prompt N;
+            `comparisons/clip_N` and `comparisons/prompt_N`, the same beside what was given; `reconstructions/N`, by a
+            VAE in training.
+        path: of the file.
+        prompt: it was sampled from; None: from none.
+        shows: what it shows, from left to right, such as ("clip", "reconstruction", "sample").
+    """
+
+    step: int
+    name: str
+    path: Path
+    prompt: str | None = None
+    shows: tuple[str, ...] = ("sample",)
+
+
+def video_entry(folder: Path, name: str, path: Path, details: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of a video without its step; the file is named relative to the run's folder, if it lies there."""
+    inside = path.is_relative_to(folder)
+    return {"name": name, "file": path.relative_to(folder).as_posix() if inside else str(path.absolute()), **details}
+
+
+def read_videos(folder: Path) -> list[RunVideo]:
+    """Return the videos of a run whose files exist, in the order in which they were made.
+
+    A run may go on meanwhile: a line that is not complete yet is left out. Of several lines about one video of a step
+    the last one counts.
+    """
+    try:
+        lines = (folder / VIDEOS_FILE).read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+    found: dict[tuple[int, str], RunVideo] = {}
+    for line in lines:
+        video = _video_of(folder, line)
+        if video is not None and video.path.is_file():
+            found.pop((video.step, video.name), None)
+            found[video.step, video.name] = video
+    return list(found.values())
+
+
+def _video_of(folder: Path, line: bytes) -> RunVideo | None:
+    """Return what a line says; None for a line that is not complete, or is someone else's."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if line.endswith(b"\n"):
+            entry = parse_json(line)
+            prompt, shows = entry.get("prompt"), entry.get("shows", ["sample"])
+            texts = [entry["name"], entry["file"], *shows, *([] if prompt is None else [prompt])]
+            if type(entry["step"]) is int and isinstance(shows, list) and all(isinstance(text, str) for text in texts):
+                return RunVideo(entry["step"], entry["name"], folder / entry["file"], prompt, tuple(shows))
+    return None
