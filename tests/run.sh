@@ -36,7 +36,7 @@ unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 style=0
 "$python" tests/architecture.py || style=$?
 "$python" -m ruff check || style=$?
-"$python" -m codespell_lib benchmarks configs sat sgm tests tools vae_modules ./*.md || style=$?
+"$python" -m codespell_lib benchmarks configs sat sgm tests tools vae_modules ./*.md docs || style=$?
 
 # The types are checked while the tests run, and told about after them.
 types=$(mktemp)

@@ -104,7 +104,7 @@ def check_paths(config: dict[str, Any]) -> None:
     """Raises UserError if a file or folder that a configuration loads from is not there."""
     for key, path in _iterate_paths(config):
         if path and not _exists(path):
-            raise UserError(f"{not_found(key, str(path))}; the README says where to get it and where to put it")
+            raise UserError(f"{not_found(key, str(path))}; docs/sampling.md says where to get it and where to put it")
 
 
 def _exists(path: Any) -> bool:

@@ -48,7 +48,7 @@ def load(
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
         dtype: what to compute in: float16, bfloat16 or float32, as a name or of PyTorch; None: as the model's
             configuration says.
-        offload: what leaves the device to make room, see README.md, "Memory and speed". None: nothing, so that all
+        offload: what leaves the device to make room, see docs/sampling.md, "Memory". None: nothing, so that all
             weights are read now, and none later.
         lora: adapters with their strengths, {path: 0.8, ...}, or a path or a list of paths, each with strength 1:
             checkpoints with adapters in them, or LoRA files or folders of diffusers. They stay unmerged:

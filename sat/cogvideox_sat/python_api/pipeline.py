@@ -159,7 +159,7 @@ class Pipeline:
             num_frames: length in latent frames, in place of `frames`.
             fps: frames a second of the file.
             steps: sampling steps.
-            sampler: its short name or its class, see README.md, "Knobs of the sampler".
+            sampler: its short name or its class, see docs/sampling.md, "Knobs of the sampler".
             guidance_scale: how strongly the prompt guides.
             guidance_interval: from which share of the steps to which there is guidance, such as (0.2, 0.8).
             guidance_schedule: how the strength of guidance goes with the steps: timestep, diffusers, step or constant.

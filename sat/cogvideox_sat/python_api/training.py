@@ -70,8 +70,8 @@ def train(
         config: configuration files, later ones overriding earlier ones; or arguments that are complete.
         processes: how many to train on; more than one are started as torchrun does.
         set: keys of the configuration with their values, such as {"deepspeed.optimizer.params.lr": 1e-4}.
-        arguments: those of the command, such as `train_data`, `train_iters`, `save`, `resume`; see README.md,
-            "Fine-tuning".
+        arguments: those of the command, such as `train_data`, `train_iters`, `save`, `resume`; see
+            docs/fine_tuning.md.
 
     Raises:
         UserError: an argument does not exist or has a wrong value, a file is missing, or the run cannot go on.
