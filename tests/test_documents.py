@@ -134,3 +134,19 @@ def in_order(parts: list[str], message: str) -> bool:
 def test_a_line_that_no_program_says_is_seen():
     assert in_order(["load is ", ": name"], "load is missing: name the checkpoint")
     assert not in_order([": name", "load is "], "load is missing: name the checkpoint")
+
+
+def test_the_image_is_made_by_the_steps_of_the_guide():
+    steps = re.findall(r"^RUN (pip .*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    guide = [line for _, code in code_blocks("docs/installing.md") for line in code.splitlines()]
+    assert len(steps) == 2
+    assert not [step for step in steps if step.replace(" --no-cache-dir", "") not in guide]
+
+
+def test_the_image_holds_what_the_package_is_built_from():
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    files = {file for line in copied for file in line.split()}
+    requirements = set(re.findall(r'"([\w/]*requirements\.txt)"', (ROOT / "pyproject.toml").read_text()))
+    assert {"pyproject.toml", "setup.py", "README.md", "sat", "sgm", "vae_modules", "configs", "assets"} <= files
+    assert requirements <= files
+    assert all((ROOT / file).exists() for file in files)

@@ -20,7 +20,11 @@ FINDERS = ("import_module", "find_spec", "importorskip", "__import__")
 # It runs before there is an environment, and does without what it finds missing.
 SET_UP = ROOT / "tools" / "setup_environment.py"
 # Imported where a user has installed them: the tools say so when they are missing.
-OPTIONAL = {"diffusers": "tools/load_cogvideox_lora.py", "xformers": "an attention kernel"}
+OPTIONAL = {
+    "diffusers": "tools/load_cogvideox_lora.py",
+    "mkdocs": "tools/site_links.py, which MkDocs calls; docs/requirements.txt names it",
+    "xformers": "an attention kernel",
+}
 # Of other names than what is imported; of packages that are not installed there is no record.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sat": "swissarmytransformer"}
 NOT_IMPORTED = {
