@@ -1,4 +1,4 @@
-"""The building blocks that configurations name."""
+"""The modules that configurations name."""
 
 from sgm.modules.encoders.modules import GeneralConditioner
 

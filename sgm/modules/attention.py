@@ -1,4 +1,4 @@
-"""Attention over tokens and over the pixels of an image, and the transformer blocks that are made of it.
+"""Attention over tokens and over pixels, and the transformer blocks made of it.
 
 Shapes: b batch, n tokens, m context tokens, c channels, h and w height and width.
 """
@@ -51,12 +51,12 @@ __all__ = [
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """Return the norm of these networks: by groups of channels, with a small epsilon."""
+    """Return a group normalization with an epsilon of 1e-6, as these networks use it."""
     return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
 
 
 def max_neg_value(t: Tensor) -> float:
-    """Return the lowest finite number of the tensor's dtype, which a softmax makes a zero of."""
+    """Return the lowest finite number of the tensor's dtype, for masking before a softmax."""
     return -torch.finfo(t.dtype).max
 
 
@@ -71,7 +71,7 @@ def init_(tensor: Tensor) -> Tensor:
 
 
 class GEGLU(nn.Module):
-    """A linear map whose one half is gated by the GELU of the other: (..., dim_in) -> (..., dim_out).
+    """A linear map that is gated by the GELU of another: (..., dim_in) -> (..., dim_out).
 
     Shazeer, "GLU Variants Improve Transformer", sec. 2.
     """
@@ -86,7 +86,10 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The two-layer network of a transformer block, `mult` times as wide inside: (..., dim) -> (..., dim_out)."""
+    """The two-layer network of a transformer block: (..., dim) -> (..., dim_out).
+
+    The layer between is `mult` times as wide as the input.
+    """
 
     def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, glu: bool = False, dropout: float = 0.0):
         super().__init__()
@@ -102,10 +105,10 @@ class FeedForward(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention between pixels at a cost linear in their number: (b, dim, h, w) -> the same shape.
+    """Attention between pixels in linear time: (b, dim, h, w) -> the same shape.
 
-    The keys' softmax runs over the pixels, and queries are used as they are. Shen et al., "Efficient Attention:
-    Attention with Linear Complexities", sec. 3.2, without the queries' softmax.
+    Shen et al., "Efficient Attention: Attention with Linear Complexities", sec. 3.2, without the queries' softmax. The
+    keys' softmax runs over the pixels.
     """
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
@@ -123,7 +126,7 @@ class LinearAttention(nn.Module):
 
 
 class SpatialSelfAttention(nn.Module):
-    """Each pixel attends to all pixels of its image, added to the input: (b, in_channels, h, w) -> the same shape."""
+    """Self-attention of an image's pixels with a residual: (b, in_channels, h, w) -> same."""
 
     def __init__(self, in_channels: int, attn_type: str = "softmax"):
         super().__init__()
@@ -135,7 +138,7 @@ class SpatialSelfAttention(nn.Module):
         self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
 
     def attention(self, x: Tensor) -> Tensor:
-        """What the pixels gather from each other, before the output projection."""
+        """Return the attended values (b, c, h, w), before the output projection."""
         normed = self.norm(x)
         q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
         return rearrange(self.attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
@@ -148,11 +151,13 @@ class SpatialSelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens (b, n, query_dim) attend to a context (b, m, context_dim), or without one to each other.
+    """Attention of tokens to a context, or to each other where a call gives no context.
+
+    Tokens are (b, n, query_dim), the context is (b, m, context_dim).
 
     Args:
-        backend: the kernel of PyTorch to use, a member of `SDPBackend` or its name; None: PyTorch chooses.
-        attn_mode: name of another function than the class's own, see `attention_kernels`.
+        backend: the PyTorch kernel to use, a member of `SDPBackend` or its name. None: PyTorch chooses.
+        attn_mode: name of an attention function that replaces the class's own, see `attention_kernels`.
 
     Raises:
         UserError: a name is unknown, or (on a forward pass) the kernel cannot compute these tensors.
@@ -190,16 +195,16 @@ class CrossAttention(nn.Module):
         additional_tokens: Tensor | None = None,
         n_times_crossframe_attn_in_self: int = 0,
     ) -> Tensor:
-        """x (b, n, query_dim) -> the same shape.
+        """Return the attended tokens, shaped like `x` (b, n, query_dim).
 
         Args:
-            mask: bool, (b, m) or (b, n, m), True where a query may look.
-            additional_tokens: (b, extra, query_dim) that take part in front of `x` and are not returned.
-            n_times_crossframe_attn_in_self: the batch is made of clips of this many frames, and every frame attends
-                to the first one of its clip.
+            mask: bool, (b, m) or (b, n, m), True where a query may attend.
+            additional_tokens: (b, extra, query_dim), placed in front of `x` and not returned.
+            n_times_crossframe_attn_in_self: number of frames of each clip in the batch; every frame attends to the
+                first frame of its clip. 0: no attention across frames.
 
         Raises:
-            UserError: the batch is no whole number of such clips.
+            UserError: the batch is not a whole number of such clips.
         """
         extra = 0
         if additional_tokens is not None:
@@ -208,7 +213,7 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         frames = n_times_crossframe_attn_in_self or 1
         if len(context) % frames:
-            raise UserError(f"cross-frame attention: a batch of {len(context)} is no multiple of {frames} frames")
+            raise UserError(f"cross-frame attention: a batch of {len(context)} is not a multiple of {frames} frames")
         first = context[::frames]
         q, k, v = (
             rearrange(tokens, "b n (heads d) -> b heads n d", heads=self.heads)
@@ -223,13 +228,13 @@ class CrossAttention(nn.Module):
 
 
 class MemoryEfficientCrossAttention(CrossAttention):
-    """`CrossAttention` by xformers where that is installed and serves, with the same numbers."""
+    """`CrossAttention` by xformers where xformers is installed and supports the tensors."""
 
     attend = attend_memory_efficiently
 
 
 def cross_attention(attn_mode: str, **params: Any) -> CrossAttention:
-    """Return the attention that a configuration names by `attn_mode`."""
+    """Return the attention layer that a configuration selects by `attn_mode`."""
     kind = MemoryEfficientCrossAttention if attn_mode == attend_memory_efficiently.name else CrossAttention
     return kind(attn_mode=attn_mode, **params)
 
@@ -238,11 +243,13 @@ def cross_attention(attn_mode: str, **params: Any) -> CrossAttention:
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to a context, and a feed-forward network, each normed first and added to its input.
+    """Self-attention, attention to a context and a feed-forward network, each with a residual.
+
+    Each of the three normalizes its input first.
 
     Args:
-        checkpoint: compute the block again in the backward pass instead of keeping what is inside.
-        disable_self_attn: the first attention too looks at the context.
+        checkpoint: recompute the block in the backward pass instead of keeping its activations.
+        disable_self_attn: the first attention attends to the context too.
         attn_mode: `softmax`, or `softmax-xformers`.
         sdp_backend: see `CrossAttention`.
     """
@@ -279,7 +286,10 @@ class BasicTransformerBlock(nn.Module):
         additional_tokens: Tensor | None = None,
         n_times_crossframe_attn_in_self: int = 0,
     ) -> Tensor:
-        """x (b, n, dim) and context (b, m, context_dim) -> (b, n, dim); see `CrossAttention` for the rest."""
+        """Return (b, n, dim) for tokens x (b, n, dim) and a context (b, m, context_dim).
+
+        See `CrossAttention` for the other arguments.
+        """
         arguments = (x, context, additional_tokens, n_times_crossframe_attn_in_self)
         return checkpointed(self._forward, *arguments) if self.checkpoint else self._forward(*arguments)
 
@@ -295,7 +305,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class BasicTransformerSingleLayerBlock(nn.Module):
-    """Attention to a context (or without one among the tokens) and a feed-forward network, each added to its input.
+    """Attention to a context (or to the tokens) and a feed-forward network, with residuals.
 
     Args: those of `BasicTransformerBlock`.
     """
@@ -321,7 +331,7 @@ class BasicTransformerSingleLayerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (b, n, dim) and context (b, m, context_dim) -> (b, n, dim)."""
+        """Return (b, n, dim) for tokens x (b, n, dim) and a context (b, m, context_dim)."""
         return checkpointed(self._forward, x, context) if self.checkpoint else self._forward(x, context)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -330,21 +340,21 @@ class BasicTransformerSingleLayerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of an image, between projections, added to it: (b, in_channels, h, w).
+    """Transformer blocks over the pixels of an image (b, in_channels, h, w), with a residual.
 
-    The output projection starts at zero, so that the whole starts as the identity.
+    The output projection starts at zero, so that the module starts as the identity.
 
     Args:
         depth: number of blocks.
-        context_dim: size of a context token, for all blocks or for each. Equal sizes of another number than `depth`
-            stand for all blocks.
+        context_dim: size of a context token, for all blocks or for each. Equal sizes whose number differs from `depth`
+            apply to all blocks.
         use_linear: project tokens by a linear layer rather than pixels by a 1x1 convolution.
         attn_type: `softmax`, or `softmax-xformers`.
-        use_checkpoint: compute each block again in the backward pass instead of keeping what is inside.
+        use_checkpoint: recompute each block in the backward pass instead of keeping its activations.
         sdp_backend: see `CrossAttention`.
 
     Raises:
-        UserError: `context_dim` has different sizes, of another number than `depth`.
+        UserError: `context_dim` has different sizes, and their number is not `depth`.
     """
 
     def __init__(
@@ -367,7 +377,7 @@ class SpatialTransformer(nn.Module):
         if len(set(context_dims)) == 1:
             context_dims = depth * context_dims[:1]
         if len(context_dims) != depth:
-            raise UserError(f"context_dim: {len(context_dims)} sizes, {context_dims}, do not fit depth {depth}")
+            raise UserError(f"context_dim: got {len(context_dims)} sizes, {context_dims}; give one, or {depth} (depth)")
         self.in_channels, self.inner_dim, self.use_linear = in_channels, inner, use_linear
         self.norm = Normalize(in_channels)
         self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
@@ -388,13 +398,13 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """Return images of the shape of x (b, in_channels, h, w).
+        """Return images shaped like x (b, in_channels, h, w).
 
         Args:
-            context: (b, m, context_dim), alone or in a list of one: for all blocks; or a list of one for each block.
+            context: (b, m, context_dim), for all blocks, alone or in a list of one; or a list with one for each block.
 
         Raises:
-            UserError: a list has neither one context nor one for each block.
+            UserError: the list has neither one context nor one for each block.
         """
         tokens = self.tokens(x)
         for block, each in zip(self.transformer_blocks, self.contexts(context), strict=True):
@@ -412,19 +422,19 @@ class SpatialTransformer(nn.Module):
         return contexts
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The image's tokens (b, h * w, inner)."""
+        """Return the image's tokens (b, h * w, inner)."""
         x = self.norm(x)
         if self.use_linear:
             return self.proj_in(rearrange(x, "b c h w -> b (h w) c"))
         return rearrange(self.proj_in(x), "b c h w -> b (h w) c")
 
     def image(self, tokens: Tensor, height: int) -> Tensor:
-        """The image (b, in_channels, h, w) of tokens (b, h * w, inner)."""
+        """Return the image (b, in_channels, h, w) of tokens (b, h * w, inner)."""
         if self.use_linear:
             return rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=height)
         return self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
 
 
 def checkpointed(forward: Callable[..., Tensor], *arguments: Tensor | int | None) -> Tensor:
-    """forward(*arguments), of which only the arguments are kept for the backward pass."""
+    """Return forward(*arguments), keeping only the arguments for the backward pass."""
     return checkpoint(forward, *arguments, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Starting an autoencoder from the weights of another."""
+"""Load the weights of an autoencoder into another one."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,24 +12,28 @@ from sgm.weights import assign_weights, module_weights, read_state_dict
 log = logging.getLogger(__name__)
 
 TRAINING_ONLY = ("loss.", "model_ema.")
-"""Prefixes of what a training checkpoint holds beside the autoencoder."""
+"""Prefixes of the entries of a training checkpoint that are not part of the autoencoder."""
 
 
 def load_autoencoder(
     module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), strict: bool = True
 ) -> list[str]:
-    """Take the weights from a file (see `read_state_dict`), all but its entries that start with one of `ignore_keys`.
+    """Load the weights from a file, except entries that start with one of `ignore_keys`.
 
-    What belongs to training alone (the loss, the averaged weights) may be missing from the file, and is left out,
-    with a word in the log, where `module` has no place for it. The autoencoder itself must fit exactly, unless
-    `strict` is off: then each entry that fits is taken, and the log lists what was left out and what keeps its start.
+    Entries that only training needs (the loss, the averaged weights) may be missing from the file; entries that
+    `module` does not have are left out with a line in the log. The autoencoder itself must match exactly, unless
+    `strict` is false: then each entry that fits is loaded, and the log lists the entries left out and those that keep
+    their initial values.
+
+    Args:
+        path: see `read_state_dict`.
 
     Returns:
-        The names of the entries of `module` that the file does not hold, or holds in another shape.
+        The names of the entries of `module` that the file does not have, or has in another shape.
 
     Raises:
         UserError: the file cannot be read, or is of another architecture: names or shapes differ, or without `strict`
-            nothing of the autoencoder fits.
+            no entry of the autoencoder fits.
     """
     weights = module_weights(read_state_dict(path), what=str(path))
     weights = {name: value for name, value in weights.items() if not name.startswith(tuple(ignore_keys))}
@@ -38,7 +42,7 @@ def load_autoencoder(
     own_parts = {_part(name) for name in module.state_dict(keep_vars=True)}
     if foreign := [name for name in weights if _part(name) not in own_parts]:
         parts = ", ".join(sorted({_part(name) for name in foreign}))
-        log.warning("%s: left out %d entries unknown to the autoencoder, of: %s", path, len(foreign), parts)
+        log.warning("%s: left out %d entries that the autoencoder does not have, of: %s", path, len(foreign), parts)
     weights = {name: value for name, value in weights.items() if _part(name) in own_parts}
     missing, _ = assign_weights(
         module, weights, what=str(path), allow_missing=TRAINING_ONLY, allow_unexpected=TRAINING_ONLY
@@ -79,7 +83,7 @@ def _part(name: str) -> str:
 
 
 class CheckpointEngine:
-    """What `ckpt_engine` in a configuration names: called with an autoencoder, it loads the weights of a file.
+    """The class that `ckpt_engine` in a configuration names; a call loads the weights.
 
     Args: those of `load_autoencoder`.
     """

@@ -1,4 +1,4 @@
-"""An exponential moving average of a module's weights, kept beside them."""
+"""An exponential moving average of a module's weights, stored in its buffers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,15 +9,16 @@ from sgm.moving_averages import follow, kept_share
 
 
 class LitEma(nn.Module):
-    """Averages of the trainable parameters of `model`, in buffers, so that they are saved and moved with it.
+    """Exponential moving averages of the trainable parameters of `model`.
 
-    The n-th update, from 1, of a shadow s of a parameter p is s ← d·s + (1 − d)·p with d = `decay`, or while it is
-    less (1 + n)/(10 + n), by which the average soon forgets the weights that it starts from. Shadows have the dtype
-    of their parameters. Which parameters are averaged is settled here: those that require a gradient now.
+    Averages are buffers, so that they are saved and moved with the module. The n-th update, from 1, of an average s of
+    a parameter p is s ← d·s + (1 − d)·p with d = min(`decay`, (1 + n)/(10 + n)): the average soon forgets the initial
+    weights. Averages have the dtype of their parameters. The set of averaged parameters is fixed here: those that
+    require a gradient now.
 
     Args:
         decay: the share of the average that each update keeps, from 0 to 1.
-        use_num_upates: raise the decay slowly, as above (the spelling of the configs in use).
+        use_num_upates: raise the decay slowly, as above (the spelling of released configurations).
         skip: prefixes of parameter names to leave out.
 
     Raises:
@@ -27,7 +28,7 @@ class LitEma(nn.Module):
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True, skip: Sequence[str] = ()):
         super().__init__()
         if not 0 <= decay <= 1:
-            raise ValueError(f"decay is {decay}; it is from 0 to 1")
+            raise ValueError(f"decay must be between 0 and 1, got {decay}")
         self.decay, self.use_num_updates = decay, use_num_upates
         averaged = {
             name: parameter
@@ -42,23 +43,23 @@ class LitEma(nn.Module):
             self.register_buffer(self.shadow_names[name], parameter.detach().clone())
 
     def reset_num_updates(self) -> None:
-        """Begin the slow rise of the decay anew."""
+        """Restart the slow rise of the decay."""
         self.num_updates.zero_()
 
     def shadows(self) -> dict[str, Tensor]:
-        """The averages, by the names of their parameters."""
+        """Return the averages, by the names of their parameters."""
         return {name: getattr(self, buffer) for name, buffer in self.shadow_names.items()}
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Update the averages with the weights that `model` has now."""
+        """Update the averages with the current weights of `model`."""
         self.num_updates += 1
-        # The number is on the device, where the averages are: no update waits for it.
+        # `num_updates` is on the device of the averages, so that no update waits for it.
         follow(*self._pairs(model), kept_share(self.decay, self.num_updates, self.use_num_updates))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the weights of `model` by their averages."""
+        """Overwrite the weights of `model` with their averages."""
         shadows, parameters = self._pairs(model)
         torch._foreach_copy_(parameters, shadows)
 
@@ -68,12 +69,12 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give the same `parameters` back the values that `store` kept."""
+        """Set the same `parameters` back to the values that `store` kept."""
         torch._foreach_copy_(list(parameters), self.stored)
         self.stored = []
 
     def averaged_parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """Those of `model` that `copy_to` overwrites."""
+        """Return the parameters of `model` that `copy_to` overwrites."""
         return self._pairs(model)[1]
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[nn.Parameter]]:
@@ -82,7 +83,7 @@ class LitEma(nn.Module):
 
 
 def _buffer_names(names: Iterable[str]) -> dict[str, str]:
-    """A name without dots, which buffers may not have, for each parameter name."""
+    """Return a buffer name for each parameter name; buffer names have no dots."""
     taken = {"num_updates"}
     buffers = {}
     for name in names:

@@ -1,8 +1,9 @@
-"""Transformers over video: attention within each frame, then between the frames at each place, blended.
+"""Transformers over video: attention within each frame, then across frames, blended.
 
-Shapes: b clips of t frames, the batch of frames being (b t); s = h * w places in a frame, c channels.
-Blattmann et al., "Align your Latents: High-Resolution Video Synthesis with Latent Diffusion Models", sec. 3.1; the
+Blattmann et al., "Align your Latents: High-Resolution Video Synthesis with Latent Diffusion Models", sec. 3.1. The
 parameters have the names of "Stable Video Diffusion".
+
+Shapes: b clips of t frames form a batch of (b t) frames; s = h * w places in a frame, c channels.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,10 @@ MERGE_STRATEGIES = ("fixed", "learned", "learned_with_images")
 
 
 def clips(frames: Tensor, timesteps: int | None) -> tuple[int, int]:
-    """Return how many clips the batch of `frames` (b t, ...) holds, and `timesteps`, the frames of a clip.
+    """Return the number of clips in a batch of `frames` (b t, ...), and `timesteps`.
+
+    Args:
+        timesteps: the number of frames of each clip.
 
     Raises:
         UserError: `timesteps` is missing, or does not divide the batch.
@@ -36,34 +40,37 @@ def clips(frames: Tensor, timesteps: int | None) -> tuple[int, int]:
 
 
 def register_mix_factor(module: nn.Module, alpha: float, merge_strategy: str) -> None:
-    """Give `module` a `mix_factor`: a constant share, or a parameter whose sigmoid is the share (`alpha`: its start).
+    """Add a `mix_factor` to `module`: a constant share, or the logit of a learned share.
+
+    Args:
+        alpha: the constant share, or the logit that training starts from.
 
     Raises:
-        UserError: there is no such strategy, or a fixed share is outside [0, 1].
+        UserError: the strategy is unknown, or a fixed share is outside [0, 1].
     """
     if merge_strategy not in MERGE_STRATEGIES:
-        raise UserError(f"merge_strategy: '{merge_strategy}' is unknown, it can be {', '.join(MERGE_STRATEGIES)}")
+        raise UserError(f"merge_strategy: '{merge_strategy}' is unknown; use one of {', '.join(MERGE_STRATEGIES)}")
     if merge_strategy == "fixed":
         if not 0 <= alpha <= 1:
-            raise UserError(f"a fixed share of {alpha:g} for one of two branches must lie between 0 and 1")
+            raise UserError(f"alpha: a fixed share must be between 0 and 1, got {alpha:g}")
         module.register_buffer("mix_factor", torch.tensor([float(alpha)]))
     else:
         module.mix_factor = nn.Parameter(torch.tensor([float(alpha)]))
 
 
 def mix_share(module: nn.Module) -> Tensor:
-    """The share (1,) that `mix_factor` stands for."""
+    """Return the share (1,) that `mix_factor` represents."""
     factor = module.mix_factor
     return factor.sigmoid() if isinstance(factor, nn.Parameter) else factor
 
 
 class AlphaBlender(nn.Module):
-    """share * spatial + (1 - share) * temporal.
+    """Blend of two branches: share * spatial + (1 - share) * temporal.
 
     Args:
-        alpha: the spatial share if the strategy is `fixed`, otherwise the logit that it starts from.
-        merge_strategy: `fixed`; `learned`; or `learned_with_images`, where frames that are images of their own take
-            nothing from the temporal branch.
+        alpha: the spatial share if the strategy is `fixed`, otherwise the logit that training starts from.
+        merge_strategy: `fixed`; `learned`; or `learned_with_images`, where frames that are separate images use the
+            spatial branch alone.
     """
 
     def __init__(self, alpha: float, merge_strategy: str = "learned_with_images"):
@@ -72,7 +79,11 @@ class AlphaBlender(nn.Module):
         self.with_images = merge_strategy == "learned_with_images"
 
     def forward(self, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator: Tensor | None = None) -> Tensor:
-        """Both (b t, ...). `image_only_indicator` (b, t) is true (or 1) for images; None: there are none."""
+        """Return the blend of two branches (b t, ...).
+
+        Args:
+            image_only_indicator: (b, t), true (or 1) for separate images. None: there are none.
+        """
         share = mix_share(self)
         if self.with_images and image_only_indicator is not None:
             share = torch.where(image_only_indicator.flatten().bool(), torch.ones_like(share), share)
@@ -83,14 +94,14 @@ class AlphaBlender(nn.Module):
 
 
 class VideoTransformerBlock(BasicTransformerBlock):
-    """A transformer block between the frames of a clip, at each place apart.
+    """A transformer block over the frames of each clip, applied at each place separately.
 
     Args: those of `BasicTransformerBlock`, and
-        timesteps: the frames of a clip, where a call does not say.
-        ff_in: put another feed-forward network, normed and added to its input, first.
+        timesteps: number of frames of each clip, unless a call gives it.
+        ff_in: begin with another feed-forward network, with a norm and a residual.
         inner_dim: accepted at its neutral value, `dim`.
         disable_temporal_crossattention: leave out the attention to a context.
-        switch_temporal_ca_to_sa: the second attention too is that of the frames to each other.
+        switch_temporal_ca_to_sa: the second attention is also between frames.
     """
 
     def __init__(
@@ -119,7 +130,7 @@ class VideoTransformerBlock(BasicTransformerBlock):
         self.timesteps, self.switch_temporal_ca_to_sa = timesteps, switch_temporal_ca_to_sa
         if disable_temporal_crossattention and switch_temporal_ca_to_sa:
             raise UserError(
-                "disable_temporal_crossattention and switch_temporal_ca_to_sa are both on: choose one of them"
+                "disable_temporal_crossattention and switch_temporal_ca_to_sa are both on; choose one of them"
             )
         if disable_temporal_crossattention:
             del self.attn2, self.norm2
@@ -134,10 +145,10 @@ class VideoTransformerBlock(BasicTransformerBlock):
     def forward(  # type: ignore[override]  # PyTorch leaves the arguments of `forward` to each module
         self, x: Tensor, context: Tensor | None = None, timesteps: int | None = None
     ) -> Tensor:
-        """x (b t, s, dim) and context (b s, m, context_dim) -> (b t, s, dim).
+        """Return (b t, s, dim) for x (b t, s, dim) and a context (b s, m, context_dim).
 
         Raises:
-            UserError: (b t) is no whole number of clips of `timesteps` frames.
+            UserError: (b t) is not a whole number of clips of `timesteps` frames.
         """
         _, timesteps = clips(x, self.timesteps if timesteps is None else timesteps)
         arguments = (x, context, timesteps)
@@ -156,13 +167,15 @@ class VideoTransformerBlock(BasicTransformerBlock):
 
 
 class SpatialVideoTransformer(SpatialTransformer):
-    """A spatial transformer, each of whose blocks is followed by one over time: (b t, in_channels, h, w) as they come.
+    """A spatial transformer with a temporal block after each of its blocks.
+
+    Input and output are (b t, in_channels, h, w).
 
     Args: those of `SpatialTransformer`, and
-        timesteps: the frames of a clip, where a call does not say.
+        timesteps: number of frames of each clip, unless a call gives it.
         disable_temporal_crossattention: see `VideoTransformerBlock`.
         use_spatial_context: the temporal blocks attend to the context of each clip's first frame.
-        time_context_dim: size of a token of `time_context`, where that is given instead.
+        time_context_dim: size of a token of `time_context`, which replaces that context.
         merge_strategy, merge_factor: how the two branches are blended; see `AlphaBlender`.
         ff_in: see `VideoTransformerBlock`.
         max_time_embed_period: the longest period, in frames, of the embedding of a frame's place in its clip.
@@ -239,17 +252,17 @@ class SpatialVideoTransformer(SpatialTransformer):
         timesteps: int | None = None,
         image_only_indicator: Tensor | None = None,
     ) -> Tensor:
-        """x (b t, in_channels, h, w) -> the same shape.
+        """Return images shaped like x (b t, in_channels, h, w).
 
         Args:
             context: (b t, m, context_dim), for the spatial blocks; or a list, see `SpatialTransformer`.
-            time_context: (b, m, time_context_dim), for the temporal ones.
+            time_context: (b, m, time_context_dim), for the temporal blocks.
             timesteps: the number of frames t of each clip.
             image_only_indicator: see `AlphaBlender`.
 
         Raises:
-            UserError: (b t) is no whole number of clips of `timesteps` frames, or the context that the temporal
-                blocks are to share is missing.
+            UserError: (b t) is not a whole number of clips of `timesteps` frames, or the context for the temporal
+                blocks is missing.
         """
         batch, timesteps = clips(x, self.timesteps if timesteps is None else timesteps)
         height, width = x.shape[2:]
@@ -272,10 +285,13 @@ class SpatialVideoTransformer(SpatialTransformer):
 
 
 def frame_embedding(x: Tensor, timesteps: int, dim: int, max_period: float = 10000) -> Tensor:
-    """Sinusoidal embedding (t, dim) of each frame's place in its clip, on the device and in the dtype of `x`."""
+    """Return the sinusoidal embedding (t, dim) of each frame's place in its clip.
+
+    The embedding has the device and dtype of `x`.
+    """
     return timestep_embedding(torch.arange(timesteps, device=x.device), dim, max_period, dtype=x.dtype)
 
 
 def time_embedding(dim: int, out_dim: int) -> nn.Sequential:
-    """The network (..., dim) -> (..., out_dim) on top of a `frame_embedding`."""
+    """Return the network (..., dim) -> (..., out_dim) that follows `frame_embedding`."""
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, out_dim))

@@ -299,9 +299,9 @@ def test_what_does_not_fit_is_said_in_one_line():
         attention.BasicTransformerBlock(16, 2, 8, attn_mode="flash")
     with pytest.raises(UserError, match="attention 'flash' is unknown"):
         attention.SpatialTransformer(32, 2, 8, attn_type="flash")
-    with pytest.raises(UserError, match="batch of 5 is no multiple of 2 frames"):
+    with pytest.raises(UserError, match="batch of 5 is not a multiple of 2 frames"):
         attention.CrossAttention(8)(torch.zeros(5, 3, 8), n_times_crossframe_attn_in_self=2)
-    with pytest.raises(UserError, match=r"context_dim: 2 sizes, \[4, 5\], do not fit depth 3"):
+    with pytest.raises(UserError, match=r"context_dim: got 2 sizes, \[4, 5\]; give one, or 3 \(depth\)"):
         attention.SpatialTransformer(32, 2, 8, depth=3, context_dim=[4, 5])
 
 

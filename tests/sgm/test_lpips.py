@@ -180,7 +180,7 @@ def test_weights_are_downloaded_into_the_cache(hub, files, monkeypatch):
 def test_no_such_file_or_network(tmp_path):
     with pytest.raises(UserError, match=r"there is no weight file .*vgg\.pth"):
         LPIPS(weights=tmp_path / "vgg.pth")
-    with pytest.raises(UserError, match="there is no network 'resnet', it can be vgg, alex, squeeze"):
+    with pytest.raises(UserError, match="network 'resnet' is unknown; use one of vgg, alex, squeeze"):
         LPIPS("resnet")
 
 
@@ -300,5 +300,5 @@ def test_latent_loss_compares_images_of_another_size(option, files, monkeypatch)
 
 
 def test_latent_loss_refuses_to_scale_both_ways(monkeypatch):
-    with pytest.raises(UserError, match="only one of scale_input_to_tgt_size and scale_tgt_to_input_size"):
+    with pytest.raises(UserError, match="scale_input_to_tgt_size and scale_tgt_to_input_size are both on"):
         LatentLPIPS(upsampler_config(monkeypatch), scale_input_to_tgt_size=True, scale_tgt_to_input_size=True)

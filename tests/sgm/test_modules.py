@@ -176,7 +176,7 @@ def test_only_trainable_embedders_learn(monkeypatch):
 
 def test_conditioner_mistakes(monkeypatch):
     conditioner = conditioner_of({"target": "Scaled", "input_key": "txt"}, monkeypatch=monkeypatch)
-    with pytest.raises(UserError, match=r"needs 'txt', the batch has \['mp4'\]"):
+    with pytest.raises(UserError, match=r"the batch has no entry 'txt', only \['mp4'\]"):
         conditioner({"mp4": 1})
     with pytest.raises(UserError, match="neither 'input_key' nor 'input_keys'"):
         conditioner_of({"target": "Scaled"}, monkeypatch=monkeypatch)
@@ -215,12 +215,12 @@ def test_long_text_is_cut_with_a_warning(t5, caplog):
 def test_incomplete_t5_folder_is_named(tmp_path, missing):
     folder = shutil.copytree(TINY_T5, tmp_path / "t5")
     (folder / missing).unlink()
-    with pytest.raises(UserError, match=rf"model_dir '{re.escape(str(folder))}' has no .*should hold config\.json"):
+    with pytest.raises(UserError, match=rf"model_dir: '{re.escape(str(folder))}' has no .*should have config\.json"):
         FrozenT5Embedder(str(folder))
 
 
 def test_unreadable_t5_is_named(tmp_path):
-    with pytest.raises(UserError, match="model_dir '/no/such/folder' is not a folder"):
+    with pytest.raises(UserError, match="model_dir: '/no/such/folder' is not a folder"):
         FrozenT5Embedder("/no/such/folder")
     folder = shutil.copytree(TINY_T5, tmp_path / "t5")
     (folder / "model.safetensors").write_bytes(b"not weights")

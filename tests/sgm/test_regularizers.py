@@ -104,7 +104,7 @@ def test_precision_is_float32_inside(quantizer):
 
 
 def test_another_number_of_channels_is_refused(quantizer):
-    with pytest.raises(UserError, match="is for latents of 4 channels, the encoder has 5"):
+    with pytest.raises(UserError, match="the encoder has 5 channels; expected 4"):
         quantizer(torch.zeros(1, 5, 2))
 
 

@@ -320,12 +320,12 @@ def test_what_does_not_fit_is_said_in_one_line():
     with pytest.raises(UserError, match="the temporal blocks need a context"):
         video_transformer(context_dim=10, use_spatial_context=True)(torch.zeros(2, 32, 2, 2), timesteps=2)
     for params, message in (
-        ({"time_mode": "never"}, "time_mode: 'never' is unknown, it can be all, conv-only, attn-only"),
-        ({"merge_strategy": "sum"}, "merge_strategy: 'sum' is unknown, it can be fixed, learned"),
-        ({"merge_strategy": "learned_with_images"}, "a decoder gets no indicator of images"),
-        ({"merge_strategy": "fixed", "alpha": 2}, "share of 2 .* must lie between 0 and 1"),
-        ({"video_kernel_size": [3, 3]}, r"video_kernel_size: \[3, 3\] is neither an odd number nor three of them"),
-        ({"video_kernel_size": 2}, "video_kernel_size: 2 is neither"),
+        ({"time_mode": "never"}, "time_mode: 'never' is unknown; use one of all, conv-only, attn-only"),
+        ({"merge_strategy": "sum"}, "merge_strategy: 'sum' is unknown; use one of fixed, learned"),
+        ({"merge_strategy": "learned_with_images"}, "a decoder gets no image_only_indicator"),
+        ({"merge_strategy": "fixed", "alpha": 2}, "a fixed share must be between 0 and 1, got 2"),
+        ({"video_kernel_size": [3, 3]}, r"video_kernel_size: expected an odd number or three of them, got \[3, 3\]"),
+        ({"video_kernel_size": 2}, "video_kernel_size: expected .* got 2"),
         ({"time_mode": "all", "attn_type": "linear"}, "attn_type: 'linear' cannot be extended in time"),
         ({"chanels": 3}, r"params\.chanels: unknown; did you mean z_channels"),
     ):

@@ -305,7 +305,7 @@ def test_a_training_configuration_and_what_is_missing(folder, tmp_path, capsys, 
         assert main([*command, *decoding]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == ["1", "PSNR", "SSIM", "LPIPS:", "rFVD:"]
-        assert "cannot download them" in lines[3] and "give the path of the file as --lpips_weights" in lines[3]
+        assert "cannot download the weights" in lines[3] and "set --lpips_weights to the file" in lines[3]
         assert lines[4] == "rFVD: not computed: give the weights of I3D as --i3d_weights"
         psnrs.append(lines[1])
     assert psnrs[0] != psnrs[1]  # a chunk has statistics of its own

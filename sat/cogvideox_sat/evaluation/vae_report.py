@@ -120,7 +120,7 @@ def build_lpips(options: argparse.Namespace, device: torch.device, notes: list[s
     except UserError as error:
         if options.lpips_weights is not None:
             raise
-        notes.append(f"LPIPS: not computed: {error}".replace("as lpips_weights", "as --lpips_weights"))
+        notes.append(f"LPIPS: not computed: {error}".replace("set lpips_weights", "set --lpips_weights"))
         return None
 
 

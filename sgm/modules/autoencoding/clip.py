@@ -1,4 +1,4 @@
-"""What the layers must know of the clip beyond the frames in hand."""
+"""Context of the current frames: neighbouring chunks and ranks of the same clip."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,20 +10,20 @@ from torch.distributed import ProcessGroup
 from sgm.context_parallel import all_reduce_sum, group_rank, group_size, pass_on
 
 TailCache = dict[nn.Module, Tensor]
-"""The last input frames that each causal convolution saw, for the next chunk of the same clip."""
+"""The last input frames of each causal convolution, for the next chunk of the same clip."""
 
 
 @dataclass
 class Chunk:
-    """Where the frames in hand lie in their clip: a piece in time, perhaps spread over the ranks of `group`.
+    """The place of the current frames in their clip, perhaps spread over the ranks of `group`.
 
     Attributes:
-        lead: the frames in hand start with the one that stands alone when time is halved or doubled.
-        tails: what earlier chunks left for the convolutions of this one; this chunk's own tails replace it.
-        last: no chunk follows, so tails need not be kept.
+        lead: the first of the current frames stands alone when time is halved or doubled.
+        tails: the last input frames of each convolution in the chunk before; this chunk replaces them by its own.
+        last: no chunk follows, so that no tails are kept.
         group: the ranks that hold neighbouring frames, in order; None for a single process.
-        gather_norm: whether normalization statistics are those of all ranks' frames. None leaves it to each layer.
-        keep: returns a copy of a tail, where it is to wait for the next chunk; may be on another device.
+        gather_norm: whether normalization statistics cover the frames of all ranks. None: each layer decides.
+        keep: returns a copy of a tail for the next chunk; the copy may be on another device.
     """
 
     lead: bool
@@ -34,18 +34,26 @@ class Chunk:
     keep: Callable[[Tensor], Tensor] = torch.clone
 
     def copies_tail(self, frames: int, count: int) -> bool:
-        """Whether `frames_before`, of so many frames, makes a plain copy of the last `count` of them for the next
-        chunk, which whoever writes these frames can make as well."""
+        """Return whether `frames_before` stores a plain copy of the last `count` input frames.
+
+        A kernel that writes these frames can then write the copy too, and pass it as `tail`.
+
+        Args:
+            frames: number of input frames in this chunk.
+        """
         return self.group is None and not self.last and self.keep is torch.clone and frames >= count
 
     def frames_before(self, conv: nn.Module, x: Tensor, count: int, tail: Tensor | None = None) -> Tensor | None:
-        """The `count` input frames of `conv` that precede `x` (batch, channel, time, height, width) in the clip.
+        """Return the `count` input frames of `conv` that precede `x` in the clip.
 
-        None at the start of the clip (or its first frame repeated). Also sees to it that whoever holds the frames
-        that follow `x`, the next chunk or the next rank, gets its tail.
+        The tail of `x` goes to the next chunk or the next rank, which needs it.
 
         Args:
-            tail: a copy of the last `count` frames, where one is made already; see `copies_tail`.
+            x: (batch, channel, time, height, width).
+            tail: a copy of the last `count` frames, if the caller has made one; see `copies_tail`.
+
+        Returns:
+            None at the start of the clip without a `group`; with one, copies of the first frame stand in.
         """
         if self.group is None:
             before = self.tails.pop(conv, None)
@@ -54,7 +62,7 @@ class Chunk:
             if tail is not None:
                 self.tails[conv] = tail
             elif not self.last:
-                self.tails[conv] = self.keep(_tail(before, x, count))  # a view would keep all of x in memory
+                self.tails[conv] = self.keep(_tail(before, x, count))  # a view would keep the whole of x in memory
             return before
 
         token, before = self._exchanged(conv, x, count)
@@ -63,10 +71,10 @@ class Chunk:
         return torch.cat([token, before], dim=2)
 
     def tail_before(self, conv: nn.Module, end: Tensor, count: int) -> Tensor | None:
-        """Return what `frames_before` does, with the ranks of the group, for whoever has the frames piece by piece.
+        """Return the result of `frames_before` with a group, for a caller that computes by pieces.
 
         Args:
-            end: the last frames of all, `count` of them if there are as many.
+            end: the last input frames, `count` of them if there are as many.
 
         Returns:
             None at the start of the clip.
@@ -74,7 +82,10 @@ class Chunk:
         return self._exchanged(conv, end, count)[1]
 
     def _exchanged(self, conv: nn.Module, x: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Give the next rank the tail of `x`; return a tensor of no frames (see `pass_on`), and the previous one's."""
+        """Send the tail of `x` to the next rank, and return what the previous rank sent.
+
+        The first value is a tensor of no frames, see `pass_on`.
+        """
         assert self.group is not None
         rank, size = group_rank(self.group), group_size(self.group)
         sends = rank < size - 1 or not self.last
@@ -82,13 +93,13 @@ class Chunk:
             before = self.tails.pop(conv, None)
             if before is not None:
                 before = before.to(x.device, non_blocking=True)
-            # What follows the last rank's frames is this one's next chunk.
+            # The next chunk of the first rank follows the frames of the last rank.
             token, received = pass_on(_tail(before, x, count), x, None if self.last else count, self.group)
             if not self.last:
                 self.tails[conv] = received if self.keep is torch.clone else self.keep(received)
             return token, before
         if x.shape[2] >= count:
-            # The tail does not depend on what comes before: all ranks send at once.
+            # The tail does not depend on earlier frames, so that all ranks send at once.
             return pass_on(x[:, :, -count:] if sends else None, x, count, self.group)
         token, before = pass_on(None, x, count, self.group)
         if sends:
@@ -97,13 +108,13 @@ class Chunk:
         return token, before
 
     def total(self, sums: Tensor, gather_norm: bool) -> Tensor:
-        """`sums` that a norm takes of its input, added up over the ranks if it (`gather_norm`) or the chunk says so."""
+        """Return a norm's `sums`, added over the ranks if the chunk or `gather_norm` asks for it."""
         gather = gather_norm if self.gather_norm is None else self.gather_norm
         return all_reduce_sum(sums, self.group if gather else None)
 
 
 def _tail(before: Tensor | None, x: Tensor, count: int) -> Tensor:
-    """The last `count` frames of the clip up to and including `x`."""
+    """Return the last `count` frames of the clip up to and including `x`."""
     if x.shape[2] >= count:
         return x[:, :, -count:]
     if before is None:
@@ -112,10 +123,10 @@ def _tail(before: Tensor | None, x: Tensor, count: int) -> Tensor:
 
 
 class RepeatableChunk(Chunk):
-    """A chunk for a layer that runs more than once on the same input, to recompute its activations.
+    """A chunk for a layer that runs again on the same input, to recompute its activations.
 
-    What the first run learns from other chunks and ranks is kept for the later ones: they neither communicate nor
-    touch the tails. Call `rewind` before each run.
+    The first run records what it receives from other chunks and ranks. Later runs use the record: they neither
+    communicate nor change the tails. Call `rewind` before each run.
     """
 
     def __init__(self, chunk: Chunk):
@@ -140,8 +151,8 @@ class RepeatableChunk(Chunk):
         return self._learned[self._next - 1]
 
     def _learn(self, result: Tensor | None) -> Tensor | None:
-        # Detached: the graph that leads here refers to whoever recomputes, and thereby to this. But still asking for
-        # a gradient, or autograd would save other tensors the next time.
+        # Detached, since the graph refers to the layer that recomputes, and thereby to this chunk. `requires_grad`
+        # stays, or autograd would save other tensors in the next run.
         self._learned.append(None if result is None else result.detach().requires_grad_(result.requires_grad))
         self._next += 1
         return result

@@ -1,4 +1,4 @@
-"""Patch discriminators: one logit for each patch of an image or of a clip, high where it looks real."""
+"""Patch discriminators: one logit per patch of an image or clip, high for real ones."""
 
 from collections.abc import Callable, Iterator
 from math import gcd
@@ -12,17 +12,17 @@ from sgm.errors import UserError
 
 
 class NLayerDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): images (batch, input_nc, h, w) -> logits (batch, 1, ., .).
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): images -> logits (batch, 1, ., .).
 
-    Of `n_layers` convolutions each halves the image, two more do not; with three of them a logit sees 70x70 pixels.
-    Images must be at least 3 * 2**n_layers pixels a side.
+    Images are (batch, input_nc, h, w), with at least 3 * 2**n_layers pixels a side. `n_layers` convolutions halve the
+    image, and two more keep its size; with 3 layers a logit sees 70x70 pixels.
 
     Args:
-        ndf: channels after the first layer; they double a layer, up to eight times as many.
-        use_actnorm: normalize with `ActNorm` instead of batch normalization.
+        ndf: channels after the first layer; each layer doubles them, up to eight times `ndf`.
+        use_actnorm: normalize by `ActNorm` instead of batch normalization.
 
     Raises:
-        UserError: on a forward pass: the image is too small.
+        UserError: (on a forward pass) the image is too small.
     """
 
     dims = 2
@@ -44,16 +44,16 @@ class NLayerDiscriminator(nn.Module):
 
 
 class NLayerDiscriminator3D(nn.Module):
-    """PatchGAN for clips (batch, input_nc, time, height, width) -> logits (batch, 1, ., ., .).
+    """PatchGAN for clips (batch, input_nc, time, h, w) -> logits (batch, 1, ., ., .).
 
-    Every convolution also sees three frames, and those that halve space halve time, rounding up: any number of frames
-    will do, and with three of them a logit sees 47 frames. An image is a clip of one frame. Normalization is by
-    groups of channels of one clip, so that a logit depends neither on the other clips of the batch nor on their ranks.
+    Every convolution sees three frames. Convolutions that halve space also halve time, rounding up, so that any number
+    of frames works; with 3 layers a logit sees 47 frames. An image is a clip of one frame. Normalization is by groups
+    of channels within one clip, so that a logit does not depend on the other clips of the batch or their ranks.
 
     Args: those of `NLayerDiscriminator`.
 
     Raises:
-        UserError: on a forward pass: the frames are too small.
+        UserError: (on a forward pass) the frames are too small.
     """
 
     dims = 3
@@ -77,10 +77,10 @@ class NLayerDiscriminator3D(nn.Module):
 
 
 class ActNorm(nn.Module):
-    """A scale and a shift of each channel of images (Kingma & Dhariwal 2018, arXiv:1807.03039, section 3.1).
+    """A scale and a shift for each channel (Kingma & Dhariwal 2018, arXiv:1807.03039, 3.1).
 
-    The first training batch, over all processes, sets them such that its channels get mean 0 and variance 1; from then
-    on they are trained as any parameter. `initialized` remembers this in the state dict.
+    The first training batch, over all processes, sets the scale and the shift such that its channels get mean 0 and
+    variance 1; afterwards both are trained. `initialized` records this in the state dict.
     """
 
     def __init__(self, channels: int):
@@ -88,7 +88,7 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
-        self._asked = False  # whether `initialized` was read: once is enough, for it waits for the device
+        self._asked = False  # whether `initialized` was read; each read waits for the device
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self._asked:
@@ -117,8 +117,12 @@ def _layers(
     n_layers: int,
     bias: bool,
 ) -> Iterator[nn.Module]:
-    """`n_layers` convolutions of stride 2, one of stride 1, and the one that gives the logits; `conv` takes its
-    channels, stride and bias. `bias` is that of the convolutions before a norm."""
+    """Yield `n_layers` convolutions of stride 2, one of stride 1, and that of the logits.
+
+    Args:
+        conv: takes input channels, output channels, stride and bias.
+        bias: whether convolutions before a norm have a bias.
+    """
     yield conv(input_nc, ndf, 2, True)
     yield nn.LeakyReLU(0.2)
     channels = ndf
@@ -132,7 +136,7 @@ def _layers(
 
 
 def _smallest_side(n_layers: int) -> int:
-    # The two kernels of 4 that do not halve the image each take a pixel from it.
+    # Each of the two kernels of size 4 and stride 1 takes one pixel from the image.
     return 3 * 2**n_layers
 
 
@@ -141,12 +145,15 @@ def _check_size(x: Tensor, smallest_side: int) -> None:
     if min(height, width) < smallest_side:
         raise UserError(
             f"the discriminator needs images of at least {smallest_side}x{smallest_side} pixels, got {height}x{width}; "
-            "fewer layers (disc_num_layers, or n_layers in discriminator_config) take smaller ones"
+            "for smaller images set fewer layers (disc_num_layers, or n_layers in discriminator_config)"
         )
 
 
 def weights_init(layer: nn.Module) -> None:
-    """Draw the weights of a convolution or a norm as DCGAN does (Radford et al. 2016, arXiv:1511.06434, section 4)."""
+    """Draw the weights of a convolution or a norm as in DCGAN.
+
+    Radford et al. 2016, arXiv:1511.06434, section 4.
+    """
     if isinstance(layer, nn.Conv2d | nn.Conv3d):
         nn.init.normal_(layer.weight, 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm2d | nn.GroupNorm):

@@ -10,13 +10,14 @@ from sgm import randomness
 
 
 class DiagonalGaussianDistribution:
-    """Independent normals; `moments` (batch, 2 * channel, ...) holds their means, then their log-variances.
+    """Independent normal distributions, the posterior of a variational autoencoder.
 
     Args:
-        deterministic: there is no variance: samples are the mean.
+        moments: (batch, 2 * channel, ...), the means followed by the log-variances.
+        deterministic: the variance is zero, and samples are the mean.
 
     Attributes:
-        mean, std, var, log_variance: of each place, (batch, channel, ...); `logvar` is another name of the last.
+        mean, std, var, log_variance: (batch, channel, ...), for each place; `logvar` is another name of `log_variance`.
     """
 
     def __init__(self, moments: Tensor, deterministic: bool = False):
@@ -31,20 +32,27 @@ class DiagonalGaussianDistribution:
 
     @property
     def std(self) -> Tensor:
-        """Return the standard deviation; zeros without a variance."""
+        """Return the standard deviation, zeros if the distribution is deterministic."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.log_variance)
 
     @property
     def var(self) -> Tensor:
-        """Return the variance; zeros without one."""
+        """Return the variance, zeros if the distribution is deterministic."""
         return torch.zeros_like(self.mean) if self.deterministic else self.log_variance.exp()
 
     def noise(self) -> Tensor:
-        """Standard normals of the shape of one sample, float32 on the CPU, so that a seed means the same everywhere."""
+        """Return standard normal noise shaped like one sample, float32 on the CPU.
+
+        The CPU makes a seed give the same noise on every device.
+        """
         return randomness.normal(self.mean.shape, purpose="posterior")
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """mean + std * noise (batch, channel, ...); the noise is drawn anew unless it is given."""
+        """Return mean + std * noise (batch, channel, ...).
+
+        Args:
+            noise: as `noise` returns it; None: drawn here.
+        """
         if self.deterministic:
             return self.mean
         noise = self.noise() if noise is None else noise
@@ -54,9 +62,9 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
-        """Return the divergence from `other`, or from the standard normal: (batch,), summed over all other dimensions.
+        """Return the KL divergence from `other`, or from the standard normal: (batch,), in nats.
 
-        Without a variance it is zero.
+        The divergence is summed over all other dimensions, and zero if the distribution is deterministic.
         """
         if self.deterministic:
             return self.mean.new_zeros(len(self.mean))
@@ -68,9 +76,9 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.flatten(1).sum(1)
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Return minus the logarithm of the density at `sample` (batch, channel, ...), summed over `dims`.
+        """Return the negative log-density at `sample` (batch, channel, ...), summed over `dims`.
 
-        Without a variance it is zero.
+        The value is zero if the distribution is deterministic.
         """
         if self.deterministic:
             return self.mean.new_zeros(len(self.mean))

@@ -1,8 +1,7 @@
-"""A 2D decoder that is extended in time, so that the frames of a clip agree with each other.
+"""A 2D decoder that is extended in time, so that the frames of a clip are consistent.
 
 Blattmann et al., "Align your Latents", sec. 3.1.1; the parameters have the names of "Stable Video Diffusion". Every
-temporal part starts as the identity: with the weights of a 2D decoder it decodes as that does, and learns to use the
-other frames from there.
+temporal part starts as the identity, so that the decoder starts from the results of a 2D decoder.
 
 Shapes: frames of b clips of t frames each are a batch (b t, channel, h, w).
 """
@@ -31,7 +30,7 @@ KernelSize = int | Sequence[int]
 
 
 class TemporalResBlock(nn.Module):
-    """Two rounds of norm, SiLU and 3D convolution, added to the input: (b, channels, t, h, w) -> the same shape."""
+    """Two rounds of norm, SiLU and 3D convolution, with a residual: (b, channels, t, h, w)."""
 
     def __init__(self, channels: int, kernel_size: KernelSize, dropout: float = 0.0):
         super().__init__()
@@ -49,11 +48,11 @@ class TemporalResBlock(nn.Module):
 
 
 class VideoResBlock(ResnetBlock):
-    """A 2D residual block and one over space and time, (1 - a) of the one's output and a of the other's.
+    """A 2D residual block and a 3D one, blended: (1 - a) * 2D + a * 3D.
 
     Args:
-        video_kernel_size: of the 3D convolutions, odd: for time, height and width alike, or for each.
-        alpha, merge_strategy: `fixed`: a = alpha; `learned`: a is learned, sigmoid(alpha) to begin with.
+        video_kernel_size: of the 3D convolutions, odd: one number, or one each for time, height and width.
+        alpha, merge_strategy: `fixed`: a = alpha; `learned`: a is learned and starts at sigmoid(alpha).
     """
 
     def __init__(
@@ -70,14 +69,16 @@ class VideoResBlock(ResnetBlock):
         register_mix_factor(self, alpha, merge_strategy)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:  # type: ignore[override]  # see `VideoTransformerBlock`
-        """x (b t, in_channels, h, w) -> (b t, out_channels, h, w)."""
+        """Return (b t, out_channels, h, w) for x (b t, in_channels, h, w)."""
         x = rearrange(super().forward(x), "(b t) c h w -> b c t h w", t=timesteps)
         x = torch.lerp(x, self.time_stack(x), mix_share(self).to(x.dtype))
         return rearrange(x, "b c t h w -> (b t) c h w")
 
 
 class VideoBlock(SpatialSelfAttention):
-    """Self-attention within each frame, and a transformer block over time on what it gathered, blended.
+    """Self-attention within each frame and a transformer block over time, blended.
+
+    Args: see `VideoResBlock`; `mix_factor` here is the *spatial* share, 1 - a.
 
     Args: see `VideoResBlock`; `mix_factor` here stands for the *spatial* share, 1 - a.
     """
@@ -100,7 +101,7 @@ class VideoBlock(SpatialSelfAttention):
         register_mix_factor(self, 1 - alpha if merge_strategy == "fixed" else -alpha, merge_strategy)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:  # type: ignore[override]  # see `VideoTransformerBlock`
-        """x (b t, in_channels, h, w) -> the same shape."""
+        """Return a tensor shaped like x (b t, in_channels, h, w)."""
         within = rearrange(self.attention(x), "b c h w -> b (h w) c")
         position = self.video_time_embed(frame_embedding(x, timesteps, x.shape[1]))
         position = repeat(position, "t c -> (b t) 1 c", b=len(x) // timesteps)
@@ -110,7 +111,7 @@ class VideoBlock(SpatialSelfAttention):
 
 
 class AE3DConv(nn.Conv2d):
-    """A 2D convolution, then one over space and time: (b t, in_channels, h, w) -> (b t, out_channels, h, w)."""
+    """A 2D convolution, then a 3D one: (b t, in_channels, h, w) -> (b t, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, video_kernel_size: KernelSize = 3):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
@@ -145,9 +146,9 @@ class VideoDecoder(Decoder):
         **decoder: Any,
     ):
         if time_mode not in TIME_MODES:
-            raise UserError(f"time_mode: '{time_mode}' is unknown, it can be {', '.join(TIME_MODES)}")
+            raise UserError(f"time_mode: '{time_mode}' is unknown; use one of {', '.join(TIME_MODES)}")
         if merge_strategy == "learned_with_images":
-            raise UserError("merge_strategy: a decoder gets no indicator of images, it can be fixed or learned")
+            raise UserError("merge_strategy: a decoder gets no image_only_indicator; use fixed or learned")
         try:
             inspect.signature(Decoder).bind(**decoder)
         except TypeError as error:
@@ -157,10 +158,10 @@ class VideoDecoder(Decoder):
         super().__init__(**decoder)
 
     def forward(self, z: Tensor, timesteps: int) -> Tensor:  # type: ignore[override]  # see `VideoTransformerBlock`
-        """Decode; with `timesteps` 1 every latent is an image of its own.
+        """Return the frames of latents; with `timesteps` 1 every latent is a separate image.
 
         Raises:
-            UserError: (b t) is no whole number of clips of `timesteps` frames.
+            UserError: (b t) is not a whole number of clips of `timesteps` frames.
         """
         clips(z, timesteps)
 
@@ -170,7 +171,11 @@ class VideoDecoder(Decoder):
         return self._decode(z, call)
 
     def get_last_layer(self, skip_time_mix: bool = False) -> nn.Parameter:
-        """The weight that makes the pixels, or with `skip_time_mix` the last one that sees each frame apart."""
+        """Return the weight of the layer that outputs the pixels.
+
+        Args:
+            skip_time_mix: return the last weight that sees each frame separately.
+        """
         if isinstance(self.conv_out, AE3DConv) and not skip_time_mix:
             return self.conv_out.time_mix_conv.weight
         return self.conv_out.weight
@@ -186,8 +191,8 @@ class VideoDecoder(Decoder):
         kinds = {"vanilla": "softmax", "vanilla-xformers": "softmax-xformers"}
         if self.attn_type not in kinds:
             raise UserError(
-                f"attn_type: '{self.attn_type}' cannot be extended in time by time_mode '{self.time_mode}', "
-                f"{' or '.join(kinds)} can"
+                f"attn_type: '{self.attn_type}' cannot be extended in time (time_mode '{self.time_mode}'); "
+                f"use {' or '.join(kinds)}"
             )
         return VideoBlock(channels, *self.blend, kinds[self.attn_type])
 
@@ -202,8 +207,8 @@ MIXES_FRAMES = (VideoResBlock, VideoBlock, AE3DConv)
 
 
 def _conv3d(in_channels: int, out_channels: int, kernel_size: KernelSize) -> nn.Conv3d:
-    """A 3D convolution that keeps sizes, with zeros around."""
+    """Return a 3D convolution that keeps sizes by padding with zeros."""
     sizes = [kernel_size] * 3 if isinstance(kernel_size, int) else list(kernel_size)
     if len(sizes) != 3 or any(size % 2 == 0 for size in sizes):
-        raise UserError(f"video_kernel_size: {kernel_size} is neither an odd number nor three of them")
+        raise UserError(f"video_kernel_size: expected an odd number or three of them, got {kernel_size}")
     return nn.Conv3d(in_channels, out_channels, sizes, padding=[size // 2 for size in sizes])

@@ -1,4 +1,4 @@
-"""Processing a tensor in overlapping tiles of its height and width, blended where they meet."""
+"""Process a tensor in overlapping tiles of its height and width, and blend the results."""
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 OVERLAP = 0.25
-"""The part of a tile, along each side, that it at least shares with its neighbour."""
+"""The least share of a tile's side that overlaps with its neighbour."""
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,29 @@ class Tile:
     width: int
 
     def of(self, x: Tensor) -> Tensor:
-        """This part (view) of `x` (..., height, width)."""
+        """Return this part of `x` (..., height, width), a view."""
         return x[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
     def __mul__(self, factor: int) -> "Tile":
-        """The same part of an image that is `factor` times as large."""
+        """Return the same part of an image that is `factor` times as large."""
         return Tile(*(factor * each for each in astuple(self)))
 
 
 def cover(height: int, width: int, size: int) -> list[Tile]:
-    """Tiles of `size` x `size` that cover the image, evenly spread. A side no longer than `size` is not cut."""
+    """Return tiles of `size` x `size` that cover the image, evenly spread.
+
+    A side no longer than `size` is not cut.
+    """
     rows, columns = _starts(height, size), _starts(width, size)
     return [Tile(top, left, min(size, height), min(size, width)) for top in rows for left in columns]
 
 
 def process(grid: list[Tile], x: Tensor, operation: Callable[[int, Tensor], Tensor], factor: tuple[int, int]) -> Tensor:
-    """Apply `operation` (index of the tile, its part of `x`) to each tile, and blend the results.
+    """Apply `operation` to each tile, and blend the results.
 
-    The image is `factor[0]` times as large as the grid in `x`, and `factor[1]` times as large in the results. Where
-    tiles overlap, the result is their mean, with weights that fall linearly towards the edges of a tile.
+    `operation` takes the index of the tile and its part of `x`. The image is `factor[0]` times as large as the grid in
+    `x`, and `factor[1]` times as large in the results. The result in an overlap is the mean of the tiles, with weights
+    that fall linearly towards the edges of a tile.
     """
     if len(grid) == 1:
         return operation(0, x)
@@ -67,7 +71,7 @@ def _starts(length: int, size: int) -> list[int]:
 
 
 def _pyramid(tile: Tile, device: torch.device) -> Tensor:
-    """(height, width) float32: rises from each edge over the width of the overlap, flat in the middle."""
+    """Return weights (height, width), float32, that rise from each edge over the overlap."""
 
     def ramp(length: int) -> Tensor:
         position = torch.arange(length, device=device, dtype=torch.float32) + 0.5

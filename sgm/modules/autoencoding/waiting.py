@@ -1,17 +1,17 @@
-"""Tensors that wait: on their device as long as there is room for them, then in host memory."""
+"""Tensors stored until a later layer needs them, on their device or in host memory."""
 
 import torch
 from torch import Tensor
 
 
 class WaitingRoom:
-    """Where pieces of a clip wait between two layers.
+    """A store for pieces of a clip between two layers.
 
     Args:
-        room: bytes of a GPU's memory that those which wait may take together; the others wait in host memory.
+        room: bytes of GPU memory that stored tensors may take together; further tensors go to host memory.
 
     Attributes:
-        host_bytes, host_peak: how much waits in host memory, and the most that has.
+        host_bytes, host_peak: bytes in host memory now, and the largest number so far.
     """
 
     def __init__(self, room: int = 0):
@@ -19,7 +19,10 @@ class WaitingRoom:
         self.host_bytes = self.host_peak = 0
 
     def keep(self, x: Tensor) -> "Waiting":
-        """Let a tensor wait. The caller should hold no other reference to it, or its memory is not freed."""
+        """Store a tensor.
+
+        The caller should hold no other reference to the tensor, since that would keep its memory in use.
+        """
         if x.device.type == "cpu" or x.nbytes <= self.room:
             if x.device.type != "cpu":
                 self.room -= x.nbytes
@@ -30,17 +33,17 @@ class WaitingRoom:
 
 
 class Waiting:
-    """A tensor that waits."""
+    """A stored tensor."""
 
     def __init__(self, place: WaitingRoom, x: Tensor, device: torch.device):
         self._place, self._tensor, self._device = place, x, device
 
     def copy(self) -> Tensor:
-        """Return a copy of the tensor, on its device; it goes on waiting."""
+        """Return a copy of the tensor on its device; the tensor stays stored."""
         return self._tensor.to(self._device, non_blocking=True, copy=True)
 
     def take(self) -> Tensor:
-        """Return the tensor, on its device; it waits no longer."""
+        """Return the tensor on its device, and remove it from the store."""
         x = self._tensor
         del self._tensor
         if x.device != self._device:
@@ -52,9 +55,9 @@ class Waiting:
 
 
 def in_host_memory(x: Tensor) -> Tensor:
-    """Return a copy of `x` in host memory, in the same layout; on the CPU itself a copy like any other.
+    """Return a copy of `x` in host memory, in the same layout.
 
-    It is filled in the order of the operations on the device of `x`, and only such may read it.
+    On a GPU the copy is filled in the order of the operations on the device, and only such operations may read it.
     """
     copy = torch.empty_like(x, device="cpu", pin_memory=x.device.type == "cuda" and torch.cuda.is_available())
-    return copy if x.device.type == "meta" else copy.copy_(x, non_blocking=True)  # meta: an estimate of memory
+    return copy if x.device.type == "meta" else copy.copy_(x, non_blocking=True)  # meta: memory is only estimated

@@ -1,4 +1,4 @@
-"""The base of samplers that are written for the original: they keep their own loop."""
+"""The base class of samplers that are written for the original and have their own loop."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,16 +15,17 @@ Cond = Mapping[str, Tensor]
 
 
 class BaseDiffusionSampler(SamplingBar):
-    """The base for a sampler of one's own with `__call__(denoiser, x, cond, uc=None, num_steps=None)`.
+    """Base class of a user's sampler with a loop of its own.
 
-    For x = x0 + σ·ε, with a schedule of σ. The samplers of `sampling` do not derive from it.
+    `__call__(denoiser, x, cond, uc=None, num_steps=None)` is the user's. The class is for x = x0 + σ·ε, with a schedule
+    of σ. The samplers of `sampling` do not derive from it.
 
     Args:
         discretization_config: the noise schedule.
-        num_steps: number of steps, unless a call says otherwise.
+        num_steps: number of steps, unless a call gives it.
         guider_config: guidance; none by default.
         verbose: show a progress bar (on the first process only).
-        device: where the noise levels are put; None: where `x` is.
+        device: device of the noise levels; None: that of `x`.
     """
 
     def __init__(
@@ -44,17 +45,18 @@ class BaseDiffusionSampler(SamplingBar):
     def prepare_sampling_loop(
         self, x: Tensor, cond: Cond, uc: Cond | None = None, num_steps: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, int, Cond, Cond]:
-        """Return what a loop starts from.
+        """Return the values that a loop starts from.
 
         Args:
             x: (batch, ...) standard normal noise.
 
         Returns:
-            The noise at the first level; ones (batch,); the noise levels from noisy to clean with a 0 at the end; how
-            many levels these are; the conditioning, and the unconditional one, which is `cond` where it is missing.
+            The noise at the first level; ones (batch,); the noise levels from noisy to clean with a 0 at the end; the
+                number
+            of these levels; the conditioning; the unconditional conditioning, by default `cond`.
 
         Raises:
-            UserError: the number of steps is not known, or the schedule is not one of σ.
+            UserError: the number of steps is not given, or the schedule is not one of σ.
         """
         num_steps = self.num_steps if num_steps is None else num_steps
         if num_steps is None:
@@ -62,7 +64,7 @@ class BaseDiffusionSampler(SamplingBar):
         if self.discretization.gives_alpha:
             raise UserError(
                 f"sampler_config: {type(self).__name__} needs a schedule of sigma, which "
-                f"{type(self.discretization).__name__} is not; EDMDiscretization or LegacyDDPMDiscretization would fit"
+                f"{type(self.discretization).__name__} is not; use EDMDiscretization or LegacyDDPMDiscretization"
             )
         sigmas = self.discretization(num_steps, device=x.device if self.device is None else self.device)
         start = x * (1.0 + sigmas[0].to(x.device) ** 2) ** 0.5
@@ -73,5 +75,5 @@ class BaseDiffusionSampler(SamplingBar):
         return self.guider(denoiser(*self.guider.prepare_inputs(x, sigma, cond, uc)), sigma)
 
     def get_sigma_gen(self, num_sigmas: int) -> Iterable[int]:
-        """Return the steps, from 0, with a progress bar where it is asked for."""
+        """Return the indices of the steps, with a progress bar if `verbose` is true."""
         return self.counted(range(num_sigmas - 1))

@@ -1,4 +1,7 @@
-"""Layers, schedules and small functions for networks on images and clips, which `diffusionmodules.util` offers too."""
+"""Layers, schedules and small functions for networks on images and clips.
+
+`diffusionmodules.util` exports them too.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,12 +23,12 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalization in float32, whatever the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed tensor, in the dtype of `x`."""
+        """Return the normalized tensor, in the dtype of `x`."""
         return super().forward(x.float()).type(x.dtype)
 
 
 def normalization(channels: int) -> nn.Module:
-    """Return the norm of 32 groups of channels."""
+    """Return a group normalization of 32 groups, computed in float32."""
     return GroupNorm32(32, channels)
 
 
@@ -33,7 +36,7 @@ def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """Return a convolution over 1, 2 or 3 dimensions.
 
     Raises:
-        UserError: `dims` is none of these.
+        UserError: `dims` is another number.
     """
     return _over(_CONVOLUTIONS, dims)(*args, **kwargs)
 
@@ -42,7 +45,7 @@ def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """Return average pooling over 1, 2 or 3 dimensions.
 
     Raises:
-        UserError: `dims` is none of these.
+        UserError: `dims` is another number.
     """
     return _over(_AVERAGES, dims)(*args, **kwargs)
 
@@ -53,7 +56,10 @@ def linear(*args: Any, **kwargs: Any) -> nn.Module:
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Return the module, all its parameters zero: a residual branch that ends in it starts as nothing."""
+    """Set all parameters of the module to zero, and return it.
+
+    A residual branch that ends in such a module starts at zero.
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -61,14 +67,14 @@ def zero_module(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def scale_module(module: nn.Module, scale: float) -> nn.Module:
-    """Return the module, all its parameters multiplied by `scale`."""
+    """Multiply all parameters of the module by `scale`, and return it."""
     for parameter in module.parameters():
         parameter.mul_(scale)
     return module
 
 
 def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Any], flag: bool) -> Any:
-    """Return func(*inputs), with `flag` recomputed in the backward pass instead of kept.
+    """Return func(*inputs); with `flag`, recompute it in the backward pass.
 
     `params` has no effect: the parameters that `func` uses get their gradients in any case.
     """
@@ -76,7 +82,7 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """Return a[t] (batch,) with trailing axes of length 1, to broadcast with a tensor of the shape `x_shape`."""
+    """Return a[t] (batch,) with trailing axes of length 1, to broadcast over `x_shape`."""
     return a[t].reshape(len(t), *[1] * (len(x_shape) - 1))
 
 
@@ -86,8 +92,7 @@ def make_beta_schedule(
     """Return the β of each timestep: float64 (n_timestep,).
 
     Args:
-        schedule: "linear" stands for the scaled linear one, whose sqrt(β) runs linearly between the square roots of
-            the ends.
+        schedule: "linear", the scaled linear schedule, in which sqrt(β) is linear between the square roots of the ends.
 
     Raises:
         UserError: the schedule is unknown.

@@ -1,4 +1,4 @@
-"""From a network to a denoiser: a function of a noisy sample and its noise level that estimates the clean sample."""
+"""Denoisers: estimates of the clean sample from a noisy one and its noise level."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,9 @@ from sgm.util import instantiate_from_config
 
 
 class Denoiser(nn.Module):
-    """D(x; level) = c_skip·x + c_out·network(c_in·x, c_noise, cond) (Karras et al. 2022, equation 7).
+    """D(x; level) = c_skip·x + c_out·network(c_in·x, c_noise, cond).
+
+    Karras et al. 2022, equation 7.
 
     Args:
         weighting_config: the loss weight of a noise level, see `denoiser_weighting`.
@@ -25,23 +27,20 @@ class Denoiser(nn.Module):
         self.scaling = instantiate_from_config(scaling_config)
 
     def w(self, sigma: Tensor) -> Tensor:
-        """The loss weight of each noise level: (batch,) → (batch,)."""
+        """Return the loss weight of each noise level: (batch,) → (batch,)."""
         return self.weighting(sigma)
 
     def forward(
         self, network: Callable[..., Tensor], input: Tensor, sigma: Tensor, cond: dict[str, Tensor], **model_inputs: Any
     ) -> Tensor:
-        """Denoise `input`.
+        """Return the estimate of the clean samples, shaped like `input`.
 
         Args:
             network: called as `network(x, c_noise, cond, **model_inputs)`, returns a tensor like `x`.
             input: (batch, ...) noisy samples.
-            sigma: (batch,) their noise levels: σ, or a = sqrt(ᾱ) for a scaling that takes it (`VideoScaling`).
+            sigma: (batch,) noise levels: σ, or a = sqrt(ᾱ) for a scaling that takes a (`VideoScaling`).
             cond: conditioning by kind ("crossattn", "vector", "concat").
-            model_inputs: given to both scaling and network; `VideoScaling` needs `idx`, the (batch,) timesteps.
-
-        Returns:
-            The estimate of the clean samples, shaped like `input`.
+            model_inputs: passed to the scaling and the network; `VideoScaling` needs `idx`, the (batch,) timesteps.
         """
         level, index = self.quantize(sigma)
         c_skip, c_out, c_in, c_noise = self.scaling(level, **model_inputs)
@@ -51,19 +50,22 @@ class Denoiser(nn.Module):
         return network(input * c_in, c_noise, cond, **model_inputs) * c_out + input * c_skip
 
     def quantize(self, level: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The level to denoise at, and what the network is told in place of the scaling's c_noise (or None)."""
+        """Return the level to denoise at, and the network's noise input or None.
+
+        None stands for the scaling's c_noise.
+        """
         return level, None
 
 
 class DiscreteDenoiser(Denoiser):
-    """A denoiser for a network that knows `num_idx` noise levels only: levels snap to the nearest of them.
+    """A denoiser for a network with `num_idx` noise levels: levels snap to the nearest one.
 
     Args:
         num_idx: number of levels in the table; index 0 is the cleanest, unless `flip` is off.
-        discretization_config: the noise schedule that fills the table.
+        discretization_config: the noise schedule of the table.
         do_append_zero, flip: as in `Discretization.__call__`.
-        quantize_c_noise: tell the network the index of the level in place of the scaling's c_noise. Has no effect on
-            a scaling that passes timesteps on already (`VideoScaling`).
+        quantize_c_noise: pass the index of the level to the network instead of the scaling's c_noise. The option has no
+            effect with a scaling that passes timesteps (`VideoScaling`).
 
     Raises:
         UserError: the schedule gives a = sqrt(ᾱ) and the scaling takes σ.
@@ -87,7 +89,7 @@ class DiscreteDenoiser(Denoiser):
         elif discretization.gives_alpha:
             raise UserError(
                 f"denoiser_config: {type(self.scaling).__name__} needs a schedule of sigma, which "
-                f"{type(discretization).__name__} is not; VideoScaling, or LegacyDDPMDiscretization, would fit"
+                f"{type(discretization).__name__} is not; use VideoScaling, or LegacyDDPMDiscretization"
             )
         # Not a buffer: `.half()` of the whole engine must not round the noise levels.
         self.levels = levels
@@ -100,16 +102,16 @@ class DiscreteDenoiser(Denoiser):
         return self.idx_to_level(index), index if self.quantize_c_noise else None
 
     def level_to_idx(self, level: Tensor) -> Tensor:
-        """Index of the nearest level of the table: (batch,) → int64 (batch,)."""
+        """Return the index of the nearest level of the table: (batch,) → int64 (batch,)."""
         return (level[:, None] - self.levels).abs().argmin(dim=1)
 
     def idx_to_level(self, idx: Tensor) -> Tensor:
         return torch.index_select(self.levels, 0, idx)
 
     def sigma_to_idx(self, sigma: Tensor) -> Tensor:
-        """Return `level_to_idx`, by the name of the original."""
+        """Return `level_to_idx`, under the name in the original."""
         return self.level_to_idx(sigma)
 
     def idx_to_sigma(self, idx: Tensor) -> Tensor:
-        """Return `idx_to_level`, by the name of the original."""
+        """Return `idx_to_level`, under the name in the original."""
         return self.idx_to_level(idx)

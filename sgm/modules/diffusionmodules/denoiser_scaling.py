@@ -1,7 +1,7 @@
-"""How the network's output becomes a denoised sample: D = c_skip·x + c_out·network(c_in·x, c_noise).
+"""Scalings of a denoiser: D = c_skip·x + c_out·network(c_in·x, c_noise).
 
-Each scaling maps noise levels, (batch,) or broadcastable, to (c_skip, c_out, c_in, c_noise). Karras et al. 2022
-("EDM", section 5) is the source of the form. `takes_alpha` says that a scaling works on a = sqrt(ᾱ), not on σ.
+Each scaling maps noise levels, (batch,) or broadcastable, to (c_skip, c_out, c_in, c_noise), as in Karras et al. 2022
+("EDM", section 5). `takes_alpha` is true for a scaling of a = sqrt(ᾱ) rather than σ.
 """
 
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ Scales = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class DenoiserScaling(Protocol):
-    """A scaling is called with the noise levels and whatever else the network is called with."""
+    """A function of the noise levels and of the network's other inputs."""
 
     takes_alpha: bool
 
@@ -56,7 +56,7 @@ class VScaling:
 
 
 class VScalingWithEDMcNoise(VScaling):
-    """`VScaling`, telling the network the noise level as `EDMScaling` does."""
+    """`VScaling` with the c_noise of `EDMScaling`."""
 
     def __call__(self, sigma: Tensor, **model_inputs: Any) -> Scales:
         c_skip, c_out, c_in, _ = super().__call__(sigma)
@@ -64,7 +64,10 @@ class VScalingWithEDMcNoise(VScaling):
 
 
 class VideoScaling:
-    """The network predicts the velocity v of x = a·x0 + sqrt(1 − a²)·ε and is told the timestep `idx`."""
+    """The network predicts the velocity v, with the timestep `idx` as its noise input.
+
+    v is that of x = a·x0 + sqrt(1 − a²)·ε.
+    """
 
     takes_alpha = True
 

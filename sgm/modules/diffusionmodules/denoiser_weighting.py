@@ -1,18 +1,21 @@
-"""Weights of the squared error |D − x0|² in the loss, as functions of σ: (batch,) → (batch,)."""
+"""Weights of the squared error |D − x0|² in the loss: σ (batch,) → weights (batch,)."""
 
 import torch
 from torch import Tensor
 
 
 class UnitWeighting:
-    """Every noise level counts the same."""
+    """The same weight for every noise level."""
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return torch.ones_like(sigma)
 
 
 class EDMWeighting:
-    """1/c_out² of `EDMScaling`: a unit weight on the network's own output (Karras et al. 2022, table 1)."""
+    """1/c_out² of `EDMScaling`, a unit weight on the network's output.
+
+    Karras et al. 2022, table 1.
+    """
 
     def __init__(self, sigma_data: float = 0.5):
         self.sigma_data = sigma_data

@@ -1,10 +1,10 @@
-"""Noise schedules: the noise level of each of n sampling (or training) steps.
+"""Noise schedules: the noise levels of n steps of sampling or training.
 
-Two quantities are in use. `EDMDiscretization` and `LegacyDDPMDiscretization` give noise-to-signal ratios σ;
-`ZeroSNRDDPMDiscretization` gives a = sqrt(ᾱ), the share of signal in x = a·x0 + sqrt(1 − a²)·ε. The two are related
-by σ = sqrt(1 − a²)/a, and `to_alpha` brings the values of either kind to a.
+There are two kinds. `EDMDiscretization` and `LegacyDDPMDiscretization` give noise-to-signal ratios σ;
+`ZeroSNRDDPMDiscretization` gives a = sqrt(ᾱ), the share of signal in x = a·x0 + sqrt(1 − a²)·ε. Both are related by
+σ = sqrt(1 − a²)/a; `to_alpha` converts the values of either kind to a.
 
-Tables are made in NumPy, so that samplers can turn them into Python numbers without asking a device for anything.
+Tables are NumPy arrays, so that samplers read them as Python numbers without waiting for a device.
 """
 
 from abc import ABC, abstractmethod
@@ -17,23 +17,26 @@ from sgm.errors import UserError
 
 
 def equally_spaced_steps(num_steps: int, num_timesteps: int) -> np.ndarray:
-    """`num_steps` of the timesteps 0 … num_timesteps − 1, ascending, always with the last one.
+    """Return `num_steps` of the timesteps 0 … num_timesteps − 1, ascending, with the last one.
 
     Raises:
-        UserError: there are not that many timesteps.
+        UserError: `num_steps` is below 1 or above `num_timesteps`.
     """
     if not 1 <= num_steps <= num_timesteps:
-        raise UserError(f"num_steps is {num_steps}, but this noise schedule has 1 to {num_timesteps} steps")
+        raise UserError(f"num_steps is {num_steps}; this noise schedule takes 1 to {num_timesteps}")
     return np.linspace(num_timesteps - 1, 0, num_steps, endpoint=False).astype(np.int64)[::-1].copy()
 
 
 def generate_roughly_equally_spaced_steps(num_substeps: int, max_step: int) -> np.ndarray:
-    """Return `equally_spaced_steps`, by the name of the original."""
+    """Return `equally_spaced_steps`, under the name in the original."""
     return equally_spaced_steps(num_substeps, max_step)
 
 
 def linear_alphas_cumprod(start: float, end: float, num_timesteps: int) -> np.ndarray:
-    """ᾱ of the "scaled linear" β schedule: sqrt(β) runs linearly from sqrt(start) to sqrt(end). float64."""
+    """Return ᾱ of the "scaled linear" β schedule: float64 (num_timesteps,).
+
+    sqrt(β) is linear from sqrt(start) to sqrt(end).
+    """
     betas = np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
     return np.cumprod(1.0 - betas)
 
@@ -45,7 +48,7 @@ class Discretization(ABC):
 
     @abstractmethod
     def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `n` noise levels from noisy to clean (float32), and their timesteps, ascending (int64)."""
+        """Return `n` noise levels from noisy to clean (float32), and ascending timesteps (int64)."""
 
     def __call__(
         self,
@@ -55,17 +58,17 @@ class Discretization(ABC):
         flip: bool = False,
         return_idx: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The noise levels of `n` steps, from noisy to clean, or from clean to noisy with `flip`.
+        """Return the noise levels of `n` steps, from noisy to clean.
 
         Args:
             n: number of steps.
-            do_append_zero: put a 0 after the last (cleanest) level.
-            device: where the result is put.
+            do_append_zero: append a 0 after the cleanest level.
+            device: device of the result.
             flip: reverse the order of the levels.
             return_idx: also return the timesteps, ascending: the first belongs to the cleanest level.
 
         Returns:
-            float32 (n,) or (n + 1,); with `return_idx` a pair of it and int64 (n,).
+            float32 (n,) or (n + 1,); with `return_idx` also the timesteps, int64 (n,).
         """
         levels, timesteps = self.table(n)
         if do_append_zero:
@@ -78,18 +81,22 @@ class Discretization(ABC):
     def get_sigmas(
         self, n: int, device: torch.device | str = "cpu", return_idx: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the `n` noise levels from noisy to clean, without a zero; with `return_idx` their timesteps too."""
+        """Return the `n` noise levels from noisy to clean, without a zero.
+
+        Args:
+            return_idx: also return their timesteps.
+        """
         return self(n, do_append_zero=False, device=device, return_idx=return_idx)
 
     def to_alpha(self, levels: Tensor | np.ndarray) -> Tensor | np.ndarray:
-        """a = sqrt(ᾱ) of levels of this schedule."""
+        """Return a = sqrt(ᾱ) of levels of this schedule."""
         return levels if self.gives_alpha else (1.0 + levels**2) ** -0.5
 
 
 class EDMDiscretization(Discretization):
     """σ^(1/ρ) falls linearly from `sigma_max` to `sigma_min` (Karras et al. 2022, equation 5).
 
-    The schedule is continuous; its timesteps number the `num_timesteps` steps of its finest grid.
+    The schedule is continuous; `num_timesteps` is the number of steps of its finest grid, which numbers the timesteps.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, num_timesteps: int = 1000):
@@ -100,7 +107,7 @@ class EDMDiscretization(Discretization):
 
     def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         if n < 1:
-            raise UserError(f"num_steps is {n}, but sampling takes at least 1 step")
+            raise UserError(f"num_steps is {n}; expected at least 1")
         ramp = np.linspace(0.0, 1.0, n)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         sigmas = (high + ramp * (low - high)) ** self.rho
@@ -122,16 +129,16 @@ class LegacyDDPMDiscretization(Discretization):
 
 
 class ZeroSNRDDPMDiscretization(Discretization):
-    """a = sqrt(ᾱ) of the scaled linear DDPM schedule, shifted in SNR and stretched to a = 0 at the noisy end.
+    """a = sqrt(ᾱ) of the scaled linear DDPM schedule, shifted in SNR, from a = 0.
 
-    The stretch is that of Lin et al. 2023 ("Common diffusion noise schedules and sample steps are flawed", algorithm
-    1), applied to the n chosen steps. The shift divides the signal-to-noise ratio by `shift_scale`, since
+    The stretch to a = 0 is that of Lin et al. 2023 ("Common diffusion noise schedules and sample steps are flawed",
+    algorithm 1), applied to the n chosen steps. The shift divides the signal-to-noise ratio by `shift_scale`, since
     ᾱ/(k + (1−k)·ᾱ) has the SNR ᾱ/(1−ᾱ)/k.
 
     Args:
-        shift_scale: k; 1 shifts nothing, larger is noisier.
-        keep_start: shift the first β as well, to keep the clean end of the schedule where it was.
-        post_shift: shift after the stretch in place of before.
+        shift_scale: k; 1: no shift, larger: noisier.
+        keep_start: shift the first β as well, which keeps the clean end of the schedule.
+        post_shift: shift after the stretch instead of before.
     """
 
     gives_alpha = True
@@ -160,7 +167,7 @@ class ZeroSNRDDPMDiscretization(Discretization):
         timesteps = equally_spaced_steps(n, self.num_timesteps)
         a = np.sqrt(self.alphas_cumprod[timesteps].astype(np.float32))
         first, last = a[0], a[-1]
-        # A single step starts from pure noise; the stretch of one value to two ends has no meaning.
+        # A single step starts from pure noise; one value cannot be stretched to two ends.
         a = (a - last) * (first / (first - last)) if n > 1 else np.zeros_like(a)
         if self.post_shift:
             a = np.sqrt(self._shift(a**2))

@@ -1,4 +1,4 @@
-"""Both halves of guidance at the same time, each on a process of its own."""
+"""Guidance with the conditional and the unconditional half on two processes."""
 
 import inspect
 from typing import Any
@@ -12,7 +12,7 @@ from sgm.modules.diffusionmodules.guiders import Cond
 
 
 class GuidanceParallel:
-    """A guider of which this process runs one half; both processes combine the two, so that both hold the result.
+    """A guider that runs one half on this process; both processes hold the combined result.
 
     Args:
         guider: lays out a batch of two halves, the unconditional one first, and combines what comes back.
@@ -22,20 +22,24 @@ class GuidanceParallel:
     def __init__(self, guider: Any, group: dist.ProcessGroup):
         self.guider, self.group = guider, group
         self.half = dist.get_rank(group)
-        self.__signature__ = inspect.signature(guider)  # by which a sampler sees what the guider takes
+        self.__signature__ = inspect.signature(guider)  # a sampler reads the guider's keywords from it
 
     def __getattr__(self, name: str) -> Any:
-        if name == "guider" or name.startswith("__"):  # as copying asks for, before there is anything
+        if name == "guider" or name.startswith("__"):  # copying asks for these before `__init__`
             raise AttributeError(name)
         return getattr(self.guider, name)
 
     def prepare_inputs(
         self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the network's inputs of this process's half: `x` (batch, ...), its levels (batch,), its conditioning.
+        """Return the network's inputs for this process's half: samples, levels, conditioning.
+
+        Args:
+            x: (batch, ...).
+            s: (batch,) noise levels.
 
         Raises:
-            UserError: the guider has one half only.
+            UserError: the guider does not run the network on two halves.
         """
         samples, levels, cond = self.guider.prepare_inputs(x, s, c, uc)
         if len(samples) != 2 * len(x):
@@ -50,7 +54,10 @@ class GuidanceParallel:
         )
 
     def __call__(self, x: Tensor, *args: Any, **told: Any) -> Tensor:
-        """Combine this process's denoised half `x` (batch, ...) with the other's, see `VanillaCFG`."""
+        """Combine this process's denoised half `x` (batch, ...) with the other process's half.
+
+        See `VanillaCFG`.
+        """
         halves = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2)]
         dist.all_gather(halves, x.contiguous(), group=self.group)
         return self.guider(torch.cat(halves), *args, **told)

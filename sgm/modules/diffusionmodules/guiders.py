@@ -1,6 +1,6 @@
-"""Guidance: how the denoised samples of a conditional and an unconditional run of the network are combined.
+"""Guidance: combine the denoised samples of a conditional and an unconditional run.
 
-A sampler calls `prepare_inputs` to lay out the batch for the network, and the guider itself on what comes back.
+A sampler calls `prepare_inputs` to lay out the batch for the network, and the guider itself with the network's results.
 """
 
 import inspect
@@ -24,7 +24,7 @@ class IdentityGuider:
     def prepare_inputs(
         self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The network's inputs: `x` (batch, ...), its levels `s` (batch,) and the conditioning, as they are."""
+        """Return the network's inputs: `x` (batch, ...), levels `s` (batch,) and conditioning."""
         return x, s, dict(c)
 
     def __call__(
@@ -39,10 +39,10 @@ class IdentityGuider:
 
 
 class VanillaCFG:
-    """Classifier-free guidance u + w·(c − u) (Ho and Salimans 2022), with the same weight w at every step.
+    """Classifier-free guidance u + w·(c − u) with a constant weight w (Ho and Salimans 2022).
 
     Args:
-        dyn_thresh_config: what combines the halves instead, see `thresholding`.
+        dyn_thresh_config: another way to combine the halves, see `thresholding`.
 
     Raises:
         UserError: this object cannot be called as the classes of `thresholding` are.
@@ -63,15 +63,15 @@ class VanillaCFG:
     def prepare_inputs(
         self, x: Tensor, s: Tensor, c: Cond, uc: Cond | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The network's inputs, twice the batch: the unconditional half first.
+        """Return the network's inputs for twice the batch, the unconditional half first.
 
         Raises:
-            UserError: the two conditionings do not hold the same kinds of tensors.
+            UserError: the two conditionings do not have the same kinds of tensors.
         """
         if uc is None or uc.keys() != c.keys():
             raise UserError(
-                f"guidance needs the unconditional conditioning to hold what the conditional one does, {sorted(c)}; "
-                f"it holds {sorted(uc or ())}"
+                f"guidance: the unconditional conditioning has {sorted(uc or ())}; it needs the same kinds as the "
+                f"conditional one, {sorted(c)}"
             )
         return torch.cat([x, x]), torch.cat([s, s]), {kind: torch.cat([uc[kind], c[kind]]) for kind in c}
 
@@ -86,17 +86,14 @@ class VanillaCFG:
         step_index: int | None = None,
         progress: float | None = None,
     ) -> Tensor:
-        """Combine the two halves of `x`.
+        """Return the guided estimate (batch, ...) from the two halves of `x`.
 
         Args:
             x: (2·batch, ...) denoised samples, in the order of `prepare_inputs`.
-            sigma: (batch,) noise levels; guidance that depends on the noise reads them.
-            scale: takes the place of the guider's own scale: a number, or a (batch,) tensor.
-            step_index: num_steps − timestep, num_steps as the sampler is configured: what `DynamicCFG` counts.
+            sigma: (batch,) noise levels, for guidance that depends on the noise.
+            scale: replaces the guider's own scale; a number, or a (batch,) tensor.
+            step_index: num_steps − timestep, with the sampler's configured num_steps, for `DynamicCFG`.
             progress: the share of the steps that is done, 0 ≤ progress < 1.
-
-        Returns:
-            (batch, ...).
         """
         weight = self.weight(self.scale if scale is None else scale, step_index, progress)
         uncond, cond = x.chunk(2)
@@ -113,12 +110,12 @@ class DynamicCFG(VanillaCFG):
         exp: exponent; a whole number unless `count` is "step", since f may be negative.
         num_steps: number of sampling steps that the weights are made for.
         dyn_thresh_config: see `VanillaCFG`.
-        count: what f is. "timestep": (num_steps − timestep)/num_steps, mostly negative, however many steps are taken;
-            the released models are sampled so. "diffusers": (n − timestep)/n for the n steps that are taken, as
-            diffusers' `use_dynamic_cfg` has it; the same where n is num_steps. "step": the share of the steps done.
+        count: definition of f. "timestep": (num_steps − timestep)/num_steps, mostly negative, for any number of steps
+            taken; the released models use it. "diffusers": (n − timestep)/n for n steps taken, as `use_dynamic_cfg` of
+            diffusers; equal to "timestep" if n is num_steps. "step": the share of the steps done.
 
     Raises:
-        UserError: `count` is none of these, or `exp` is fractional for a negative f.
+        UserError: `count` is another word, or `exp` is fractional for a negative f.
     """
 
     def __init__(
@@ -131,21 +128,21 @@ class DynamicCFG(VanillaCFG):
     ):
         super().__init__(scale, dyn_thresh_config)
         if count not in COUNTS:
-            raise UserError(f"DynamicCFG: count is '{count}', it can be {', '.join(map(repr, COUNTS))}")
+            raise UserError(f"DynamicCFG: count is '{count}'; use one of {', '.join(map(repr, COUNTS))}")
         if count != "step" and exp != int(exp):
-            raise UserError(f"DynamicCFG: exp is {exp}, it must be a whole number unless count is 'step'")
+            raise UserError(f"DynamicCFG: exp is {exp}; expected a whole number unless count is 'step'")
         self.exp = exp
         self.num_steps = num_steps
         self.count = count
 
     def weight(self, scale: float | Tensor, step_index: int | None, progress: float | None) -> float | Tensor:
-        # Python floats: for the large f the cosine's argument needs all their digits.
+        # Python floats, since the cosine's argument needs their precision for large f.
         if self.count != "timestep":
             told, fraction = "progress" if self.count == "step" else "shortfall", progress
         else:
             told, fraction = "step_index", None if step_index is None else step_index / self.num_steps
         if fraction is None:
-            raise UserError(f"DynamicCFG: the sampler does not say its {told}, which count '{self.count}' needs")
+            raise UserError(f"DynamicCFG: the sampler does not pass {told}, which count '{self.count}' needs")
         return 1 + scale * (1 - math.cos(math.pi * fraction**self.exp)) / 2
 
     def __call__(  # type: ignore[override]  # the places of its arguments are those of the first release
@@ -157,7 +154,7 @@ class DynamicCFG(VanillaCFG):
         progress: float | None = None,
         shortfall: float | None = None,
     ) -> Tensor:
-        """Combine the two halves of `x`, see `VanillaCFG`.
+        """Return the guided estimate from the two halves of `x`, see `VanillaCFG`.
 
         Args:
             shortfall: (n − timestep)/n for the n steps that are taken.
@@ -166,9 +163,9 @@ class DynamicCFG(VanillaCFG):
 
 
 def guider_keywords(guider: Callable[..., Tensor]) -> set[str]:
-    """Return what a guider is told by name beside the samples and their levels, as `DynamicCFG` describes it.
+    """Return the keywords that a guider takes besides the samples and their levels.
 
-    That which it takes; a guider written for another sampler may take less.
+    `VanillaCFG` and `DynamicCFG` describe the keywords; a guider written for another sampler may take fewer.
     """
     names = {"scale", "step_index", "progress", "shortfall"}
     parameters = inspect.signature(guider).parameters.values()

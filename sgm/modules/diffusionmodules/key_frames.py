@@ -1,4 +1,4 @@
-"""Which frames of a clip a network is told in training, beside the first; and the noise that such frames get."""
+"""Choose the frames that condition a network in training, and add noise to them."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ KINDS = ("first", "first_last", "random")
 
 
 class KeyFrameDraws:
-    """Draws which latent frames of each clip a network is told, from the `conditioning` of a model's configuration.
+    """Draws the latent frames of each clip that condition a network, in training.
 
     Args:
-        weights: by kind, how often it is drawn. `first`: the first frame; `first_last`: the first and the last;
-            `random`: any number of frames, at least one.
+        weights: the `conditioning` of a model's configuration, relative frequencies by kind. `first`: the first frame;
+            `first_last`: the first and the last; `random`: any number of frames, at least one.
 
     Raises:
         UserError: `weights` is something else.
@@ -37,27 +37,27 @@ class KeyFrameDraws:
 
     @property
     def first_alone(self) -> bool:
-        """Return whether no frame but the first is ever told."""
+        """Return whether the first frame is always the only condition."""
         return not (self.weights["first_last"] or self.weights["random"])
 
     @property
     def usual(self) -> str:
-        """Return the kind that is drawn most often, for validation, where nothing is left to chance."""
+        """Return the kind that is drawn most often, for validation, which is deterministic."""
         return max(KINDS[:2], key=self.weights.__getitem__)
 
     def draw(self, count: int, frames: int) -> Tensor:
-        """Return which frames are told: bool (count, frames), on the CPU."""
+        """Return a mask of the conditioning frames: bool (count, frames), on the CPU."""
         shares = torch.tensor([self.weights[kind] for kind in KINDS], dtype=torch.float64).cumsum(0)
         draws = torch.stack([randomness.uniform(count, purpose="key frames") for _ in range(frames + 3)], dim=1)
         kind = torch.searchsorted(shares[:-1] / shares[-1], draws[:, 0].double(), right=True)
         told = draws[:, 3:] < draws[:, 1:2]
-        told |= torch.arange(frames) == (draws[:, 2:3] * frames).long()  # one at least
+        told |= torch.arange(frames) == (draws[:, 2:3] * frames).long()  # at least one frame
         for number, name in enumerate(KINDS[:2]):
             told[kind == number] = self.of_kind(name, frames)
         return told
 
     def of_kind(self, kind: str, frames: int) -> Tensor:
-        """Return the frames of `first` or `first_last`: bool (frames,)."""
+        """Return the mask of `first` or `first_last`: bool (frames,)."""
         told = torch.zeros(frames, dtype=torch.bool)
         told[0] = True
         if kind == "first_last":
@@ -66,8 +66,10 @@ class KeyFrameDraws:
 
 
 def noise_pictures(pictures: Tensor, purpose: str = "first frame") -> Tensor:
-    """Return pictures (b, 3, n, height, width) plus noise with log σ ~ N(−3, 0.5²), one σ for each sample, so that the
-    conditions of sampling may be imperfect."""
+    """Return pictures (b, 3, n, height, width) plus noise, log σ ~ N(−3, 0.5²) per sample.
+
+    The noise makes the network robust to imperfect conditions in sampling.
+    """
     sigma = (0.5 * randomness.normal(pictures.shape[:1], purpose=f"{purpose} level") - 3.0).exp()
     noise = randomness.normal(pictures.shape, purpose=f"{purpose} noise", device=pictures.device, dtype=pictures.dtype)
     return pictures + noise * sigma.to(noise)[:, None, None, None, None]

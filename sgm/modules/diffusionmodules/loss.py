@@ -1,4 +1,4 @@
-"""Training losses: noise a batch, denoise it, weigh the error. Each returns one number a sample."""
+"""Training losses: noise a batch, denoise it, and return the weighted error per sample."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,19 +16,19 @@ from sgm.util import instantiate_from_config
 
 
 class DiffusionLoss(nn.Module):
-    """What the losses share: conditioning, noise and the error.
+    """Base class of the losses: conditioning, noise and the error.
 
     Args:
-        sigma_sampler_config: which noise levels are trained, see `sigma_sampling`.
+        sigma_sampler_config: distribution of the trained noise levels, see `sigma_sampling`.
         type: "l2" or "l1".
         offset_noise_level: share of noise that is constant over each channel of a sample (offset noise).
-        batch2model_keys: entries of the batch that the network is given by name.
+        batch2model_keys: entries of the batch that are passed to the network by name.
 
     Attributes:
-        model_parallel_group: processes that compute one sample together; they all use the first one's noise.
+        model_parallel_group: processes that compute one sample together; all use the noise of the first one.
 
     Raises:
-        UserError: `type` is neither.
+        UserError: `type` is another word.
     """
 
     model_parallel_group: dist.ProcessGroup | None = None
@@ -42,7 +42,7 @@ class DiffusionLoss(nn.Module):
     ):
         super().__init__()
         if type not in ("l2", "l1"):
-            raise UserError(f"loss_fn_config: type is '{type}', it can be 'l2' or 'l1'")
+            raise UserError(f"loss_fn_config: type is '{type}'; use 'l2' or 'l1'")
         self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
         self.type = type
         self.offset_noise_level = offset_noise_level
@@ -52,25 +52,28 @@ class DiffusionLoss(nn.Module):
     def set_parallel_groups(
         self, model_parallel: dist.ProcessGroup | None = None, data_parallel: dist.ProcessGroup | None = None
     ) -> None:
-        """Tell the loss which processes share a sample, and which train on different ones."""
+        """Set the processes that share a sample, and those that train on different samples."""
         self.model_parallel_group = model_parallel
         self.sigma_sampler.data_parallel_group = data_parallel
 
     def condition(
         self, conditioner: Callable[[Mapping[str, Any]], dict[str, Tensor]], batch: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The conditioning of a batch, with `batch["concat_images"]` as "concat", and what the network gets by name."""
+        """Return the conditioning of a batch, and the network's other inputs by name.
+
+        `batch["concat_images"]`, if present, becomes the conditioning "concat".
+        """
         cond = dict(conditioner(batch))
         if "concat_images" in batch:
             cond["concat"] = batch["concat_images"]
         return cond, {key: batch[key] for key in self.batch2model_keys if key in batch}
 
     def share(self, tensor: Tensor) -> Tensor:
-        """The tensor of the first process of the model-parallel group."""
+        """Return the tensor of the first process of the model-parallel group."""
         return broadcast(tensor.contiguous(), self.model_parallel_group)
 
     def noise_like(self, clean: Tensor) -> Tensor:
-        """Noise of the shape (batch, ..., channel, height, width) of `clean`."""
+        """Return noise of the shape (batch, ..., channel, height, width) of `clean`."""
         noise = randomness.normal(clean.shape, purpose="noise", device=clean.device)
         if self.offset_noise_level > 0:
             per_channel = (*clean.shape[:1], *[1] * (clean.ndim - 4), clean.shape[-3], 1, 1)
@@ -79,7 +82,7 @@ class DiffusionLoss(nn.Module):
         return self.share(noise)
 
     def error(self, denoised: Tensor, clean: Tensor, weight: Tensor) -> Tensor:
-        """Mean over each sample, times its weight: (batch,)."""
+        """Return the mean error of each sample, times its weight: (batch,)."""
         difference = denoised - clean
         error = difference.square() if self.type == "l2" else difference.abs()
         return weight * error.flatten(1).mean(1)
@@ -96,7 +99,10 @@ class StandardDiffusionLoss(DiffusionLoss):
         input: Tensor,
         batch: Mapping[str, Any],
     ) -> Tensor:
-        """The loss of each sample: float32 (batch,). Arguments as in `VideoDiffusionLoss.forward`."""
+        """Return the loss of each sample: float32 (batch,).
+
+        Arguments are those of `VideoDiffusionLoss.forward`.
+        """
         clean = input.float()
         cond, model_inputs = self.condition(conditioner, batch)
         sigma = self.share(self.sigma_sampler(len(clean)).to(clean.device))
@@ -106,17 +112,19 @@ class StandardDiffusionLoss(DiffusionLoss):
 
 
 class VideoDiffusionLoss(DiffusionLoss):
-    """|D(a·x0 + s·ε) − x0|²/s², averaged, with a = sqrt(ᾱ), s = sqrt(1 − a²): the squared error of the velocity v.
+    """The squared error of the velocity v: |D(a·x0 + s·ε) − x0|²/s², averaged.
+
+    Here a = sqrt(ᾱ) and s = sqrt(1 − a²).
 
     Args:
         min_snr_value: an upper limit for the weight 1/s² = SNR + 1 (Hang et al. 2023, "Min-SNR weighting").
-        fixed_frames: so many latent frames in front stay clean and count for nothing, so that the network learns to go
-            on from them: a number; or by number its weight, such as {0: 1, 2: 3}, of which each sample draws one.
+        fixed_frames: number of latent frames at the start that stay clean and do not count in the loss, so that the
+            network learns to continue them; or weights by number, such as {0: 1, 2: 3}, from which each sample draws.
         block_scale, block_size: accepted at their neutral values only.
         kwargs: see `DiffusionLoss`; the sigma sampler must be a `DiscreteSampling`.
 
     Raises:
-        UserError: an option that is not supported is set, or `fixed_frames` is something else.
+        UserError: an unsupported option is set, or `fixed_frames` is something else.
     """
 
     def __init__(
@@ -141,20 +149,17 @@ class VideoDiffusionLoss(DiffusionLoss):
         input: Tensor,
         batch: Mapping[str, Any],
     ) -> Tensor:
-        """The loss of each sample.
+        """Return the loss of each sample: float32 (batch,).
 
         Random numbers are drawn in this order: the conditioner's dropout, the timesteps, the noise, and the number of
-        fixed frames where there are several to choose from.
+        fixed frames if there are several to choose from.
 
         Args:
-            network: what the denoiser calls, see `Denoiser.forward`.
+            network: called by the denoiser, see `Denoiser.forward`.
             denoiser: a `Denoiser` with `VideoScaling`.
             conditioner: turns `batch` into the conditioning.
             input: clean latents (batch, time, channel, height, width).
-            batch: what the conditioner needs; `concat_images`, if there, is concatenated to the noised latents.
-
-        Returns:
-            float32 (batch,).
+            batch: inputs of the conditioner; `concat_images`, if present, is concatenated to the noised latents.
         """
         clean = input.float()
         cond, model_inputs = self.condition(conditioner, batch)
@@ -180,8 +185,16 @@ class VideoDiffusionLoss(DiffusionLoss):
         return self.error(denoised, clean, weight)
 
     def free_frames(self, clean: Tensor) -> Tensor | None:
-        """Return where frames are noised and learnt, bool (batch, time, 1, ...), for latents (batch, time, ...); None:
-        all are. A clip has one such frame at least, however many are to be fixed."""
+        """Return a mask of the frames that are noised and trained, or None for all frames.
+
+        At least one frame of each clip is noised, even if `fixed_frames` is larger than the clip.
+
+        Args:
+            clean: latents (batch, time, ...).
+
+        Returns:
+            bool (batch, time, 1, ...).
+        """
         numbers, weights = list(self.fixed_frames), list(self.fixed_frames.values())
         if numbers == [0]:
             return None

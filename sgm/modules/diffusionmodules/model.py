@@ -1,7 +1,7 @@
 """The 2D encoder and decoder of an image autoencoder.
 
-The network of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (the first stage, app. G),
-after Esser et al., "Taming Transformers for High-Resolution Image Synthesis", table 7. Images are (b, channel, h, w).
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (the first stage, app. G), after Esser et
+al., "Taming Transformers for High-Resolution Image Synthesis", table 7. Images are (b, channel, h, w).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +17,15 @@ from sgm.modules.attention import LinearAttention, Normalize, SpatialSelfAttenti
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU of a temporary tensor, which it overwrites when no gradient is wanted."""
+    """Return the SiLU of a temporary tensor; without gradients, overwrite the tensor."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
-    """Two rounds of norm, SiLU and convolution, beside a shortcut: (b, in_channels, h, w) -> (b, out_channels, h, w).
+    """Two rounds of norm, SiLU and convolution, with a shortcut.
 
-    He et al., "Identity Mappings in Deep Residual Networks", fig. 1b.
+    (b, in_channels, h, w) -> (b, out_channels, h, w). He et al., "Identity Mappings in Deep Residual Networks", fig.
+    1b.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
@@ -44,7 +45,10 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width: by a strided convolution, which sees zeros right and below only, or by the mean."""
+    """Halve height and width, by a strided convolution or by the mean.
+
+    The convolution pads with zeros at the right and the bottom only.
+    """
 
     def __init__(self, channels: int, with_conv: bool):
         super().__init__()
@@ -56,7 +60,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbour, then convolve if asked."""
+    """Double height and width by nearest neighbour, with an optional convolution."""
 
     def __init__(self, channels: int, with_conv: bool):
         super().__init__()
@@ -77,13 +81,15 @@ def make_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Modul
 
 
 def make_attn(channels: int, attn_type: str = "vanilla") -> nn.Module:
-    """Attention between the pixels of an image; `linear` is neither normed nor added to its input.
+    """Return the attention layer between the pixels of an image.
+
+    `linear` has neither a norm nor a residual.
 
     Raises:
-        UserError: there is no such `attn_type`.
+        UserError: `attn_type` is unknown.
     """
     if attn_type not in ATTENTION:
-        raise UserError(f"attn_type: '{attn_type}' is unknown, it can be {', '.join(map(repr, ATTENTION))}")
+        raise UserError(f"attn_type: '{attn_type}' is unknown; use one of {', '.join(map(repr, ATTENTION))}")
     return ATTENTION[attn_type](channels)
 
 
@@ -99,7 +105,7 @@ ATTENTION: dict[str, Callable[[int], nn.Module]] = {
 
 
 class _Coder(nn.Module):
-    """What both networks have: the arguments, and the factories that a derived network replaces."""
+    """The base of encoder and decoder: arguments, and factories that subclasses replace."""
 
     def __init__(self, *, dropout: float, resamp_with_conv: bool, attn_type: str, use_linear_attn: bool):
         super().__init__()
@@ -140,19 +146,21 @@ def _level_layers(level: nn.Module) -> Iterator[nn.Module]:
 
 
 class Encoder(_Coder):
-    """Image (b, in_channels, h, w) -> moments (b, 2 * z_channels, h / f, w / f), f = 2^(len(ch_mult) - 1).
+    """Image (b, in_channels, h, w) -> moments (b, 2 * z_channels, h / f, w / f).
+
+    f is 2^(len(ch_mult) - 1).
 
     Args:
         ch, ch_mult: level i has ch * ch_mult[i] channels.
-        resolution, attn_resolutions: levels whose size, for images of `resolution` pixels, is among
-            `attn_resolutions` have attention. Images of any size are taken.
+        resolution, attn_resolutions: levels have attention if their size, for images of `resolution` pixels, is among
+            `attn_resolutions`. Images of any size work.
         resamp_with_conv: halve sizes by a convolution rather than a mean.
-        double_z: give means and log-variances rather than z_channels values.
+        double_z: return means and log-variances rather than z_channels values.
         attn_type: `vanilla`, `vanilla-xformers`, `linear` or `none`; `use_linear_attn` is short for `linear`.
-        out_ch, give_pre_end, tanh_out: the decoder's, accepted since configurations share one set of arguments.
+        out_ch, give_pre_end, tanh_out: of the decoder, accepted since configurations share one set of arguments.
 
     Raises:
-        UserError: an image's sides are no multiples of f.
+        UserError: an image's sides are not multiples of f.
     """
 
     def __init__(
@@ -196,7 +204,7 @@ class Encoder(_Coder):
         height, width = x.shape[2:]
         if height % self.space_factor or width % self.space_factor:
             raise UserError(
-                f"cannot encode images of {height}x{width}: height and width must be multiples of {self.space_factor}"
+                f"image size: height and width must be multiples of {self.space_factor}, got {height}x{width}"
             )
         h = self.conv_in(x)
         for level in self.down:
@@ -209,13 +217,13 @@ class Encoder(_Coder):
 
 
 class Decoder(_Coder):
-    """Latent (b, z_channels, h, w) -> image (b, out_ch, f * h, f * w), the mirror image of the encoder.
+    """Latent (b, z_channels, h, w) -> image (b, out_ch, f * h, f * w), mirroring the encoder.
 
-    It has one more block a level.
+    The decoder has one more block per level than the encoder.
 
-    Args: those of the encoder, whose `in_channels` and `double_z` are accepted since configurations share them, and
+    Args: those of the encoder, including `in_channels` and `double_z`, which have no effect here, and
         give_pre_end: return the last features, before norm and convolution.
-        tanh_out: squash the image into [-1, 1].
+        tanh_out: apply tanh to the image.
     """
 
     def __init__(
@@ -261,11 +269,11 @@ class Decoder(_Coder):
         return self._decode(z, lambda layer, h: layer(h))
 
     def get_last_layer(self) -> nn.Parameter:
-        """The weight that makes the pixels, for losses that balance their terms by its gradient."""
+        """Return the weight of the last layer, for losses that balance terms by its gradient."""
         return self.conv_out.weight
 
     def _decode(self, z: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """Run the layers in order, each by `call(layer, its input)`."""
+        """Run the layers in order, each as `call(layer, input)`."""
         h = z
         for layer in self._body():
             h = call(layer, h)

@@ -1,8 +1,8 @@
 """Samplers: from noise to a clean sample, step by step along a noise schedule.
 
-Samples are x = a·x0 + s·ε. The video samplers preserve the variance, a = sqrt(ᾱ) and s = sqrt(1 − a²); the classic
-ones let it grow, a = 1 and s = σ. All the numbers of a step are worked out as Python floats from the schedule's table,
-so the loops never wait for a device.
+Samples are x = a·x0 + s·ε. Video samplers preserve the variance, with a = sqrt(ᾱ) and s = sqrt(1 − a²); classic
+samplers let it grow, with a = 1 and s = σ. All numbers of a step are Python floats from the schedule's table, so that
+loops never wait for a device.
 """
 
 import math
@@ -54,12 +54,15 @@ __all__ = [
 
 @dataclass
 class Run:
-    """One call of a sampler, as its loop sees it.
+    """The inputs of a sampler's loop in one call.
 
-    `a` and `s` run from noisy to clean and hold one more number than there are steps: the clean sample, where s is 0.
-    `steps` counts from 0 and takes care of the progress bar; `num_steps` is the number of steps of the whole schedule,
-    of which a start from a clip leaves out the first. `denoise(x, step, level)` is the guided estimate of the clean
-    sample, by default at the level of the step. `noise(x)` is fresh noise shaped like `x`.
+    Attributes:
+        a, s: from noisy to clean, with one number more than there are steps: the clean sample, where s is 0.
+        num_steps: number of steps of the whole schedule; a start from a clip skips the first of them.
+        steps: the indices of the steps, from 0, with the progress bar.
+        denoise: `denoise(x, step, level)` returns the guided estimate of the clean sample, by default at the level of
+            the step.
+        noise: `noise(x)` returns fresh noise shaped like `x`.
     """
 
     a: list[float]
@@ -71,24 +74,24 @@ class Run:
 
 
 class Sampler(SamplingBar, ABC):
-    """What every sampler does around its loop.
+    """Base class of the samplers: everything around the loop.
 
     Args:
         discretization_config: the noise schedule.
-        num_steps: number of steps, unless a call says otherwise.
+        num_steps: number of steps, unless a call gives it.
         guider_config: guidance; none by default.
         verbose: show a progress bar (on the first process only).
-        device: accepted from configurations; sampling takes place where `x` is.
-        guidance_interval: from which share of the steps to which there is guidance, such as [0.2, 0.8]; at the others
-            the network runs on the conditional batch alone (arXiv:2404.07724, in steps rather than levels). None: all.
+        device: accepted from configurations; sampling runs on the device of `x`.
+        guidance_interval: the part of the steps with guidance, such as [0.2, 0.8]; in other steps the network runs on
+            the conditional batch alone (arXiv:2404.07724, in steps rather than levels). None: all steps.
 
     Raises:
-        UserError: `guidance_interval` is no such interval.
+        UserError: `guidance_interval` is not such an interval.
     """
 
-    variance_preserving: bool  # then the denoiser takes a as the level, and the timestep as `idx`; else it takes s
-    fixed_frames = 0  # of `x` are given clean, and held, where a call gives no other `start`
-    sdedit = False  # hold such frames at the noise level of each step rather than clean
+    variance_preserving: bool  # the denoiser takes the level a and the timestep `idx`; otherwise it takes s
+    fixed_frames = 0  # number of clean frames at the start of `x` that are kept, unless a call gives a `start`
+    sdedit = False  # keep such frames at the noise level of each step rather than clean
 
     def __init__(
         self,
@@ -120,28 +123,25 @@ class Sampler(SamplingBar, ABC):
         callback: Callable[..., None] | None = None,
         start: Start | None = None,
     ) -> Tensor:
-        """Sample.
+        """Return clean samples shaped like `x`, float32.
 
         Args:
             denoiser: called as `denoiser(x, level, cond, **model_inputs)`, see `Denoiser.forward`.
             x: (batch, ...) standard normal noise.
             cond: conditioning by kind, (batch, ...) each.
-            uc: the unconditional conditioning, with the same kinds; without it there is no guidance.
-            num_steps: number of steps in place of the configured one.
-            scale: guidance scale in place of the guider's, a number or (batch,); the number 1 turns guidance off.
+            uc: the unconditional conditioning, with the same kinds; None: no guidance.
+            num_steps: replaces the configured number of steps.
+            scale: replaces the guider's scale; a number or (batch,); the number 1 turns guidance off.
             scale_emb: embedding of the guidance scale, (batch, features), for networks distilled to take one.
-            ofs: what the network is told besides the timestep (CogVideoX 1.5 image-to-video), a number or (batch,).
-            generator: source of the noise that is added on the way, see `draw_noise`.
-            callback: called as `callback(steps done, steps in all)` after each step; one that takes the keyword
-                `denoised` is given the last guided estimate of the clean samples with it.
-            start: what sampling starts from, and the frames that it goes on from; None: noise alone, of which the first
-                `fixed_frames` frames are clean ones to go on from, as in the original.
-
-        Returns:
-            The clean samples, shaped like `x`, float32.
+            ofs: the network's second noise input (CogVideoX 1.5 image-to-video), a number or (batch,).
+            generator: source of the noise that is added during sampling, see `draw_noise`.
+            callback: called as `callback(steps done, steps in all)` after each step; if it takes the keyword
+                `denoised`, it gets the last guided estimate of the clean samples.
+            start: the start of sampling, and the frames to continue. None: noise alone, whose first `fixed_frames`
+                frames are clean frames to continue, as in the original.
 
         Raises:
-            UserError: the number of steps is not known, or the noise schedule does not have that many.
+            UserError: the number of steps is not given, or the noise schedule has fewer.
         """
         num_steps = self.num_steps if num_steps is None else num_steps
         if num_steps is None:
@@ -194,11 +194,11 @@ class Sampler(SamplingBar, ABC):
         return start.with_prefix(self.sample(x, run))
 
     def noised(self, noise: Tensor, clip: Tensor | None, a: float, s: float) -> Tensor:
-        """Return what the loop starts with: a·clip + s·ε; without a clip noise of the variance that belongs there."""
+        """Return the start of the loop, a·clip + s·ε; without a clip, noise of the right variance."""
         return noise if clip is None else a * clip + s * noise
 
     def _is_guided(self, done: float) -> bool:
-        """Return whether there is guidance at a step, given the share of the steps that come before it."""
+        """Return whether a step has guidance, from the share of the steps before it."""
         if self.guidance_interval is None:
             return True
         first, last = self.guidance_interval
@@ -206,11 +206,11 @@ class Sampler(SamplingBar, ABC):
 
     @abstractmethod
     def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
-        """`a` and `s` of `Run`, and the timestep of each step."""
+        """Return `a` and `s` of `Run`, and the timestep of each step."""
 
     @abstractmethod
     def sample(self, x: Tensor, run: Run) -> Tensor:
-        """The loop."""
+        """Return clean samples from `x`, the noise at the first level: the loop over steps."""
 
     def _count_steps(
         self, num_steps: int, callback: Callable[..., None] | None, estimate: Sequence[Tensor]
@@ -223,10 +223,10 @@ class Sampler(SamplingBar, ABC):
 
 
 def checked_interval(interval: Any) -> tuple[float, float]:
-    """Return an interval of steps as two shares of them.
+    """Return an interval of steps as two shares of the steps.
 
     Raises:
-        UserError: it is something else.
+        UserError: `interval` is not such an interval.
     """
     fits = isinstance(interval, list | tuple) and [type(end) in (int, float) for end in interval] == [True, True]
     if not fits or not 0 <= interval[0] < interval[1] <= 1:
@@ -238,7 +238,10 @@ def checked_interval(interval: Any) -> tuple[float, float]:
 
 
 def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
-    """`value` as a tensor (batch, ...) on the device of `x`; a number or a batch of one stands for all samples."""
+    """Return `value` as a tensor (batch, ...) on the device of `x`.
+
+    A number or a batch of one applies to all samples.
+    """
     if not isinstance(value, Tensor):
         return x.new_full((len(x),), value)
     value = value.to(x.device)
@@ -251,11 +254,13 @@ def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def dpmpp_2m(x: Tensor, run: Run, stochastic: bool) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, algorithm 2), or with `stochastic` its SDE form.
+    """Sample by DPM-Solver++(2M), or by its SDE form if `stochastic` is true.
 
-    λ = log(a/s), h = λ' − λ, D̂ = (1 + 1/2r)·D − (1/2r)·D_prev with r = h_prev/h, then
-    x' = (s'/s)·x − expm1(−h)·a'·D̂, or
-    x' = (s'/s)·e^(−h)·x − expm1(−2h)·a'·D̂ + s'·sqrt(1 − e^(−2h))·ε.
+    Lu et al. 2022, DPM-Solver++, algorithm 2. With λ = log(a/s), h = λ' − λ, D̂ = (1 + 1/2r)·D − (1/2r)·D_prev and
+    r = h_prev/h:
+
+        x' = (s'/s)·x − expm1(−h)·a'·D̂, or
+        x' = (s'/s)·e^(−h)·x − expm1(−2h)·a'·D̂ + s'·sqrt(1 − e^(−2h))·ε.
     """
     previous: tuple[float, Tensor] | None = None  # h and D of the step before
     for i in run.steps:
@@ -276,7 +281,7 @@ def dpmpp_2m(x: Tensor, run: Run, stochastic: bool) -> Tensor:
         if stochastic:
             eps = run.noise(x)
             if previous is not None:
-                # A second draw, the first unused: so a seed keeps giving the video it has always given.
+                # The first draw is unused, so that a seed keeps giving the same video.
                 eps = run.noise(x)
             x = s_next / s * math.exp(-h) * x - math.expm1(-2 * h) * a_next * estimate
             x = x + s_next * math.sqrt(-math.expm1(-2 * h)) * eps
@@ -292,16 +297,16 @@ def dpmpp_2m(x: Tensor, run: Run, stochastic: bool) -> Tensor:
 
 
 class VideoSampler(Sampler):
-    """What the video samplers share: the schedule of a, ending at 1.
+    """Base class of the video samplers: the schedule of a, which ends at 1.
 
     Args:
-        fixed_frames: so many frames in front of the noise that a call is given are clean ones, which stay as they are
-            while the rest is denoised; a call's `start` has others.
-        sdedit: bring such frames to the noise level of each step, with fresh noise, rather than leave them clean.
+        fixed_frames: number of clean frames at the start of the noise that a call gets; they stay as they are while the
+            other frames are denoised. A call's `start` replaces them.
+        sdedit: bring such frames to the noise level of each step, with fresh noise, rather than keep them clean.
         kwargs: see `Sampler`.
 
     Raises:
-        UserError: `fixed_frames` is no number of frames.
+        UserError: `fixed_frames` is not a number of frames.
     """
 
     variance_preserving = True
@@ -333,9 +338,10 @@ class VideoDDIMSampler(VideoSampler):
 
 
 class VideoDDPMSampler(VideoSampler):
-    """The stochastic first-order step (Ho et al. 2020, DDPM, equations 6 and 7): a draw from q(x' | x, x0 = D).
+    """The stochastic first-order step: a draw from q(x' | x, x0 = D).
 
-    With α = (a/a')²: x' = (a/a')·(s'/s)²·x + a'·(1 − α)/s²·D + s'·sqrt(1 − α)/s·ε.
+    Ho et al. 2020, DDPM, equations 6 and 7. With α = (a/a')²: x' = (a/a')·(s'/s)²·x + a'·(1 − α)/s²·D + s'·sqrt(1 −
+    α)/s·ε.
     """
 
     def sample(self, x: Tensor, run: Run) -> Tensor:
@@ -360,7 +366,7 @@ class VPODEDPMPP2MSampler(VideoSampler):
 
 
 class VPSDEDPMPP2MSampler(VideoSampler):
-    """SDE-DPM-Solver++(2M), which the released models are sampled with."""
+    """SDE-DPM-Solver++(2M), the sampler of the released models."""
 
     def sample(self, x: Tensor, run: Run) -> Tensor:
         return dpmpp_2m(x, run, stochastic=True)
@@ -372,7 +378,7 @@ class VPSDEDPMPP2MSampler(VideoSampler):
 
 
 class SigmaSampler(Sampler):
-    """What the classic samplers share: the schedule of σ, ending at 0, and an `x` of the variance of its start."""
+    """Base class of the classic samplers: the schedule of σ, which ends at 0."""
 
     variance_preserving = False
 
@@ -380,24 +386,24 @@ class SigmaSampler(Sampler):
         if self.discretization.gives_alpha:
             raise UserError(
                 f"sampler_config: {type(self).__name__} needs a schedule of sigma, which "
-                f"{type(self.discretization).__name__} is not; EDMDiscretization or LegacyDDPMDiscretization would fit"
+                f"{type(self.discretization).__name__} is not; use EDMDiscretization or LegacyDDPMDiscretization"
             )
         sigmas, timesteps = self.discretization.table(num_steps)
         return [1.0] * (num_steps + 1), [*sigmas.tolist(), 0.0], timesteps[::-1].tolist()
 
     def noised(self, noise: Tensor, clip: Tensor | None, a: float, s: float) -> Tensor:
-        # A sample that is not known is taken to have unit variance.
+        # Without a clip, the clean sample is assumed to have unit variance.
         return noise * math.sqrt(1 + s**2) if clip is None else super().noised(noise, clip, a, s)
 
 
 class DDIMSampler(SigmaSampler):
-    """The first-order step with a share of fresh noise: x' = x + (σ'·sqrt(1 − k²) − σ)·d + k·σ'·ε.
+    """The first-order step with fresh noise: x' = x + (σ'·sqrt(1 − k²) − σ)·d + k·σ'·ε.
 
     Args:
-        s_noise: k, the share of the next level's noise that is drawn anew; 0 makes the sampler Euler's.
+        s_noise: k, the share of the next level's noise that is drawn afresh; 0 gives Euler's method.
 
     Raises:
-        UserError: `s_noise` is no share.
+        UserError: `s_noise` is not between 0 and 1.
     """
 
     def __init__(self, *args: Any, s_noise: float = 0.1, **kwargs: Any):
@@ -431,10 +437,11 @@ class SDEDPMPP2MSampler(SigmaSampler):
 
 
 class EulerEDMSampler(SigmaSampler):
-    """Euler's method with optional churn (Karras et al. 2022, algorithm 2 without its second-order correction).
+    """Euler's method with optional churn (Karras et al. 2022, algorithm 2, first order).
 
     Args:
-        s_churn, s_tmin, s_tmax, s_noise: how much noise is put back before a step, in which range of σ, and its scale.
+        s_churn, s_tmin, s_tmax, s_noise: amount of noise added before a step, the range of σ in which it is added, and
+            its scale.
     """
 
     def __init__(
@@ -468,7 +475,7 @@ class EulerEDMSampler(SigmaSampler):
     def correct(
         self, x: Tensor, x_euler: Tensor, d: Tensor, sigma: float, sigma_next: float, step: int, run: Run
     ) -> Tensor:
-        """A better `x_euler`, for methods of a higher order."""
+        """Return a correction of `x_euler`, for methods of a higher order."""
         return x_euler
 
 
@@ -485,10 +492,10 @@ class HeunEDMSampler(EulerEDMSampler):
 
 
 class AncestralSampler(SigmaSampler):
-    """Samplers that step down below the next level and put noise back.
+    """Base class of samplers that step below the next level and add noise.
 
     Args:
-        eta: share of the noise that is put back; 0 makes the sampler deterministic.
+        eta: share of the noise that is added; 0 makes the sampler deterministic.
         s_noise: scale of that noise.
     """
 
@@ -507,7 +514,7 @@ class AncestralSampler(SigmaSampler):
 
     @abstractmethod
     def step_down(self, x: Tensor, denoised: Tensor, sigma: float, sigma_down: float, step: int, run: Run) -> Tensor:
-        """The deterministic part of a step."""
+        """Return the sample after the deterministic part of a step."""
 
 
 class EulerAncestralSampler(AncestralSampler):
@@ -518,7 +525,7 @@ class EulerAncestralSampler(AncestralSampler):
 
 
 class DPMPP2SAncestralSampler(AncestralSampler):
-    """DPM-Solver++(2S) with ancestral noise (Lu et al. 2022, DPM-Solver++, algorithm 1, r = 1/2)."""
+    """DPM-Solver++(2S) with ancestral noise (Lu et al. 2022, algorithm 1, r = 1/2)."""
 
     def step_down(self, x: Tensor, denoised: Tensor, sigma: float, sigma_down: float, step: int, run: Run) -> Tensor:
         if sigma_down == 0:

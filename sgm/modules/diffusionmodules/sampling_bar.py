@@ -8,24 +8,25 @@ from tqdm import tqdm
 
 
 class SamplingBar:
-    """What samplers derive from to show a progress bar while `verbose` is true, on the first process only."""
+    """Base class of samplers with a progress bar, shown on the first process if `verbose`."""
 
     verbose: bool = False
 
     def show_bar(self, shown: bool) -> None:
-        """Let the sampler show its bar from now on, or not."""
+        """Show the progress bar from now on, or hide it."""
         self.verbose = shown
 
     def counted(self, steps: range) -> Iterable[int]:
-        """Return the steps, with a progress bar where it is asked for."""
+        """Return the steps, with a progress bar if `verbose` is true."""
         first_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         return tqdm(steps, desc="Sampling") if self.verbose and first_process else steps
 
 
 def hide_bar(sampler: Any) -> None:
-    """Let a sampler show no bar, since something else shows how far it is.
+    """Hide a sampler's progress bar, since something else shows its progress.
 
-    One of the user's own that does not derive from ours may have `verbose`, as the original's samplers do, or no bar.
+    A user's sampler that does not derive from `SamplingBar` may have `verbose`, as the original's samplers do, or no
+    bar.
     """
     if isinstance(sampler, SamplingBar):
         sampler.show_bar(False)

@@ -1,4 +1,4 @@
-"""What sampling starts from: noise alone, or a clip that is noised; and the frames that it goes on from."""
+"""The start of sampling: noise or a noised clip, and the frames to continue."""
 
 import math
 from collections.abc import Callable
@@ -11,23 +11,25 @@ from sgm.errors import UserError, shown
 
 
 def steps_of_strength(strength: float, num_steps: int) -> int:
-    """Return how many of `num_steps` steps a start from a clip takes: the last share `strength`, rounded down."""
+    """Return the number of steps from a clip: the last share `strength` of `num_steps`.
+
+    The number is rounded down.
+    """
     return min(math.floor(strength * num_steps + 1e-6), num_steps)  # 0.58 · 50 is 28.999999999999996
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What sampling starts from.
+    """The start of sampling.
 
     Args:
         clip: clean samples (batch, frames, ...) that are noised to the level at which sampling begins (Meng et al.
             2022, SDEdit); None: noise alone.
-        strength: the share of the steps that is taken from a clip: 1 takes all, and keeps of the clip what the noisiest
-            level keeps; 0 takes none, and gives the clip.
-        prefix: clean samples (batch, fewer frames, ...) that stand in front while the rest is denoised; None: none.
+        strength: share of the steps that are taken from a clip. 1: all steps; 0: no steps, and the clip is the result.
+        prefix: clean samples (batch, fewer frames, ...) that stay at the front while the rest is denoised; None: none.
 
     Raises:
-        UserError: the strength is no share.
+        UserError: the strength is not between 0 and 1.
     """
 
     clip: Tensor | None = None
@@ -45,10 +47,11 @@ class Start:
     def with_prefix(
         self, x: Tensor, a: float = 1.0, s: float = 0.0, noise: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Return `x` (batch, frames, ...) with the prefix in its first frames; with `noise` it is noised, a·x0 + s·ε.
+        """Return `x` (batch, frames, ...) with the prefix in its first frames.
 
         Args:
-            noise: gives fresh noise shaped like its argument.
+            a, s: levels of a noised prefix, a·x0 + s·ε.
+            noise: returns fresh noise shaped like its argument; None: the prefix stays clean.
         """
         if self.prefix is None or not self.prefix.shape[1]:
             return x

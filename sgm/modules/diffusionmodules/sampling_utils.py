@@ -1,4 +1,4 @@
-"""The parts that several samplers share: random numbers, and the formulas of a step."""
+"""Parts that several samplers share: random numbers, and the formulas of a step."""
 
 import math
 from collections.abc import Sequence
@@ -46,12 +46,12 @@ def draw_noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """N(0, 1) noise of `shape` (batch, ...) on `device`.
+    """Return N(0, 1) noise of `shape` (batch, ...) on `device`.
 
     Args:
-        generator: where the numbers come from. None: the global generator of `device`. One generator: drawn on its
-            own device, then moved, so that a CPU generator gives the same noise for every device. A sequence, one for
-            each sample: a sample's noise depends on its own generator alone, whatever the batch.
+        generator: source of the numbers. None: the global generator of `device`. One generator: the noise is drawn on
+            its device, then moved, so that a CPU generator gives the same noise for every device. A sequence, one for
+            each sample: a sample's noise depends on its own generator only.
 
     Raises:
         UserError: the number of generators is not the batch size.
@@ -61,33 +61,43 @@ def draw_noise(
         return torch.randn(*shape, generator=generator, device=drawn_on, dtype=dtype).to(device)
     batch, *rest = shape
     if len(generator) != batch:
-        raise UserError(f"there are {len(generator)} random generators for a batch of {batch}; one a sample would fit")
+        raise UserError(f"generator: {len(generator)} generators for a batch of {batch}; give one for each sample")
     return torch.cat([draw_noise((1, *rest), each, device, dtype) for each in generator])
 
 
 def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
-    """N(0, 1) noise of the shape, device and dtype of `x`; see `draw_noise`."""
+    """Return N(0, 1) noise of the shape, device and dtype of `x`; see `draw_noise`."""
     return draw_noise(x.shape, generator, x.device, x.dtype)
 
 
 def half_log_snr(a: float, s: float) -> float:
-    """λ = log(a/s) of x = a·x0 + s·ε, s > 0; −∞ for pure noise (Lu et al. 2022, DPM-Solver)."""
+    """Return λ = log(a/s) of x = a·x0 + s·ε, −∞ for pure noise.
+
+    Lu et al. 2022, DPM-Solver; s > 0.
+    """
     return math.log(a / s) if a > 0 else -math.inf
 
 
 def to_d(x: Tensor, sigma: float | Tensor, denoised: Tensor) -> Tensor:
-    """Return the derivative dx/dσ of the probability flow (Karras et al. 2022, equation 3), for a σ or one a sample."""
+    """Return the derivative dx/dσ of the probability flow (Karras et al. 2022, equation 3).
+
+    Args:
+        sigma: one σ, or one for each sample.
+    """
     return (x - denoised) / (append_dims(sigma, x.ndim) if isinstance(sigma, Tensor) else sigma)
 
 
 def ancestral_step(sigma_from: float, sigma_to: float, eta: float = 1.0) -> tuple[float, float]:
-    """(σ_down, σ_up): a step down to σ_down, then noise σ_up, ends at `sigma_to` = sqrt(σ_down² + σ_up²)."""
+    """Return (σ_down, σ_up) of an ancestral step: a step to σ_down, then noise σ_up.
+
+    The step ends at `sigma_to` = sqrt(σ_down² + σ_up²).
+    """
     sigma_up = min(sigma_to, eta * sigma_to * math.sqrt(1 - (sigma_to / sigma_from) ** 2))
     return math.sqrt(sigma_to**2 - sigma_up**2), sigma_up
 
 
 def get_ancestral_step(sigma_from: Tensor, sigma_to: Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return (σ_down, σ_up) as `ancestral_step` does, of tensors."""
+    """Return (σ_down, σ_up) as `ancestral_step`, for tensors."""
     if not eta:
         return sigma_to, torch.zeros_like(sigma_to)
     sigma_up = torch.minimum(sigma_to, eta * sigma_to * (1 - (sigma_to / sigma_from) ** 2).clamp_min(0) ** 0.5)
@@ -105,10 +115,10 @@ def to_sigma(neg_log_sigma: Tensor) -> Tensor:
 
 
 def linear_multistep_coeff(order: int, t: Sequence[float], i: int, j: int) -> float:
-    """Return the weight, in step `i` of the levels `t`, of the derivative that was taken `j` steps before.
+    """Return the weight, in step `i` of the levels `t`, of the derivative `j` steps before.
 
     Raises:
-        ValueError: step `i` does not have `order` derivatives.
+        ValueError: step `i` has fewer than `order` derivatives.
     """
     if order - 1 > i:
         raise ValueError(f"order {order} is too high for step {i}")
@@ -117,12 +127,12 @@ def linear_multistep_coeff(order: int, t: Sequence[float], i: int, j: int) -> fl
 
 
 def linear_multistep_coefficients(sigmas: Sequence[float], sigma_to: float) -> list[float]:
-    """Weights of the last derivatives in a step from `sigmas[-1]` to `sigma_to`, newest last.
+    """Return the weights of the last derivatives in a step from `sigmas[-1]` to `sigma_to`.
 
-    They are the integrals over the step of the Lagrange polynomials on `sigmas`, the levels where the derivatives
-    were taken (Adams-Bashforth with unequal steps).
+    The newest is last. The weights are integrals over the step of the Lagrange polynomials on `sigmas`, the levels of
+    the derivatives (Adams-Bashforth with unequal steps).
     """
-    # Centred on the step's start, so that nearby levels keep their digits.
+    # Centred on the step's start, to keep precision for nearby levels.
     nodes, end = np.asarray(sigmas) - sigmas[-1], sigma_to - sigmas[-1]
     weights = []
     for j, node in enumerate(nodes):

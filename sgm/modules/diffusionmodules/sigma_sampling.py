@@ -1,4 +1,4 @@
-"""Which noise levels training sees."""
+"""Distributions of the noise levels in training."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,10 @@ from sgm.util import instantiate_from_config
 
 @contextmanager
 def undivided(sampler: Any) -> Iterator[None]:
-    """Let each process draw from all levels within the block, whatever its group divides among its processes."""
+    """Draw from all levels in each process within the block.
+
+    `data_parallel_group` would otherwise divide the levels among its processes.
+    """
     group = getattr(sampler, "data_parallel_group", None)
     sampler.data_parallel_group = None
     try:
@@ -34,7 +37,11 @@ class EDMSampling:
         self.p_std = p_std
 
     def __call__(self, n_samples: int, rand: Tensor | None = None) -> Tensor:
-        """σ of `n_samples` samples: float32 (n_samples,); `rand` takes the place of the standard normal draws."""
+        """Return σ of `n_samples` samples: float32 (n_samples,).
+
+        Args:
+            rand: replaces the standard normal draws.
+        """
         rand = randomness.normal((n_samples,), purpose="noise level") if rand is None else rand
         return (self.p_mean + self.p_std * rand).exp()
 
@@ -51,11 +58,10 @@ class DiscreteSampling:
         num_idx: number of levels; index 0 is the cleanest, unless `flip` is off.
         do_append_zero, flip: as in `Discretization.__call__`.
         uniform_sampling: stratify over processes.
-        group_num: number of groups; 0: as many as divide both the processes and the levels.
+        group_num: number of groups; 0: the greatest common divisor of processes and levels.
 
     Attributes:
-        data_parallel_group: the processes that train on different samples, as the loss tells every sampler; None: this
-            process alone.
+        data_parallel_group: the processes that train on different samples, set by the loss; None: this process alone.
     """
 
     data_parallel_group: dist.ProcessGroup | None = None
@@ -77,7 +83,7 @@ class DiscreteSampling:
         self.group_num = group_num
 
     def index_range(self) -> tuple[int, int]:
-        """The indices that this process draws from: first, and one past the last.
+        """Return the first index that this process draws from, and the last one plus 1.
 
         Raises:
             UserError: `group_num` groups of equal size are not possible.
@@ -98,10 +104,10 @@ class DiscreteSampling:
     def __call__(
         self, n_samples: int, rand: Tensor | None = None, return_idx: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Noise levels of `n_samples` samples: float32 (n_samples,), on the CPU.
+        """Return the noise levels of `n_samples` samples: float32 (n_samples,), on the CPU.
 
         Args:
-            rand: indices that take the place of the drawn ones.
+            rand: indices that replace the drawn ones.
             return_idx: also return the indices, int64 (n_samples,).
         """
         idx = self.draw(n_samples) if rand is None else rand
@@ -109,18 +115,18 @@ class DiscreteSampling:
         return (levels, idx) if return_idx else levels
 
     def draw(self, n_samples: int) -> Tensor:
-        """Indices of noise levels: int64 (n_samples,), on the CPU."""
+        """Draw indices of noise levels: int64 (n_samples,), on the CPU."""
         return randomness.integers(*self.index_range(), n_samples, purpose="noise level")
 
     def idx_to_sigma(self, idx: Tensor | int) -> Tensor:
-        """Return the noise levels of indices, σ or a = sqrt(ᾱ) as the schedule gives them."""
+        """Return the noise levels of indices, σ or a = sqrt(ᾱ) depending on the schedule."""
         return self.levels[idx]
 
 
 class PartialDiscreteSampling(DiscreteSampling):
-    """Uniform over the first `partial_num_idx` of the `total_num_idx` noise levels of a schedule.
+    """Uniform over the first `partial_num_idx` of the `total_num_idx` levels of a schedule.
 
-    Those are the cleanest levels, or without `flip` the noisiest: for a model that takes part in some steps only.
+    These are the cleanest levels, or without `flip` the noisiest: for a model that is used in some steps only.
 
     Args:
         discretization_config, do_append_zero, flip: see `DiscreteSampling`.
@@ -151,27 +157,27 @@ class PartialDiscreteSampling(DiscreteSampling):
 
 
 class LogitNormalSampling(DiscreteSampling):
-    """Noise levels of a schedule, more of those where what a video shows is decided.
+    """Noise levels of a schedule, mostly from its middle: logit t ~ N(loc, scale²).
 
-    With t = index / num_idx, logit t ~ N(loc, scale²) (Esser et al. 2024, "Scaling rectified flow transformers",
-    section 3.1), but for a share of the samples, which are uniform, lest either end be forgotten. With
-    `uniform_sampling` a group of processes draws from its own share of the distribution, the cleanest levels first.
+    Here t = index / num_idx (Esser et al. 2024, "Scaling rectified flow transformers", section 3.1). A share of the
+    samples is uniform, so that both ends are trained too. With `uniform_sampling` each group of processes draws from
+    its own share of the distribution, the cleanest levels first.
 
     Args:
-        loc: above 0 there is more noise than signal in most samples.
-        scale: the larger, the wider.
+        loc: above 0, most samples have more noise than signal.
+        scale: width of the distribution.
         uniform_share: in [0, 1].
         kwargs: see `DiscreteSampling`.
 
     Raises:
-        UserError: `scale` is not positive, or `uniform_share` is no share.
+        UserError: `scale` is not positive, or `uniform_share` is not in [0, 1].
     """
 
     def __init__(self, *args: Any, loc: float = 0.0, scale: float = 1.0, uniform_share: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not scale > 0 or not 0 <= uniform_share <= 1:
             raise UserError(
-                "sigma_sampler_config: scale must be positive and uniform_share between 0 and 1; they are "
+                "sigma_sampler_config: scale must be positive and uniform_share between 0 and 1, got "
                 f"{scale} and {uniform_share}"
             )
         t = torch.arange(1, self.num_idx + 1, dtype=torch.float64) / self.num_idx

@@ -1,9 +1,9 @@
-"""Ways to combine the two halves of a guided batch that keep strong guidance from leaving the range of the data.
+"""Combine the two halves of a guided batch; limit strong guidance to the data's range.
 
-Each is called with the unconditional and the conditional estimate u and c of the clean samples, (batch, ..., channel,
-height, width), and the guidance scale w, a number or (batch,). Each returns an estimate of the same shape, in which a
-sample depends on its own u, c and w alone. Configurations name these classes as `dyn_thresh_config` of a guider, under
-`sgm.modules.diffusionmodules.sampling_utils`.
+Each class is called with the unconditional and the conditional estimate u and c of the clean samples, (batch, ...,
+channel, height, width), and the guidance scale w, a number or (batch,). It returns an estimate of the same shape, in
+which a sample depends on its own u, c and w alone. Configurations name these classes as `dyn_thresh_config` of a
+guider, under `sgm.modules.diffusionmodules.sampling_utils`.
 """
 
 from typing import TypeAlias
@@ -27,7 +27,9 @@ class NoDynamicThresholding:
 
 
 class StaticThresholding(NoDynamicThresholding):
-    """g, cut off at ±`limit` (Saharia et al. 2022, Imagen, section 2.3, "static"), for models of pixels in [-1, 1].
+    """g clamped to ±`limit`, for models of pixels in [-1, 1].
+
+    Saharia et al. 2022, Imagen, section 2.3, "static".
 
     Raises:
         UserError: `limit` is not positive.
@@ -46,8 +48,8 @@ class StaticThresholding(NoDynamicThresholding):
 class DynamicThresholding(NoDynamicThresholding):
     """g with its own mean and the standard deviation of u, both over the whole sample.
 
-    The rescaling of Lin et al. 2023 ("Common diffusion noise schedules and sample steps are flawed", section 3.4),
-    towards u.
+    The result is rescaled as in Lin et al. 2023 ("Common diffusion noise schedules and sample steps are flawed",
+    section 3.4), towards u instead of c.
     """
 
     def __call__(self, uncond: Tensor, cond: Tensor, scale: Scale) -> Tensor:
@@ -57,13 +59,14 @@ class DynamicThresholding(NoDynamicThresholding):
 
 
 class DynamicThresholdingV1(NoDynamicThresholding):
-    """g with the outliers cut off, for latents, whose channels have means of their own.
+    """g without outliers, for latents, whose channels have different means.
 
-    With the mean m of each channel over time, height and width, and the largest magnitude s of g − m that a share
-    `quantile` of the values of a sample does not exceed, the result is m + clamp(g − m, −s, s).
+    m is the mean of each channel over time, height and width; s is the smallest magnitude of g − m that a share
+    `quantile` of a sample's values does not exceed. The result is m + clamp(g − m, −s, s).
 
     Args:
-        scale_factor: of the latents. It has no effect, since the cut scales with the latents; configurations name it.
+        scale_factor: of the latents; accepted from configurations, without effect, since the limit scales with the
+            latents.
         quantile: in (0, 1].
 
     Raises:
@@ -85,10 +88,12 @@ class DynamicThresholdingV1(NoDynamicThresholding):
 
 
 class DynamicThresholdingV2(NoDynamicThresholding):
-    """g whose channels have the standard deviation that guidance of `mimic_scale` gives them, about their own means.
+    """g with the standard deviation per channel that guidance of `mimic_scale` gives.
+
+    The channels keep their own means.
 
     Args:
-        mimic_scale: a scale that the model bears well.
+        mimic_scale: a scale at which the model gives good samples.
     """
 
     def __init__(self, mimic_scale: float = 4.0):
@@ -109,16 +114,19 @@ def _all_but_channels(x: Tensor) -> tuple[int, ...]:
 
 
 def _with_spread_of(x: Tensor, other: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Return `x` with its own mean and the standard deviation of `other`, both over `axes`; constants stay so."""
+    """Return `x` with its own mean and the standard deviation of `other`, both over `axes`.
+
+    Constants stay constant.
+    """
     mean = x.mean(axes, keepdim=True)
     std, wanted = (each.std(axes, correction=0, keepdim=True) for each in (x, other))
     return mean + (x - mean) * (wanted / std.clamp_min(torch.finfo(x.dtype).tiny))
 
 
 def _quantile(x: Tensor, share: float) -> Tensor:
-    """Return the smallest value of each row of (batch, n) that at least `share` of the row does not exceed: (batch,).
+    """Return the smallest value of each row that at least `share` of the row does not exceed.
 
-    `torch.quantile` refuses more than 16 million values, which long videos have.
+    (batch, n) → (batch,). `torch.quantile` refuses more than 16 million values, which long videos have.
     """
     rank = min(max(int(-(-share * x.shape[1] // 1)), 1), x.shape[1])
     return x.kthvalue(rank, dim=1).values

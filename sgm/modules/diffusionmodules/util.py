@@ -41,7 +41,7 @@ __all__ = [
 
 
 def append_dims(x: Tensor, ndim: int) -> Tensor:
-    """`x` with trailing axes of length 1, up to `ndim` axes, so that it broadcasts over the rest of a sample."""
+    """Return `x` with trailing axes of length 1, up to `ndim` axes, for broadcasting."""
     return x[(...,) + (None,) * (ndim - x.ndim)]
 
 
@@ -57,10 +57,10 @@ def timestep_embedding(
     repeat_only: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Sinusoidal embedding of timesteps (Vaswani et al. 2017), cosines first.
+    """Return the sinusoidal embedding of timesteps (Vaswani et al. 2017), cosines first.
 
     Args:
-        timesteps: (batch,), integer or fractional; computed in float32 whatever its dtype.
+        timesteps: (batch,), integer or fractional; the embedding is computed in float32 for every dtype.
         dim: features; an odd `dim` ends in a zero.
         max_period: the longest period, in timesteps.
         repeat_only: repeat the timestep itself instead.
@@ -80,7 +80,7 @@ def timestep_embedding(
 
 
 def reject_options(owner: str, **options: Any) -> None:
-    """Refuse options that configurations may carry at a neutral value but that are not supported.
+    """Refuse unsupported options that configurations may set to a neutral value.
 
     Raises:
         UserError: one of `options` is neither None, zero nor false.

@@ -1,4 +1,4 @@
-"""What stands between a denoiser and a network."""
+"""The wrapper of a network for a denoiser, and torch.compile."""
 
 import logging
 import os
@@ -20,7 +20,11 @@ NEEDED = "compile_model: true needs "
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise a UserError if torch.compile cannot work on `device` for want of a C++ compiler."""
+    """Check that torch.compile has a C++ compiler if `device` is a CPU.
+
+    Raises:
+        UserError: the compiler does not exist.
+    """
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and not shutil.which(compiler.split()[0]):  # flags may follow
         raise UserError(
@@ -31,10 +35,10 @@ def check_compiler(device: torch.device) -> None:
 
 @cache
 def why_not_compilable(device: torch.device) -> str | None:
-    """Return why torch.compile does not work on a device; None: it works.
+    """Return the reason why torch.compile does not work on a device; None: it works.
 
-    On a CPU it needs a C++ compiler. On a GPU it needs Triton, a C compiler and Python's headers, which not every
-    machine has: there it is tried on a few numbers.
+    On a CPU it needs a C++ compiler. On a GPU it needs Triton, a C compiler and Python's headers, which some machines
+    lack: there a small function is compiled.
     """
     try:
         check_compiler(device)
@@ -43,55 +47,58 @@ def why_not_compilable(device: torch.device) -> str | None:
         torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(8, device=device))
     except UserError as error:
         return f"it needs {str(error).removeprefix(NEEDED)}"
-    except Exception as error:  # of any kind, from whichever of these is missing
+    except Exception as error:  # the kind depends on the missing part
         return compiler_reason(error)
     return None
 
 
 @cache
 def compiler_errors() -> tuple[type[Exception], ...]:
-    """Return what a compiler that fails raises: its own errors, and those of files and programs that it cannot use."""
+    """Return the exceptions of a compiler that fails.
+
+    The exceptions are the compiler's own, and those of files and programs that the compiler cannot use.
+    """
     from torch._dynamo.exc import TorchDynamoException  # takes a while to import
 
     return TorchDynamoException, OSError, ImportError, subprocess.SubprocessError
 
 
 def compiler_reason(error: Exception) -> str:
-    """Return what went wrong with a compiler, as a part of one line."""
+    """Return the reason of a compiler's failure, as a part of one line."""
     described = " ".join(str(error).split())
     for advice in (" Set TORCHDYNAMO_VERBOSE", " The above exception was", " from user code:"):
-        described = described.partition(advice)[0]  # to who works on the compiler
+        described = described.partition(advice)[0]  # advice for developers of the compiler
     return described[:200] or type(error).__name__
 
 
 def go_on_without_compiler(network: nn.Module, error: Exception) -> None:
-    """Say in one line that a compiler failed, and tell who asked for it, by the network's `compiler_failed`, if any."""
+    """Log that a compiler failed, and call the network's `compiler_failed`, if it has one."""
     logger.warning("compile_model: the network goes on without torch.compile, which failed: %s", compiler_reason(error))
     if failed := getattr(network, "compiler_failed", None):
         failed()
 
 
 def compile_network(network: nn.Module) -> None:
-    """Run a network through torch.compile: layer by layer if it knows how to, else as a whole."""
+    """Run a network through torch.compile, layer by layer if the network supports that."""
     compile_layers = getattr(network, "compile_layers", None)
     if compile_layers is None or not compile_layers():
         network.compile()
 
 
 OPENAIUNETWRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
-"""The class that `network_wrapper` in a configuration stands for by default."""
+"""The default of `network_wrapper` in a configuration."""
 
 
 class OpenAIWrapper(nn.Module):
-    """Calls a network with the conditioning laid out as its arguments.
+    """Calls a network with the conditioning as its arguments.
 
     Args:
         diffusion_model: the network; the name of the attribute is part of every checkpoint key.
-        compile_model: run the network through torch.compile, see `compile_network`. State-dict names stay as they are.
-        dtype: what the network computes in; None: that of its parameters at the time of the call.
+        compile_model: run the network through torch.compile, see `compile_network`. State-dict names stay the same.
+        dtype: dtype of the network's computation; None: that of its parameters at the time of the call.
 
     Raises:
-        UserError: it is to be compiled for a CPU, and there is no C++ compiler.
+        UserError: the network is to be compiled for a CPU, and a C++ compiler does not exist.
     """
 
     def __init__(self, diffusion_model: nn.Module, compile_model: bool = False, dtype: torch.dtype | None = None):
@@ -103,17 +110,14 @@ class OpenAIWrapper(nn.Module):
             compile_network(self.diffusion_model)
 
     def forward(self, x: Tensor, t: Tensor, c: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        """Run the network.
+        """Return the network's output: float32, shaped like `x` except for the channels.
 
         Args:
             x: latents (batch, time, channel, height, width), or images (batch, channel, height, width).
-            t: (batch,) timesteps or noise levels; kept as they are.
+            t: (batch,) timesteps or noise levels, in any dtype.
             c: "crossattn" (batch, tokens, features) becomes `context`, "vector" (batch, features) becomes `y`, and
-                "concat", shaped like `x` but for the channels, is appended to the channels of `x`.
-            kwargs: passed on (`idx`, `ofs`, `scale_emb`, ...).
-
-        Returns:
-            float32, shaped like `x` in all but the channels, which are the network's.
+                "concat", shaped like `x` except for the channels, is appended to the channels of `x`.
+            kwargs: passed to the network (`idx`, `ofs`, `scale_emb`, ...).
         """
         dtype = self.dtype or next(self.diffusion_model.parameters()).dtype
         if "concat" in c:
@@ -122,7 +126,10 @@ class OpenAIWrapper(nn.Module):
         return self._run(x.to(dtype), timesteps=t, context=context, y=vector, **kwargs).float()
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the network; where it is compiled as a whole and the compiler fails, from then on without."""
+        """Call the network; if it is compiled as a whole and that fails, call it uncompiled.
+
+        Later calls then run without the compiler too.
+        """
         network = self.diffusion_model
         if network._compiled_call_impl is None:
             return network(*args, **kwargs)

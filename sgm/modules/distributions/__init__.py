@@ -1,1 +1,1 @@
-"""Paths under which other code imports distributions."""
+"""The original's import paths of distributions."""

@@ -1,4 +1,4 @@
-"""Distributions of latents, under the path of the original, and the divergence of two normals."""
+"""Distributions of latents under the original's path, and the divergence of two normals."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class AbstractDistribution:
 
 
 class DiracDistribution(AbstractDistribution):
-    """A single value, for certain."""
+    """A distribution with a single value."""
 
     def __init__(self, value: Tensor):
         self.value = value
@@ -36,7 +36,10 @@ class DiracDistribution(AbstractDistribution):
 
 
 def normal_kl(mean1: float | Tensor, logvar1: float | Tensor, mean2: float | Tensor, logvar2: float | Tensor) -> Tensor:
-    """Return the divergence of N(mean1, e^logvar1) from N(mean2, e^logvar2), in nats, for each place of the tensors."""
+    """Return the KL divergence of N(mean1, e^logvar1) from N(mean2, e^logvar2), in nats.
+
+    The divergence is computed for each element of the tensors.
+    """
     like = next(each for each in (mean1, logvar1, mean2, logvar2) if isinstance(each, Tensor))
     mean1, logvar1, mean2, logvar2 = (
         torch.as_tensor(each, dtype=like.dtype, device=like.device) for each in (mean1, logvar1, mean2, logvar2)

@@ -1,1 +1,1 @@
-"""Conditioning: from what a batch says (text, vectors) to what the network takes."""
+"""Conditioning: from the entries of a batch (text, vectors) to the network's inputs."""

@@ -25,11 +25,11 @@ class AbstractEmbModel(nn.Module):
 
     Attributes:
         input_keys: entries of the batch that `forward` takes, in order.
-        input_key: the entry, where the configuration names a single one; else None.
-        output_key: kind of the embedding; None: by its rank, see `KIND_OF_RANK`.
+        input_key: the entry, if the configuration names a single one; else None.
+        output_key: kind of the embedding; None: chosen by its rank, see `KIND_OF_RANK`.
         is_trainable: whether gradients flow into the embedder.
-        ucg_rate: probability with which a sample loses this embedding in training (classifier-free guidance).
-        legacy_ucg_value: what replaces the input of such a sample; None: its embedding becomes zeros instead.
+        ucg_rate: probability of dropping this embedding of a sample in training (classifier-free guidance).
+        legacy_ucg_value: value that replaces the input of such a sample; None: its embedding becomes zeros.
     """
 
     input_keys: tuple[str, ...]
@@ -41,14 +41,14 @@ class AbstractEmbModel(nn.Module):
 
 
 class GeneralConditioner(nn.Module):
-    """Turns a batch into the conditioning of the network, through any number of embedders.
+    """The conditioner: turns a batch into the network's conditioning by several embedders.
 
     Args:
         emb_models: for each embedder its `target` and `params`, `input_key` (or `input_keys`), and optionally
             `is_trainable` (False), `ucg_rate` (0), `legacy_ucg_value` and `output_key`; see `AbstractEmbModel`.
-        cor_embs: embedders, by their places, that samples lose together in place of each at its own rate.
-        cor_p: 2^len(cor_embs) probabilities. With that at the place r, a sample keeps the embedding of cor_embs[j] if
-            the bit j of r is 1, from the lowest bit; it loses the others.
+        cor_embs: indices of the embedders that are dropped together, instead of each at its own rate.
+        cor_p: 2^len(cor_embs) probabilities. With probability cor_p[r] a sample keeps the embedding of cor_embs[j] if
+            bit j of r is 1 (bit 0 is the lowest), and loses the others.
 
     Raises:
         UserError: an embedder is not an `AbstractEmbModel` or names no input, or the probabilities are not as above.
@@ -83,7 +83,7 @@ class GeneralConditioner(nn.Module):
         return embedder
 
     def train(self, mode: bool = True) -> "GeneralConditioner":
-        """Embedders that are not trained stay in evaluation mode."""
+        """Set the mode; embedders that are not trained stay in evaluation mode."""
         super().train(mode)
         for embedder in self.embedders:
             if not embedder.is_trainable:
@@ -93,19 +93,20 @@ class GeneralConditioner(nn.Module):
     def forward(
         self, batch: Mapping[str, Any], force_zero_embeddings: Iterable[str] | None = None, drop: bool = True
     ) -> dict[str, Tensor]:
-        """Embed a batch.
+        """Return the conditioning of a batch.
 
         Args:
             batch: the entries that the embedders name.
             force_zero_embeddings: input keys whose embeddings become zeros.
-            drop: drop samples at the embedders' `ucg_rate`, in any mode of the module.
+            drop: drop embeddings at the embedders' `ucg_rate`, in any mode of the module.
 
         Returns:
             "vector" (batch, features), "crossattn" (batch, tokens, features) and "concat" (batch, [time,] channels,
-            height, width), those that occur; embeddings of one kind are concatenated on features or channels.
+                height,
+            width), as far as embedders give them; embeddings of one kind are concatenated on features or channels.
 
         Raises:
-            UserError: the batch lacks an entry.
+            UserError: the batch lacks an entry that an embedder takes.
         """
         zeroed = set(force_zero_embeddings or ())
         embeddings: dict[str, list[Tensor]] = {}
@@ -135,7 +136,7 @@ class GeneralConditioner(nn.Module):
         return {kind: torch.cat(parts, dim=_features_dim(parts[0])) for kind, parts in embeddings.items()}
 
     def _draw_together(self, count: int) -> Tensor:
-        """Draw for each of `count` samples a place in `cor_p`, with that probability: int64 (count,)."""
+        """Draw an index of `cor_p` for each sample by these probabilities: int64 (count,)."""
         ends = torch.tensor(self.cor_p, dtype=torch.float64).cumsum(0)
         share = randomness.uniform(count, purpose="correlated caption dropout").double()
         return torch.searchsorted(ends, share * ends[-1], right=True).clamp(max=len(ends) - 1)
@@ -143,7 +144,7 @@ class GeneralConditioner(nn.Module):
     @staticmethod
     def _entry(batch: Mapping[str, Any], key: str) -> Any:
         if key not in batch:
-            raise UserError(f"the conditioner needs '{key}', the batch has {sorted(batch)}")
+            raise UserError(f"conditioner: the batch has no entry '{key}', only {sorted(batch)}")
         return batch[key]
 
     def get_unconditional_conditioning(
@@ -153,11 +154,11 @@ class GeneralConditioner(nn.Module):
         force_uc_zero_embeddings: Iterable[str] | None = None,
         force_cond_zero_embeddings: Iterable[str] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Conditional and unconditional conditioning for sampling, nothing dropped.
+        """Return the conditional and the unconditional conditioning, without dropping anything.
 
         Args:
             batch_c: as for `forward`.
-            batch_uc: the unconditional batch; `batch_c` if None.
+            batch_uc: the unconditional batch; None: `batch_c`.
             force_uc_zero_embeddings, force_cond_zero_embeddings: input keys whose embeddings become zeros.
         """
         cond = self(batch_c, force_cond_zero_embeddings, drop=False)
@@ -181,25 +182,25 @@ def _check_correlation(embedders: list[int], probabilities: list[float], count: 
 
 
 def _replace_some(values: Any, replacement: Any, rate: float) -> list[Any]:
-    """The samples of a batch, each replaced with probability `rate`."""
+    """Return the samples of a batch, each replaced with probability `rate`."""
     dropped = (randomness.uniform(len(values), purpose="caption dropout") < rate).tolist()
     return [replacement if drop else value for value, drop in zip(values, dropped, strict=True)]
 
 
 def _features_dim(embedding: Tensor) -> int:
-    """The axis of features (vector, crossattn) or of channels (concat)."""
+    """Return the axis of features (vector, crossattn) or of channels (concat)."""
     return embedding.ndim - 3 if embedding.ndim >= 4 else embedding.ndim - 1
 
 
 class PrecomputedEmbedder(AbstractEmbModel):
-    """Embeddings (batch, tokens, features) that were computed before, as they are."""
+    """An embedder that returns precomputed embeddings (batch, tokens, features)."""
 
     def forward(self, embedding: Tensor) -> Tensor:
         return embedding
 
 
 class IdentityEncoder(PrecomputedEmbedder):
-    """Entries of a batch that are conditions already, as they are."""
+    """An embedder that returns entries of a batch unchanged."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Return `x`."""
@@ -207,27 +208,27 @@ class IdentityEncoder(PrecomputedEmbedder):
 
 
 class FrozenT5Embedder(AbstractEmbModel):
-    """Text to the last hidden states of a T5 encoder (Raffel et al. 2020).
+    """A T5 encoder (Raffel et al. 2020): text -> last hidden states.
 
-    Every text takes `max_length` tokens: shorter ones are padded, and the padding is attended to like text, since the
-    released networks learnt from such states; longer ones are cut.
+    Every text takes `max_length` tokens. Shorter texts are padded, and the network attends to the padding, as in the
+    training of the released models. Longer texts are cut.
 
     Args:
         model_dir: a folder with `config.json`, the weights and `spiece.model` (or `tokenizer.json`).
-        device: where the model is put at first; `.to()` moves it. None: the CPU.
+        device: initial device; `.to()` moves the model. None: the CPU.
         max_length: tokens per text.
         freeze: evaluation mode, without gradients.
-        cache_dir: if given, `model_dir` is a name on the Hugging Face hub, and downloads are kept here.
-        dtype: to compute in, such as torch.bfloat16 or "bfloat16"; None: as weights are stored. Weights that are stored
-            so are mapped from their file, which processes of a machine share.
-        blocks_as_stored: leave the weights of `blocks` in the file, mapped in any dtype, for something that brings each
-            block in `block_dtypes` when it runs.
+        cache_dir: if given, `model_dir` is a name on the Hugging Face hub, and this folder keeps the downloads.
+        dtype: dtype to compute in, such as torch.bfloat16 or "bfloat16"; None: that of the stored weights. Weights
+            stored in this dtype are mapped from their file, which the processes of a machine share.
+        blocks_as_stored: leave the weights of `blocks` mapped from the file in any dtype; the caller converts each
+            block to `block_dtypes` before it runs.
 
     Attributes:
-        block_dtypes: of each parameter of each of `blocks`, what to compute in.
+        block_dtypes: the dtype to compute in, for each parameter of each of `blocks`.
 
     Raises:
-        UserError: the folder or something in it is missing or cannot be read.
+        UserError: the folder or one of its files is missing or cannot be read.
     """
 
     def __init__(
@@ -248,7 +249,7 @@ class FrozenT5Embedder(AbstractEmbModel):
             self.requires_grad_(False).eval()
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
-        """Embed `text`, one or several; the unconditional text is the empty one.
+        """Return the embedding of one or several texts; the unconditional text is the empty one.
 
         Returns:
             (batch, max_length, hidden), on the device and in the dtype of the weights.
@@ -266,7 +267,7 @@ class FrozenT5Embedder(AbstractEmbModel):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Return the layers of the encoder, in the order in which they run."""
+        """Return the layers of the encoder, in the order of execution."""
         return self.transformer.encoder.block
 
     def _warn_of_cut(self, text: str) -> None:

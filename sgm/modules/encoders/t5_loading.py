@@ -1,7 +1,7 @@
-"""Load a T5 encoder and its tokenizer, the weights mapped from their file.
+"""Load a T5 encoder and its tokenizer; the weights are mapped from their file.
 
-Processes of a machine that map the same file share the memory that it is in. Weights are copied only where they go to
-another device or dtype, one after the other.
+Processes of a machine that map the same file share its memory. Weights are copied, one at a time, only if they go to
+another device or dtype.
 """
 
 import json
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from sgm.errors import UserError, shown
 from sgm.weights import INDEX_SUFFIX, assign_weights, module_weights, read_state_dict
 
-MOST_LAYERS = 1000  # each takes a moment to build, whatever its size
+MOST_LAYERS = 1000  # building takes time for each layer, even on the meta device
 CONFIG_FILE = "config.json"
-# By their names in a folder, in the order in which they are looked for.
+# Patterns of file names in a folder, in the order of preference.
 WEIGHT_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "*.safetensors", "*.bin")
 T5_V1_1_XXL = {
     **{"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
     "feed_forward_proj": "gated-gelu",
 }
-# Layers that stay in float32 when the others are float16, which is too narrow for them.
+# Layers that stay in float32 when the others are float16, in which their outputs would overflow.
 FLOAT32_LAYERS = ".wo."
 
 
 class LoadedT5(NamedTuple):
-    """A T5 encoder with its tokenizer, and the dtype to compute in for each parameter of each of its layers."""
+    """A T5 encoder, its tokenizer, and the dtypes to compute in, for each layer's parameters."""
 
     tokenizer: Any
     model: Any
@@ -41,16 +41,16 @@ def load_t5(
     device: torch.device | str | None = None,
     blocks_as_stored: bool = False,
 ) -> LoadedT5:
-    """Return what `FrozenT5Embedder`, which describes the arguments, consists of.
+    """Load the parts of a `FrozenT5Embedder`, which describes the arguments.
 
     Raises:
-        UserError: the folder or something in it is missing or cannot be read.
+        UserError: the folder or one of its files is missing or cannot be read.
     """
     folder = Path(model_dir)
     if cache_dir is None:
         check_folder(folder)
         check_layers(folder / CONFIG_FILE)
-    # Imported here, since it takes seconds.
+    # Imported here, since the import takes seconds.
     from transformers import T5EncoderModel, T5Tokenizer, __version__
 
     try:
@@ -65,27 +65,30 @@ def load_t5(
         dtypes = block_dtypes(model)
         if blocks_as_stored:
             keep_stored_dtypes(model, weights)
-        # A whole T5 has a decoder too.
+        # Weights of a complete T5 include a decoder.
         missing, _ = assign_weights(
             model, weights, what=model_dir, allow_missing=True, allow_unexpected=True, device=device
         )
     except Exception as error:  # the loaders raise errors of many libraries
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"cannot load the T5 encoder from '{model_dir}': {type(error).__name__}: {reason}") from error
+        raise UserError(
+            f"model_dir: cannot load the T5 encoder from '{model_dir}': {type(error).__name__}: {reason}"
+        ) from error
     if missing:
-        raise UserError(f"the T5 weights in '{model_dir}' are incomplete: no '{min(missing)}'")
+        raise UserError(f"model_dir: the T5 weights in '{model_dir}' are incomplete; '{min(missing)}' does not exist")
     return LoadedT5(tokenizer, model.eval(), dtypes)
 
 
 def empty_t5(folder: Path, dtype: torch.dtype | None, weights: dict[str, Tensor] | None = None) -> nn.Module:
-    """Return the T5 encoder that a folder's `config.json` describes, on the meta device, in the dtypes to compute in;
-    that of the released models if the file does not exist.
+    """Return the T5 encoder that a folder's `config.json` describes, on the meta device.
+
+    If the file does not exist, the encoder is that of the released models.
 
     Args:
-        dtype: of the weights; None: what the file says, else that of the `weights`.
+        dtype: of the weights; None: the dtype in the file, else that of the `weights`.
 
     Raises:
-        UserError: the file describes no such encoder.
+        UserError: the file does not describe a T5 encoder.
     """
     from transformers import T5Config, T5EncoderModel
 
@@ -97,7 +100,7 @@ def empty_t5(folder: Path, dtype: torch.dtype | None, weights: dict[str, Tensor]
             dtype = next(tensor.dtype for tensor in (weights or {}).values() if tensor.is_floating_point())
         with torch.device("meta"):
             encoder = T5EncoderModel(config)
-    except Exception as error:  # of transformers, about what the file says
+    except Exception as error:  # transformers raises many kinds
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder / CONFIG_FILE} does not describe a T5 encoder: {reason}") from error
     for name, module in encoder.named_modules():
@@ -108,7 +111,7 @@ def empty_t5(folder: Path, dtype: torch.dtype | None, weights: dict[str, Tensor]
 
 
 def stored_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights in a folder, mapped from their files where the format allows.
+    """Return the weights in a folder, mapped from their files where the format allows that.
 
     Raises:
         UserError: a file cannot be read.
@@ -126,17 +129,19 @@ def block_dtypes(model: Any) -> list[list[torch.dtype]]:
 
 
 def keep_stored_dtypes(model: Any, weights: dict[str, Tensor]) -> None:
-    """Let the layers of an encoder on the meta device have the dtypes of the weights that it will get."""
+    """Give an encoder's layers on the meta device the dtypes of the stored `weights`."""
     for name, parameter in model.encoder.block.named_parameters(prefix="encoder.block"):
         if name in weights:
             parameter.data = parameter.data.to(weights[name].dtype)
 
 
 def check_layers(path: Path) -> None:
-    """Check that an encoder's number of layers is one that ends being built; what else is wrong its loader says.
+    """Check that an encoder has at most `MOST_LAYERS` layers, so that it can be built.
+
+    Other errors in the file are left to the loader.
 
     Raises:
-        UserError: there are too many.
+        UserError: the encoder has more layers.
     """
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["num_layers"]
@@ -147,10 +152,14 @@ def check_layers(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder has the files of a T5 encoder, else raise UserError."""
+    """Check that a folder has the files of a T5 encoder.
+
+    Raises:
+        UserError: the folder or a file does not exist.
+    """
     content = "config.json, the weights (*.safetensors or *.bin) and spiece.model (or tokenizer.json)"
     if not folder.is_dir():
-        raise UserError(f"model_dir '{folder}' is not a folder; it should hold {content} of a T5 encoder")
+        raise UserError(f"model_dir: '{folder}' is not a folder; give one with {content} of a T5 encoder")
     for patterns in ([CONFIG_FILE], ["*.safetensors", "*.bin"], ["spiece.model", "tokenizer.json"]):
         if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise UserError(f"model_dir '{folder}' has no {' or '.join(patterns)}; it should hold {content}")
+            raise UserError(f"model_dir: '{folder}' has no {' or '.join(patterns)}; it should have {content}")

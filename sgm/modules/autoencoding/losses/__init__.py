@@ -1,4 +1,4 @@
-"""What autoencoders are trained on."""
+"""Losses of autoencoders."""
 
 from sgm.modules.autoencoding.losses.discriminator_loss import GeneralLPIPSWithDiscriminator
 from sgm.modules.autoencoding.losses.lpips import LatentLPIPS

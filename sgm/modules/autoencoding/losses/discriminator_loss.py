@@ -18,12 +18,15 @@ from sgm.util import instantiate_from_config
 
 
 class GeneralLPIPSWithDiscriminator(nn.Module):
-    """The loss of VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 6-7) with a learned variance (Rombach et al. 2022).
+    """The loss of VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 6-7).
+
+    The variance is learned as in Rombach et al. 2022. For an image x and its reconstruction x', or for each frame of a
+    clip (`dims` 3), with s = logvar:
 
     For an image x and its reconstruction x', or for each frame of a clip (`dims` 3), with s = logvar:
 
         rec   = |x - x'| + perceptual_weight * LPIPS(x, x')            for each pixel and channel
-        nll   = rec / exp(s) + s                                       summed, a image
+        nll   = rec / exp(s) + s                                       summed over each image
         g     = -mean D(x')
         total = nll + disc_factor * d_weight * g + sum of regularization_weights[name] * regularization_log[name]
         d_weight = disc_weight * min(|dnll/dw| / (|dg/dw| + 1e-4), 1e4)     w: the decoder's last layer
@@ -31,24 +34,24 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         disc  = mean of max(0, 1 - D(x)) and max(0, 1 + D(x'))         hinge, averages over patches
               = mean of softplus(-D(x)) and softplus(D(x'))            vanilla
 
-    Everything is float32, but for the discriminator's convolutions under autocast.
+    Everything is computed in float32, except the discriminator's convolutions under autocast.
 
     Args:
-        disc_start: the step from which on the discriminator is used; before, nothing of it is computed.
-        disc_num_layers, disc_in_channels: of the discriminator, unless `discriminator_config` names one. It gets
-            frames one by one, or whole clips if its attribute `dims` is 3.
-        disc_factor: times the adversarial term and the discriminator's loss; 0 is to go without.
+        disc_start: first step that uses the discriminator; before it, no adversarial term is computed.
+        disc_num_layers, disc_in_channels: of the discriminator, unless `discriminator_config` names one. The
+            discriminator gets single frames, or whole clips if its attribute `dims` is 3.
+        disc_factor: factor of the adversarial term and of the discriminator's loss; 0: no discriminator.
         disc_loss: "hinge" or "vanilla".
-        perceptual_weight: 0 is to go without LPIPS.
+        perceptual_weight: factor of LPIPS; 0: no LPIPS.
         lpips_net, lpips_weights: see `LPIPS`.
         pixel_loss: "l1", or "l2" for squares.
         scale_input_to_tgt_size: resize x to the size of x'.
         learn_logvar: train s, from `logvar_init` on, with the autoencoder.
-        regularization_weights: of what the regularizer reports; entries that are not named have no weight.
-        additional_log_keys: the entries of the regularizer's report to log. None: all of them.
+        regularization_weights: factors of the entries of the regularizer's report; 0 for entries without a name here.
+        additional_log_keys: entries of the regularizer's report to log. None: all.
 
     Raises:
-        UserError: an option is none of those above, or sizes do not fit (on a forward pass).
+        UserError: an option is not one of those above, or (on a forward pass) sizes do not fit.
     """
 
     def __init__(
@@ -107,15 +110,15 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         "group",
         "frames",
     )
-    """Keywords that `forward` is called with beside inputs and reconstructions."""
+    """Keyword arguments of `forward` besides inputs and reconstructions."""
 
     def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The discriminator's; none if nothing trains it."""
+        """Yield the discriminator's parameters; none if `disc_factor` is 0."""
         if self.disc_factor:
             yield from self.discriminator.parameters()
 
     def get_trainable_autoencoder_parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained with the autoencoder."""
+        """Yield the loss's parameters that are trained with the autoencoder."""
         if self.logvar.requires_grad:
             yield self.logvar
 
@@ -133,21 +136,22 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         group: ProcessGroup | None = None,
         frames: Sequence[int] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the autoencoder (`optimizer_idx` 0) or of the discriminator (1), and numbers to log.
+        """Return the loss of the autoencoder or of the discriminator, and numbers to log.
 
-        With a `group` of ranks that share a clip every rank returns the whole loss, and its backward pass gives each
-        rank what comes through its own frames of the gradients before `reconstructions`; these parts add up to the
-        gradient of one process. Other parameters, those of the loss itself, get their whole gradient on each rank.
+        With a `group` of ranks that share a clip, every rank returns the whole loss. Its backward pass gives each rank,
+        for the gradients before `reconstructions`, the part from its own frames; the sum of these parts equals the
+        gradient of one process. The loss's own parameters get their whole gradient on each rank.
 
-        Where no gradient is taken, in validation, g is logged but no part of the total.
+        Without gradients, in validation, g is logged but not added to the total.
 
         Args:
             inputs, reconstructions: images (batch, channel, h, w), or clips (batch, channel, time, h, w) for `dims` 3.
             regularization_log: scalars that the regularizer reports.
+            optimizer_idx: 0 for the autoencoder, 1 for the discriminator.
             last_layer: the weight w above; None gives the adversarial term the constant weight `disc_weight`.
             weights: factor of nll in the total, a number or a tensor that broadcasts with `inputs`.
-            frames: how many frames each rank holds, where `inputs` and `reconstructions` are this rank's share of the
-                clip. None: they are the whole clip, on every rank.
+            frames: number of frames of each rank, if `inputs` and `reconstructions` are this rank's part of the clip.
+                None: every rank has the whole clip.
         """
         split_group = None if frames is None else group  # the ranks among which the frames are spread
         inputs, reconstructions = self._prepare(inputs, reconstructions)
@@ -199,10 +203,11 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
 
     @torch.no_grad()
     def log_images(self, inputs: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-        """Return pictures of what the discriminator makes of both, shaped like `inputs`, in [-1, 1].
+        """Return pictures of the discriminator's logits, shaped like `inputs`, in [-1, 1].
 
-        Patches that look real are green, others magenta, the stronger the surer, on one scale for both: `logits_real`
-        of the inputs, `logits_fake` of the reconstructions. There are none without a discriminator.
+        Green patches look real to the discriminator, magenta patches look fake; stronger colours are larger logits.
+        Both pictures share one scale: `logits_real` of the inputs, `logits_fake` of the reconstructions. The result is
+        empty without a discriminator.
         """
         if not self.disc_factor:
             return {}
@@ -217,17 +222,20 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         }
 
     def _heat_map(self, values: Tensor, like: Tensor) -> Tensor:
-        """Return patches' values in [-1, 1], laid out as by `_logits`, as pictures shaped like `like`."""
+        """Return values of patches in [-1, 1] as pictures shaped like `like`.
+
+        The values have the layout of `_logits`.
+        """
         if like.ndim == 5 and not self.takes_clips:
             values = rearrange(values, "(b t) c h w -> b c t h w", b=len(like))
         values = F.interpolate(values, like.shape[2:], mode="nearest")
-        magenta, green = values.clamp(min=0), (-values).clamp(min=0)  # what is taken from white
+        magenta, green = values.clamp(min=0), (-values).clamp(min=0)  # subtracted from white
         return 1 - 2 * torch.cat([magenta, green, magenta], dim=1)
 
     # ------------------------------------------------------------ reconstruction
 
     def _prepare(self, inputs: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-        """Both in float32 and of one size."""
+        """Return inputs and reconstructions in float32 and in one size."""
         if reconstructions.ndim != self.dims + 2:
             raise UserError(
                 f"the loss with dims: {self.dims} takes {'images' if self.dims == 2 else 'clips'} of "
@@ -245,7 +253,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         return inputs, reconstructions
 
     def _perceptual(self, lpips: LPIPS, inputs: Tensor, reconstructions: Tensor) -> Tensor:
-        """LPIPS of each image or frame, with the dimensions of `inputs`."""
+        """Return the LPIPS of each image or frame, with the dimensions of `inputs`."""
         distances = lpips(_to_images(inputs), _to_images(reconstructions))
         return _from_images(distances, inputs.shape[0], self.dims)
 
@@ -277,7 +285,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         frames: Sequence[int] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not self._is_adversarial(global_step):
-            # It can be differentiated, as any loss.
+            # A zero that can be differentiated, as any loss.
             loss = torch.zeros((), device=inputs.device, requires_grad=torch.is_grad_enabled())
             return loss, {f"{split}/loss/disc": loss.detach()}
         real, fake = inputs.detach(), reconstructions.detach()
@@ -289,7 +297,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
 
     def _logits(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """What the discriminator makes of `x`; if it is `frozen`, no gradient goes to its parameters."""
+        """Return the discriminator's logits of `x`; `frozen`: without gradients of its parameters."""
         if not self.takes_clips:
             x = _to_images(x)
         parameters = dict(self.discriminator.named_parameters())
@@ -304,18 +312,18 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
             return torch.ones_like(nll)
         if not last_layer.requires_grad:
             raise UserError(
-                "the weight of the discriminator is found from gradients at the decoder's last layer, "
-                "which is not trained: train it (trainable_ae_params) or set disc_factor: 0"
+                "trainable_ae_params: the weight of the discriminator needs gradients of the decoder's last layer, "
+                "which is not trained; train that layer or set disc_factor: 0"
             )
         gradients = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (nll, g)]
-        # Each rank of a group has the part of its own frames.
+        # Each rank of a group has the gradient of its own frames.
         whole = all_reduce_sum(torch.stack(gradients).float(), group)
         of_nll, of_g = whole.flatten(1).norm(dim=1)
         return (of_nll / (of_g + 1e-4)).clamp(0.0, 1e4)
 
 
 def _to_images(x: Tensor) -> Tensor:
-    """Clips as their frames; images as they are."""
+    """Return the frames of clips as images; images stay as they are."""
     return x if x.ndim == 4 else rearrange(x, "b c t h w -> (b t) c h w")
 
 
@@ -346,4 +354,4 @@ _PIXEL_LOSSES = {"l1": torch.abs, "l2": torch.square}
 
 def _check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     if value not in choices:
-        raise UserError(f"loss_config: {name} is {value!r}, it can be {' or '.join(map(repr, choices))}")
+        raise UserError(f"loss_config: {name} is {value!r}; use {' or '.join(map(repr, choices))}")

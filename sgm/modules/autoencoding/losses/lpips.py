@@ -1,4 +1,4 @@
-"""Perceptual losses: the distance of two images, and that of latents together with the images they decode to."""
+"""Perceptual losses: LPIPS of two images, and a loss on latents and their images."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,31 +15,32 @@ from sgm.util import instantiate_from_config
 from sgm.weights import assign_weights, module_weights, read_state_dict
 
 BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
-"""The networks that LPIPS was calibrated for, and torchvision's names of them."""
+"""The networks that LPIPS was calibrated for, with their names in torchvision."""
 SMALLEST_SIDES = {"vgg": 16, "alex": 31, "squeeze": 17}
-"""Of smaller images their poolings leave nothing; in pixels."""
+"""The smallest height and width, in pixels, for which the poolings leave a pixel."""
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance (Zhang et al. 2018, arXiv:1801.03924): images (n, 3, h, w) in [-1, 1], twice -> (n, 1, 1, 1).
+    """Perceptual distance (Zhang et al. 2018, arXiv:1801.03924) of two batches of images.
 
-    The network and the weights of its heads are torchmetrics'; those of the backbone are torchvision's, trained on
-    ImageNet. The network is always in evaluation mode, frozen and in float32, and hidden from `parameters()`, from
-    optimizers and averages, and from the state dict: checkpoints neither hold nor need it.
+    Images (n, 3, h, w) in [-1, 1] -> distances (n, 1, 1, 1). The network and the weights of its heads are those of
+    torchmetrics; the backbone's weights are torchvision's, trained on ImageNet. The network is always frozen, in
+    evaluation mode and in float32. It is not in `parameters()` or the state dict, so that optimizers, averages and
+    checkpoints do not contain it.
 
     Args:
         net: "vgg", "alex" or "squeeze".
-        weights: a file of the backbone's weights as torchvision gives them, such as vgg16-397923af.pth. None: the one
-            in the cache of torch.hub, downloaded on first use.
+        weights: a file of the backbone's weights from torchvision, such as vgg16-397923af.pth. None: the file in the
+            cache of torch.hub, downloaded on first use.
 
     Raises:
-        UserError: there is no such `net`; there are no weights to be had, or they do not fit; images are too small.
+        UserError: `net` is unknown; weights cannot be read or downloaded, or do not fit; images are too small.
     """
 
     def __init__(self, net: str = "vgg", weights: str | Path | None = None):
         super().__init__()
         if net not in BACKBONES:
-            raise UserError(f"LPIPS: there is no network '{net}', it can be {', '.join(BACKBONES)}")
+            raise UserError(f"LPIPS: network '{net}' is unknown; use one of {', '.join(BACKBONES)}")
         self.net = net
         network = _load_network(net, _downloaded_backbone(net) if weights is None else Path(weights))
         object.__setattr__(self, "network", network)  # not as a submodule, which would be saved and trained
@@ -60,13 +61,13 @@ class LPIPS(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing to load: what a checkpoint of another framework holds of LPIPS is passed over."""
+        """Load nothing: entries of LPIPS in the checkpoint of another framework are ignored."""
 
 
 def _load_network(net: str, backbone: Path) -> nn.Module:
     from torchmetrics.functional.image import lpips
 
-    # On meta: torchvision's models would first draw more than a hundred million random numbers.
+    # On the meta device, since torchvision's models would draw over 100 million random numbers first.
     with torch.device("meta"):
         network = lpips._NoTrainLpips(pretrained=False, net=net, pnet_rand=True)
     network.scaling_layer = lpips.ScalingLayer().eval()  # constants, no weights
@@ -81,7 +82,7 @@ def _load_network(net: str, backbone: Path) -> nn.Module:
 
 
 class _Backbone(nn.Module):
-    """The layers of torchmetrics' backbone by torchvision's names: its slices keep their numbers in `features`."""
+    """The layers of torchmetrics' backbone by torchvision's names, which keep their numbers."""
 
     def __init__(self, slices: nn.Module):
         super().__init__()
@@ -92,7 +93,7 @@ class _Backbone(nn.Module):
 
 
 def _downloaded_backbone(net: str) -> Path:
-    """The file of torchvision's weights in the cache of torch.hub, fetched if it is not there."""
+    """Return the file of torchvision's weights in torch.hub's cache; download it if missing."""
     import torchvision
 
     url = torchvision.models.get_model_weights(BACKBONES[net]).DEFAULT.url
@@ -105,14 +106,16 @@ def _downloaded_backbone(net: str) -> Path:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum and checksum[1], progress=False)
     except (OSError, HTTPException, RuntimeError) as error:  # no network or space; a broken or another file
         raise UserError(
-            f"LPIPS needs the weights of {BACKBONES[net]} and cannot download them ({error}): "
-            f"fetch {url} and give the path of the file as lpips_weights, or put it at {path}"
+            f"LPIPS: cannot download the weights of {BACKBONES[net]} ({error}); "
+            f"download {url} and set lpips_weights to the file, or put it at {path}"
         ) from error
     return path
 
 
 class LatentLPIPS(nn.Module):
-    """A loss on latents and on the images that a frozen decoder makes of them. Returns (loss, log).
+    """A loss on latents and on the images that a frozen decoder makes of them.
+
+    A call returns (loss, log).
 
     loss = latent_weight * |z - z'|^2 + perceptual_weight * LPIPS(D(z), D(z'))
            + perceptual_weight_on_inputs * LPIPS(x, D(z'))
@@ -122,8 +125,8 @@ class LatentLPIPS(nn.Module):
     "{split}/perceptual_loss" and "{split}/perceptual_loss_on_inputs".
 
     Args:
-        decoder_config: an autoencoder with its weights, of which only `decode` is used.
-        scale_input_to_tgt_size, scale_tgt_to_input_size: bring x to the size of D(z'), or D(z') to that of x.
+        decoder_config: an autoencoder with its weights; only its `decode` is used.
+        scale_input_to_tgt_size, scale_tgt_to_input_size: resize x to the size of D(z'), or D(z') to that of x.
         lpips_weights: see `LPIPS`.
     """
 
@@ -139,7 +142,7 @@ class LatentLPIPS(nn.Module):
     ):
         super().__init__()
         if scale_input_to_tgt_size and scale_tgt_to_input_size:
-            raise UserError("LatentLPIPS: only one of scale_input_to_tgt_size and scale_tgt_to_input_size can be set")
+            raise UserError("LatentLPIPS: scale_input_to_tgt_size and scale_tgt_to_input_size are both on; choose one")
         self.decoder = instantiate_from_config(decoder_config)
         if hasattr(self.decoder, "encoder"):
             del self.decoder.encoder
@@ -185,5 +188,5 @@ class LatentLPIPS(nn.Module):
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (n, channel, h, w) at another height and width, bicubic without aliasing."""
+    """Return images (n, channel, h, w) in another size, by antialiased bicubic interpolation."""
     return images if images.shape[-2:] == size else F.interpolate(images, size, mode="bicubic", antialias=True)

@@ -1,4 +1,4 @@
-"""What turns an encoder's output into a latent, and the penalties that keep the latents well-behaved."""
+"""Regularizers: from an encoder's output to latents, and penalties on the latents."""
 
 from sgm.modules.autoencoding.regularizers.base import AbstractQuantizer, AbstractRegularizer
 from sgm.modules.autoencoding.regularizers.continuous import DiagonalGaussianRegularizer, IdentityRegularizer

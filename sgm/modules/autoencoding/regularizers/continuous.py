@@ -1,4 +1,4 @@
-"""Latents of real numbers."""
+"""Regularizers of continuous latents."""
 
 from torch import Tensor
 
@@ -7,25 +7,33 @@ from sgm.modules.autoencoding.regularizers.base import AbstractRegularizer, Log
 
 
 class IdentityRegularizer(AbstractRegularizer):
-    """Latents that are the encoder's output, without a penalty."""
+    """The encoder's output as the latents, without a penalty."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Log]:
         return z, {}
 
 
 class DiagonalGaussianRegularizer(AbstractRegularizer):
-    """Latents drawn from the encoder's Gaussian (its mean where `sample` is false), penalised by KL divergence."""
+    """Latents drawn from the encoder's Gaussian, with the KL divergence as a penalty.
+
+    Args:
+        sample: draw latents; False: use the means.
+    """
 
     def __init__(self, sample: bool = True):
         super().__init__()
         self.sample = sample
 
     def use_means(self) -> None:
-        """Give the Gaussian's mean from now on, so that nothing is random."""
+        """Use the Gaussian's mean from now on, so that latents are deterministic."""
         self.sample = False
 
     def forward(self, moments: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Log]:
-        """moments (batch, 2 * channel, ...) -> latent (batch, channel, ...) and {"kl_loss": mean over the batch}."""
+        """Return latents (batch, channel, ...) and {"kl_loss": mean over the batch}.
+
+        Args:
+            moments: (batch, 2 * channel, ...).
+        """
         posterior = DiagonalGaussianDistribution(moments)
         latent = posterior.sample(noise) if self.sample else posterior.mode()
         return latent, {"kl_loss": posterior.kl().mean()}

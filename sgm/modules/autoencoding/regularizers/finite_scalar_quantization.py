@@ -10,15 +10,15 @@ from sgm.modules.autoencoding.regularizers.base import AbstractQuantizer, Log, s
 
 
 class FSQ(AbstractQuantizer):
-    """Codes on a grid: all combinations of levels (Mentzer et al. 2023, arXiv:2309.15505, section 3.1).
+    """Codes on a grid of levels (Mentzer et al. 2023, arXiv:2309.15505, section 3.1).
 
-    There is no codebook to learn and no penalty. The rounding is that of `vector_quantize_pytorch`: a channel of L
+    The codebook is fixed, and the log has no penalty. The rounding is that of `vector_quantize_pytorch`: a channel of L
     levels takes the values -(L // 2), ..., (L - 1) // 2, divided by L // 2.
 
     Args:
-        levels: how many for each channel, at least 3; the paper's choices are [8, 6, 5] for 2^8 codes, [8, 5, 5, 5]
-            for 2^10, [7, 5, 5, 5, 5] for 2^12, [8, 8, 8, 6, 5] for 2^14, [8, 8, 8, 5, 5, 5] for 2^16.
-        dim: channels of the latents; default: as many as are quantized, len(levels) * num_codebooks.
+        levels: number of levels of each channel, at least 3; the paper uses [8, 6, 5] for 2^8 codes, [8, 5, 5, 5] for
+            2^10, [7, 5, 5, 5, 5] for 2^12, [8, 8, 8, 6, 5] for 2^14, [8, 8, 8, 5, 5, 5] for 2^16.
+        dim: channels of the latents; default: len(levels) * num_codebooks, the number of quantized channels.
         num_codebooks: tokens at each place.
     """
 
@@ -27,10 +27,10 @@ class FSQ(AbstractQuantizer):
         if not levels or not all(type(level) is int and level >= 3 for level in levels):
             raise UserError(f"FSQ: levels is {levels}; expected whole numbers, each at least 3")
         if num_codebooks < 1:
-            raise UserError(f"FSQ: num_codebooks is {num_codebooks}; it must be at least 1")
+            raise UserError(f"FSQ: num_codebooks is {num_codebooks}; expected at least 1")
         code_dim = len(levels) * num_codebooks
         super().__init__(code_dim if dim is None else dim, code_dim, prod(levels))
-        # Imported when it is needed: it takes seconds, which sampling from continuous latents need not spend.
+        # Imported here, since the import takes seconds, which models with continuous latents need not spend.
         import vector_quantize_pytorch
 
         self.grid = vector_quantize_pytorch.FSQ(levels, num_codebooks=num_codebooks, keep_num_codebooks_dim=True)
@@ -40,7 +40,7 @@ class FSQ(AbstractQuantizer):
         tokens = tokens.long()
         if not self.tokens_shape:
             tokens = tokens.squeeze(-1)
-        # The library's codes have the right gradient, but are an ulp off the grid here and there.
+        # The library's codes have the right gradient, but some are one ulp off the grid.
         return straight_through(self.codes(tokens), codes), tokens, {}
 
     def codes(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Lookup-free quantization: every channel becomes its sign, and a token is the binary number of the signs."""
+"""Lookup-free quantization: a token is the binary number of the signs of its channels."""
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +9,18 @@ from sgm.modules.autoencoding.regularizers.base import AbstractQuantizer, Log, a
 
 
 class LFQ(AbstractQuantizer):
-    """Codes that are the corners of a cube, all -1 and 1 (Yu et al. 2023, MAGVIT-v2, arXiv:2310.05737, section 3).
+    """Codes at the corners of a cube, all -1 and 1 (Yu et al. 2023, arXiv:2310.05737, sec. 3).
 
-    `entropy_loss` is the entropy of the code that a vector gets, the mean over vectors, less `diversity_gamma` times
-    the entropy of the codes of all vectors of all processes (eq. 5, in nats): vectors should have a clear place, and
-    all places should be used. A code c has a probability proportional to exp(-inv_temperature * |x - c|^2). Both
-    entropies are exact without a table of vectors and codes, since that is a product over the signs.
+    `entropy_loss` is the mean entropy of each vector's code, minus `diversity_gamma` times the entropy of the codes of
+    all vectors of all processes (MAGVIT-v2, eq. 5, in nats): each vector should have a clear code, and all codes should
+    be used. A code c has a probability proportional to exp(-inv_temperature * |x - c|^2). Both entropies are exact; no
+    table of vectors and codes is needed, since the probability is a product over the signs.
 
     Args:
-        dim: channels of the latents; default: as many as are quantized, log2(codebook_size).
-        codebook_size: how many codes, a power of two; default: 2^dim.
+        dim: channels of the latents; default: log2(codebook_size), the number of quantized channels.
+        codebook_size: number of codes, a power of two; default: 2^dim.
         entropy_loss_weight: factor in `entropy_loss`.
-        commitment_loss_weight: factor in `commitment_loss`, the mean square distance from the codes; 0: not reported.
+        commitment_loss_weight: factor in `commitment_loss`, the mean squared distance from the codes; 0: not reported.
         diversity_gamma: see above.
         inv_temperature: see above.
     """
@@ -36,7 +36,7 @@ class LFQ(AbstractQuantizer):
     ):
         if codebook_size is None:
             if dim is None:
-                raise UserError("LFQ: neither dim nor codebook_size is given")
+                raise UserError("LFQ: neither dim nor codebook_size is given; give one of them")
             codebook_size = 2**dim
         bits = codebook_size.bit_length() - 1
         if codebook_size < 2 or codebook_size != 2**bits:
@@ -60,16 +60,20 @@ class LFQ(AbstractQuantizer):
         return ((tokens[:, None] >> self._places(tokens)) & 1) * 2.0 - 1.0
 
     def entropies(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the code of each vector of `x` (n, bits), their mean; and of the codes of all vectors."""
+        """Return the mean entropy of each vector's code, and that of the codes of all vectors.
+
+        Args:
+            x: (n, bits).
+        """
         # exp(-t |x - c|^2) over all codes c is a product over channels: +1 rather than -1 has the log odds 4 t x.
         odds = 4 * self.inv_temperature * x
         each = (F.softplus(-odds.abs()) + odds.abs() * torch.sigmoid(-odds.abs())).sum(1).mean()
-        # The mean over vectors of the product of both halves of the channels is a matrix product.
+        # The mean over vectors of the product of both halves of the channels equals a matrix product.
         left, right = (_joint(half) for half in odds.tensor_split([self.bits // 2], dim=1))
         probability = left.T @ right / len(x)
-        # Only in steps that train, which all processes take together: of other batches one may have more than another.
+        # Only in training steps, which all processes take together; the number of other batches may differ by process.
         if self.training and torch.is_grad_enabled():
-            # The gradient stays that of the own vectors: data parallel training takes the mean over processes.
+            # The gradient is that of this process's vectors: data parallel training takes the mean over processes.
             mean = all_reduce_(probability.detach().clone()) / processes()
             probability = probability + (mean - probability).detach()
         return each, -(probability * probability.clamp_min(torch.finfo(x.dtype).tiny).log()).sum()
@@ -79,7 +83,11 @@ class LFQ(AbstractQuantizer):
 
 
 def _joint(odds: Tensor) -> Tensor:
-    """Of independent signs with log odds (n, bits): the probability of every combination, (n, 2^bits)."""
+    """Return the probability (n, 2^bits) of every combination of independent signs.
+
+    Args:
+        odds: log odds (n, bits) of the sign +1.
+    """
     joint = odds.new_ones(len(odds), 1)
     for sign in torch.stack([-odds, odds]).sigmoid().unbind(2):  # (2, n): of -1, of 1
         joint = (joint[:, :, None] * sign.T[:, None]).flatten(1)

@@ -1,4 +1,4 @@
-"""Vector quantization: codes are vectors of a table, and every latent vector becomes the nearest of them."""
+"""Vector quantization: each latent vector becomes the nearest code of a table."""
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,12 @@ LARGEST_TABLE = 2**24  # elements of a matrix with a row for each vector and a c
 
 
 class VectorQuantizer(AbstractQuantizer):
-    """A codebook that is trained by gradient (van den Oord et al. 2017, arXiv:1711.00937, eq. 3).
+    """A codebook trained by gradient (van den Oord et al. 2017, arXiv:1711.00937, eq. 3).
 
-    `vq_loss` draws codes towards the vectors that they stand for and, `beta` times as much, these towards the codes.
+    `vq_loss` moves codes towards their vectors, and with the factor `beta` vectors towards their codes.
 
     Args:
-        n_e: how many codes.
+        n_e: number of codes.
         e_dim: channels of the latents.
         beta: weight of the commitment.
     """
@@ -40,21 +40,21 @@ class VectorQuantizer(AbstractQuantizer):
 
 
 class EMAVectorQuantizer(AbstractQuantizer):
-    """A codebook of running means: a code is the mean of the vectors that were nearest to it (the same, appendix A).
+    """A codebook of running means of vectors (van den Oord et al. 2017, appendix A).
 
-    Means are updated in passes in training mode that build a graph, from the vectors of all processes. A code that
-    hardly any vector is nearest to is replaced by a vector of the batch. So is every code that the first batch does not
-    use, which fits the codebook to the latents at once. All of this follows from the data, without random numbers:
-    copies of the codebook stay equal, and a resumed run goes on as if it had not stopped.
+    A code is the running mean of the vectors that were nearest to it. Forward passes in training mode with gradients
+    update the means, from the vectors of all processes. A code that is nearest to hardly any vector is replaced by a
+    vector of the batch, and so is every code that the first batch does not use, which fits the codebook to the latents
+    at once. The update uses no random numbers: copies of the codebook stay equal, and a resumed run continues exactly.
 
     Args:
-        n_embed: how many codes.
+        n_embed: number of codes.
         embedding_dim: channels of the latents.
         beta: weight of the commitment, in `vq_loss`.
-        decay: of the running means, a step.
-        eps: least number of vectors, in its running mean, for which a code is updated.
-        revival_threshold: a code is replaced when it has less than this part of the vectors that it would have if all
-            codes had as many; 0: never.
+        decay: of the running means, per step.
+        eps: least running number of vectors for which a code is updated.
+        revival_threshold: a code is replaced if its running number of vectors is below this share of the mean over
+            codes; 0: never.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Log]:
         tokens = nearest(x, self.embedding.float())
         codes = self.codes(tokens).float()
-        # Without a graph it is not the autoencoder's own step, but a discriminator's on the same batch.
+        # Without gradients this is not a step of the autoencoder, but the discriminator's on the same batch.
         if self.training and torch.is_grad_enabled():
             self._update(x.detach(), tokens)
         return straight_through(codes, x), tokens, {"vq_loss": self.beta * F.mse_loss(x, codes)}
@@ -105,9 +105,10 @@ class EMAVectorQuantizer(AbstractQuantizer):
         self.updates.add_(1)
 
     def _candidates(self, x: Tensor) -> Tensor:
-        """(codes, dim): for every code one vector, spread over the batches of all processes; zeros where not from here.
+        """Return one vector for each code (codes, dim), zeros where another process provides it.
 
-        The places are integer hashes of the code and the number of updates, read as fractions of 2^32.
+        The vectors are spread over the batches of all processes. Their places are integer hashes of the code and the
+        number of updates, read as fractions of 2^32.
         """
         code = torch.arange(self.codebook_size, device=x.device)
         place = ((code + self.updates * self.codebook_size) * 2654435769) % 2**32  # 2^32 / golden ratio: evenly spread
@@ -119,16 +120,19 @@ class EMAVectorQuantizer(AbstractQuantizer):
 
 @torch.no_grad()
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Which row of `codebook` (codes, d) has the least Euclidean distance from each row of `x` (n, d): int64 (n,)."""
+    """Return the index of the row of `codebook` (codes, d) nearest to each row of `x` (n, d).
+
+    The distance is Euclidean; the indices are int64 (n,).
+    """
     half_squares = codebook.square().sum(1) / 2
     parts = x.split(_rows(len(codebook)))
     return torch.cat([torch.addmm(half_squares, part, codebook.T, alpha=-1).argmin(1) for part in parts])
 
 
 def _clusters(x: Tensor, tokens: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """How many rows of `x` (n, d) are of each code (codes,), and their sums (codes, d).
+    """Return how many rows of `x` (n, d) each code has (codes,), and their sums (codes, d).
 
-    By matrix products, whose result, unlike that of atomic additions on a GPU, is always the same.
+    Matrix products make the sums reproducible; atomic additions on a GPU would not.
     """
     size, total = x.new_zeros(codes), x.new_zeros(codes, x.shape[1])
     each = torch.arange(codes, device=x.device)
@@ -145,4 +149,4 @@ def _rows(codes: int) -> int:
 
 def _check_size(codes: int, dim: int) -> None:
     if min(codes, dim) < 1:
-        raise UserError(f"vector quantization: {codes} codes of {dim} channels; both must be at least 1")
+        raise UserError(f"vector quantization: {codes} codes of {dim} channels; expected at least 1 of both")
