@@ -1,4 +1,7 @@
-"""Diffusion components of CogVideoX, built by name from YAML (`sgm.util.instantiate_from_config`)."""
+"""Diffusion components of CogVideoX, built by name from YAML.
+
+See `sgm.util.instantiate_from_config`.
+"""
 
 from typing import Any
 
@@ -10,7 +13,10 @@ _NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return one of the names above from its module: imported when asked for, since some need seconds to load."""
+    """Return one of the names above from its module, imported on first use.
+
+    Some of these modules need seconds to load.
+    """
     if name in _NAMES:
         import importlib
 

@@ -1,7 +1,7 @@
-"""The functions that compute attention, by name, with what each of them supports.
+"""The functions that compute attention, by name, and the tensors that each supports.
 
-Networks ask for a kernel by its name and call it; what the kernel does not support is computed by another one, which it
-names. A further kernel, of a library say, is one call of `register`.
+Networks look up a kernel by its name and call it. Each kernel names another one for tensors that it does not support.
+`register` adds a kernel, for example one from a library.
 """
 
 import importlib.util
@@ -19,20 +19,20 @@ from sgm.errors import UserError
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """A function that computes attention, what it supports, and the kernel for the rest.
+    """A function that computes attention, the tensors it supports, and the kernel for others.
 
     Attributes:
-        name: what `kernel_named` and configurations call it.
-        compute: returns what `attend` returns, or None for tensors that it turns out not to take. Called as
+        name: the name in `kernel_named` and in configurations.
+        compute: returns the result of `attend`, or None for tensors that the kernel turns out not to support. Called as
             `compute(q, k, v)`, with those keywords of `attend` that `takes` names.
-        takes: keywords of `compute`. One without "mask" or "dropout_p" does not support a mask or dropout; `backend`
-            is a choice among PyTorch's kernels, which other kernels ignore.
-        devices: types of device that it runs on; None: all.
-        dtypes: of the values; None: all.
-        most_weights: how many attention weights (b * heads * n * m) it may keep in memory; None: any number.
-        package: must be installed.
-        otherwise: the kernel for what this one does not support.
-        in_configurations: may be named there (`attn_mode`, `attn_type`).
+        takes: keywords of `compute`. Without "mask" or "dropout_p" the kernel does not support a mask or dropout;
+            `backend` selects one of PyTorch's kernels, and other kernels ignore it.
+        devices: supported types of device; None: all.
+        dtypes: supported dtypes of the values; None: all.
+        most_weights: largest number of attention weights (b * heads * n * m) to keep in memory; None: any number.
+        package: a package that must be installed.
+        otherwise: the kernel for everything that this one does not support.
+        in_configurations: whether configurations may name the kernel (`attn_mode`, `attn_type`).
     """
 
     name: str
@@ -54,10 +54,10 @@ class AttentionKernel:
         backend: SDPBackend | None = None,
         dropout_p: float = 0.0,
     ) -> Tensor:
-        """Return what `attend` returns, by this kernel if it supports these tensors.
+        """Return the result of `attend`, by this kernel if it supports these tensors.
 
         Raises:
-            UserError: neither it nor another one does.
+            UserError: neither this kernel nor another one supports them.
         """
         out = None
         if self.supports(q, k, v, mask, dropout_p):
@@ -74,13 +74,13 @@ class AttentionKernel:
         return self.otherwise(q, k, v, mask, backend, dropout_p)
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> bool:
-        """Check that the kernel may be tried on these tensors."""
+        """Return whether the kernel may be tried on these tensors."""
         b, heads, n, _ = q.shape
         return (
             (mask is None or "mask" in self.takes)
             and (dropout_p == 0 or "dropout_p" in self.takes)
             and (self.devices is None or q.device.type in self.devices)
-            # Those of v: under autocast a norm leaves q and k in float32.
+            # The dtype of v, since under autocast a norm leaves q and k in float32.
             and (self.dtypes is None or v.dtype in self.dtypes)
             and (self.most_weights is None or b * heads * n * k.shape[2] <= self.most_weights)
             and (self.package is None or installed(self.package))
@@ -89,14 +89,14 @@ class AttentionKernel:
 
 KERNELS: dict[str, AttentionKernel] = {}
 ATTENTION: dict[str, AttentionKernel] = {}
-"""Those of `KERNELS` that configurations may name."""
+"""The kernels of `KERNELS` that configurations may name."""
 
 
 def register(kernel: AttentionKernel) -> AttentionKernel:
-    """Return the kernel, which can be asked for by its name from now on.
+    """Add a kernel to the table, and return it.
 
     Raises:
-        ValueError: another kernel has that name.
+        ValueError: another kernel has the same name.
     """
     if KERNELS.setdefault(kernel.name, kernel) is not kernel:
         raise ValueError(f"an attention kernel '{kernel.name}' is registered already")
@@ -112,13 +112,13 @@ def kernel_named(name: str) -> AttentionKernel:
         UserError: no kernel has that name.
     """
     if not isinstance(name, str) or name not in ATTENTION:
-        raise UserError(f"attention '{name}' is unknown, it can be {' or '.join(map(repr, ATTENTION))}")
+        raise UserError(f"attention '{name}' is unknown; use {' or '.join(map(repr, ATTENTION))}")
     return ATTENTION[name]
 
 
 @cache
 def installed(package: str) -> bool:
-    """Check that a package is installed, without importing it."""
+    """Return whether a package is installed, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -136,8 +136,8 @@ def attend(
     """Return softmax(q k^T / sqrt(d)) v, for q (b, heads, n, d) and k, v (b, heads, m, d).
 
     Args:
-        mask: True where a query may look.
-        backend: the one kernel of PyTorch to use; None: PyTorch chooses.
+        mask: True where a query may attend.
+        backend: the PyTorch kernel to use; None: PyTorch chooses.
         dropout_p: the share of the weights that become zero.
 
     Raises:
@@ -154,12 +154,12 @@ def attend(
         raise UserError(
             f"backend: {backend.name} cannot compute attention of {q.dtype} tensors on {q.device.type} "
             f"({len(q)} x {q.shape[1]} heads of {q.shape[3]}{', with a mask' if mask is not None else ''}); "
-            "choose MATH, or leave the backend out"
+            "use MATH, or leave the backend out"
         ) from error
 
 
 def backend_named(backend: SDPBackend | str | None) -> SDPBackend | None:
-    """Return the kernel of PyTorch that `backend` means: a member of `SDPBackend`, or its name in any case.
+    """Return the PyTorch kernel for a member of `SDPBackend`, or for its name in any case.
 
     Raises:
         UserError: the kernel is unknown.
@@ -168,7 +168,7 @@ def backend_named(backend: SDPBackend | str | None) -> SDPBackend | None:
         return backend
     names = [name for name in SDPBackend.__members__ if name not in ("ERROR", "OVERRIDEABLE")]
     if not isinstance(backend, str) or backend.upper() not in names:
-        raise UserError(f"backend: {backend!r} is no kernel of PyTorch; choose one of {', '.join(names)}")
+        raise UserError(f"backend: {backend!r} is not a kernel of PyTorch; use one of {', '.join(names)}")
     return SDPBackend.__members__[backend.upper()]
 
 
@@ -179,7 +179,7 @@ SOFTMAX = register(AttentionKernel("softmax", attend, takes=("mask", "backend", 
 
 
 def attend_with_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` by xformers, whose layout is (b, n, heads, d)."""
+    """Return the result of `attend`, by xformers, whose layout is (b, n, heads, d)."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -188,7 +188,7 @@ def attend_with_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     try:
         return attend_with_xformers(q, k, v)
-    except NotImplementedError:  # its word for a head size, dtype or device that none of its kernels takes
+    except NotImplementedError:  # none of its kernels takes this head size, dtype or device
         return None
 
 
@@ -203,14 +203,13 @@ attend_memory_efficiently = register(
 
 
 def written_out_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v, for q, k, v (b, heads, n, d), the softmax in float32."""
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v (b, heads, n, d), softmax in float32."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-# For training: PyTorch's kernel for the CPU takes longer in bfloat16 than in float32. Where the attention weights take
-# little memory (2^25 of them take 64 MiB in bfloat16), two matrix products and a softmax between them do the same in
-# half its time.
+# For training: PyTorch's CPU kernel is slower in bfloat16 than in float32. If the attention weights take little memory
+# (2^25 weights take 64 MiB in bfloat16), two matrix products and a softmax take half its time.
 WRITTEN_OUT = register(
     AttentionKernel(
         "written-out",

@@ -1,9 +1,9 @@
-"""Tell whether a constructor failed because of the values in a configuration or because of a mistake in this program.
+"""Tell apart errors of a configuration's values and mistakes in this program.
 
-A wrong value is the user's to mend and gets one line; a mistake of ours keeps its traceback. Types and names are
-checked before a class is called, so that what is left are values which do not go together. They are told from mistakes
-of ours by building the same class of the values of a file that is shipped: if that fails at the same line of ours, the
-user's values are not the reason.
+Both appear as an exception in a constructor. A wrong value gives the user one line; a mistake in this program keeps its
+traceback. Types and names are checked before a class is called, so that the remaining errors are values that do not fit
+together. To recognize a mistake in this program, the same class is built from the values of a shipped file: if that
+fails at the same line of this project, the user's values are not the cause.
 """
 
 import traceback
@@ -18,20 +18,20 @@ from sgm.memory_errors import is_out_of_memory
 
 OWN_MISTAKES = (NameError, ImportError, SyntaxError, SystemError, NotImplementedError)
 YAML_TYPES = (str, int, float, bool, NoneType, list, dict)
-# Functions that build or try whatever a configuration names: above them in a traceback is a class of somebody else.
+# Functions that build or try a configuration's classes: the next frame in a traceback is a class of another project.
 BUILDERS = ("instantiate_from_config", "reporting", "make_dataset", "build_optimizer", "check_schedules")
 _PLACE = "_place_in_configuration"
 
 
 def blame(error: Exception, place: Place, parent: Place, use: Callable[[Any], Any] | None = None) -> str | None:
-    """Return the line for the user when an object cannot be built of what a configuration says.
+    """Return the user's error line for an object that cannot be built from a configuration.
 
-    None where that is not so, or is for the object around this one to decide, which then finds the innermost place.
+    None: the values are not the cause, or the outer object decides, which then finds the innermost place.
 
     Args:
-        error: what the constructor raised.
-        place, parent: of the object, and of what it is built in.
-        use: what was done with the object when it was built already.
+        error: the constructor's exception.
+        place, parent: the places of the object and of the outer object.
+        use: what was done with the object after it was built.
     """
     innermost = getattr(error, _PLACE, None)
     if innermost is None:
@@ -42,32 +42,32 @@ def blame(error: Exception, place: Place, parent: Place, use: Callable[[Any], An
     said = next(iter(str(error).splitlines()), "")
     target = innermost.config.get("target", "the object") if isinstance(innermost.config, dict) else "the object"
     return (
-        f"{innermost}: {target} cannot be built of these params: {type(error).__name__}: {one_line(said, 300)}; "
-        "mend them, or give --debug to see where it happens"
+        f"{innermost}: {target} cannot be built from these params: {type(error).__name__}: {one_line(said, 300)}; "
+        "correct them, or give --debug for the traceback"
     )
 
 
 def is_own_mistake(error: Exception, place: Place, use: Callable[[Any], Any] | None = None) -> bool:
-    """Return whether an error in a constructor is a mistake in this program rather than in the values it was given."""
+    """Return whether a constructor's error is a mistake in this program, not in the values."""
     where = own_line(error)
     if where is None:
-        return False  # a class of the user's or of a library, called with the user's values
-    if isinstance(error, OWN_MISTAKES) or place.slot == "data":  # datasets of ours say themselves what does not fit
+        return False  # a class of the user or of a library, called with the user's values
+    if isinstance(error, OWN_MISTAKES) or place.slot == "data":  # this project's datasets report wrong values
         return True
     if isinstance(error, AttributeError) and not isinstance(error.obj, YAML_TYPES) and not is_misplaced(error, place):
         return True
     innermost = getattr(error, _PLACE, place).config
     if isinstance(innermost, Mapping) and str(innermost.get("target")).endswith("FrozenT5Embedder"):
-        return True  # no shipped file can be built to compare with, and what it loads it reports itself
+        return True  # it reports wrong values itself, and no shipped file can be built for comparison
     reference = place.sources.build_reference if place.sources else None
     other = reference(place.slot, place.config, use) if reference else None
     return other is not None and type(other) is type(error) and own_line(other) == where
 
 
 def is_misplaced(error: AttributeError, place: Place) -> bool:
-    """Return whether an attribute is missing in an object that the configuration chose for another to use.
+    """Return whether an attribute is missing in an object that the user put at a wrong place.
 
-    An object that misses an attribute of its own does so wherever it stands.
+    An object that lacks an attribute of its own would fail at every place.
     """
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
@@ -80,9 +80,9 @@ def is_misplaced(error: AttributeError, place: Place) -> bool:
 
 
 def own_line(error: BaseException) -> tuple[str, int] | None:
-    """Return the innermost line of this project in a traceback, file and number.
+    """Return file and number of the innermost line of this project in a traceback.
 
-    None where it is one of those that build whatever a configuration names: the class is then not of this project.
+    None if the line is in one of `BUILDERS`: the class is then from another project.
     """
     frames = traceback.extract_tb(error.__traceback__)
     last: Any = next((frame for frame in reversed(frames) if is_own_file(frame.filename)), None)

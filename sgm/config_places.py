@@ -1,8 +1,8 @@
-"""Track where values of a configuration are from: which file set a key, and which object is being built from it.
+"""Track where values of a configuration are from, and which object is being built from it.
 
-`Sources` is kept beside a merged configuration. `section` says which part of which configuration is being built from;
-`sgm.util.instantiate_from_config` finds the place of what it builds in there, so that constructors need not pass keys
-to each other.
+`Sources` records the file that set each key of a merged configuration. `section` tells which part of which
+configuration objects are built from; `sgm.util.instantiate_from_config` finds the place of an object in this part, so
+that constructors need not pass keys to each other.
 """
 
 import re
@@ -24,13 +24,13 @@ class ConfigError(UserError):
 
 
 def dotted(key: Sequence[str | int]) -> str:
-    """Return a key as it is written: `model.conditioner_config.params.emb_models[0].target`."""
+    """Return a key in dotted form: `model.conditioner_config.params.emb_models[0].target`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
     return text.removeprefix(".")
 
 
 def parse_key(text: str) -> Key:
-    """Return the parts of a dotted key; the opposite of `dotted`, which also takes `emb_models.0`."""
+    """Return the parts of a dotted key, the inverse of `dotted`; `emb_models.0` works too."""
     parts = re.findall(r"[^.\[\]]+", text)
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
@@ -38,15 +38,15 @@ def parse_key(text: str) -> Key:
 class Sources:
     """The files that last set each key of a merged configuration.
 
-    All are equal: settings are the same wherever they are from.
+    All instances are equal, so that settings compare equal regardless of their files.
     """
 
     def __init__(self, names: Sequence[str | Path] = ()):
         self.names = [str(name) for name in names]
-        self.given: set[str] = set()  # arguments of the command line, which are from no file
-        self.arguments: set[str] = set()  # all that the command has
+        self.given: set[str] = set()  # arguments given on the command line, which have no file
+        self.arguments: set[str] = set()  # all arguments of the command
         self._files: dict[Key, str] = {}
-        # Builds (and uses) what a shipped file has at a key for the same class; returns what that raises. See
+        # Builds (and uses) the object that a shipped file has at a key for the same class; returns the exception. See
         # `config_blame`.
         self.build_reference: Callable[..., Exception | None] | None = None
 
@@ -58,31 +58,31 @@ class Sources:
         self._files[key] = str(file)
 
     def replace(self, key: Key, file: str | Path) -> None:
-        """Record that `file` put something else in the place of all that was at `key`."""
+        """Record that `file` replaced everything at `key`."""
         for old in [old for old in self._files if old[: len(key)] == key]:
             del self._files[old]
         self.set(key, file)
 
     def file_of(self, key: Sequence[str | int]) -> str | None:
-        """Return the file that set `key`, or for a key that no file has, the file that set what contains it."""
+        """Return the file that set `key`, or else the file that set the innermost part around it."""
         for length in range(len(key), 0, -1):
             if (file := self._files.get(tuple(key[:length]))) is not None:
                 return file
         return " and ".join(self.names) or None
 
     def place(self, key: Sequence[str | int]) -> str:
-        """Return `FILE: KEY`, as messages about a value begin."""
+        """Return `FILE: KEY`, the beginning of messages about a value."""
         file = self.file_of(key)
         return f"{file}: {dotted(key)}" if file else dotted(key)
 
     @contextmanager
     def naming(self, given: Iterable[str] = ()) -> Iterator[None]:
-        """Put the file before the message of a UserError of the block that names a key.
+        """Put the file in front of the message of a UserError in the block that names a key.
 
-        Such messages begin with `SECTION: KEY`, `SECTION.KEY` or an argument's name, or have a dotted key in them.
+        Such messages begin with `SECTION: KEY`, `SECTION.KEY` or an argument's name, or contain a dotted key.
 
         Args:
-            given: arguments of the command line, also for later blocks.
+            given: arguments of the command line, remembered for later blocks.
         """
         self.given |= set(given)
         try:
@@ -94,7 +94,7 @@ class Sources:
             raise ConfigError(f"{file}: {error}") from error
 
     def key_of_message(self, message: str) -> Key | None:
-        """Return the key that a message is about; None if it names none, or one that is from no file."""
+        """Return the key that a message is about; None if it names no key of a file."""
         if match := _KEY.match(message) or _DOTTED_KEY.search(message):
             key = (match[1], *parse_key(match[2]))
             return None if key[0] == "args" and key[1] in self.given else key
@@ -116,11 +116,11 @@ _ADVICE = re.compile(r"\b(?:set |or )(\w+): ")
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a configuration, and what stands there.
+    """A place in a configuration, and the value there.
 
     Args:
-        building: an object is being built of it.
-        found: False where it is not known where in `key` the configuration stands.
+        building: an object is being built from it.
+        found: False if the place of the configuration in `key` is unknown.
     """
 
     key: Key
@@ -134,12 +134,12 @@ class Place:
 
     @property
     def known(self) -> bool:
-        """Return whether this place can be named in a message."""
+        """Return whether a message can name this place."""
         return bool(self.key) and self.key[0] in SECTIONS
 
     @property
     def slot(self) -> str | None:
-        """Return the name of the key at this place, or of the list for its items; None if it is not known."""
+        """Return the name of the key here, for items that of their list; None if unknown."""
         if not self.found:
             return None
         return next((part for part in reversed(self.key) if isinstance(part, str)), None)
@@ -149,9 +149,9 @@ class Place:
         return Place((*self.key, *parts), None, self.sources)
 
     def find(self, config: Any) -> Key | None:
-        """Return the key, relative to this place, at which `config` stands; None where it is not found.
+        """Return the key, relative to this place, of `config`; None if it is not found.
 
-        A copy is found by its content, one that has been added to by its target.
+        A copy is found by its content, a copy with added keys by its target.
         """
         nodes = list(walk(self.config))
         for same in (lambda node: node is config, lambda node: node == config):
@@ -181,13 +181,13 @@ _current: ContextVar[Place | None] = ContextVar("place in the configuration", de
 
 
 def current_place() -> Place | None:
-    """Return the place of what is being built; None outside of any configuration."""
+    """Return the place of the object being built; None outside of any configuration."""
     return _current.get()
 
 
 @contextmanager
 def within(place: Place | None) -> Iterator[None]:
-    """Let what is built within the block be at `place` or below; None: it is of no file."""
+    """Build objects within the block at `place` or below; None: they belong to no file."""
     token = _current.set(place)
     try:
         yield
@@ -196,5 +196,5 @@ def within(place: Place | None) -> Iterator[None]:
 
 
 def section(name: str, config: Any, sources: Sources | None) -> Any:
-    """Return a context in which objects are built of the section `name` of a configuration, such as `model`."""
+    """Return a context in which objects are built from the section `name`, such as `model`."""
     return within(Place((name,), config, sources))

@@ -1,4 +1,4 @@
-"""Check what a configuration names at the places that take classes (`target:`), before a class is called."""
+"""Check the classes that a configuration names (`target:`) before they are called."""
 
 import importlib
 import inspect
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Slot:
-    """The kind of class that a place of a configuration takes.
+    """The kind of class that a key of a configuration takes.
 
     Args:
-        what: in words.
-        base: import path of the class that it derives from.
-        methods: what it must have beside that.
+        what: the kind in words.
+        base: import path of the required base class.
+        methods: further required methods.
     """
 
     what: str
@@ -26,7 +26,7 @@ _MODULE = "torch.nn.Module"
 _MIXIN = Slot("SwissArmyTransformer's mixins", "sat.model.base_model.BaseMixin")
 _CALLED = ("__call__",)
 
-# By the name of the key; of a list, that of the key which holds it.
+# By the name of the key; for items of a list, the key of the list.
 SLOTS = {
     "model": Slot("engines that Lightning trains", "pytorch_lightning.LightningModule"),
     "denoiser_config": Slot("denoisers", _MODULE),
@@ -62,12 +62,12 @@ SLOTS = {
 
 
 def why_not(kind: Any, name: str | None) -> str | None:
-    """Return why an imported object may not stand at the place `name`, without calling it; None if it may.
+    """Return the reason why an object may not be the class for key `name`; None if it may.
 
-    Anything but a class is refused at every place.
+    The object is not called. Anything but a class is refused for every key.
     """
     slot = SLOTS.get(name) if name is not None else None
-    wanted = f"is no class of {slot.what}" if slot else "is no class"
+    wanted = f"is not a class of {slot.what}" if slot else "is not a class"
     if not inspect.isclass(kind):
         return f"{wanted} but a {type(kind).__name__}"
     if slot is None:

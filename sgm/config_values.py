@@ -1,4 +1,7 @@
-"""Check values against a constructor's signature: unknown and missing parameters, and values of the wrong type."""
+"""Check values against a constructor's signature.
+
+Unknown and missing parameters and values of the wrong type are found.
+"""
 
 import collections.abc
 import difflib
@@ -15,7 +18,7 @@ from sgm.errors import shown
 
 NO_DEFAULT = inspect.Parameter.empty
 ROOT = Path(__file__).resolve().parents[1]  # of the repository, or where the package is installed
-# Where it is installed, `sat` is SwissArmyTransformer, and what is in sat/ here lies beside it.
+# In an installation `sat` is SwissArmyTransformer, and the modules of this repository's sat/ lie beside it.
 IN_SAT = ("arguments", "data_video", "diffusion_video", "dit_video_concat", "sample_video", "train_vae", "train_video")
 OWN_PLACES = (
     *(ROOT / name for name in ("sgm", "vae_modules", "cogvideox_sat")),
@@ -28,14 +31,14 @@ SEQUENCES = (collections.abc.Sequence, collections.abc.Iterable, collections.abc
 
 
 class Problem(NamedTuple):
-    """A wrong value: the key below `params`, and the rest of the sentence with what to do."""
+    """A wrong value: its key below `params`, and the rest of the message with what to do."""
 
     key: tuple[str | int, ...]
     text: str
 
 
 def is_own(function: Any) -> bool:
-    """Return whether a class or function is of this project, whose annotations hold."""
+    """Return whether a class or function is of this project, whose annotations are correct."""
     code = inspect.unwrap(function).__code__ if inspect.isfunction(function) else None
     return code is not None and is_own_file(code.co_filename)
 
@@ -48,7 +51,12 @@ def is_own_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters that a class takes by name; `required`: without a default; `closed`: the class takes no others."""
+    """The parameters that a class takes by name.
+
+    Attributes:
+        required: the names without a default.
+        closed: the class takes no other names.
+    """
 
     hints: dict[str, Any]
     defaults: dict[str, Any]
@@ -57,7 +65,10 @@ class Parameters:
 
 
 def parameters_of(factory: Callable[..., Any]) -> Parameters | None:
-    """Return what a class takes, with what it passes on to its bases by `**kwargs`; None where it does not tell."""
+    """Return the parameters of a class, including those passed to its bases by `**kwargs`.
+
+    None if the signature does not tell.
+    """
     if not inspect.isclass(factory) or not inspect.isfunction(factory.__init__):
         return None
     hints: dict[str, Any] = {}
@@ -69,7 +80,7 @@ def parameters_of(factory: Callable[..., Any]) -> Parameters | None:
         if init is None:
             continue
         if not inspect.isfunction(init) or (seen and not is_own(init)):
-            break  # what is passed on to a library's class, its signature does not tell
+            break  # the parameters of a library's class are unknown
         annotations = _annotations(init) if is_own(init) else {}
         open_ended = False
         for parameter in list(inspect.signature(init).parameters.values())[1:]:
@@ -83,7 +94,7 @@ def parameters_of(factory: Callable[..., Any]) -> Parameters | None:
                     hints[parameter.name] = annotations[parameter.name]
                 if parameter.default is not parameter.empty:
                     defaults[parameter.name] = parameter.default
-                elif init is factory.__init__:  # what a class passes on may be given by itself
+                elif init is factory.__init__:  # a class may provide its bases' parameters itself
                     required.append(parameter.name)
                 hints.setdefault(parameter.name, Any)
         if not open_ended:
@@ -95,17 +106,17 @@ def parameters_of(factory: Callable[..., Any]) -> Parameters | None:
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
-    except Exception:  # an annotation that only a type checker can read; nothing is then known of its types
+    except Exception:  # an annotation that only a type checker can read: its types stay unknown
         return {}
 
 
 def problem_of_params(
     factory: Callable[..., Any], given: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> Problem | None:
-    """Return what is wrong with the parameters that a configuration gives to a class; None if nothing is known to be.
+    """Return the error in a configuration's parameters of a class; None: no error found.
 
     Args:
-        extra: what the program passes beside them.
+        extra: parameters that the program passes in addition.
     """
     taken = parameters_of(factory)
     if taken is None:
@@ -116,10 +127,10 @@ def problem_of_params(
 
 
 def check_params(taken: Parameters, given: Mapping[str, Any], extra: Collection[str] = ()) -> Problem | None:
-    """Return what is wrong with the parameters that a configuration gives to a class; None if nothing is known to be.
+    """Return the error in a configuration's parameters of a class; None: no error found.
 
     Args:
-        extra: the names of what the program passes beside them.
+        extra: names of the parameters that the program passes in addition.
     """
     for name in given:
         if not isinstance(name, str):
@@ -148,7 +159,7 @@ def _binding(factory: Callable[..., Any], params: Mapping[str, Any]) -> Problem 
         inspect.signature(factory).bind(**params)
     except TypeError as error:
         return Problem((), str(error))
-    except ValueError:  # a built-in that does not tell its signature
+    except ValueError:  # a built-in without a signature
         pass
     return None
 
@@ -161,12 +172,13 @@ def _binding(factory: Callable[..., Any], params: Mapping[str, Any]) -> Problem 
 def problem_of_value(
     value: Any, hint: Any, default: Any = NO_DEFAULT, infinite: bool = False
 ) -> tuple[tuple[str | int, ...], Any, str] | None:
-    """Return where in `value`, which part of it and what would fit instead, if it is not of the type `hint`.
+    """Return the key in `value`, the wrong part and the expected words; None if the type fits.
 
-    Only what YAML can express is checked: numbers, texts, lists, mappings and nothing; other types are taken.
+    Only types that YAML can express are checked: numbers, texts, lists, mappings and nothing; others are accepted.
 
     Args:
-        default: a value that fits whatever its type.
+        hint: the type.
+        default: a value that is accepted even if its type differs.
         infinite: whether a number may be infinite.
     """
     options = _options(hint)
@@ -183,7 +195,7 @@ def problem_of_value(
 
 
 def expected(hint: Any) -> str:
-    """Return in words what a type takes; empty where it takes anything."""
+    """Return the values that a type takes, in words; empty if it takes anything."""
     options = _options(hint)
     if any(_is_unknown(option) for option in options):
         return ""
@@ -250,7 +262,7 @@ def _problem(value: Any, hint: Any, infinite: bool) -> tuple[tuple[str | int, ..
         items = [((index,), each, option) for index, (each, option) in enumerate(zip(value, each_hint, strict=True))]
     for place, each, option in items:
         if not all(member in KINDS for member in _options(option)):
-            continue  # lists within lists: what they mean is for the class to explain
+            continue  # lists within lists: the class checks them
         if problem := problem_of_value(each, option):
             where, found, fits = problem
             return (*place, *where), found, fits

@@ -1,8 +1,8 @@
 """Context parallelism: the frames of one clip spread over a group of processes.
 
-Every function takes the process group, or None for a single process, where it does nothing. All of them can be
-differentiated, except `broadcast`. The whole loss is the sum of the ranks' losses; where every rank holds the same
-tensor (before `split_frames`, after `gather_frames`), it is taken once, not once a rank.
+Every function takes the process group, or None for a single process, for which it does nothing. All functions can be
+differentiated, except `broadcast`. The whole loss is the sum of the ranks' losses; a tensor that every rank holds
+(before `split_frames`, after `gather_frames`) counts once, not once per rank.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,15 @@ def initialize_context_parallel(size: int) -> None:
     A second call with the same size does nothing.
 
     Raises:
-        UserError: the number of processes is no multiple of `size`, or the groups exist with another size.
+        UserError: `size` does not divide the number of processes, or the groups exist with another size.
     """
     global _group, _initialized_size
     world = dist.get_world_size() if dist.is_initialized() else 1
     if size < 1 or world % size:
-        raise UserError(f"context parallelism over {size} processes: the number of processes, {world}, is no multiple")
+        raise UserError(
+            f"context parallelism over {size} processes: the number of processes must be a multiple of {size}, "
+            f"got {world}"
+        )
     if _initialized_size == size:
         return
     if _group is not None:
@@ -55,7 +58,7 @@ def destroy_context_parallel() -> None:
 
 
 def get_context_parallel_group() -> ProcessGroup | None:
-    """The group of this process, None for a group of one."""
+    """Return the group of this process, None for a group of one."""
     return _group
 
 
@@ -79,15 +82,15 @@ def group_rank(group: ProcessGroup | None) -> int:
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of every rank's `x`, on every rank."""
+    """Return the sum of every rank's `x`, on every rank."""
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
 def sum_over_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of every rank's `x`, on every rank, with the gradient of this rank's own `x` alone.
+    """Return the sum of every rank's `x`; its gradient is that of this rank's `x` alone.
 
-    For the terms of one loss of which each rank computes its share: every rank holds the whole loss, and its backward
-    pass gives the part of the gradient that comes from its own share.
+    It is for a loss with terms on several ranks: every rank holds the whole loss, and its backward pass gives the part
+    of the gradient from its own terms.
     """
     if group is None:
         return x
@@ -97,14 +100,17 @@ def sum_over_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def broadcast(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The first rank's `x`, on every rank; shapes and dtypes must agree. Overwrites `x` on the others."""
+    """Return the first rank's `x` on every rank, overwriting `x` on the others.
+
+    Shapes and dtypes must agree.
+    """
     if group is not None:
         dist.broadcast(x, group=group, group_src=0)
     return x
 
 
 def all_gather_integer(value: int, group: ProcessGroup | None) -> list[int]:
-    """Every rank's `value`, in the order of ranks."""
+    """Return every rank's `value`, in the order of ranks."""
     if group is None:
         return [value]
     values = [value] * dist.get_world_size(group)
@@ -122,7 +128,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Each rank uses the sum, so its gradient is the sum of what reaches every rank's copy.
+        # Each rank uses the sum, so that its gradient is the sum of the gradients of all ranks' copies.
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
@@ -132,18 +138,21 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """`total` as `parts` integers that differ by one at most, the larger ones first."""
+    """Return `parts` integers of sum `total`, equal or different by 1, the larger ones first."""
     share, rest = divmod(total, parts)
     return [share + (part < rest) for part in range(parts)]
 
 
 def split_frames(x: Tensor, frames: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """This rank's frames (a view) of `x` (batch, channel, time, ...), which every rank holds: `frames[rank]` many."""
+    """Return this rank's `frames[rank]` frames (a view) of `x` (batch, channel, time, ...).
+
+    Every rank holds the whole of `x`.
+    """
     return x if group is None else _SplitFrames.apply(x, frames, group)
 
 
 def gather_frames(x: Tensor, frames: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """All ranks' frames in order, on every rank; rank r brings `frames[r]` of them."""
+    """Return all ranks' frames in order, on every rank; rank r has `frames[r]` of them."""
     return x if group is None else _GatherFrames.apply(x, frames, group)
 
 
@@ -175,7 +184,10 @@ def _own(x: Tensor, frames: Sequence[int], group: ProcessGroup) -> Tensor:
 
 
 def all_gather_uneven(x: Tensor, counts: Sequence[int], group: ProcessGroup, dim: int) -> Tensor:
-    """All ranks' `x` one after the other along `dim`, of which rank r brings `counts[r]`; without gradients."""
+    """Return all ranks' `x`, concatenated along `dim`, without gradients.
+
+    Rank r has the size `counts[r]`.
+    """
     padded = x.new_zeros((*x.shape[:dim], max(counts), *x.shape[dim + 1 :]))  # backends want equal shapes
     padded.narrow(dim, 0, x.shape[dim]).copy_(x)
     received = [torch.empty_like(padded) for _ in counts]
@@ -187,17 +199,20 @@ def all_gather_uneven(x: Tensor, counts: Sequence[int], group: ProcessGroup, dim
 
 
 def pass_on(x: Tensor | None, like: Tensor, frames: int | None, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Send frames to the next rank of the ring, and return what the previous one sent, in one exchange.
+    """Send frames to the next rank of the ring, and return those that the previous rank sent.
+
+    Both happen in one exchange.
 
     Args:
-        x: (batch, channel, time, height, width), sent to the next rank; None: it expects nothing.
-        like: gives shape but for time, dtype and device of what is received, and whether a gradient goes back.
-        frames: how many the previous rank sends; None: it sends none.
+        x: (batch, channel, time, height, width), sent to the next rank; None: the next rank expects nothing.
+        like: a tensor with the shape (except time), dtype and device of the received frames; it also tells whether a
+            gradient goes back.
+        frames: number of frames that the previous rank sends; None: it sends none.
 
     Returns:
-        A tensor of no frames, and those received, if any. Concatenate the first, along time, with something that the
-        loss depends on: that is how this rank's backward pass knows that it has a gradient to receive. Use the second
-        likewise.
+        A tensor of no frames, and the received frames, if any. Concatenate the first, along time, with a tensor that
+            the
+        loss depends on, so that this rank's backward pass receives a gradient. Use the second likewise.
     """
     return _PassOn.apply(like[:, :, :0] if x is None else x, like, x is not None, frames, group)
 
@@ -214,7 +229,7 @@ class _PassOn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        # What was received has its gradient sent back, and for what was sent one comes back.
+        # The gradient of the received frames is sent back, and that of the sent frames is received.
         shape, sends, receives, group = ctx.places
         own = _with_frames(token, shape[FRAMES])
         _exchange(gradient if receives else None, own if sends else None, -1, group)
@@ -222,17 +237,19 @@ class _PassOn(torch.autograd.Function):
 
 
 def _with_frames(like: Tensor, frames: int) -> Tensor:
-    """Return a tensor like `like` but of so many frames, with channels last in memory, as layers want it."""
+    """Return an empty tensor like `like` with `frames` frames, channels last in memory."""
     batch, channel, _, height, width = like.shape
     return like.new_empty((batch, frames, height, width, channel)).permute(0, 4, 1, 2, 3)
 
 
 def _exchange(sent: Tensor | None, received: Tensor | None, step: int, group: ProcessGroup) -> None:
-    """Send to the neighbour `step` places on in the ring and receive from the one on the other side, at once: ranks
-    that first sent and then received would wait for each other. The tensors stay on their device.
+    """Exchange tensors with both neighbours in the ring, at once.
+
+    The tensor goes to the rank `step` places on, another comes from the rank on the other side. Both happen at once,
+    since ranks that first send and then receive would wait for each other. Tensors stay on their device.
 
     Args:
-        received: with channels last in memory; it is filled.
+        received: is filled; its channels are last in memory.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     operations = []

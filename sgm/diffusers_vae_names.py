@@ -1,10 +1,10 @@
-"""What the tensors of the video autoencoder are called here and in diffusers' AutoencoderKLCogVideoX.
+"""Names of the video autoencoder's tensors here and in diffusers' AutoencoderKLCogVideoX.
 
     encoder.down.1.block.0.nin_shortcut.weight  ↔  encoder.down_blocks.1.resnets.0.conv_shortcut.weight
     decoder.up.3.block.0.norm1.conv_y.conv.bias ↔  decoder.up_blocks.0.resnets.0.norm1.conv_y.conv.bias
 
-Each tensor has one counterpart of the same shape. The decoder's levels are numbered from the finest here, from the
-coarsest there.
+Each tensor has one counterpart of the same shape. The decoder's levels are numbered from the finest here, and from the
+coarsest in diffusers.
 """
 
 import re
@@ -25,21 +25,29 @@ def is_diffusers_vae(names: Iterable[str]) -> bool:
 
 
 def to_diffusers(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' name -> ours, for `names`, all of a whole autoencoder of ours."""
+    """Return a mapping from diffusers' names to ours.
+
+    Args:
+        names: our names of a whole autoencoder's tensors.
+    """
     names = list(names)
     levels = _count_levels(names, r"decoder\.up\.(\d+)\.")
     return {diffusers_name(name, levels): name for name in names}
 
 
 def from_diffusers(names: Iterable[str]) -> dict[str, str]:
-    """Our name -> diffusers', for `names`, all of a whole autoencoder of diffusers."""
+    """Return a mapping from our names to diffusers'.
+
+    Args:
+        names: diffusers' names of a whole autoencoder's tensors.
+    """
     names = list(names)
     levels = _count_levels(names, r"decoder\.up_blocks\.(\d+)\.")
     return {_translate(name, _THEIRS, levels, _our_name): name for name in names}
 
 
 def diffusers_name(name: str, levels: int) -> str:
-    """What diffusers calls a tensor of ours, of an autoencoder of so many levels."""
+    """Return diffusers' name of a tensor of ours, for an autoencoder with `levels` levels."""
     return _translate(name, _OURS, levels, _their_name)
 
 
@@ -50,7 +58,7 @@ def _count_levels(names: Iterable[str], pattern: str) -> int:
 def _translate(name: str, pattern: re.Pattern[str], levels: int, build: Callable[..., str]) -> str:
     match = pattern.fullmatch(name)
     if match is None:
-        return name  # of what is outside the levels, names agree
+        return name  # names outside the levels are the same
     half, direction, level, block, number, mid, rest = match.groups()
     if direction == "up":
         level = levels - 1 - int(level)

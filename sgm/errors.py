@@ -1,4 +1,4 @@
-"""The one exception type that a command line turns into a single line for its user, and the words for such lines."""
+"""The exception that a command line prints as a single line, and functions for such lines."""
 
 import re
 import reprlib
@@ -6,18 +6,21 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: its message says what is wrong, where, and what would fit, on one line."""
+    """A mistake that the user can correct.
+
+    The message is one line and says what is wrong, where, and what to do.
+    """
 
 
 def some(names: Iterable[object], shown: int = 3) -> str:
-    """The first few of `names` and how many more there are, for a message."""
+    """Return the first few of `names` and the number of others, for a message."""
     texts = [str(name) for name in names]
     more = f" ... and {len(texts) - shown} more" if len(texts) > shown else ""
     return ", ".join(texts[:shown]) + more
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Return a value as a message shows it: its `repr`, cut where it is long."""
+    """Return the `repr` of a value for a message, cut if it is long."""
     text = repr(value) if isinstance(value, str) else _SHORT.repr(value)
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
@@ -27,12 +30,12 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def printable(text: str) -> str:
-    """Return a text such as a file's name on one line, in characters that can be written; others become escapes."""
+    """Return a text such as a file's name on one line, with unprintable characters escaped."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
 
 
 def one_line(text: str, most: int = 2000) -> str:
-    """Return a message without line breaks and control characters, which a value in it may have, and cut to `most`."""
+    """Return a message cut to `most` characters, without line breaks and control characters."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: " " if match[0] == "\n" else repr(match[0])[1:-1], text)
     return text if len(text) <= most else f"{text[:most]} ..."

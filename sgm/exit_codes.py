@@ -1,4 +1,4 @@
-"""The exit code of a command, and the one line that a user sees of an error. Nothing here imports PyTorch."""
+"""The exit code of a command, and the single line of an error; PyTorch is not imported."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ _raises: ContextVar[bool] = ContextVar("a program called the command", default=F
 
 @contextmanager
 def errors_raised() -> Iterator[None]:
-    """Let `exit_code` raise the UserError of a command within the block, for the program that called it."""
+    """Let `exit_code` raise a command's UserError within the block, for a calling program."""
     token = _raises.set(True)
     try:
         yield
@@ -28,13 +28,14 @@ def exit_code(
     interrupted: str = "interrupted",
     command_line: Sequence[str] | None = None,
 ) -> int:
-    """Run a command: its own exit code; 2 for a UserError, whose line is logged; 130 when it is interrupted.
+    """Run a command and return its exit code.
 
-    Memory that is full is a UserError too.
+    It is 2 for a UserError, which is logged as one line, and 130 if the command is interrupted. Full memory counts as a
+    UserError.
 
     Args:
-        command_line: what the command was given, None for the process's own; with `--debug` in it the traceback of a
-            UserError is logged too.
+        command_line: the command's arguments, None for those of the process; `--debug` among them also logs the
+            traceback of a UserError.
     """
     try:
         with memory_guard("out of memory"):

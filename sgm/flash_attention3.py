@@ -1,8 +1,8 @@
-"""FlashAttention 3 (arXiv:2407.08608), for Hopper GPUs, from whichever package of it is installed.
+"""FlashAttention 3 (arXiv:2407.08608) for Hopper GPUs, from any installed package of it.
 
-`flash_attn_interface`, built from the authors' repository, computes gradients too, and PyTorch calls it in the place of
-its own FlashAttention once it is told to. `fa3_fwd_interface`, of the package fa3-fwd, has the forward pass in bfloat16
-alone. Both are imported only when they are used.
+`flash_attn_interface`, built from the authors' repository, also computes gradients; PyTorch can call it instead of its
+own FlashAttention. `fa3_fwd_interface`, of the package fa3-fwd, has only the forward pass in bfloat16. Both are
+imported on first use.
 """
 
 import importlib
@@ -19,7 +19,11 @@ PACKAGES = f"{WHOLE} (the authors' flash-attention/hopper) or fa3-fwd, which has
 
 
 def is_installed(gradients: bool) -> bool:
-    """Check that a package with the forward pass, and with `gradients` the backward pass, is installed."""
+    """Return whether a package with the forward pass is installed.
+
+    Args:
+        gradients: the package must have the backward pass too.
+    """
     return installed(WHOLE) or (installed(FORWARD) and not gradients)
 
 
@@ -27,8 +31,8 @@ def activate() -> None:
     """Let PyTorch's FlashAttention be version 3 from now on; `WHOLE` must be installed.
 
     Raises:
-        RuntimeError: it is not of the version that PyTorch knows.
-        ImportError: PyTorch is older than 2.11, and cannot be told.
+        RuntimeError: PyTorch does not support the package's version.
+        ImportError: PyTorch is older than 2.11, and cannot use the package.
     """
     from torch.nn.attention import activate_flash_attention_impl
 
@@ -40,10 +44,13 @@ def _forward() -> Callable[..., Tensor | tuple[Tensor, ...]]:
     return importlib.import_module(FORWARD).flash_attn_func
 
 
-# As an operator of its own, a compiler takes it as it is.
+# A compiler calls a custom operator unchanged.
 @torch.library.custom_op("cogvideox::flash_attention3", mutates_args=())
 def flash_attention3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for q, k, v (b, n, heads, d), bfloat16; without gradients."""
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v (b, n, heads, d).
+
+    The tensors are bfloat16, without gradients.
+    """
     out = _forward()(q, k, v)
     return out if isinstance(out, Tensor) else out[0]
 
@@ -54,7 +61,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_by_flash_attention3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` without mask and dropout, by the package that has the forward pass alone."""
+    """Return `attend` without mask and dropout, by the package with only the forward pass."""
     return flash_attention3(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Small functions that `sgm.util` offers too, by the names under which other code for these models imports them."""
+"""Small functions under the original's names, which `sgm.util` exports too."""
 
 import functools
 import logging
@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 
 def exists(value: Any) -> bool:
-    """Return True for anything but None."""
+    """Return True for any value except None."""
     return value is not None
 
 
 def default(value: Any, fallback: Any) -> Any:
-    """Return `value`, or where it is None `fallback`, which is called if it is a function."""
+    """Return `value`, or `fallback` if it is None; a fallback function is called."""
     if value is not None:
         return value
     is_function = callable(fallback) and not isinstance(fallback, type | nn.Module)
@@ -60,17 +60,17 @@ def default(value: Any, fallback: Any) -> Any:
 
 
 def uniq(values: Iterable[Any]) -> Iterable[Any]:
-    """Return the different values, each once, in the order in which they first appear."""
+    """Return the different values, in the order of their first appearance."""
     return dict.fromkeys(values).keys()
 
 
 def is_power_of_two(n: int) -> bool:
-    """Return True for 1, 2, 4, 8, ..."""
+    """Return True for 1, 2, 4, 8, and so on."""
     return n > 0 and n & (n - 1) == 0
 
 
 def get_string_from_tuple(text: str) -> str:
-    """Return the first entry of a written tuple such as `"('a', 'b')"`; any other text as it is."""
+    """Return the first entry of a written tuple such as `"('a', 'b')"`, or any other text."""
     if text.startswith("(") and text.endswith(")"):
         return text[1:-1].split(",")[0].strip().strip("'\"")
     return text
@@ -79,10 +79,10 @@ def get_string_from_tuple(text: str) -> str:
 def get_nested_attribute(
     obj: Any, attribute_path: str, depth: int | None = None, return_key: bool = False
 ) -> Any | tuple[Any, str | int]:
-    """Return what the path leads to: `"a.0.b"` means `obj.a[0].b`.
+    """Return the object at a path of attributes: `"a.0.b"` means `obj.a[0].b`.
 
     Args:
-        depth: follow only so many parts of the path; the whole path if None.
+        depth: number of parts of the path to follow; None: the whole path.
         return_key: also return the last part that was followed, an integer if it is an index.
 
     Raises:
@@ -160,12 +160,12 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Return the module as it is: put in place of `train`, it keeps the module in its mode."""
+    """Return the module unchanged; as a replacement of `train` it keeps the module's mode."""
     return self
 
 
 def count_params(model: nn.Module, verbose: bool = False) -> int:
-    """Return how many parameters a module has, and with `verbose` log it in millions."""
+    """Return the number of a module's parameters; with `verbose`, log it in millions."""
     count = sum(parameter.numel() for parameter in model.parameters())
     if verbose:
         log.info("%s has %.2f million parameters", type(model).__name__, count / 1e6)
@@ -173,7 +173,7 @@ def count_params(model: nn.Module, verbose: bool = False) -> int:
 
 
 def autocast(f: Callable[..., Any], enabled: bool = True) -> Callable[..., Any]:
-    """Return `f` that computes under autocast on CUDA, or with `enabled: False` without it."""
+    """Return `f` under CUDA's autocast, or with `enabled: False` without autocast."""
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -187,7 +187,7 @@ def autocast(f: Callable[..., Any], enabled: bool = True) -> Callable[..., Any]:
 
 
 def partialclass(cls: type[Any], *args: Any, **kwargs: Any) -> type:
-    """Return a subclass of `cls` whose constructor already has these arguments."""
+    """Return a subclass of `cls` whose constructor has these arguments filled in."""
 
     class Partial(cls):
         __init__ = functools.partialmethod(cls.__init__, *args, **kwargs)
@@ -210,14 +210,14 @@ def load_model_from_config(
 ) -> nn.Module:
     """Return the model under `config["model"]` in evaluation mode, with the weights of a file.
 
-    Entries that only the file or only the model has are left as they are, and logged with `verbose`.
+    Entries that only the file or only the model has are skipped, and logged with `verbose`.
 
     Args:
         ckpt: see `sgm.weights.read_state_dict`.
-        freeze: its parameters take no gradient.
+        freeze: set `requires_grad` of the parameters to False.
 
     Raises:
-        UserError: the file cannot be read, nothing in it fits, or a shape differs.
+        UserError: the file cannot be read, no entry of it fits, or a shape differs.
     """
     from sgm.weights import assign_weights, module_weights, read_state_dict
 
@@ -225,20 +225,18 @@ def load_model_from_config(
     model = instantiate_from_config(config["model"])
     missing, unexpected = assign_weights(model, weights, what=str(ckpt), allow_missing=True, allow_unexpected=True)
     if len(unexpected) == len(weights):
-        raise UserError(
-            f"ckpt: {ckpt} holds nothing that {type(model).__name__} has a place for; name weights of this model"
-        )
+        raise UserError(f"ckpt: no entry of {ckpt} fits {type(model).__name__}; give weights of this model")
     if verbose and missing:
-        log.warning("%s does not hold: %s", ckpt, ", ".join(missing))
+        log.warning("%s: entries that do not exist in the file: %s", ckpt, ", ".join(missing))
     if verbose and unexpected:
-        log.warning("%s: the model has no place for: %s", ckpt, ", ".join(unexpected))
+        log.warning("%s: entries that do not exist in the model: %s", ckpt, ", ".join(unexpected))
     if freeze:
         model.requires_grad_(False)
     return model.eval()
 
 
 def make_path_absolute(path: str | Path) -> str:
-    """Return the absolute path, with `~` and variables of the environment filled in."""
+    """Return the absolute path, with `~` and environment variables expanded."""
     return str(Path(os.path.expandvars(path)).expanduser().absolute())
 
 

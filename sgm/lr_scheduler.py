@@ -1,7 +1,8 @@
-"""Learning-rate schedules for `torch.optim.lr_scheduler.LambdaLR`, which multiplies the base rate by `schedule(step)`.
+"""Learning-rate schedules for `torch.optim.lr_scheduler.LambdaLR`.
 
-Each is a chain of cycles: a linear warm-up from `f_start` to `f_max`, then a decay to `f_min`. Loshchilov and Hutter,
-"SGDR: Stochastic Gradient Descent with Warm Restarts", eq. 5, is the cosine one. After the last cycle the factor stays.
+`LambdaLR` multiplies the base rate by `schedule(step)`. Each schedule is a chain of cycles: a linear warm-up from
+`f_start` to `f_max`, then a decay to `f_min`. The cosine decay is that of Loshchilov and Hutter, "SGDR: Stochastic
+Gradient Descent with Warm Restarts", eq. 5. After the last cycle the factor stays constant.
 """
 
 import logging
@@ -17,12 +18,12 @@ log = logging.getLogger(__name__)
 
 
 class _Cycles(ABC):
-    """Warm-up and decay, once a cycle.
+    """Base class of the schedules: warm-up and decay in each cycle.
 
     Args:
         warm_up_steps, cycle_lengths: in steps, for each cycle; the warm-up is part of the cycle.
         f_start, f_max, f_min: factors, for each cycle.
-        verbosity_interval: log the factor every so many steps; 0 for never.
+        verbosity_interval: number of steps between log lines; 0: never log.
 
     Attributes:
         last_f: the factor of the latest call, 0 before the first; `last_lr` is another name of it.
@@ -50,11 +51,11 @@ class _Cycles(ABC):
         name = type(self).__name__
         lengths = {key: len(values) for key, values in lists.items()}
         if len(set(lengths.values())) > 1 or not cycle_lengths:
-            raise UserError(f"{name}: each list has one value a cycle, but their lengths are {lengths}")
+            raise UserError(f"{name}: each list needs one value per cycle, got the lengths {lengths}")
         for warm_up, length in zip(warm_up_steps, cycle_lengths, strict=True):
             if not 0 <= warm_up < length:
-                raise UserError(f"{name}: a warm-up of {warm_up} steps does not fit a cycle of {length}")
-        # Plain lists of numbers: the scheduler's state, which checkpoints hold, is read without running code.
+                raise UserError(f"{name}: the warm-up must be shorter than its cycle of {length} steps, got {warm_up}")
+        # Plain lists of numbers, since checkpoints hold the scheduler's state and are read without running code.
         self.warm_up_steps, self.cycle_lengths = list(warm_up_steps), list(cycle_lengths)
         self.f_min, self.f_max, self.f_start = list(f_min), list(f_max), list(f_start)
         self.verbosity_interval = verbosity_interval
@@ -66,7 +67,7 @@ class _Cycles(ABC):
         return self.last_f
 
     def find_in_interval(self, n: int) -> int:
-        """Return the cycle that step `n` belongs to, from 0: the last one for all steps after it.
+        """Return the cycle of step `n`, from 0; the last cycle includes all steps after it.
 
         A step on the border of two cycles is the end of the first.
         """
@@ -94,11 +95,11 @@ class _Cycles(ABC):
     @staticmethod
     @abstractmethod
     def _decay(step: int, warm_up: int, length: int) -> float:
-        """How much is left at a step of a cycle, warm_up <= step <= length: 0 at its end."""
+        """Return the remaining share at a step, 0 at the cycle's end; warm_up <= step <= length."""
 
 
 class LambdaWarmUpCosineScheduler2(_Cycles):
-    """Cycles that decay along half a cosine, which begins when the warm-up is over. See the module."""
+    """Cycles that decay along half a cosine, which begins after the warm-up."""
 
     @staticmethod
     def _decay(step: int, warm_up: int, length: int) -> float:
@@ -106,7 +107,10 @@ class LambdaWarmUpCosineScheduler2(_Cycles):
 
 
 class LambdaLinearScheduler(_Cycles):
-    """Cycles that decay linearly, on the line from f_max at the cycle's *start*: after a warm-up the factor jumps."""
+    """Cycles that decay linearly, along the line from f_max at the cycle's *start*.
+
+    After a warm-up the factor jumps.
+    """
 
     @staticmethod
     def _decay(step: int, warm_up: int, length: int) -> float:
@@ -114,7 +118,9 @@ class LambdaLinearScheduler(_Cycles):
 
 
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
-    """A single cycle of `max_decay_steps`, from `lr_start` to `lr_max` to `lr_min`, that decays along half a cosine.
+    """A single cycle of `max_decay_steps` that decays along half a cosine.
+
+    The factor goes from `lr_start` to `lr_max` to `lr_min`.
 
     Raises:
         UserError: the warm-up is as long as the cycle.

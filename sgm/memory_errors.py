@@ -1,4 +1,7 @@
-"""Running out of memory, on a GPU or in host memory, as one line for the user. Nothing here imports PyTorch."""
+"""Turn full memory, of a GPU or of the host, into one line for the user.
+
+PyTorch is not imported.
+"""
 
 import errno
 import re
@@ -9,7 +12,7 @@ from sgm.errors import UserError
 
 GENERAL_ADVICE = "use a smaller batch, fewer frames or a smaller size"
 
-# How libraries report it by exceptions that also stand for other things.
+# Messages of libraries whose exception types also stand for other errors.
 ON_DEVICE = re.compile(r"CUDA out of memory|CUDA error: out of memory|HIP out of memory|\w+_STATUS_ALLOC_FAILED")
 IN_HOST_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc|cudaHostAlloc|"
@@ -19,12 +22,12 @@ ASKED_FOR = re.compile(r"ried to allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)|nable to
 
 
 class OutOfMemory(UserError):
-    """The memory of the device or of the machine is full.
+    """The memory of the device or of the host is full.
 
     Args:
         where: what was being done, such as "encoding clips".
         shortage: which memory is full; see `describe_shortage`.
-        advice: what to do about it; None: not known yet, an outer `memory_guard` adds it.
+        advice: what to do; None: an outer `memory_guard` adds it.
     """
 
     def __init__(self, where: str, shortage: str, advice: str | None = None):
@@ -32,16 +35,19 @@ class OutOfMemory(UserError):
         super().__init__(f"{where}: {shortage}; {advice or GENERAL_ADVICE}")
 
     def __reduce__(self) -> tuple[type["OutOfMemory"], tuple[str, str, str | None]]:
-        return type(self), (self.where, self.shortage, self.advice)  # it travels to other processes
+        return type(self), (self.where, self.shortage, self.advice)  # for sending to other processes
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that memory is full: in PyTorch's, Python's, NumPy's or the system's own way."""
+    """Return whether `error` reports full memory.
+
+    The forms of PyTorch, Python, NumPy and the operating system are recognized.
+    """
     return isinstance(error, OutOfMemory | MemoryError) or _is_device_error(error) or _is_host_error(error)
 
 
 def memory_cause(error: BaseException | None) -> BaseException | None:
-    """Return the first of `error` and its causes that says that memory is full; None if none of them does."""
+    """Return the first of `error` and its causes that reports full memory; None without one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if is_out_of_memory(error):
@@ -52,7 +58,7 @@ def memory_cause(error: BaseException | None) -> BaseException | None:
 
 
 def describe_shortage(error: BaseException) -> str:
-    """Return which memory is full and, if `error` tells, how much more was asked for."""
+    """Return which memory is full, and the size of the failed allocation if `error` has it."""
     kind = "the memory of the GPU is full" if _is_device_error(error) else "host memory is full"
     match = ASKED_FOR.search(str(error))
     if not match:
@@ -65,9 +71,9 @@ def describe_shortage(error: BaseException) -> str:
 
 @contextmanager
 def memory_guard(where: str, advice: Callable[[str], str] | str | None = None) -> Iterator[None]:
-    """Turn an exception of the block that says that memory is full into an `OutOfMemory`.
+    """Turn an exception of the block that reports full memory into an `OutOfMemory`.
 
-    Guards can be nested: the innermost one says where it happened, and the innermost one with an advice what to do.
+    Guards can be nested: the innermost one gives the place, the innermost one with advice gives the advice.
 
     Args:
         where: what the block does.
@@ -89,7 +95,7 @@ def memory_guard(where: str, advice: Callable[[str], str] | str | None = None) -
             if known is error:
                 raise
             raise known from error
-        finally:  # no names of this frame, which errors refer to: a circle would keep the tensors of their other frames
+        finally:  # errors refer to this frame: without these names no reference cycle keeps their frames' tensors
             del cause, known
 
 
@@ -102,6 +108,6 @@ def _is_device_error(error: BaseException) -> bool:
 def _is_host_error(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    # safetensors reports what the operating system says by an exception of its own.
+    # safetensors reports errors of the operating system by its own exception.
     may_tell = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
     return may_tell and bool(IN_HOST_MEMORY.search(str(error)))

@@ -1,3 +1,3 @@
-"""Names of modules that configurations may use although the modules have moved."""
+"""Former names of modules, which configurations may still use."""
 
 MODULE_ALIASES = {"ema_adam": "sgm.ema_adam"}

@@ -1,4 +1,4 @@
-"""Exponential moving averages of weights, wherever they are kept: beside a model, or by an optimizer."""
+"""Exponential moving averages of weights, for modules and for optimizers."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,14 @@ from torch import Tensor
 
 
 def kept_share(decay: float, step: int | Tensor, warm_up: bool = True) -> float | Tensor:
-    """Return the share of a moving average that its update `step`, from 1, keeps: min(decay, (1 + step)/(10 + step)).
+    """Return the share of a moving average that its update `step`, from 1, keeps.
 
-    By this warm-up the average soon forgets the weights that it starts from; without it the share is `decay`.
+    It is min(decay, (1 + step)/(10 + step)), so that the average soon forgets the initial weights, or `decay` without
+    the warm-up.
 
     Args:
-        step: with a tensor, the share is one too, on its device and in float64: nothing waits for the device.
+        step: a number; or a tensor, for which the share is a float64 tensor on its device, so that nothing waits for
+            it.
     """
     if not isinstance(step, Tensor):
         return min(decay, (1 + step) / (10 + step)) if warm_up else decay
@@ -22,11 +24,11 @@ def kept_share(decay: float, step: int | Tensor, warm_up: bool = True) -> float 
 
 @torch.no_grad()
 def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], kept: float | Tensor) -> None:
-    """Update averages in place: each becomes kept * average + (1 - kept) * weight, without temporary copies.
+    """Update averages in place to kept * average + (1 - kept) * weight, without copies.
 
     Args:
-        averages: each of the shape and dtype of the tensor of `weights` at its place.
-        kept: what `kept_share` gives.
+        averages: each has the shape and dtype of the tensor of `weights` at the same index.
+        kept: a value of `kept_share`.
     """
     if not isinstance(kept, Tensor):
         torch._foreach_lerp_(averages, weights, 1 - kept)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update of a weight matrix is orthogonalized, by Newton and Schulz's iteration."""
+"""Muon: momentum with orthogonalized updates, by the Newton-Schulz iteration."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,26 +10,26 @@ from torch.optim import Optimizer
 from sgm.errors import UserError
 from sgm.moving_averages import follow, kept_share
 
-# x -> a x + b x^3 + c x^5, applied again and again, takes all of (0, 1] close to 1 (Jordan et al. 2024).
+# x -> a x + b x^3 + c x^5, applied repeatedly, takes all of (0, 1] close to 1 (Jordan et al. 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Muon for weights of two and more dimensions, kernels as matrices (out, in * taps); Adam for all others.
+    """Muon for weights of two and more dimensions; Adam for all others.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Of the same batches it takes a
-    fraction of Adam's steps, where these are few and noise is small. A step needs whole gradients: not for parameters
-    that are divided among processes or flattened, as by ZeRO.
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Convolution kernels are matrices
+    (out, in * taps). With equal batches it needs a fraction of Adam's steps if these are few and gradients have little
+    noise. A step needs whole gradients: parameters must not be divided among processes or flattened, as by ZeRO.
 
     Args:
-        lr: of matrices: the size of their update's singular values, times sqrt(out / in) where out is larger.
-        momentum: of the gradients of matrices, Nesterov's.
-        adam_lr_factor: the rate of Adam, as a multiple of `lr`.
-        betas, eps: Adam's.
+        lr: of matrices: the size of the update's singular values, times sqrt(out / in) if out is larger.
+        momentum: Nesterov momentum of the gradients of matrices.
+        adam_lr_factor: the learning rate of Adam, as a multiple of `lr`.
+        betas, eps: of Adam.
         weight_decay: of matrices, decoupled.
-        ema_decay: keeps of every parameter a moving average, `state[p]["shadow"]`, which forgets at this rate after the
-            warm-up of `kept_share`. None: no average.
+        ema_decay: decay of a moving average of every parameter, `state[p]["shadow"]`, after the warm-up of
+            `kept_share`. None: no average.
 
     Raises:
         UserError: a setting is out of its range.
@@ -49,11 +49,11 @@ class Muon(Optimizer):
         shares = {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1], "ema_decay": ema_decay or 0.0}
         for name, value in shares.items():
             if not 0 <= value < 1:
-                raise UserError(f"Muon: {name} is {value}; it is from 0 to below 1")
+                raise UserError(f"Muon: {name} is {value}; expected at least 0 and below 1")
         rates = {"lr": lr, "adam_lr_factor": adam_lr_factor, "eps": eps, "weight_decay": weight_decay}
         for name, value in rates.items():
             if value < 0:
-                raise UserError(f"Muon: {name} is {value}; it is not negative")
+                raise UserError(f"Muon: {name} is {value}; expected at least 0")
         super().__init__(params, {**rates, "momentum": momentum, "betas": tuple(betas), "ema_decay": ema_decay})
 
     @torch.no_grad()
@@ -101,11 +101,11 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The matrix with all its singular values made nearly 1, between about 0.7 and 1.2; zero stays zero.
+    """Return the matrix with its singular values near 1, between about 0.7 and 1.2.
 
-    The iteration X -> (a + b XX' + c (XX')^2) X only multiplies X from the left by polynomials of its Gram matrix, so
-    it runs on that small square matrix, and X is multiplied once. In float32, returned in the matrix's dtype; under
-    autocast too, whose rounding the powers of the Gram matrix would not survive.
+    A zero matrix stays zero. The iteration X -> (a + b XX' + c (XX')^2) X only multiplies X from the left by
+    polynomials of its Gram matrix, so that it runs on this small square matrix, and X is multiplied once. It computes
+    in float32 and returns the matrix's dtype; autocast is off, since powers of the Gram matrix need the precision.
     """
     with torch.autocast(matrix.device.type, enabled=False):
         return _orthogonalize(matrix.float()).to(matrix.dtype)

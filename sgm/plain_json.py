@@ -1,11 +1,14 @@
-"""Read JSON, whoever wrote it."""
+"""Read JSON from untrusted files."""
 
 import json
 from typing import Any
 
 
 def has_half_characters(text: str) -> bool:
-    """Return whether a text has half of a surrogate pair, as JSON's `\\ud83d` alone, which no tokenizer takes."""
+    """Return whether a text has half of a surrogate pair, such as `\\ud83d` alone.
+
+    No tokenizer takes such a text.
+    """
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 

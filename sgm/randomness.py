@@ -1,9 +1,9 @@
 """Random numbers of training: one stream for the process, or streams for each sample.
 
-By default draws come from the global generators, in the order in which they are made. Within `per_sample` every sample
-of a batch has generators of its own, one for each purpose. What is drawn for it then depends on its seed alone: not on
-the other samples of its batch, nor on the number of processes, nor on what was drawn before, so that a resumed run, a
-run on more processes and a run from cached latents all see the same numbers.
+By default numbers come from the global generators, in the order of the draws. Within `per_sample` every sample of a
+batch has its own generators, one for each purpose. Its numbers then depend on its seed alone, not on the other samples
+of the batch, the number of processes or earlier draws: a resumed run, a run on more processes and a run from cached
+latents use the same numbers.
 """
 
 import random
@@ -18,16 +18,16 @@ from sgm.seeds import hashed_seed
 
 
 class SampleStreams:
-    """The generators of a batch, made when they are first asked for."""
+    """The generators of a batch, created on first use."""
 
     def __init__(self, seeds: Sequence[int]):
         self.seeds = list(seeds)
         self.generators: dict[tuple[int, str, str], torch.Generator] = {}
 
     def of_batch(self, count: int, purpose: str, device: torch.device | str) -> Iterator[torch.Generator]:
-        """The generators of the samples, in order, on `device`."""
+        """Yield the generators of the samples, in order, on `device`."""
         if count != len(self.seeds):
-            raise ValueError(f"{purpose}: {count} samples, but seeds of {len(self.seeds)}")
+            raise ValueError(f"{purpose}: got {count} samples, but {len(self.seeds)} seeds")
         for sample, seed in enumerate(self.seeds):
             key = (sample, purpose, str(device))
             if key not in self.generators:
@@ -40,9 +40,10 @@ _streams: ContextVar[SampleStreams | None] = ContextVar("sample_streams", defaul
 
 @contextmanager
 def per_sample(seeds: Sequence[int]) -> Iterator[None]:
-    """Within the block, draws for a batch of `len(seeds)` come from each sample's own generators.
+    """Draw from each sample's own generators within the block, for batches of `len(seeds)`.
 
-    A draw for another number of samples is a ValueError.
+    Raises:
+        ValueError: (on a draw) the batch has another number of samples.
     """
     token = _streams.set(SampleStreams(seeds))
     try:
@@ -58,7 +59,7 @@ def normal(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normals (batch, ...)."""
+    """Draw standard normal numbers (batch, ...)."""
     streams = _streams.get()
     if streams is None:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -69,7 +70,7 @@ def normal(
 
 
 def uniform(count: int, *, purpose: str, device: torch.device | str | None = None) -> Tensor:
-    """Uniform over [0, 1): float32 (count,)."""
+    """Draw uniformly from [0, 1): float32 (count,)."""
     streams = _streams.get()
     if streams is None:
         return torch.rand(count, device=device)
@@ -78,7 +79,7 @@ def uniform(count: int, *, purpose: str, device: torch.device | str | None = Non
 
 
 def integers(low: int, high: int, count: int, *, purpose: str) -> Tensor:
-    """Uniform over low, ..., high - 1: int64 (count,), on the CPU."""
+    """Draw uniformly from low, ..., high - 1: int64 (count,), on the CPU."""
     streams = _streams.get()
     if streams is None:
         return torch.randint(low, high, (count,))
@@ -88,15 +89,17 @@ def integers(low: int, high: int, count: int, *, purpose: str) -> Tensor:
 
 
 def keep_mask(count: int, drop_rate: float, *, purpose: str, device: torch.device | str | None = None) -> Tensor:
-    """Ones, or with probability `drop_rate` zeros: float32 (count,)."""
+    """Draw a mask of ones, zeros with probability `drop_rate`: float32 (count,)."""
     if _streams.get() is None:
         return torch.bernoulli((1 - drop_rate) * torch.ones(count, device=device))
     return (uniform(count, purpose=purpose, device=device) >= drop_rate).float()
 
 
 def keep_whole_batch(count: int, drop_rate: float, *, purpose: str, device: torch.device | str | None = None) -> Tensor:
-    """`keep_mask`, but by default with one decision for the batch, from Python's generator: this is how the released
-    image-to-video models were trained."""
+    """Draw `keep_mask`; outside `per_sample`, draw once for the batch by Python's generator.
+
+    The released image-to-video models were trained in this way.
+    """
     if _streams.get() is None:
         return torch.full((count,), float(random.random() >= drop_rate), device=device)
     return keep_mask(count, drop_rate, purpose=purpose, device=device)

@@ -1,4 +1,4 @@
-"""Tell what a function of somebody else's takes."""
+"""Inspect the signatures of functions from other projects."""
 
 import inspect
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Return whether a function takes the keyword `name`, by itself or among any others."""
+    """Return whether a function takes the keyword `name`, as a parameter or by `**kwargs`."""
     kinds = inspect.Parameter
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is kinds.VAR_KEYWORD for parameter in parameters.values()):

@@ -1,4 +1,4 @@
-"""Building objects from configuration."""
+"""Build objects from a configuration."""
 
 import importlib
 import importlib.util
@@ -18,21 +18,21 @@ def get_obj_from_str(target: str) -> Any:
     """Return the object at an import path such as `sgm.modules.GeneralConditioner`.
 
     Raises:
-        UserError: the module or the attribute does not exist, or a module that is not ours fails when it is imported.
-            An ImportError raised *inside* a module of ours passes through, since the target is then right and
-            something it needs is missing.
+        UserError: the module or the attribute does not exist, or a module of another project fails during import. An
+            ImportError *inside* a module of this project is not caught: the target is right, and a requirement is
+            missing.
     """
     module_name, _, attribute = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
-        raise UserError(f"target {shown(target)} is not an import path of the form package.module.Class")
+        raise UserError(f"target {shown(target)} is not an import path; write it as package.module.Class")
     module_name = MODULE_ALIASES.get(module_name, module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name + ".").startswith(error.name + "."):
-            raise UserError(f"target '{target}': there is no module '{error.name}'") from error
+            raise UserError(f"target '{target}': module '{error.name}' does not exist") from error
         _raise_of_import(error, target, module_name)
-    except Exception as error:  # whatever a user's own module does when it is imported
+    except Exception as error:  # a user's module may raise anything during import
         _raise_of_import(error, target, module_name)
     try:
         return getattr(module, attribute)
@@ -48,14 +48,14 @@ def _raise_of_import(error: Exception, target: str, module_name: str) -> NoRetur
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
-    """Build `config["target"](**config["params"], **extra)`; `extra` wins over `params`.
+    """Build `config["target"](**config["params"], **extra)`; `extra` overrides `params`.
 
-    The class is checked before it is called: it must be one that the key of the configuration takes (`config_slots`),
-    and its parameters must be known to it, complete and of the types that it declares.
+    Before the call, the class must be one that the key of the configuration takes (`config_slots`), and `params` must
+    be complete, with known names and declared types.
 
     Raises:
         UserError: `target` or `params` are wrong, or the constructor refuses them. The message begins with the file and
-            the key of what is wrong, where they are known: within `config_places.section`.
+            the key, if they are known: within `config_places.section`.
     """
     parent = current_place()
     place = _place_of(config, parent)
@@ -74,20 +74,20 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 @contextmanager
 def reporting(place: Place, parent: Place | None, use: Callable[[Any], Any] | None = None) -> Iterator[None]:
-    """Report what the block, which builds an object at `place`, raises, with its file and key.
+    """Report an exception of the block, which builds an object at `place`, with file and key.
 
-    Out of memory, and a mistake of ours rather than of the values (see `config_blame`), pass through.
+    Full memory, and mistakes in this program rather than in the values (see `config_blame`), pass through.
 
     Args:
-        parent: the place around it; None: it is of no file, and everything passes through.
-        use: what the block does with an object that is built already.
+        parent: the outer place; None: no file is known, and everything passes through.
+        use: what the block does with an object that is already built.
     """
     try:
         with within(place):
             yield
     except UserError as error:
         if parent is None or type(error) is not UserError or place.slot == "data":
-            raise  # of data: most are about clips and captions, not about this section
+            raise  # most errors of data are about clips and captions, not about this section
         raise error_at(place, str(error)) from error
     except Exception as error:
         if parent is None or not (problem := blame(error, place, parent, use)):
@@ -99,10 +99,10 @@ def class_of_config(config: Any, place: Place | None = None) -> type:
     """Return the class that a configuration names as its `target`, without calling it.
 
     Args:
-        place: where the configuration is; None: it is looked for in what is being built.
+        place: the place of the configuration; None: it is searched in the object being built.
 
     Raises:
-        UserError: the class does not exist, or is not one for this key.
+        UserError: the class does not exist, or does not suit this key.
     """
     place = place or _place_of(config, current_place())
     if not isinstance(config, Mapping):
@@ -113,7 +113,7 @@ def class_of_config(config: Any, place: Place | None = None) -> type:
 
 
 def class_at(target: Any, place: Place, slot: str | None) -> type:
-    """Return the class at an import path, which the key `slot` takes; see `config_slots`.
+    """Return the class at an import path, which the key `slot` must take (`config_slots`).
 
     Raises:
         UserError: the target is not such a class.
@@ -130,7 +130,7 @@ def class_at(target: Any, place: Place, slot: str | None) -> type:
 
 
 def error_at(place: Place, problem: str) -> UserError:
-    """Return the error about a place in a configuration."""
+    """Return an error about a place in a configuration."""
     return ConfigError(f"{place}: {problem}") if place.known else UserError(problem)
 
 
@@ -145,7 +145,10 @@ _HELPERS = ("sgm.helpers", "sgm.context_parallel")
 
 
 def __getattr__(name: str) -> Any:
-    """Return a helper of `sgm.helpers` or `sgm.context_parallel`: imported when asked for, since they need PyTorch."""
+    """Return a helper of `sgm.helpers` or `sgm.context_parallel`, imported on first use.
+
+    Both modules need PyTorch.
+    """
     if not name.startswith("_"):
         for module in map(importlib.import_module, _HELPERS):
             if hasattr(module, name):

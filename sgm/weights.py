@@ -1,4 +1,4 @@
-"""Reading weights from files, and putting them into modules without a copy."""
+"""Read weights from files, and assign them to modules without copies."""
 
 import argparse
 import pickle
@@ -25,20 +25,20 @@ DIFFUSERS_FILES = ("diffusion_pytorch_model" + INDEX_SUFFIX, "diffusion_pytorch_
 
 
 def read_state_dict(path: str | Path) -> Any:
-    """What the weight file at `path` holds, on the CPU, its tensors mapped from the file where the format allows.
+    """Return the content of the weight file at `path`, on the CPU.
 
-    `path` is one of
-      * a `.safetensors` file, or an index `*.safetensors.index.json` of several (or the folder that holds either):
-        returns a dict of tensors;
-      * a folder with a pipeline of diffusers, or with its autoencoder: returns the autoencoder's tensors, by the names
-        that they have here;
-      * any other file: a `torch.save` pickle, read with `weights_only`, so that nothing in it is executed. Returns
-        the object that was saved; `module_weights` picks the weights out of it.
+    Tensors are mapped from the file where the format allows that. `path` is one of
+      * a `.safetensors` file, or an index `*.safetensors.index.json` of several (or the folder of either):
+        the result is a dict of tensors;
+      * a folder with a pipeline of diffusers, or with its autoencoder: the result is the autoencoder's tensors, with
+        their names in this project;
+      * any other file: a `torch.save` pickle, read with `weights_only`, so that no code in it is executed. The result
+        is the saved object; `module_weights` picks the weights out of it.
 
-    Do not overwrite the file in place while its tensors are in use: they are read when first touched.
+    Do not overwrite the file in place while its tensors are in use, since they are read on first access.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it is a pickle of anything but weights and plain values.
+        UserError: the file does not exist, is damaged, or is a pickle of other than weights and plain values.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,7 +48,7 @@ def read_state_dict(path: str | Path) -> Any:
             return weights
         return {ours: weights[theirs] for ours, theirs in from_diffusers(weights).items()}
     if not path.exists():
-        raise UserError(f"there is no weight file {path}")
+        raise UserError(f"weight file {path} does not exist")
     if path.name.endswith(INDEX_SUFFIX):
         return _read_sharded(path)
     if path.suffix == ".safetensors":
@@ -57,13 +57,15 @@ def read_state_dict(path: str | Path) -> Any:
 
 
 def module_weights(content: Any, *, what: str) -> dict[str, Tensor]:
-    """The name -> tensor mapping inside what `read_state_dict` returned.
+    """Return the mapping from names to tensors in a result of `read_state_dict`.
 
-    DeepSpeed keeps it under "module", Lightning under "state_dict"; a mapping of tensors is taken as it is, and
-    values that are not tensors are left out. `what` names the file in the error message.
+    DeepSpeed stores it under "module", Lightning under "state_dict"; values that are not tensors are left out.
+
+    Args:
+        what: the file, for the error message.
 
     Raises:
-        UserError: there are no tensors in any of these places.
+        UserError: tensors are found in none of these places.
     """
     if isinstance(content, Mapping):
         for key in ("module", "state_dict"):
@@ -79,7 +81,11 @@ def module_weights(content: Any, *, what: str) -> dict[str, Tensor]:
 
 
 def _check_plain(weights: Mapping[Any, Tensor], what: str) -> None:
-    """Raises UserError unless all weights have names, and values as a network computes with them."""
+    """Check that all weights have names and plain dense values.
+
+    Raises:
+        UserError: a weight does not.
+    """
     for name, tensor in weights.items():
         kind = (
             "without values"
@@ -93,30 +99,30 @@ def _check_plain(weights: Mapping[Any, Tensor], what: str) -> None:
             else None
         )
         if not isinstance(name, str) or kind:
-            problem = f"{shown(name)} is a tensor {kind}" if kind else f"{shown(name)} is no name of a weight"
+            problem = f"{shown(name)} is a tensor {kind}" if kind else f"{shown(name)} is not a name of a weight"
             raise UserError(f"{what} holds no plain weights: {problem}; save dense tensors of real numbers by name")
 
 
 def safetensors_in(folder: Path) -> Path:
-    """The one safetensors file or index in a folder; where diffusers wrote one, there may be others beside it.
+    """Return the only safetensors file or index in a folder; diffusers' names come first.
 
     Raises:
-        UserError: there is none, or it is not clear which.
+        UserError: the folder has none, or several.
     """
     candidates = sorted(folder.glob("*" + INDEX_SUFFIX)) or sorted(folder.glob("*.safetensors"))
     candidates = [path for path in candidates if path.name in DIFFUSERS_FILES] or candidates
     if len(candidates) != 1:
         raise UserError(
-            f"{folder} holds {len(candidates)} safetensors indices or files, expected one: name the file instead"
+            f"{folder} holds {len(candidates)} safetensors indices or files, expected one; name the file instead"
         )
     return candidates[0]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return the file of each tensor in an index of safetensors files, which lie beside it.
+    """Return the file of each tensor in an index of safetensors files in the same folder.
 
     Raises:
-        UserError: it cannot be read, is no such index, or names a file that is not beside it.
+        UserError: the index cannot be read, is not one, or names a file that is not in its folder.
     """
     try:
         weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
@@ -128,9 +134,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not shards or not all(isinstance(shard, str) for shard in shards):
         raise UserError(f"{index} is not a safetensors index: 'weight_map' does not name files")
     for shard in shards:
-        # An index may come from anywhere: what it names elsewhere on this machine is not its own.
+        # An index may be from an untrusted source, so that it must not name files in other folders.
         if shard != Path(shard).name or shard == ".." or not shard.isprintable() or not _is_file(index.parent / shard):
-            raise UserError(f"{index} names the file {shown(shard)}, which is not beside it: download it there")
+            raise UserError(f"{index} names the file {shown(shard)}, which is not beside it; download it there")
     return weight_map
 
 
@@ -163,12 +169,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 class _Bookkeeping:
-    """Stands for objects of DeepSpeed beside the weights, whose own classes are not imported."""
+    """Stands for DeepSpeed's objects beside the weights, whose own classes are not imported."""
 
 
 def _harmless_classes() -> list[Any]:
-    """Classes beside tensors and plain values that DeepSpeed and SAT checkpoints hold: arguments and RNG states, and
-    beside the optimizer's pieces of weights the ZeRO stage, loss scales and places in those pieces."""
+    """Return the classes beside tensors and plain values in checkpoints of DeepSpeed and SAT.
+
+    They are arguments and RNG states, and beside the optimizer's pieces of weights the ZeRO stage, loss scales and
+    places in those pieces.
+    """
     from _codecs import encode
 
     from numpy._core.multiarray import _reconstruct
@@ -186,7 +195,7 @@ def _harmless_classes() -> list[Any]:
 def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_harmless_classes()):
-            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            # Files from before PyTorch 1.6 are not zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
@@ -195,7 +204,7 @@ def _read_pickle(path: Path) -> Any:
         else:
             reason = "it is damaged or not a PyTorch file"
         raise UserError(f"cannot read weights from {path}: {reason}") from error
-    # A damaged pickle stream can fail in any of the operations that it asks for.
+    # A damaged pickle stream can fail in any of its operations.
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"it is damaged or not a PyTorch file ({_first_line(error)})"
         raise UserError(f"cannot read weights from {path}: {reason}") from error
@@ -214,29 +223,29 @@ def assign_weights(
     device: torch.device | str | None = None,
     convert: Callable[[Tensor, Any, torch.device | str | None], Tensor] | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Make `weights` the parameters and persistent buffers of `module`, by assignment instead of copying.
+    """Make `weights` the parameters and persistent buffers of `module`, without copies.
 
     `module` may be on the meta device. Each tensor is cast to the dtype of the entry that it replaces and moved to
-    `device` (default: that of the entry, or of the tensor where the entry is on meta), one at a time; a tensor that
-    fits as it is shares its storage with `weights`. `requires_grad`, ties between parameters and attributes set on
-    them are kept. Entries that `weights` does not name, and non-persistent buffers, stay as they are. Parameters
-    become new objects, so build optimizers afterwards.
+    `device` (default: that of the entry, or of the tensor if the entry is on meta), one at a time; a tensor that needs
+    no change shares its storage with `weights`. `requires_grad`, ties between parameters and attributes of parameters
+    are kept. Entries without weights, and non-persistent buffers, stay as they are. Parameters become new objects, so
+    build optimizers afterwards.
 
     Args:
-        what: names the source of the weights in error messages.
-        allow_missing, allow_unexpected: True for any, or the prefixes of names that may be missing from
-            `weights` or unknown to `module`.
-        convert: returns what takes the place of an entry, given that entry, what `weights` has for it and `device`;
-            `weights` may then hold anything that has a shape. None: what is said above.
+        what: the source of the weights, for error messages.
+        allow_missing, allow_unexpected: True for any name, or prefixes of names that may be missing from `weights` or
+            unknown to `module`.
+        convert: returns the replacement of an entry from that entry, its value in `weights` and `device`; `weights` may
+            then hold anything that has a shape. None: as above.
 
     Returns:
-        The names that were missing and those that were unexpected, all of them allowed.
+        The missing and the unexpected names, all of them allowed.
 
     Raises:
-        UserError: names are missing or unexpected or shapes differ; nothing has then been assigned.
+        UserError: names are missing or unexpected, or shapes differ; nothing is assigned then.
     """
     slots = _slots(module)
-    # By identity: one name of a tied parameter speaks for all of them.
+    # By identity, since one name of a tied parameter is enough for all.
     given = {id(entries[key]) for name, (entries, key) in slots.items() if name in weights}
     missing = [name for name, (entries, key) in slots.items() if id(entries[key]) not in given]
     unexpected = [name for name in weights if name not in slots]
@@ -255,7 +264,7 @@ def assign_weights(
     if problems:
         raise UserError(f"{what} does not fit {type(module).__name__}: it {'; it '.join(problems)}")
 
-    replaced: dict[int, Tensor] = {}  # from the id of an old entry, so that tied entries stay tied
+    replaced: dict[int, Tensor] = {}  # by the id of the old entry, so that tied entries stay tied
     for name, (entries, key) in slots.items():
         old = entries[key]
         if name in weights and id(old) not in replaced:
@@ -266,7 +275,7 @@ def assign_weights(
 
 
 def _slots(module: nn.Module) -> dict[str, tuple[dict[str, Tensor], str]]:
-    """Where each entry of `module.state_dict()` lives: name -> (the dict that holds it, its key there)."""
+    """Return for each name in `module.state_dict()` the dict that holds it, and its key there."""
     slots = {}
     for prefix, submodule in module.named_modules(remove_duplicate=False):
         dot = prefix + "." if prefix else ""
@@ -280,7 +289,11 @@ def _slots(module: nn.Module) -> dict[str, tuple[dict[str, Tensor], str]]:
 
 
 def as_entry(old: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:
-    """Return `value` with the dtype, kind, `requires_grad` and attributes of `old`, on `device`; None: where it is."""
+    """Return `value` with the dtype, kind, `requires_grad` and attributes of `old`.
+
+    Args:
+        device: of the result; None: that of `old`, or of `value` if `old` is on meta.
+    """
     if device is None and not old.is_meta:
         device = old.device
     value = value.detach().to(device=device, dtype=old.dtype)

@@ -6,7 +6,10 @@ __all__ = ["AutoencodingEngine"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return an engine of `sgm.models.autoencoder`: imported when asked for, since Lightning takes seconds to load."""
+    """Return an engine of `sgm.models.autoencoder`, imported on first use.
+
+    Lightning takes seconds to load.
+    """
     if name in __all__:
         from sgm.models import autoencoder
 

@@ -1,4 +1,4 @@
-"""What all autoencoders share that Lightning trains."""
+"""The base class of all autoencoders that Lightning trains."""
 
 import difflib
 import inspect
@@ -27,19 +27,19 @@ Config = Mapping[str, Any]
 
 
 class AbstractAutoencoder(pl.LightningModule, ABC):
-    """An autoencoder for Lightning: where its batches, its first weights and their running average come from.
+    """An autoencoder for Lightning: its batches, its initial weights and their average.
 
     Args:
-        ema_decay: keep an average of the trained weights (see `LitEma`); None: keep none.
-        monitor: the logged number that says which checkpoint is best.
+        ema_decay: decay of an average of the trained weights (see `LitEma`); None: no average.
+        monitor: the logged number by which the best checkpoint is chosen.
         input_key: the entry of a batch that is encoded.
-        ckpt_path, ignore_keys: a file of weights to start from, and prefixes of its entries to leave out.
-        ckpt_engine: the same as one setting: a path, or the configuration of something to call with this module that
-            loads weights into it and returns the names it had no weights for (see `CheckpointEngine`).
-        strict: these weights must fit exactly; False takes what fits, and lists the rest in the log.
+        ckpt_path, ignore_keys: a file of initial weights, and prefixes of its entries to leave out.
+        ckpt_engine: the initial weights as one setting: a path, or the configuration of an object that, called with
+            this module, loads weights into it and returns the names without weights (see `CheckpointEngine`).
+        strict: these weights must fit exactly; False loads those that fit, and lists the others in the log.
 
     Raises:
-        UserError: a setting is wrong or unknown, or the weights to start from do not fit.
+        UserError: a setting is wrong or unknown, or the initial weights do not fit.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
         if unknown:
             raise UserError(f"{type(self).__name__} has no setting {_with_nearest(type(self), unknown)}")
         if ema_decay is not None and not 0 <= ema_decay <= 1:
-            raise UserError(f"ema_decay is {ema_decay}; it is from 0 to 1")
+            raise UserError(f"ema_decay is {ema_decay}; expected a number from 0 to 1")
         if ckpt_path is not None and ckpt_engine is not None:
-            raise UserError("ckpt_path and ckpt_engine both name weights to start from: give one of them")
+            raise UserError("ckpt_path and ckpt_engine both give initial weights; give one of them")
         self.ema_decay, self.monitor, self.input_key = ema_decay, monitor, input_key
         self.model_ema: LitEma | None = None
         start = ckpt_engine if ckpt_path is None else ckpt_path
@@ -69,7 +69,11 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
     def _checkpoint_of(
         start: str | Path | Config | None, ignore_keys: Sequence[str] = (), strict: bool = True
     ) -> Callable[[nn.Module], list[str] | None] | None:
-        """Return the function that loads weights into a module: from a file, or as the configuration `start` says."""
+        """Return the function that loads initial weights into a module.
+
+        Args:
+            start: a file, or the configuration of such a function.
+        """
         if start is None:
             return None
         if isinstance(start, Mapping):
@@ -78,34 +82,37 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
 
     @property
     def use_ema(self) -> bool:
-        """Return True if an average of the weights is kept."""
+        """Return whether an average of the weights is kept."""
         return self.ema_decay is not None
 
     @abstractmethod
     def encode(
         self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Pixels -> latents; see `AutoencodingEngine.encode` for what comes with them."""
+        """Return the latents of pixels; see `AutoencodingEngine.encode`."""
 
     @abstractmethod
     def decode(self, z: Tensor, **options: Any) -> Tensor:
-        """Latents -> pixels."""
+        """Return the pixels of latents."""
 
     def get_input(self, batch: Mapping[str, Any]) -> Tensor:
-        """The images of a batch (b, c, h, w): floats in [-1, 1] as they are, bytes scaled to that.
+        """Return the images of a batch (b, c, h, w): floats in [-1, 1], or bytes scaled to that.
 
         Raises:
             UserError: the batch has no entry `input_key`.
         """
         if self.input_key not in batch:
-            raise UserError(f"input_key: a batch has no '{self.input_key}', but {', '.join(map(str, batch))}")
+            raise UserError(f"input_key: the batch has no '{self.input_key}', only {', '.join(map(str, batch))}")
         x = batch[self.input_key]
         return x.to(self.dtype) / 127.5 - 1 if x.dtype == torch.uint8 else x.to(self.dtype)
 
     # ------------------------------------------------------------ weights
 
     def load_start(self) -> None:
-        """Load the weights to start from and begin their average; for a constructor, when all parts are built."""
+        """Load the initial weights and begin their average.
+
+        A constructor calls this when all parts are built.
+        """
         self._begin_average()
         if self._checkpoint is not None:
             missing = self._checkpoint(self)
@@ -113,7 +120,10 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
                 self._begin_average()
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), strict: bool = True) -> None:
-        """Take the weights from a file, before training: all but entries that start with one of `ignore_keys`.
+        """Load the weights from a file before training, except given prefixes.
+
+        Args:
+            ignore_keys: prefixes of the entries to leave out.
 
         Raises:
             UserError: the file cannot be read, or is of another architecture (see `load_autoencoder`).
@@ -122,7 +132,10 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
         self.load_start()
 
     def apply_ckpt(self, ckpt: str | Path | Config | None) -> None:
-        """Take the weights that `ckpt` means, before training: what `ckpt_engine` of the constructor takes.
+        """Load weights before training.
+
+        Args:
+            ckpt: see `ckpt_engine` of the constructor.
 
         Raises:
             UserError: the file cannot be read, or is of another architecture.
@@ -137,7 +150,11 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Use the averaged weights within the block, where averages are kept; `context` is named in the log."""
+        """Use the averaged weights, if there are any, within the block.
+
+        Args:
+            context: a name for the log.
+        """
         if self.model_ema is None:
             yield
             return
@@ -158,10 +175,13 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
     def instantiate_optimizer_from_config(
         self, params: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, cfg: Config
     ) -> Optimizer:
-        """Return the optimizer that a configuration names, for parameters or groups of parameters, at the rate `lr`.
+        """Return an optimizer from a configuration, for parameters or groups of parameters.
+
+        Args:
+            lr: the learning rate.
 
         Raises:
-            UserError: the configuration does not name an optimizer, or has parameters that it does not take.
+            UserError: the configuration does not name an optimizer, or has unknown parameters.
         """
         log.debug("optimizer: %s", cfg.get("target"))
         config = {**cfg, "params": {**(cfg.get("params") or {}), "lr": lr}}
@@ -170,7 +190,7 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
     # ------------------------------------------------------------ several processes
 
     def setup(self, stage: str) -> None:
-        # DDP would broadcast all buffers before every step. The averages are the same everywhere as it is.
+        # DDP would broadcast all buffers before every step, but the averages are the same on all processes.
         names = [] if self.model_ema is None else [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 

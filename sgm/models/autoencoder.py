@@ -1,4 +1,4 @@
-"""The autoencoders that configurations name: all are trained by Lightning, and serve as first stages."""
+"""The autoencoders that configurations name, trained by Lightning or used as first stages."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -25,16 +25,19 @@ __all__ = [
 
 
 class IdentityFirstStage(AbstractAutoencoder):
-    """The first stage of a diffusion model in pixel space: latents are the pixels. There is nothing to train."""
+    """The first stage of a model in pixel space: latents are the pixels.
+
+    It has nothing to train.
+    """
 
     def get_input(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
-        """Return the images of a batch; images without a batch as they are."""
+        """Return the images of a batch, or the given images."""
         return batch if isinstance(batch, Tensor) else super().get_input(batch)
 
     def encode(
         self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return the pixels; with `return_reg_log` or `unregularized` in a pair with an empty report."""
+        """Return the pixels; with `return_reg_log` or `unregularized`, also an empty report."""
         return (x, {}) if return_reg_log or unregularized else x
 
     def decode(self, z: Tensor, **options: Any) -> Tensor:
@@ -45,14 +48,15 @@ class IdentityFirstStage(AbstractAutoencoder):
 
 
 class AutoencodingEngineLegacy(AutoencodingEngine):
-    """An autoencoder of the 2D networks with a linear map of each pixel's channels before and after the latent.
+    """An autoencoder of the 2D networks with a linear map of channels around the latent.
 
-    Images (b, in_channels, h, w), latents (b, embed_dim, h/f, w/f), f = 2^(len(ch_mult) - 1).
+    Images (b, in_channels, h, w), latents (b, embed_dim, h/f, w/f), f = 2^(len(ch_mult) - 1). One map follows the
+    encoder, another precedes the decoder.
 
     Args:
         embed_dim: channels of the latents.
         ddconfig: the parameters of both networks, `sgm.modules.diffusionmodules.model.Encoder` and `Decoder`.
-        max_batch_size: encode and decode this many images at once; None: the whole batch.
+        max_batch_size: number of images to encode and decode at once; None: the whole batch.
         loss_config, regularizer_config, others: see `AutoencodingEngine`.
     """
 
@@ -94,10 +98,10 @@ class AutoencodingEngineLegacy(AutoencodingEngine):
 
 
 class AutoencoderKL(AutoencodingEngineLegacy):
-    """The autoencoder of latent diffusion (Rombach et al. 2022): Gaussian latents under a small KL penalty.
+    """The autoencoder of latent diffusion (Rombach et al. 2022), with a small KL penalty.
 
     Args:
-        lossconfig: another name of `loss_config`; with neither it cannot be trained.
+        lossconfig: another name of `loss_config`; training needs one of them.
         embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`.
     """
 
@@ -125,17 +129,17 @@ class AutoencoderKL(AutoencodingEngineLegacy):
 
 
 class AutoencoderKLModeOnly(AutoencoderKL):
-    """`AutoencoderKL` whose latent is the mean of the Gaussian, not a sample. Its arguments are the same."""
+    """`AutoencoderKL` whose latents are the means, not samples; its arguments are the same."""
 
     regularizer_params = MappingProxyType({"sample": False})
 
 
 class AutoencoderLegacyVQ(AutoencodingEngineLegacy):
-    """The autoencoder of VQGAN (Esser et al. 2021): latents of the codes of a table.
+    """The autoencoder of VQGAN (Esser et al. 2021): latents are codes of a table.
 
     Args:
-        n_embed: how many codes.
-        lossconfig: another name of `loss_config`; with neither it cannot be trained.
+        n_embed: number of codes.
+        lossconfig: another name of `loss_config`; training needs one of them.
         embed_dim, ddconfig, others: see `AutoencodingEngineLegacy`; `double_z` of `ddconfig` must be off.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Training an autoencoder with Lightning: reconstruction, a penalty on the latents, and a discriminator."""
+"""Train an autoencoder with Lightning: reconstruction, penalties and a discriminator."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,10 +26,12 @@ AUTOENCODER, DISCRIMINATOR = 0, 1  # `optimizer_idx` of the loss
 
 
 class Reconstruction(NamedTuple):
-    """What the loss compares, pixels (b c h w) or (b c t h w), and what the regularizer reports.
+    """The inputs of the loss, pixels (b c h w) or (b c t h w), and the regularizer's report.
 
-    With `frames` the pixels are this rank's share of a clip, of which rank r has frames[r] frames. `weight` multiplies
-    the reconstruction's part of the loss. `latent` is what was decoded, this rank's share of it.
+    Attributes:
+        frames: None, or the number of frames of each rank; the pixels are then this rank's part of a clip.
+        weight: a factor of the reconstruction's part of the loss.
+        latent: this rank's part of the decoded latent.
     """
 
     inputs: Tensor
@@ -41,47 +43,46 @@ class Reconstruction(NamedTuple):
 
 
 class AutoencodingEngine(AbstractAutoencoder):
-    """Trains an encoder, a decoder and a regularizer, and in turn with them the discriminator that their loss may have.
+    """Trains an encoder, a decoder and a regularizer, in turn with their discriminator.
 
-    Optimization is manual, so the trainer's own accumulation and clipping are settings here. One step of the trainer
-    (`global_step`) is a step of one optimizer: the autoencoder's up to `disc_start_iter`, from there the
+    Optimization is manual, so that accumulation and clipping are settings here, not of the trainer. One step of the
+    trainer (`global_step`) is a step of one optimizer: the autoencoder's up to `disc_start_iter`, then the
     discriminator's and the autoencoder's in turn. All processes take the same turns. With a discriminator the DDP
     strategy must be `ddp_find_unused_parameters_true`.
 
-    A batch may have a `seed` for each of its samples, from which alone then come the random numbers of that sample.
+    A batch may have a `seed` for each of its samples; the random numbers of a sample then depend on its seed alone.
 
     Args:
         args: the leading arguments of `AbstractAutoencoder`: ema_decay, monitor, input_key.
-        encoder_config, decoder_config, regularizer_config, loss_config: what to build. A regularizer returns a latent
-            and a dictionary of scalars; see `call_loss` for what a loss takes and returns.
-        optimizer_config: target and params of both optimizers, by default `torch.optim.Adam`. The rate of the
-            discriminator's is the `lr` of these params, or else `learning_rate`.
-        lr_g_factor: the rate of the autoencoder (the generator) is this multiple of the discriminator's.
-        scheduler_config: target and params of a function, such as those of `sgm.lr_scheduler`, from the number of
-            steps that an optimizer has taken to a factor of its rates.
+        encoder_config, decoder_config, regularizer_config, loss_config: the parts. A regularizer returns a latent and a
+            dictionary of scalars; see `call_loss` for a loss.
+        optimizer_config: target and params of both optimizers, by default `torch.optim.Adam`. The learning rate of the
+            discriminator is the `lr` of these params, or else `learning_rate`.
+        lr_g_factor: the learning rate of the autoencoder (the generator) as a multiple of the discriminator's.
+        scheduler_config: target and params of a function, such as those of `sgm.lr_scheduler`, from the number of steps
+            of an optimizer to a factor of its learning rates.
         trainable_ae_params, trainable_disc_params: groups of parameters to train, each a list of regular expressions
-            that match names from their beginning (`encoder\\.conv_in`); what no group matches stays fixed. None: one
-            group of all, which is that of the encoder, decoder, regularizer and the loss's log-variance, or of the
-            discriminator.
-        ae_optimizer_args, disc_optimizer_args: for each group the optimizer's arguments that differ (`lr`, as it is
-            given; `weight_decay`, ...).
-        disc_start_iter: the step with which the discriminator starts, unless the loss has a later `disc_start`.
-        additional_decode_keys: entries of a batch, where it has them, that the decoder is called with by name.
-        diff_boost_factor: how much `log_images` multiplies differences to make them visible.
-        accumulate_grad_batches: batches whose mean gradient makes a step.
+            that match the beginning of names (`encoder\\.conv_in`); other parameters stay fixed. None: one group of
+            all, of encoder, decoder, regularizer and the loss's log-variance, or of the discriminator.
+        ae_optimizer_args, disc_optimizer_args: for each group the optimizer's arguments that differ (`lr`, without
+            factors; `weight_decay`, ...).
+        disc_start_iter: the first step of the discriminator, unless the loss has a later `disc_start`.
+        additional_decode_keys: entries of a batch that are passed to the decoder by name, if the batch has them.
+        diff_boost_factor: factor of differences in `log_images`, to make them visible.
+        accumulate_grad_batches: number of batches whose mean gradient makes a step.
         gradient_clip_val: the largest norm of the gradient of a step; None: any.
-        parts: more modules, by their names here, that are trained with the encoder and decoder.
+        parts: further modules by name, trained with encoder and decoder.
         others: see `AbstractAutoencoder`.
 
     Attributes:
         learning_rate: to be set before training, unless the optimizer's params have an `lr`.
 
     Raises:
-        UserError: a setting is wrong, or the weights to start from do not fit.
+        UserError: a setting is wrong, or the initial weights do not fit.
     """
 
     learning_rate: float | None = None
-    group: ProcessGroup | None = None  # of the ranks that share a clip
+    group: ProcessGroup | None = None  # the ranks that share a clip
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         super().__init__(*args, **others)
         self.automatic_optimization = False
         if accumulate_grad_batches < 1:
-            raise UserError(f"accumulate_grad_batches is {accumulate_grad_batches}; it is at least 1")
+            raise UserError(f"accumulate_grad_batches is {accumulate_grad_batches}; expected at least 1")
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         for name, part in (parts or {}).items():
@@ -119,7 +120,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         self.optimizer_config = optimizer_config or {"target": "torch.optim.Adam"}
         self.lr_g_factor = lr_g_factor
         self.scheduler_config = scheduler_config
-        self._place = current_place()  # in the configuration, for what is built when training starts
+        self._place = current_place()  # in the configuration, for the optimizers built when training starts
         for config in filter(None, (self.optimizer_config, scheduler_config)):
             class_of_config(config)
         self.disc_start_iter = disc_start_iter
@@ -139,7 +140,7 @@ class AutoencodingEngine(AbstractAutoencoder):
             for kind, candidates in zip(settings, self._trainable(), strict=True)
         ]
         if not any(names for names, _ in self._groups[AUTOENCODER]):
-            raise UserError("trainable_ae_params: there is nothing of the autoencoder to train")
+            raise UserError("trainable_ae_params: no parameter of the autoencoder is trained; name at least one")
         chosen = {name for groups in self._groups for names, _ in groups for name in names}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -150,8 +151,8 @@ class AutoencodingEngine(AbstractAutoencoder):
     def get_autoencoder_params(self) -> list[nn.Parameter]:
         """Return the parameters that the autoencoder's optimizer can train.
 
-        A subclass that returns fewer trains only these. The constructor asks, when the parts that the configuration
-        names are built.
+        A subclass may return fewer, to train only these. The constructor calls this when the parts of the configuration
+        are built.
         """
         special = _identities(self.loss, "parameters") | _identities(self.regularization, "parameters")
         trained = _identities(self.loss, "get_trainable_autoencoder_parameters")
@@ -159,22 +160,22 @@ class AutoencodingEngine(AbstractAutoencoder):
         return [each for each in self.parameters() if id(each) in trained or id(each) not in special]
 
     def get_discriminator_params(self) -> list[nn.Parameter]:
-        """Return the parameters that the discriminator's optimizer can train; none if the loss has none."""
+        """Return the parameters that the discriminator's optimizer can train, if there are any."""
         trained = _identities(self.loss, "get_trainable_parameters")
         return [each for each in self.parameters() if id(each) in trained]
 
     def get_param_groups(
         self, parameter_names: Sequence[Sequence[str]], optimizer_args: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[list[dict[str, Any]], int]:
-        """Return groups of parameters for an optimizer, and how many numbers they hold in all.
+        """Return groups of parameters for an optimizer, and their number of elements in all.
 
         Args:
-            parameter_names: for each group, regular expressions that match names from their beginning.
+            parameter_names: for each group, regular expressions that match the beginning of names.
             optimizer_args: for each group, the optimizer's arguments that differ.
 
         Raises:
-            UserError: an expression matches nothing, a parameter is in two groups, or there are not as many arguments
-                as groups.
+            UserError: an expression matches nothing, a parameter is in two groups, or the number of arguments differs
+                from that of the groups.
         """
         members = match_groups(dict(self.named_parameters()), parameter_names, what="parameter_names")
         pair_arguments(members, optimizer_args, what="optimizer_args")
@@ -185,7 +186,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         return groups, sum(parameter.numel() for group in members for parameter in group.values())
 
     def _trainable(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        """The parameters that can be trained: the autoencoder's and the discriminator's."""
+        """Return the trainable parameters of the autoencoder and of the discriminator, by name."""
         named = {name: each for name, each in self.named_parameters() if each.requires_grad}
         chosen = [{id(each) for each in get()} for get in (self.get_autoencoder_params, self.get_discriminator_params)]
         autoencoder, discriminator = ({name: each for name, each in named.items() if id(each) in ids} for ids in chosen)
@@ -198,7 +199,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         patterns: Sequence[Sequence[str]] | None,
         arguments: Sequence[Mapping[str, Any]] | None,
     ) -> list[tuple[list[str], Mapping[str, Any]]]:
-        """Groups of an optimizer: the names of their parameters, and their own arguments."""
+        """Return an optimizer's groups: the names of their parameters, and their own arguments."""
         if patterns is None:
             groups = [dict(candidates)] if candidates else []
         else:
@@ -209,9 +210,9 @@ class AutoencodingEngine(AbstractAutoencoder):
         params = dict(self.optimizer_config.get("params") or {})
         rate = params.pop("lr", self.learning_rate)
         if rate is None:
-            raise UserError("no learning rate: set learning_rate, or lr in the params of optimizer_config")
+            raise UserError("learning_rate is missing; set it, or lr in the params of optimizer_config")
         if isinstance(self.loss, nn.Identity):
-            raise UserError("loss_config: torch.nn.Identity is no loss to train an autoencoder with")
+            raise UserError("loss_config: torch.nn.Identity cannot train an autoencoder; name a loss")
         check_loss(self.loss)
         parameters = dict(self.named_parameters())
         optimizers = []
@@ -228,7 +229,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         return optimizers, [LambdaLR(optimizer, schedule) for optimizer in optimizers]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What goes on of a schedule is its step; rate and lengths are those of today's configuration."""
+        """Keep only the step of a stored schedule; rates and lengths are the configuration's."""
         for state in checkpoint.get("lr_schedulers", ()):
             state["lr_lambdas"] = [None] * len(state["lr_lambdas"])  # LambdaLR keeps its own for None
             state.pop("base_lrs", None)
@@ -238,22 +239,25 @@ class AutoencodingEngine(AbstractAutoencoder):
         return bool(self._groups[DISCRIMINATOR])
 
     def get_last_layer(self) -> nn.Parameter:
-        """The weight that makes the pixels, for losses that balance their terms by its gradient."""
+        """Return the weight of the last layer, for losses that balance terms by its gradient."""
         if hasattr(self.decoder, "get_last_layer"):
             return self.decoder.get_last_layer()
         return self.decoder.conv_out.weight
 
     def coder_state_dict(self, ema: bool) -> dict[str, Tensor]:
-        """The weights that make an autoencoder without its training, on their device; their averages with `ema`.
+        """Return the weights of the autoencoder without training's, on their device.
+
+        Args:
+            ema: return the averages of the weights.
 
         Raises:
-            UserError: there are no averages.
+            UserError: no averages are kept.
         """
         weights = {name: value for name, value in self.state_dict().items() if not name.startswith(TRAINING_ONLY)}
         if not ema:
             return weights
         if self.model_ema is None:
-            raise UserError("ema_decay: no average of the weights is kept")
+            raise UserError("ema_decay: no average of the weights is kept; set a decay")
         return {**weights, **self.model_ema.shadows()}
 
     # ------------------------------------------------------------ reconstruction
@@ -261,32 +265,34 @@ class AutoencodingEngine(AbstractAutoencoder):
     def encode(
         self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Images (b, c, h, w) -> latents, and with `return_reg_log` what the regularizer reports.
+        """Return the latents of images (b, c, h, w).
 
-        With `unregularized` the encoder's own output, always in a pair with an empty report.
+        Args:
+            return_reg_log: return a pair of the latents and the regularizer's report.
+            unregularized: return a pair of the encoder's output and an empty report.
         """
         return self._regularized(self.encoder(x), return_reg_log, unregularized)
 
     def _regularized(
         self, z: Tensor, return_reg_log: bool, unregularized: bool
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return what `encode` gives for the encoder's output `z`."""
+        """Return the result of `encode` from the encoder's output `z`."""
         if unregularized:
             return z, {}
         latent, report = self.regularization(z)
         return (latent, report) if return_reg_log else latent
 
     def decode(self, z: Tensor, **options: Any) -> Tensor:
-        """Latents -> images (b, c, h, w). `options` go to the decoder."""
+        """Return the images (b, c, h, w) of latents; `options` go to the decoder."""
         return self.decoder(z, **options)
 
     def forward(self, x: Tensor, **decode_options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Latents, reconstruction and the regularizer's report of whole images (b, c, h, w)."""
+        """Return latents, reconstruction and the regularizer's report of images (b, c, h, w)."""
         z, report = self.encode(x, return_reg_log=True)
         return z, self.decode(z, **decode_options), report
 
     def reconstruct(self, x: Tensor, **decode_options: Any) -> Reconstruction:
-        """Encode and decode the input of a step. `decode_options` go to the decoder.
+        """Return the reconstruction of a step's input; `decode_options` go to the decoder.
 
         Raises:
             UserError: the sizes do not fit the autoencoder.
@@ -301,7 +307,10 @@ class AutoencodingEngine(AbstractAutoencoder):
     # ------------------------------------------------------------ training
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """One batch of whose turn it is: {"loss": scalar, "log": named scalars}, all detached."""
+        """Run a batch of the next optimizer; return {"loss": scalar, "log": named scalars}.
+
+        All values are detached.
+        """
         turn = self.next_optimizer()
         optimizer = _as_list(self.optimizers())[turn]
         self._accumulated += 1
@@ -321,7 +330,10 @@ class AutoencodingEngine(AbstractAutoencoder):
         return {"loss": loss.detach(), "log": log}
 
     def next_optimizer(self) -> int:
-        """Whose turn it is. The discriminator starts, so that the autoencoder never learns from an untrained one."""
+        """Return the index of the next optimizer.
+
+        The discriminator starts, so that the autoencoder never learns from an untrained one.
+        """
         start = max(self.disc_start_iter, getattr(self.loss, "disc_start", 0))
         since_start = self.global_step - start
         return DISCRIMINATOR if self.has_discriminator and since_start >= 0 and since_start % 2 == 0 else AUTOENCODER
@@ -329,7 +341,11 @@ class AutoencodingEngine(AbstractAutoencoder):
     def compute_loss(
         self, batch: Mapping[str, Any], optimizer_idx: int, split: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch for the autoencoder (0) or the discriminator (1), and its detached parts by name."""
+        """Return the loss of a batch, and its detached parts by name.
+
+        Args:
+            optimizer_idx: 0 for the autoencoder, 1 for the discriminator.
+        """
         with _random_numbers(batch), torch.set_grad_enabled(torch.is_grad_enabled() and optimizer_idx == AUTOENCODER):
             reconstruction = self.reconstruct(self.get_input(batch), **self._decode_options(batch))
         return self._loss(reconstruction, optimizer_idx, split)
@@ -350,7 +366,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         return call_loss(self.loss, reconstruction.inputs, reconstruction.outputs, given)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip: here the gradients are averaged over processes and, with mixed precision, unscaled."""
+        """Clip gradients, which are averaged over processes and, with mixed precision, unscaled."""
         if self.gradient_clip_val is not None:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
@@ -360,8 +376,8 @@ class AutoencodingEngine(AbstractAutoencoder):
         model = self.trainer.strategy.model
         if self.has_discriminator and isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
             raise UserError(
-                "strategy: with a discriminator half of the parameters rest in each step, "
-                "for which DDP must be ddp_find_unused_parameters_true"
+                "strategy: with a discriminator each step uses only some of the parameters; "
+                "use ddp_find_unused_parameters_true"
             )
 
     # ------------------------------------------------------------ validation
@@ -372,9 +388,10 @@ class AutoencodingEngine(AbstractAutoencoder):
         return log
 
     def validate(self, batch: Mapping[str, Any], batch_idx: int = 0) -> dict[str, Tensor]:
-        """The loss's parts as `val/...`, with the averaged weights as `val_ema/...`; `.../rec` is the mean |x - x̂|.
+        """Return the loss's parts as `val/...`, and with averaged weights as `val_ema/...`.
 
-        The random numbers of a sample follow from its `seed`, or else from its place, so that values compare.
+        `.../rec` is the mean |x - x̂|. The random numbers of a sample follow from its `seed`, or else from its place in
+        the data, so that values of different steps compare.
         """
         with self._evaluating():
             log = self._evaluate(batch, batch_idx, "val")
@@ -398,13 +415,14 @@ class AutoencodingEngine(AbstractAutoencoder):
     def log_images(
         self, batch: Mapping[str, Any], additional_log_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """`inputs`, `reconstructions`, `diff` and `diff_boost`, and of all but the first `..._ema`: in [-1, 1].
+        """Return `inputs`, `reconstructions`, `diff` and `diff_boost`, pictures in [-1, 1].
 
-        Differences are |x - x̂| / 2, and that times `diff_boost_factor`; no difference is -1. What a method
-        `log_images` of the loss makes of inputs and reconstructions is added, by its names.
+        With averaged weights, `..._ema` is added for all but `inputs`. Differences are |x - x̂| / 2, and the same times
+        `diff_boost_factor`; -1 is no difference. Pictures of the loss's method `log_images`, if it exists, are added by
+        name.
 
         Args:
-            additional_log_kwargs: more for the decoder; what it then gives is `reconstructions-key=value`.
+            additional_log_kwargs: further arguments of the decoder; its result is added as `reconstructions-key=value`.
             kwargs: accepted from callbacks, without effect.
         """
         with self._evaluating():
@@ -460,7 +478,10 @@ def _identities(module: nn.Module, method: str) -> set[int]:
 
 
 def _random_numbers(batch: Mapping[str, Any], count: int | None = None, *place: int) -> AbstractContextManager[None]:
-    """Where a batch has no seeds, its random numbers follow from its `place`; without a `count` they are the next."""
+    """Return a context for a batch's random numbers: from seeds, or from its `place`.
+
+    Without seeds and `count`, the random numbers are the next ones.
+    """
     if "seed" in batch:
         return per_sample([int(seed) for seed in batch["seed"]])
     if count is None:
@@ -469,5 +490,5 @@ def _random_numbers(batch: Mapping[str, Any], count: int | None = None, *place: 
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Lightning gives None, one or a list of optimizers and schedulers."""
+    """Return a list of Lightning's optimizers or schedulers, which may be None, one or a list."""
     return value if isinstance(value, list) else [] if value is None else [value]

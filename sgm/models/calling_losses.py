@@ -1,4 +1,4 @@
-"""Call the loss that a configuration names, whichever project it was written for."""
+"""Call the loss that a configuration names, from this project or another."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,14 +15,14 @@ NAMES = frozenset(
         *("group", "frames", "z", "autoencoder"),
     )
 )
-"""Values that an engine has for a loss, see `call_loss`."""
+"""Names of the values that an engine can pass to a loss, see `call_loss`."""
 
 
 def loss_keywords(loss: Callable[..., Any]) -> set[str]:
-    """Return the names that a loss is called with beside inputs and reconstructions.
+    """Return the names of a loss's arguments besides inputs and reconstructions.
 
-    These are its `forward_keys`. Without that attribute they are its keyword-only parameters, so that a plain loss
-    such as `torch.nn.MSELoss` is called as `loss(inputs, reconstructions)`.
+    They are its `forward_keys`, or else its keyword-only parameters, so that a plain loss such as `torch.nn.MSELoss` is
+    called as `loss(inputs, reconstructions)`.
     """
     keys = getattr(loss, "forward_keys", None)
     if keys is not None:
@@ -35,10 +35,10 @@ def loss_keywords(loss: Callable[..., Any]) -> set[str]:
 
 
 def check_loss(loss: Callable[..., Any]) -> None:
-    """Check that a loss can be called with inputs, reconstructions and the names that it asks for.
+    """Check that a loss can be called with inputs, reconstructions and its further names.
 
     Raises:
-        UserError: the loss takes something else.
+        UserError: the loss takes other arguments.
     """
     try:
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
@@ -48,27 +48,27 @@ def check_loss(loss: Callable[..., Any]) -> None:
         signature.bind(None, None, **dict.fromkeys(NAMES & loss_keywords(loss)))
     except TypeError as error:
         raise UserError(
-            f"loss_config: {type(loss).__name__} cannot be called as loss(inputs, reconstructions, ...): {error}; name "
-            "what else it takes in its forward_keys, or use torch.nn.L1Loss"
+            f"loss_config: {type(loss).__name__} cannot be called as loss(inputs, reconstructions, ...): {error}; list "
+            "its other arguments in its forward_keys, or use torch.nn.L1Loss"
         ) from error
 
 
 def call_loss(
     loss: Callable[..., Any], inputs: Tensor, reconstructions: Tensor, given: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the loss of reconstructions and its parts by name, detached.
+    """Return the loss of reconstructions, and its detached parts by name.
 
-    A loss returns a scalar, or a pair of it and a dictionary of numbers to log. A scalar alone is logged as
+    A loss returns a scalar, or a pair of a scalar and a dictionary of numbers to log. A scalar alone is logged as
     `{split}/loss/rec`, that of a discriminator as `{split}/loss/disc`.
 
     Args:
-        given: what can be asked for by name, see `loss_keywords`: `regularization_log`, `optimizer_idx` (0 for the
-            autoencoder, 1 for the discriminator), `global_step`, `last_layer`, `split`, `weights` (a factor of the
-            reconstruction's part, or None), `z`, `autoencoder` (the engine), and for clips that several processes
+        given: the values that a loss can ask for by name, see `loss_keywords`: `regularization_log`, `optimizer_idx` (0
+            for the autoencoder, 1 for the discriminator), `global_step`, `last_layer`, `split`, `weights` (a factor of
+            the reconstruction's part, or None), `z`, `autoencoder` (the engine), and for clips that several processes
             share `group` and `frames`, see `GeneralLPIPSWithDiscriminator`.
 
     Raises:
-        UserError: the loss asks for something else, has no place for `weights` that are needed, or returns something
+        UserError: the loss asks for an unknown name, does not take the `weights` that are needed, or returns something
             else.
     """
     name = type(loss).__name__
@@ -76,13 +76,12 @@ def call_loss(
     if unknown := sorted(wanted - given.keys()):
         if getattr(loss, "forward_keys", None) is not None:
             raise UserError(
-                f"loss_config: {name}.forward_keys asks for '{unknown[0]}', which no engine has; "
-                f"it can ask for {', '.join(given)}"
+                f"loss_config: {name}.forward_keys has the unknown name '{unknown[0]}'; use {', '.join(given)}"
             )
         wanted &= given.keys()
     if given["weights"] is not None and "weights" not in wanted:
         raise UserError(
-            f"image_video_weights: {name} takes no `weights` to balance images and videos with: set [1, 1], or name "
+            f"image_video_weights: {name} takes no `weights` to balance images and videos; set [1, 1], or list "
             "'weights' in its forward_keys"
         )
     result = loss(inputs, reconstructions, **{key: given[key] for key in wanted})

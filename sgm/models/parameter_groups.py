@@ -1,4 +1,4 @@
-"""Dividing parameters into groups by regular expressions on their names."""
+"""Divide parameters into groups by regular expressions on their names."""
 
 import difflib
 import re
@@ -13,15 +13,16 @@ from sgm.errors import UserError
 def match_groups(
     parameters: Mapping[str, nn.Parameter], patterns: Sequence[Sequence[str]], *, what: str
 ) -> list[dict[str, nn.Parameter]]:
-    """The parameters whose names match, from their beginning, one of the patterns of each group.
+    """Return the parameters of each group: those whose names begin with a match of a pattern.
 
-    `what` names the setting in error messages.
+    Args:
+        what: the setting, for error messages.
 
     Raises:
-        UserError: a pattern is no regular expression or matches nothing, or a parameter is in two groups.
+        UserError: a pattern is not a regular expression or matches nothing, or a parameter is in two groups.
     """
     if isinstance(patterns, str) or any(isinstance(group, str) for group in patterns):
-        raise UserError(f"{what}: expected a list of groups, each a list of patterns, not {patterns!r}")
+        raise UserError(f"{what}: expected a list of groups, each a list of patterns, got {patterns!r}")
     groups: list[dict[str, nn.Parameter]] = []
     home: dict[str, int] = {}
     for index, group in enumerate(patterns):
@@ -30,13 +31,13 @@ def match_groups(
             try:
                 matching = {name: value for name, value in parameters.items() if re.match(pattern, name)}
             except re.error as error:
-                raise UserError(f"{what}: '{pattern}' is no regular expression: {error}") from error
+                raise UserError(f"{what}: '{pattern}' is not a regular expression: {error}") from error
             if not matching:
                 raise UserError(f"{what}: '{pattern}' matches no parameter; {_nearest(pattern, parameters)}")
             members |= matching
         for name in members:
             if home.setdefault(name, index) != index:
-                raise UserError(f"{what}: {name} is in group {home[name]} and in group {index}; it can be in one only")
+                raise UserError(f"{what}: {name} is in the groups {home[name]} and {index}; put it into one only")
         groups.append(members)
     return groups
 
@@ -44,10 +45,10 @@ def match_groups(
 def pair_arguments(
     groups: Sequence[Mapping[str, nn.Parameter]], arguments: Sequence[Mapping[str, Any]] | None, *, what: str
 ) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """The names in each group, with the group's own arguments for an optimizer.
+    """Return the names in each group, with the group's own arguments for an optimizer.
 
     Raises:
-        UserError: there are not as many arguments as groups.
+        UserError: the numbers of arguments and of groups differ.
     """
     if arguments is None:
         arguments = [{}] * len(groups)
@@ -58,7 +59,7 @@ def pair_arguments(
 
 def _nearest(pattern: str, names: Mapping[str, Any]) -> str:
     if not names:
-        return "there is none to train"
+        return "the model has none to train"
     literal = pattern.replace("\\", "").replace(".*", "").strip("^$")
     near = difflib.get_close_matches(literal, names, n=3, cutoff=0.0)
     return f"the nearest names are {', '.join(near)}"

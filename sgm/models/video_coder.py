@@ -1,4 +1,7 @@
-"""Encoding and decoding video with a causal autoencoder: a clip at once or chunk by chunk, on one process or more."""
+"""Encode and decode video with a causal autoencoder, at once or chunk by chunk.
+
+Several processes can share a clip.
+"""
 
 import logging
 from collections import defaultdict
@@ -28,7 +31,7 @@ from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.autoencoding.waiting import WaitingRoom, in_host_memory
 
 USABLE = 0.85
-"""The part of a GPU's free memory that pieces of a clip may take: some of it is lost between tensors."""
+"""The share of a GPU's free memory that pieces of a clip may take; fragmentation needs the rest."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,36 +40,36 @@ Clip = defaultdict[int, TailCache]
 
 
 def decoding_schedule(latent_frames: int) -> list[int]:
-    """How many latent frames each chunk of a clip takes: twos, and before them the odd one in a chunk of three.
+    """Return the number of latent frames of each chunk of a clip: 2, or 3 in an odd first one.
 
     A clip of 2k+1 latent frames starts with the frame that stands alone in time, and gives 8k+1 frames; a clip of 2k
-    has no such frame, and gives 8k. A chunk's normalization statistics are part of the result, so this is fixed.
+    has no such frame, and gives 8k. The schedule is fixed, since normalization statistics of chunks affect the result.
     """
     if latent_frames < 1:
-        raise UserError(f"cannot decode {latent_frames} latent frames: there must be at least one")
+        raise UserError(f"latent frames: expected at least 1, got {latent_frames}")
     if latent_frames == 1:
         return [1]
     return [2 + latent_frames % 2] + [2] * (latent_frames // 2 - 1)
 
 
 class VideoCoder(nn.Module):
-    """Pixels to latents and back, for a class that has an `encoder`, a `decoder` and a `regularization`.
+    """Encodes and decodes video by the `encoder`, `decoder` and `regularization` of a class.
 
     Video is (batch, channel, time, height, width) in [-1, 1], latents are (batch, z_channels, time, height, width).
 
     With a context parallel `group` the frames of each call are spread over its ranks (see `split_frames`). Every rank
-    makes the same calls. Frames are dealt out in units of one latent frame, as evenly as possible with the larger
-    shares first; the first frame of the clip is a unit by itself. With `input_cp` a call takes this rank's share,
-    otherwise every rank passes the whole; likewise `output_cp` for what it returns.
+    makes the same calls. Frames are divided in units of one latent frame, as evenly as possible with larger shares
+    first; the first frame of the clip is a unit by itself. With `input_cp` a call takes this rank's share, otherwise
+    every rank passes the whole; `output_cp` does the same for results.
 
     Attributes:
         group: the ranks that share a clip; None for one process.
-        tile_size: encode and decode in overlapping tiles of this many pixels a side, for images too large for the
-            memory; results then differ a little. None: whole images. `use_tiles` changes it.
-        frames_at_once: go through each layer by so many frames of video, where no gradient is wanted: the same numbers
-            in less memory. None: all at once, until a GPU's memory does not do. `use_frames_at_once` changes it.
-        waiting_bytes: of a GPU's memory, for what waits meanwhile; the rest of it waits in host memory. None: as many
-            as are free.
+        tile_size: encode and decode in overlapping tiles of this many pixels a side, for images that do not fit into
+            memory; results then differ slightly. None: whole images. `use_tiles` changes it.
+        frames_at_once: number of video frames that go through each layer at once, without gradients: the same numbers
+            in less memory. None: all, unless a GPU's memory is full. `use_frames_at_once` changes it.
+        waiting_bytes: GPU memory for the pieces that wait between layers; the others wait in host memory. None: all
+            free memory.
     """
 
     encoder: nn.Module
@@ -76,26 +79,28 @@ class VideoCoder(nn.Module):
     tile_size: int | None = None
     frames_at_once: int | None = None
     waiting_bytes: int | None = None
-    _open_clip: tuple[tuple[int, ...], Clip] | None = None  # its size and tails, between calls of `decode`
+    _open_clip: tuple[tuple[int, ...], Clip] | None = None  # size and tails of a clip, between calls of `decode`
 
     def use_tiles(self, size: int | None) -> None:
-        """Encode and decode in tiles of `size` pixels a side from the next clip on; None: whole images."""
+        """Use tiles of `size` pixels a side from the next clip on; None: whole images."""
         self.tile_size = size
 
     def use_frames_at_once(self, frames: int | None, waiting_bytes: int | None = None) -> None:
-        """Go through each layer by so many frames of video from the next clip on; None: all at once.
+        """Pass `frames` video frames through each layer at once, from the next clip on.
 
         Args:
-            frames: a multiple of the coders' `time_factor`, which is one latent frame.
+            frames: a multiple of the coders' `time_factor`, which is one latent frame. None: all frames.
             waiting_bytes: see the attribute.
 
         Raises:
-            UserError: the number does not fit, or the coders cannot.
+            UserError: the number does not fit, or the coders do not support pieces.
         """
         if frames is not None:
             factor = self.decoder.time_factor
             if frames < 1 or frames % factor:
-                raise UserError(f"vae_frames_at_once: {frames} is no positive multiple of {factor}; give {factor} or 8")
+                raise UserError(
+                    f"vae_frames_at_once: {frames} is not a positive multiple of {factor}; give {factor} or 8"
+                )
             for coder in (self.encoder, self.decoder):
                 if not hasattr(coder, "in_pieces"):
                     raise UserError(
@@ -104,14 +109,16 @@ class VideoCoder(nn.Module):
         self.frames_at_once, self.waiting_bytes = frames, waiting_bytes
 
     def lay_out_weights(self) -> None:
-        """Put the weights of 3D convolutions on a GPU into the layout of what they convolve, for a VAE that is not
-        trained: cuDNN would otherwise do so at each call."""
+        """Convert the weights of 3D convolutions on a GPU to the layout of their inputs.
+
+        Otherwise cuDNN would convert them at each call. It is for a VAE that is not trained.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv3d) and module.weight.device.type != "cpu":
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
     def get_last_layer(self) -> nn.Parameter:
-        """The weight that makes the pixels, for losses that balance their terms by its gradient."""
+        """Return the weight of the last layer, for losses that balance terms by its gradient."""
         return self.decoder.conv_out.conv.weight
 
     # ------------------------------------------------------------ encode
@@ -125,14 +132,19 @@ class VideoCoder(nn.Module):
         output_cp: bool = False,
         use_cp: bool = True,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Encode a whole clip of 4k+1 frames -> k+1 latent frames at an eighth of the height and width.
+        """Return the k+1 latent frames of a clip of 4k+1 frames, at an eighth of height and width.
 
-        Returns what the regularizer makes of the encoder's output, which for a Gaussian is a sample with noise from
-        the CPU generator (of the group's first rank); with `return_reg_log` also what it reports. With
-        `unregularized` a pair of the encoder's own output, the posterior's moments (batch, 2 * z_channels, ...), and
-        an empty report.
+        The regularizer always sees the whole clip, on every rank.
 
-        The regularizer always sees the whole clip, on every rank. Without `use_cp` this process encodes alone.
+        Args:
+            return_reg_log: return a pair of the latents and the regularizer's report.
+            unregularized: return a pair of the encoder's output, the posterior's moments (batch, 2 * z_channels, ...),
+                and an empty report.
+            use_cp: False: this process encodes alone.
+
+        Returns:
+            The regularizer's result, for a Gaussian a sample with noise from the CPU generator (of the group's first
+                rank).
 
         Raises:
             UserError: the clip's frame count, height or width does not fit.
@@ -154,7 +166,7 @@ class VideoCoder(nn.Module):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep the frames within the block from being shared with other processes."""
+        """Keep this process from sharing frames with other processes within the block."""
         group, self.group = self.group, None
         try:
             yield
@@ -162,19 +174,23 @@ class VideoCoder(nn.Module):
             self.group = group
 
     def _shares_of_video(self, x: Tensor, input_cp: bool) -> list[int]:
-        """How many latent frames each rank makes of the clip `x`, or with `input_cp` of its share `x` of a clip."""
+        """Return the number of latent frames of each rank for the clip `x`.
+
+        Args:
+            input_cp: `x` is this rank's share of the clip.
+        """
         time_factor, space_factor = self.encoder.time_factor, self.encoder.space_factor
         leading = int(group_rank(self.group) == 0 or not input_cp)
         frames, height, width = x.shape[2:]
         if (frames - leading) % time_factor or frames < leading or height % space_factor or width % space_factor:
             raise UserError(
-                f"cannot encode {frames} frames of {height}x{width}: the number of frames must be "
+                f"cannot encode {frames} frames of {height}x{width}; the number of frames must be "
                 f"{time_factor}k{'+1' if leading else ''}, height and width multiples of {space_factor}"
             )
         return self._shares((frames - leading) // time_factor + leading, input_cp)
 
     def _encode(self, x: Tensor, shares: list[int]) -> Tensor:
-        """This rank's frames -> its moments."""
+        """Return the moments of this rank's frames."""
 
         def encode_tile(_: int, tile: Tensor) -> Tensor:
             lead = group_rank(self.group) == 0
@@ -186,20 +202,23 @@ class VideoCoder(nn.Module):
         return tiling.process(grid, x, encode_tile, factor=(factor, 1))
 
     def regularize(self, moments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what the regularizer makes of the encoder's output of whole clips, and what it reports."""
+        """Return latents and the regularizer's report, from the encoder's output of whole clips."""
         if self.group is None or not self.regularizes_places_alone:
             return self.regularization(moments)
-        # Every rank draws, so that their generators stay in step, and takes the first rank's noise.
+        # Every rank draws, so that generators stay in the same state, and uses the first rank's noise.
         noise = DiagonalGaussianDistribution(moments).noise().to(moments.device)
         return self.regularization(moments, broadcast(noise, self.group))
 
     @property
     def regularizes_places_alone(self) -> bool:
-        """Whether the regularizer treats each place of a latent by itself, and its penalties are sums over places."""
+        """Return whether the regularizer treats each place of a latent independently.
+
+        Its penalties are then sums over places.
+        """
         return isinstance(self.regularization, DiagonalGaussianRegularizer)
 
     def _regularize_share(self, moments: Tensor, shares: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what `regularize` gives for this rank's moments alone; the report is the whole clip's."""
+        """Return the result of `regularize` for this rank's moments; the report is the clip's."""
         batch, channels, _, height, width = moments.shape
         whole = moments.new_empty((batch, channels, sum(shares), height, width), device="meta")
         noise = broadcast(DiagonalGaussianDistribution(whole).noise().to(moments.device), self.group)
@@ -217,12 +236,15 @@ class VideoCoder(nn.Module):
         clear_fake_cp_cache: bool = False,
         **decode_options: Any,
     ) -> Tensor:
-        """Decode one chunk of a clip -> frames at eight times the height and width.
+        """Decode one chunk of a clip, to frames at eight times the height and width.
 
-        An odd number 2k+1 of latent frames gives 8k+1 frames, an even number 2k gives 8k. What the next chunk needs of
-        this one is kept for the next call, until `clear_fake_cp_cache` marks the last chunk of the clip; an exception
-        also ends the clip. Normalization statistics are the whole chunk's, on however many ranks. Without `use_cp`
-        this process decodes alone. `decode_options` go to the decoder.
+        An odd number 2k+1 of latent frames gives 8k+1 frames, an even number 2k gives 8k. The state for the next chunk
+        is kept until a call with `clear_fake_cp_cache`, which marks the last chunk of the clip, or an exception.
+        Normalization statistics cover the whole chunk, on any number of ranks.
+
+        Args:
+            use_cp: False: this process decodes alone.
+            decode_options: passed to the decoder.
 
         Raises:
             UserError: the last call left a clip of another size unfinished.
@@ -234,8 +256,8 @@ class VideoCoder(nn.Module):
         (open_size, clip), self._open_clip = self._open_clip or (size, defaultdict(dict)), None
         if size != open_size:
             raise UserError(
-                f"cannot decode a chunk of (batch, height, width) {size} after one of {open_size}: "
-                "the unfinished clip must end with clear_fake_cp_cache=True"
+                f"cannot decode a chunk of (batch, height, width) {size} after one of {open_size}; "
+                "end the unfinished clip with clear_fake_cp_cache=True"
             )
         shares = self._shares(z.shape[2], input_cp)
         if not input_cp:
@@ -248,10 +270,10 @@ class VideoCoder(nn.Module):
         return frames if output_cp else gather_frames(frames, self._frames(shares, lead), self.group)
 
     def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
-        """Decode a whole clip, yielding (batch, channel, frames, height, width) in order as they get ready.
+        """Yield the frames of a clip, (batch, channel, frames, height, width), chunk by chunk.
 
         The chunks are those of `decoding_schedule`. With context parallelism each rank decodes one chunk of every
-        round, and all ranks yield the frames of the round. A consumer may stop early, on all ranks alike.
+        round, and all ranks yield the frames of the round. A consumer may stop early, if all ranks do.
         """
         schedule = decoding_schedule(z.shape[2])
         ranks, rank = group_size(self.group), group_rank(self.group)
@@ -271,10 +293,10 @@ class VideoCoder(nn.Module):
     def decode_at_once(
         self, z: Tensor, input_cp: bool = False, output_cp: bool = False, **decode_options: Any
     ) -> Tensor:
-        """Decode a whole clip of k+1 latent frames -> 4k+1 frames in one piece, as an autoencoder is trained.
+        """Return the 4k+1 frames of k+1 latent frames, decoded in one piece, as in training.
 
-        On several ranks each norm's own `gather_norm` says whether its statistics are the whole clip's or, as in
-        chunks, those of the rank's frames. `decode_options` go to the decoder.
+        On several ranks each norm's `gather_norm` decides whether its statistics cover the whole clip or, as in chunks,
+        the rank's frames. `decode_options` go to the decoder.
         """
         shares = self._shares(z.shape[2], input_cp)
         if not input_cp:
@@ -283,7 +305,7 @@ class VideoCoder(nn.Module):
         return frames if output_cp else gather_frames(frames, self._frames(shares, lead=True), self.group)
 
     def _decode_at_once(self, z: Tensor, shares: list[int], **decode_options: Any) -> Tensor:
-        """This rank's latent frames -> its frames."""
+        """Return the frames of this rank's latent frames."""
         lead = group_rank(self.group) == 0
         return self._decode(z, defaultdict(dict), lead, last=True, gather_norm=_gather_norm(shares), **decode_options)
 
@@ -300,41 +322,45 @@ class VideoCoder(nn.Module):
     # ------------------------------------------------------------ shared
 
     def _shares(self, latent_frames: int, input_cp: bool) -> list[int]:
-        """How many latent frames each rank has, given those of the whole clip, or with `input_cp` this rank's."""
+        """Return the number of latent frames of each rank.
+
+        Args:
+            latent_frames: of the whole clip, or with `input_cp` of this rank.
+        """
         ranks = group_size(self.group)
         if self.group is None or not input_cp:
             return split_evenly(latent_frames, ranks)
         return all_gather_integer(latent_frames, self.group)
 
     def _frames(self, shares: list[int], lead: bool) -> list[int]:
-        """How many video frames belong to each rank's latent frames."""
+        """Return the number of video frames of each rank's latent frames."""
         factor = self.decoder.time_factor
         alone = [int(lead and rank == 0) for rank in range(len(shares))]
         return [factor * (share - first) + first for share, first in zip(shares, alone, strict=True)]
 
     def _run(self, coder: nn.Module, x: Tensor, chunk: Chunk, **options: Any) -> Tensor:
-        """Return what the encoder or decoder makes of `x`, by `frames_at_once`."""
+        """Return the output of the encoder or decoder for `x`, computed by `frames_at_once`."""
         x = _channels_last(x)
         if torch.is_grad_enabled() or options or not hasattr(coder, "in_pieces"):
             return coder(x, chunk, **options)
-        if self.group is not None:  # a rank that tried again would be alone in that
+        if self.group is not None:  # no second attempt, which only some ranks would make
             if self.frames_at_once is None or x.shape[2] == 0:
                 return coder(x, chunk)
             return self._in_pieces(coder, x, chunk, self.frames_at_once)
-        # For another attempt. On a CPU none follows, since there PyTorch does not report a full memory; the meta device
+        # For another attempt. On a CPU none follows, since PyTorch does not report full memory there; the meta device
         # stands for a GPU.
         tails = {} if x.device.type == "cpu" else dict(chunk.tails)
         while (result := self._attempt(coder, x, chunk)) is None:
             chunk.tails.clear()
-            chunk.tails.update(tails)  # some are gone, or belong to what failed
+            chunk.tails.update(tails)  # some were used, or are from the failed attempt
             torch.cuda.empty_cache()
         return result
 
     def _attempt(self, coder: nn.Module, x: Tensor, chunk: Chunk) -> Tensor | None:
-        """Return the result; None if memory did not do: then `frames_at_once` is smaller than before.
+        """Return the output, or None if memory is full; `frames_at_once` is then smaller.
 
         Raises:
-            torch.OutOfMemoryError: it cannot be any smaller.
+            torch.OutOfMemoryError: `frames_at_once` cannot be smaller.
         """
         try:
             if self.frames_at_once is None:
@@ -346,7 +372,7 @@ class VideoCoder(nn.Module):
                 raise
             self.frames_at_once = 2 * least if self.frames_at_once is None else least
         frames = self.frames_at_once
-        logger.warning("the memory does not do for all frames at once: the VAE goes on by %d at a time", frames)
+        logger.warning("the memory is too small for all frames at once: the VAE continues with %d at a time", frames)
         return None
 
     def _in_pieces(self, coder: nn.Module, x: Tensor, chunk: Chunk, frames: int) -> Tensor:
@@ -354,7 +380,10 @@ class VideoCoder(nn.Module):
         return coder.in_pieces(x, chunk, steps, self._waiting_room(coder, x, steps))
 
     def _waiting_room(self, coder: nn.Module, x: Tensor, steps: int) -> WaitingRoom:
-        """Where pieces wait: as many on a GPU as its free memory takes beside those at work."""
+        """Return the store of waiting pieces.
+
+        On a GPU it may use the free memory, except what the piece at work needs.
+        """
         if self.waiting_bytes is not None or x.device.type != "cuda" or not torch.cuda.is_available():
             return WaitingRoom(self.waiting_bytes or 0)
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
@@ -363,19 +392,19 @@ class VideoCoder(nn.Module):
         return WaitingRoom(max(0, int(USABLE * free) - at_work))
 
     def _tiles(self, height: int, width: int) -> list[tiling.Tile]:
-        """The tiles of a latent image."""
+        """Return the tiles of a latent image."""
         if self.tile_size is None:
             return tiling.cover(height, width, max(height, width))
         size, rest = divmod(self.tile_size, self.decoder.space_factor)
         if size < 1 or rest:
-            raise UserError(f"tile_size: {self.tile_size} is no positive multiple of {self.decoder.space_factor}")
+            raise UserError(f"tile_size: {self.tile_size} is not a positive multiple of {self.decoder.space_factor}")
         return tiling.cover(height, width, size)
 
 
 def _gather_norm(shares: list[int]) -> bool | None:
-    """Whether norms take the statistics of all ranks' frames; None: as each of them is set.
+    """Return whether norms take statistics of all ranks' frames; None: each norm's setting.
 
-    A single frame has the same statistics either way, and the ranks that are left without any have none of their own.
+    A single frame has the same statistics either way, and ranks without frames have none of their own.
     """
     return True if sum(shares) == 1 else None
 

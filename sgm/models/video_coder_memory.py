@@ -1,8 +1,8 @@
-"""The memory that encoding or decoding a clip takes, found by going through the coder without computing anything.
+"""Estimate the memory of encoding or decoding a clip, without computing anything.
 
-The coder runs on PyTorch's meta device, where tensors have shapes and no content, and every tensor that comes into
-being and goes is counted. So the estimate follows whatever coder a configuration describes. What libraries take inside
-one operation is added (`workspace`); that part is measured.
+The coder runs on PyTorch's meta device, where tensors have shapes and no content; every tensor that is created and
+freed is counted. The estimate thus follows any coder that a configuration describes. The workspace of libraries within
+an operation is added (`workspace`) from measurements.
 """
 
 import weakref
@@ -17,22 +17,22 @@ from torch.utils._pytree import tree_leaves
 
 from sgm.models.video_coder import VideoCoder
 
-# Clips of this length and one more latent step are gone through; from there on memory grows linearly with the length.
+# Clips of this length and one more latent step are traced; beyond that, memory is linear in the length.
 SHORT, STEP = 17, 4
-# On a CPU convolutions take this much of what is counted here (peak of PyTorch's allocator, one AMD EPYC core). In
-# float32 most write over what they are given, and need some frames beside it: 2.5 to 2.9 feature maps of the clip,
-# of 3.2 to 3.3, for 17 and 9 frames of 96x144 and the full size. In half precision there is hardly any workspace.
+# On a CPU the measured memory is this share of the counted memory (peak of PyTorch's allocator, one AMD EPYC core). In
+# float32 most convolutions overwrite their input: they took 2.5 to 2.9 feature maps of the clip instead of 3.2 to 3.3,
+# for 17 and 9 frames of 96x144 pixels and the full size. In half precision there is hardly any workspace.
 ON_CPU = {torch.float32: 0.88}
 ON_CPU_OTHERWISE = 1.02
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make within the block: `live`, and their `peak`.
+    """Counts the bytes of tensors that operations create within the block: `live` and `peak`.
 
-    Those in host memory are not counted, where the others are on the meta device or a GPU; unless `host` is set.
+    Tensors in host memory are not counted unless `host` is set, for a model on the meta device or a GPU.
 
     Args:
-        workspaces: count what 3D convolutions take while they run, see `workspace`.
+        workspaces: count the workspace of 3D convolutions, see `workspace`.
         host: count tensors in host memory too.
     """
 
@@ -43,7 +43,7 @@ class AllocatedBytes(TorchDispatchMode):
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def leave_out(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        """Count nothing of what was there before."""
+        """Exclude storages that existed before from the count."""
         self._seen.update(storages)
 
     def __torch_dispatch__(
@@ -64,7 +64,7 @@ class AllocatedBytes(TorchDispatchMode):
         return result
 
     def during(self, function: Any, args: tuple[Any, ...], result: Any) -> int:
-        """Return the bytes that an operation takes beside its result while it runs."""
+        """Return the workspace of an operation in bytes."""
         if self.workspaces and function is torch.ops.aten.convolution.default:
             return workspace(args[0], args[1], result)
         return 0
@@ -74,10 +74,11 @@ class AllocatedBytes(TorchDispatchMode):
 
 
 def workspace(x: Tensor, weight: Tensor, result: Tensor) -> int:
-    """Return the bytes that a convolution takes while it runs: for a 3D one second layouts of input and output.
+    """Return a convolution's workspace in bytes: for a 3D one, copies of input and output.
 
     With both the full-size encoder took 7.1 feature maps of 49x480x720 in bfloat16, when a padded copy was made before
-    each convolution; measured were 7.1 on an H100 (cuDNN, benchmarks/RESULTS.md). On a CPU there is hardly any.
+    each convolution; measured were 7.1 on an H100 (cuDNN, benchmarks/RESULTS.md). On a CPU there is hardly any
+    workspace.
     """
     return x.nbytes + result.nbytes if weight.ndim == 5 and max(weight.shape[2:]) > 1 else 0
 
@@ -91,12 +92,12 @@ def peak_bytes(
     frames_at_once: int | None = None,
     device_type: str = "cuda",
 ) -> int:
-    """Return the bytes in use on the device, beside weights, at the peak of encoding or decoding one clip.
+    """Return the peak memory of encoding or decoding one clip in bytes, without the weights.
 
     Args:
         vae: on the meta device, in the dtype of the computation, for one process and whole images.
-        frames: of the video, as height and width.
-        frames_at_once: see `VideoCoder`; everything that waits is taken to be in host memory.
+        frames: of the video, as height and width (pixels).
+        frames_at_once: see `VideoCoder`; all waiting pieces count as in host memory.
         device_type: "cpu" or "cuda".
     """
     dtype = next(vae.parameters()).dtype
@@ -113,7 +114,7 @@ def peak_bytes(
     if frames_at_once is not None:
         vae.use_frames_at_once(frames_at_once, waiting_bytes=2**62 if on_cpu else 0)
     try:
-        if task == "decode":  # by chunks, so that its length matters for the first one alone
+        if task == "decode":  # by chunks, so that only the first chunk depends on the length
             steps = -(-frames // vae.decoder.time_factor)
             return int(peak(min(steps, 6 + steps % 2)) * extra)
         clip_bytes = 3 * frames * height * width * dtype.itemsize
@@ -124,7 +125,7 @@ def peak_bytes(
 
 
 def _of_length(peak: Callable[[int], int], frames: int, piece: int | None) -> int:
-    """peak(frames), from shorter clips; of whole pieces, if they are gone through by pieces."""
+    """Return peak(frames), extrapolated from shorter clips, by whole pieces if there are any."""
     short, step = (SHORT, STEP) if piece is None else (3 * piece - STEP + 1, piece)
     if frames <= short + step:
         return peak(frames)

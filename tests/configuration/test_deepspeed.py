@@ -168,7 +168,7 @@ def zero(**changes) -> dict:
         ({"optimizer": {"type": "Adam"}}, "optimizer.params is None; expected keys and values"),
         ({"optimizer": {"type": "Adam", "params": {}}}, "optimizer.params.lr is missing"),
         ({"optimizer": {"type": "RMSProp", "params": {"lr": 1}}}, "type 'RMSProp'; did you mean RMSprop?"),
-        ({"optimizer": {"type": "sat.opps.FusedAdam", "params": {"lr": 1}}}, "there is no module 'sat.opps'"),
+        ({"optimizer": {"type": "sat.opps.FusedAdam", "params": {"lr": 1}}}, "module 'sat.opps' does not exist"),
         ({"scheduler": {"type": "WarmpLR", "params": {}}}, "unknown scheduler.type 'WarmpLR'; did you mean WarmupLR?"),
         (optimizer(lr="fast"), "optimizer.params.lr is 'fast'; expected a number"),
         (optimizer(betas=0.9), "optimizer.params.betas is 0.9; expected two numbers"),

@@ -254,7 +254,7 @@ def test_a_file_that_includes_itself_is_named(write):
 def test_the_file_with_the_wrong_target_is_named(write):
     first = write("a.yaml", {"model": {"parts": [{"target": "torch.nn.Identity"}, {"target": "sgm.nothing.Thing"}]}})
     second = write("b.yaml", {"model": {"other": {"target": "torch.nn.Identity"}}})
-    with pytest.raises(UserError, match=r"a\.yaml: model\.parts\[1\]\.target: sgm\.nothing\.Thing: there is no module"):
+    with pytest.raises(UserError, match=r"a\.yaml: model\.parts\[1\]\.target: sgm\.nothing\.Thing: module 'sgm"):
         load_configs([first, second])
     assert load_configs([first, second], used=("args",))
 

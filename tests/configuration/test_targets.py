@@ -13,7 +13,7 @@ from training_runs import ROOT
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        ("sgm.util.os.system", "there is no module 'sgm.util.os'"),
+        ("sgm.util.os.system", "module 'sgm.util.os' does not exist"),
         ("sgm.errors.os", "module 'sgm.errors' has no 'os'"),
         ("subprocess.getoutput", "'getoutput' is a function"),
         ("timeit.timeit", "'timeit' is a function"),

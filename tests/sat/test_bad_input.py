@@ -92,7 +92,7 @@ CASES = {
     "unresolved": case(config={"args": {"output_dir": "${nowhere}"}}, says="cannot merge"),
     "no such module": case(
         config={"model": {"first_stage_config": {"target": "vae_modules.nothing.VAE"}}},
-        says="change.yaml: model.first_stage_config.target: vae_modules.nothing.VAE: there is no module",
+        says="change.yaml: model.first_stage_config.target: vae_modules.nothing.VAE: module 'vae_modules.nothing' does",
     ),
     "no such class": case(
         config=params(modules={"pos_embed_config": {"target": "dit_video_concat.Rotary"}}),

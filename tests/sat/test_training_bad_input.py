@@ -262,7 +262,7 @@ DAMAGES = {
     "shapes": (_in_tensors(lambda tensor: tensor[:1].clone()), "does not fit its shape"),
     "types": (_in_tensors(torch.Tensor.bool), "bool"),
     "moments": (_in_tensors(lambda tensor: tensor * math.nan), "not finite"),
-    "numbered weights": (_in_weights(lambda module: dict(enumerate(module.values()))), "no name of a weight"),
+    "numbered weights": (_in_weights(lambda module: dict(enumerate(module.values()))), "not a name of a weight"),
     "complex weights": (
         _in_weights(lambda module: {name: tensor.to(torch.complex64) for name, tensor in module.items()}),
         "complex numbers",

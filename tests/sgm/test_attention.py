@@ -274,9 +274,9 @@ def test_blocks_hand_the_kernel_on():
         kernels = [each.backend for each in block.modules() if isinstance(each, attention.CrossAttention)]
         assert kernels and set(kernels) == {SDPBackend.MATH}
     for wrong in ("fast", 3):
-        with pytest.raises(UserError, match=f"backend: {wrong!r} is no kernel of PyTorch; choose one of .*MATH"):
+        with pytest.raises(UserError, match=f"backend: {wrong!r} is not a kernel of PyTorch; use one of .*MATH"):
             attention.CrossAttention(16, backend=wrong)
-    with pytest.raises(UserError, match=r"backend: CUDNN_ATTENTION cannot compute .* on cpu .* choose MATH"):
+    with pytest.raises(UserError, match=r"backend: CUDNN_ATTENTION cannot compute .* on cpu .* use MATH"):
         attention.CrossAttention(16, heads=2, dim_head=8, backend="cudnn_attention")(torch.zeros(1, 3, 16))
 
 
@@ -295,7 +295,7 @@ def test_small_functions():
 
 
 def test_what_does_not_fit_is_said_in_one_line():
-    with pytest.raises(UserError, match="attention 'flash' is unknown, it can be 'softmax' or 'softmax-xformers'"):
+    with pytest.raises(UserError, match="attention 'flash' is unknown; use 'softmax' or 'softmax-xformers'"):
         attention.BasicTransformerBlock(16, 2, 8, attn_mode="flash")
     with pytest.raises(UserError, match="attention 'flash' is unknown"):
         attention.SpatialTransformer(32, 2, 8, attn_type="flash")

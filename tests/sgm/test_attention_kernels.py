@@ -128,9 +128,7 @@ def test_names_of_configurations(registry):
     for unknown in ("flash", WRITTEN_OUT.name, None, 3, []):
         with pytest.raises(UserError) as error:
             kernel_named(unknown)
-        assert str(error.value) == (
-            f"attention '{unknown}' is unknown, it can be 'softmax' or 'softmax-xformers' or 'mine'"
-        )
+        assert str(error.value) == (f"attention '{unknown}' is unknown; use 'softmax' or 'softmax-xformers' or 'mine'")
 
 
 def test_modules_that_hold_a_kernel_are_copied_and_pickled():

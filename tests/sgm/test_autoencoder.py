@@ -247,10 +247,10 @@ def test_groups_have_their_own_arguments_and_the_rest_is_fixed():
     ("setting", "message"),
     [
         ({"trainable_ae_params": [["encoder.conv_ot"]]}, r"'encoder\.conv_ot' matches no .*encoder\.conv_out\.weight"),
-        ({"trainable_ae_params": [["encoder"], [".*conv_in"]]}, r"encoder\.conv_in\.weight is in group 0 and in group"),
-        ({"trainable_ae_params": [["encoder("]]}, r"'encoder\(' is no regular expression"),
+        ({"trainable_ae_params": [["encoder"], [".*conv_in"]]}, r"encoder\.conv_in\.weight is in the groups 0 and"),
+        ({"trainable_ae_params": [["encoder("]]}, r"'encoder\(' is not a regular expression"),
         ({"trainable_ae_params": ["encoder"]}, "a list of groups"),
-        ({"trainable_ae_params": []}, "nothing of the autoencoder to train"),
+        ({"trainable_ae_params": []}, "no parameter of the autoencoder is trained"),
         ({"trainable_ae_params": [["loss.discriminator"]]}, r"'loss\.discriminator' matches no parameter"),
         ({"trainable_disc_params": [["encoder"]]}, r"trainable_disc_params: 'encoder' matches .*loss\.discriminator\."),
         ({"ae_optimizer_args": [{}, {}]}, "2 sets of arguments for 1 groups"),
@@ -268,13 +268,13 @@ def test_unfit_settings_are_refused_in_one_line(setting, message):
 
 
 def test_training_without_what_it_needs_is_refused():
-    with pytest.raises(UserError, match="no learning rate"):
+    with pytest.raises(UserError, match="learning_rate is missing"):
         fit(build(), batches(1), steps=1)
     with pytest.raises(UserError, match="the key 'target'"):
         fit(build(optimizer_config={"params": {"lr": 1e-5}}), batches(1), steps=1)
     with pytest.raises(UserError, match="Identity is no loss"):
         fit(build(loss_config={"target": "torch.nn.Identity"}, optimizer_config=SGD), batches(1), steps=1)
-    with pytest.raises(UserError, match="a batch has no 'png', but jpg, seed"):
+    with pytest.raises(UserError, match="the batch has no 'png', only jpg, seed"):
         fit(build(input_key="png", optimizer_config=SGD), batches(1), steps=1)
     with pytest.raises(UserError, match="images of 15x16"):
         fit(build(optimizer_config=SGD), [{"jpg": torch.zeros(1, 3, 15, 16)}], steps=1)

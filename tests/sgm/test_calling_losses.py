@@ -109,7 +109,7 @@ def returning(value: Any, keys: tuple[str, ...] | None = None) -> Any:
         (returning((torch.tensor(1.0), 5)), {}, "expected a scalar tensor, or a pair"),
         (returning((torch.tensor(1.0), {"a": torch.zeros(3)})), {}, r"logs a tensor \(3,\) as 'a'; expected a number"),
         (returning((torch.tensor(1.0), {"a": "text"})), {}, "logs a str as 'a'; expected a number"),
-        (returning(torch.tensor(1.0), ("cond",)), {}, "asks for 'cond', which no engine has; it can ask for .*, z,"),
+        (returning(torch.tensor(1.0), ("cond",)), {}, "has the unknown name 'cond'; use .*, z,"),
         (returning(torch.tensor(1.0)), {"weights": 2.0}, "image_video_weights: function takes no `weights`"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_video_autoencoder_takes_them_too():
     log = engine.validate({"mp4": clip, "seed": [0, 1]})
     assert_close(log["val/loss/rec"], log["val/rec"], 1e-5)
     assert_close(loss.detach(), log["val/rec"], 1e-5)
-    with pytest.raises(UserError, match="image_video_weights: L1Loss takes no `weights`: set \\[1, 1\\]"):
+    with pytest.raises(UserError, match="image_video_weights: L1Loss takes no `weights`; set \\[1, 1\\]"):
         instantiate_from_config({**config, "params": {**config["params"], "image_video_weights": [2, 1]}})
 
 

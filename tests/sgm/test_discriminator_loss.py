@@ -313,7 +313,7 @@ def test_state_dict_holds_the_discriminator_and_the_log_variance_only(backbone):
             {"dims": 2, "discriminator_config": DISCRIMINATORS["3d"]},
             "dims is 2, but the discriminator is one for clips",
         ),
-        ({"perceptual_weight": 1.0, "lpips_weights": "nowhere.pth"}, r"there is no weight file nowhere\.pth"),
+        ({"perceptual_weight": 1.0, "lpips_weights": "nowhere.pth"}, r"weight file nowhere\.pth does not exist"),
     ],
 )
 def test_options_that_do_not_exist(options, message):

@@ -178,7 +178,7 @@ def test_weights_are_downloaded_into_the_cache(hub, files, monkeypatch):
 
 
 def test_no_such_file_or_network(tmp_path):
-    with pytest.raises(UserError, match=r"there is no weight file .*vgg\.pth"):
+    with pytest.raises(UserError, match=r"weight file .*vgg\.pth does not exist"):
         LPIPS(weights=tmp_path / "vgg.pth")
     with pytest.raises(UserError, match="network 'resnet' is unknown; use one of vgg, alex, squeeze"):
         LPIPS("resnet")

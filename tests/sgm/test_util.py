@@ -55,7 +55,7 @@ def test_a_function_is_not_called(model, tmp_path):
         for place in ("weighting_config", "scaling_config", "discretization_config"):
             params = {**config["denoiser_config"]["params"], place: evil}
             changed = {**config, "denoiser_config": {**config["denoiser_config"], "params": params}}
-            assert f"model.denoiser_config.params.{place}.target: {evil['target']} is no class of" in refused(
+            assert f"model.denoiser_config.params.{place}.target: {evil['target']} is not a class of" in refused(
                 changed, sources, "denoiser_config"
             )
         embedders = {"target": "sgm.modules.GeneralConditioner", "params": {"emb_models": [{**evil, "input_key": "a"}]}}

@@ -132,7 +132,7 @@ def test_unfit_clips_are_refused_in_training(shape, message):
 
 
 def test_context_parallelism_needs_its_processes():
-    with pytest.raises(UserError, match="over 2 processes: the number of processes, 1, is no multiple"):
+    with pytest.raises(UserError, match=r"over 2 processes: the number of processes must be .* got 1"):
         # Built before there are processes, which the trainer may start.
         fit(build(context_parallel_size=2, optimizer_config=SGD), batches(1), steps=1)
 
@@ -168,7 +168,7 @@ def test_a_loader_of_another_layout():
         assert torch.equal(images, ours.get_input(batch)[:, :, :1])
     with pytest.raises(UserError, match=r"input_key: 'jpg' has the shape \(2, 3\); expected b c t h w"):
         theirs.get_input({"jpg": torch.zeros(2, 3)})
-    with pytest.raises(UserError, match="input_layout: 'b h w' is unknown; choose 'b t c h w' or 'b c t h w'"):
+    with pytest.raises(UserError, match="input_layout: 'b h w' is unknown; use 'b t c h w' or 'b c t h w'"):
         build(input_layout="b h w")
 
 

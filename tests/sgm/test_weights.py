@@ -204,7 +204,7 @@ def test_an_index_names_files_beside_it_only(tmp_path, elsewhere):
 @pytest.mark.parametrize(
     ("weights", "says"),
     [
-        ({1: torch.ones(1)}, "no name of a weight"),
+        ({1: torch.ones(1)}, "not a name of a weight"),
         ({"a": torch.ones(2, 2).to_sparse()}, "'a' is a tensor sparse"),
         ({"a": torch.ones(1, device="meta")}, "'a' is a tensor without values"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "'a' is a tensor of complex numbers"),

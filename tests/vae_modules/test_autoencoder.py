@@ -260,7 +260,7 @@ def test_one_tile_is_the_whole_image(vae):
     tiled.load_state_dict(vae.state_dict())
     assert torch.equal(torch.cat(list(tiled.decode_chunks(latent(3))), dim=2), whole)
     tiled.tile_size = 20
-    with pytest.raises(UserError, match="20 is no positive multiple of 8"):
+    with pytest.raises(UserError, match="20 is not a positive multiple of 8"):
         tiled.encode(video(1))
 
 

@@ -130,7 +130,7 @@ def test_memory_that_does_not_do_is_made_to(vae, monkeypatch, caplog):
 
 def test_unfit_numbers_and_coders_are_refused(vae):
     for frames in (0, 6, -4):
-        with pytest.raises(UserError, match=f"vae_frames_at_once: {frames} is no positive multiple of 4"):
+        with pytest.raises(UserError, match=f"vae_frames_at_once: {frames} is not a positive multiple of 4"):
             vae.use_frames_at_once(frames)
     vae.encoder = torch.nn.Identity()
     with pytest.raises(UserError, match="Identity runs on whole clips only; leave it out"):

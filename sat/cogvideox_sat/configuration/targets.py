@@ -73,7 +73,7 @@ def why_target_fails(target: str, trusted: bool = True) -> str | None:
         name = ".".join(parts[:depth])
         spec = _find_spec(name, search_path) if depth == 1 or search_path is not None else None
         if spec is None:
-            return f"there is no module '{name}'"
+            return f"module '{name}' does not exist"
         search_path = spec.submodule_search_locations
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return None
