@@ -1,4 +1,4 @@
-"""Attention blocks, by the path of the original."""
+"""Attention blocks, under the original's path."""
 
 from sgm.modules.attention import *  # noqa: F403
 from sgm.modules.attention import __all__ as __all__

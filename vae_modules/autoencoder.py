@@ -1,4 +1,4 @@
-"""The video autoencoder as the diffusion engine uses it; and, by another path, the engines that train autoencoders."""
+"""The video autoencoder for the diffusion engine; engines for training are exported too."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,10 @@ from sgm.util import instantiate_from_config
 
 
 def __getattr__(name: str) -> Any:
-    """The engines of `sgm.models.autoencoder`, imported when asked for: Lightning takes seconds to load."""
+    """Return an engine of `sgm.models.autoencoder`, imported on first use.
+
+    Lightning takes seconds to load.
+    """
     if name.startswith("_"):
         raise AttributeError(name)
     from sgm.models import autoencoder
@@ -25,12 +28,12 @@ class VideoAutoencoderInferenceWrapper(VideoCoder):
     """The first stage of the diffusion models: an autoencoder that is not trained.
 
     Args:
-        encoder_config, decoder_config, regularizer_config: what to build.
-        loss_config: a loss that training needs; not built here.
-        cp_size: ranks that share a clip; 0 means whatever `initialize_context_parallel` has set up.
+        encoder_config, decoder_config, regularizer_config: the parts.
+        loss_config: a loss for training, which is not built here.
+        cp_size: number of ranks that share a clip; 0: the size given to `initialize_context_parallel`.
         ckpt_path, ignore_keys: a file of weights (see `read_state_dict`), and prefixes of its entries to leave out.
         tile_size: see `VideoCoder`.
-        strict: the weights must fit exactly; False takes what fits, and lists the rest in the log.
+        strict: the weights must fit exactly; False loads those that fit, and lists the others in the log.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class VideoAutoencoderInferenceWrapper(VideoCoder):
             self.init_from_ckpt(ckpt_path, ignore_keys, strict)
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), strict: bool = True) -> None:
-        """Take the weights from a file, all but its entries that start with one of `ignore_keys`.
+        """Load the weights from a file, except entries that start with one of `ignore_keys`.
 
         Raises:
             UserError: the file cannot be read, or is of another architecture (see `load_autoencoder`).
@@ -70,10 +73,13 @@ class VideoAutoencoderInferenceWrapper(VideoCoder):
     def forward(
         self, x: Tensor, input_cp: bool = False, latent_cp: bool = False, output_cp: bool = False, **decode_options: Any
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return latents, reconstruction and the regularizer's report of a whole clip (b, c, t, h, w).
+        """Return latents, reconstruction and the regularizer's report of a clip (b, c, t, h, w).
 
-        The reconstruction is decoded in one piece. With context parallelism `input_cp`, `latent_cp` and `output_cp`
-        say which of `x`, the latents and the reconstruction are this rank's share; see `VideoCoder`.
+        The reconstruction is decoded in one piece.
+
+        Args:
+            input_cp, latent_cp, output_cp: with context parallelism, whether `x`, the latents and the reconstruction
+                are this rank's share; see `VideoCoder`.
         """
         z, report = self.encode(x, return_reg_log=True, input_cp=input_cp, output_cp=latent_cp)
         return z, self.decode_at_once(z, latent_cp, output_cp, **decode_options), report

@@ -26,21 +26,23 @@ from vae_modules.recomputation import check_levels, run_layer
 
 
 class ContextParallelEncoder3D(nn.Module):
-    """Video (batch, in_channels, 4k+1, H, W) -> moments (batch, 2 * z_channels, k+1, H/8, W/8).
+    """Video (b, in_channels, 4k+1, H, W) -> moments (b, 2 * z_channels, k+1, H/8, W/8).
 
-    The sizes hold for four levels, of which every one but the last halves space, and the first
-    log2(temporal_compress_times) also time. Under context parallelism the frames are this rank's; see `Chunk`.
+    The sizes are those of four levels. Every level but the last halves space, and the first
+    log2(temporal_compress_times) levels also halve time. Under context parallelism the frames are those of this rank;
+    see `Chunk`.
 
     Args:
         ch, ch_mult: level i has ch * ch_mult[i] channels.
-        double_z: give means and log-variances rather than z_channels values.
+        double_z: return means and log-variances rather than z_channels values.
         gather_norm: take normalization statistics over the frames of all ranks.
-        norm_groups: of channels that are normalized together; it divides those of every level.
+        norm_groups: number of groups of channels that are normalized together; it must divide the channels of every
+            level.
         checkpoint_levels: levels whose activations are recomputed in the backward pass, which saves memory and costs
-            another forward pass of these. Level i is that of ch_mult[i]; 0 takes the most memory.
-        resolution, out_ch, attn_resolutions: accepted for the configs that name them. There is no attention.
+            another forward pass of these levels. Level i is that of ch_mult[i]; level 0 takes the most memory.
+        resolution, out_ch, attn_resolutions: accepted from configurations, without effect; there is no attention.
         resamp_with_conv, pad_mode, use_linear_attn, attn_type, give_pre_end, tanh_out, add_conv, zq_ch: accepted from
-            configurations at the values that ask for what is always so (see `NEUTRAL`); `zq_ch` is `z_channels`.
+            configurations at the only supported values (see `NEUTRAL`); `zq_ch` is `z_channels`.
 
     Raises:
         UserError: a setting is unknown or does not fit.
@@ -116,7 +118,7 @@ class ContextParallelEncoder3D(nn.Module):
             nn.init.constant_(self.conv_out.conv.bias[z_channels:], NOISE)
 
     def forward(self, x: Tensor, chunk: Chunk | None = None) -> Tensor:
-        """Encode a whole clip; `chunk` says otherwise."""
+        """Return the moments of a whole clip, or of the part that `chunk` describes."""
         chunk = chunk or Chunk(lead=x.shape[2] % 2 == 1)
         h, left = run_and_leave_bias(self.conv_in, x, chunk)
         for level, down in enumerate(self.down):
@@ -133,10 +135,12 @@ class ContextParallelEncoder3D(nn.Module):
         return normalize_and_convolve(self.norm_out, self.conv_out, [h], chunk, overwrite=True)
 
     def in_pieces(self, x: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
-        """Return what a call returns, by `steps` latent frames at a time; see `piecewise`. Without gradients.
+        """Return the result of a call, computed by `steps` latent frames at a time.
+
+        See `piecewise`; no gradients are taken.
 
         Args:
-            room: where what is not at work waits.
+            room: the store of pieces between layers.
         """
         lengths = _lengths(x.shape[2], steps * self.time_factor, self.time_factor - 1 if chunk.lead else 0)
         pieces = piecewise.cut(x, lengths, chunk, None, room)
@@ -146,7 +150,7 @@ class ContextParallelEncoder3D(nn.Module):
         return piecewise.run([*layers, self.mid.block_1, self.mid.block_2], self.norm_out, self.conv_out, pieces)
 
     def piece_bytes(self, x: Tensor, steps: int) -> int:
-        """Return about how much memory `in_pieces` takes beside weights and what waits."""
+        """Return an estimate of the bytes of `in_pieces`, without weights and stored pieces."""
         places = x.shape[0] * steps * self.time_factor * x.shape[3] * x.shape[4]
         return piecewise.MAPS * places * self.conv_in.conv.out_channels * x.element_size()
 
@@ -154,8 +158,8 @@ class ContextParallelEncoder3D(nn.Module):
 class ContextParallelDecoder3D(nn.Module):
     """Latent (batch, z_channels, k+1, h, w) -> video (batch, out_ch, 4k+1, 8h, 8w).
 
-    The mirror image of the encoder, with one more block a level, and norms conditioned on the latent. Of an even
-    number of latent frames none stands alone: n of them give 4n frames.
+    It mirrors the encoder, with one more block per level and norms conditioned on the latent. An even number n of
+    latent frames has no frame that stands alone, and gives 4n frames.
 
     Args: those of the encoder.
     """
@@ -245,10 +249,12 @@ class ContextParallelDecoder3D(nn.Module):
         return normalize_and_convolve(self.norm_out, self.conv_out, [h], chunk, z, overwrite=True)
 
     def in_pieces(self, z: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
-        """Return what a call returns, by `steps` latent frames at a time; see `piecewise`. Without gradients.
+        """Return the result of a call, computed by `steps` latent frames at a time.
+
+        See `piecewise`; no gradients are taken.
 
         Args:
-            room: where what is not at work waits.
+            room: the store of pieces between layers.
         """
         lengths = _lengths(z.shape[2], steps)
         pieces = piecewise.cut(z, lengths, chunk, list(z.split(lengths, dim=2)), room)
@@ -258,7 +264,7 @@ class ContextParallelDecoder3D(nn.Module):
         return piecewise.run(layers, self.norm_out, self.conv_out, pieces)
 
     def piece_bytes(self, z: Tensor, steps: int) -> int:
-        """Return about how much memory `in_pieces` takes beside weights and what waits."""
+        """Return an estimate of the bytes of `in_pieces`, without weights and stored pieces."""
         places = z.shape[0] * steps * self.time_factor * z.shape[3] * z.shape[4] * self.space_factor**2
         return piecewise.MAPS * places * self.up[0].block[0].conv1.conv.in_channels * z.element_size()
 
@@ -273,7 +279,7 @@ NEUTRAL = {
     "add_conv": False,
     "zq_ch": True,
 }
-"""Other keys of configurations with the one value that is valid here; for `zq_ch` whether it is the latent's."""
+"""Other keys of configurations, with the only valid value; for `zq_ch`, whether it equals `z_channels`."""
 
 
 def _check_neutral(**given: Any) -> None:
@@ -286,19 +292,19 @@ def _check_neutral(**given: Any) -> None:
 
 def _refuse_attention(attn_resolutions: Sequence[int]) -> None:
     if len(attn_resolutions):
-        raise UserError(f"attn_resolutions: the video autoencoder has no attention: {list(attn_resolutions)} is not []")
+        raise UserError(f"attn_resolutions: {list(attn_resolutions)} is not supported; the video autoencoder needs []")
 
 
 def _lengths(frames: int, length: int, less: int = 0) -> list[int]:
-    """Cut `frames` into pieces of `length`, the first of which is `less` frames shorter."""
+    """Return the lengths of pieces of `frames`: `length` each, the first `less` shorter."""
     first = min(length - less, frames)
     whole, rest = divmod(frames - first, length)
     return [first, *[length] * whole, *([rest] if rest else [])]
 
 
 def _time_levels(compress_times: int, levels: int) -> int:
-    """How many levels halve time."""
+    """Return the number of levels that halve time."""
     halvings = compress_times.bit_length() - 1
     if compress_times != 2**halvings or halvings >= levels:
-        raise UserError(f"temporal_compress_times: {compress_times} is no power of two below 2^{levels - 1}")
+        raise UserError(f"temporal_compress_times: {compress_times} is not a power of two up to 2^{levels - 1}")
     return halvings

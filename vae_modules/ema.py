@@ -1,4 +1,4 @@
-"""The moving average of weights, by the path of the original."""
+"""The moving average of weights, under the original's path."""
 
 from sgm.modules.ema import LitEma
 

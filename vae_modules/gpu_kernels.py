@@ -1,7 +1,8 @@
 """The VAE's passes over large tensors on a GPU, each reading and writing them once.
 
-Triton kernels. Tensors are (batch, channel, time, height, width) in channels-last memory, where every place is a row of
-channels. Where Triton is missing or fails, `serve` says no, and `modulation` does the same in several passes.
+The kernels are written in Triton. Tensors are (batch, channel, time, height, width) in channels-last memory, where
+every place is a row of channels. If Triton is missing or fails, `serve` returns False, and `modulation` computes the
+same in several passes.
 """
 
 import functools
@@ -19,8 +20,8 @@ except ImportError:  # on a CPU, or Windows
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-IN_HAND = 4096  # values that a program has in its registers at once
-PLACES_EACH = 2048  # places that a program sums in float32; from there on sums are float64
+IN_HAND = 4096  # values that a program keeps in registers at once
+PLACES_EACH = 2048  # places that a program sums in float32; their sums are added in float64
 WIDEST = 2048  # channels
 
 if triton is not None:
@@ -41,8 +42,10 @@ if triton is not None:
         ROWS: tl.constexpr,
         ROWS_EACH: tl.constexpr,
     ):
-        """Sum rows and their squares; with ADD add the rows of `other` to those of `x` first, with OFFSET also a number
-        for each channel."""
+        """Sum rows and their squares.
+
+        With ADD the rows of `other` are added to those of `x` first, with OFFSET also a number for each channel.
+        """
         block, batch = tl.program_id(0), tl.program_id(1)
         channel = tl.arange(0, CHANNELS)
         total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
@@ -100,9 +103,12 @@ if triton is not None:
         CHANNELS: tl.constexpr,
         PLACES: tl.constexpr,
     ):
-        """Write silu(x * scale + shift) for some places of a row of an image; with OUTER, a scale and a shift of each
-        channel come before that; with TAIL the last frames are written there too."""
-        line = tl.program_id(0).to(tl.int64)  # of all rows of all frames of all clips
+        """Write silu(x * scale + shift) for some places of a row of an image.
+
+        With OUTER, another scale and shift per channel apply first; with TAIL the last frames are also written to
+        `tail`.
+        """
+        line = tl.program_id(0).to(tl.int64)  # counts all rows of all frames of all clips
         row, frame, batch = line % height, line // height % frames, line // height // frames
         column = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
         channel = tl.arange(0, CHANNELS)
@@ -130,12 +136,16 @@ if triton is not None:
 
 
 def channel_sums(x: Tensor) -> Tensor:
-    """The sums over space and time of `x` and of its square, (2, batch, channel) in float64."""
+    """Return the sums of `x` and of its square over space and time.
+
+    Returns:
+        float64 (2, batch, channel).
+    """
     return _launch_sums(x, None)
 
 
 def add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Add `other`, and `offset` (channel,), to `x` in place, and return what `channel_sums` gives for the result."""
+    """Add `other` and `offset` (channel,) to `x` in place; return the result's `channel_sums`."""
     return _launch_sums(x, other, offset)
 
 
@@ -148,7 +158,7 @@ def write_modulated_silu(
     before: tuple[Tensor, Tensor] | None = None,
     tail: Tensor | None = None,
 ) -> None:
-    """See `modulation.write_modulated_silu`."""
+    """Write silu(x * scale + shift) into `out`; see `modulation.write_modulated_silu`."""
     batch, channels, frames, height, width = x.shape
     if shift.stride() != scale.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
@@ -186,7 +196,10 @@ def write_modulated_silu(
 
 
 def serve(*tensors: Tensor) -> bool:
-    """Whether these tensors can go through the kernels: on a GPU, rows of channels one after the other."""
+    """Return whether the kernels support these tensors.
+
+    They must be on a GPU, with rows of channels one after the other.
+    """
     first = tensors[0]
     return (
         first.device.type == "cuda"
@@ -199,21 +212,28 @@ def serve(*tensors: Tensor) -> bool:
 
 @functools.cache
 def works() -> bool:
-    """Whether the kernels give here what PyTorch does; they are tried once, and a line says so if they do not."""
+    """Return whether the kernels give the results of PyTorch on this machine.
+
+    They are tried once, and a failure is logged.
+    """
     if triton is None:
         return False
     try:
         _try_out()
-    except Exception as error:  # of Triton, its compiler or the driver
+    except Exception as error:  # Triton, its compiler or the driver raises many kinds
         reason = str(error).strip().partition("\n")[0]
-        logger.warning("the VAE runs without its own GPU kernels, which fail here: %s", reason)
+        logger.warning("the VAE runs without its own GPU kernels, which fail on this machine: %s", reason)
         return False
     return True
 
 
 def _try_out(device: str = "cuda") -> None:
-    """Raises ArithmeticError unless small tensors come out as by PyTorch."""
-    own = torch.Generator(device).manual_seed(0)  # the numbers of a seed are not ours
+    """Check that the kernels agree with PyTorch on small tensors.
+
+    Raises:
+        ArithmeticError: the results differ.
+    """
+    own = torch.Generator(device).manual_seed(0)  # the global generators stay untouched
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=own, device=device)
@@ -244,7 +264,7 @@ def _try_out(device: str = "cuda") -> None:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the places of each clip are rows of channels without gaps."""
+    """Return whether the places of each clip are rows of channels without gaps."""
     return x.ndim == 5 and x[:1].is_contiguous(memory_format=torch.channels_last_3d)
 
 

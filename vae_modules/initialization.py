@@ -1,4 +1,4 @@
-"""The weights that an encoder or a decoder starts to train from."""
+"""Initial weights of an encoder or a decoder."""
 
 import math
 
@@ -7,19 +7,19 @@ from torch import nn
 
 from vae_modules.layers import ResnetBlock3D, SpatialNorm3D
 
-CONDITION = 0.1  # how much of PyTorch's own weights is left of those that scale norms by the latent
-NOISE = -4.0  # log-variance of the latents of a new encoder, whose means have a variance of about 1
+CONDITION = 0.1  # factor of PyTorch's initial weights for the maps that scale norms by the latent
+NOISE = -4.0  # log-variance of the latents of a new encoder; the variance of its means is about 1
 
 
 @torch.no_grad()
 def initialize(coder: nn.Module) -> None:
-    """Make the signal of a new encoder or decoder neither vanish nor depend on chance more than it must.
+    """Set the weights of a new encoder or decoder such that signals keep their variance.
 
-    Convolutions keep the variance of what they get: He et al. 2015 (arXiv:1502.01852), eq. 10 with gain 1. Those in
-    time start with the tap of the present frame alone, so that frames are not blurred into each other before the
-    network has learnt what moves. Blocks start as the identity, their last convolution at zero (Zhang et al. 2019,
-    "Fixup", arXiv:1901.09321). Norms that are conditioned on the latent start with a scale conv_y(z) of nearly 1, where
-    by default it would be a small number that shrinks the signal again and again.
+    Convolutions keep the variance of their input: He et al. 2015 (arXiv:1502.01852), eq. 10 with gain 1. Convolutions
+    in time start with only the tap of the present frame, so that frames are not blurred before the network has learnt
+    motion. Blocks start as the identity, with a last convolution of zero (Zhang et al. 2019, "Fixup",
+    arXiv:1901.09321). Norms conditioned on the latent start with a scale conv_y(z) near 1; PyTorch's default is a small
+    number, which would shrink the signal at every norm.
     """
     for module in coder.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):

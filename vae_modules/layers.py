@@ -1,4 +1,7 @@
-"""The layers of the causal video autoencoder, on (batch, channel, time, height, width) in channels-last memory."""
+"""Layers of the causal video autoencoder, on channels-last video tensors.
+
+Tensors are (batch, channel, time, height, width).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,36 +21,38 @@ from vae_modules.modulation import (
     write_modulated_silu,
 )
 
-FEW = 4  # channels of a float32 image, with which oneDNN has no 3D convolution
+FEW = 4  # oneDNN has no float32 3D convolution for fewer channels
 
 # ---------------------------------------------------------------- convolution
 
 
 def leaves_bias(weight: Tensor) -> bool:
-    """Whether a convolution with this weight leaves its bias to what follows: where no gradient is wanted, on a GPU.
+    """Return whether a convolution with this weight leaves its bias to the next operation.
 
-    There PyTorch adds it in a pass over the whole result; on a CPU it does so within the convolution.
+    That is so without gradients on a GPU, where PyTorch adds the bias in another pass over the result; on a CPU PyTorch
+    adds it within the convolution.
     """
     return weight.device.type != "cpu" and not torch.is_grad_enabled()
 
 
 def left_bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor | None:
-    """The bias (channel,) that a convolution leaves to what follows; None: it adds it."""
+    """Return the bias (channel,) that a convolution leaves to the next operation, or None."""
     return conv.bias if leaves_bias(conv.weight) else None
 
 
 def run_and_leave_bias(
     layer: "CausalConv3d | Downsample3D | Upsample3D", x: Tensor, chunk: Chunk
 ) -> tuple[Tensor, Tensor | None]:
-    """layer(x, chunk), and the bias (channel,) that is still to be added to it, if there is one."""
+    """Return layer(x, chunk), and the bias (channel,) that must still be added, or None."""
     left = left_bias(layer.conv)
     return layer(x, chunk, biased=left is None), left
 
 
 class CausalConv3d(nn.Module):
-    """A 3D convolution that looks back in time only; before the clip's first frame it sees that frame repeated.
+    """A 3D convolution that only sees the present and earlier frames.
 
-    Zeros around in space; time, height and width keep their sizes.
+    The frames before the clip are copies of its first frame. Space is padded with zeros; time, height and width keep
+    their sizes.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -55,14 +60,17 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size)
 
     def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
-        """Convolve `x` (batch, channel, time, height, width), which follows the frames that `chunk` knows."""
+        """Return the convolution of `x` (batch, channel, time, height, width).
+
+        `chunk` has the frames before `x`.
+        """
         weight, bias = self.conv.weight, self.conv.bias if biased else None
         time, height, width = self.conv.kernel_size
         padding = (0, height // 2, width // 2)
         if time == 1:
             return _pointwise_in_time(self.conv, x, biased)
         before = chunk.frames_before(self, x, time - 1)
-        if x.shape[2] == 0:  # a rank without frames: no output, but a place in the graph for the frames it passed on
+        if x.shape[2] == 0:  # a rank without frames: no output, but a node in the graph for the frames that it sent
             return F.conv3d(F.pad(before, (0, 0, 0, 0, 0, 1)), weight, bias, padding=padding)[:, :, :0]
         if before is None and x.shape[2] == 1 and x.dtype == torch.float32:  # all taps see the same frame
             return F.conv3d(x, weight.sum(2, keepdim=True), bias, padding=padding)
@@ -76,23 +84,25 @@ class CausalConv3d(nn.Module):
         return F.conv3d(frames, weight, bias, padding=padding)
 
     def forward_over(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
-        """Return what a call does, where no gradient is wanted; `x` may be overwritten."""
-        # Frames that are being sent to another rank must stay as they are.
+        """Return the result of a call, without gradients; `x` may be overwritten."""
+        # Frames that are being sent to another rank must not change.
         if chunk.group is None and x.shape[2] > 1 and winograd.serves(x, self.conv.weight):
             before = chunk.frames_before(self, x, self.conv.kernel_size[0] - 1)
             return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias if biased else None)
         return self(x, chunk, biased)
 
     def takes_room(self, x: Tensor) -> bool:
-        """Whether `after` serves for what follows from `x`, and saves a copy: where no gradient is wanted."""
-        same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` has a shorter way for a frame by itself
+        """Return whether `after` supports `x`, and saves a copy; only without gradients."""
+        same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` is faster for a single frame
         return not (torch.is_grad_enabled() or x.shape[2] == 0 or same or winograd.serves(x, self.conv.weight))
 
     def after(self, room: Tensor, chunk: Chunk, biased: bool = True, tail: Tensor | None = None) -> Tensor:
-        """Convolve all but the first `kernel - 1` frames of `room`, whose content is overwritten by what precedes.
+        """Return the convolution of all but the first `kernel - 1` frames of `room`.
+
+        The content of these first frames is replaced by the frames before.
 
         Args:
-            tail: a copy of the last `kernel - 1` frames, if there is one; see `Chunk.copies_tail`.
+            tail: a copy of the last `kernel - 1` frames, or None; see `Chunk.copies_tail`.
         """
         time, height, width = self.conv.kernel_size
         x = room[:, :, time - 1 :]
@@ -108,7 +118,7 @@ class CausalConv3d(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalization over space and time, then SiLU.
 
-    Statistics are those of this rank's frames, or with `gather_norm` of all ranks'.
+    Statistics cover this rank's frames, or with `gather_norm` those of all ranks.
     """
 
     def __init__(self, channels: int, gather_norm: bool = False, groups: int = 32, eps: float = 1e-6):
@@ -118,12 +128,15 @@ class GroupNorm(nn.GroupNorm):
         self.gather_norm = gather_norm
 
     def statistics(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        """The sums of `x`, of its square, and of ones over each group: (3, batch, groups), float64.
+        """Return the sums of `x`, of its square and of ones over each group.
 
-        Those of a whole are the sums of its pieces'.
+        The sums of pieces add up to those of the whole.
 
         Args:
-            offset: (channel,), is to be added to `x` first.
+            offset: (channel,), added to `x` first.
+
+        Returns:
+            float64 (3, batch, groups).
         """
         sums = channel_sums(x)
         if offset is not None:
@@ -137,13 +150,14 @@ class GroupNorm(nn.GroupNorm):
     def passes(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
-        """The scale and shift, each (batch, channel, 1, 1, 1), that normalize, and whether a first frame has its own:
-        what `write_modulated_silu` takes.
+        """Return the arguments of `write_modulated_silu` that normalize.
+
+        They are a scale and a shift, each (batch, channel, 1, 1, 1), and whether a first frame has its own.
 
         Args:
-            statistics: of all that is normalized together, on all ranks.
-            dtype: of what is normalized; the maps are float32 or wider.
-            offset: (channel,), is to be added to it first.
+            statistics: of everything that is normalized together, on all ranks.
+            dtype: of the tensor to normalize; the maps are float32 or wider.
+            offset: (channel,), added to the tensor first.
         """
         total, square, count = statistics
         mean = total / count
@@ -160,9 +174,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class SpatialNorm3D(nn.Module):
-    """Group normalization, scaled and shifted by maps of the latent: GroupNorm(f) * conv_y(z) + conv_b(z); then SiLU.
+    """Group normalization with maps from the latent, then SiLU.
 
-    Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation", eq. 4.
+    GroupNorm(f) * conv_y(z) + conv_b(z); Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image
+    Generation", eq. 4.
     """
 
     def __init__(self, channels: int, latent_channels: int, gather_norm: bool = False, groups: int = 32):
@@ -176,21 +191,28 @@ class SpatialNorm3D(nn.Module):
         return self.norm_layer.gather_norm
 
     def statistics(self, f: Tensor, offset: Tensor | None = None) -> Tensor:
-        """See `GroupNorm.statistics`."""
+        """Return the sums of `f`; see `GroupNorm.statistics`."""
         return self.norm_layer.statistics(f, offset)
 
     def passes(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
-        """See `GroupNorm.passes`: maps (batch, channel, t, h, w) as `z`, after those of the normalization alone."""
+        """Return the arguments of `write_modulated_silu`; see `GroupNorm.passes`.
+
+        They are maps (batch, channel, t, h, w) shaped like `z`, and the scale and shift of the normalization alone.
+        """
         scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk, offset=offset)
         return self.conv_y(z, chunk), self.conv_b(z, chunk), chunk.lead, scale, shift
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
-        """f (batch, channel, T, H, W) with the latent z (batch, latent_channel, t, h, w) of the same frames."""
+        """Return the normalized f (batch, channel, T, H, W).
+
+        Args:
+            z: the latent (batch, latent_channel, t, h, w) of the same frames.
+        """
         statistics = chunk.total(self.statistics(f), self.gather_norm)
         y, b, lead, scale, shift = self.passes(statistics, f.dtype, chunk, z)
-        # Pointwise maps commute with nearest resizing, so everything but one multiply-add is done at z's resolution.
+        # Pointwise maps commute with nearest resizing, so that all but one multiply-add is at z's resolution.
         return modulated_silu(f, scale * y, shift * y + b, lead)
 
 
@@ -208,14 +230,14 @@ def normalize_and_convolve(
     overwrite: bool = False,
     biased: bool = True,
 ) -> Tensor:
-    """conv(norm(x)) where no gradient is wanted.
+    """Return conv(norm(x)), without gradients.
 
     Args:
-        held: only `x`; taken out of the list as soon as it is not needed, so that its memory may serve the convolution.
-        z: the latent, for a norm that is conditioned on one.
-        statistics: of all that is normalized together, where that is more than `x`.
-        offset: (channel,), is to be added to `x` first.
-        overwrite: `x` is needed by nobody else, and its memory may be written to.
+        held: a list with `x`, which is removed as soon as it is not needed, so that the convolution may use its memory.
+        z: the latent, for a norm that is conditioned on it.
+        statistics: of everything that is normalized together, if that is more than `x`.
+        offset: (channel,), added to `x` first.
+        overwrite: the caller does not need `x`, and its memory may be overwritten.
         biased: add the bias of the convolution.
     """
     x = held.pop()
@@ -242,7 +264,10 @@ def normalize_and_convolve(
 
 
 class ResnetBlock3D(nn.Module):
-    """Two rounds of norm, SiLU and causal convolution, beside a shortcut. Conditioned on the latent in a decoder."""
+    """Two rounds of norm, SiLU and causal convolution, with a shortcut.
+
+    In a decoder the norms are conditioned on the latent.
+    """
 
     def __init__(
         self,
@@ -269,9 +294,10 @@ class ResnetBlock3D(nn.Module):
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
-        """
+        """Return the block's output for `x`.
+
         Args:
-            offset: (channel,), is to be added to `x` first; see `left_bias`.
+            offset: (channel,), added to `x` first; see `left_bias`.
         """
         condition = () if z is None else (z,)
         if torch.is_grad_enabled() or (self.training and self.dropout.p):
@@ -291,14 +317,17 @@ class ResnetBlock3D(nn.Module):
         statistics: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Tensor:
-        """Norm and convolution, the first ones, without the bias that is left; see `normalize_and_convolve`."""
+        """Return the first norm and convolution of `held`, without a left bias.
+
+        See `normalize_and_convolve`.
+        """
         biased = left_bias(self.conv1.conv) is None
         return normalize_and_convolve(
             self.norm1, self.conv1, held, chunk, *z, statistics=statistics, offset=offset, biased=biased
         )
 
     def second_round(self, held: list[Tensor], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Norm and convolution of what `first_round` returns, without a bias."""
+        """Return the second norm and convolution of `first_round`'s result, without a left bias."""
         return normalize_and_convolve(
             self.norm2,
             self.conv2,
@@ -312,7 +341,7 @@ class ResnetBlock3D(nn.Module):
         )
 
     def add_shortcut(self, h: Tensor, shortcut: Tensor, offset: Tensor | None) -> Tensor:
-        """What the block returns, of what `second_round` and `shortcut` do; in the memory of `h`.
+        """Return the output from those of `second_round` and `shortcut`, in the memory of `h`.
 
         Args:
             offset: of the input, see `forward`.
@@ -327,10 +356,10 @@ class ResnetBlock3D(nn.Module):
         return add_in_place(h, shortcut, left)
 
     def shortcut(self, x: Tensor, biased: bool = True) -> Tensor:
-        """What is added to the result for the input `x`: itself, or as many channels as the result has.
+        """Return the tensor that is added to the result: `x`, or `x` with the result's channels.
 
         Args:
-            biased: with the shortcut's bias, even where it may be left to `add_shortcut`.
+            biased: add the shortcut's bias, even if it may be left to `add_shortcut`.
         """
         if not hasattr(self, "nin_shortcut"):
             return x
@@ -338,7 +367,7 @@ class ResnetBlock3D(nn.Module):
 
 
 class Downsample3D(nn.Module):
-    """Halve height and width by a strided convolution, and time, where asked, by averaging pairs of frames."""
+    """Halve height and width by a strided convolution, and optionally time by averaging pairs."""
 
     def __init__(self, channels: int, compress_time: bool):
         super().__init__()
@@ -357,7 +386,7 @@ class Downsample3D(nn.Module):
         return _framewise(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
 
     def _halved_in_time_and_padded(self, x: Tensor, lead: int) -> Tensor:
-        """The frames that the convolution takes, with a row and a column of zeros, written once."""
+        """Return the convolution's input, with a row and a column of zeros, written once."""
         batch, channels, time, height, width = x.shape
         frames = lead + (time - lead) // 2 if self.compress_time else time
         shape = (batch, channels, frames, height + 1, width + 1)
@@ -375,7 +404,7 @@ class Downsample3D(nn.Module):
 
 
 class Upsample3D(nn.Module):
-    """Double height and width, and time where asked, by nearest neighbour, then convolve each frame."""
+    """Double height, width and optionally time by nearest neighbour; convolve each frame."""
 
     def __init__(self, channels: int, compress_time: bool):
         super().__init__()
@@ -384,7 +413,7 @@ class Upsample3D(nn.Module):
 
     def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
         x = _framewise(partial(self._double_and_convolve, bias=self.conv.bias if biased else None), x)
-        if self.compress_time:  # after the convolution, which would only repeat itself
+        if self.compress_time:  # after the convolution, which would give equal results for equal frames
             lead = int(chunk.lead)
             first, rest = x[:, :, :lead], x[:, :, lead:]
             if not torch.is_grad_enabled():
@@ -395,16 +424,16 @@ class Upsample3D(nn.Module):
 
     def _double_and_convolve(self, frames: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.conv.weight
-        if frames.device.type != "cpu" or frames.dtype != torch.float32:  # where it is exact and pays
+        if frames.device.type != "cpu" or frames.dtype != torch.float32:  # the method below is inexact or slower
             return F.conv2d(F.interpolate(frames, scale_factor=2, mode="nearest"), weight, bias, padding=1)
-        # A 3x3 kernel meets only 2x2 different pixels of a doubled image. Adding up the taps that meet the same pixel
-        # makes it a transposed convolution of the small image, with 4 instead of 9 products a pixel.
+        # A 3x3 kernel sees only 2x2 different pixels of a doubled image. With the sums of the taps for a pixel it is a
+        # transposed convolution of the small image, with 4 instead of 9 products per pixel.
         kernel = _overlapping_sums(_overlapping_sums(weight, dim=2), dim=3).transpose(0, 1).flip(2, 3)
         return F.conv_transpose2d(frames, kernel, bias, stride=2, padding=1)
 
 
 def _doubled_in_time(first: Tensor, rest: Tensor) -> Tensor:
-    """The frames of `first`, and twice each of `rest`, written once."""
+    """Return the frames of `first`, and each frame of `rest` twice, written once."""
     shape = (*first.shape[:2], first.shape[2] + 2 * rest.shape[2], *first.shape[3:])
     out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last_3d)
     out[:, :, : first.shape[2]] = first
@@ -413,13 +442,16 @@ def _doubled_in_time(first: Tensor, rest: Tensor) -> Tensor:
 
 
 def _overlapping_sums(kernel: Tensor, dim: int) -> Tensor:
-    """The taps (a, b, c) along `dim` -> (a, a + b, b + c, c): what a doubled row makes of them."""
+    """Return the taps (a, b, c) along `dim` as (a, a + b, b + c, c), for doubled rows."""
     before = torch.cat([kernel, kernel.narrow(dim, 0, 1) * 0], dim)
     return before + before.roll(1, dim)
 
 
 def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor, biased: bool) -> Tensor:
-    """Apply a convolution without padding in time as one of images, which have the channels of all frames it sees."""
+    """Apply a convolution without padding in time as a 2D convolution.
+
+    The images have the channels of all frames that the kernel sees.
+    """
     time, height, width = conv.kernel_size
     count = frames.shape[2] - time + 1
     seen = torch.cat([frames[:, :, tap : tap + count] for tap in range(time)], dim=1)
@@ -430,9 +462,12 @@ def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor, biased: bool) -> Ten
 
 
 def _pointwise_in_time(conv: nn.Conv3d, x: Tensor, biased: bool = True) -> Tensor:
-    """Apply a convolution that is one frame long; unlike a 3D convolution this also takes no frames at all."""
+    """Apply a convolution of length 1 in time.
+
+    Unlike a 3D convolution it also supports an input without frames.
+    """
     if biased and conv.kernel_size == (1, 1, 1) and leaves_bias(conv.weight):
-        # A product of matrices, which adds the bias as it writes its result.
+        # A matrix product adds the bias while writing its result.
         return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
     padding = [size // 2 for size in conv.kernel_size[1:]]
     bias = conv.bias if biased else None

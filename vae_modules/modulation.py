@@ -1,8 +1,8 @@
-"""Normalization's passes over a large tensor, each a function of its own for the backward pass.
+"""Passes of normalization over a large tensor, each with its own backward pass.
 
-All keep nothing for it but what they are given. Tensors are (batch, channel, time, height, width)
-in channels-last memory. Each pass is one operator that reads and writes its tensors once: on a GPU one kernel (see
-`gpu_kernels`; several of PyTorch's where that is not at hand), on a CPU piece by piece in the cache.
+They only keep their arguments for the backward pass. Tensors are (batch, channel, time, height, width) in channels-last
+memory. Each pass is one operator that reads and writes its tensors once: on a GPU one kernel (see `gpu_kernels`;
+several PyTorch operations if it does not work), on a CPU piece by piece in the cache.
 """
 
 from collections.abc import Iterator
@@ -15,49 +15,53 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-KNOWN = "_channel_sums"  # the attribute of a tensor that has been summed already
-CACHED = 2**18  # bytes that stay in a CPU's cache from one operation to the next, beside what belongs to them
+KNOWN = "_channel_sums"  # the attribute of a tensor with known sums
+CACHED = 2**18  # bytes of a piece that stay in a CPU's cache between operations, beside other tensors
 
 
 def channel_sums(x: Tensor) -> Tensor:
-    """The sums over space and time of `x` and of its square, (2, batch, channel) in float64.
+    """Return the sums of `x` and of its square over space and time.
 
-    Sums run along a part of a frame in float32 and from there on in float64, so a clip of any size is summed to full
-    precision. What `add_in_place` has found out is not summed again.
+    Sums are float32 within a part of a frame and float64 beyond, so that a clip of any size is summed precisely. The
+    sums that `add_in_place` has computed are reused.
+
+    Returns:
+        float64 (2, batch, channel).
     """
     known = getattr(x, KNOWN, None)
     return _ChannelSums.apply(x) if known is None else known
 
 
 def add_in_place(x: Tensor, other: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Add `other` to `x`, where no gradient is wanted, and return it, with its `channel_sums` known.
+    """Add `other` to `x`, without gradients, and return `x`, with its `channel_sums` known.
 
     Args:
-        offset: (channel,), is added as well.
+        offset: (channel,), added as well.
     """
     setattr(x, KNOWN, _add_and_sum(x, other, offset))
     return x
 
 
 def modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tensor:
-    """silu(x * scale + shift), the maps resized to `x` by nearest neighbour: in space, and in time past a first frame.
+    """Return silu(x * scale + shift), with the maps resized to `x` by nearest neighbour.
 
-    `x` (batch, channel, T, H, W); `scale` and `shift` (batch, channel, t, h, w) where each size divides that of `x`,
-    after the leading frame is taken off both if there is one. Computed in float32, returned in the type of `x`.
+    `x` (batch, channel, T, H, W); `scale` and `shift` (batch, channel, t, h, w), whose sizes divide those of `x`. With
+    `lead` the first frame has maps of its own and does not count in T and t. Computed in float32, returned in the dtype
+    of `x`.
     """
     if x.shape[2] == 0:
-        return x + (scale.sum() + shift.sum()).to(x.dtype)  # empty, but the graph goes on through the statistics
+        return x + (scale.sum() + shift.sum()).to(x.dtype)  # empty, but connected to the statistics in the graph
     return _ModulatedSiLU.apply(x, scale, shift, lead)
 
 
 def write_modulated_silu(
     out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, *before: Tensor, tail: Tensor | None = None
 ) -> None:
-    """Write what `modulated_silu` returns into `out`, which may be `x` itself or a part of a larger tensor.
+    """Write the result of `modulated_silu` into `out`, which may be `x` or a part of a tensor.
 
     Args:
         before: another scale and shift (batch, channel, 1, 1, 1), which apply to `x` first.
-        tail: gets the last frames as well, as many as it has; only where `out` is not `x`.
+        tail: receives a copy of its number of last frames; only if `out` is not `x`.
     """
     if out is x:
         vars(x).pop(KNOWN, None)
@@ -153,7 +157,10 @@ def _modulate(
 
 
 def _gpu_kernels(*tensors: Tensor) -> ModuleType | None:
-    """The kernels that serve for these tensors, if any do. Triton takes a while to import, and no CPU needs it."""
+    """Return the kernels for these tensors, or None.
+
+    Triton takes a while to import, and is not needed on a CPU.
+    """
     if tensors[0].device.type != "cuda":
         return None
     from vae_modules import gpu_kernels
@@ -162,7 +169,7 @@ def _gpu_kernels(*tensors: Tensor) -> ModuleType | None:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """See `channel_sums`."""
+    """Return `channel_sums`, computed by PyTorch."""
     if x.device.type == "cpu":
         total = x.new_zeros((2, *x.shape[:2]), dtype=torch.float64)
         for frames, rows in _cached(x, 1):
@@ -179,7 +186,10 @@ def _sums_of_piece(piece: Tensor) -> Tensor:
 
 
 def _cached(x: Tensor, multiple: int) -> Iterator[tuple[slice, slice]]:
-    """Frames and rows of pieces that stay in a CPU's cache, of whole `multiple`s of rows; on a GPU all at once."""
+    """Yield frames and rows of pieces that stay in a CPU's cache; on a GPU the whole tensor.
+
+    Pieces have whole multiples of `multiple` rows.
+    """
     frames, height = x.shape[2], x.shape[3]
     if x.device.type != "cpu":
         yield slice(0, frames), slice(0, height)
@@ -235,9 +245,9 @@ class _ModulatedSiLU(torch.autograd.Function):
 
 
 def _pieces(x: Tensor, maps: Tensor, lead: bool) -> Iterator[tuple[slice, slice]]:
-    """Frames of `x` and the frames of the maps that hold for them: as many as one operation can take.
+    """Yield frames of `x` and the frames of their maps, as many as one operation supports.
 
-    On a CPU a single frame, which stays in the cache from one operation to the next.
+    On a CPU this is a single frame, which stays in the cache between operations.
     """
     alone, frames, steps = int(lead and x.shape[2] > 1), x.shape[2], maps.shape[2]
     if x.device.type == "cpu":
@@ -252,10 +262,13 @@ def _pieces(x: Tensor, maps: Tensor, lead: bool) -> Iterator[tuple[slice, slice]
 
 
 def _blocks(full: Tensor, like: Tensor) -> Tensor:
-    """b c (t k) (h p) (w q) -> b c t k h p w q, with t, h and w as in `like` (b c t 1 h 1 w 1)."""
+    """Return b c (t k) (h p) (w q) as b c t k h p w q.
+
+    t, h and w are those of `like` (b c t 1 h 1 w 1).
+    """
     return full.unflatten(4, (like.shape[6], -1)).unflatten(3, (like.shape[4], -1)).unflatten(2, (like.shape[2], -1))
 
 
 def _one_each(small: Tensor) -> Tensor:
-    """b c t h w -> b c t 1 h 1 w 1"""
+    """Return b c t h w as b c t 1 h 1 w 1."""
     return small[:, :, :, None, :, None, :, None]

@@ -1,11 +1,12 @@
-"""A coder run layer by layer over pieces of a clip in time: the numbers of the whole in a fraction of its memory.
+"""Run a coder layer by layer over pieces of a clip in time, in a fraction of the memory.
 
-Every layer goes through all pieces before the next one starts, so each norm knows the statistics of the whole: they are
-summed up while the pieces come into being. What waits between two layers, and beside a block for its shortcut, waits in
-a `WaitingRoom`; convolutions leave the next piece its causal frames as they do for the next chunk of a clip.
+The results equal those of the whole clip. Every layer processes all pieces before the next layer starts, so that each
+norm has the statistics of the whole clip; their sums are taken as pieces are made. Between two layers, and beside a
+block for its shortcut, pieces wait in a `WaitingRoom`. Convolutions pass causal frames to the next piece as they do to
+the next chunk of a clip.
 
-Where ranks share the frames, each has pieces of its own. Before a convolution goes through them, the ranks exchange
-their last frames, so that none waits for another's pieces; these frames alone are normalized twice.
+If ranks share the frames, each has its own pieces. Before a convolution processes them, the ranks exchange their last
+frames, so that no rank waits for another's pieces; only these frames are normalized twice.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +29,7 @@ from vae_modules.layers import (
 from vae_modules.modulation import write_modulated_silu
 
 MAPS = 7
-"""Features of a piece, at the widest place, that are in memory at once. For the full size 5 to 6.2 are counted, with
+"""Number of feature maps of a piece, at the widest layer, in memory at once. The full size has 5 to 6.2, counted with
 the workspaces of convolutions."""
 
 Layer = CausalConv3d | ResnetBlock3D | Downsample3D | Upsample3D
@@ -39,13 +40,13 @@ class Pieces:
     """The pieces of a clip.
 
     Attributes:
-        waiting: the frames of each, between two layers.
-        clip: where all of them lie in the clip, and the ranks that have its other frames.
-        chunks: where each lies, for this rank.
-        latents: the latent frames that belong to each, one each, for norms that are conditioned on them; or none.
-        room: where the pieces wait.
-        statistics: the sums of what waits, for the norm that comes next.
-        offset: (channel,), is to be added to what waits; see `layers.left_bias`.
+        waiting: the frames of each piece, between two layers.
+        clip: the place of all pieces in the clip, and the ranks with its other frames.
+        chunks: the place of each piece, for this rank.
+        latents: the latent frames of each piece, for norms that are conditioned on them; or none.
+        room: the store of pieces.
+        statistics: the sums of the waiting frames, for the next norm.
+        offset: (channel,), still to be added to the waiting frames; see `layers.left_bias`.
     """
 
     waiting: list[Waiting]
@@ -57,10 +58,11 @@ class Pieces:
     offset: Tensor | None = None
 
     def replace(self, step: Callable[[int, Waiting], Tensor], norm: Norm | None, offset: Tensor | None = None) -> None:
-        """Put step(index, piece) in the place of each piece, and take the sums for the `norm` that follows, if any.
+        """Replace each piece by step(index, piece), and take the sums for the next `norm`.
 
         Args:
-            offset: (channel,), is to be added to each.
+            norm: None: no sums are taken.
+            offset: (channel,), still to be added to each piece.
         """
         total = None
         for index in range(len(self.waiting)):
@@ -73,10 +75,10 @@ class Pieces:
         self.statistics, self.offset = None if norm is None else self.clip.total(total, norm.gather_norm), offset
 
     def exchange_tails(self, conv: CausalConv3d, of: Callable[[int], Tensor]) -> None:
-        """Let the first piece have the frames before it, where another rank has them, and the next rank the last ones.
+        """Exchange last frames with the other ranks: for the first piece, and for the next rank.
 
         Args:
-            of: returns what the convolution will see of a piece.
+            of: returns the convolution's input of a piece.
         """
         count = conv.conv.kernel_size[0] - 1
         if self.clip.group is None or not count:
@@ -92,7 +94,7 @@ class Pieces:
 
 @torch.no_grad()
 def run(layers: Iterable[Layer], norm_out: Norm, conv_out: CausalConv3d, pieces: Pieces) -> Tensor:
-    """Return what the layers and conv_out(norm_out(...)) make of the pieces, put together along time."""
+    """Return conv_out(norm_out(...)) of the layers' results, concatenated along time."""
     layers = list(layers)
     for layer, following in zip(layers, [*layers[1:], norm_out], strict=True):
         _run_layer(layer, pieces, _first_norm(following))
@@ -105,15 +107,15 @@ def run(layers: Iterable[Layer], norm_out: Norm, conv_out: CausalConv3d, pieces:
 
 
 def cut(x: Tensor, lengths: list[int], chunk: Chunk, latents: list[Tensor] | None, room: WaitingRoom) -> Pieces:
-    """Return the pieces of `x` (batch, channel, time, height, width) that have so many frames each.
+    """Return the pieces of `x` (batch, channel, time, height, width) with `lengths` frames.
 
     Args:
-        chunk: where `x` lies in its clip.
+        chunk: the place of `x` in its clip.
         latents: those of each piece, for norms that are conditioned on them.
-        room: where pieces wait.
+        room: the store of pieces.
     """
     last, is_shared = len(lengths) - 1, chunk.group is not None
-    tails: TailCache = {} if is_shared else chunk.tails  # those between ranks are exchanged beside the pieces
+    tails: TailCache = {} if is_shared else chunk.tails  # ranks exchange their tails separately
     chunks = [
         replace(
             chunk,
@@ -121,7 +123,7 @@ def cut(x: Tensor, lengths: list[int], chunk: Chunk, latents: list[Tensor] | Non
             tails=tails,
             lead=chunk.lead and index == 0,
             last=(chunk.last or is_shared) and index == last,
-            keep=chunk.keep if index == last else torch.clone,  # the next piece comes at once
+            keep=chunk.keep if index == last else torch.clone,  # the next piece follows immediately
         )
         for index in range(len(lengths))
     ]
@@ -130,7 +132,7 @@ def cut(x: Tensor, lengths: list[int], chunk: Chunk, latents: list[Tensor] | Non
 
 
 def _normalized(norm: Norm, pieces: Pieces, index: int) -> Tensor:
-    """Return what a norm makes of a piece, which goes on waiting."""
+    """Return a norm's output for a piece, which stays stored."""
     x, z = pieces.waiting[index].copy(), pieces.latents[index]
     assert pieces.statistics is not None
     passes = norm.passes(pieces.statistics, x.dtype, pieces.chunks[index], *z, offset=pieces.offset)
@@ -139,14 +141,14 @@ def _normalized(norm: Norm, pieces: Pieces, index: int) -> Tensor:
 
 
 def _first_norm(layer: nn.Module) -> Norm | None:
-    """The norm that the input of a layer goes through first."""
+    """Return the first norm that processes the input of a layer."""
     if isinstance(layer, ResnetBlock3D):
         return layer.norm1
     return layer if isinstance(layer, Norm) else None
 
 
 def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
-    """Replace the pieces by what the layer makes of them; `norm` is what comes next."""
+    """Replace the pieces by the layer's outputs; `norm` is the next one."""
     if not isinstance(layer, ResnetBlock3D):
         if isinstance(layer, CausalConv3d):
             pieces.exchange_tails(layer, lambda index: pieces.waiting[index].copy())

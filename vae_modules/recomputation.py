@@ -1,4 +1,4 @@
-"""Activation checkpointing: a layer's activations are recomputed in the backward pass rather than kept for it.
+"""Activation checkpointing: recompute a layer's activations in the backward pass.
 
 Chen et al., "Training Deep Nets with Sublinear Memory Cost".
 """
@@ -15,8 +15,10 @@ from sgm.modules.autoencoding.clip import Chunk, RepeatableChunk
 
 
 def run_layer(layer: nn.Module, x: Tensor, chunk: Chunk, *others: Any, recompute: bool) -> Tensor:
-    """layer(x, chunk, *others). With `recompute`, all that is kept for the backward pass are these arguments, the
-    frames that convolutions got from another chunk or rank, and the sums of norms: to recompute takes no communication.
+    """Return layer(x, chunk, *others).
+
+    With `recompute`, only these arguments are kept for the backward pass, with the frames that convolutions received
+    from another chunk or rank, and the sums of norms: recomputing needs no communication.
     """
     if not (recompute and torch.is_grad_enabled()):
         return layer(x, chunk, *others)
@@ -30,12 +32,12 @@ def run_layer(layer: nn.Module, x: Tensor, chunk: Chunk, *others: Any, recompute
 
 
 def check_levels(levels: Sequence[int], count: int) -> frozenset[int]:
-    """The option `checkpoint_levels` of a network of `count` levels.
+    """Return the option `checkpoint_levels` of a network of `count` levels as a set.
 
     Raises:
-        UserError: it names something that is no level.
+        UserError: the option has a value that is not a level.
     """
     for level in levels:
         if type(level) is not int or not 0 <= level < count:
-            raise UserError(f"checkpoint_levels: {level!r} is none of the levels of ch_mult, 0 to {count - 1}")
+            raise UserError(f"checkpoint_levels: {level!r} is not a level of ch_mult; use 0 to {count - 1}")
     return frozenset(levels)

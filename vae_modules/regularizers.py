@@ -1,4 +1,4 @@
-"""The regularizers under the path that the released configurations use."""
+"""Regularizers under the path in the released configurations."""
 
 from sgm.modules.autoencoding.regularizers import (
     FSQ,

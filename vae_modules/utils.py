@@ -1,4 +1,4 @@
-"""The small functions of `sgm.util`, by the path of the original."""
+"""The small functions of `sgm.util`, under the original's path."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["get_obj_from_str", "instantiate_from_config"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return what `sgm.util` has by that name."""
+    """Return the attribute of `sgm.util` with that name."""
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(util, name)

@@ -1,8 +1,8 @@
-"""Causal 3x3x3 convolution with about half of the multiplications, forward and backward, for float32 on a CPU.
+"""Causal 3x3x3 convolution with about half of the products, for float32 on a CPU.
 
-Winograd's minimal filtering F(n, 3) along time (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks",
-section 4.1): n output frames of a three-tap filter take n + 2 products of frames, here 2D convolutions, instead of 3n.
-On a GPU and in half precision a plain 3D convolution is faster, or more exact.
+It has a backward pass. Winograd's minimal filtering F(n, 3) along time (Lavin & Gray, "Fast Algorithms for
+Convolutional Neural Networks", section 4.1): n output frames of a three-tap filter take n + 2 products of frames, here
+2D convolutions, instead of 3n. On a GPU and in half precision a plain 3D convolution is faster, or more exact.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `causal_conv3d` applies to this input and is worth it."""
+    """Return whether `causal_conv3d` supports this input and is faster."""
     applies = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -24,22 +24,31 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-    # It adds frames to save products with channels, and makes six kernels of three, which below this cost more.
+    # The method adds frames and makes six kernels of three; for small layers this costs more than it saves.
     cached, pixels = weight.numel() < 2**20, len(x) * x.shape[3] * x.shape[4]
     return applies and min(weight.shape[:2]) >= 16 and (cached or pixels >= 256)
 
 
 def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve `x` (batch, channel, time, height, width) with a 3x3x3 `weight`, zeros around in space.
+    """Return the convolution of `x` with a 3x3x3 `weight`, space padded with zeros.
 
-    Two frames `before` precede it; None: the first frame, repeated. Returns (batch, len(weight), time, height, width).
-    For the backward pass only the arguments are kept.
+    Only the arguments are kept for the backward pass.
+
+    Args:
+        before: the two frames before `x`; None: copies of its first frame.
+        x: (batch, channel, time, height, width).
+
+    Returns:
+        (batch, len(weight), time, height, width).
     """
     return _CausalConv3d.apply(before, x, weight, bias)
 
 
 def overwriting_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what `causal_conv3d` does, without a gradient, in the memory of `x` where it fits: new memory is slow."""
+    """Return `causal_conv3d` without gradients, in the memory of `x` if the shape fits.
+
+    Allocating new memory would be slow.
+    """
     out = x if x.shape[1] == len(weight) else _empty_result(x, weight)
     _convolve(before, x, weight, bias, out)
     return out
@@ -49,9 +58,10 @@ def overwriting_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: T
 
 
 class Filtering(NamedTuple):
-    """Three taps g on n + 2 inputs d give n outputs: outputs @ ((taps @ g) * (inputs @ d)).
+    """A filter of three taps g: n + 2 inputs d give n outputs.
 
-    All outputs have the first product with the factor 1. Matrices of floats, by rows.
+    outputs @ ((taps @ g) * (inputs @ d)). All outputs have the first product with the factor 1. Matrices are lists of
+    rows of floats.
     """
 
     inputs: list[list[float]]
@@ -60,7 +70,10 @@ class Filtering(NamedTuple):
 
 
 def _minimal_filtering(points: Sequence[float]) -> Filtering:
-    """F(n, 3) by Toom and Cook: interpolation at `points`, n + 1 different ones that start with 1, and at infinity."""
+    """Return F(n, 3) by Toom and Cook: interpolation at `points` and at infinity.
+
+    The n + 1 points are different, and the first is 1.
+    """
     n = len(points) - 1
     others = [[b for b in points if b != a] for a in points]
     inputs = [[*np.poly(roots)[::-1], 0.0] for roots in others] + [list(np.poly(points)[::-1])]
@@ -72,11 +85,11 @@ def _minimal_filtering(points: Sequence[float]) -> Filtering:
 FOUR_FRAMES = _minimal_filtering([1, -1, 0.5, -0.5, 0])
 TWO_FRAMES = _minimal_filtering([1, -1, 0])
 ONE_FRAME = Filtering(np.eye(3).tolist(), np.eye(3).tolist(), [[1, 1, 1]])
-FIRST_FRAME = Filtering([[0, 0, 1]], [[1, 1, 1]], [[1]])  # after itself, repeated
+FIRST_FRAME = Filtering([[0, 0, 1]], [[1, 1, 1]], [[1]])  # the frames before it are copies of it
 
 
 def _division(time: int, repeated: bool) -> Iterator[tuple[Filtering, list[int]]]:
-    """How to filter a clip of `time` frames: which output frames start a piece of which size."""
+    """Yield filters for a clip of `time` frames, each with the first frames of its pieces."""
     if time % 2:
         yield FIRST_FRAME if repeated else ONE_FRAME, [0]
     if time % 4 >= 2:
@@ -86,8 +99,8 @@ def _division(time: int, repeated: bool) -> Iterator[tuple[Filtering, list[int]]
 
 
 def _combination(coefficients: Sequence[float], frames: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """Their weighted sum, in `out` or else in a new tensor; or the only frame that counts."""
-    # A factor of 1 first, if there is one: it is not multiplied.
+    """Return the weighted sum of frames, in `out` or a new tensor, or the only frame in it."""
+    # A factor of 1 comes first, since it needs no product.
     (c, total), *rest = sorted(
         ((c, f) for c, f in zip(coefficients, frames, strict=True) if c), key=lambda p: p[0] != 1
     )
@@ -101,7 +114,7 @@ def _combination(coefficients: Sequence[float], frames: Sequence[Tensor], out: T
 
 
 def _add_multiples(coefficients: Sequence[float], product: Tensor, frames: Sequence[Tensor]) -> None:
-    """Add `product`, times its coefficient, to each of the frames."""
+    """Add `product` times a coefficient to each of the frames."""
     for c, frame in zip(coefficients, frames, strict=True):
         if c:
             frame.add_(product, alpha=c)
@@ -118,7 +131,7 @@ def _empty_result(x: Tensor, weight: Tensor) -> Tensor:
 def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Write the convolution of `x` into `y`, which may be `x` itself."""
     frames = _with_frames_before(before, x)
-    mixed = torch.empty_like(frames[-1])  # for all products: new memory takes longer than what is done with it
+    mixed = torch.empty_like(frames[-1])  # reused for all products, since allocation is slower than the sums
     # From the last frames to the first, so that none is overwritten before it has been used.
     for filtering, starts in reversed(list(_division(x.shape[2], before is None))):
         kernels = _kernels(filtering, weight)
@@ -133,13 +146,13 @@ def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def _write_sums(filtering: Filtering, products: Iterator[Tensor], out: Sequence[Tensor]) -> None:
-    """Write the output frames that the products give."""
+    """Write the output frames from the products."""
     first = next(products)
     for index, product in enumerate(products, 1):
         factors = [row[index] for row in filtering.outputs]
         if index > 1:
             _add_multiples(factors, product, out)
-        else:  # with the first product, of which every frame has one
+        else:  # with the first product, which every frame contains once
             for c, frame in zip(factors, out, strict=True):
                 torch.add(first, product, alpha=c, out=frame)
     if len(filtering.inputs) == 1:
@@ -157,14 +170,14 @@ class _CausalConv3d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # The transpose of every step above: the gradient of the inputs gathers what `inputs` took apart, and so on.
+        # The transpose of every step of the forward pass.
         before, x, weight = ctx.saved_tensors
         wants_before, wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         wants_frames = wants_before or wants_x
         d_before = torch.zeros_like(before) if wants_frames and before is not None else None
         d_x = torch.zeros_like(x) if wants_frames else None
         d_frames = _with_frames_before(d_before, d_x) if wants_frames else None
-        # As convolution_backward returns them: channels-last.
+        # Channels-last, as the result of convolution_backward.
         d_taps = weight.new_zeros((3, len(weight), *weight.shape[3:], weight.shape[1])).permute(0, 1, 4, 2, 3)
 
         frames, d_y = _with_frames_before(before, x), gradient.unbind(2)
@@ -190,12 +203,15 @@ class _CausalConv3d(torch.autograd.Function):
 
 
 def _with_frames_before(before: Tensor | None, x: Tensor) -> list[Tensor]:
-    """The frames of `x` and the two that precede it. Where those are the first one repeated, it is the same tensor."""
+    """Return the frames of `x` after the two frames before them.
+
+    Copies of the first frame are the same tensor.
+    """
     frames = list(x.unbind(2))
     return [*(frames[:1] * 2 if before is None else before.unbind(2)), *frames]
 
 
 def _kernels(filtering: Filtering, weight: Tensor) -> list[Tensor]:
-    """The 2D kernel of each product."""
-    taps = weight.movedim(2, 0).contiguous()  # each by itself in memory, or every conv2d would copy it
+    """Return the 2D kernel of each product."""
+    taps = weight.movedim(2, 0).contiguous()  # contiguous taps, which conv2d would otherwise copy each time
     return [_combination(row, taps.unbind()) for row in filtering.taps]

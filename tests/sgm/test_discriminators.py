@@ -55,7 +55,9 @@ def test_smallest_images(kind, n_layers):
     side = 3 * 2**n_layers
     shape = (1, 3, 2) if kind is NLayerDiscriminator3D else (1, 3)
     assert discriminator(torch.randn(*shape, side, side)).shape[-2:] == (1, 1)
-    with pytest.raises(UserError, match=rf"at least {side}x{side} pixels, got {side}x{side - 1}; fewer layers"):
+    with pytest.raises(
+        UserError, match=rf"at least {side}x{side} pixels, got {side}x{side - 1}; for smaller images set fewer"
+    ):
         discriminator(torch.randn(*shape, side, side - 1))
 
 

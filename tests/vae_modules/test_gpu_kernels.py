@@ -101,4 +101,4 @@ def test_without_a_gpu_pytorch_serves(monkeypatch, caplog):
         assert not gpu_kernels.works() and not gpu_kernels.works()
     finally:
         gpu_kernels.works.cache_clear()
-    assert caplog.text.count("without its own GPU kernels, which fail here: no kernel image") == 1
+    assert caplog.text.count("without its own GPU kernels, which fail on this machine: no kernel image") == 1

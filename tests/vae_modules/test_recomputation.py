@@ -166,5 +166,5 @@ def test_results_close_to_reference_when_recomputed():
 
 def test_levels_are_a_set():
     assert check_levels([3, 0, 3], count=4) == {0, 3}
-    with pytest.raises(UserError, match="checkpoint_levels: 4 is none of the levels of ch_mult, 0 to 3"):
+    with pytest.raises(UserError, match="checkpoint_levels: 4 is not a level of ch_mult; use 0 to 3"):
         check_levels([0, 4], count=4)
