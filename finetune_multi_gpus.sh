@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Fine-tunes a model on several GPUs, on one machine or many: with the command below, or with the arguments given here.
-# Sets up the environment where needed, and draws and encodes the spirals that the tiny model is taught by default.
+# Fine-tunes a model on several GPUs of one or more machines, by the command below or with the given arguments.
+# Sets up the environment if needed, and by default draws and encodes the spirals that the tiny model learns.
 # Paths are relative to the repository root.
 #
 #   bash finetune_multi_gpus.sh --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --train_data DATA --seed 42
 #   NPROC=4 bash finetune_multi_gpus.sh --base ...          on four GPUs (default: all; without any, one process)
-#   bash finetune_multi_gpus.sh --base ... --resume latest  goes on with the last run
+#   bash finetune_multi_gpus.sh --base ... --resume latest  resumes the last run
 #
-# On many machines run the same command on each, with torchrun's own arguments in TORCHRUN_ARGS, and `save` on storage
-# that all of them see:
+# On several machines run the same command on each, with torchrun's arguments in TORCHRUN_ARGS, and `save` on shared
+# storage:
 #
 #   TORCHRUN_ARGS="--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" bash finetune_multi_gpus.sh --base ...
 #
-# SIGTERM finishes the step and saves.
+# SIGTERM finishes the step and saves a checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 environs= # for commands of the original, which begin with $environs
 NPROC=${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
 if [[ -z ${PYTORCH_ALLOC_CONF+set} ]]; then
-    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True} # less memory lost to gaps
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True} # less fragmentation
 fi
 launch="torchrun ${TORCHRUN_ARGS:---standalone} --nproc_per_node=$((NPROC > 0 ? NPROC : 1)) sat/train_video.py"
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Samples videos: with the command below, or with the arguments given here.
-# Sets up the environment where needed. The tiny model comes along in assets/tiny.
+# Samples videos, by the command below or with the given arguments.
+# Sets up the environment if needed. The tiny model is in assets/tiny.
 # Paths are relative to the repository root.
 #
 #   bash inference.sh                                                            the tiny model, on any machine
 #   bash inference.sh --base configs/cogvideox_5b.yaml configs/inference.yaml --seed 42
-#   NPROC=4 bash inference.sh --base ...                                         on four GPUs, the prompts shared out
+#   NPROC=4 bash inference.sh --base ...                                         on four GPUs, which share the prompts
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 environs= # for commands of the original, which begin with $environs

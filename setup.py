@@ -1,4 +1,4 @@
-"""Adds to pyproject.toml what it cannot say: folders of the repository that become data of `cogvideox_sat`."""
+"""Add the repository's folders of data to `cogvideox_sat`, which pyproject.toml cannot do."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 SHIPPED = "cogvideox_sat.shipped"
-# Each with the names of the files that are taken along.
+# The folders with the names of the files to include.
 FOLDERS = {
     "configs": ["*.yaml", "*.txt"],
     "configs/parts": ["*.yaml"],
@@ -18,7 +18,7 @@ FOLDERS = {
 
 
 class BuildFromNothing(build_py):
-    """Leaves out what an earlier build has left in `build/`, such as modules that were renamed since."""
+    """A build that first removes the results of earlier builds, such as renamed modules."""
 
     def run(self) -> None:
         if not self.editable_mode and Path(self.build_lib).is_dir():

@@ -1,15 +1,15 @@
-"""Refines short prompts into the long descriptions that the models were trained on.
+"""Refine short prompts into the long descriptions that the models were trained on.
 
   python tools/convert_demo.py --prompt "a fox in the snow"
   python tools/convert_demo.py --prompt "it turns its head" --image_path fox.png
   python tools/convert_demo.py --input_file configs/test.txt --output_file refined.txt
 
-Any endpoint that speaks OpenAI's protocol is asked: OPENAI_API_KEY is the key, OPENAI_BASE_URL the address (default:
-OpenAI's own), OPENAI_MODEL the model. With an image, which the model must be able to see, it describes what moves.
-A prompt file (.txt, with `prompt@@image` or not, or .jsonl) comes out as it was but for the prompts. A prompt that
-cannot be refined stays as it is, with a warning. `sat/sample_video.py --refine_prompts` does this on the way.
+Any endpoint with OpenAI's protocol works: OPENAI_API_KEY is the key, OPENAI_BASE_URL the address (default: OpenAI),
+OPENAI_MODEL the model. With an image the model, which must accept images, describes the motion. Of a prompt file (.txt,
+with or without `prompt@@image`, or .jsonl) only the prompts change. A prompt that cannot be refined stays unchanged,
+with a warning. `sat/sample_video.py --refine_prompts` refines prompts before sampling.
 
-Exit codes: 0 done, 2 a mistake stands in the way.
+Exit codes: 0 done, 2 the arguments, files or endpoint settings are wrong.
 """
 
 import argparse
@@ -63,11 +63,11 @@ def convert(arguments: Sequence[str] | None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(__doc__)
-    parser.add_argument("--prompt", help="one prompt; the refined one goes to standard output")
+    parser.add_argument("--prompt", help="one prompt; the refined prompt is written to standard output")
     parser.add_argument("--image_path", type=Path, metavar="FILE", help="the first frame, for image-to-video")
     parser.add_argument("--input_file", type=Path, metavar="FILE", help="prompts: .txt or .jsonl")
-    parser.add_argument("--output_file", type=Path, metavar="FILE", help="where the refined prompts of a file go")
-    parser.add_argument("--type", choices=("t2v", "i2v"), help="insist on prompts without or with images")
+    parser.add_argument("--output_file", type=Path, metavar="FILE", help="file for the refined prompts of --input_file")
+    parser.add_argument("--type", choices=("t2v", "i2v"), help="require prompts without (t2v) or with (i2v) images")
     parser.add_argument("--model", help="model to ask (default: OPENAI_MODEL, else gpt-4o)")
     parser.add_argument("--retry_times", type=int, default=3, help="further tries after a failure (default: 3)")
     parser.add_argument("--timeout", type=positive, help="seconds to wait for an answer (default: 60)")
@@ -77,30 +77,34 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Put inputs where they are found; raise UserError for arguments that do not go together."""
+    """Resolve the input paths and check the arguments.
+
+    Raises:
+        UserError: arguments do not fit together, or a file does not exist.
+    """
     if options.input_file:
         if options.prompt is not None or options.image_path:
-            raise UserError("--prompt and --image_path do not go with --input_file, whose lines have them")
+            raise UserError("--prompt and --image_path cannot be used with --input_file; put them into its lines")
         if options.output_file is None:
-            raise UserError("--output_file is missing: name the file that the refined prompts go to")
+            raise UserError("--output_file is missing; name the file for the refined prompts")
         if options.output_file.suffix.lower() != options.input_file.suffix.lower():
             raise UserError(
-                f"--output_file {options.output_file}: it will be of the kind of {options.input_file}, so name it "
+                f"--output_file: {options.output_file} has another suffix than {options.input_file}; name it "
                 f"'…{options.input_file.suffix}'"
             )
         locate_inputs(options, "input_file")
         check_output(options.output_file, options)
     else:
         if not (options.prompt or "").strip() and not options.image_path:
-            raise UserError("--prompt or --input_file is missing: name what to refine")
+            raise UserError("--prompt is missing; give it or --input_file")
         if options.output_file:
-            raise UserError("--output_file goes with --input_file; one prompt goes to standard output")
+            raise UserError("--output_file needs --input_file; a single prompt is written to standard output")
         if options.image_path:
             locate_image(options, "image_path")
         if options.type and (options.type == "i2v") != bool(options.image_path):
             raise UserError(f"--type {options.type} {'needs' if options.type == 'i2v' else 'takes no'} --image_path")
     if options.retry_times < 0 or not 1 <= options.workers <= 16:
-        raise UserError("--retry_times must be at least 0, --workers from 1 to 16")
+        raise UserError("--retry_times must be at least 0, and --workers must be between 1 and 16")
 
 
 def refine_with_bar(prompts: Sequence[Prompt], endpoint: Endpoint) -> list[str | None]:
@@ -112,7 +116,11 @@ def refine_with_bar(prompts: Sequence[Prompt], endpoint: Endpoint) -> list[str |
 
 
 def write(path: Path, content: str) -> None:
-    """Raises UserError if the file cannot be written."""
+    """Write a file atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     data = content.encode()
     with new_file(path, len(data)) as part:
         part.write_bytes(data)

@@ -1,6 +1,6 @@
-"""Converts a CogVideoX pipeline of diffusers to SwissArmyTransformer checkpoints, with a configuration that loads them.
+"""Convert a CogVideoX pipeline of diffusers to SwissArmyTransformer checkpoints.
 
-`--help` tells how; `cogvideox_sat.tool_commands.convert_weight_hf2sat` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.convert_weight_hf2sat` is the implementation.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Converts a SwissArmyTransformer checkpoint and the weights of the VAE to a pipeline folder of diffusers.
+"""Convert a SwissArmyTransformer checkpoint and a VAE to a pipeline folder of diffusers.
 
-`--help` tells how; `cogvideox_sat.tool_commands.convert_weight_sat2hf` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.convert_weight_sat2hf` is the implementation.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Decodes latents into videos: those that sampling kept or wrote, and those in the samples/ of a training run.
+"""Decode latents into videos: those of sampling, and the samples/ of a training run.
 
-`--help` tells how; `cogvideox_sat.tool_commands.decode_latents` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.decode_latents` is the implementation.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Tells how much memory a run of a configuration will take. It needs neither the weights nor the data.
+"""Estimate the memory of a run from its configuration, without weights or data.
 
-`--help` tells how; `cogvideox_sat.tool_commands.estimate_memory` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.estimate_memory` is the implementation.
 """
 
 import sys

@@ -1,16 +1,15 @@
-"""Reports how often sampled videos of moving shapes show what their prompts say, as a judge sees it in their pixels.
+"""Measure how often sampled videos of moving shapes show the content of their prompts.
 
   python tools/evaluate_shapes.py --videos outputs/tiny --input_file prompts.txt
   python tools/evaluate_shapes.py --videos outputs/tiny
 
-The videos are those that sampling writes, `{n}_{prompt}/{i}/000000.mp4`; the prompts are captions as
-`tools/make_shapes_dataset.py` writes them, taken from the prompt file, or else from the names of the folders. First
-comes how often the judge is right about freshly drawn clips of held-out combinations, of the same size and length,
-written and read as videos are. "By chance" is how often a video would be right if it belonged to another of the
-prompts. Where requests have them, the report adds the PSNR of the first, the last and other frames against their
-images, the mean difference from the clip of video-to-video, and, for videos of several windows (`extend`), the frame
-difference where windows join. Exit codes: 0 done, 2 a
-mistake in the arguments or files stands in the way.
+A judge recognizes the content from the pixels. The videos are those of sampling, `{n}_{prompt}/{i}/000000.mp4`. The
+prompts are captions as `tools/make_shapes_dataset.py` writes them, read from the prompt file, or else from the names of
+the folders. The report begins with the judge's accuracy on new clips of held-out combinations, with the same size and
+length, written and read as videos are. "By chance" is the accuracy if each video had another one of the prompts. If
+requests have images, clips or several windows (`extend`), the report adds the PSNR of the first, the last and other
+frames against their images, the mean difference from the clip of video-to-video, and the frame difference at the joints
+of windows. Exit codes: 0 done, 2 the arguments or files are wrong.
 """
 
 import argparse
@@ -42,9 +41,9 @@ def evaluate(command_line: Sequence[str] | None) -> int:
     check_options(options)
     prompted = from_file(options.videos, options.input_file) if options.input_file else from_folders(options.videos)
     if not any(prompt.videos for prompt in prompted):
-        raise UserError(f"--videos: {options.videos} holds no video of these prompts, such as 0_a_prompt/0/000000.mp4")
+        raise UserError(f"--videos: {options.videos} has no video of these prompts, such as 0_a_prompt/0/000000.mp4")
     tell_places()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # Imported here, since PyTorch takes seconds to load: only after the arguments are checked
     from cogvideox_sat.shapes.report import run
 
     sys.stdout.write(f"{run(options, prompted)}\n")
@@ -56,22 +55,26 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--videos", type=Path, metavar="FOLDER", help="the output_dir of sampling")
     add("--input_file", type=Path, metavar="FILE", help="the prompt file of sampling (default: the folders' names)")
-    add("--own_accuracy_clips", type=int, default=200, help="to test the judge on; 0: none (default: 200)")
-    add("--seed", type=int, default=0, help="of what those clips show (default: 0)")
-    add("--json", type=Path, metavar="FILE", help="write the numbers")
+    add("--own_accuracy_clips", type=int, default=200, help="number of clips to test the judge; 0: none (default: 200)")
+    add("--seed", type=int, default=0, help="seed of these clips (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers to this file")
     return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Put inputs where they are found; raise UserError if something is missing or makes no sense."""
+    """Resolve the input paths and check the arguments.
+
+    Raises:
+        UserError: an argument is missing or wrong.
+    """
     if options.videos is None:
-        raise UserError("--videos is missing: name the output_dir of sampling, outputs/tiny for instance")
+        raise UserError("--videos is missing; name the output_dir of sampling, for example outputs/tiny")
     given = options.videos
     locate_inputs(options, "videos", "input_file")
     if not options.videos.is_dir():
         raise UserError(f"--videos: {given} is a file; name the output_dir of sampling")
     if options.own_accuracy_clips < 0:
-        raise UserError(f"--own_accuracy_clips is {options.own_accuracy_clips}; it must be at least 0")
+        raise UserError(f"--own_accuracy_clips must be at least 0, got {options.own_accuracy_clips}")
     if options.json:
         check_folder(options.json.parent, "--json")
 

@@ -1,12 +1,13 @@
-"""Reports how well a VAE reconstructs clips: PSNR, SSIM, LPIPS, and with the weights of I3D the Fréchet video distance.
+"""Measure how well a VAE reconstructs clips: PSNR, SSIM, LPIPS and, with I3D, rFVD.
 
   python tools/evaluate_vae.py --base configs/vae_3d.yaml --data data/held_out --ckpt ckpts/vae-01-31-12-00/3d-vae.pt
   python tools/evaluate_vae.py --base configs/cogvideox_2b.yaml configs/sft.yaml --data data/held_out
 
-The configuration is that of a VAE's training, or of a diffusion model with its first stage; its `data:` section says
-how clips are read and cut. Latents are means, not draws. Every clip is decoded in chunks as sampling does, if it has
-8k+1 frames, else at once. PSNR, SSIM and LPIPS are means over clips. Videos show the input, the reconstruction and four
-times their difference. Exit codes: 0 done, 2 a mistake in the arguments or files stands in the way.
+The configuration is one for VAE training, or of a diffusion model with its first stage; its `data:` section tells how
+clips are read and cut. Latents are means, not samples. Clips of 8k+1 frames are decoded in chunks, as in sampling,
+others at once. PSNR, SSIM and LPIPS are means over clips; rFVD, the Fréchet video distance, needs the weights of I3D.
+Videos show the input, the reconstruction and four times their difference. Exit codes: 0 done, 2 the arguments or files
+are wrong.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def evaluate_with(config: MergedConfig, options: argparse.Namespace) -> int:
     vae_config, data_config = find_parts(model, config, options.ckpt)
     tell_places()
     quiet_libraries()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # Imported here, since PyTorch takes seconds to load: only after the arguments are checked
     from cogvideox_sat.evaluation.vae_report import run
 
     with section("model", model, config.sources):
@@ -73,14 +74,14 @@ def evaluate_with(config: MergedConfig, options: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("--base", nargs="+", metavar="FILE", help="configuration files, later ones overriding earlier")
-    add("--data", nargs="+", metavar="DATA", help="clips, best such as training has not seen: as for train_video.py")
-    add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: those that the configuration names)")
-    add("--num_clips", type=int, default=64, help="how many, spread over the data, or all there are (default: 64)")
-    add("--num_videos", type=int, default=4, help="of the first so many clips a video is written (default: 4)")
+    add("--base", nargs="+", metavar="FILE", help="configuration files; later files override earlier ones")
+    add("--data", nargs="+", metavar="DATA", help="clips, as for train_video.py; use clips that were not trained on")
+    add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: from the configuration)")
+    add("--num_clips", type=int, default=64, help="number of clips, spread over the data (default: 64)")
+    add("--num_videos", type=int, default=4, help="number of first clips to write videos of (default: 4)")
     add("--output", type=Path, default=Path("outputs/vae"), help="folder of the videos (default: outputs/vae)")
-    add("--json", type=Path, metavar="FILE", help="write all numbers, those of each clip too; null for infinity")
-    add("--lpips_net", choices=("alex", "vgg", "squeeze", "none"), default="alex", help="of LPIPS (default: alex)")
+    add("--json", type=Path, metavar="FILE", help="write all numbers, also of each clip; null is infinity")
+    add("--lpips_net", choices=("alex", "vgg", "squeeze", "none"), default="alex", help="network (default: alex)")
     add("--lpips_weights", type=Path, metavar="FILE", help="torchvision's weights of it (default: downloaded once)")
     add("--i3d_weights", type=Path, metavar="FILE", help="rgb_imagenet.pt or i3d_pretrained_400.pt, for rFVD")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -90,30 +91,34 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Put inputs where they are found; raise UserError if something is missing or makes no sense."""
+    """Resolve the input paths and check the arguments.
+
+    Raises:
+        UserError: an argument is missing or wrong.
+    """
     if not options.base:
-        raise UserError("--base is missing: name the configuration of the VAE, configs/vae_3d.yaml for instance")
+        raise UserError("--base is missing; name the configuration of the VAE, for example configs/vae_3d.yaml")
     if not options.data:
-        raise UserError("--data is missing: name a folder of clips, a .jsonl or .csv manifest, or .tar shards")
+        raise UserError("--data is missing; name a folder of clips, a .jsonl or .csv manifest, or .tar shards")
     options.data = clip_sources(options.data)
     locate_inputs(options, "ckpt", "lpips_weights", "i3d_weights")
     for name, least in (("num_clips", 2 if options.i3d_weights else 1), ("num_videos", 0)):
         if getattr(options, name) < least:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if options.lpips_weights and options.lpips_net == "none":
-        raise UserError("--lpips_weights is given, but --lpips_net is none")
+        raise UserError("--lpips_weights is given, but --lpips_net is none; leave one of them out")
     if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise UserError(f"--device is '{options.device}'; it can be cpu, cuda or cuda:N")
+        raise UserError(f"--device is '{options.device}'; use cpu, cuda or cuda:N")
     check_folder(options.output, "--output")
     if options.json:
         check_folder(options.json.parent, "--json")
 
 
 def clip_sources(given: Sequence[str]) -> list[str]:
-    """Return the sources of clips that `--data` names, where they are found.
+    """Return the sources of clips in `--data`, as resolved paths.
 
     Raises:
-        UserError: one does not exist, or is a cache of latents.
+        UserError: a source does not exist, or is a cache of latents.
     """
     sources = located(list(given), "--data")
     for path in sources:
@@ -121,7 +126,7 @@ def clip_sources(given: Sequence[str]) -> list[str]:
         if not (is_pattern or "://" in path or Path(path).exists()):
             raise UserError(not_found("--data", path))
         if is_cache(path):
-            raise UserError(f"--data: {path} holds latents; name the clips that it was made of")
+            raise UserError(f"--data: {path} has latents; name the clips that it was made from")
     return sources
 
 
@@ -131,13 +136,13 @@ def clip_sources(given: Sequence[str]) -> list[str]:
 def find_parts(
     model: Mapping[str, Any], config: MergedConfig, ckpt: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the VAE and the data set that a configuration describes, as far checked as that needs no class.
+    """Return the VAE and the data set that a configuration describes, checked without classes.
 
     Args:
-        model: its `model:` section, with the files that it names where they are.
+        model: the `model:` section, with resolved paths.
 
     Raises:
-        UserError: a value is not such as fits, or a part is missing.
+        UserError: a value is wrong, or a part is missing.
     """
     check_model_values(model, config.sources)
     vae_config = find_vae(model, ckpt)
@@ -149,35 +154,35 @@ def find_parts(
 
 
 def find_vae(model: Mapping[str, Any], ckpt: Path | None) -> dict[str, Any]:
-    """The VAE without what only its training needs: `target` and `params`.
+    """Return the `target` and `params` of the VAE, without parts that only training needs.
 
     Raises:
-        UserError: the section describes none, or there are no weights.
+        UserError: the section does not describe a VAE, or the weights do not exist.
     """
     section = "model" if "target" in model else "model.first_stage_config"
     described = model if "target" in model else model.get("first_stage_config") or {}
     params = described.get("params") or {}
     for part in ("encoder_config", "decoder_config", "regularizer_config"):
         if not isinstance(params.get(part), dict):
-            raise UserError(f"the configuration has no {section}.params.{part}: name that of a video autoencoder")
+            raise UserError(f"{section}.params.{part} is missing; name the configuration of a video autoencoder")
     params = {name: params[name] for name in INFERENCE_PARAMS if params.get(name) is not None}
     if ckpt is not None:
         params["ckpt_path"] = str(ckpt)
     if "ckpt_path" not in params:
-        raise UserError(f"--ckpt is missing, and {section}.params.ckpt_path: name the weights of the VAE")
+        raise UserError(f"--ckpt and {section}.params.ckpt_path are missing; give the VAE's weights as one of them")
     if not Path(params["ckpt_path"]).exists():
         raise UserError(f"{not_found(f'{section}.params.ckpt_path', params['ckpt_path'])}; or give --ckpt")
     return {"target": INFERENCE, "params": params}
 
 
 def find_data(data: Mapping[str, Any], vae_params: Mapping[str, Any]) -> dict[str, Any]:
-    """The `data:` section, with clips cut to what the VAE takes.
+    """Return the `data:` section, with clip lengths that the VAE supports.
 
     Raises:
-        UserError: there is none, or its sizes are none that the VAE takes.
+        UserError: the section is missing, or the VAE does not support its sizes.
     """
     if not isinstance(data.get("target"), str):
-        raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
+        raise UserError("data.target is missing; also name configs/sft.yaml, after the model's file")
     params = data.get("params") or {}
     if not isinstance(params, dict):
         raise UserError(f"data.params is {shown(params)}; expected keys and values")

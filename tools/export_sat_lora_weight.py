@@ -1,6 +1,6 @@
-"""Turns a LoRA adapter that was trained here into a file for diffusers.
+"""Convert a LoRA adapter of this project to a file for diffusers.
 
-`--help` tells how; `cogvideox_sat.tool_commands.export_sat_lora_weight` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.export_sat_lora_weight` is the implementation.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Writes the weights of a checkpoint, of the network or of a VAE, as one safetensors file to share.
+"""Write the weights of a checkpoint, of the network or of a VAE, as one safetensors file.
 
-`--help` tells how; `cogvideox_sat.tool_commands.export_weights` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.export_weights` is the implementation.
 """
 
 import sys

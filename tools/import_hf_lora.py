@@ -1,6 +1,6 @@
-"""Turns a LoRA file of diffusers or peft into an adapter for `lora_load`.
+"""Convert a LoRA file of diffusers or peft to an adapter for `lora_load`.
 
-`--help` tells how; `cogvideox_sat.tool_commands.import_hf_lora` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.import_hf_lora` is the implementation.
 """
 
 import sys

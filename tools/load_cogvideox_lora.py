@@ -1,11 +1,11 @@
-"""Samples a video with diffusers and a LoRA file that tools/export_sat_lora_weight.py has written.
+"""Sample a video with diffusers and a LoRA file of tools/export_sat_lora_weight.py.
 
   python tools/load_cogvideox_lora.py --model_path THUDM/CogVideoX-5b --lora_path exported --prompt "a fox in the snow"
   python tools/load_cogvideox_lora.py --model_path PIPELINE --lora_path LORA --prompt "it jumps" --image_path fox.png
 
-`--model_path` is a pipeline of diffusers, in a folder or on the hub; an image-to-video one needs `--image_path`.
-The file itself says how strongly it applies; `--lora_scale` multiplies that. Needs diffusers and peft.
-Exit codes: 0 the video is written, 2 a mistake stands in the way.
+`--model_path` is a pipeline of diffusers, in a folder or on the hub; an image-to-video pipeline needs `--image_path`.
+The strength of the LoRA is in its file; `--lora_scale` multiplies it. The tool needs diffusers and peft.
+Exit codes: 0 the video is written, 2 the arguments or files are wrong.
 """
 
 import argparse
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("load_cogvideox_lora")
 
-PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}  # and whether it takes an image
+PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}  # and whether it needs an image
 SIDE_STEP = 16  # pixels of a patch
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the files of a pipeline say of it before it is loaded."""
+    """The content of a pipeline's configuration files, read before the pipeline is loaded."""
 
     pipeline: str
     scheduler: str
@@ -62,8 +62,8 @@ def sample(arguments: Sequence[str] | None) -> None:
     model = read_model(options.model_path)
     if PIPELINES[model.pipeline] != bool(options.image_path):
         raise UserError(
-            f"{options.model_path} is a {model.pipeline}: "
-            + ("give --image_path" if PIPELINES[model.pipeline] else "it takes no --image_path")
+            f"--model_path: {options.model_path} is a {model.pipeline}; "
+            + ("give --image_path" if PIPELINES[model.pipeline] else "leave --image_path out")
         )
     lora = local_file(options.lora_path, LORA_FILE, "--lora_path")
     tell_places()
@@ -103,37 +103,37 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="LoRA: a file, a folder, or a repository on the hub",
     )
-    add("--lora_scale", type=float, default=1.0, help="times the strength that the file names (default: 1)")
-    add("--lora_name", metavar="NAME", help="of the adapter within diffusers (default: diffusers')")
-    add("--lora_alpha", type=positive, help="alpha, for a file that does not say it; checked if the file does")
-    add("--lora_r", "--lora_rank", type=int, metavar="RANK", help="checked if given")
-    add("--prompt", required=True, help="what to sample")
-    add("--negative_prompt", help="what guidance steers away from")
+    add("--lora_scale", type=float, default=1.0, help="factor of the strength in the file (default: 1)")
+    add("--lora_name", metavar="NAME", help="name of the adapter in diffusers (default: chosen by diffusers)")
+    add("--lora_alpha", type=positive, help="alpha, if the file has none; otherwise checked against the file")
+    add("--lora_r", "--lora_rank", type=int, metavar="RANK", help="rank, checked against the file")
+    add("--prompt", required=True, help="description of the video")
+    add("--negative_prompt", help="description of what the video should not show")
     add("--image_path", "--image_or_video_path", type=Path, metavar="FILE", help="the first frame, for image-to-video")
-    add("--output_path", type=Path, default=Path("output.mp4"), metavar="FILE", help="(default: output.mp4)")
-    add("--output_dir", type=Path, metavar="FOLDER", help="where output.mp4 goes, in the place of --output_path")
-    add("--generate_type", choices=("t2v", "i2v"), help="checked if given")
-    add("--num_videos_per_prompt", type=int, default=1, help="further ones are output-1.mp4, ... (default: 1)")
-    add("--num_inference_steps", type=int, default=50, help="(default: 50)")
-    add("--guidance_scale", type=float, default=6.0, help="(default: 6)")
+    add("--output_path", type=Path, default=Path("output.mp4"), metavar="FILE", help="video (default: output.mp4)")
+    add("--output_dir", type=Path, metavar="FOLDER", help="folder of the video, instead of that of --output_path")
+    add("--generate_type", choices=("t2v", "i2v"), help="kind of the pipeline, checked against its files")
+    add("--num_videos_per_prompt", type=int, default=1, help="videos: output.mp4, output-1.mp4, ... (default: 1)")
+    add("--num_inference_steps", type=int, default=50, help="number of sampling steps (default: 50)")
+    add("--guidance_scale", type=float, default=6.0, help="scale of guidance (default: 6)")
     add(
         "--dynamic_cfg",
         action=argparse.BooleanOptionalAction,
-        help="let guidance grow over the steps (default: with the DPM scheduler)",
+        help="increase guidance over the steps (default: on with the DPM scheduler)",
     )
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: the model's)")
-    add("--height", type=int, help="in pixels, as the first of --size")
-    add("--width", type=int, help="in pixels, as the second of --size")
-    add("--num_frames", type=int, help="of the video, 4k+1 (default: the model's)")
-    add("--fps", type=int, help="frames a second of the file (default: 8; 16 for 1.5)")
-    add("--seed", type=int, default=42, help="(default: 42)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16; float32 on a CPU)")
+    add("--height", type=int, help="in pixels, the first value of --size")
+    add("--width", type=int, help="in pixels, the second value of --size")
+    add("--num_frames", type=int, help="frames of the video, 4k+1 (default: the model's)")
+    add("--fps", type=int, help="frames per second of the file (default: 8; 16 for 1.5)")
+    add("--seed", type=int, default=42, help="seed of the noise (default: 42)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype (default: bfloat16; float32 on a CPU)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add(
         "--offload",
         choices=("none", "model", "sequential"),
         default="none",
-        help="what waits in host memory: nothing, the parts not in use, or also the network's idle layers",
+        help="keep in host memory: nothing, the idle submodels, or also the network's idle layers",
     )
     add("--vae_tiling", action="store_true", help="decode in tiles: less memory, a slightly different picture")
     parser.add_writing_arguments()
@@ -141,13 +141,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Put the image where it is found; raise UserError for what can be told before the model is looked at."""
+    """Resolve the image's path and check the arguments, before the model is read.
+
+    Raises:
+        UserError: an argument is wrong, or a package is missing.
+    """
     for package in ("diffusers", "peft"):
         if find_spec(package) is None:
-            raise UserError(f"this tool needs {package}: pip install diffusers peft")
+            raise UserError(f"{package} is not installed; run pip install diffusers peft")
     for name in ("num_videos_per_prompt", "lora_r"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.generate_type is not None and (options.generate_type == "i2v") != bool(options.image_path):
         wanted = "needs --image_path" if options.generate_type == "i2v" else "takes no --image_path"
         raise UserError(f"--generate_type {options.generate_type} {wanted}")
@@ -157,20 +161,21 @@ def check(options: argparse.Namespace) -> None:
     if options.image_path:
         locate_image(options, "image_path")
     if options.size and any(side < SIDE_STEP or side % SIDE_STEP for side in options.size):
-        raise UserError(f"--size is {options.size[0]} {options.size[1]}; both must be multiples of {SIDE_STEP}")
+        raise UserError(f"--size must be multiples of {SIDE_STEP}, got {options.size[0]} {options.size[1]}")
     if options.num_frames is not None and (options.num_frames < 1 or options.num_frames % 4 != 1):
-        raise UserError(f"--num_frames is {options.num_frames}; it must be 4k+1, for example 49")
+        raise UserError(f"--num_frames must be 4k+1, for example 49, got {options.num_frames}")
     for name in ("num_inference_steps", "fps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed is {options.seed}; it can be from 0 to 2^63 - 1")
+        raise UserError(f"--seed must be between 0 and 2^63 - 1, got {options.seed}")
 
 
 def read_model(path: str) -> Model:
-    """
+    """Return the content of a pipeline's configuration files, from a folder or the hub.
+
     Raises:
-        UserError: it is no pipeline of CogVideoX.
+        UserError: the pipeline is not one of CogVideoX.
     """
     from cogvideox_sat.conversion.diffusers_folders import read_json
 
@@ -178,11 +183,11 @@ def read_model(path: str) -> Model:
     if index.is_dir():
         index = index / "model_index.json"
         if not index.is_file():
-            raise UserError(f"{path} is no pipeline of diffusers: it has no model_index.json")
+            raise UserError(f"--model_path: {path} is not a pipeline of diffusers; model_index.json does not exist")
     content = read_json(index)
     name = content.get("_class_name")
     if name not in PIPELINES:
-        raise UserError(f"{path} is a {name}; this tool takes {' and '.join(PIPELINES)}")
+        raise UserError(f"--model_path: {path} is a {name}; use a {' or '.join(PIPELINES)}")
     scheduler = content.get("scheduler")
     if Path(path).exists():
         config = index.parent / "transformer" / "config.json"
@@ -192,7 +197,14 @@ def read_model(path: str) -> Model:
 
 
 def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
-    """Raises UserError unless the matrices of a LoRA file are of the size of the network."""
+    """Check that the matrices of a LoRA file have the sizes of the network.
+
+    Args:
+        show: log each matrix and its module.
+
+    Raises:
+        UserError: a matrix does not fit, or the file has none.
+    """
     from cogvideox_sat.conversion.lora_files import adapter_metadata, diffusers_file
     from cogvideox_sat.conversion.lora_names import diffusers_module, parse_diffusers_name
     from sgm.weights import read_state_dict
@@ -205,10 +217,10 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
             transformer["num_attention_heads"] * transformer["attention_head_dim"],
         )
     except (KeyError, TypeError) as error:
-        raise UserError(f"transformer/config.json does not say the size of the network: {error}") from error
+        raise UserError(f"transformer/config.json: the size of the network is missing: {error}") from error
     slots = {name: slot for name in weights if (slot := parse_diffusers_name(name))}
     if not slots:
-        raise UserError(f"{file} holds no LoRA on a CogVideoX attention")
+        raise UserError(f"--lora_path: {file} has no LoRA of a CogVideoX attention")
     for name, slot in slots.items():
         side = weights[name].shape[1 if slot.matrix == "A" else 0]
         if slot.projection.layer >= layers or side != width:
@@ -218,16 +230,16 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
         if show:
             logger.info("%s %s -> %s", name, list(weights[name].shape), diffusers_module(slot.projection))
     if not adapter_metadata(file):
-        logger.warning("%s does not say its alpha: diffusers takes it to be its rank; see --lora_scale", file)
+        logger.warning("%s: alpha is missing, and diffusers uses the rank instead; see --lora_scale", file)
 
 
 def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
-    """Return what `--lora_alpha` and `--lora_r` add to the strength that diffusers takes from the file.
+    """Return the factor that `--lora_alpha` and `--lora_r` give to diffusers' strength.
 
-    A file that says its alpha is applied by it already: the flags must then agree with it.
+    If the file has an alpha, diffusers applies it, and the flags must agree with it.
 
     Raises:
-        UserError: the flags do not agree, or the matrices are of another rank.
+        UserError: the flags do not agree with the file.
     """
     from cogvideox_sat.conversion.lora_files import adapter_metadata, diffusers_file
     from sgm.weights import read_state_dict
@@ -245,7 +257,7 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
         return options.lora_alpha / min(ranks)
     if said != options.lora_alpha:
         raise UserError(
-            f"--lora_alpha is {options.lora_alpha:g}, but {file} says {said:g}; --lora_scale changes its strength"
+            f"--lora_alpha is {options.lora_alpha:g}, but {file} has {said:g}; use --lora_scale to change its strength"
         )
     return 1.0
 
@@ -277,7 +289,7 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
     if options.num_frames:
         inputs["num_frames"] = options.num_frames
     try:
-        # Not pickles, which could hold code.
+        # Safetensors only, since pickles could run code.
         pipe = getattr(diffusers, model.pipeline).from_pretrained(
             options.model_path, torch_dtype=dtype, use_safetensors=True
         )
@@ -297,7 +309,7 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
         pipe.to(device)
     dynamic = "DPM" in model.scheduler if options.dynamic_cfg is None else options.dynamic_cfg
     generator = torch.Generator().manual_seed(options.seed)
-    return [  # one call each: the pipelines make one video of a prompt
+    return [  # one call for each, since the pipelines return one video per prompt
         pipe(
             prompt=options.prompt,
             negative_prompt=options.negative_prompt,

@@ -1,24 +1,24 @@
-"""Makes a dataset to try training on: clips of one or two coloured shapes that move over a plain or patterned ground.
+"""Make a dataset of clips with one or two coloured shapes that move.
 
   python tools/make_shapes_dataset.py --output data/shapes --clips 8 --frames 49 --size 64 96 --fps 8 --seed 0
   python tools/make_shapes_dataset.py --output data/spirals --concept spiral --clips 30 --frames 9 --size 64 64
   python tools/make_shapes_dataset.py --prompts_file prompts.txt --prompts 64 --split held_out
 
-Every clip has a caption such as "a large red circle moving left on a blue background", phrased in one of several ways.
-With `--images N` there are as many images beside, as a VAE is trained on: single moments of other such clips. Files are
+Backgrounds are plain or patterned. Every clip has a caption such as "a large red circle moving left on a blue
+background", with varying phrases. `--images N` adds images for training a VAE: single moments of other clips. Files are
 `videos/00000.mp4` and `labels/00000.txt`, or `images/00000.png` and `images/00000.txt`, as `data_video.SFTDataset`
-reads them. The same settings give the same dataset; one that is there and complete is left alone, and a folder that
-this tool did not write is never touched.
+reads them. Equal settings give an equal dataset; a complete one is kept, and a folder of other content is never
+changed.
 
-Of all combinations of colour, shape, motion and background, 22 % are held out: `--split train`, the default, never
-shows one, `--split held_out` shows nothing else. `--shapes circle cross cross` draws only these, crosses twice as
-often; `--sizes` and `--motions` likewise. To teach a trained model what no other dataset has, `--concept spiral` draws
-shapes that move in a spiral, `--concept star` purple stars. `--begins 0 0.5` lets a clip begin at one of these moments
-of its motion, in clip lengths, as the windows do in which a clip is continued.
+22 % of all combinations of colour, shape, motion and background are held out: `--split train`, the default, never shows
+them, `--split held_out` shows nothing else. `--shapes circle cross cross` draws only these shapes, crosses twice as
+often; `--sizes` and `--motions` work alike. `--concept spiral` draws shapes that move in a spiral, `--concept star`
+purple stars: content of no other dataset, for fine-tuning. `--begins 0 0.5` starts each clip at one of these moments of
+its motion, in clip lengths, as the windows of a continued clip do.
 
-With `--prompts_file FILE` no dataset is made, but a file of captions of single shapes to sample from. With
-`--with_first_frames` each names an image, `prompt@@prompts/00000.png`, and the clip that begins with it lies beside it,
-`prompts/00000.mp4`, in the folder named like the file. Exit codes: 0 done, 2 a mistake in the arguments or files.
+`--prompts_file FILE` writes captions of single shapes for sampling instead of a dataset. `--with_first_frames` adds an
+image to each, `prompt@@prompts/00000.png`, and writes the clip that begins with it, `prompts/00000.mp4`, into the
+folder named like the file. Exit codes: 0 done, 2 the arguments or files are wrong.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from sgm.exit_codes import exit_code  # noqa: E402
 
 logger = logging.getLogger("make_shapes_dataset")
 
-VERSION = 4  # of what this tool draws: raise it when the same settings give other clips
-CHOICES = {"sizes": tuple(SIZES), "shapes": SHAPES, "motions": tuple(MOTIONS)}  # options, and what they choose from
+VERSION = 4  # raise it when equal settings give other clips
+CHOICES = {"sizes": tuple(SIZES), "shapes": SHAPES, "motions": tuple(MOTIONS)}  # options and their values
 MARKER = ".shapes.json"  # in the output folder: the settings of a complete dataset
 
 
@@ -64,43 +64,47 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("data/shapes"), help="folder (default: data/shapes)")
-    add("--clips", type=int, default=8, help="how many (default: 8)")
-    add("--images", type=int, default=0, help="how many images beside them (default: 0)")
-    add("--frames", type=int, default=49, help="of a clip (default: 49)")
+    add("--clips", type=int, default=8, help="number of clips (default: 8)")
+    add("--images", type=int, default=0, help="number of images in addition (default: 0)")
+    add("--frames", type=int, default=49, help="frames of a clip (default: 49)")
     add("--size", type=int, nargs=2, default=[64, 96], metavar=("HEIGHT", "WIDTH"), help="in pixels")
-    add("--fps", type=float, default=8, help="frames a second (default: 8)")
-    add("--seed", type=int, default=0, help="of what the clips show (default: 0)")
-    add("--split", choices=SPLITS, default="train", help="which combinations are shown (default: train)")
+    add("--fps", type=float, default=8, help="frames per second (default: 8)")
+    add("--seed", type=int, default=0, help="seed of the content (default: 0)")
+    add("--split", choices=SPLITS, default="train", help="combinations that are shown (default: train)")
     for name, words in CHOICES.items():
         word = name.removesuffix("s").upper()
-        add(f"--{name}", nargs="+", choices=words, metavar=word, help="draw these; one named twice, twice as often")
-    add("--begins", type=float, nargs="+", metavar="MOMENT", help="of its motion, at one of which a clip begins")
-    add("--concept", choices=tuple(CONCEPTS), help="draw this and nothing else")
+        add(f"--{name}", nargs="+", choices=words, metavar=word, help="draw these; repeated values more often")
+    add("--begins", type=float, nargs="+", metavar="MOMENT", help="start clips at these moments of their motion")
+    add("--concept", choices=tuple(CONCEPTS), help="draw only this concept")
     add("--prompts_file", type=Path, metavar="FILE", help="write prompts to this file instead of a dataset")
-    add("--prompts", type=int, default=64, help="how many (default: 64)")
-    add("--with_first_frames", action="store_true", help="for image-to-video: images and clips beside the prompts")
+    add("--prompts", type=int, default=64, help="number of prompts (default: 64)")
+    add("--with_first_frames", action="store_true", help="for image-to-video: add images and clips to the prompts")
     return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises UserError if the settings make no sense."""
+    """Check the settings.
+
+    Raises:
+        UserError: a setting is out of range, or settings do not fit together.
+    """
     if min(options.clips, options.frames) < 1 or options.images < 0 or not options.fps > 0 or min(options.size) < 16:
         raise UserError(
             "clips, frames and fps must be positive, images not negative, and height and width at least 16 pixels"
         )
     if not all(0 <= begin <= 100 for begin in options.begins or []):
-        raise UserError(f"--begins: moments are numbers from 0 to 100, got {options.begins}")
+        raise UserError(f"--begins: moments must be between 0 and 100, got {options.begins}")
     if any(side % 2 for side in options.size):
         raise UserError(f"height and width must be even, got {options.size[0]} and {options.size[1]}")
     for kind in CONCEPTS.get(options.concept, {}):
         if getattr(options, f"{kind}s", None):
-            raise UserError(f"--concept {options.concept} is a {kind}: leave out --{kind}s, or the concept")
+            raise UserError(f"--concept {options.concept} is a {kind}; leave out --{kind}s or the concept")
     if options.prompts < 1:
         raise UserError(f"--prompts must be positive, got {options.prompts}")
     if options.with_first_frames and not options.prompts_file:
-        raise UserError("--with_first_frames needs --prompts_file")
+        raise UserError("--with_first_frames needs --prompts_file; give both")
     if options.with_first_frames and not options.prompts_file.suffix:
-        raise UserError(f"--prompts_file {options.prompts_file}: a suffix such as .txt tells it from its folder")
+        raise UserError(f"--prompts_file: {options.prompts_file} needs a suffix such as .txt, for its folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,17 +113,21 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def make_dataset(options: argparse.Namespace) -> None:
-    """Raises UserError if the folder holds something else or cannot be written."""
+    """Write the dataset, unless it exists with the same settings.
+
+    Raises:
+        UserError: the folder has other content, or cannot be written.
+    """
     names = ("clips", "images", "frames", "size", "fps", "seed", "split", "concept")
     settings = {name: getattr(options, name) for name in names} | {"version": VERSION}
     settings |= chosen_words(options) | ({"begins": options.begins} if options.begins else {})
     output = options.output
     marker = output / MARKER
     if marker.is_file() and marker.read_text() == json.dumps(settings):
-        logger.info("%s is there", output)
+        logger.info("%s exists already", output)
         return
     if output.exists() and not marker.is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and was not made by this tool: give another --output")
+        raise UserError(f"--output: {output} exists and was not made by this tool; give another folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".shapes-") as temporary:
@@ -153,12 +161,12 @@ def scenes_of(settings: dict, count: int, seed: int) -> list[Scene]:
 
 
 def chosen_words(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Those of CHOICES that were given, as `random_scenes` takes them."""
+    """Return the given options of CHOICES, as arguments of `random_scenes`."""
     return {name: getattr(options, name) for name in CHOICES if getattr(options, name)}
 
 
 def write_clip(path: Path, scene: Scene, settings: dict, begin: float = 0.0) -> None:
-    # These import PyTorch: seconds, spent only once there is something to draw
+    # Imported here, since PyTorch takes seconds to load
     from cogvideox_sat.media.video_output import VideoWriter
     from cogvideox_sat.shapes.drawing import draw
 
@@ -168,7 +176,7 @@ def write_clip(path: Path, scene: Scene, settings: dict, begin: float = 0.0) -> 
 
 
 def write_images(folder: Path, settings: dict) -> None:
-    """Moments of clips that none of the dataset's own is."""
+    """Write images: moments of clips that are not in the dataset."""
     chance = random.Random(f"images {settings['seed']}")
     if settings["images"]:
         folder.mkdir()
@@ -194,7 +202,11 @@ def write_image(path: Path, scene: Scene, moment: float, size: Sequence[int]) ->
 
 
 def make_prompts(options: argparse.Namespace) -> None:
-    """Raises UserError if the file, or its folder of images, is there already and holds something else."""
+    """Write the prompt file, and its folder of images if asked for.
+
+    Raises:
+        UserError: the file or the folder exists with other content.
+    """
     file, folder = options.prompts_file, options.prompts_file.with_suffix("")
     chance = random.Random(f"captions {options.seed}")
     words = chosen_words(options)
@@ -205,10 +217,10 @@ def make_prompts(options: argparse.Namespace) -> None:
     marker = folder / MARKER
     try:
         if file.exists() and file.read_bytes() != content.encode():
-            raise UserError(f"{file} exists and holds something else: give another --prompts_file")
+            raise UserError(f"--prompts_file: {file} exists with other content; give another file")
         if options.with_first_frames and folder.exists():
             if not marker.is_file() or marker.read_text() != json.dumps(settings | {"prompts": content}):
-                raise UserError(f"{folder} exists and holds something else: give another --prompts_file")
+                raise UserError(f"--prompts_file: {folder} exists with other content; give another file")
         elif options.with_first_frames:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shapes-") as temporary:

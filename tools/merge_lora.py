@@ -1,6 +1,6 @@
-"""Adds LoRA adapters to the weights of their base model: one checkpoint that runs without a lora_config.
+"""Add LoRA adapters to the weights of their base model, for use without a lora_config.
 
-`--help` tells how; `cogvideox_sat.tool_commands.merge_lora` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.merge_lora` is the implementation.
 """
 
 import sys

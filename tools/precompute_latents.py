@@ -1,6 +1,6 @@
-"""Encodes a data set once through the VAE and the text encoder, so that training needs neither.
+"""Encode a data set once by the VAE and the text encoder, for training without them.
 
-`--help` tells how; `cogvideox_sat.tool_commands.precompute_latents` does it.
+`--help` describes the arguments; `cogvideox_sat.tool_commands.precompute_latents` is the implementation.
 """
 
 import sys

@@ -1,9 +1,9 @@
 # The common part of inference.sh and finetune_*.sh, which source it in the repository root. `run COMMAND ARGUMENTS`
-# runs COMMAND with the ARGUMENTS, or without any what the script has set as `run_cmd`. Before that the environment is
-# set up, and the clips that configs/tiny/sft.yaml trains on are drawn and encoded.
+# runs COMMAND with the ARGUMENTS, or without arguments the script's `run_cmd`. Before that the environment is set up,
+# and the clips for configs/tiny/sft.yaml are drawn and encoded.
 
-# What `python` and `torchrun` mean in a command: those of the environment. They take the place of the script, so that
-# signals reach them.
+# `python` and `torchrun` in a command are those of the environment. They replace the script's process, so that signals
+# reach them.
 python() {
     if ((${NPROC:-1} > 1)); then
         torchrun --standalone --nproc_per_node="$NPROC" "$@"
@@ -15,8 +15,8 @@ torchrun() {
     exec "$environment_python" tools/torchrun.py "$@"
 }
 
-# Draws clips in a folder, and encodes them beside it, in FOLDER_latents, unless they are there and no older than the
-# VAE. The other arguments say what they show.
+# Draws clips in FOLDER, and encodes them in FOLDER_latents, unless that exists and is newer than the VAE. The other
+# arguments select the content of the clips.
 prepare_clips() {
     local folder=$1 latents=$1_latents unfinished=$1_latents.unfinished vae=assets/tiny/vae.safetensors
     shift
@@ -26,7 +26,7 @@ prepare_clips() {
             rm -rf "$unfinished"
         fi
         "$environment_python" tools/make_shapes_dataset.py --output "$folder" --frames 9 --size 64 64 --fps 8 "$@"
-        # With their first frames, which text-to-video leaves alone.
+        # With the first frames, which text-to-video ignores.
         "$environment_python" tools/precompute_latents.py --output "$unfinished" \
             --base configs/tiny/cogvideox_tiny_i2v.yaml configs/tiny/sft.yaml --train_data "$folder"
         mv "$unfinished" "$latents"
@@ -41,7 +41,7 @@ run() {
     fi
     eval "words=($run_cmd)"
     for word in "${words[@]}"; do
-        # The name of a script alone, as the original has it, means the one in sat/.
+        # A script's name without a folder, as in the original, is a script in sat/.
         if [[ $word == *.py && $word != */* && ! -e $word && -e sat/$word ]]; then
             run_cmd=" $run_cmd "
             run_cmd=${run_cmd/" $word "/" sat/$word "}
@@ -60,7 +60,7 @@ run() {
     if [[ $help ]]; then
         script=$(basename "${BASH_SOURCE[-1]}")
         sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$script"
-        # The options themselves need the packages, which asking for help must not install.
+        # The options need the packages, which --help must not install.
         environment_python=$(bash tools/setup_environment.sh --check requirements.txt 2>/dev/null) || exit 0
         echo
         exec "$environment_python" "$program" --help

@@ -1,7 +1,7 @@
-"""Finds or makes a Python environment that has the packages of the given requirement files, and prints its Python.
+"""Find or make a Python environment with the given requirements, and print its Python.
 
-Called by setup_environment.sh, which chooses the interpreter that runs this file. It needs nothing but the standard
-library, and imports none of the packages it checks.
+setup_environment.sh chooses the interpreter and runs this file, which only needs the standard library and imports none
+of the packages that it checks.
 """
 
 import argparse
@@ -21,20 +21,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-UNFINISHED = VENV / ".installation-unfinished"  # there while packages change: its presence means a half environment
+UNFINISHED = VENV / ".installation-unfinished"  # exists while packages change: the environment is incomplete
 LOG = VENV / "installation.log"
 
 logger = logging.getLogger("setup")
 
 
 class SetupError(Exception):
-    """Why there is no environment, on one line."""
+    """The reason why no environment is available, on one line."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "requirements.txt"])
-    parser.add_argument("--check", action="store_true", help="install nothing, fail when no environment is ready")
+    parser.add_argument("--check", action="store_true", help="install nothing; fail if no environment is ready")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
@@ -50,7 +50,11 @@ def main() -> int:
 
 
 def environment_with(files: list[Path], install: bool) -> str:
-    """The path of a Python that has what `files` require, see the module's description."""
+    """Return the path of a Python that has the requirements of `files`.
+
+    Raises:
+        SetupError: no environment has them, or it cannot be made.
+    """
     files = [located(file) for file in files]
     if is_ready(files):
         return sys.executable
@@ -68,10 +72,10 @@ def environment_with(files: list[Path], install: bool) -> str:
 
 
 def located(file: Path) -> Path:
-    """Return a requirement file, looked for in the current working directory, then in the repository's root.
+    """Return a requirement file, searched in the current working directory and the repository.
 
     Raises:
-        SetupError: it is in neither place.
+        SetupError: it does not exist in either.
     """
     for candidate in (file, ROOT / file):
         if candidate.is_file():
@@ -80,19 +84,19 @@ def located(file: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is it there? Judged by the metadata of what is installed, which takes a tenth of a second
+# Checks of an environment, by the metadata of its distributions: a tenth of a second
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def is_ready(files: list[Path]) -> bool:
-    """Whether the running interpreter has everything."""
+    """Return whether the running interpreter has all requirements."""
     if is_running_in_venv() and UNFINISHED.exists():
         return False
     return all(is_satisfied(line) for file in files for line in requirement_lines(file))
 
 
 def is_venv_ready(files: list[Path]) -> bool:
-    """Whether .venv has everything: what its own interpreter says to the same question."""
+    """Return whether .venv has all requirements, according to its own interpreter."""
     if UNFINISHED.exists() or not os.access(PYTHON, os.X_OK):
         return False
     command = [str(PYTHON), __file__, "--check", *map(str, files)]
@@ -109,7 +113,7 @@ def requirement_lines(file: Path) -> list[str]:
 
 
 def is_satisfied(line: str) -> bool:
-    """Whether the running interpreter has the distribution that a requirement line asks for, in a fitting version."""
+    """Return whether the running interpreter has a distribution that fits a requirement line."""
     try:
         from packaging.requirements import InvalidRequirement, Requirement
     except ImportError:
@@ -120,7 +124,7 @@ def is_satisfied(line: str) -> bool:
     try:
         requirement = Requirement(line)
     except InvalidRequirement:
-        return False  # an option such as -r or --index-url: pip has to see to it
+        return False  # an option such as -r or --index-url, which only pip understands
     if requirement.marker and not requirement.marker.evaluate():
         return True
     try:
@@ -136,7 +140,11 @@ def is_satisfied(line: str) -> bool:
 
 
 def check_chosen_version() -> None:
-    """An interpreter named by PYTHON must not be ignored because .venv was made with another version."""
+    """Check that .venv has the version of the interpreter that PYTHON names.
+
+    Raises:
+        SetupError: .venv was made with another version.
+    """
     config = VENV / "pyvenv.cfg"
     if not os.environ.get("PYTHON") or not config.is_file():
         return
@@ -144,12 +152,12 @@ def check_chosen_version() -> None:
     made_with = re.search(r"^version(?:_info)? *= *(\d+)\.(\d+)", config.read_text(), re.MULTILINE)
     if made_with and (int(made_with[1]), int(made_with[2])) != chosen:
         version = "{}.{}".format(*chosen)
-        raise SetupError(f"PYTHON is Python {version}, but {VENV} was made with another: remove it or unset PYTHON")
+        raise SetupError(f"PYTHON is Python {version}, but {VENV} was made with another; remove it or unset PYTHON")
 
 
 @contextlib.contextmanager
 def lock() -> Iterator[None]:
-    """Only one process at a time works on .venv; the lock ends with its holder, however that ends."""
+    """Hold the lock on .venv within the block; it ends with the process in any case."""
     try:
         file = (ROOT / ".venv.lock").open("w")
     except OSError as error:
@@ -158,20 +166,20 @@ def lock() -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("another process is installing into %s, waiting for it", VENV)
+            logger.info("waiting for another process that installs into %s", VENV)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def make_venv() -> None:
-    """Leaves a working .venv: the one that is there, or a new one in place of a missing, broken or half one."""
+    """Make .venv, unless it works; an incomplete or broken one is replaced."""
     if os.access(PYTHON, os.X_OK) and not UNFINISHED.exists():
         return
     base = getattr(sys, "_base_executable", None) or sys.executable  # this Python may be that of the .venv to replace
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
             package = "python{}.{}-venv".format(*sys.version_info)
-            raise SetupError(f"{base} has no module {module}: install it (Debian, Ubuntu: apt install {package})")
+            raise SetupError(f"{base} has no module {module}; install it (Debian, Ubuntu: apt install {package})")
     if VENV.exists():
         logger.info("replacing the incomplete %s", VENV)
         shutil.rmtree(VENV)
@@ -194,16 +202,20 @@ def install_into_venv(files: list[Path]) -> None:
     try:
         run(command, "pip failed")
     except SetupError:
-        UNFINISHED.unlink()  # pip undoes what it cannot finish: unlike after an interruption, nothing is half there
+        UNFINISHED.unlink()  # a failed pip restores the environment, unlike an interrupted one
         raise
     UNFINISHED.unlink()
     logger.info("installed")
 
 
 def run(command: list[str], complaint: str) -> None:
-    """Run a command, its output going to the log; when it fails the last lines are shown."""
+    """Run a command with its output in the log; if it fails, show the last lines.
+
+    Raises:
+        SetupError: the command failed.
+    """
     with LOG.open("a+b") as log:
-        # PIP_USER=1, which some set for their account, is refused inside an environment.
+        # pip refuses PIP_USER=1, which some users set, inside an environment.
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PIP_USER": "0"})
         if status.returncode != 0:
             last_lines = LOG.read_text(errors="replace").splitlines()[-15:]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Prints the path of a Python that has the packages of the given requirement files:
-# the active environment's when it has them already, otherwise that of .venv in the repository root,
-# which is made or completed first. Everything but that path goes to standard error.
+# Prints the path of a Python that has the packages of the given requirement files: that of the active environment if it
+# has them, otherwise that of .venv in the repository root, which is made or completed first. All other output goes to
+# standard error.
 #
 #   python=$(bash tools/setup_environment.sh requirements.txt tests/requirements.txt)
 #
-# --check         install nothing: fail when no environment is ready
+# --check         install nothing; fail if no environment is ready
 # PYTHON=...      the interpreter to use or to make .venv with (default: python3, python, python3.14 ... 3.11)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -25,5 +25,5 @@ for candidate in "${candidates[@]}"; do
         exec "$python" "$here/setup_environment.py" "$@"
     fi
 done
-echo "setup: ${PYTHON:-python3} is missing or older than 3.11: install Python 3.11 or newer, or name one by PYTHON=..." >&2
+echo "setup: ${PYTHON:-python3} does not exist or is older than 3.11; install Python 3.11 or newer, or set PYTHON=..." >&2
 exit 1

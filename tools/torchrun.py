@@ -1,9 +1,9 @@
-"""torchrun without its traceback: what the processes have said is the last word.
+"""Run torchrun without its traceback, so that the output ends with that of the processes.
 
   python tools/torchrun.py --standalone --nproc_per_node=2 sat/train_video.py --base ...
 
-Takes torchrun's own arguments. Exit codes: that of the process which failed first; after SIGTERM or Ctrl-C, which the
-processes have had time to act on, 128 plus the signal's number.
+It takes torchrun's arguments. Exit codes: that of the first process that failed; after SIGTERM or Ctrl-C, which the
+processes had time to handle, 128 plus the signal's number.
 """
 
 import logging
@@ -15,7 +15,7 @@ from torch.distributed.run import main
 
 
 def run() -> int:
-    logging.disable(logging.ERROR)  # in the launcher alone
+    logging.disable(logging.ERROR)  # only in the launcher
     try:
         main()
     except SignalException as error:

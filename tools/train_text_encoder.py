@@ -1,13 +1,14 @@
-"""Trains the text encoder of the tiny models: T5 with a vocabulary of its own, which reads captions of moving shapes.
+"""Train the text encoder of the tiny models: a T5 with its own vocabulary.
 
   python tools/train_text_encoder.py --output checkpoints/t5 --steps 1500
 
-From the state of every token, padding included, the encoder learns to tell all that its caption says: size, colour,
-shape and motion of the first and the second thing, colour and pattern of the background. A network that attends to any
-token then finds the whole caption there. Captions are those of `make_shapes_dataset.py`, of combinations that are not
-held out, and such with colours and shapes that it never draws: as T5 does, the encoder knows words of things that the
-video model has yet to see. Writes what `FrozenT5Embedder` loads: `config.json`, `model.safetensors`, `spiece.model`.
-One core takes a few minutes. Exit codes: 0 done, 2 a mistake in the arguments or files stands in the way.
+The encoder reads captions of moving shapes. From the state of every token, padding included, it learns to predict all
+content of the caption: size, colour, shape and motion of the first and the second thing, colour and pattern of the
+background. A network that attends to any token thus gets the whole caption. Captions are those of
+`make_shapes_dataset.py`, without held-out combinations, and others with colours and shapes that are never drawn: like
+T5, the encoder knows words of things that the video model has not seen. The output is the folder that
+`FrozenT5Embedder` loads: `config.json`, `model.safetensors`, `spiece.model`. One core takes a few minutes. Exit codes:
+0 done, 2 the arguments or files are wrong.
 """
 
 import logging
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train_text_encoder")
 
-# Words for what no dataset shows, in the place of others of their kind.
+# Words that no dataset shows; they replace others of their kind.
 MORE_COLOURS = ("pink", "brown", "grey", "cyan", "golden")
 MORE_SHAPES = ("heart", "hexagon", "diamond", "arrow", "crescent", "oval")
-MORE_SHARE = 0.15  # of captions, for each kind, in which such a word takes another's place
-NOTHING = "nothing"  # of the second thing, where there is one
+MORE_SHARE = 0.15  # share of captions, for each kind, with such a word
+NOTHING = "nothing"  # the answer for the second thing of a caption with one thing
 
 OF_A_THING = {
     "size": (NOTHING, *SIZES),
@@ -72,24 +73,26 @@ def build_parser() -> ToolParser:
     add = parser.add_argument
     add("--output", type=Path, default=Path("checkpoints/t5"), help="folder (default: checkpoints/t5)")
     add("--hidden_size", type=int, default=128, help="width of the states, a multiple of 16 (default: 128)")
-    add(
-        "--max_length", type=int, default=32, help="tokens of a caption, as the model's configuration has (default: 32)"
-    )
-    add("--steps", type=int, default=1500, help="of the training (default: 1500)")
-    add("--batch_size", type=int, default=32, help="captions of a step (default: 32)")
-    add("--seed", type=int, default=0, help="of the captions and the weights (default: 0)")
+    add("--max_length", type=int, default=32, help="tokens of a caption, as in the model's configuration (default: 32)")
+    add("--steps", type=int, default=1500, help="training steps (default: 1500)")
+    add("--batch_size", type=int, default=32, help="captions per step (default: 32)")
+    add("--seed", type=int, default=0, help="seed of the captions and the weights (default: 0)")
     add("--overwrite", action="store_true", help="replace what exists")
     parser.set_defaults(dry_run=False)
     return parser
 
 
 def train_text_encoder(arguments: Sequence[str] | None) -> None:
-    """Raises UserError if the folder exists or cannot be written, or a number makes no sense."""
+    """Check the arguments, train, and write the encoder.
+
+    Raises:
+        UserError: the folder exists or cannot be written, or a number is out of range.
+    """
     options = build_parser().parse_args(arguments)
     if min(options.hidden_size, options.max_length, options.steps, options.batch_size) < 1:
         raise UserError("hidden_size, max_length, steps and batch_size must be positive")
     if options.hidden_size % HEAD_DIM:
-        raise UserError(f"hidden_size {options.hidden_size} is no multiple of {HEAD_DIM}")
+        raise UserError(f"hidden_size must be a multiple of {HEAD_DIM}, got {options.hidden_size}")
     check_output(options.output, options)
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ def train_text_encoder(arguments: Sequence[str] | None) -> None:
 
 
 def captions(count: int, seed: int, split: str = "train") -> list[tuple[str, dict[str, str]]]:
-    """As many captions, each with the answer to each of the QUESTIONS."""
+    """Return captions, each with the answer to each of the QUESTIONS."""
     chance = random.Random(f"captions {seed}")
     result = []
     for scene in random_scenes(count, seed, split):
@@ -123,8 +126,11 @@ def captions(count: int, seed: int, split: str = "train") -> list[tuple[str, dic
 
 
 def with_whole_words(texts: Sequence[str]) -> list[str]:
-    """Texts from which SentencePiece learns their words as pieces: it takes for pieces only what is part of several
-    words, and counts a word as another where a comma or a full stop follows it."""
+    """Return texts from which SentencePiece learns whole words as pieces.
+
+    SentencePiece only makes pieces of what is part of several words, and a word followed by a comma or a full stop
+    counts as another word.
+    """
     words = sorted({word.strip(",.") for text in texts for word in text.split()})
     return [*texts, *(f"{word} {word}, {word}." for word in words)]
 
@@ -137,7 +143,10 @@ def answers_of(scene: Scene) -> dict[str, str]:
 
 
 def exchange(text: str, answers: dict[str, str], question: str, word: str) -> tuple[str, dict[str, str]]:
-    """The caption with another answer to the question; colours of a scene differ, and so its word is found."""
+    """Return a caption with another answer to one question, and the new answers.
+
+    Colours of a scene differ, so that the word of an answer is unique.
+    """
     others = [answer for name, answer in answers.items() if name != question]
     old = answers[question]
     if old in others or word in others:
@@ -156,7 +165,7 @@ def exchange(text: str, answers: dict[str, str], question: str, word: str) -> tu
 
 
 def train(folder: Path, hidden_size: int, max_length: int, steps: int, batch_size: int, seed: int) -> None:
-    """Train, and write the encoder to an empty folder."""
+    """Train the encoder and write it to an empty folder."""
     import torch
     from tqdm import tqdm
     from transformers import T5Tokenizer
@@ -194,7 +203,7 @@ def train(folder: Path, hidden_size: int, max_length: int, steps: int, batch_siz
 
 
 def make_heads(encoder: "nn.Module") -> "nn.ModuleList":
-    """For each layer of the encoder what reads the answers to all questions from its states."""
+    """Return a linear layer for each layer of the encoder that predicts all answers."""
     from torch import nn
 
     answers = sum(map(len, QUESTIONS.values()))
@@ -202,7 +211,7 @@ def make_heads(encoder: "nn.Module") -> "nn.ModuleList":
 
 
 def encode(examples: Sequence[tuple[str, dict[str, str]]], tokenizer: object, max_length: int) -> tuple["Tensor", ...]:
-    """Token ids (captions, max_length) and the numbers of the answers (captions, questions)."""
+    """Return token ids (captions, max_length) and the answers' indices (captions, questions)."""
     import torch
 
     texts = [text for text, _ in examples]
@@ -212,10 +221,10 @@ def encode(examples: Sequence[tuple[str, dict[str, str]]], tokenizer: object, ma
 
 
 def question_loss(encoder: "nn.Module", heads: "nn.ModuleList", tokens: "Tensor", answers: "Tensor") -> "Tensor":
-    """The mean cross entropy of all answers by all tokens, after every layer, as its own head reads them.
+    """Return the mean cross entropy of all answers, for all tokens and after every layer.
 
-    A layer that only gathers what other tokens say can learn nothing before these know what they are, a colour of the
-    background for instance: that is what the layers before it learn from a loss of their own.
+    Each layer has its own head. A layer that gathers the content of other tokens only learns once these tokens have it,
+    for example the background's colour; the losses of the layers before teach that.
     """
     import torch.nn.functional as F
 
@@ -229,7 +238,7 @@ def question_loss(encoder: "nn.Module", heads: "nn.ModuleList", tokens: "Tensor"
 
 
 def accuracy(encoder: "nn.Module", heads: "nn.ModuleList", tokens: "Tensor", answers: "Tensor") -> dict[str, float]:
-    """For each question the share of tokens from whose state its answer is read."""
+    """Return for each question the share of tokens whose state gives the right answer."""
     import torch
 
     with torch.no_grad():

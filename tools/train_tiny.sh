@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains the tiny model of assets/tiny from nothing, on generated clips: all of it, or the parts that are named.
-# What is done already is left as it is, and a training that was interrupted goes on where it was: runs are in
-# ckpts/tiny, clips and latents in data/tiny. To begin anew, move these and checkpoints/tiny away.
-# Sets up the environment where needed.
+# Trains the tiny model of assets/tiny from scratch, on generated clips: all parts, or the given ones.
+# Finished parts are kept, and an interrupted training resumes: runs are in ckpts/tiny, clips and latents in data/tiny.
+# To start again, move these folders and checkpoints/tiny away.
+# Sets up the environment if needed.
 #
 #   bash tools/train_tiny.sh
 #   bash tools/train_tiny.sh text vae                  the text encoder and the VAE
 #   bash tools/train_tiny.sh text_to_video image_to_video
-#   bash tools/train_tiny.sh continue                  from text_to_video, a network that goes on from a clip
-#   bash tools/train_tiny.sh first_last                from image_to_video, one that is told the last frame too
+#   bash tools/train_tiny.sh continue                  from text_to_video: a network that continues a clip
+#   bash tools/train_tiny.sh first_last                from image_to_video: a network that also gets the last frame
 #
-# Needs ten hours on two cores.
+# Takes ten hours on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,7 +28,7 @@ train_text() {
 }
 
 train_vae() {
-    # Images first: a step with them takes a fraction of the time, and teaches all but motion.
+    # Images first: their steps take a fraction of the time, and teach everything except motion.
     dataset vae_images --images 6000 --clips 8
     dataset vae_clips --clips 3000 --seed 1
     clips_more
@@ -46,7 +46,7 @@ train_vae() {
     export_weights checkpoints/tiny/vae_white.safetensors vae
 }
 
-# A configuration, and the name of its run, whose weights go to checkpoints/tiny.
+# Arguments: a configuration, and the name of its run, whose weights go to checkpoints/tiny.
 train_vae_part() {
     "$python" sat/train_vae.py --base "configs/tiny/$1.yaml" --resume latest
     mkdir -p "checkpoints/tiny/$1"
@@ -61,12 +61,12 @@ train_text_to_video() {
     encode clips latents_text_to_video "${base[@]}"
     encode clips_hard latents_hard "${base[@]}"
     train_network text_to_video text_to_video "${base[@]}"
-    # Then more of all that still comes out wrong, from the weights that have just been exported.
+    # Then more of the content that is still wrong, from the weights just exported.
     base=(configs/tiny/cogvideox_tiny.yaml configs/tiny/train_more.yaml)
     clips_more
     encode clips_more latents_more "${base[@]}"
     train_network text_to_video_more text_to_video "${base[@]}"
-    # Then the same for sharper edges, and once more for all.
+    # Then the same for sharper edges, and finally for all content.
     base=(configs/tiny/cogvideox_tiny.yaml configs/tiny/train_last.yaml)
     train_network text_to_video_last text_to_video "${base[@]}"
     base=(configs/tiny/cogvideox_tiny.yaml configs/tiny/train_final.yaml)
@@ -96,7 +96,7 @@ train_first_last() {
     train_network first_last first_last "${base[@]}"
 }
 
-# What is hard: small shapes, corners and holes, motion in a circle.
+# Hard content: small shapes, corners and holes, motion in a circle.
 hard_motions=("moving left" "moving right" "moving up" "moving down" growing shrinking
     "moving in a circle" "moving in a circle")
 clips_more() {
@@ -105,14 +105,14 @@ clips_more() {
         --motions "${hard_motions[@]}" bouncing "standing still"
 }
 
-# The clips, the latents to make of them, and the configurations.
+# Arguments: the clips, their latents, and the configurations.
 encode() {
     local clips=$1 latents=$2
     shift 2
     launch tools/precompute_latents.py --base "$@" --train_data "data/tiny/$clips" --output "data/tiny/$latents"
 }
 
-# The name of the run, that of the exported weights, and the configurations.
+# Arguments: the name of the run, that of the exported weights, and the configurations.
 train_network() {
     local name=$1 exported=$2 run
     shift 2
@@ -121,7 +121,7 @@ train_network() {
     export_weights "$run/$(<"$run/latest")-ema" "$exported"
 }
 
-# One process with a GPU; on a CPU two, of a thread each, do more than one of two.
+# One process with a GPU; on a CPU two processes of one thread are faster than one of two threads.
 launch() {
     if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         "$python" "$@"
@@ -136,7 +136,7 @@ dataset() {
     "$python" tools/make_shapes_dataset.py --output "data/tiny/$name" --frames 9 --size 64 64 "$@"
 }
 
-# The folder of the run of this name that saved last.
+# Prints the folder of the run of this name that saved last.
 latest_run() {
     local runs=("ckpts/tiny/$1"-[0-9]*/latest)
     dirname "$(ls -t "${runs[@]}" | head -n 1)"
@@ -151,7 +151,7 @@ parts=(text vae text_to_video image_to_video)
 more=(continue first_last)
 for part in "$@"; do
     if [[ " ${parts[*]} ${more[*]} " != *" $part "* ]]; then
-        echo "train_tiny: there is no part '$part': name some of ${parts[*]}, or none for all" >&2
+        echo "train_tiny: part '$part' does not exist; name some of ${parts[*]} ${more[*]}, or none for ${parts[*]}" >&2
         exit 2
     fi
 done

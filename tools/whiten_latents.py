@@ -1,18 +1,18 @@
-"""Gives a VAE latents of unit covariance, without changing what it reconstructs.
+"""Give a VAE latents of unit covariance, without changing its reconstructions.
 
   python tools/whiten_latents.py --base configs/vae_3d.yaml --data data/train --ckpt 3d-vae.pt --output vae.safetensors
 
-The channels of a VAE's latents differ in size: of the tiny VAE's, three directions hold the colours of things, the
-other thirteen their outlines, with an eighteenth of the variance. A diffusion model, whose loss is a mean square over
-channels, then learns the former and neglects the latter. Here the covariance C of the channels is measured on clips,
-and W = C^(-1/2) is multiplied into the encoder's last layer, its inverse into those layers of the decoder that see the
-latent. What is decoded stays the same; a diffusion model of such latents has `scale_factor: 1`.
+The channels of a VAE's latents differ in scale: in those of the tiny VAE, three directions have the colours of things,
+and the other thirteen their outlines, with an eighteenth of the variance. A diffusion model, whose loss is a mean
+square over channels, then learns the colours and neglects the outlines. This tool measures the covariance C of the
+channels on clips, and multiplies W = C^(-1/2) into the encoder's last layer, its inverse into the layers of the decoder
+that see the latent. Decoded videos stay the same; a diffusion model of such latents has `scale_factor: 1`.
 
-With `--near old.safetensors` the white latents are also turned to be as near as possible to those of another VAE, such
-as the one that training went on from, so that a diffusion model of its latents has less to learn anew.
+`--near old.safetensors` also rotates the white latents such that they are as near as possible to those of another VAE,
+for example the one from which training continued, so that a diffusion model of its latents has less to learn again.
 
-Log-variances are mapped to those of W's image where a posterior's channels vary alike, which is close to it otherwise.
-Exit codes: 0 the file is written, 2 a mistake in the arguments or files stands in the way.
+Log-variances are mapped exactly if all channels of a posterior have the same variance, and approximately otherwise.
+Exit codes: 0 the file is written, 2 the arguments or files are wrong.
 """
 
 import argparse
@@ -47,11 +47,11 @@ def build_parser() -> ToolParser:
     parser = ToolParser(__doc__)
     add = parser.add_argument
     add("--base", nargs="+", required=True, metavar="FILE", help="configuration of the VAE, with a data: section")
-    add("--data", nargs="+", required=True, metavar="DATA", help="clips to measure on: as for train_video.py")
-    add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: those that the configuration names)")
-    add("--near", type=Path, metavar="FILE", help="weights, of the same configuration, whose latents to come near to")
+    add("--data", nargs="+", required=True, metavar="DATA", help="clips to measure, as for train_video.py")
+    add("--ckpt", type=Path, metavar="FILE", help="weights of the VAE (default: from the configuration)")
+    add("--near", type=Path, metavar="FILE", help="weights of a VAE of the same configuration with the target latents")
     add("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
-    add("--num_clips", type=int, default=500, help="how many, spread over the data, or all there are (default: 500)")
+    add("--num_clips", type=int, default=500, help="number of clips, spread over the data (default: 500)")
     parser.add_writing_arguments()
     return parser
 
@@ -60,7 +60,7 @@ def whiten(arguments: Sequence[str] | None) -> None:
     options = build_parser().parse_args(arguments)
     check_safetensors_name(options.output)
     if options.num_clips < 1:
-        raise UserError(f"--num_clips is {options.num_clips}; it must be at least 1")
+        raise UserError(f"--num_clips must be at least 1, got {options.num_clips}")
     options.data = clip_sources(options.data)
     locate_inputs(options, "ckpt", "near")
     config = load_configs(options.base, used=("model", "data"))
@@ -92,7 +92,7 @@ def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
         variances = torch.linalg.eigvalsh(covariance)
         logger.info("variances of the latents' %d directions: %s", len(variances), _in_words(variances))
         if variances[0] <= 1e-6 * variances[-1]:
-            raise UserError("the latents do not vary in all directions: measure on more clips (--data, --num_clips)")
+            raise UserError("--data: the latents do not vary in all directions; measure more clips (--num_clips)")
         matrix = inverse_root(covariance)
         if options.near:
             with_former = joint[channels:, :channels] @ matrix.mT
@@ -109,7 +109,10 @@ def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
 
 
 def covariance_of(latents: "Iterable[Tensor]") -> "Tensor":
-    """The covariance (c, c) of the channels of latents (1, c, t, h, w), over all their places; float64."""
+    """Return the covariance (c, c), float64, of the channels of latents (1, c, t, h, w).
+
+    It is taken over all places of all latents.
+    """
     count, total, products = 0, 0.0, 0.0
     for latent in latents:
         places = latent[0].flatten(1).double()
@@ -121,7 +124,10 @@ def covariance_of(latents: "Iterable[Tensor]") -> "Tensor":
 
 
 def inverse_root(covariance: "Tensor") -> "Tensor":
-    """C^(-1/2), the symmetric one: of all maps to unit covariance the one that changes the latents least."""
+    """Return C^(-1/2), the symmetric root.
+
+    Of all maps to unit covariance it changes the latents least.
+    """
     import torch
 
     variances, directions = torch.linalg.eigh(covariance)
@@ -129,9 +135,12 @@ def inverse_root(covariance: "Tensor") -> "Tensor":
 
 
 def nearest_rotation(covariance: "Tensor") -> "Tensor":
-    """The orthogonal R for which R b is nearest to a in the mean square, of covariance E[a bᵀ] (c, c).
+    """Return the orthogonal R for which R b is nearest to a in the mean square.
 
-    The orthogonal Procrustes problem (Schönemann 1966): R = U Vᵀ where U S Vᵀ is the covariance.
+    The orthogonal Procrustes problem (Schönemann 1966): R = U Vᵀ, where U S Vᵀ is the covariance.
+
+    Args:
+        covariance: E[a bᵀ] (c, c).
     """
     import torch
 
@@ -140,11 +149,11 @@ def nearest_rotation(covariance: "Tensor") -> "Tensor":
 
 
 def map_latents(vae: "nn.Module", matrix: "Tensor") -> None:
-    """Make the latents of a VAE `matrix` (c, c) times what they were, and its reconstructions what they were.
+    """Multiply the latents of a VAE by `matrix` (c, c), keeping its reconstructions.
 
-    The first frame repeated before a clip and the zeros around a frame commute with a linear map, so the convolutions
-    that see the latent take its inverse in whole. The log-variance of channel i becomes the mean of those of all
-    channels j, weighed by matrix[i, j]², plus the logarithm of the sum of these weights.
+    Copies of the first frame before a clip and zeros around a frame commute with a linear map, so that the convolutions
+    that see the latent take the whole inverse. The log-variance of channel i becomes the mean of those of all channels
+    j, with the weights matrix[i, j]², plus the logarithm of the sum of these weights.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Writes docs/python_api.md from the docstrings of what `import cogvideox_sat` offers.
+"""Write docs/python_api.md from the docstrings of the public names of `cogvideox_sat`.
 
 python tools/write_api_page.py            writes the page
-python tools/write_api_page.py --check    writes nothing, and exits with 1 if the page is not what it would write
+python tools/write_api_page.py --check    writes nothing; exits with 1 if the page is not current
 """
 
 import inspect
@@ -37,7 +37,7 @@ CALL = "__call__"
 
 
 def page() -> str:
-    """Return the page."""
+    """Return the page's text."""
     import cogvideox_sat
 
     parts = [HEAD]
@@ -48,7 +48,7 @@ def page() -> str:
 
 
 def entry(name: str, value: Any, level: str, shown: str) -> Iterator[str]:
-    """Yield the part of the page about a function or a class; of a class with its own methods."""
+    """Yield the part of the page about a function, or about a class with its methods."""
     yield f"{level} {shown}\n"
     is_class = inspect.isclass(value)
     if callable(value) and not is_class:
@@ -68,7 +68,7 @@ def entry(name: str, value: Any, level: str, shown: str) -> Iterator[str]:
 
 
 def signature(function: Any) -> str:
-    """Return a signature on lines of its own where it is long, without `self`."""
+    """Return a signature without `self`, on several lines if it is long."""
     found = inspect.signature(function)
     parameters = [each for each in found.parameters.values() if each.name not in ("self", "misspelt")]
     found = found.replace(parameters=parameters)
@@ -77,7 +77,7 @@ def signature(function: Any) -> str:
 
 
 def broken(found: inspect.Signature, text: str) -> str:
-    """Return a long signature with a parameter a line."""
+    """Return a long signature with one parameter per line."""
     lines, depth, start = [], 0, 1
     for index, char in enumerate(text):
         depth += char in "([{"
@@ -91,7 +91,7 @@ def broken(found: inspect.Signature, text: str) -> str:
 
 
 def described(doc: str) -> Iterator[str]:
-    """Yield a docstring as Markdown: its sections as lists."""
+    """Yield a docstring as Markdown, with its sections as lists."""
     section = None
     for block in re.split(r"\n\s*\n", doc):
         first, _, rest = block.partition("\n")
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Write the page, or say whether it is current; return the exit code."""
+    """Write the page, or check that it is current; return the exit code."""
     parser = ToolParser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)

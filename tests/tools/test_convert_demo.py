@@ -131,14 +131,14 @@ def test_mistakes(server, tmp_path, image, caplog, monkeypatch):
     def message(*arguments: str | Path) -> str:
         return error_of(main, caplog, *arguments)
 
-    assert "--prompt or --input_file is missing" in message()
+    assert "--prompt is missing; give it or --input_file" in message()
     assert "--output_file is missing" in message(*file)
-    assert "do not go with --input_file" in message(*file, *out, "--prompt", "a")
+    assert "cannot be used with --input_file" in message(*file, *out, "--prompt", "a")
     assert "name it '….txt'" in message(*file, "--output_file", tmp_path / "out.jsonl")
     assert "an image-to-video model needs an image" in message(*file, *out, "--type", "i2v")
     assert "--type i2v needs --image_path" in message("--prompt", "a", "--type", "i2v")
     assert "no.png does not exist" in message("--prompt", "a", "--image_path", tmp_path / "no.png")
-    assert "--workers from 1 to 16" in message("--prompt", "a", "--workers", "0")
+    assert "--workers must be between 1 and 16" in message("--prompt", "a", "--workers", "0")
     assert "unrecognized arguments" in message("--promt", "a")
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.delenv("OPENAI_BASE_URL")

@@ -327,19 +327,19 @@ def test_unreadable_clips_are_left_out(folder, tmp_path, capsys, caplog):
 
 
 CASES = {
-    "no files": (["--data", "{folder}/data"], "--base is missing: name the configuration of the VAE"),
-    "no data": (["--base", "{folder}/sampling.yaml"], "--data is missing: name a folder of clips"),
+    "no files": (["--data", "{folder}/data"], "--base is missing; name the configuration of the VAE"),
+    "no data": (["--base", "{folder}/sampling.yaml"], "--data is missing; name a folder of clips"),
     "data not there": (["--data", "/nowhere"], "--data: /nowhere does not exist"),
-    "latents": (["--data", "{folder}/cache"], "holds latents; name the clips that it was made of"),
+    "latents": (["--data", "{folder}/cache"], "has latents; name the clips that it was made from"),
     "unknown argument": (["--clips", "3"], "unrecognized arguments: --clips; did you mean --num_clips?"),
-    "no clips": (["--num_clips", "0"], "--num_clips is 0; it must be at least 1"),
-    "too few clips": (["--i3d_weights", "{folder}/data", "--num_clips", "1"], "it must be at least 2"),
+    "no clips": (["--num_clips", "0"], "--num_clips must be at least 1, got 0"),
+    "too few clips": (["--i3d_weights", "{folder}/data", "--num_clips", "1"], "--num_clips must be at least 2, got 1"),
     "weights not there": (["--ckpt", "/nowhere/vae.pt"], "--ckpt: /nowhere/vae.pt does not exist"),
     "unused weights": (["--lpips_net", "none", "--lpips_weights", "{folder}/data"], "but --lpips_net is none"),
-    "device": (["--device", "gpu"], "--device is 'gpu'; it can be cpu, cuda or cuda:N"),
-    "no weights": (["--base", "{folder}/training.yaml"], "--ckpt is missing, and model.params.ckpt_path"),
-    "no VAE": (["--base", "{folder}/no_model.yaml"], "has no model.first_stage_config.params.encoder_config"),
-    "no data section": (["--base", "{folder}/no_data.yaml"], "has no data.target: name configs/sft.yaml too"),
+    "device": (["--device", "gpu"], "--device is 'gpu'; use cpu, cuda or cuda:N"),
+    "no weights": (["--base", "{folder}/training.yaml"], "--ckpt and model.params.ckpt_path are missing"),
+    "no VAE": (["--base", "{folder}/no_model.yaml"], "model.first_stage_config.params.encoder_config is missing"),
+    "no data section": (["--base", "{folder}/no_data.yaml"], "data.target is missing; also name configs/sft.yaml"),
     "frames": (["--base", "{folder}/even.yaml"], "max_num_frames is 8; clips are cut to 4k+1"),
     "size": (["--base", "{folder}/odd.yaml"], "width 44 does not fit"),
 }

@@ -120,18 +120,18 @@ def test_mistakes(folder, tmp_path, image, caplog, monkeypatch):
         assert not out.parent.exists()
         return text
 
-    assert "CogVideoXImageToVideoPipeline: give --image_path" in message(family="1.5_i2v")
-    assert "it takes no --image_path" in message("--image_path", image)
+    assert "CogVideoXImageToVideoPipeline; give --image_path" in message(family="1.5_i2v")
+    assert "leave --image_path out" in message("--image_path", image)
     assert "no.png does not exist" in message("--image_path", tmp_path / "no.png")
     assert "must be multiples of 16" in message("--size", "30", "48")
     assert "must be 4k+1" in message("--num_frames", "8")
     assert "must be at least 1" in message("--num_inference_steps", "0")
-    assert "is no pipeline of diffusers" in message(family="lora")
+    assert "is not a pipeline of diffusers" in message(family="lora")
     assert "nothing does not exist" in message(lora="nothing")
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    assert "is a FluxPipeline; this tool takes" in message("--model_path", tmp_path / "other")
+    assert "is a FluxPipeline; use a" in message("--model_path", tmp_path / "other")
     tensors = load_file(folder / "lora" / LORA_FILE)
     deeper = {name.replace("blocks.1", "blocks.5"): tensor for name, tensor in tensors.items()}
     save_file(deeper, tmp_path / "deeper.safetensors")

@@ -248,7 +248,7 @@ def test_the_recipe_of_the_tiny_model_names_its_parts():
     script = ["bash", ROOT / "tools" / "train_tiny.sh"]
     result = subprocess.run([*script, "vae", "audio"], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "no part 'audio': name some of text vae text_to_video image_to_video" in result.stderr
+    assert "part 'audio' does not exist; name some of text vae text_to_video image_to_video" in result.stderr
     result = subprocess.run([*script, "--help"], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
     assert "bash tools/train_tiny.sh text vae" in result.stdout

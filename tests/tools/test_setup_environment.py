@@ -129,7 +129,7 @@ def test_an_older_python_is_refused_in_one_line(fresh):
     assert fresh.run() == (
         1,
         "",
-        f"setup: {old} is missing or older than 3.11: install Python 3.11 or newer, or name one by PYTHON=...\n",
+        f"setup: {old} does not exist or is older than 3.11; install Python 3.11 or newer, or set PYTHON=...\n",
     )
 
 

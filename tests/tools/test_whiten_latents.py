@@ -132,7 +132,7 @@ def test_the_map_changes_latents_least():
     [
         (["--output", "vae.pt"], "ends with .safetensors"),
         (["--num_clips", "0"], "--num_clips is 0"),
-        (["--data", "{folder}/cache"], "holds latents"),
+        (["--data", "{folder}/cache"], "has latents"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--ckpt", "/nowhere.pt"], "/nowhere.pt does not exist"),
         (["--near", "/nowhere.pt"], "/nowhere.pt does not exist"),
