@@ -1,15 +1,14 @@
-"""By how much steps are longer when a checkpoint with optimizer is written: between the steps, and behind them.
+"""Measure how much a checkpoint with optimizer lengthens a run: the call and later steps.
 
     python benchmarks/checkpoint_stall.py [--model cogvideox_2b] [--layers 8] [--folder /scratch] [--write]
     python benchmarks/checkpoint_stall.py --device cuda --write
 
-All weights are trained with AdamW, from random values, and saved as a run does it. On a CPU the network keeps its width
-and eight layers, in float32, and the clip is small; the process takes 28 bytes a parameter, 14 GB for the width of the
-2B, or 6 GB with `--layers 3`. On a GPU it has full size, in bfloat16 with ZeRO 2. The folder needs room for two
+All weights are random, trained with AdamW, and saved as a run saves them. On a CPU the network keeps its width and has
+eight layers, in float32, and the clip is small; the process takes 28 bytes per parameter, 14 GB for the width of the
+2B, or 6 GB with `--layers 3`. On a GPU it has full size, in bfloat16 with ZeRO 2. The folder needs space for two
 checkpoints.
 
-A checkpoint counts with all that it costs: the time within the call, and by how much the steps after it are longer than
-others, up to the one in which it is there.
+The cost of a checkpoint is the time of the call, plus the excess time of the steps until the checkpoint is complete.
 """
 
 import argparse
@@ -31,15 +30,15 @@ CPU_CLIP = (1, 8, 12)  # latent frames, height, width
 def main() -> None:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=config_name, default="cogvideox_2b", help="configuration in configs/")
-    parser.add_argument("--layers", type=int, help=f"of the network; on a CPU {CPU_LAYERS} by default")
+    parser.add_argument("--layers", type=int, help=f"layers of the network; on a CPU {CPU_LAYERS} by default")
     parser.add_argument("--clip", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the latents")
     parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="checkpoints of each kind")
-    parser.add_argument("--folder", help="where they are written; default: the folder for temporary files")
+    parser.add_argument("--folder", help="folder of the checkpoints; default: the folder for temporary files")
     parser.add_argument("--write", action="store_true", help="put the result into benchmarks/RESULTS.md")
     args = parser.parse_args()
     if args.repeats < 1 or (args.layers is not None and args.layers < 1):
-        parser.error("--layers and --repeats are at least 1")
+        parser.error("--layers and --repeats must be at least 1")
     if args.folder is not None and not Path(args.folder).is_dir():
         parser.error(f"--folder: {args.folder} does not exist")
     quiet_libraries()

@@ -1,12 +1,12 @@
-"""Seconds and memory of the tools for weights, on a checkpoint of a released model's size.
+"""Measure time and memory of the tools for weights, at a released model's size.
 
     python benchmarks/conversion.py [--family 5b] [--max-shard-size 1] [--folder /scratch] [--write]
-    python benchmarks/conversion.py --config tests/configs/2b.yaml            a small model, to see that all of it works
+    python benchmarks/conversion.py --config tests/configs/2b.yaml            a small model, to test the benchmark
 
-Network and VAE go to diffusers and back; an adapter is merged, exported and imported. All have the tensors of the
-released model, with random values. Each command runs in a process of its own, which is looked at again and again: its
-resident memory counts what it has mapped of the files it reads, its anonymous memory does not. PyTorch alone takes half
-a GiB. What comes back must be what went out, to the bit. Linux only; takes four times the model's size on the disk.
+Network and VAE are converted to diffusers and back; an adapter is merged, exported and imported. All have the tensors
+of the released model, with random values. Each command runs in its own process, whose memory is sampled: its resident
+memory includes the mapped parts of the files it reads, its anonymous memory does not. PyTorch alone takes half a GiB.
+The result of the way back must equal the input bit by bit. Linux only; takes four times the model's size on the disk.
 """
 
 import argparse
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 RANK = 128  # of the adapter
 
 
-# What is done, how, and where the largest file is that is read or written.
+# The task, its command, and the folder of the largest file that it reads or writes.
 TASKS = (
     (
         "to diffusers",
@@ -83,9 +83,9 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(CONFIGS), default="2b")
-    parser.add_argument("--config", type=Path, help="of another model than the released one, with weights in 16 bit")
-    parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="of files for diffusers")
-    parser.add_argument("--folder", type=Path, help="where files are written and removed (default: the system's)")
+    parser.add_argument("--config", type=Path, help="configuration of another model, with 16-bit weights")
+    parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="largest file for diffusers")
+    parser.add_argument("--folder", type=Path, help="folder for temporary files (default: the system's)")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     args = parser.parse_args()
@@ -101,7 +101,10 @@ def arguments() -> argparse.Namespace:
 
 
 def make_checkpoints(args: argparse.Namespace, folder: Path) -> None:
-    """The network in the released model's dtype, its tables of positions as they are computed; the VAE in float32."""
+    """Write random checkpoints of the network, the VAE and an adapter.
+
+    The network has the released model's dtype, with computed position tables; the VAE is float32.
+    """
     import torch
 
     from cogvideox_sat.configuration.meta_device import instantiate_on_meta
@@ -120,7 +123,7 @@ def make_checkpoints(args: argparse.Namespace, folder: Path) -> None:
 
 
 def adapter_like(network: Mapping[str, "Tensor"], dtype: "torch.dtype") -> dict[str, "Tensor"]:
-    """The matrices of an adapter on a network, without values."""
+    """Return the matrices of an adapter on a network, without values."""
     import torch
 
     layers = itertools.takewhile(lambda layer: base_weight(layer, "dense") in network, itertools.count())
@@ -135,14 +138,14 @@ def adapter_like(network: Mapping[str, "Tensor"], dtype: "torch.dtype") -> dict[
 
 
 def random_like(tensor: "Tensor") -> "Tensor":
-    """Random values in place of those on the meta device."""
+    """Return random values with the shape and dtype of a tensor on the meta device."""
     import torch
 
     return torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=0.02) if tensor.is_meta else tensor
 
 
 def run(args: argparse.Namespace, folder: Path, line: str) -> Usage:
-    """Run a tool in a folder, and look at its memory until it ends."""
+    """Run a tool in a folder, and sample its memory until it ends."""
     tool, *arguments = line.split()
     command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
     return watched(command, folder, {"OMP_NUM_THREADS": str(args.threads)})
@@ -155,7 +158,7 @@ def file_of(path: Path) -> Path:
 
 
 def largest(folder: Path) -> float:
-    """GiB of the largest file in a folder."""
+    """Return the size of the largest file in a folder, in GiB."""
     return max(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
 
 

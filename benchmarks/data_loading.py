@@ -1,15 +1,13 @@
-"""Clips a second of the training data's reader, and videos a second that are looked at before training.
+"""Measure clips per second of the training data's reader, and files per second of probing.
 
     python benchmarks/data_loading.py [--source-fps 30] [--fps 8] [--frames 49] [--threads 1] [--write]
 
-Reading: the frames of a clip, from opening the file to RGB pixels, against decord, and against reading the whole
-window, every frame of it converted to RGB, of which the wanted ones are kept: with decord, as the original trainer
-does, and with PyAV alone. Each is checked to give the same pixels. The last column is what a data set takes for a clip:
-resized and cropped as well. With one thread, the seconds are those of the processor, so that other work on the machine
-does not count.
+Reading: the frames of a clip, from opening the file to RGB pixels. It is compared with decord, and with reading the
+whole window, converting every frame to RGB and keeping the wanted ones: with decord, as the original trainer does, and
+with PyAV. All must give the same pixels. The last column is the time of a data set for a clip, with resizing and
+cropping. With one thread, the seconds are processor time, so that other processes on the machine do not count.
 
-Probing: size and length of many files, as they are found before the first run on a data set, against opening each with
-decord.
+Probing: size and length of many files, as before the first run on a data set, compared with opening each by decord.
 """
 
 import argparse
@@ -27,7 +25,7 @@ from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: 
 
 def main() -> None:
     args = arguments()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # Imported here, since PyTorch takes seconds to load: only after the arguments are checked
     from measuring.clip_rates import probing, reading, serve, write_videos
 
     serve(args.threads)
@@ -49,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=720)
     parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--files", type=int, default=1000, help="to probe; 0: none")
+    parser.add_argument("--files", type=int, default=1000, help="number of files to probe; 0: none")
     parser.add_argument("--only-probe", action="store_true", help="do not read clips")
     parser.add_argument("--threads", type=int, default=1, help="that decode")
     parser.add_argument("--repeats", type=int, default=5)

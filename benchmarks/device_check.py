@@ -1,15 +1,15 @@
-"""Measure everything that has to do with speed and memory on one device, in one command: within 8 minutes on an H100.
+"""Measure speed and memory of everything on one device, within 8 minutes on an H100.
 
     python benchmarks/device_check.py                              on a GPU, at the released sizes
     python benchmarks/device_check.py --parts networks,training    only these
-    python benchmarks/device_check.py --resume                     what an earlier run did not finish
+    python benchmarks/device_check.py --resume                     the units that an earlier run did not finish
     python benchmarks/device_check.py --tables --write             into RESULTS.md, also on another machine
-    python benchmarks/device_check.py --device cpu --size toy      does the check itself work?
+    python benchmarks/device_check.py --device cpu --size toy      a test of the check itself
 
-Weights are random and made on the device. Each unit runs in a process of its own; one that crashes, hangs or fills the
-memory becomes a row that failed. Results are written as they come, tables are printed last: measurements, and in
-parentheses what was expected on one H100 [M measured before, C counted, P published, E estimated].
-Exit codes: 0 all that ran was measured, 1 something failed, 2 a mistake in the arguments.
+Weights are random and made on the device. Each unit runs in its own process; if it crashes, hangs or fills the memory,
+its row says so. Results are written at once, tables are printed last: measurements, and in parentheses expectations for
+one H100 [M measured before, C counted, P published, E estimated].
+Exit codes: 0 everything that ran was measured, 1 something failed, 2 the arguments are wrong.
 """
 
 import argparse
@@ -53,17 +53,18 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask for; return the exit code.
+    """Run the check that the arguments describe; return the exit code.
 
     Raises:
-        UserError: a mistake in them.
+        UserError: the arguments do not fit the machine or the output folder.
     """
     failed = tell_again(args) if args.tables else check(args)
     return 1 if failed else 0
 
 
 def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """
+    """Return the arguments of a command line.
+
     Raises:
         UserError: a value is wrong.
     """
@@ -79,7 +80,7 @@ def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=Path(os.environ.get("OUT") or "device_check"),
         metavar="FOLDER",
-        help="for results and profiles; those of an earlier run are replaced (default: $OUT, else device_check)",
+        help="folder for results and profiles, replaced if they exist (default: $OUT, else device_check)",
     )
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run measured, go on with the rest")
     parser.add_argument(
@@ -91,19 +92,19 @@ def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise UserError(f"--parts: {unknown[0]!r} is unknown; choose from {', '.join(PARTS)}")
     if not args.parts:
-        raise UserError(f"--parts: names none; choose from {', '.join(PARTS)}")
+        raise UserError(f"--parts: no part is given; choose from {', '.join(PARTS)}")
     if not 0 < args.budget < math.inf:
-        raise UserError(f"--budget: {args.budget} is no number of seconds; give one above 0")
+        raise UserError(f"--budget: {args.budget} is not a number of seconds; give one above 0")
     if args.size == "full" and args.device == "cpu" and not args.tables:
         raise UserError("--size: full needs a GPU; give --size toy")
     return args
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """Run the units and tell the results; return what failed.
+    """Run the units and report the results; return the names of failures.
 
     Raises:
-        UserError: the folder holds the results of another device or size, or the device is not there.
+        UserError: the folder has results of another device or size, or the device does not exist.
     """
     start = time.monotonic()
     settings = {"device": args.device, "size": args.size}
@@ -133,10 +134,10 @@ def check(args: argparse.Namespace) -> list[str]:
 
 
 def tell_again(args: argparse.Namespace) -> list[str]:
-    """Tell the results that the output folder holds; return what failed.
+    """Report the results in the output folder; return the names of failures.
 
     Raises:
-        UserError: it holds none.
+        UserError: the folder has no results.
     """
     results = Results(args.output)
     settings = results.settings()
@@ -162,10 +163,10 @@ def run_units(runner: UnitRunner, units: Sequence[Unit], done: Container[str]) -
 
 
 def open_results(args: argparse.Namespace, settings: Record, chosen: Sequence[Unit]) -> Results:
-    """Return the results in the output folder: none, or with `--resume` those of units that are done.
+    """Return the results in the output folder; without `--resume` there are none.
 
     Raises:
-        UserError: they are of another device or size, or the folder cannot be written to.
+        UserError: they are of another device or size, or the folder cannot be written.
     """
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -186,10 +187,10 @@ def open_results(args: argparse.Namespace, settings: Record, chosen: Sequence[Un
 
 
 def find_device(runner: UnitRunner, results: Results) -> None:
-    """Have the device described.
+    """Run the unit that describes the device.
 
     Raises:
-        UserError: it is not there.
+        UserError: the device does not exist.
     """
     unit = Unit(MACHINE, "", "machine.describe", 0)
     if (code := runner.start_and_wait(unit, PROBE_SECONDS)) != 0:
@@ -202,7 +203,7 @@ def machine_line(results: Results) -> str:
 
 
 def tell(results: Results, settings: Record) -> str:
-    """Print the tables, and write them into the output folder; return them."""
+    """Print the tables and write them to the output folder; return them."""
     records = results.read()
     device, size = settings["device"], settings["size"]
     seconds = sum(record.get("seconds", 0) for record in records)

@@ -1,6 +1,6 @@
-"""What the benchmarks share: fair timing of contenders in one process, peak memory of each, tables of results.
+"""Shared parts of the benchmarks: fair timing in one process, peak memory, tables.
 
-PyTorch is imported when it is needed, so that `--help` answers at once.
+PyTorch is imported on first use, so that `--help` is fast.
 """
 
 import argparse
@@ -35,17 +35,17 @@ def config_name(text: str) -> str:
 def device_name(text: str) -> str:
     """Return an argument that names a device."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no device; it can be cpu, cuda or cuda:N")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a device; use cpu, cuda or cuda:N")
     return text
 
 
 def alternating_medians(
     contenders: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Seconds of each contender: the median of `repeats` runs after one to warm up.
+    """Return the seconds of each contender: the median of `repeats` runs after a warm-up.
 
-    They take turns, and every other round in reverse order, so that whatever else the machine does falls on all. With
-    `time.process_time` as the clock, only what this process does is counted.
+    Contenders take turns, and every other round is in reverse order, so that other work on the machine affects all
+    alike. With `time.process_time` as the clock, only the time of this process counts.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
@@ -69,10 +69,10 @@ def synchronize() -> None:
 
 
 def peak_memory(run: Callable[[], object], device: "torch.device") -> float:
-    """GiB that this process had in use at most during `run`: of the GPU's memory, or for a CPU its resident memory.
+    """Return the peak memory of this process during `run`, in GiB.
 
-    Resident memory counts what anything before has left behind, so measure each contender in a process of its own
-    (`peak_memories`). Linux only.
+    It is the GPU's memory, or on a CPU the resident memory. Resident memory includes everything from before, so measure
+    each contender in its own process (`peak_memories`). Linux only.
     """
     import torch
 
@@ -80,7 +80,7 @@ def peak_memory(run: Callable[[], object], device: "torch.device") -> float:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Not getrusage, whose peak a process inherits from the one that started it and cannot set back.
+    # Not getrusage, whose peak a process inherits from its parent and cannot reset.
     Path("/proc/self/clear_refs").write_text("5")
     run()
     status = Path("/proc/self/status").read_text()
@@ -88,21 +88,22 @@ def peak_memory(run: Callable[[], object], device: "torch.device") -> float:
 
 
 def peak_memories(contenders: Iterable[str], device: "torch.device", *task: str) -> dict[str, float]:
-    """GiB of each contender, by its name: this script run again with `--memory-of TASK CONTENDER` prints it last.
+    """Return the peak memory of each contender, in GiB, by its name.
 
-    On a GPU they run at once, since a process is told of its own memory alone, and most of their time goes by before.
+    This script runs again for each, with `--memory-of TASK CONTENDER`, and prints the number last. On a GPU all run at
+    the same time, since each process only measures its own memory, and loading takes most of their time.
     """
     import torch
 
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # room for them
+        torch.cuda.empty_cache()  # frees memory for these processes
     names = list(contenders)
     with ThreadPoolExecutor(len(names) if device.type == "cuda" else 1) as pool:
         return dict(zip(names, pool.map(lambda name: _in_own_process("--memory-of", *task, name), names), strict=True))
 
 
 def speeds(seconds: Mapping[str, float], memory: Mapping[str, float], flops: float) -> dict[str, list[object]]:
-    """Return the cells of each contender: seconds, TFLOP/s, GiB, and the time beside that of diffusers."""
+    """Return each contender's cells: seconds, TFLOP/s, GiB, and the time ratio to diffusers."""
     return {
         name: [
             each,
@@ -115,13 +116,16 @@ def speeds(seconds: Mapping[str, float], memory: Mapping[str, float], flops: flo
 
 
 def layer_flops(tokens: int, width: int) -> tuple[int, int]:
-    """Of one layer's forward pass on one clip: floating-point operations of the products with weight matrices (of the
-    attention's projections and the MLP, 24·n·d²) and of the attention (4·n²·d)."""
+    """Return the floating-point operations of one layer's forward pass on one clip.
+
+    They are those of products with weight matrices (projections of the attention and the MLP, 24·n·d²) and of the
+    attention (4·n²·d).
+    """
     return 24 * tokens * width**2, 4 * tokens**2 * width
 
 
 def machine(device: "torch.device") -> str:
-    """One line that says where the numbers come from."""
+    """Return one line about the machine of a measurement."""
     import torch
 
     if device.type == "cuda":
@@ -132,7 +136,7 @@ def machine(device: "torch.device") -> str:
 
 
 def counted_with() -> str:
-    """One line that says where numbers come from that are the same on every machine."""
+    """Return one line about numbers that are the same on every machine."""
     import torch
 
     return f"Computed, not measured; PyTorch {torch.__version__}; {date.today()}"
@@ -146,14 +150,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def tell(section: str, text: str, write: bool) -> None:
-    """Print what was measured; with `write`, put it into RESULTS.md too, see `write_results`."""
+    """Print a result; with `write`, put it into RESULTS.md too, see `write_results`."""
     print(text, flush=True)  # noqa: T201
     if write:
         write_results(section, text)
 
 
 def write_results(section: str, text: str) -> None:
-    """Put `text` and the command under the heading `section` of RESULTS.md, in place of what was there."""
+    """Write `text` and the command under the heading `section` of RESULTS.md.
+
+    Earlier text under this heading is replaced.
+    """
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     text = f"`{shlex.join(['python', str(script), *sys.argv[1:]])}`\n\n{text}"
     content = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n"

@@ -1,14 +1,14 @@
-"""Host memory that loading takes, for every form in which weights are read, at the size of the released models.
+"""Measure the host memory of loading, for every form of weights, at released sizes.
 
     python benchmarks/loading.py [--folder /scratch] [--write]
-    python benchmarks/loading.py --model tiny/cogvideox_tiny --t5-layers 1 --t5-width 64     small, to see that it works
+    python benchmarks/loading.py --model tiny/cogvideox_tiny --t5-layers 1 --t5-width 64     small, to test the
+        benchmark
 
-Files of random numbers are made, one form after another, and read by a process of its own, as the commands read them,
-to the last byte. Its anonymous memory is looked at again and again: what it has mapped of a file does not count, what
-it cannot map does. PyTorch and what else is imported take half a GiB of it. On a CPU a dtype other than that of the
-file is a copy of the weights, which has to be held; on a GPU they go there one at a time. Tensors of diffusers of which
-one here is put together are copied in any case. Linux only; the text encoder takes 9 GiB of the disk, the pieces of
-ZeRO 13.
+Files of random numbers are made, one form after another, and its own process reads them to the last byte, as the
+commands do. The process's anonymous memory is sampled: mapped parts of files do not count, copies do. PyTorch and other
+imports take half a GiB of it. On a CPU a dtype other than that of the file needs a copy of the weights; on a GPU
+weights go there one at a time. Tensors of diffusers that are combined into one are copied in any case. Linux only; the
+text encoder takes 9 GiB of the disk, the pieces of ZeRO 13.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from measuring.process_memory import watched  # noqa: E402
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
 
-T5_LAYERS, T5_WIDTH, CAST_LAYERS = 24, 4096, 6  # of google/t5-v1_1-xxl; and of that what is read in another dtype
+T5_LAYERS, T5_WIDTH, CAST_LAYERS = 24, 4096, 6  # of google/t5-v1_1-xxl; layers that are read in another dtype
 FORMS = {
     "network: .pt": "pt",
     "network: .pt, as bfloat16": "pt bfloat16",
@@ -42,15 +42,15 @@ FORMS = {
 def main() -> None:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=config_name, default="cogvideox_2b", help="configuration in configs/")
-    parser.add_argument("--t5-layers", type=int, default=T5_LAYERS, help="of the text encoder")
-    parser.add_argument("--t5-width", type=int, default=T5_WIDTH, help="of the text encoder, a multiple of 64")
+    parser.add_argument("--t5-layers", type=int, default=T5_LAYERS, help="layers of the text encoder")
+    parser.add_argument("--t5-width", type=int, default=T5_WIDTH, help="width of the text encoder, a multiple of 64")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS.values()), default=list(FORMS.values()))
-    parser.add_argument("--folder", type=Path, help="where files are written and removed (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="folder for temporary files (default: the system's)")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--read", nargs=2, metavar=("FORM", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.t5_layers < 1 or args.t5_width < 64 or args.t5_width % 64:
-        parser.error("--t5-layers is at least 1, and --t5-width a multiple of 64")
+        parser.error("--t5-layers must be at least 1, and --t5-width a multiple of 64")
     if args.folder and not args.folder.is_dir():
         parser.error(f"--folder: {args.folder} does not exist; name a folder")
     quiet_libraries()

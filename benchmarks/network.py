@@ -1,12 +1,13 @@
-"""One evaluation of the network against diffusers' CogVideoXTransformer3DModel: same weights, same inputs.
+"""Compare one evaluation of the network with diffusers' CogVideoXTransformer3DModel.
 
     python benchmarks/network.py [--model cogvideox_5b] [--device cuda] [--dtype bfloat16] [--compile] [--write]
 
-diffusers is measured with its defaults, to which the ratios are, and with equal settings: the attention kernel of ours,
-one product for queries, keys and values, and with `--compile` layers through torch.compile as well.
+Both have the same weights and inputs. diffusers is measured at its defaults, to which ratios refer, and with our
+settings: our attention kernel, one product for queries, keys and values, and with `--compile` also layers through
+torch.compile.
 
-The batch of two is one step of sampling with classifier-free guidance. On a CPU the network keeps its width but loses
-most of its layers, and the clip is small; on a GPU both are full size, with random weights.
+The batch of two is one step of sampling with classifier-free guidance. On a CPU the network keeps its width but has few
+layers, and the clip is small; on a GPU both have full size, with random weights.
 """
 
 import argparse
@@ -105,7 +106,10 @@ def arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> dict[str, Callable[[], "torch.Tensor"]]:
-    """The contenders' forward passes; with `--memory-of` the weights of that one alone are made."""
+    """Return the contenders' forward passes.
+
+    With `--memory-of` only the weights of that contender are made.
+    """
     import torch
     from measuring.equal_settings import attention_of, compile_layers, fuse_projections
 
@@ -163,7 +167,7 @@ def build(args: argparse.Namespace) -> dict[str, Callable[[], "torch.Tensor"]]:
 
 
 def floating_point_operations(args: argparse.Namespace) -> float:
-    """Of the matrix products of all layers."""
+    """Return the operations of the matrix products of all layers."""
     params = args.network_config["params"]
     o, p, q = patch_sizes(params["patch_size"])
     frames, height, width = args.clip

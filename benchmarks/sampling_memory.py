@@ -1,9 +1,9 @@
-"""Memory of the device that sampling takes, told by the estimate of --fit and counted on fake tensors, as a table.
+"""Print the device memory of sampling: --fit's estimate, and a count on fake tensors.
 
     python benchmarks/sampling_memory.py [--models cogvideox_5b cogvideox1.5_5b] [--all] [--write]
 
-The counted figures are those of a whole run: the code of the command with every layer, on tensors without content. So
-any machine can print them, without weights. CUDA itself takes about 1 GiB beside these figures.
+The counted figures are those of a whole run: the command's code with every layer, on tensors without content. Any
+machine can print them, without weights. CUDA itself takes about 1 GiB in addition.
 """
 
 import argparse
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from cogvideox_sat.memory.sampling_peaks import VideoSize
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v")
-I2V_SIZE = (768, 1360)  # of 1.5 image-to-video, which has no size of its own
+I2V_SIZE = (768, 1360)  # for 1.5 image-to-video, whose configuration has no size
 SECTION = "Memory of sampling, counted on fake tensors"
 
 
 class Request(NamedTuple):
-    """What is sampled: a model's settings and the size of a video."""
+    """A sampling request: a model's settings and the size of a video."""
 
     settings: "EngineSettings"
     video: "VideoSize"
@@ -40,8 +40,8 @@ class Request(NamedTuple):
 def main() -> None:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=config_name, default=list(MODELS), metavar="NAME")
-    parser.add_argument("--layers", type=int, help="of the network, for a quick look (default: all)")
-    parser.add_argument("--all", action="store_true", help="every way, not the default one and the least alone")
+    parser.add_argument("--layers", type=int, help="layers of the network, for a quick test (default: all)")
+    parser.add_argument("--all", action="store_true", help="every way, not only the default and the least")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     options = parser.parse_args()
     quiet_libraries()
@@ -80,7 +80,7 @@ def described(video: "VideoSize") -> str:
 
 
 def read(model: str, layers: int | None) -> Request:
-    """Return what is sampled by a configuration."""
+    """Return the request of a configuration."""
     from cogvideox_sat.configuration.settings import EngineSettings
     from cogvideox_sat.memory.sampling_peaks import VideoSize
 

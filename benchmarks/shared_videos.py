@@ -1,10 +1,10 @@
-"""What processes that share the tokens of a clip hold and exchange, counted on tensors without content, as a table.
+"""Count memory and traffic of processes that share the tokens of a clip.
 
     python benchmarks/shared_videos.py [--models cogvideox_5b] [--processes 1 2 4 8] [--layers 4] [--write]
 
-For each number of processes: the memory of the first one, which has the most tokens, while it samples (one half of
-guidance, the whole network on the device) and while it trains an adapter on cached latents, activations recomputed; and
-what it sends in one call of the network. Nothing here is a measurement of speed.
+Tensors have no content. For each number of processes the table has the memory of the first process, which has the most
+tokens: in sampling (one half of guidance, the whole network on the device) and in training an adapter on cached
+latents, with activations recomputed; and the bytes that it sends in one call of the network. Speed is not measured.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: 
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
 from cogvideox_sat.latent_geometry import Bucket  # noqa: E402
 
-CLIPS = {  # what is sampled, by name: a model, frames, height, width
+CLIPS = {  # by name: a model, frames, height, width
     "cogvideox_5b": [Bucket(49, 480, 720)],
     "cogvideox1.5_5b": [Bucket(81, 768, 1360), Bucket(161, 768, 1360)],
 }
@@ -31,7 +31,7 @@ def main() -> None:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CLIPS), default=list(CLIPS))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4, 8], metavar="S")
-    parser.add_argument("--layers", type=int, help="of the networks, if not all")
+    parser.add_argument("--layers", type=int, help="layers of the networks (default: all)")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     options = parser.parse_args()
     quiet_libraries()

@@ -1,22 +1,22 @@
-"""One training step on cached latents against the same step written with diffusers and peft: same weights and inputs.
+"""Compare one training step on cached latents with the same step by diffusers and peft.
 
     python benchmarks/training.py [--model cogvideox_5b] [--full] [--device cuda] [--dtype bfloat16] [--write]
     python benchmarks/training.py --equal [--compile] [--write]
     python benchmarks/training.py --cells [--write]
     python benchmarks/training.py --overhead [--write]
 
-A step is forward, loss of v, backward, clipping and AdamW, on LoRA of the attention projections or on all weights. Both
-sides hold the network in `--dtype`, and float32 weights beside it of what is trained. Ours draws latents, timestep and
-noise within the step, as it does in training; the other side is given them. First both compute one loss and its
-gradients, which must agree; then they take turns, on the same batch.
+Both have the same weights and inputs. A step is forward pass, loss of v, backward pass, clipping and AdamW, on LoRA of
+the attention projections or on all weights. Both sides have the network in `--dtype`, and float32 copies of trained
+weights. Our side draws latents, timestep and noise within the step, as in training; the other side gets them. First
+both compute one loss and its gradients, which must agree; then they take turns, on the same batch.
 
-With `--equal` diffusers is measured with the settings of ours as well: its attention kernel, one product for queries,
-keys and values where all weights are trained, and with `--compile` layers through torch.compile.
+With `--equal` diffusers is also measured with our settings: our attention kernel, one product for queries, keys and
+values if all weights are trained, and with `--compile` layers through torch.compile.
 
-On a CPU the network keeps its width but loses most of its layers, and the clip is small; on a GPU both are full size,
-with random weights. `--cells` makes one table of four steps, with LoRA and on all weights, of few tokens and of many;
-each in a process of its own, which needs up to 14 GB. `--overhead` runs the trainer itself, from a cache of generated
-clips, and tells how much of a step passes outside of the network's forward and backward pass and the optimizer.
+On a CPU the network keeps its width but has few layers, and the clip is small; on a GPU both have full size, with
+random weights. `--cells` makes one table of four steps, with LoRA and on all weights, with few tokens and with many,
+each in its own process, which needs up to 14 GB. `--overhead` runs the trainer itself, from a cache of generated clips,
+and measures the share of a step outside of the network's forward and backward pass and the optimizer.
 """
 
 import json
@@ -35,7 +35,7 @@ from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
 def main() -> None:
     args = arguments(__doc__)
     quiet_libraries()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # Imported here, since PyTorch takes seconds to load: only after the arguments are checked
     if args.cells is not None:
         from measuring.training_cells import cells
 

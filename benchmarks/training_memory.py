@@ -1,11 +1,11 @@
-"""Expected memory of fine-tuning the released models: the estimate that a run logs before its first step, as a table.
+"""Print the expected memory of fine-tuning the released models, as a run logs it.
 
     python benchmarks/training_memory.py [--models cogvideox_2b cogvideox1.5_5b] [--write]
     python benchmarks/training_memory.py --counted [--layers 4] [--write]
 
-One process at batch 1, with the settings of configs/sft.yaml (ZeRO 2, `sat.ops.FusedEmaAdam`), latents encoded before
-the run. The first table is of networks whose activations are recomputed. `--counted` puts each mode of
-`checkpoint_activations` beside a count of what a whole step takes, which the estimate must be near to. Networks have no
+One process at batch 1, with the settings of configs/sft.yaml (ZeRO 2, `sat.ops.FusedEmaAdam`), and latents encoded
+before the run. The first table is for networks with recomputed activations. `--counted` compares each mode of
+`checkpoint_activations` with a count of a whole step, from which the estimate must not differ much. Networks have no
 weights here, so that any machine can print the tables.
 """
 
@@ -40,14 +40,14 @@ COLUMNS = {  # with an adapter, processes, changes of ZeRO's section
 
 
 MODES = (True, "attention", False)  # of `checkpoint_activations`
-AGREEMENT = 0.15  # of the estimate and what is counted
+AGREEMENT = 0.15  # largest relative difference of estimate and count
 
 
 def main() -> None:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CLIPS), default=list(CLIPS))
-    parser.add_argument("--counted", action="store_true", help="count a whole step too, for each way to recompute")
-    parser.add_argument("--layers", type=int, help="of the networks that are counted, if not all")
+    parser.add_argument("--counted", action="store_true", help="also count a whole step, for each mode of recomputing")
+    parser.add_argument("--layers", type=int, help="layers of the counted networks (default: all)")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     args = parser.parse_args()
     quiet_libraries()
@@ -71,7 +71,7 @@ def described(model: str) -> str:
 
 
 def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
-    """Return the memory of one process, and of the host where something is offloaded to it."""
+    """Return the memory of one process, and of the host if something is offloaded to it."""
     engine, layout = planned(model, lora, processes, zero)
     from cogvideox_sat.memory.weightless import GIB
     from cogvideox_sat.training.memory_estimate import estimate_memory
@@ -112,7 +112,10 @@ def counted_rows(model: str, lora: bool, layers: int | None) -> list[list[str]]:
 
 
 def planned(model: str, lora: bool, processes: int, zero: dict[str, Any], layers: int | None = None) -> tuple[Any, Any]:
-    """Return the engine of a run, without weights and with activations recomputed, and the run's `Layout`."""
+    """Return the engine of a run, without weights, and the run's `Layout`.
+
+    Activations are recomputed.
+    """
     files = [f"{model}_lora.yaml" if lora else f"{model}.yaml", "sft.yaml"]
     from cogvideox_sat.configuration.settings import EngineSettings
     from cogvideox_sat.memory.weightless import WeightlessEngine  # imports PyTorch
@@ -126,7 +129,7 @@ def planned(model: str, lora: bool, processes: int, zero: dict[str, Any], layers
     params["num_layers"] = layers or params["num_layers"]
     precision = {name: bool(config["args"].get(name)) for name in PRECISIONS}
     settings = EngineSettings(config["model"], **precision)
-    engine = WeightlessEngine(settings, parts=("model",), device="cuda")  # of which only the name counts
+    engine = WeightlessEngine(settings, parts=("model",), device="cuda")  # only the device's name is used
     engine.disable_untrainable_params()
     return engine, Layout.from_config(section, engine.dtype, processes)
 

@@ -1,14 +1,15 @@
-"""Encode and decode of the video autoencoder against diffusers' AutoencoderKLCogVideoX: same weights, same inputs.
+"""Compare encode and decode of the video autoencoder with AutoencoderKLCogVideoX.
 
     python benchmarks/vae.py [--device cuda] [--dtype bfloat16] [--size tiny] [--write]
     python benchmarks/vae.py --count --dtype bfloat16 --frames 49 --height 480 --width 720 [--write]
 
-The second counts, without computing anything, what ours reads and writes beside convolutions, a pass that adds a bias
-included, and the memory it takes on a GPU with all frames at once and with fewer.
+Both have the same weights and inputs. The second command counts, without computing anything, the bytes that ours reads
+and writes outside of convolutions (a pass that adds a bias included), and its memory on a GPU with all frames at once
+and with fewer.
 
-Ours encodes the clip at once, as the original does. diffusers encodes it in slices of eight frames, unless that is
-switched off: both are measured. Both sides decode in chunks of two latent frames. Ratios are to diffusers at its
-defaults; the difference of slices is not an error of either side, since their norms see less of the clip.
+Ours encodes the clip at once, as the original does. diffusers encodes it in slices of eight frames, unless slices are
+off: both are measured. Both sides decode in chunks of two latent frames. Ratios are to diffusers at its defaults; the
+difference of slices is not an error of either side, since norms of slices see less of the clip.
 """
 
 import argparse
@@ -27,7 +28,7 @@ CONTENDERS = {"encode": (DEFAULTS, WHOLE, OURS), "decode": (DEFAULTS, OURS)}
 
 def main() -> None:
     args = arguments()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # Imported here, since PyTorch takes seconds to load: only after the arguments are checked
     from measuring.autoencoders import build
 
     from support import relative_error
@@ -57,7 +58,7 @@ def main() -> None:
     tell(f"Video autoencoder, {args.size}, {args.device.type}, {args.dtype}", text, args.write)
 
 
-KINDS = {  # of operations beside convolutions, by their names
+KINDS = {  # kinds of operations besides convolutions, with their names
     "norms applied": ("modulated_silu",),
     "norms' statistics": ("channel_sums",),
     "sums with shortcuts": ("add_and_sum",),
@@ -68,7 +69,7 @@ KINDS = {  # of operations beside convolutions, by their names
 
 
 def counted(args: argparse.Namespace) -> str:
-    """Return the tables of what is counted on tensors without content."""
+    """Return the tables of counts on tensors without content."""
     import torch
     from measuring.autoencoders import LATENT_CHANNELS, build_without_content
 

@@ -1,12 +1,12 @@
-"""A training step of the video autoencoder against diffusers' AutoencoderKLCogVideoX: same weights, same inputs.
+"""Compare a training step of the video autoencoder with AutoencoderKLCogVideoX.
 
     python benchmarks/vae_training.py [--device cuda] [--dtype bfloat16] [--size tiny] [--write]
 
-A step encodes a clip, draws a latent with the same noise, decodes it, and goes back through mean absolute error and KL
-divergence to the gradients of all weights. There is no optimizer, whose share would be the same. Ours encodes and
-decodes the clip at once. diffusers is at its defaults, with which it cuts clips of more than 9 frames into slices; for
-those it is also measured with its slices off. First ours and diffusers without slices compute one loss and its
-gradients, which must agree in float32; then all take turns. Ours also runs with the activations of
+Both have the same weights and inputs. A step encodes a clip, draws a latent with the same noise, decodes it, and
+computes the gradients of all weights for mean absolute error and KL divergence. It has no optimizer, whose share would
+be the same. Ours encodes and decodes the clip at once. diffusers, at its defaults, cuts clips of more than 9 frames
+into slices; for these it is also measured with slices off. First ours and diffusers without slices compute one loss and
+its gradients, which must agree in float32; then all take turns. Ours also runs with the activations of
 `--checkpoint-levels` recomputed.
 """
 
@@ -21,13 +21,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat"), str(ROOT / "tests"), str(ROOT / "b
 from harness import alternating_medians, markdown_table, peak_memories, peak_memory, tell  # noqa: E402
 from measuring.vae_arguments import DEFAULTS, OURS, WHOLE, common_parser, parse, setting  # noqa: E402
 
-LONGEST_UNCUT = 9  # frames that diffusers encodes and decodes at once by itself
-AGREEMENT = 1e-4  # of loss and gradients in float32
+LONGEST_UNCUT = 9  # frames that diffusers encodes and decodes at once by default
+AGREEMENT = 1e-4  # largest relative difference of loss and gradients in float32
 
 
 def main() -> None:
     args = arguments()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # Imported here, since PyTorch takes seconds to load: only after the arguments are checked
     from measuring.vae_steps import all_gradients, build
 
     from support import relative_error
@@ -60,7 +60,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = common_parser(__doc__)
-    parser.add_argument("--checkpoint-levels", type=int, nargs="+", default=[0, 1], help="of ours, in a second run")
+    parser.add_argument("--checkpoint-levels", type=int, nargs="+", default=[0, 1], help="recomputed in a second run")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parse(parser)
 

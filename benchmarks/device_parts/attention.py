@@ -1,4 +1,4 @@
-"""Attention alone, by each kernel that `--attention` names."""
+"""Measure attention alone, by each kernel that `--attention` names."""
 
 from collections.abc import Callable
 
@@ -19,18 +19,18 @@ from sgm.flash_attention3 import is_installed
 SHAPES = {"5B": (2, 48, 17776, 64), "2B": (2, 30, 17776, 64)}  # batch, heads, tokens, head_dim
 TOY_SHAPES = {"toy": (2, 5, 224, 32)}
 PYTORCH = "PyTorch's choice"
-KEEPS_WEIGHTS = "math"  # n² of them, which may not fit
-BACKWARD_TOO = 3.5  # of the FLOP of the forward pass, in kernels that recompute the weights
-KERNEL_NAME = 60  # characters of a name that are shown
+KEEPS_WEIGHTS = "math"  # its n² weights may not fit into memory
+BACKWARD_TOO = 3.5  # FLOP of both passes relative to the forward pass, in kernels that recompute weights
+KERNEL_NAME = 60  # characters of a kernel's name to show
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Shape = tuple[int, int, int, int]
 
 
 def measure(recorder: Recorder) -> None:
-    """Write a row for each shape and kernel that `--attention` names, and for what PyTorch takes by itself."""
+    """Write a row for each shape and kernel of `--attention`, and for PyTorch's own choice."""
     names = CPU_PRIORITY if recorder.device.type == "cpu" else BACKENDS
-    # FlashAttention 3 last, since it may take the place of PyTorch's own version 2 for the rest of the process.
+    # FlashAttention 3 last, since it may replace PyTorch's version 2 for the rest of the process.
     for name in (AUTO, PYTORCH, *names, FLASH3):
         if name == FLASH3 and not is_installed(gradients=False):
             recorder.note("flash3: FlashAttention 3 is not installed")
@@ -44,7 +44,7 @@ def kernel_of(recorder: Recorder, name: str, head_dim: int, gradients: bool) -> 
     """Return the function of a kernel as the network calls it.
 
     Raises:
-        UserError: it does not compute such tensors.
+        UserError: the kernel does not support such tensors.
     """
     if name == PYTORCH:
         return F.scaled_dot_product_attention
@@ -59,7 +59,7 @@ def kernel_of(recorder: Recorder, name: str, head_dim: int, gradients: bool) -> 
 
 
 def measure_kernel(recorder: Recorder, row: str, shape: Shape, name: str) -> None:
-    """Write the row of one kernel: forward at the batch of the shape, forward and backward at batch 1."""
+    """Write a kernel's row: forward at the shape's batch, forward and backward at batch 1."""
     q, k, v = heads_of(recorder, shape)
     attend = kernel_of(recorder, name, shape[-1], gradients=False)
     flops = attention_flops(*shape)
@@ -84,7 +84,7 @@ def heads_of(recorder: Recorder, shape: Shape) -> list[Tensor]:
 
 
 def forward_and_backward(recorder: Recorder, shape: Shape, name: str) -> float:
-    """Return the seconds of both passes."""
+    """Return the seconds of the forward and the backward pass."""
     attend = kernel_of(recorder, name, shape[-1], gradients=True)
     inputs = [tensor.contiguous().requires_grad_() for tensor in heads_of(recorder, shape)]
     gradient = torch.randn_like(inputs[0])

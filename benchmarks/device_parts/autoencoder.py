@@ -1,4 +1,4 @@
-"""Encoding and decoding of one clip by the VAE, ours and that of diffusers: the networks of `benchmarks/vae.py`."""
+"""Measure encoding and decoding of one clip by the VAEs of `benchmarks/vae.py`."""
 
 import argparse
 import importlib.util

@@ -1,4 +1,4 @@
-"""The process of one unit of the device check; `running` starts it with its task as JSON."""
+"""The process of one unit of the device check; `running` starts it with a task as JSON."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if task["device"] == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses its device on import
     from device_parts.recording import Recorder
 
     module, _, function = task["target"].rpartition(".")
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process once the one that started it is gone: it would hold the device for nothing."""
+    """End this process when its parent has ended, so that the device is free again."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

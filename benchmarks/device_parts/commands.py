@@ -1,7 +1,7 @@
-"""The commands themselves, from prompts to video files and from clips to a checkpoint, and the memory that they take.
+"""Measure the memory of the commands, from prompts to videos and clips to checkpoints.
 
-A command runs as a function of this process, which PyTorch can then be asked about. Sampling takes few steps: the
-memory of a step is that of all, and `networks` tells its time.
+A command runs as a function of this process, in which PyTorch reports the memory. Sampling takes few steps, since all
+steps take the same memory, and `networks` measures their time.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def measure_all(recorder: Recorder, model: str) -> None:
 
 
 def sample(recorder: Recorder, model: str, offloads: Sequence[str]) -> None:
-    """Write a row for the sampling command with each way of offloading."""
+    """Write a row of the sampling command for each way of offloading."""
     files = [str(config_file(model)), str(CONFIGS / "inference.yaml"), str(weights_of(recorder, model))]
     prompts = recorder.work / "prompts.txt"
     prompts.write_text(PROMPT)
@@ -83,13 +83,13 @@ def run(
     outputs: Path,
     pattern: str,
 ) -> None:
-    """Write the row of a command, which must leave files of `pattern` below `outputs`.
+    """Write the row of a command, which must write files of `pattern` below `outputs`.
 
     Args:
         expected: GiB of memory.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     start = time.perf_counter()
     codes: list[int] = []
@@ -99,7 +99,7 @@ def run(
     if codes != [0]:
         raise RuntimeError(f"exit code {codes[0]}: {errors[-1] if errors else 'log.txt says why'}")
     if not any(outputs.rglob(pattern)):
-        raise RuntimeError(f"it wrote no {pattern}")
+        raise RuntimeError(f"the command wrote no {pattern}")
     values = {"s": seconds, "peak GiB": gib}
     if recorder.device.type == "cuda":
         values["reserved GiB"] = torch.cuda.max_memory_reserved(recorder.device) / 2**30
@@ -108,7 +108,7 @@ def run(
 
 @contextlib.contextmanager
 def logged_errors() -> Iterator[list[str]]:
-    """Yield a list that takes the errors which are logged within the block."""
+    """Yield a list that collects the errors logged within the block."""
     errors: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
@@ -120,7 +120,10 @@ def logged_errors() -> Iterator[list[str]]:
 
 
 def estimates(recorder: Recorder, arguments: Sequence[str]) -> dict[str, float]:
-    """Return what `tools/estimate_memory.py` expects, in GiB: of sampling by the way of offloading, or of training."""
+    """Return the estimates of `tools/estimate_memory.py`, in GiB.
+
+    For sampling they are by way of offloading, for training by the kind of run.
+    """
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         code = estimate_memory.main(list(arguments))
@@ -129,14 +132,14 @@ def estimates(recorder: Recorder, arguments: Sequence[str]) -> dict[str, float]:
     return read_estimates(told.getvalue())
 
 
-# A row for each way of offloading that saves something, with the GiB of each stage, 1 of them for CUDA itself.
+# Matches a row for each way of offloading, with the GiB of each stage, 1 of them for CUDA itself.
 STAGES = re.compile(r"^--offload (\w+)((?: +[\d.]+)+)$", re.MULTILINE)
 TRAINING = re.compile(r"^on clips: expected memory.*?: ([\d.]+) GiB", re.MULTILINE)
 OF_CUDA = 1.0
 
 
 def read_estimates(text: str) -> dict[str, float]:
-    """Return the sizes in GiB that the estimate tells, without what CUDA takes, by what they are of."""
+    """Return the sizes in GiB in an estimate's text, by name, without CUDA's own memory."""
     found = {way: max(map(float, sizes.split())) - OF_CUDA for way, sizes in STAGES.findall(text)}
     if training := TRAINING.search(text):
         found["training"] = float(training[1])

@@ -1,4 +1,7 @@
-"""Steps of fine-tuning with LoRA, as `benchmarks/training.py` sets them up: with activations recomputed and kept."""
+"""Measure steps of LoRA fine-tuning with activations recomputed and kept.
+
+`benchmarks/training.py` sets the steps up.
+"""
 
 import gc
 from typing import Any
@@ -30,7 +33,7 @@ def measure_all(recorder: Recorder, model: str) -> None:
 
 
 def measure(recorder: Recorder, model: str, compiled: bool) -> None:
-    """Write a row for each mode of recomputing activations; one network, whose layers are told to."""
+    """Write a row for each mode of recomputing activations, all with one network."""
     quiet_libraries()
     args = arguments("", command_line(recorder, model))
     engine = training_step.build_engine(args)

@@ -1,4 +1,4 @@
-"""One layer of a network, eager and compiled: how long its operations or kernels take, and how fast they move data."""
+"""Measure one layer of a network, eager and compiled, by its operations or kernels."""
 
 import json
 import time
@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_leaves
 from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
 from sgm.modules.diffusionmodules.wrappers import compile_network
 
-SHOWN = 14  # operations or kernels that take longest
+SHOWN = 14  # number of the longest operations or kernels to show
 NOT_ELEMENTWISE = ("mm", "linear", "attention", "bmm", "convolution")
-AHEAD = 200_000_000  # cycles that the GPU waits, so that all launches stand in its queue before it starts
+AHEAD = 200_000_000  # cycles that the GPU waits, so that all launches are in its queue before it starts
 
 
 def measure(recorder: Recorder, model: str) -> None:
-    """Write a row for the layer eager and compiled, and rows for what it consists of."""
+    """Write a row for the layer, eager and compiled, and rows for its parts."""
     described = Model(model, layers=1)
     with torch.no_grad():
         with recorder.attempt(f"{model}, eager"):
@@ -34,7 +34,7 @@ def measure(recorder: Recorder, model: str) -> None:
 
 
 def captured_layer(recorder: Recorder, model: Model, compiled: bool = False) -> tuple[RunLayer, Tensor]:
-    """Return the layer of a network as a function of tokens (b, n, d), and the tokens that reach it."""
+    """Return a network's layer as a function of tokens (b, n, d), and its input tokens."""
     network = model.network(recorder)
     if compiled:
         from torch._inductor import config
@@ -47,7 +47,7 @@ def captured_layer(recorder: Recorder, model: Model, compiled: bool = False) -> 
         captured[:] = [run, hidden.clone()]
         return hidden
 
-    # Outermost: the choice of the attention's kernel, which is another of these functions, belongs to the layer.
+    # Outermost, since the choice of the attention's kernel, also such a function, belongs to the layer.
     network.layer_runner.add(around, outermost=True)
     x, timesteps, text = model.inputs(recorder)
     network(x, timesteps, text)
@@ -88,7 +88,7 @@ def measure_compiled(recorder: Recorder, name: str, model: Model, run: RunLayer,
     kernels = kernels_of(trace_of(recorder, "layer_compiled"), recorder.device)
     fused = sum(each.gigabytes or 0 for each in kernels)
     values: dict[str, Any] = {"ms": 1000 * result.seconds, "first call s": result.first}
-    if recorder.device.type == "cuda":  # of a CPU, profiles have the fused kernels alone
+    if recorder.device.type == "cuda":  # profiles of a CPU only have fused kernels
         values["launches"] = launches_of(kernels)
     if fused:
         values["elementwise U"] = fused * 1e9 * 2 / hidden.element_size() / model.work.unit
@@ -97,7 +97,10 @@ def measure_compiled(recorder: Recorder, name: str, model: Model, run: RunLayer,
 
 
 def launches_of(kernels: list[Kernel]) -> int | None:
-    """Return the launches of the layer, without the copy of its input; None where the profiler saw none."""
+    """Return the launches of the layer, without the copy of its input.
+
+    None: the profiler recorded none.
+    """
     return len(kernels) - 1 if kernels else None
 
 
@@ -106,7 +109,7 @@ def trace_of(recorder: Recorder, name: str) -> dict[str, Any]:
 
 
 def write_kernels(recorder: Recorder, how: str, kernels: list[Kernel]) -> None:
-    """Write a row for each name of those that take longest."""
+    """Write a row for each of the longest kernels, by name."""
     by_name: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         by_name[kernel.name].append(kernel)
@@ -120,9 +123,9 @@ def write_kernels(recorder: Recorder, how: str, kernels: list[Kernel]) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Within it, all operations of PyTorch that compute something are timed, and what they read and write is counted.
+    """Times all operations of PyTorch within it, and counts the bytes they read and write.
 
-    What an operation is given is read once, and what it returns written once.
+    Each operation reads its arguments once and writes its result once.
     """
 
     def __init__(self, device: torch.device):
@@ -150,7 +153,7 @@ class Operations(TorchDispatchMode):
         return event
 
     def between(self, begin: Any, end: Any) -> float:
-        """Return seconds between two marks."""
+        """Return the seconds between two marks."""
         return begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
 
     def kernels(self) -> list[Kernel]:
@@ -161,11 +164,11 @@ class Operations(TorchDispatchMode):
 
 
 def is_view(func: Any) -> bool:
-    """Return whether an operation only looks at its input in another way."""
+    """Return whether an operation only returns a view of its input."""
     returned = [each.alias_info for each in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in returned)
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes of a tensor, those of its storage where it is expanded."""
+    """Return the bytes of a tensor, or of its storage if it is expanded."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

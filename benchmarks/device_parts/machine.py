@@ -1,4 +1,4 @@
-"""The first unit of every run: is the device there, and what is it?"""
+"""The first unit of every run: describe the device."""
 
 import torch
 from device_parts.recording import Recorder
@@ -8,10 +8,10 @@ from sgm.errors import UserError
 
 
 def describe(recorder: Recorder) -> None:
-    """Write a line about the device and the versions.
+    """Write a line about the device and the versions of libraries.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device does not exist.
     """
     device = recorder.device
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The models that are measured: their configurations, and networks of random weights made on the device."""
+"""The measured models: their configurations, and networks with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ GUIDANCE = 2  # clips of a batch: one step with classifier-free guidance
 
 
 def config_file(model: str, suffix: str = "") -> Path:
-    """Return the configuration of one of `CONFIGURATIONS`, or of "toy"; `suffix` is "_lora" for its twin."""
+    """Return the configuration of one of `CONFIGURATIONS`, or of "toy".
+
+    Args:
+        suffix: "_lora" for the twin with LoRA.
+    """
     return CONFIGS / f"{CONFIGURATIONS.get(model, TOY)}{suffix}.yaml"
 
 
@@ -30,9 +34,9 @@ class Model:
     """A model whose network is measured alone.
 
     Attributes:
-        params: those of its network.
-        clip: latent frames, height, width of its usual clip.
-        work: what one step of it computes.
+        params: parameters of its network.
+        clip: latent frames, height and width of its usual clip.
+        work: the operations of one step.
     """
 
     def __init__(self, model: str, layers: int | None = None):
@@ -55,14 +59,14 @@ class Model:
         )
 
     def network(self, recorder: Recorder) -> nn.Module:
-        """Return our network, of random weights of which none is zero."""
+        """Return our network, with random weights that are not zero."""
         torch.manual_seed(0)
         network = instantiate_on_meta(self.config["network_config"]).to(recorder.dtype)
         network.use_attention(self.attention(recorder))
         return randomised(network, recorder.device).eval()
 
     def attention(self, recorder: Recorder, gradients: bool = False) -> AttentionChoice:
-        """Return what `--attention auto` chooses."""
+        """Return the kernel of `--attention auto`."""
         head_dim = self.params["hidden_size"] // self.params["num_attention_heads"]
         return choose_attention(AUTO, recorder.device, recorder.dtype, head_dim, gradients)
 
@@ -76,7 +80,10 @@ class Model:
 
 
 def compiler_off(recorder: Recorder) -> None:
-    """Have what is compiled from now on run without a compiler in a toy: that of C++ takes a minute for each."""
+    """Run compiled functions of a toy without a compiler from now on.
+
+    The C++ compiler takes a minute for each.
+    """
     if recorder.toy:
         torch.compiler.set_stance("force_eager")
         recorder.note("without a compiler: at the toy size only the layer is compiled")
@@ -84,10 +91,10 @@ def compiler_off(recorder: Recorder) -> None:
 
 @torch.no_grad()
 def randomised(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a module that was made on the meta device with random weights on `device`, frozen tables as they are.
+    """Return a module from the meta device with random weights on `device`.
 
-    Matrices and kernels are N(0, 1/fan_in), which keeps the size of activations from layer to layer: zeros are quicker
-    to multiply than weights are. Norms are the identity, biases zero.
+    Frozen tables keep their values. Matrices and kernels are N(0, 1/fan_in), which keeps the scale of activations
+    between layers; zeros would multiply faster than weights. Norms are the identity, biases zero.
     """
     initialise_missing(module, device, {})
     module.to(device)

@@ -1,4 +1,4 @@
-"""One step of a whole network with guidance, ours and that of diffusers, eager and compiled."""
+"""Measure one step of a whole network with guidance, ours and diffusers'."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, compile_network
 
-REPEATS = {True: 1, False: 3}  # of the long and of the short networks
+REPEATS = {True: 1, False: 3}  # for long and for short sequences
 LONG = 30_000  # tokens
 
 
@@ -23,7 +23,7 @@ def measure_all(recorder: Recorder, model: str) -> None:
 
 
 def measure(recorder: Recorder, model: str) -> None:
-    """Write the rows of ours, eager and compiled as `compile_model: true` does it."""
+    """Write the rows of our network, eager and compiled as by `compile_model: true`."""
     described = Model(model)
     with recorder.attempt(f"{model}, ours"):
         network = described.network(recorder)
@@ -35,7 +35,7 @@ def measure(recorder: Recorder, model: str) -> None:
 
 
 def measure_diffusers(recorder: Recorder, model: str) -> None:
-    """Write the rows of diffusers, eager and with each of its layers compiled."""
+    """Write the rows of diffusers, eager and with each layer compiled."""
     if importlib.util.find_spec("diffusers") is None:
         recorder.note("diffusers is not installed: its rows are missing")
         return

@@ -1,7 +1,7 @@
-"""What is expected on one H100 80GB, by part, row and column.
+"""Expectations for one H100 80GB, by part, row and column.
 
-Marks: M measured before (PyTorch 2.11, RESULTS.md), C counted from the code, P published, E estimated. For what the
-code does today; a compiled network is expected to be one compiled block for all layers.
+Marks: M measured before (PyTorch 2.11, RESULTS.md), C counted from the code, P published, E estimated. They are for
+today's code; a compiled network is expected to be one compiled block for all layers.
 """
 
 from typing import NamedTuple
@@ -68,5 +68,5 @@ PREDICTIONS: dict[str, dict[str, Columns]] = {
 
 
 def predicted(part: str, row: str, column: str) -> Prediction | None:
-    """Return what is expected of a measurement, None where nothing is."""
+    """Return the expectation of a measurement, None without one."""
     return PREDICTIONS.get(part, {}).get(row, {}).get(column)

@@ -1,4 +1,4 @@
-"""What units write their results with."""
+"""Write the results of units."""
 
 import gc
 import gzip
@@ -23,10 +23,10 @@ class Recorder:
     """Takes the results of one unit.
 
     Attributes:
-        device: what to measure on.
-        toy: small sizes are asked for.
-        dtype: to compute in.
-        work: a folder for what is large and thrown away.
+        device: the device to measure.
+        toy: use small sizes.
+        dtype: dtype of the computation.
+        work: a folder for large temporary files.
     """
 
     def __init__(self, task: Mapping[str, Any]):
@@ -34,7 +34,7 @@ class Recorder:
         self.unit = task["unit"]
         self.device = torch.device(task["device"])
         if self.device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.init()  # before its memory can be asked about
+            torch.cuda.init()  # required before reading memory statistics
         self.toy = task["size"] == "toy"
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.work = Path(task["work"])
@@ -51,7 +51,7 @@ class Recorder:
 
         Args:
             values: by column, see `tables.COLUMNS`.
-            table: that the row belongs to, if not to that of its part.
+            table: the row's table; None: that of the unit's part.
             expected: by column, a number and its mark, see `predictions`.
         """
         record = {"unit": self.unit, "row": name, "values": dict(values)}
@@ -59,17 +59,17 @@ class Recorder:
         self.results.append(record | {key: extra for key, extra in extras.items() if extra})
 
     def note(self, text: str) -> None:
-        """Write a line for below the table."""
+        """Write a line for the notes below the table."""
         self.results.append({"unit": self.unit, "note": text})
 
     @contextmanager
     def attempt(self, row: str, may_not_fit: bool = False) -> Iterator[None]:
-        """Have an exception of the block become a row that failed; free what the block used.
+        """Turn an exception of the block into a failed row, and free the block's memory.
 
         Args:
-            may_not_fit: that memory does not suffice is a result, not a failure of the check.
+            may_not_fit: full memory is a result, not a failure of the check.
         """
-        self.free()  # of what the last one's exception had held
+        self.free()  # memory that the last exception referred to
         try:
             yield
         except Exception as error:
@@ -82,13 +82,13 @@ class Recorder:
         self.free()
 
     def free(self) -> None:
-        """Free memory that nothing refers to any more."""
+        """Free memory without references."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def keep_trace(self, profiler: torch.profiler.profile, name: str) -> None:
-        """Write a whole profile beside the results, to be opened in chrome://tracing."""
+        """Write a profile beside the results, for chrome://tracing."""
         trace = self.work / f"{name}.json"
         profiler.export_chrome_trace(str(trace))
         with gzip.open(self.results.file.with_name(f"{name}.json.gz"), "wb") as file:

@@ -1,4 +1,4 @@
-"""The file of results: one JSON object a line, written as soon as it is known, so that a killed run keeps it.
+"""The file of results: one JSON object per line, written at once to survive a killed run.
 
 Kinds of record: `settings` (first), `machine`, and for a unit `row` with values or `failed`, `note`, and last `state`.
 """
@@ -19,14 +19,14 @@ class Results:
     """The results in a folder.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
     """
 
     def __init__(self, folder: Path):
         self.file = folder / FILE
 
     def read(self) -> list[Record]:
-        """Return all records; a last line that was cut off is left out."""
+        """Return all records, except an incomplete last line."""
         if not self.file.exists():
             return []
         records = []
@@ -38,21 +38,21 @@ class Results:
         return records
 
     def append(self, record: Record) -> None:
-        """Write one record behind the others, to the disk."""
+        """Append one record to the file, flushed to the disk."""
         with self.file.open("a") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Write these records in place of all."""
+        """Replace all records by these."""
         with replaced_when_complete(self.file) as part:
             Path(part).write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     def settings(self) -> Record | None:
-        """Return what the run was asked for, None for an empty folder."""
+        """Return the settings of the run, None for an empty folder."""
         return next((record["settings"] for record in self.read() if "settings" in record), None)
 
     def done(self) -> set[str]:
-        """Return the names of the units that ended well."""
+        """Return the names of the units that succeeded."""
         return {record["unit"] for record in self.read() if record.get("state") == DONE}
 
     def of_unit(self, unit: str) -> list[Record]:

@@ -1,6 +1,6 @@
-"""Runs units one after the other, each in a process of its own, within a budget of seconds.
+"""Run units one after the other, each in its own process, within a budget of seconds.
 
-A unit that crashes, hangs or fills the memory costs its own rows; the others run. Nothing here imports PyTorch.
+If a unit crashes, hangs or fills the memory, only its rows are missing. PyTorch is not imported.
 """
 
 import json
@@ -21,18 +21,18 @@ logger = logging.getLogger("device_check")
 
 CHILD = Path(__file__).with_name("child.py")
 LOG = "log.txt"
-GRACE = 3.0  # seconds between asking a process to end and ending it
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 
 
 class UnitRunner:
     """Runs units and writes how they end.
 
     Args:
-        results: where rows go.
-        settings: what children are told: device, size and folders.
-        deadline_of: the time, as `clock` tells it, at which a part must be over. The first unit of a part may take time
-            from later parts, so that each has a result.
-        log: the file for all that units print.
+        results: the file of rows.
+        settings: settings of the child processes: device, size and folders.
+        deadline_of: the time by `clock` at which a part must end. The first unit of a part may take time from later
+            parts, so that each has a result.
+        log: the file for the output of units.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class UnitRunner:
         return state
 
     def start_and_wait(self, unit: Unit, limit: float) -> int | None:
-        """Return the exit code of a unit's process, None if it did not end within `limit` seconds."""
+        """Return the exit code of a unit's process, None after `limit` seconds."""
         task = {"unit": unit.name, "target": unit.target, "options": unit.options, "results": str(self.results.file)}
         command = [sys.executable, str(CHILD), json.dumps({**self.settings, **task})]
         with self.log.open("a") as log:
             log.write(f"\n======== {unit.name}\n")
             log.flush()
-            # A group of its own, not a session: whoever ends this command by its session ends the units too.
+            # A process group, not a session, so that ending this command's session also ends the units.
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
             try:
                 return process.wait(limit)
@@ -84,7 +84,7 @@ class UnitRunner:
                 end_group(process)
 
     def reason(self, unit: Unit, code: int | None, seconds: float) -> str:
-        """Return in one line why a unit failed."""
+        """Return the reason for a unit's failure, on one line."""
         if code is None:
             return f"did not end within {seconds:.0f} s"
         if code < 0:
@@ -98,14 +98,14 @@ class UnitRunner:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started."""
+    """End a process and its children."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
         if process.poll() is not None and number == signal.SIGTERM:
-            continue  # gone itself; what it started has nothing to save
+            continue  # already ended; its children have nothing to save
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
@@ -114,7 +114,10 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def deadlines(parts: Sequence[str], budget: float, now: float) -> dict[str, float]:
-    """Return the time at which each part must be over, when the chosen ones share the budget by their weights."""
+    """Return the time at which each part must end.
+
+    The chosen parts share the budget by their weights.
+    """
     whole = sum(PARTS[part] for part in parts)
     times, used = {}, 0.0
     for part in PARTS:

@@ -1,4 +1,4 @@
-"""The results as Markdown: one table a part, each measurement with what was expected of it behind it."""
+"""Format results as Markdown: one table per part, with expectations beside measurements."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from device_parts.results import DONE, FAILED, Record
 from device_parts.units import PARTS, Unit
 from harness import markdown_table
 
-# Of each part: the columns of its table, by what the rows call them. Column names are headings too.
+# For each part the columns of its table, by their names in rows, which are also the headings.
 COLUMNS: dict[str, Sequence[str]] = {
     "attention": ("forward ms", "forward TFLOP/s", "forward+backward ms, b=1", "TFLOP/s of both", "kernel"),
     "layer": ("ms", "launches", "elementwise U", "first call s"),
@@ -31,9 +31,9 @@ NOT_MEASURED = "-"
 
 
 def report(records: Sequence[Record], units: Sequence[Unit]) -> str:
-    """Return all tables, in the order of the parts, with what failed or was left out below each.
+    """Return all tables, in the order of the parts, each followed by failed and skipped units.
 
-    Rows that have the name of a prediction are taken to be of the released sizes.
+    Rows with the name of an expectation are of the released sizes.
     """
     blocks = []
     for part in PARTS:
@@ -48,7 +48,7 @@ def report(records: Sequence[Record], units: Sequence[Unit]) -> str:
 
 
 def table(kind: str, records: Sequence[Record]) -> str:
-    """Return one table with its title; rows of `records` that belong to another one are left out."""
+    """Return one table with its title, from the rows of `records` that belong to it."""
     columns = COLUMNS[kind]
     rows = []
     for record in records:
@@ -64,7 +64,7 @@ def table(kind: str, records: Sequence[Record]) -> str:
 
 
 def lines_below(records: Sequence[Record]) -> list[str]:
-    """Return a block of notes, each once, and of the units that did not end well; none if all is said."""
+    """Return the notes and the units that did not succeed, as a block or nothing."""
     notes = dict.fromkeys(record["note"] for record in records if "note" in record)
     ends = [f"{each['unit']}: {each['state']}: {each['why']}" for each in records if each.get("state", DONE) != DONE]
     lines = [f"* {_cell(line)}" for line in (*notes, *ends)]
@@ -72,13 +72,13 @@ def lines_below(records: Sequence[Record]) -> list[str]:
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """Return the names of the rows and units that failed, but for rows that were not expected to fit."""
+    """Return the names of failed rows and units, except rows that may not fit into memory."""
     rows = [record["row"] for record in records if "failed" in record and not record.get("may_not_fit")]
     return rows + [record["unit"] for record in records if record.get("state") == FAILED]
 
 
 def _measurement(kind: str, record: Record, column: str) -> str:
-    """Return a value, and in parentheses what was expected, with its mark."""
+    """Return a value, and in parentheses the expectation with its mark."""
     value = record["values"].get(column)
     expected = record.get("expected", {}).get(column) or predicted(kind, record["row"], column)
     shown = NOT_MEASURED if value is None else _number(value)

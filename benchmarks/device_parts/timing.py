@@ -1,4 +1,4 @@
-"""Seconds, memory and profiles of functions on a device."""
+"""Measure seconds, memory and profiles of functions on a device."""
 
 import statistics
 import time
@@ -11,12 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Measured(NamedTuple):
-    """Of a function.
+    """Measurements of a function.
 
     Attributes:
         seconds: the median of its runs.
-        gib: of memory, at most: PyTorch's on a GPU with all that was there before; on a CPU that of the process.
-        first: seconds of the run to warm up, in which a compiled function is compiled.
+        gib: peak memory: PyTorch's on a GPU, including earlier tensors; that of the process on a CPU.
+        first: seconds of the warm-up run, in which a compiled function is compiled.
     """
 
     seconds: float
@@ -27,9 +27,9 @@ class Measured(NamedTuple):
 def measure(
     run: Callable[[Any], object], device: torch.device, repeats: int, prepare: Callable[[], Any] = int
 ) -> Measured:
-    """Return time and memory of `run(prepare())`, of which only `run` counts for the time.
+    """Return time and memory of `run(prepare())`; only `run` counts for the time.
 
-    On a GPU its own events tell the time.
+    On a GPU the time is that of its events.
     """
     first = _seconds(run, prepare(), device)
     times: list[float] = []
@@ -56,7 +56,7 @@ def _seconds(run: Callable[[Any], object], given: Any, device: torch.device) -> 
 
 
 def profiled(run: Callable[[], object], device: torch.device) -> profile:
-    """Return the profile of one run, after one that is not profiled."""
+    """Return the profile of one run, after one run without a profile."""
     activities = [ProfilerActivity.CPU]
     run()
     if device.type == "cuda":
@@ -70,20 +70,27 @@ def profiled(run: Callable[[], object], device: torch.device) -> profile:
 
 
 class Kernel(NamedTuple):
-    """One launch. `gigabytes` that it is handed, each tensor once; None if the profile does not tell."""
+    """One launch of a kernel.
+
+    Attributes:
+        gigabytes: size of its arguments, each tensor once; None if the profile does not have it.
+    """
 
     name: str
     microseconds: float
     gigabytes: float | None
 
 
-# Bytes of an element, by the names of types in traces.
+# Bytes per element, by the names of types in traces.
 ELEMENTS = {"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "int": 4, "long int": 8, "bool": 1}
 KERNEL_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
 def kernels_of(trace: dict[str, Any], device: torch.device) -> list[Kernel]:
-    """Return the launches in a profile as `export_chrome_trace` writes it; on a CPU the kernels of compiled code."""
+    """Return the launches in a profile written by `export_chrome_trace`.
+
+    On a CPU they are the kernels of compiled code.
+    """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     calls = [event for event in events if event.get("cat") == "cpu_op"]
     if device.type != "cuda":
@@ -94,7 +101,10 @@ def kernels_of(trace: dict[str, Any], device: torch.device) -> list[Kernel]:
 
 
 def _of_caller(launch: dict[str, Any], calls: dict[Any, dict[str, Any]]) -> float | None:
-    """Return the gigabytes of a fused kernel, whose caller is named as the kernel is and is handed all its tensors."""
+    """Return the gigabytes of a fused kernel.
+
+    Its caller has the kernel's name and gets all its tensors.
+    """
     call = calls.get(launch["args"].get("External id"))
     return _gigabytes(call) if call is not None and launch["name"].startswith("triton") else None
 

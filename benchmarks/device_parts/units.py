@@ -1,12 +1,12 @@
-"""What the device check measures: the parts in their order, and the units of each, which run in processes of their own.
+"""The parts of the device check in their order, and the units of each part.
 
-Nothing here imports PyTorch.
+Units run in their own processes. PyTorch is not imported.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-PARTS = {  # seconds of the budget that a part has for itself; what it leaves goes to those behind it
+PARTS = {  # seconds of the budget for each part; unused seconds go to later parts
     "attention": 25,
     "layer": 30,
     "networks": 150,
@@ -21,13 +21,13 @@ CONFIGURATIONS = {FIVE_B: "cogvideox_5b", TWO_B: "cogvideox_2b", ONE_FIVE: "cogv
 
 @dataclass(frozen=True)
 class Unit:
-    """Something to measure in a process of its own.
+    """A measurement in its own process.
 
     Attributes:
-        name: in the results.
+        name: the name in the results.
         part: one of `PARTS`.
-        target: the function that measures, as `module.function`; it is called with a recorder and `options`.
-        cost: seconds that it takes on one H100, by estimate; without so much time left it is skipped.
+        target: the function that measures, as `module.function`, called with a recorder and `options`.
+        cost: estimated seconds on one H100; the unit is skipped if less time is left.
         options: keywords of the function.
     """
 
@@ -39,17 +39,20 @@ class Unit:
 
     @property
     def most(self) -> float:
-        """Seconds after which it counts as hanging."""
+        """Return the seconds after which the unit counts as hanging."""
         return 3 * self.cost + 30
 
 
 def units_of(size: str) -> list[Unit]:
-    """Return the units of a size, "full" or "toy", in the order in which they run."""
+    """Return the units of a size, "full" or "toy", in their order."""
     return full_units() if size == "full" else toy_units()
 
 
 def full_units() -> list[Unit]:
-    """Return the units of the released sizes. Within a part what is surest and most wanted comes first."""
+    """Return the units of the released sizes.
+
+    Within a part the most reliable and most important units come first.
+    """
     networks = [(TWO_B, 30), (FIVE_B, 36), (ONE_FIVE, 62)]
     training = [(TWO_B, 30, 50), (FIVE_B, 50, 80)]
     units = [
@@ -73,7 +76,7 @@ def full_units() -> list[Unit]:
             )
             for each in training
         ]
-    # The first of a model also makes its weights; the first of all those of the text encoder, too.
+    # The first unit of a model also makes its weights; the very first one also makes those of the text encoder.
     sampling = [(FIVE_B, "none", 70), (FIVE_B, "stage", 37), (FIVE_B, "sequential", 37)]
     sampling += [(TWO_B, "none", 35), (TWO_B, "stage", 30), (TWO_B, "sequential", 30)]
     commands = [
@@ -85,7 +88,10 @@ def full_units() -> list[Unit]:
 
 
 def toy_units() -> list[Unit]:
-    """Return the same measurements for networks that a CPU computes in a moment, with fewer processes to start."""
+    """Return the same measurements for networks that a CPU computes in a moment.
+
+    They start fewer processes.
+    """
     model = {"model": "toy"}
     return [
         Unit("attention", "attention", "attention.measure", 1),

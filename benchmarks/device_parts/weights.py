@@ -1,4 +1,4 @@
-"""Random weights of a model's size in the layout of the released ones, made on the device, and clips to train on."""
+"""Make random weights in the layout of the released ones, and clips to train on."""
 
 import copy
 import shutil
@@ -16,18 +16,18 @@ from cogvideox_sat.media.video_output import VideoWriter
 from diffusion_video import DTYPES
 
 TOKENIZER = CONFIGS.parent / "assets" / "tiny" / "t5" / "spiece.model"
-# google/t5-v1_1-xxl, whose encoder the released models take texts from.
+# google/t5-v1_1-xxl, whose encoder the released models use.
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
 T5_TOY = {"d_model": 128, "d_ff": 128, "d_kv": 32, "num_heads": 2, "num_layers": 1, "vocab_size": 512}
 T5_COMMON = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.0}
 ITERATION = "1"
-CLIPS, CLIP_SECONDS_MORE = 2, 7  # clips are longer than what is trained on: both ends are left out
+CLIPS, CLIP_SECONDS_MORE = 2, 7  # clips are longer than training needs, which leaves both ends out
 
 
 def weights_of(recorder: Recorder, model: str) -> Path:
-    """Return a configuration that names the weights of a model, which are made unless an earlier unit did.
+    """Return a configuration with the weights of a model, made here or by an earlier unit.
 
-    It goes behind the model's own, and also holds its `load`.
+    It follows the model's own configuration, and also has its `load`.
     """
     folder = recorder.work / "checkpoints"
     config = load_configs([config_file(model)])
@@ -36,7 +36,7 @@ def weights_of(recorder: Recorder, model: str) -> Path:
     made = ((transformer, write_network), (vae, write_vae), (text_encoder, write_text_encoder))
     for path, write in made:
         complete = path.with_name(f"{path.name}.complete")
-        if not complete.exists():  # an interrupted unit may have left a part of it
+        if not complete.exists():  # an interrupted unit may have written a part of it
             path.parent.mkdir(parents=True, exist_ok=True)
             write(recorder, config, path)
             complete.touch()
@@ -78,7 +78,7 @@ def write_vae(recorder: Recorder, config: dict[str, Any], path: Path) -> None:
 
 
 def write_text_encoder(recorder: Recorder, config: dict[str, Any], path: Path) -> None:
-    """Write the folder of a T5 encoder, with the tokenizer of the tiny model, whose words are fewer."""
+    """Write the folder of a T5 encoder, with the smaller tokenizer of the tiny model."""
     from transformers import T5Config, T5EncoderModel
 
     sizes = T5_TOY if recorder.toy else T5_XXL
@@ -97,7 +97,7 @@ def write_text_encoder(recorder: Recorder, config: dict[str, Any], path: Path) -
 
 
 def write_clips(folder: Path, frames: int, fps: int, size: tuple[int, int]) -> Path:
-    """Return a folder of clips with captions, each a gradient that moves to the right."""
+    """Write a folder of clips with captions, each a gradient moving right; return it."""
     height, width = size
     (folder / "labels").mkdir(parents=True, exist_ok=True)
     columns = torch.arange(width)

@@ -1,1 +1,1 @@
-"""What the benchmarks run: each module is a part of the script in the folder above that names it."""
+"""The parts of the benchmarks; the script in the folder above names its modules."""

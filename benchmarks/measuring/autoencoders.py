@@ -1,4 +1,7 @@
-"""The video autoencoders that `vae.py` and `vae_training.py` measure: ours and diffusers', with the same weights."""
+"""The video autoencoders of `vae.py` and `vae_training.py`, ours and diffusers'.
+
+Both have the same weights.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -15,12 +18,16 @@ LATENT_CHANNELS = 16
 
 
 def autoencoder(size: str, **coder: object) -> VideoAutoencoderInferenceWrapper:
-    """Ours, with the seeded weights of every benchmark; `coder` are further options of encoder and decoder."""
+    """Return our autoencoder with the seeded weights of every benchmark.
+
+    Args:
+        coder: further options of encoder and decoder.
+    """
     return seed_module_(_autoencoder(size, **coder))
 
 
 def build_without_content(size: str, dtype: torch.dtype) -> VideoAutoencoderInferenceWrapper:
-    """Ours on the meta device, where tensors have shapes alone."""
+    """Return our autoencoder on the meta device, where tensors have no content."""
     with torch.device("meta"):
         return _autoencoder(size).to(dtype).eval()
 
@@ -35,7 +42,7 @@ def _autoencoder(size: str, **coder: object) -> VideoAutoencoderInferenceWrapper
 
 
 def diffusers_autoencoder(size: str) -> torch.nn.Module:
-    """Return theirs with the same weights, at its defaults."""
+    """Return diffusers' autoencoder with the same weights, at its defaults."""
     network = NETWORKS[size]
     ours = autoencoder(size)
     return as_diffusers(ours, network["ch"], network["num_res_blocks"], LATENT_CHANNELS, whole_clip=False)
@@ -46,7 +53,10 @@ def seeded_video(args: argparse.Namespace) -> torch.Tensor:
 
 
 def build(args: argparse.Namespace, *contenders: str) -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
-    """Return the two tasks of each contender, as functions of no arguments. Those of diffusers share one network."""
+    """Return the two tasks of each contender, as functions without arguments.
+
+    The contenders of diffusers share one network.
+    """
     placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     x = seeded_video(args).to(**placement)
     latent_size = ((args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)

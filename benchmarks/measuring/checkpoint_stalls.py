@@ -1,4 +1,4 @@
-"""The time that checkpoints take from the steps of a run: what `checkpoint_stall.py` measures."""
+"""Measure the time that checkpoints add to a run, for `checkpoint_stall.py`."""
 
 import argparse
 import statistics
@@ -27,7 +27,10 @@ GIB = 2**30
 
 @dataclass
 class Cost:
-    """Of one checkpoint, in seconds: within the call, the excess of the steps after it, and until it was there."""
+    """The cost of one checkpoint, in seconds.
+
+    It has the time of the call, the excess of the steps after it, and the time until the checkpoint is complete.
+    """
 
     call: float
     steps: float
@@ -35,7 +38,7 @@ class Cost:
 
     @property
     def stall(self) -> float:
-        """Return by how much the run is longer."""
+        """Return the seconds that the checkpoint adds to the run."""
         return self.call + self.steps
 
 
@@ -58,10 +61,10 @@ class Run:
         self.runner.step()
 
     def checkpoint(self, saver: CheckpointSaver, number: int, step: float) -> Cost:
-        """Save, and step until the checkpoint is there.
+        """Save a checkpoint, and run steps until it is complete.
 
         Args:
-            step: seconds of a step while none is written.
+            step: seconds of a step without a checkpoint.
         """
         called = timed(lambda: saver.save(number, {}, wait=False))
         begun, steps = time.perf_counter(), []
@@ -73,7 +76,7 @@ class Run:
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Return the seconds that an action takes."""
+    """Return the seconds of an action."""
     synchronize()
     start = time.perf_counter()
     action()
@@ -82,7 +85,7 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def measure(args: argparse.Namespace, repeats: int, folder: str | None) -> str:
-    """Return what checkpoints cost, as Markdown."""
+    """Return the costs of checkpoints, as Markdown."""
     run = Run(args)
     for _ in range(WARM_UP):
         run.step()

@@ -1,4 +1,4 @@
-"""Clips a second that are read, and files a second that are probed: what `data_loading.py` measures."""
+"""Measure clips read and files probed per second, for `data_loading.py`."""
 
 import argparse
 import os
@@ -27,11 +27,11 @@ from cogvideox_sat.media.video_reading import open_video
 
 Frames = list[np.ndarray]  # each (height, width, 3), uint8, RGB
 
-MARGIN = 4  # seconds that a source is longer than a clip, so that clips start anywhere
+MARGIN = 4  # seconds by which a source is longer than a clip, so that clips may start anywhere
 
 
 def serve(threads: int) -> None:
-    """Let this process read clips as one of those that read for training does."""
+    """Let this process read clips as a reader process of training."""
     torch.set_num_threads(threads)
     serve_as_reader(Mark(), threads)
 
@@ -46,7 +46,7 @@ def write_videos(args: argparse.Namespace, folder: Path, size: tuple[int, int]) 
         Image.fromarray(picture(2 * height, 2 * width, seed=number)).save(still)
         pan = f"crop={width}:{height}:'iw/4+iw/5*sin(t)':'ih/4+ih/5*cos(0.7*t)'"
         command = [get_ffmpeg_exe(), "-loglevel", "error", "-loop", "1", "-framerate", str(args.source_fps)]
-        # Tagged, since decord takes untagged video of any size for BT.601.
+        # Tagged, since decord treats untagged video of any size as BT.601.
         tagged = f"{pan},scale=out_color_matrix=bt709,format=yuv420p,setparams=colorspace=bt709"
         command += ["-i", str(still), "-t", str(seconds), "-vf", tagged, "-colorspace", "bt709", str(path)]
         subprocess.run(command, check=True)
@@ -55,7 +55,10 @@ def write_videos(args: argparse.Namespace, folder: Path, size: tuple[int, int]) 
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
-    """Return noise of about the spectrum of photographs, amplitude as 1 / frequency: uint8 (height, width, 3)."""
+    """Return noise with a spectrum like that of photographs: uint8 (height, width, 3).
+
+    Its amplitude is 1 / frequency.
+    """
     chance = np.random.RandomState(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
     frequency[0, 0] = np.inf
@@ -65,7 +68,7 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def reading(args: argparse.Namespace, videos: dict[tuple[int, int], list[ClipSource]]) -> str:
-    """Return the table of clips a second."""
+    """Return the table of clips per second."""
     rows = [measure_reading(args, size, sources) for size, sources in videos.items()]
     header = ["source", "ours, clips/s", "decord, clips/s", "window by decord, clips/s", "window by PyAV, clips/s"]
     header += ["ours / decord", "ours / window by decord", "ours / window by PyAV"]
@@ -82,7 +85,7 @@ def measure_reading(args: argparse.Namespace, size: tuple[int, int], sources: li
     bucket = Bucket(args.frames, args.height, args.width)
     infos = [probe(source) for source in sources]
     if any(sampling.num_frames(info) != args.frames for info in infos):
-        raise SystemExit(f"{args.frames} frames: the model takes 4k + 1")
+        raise SystemExit(f"--frames must be 4k + 1, got {args.frames}")
     times = [sampling.times(info, args.frames, seed) for seed, info in enumerate(infos)]
 
     def read(backend: str) -> list[Frames]:
@@ -119,7 +122,10 @@ def chosen(source: ClipSource, times: np.ndarray, backend: str, threads: int) ->
 
 
 def window_by_decord(source: ClipSource, times: np.ndarray, threads: int) -> Frames:
-    """Return the frames nearest to `times`, of all in the window, as the original trainer reads them."""
+    """Return the frames nearest to `times`, from decord's read of the whole window.
+
+    The original trainer reads clips in this way.
+    """
     import decord
 
     reader = decord.VideoReader(source.path, num_threads=threads)
@@ -130,7 +136,7 @@ def window_by_decord(source: ClipSource, times: np.ndarray, threads: int) -> Fra
 
 
 def window_by_pyav(source: ClipSource, times: np.ndarray, threads: int) -> Frames:
-    """Return the frames nearest to `times`, of all in the window, as one reads them with PyAV alone."""
+    """Return the frames nearest to `times`, from PyAV's read of the whole window."""
     frames, shown = [], []
     with av.open(source.path) as container:
         stream = container.streams.video[0]
@@ -146,7 +152,10 @@ def window_by_pyav(source: ClipSource, times: np.ndarray, threads: int) -> Frame
 
 
 def probing(args: argparse.Namespace, folder: Path, sources: list[ClipSource]) -> str:
-    """Return the table of files a second, for as many files as `args` says, copies of `sources`."""
+    """Return the table of files per second.
+
+    The files are copies of `sources`; `args` has their number.
+    """
     folder.mkdir()
     files = []
     for number in range(args.files):

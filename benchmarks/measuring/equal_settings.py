@@ -1,4 +1,4 @@
-"""diffusers' network with the settings that ours has: products of queries, keys and values in one, compiled alike."""
+"""Give diffusers' network our settings: one product for q, k and v, compiled layers."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from cogvideox_sat.network.attention_choice import AttentionChoice, choose_atten
 
 
 def attention_of(args: argparse.Namespace, gradients: bool = True) -> AttentionChoice:
-    """Return the attention kernel that ours takes by default, of the network that `args.params` describe.
+    """Return the attention kernel that our network of `args.params` uses by default.
 
     Args:
         gradients: the network is trained.
@@ -19,14 +19,14 @@ def attention_of(args: argparse.Namespace, gradients: bool = True) -> AttentionC
 
 
 def fuse_projections(twin: nn.Module) -> None:
-    """Make one product of those for queries, keys and values, as diffusers does it, and drop the three."""
+    """Join the products for queries, keys and values as diffusers does, and remove the three."""
     twin.fuse_qkv_projections()
     for block in twin.transformer_blocks:
         attention = block.attn1
-        attention.to_q = attention.to_k = attention.to_v = None  # diffusers keeps them, and their memory
+        attention.to_q = attention.to_k = attention.to_v = None  # diffusers would keep them in memory
 
 
 def compile_layers(twin: nn.Module) -> None:
-    """Run each layer through torch.compile, which makes one graph for all."""
+    """Run each layer through torch.compile, with one graph for all."""
     for block in twin.transformer_blocks:
         block.compile(fullgraph=True)

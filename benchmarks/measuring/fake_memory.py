@@ -1,6 +1,6 @@
-"""The memory of a device that a whole sampling run takes, counted on fake tensors: the real code, without content.
+"""Count the device memory of a whole sampling run, with the real code on fake tensors.
 
-The parts of the engine come and go as `sampling.part_offloading` says, layers are streamed, all layers and steps run.
+The parts of the engine move as `sampling.part_offloading` decides, layers are streamed, all layers and steps run.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ DEVICE = "cuda:0"
 
 
 class FakeEngine(WeightlessEngine):
-    """The engine with parts of fake tensors, on the devices that they would be on."""
+    """The engine with parts of fake tensors, on the devices of real ones."""
 
     def _build_network(self, device: torch.device | str) -> nn.Module:
         with _disable_current_modes():
@@ -54,7 +54,7 @@ class FakeEngine(WeightlessEngine):
     def _build_conditioner(self, device: torch.device | str) -> nn.Module:
         with _disable_current_modes():
             conditioner = super()._build_conditioner("meta")
-        embedder = FrozenT5Embedder.__new__(FrozenT5Embedder)  # whose weights come from a file otherwise
+        embedder = FrozenT5Embedder.__new__(FrozenT5Embedder)  # `__init__` would read weights from a file
         nn.Module.__init__(embedder)
         embedder.transformer = with_fake_tensors(conditioner.text_encoder, device)
         embedder.block_dtypes = block_dtypes(embedder.transformer)
@@ -63,7 +63,7 @@ class FakeEngine(WeightlessEngine):
 
 
 def with_fake_tensors(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """Return the module with fake tensors on `device` in the place of its own."""
+    """Return the module with fake tensors on `device` instead of its own."""
     fakes: dict[int, torch.Tensor] = {}
     slots = [entries for part in module.modules() for entries in (part._parameters, part._buffers)]
     for old in [*module.parameters(), *module.buffers()]:
@@ -76,7 +76,7 @@ def with_fake_tensors(module: nn.Module, device: torch.device | str) -> nn.Modul
 
 @contextmanager
 def on_fake_tensors() -> Iterator[AllocatedBytes]:
-    """Let tensors that are made within the block have no content, and count those of the device."""
+    """Make fake tensors within the block, and count those of the device."""
 
     def set_data(tensor: FakeTensor, value: FakeTensor) -> None:
         torch.Tensor.data.__set__(tensor, value)
@@ -85,8 +85,8 @@ def on_fake_tensors() -> Iterator[AllocatedBytes]:
     data = property(lambda tensor: torch.Tensor.data.__get__(tensor), set_data)
     with (
         patch.object(FakeTensor, "data", data, create=True),
-        patch.object(torch.cuda, "Stream", lambda *_: None),  # layers are copied without a stream of their own
-        patch.object(torch.random, "fork_rng", lambda **_: nullcontext()),  # of a device that need not be there
+        patch.object(torch.cuda, "Stream", lambda *_: None),  # layers are copied without another stream
+        patch.object(torch.random, "fork_rng", lambda **_: nullcontext()),  # the device may not exist
         patch.object(modulation_table, "_key", lambda emb: (emb.shape, emb.dtype, b"")),
         patch.object(modulation_table, "_once", lambda rows: rows[:, :1].clone()),
         torch.no_grad(),
@@ -97,11 +97,11 @@ def on_fake_tensors() -> Iterator[AllocatedBytes]:
 
 
 def stage_peaks(settings: EngineSettings, video: VideoSize, way: Way, steps: int) -> dict[str, int]:
-    """Return the bytes of the device at the peak of each stage of sampling one video, as the command does it.
+    """Return the peak bytes on the device in each stage of sampling one video.
 
     Args:
         video: latent frames, height and width in pixels.
-        steps: of the sampler; all have the same peak.
+        steps: number of sampling steps; all have the same peak.
     """
     arguments = way._asdict()
     offload = arguments.pop("offload")
@@ -120,7 +120,7 @@ def stage_peaks(settings: EngineSettings, video: VideoSize, way: Way, steps: int
             yield
             peaks[name] = allocated.peak
 
-        parts.use("first_stage_model")  # as the command does, which tries all weights first
+        parts.use("first_stage_model")  # the command also loads all weights first
         with stage(TEXT, "conditioner"):
             tokens = torch.zeros(1, text_tokens(engine), dtype=torch.long, device=DEVICE)
             text = engine.conditioner.text_encoder.transformer(input_ids=tokens).last_hidden_state.cpu()
@@ -146,5 +146,5 @@ def stage_peaks(settings: EngineSettings, video: VideoSize, way: Way, steps: int
 
 
 def text_tokens(engine: WeightlessEngine) -> int:
-    """Return how many tokens the text encoder makes of a prompt."""
+    """Return the number of tokens of a prompt in the text encoder."""
     return engine.config["conditioner_config"]["params"]["emb_models"][0]["params"].get("max_length", DEFAULT_TOKENS)

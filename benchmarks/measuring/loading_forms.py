@@ -1,4 +1,4 @@
-"""The forms in which weights are read, of random numbers, and how the commands read them; for `loading.py`."""
+"""The forms of weights, made of random numbers, and their readers; for `loading.py`."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ FILE_DTYPE = torch.float16  # of the network, as the 2B is released
 
 
 def largest_file(folder: Path) -> float:
-    """Return the GiB of the largest file in a folder."""
+    """Return the size of the largest file in a folder, in GiB."""
     return max(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / GIB
 
 
@@ -53,7 +53,7 @@ def network_on_meta(args: argparse.Namespace, dtype: torch.dtype, lora: bool = F
 
 
 class _Numbers:
-    """Random numbers for tensors of any size, the same ones again and again."""
+    """Random numbers for tensors of any size, repeated from one table."""
 
     def __init__(self) -> None:
         self.block = torch.empty(2**22).normal_(std=0.02)
@@ -78,7 +78,7 @@ class _Numbers:
 
 
 def make(args: argparse.Namespace, form: str, folder: Path) -> float:
-    """Write the files of a form, and return the GiB that the weights take once they are loaded."""
+    """Write the files of a form, and return the GiB of the loaded weights."""
     kind, _, dtype = form.partition(" ")
     if kind == "t5":
         return _make_t5(args, folder) * (2 if dtype == "float32" else 1)
@@ -116,7 +116,7 @@ def _of_diffusers(numbers: _Numbers, state: Mapping[str, Tensor]) -> StoredWeigh
 
 
 def _make_zero(numbers: _Numbers, state: Mapping[str, Tensor], folder: Path) -> None:
-    """What two processes of ZeRO-2 save of float32 weights, all in one group."""
+    """Write the files of two ZeRO-2 processes with float32 weights in one group."""
     count = sum(tensor.numel() for tensor in state.values())
     half = -(-count // 2)
     for rank, length in enumerate((half, count - half + (2 * half - count))):
@@ -160,7 +160,7 @@ def _make_t5(args: argparse.Namespace, folder: Path) -> float:
 
 
 def read(args: argparse.Namespace, form: str, path: str) -> None:
-    """Load what `make` wrote, and look at every number of it."""
+    """Load the files of `make`, and read every number."""
     folder, (kind, _, dtype) = Path(path), form.partition(" ")
     if kind == "lora":
         from tools.merge_lora import main
@@ -181,7 +181,7 @@ def read(args: argparse.Namespace, form: str, path: str) -> None:
 
 
 def look_at(tensors: Iterable[Tensor]) -> None:
-    """Read every byte; a piece at a time, since sums convert what they add up."""
+    """Read every byte, a piece at a time, since sums convert their input."""
     for tensor in tensors:
         if not all(piece.sum(dtype=torch.float32).isfinite() for piece in tensor.detach().view(-1).split(2**20)):
             raise SystemExit("the weights are not finite")

@@ -1,4 +1,7 @@
-"""Time and memory of other processes, looked at again and again while they run. Linux only; PyTorch is not imported."""
+"""Measure time and memory of other processes while they run.
+
+Linux only; PyTorch is not imported.
+"""
 
 import os
 import re
@@ -9,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-INTERVAL = 0.01  # seconds between two looks at a process
+INTERVAL = 0.01  # seconds between two samples of a process
 
 
 @dataclass
 class Usage:
-    """Of one process: seconds, those of them on a processor, and the most GiB of resident and of anonymous memory."""
+    """Seconds, processor seconds, and peak GiB of resident and anonymous memory of a process."""
 
     seconds: float = 0.0
     busy: float = 0.0
@@ -23,10 +26,10 @@ class Usage:
 
 
 def watched(command: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None) -> Usage:
-    """Run a command to its end, and return what it used.
+    """Run a command to its end, and return its use of time and memory.
 
     Args:
-        folder: in which it runs.
+        folder: its working directory.
         environment: variables that are added to those of this process.
     """
     usage, start, busy = Usage(), time.perf_counter(), processor_seconds()
@@ -43,12 +46,12 @@ def watched(command: Sequence[str], folder: Path | None = None, environment: Map
 
 
 def processor_seconds() -> float:
-    """Of all processes that this one has started and that have ended."""
+    """Return the processor seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def gib(status: str, entry: str) -> float:
-    """Return the GiB that an entry of `/proc/PID/status` says."""
+    """Return the GiB of an entry of `/proc/PID/status`."""
     match = re.search(rf"{entry}:\s*(\d+) kB", status)
     return int(match[1]) / 2**20 if match else 0.0  # a process that has ended has no such line

@@ -1,4 +1,7 @@
-"""One of several processes that share the tokens of a clip, on tensors without content: its memory, what it sends."""
+"""Count memory and traffic of one of the processes that share the tokens of a clip.
+
+Tensors have no content.
+"""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -25,8 +28,11 @@ GATHER = sequence_parallel.gather_tokens._opoverload
 
 
 class SharedClip(NamedTuple):
-    """Bytes that the process holds at most while it samples and trains; of a call of the network without gradients, how
-    often tokens and heads are exchanged and tokens gathered, and the bytes that the process sends to others."""
+    """Memory and traffic of a process.
+
+    They are the peak bytes in sampling and in training, and for a call of the network without gradients the number of
+    exchanges of tokens and heads, the number of gathers of tokens, and the bytes sent to other processes.
+    """
 
     sampling: int
     training: int
@@ -36,7 +42,7 @@ class SharedClip(NamedTuple):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what the process sends in the operators of `network.sequence_parallel`."""
+    """Counts the bytes that the operators of `network.sequence_parallel` send."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,10 +64,11 @@ class Traffic(TorchDispatchMode):
 
 
 def counted_shares(model: str, clip: Bucket, processes: int, layers: int | None = None) -> SharedClip:
-    """Count what the first of so many processes holds and sends for one clip of a released model.
+    """Count memory and traffic of the first process for one clip of a released model.
 
     Args:
-        layers: of the network; None: all.
+        processes: number of processes that share the clip.
+        layers: number of layers of the network; None: all.
     """
     network, width = _network(f"{model}.yaml", processes, layers)
     adapted, _ = _network(f"{model}_lora.yaml", processes, layers)
@@ -81,7 +88,7 @@ def counted_shares(model: str, clip: Bucket, processes: int, layers: int | None 
 
 
 def _network(file: str, processes: int, layers: int | None) -> tuple[nn.Module, int]:
-    """Return a network whose weights have no content, and the features of a text state."""
+    """Return a network without content, and the features of a text state."""
     config = deepcopy(load_configs([CONFIGS / file]))
     params = config["model"]["network_config"]["params"]
     params["num_layers"] = layers or params["num_layers"]

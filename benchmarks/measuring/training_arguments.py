@@ -1,4 +1,4 @@
-"""What `training.py` measures: the model, its size, and how it is trained. Nothing here imports PyTorch."""
+"""The arguments of `training.py`: model, size and training; PyTorch is not imported."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from cogvideox_sat.latent_geometry import patch_sizes
 CPU_LAYERS = 2
 CPU_CLIP = (5, 30, 44)  # latent frames, height, width
 CELL_LAYERS, CELL_REPEATS = 6, 7
-CELLS = {  # what is trained, the clip and the batch: with 226 of text, 514 and 2,008 tokens
+CELLS = {  # trained weights, clip and batch: with 226 tokens of text, 514 and 2,008 tokens
     "lora-514": ("lora", (2, 24, 24), 2),
     "full-514": ("full", (2, 24, 24), 2),
     "lora-2000": ("lora", (9, 22, 36), 1),
@@ -26,10 +26,10 @@ LEARNING_RATE, BETAS, CLIPPING = 1e-4, (0.9, 0.95), 1.0
 
 
 def arguments(description: str, command_line: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments, with the configuration that they name and a clip that suits network and device.
+    """Return the arguments, with the named configuration and a clip that fits the device.
 
     Args:
-        command_line: None for the process's own.
+        command_line: None: that of the process.
     """
     parser = EitherSpellingParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -40,7 +40,7 @@ def arguments(description: str, command_line: Sequence[str] | None = None) -> ar
     kind.add_argument("--full", dest="kind", action="store_const", const="full", help="train all weights")
     parser.add_argument("--layers", type=int, help="of the network")
     parser.add_argument("--clip", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the latents")
-    parser.add_argument("--batch", type=int, default=1, help="clips of a step")
+    parser.add_argument("--batch", type=int, default=1, help="clips per step")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument(
         "--zero", type=int, choices=[0, 1, 2], default=0, help="stage of DeepSpeed, at least 1 in 16 bit"
@@ -60,7 +60,7 @@ def arguments(description: str, command_line: Sequence[str] | None = None) -> ar
         nargs="*",
         choices=list(CELLS),
         metavar="CELL",
-        help=f"one table of several steps instead, of {CELL_LAYERS} layers: all of {', '.join(CELLS)}, or those named",
+        help=f"one table of several steps instead, with {CELL_LAYERS} layers: all of {', '.join(CELLS)}, or the given",
     )
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="put the result into benchmarks/RESULTS.md")
@@ -70,7 +70,7 @@ def arguments(description: str, command_line: Sequence[str] | None = None) -> ar
     args.repeats = args.repeats or (5 if args.cells is None else CELL_REPEATS)
     on_cpu = args.device == "cpu"
     if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported, which is why that is done later
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses its device on import, which comes later
     import torch
 
     args.device = torch.device(args.device)
@@ -91,7 +91,7 @@ def arguments(description: str, command_line: Sequence[str] | None = None) -> ar
         args.clip = CPU_CLIP if on_cpu else (frames - (temporal > 1), height // 8, width // 8)
     args.network_clip = (args.clip[0] + (temporal > 1), *args.clip[1:])
     if params["modules"]["pos_embed_config"]["params"].get("learnable_pos_embed"):
-        # diffusers takes learnt positions at their full size only, so they are made for this clip.
+        # diffusers only supports learnt positions at their full size, so they are made for this clip.
         frames, height, width = args.clip
         params |= {"num_frames": 4 * (frames - 1) + 1, "latent_height": height, "latent_width": width}
     return args

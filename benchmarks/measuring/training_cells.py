@@ -1,4 +1,7 @@
-"""Several training steps of ours beside those of diffusers, in one table: the `--cells` of `training.py`."""
+"""Compare several training steps of ours and of diffusers in one table.
+
+It is the `--cells` of `training.py`.
+"""
 
 import argparse
 import json
@@ -10,7 +13,7 @@ from harness import markdown_table
 
 from measuring.training_arguments import CELL_LAYERS, CELLS
 
-TIME, MEMORY = 1.02, 1.00  # of diffusers', at most
+TIME, MEMORY = 1.02, 1.00  # largest ratios to diffusers
 
 
 def cells(args: argparse.Namespace) -> str:
@@ -34,7 +37,7 @@ def cells(args: argparse.Namespace) -> str:
 
 
 def measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return what a process of its own measures, see `training_step.Comparison`."""
+    """Return the measurements of a separate process, see `training_step.Comparison`."""
     kind, clip, batch = CELLS[name]
     command = [sys.executable, sys.argv[0], "--model", args.model, f"--{kind}", "--row"]
     command += ["--layers", str(args.own_layers or CELL_LAYERS), "--batch", str(batch)]

@@ -1,4 +1,4 @@
-"""Where the time of the trainer's steps goes: what `training.py --overhead` measures."""
+"""Measure the parts of the trainer's steps, for `training.py --overhead`."""
 
 import argparse
 import statistics
@@ -30,7 +30,7 @@ WARM_UP = 2  # steps of the trainer
 
 
 def random_base(args: argparse.Namespace, path: Path) -> Path:
-    """A checkpoint of random weights for a run of `args.model`, with or without an adapter on top."""
+    """Write a checkpoint of random weights for `args.model`, with or without an adapter."""
     weights = build_network(args).state_dict()
     base = {name.replace(".original.", "."): tensor for name, tensor in weights.items() if not is_adapter(name)}
     torch.save({"module": base}, path)
@@ -38,7 +38,7 @@ def random_base(args: argparse.Namespace, path: Path) -> Path:
 
 
 def overhead(args: argparse.Namespace) -> str:
-    """Where the time of the trainer's steps goes, as Markdown."""
+    """Return the shares of the trainer's steps, as Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         training_args = training_from_cache(args, Path(folder))
         plan = plan_run(training_args)
@@ -51,9 +51,10 @@ def overhead(args: argparse.Namespace) -> str:
 
 
 def training_from_cache(args: argparse.Namespace, folder: Path) -> Any:
-    """Arguments of a run of `args.model` on a cache, made here, of four generated clips.
+    """Return arguments for training `args.model` from a cache of four generated clips.
 
-    The VAE and the text encoder of the tests' small model make it, which is why the network takes texts of their size.
+    The VAE and the text encoder of the tests' small model make the cache, so that the network takes texts of their
+    size.
     """
     tiny = load_configs([ROOT / "tests" / "configs" / "5b.yaml"])
     tiny["args"]["load"] = str(folder / "tiny")
@@ -98,8 +99,8 @@ def training_from_cache(args: argparse.Namespace, folder: Path) -> Any:
 class StepWatch:
     """Times the parts of a trainer's steps.
 
-    The device is waited for around each part, so that what it still has to do falls on the part that asked for it. In
-    an undisturbed run it works while the program goes on: the share of everything else is an upper limit.
+    The program waits for the device around each part, so that queued work counts for its own part. An undisturbed run
+    overlaps both: the share of all other work is an upper limit.
     """
 
     PARTS = ("forward", "backward", "optimizer", "waiting for data")
@@ -110,20 +111,20 @@ class StepWatch:
         self.forward_started = 0.0
 
     def start(self) -> None:
-        """Begin a step; the one before it is over, with all that the trainer did after it."""
+        """Begin a step, and end the step before it with everything after it."""
         self.stop()
         self.started = time.perf_counter()
         self.steps.append({})
 
     def stop(self) -> None:
-        """End the step that runs, if there is one."""
+        """End the current step, if there is one."""
         if self.started is not None:
             synchronize()
             self.steps[-1]["step"] = time.perf_counter() - self.started
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
-        """Add the time that the block takes to a part of the step."""
+        """Add the time of the block to a part of the step."""
         synchronize()
         start = time.perf_counter()
         yield
@@ -134,12 +135,12 @@ class StepWatch:
         self.steps[-1][part] = self.steps[-1].get(part, 0.0) + seconds
 
     def before_forward(self, *_: Any) -> None:
-        """Be the hook of a module that is about to run."""
+        """Start timing; a hook for a module that is about to run."""
         synchronize()
         self.forward_started = time.perf_counter()
 
     def after_forward(self, *_: Any) -> None:
-        """Be the hook of a module that has run."""
+        """Stop timing; a hook for a module that has run."""
         synchronize()
         self.add("forward", time.perf_counter() - self.forward_started)
 
@@ -162,7 +163,7 @@ class StepWatch:
 
 
 class TimedNetwork:
-    """A network in DeepSpeed's engine whose backward passes and updates are timed."""
+    """A network in DeepSpeed's engine with timed backward passes and updates."""
 
     def __init__(self, network: nn.Module, watch: StepWatch):
         self._network, self._watch = network, watch
@@ -180,7 +181,10 @@ class TimedNetwork:
 
 
 class TimedTrainer(Trainer):
-    """The trainer, with a watch on its steps. It saves nothing, since checkpoints are no part of a step."""
+    """The trainer with timed steps.
+
+    It saves nothing, since checkpoints are not part of a step.
+    """
 
     def __init__(self, args: TrainingArguments, plan: TrainingPlan):
         super().__init__(args, plan)

@@ -1,7 +1,7 @@
-"""The memory that a whole training step takes, counted on tensors that have no content, at any size on any machine.
+"""Count the memory of a whole training step on tensors without content.
 
-All that the step makes is counted as it comes and goes: activations, gradients, and what ZeRO's optimizer has in
-float32. Left out are buffers in which processes exchange gradients, and what libraries take inside one operation.
+It works at any size on any machine. All tensors of the step are counted as they come and go: activations, gradients,
+and the float32 tensors of ZeRO's optimizer. Communication buffers and the workspace within operations are left out.
 """
 
 from typing import Any
@@ -19,10 +19,12 @@ TIMESTEP = 500
 
 
 def counted_peak(network: nn.Module, bucket: Bucket, modes: list[Any], text_width: int) -> dict[Any, int]:
-    """Return the bytes of the second step on one clip, weights and optimizer included, by `checkpoint_activations`.
+    """Return the peak bytes of the second step on one clip, by `checkpoint_activations`.
+
+    Weights and optimizer are included.
 
     Args:
-        network: a `DiffusionTransformer` on the meta device, in the dtype of training; it comes to a fake CPU.
+        network: a `DiffusionTransformer` on the meta device, in the dtype of training; it is moved to a fake CPU.
         text_width: features of a text state.
     """
     dtype = network.dtype
@@ -35,7 +37,7 @@ def counted_peak(network: nn.Module, bucket: Bucket, modes: list[Any], text_widt
         optimizer = EmaAdam(masters)
         for master in masters:
             master.grad = torch.empty_like(master)
-        optimizer.step()  # makes its tensors
+        optimizer.step()  # creates the optimizer's tensors
         optimizer.zero_grad()
         tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         held = [*network.parameters(), *network.buffers(), *masters, *tensors]
@@ -52,7 +54,7 @@ def counted_peak(network: nn.Module, bucket: Bucket, modes: list[Any], text_widt
 
 
 def network_inputs(network: nn.Module, bucket: Bucket, text_width: int) -> dict[str, Any]:
-    """Return what a network is called with for one clip, `text_width` features of a text state."""
+    """Return a network's inputs for one clip, with `text_width` features of a text state."""
     frames = (bucket.frames - 1) // 4 + 1
     frames += frames % network.patch[0]
     size = (1, frames, network.in_channels, bucket.height // 8, bucket.width // 8)

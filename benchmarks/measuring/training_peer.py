@@ -1,4 +1,4 @@
-"""A training step with diffusers, peft and PyTorch's optimizer, beside which `training.py` puts ours."""
+"""A training step with diffusers, peft and PyTorch's optimizer, for `training.py`."""
 
 import argparse
 import re
@@ -17,12 +17,12 @@ PEFT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class Contender(NamedTuple):
-    """One side.
+    """One side of the comparison.
 
     Args:
-        step: a whole step; returns its loss, which stays on the device.
-        gradients: forward and backward pass alone; returns the loss and the gradients of what is trained, by the names
-            of diffusers.
+        step: runs a whole step and returns its loss, on the device.
+        gradients: runs forward and backward pass; returns the loss and the gradients of trained weights, by diffusers'
+            names.
     """
 
     step: Callable[[], Tensor]
@@ -30,7 +30,7 @@ class Contender(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the other side's step is given.
+    """The inputs of the other side's step.
 
     Args:
         latents, noise: (b, t, c, h, w), float32.
@@ -51,13 +51,13 @@ class Inputs(NamedTuple):
 def diffusers_step(
     args: argparse.Namespace, network: nn.Module | None, inputs: Inputs, equal: bool = False
 ) -> Contender:
-    """The step with diffusers' network and scheduler, peft's adapter and PyTorch's optimizer.
+    """Return the step with diffusers' network and scheduler, peft's adapter and an optimizer.
 
-    The weights are those of `network`; without it they are random.
+    The optimizer is PyTorch's. The weights are those of `network`; without it they are random.
 
     Args:
-        equal: as ours: the attention kernel, with `--compile` compiled layers, and one product for queries, keys and
-            values, unless an adapter is trained, for which peft needs three.
+        equal: use our settings: the attention kernel, with `--compile` compiled layers, and one product for queries,
+            keys and values, unless an adapter is trained, for which peft needs three.
     """
     from diffusers import CogVideoXDPMScheduler
     from peft import LoraConfig
@@ -118,7 +118,10 @@ def diffusers_step(
 
 
 class MasterAdamW:
-    """AdamW after clipping; for 16-bit parameters on float32 copies of them, as DeepSpeed has them."""
+    """AdamW after clipping, on float32 copies of 16-bit parameters.
+
+    DeepSpeed uses such copies too.
+    """
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
@@ -138,7 +141,7 @@ class MasterAdamW:
 
 
 def names_of_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights or gradients of our network, which may have an adapter, under the names of diffusers and peft."""
+    """Return weights or gradients of our network by the names of diffusers and peft."""
     from diffusers_network import map_weights
 
     base, adapter = {}, {}

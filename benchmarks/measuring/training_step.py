@@ -1,4 +1,4 @@
-"""A training step of ours beside the same step of diffusers: what `training.py` measures."""
+"""Measure a training step of ours beside diffusers', for `training.py`."""
 
 import argparse
 import math
@@ -14,12 +14,12 @@ from measuring.training_arguments import DEFAULTS, EQUAL, OURS, RANK, deepspeed_
 from measuring.training_peer import Contender, Inputs, diffusers_step, names_of_diffusers
 from support import relative_error
 
-NEGLIGIBLE = 1e-6  # gradients, beside the largest
-AGREEMENT = 1e-4  # of loss and gradients in float32
+NEGLIGIBLE = 1e-6  # gradients, relative to the largest
+AGREEMENT = 1e-4  # largest relative difference of loss and gradients in float32
 
 
 class Comparison(NamedTuple):
-    """What is measured: seconds, GiB and the loss of the last step, by side; and how far the sides agree."""
+    """Measurements by side: seconds, GiB and last loss; and the difference of both sides."""
 
     seconds: dict[str, float]
     memory: dict[str, float]
@@ -50,11 +50,15 @@ def compare(args: argparse.Namespace) -> str:
 
 
 def check_agreement(contenders: dict[str, Contender], dtype: str) -> str:
-    """How far the losses and gradients of the two are apart, before the first step; stops if they are not the same."""
+    """Return a line about the differences of losses and gradients before the first step.
+
+    Raises:
+        SystemExit: the differences are too large.
+    """
     (loss, gradients), (expected_loss, expected) = (contenders[name].gradients() for name in (OURS, DEFAULTS))
     if gradients.keys() != expected.keys():
-        raise SystemExit(f"not the same is trained: {sorted(gradients.keys() ^ expected.keys())[:4]}")
-    # Some are zero but for rounding: a bias of all keys alike changes no attention.
+        raise SystemExit(f"the trained weights differ: {sorted(gradients.keys() ^ expected.keys())[:4]}")
+    # Some are zero except for rounding, since an equal bias of all keys does not change the attention.
     largest = max(gradient.norm() for gradient in expected.values())
     compared = [name for name, gradient in expected.items() if gradient.norm() > NEGLIGIBLE * largest]
     worst = max(compared, key=lambda name: relative_error(gradients[name], expected[name]))
@@ -69,10 +73,11 @@ def check_agreement(contenders: dict[str, Contender], dtype: str) -> str:
 
 
 def floating_point_operations(args: argparse.Namespace) -> float:
-    """Of a step's matrix products in the layers, without what checkpointing repeats.
+    """Return the operations of a step's matrix products in layers, without recomputation.
 
-    The backward pass of an attention costs twice its forward pass; that of a product with a weight matrix once for its
-    input, which in LoRA's first attention needs no gradient, and once for the weight, if it is trained.
+    The backward pass of an attention costs twice its forward pass. The backward pass of a product with a weight matrix
+    costs the same as its forward pass for the input, which LoRA's first attention does not need, and again for a
+    trained weight.
     """
     patch, position = patch_sizes(args.params["patch_size"]), args.params["modules"]["pos_embed_config"]["params"]
     tokens = position["text_length"] + math.prod(args.network_clip) // math.prod(patch)
@@ -88,13 +93,13 @@ def floating_point_operations(args: argparse.Namespace) -> float:
 
 
 def build(args: argparse.Namespace) -> dict[str, Contender]:
-    """The contenders; with `--memory-of` that one alone is made."""
+    """Return the contenders; with `--memory-of` only that one."""
     from sgm import randomness
 
     engine = build_engine(args)
     batch = cached_batch(args, engine)
     seeds = list(range(args.batch))
-    # What ours draws in its step, for the other side.
+    # The random numbers of our step, for the other side.
     with randomness.per_sample(seeds):
         image, latents = engine.encode_batch(batch)
         latents = latents.transpose(1, 2).contiguous()
@@ -119,7 +124,7 @@ def build(args: argparse.Namespace) -> dict[str, Contender]:
 
 
 def build_engine(args: argparse.Namespace) -> nn.Module:
-    """Our engine without its network, conditioned on embeddings that were computed before."""
+    """Return our engine without its network, conditioned on precomputed embeddings."""
     from cogvideox_sat.clips.latent_identity import conditioner_for_cache
     from cogvideox_sat.configuration.settings import EngineSettings
     from cogvideox_sat.parallel.process_groups import initialize_process_groups
@@ -135,7 +140,7 @@ def build_engine(args: argparse.Namespace) -> nn.Module:
 
 
 def build_network(args: argparse.Namespace) -> nn.Module:
-    """Our network with random weights, none of them zero, of which what is trained requires gradients."""
+    """Return our network with random weights; trained weights require gradients."""
     from cogvideox_sat.configuration.meta_device import instantiate_on_meta
     from cogvideox_sat.weights.loading import initialise_missing
 
@@ -152,7 +157,7 @@ def build_network(args: argparse.Namespace) -> nn.Module:
 
 
 def cached_batch(args: argparse.Namespace, engine: nn.Module) -> dict[str, Any]:
-    """What a loader gives for clips that were encoded before."""
+    """Return a loader's batch of cached latents."""
     generator = torch.Generator().manual_seed(0)
     channels = args.params["out_channels"]
     tokens = args.params["modules"]["pos_embed_config"]["params"]["text_length"]
@@ -167,7 +172,7 @@ def cached_batch(args: argparse.Namespace, engine: nn.Module) -> dict[str, Any]:
 def our_step(
     args: argparse.Namespace, engine: nn.Module, network: nn.Module, batch: dict[str, Any], seeds: list[int]
 ) -> Contender:
-    """A step as `training.run` does it."""
+    """Return a step as in `training.run`."""
     from cogvideox_sat.configuration.settings import LoopSettings
     from cogvideox_sat.training import deepspeed_engine
     from sgm import randomness
@@ -185,7 +190,7 @@ def our_step(
             return engine.shared_step(batch, drop=False)[0]
 
     def gradients() -> tuple[Tensor, dict[str, Tensor]]:
-        value = loss(wrapper)  # DeepSpeed takes no backward pass but its own
+        value = loss(wrapper)  # DeepSpeed only supports its own backward pass
         found = torch.autograd.grad(value, list(trained.values()))
         return value.detach(), names_of_diffusers(dict(zip(trained, found, strict=True)))
 

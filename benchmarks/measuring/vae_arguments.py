@@ -1,4 +1,4 @@
-"""What the benchmarks of the autoencoder measure, and on what clips. Nothing here imports PyTorch."""
+"""The arguments of the autoencoder's benchmarks, and their clips; PyTorch is not imported."""
 
 import argparse
 
@@ -17,22 +17,22 @@ OURS, DEFAULTS, WHOLE = "ours", "diffusers", "diffusers, slices off"
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of every benchmark of the autoencoder."""
+    """Return a parser with the arguments of every benchmark of the autoencoder."""
     parser = EitherSpellingParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--size", choices=list(NETWORKS), default="full", help="of the network")
-    parser.add_argument("--frames", type=int, help="of the video, 8k+1: diffusers decodes no others")
+    parser.add_argument("--frames", type=int, help="frames of the video, 8k+1, which diffusers needs")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
-    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
+    parser.add_argument("--threads", type=int, help="threads on a CPU (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, with a clip that suits network and device where none is given."""
+    """Return the arguments, with a default clip that fits network and device."""
     args = parser.parse_args()
     default = CLIPS[args.size, args.device.partition(":")[0]]
     args.frames, args.height, args.width = (
@@ -51,6 +51,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def setting(args: argparse.Namespace) -> str:
-    """One line that says what was measured, and where."""
+    """Return one line about the measurement and the machine."""
     clip = f"{args.frames} frames of {args.height}x{args.width}"
     return f"{args.size} network, {clip}, {args.dtype}; {machine(args.device)}"

@@ -1,4 +1,4 @@
-"""The training steps that `vae_training.py` measures."""
+"""The training steps of `vae_training.py`."""
 
 import argparse
 from collections.abc import Callable
@@ -15,7 +15,7 @@ SEED = 5
 
 
 def build(args: argparse.Namespace, contender: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The contender's network, and its training step as a function of no arguments that gives the loss."""
+    """Return the contender's network, and its training step, which returns the loss."""
     placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     x = seeded_video(args).to(**placement)
     if contender in (DEFAULTS, WHOLE):
@@ -26,7 +26,7 @@ def build(args: argparse.Namespace, contender: str) -> tuple[nn.Module, Callable
         def forward() -> tuple[Tensor, Tensor]:
             posterior = network.encode(x).latent_dist
             z = posterior.sample(torch.Generator().manual_seed(SEED))
-            return network.decode(z).sample, posterior.kl().sum()  # of one clip; theirs leaves the last dimension
+            return network.decode(z).sample, posterior.kl().sum()  # of one clip; diffusers keeps the last dimension
     else:
         levels = () if contender == OURS else args.checkpoint_levels
         network = autoencoder(args.size, checkpoint_levels=levels).to(**placement).train()
@@ -47,6 +47,6 @@ def build(args: argparse.Namespace, contender: str) -> tuple[nn.Module, Callable
 
 
 def all_gradients(network: nn.Module) -> Tensor:
-    """Of all weights in one vector, in an order that both networks share."""
+    """Return the gradients of all weights in one vector, in the same order for both networks."""
     named = sorted((diffusers_name(name), parameter) for name, parameter in network.named_parameters())
     return torch.cat([parameter.grad.flatten() for _, parameter in named])

@@ -100,7 +100,7 @@ def test_help_answers_before_pytorch_is_loaded(name):
     ("name", "arguments", "message"),
     [
         ("network", ("--model", "nothing"), "configs/nothing.yaml does not exist"),
-        ("training", ("--device", "gpu"), "'gpu' is no device; it can be cpu, cuda or cuda:N"),
+        ("training", ("--device", "gpu"), "'gpu' is not a device; use cpu, cuda or cuda:N"),
         ("checkpoint_stall", ("--folder", "gone"), "--folder: gone does not exist"),
         ("checkpoint_stall", ("--layers", "0"), "--layers and --repeats are at least 1"),
         ("loading", ("--folder", "gone"), "--folder: gone does not exist"),
