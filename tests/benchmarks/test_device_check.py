@@ -141,8 +141,8 @@ def test_help_is_quick_and_needs_no_torch():
     ("arguments", "message"),
     [
         (("--parts", "video"), "error: --parts: 'video' is unknown; choose from attention, layer, networks"),
-        (("--parts", ","), "error: --parts: names none; choose from"),
-        (("--budget", "0"), "error: --budget: 0.0 is no number of seconds; give one above 0"),
+        (("--parts", ","), "error: --parts: no part is given; choose from"),
+        (("--budget", "0"), "error: --budget: 0.0 is not a number of seconds; give one above 0"),
         (("--device", "cpu"), "error: --size: full needs a GPU; give --size toy"),
         (("--device", "cpu", "--size", "toy", "--output", "{file}"), "error: --output: {file} cannot be written to"),
     ],
