@@ -1,9 +1,9 @@
-"""The layers of the code: which module may import which, and which modules import no PyTorch.
+"""Check the layers of the code, and that modules which plan a request import no PyTorch.
 
-    python tests/architecture.py        prints what breaks the rules, and exits with 1 if anything does
+    python tests/architecture.py        prints violations, and exits with 1 if there are any
 
 A module imports only from layers below its own; packages of one layer do not import each other. Imports inside
-functions count for the layers, and not for PyTorch: that is how commands answer before it is loaded.
+functions count for the layers, but not for PyTorch: commands answer before it is loaded.
 """
 
 import ast
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 UMBRELLA = "cogvideox_sat"
 
-# From the top. Names of packages below `cogvideox_sat`, or of modules and packages beside it.
+# From the top: names of packages below `cogvideox_sat`, or of modules and packages beside it.
 LAYERS = (
     ("benchmarks",),
     ("tools",),
@@ -40,7 +40,7 @@ LAYERS = (
     ("sgm",),
 )
 
-# What plans and checks a request: packages and modules that may be imported before PyTorch is.
+# Packages and modules that plan and check a request, and are imported before PyTorch.
 LIGHT = (
     "command_line",
     "tool_commands",
@@ -71,7 +71,10 @@ HEAVY = frozenset({"torch", "deepspeed", "sat", "transformers", "pytorch_lightni
 
 
 def places(root: Path) -> dict[str, Path]:
-    """Return the source files by what they are called here: modules below the umbrella without its name."""
+    """Return the source files by module name.
+
+    Modules below `cogvideox_sat` are named without it.
+    """
     found = {}
     bases = {"": root / "sat", "sgm": root / "sgm", "vae_modules": root / "vae_modules"}
     bases |= {folder: root / folder for folder in ("tools", "benchmarks")}
@@ -87,7 +90,11 @@ def places(root: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, everywhere: bool) -> Iterator[tuple[int, str]]:
-    """Yield the line and the dotted name of each import; `everywhere`: also of those inside functions."""
+    """Yield the line and the dotted name of each import.
+
+    Args:
+        everywhere: include imports inside functions.
+    """
     waiting = deque[ast.AST]([ast.parse(path.read_text())])
     while waiting:
         node = waiting.popleft()
@@ -102,7 +109,10 @@ def imports(path: Path, everywhere: bool) -> Iterator[tuple[int, str]]:
 
 
 def module_of(name: str, modules: dict[str, Path]) -> str | None:
-    """Return which of `modules` an import of `name` loads; None for a module of someone else."""
+    """Return the module of `modules` that an import of `name` loads.
+
+    None for a module of another project.
+    """
     name = name.removeprefix(f"{UMBRELLA}.")
     while name:
         if name in modules:
@@ -112,13 +122,16 @@ def module_of(name: str, modules: dict[str, Path]) -> str | None:
 
 
 def layer_of(module: str) -> int | None:
-    """Return the number of a module's layer, the highest first; None for a module that no layer names."""
+    """Return the number of a module's layer, 0 for the highest.
+
+    None for a module without a layer.
+    """
     rooms = {room: number for number, layer in enumerate(LAYERS) for room in layer}
     return rooms.get(module.partition(".")[0])
 
 
 def broken_layers(root: Path) -> list[str]:
-    """Return a line for each import that goes up or sideways, and for each module without a layer."""
+    """Return a line for each import upwards or sideways, and each module without a layer."""
     modules = places(root)
     lines = []
     for module, path in sorted(modules.items()):
@@ -137,7 +150,7 @@ def broken_layers(root: Path) -> list[str]:
 
 
 def broken_promises(root: Path) -> list[str]:
-    """Return a line for each module that is to import no PyTorch, nor what loads it, and does."""
+    """Return a line for each planning module that imports PyTorch, directly or not."""
     modules = places(root)
 
     @cache

@@ -1,4 +1,4 @@
-"""Autoencoders small enough to train in a test, what they are trained on, and Lightning's trainer without its noise."""
+"""Small autoencoders to train in tests, their data, and Lightning's trainer without logs."""
 
 import warnings
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ GAUSSIAN = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianReg
 
 
 class MeanSquare(nn.Module):
-    """The plainest loss that an engine can train with: no discriminator, no parameters."""
+    """A minimal loss for an engine, without a discriminator or parameters."""
 
     def __init__(self, penalty: float = 0.0):
         super().__init__()
@@ -50,7 +50,10 @@ class MeanSquare(nn.Module):
 
 
 def video_config(gather_norm: bool = True, **params: Any) -> dict[str, Any]:
-    """A `VideoAutoencodingEngine` that divides time and space by four, with its adversarial loss."""
+    """Return a `VideoAutoencodingEngine` with an adversarial loss.
+
+    It divides time and space by four.
+    """
     coder = {"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 4, "gather_norm": gather_norm}
     return {
         "target": "sgm.models.autoencoder.VideoAutoencodingEngine",
@@ -65,7 +68,7 @@ def video_config(gather_norm: bool = True, **params: Any) -> dict[str, Any]:
 
 
 def image_config(target: str = "AutoencodingEngine", **params: Any) -> dict[str, Any]:
-    """An engine for images, halved in height and width, with its adversarial loss."""
+    """Return an engine for images, which halves height and width, with an adversarial loss."""
     coder = {
         "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 4, "attn_resolutions": [], "resolution": 16,
         "in_channels": 3, "out_ch": 3, "double_z": True,
@@ -84,7 +87,7 @@ def image_config(target: str = "AutoencodingEngine", **params: Any) -> dict[str,
 
 
 def moving_squares(clips: int, frames: int, size: int = 16, seed: int = 0) -> Tensor:
-    """Bright squares that move over dark ground: uint8 (clips, frames, 3, size, size)."""
+    """Return bright squares that move over dark ground: uint8 (clips, frames, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     video = torch.full((clips, frames, 3, size, size), 40, dtype=torch.uint8)
     for clip in video:

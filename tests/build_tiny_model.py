@@ -1,10 +1,10 @@
-"""Builds a tiny model, with random weights and nothing downloaded, for the configurations that describe it.
+"""Build tiny models with random weights, without downloads, from configurations.
 
   python tests/build_tiny_model.py --config tests/configs/5b.yaml --seed 1 --force
 
-Each configuration says what is built and where it goes: the network to `args.load`, the VAE to `ckpt_path` of
-`first_stage_config`, the T5 encoder to `model_dir` of the conditioner. Configurations may share parts. A part that is
-there and fits its configuration and the seed is left alone; a file that this tool did not build is never touched.
+Each configuration names the targets: the network goes to `args.load`, the VAE to `ckpt_path` of `first_stage_config`,
+the T5 encoder to `model_dir` of the conditioner. Configurations may share parts. An existing part that fits its
+configuration and the seed is kept; a file of another origin is never changed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("build_tiny_model")
 
-VERSION = 1  # of what this tool builds: raise it when the same configuration and seed give other files
+VERSION = 1  # raise it when equal configurations and seeds give other files
 ITERATION = "1"
 
 
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="YAML",
         help="model configurations; those without a model section are merged into the others",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the vocabulary (default: 0)")
-    parser.add_argument("--force", action="store_true", help="build again what is there already")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and vocabulary (default: 0)")
+    parser.add_argument("--force", action="store_true", help="rebuild existing parts")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
@@ -65,9 +65,9 @@ class Part:
     """A file or folder of the model.
 
     Args:
-        path: where it belongs.
-        settings: all that its content depends on; parts of equal settings are the same.
-        write: writes it to the path it is given.
+        path: its target.
+        settings: everything that its content depends on; parts of equal settings are equal.
+        write: writes the part to a path.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Part:
 
     @property
     def marker(self) -> Path:
-        """The file beside `path` that holds the fingerprint of what was built."""
+        """Return the file beside `path` with the fingerprint of the part."""
         return self.path.with_name(f".{self.path.name}.built")
 
     @property
@@ -88,12 +88,15 @@ class Part:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What to build
+# Parts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_models(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """The configuration of every model among the files; those that describe none are merged into each model's."""
+    """Return the configuration of every model among the files.
+
+    Files without a model are merged into each model's configuration.
+    """
     models = [path for path in paths if "network_config" in (load_configs([path]).get("model") or {})]
     if not models:
         raise UserError(f"none of {', '.join(map(str, paths))} has a model.network_config")
@@ -102,7 +105,7 @@ def read_models(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
 
 
 def parts_of(models: Mapping[Path, Mapping[str, Any]], seed: int) -> list[Part]:
-    """The parts of all models, those they share only once."""
+    """Return the parts of all models, shared ones once."""
     parts: dict[Path, Part] = {}
     for source, config in models.items():
         for part in (text_encoder(config, source, seed), vae(config, source, seed), network(config, source, seed)):
@@ -134,7 +137,7 @@ def vae(config: Mapping[str, Any], source: Path, seed: int) -> Part:
         import torch
 
         state = seeded_module(first_stage, seed).state_dict()
-        # Random features have a mean, which would tint every video, and are large enough to saturate a third of it.
+        # Random features have a mean, which would tint every video, and would saturate a third of its pixels.
         last = state["decoder.conv_out.conv.weight"]
         last -= last.mean(dim=(1, 2, 3, 4), keepdim=True)
         last /= 3
@@ -146,7 +149,7 @@ def vae(config: Mapping[str, Any], source: Path, seed: int) -> Part:
 def network(config: Mapping[str, Any], source: Path, seed: int) -> Part:
     folder = Path(lookup(config, source, "args.load"))
     network_config = lookup(config, source, "model.network_config")
-    # What is loaded is the network that a LoRA starts from.
+    # The checkpoint is the base network of a LoRA.
     modules = {name: module for name, module in network_config["params"]["modules"].items() if name != "lora_config"}
     network_config = {**network_config, "params": {**network_config["params"], "modules": modules}}
 
@@ -163,10 +166,10 @@ def network(config: Mapping[str, Any], source: Path, seed: int) -> Part:
 
 
 def lookup(config: Mapping[str, Any], source: Path, key: str) -> Any:
-    """The value at a dotted key.
+    """Return the value at a dotted key.
 
     Raises:
-        UserError: it is missing or empty.
+        UserError: the value is missing or empty.
     """
     value: Any = config
     for name in key.split("."):
@@ -182,7 +185,7 @@ def lookup(config: Mapping[str, Any], source: Path, key: str) -> Any:
 
 
 def build(parts: Sequence[Part], force: bool) -> None:
-    """Write the parts that are not there, each in one step: an interruption leaves no half part."""
+    """Write missing parts, each atomically."""
     if not force and all(part.is_built() for part in parts):
         return
     with lock():
@@ -193,7 +196,7 @@ def build(parts: Sequence[Part], force: bool) -> None:
 
 def place(part: Part) -> None:
     if part.path.exists() and not part.marker.is_file():
-        raise UserError(f"{part.path} exists and was not built by this tool: move it or change the configuration")
+        raise UserError(f"{part.path} exists and was not built by this tool; move it or change the configuration")
     logger.info("building the tiny %s: %s", part.settings["kind"], part.path)
     try:
         part.path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +205,7 @@ def place(part: Part) -> None:
             part.write(new)
             if part.path.exists():
                 part.path.rename(old)
-            # The marker first: without its part it means nothing, while a part without marker would not be replaced.
+            # The marker comes first: without its part it is ignored, but a part without marker would not be replaced.
             part.marker.write_text(part.fingerprint)
             new.rename(part.path)
     except OSError as error:
@@ -211,7 +214,7 @@ def place(part: Part) -> None:
 
 @contextlib.contextmanager
 def lock() -> Iterator[None]:
-    """One process builds at a time; others wait, and then find the parts there."""
+    """Let one process build at a time; others wait, and then find the parts."""
     descriptor = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -221,10 +224,10 @@ def lock() -> Iterator[None]:
 
 
 def seeded_module(config: Mapping[str, Any], seed: int) -> "nn.Module":
-    """The module a configuration describes, in float32, every trained parameter drawn from `seed`.
+    """Return the module of a configuration, in float32, with parameters drawn from `seed`.
 
-    Matrices and kernels are N(0, 1/fan_in), which keeps the size of activations from layer to layer; norms start as
-    the identity, biases at zero. Frozen parameters (tables) and buffers stay as the module makes them.
+    Matrices and kernels are N(0, 1/fan_in), which keeps the scale of activations between layers; norms are the
+    identity, biases zero. Frozen parameters (tables) and buffers keep their values.
     """
     import torch
 

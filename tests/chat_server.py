@@ -1,4 +1,4 @@
-"""A server on this machine that speaks OpenAI's chat protocol, and misbehaves as it is told."""
+"""A local server for OpenAI's chat protocol, with faults on request."""
 
 import json
 import threading
@@ -12,7 +12,10 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """One answer of the server: what it sends after `delay` seconds; by default a well-formed one with `text`."""
+    """One answer of the server, sent after `delay` seconds.
+
+    By default it is well-formed and has the text `text`.
+    """
 
     text: Any = "A long description."
     status: int = 200
@@ -24,7 +27,13 @@ class Reply:
 
 @dataclass
 class ChatServer:
-    """`url` is for OPENAI_BASE_URL; `requests` holds the bodies of what was asked, `keys` the keys that came along."""
+    """A chat server.
+
+    Attributes:
+        url: the value of OPENAI_BASE_URL.
+        requests: the bodies of the requests.
+        keys: the API keys of the requests.
+    """
 
     url: str
     reply: Callable[[dict[str, Any], int], Reply]
@@ -34,7 +43,7 @@ class ChatServer:
     most_busy: int = 0
 
     def idea(self, number: int) -> Any:
-        """What the user said in a request."""
+        """Return the user's text in a request."""
         return self.requests[number]["messages"][-1]["content"]
 
 
@@ -42,7 +51,11 @@ class ChatServer:
 def chat_server(
     reply: Callable[[dict[str, Any], int], Reply] = lambda request, number: Reply(),
 ) -> Iterator[ChatServer]:
-    """Serve until the block ends; `reply` is given a request and its number, from 0."""
+    """Run a server within the block.
+
+    Args:
+        reply: returns the answer to a request and its number, from 0.
+    """
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,6 @@
-"""Configurations as careless or malicious people write them: a good one with one thing changed, at random from a seed.
+"""Configurations with one random change, as careless or malicious people might write them.
 
-`mutated(config, random)` gives the text of a file and the key that was changed.
+`mutated(config, random)` returns the text of a file and the changed key.
 """
 
 import copy
@@ -85,7 +85,7 @@ TEXTS: list[Callable[[str, str], str]] = [
 
 
 def mutated(config: dict[str, Any], source: random.Random) -> tuple[str, str]:
-    """Return the text of a configuration file with one change, and the dotted key at which it is."""
+    """Return the text of a configuration file with one change, and its dotted key."""
     config = copy.deepcopy(config)
     key = choose_key(config, source)
     kind = source.choices(
@@ -122,7 +122,10 @@ def mutated(config: dict[str, Any], source: random.Random) -> tuple[str, str]:
 
 
 def choose_key(config: dict[str, Any], source: random.Random) -> Key:
-    """Return a key of the configuration; sections are as likely as each other, and deep keys as shallow ones."""
+    """Return a random key of the configuration.
+
+    Sections are equally likely, and so are deep and shallow keys.
+    """
     section = source.choice(sorted(config))
     below = [key for key in keys(config) if key[0] == section]
     depth = source.choice(sorted({len(key) for key in below}))
@@ -138,12 +141,12 @@ def keys(node: Any, key: Key = ()) -> Iterator[Key]:
 
 
 def at(node: Any, key: Key) -> Any:
-    """Return what is at a key."""
+    """Return the value at a key."""
     for part in key:
         node = node[part]
     return node
 
 
 def evil_module(folder: Path) -> None:
-    """Write what must never run."""
+    """Write a module that must never run."""
     (folder / "evil.py").write_text(f"open({CANARY!r}, 'w').close()\n")

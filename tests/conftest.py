@@ -1,4 +1,4 @@
-"""What several test files share: the tiny models, and a single thread."""
+"""Fixtures of several test files: the tiny models, and a single thread."""
 
 import gc
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class TinyModels:
-    """Model configurations, one a family, whose weights, VAE and T5 encoder lie beside them in `folder`."""
+    """Model configurations, one per family; weights, VAE and T5 encoder are in `folder`."""
 
     folder: Path
 
@@ -24,15 +24,22 @@ class TinyModels:
         return self.folder / f"{family}.yaml"
 
     def variant(self, family: str, path: Path, **changes: Any) -> Path:
-        """Write to `path` a file that includes the family's own; `changes` are its sections."""
+        """Write a file to `path` that includes the family's configuration.
+
+        Args:
+            changes: sections of the new file.
+        """
         path.write_text(yaml.safe_dump({"include": str(self.config(family)), **changes}))
         return path
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tensors as small as most tests' gain nothing from more threads, and lose much on a busy machine; and the order of
-    sums is then that of a process of torchrun."""
+    """Use one thread in all tests.
+
+    The tensors of most tests are too small for more threads, which are slow on a busy machine; sums then also have the
+    order of a torchrun process.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -46,7 +53,7 @@ FAMILIES = ["2b", "5b", "5b_i2v", "1.5", "1.5_i2v"]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> TinyModels:
-    """The five families, each of `tests/configs/FAMILY.yaml`."""
+    """Build the five families, each from `tests/configs/FAMILY.yaml`."""
     from build_tiny_model import main
     from cogvideox_sat.configuration.files import load_configs
 
@@ -61,12 +68,12 @@ def tiny(tmp_path_factory) -> TinyModels:
 
 
 def place_parts(model: dict[str, Any], folder: Path) -> None:
-    """Let the model find its text encoder and its VAE in `folder`."""
+    """Set the paths of the model's text encoder and VAE to `folder`."""
     model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "t5")
     model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae.pt")
 
 
-gc.disable()  # until all test files are imported, which makes many objects and no garbage
+gc.disable()  # until all test files are imported, which creates many objects and no garbage
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,7 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak_kills", type=int, default=0, help="kills of each kind of run, see test_kill_soak.py (default: 0)"
     )
-    parser.addoption("--fuzz_start", type=int, default=0, help="the number of the first of them (default: 0)")
+    parser.addoption("--fuzz_start", type=int, default=0, help="number of the first of these cases (default: 0)")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,13 +94,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def soak_kills(request: pytest.FixtureRequest) -> int:
     kills = request.config.getoption("soak_kills")
     if not kills:
-        pytest.skip("a long one: ask for it by --soak_kills 20, or bash tests/run.sh --all")
+        pytest.skip("takes long; run it by --soak_kills 20, or bash tests/run.sh --all")
     return kills
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU where there is none; let several processes start only where a test says so."""
+    """Skip tests for a GPU without one; forbid several processes in unmarked tests."""
     distributed.Running.is_marked = item.get_closest_marker("distributed") is not None
     if item.get_closest_marker("gpu"):
         import torch
@@ -103,24 +110,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logfinish() -> None:
-    """After a test, take what it has imported out of garbage collection: there is so much of it that each
-    `gc.collect()` of the code under test would take a second."""
+    """Exclude the imports of a finished test from garbage collection.
+
+    They are so many that each `gc.collect()` of the tested code would take a second.
+    """
     if len(sys.modules) > Imported.frozen + 100:
         freeze_imports()
 
 
 class Imported:
-    frozen = 0  # how many modules there were when they were last taken out of garbage collection
+    frozen = 0  # number of modules at the last exclusion from garbage collection
 
 
 def freeze_imports() -> None:
-    gc.collect()  # what is garbage now would stay for ever
+    gc.collect()  # garbage would otherwise stay forever
     gc.freeze()
     Imported.frozen = len(sys.modules)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let several workers begin with the files that take long, and end together with the short ones."""
+    """Order the files such that several workers end together: the longest files first."""
     if hasattr(config, "workerinput"):
         seconds: dict[Path, int] = {}
         for item in items:
@@ -135,7 +144,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests of the GPU ran; without a GPU they are skipped, which should not go unnoticed."""
+    """Report how many tests for a GPU ran, since they are skipped without one."""
     counts = {
         outcome: sum(isinstance(report, pytest.TestReport) and "gpu" in report.keywords for report in reports)
         for outcome, reports in terminalreporter.stats.items()

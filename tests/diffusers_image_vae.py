@@ -1,4 +1,4 @@
-"""The weights of the 2D autoencoder under the names that diffusers has for them, to compare with its implementation."""
+"""Weights of the 2D autoencoder by diffusers' names, to compare both implementations."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def diffusers_name(name: str, levels: int) -> str:
-    """What diffusers calls our parameter `name`; it numbers the decoder's levels from the other end."""
+    """Return diffusers' name of our parameter `name`.
+
+    diffusers numbers the decoder's levels from the other end.
+    """
     renames = [
         (r"down\.(\d)\.block", r"down_blocks.\1.resnets"),
         (r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0"),
@@ -26,7 +29,10 @@ def diffusers_name(name: str, levels: int) -> str:
 
 
 def diffusers_weights(weights: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """Our weights as diffusers loads them: its attention has linear layers where ours has 1x1 convolutions."""
+    """Return our weights as diffusers loads them.
+
+    The attention of diffusers has linear layers instead of our 1x1 convolutions.
+    """
     return {
         diffusers_name(name, levels): value[:, :, 0, 0] if "attn" in name and value.ndim == 4 else value
         for name, value in weights.items()

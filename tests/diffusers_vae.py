@@ -1,4 +1,4 @@
-"""The video autoencoder of diffusers with the weights of ours, as an independent implementation to compare with."""
+"""diffusers' video autoencoder with our weights, an independent implementation."""
 
 from torch import nn
 
@@ -6,15 +6,18 @@ from sgm import diffusers_vae_names
 
 
 def diffusers_name(name: str) -> str:
-    """Ours or diffusers' name of a tensor as diffusers'."""
+    """Return diffusers' name of a tensor, from our name or diffusers'."""
     return diffusers_vae_names.diffusers_name(name, levels=4)
 
 
 def as_diffusers(vae: nn.Module, ch: int, num_res_blocks: int, z_channels: int, whole_clip: bool = True) -> nn.Module:
-    """Return an AutoencoderKLCogVideoX with the weights of `vae`, whose channel multiples are 1, 2, 2, 4.
+    """Return an AutoencoderKLCogVideoX with the weights of `vae`.
 
-    With `whole_clip` the network encodes a clip at once, as ours does. Without `whole_clip` the network is as diffusers
-    makes it, and encodes slices of eight frames, which need less memory and have norms of their own: latents differ.
+    Its channel multiples are 1, 2, 2, 4.
+
+    Args:
+        whole_clip: encode a clip at once, as ours does. False: encode slices of eight frames, diffusers' default, which
+            needs less memory; their norms are separate, so that latents differ.
     """
     from diffusers import AutoencoderKLCogVideoX
 

@@ -1,4 +1,4 @@
-"""Running a function of a test in several processes that are joined by torch.distributed."""
+"""Run a function of a test in several processes joined by torch.distributed."""
 
 import importlib.util
 import os
@@ -13,25 +13,31 @@ from typing import Any
 
 import processes
 
-TIMEOUT = 300  # seconds; the longest takes 30 alone, and beside other tests on two cores four times that
+TIMEOUT = 300  # seconds; the longest test takes 30 alone, and four times that beside others on two cores
 
 
 class Running:
-    """The test that runs, as `conftest.py` says."""
+    """The running test, as set by `conftest.py`."""
 
     is_marked = True  # outside of pytest
 
 
 def check_marked() -> None:
-    """Raise AssertionError where several processes are about to start in a test that is not marked `distributed`."""
-    assert Running.is_marked, "this test starts several processes: mark it with pytest.mark.distributed"
+    """Check that the test is marked `distributed` before it starts several processes.
+
+    Raises:
+        AssertionError: the mark is missing.
+    """
+    assert Running.is_marked, "this test starts several processes; mark it with pytest.mark.distributed"
 
 
 def run_distributed(function: Callable, world_size: int, *args: Any) -> list[Any]:
-    """Call `function(*args)` in `world_size` processes joined by gloo, and return its results in the order of ranks.
+    """Return the results of `function(*args)` in `world_size` processes, in rank order.
 
-    `function` is any top-level function of a file; arguments and results are pickled. An exception in one of the
-    processes is raised here as a RuntimeError with its traceback.
+    The processes are joined by gloo. `function` is any top-level function of a file; arguments and results are pickled.
+
+    Raises:
+        RuntimeError: an exception in a process, with its traceback.
     """
     check_marked()
     with tempfile.TemporaryDirectory() as folder:
@@ -68,15 +74,15 @@ def _process(folder: str, rank: int, world_size: int) -> None:
         outcome = True, getattr(module, name)(*args)
     except BaseException:
         outcome = False, f"rank {rank}: {traceback.format_exc()}"
-    # Written in one step: the reader must never see half a result.
+    # Written atomically, so that the reader never sees half a result.
     Path(folder, f"partial{rank}").write_bytes(pickle.dumps(outcome))
     Path(folder, f"partial{rank}").rename(Path(folder, f"result{rank}"))
     if outcome[0]:
-        if dist.is_initialized():  # else the function has left the group by itself
+        if dist.is_initialized():  # the function may have left the group itself
             dist.barrier()
             dist.destroy_process_group()
     else:
-        os._exit(1)  # the others may be waiting for this rank: leave at once
+        os._exit(1)  # other ranks may be waiting for this one, so exit at once
 
 
 if __name__ == "__main__":

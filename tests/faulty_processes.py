@@ -1,4 +1,4 @@
-"""A command in two processes, one of which meets with a fault: how both end."""
+"""Run a command in two processes with a fault in one of them."""
 
 import os
 import socket
@@ -10,10 +10,10 @@ from pathlib import Path
 import processes
 from distributed import check_marked
 
-LEFT_ALONE = 60  # seconds in which a process ends once the other one has
+LEFT_ALONE = 60  # seconds within which a process ends after the other one
 
 
-# Runs a command; process 1 meets with a fault in its second call of the network, or process 0 encoding the second text.
+# Runs a command with a fault in the second call of the network in process 1, or of the text encoder in process 0.
 FAULTS = """
 import os, signal, sys
 import torch
@@ -46,11 +46,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 def ends_of_ranks(folder: Path, fault: str, arguments: Sequence[object]) -> list[tuple[int, str]]:
-    """Return the exit code of each of two processes, which no launcher looks after, and what it printed.
+    """Return the exit code and the output of each of two processes without a launcher.
 
     Args:
         fault: killed, terminated, full (of memory), or full in the text encoder.
-        arguments: of the command for training, if `--train_data` is among them, else of that for sampling.
+        arguments: of the training command if `--train_data` is among them, otherwise of the sampling command.
     """
     check_marked()
     (folder / "program.py").write_text(FAULTS)
@@ -83,7 +83,7 @@ def wait_for_one(running: list[processes.Process], seconds: float) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return place.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Networks with LoRA of every family, small, as checkpoints in all the forms that tools take."""
+"""Small networks with LoRA of every family, as checkpoints in all forms of the tools."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,11 @@ FAMILIES = ("t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15")
 
 @dataclass(frozen=True)
 class AdaptedNetwork:
-    """A network with an adapter, and its checkpoints below `folder`: `base` is the network without it, `full` holds
-    both, `run` the adapter alone, with the configuration of the run that it would come from."""
+    """A network with an adapter, and its checkpoints below `folder`.
+
+    `base` is the network without the adapter, `full` has both, `run` has only the adapter and the configuration of a
+    run.
+    """
 
     case: dict[str, Any]
     config: dict[str, Any]
@@ -38,7 +41,7 @@ class AdaptedNetwork:
 
     @torch.no_grad()
     def output(self, network: nn.Module | None = None) -> Tensor:
-        """What a network, by default this one, makes of the family's inputs."""
+        """Return the output of a network, by default this one, for the family's inputs."""
         return (network or self.network)(*self.inputs(), ofs=self.ofs)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +54,7 @@ class AdaptedNetwork:
         return None if self.case["ofs"] is None else torch.tensor(self.case["ofs"])
 
     def loaded(self, load: Path, lora_load: Path | None = None) -> nn.Module:
-        """The network from checkpoints; with an adapter if one is named."""
+        """Return the network from checkpoints, with an adapter if one is given."""
         network = instantiate_on_meta(self.config if lora_load else self.case["network_config"])
         load_network(network, load, lora_load=lora_load)
         return network.eval()
@@ -65,14 +68,18 @@ def adapted_network(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> AdaptedNetwork:
-    """`alpha` None leaves it out of the configuration."""
+    """Return a network with an adapter.
+
+    Args:
+        alpha: None: the configuration has no alpha.
+    """
     case = Reference(f"dit/{name}").case
     config = with_lora(case["network_config"], rank, alpha)
     network = instantiate_from_config(config).eval()
     seed_module_(network, skip=("freqs_", *(["pos_embedding"] if case["kind"] == "2b" else [])))
     adapted = {entry: tensor for entry, tensor in network.state_dict().items() if is_adapter(entry)}
     generator = torch.Generator().manual_seed(seed)
-    for tensor in adapted.values():  # so large that leaving out or mixing up any part shows
+    for tensor in adapted.values():  # large values, so that a missing or exchanged part is visible
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[1] ** 0.5)
     network.to(dtype)
     weights = network.state_dict()
@@ -87,7 +94,7 @@ def adapted_network(
 
 
 def random_adapter(folder: Path, width: int, layers: int, rank: int) -> None:
-    """Write an adapter with random matrices on all layers of a network, without the weights of that."""
+    """Write an adapter with random matrices on all layers, without the network's weights."""
     generator, adapter = torch.Generator().manual_seed(0), {}
     for layer in range(layers):
         for module, parts in (("query_key_value", 3), ("dense", 1)):
@@ -106,7 +113,7 @@ def with_lora(config: dict[str, Any], rank: int, alpha: float | None) -> dict[st
 
 
 def save(weights: dict[str, Tensor], folder: Path, iteration: str) -> Path:
-    """A checkpoint of SwissArmyTransformer's layout; its file."""
+    """Write a checkpoint in SwissArmyTransformer's layout; return its file."""
     file = folder / iteration / "mp_rank_00_model_states.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"module": {NETWORK_PREFIX + name: tensor.clone() for name, tensor in weights.items()}}, file)

@@ -1,4 +1,4 @@
-"""Files as torchvision gives them for the networks behind LPIPS, with random numbers in place of the trained ones."""
+"""Random weights in torchvision's files of the networks behind LPIPS."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from seeded import seeded_tensor
 
 
 def random_backbone(name: str) -> dict[str, torch.Tensor]:
-    """Weights of `features.*` of a torchvision model, and of a classifier as small as it gets."""
+    """Return random weights of `features.*` of a torchvision model, and of a small classifier."""
     with torch.device("meta"):
         features = torchvision.models.get_model(name).features.state_dict()
     weights = {f"features.{key}": seeded_tensor(key, value.shape) for key, value in features.items()}

@@ -1,4 +1,4 @@
-"""Counts what goes to and from memory beside convolutions, on tensors that have shapes and no content."""
+"""Count memory traffic besides convolutions, on tensors without content."""
 
 import math
 from collections import Counter
@@ -11,17 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ONLY_WRITE = ("aten::copy_", "aten::zero_", "aten::fill_", "cogvideox_vae::modulated_silu")
-PRODUCTS = ("aten::addmm", "aten::mm")  # of matrices: pointwise convolutions
+PRODUCTS = ("aten::addmm", "aten::mm")  # matrix products, which are pointwise convolutions
 MAKE_NOTHING = ("aten::empty", "aten::new_empty", "prim::")
 
 
 class MemoryTraffic(TorchDispatchMode):
-    """Sums up the bytes that each operation within the block reads and writes, by its name: `bytes`.
+    """Sums the bytes that operations within the block read and write, by name: `bytes`.
 
-    Convolutions, also as products of matrices, views and what only reserves memory are left out. But a convolution that
-    is no such product and has a bias counts as one that reads its result and writes it once more: so PyTorch adds the
-    bias on a GPU, after cuDNN. A tensor that is changed in place counts as read and as written, unless the operation
-    does not look at what it overwrites.
+    Convolutions, also as matrix products, views and allocations are left out. A convolution with a bias, unless it is a
+    matrix product, counts as reading and writing its result once more, since PyTorch adds the bias on a GPU after
+    cuDNN. A tensor that is changed in place counts as read and written, unless the operation ignores its content.
     """
 
     def __init__(self) -> None:
@@ -52,7 +51,7 @@ class MemoryTraffic(TorchDispatchMode):
 
 
 def traffic_of(run: Callable[[], object]) -> MemoryTraffic:
-    """Return what a call without gradients makes go to and from memory."""
+    """Return the memory traffic of a call without gradients."""
     with torch.no_grad(), MemoryTraffic() as traffic:
         run()
     return traffic
@@ -66,6 +65,6 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _bytes(x: Tensor) -> int:
-    """Of what is in memory: a value that is repeated by a stride of 0 counts once."""
+    """Return the bytes in memory; a value repeated by a stride of 0 counts once."""
     sizes = (size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
     return math.prod(sizes) * x.element_size()

@@ -1,12 +1,11 @@
-"""Which test file is about which module: the one of its name, or the one that `COVERED_BY` gives.
+"""Check that each module has a test file of its name, or an entry in `COVERED_BY`.
 
-    python tests/mirror.py              prints what is wrong with that, and exits with 1 if anything is
+    python tests/mirror.py              prints violations, and exits with 1 if there are any
 
-The tests of `sat/cogvideox_sat/clips/sources.py` stand in `tests/clips/test_sources.py`; those of the modules in
-`sat/` in `tests/sat/`; those of `tool_commands`, which scripts in `tools/` start, in `tests/tools/`; those of `sgm`,
-whose folders are deep, in `tests/sgm/` by the last name of the module.
-Modules that only pass on names of others need no tests: see `only_passes_on`. Of `benchmarks/`,
-`tests/benchmarks/test_benchmarks.py` checks itself that it runs each.
+The tests of `sat/cogvideox_sat/clips/sources.py` are in `tests/clips/test_sources.py`; those of the modules in `sat/`
+in `tests/sat/`; those of `tool_commands`, which scripts in `tools/` start, in `tests/tools/`; those of `sgm`, whose
+folders are deep, in `tests/sgm/` by the last name of the module. Modules that only export names of others need no
+tests: see `only_passes_on`. For `benchmarks/`, `tests/benchmarks/test_benchmarks.py` checks that it runs each.
 """
 
 import ast
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from architecture import ROOT, imports, module_of, places
 
-# Module: the file in tests/ that covers it, and why not one of its name.
+# Module: the file in tests/ that covers it, and the reason.
 COVERED_BY = {
     "clips.latent_dataset": ("clips/test_latent_cache.py", "training data from a cache"),
     "clips.latent_identity": ("clips/test_latent_cache.py", "what a cache depends on"),
@@ -109,16 +108,16 @@ COVERED_BY = {
 
 
 def own_test(path: Path, root: Path = ROOT) -> Path:
-    """Return where the tests of the module at `path` belong."""
+    """Return the test file of the module at `path`."""
     parts = path.relative_to(root).with_suffix("").parts
     room = parts[2:-1] if parts[:2] == ("sat", "cogvideox_sat") else parts[:1]
-    if room == ("tool_commands",):  # which the scripts in tools/ start
+    if room == ("tool_commands",):  # started by the scripts in tools/
         room = ("tools",)
     return root.joinpath("tests", *(room or ("sat",)), f"test_{parts[-1]}.py")
 
 
 def only_passes_on(path: Path) -> bool:
-    """Return whether a module holds nothing but imports, texts and lists of names."""
+    """Return whether a module only has imports, texts and lists of names."""
     body = ast.parse(path.read_text()).body
     return all(isinstance(node, ast.Import | ast.ImportFrom | ast.Expr | ast.Assign) for node in body) and all(
         isinstance(node.value, ast.Constant | ast.List) for node in body if isinstance(node, ast.Expr | ast.Assign)
@@ -126,7 +125,7 @@ def only_passes_on(path: Path) -> bool:
 
 
 class Reach:
-    """What test files use: modules that they import, name in a text, or start as a script.
+    """The modules that test files import, name in a text, or start as a script.
 
     Args:
         root: of the repository.
@@ -138,7 +137,7 @@ class Reach:
         self._direct = cache(self._read)
 
     def _read(self, path: Path) -> tuple[frozenset[str], frozenset[Path]]:
-        """Return the modules that a file imports or names, and the helpers of tests that it imports."""
+        """Return the modules that a file imports or names, and its imported test helpers."""
         named = {name for _, name in imports(path, everywhere=True)} | set(_texts(path))
         modules = {module for name in named if (module := module_of(name, self.modules))}
         scripts = {module for module, source in self.modules.items() if source.name in named}
@@ -146,8 +145,10 @@ class Reach:
         return frozenset(modules | scripts), frozenset(helpers - {path})
 
     def of(self, test: Path) -> set[str]:
-        """Return the modules that a test file uses, itself or by helpers, and those that these import in turn, twice: a
-        command, its run, and the parts of the run."""
+        """Return the modules that a test file uses, directly or through two imports.
+
+        Its helpers count too. Two imports lead from a command to its run, and to the parts of the run.
+        """
         files, waiting = set(), [test]
         while waiting:
             if (path := waiting.pop()) not in files:
@@ -160,14 +161,14 @@ class Reach:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """Yield the texts in a file, and the last name of those that are paths: targets of configurations, scripts."""
+    """Yield the texts in a file, and the last part of paths among them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
             yield from (node.value, node.value.rpartition("/")[2])
 
 
 def wrong(root: Path = ROOT, covered_by: dict[str, tuple[str, str]] | None = None) -> list[str]:
-    """Return a line for each module without tests of its own or an entry, and for each entry that is not so."""
+    """Return a line for each module without tests or entry, and for each wrong entry."""
     covered_by = COVERED_BY if covered_by is None else covered_by
     reach, lines = Reach(root), []
     for module, path in sorted(reach.modules.items()):

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers, made of tiny models by the converter."""
+"""Pipelines of diffusers, converted from the tiny models."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sgm.weights import module_weights, read_state_dict
 
 @pytest.fixture(scope="session")
 def pipelines(tiny: TinyModels, tmp_path_factory) -> Path:
-    """A folder with a pipeline for each family, by its name; do not change them."""
+    """Return a folder with a pipeline for each family, by name; do not change them."""
     folder = tmp_path_factory.mktemp("pipelines")
     for family in FAMILIES:
         convert(tiny, family, folder / family)
@@ -29,7 +29,7 @@ def convert(tiny: TinyModels, family: str, output: Path, *flags: str) -> Path:
 
 
 def checkpoint(folder: Path) -> dict[str, Tensor]:
-    """What the one iteration in a folder holds."""
+    """Return the content of the only iteration in a folder."""
     file = folder / (folder / "latest").read_text() / "mp_rank_00_model_states.pt"
     return module_weights(read_state_dict(file), what=str(file))
 

@@ -1,12 +1,12 @@
-"""Forks processes that have imported PyTorch and all that takes long: the server behind `processes.py`.
+"""Fork processes that have imported PyTorch and other slow packages.
 
-As a program it takes the file descriptor of a listening socket, whose connections ask for processes or hold it: the
-server ends when nobody holds it any more. Each sends eight bytes, the length of what follows. Where that is 0 it holds
-the server, which answers once. Else the eight bytes come with the standard input, output and error of a process, and a
-`Request` as JSON follows; the answers are the number of the process and, when that has ended, its exit code as
-`subprocess` gives it. An answer is a `processes.ANSWER`.
+It is the server behind `processes.py`. As a program it takes the file descriptor of a listening socket, whose
+connections ask for processes or hold the server; it ends when none holds it. Each connection sends eight bytes, a
+length. Length 0 holds the server, which answers once. Otherwise the eight bytes come with the standard input, output
+and error of a process, followed by a `Request` as JSON; the answers are the number of the process and, at its end, its
+exit code as in `subprocess`. An answer is a `processes.ANSWER`.
 
-It never computes: what is forked after PyTorch has started its threads hangs when it uses them.
+The server never computes, since a process that is forked after PyTorch has started threads hangs when it uses them.
 """
 
 import atexit
@@ -37,7 +37,7 @@ HEAVY = (
     *("cogvideox_sat.weights.diffusers_names", "torch._dynamo", "torch.distributed.run", "pytest"),
 )
 
-# What gives each new process random numbers of its own, where a library does it at import; `random` does it at a fork.
+# Gives each new process its own random numbers, for libraries that do it on import; `random` does it on a fork.
 SEEDS: dict[str, Callable[[Any], Any]] = {
     "numpy": lambda numpy: numpy.random.seed(),
     "torch": lambda torch: torch.default_generator.seed(),
@@ -46,7 +46,7 @@ SEEDS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """One process: `words` are those of a command line after the interpreter's name."""
+    """One process; `words` are the command line after the interpreter's name."""
 
     words: list[str]
     folder: str
@@ -56,17 +56,21 @@ class Request:
 
 
 class Server:
-    """What is open: the processes that run and those who hold the server."""
+    """The running processes, and the connections that hold the server."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener, selectors.EVENT_READ)
-        self.running: dict[int, tuple[int, socket.socket]] = {}  # by process: its pidfd and who waits for it
+        self.running: dict[int, tuple[int, socket.socket]] = {}  # by process: its pidfd and the waiting connection
         self.holders: set[socket.socket] = set()
 
     def serve(self) -> Request | None:
-        """Fork a process for each request until nobody holds the server: None then, and in a process its request."""
+        """Fork a process for each request until no connection holds the server.
+
+        Returns:
+            In a new process its request, in the server None at the end.
+        """
         while True:
             for key, _ in self.selector.select():
                 if key.fileobj is self.listener:
@@ -109,7 +113,7 @@ class Server:
         return None
 
     def report(self, process: int) -> None:
-        """Tell who waits for it how a process has ended."""
+        """Report a process's exit code to the waiting connection."""
         descriptor, connection = self.running.pop(process)
         answer(connection, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
         self.selector.unregister(descriptor)
@@ -117,7 +121,7 @@ class Server:
         connection.close()
 
     def leave(self) -> None:
-        """Close in a new process what is the server's."""
+        """Close the server's files in a new process."""
         self.selector.close()
         self.listener.close()
         for descriptor, connection in self.running.values():
@@ -128,12 +132,12 @@ class Server:
 
 
 def answer(connection: socket.socket, number: int) -> None:
-    with contextlib.suppress(OSError):  # nobody waits for this process any more
+    with contextlib.suppress(OSError):  # the waiting connection may be closed
         connection.sendall(processes.ANSWER.pack(number))
 
 
 def become(request: Request, standard: list[int]) -> None:
-    """Give this process what one has that was started as the request says."""
+    """Give this process the arguments, files and environment of the request."""
     for target, descriptor in enumerate(standard):
         os.dup2(descriptor, target)
     for descriptor in standard:
@@ -152,7 +156,7 @@ def become(request: Request, standard: list[int]) -> None:
 
 
 def run_program(words: list[str], paths: list[str]) -> None:
-    """Run what a command line names after the interpreter: a script, `-m MODULE` or `-c CODE`, after `-u` perhaps."""
+    """Run a command line: a script, `-m MODULE` or `-c CODE`, optionally after `-u`."""
     if words[0] == "-u" or os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
         words = words[words[0] == "-u" :]
@@ -178,10 +182,9 @@ def run_program(words: list[str], paths: list[str]) -> None:
 
 
 def end(error: BaseException | None) -> None:
-    """End this process as Python ends one whose program raised an error or nothing.
+    """End this process as Python ends a program, with an error or without.
 
-    What is not done is to take everything apart that was imported: it takes a second, most of it to copy memory that
-    the processes share.
+    Modules are not torn down, which would take a second, mostly to copy shared memory.
     """
     code: object = 0
     if isinstance(error, SystemExit):
@@ -192,7 +195,7 @@ def end(error: BaseException | None) -> None:
     elif error is not None:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
-    threading._shutdown()  # waits for the threads that are no daemons
+    threading._shutdown()  # waits for threads that are not daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -204,7 +207,7 @@ def end(error: BaseException | None) -> None:
 
 
 def fork_ranks() -> None:
-    """Let torchrun, in this process, ask the server for its processes rather than start an interpreter for each."""
+    """Let torchrun, in this process, get its processes from the server."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     subprocess_handler.Popen = lambda args, **options: processes.Process(args[1:], **options)
@@ -215,7 +218,7 @@ def main() -> None:
     paths = [path for path in sys.path[1:] if path not in given]
     sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
     failure = ""
-    gc.disable()  # imports make many objects and no garbage
+    gc.disable()  # imports create many objects and no garbage
     try:
         importlib.import_module("cogvideox_sat.commands.startup").quiet_libraries()
         for name in HEAVY:
@@ -223,7 +226,7 @@ def main() -> None:
     except Exception:
         failure = traceback.format_exc()
     gc.collect()
-    gc.freeze()  # else the first collection of each process would copy all that they share
+    gc.freeze()  # otherwise the first collection of each process would copy the shared memory
     gc.enable()
     listener = socket.socket(fileno=int(sys.argv[1]))
     processes.Servers.run = sys.argv[2]

@@ -1,8 +1,8 @@
-"""Starting Python programs at once: in processes forked from one that has imported what takes long to import.
+"""Start Python programs quickly, in processes forked from one with slow imports done.
 
-Such a process is like one that an interpreter of its own was started for, but for the time that takes and what
-libraries print then. Where that start itself is tested, where memory is measured, where another copy of the repository
-runs, and where a variable matters that Python or a library reads at its start, tests use `subprocess`.
+Such a process is like one with a new interpreter, except for the start time and messages of libraries during import.
+Tests use `subprocess` if they test the start itself, measure memory, run another copy of the repository, or set a
+variable that Python or a library reads at its start.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 ANSWER = struct.Struct("!q")
-AT_BIRTH = dict(os.environ)  # without what a test sets
+AT_BIRTH = dict(os.environ)  # without the variables of a test
 READ_AT_START = (
     *("PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "LD_PRELOAD", "LD_LIBRARY_PATH"),
     *("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE"),
@@ -34,9 +34,11 @@ READ_AT_START = (
 def start(words: Sequence[object], **options: Any) -> "Process | subprocess.Popen":
     """Start a Python program, whose `words` follow the interpreter's name.
 
+    OMP_NUM_THREADS is 1.
+
     Args:
-        options: `cwd`, `env`, `stdin`, `stdout`, `stderr` and `start_new_session` of `subprocess.Popen`, whose pipes
-            are text; `limits`, by name of a limit of `resource`. OMP_NUM_THREADS is 1.
+        options: `cwd`, `env`, `stdin`, `stdout`, `stderr` and `start_new_session` of `subprocess.Popen`, with text
+            pipes; `limits`, by name of a limit of `resource`.
     """
     if not _has_gpu():
         return Process(list(map(str, words)), **options)
@@ -50,7 +52,10 @@ def start(words: Sequence[object], **options: Any) -> "Process | subprocess.Pope
 def run(
     words: Sequence[object], *, timeout: float | None = None, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess:
-    """Run such a program to its end, and return what it printed as `subprocess.run` does with `capture_output`."""
+    """Run such a program to its end, and return its output.
+
+    The result is that of `subprocess.run` with `capture_output`.
+    """
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     process = start(words, **options)
     try:
@@ -120,12 +125,12 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
-        """Wait for the end of the process and of its pipes; return what was left to read of these."""
+        """Wait for the end of the process and its pipes; return their remaining content."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if self.stdin:
             self.stdin.close()
         pipes = [pipe for pipe in (self.stdout, self.stderr) if pipe]
-        if not self._readers:  # else an earlier call ran out of time, and they still read
+        if not self._readers:  # they still read if an earlier call timed out
             for pipe in pipes:
                 reader = threading.Thread(
                     target=lambda pipe=pipe: self._outputs.update({pipe: pipe.read()}), daemon=True
@@ -163,7 +168,7 @@ class Process:
 
 
 def _standard(files: contextlib.ExitStack, given: IO | int | None, own: int, mode: str) -> tuple[IO | None, int]:
-    """Return our end of a pipe, if one is asked for, and what the process gets, which `files` closes."""
+    """Return our end of a requested pipe, and the process's end, which `files` closes."""
     if given == subprocess.PIPE:
         read, write = os.pipe()
         ours, theirs = (write, read) if mode == "w" else (read, write)
@@ -180,15 +185,18 @@ def _standard(files: contextlib.ExitStack, given: IO | int | None, own: int, mod
 
 def _environment(given: Mapping[str, str] | None) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": "1", **(os.environ if given is None else given)}
-    assert environment["OMP_NUM_THREADS"] == "1", "PyTorch reads it when it is imported: use subprocess"
+    assert environment["OMP_NUM_THREADS"] == "1", "PyTorch reads it on import; use subprocess"
     for name in READ_AT_START:
-        assert environment.get(name) == AT_BIRTH.get(name), f"{name} is read when a process starts: use subprocess"
+        assert environment.get(name) == AT_BIRTH.get(name), f"{name} is read when a process starts; use subprocess"
     return environment
 
 
 @functools.cache
 def _has_gpu() -> bool:
-    """CUDA may be looked for at import, and a process that is forked afterwards cannot use it."""
+    """Return whether the machine has a GPU.
+
+    Imports may look for CUDA, which a forked process cannot use afterwards.
+    """
     import torch
 
     return torch.cuda.is_available()
@@ -200,9 +208,9 @@ def _set_limits(limits: Mapping[str, int]) -> None:
 
 
 class Servers:
-    """The two servers of a run of the tests, which all its processes use: each started where it is first needed.
+    """The two servers of a test run, started on first use and shared by its processes.
 
-    Processes take turns, because those of one server order sets of strings alike, by its hashes.
+    Processes take turns, since those of one server have equal string hashes, and thus order sets alike.
     """
 
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}-{time.monotonic_ns()}")
@@ -211,11 +219,11 @@ class Servers:
 
     @classmethod
     def address(cls) -> str:
-        """Return the address of the server whose turn it is."""
+        """Return the address of the next server."""
         number = next(cls.turns)
         address = f"\0cogvideox-tests-{cls.run}-{number}"
         while number not in cls.held:
-            with socket.socket(socket.AF_UNIX) as listener, contextlib.suppress(OSError):  # somebody has started it
+            with socket.socket(socket.AF_UNIX) as listener, contextlib.suppress(OSError):  # already started by another
                 listener.bind(address)
                 cls.start(listener)
             cls.hold(number, address)
@@ -236,7 +244,7 @@ class Servers:
 
     @classmethod
     def hold(cls, number: int, address: str) -> None:
-        """Keep the server from ending before this process; do nothing where it has just ended."""
+        """Keep the server running until this process ends; do nothing if it has ended."""
         connection = socket.socket(socket.AF_UNIX)
         with contextlib.suppress(OSError):
             connection.connect(address)

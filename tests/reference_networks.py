@@ -1,4 +1,4 @@
-"""Networks of the reference cases, with seeded weights, and what they are called with."""
+"""Networks of the reference cases, with seeded weights, and their inputs."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from support import Reference
 
 
 def network_and_inputs(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the network of the case `dit/{name}`, in evaluation mode, and the keywords of a call."""
+    """Return the network of the case `dit/{name}`, in evaluation mode, and its inputs."""
     case = Reference(f"dit/{name}").case
     network = seed_module_(instantiate_from_config(case["network_config"])).eval()
     b, t, _, h, w = case["latent"]

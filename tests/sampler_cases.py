@@ -1,4 +1,4 @@
-"""Samplers and denoisers of small made-up networks, of every kind, and the references they are compared with."""
+"""Samplers and denoisers with small networks, of every kind, and their references."""
 
 import torch
 

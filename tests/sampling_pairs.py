@@ -1,13 +1,12 @@
 """The same sampling run in our engine and in a pipeline of diffusers.
 
-Both get the same prompt embeddings, initial noise, condition image and constant guidance, and take all steps in
-float32. Two things are made to match. Our discretization stretches the steps that are taken to zero signal at the noisy
-end, diffusers the whole table of 1000: here both do the latter. And the latent of a 1.5 image-to-video condition is
-divided by the VAE's factor in the released pipelines, but not where these models are sampled by SwissArmyTransformer:
-here neither does so.
+Both get the same prompt embeddings, initial noise, condition image and constant guidance, and run all steps in float32.
+Two differences are removed. Our discretization stretches the chosen steps to zero signal at the noisy end, that of
+diffusers stretches the whole table of 1000 steps: here both do the latter. The released pipelines divide the latent of
+a 1.5 image-to-video condition by the VAE's factor, SwissArmyTransformer does not: here neither does.
 
-DDIM in diffusers is our VideoDDIMSampler. Its DPM scheduler is our VPSDEDPMPP2MSampler, which the released models are
-sampled with, down to the order in which noise is drawn.
+DDIM in diffusers is our VideoDDIMSampler. Its DPM scheduler is our VPSDEDPMPP2MSampler, the released models' sampler,
+including the order in which noise is drawn.
 """
 
 from argparse import Namespace
@@ -27,7 +26,7 @@ from sgm.modules.diffusionmodules.guiders import VanillaCFG
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler, VPSDEDPMPP2MSampler
 from sgm.modules.diffusionmodules.sampling_start import Start
 
-FRAMES, HEIGHT, WIDTH = 17, 128, 192  # the largest clip of the tiny models, the one whose positions need no resizing
+FRAMES, HEIGHT, WIDTH = 17, 128, 192  # the largest clip of the tiny models, without resized positions
 SEED = 3
 DDIM, DPM = "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"
 SAMPLERS = {DDIM: VideoDDIMSampler, DPM: VPSDEDPMPP2MSampler}
@@ -35,7 +34,7 @@ Run = tuple[str, int]  # one of `SAMPLERS`, and the number of steps
 
 
 class WholeTable(ZeroSNRDDPMDiscretization):
-    """Some steps of the table of all, stretched as a whole."""
+    """Some steps of a table that is stretched as a whole."""
 
     def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         _, timesteps = super().table(n)
@@ -46,9 +45,11 @@ class WholeTable(ZeroSNRDDPMDiscretization):
 def our_latents(
     config: dict[str, Any], run: Run, load: Path, lora_load: Path | None = None, strength: float | None = None
 ) -> Tensor:
-    """Latents (1, frames, 16, height, width) of our engine; `config` is the section `model` of a configuration.
+    """Return the latents (1, frames, 16, height, width) of our engine.
 
-    With `strength` sampling starts from `video()`.
+    Args:
+        config: the section `model` of a configuration.
+        strength: start from `video()`; None: from noise.
     """
     args = Namespace(model_config=config, load=str(load), lora_load=lora_load and str(lora_load))
     engine = SATVideoDiffusionEngine(args, parts=("first_stage_model", "model"))
@@ -75,7 +76,7 @@ def our_latents(
 
 
 def their_pipeline(kind: Any, folder: Path, run: Run) -> Any:
-    """Return a pipeline of the class `kind` on the models in `folder`, with the scheduler of a run."""
+    """Return a pipeline of the class `kind` on the models in `folder`, with a run's scheduler."""
     import diffusers
 
     pipe = kind.from_pretrained(folder)
@@ -85,7 +86,11 @@ def their_pipeline(kind: Any, folder: Path, run: Run) -> Any:
 
 
 def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
-    """The same of the pipeline in `folder`, with a LoRA file's folder at its default scale."""
+    """Return the latents of the pipeline in `folder`.
+
+    Args:
+        lora: the folder of a LoRA file, used at its default scale.
+    """
     import diffusers
 
     pipe = their_pipeline(diffusers.DiffusionPipeline, folder, run)
@@ -112,10 +117,10 @@ def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
 
 
 def their_latents_from_video(folder: Path, run: Run, strength: float) -> Tensor:
-    """The same of the video-to-video pipeline on the models in `folder`, which starts from `video()`.
+    """Return the latents of the video-to-video pipeline on the models in `folder`.
 
-    That pipeline draws the clip's latents from their posteriors, and encodes the clip in pieces that know nothing of
-    each other; here it takes the means and the whole clip, as ours does.
+    It starts from `video()`. The pipeline would draw the clip's latents from their posteriors, and encode the clip in
+    separate pieces; here it takes the means of the whole clip, as ours does.
     """
     import diffusers
     from diffusers.pipelines.cogvideo import pipeline_cogvideox_video2video as module
@@ -142,7 +147,7 @@ def their_latents_from_video(folder: Path, run: Run, strength: float) -> Tensor:
 
 
 def video() -> Tensor:
-    """A clip (1, frames, 3, height, width)."""
+    """Return a clip (1, frames, 3, height, width)."""
     return seeded_input("video", (1, FRAMES, 3, HEIGHT, WIDTH)).clamp(-1, 1)
 
 

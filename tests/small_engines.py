@@ -10,7 +10,10 @@ from cogvideox_sat.configuration.settings import LoopSettings
 
 @pytest.fixture
 def linear_as_before() -> Iterator[None]:
-    """ZeRO-3 puts a function of its own in the place of PyTorch's, and leaves it there."""
+    """Restore PyTorch's linear function after the block.
+
+    ZeRO-3 replaces it and does not restore it.
+    """
     linear = torch.nn.functional.linear
     yield
     torch.nn.functional.linear = linear
@@ -31,7 +34,10 @@ def arguments(stage: int, optimizer: str = "sat.ops.FusedEmaAdam", clipping: flo
 
 
 def build(args, dtype=torch.float32, model_parallel_size=1):
-    """An engine around a small network of which one layer is frozen; no tensor divides evenly among processes."""
+    """Return an engine around a small network with one frozen layer.
+
+    No tensor divides evenly among processes.
+    """
     from cogvideox_sat.parallel.process_groups import initialize_process_groups
     from cogvideox_sat.training import deepspeed_engine
 

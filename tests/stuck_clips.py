@@ -1,4 +1,7 @@
-"""A decoder that never returns: native code that holds the interpreter's lock, so that no signal handler runs."""
+"""A decoder that never returns.
+
+It is native code that holds the interpreter's lock, so that no signal handler runs.
+"""
 
 import ctypes
 import faulthandler
@@ -15,8 +18,8 @@ from distributed import check_marked
 
 TIMEOUT = 600  # seconds
 
-# Patches the reader as `patched` says, in the process that runs it and in those that it forks, and runs a command:
-# the folder, then a module with `main`, then its arguments.
+# Patches the reader in the process and in those that it forks, and runs a command. Arguments: the folder, a module with
+# `main`, and its arguments.
 PROGRAM = """
 import importlib, os, sys
 from pathlib import Path
@@ -27,20 +30,22 @@ sys.exit(importlib.import_module(sys.argv[2]).main(sys.argv[3:]))
 
 
 def hang() -> None:
-    """Never return, whatever signal comes but SIGKILL."""
+    """Block forever; only SIGKILL ends it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ctypes.PyDLL(None).sleep(100_000)
 
 
 def crash() -> None:
-    """End the process as a decoder's mistake does, without the report that pytest would print of it."""
+    """End the process like a decoder's crash, without pytest's report."""
     faulthandler.disable()
     os.abort()
 
 
 def patch(folder: Path) -> None:
-    """Let clips hang while their names are files in `folder`: `NAME` when they are read, `probe-NAME` when they are
-    looked at, `crash-NAME` to end the process instead."""
+    """Make clips hang while `folder` has files of their names.
+
+    `NAME` hangs reading, `probe-NAME` hangs probing, `crash-NAME` ends the process.
+    """
     import data_video
     from cogvideox_sat.clips import probing as clip_probing
 
@@ -61,13 +66,17 @@ def _hanging(function: Callable[..., Any], folder: Path, prefix: str) -> Callabl
 
 
 def environment() -> dict[str, str]:
-    """Variables for a process that runs `PROGRAM`."""
+    """Return the environment of a process that runs `PROGRAM`."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 
 
 def run(folder: Path, module: str, *arguments: str, ranks: int = 1) -> str:
-    """Run the command of `module`, where clips that `folder` marks get stuck, to its end, which must be a good one;
-    what it printed. torchrun starts several processes."""
+    """Return the output of a successful run of the command of `module` with stuck clips.
+
+    Args:
+        folder: marks the clips that get stuck.
+        ranks: number of processes; torchrun starts more than one.
+    """
     program = folder / "program.py"
     program.write_text(PROGRAM)
     launcher = []

@@ -1,4 +1,4 @@
-"""Recorded reference numbers and the comparison that every parity test uses."""
+"""Recorded reference numbers, and the comparison of every parity test."""
 
 import ctypes
 import gc
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import check_compiler
 
-FP16_PROCESSOR = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # what DeepSpeed asks on a CPU
+FP16_PROCESSOR = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # DeepSpeed's check on a CPU
 needs_fp16 = pytest.mark.skipif(not FP16_PROCESSOR, reason="DeepSpeed does not train in float16 on this processor")
 
 
@@ -44,23 +44,23 @@ class Reference:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the expected tensor, in float64."""
+    """Return the norm of the difference over that of the expected tensor, in float64."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     actual, expected = actual.detach().double(), expected.detach().double()
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Fail unless `actual` is finite and within the relative error `tolerance` of `expected`."""
+    """Check that `actual` is finite and within the relative error `tolerance` of `expected`."""
     assert torch.isfinite(actual).all()
     error = relative_error(actual, expected)
     assert error <= tolerance, f"relative error {error:.3g} is over {tolerance:g}"
 
 
 def anonymous_growth(action: Callable[[], object]) -> int:
-    """Return by how many bytes the anonymous memory of this process grows at most while an action runs.
+    """Return the largest growth in bytes of this process's anonymous memory during an action.
 
-    What is mapped from files is not counted. Linux only.
+    Mapped parts of files are not counted. Linux only.
     """
 
     def now() -> int:
@@ -71,7 +71,7 @@ def anonymous_growth(action: Callable[[], object]) -> int:
             peak.append(now())
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else it would grow into what was freed before
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the action would reuse freed memory
     done, peak = threading.Event(), [now()]
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -1,4 +1,4 @@
-"""The layers hold, and a module that breaks them is seen."""
+"""The layers hold, and a violation is found."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def test_what_plans_imports_no_pytorch():
 
 @pytest.fixture
 def planted(tmp_path) -> Path:
-    """A tree of two clean modules."""
+    """Return a tree of two clean modules."""
     for name, text in {"files/atomic.py": "import os\n", "configuration/files.py": "import yaml\n"}.items():
         path = tmp_path / "sat" / "cogvideox_sat" / name
         path.parent.mkdir(parents=True)

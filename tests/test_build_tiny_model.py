@@ -1,4 +1,7 @@
-"""The tiny model's files load where the configurations say, give lively activations, and are built only when needed."""
+"""The tiny model's files load as configured, and are built only when needed.
+
+They give activations of normal size.
+"""
 
 import logging
 import subprocess
@@ -18,7 +21,10 @@ TOOL = Path(__file__).parent / "build_tiny_model.py"
 
 
 def write_config(folder: Path, name: str, case: str) -> Path:
-    """The configuration of a recorded case, its parts under `folder`; cases share the VAE and the text encoder."""
+    """Return the configuration of a recorded case, with its parts under `folder`.
+
+    Cases share the VAE and the text encoder.
+    """
     model = Reference(f"engine/{case}").case["model"]
     model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae" / "3d-vae.pt")
     model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "t5")
@@ -29,7 +35,7 @@ def write_config(folder: Path, name: str, case: str) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
-    """Configurations `t2v` and `i2v`, and their parts."""
+    """Return the configurations `t2v` and `i2v`, and their parts."""
     folder = tmp_path_factory.mktemp("tiny")
     configs = {"t2v": write_config(folder, "t2v", "t2v_2b"), "i2v": write_config(folder, "i2v", "i2v_5b")}
     assert main(["--config", *map(str, configs.values())]) == 0
@@ -56,7 +62,7 @@ def test_network_checkpoint_fits_its_configuration(built, name):
     state = {key.removeprefix(prefix): tensor for key, tensor in checkpoint["module"].items()}
     expected = network.state_dict()
     network.load_state_dict(state, strict=True)
-    if name == "t2v":  # the sincos table is not random
+    if name == "t2v":  # its sincos table is not random
         assert torch.equal(state["mixins.pos_embed.pos_embedding"], expected["mixins.pos_embed.pos_embedding"])
     images = torch.randn(1, 3, 32 if name == "i2v" else 16, 8, 12)
     with torch.no_grad():
@@ -88,7 +94,7 @@ def test_text_encoder_tells_prompts_apart_and_knows_all_of_ascii(built):
     assert embedder.tokenizer.unk_token_id not in embedder.tokenizer(printable)["input_ids"]
     tokens = embedder.tokenizer("a dog runs on the beach")
     assert tokens["input_ids"][-1] == 1
-    assert len(tokens["input_ids"]) <= 12  # words of the training sentences are few pieces
+    assert len(tokens["input_ids"]) <= 12  # words of the training sentences have few pieces
 
 
 def test_the_vocabulary_depends_on_the_seed_alone():
@@ -142,7 +148,7 @@ def test_an_overlay_and_a_lora_do_not_change_the_base_network(built, tmp_path):
 
 
 def refused(caplog, *arguments: object) -> str:
-    """The error that the tool reports, on one line."""
+    """Return the tool's error, on one line."""
     caplog.clear()
     with caplog.at_level(logging.ERROR):
         assert main([*map(str, arguments)]) == 1

@@ -1,5 +1,8 @@
-"""Whatever stands in a configuration, a command ends with exit code 0, 1 or 2 in time: without a traceback, without
-half-written files, and without running what the configuration names. See `--fuzz_cases` in `conftest.py`."""
+"""For any configuration a command ends in time with exit code 0, 1 or 2.
+
+It prints no traceback, leaves no half-written files, and does not run anything that the configuration names. See
+`--fuzz_cases` in `conftest.py`.
+"""
 
 import random
 import shutil
@@ -19,15 +22,15 @@ from training_runs import ROOT
 pytestmark = pytest.mark.slow
 
 COMMANDS = ("sample_video", "train_video", "train_vae")
-# Seconds of processor time, which a busy machine does not change; and bytes of a file.
+# Seconds of processor time, independent of other processes; and bytes of a file.
 LIMITS = {"RLIMIT_CPU": 20, "RLIMIT_FSIZE": 2**28}
-PATIENCE = 240  # seconds by the clock, for what waits rather than works
+PATIENCE = 240  # seconds by the clock, for processes that wait
 SEED = 18
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """Write for each command a configuration that works, has everything in it, and takes seconds."""
+    """Write a working configuration for each command, with all sections, that takes seconds."""
     folder = tmp_path_factory.mktemp("fuzz")
     data = str(write_dataset(folder / "data", clips=2, frames=9, sizes=[(64, 64)]))
     (folder / "prompts.txt").write_text("a red circle\n")
@@ -64,7 +67,7 @@ def _mappings(node: Any, key: tuple = ()):
 
 
 def run(command: str, folder: Path) -> tuple[int, str]:
-    """Return the exit code of a command that reads `case.yaml` in a folder, and what it printed."""
+    """Return the exit code and the output of a command that reads `case.yaml` in a folder."""
     words = [ROOT / "sat" / f"{command}.py", "--base", "case.yaml"]
     done = processes.run(words, cwd=folder, stderr=subprocess.STDOUT, limits=LIMITS, timeout=PATIENCE)
     return done.returncode, done.stdout

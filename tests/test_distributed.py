@@ -1,4 +1,4 @@
-"""Functions run in several processes, in tests that say so."""
+"""Functions run in several processes, in marked tests."""
 
 import os
 

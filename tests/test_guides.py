@@ -1,4 +1,4 @@
-"""The commands in the guides are accepted by the programs that they name, and the files that they name are there."""
+"""The programs accept the commands in the guides, and the files named there exist."""
 
 import re
 import shlex
@@ -58,12 +58,12 @@ def command_lines(guide: str) -> Iterator[tuple[str, str]]:
             if program.endswith(".py") and (ROOT / program).exists():
                 yield program, rest
         for name, rest in COMMAND.findall(line):
-            if name in ("convert NAME", *COMMANDS):  # `convert` alone has a list of names as its help
+            if name in ("convert NAME", *COMMANDS):  # the help of `convert` alone is a list of names
                 yield COMMANDS[name.replace("convert NAME", "convert merge_lora")], rest
 
 
 def commands(guide: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the programs of the repository that a guide runs, each with the flags it is given."""
+    """Yield the programs of the repository that a guide runs, each with its flags."""
     for program, rest in command_lines(guide):
         yield program, FLAG.findall(rest)
 

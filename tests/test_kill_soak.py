@@ -1,5 +1,8 @@
-"""Runs that are killed with -9 at any moment, again and again, and resumed: no checkpoint is lost or half-written, and
-the losses are those of a run that nobody killed. See `--soak_kills` in `conftest.py`."""
+"""Runs that are killed with -9 at random moments and resumed lose nothing.
+
+No checkpoint is lost or half-written, and losses equal those of a run without kills. See `--soak_kills` in
+`conftest.py`.
+"""
 
 import random
 import signal
@@ -25,12 +28,12 @@ Start = Callable[..., Popen]
 
 
 def args(name: str, background: bool) -> dict[str, Any]:
-    """Return the arguments of a run; the one without kills writes its checkpoints between its steps."""
+    """Return the arguments of a run; without kills it writes checkpoints between steps."""
     return {**ARGS, "background_checkpoints": background and name != "straight"}
 
 
 def whole(process: Popen) -> float:
-    """Wait for a process that nobody kills; return how many seconds it took."""
+    """Wait for a process without killing it; return its seconds."""
     started = time.monotonic()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -38,7 +41,7 @@ def whole(process: Popen) -> float:
 
 
 def killed(process: Popen, seconds: float) -> bool:
-    """Kill a process after so many seconds; return False if it ended by itself before, well."""
+    """Kill a process after some seconds; return False if it ended successfully before."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except TimeoutExpired:
@@ -51,7 +54,9 @@ def killed(process: Popen, seconds: float) -> bool:
 
 
 def soak(start: Start, configs: Callable[[str], Path], kills: int, check: Callable[[Path], None]) -> list[Path]:
-    """Take runs to their ends with so many kills on the way; return their folders, the first of one without kills.
+    """Run to the end with `kills` kills on the way; return the folders of the runs.
+
+    The first folder is that of a run without kills.
 
     Args:
         start: starts the command in a process of its own.

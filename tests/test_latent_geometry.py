@@ -1,4 +1,4 @@
-"""Sizes of clips, latents and patches follow from each other as in the released models."""
+"""Sizes of clips, latents and patches are consistent, as in the released models."""
 
 from cogvideox_sat.latent_geometry import Bucket, patch_sizes, video_tokens
 
@@ -9,7 +9,7 @@ def test_a_patch_size_without_time_is_that_of_1_0():
 
 
 def test_tokens_of_the_released_clips():
-    assert video_tokens(Bucket(49, 480, 720), (1, 2, 2)) == 17550  # and 226 of the text make 17776
+    assert video_tokens(Bucket(49, 480, 720), (1, 2, 2)) == 17550  # 17776 with the 226 of the text
     assert video_tokens(Bucket(81, 768, 1360), (2, 2, 2)) == 44880
     assert video_tokens(Bucket(1, 480, 720), (1, 2, 2)) == 1350
 

@@ -1,4 +1,4 @@
-"""Every module has tests of its name or an entry that says where they are, and entries are true."""
+"""Every module has a test file of its name or an entry, and entries are correct."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def test_entries_give_a_reason():
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """Two modules: one with a test file of its name, one that another test file covers."""
+    """Return a tree of two modules, one with a test file of its name, one with an entry."""
     for name, text in {
         "sat/cogvideox_sat/clips/sources.py": "def f(): ...\n",
         "sat/cogvideox_sat/clips/files.py": "def g(): ...\n",

@@ -1,4 +1,4 @@
-"""The wheel holds the program with its data and nothing else, and its command runs where there is no checkout."""
+"""The wheel has the program with its data and nothing else, and its command works."""
 
 import base64
 import hashlib
@@ -38,7 +38,7 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Build the wheel from a copy of the tree, in which a module lies that an earlier build has left."""
+    """Build the wheel from a copy of the tree with a module of an earlier build."""
     tree, built = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in BUILT_FROM:
         (tree / name).parent.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def names(wheel) -> set[str]:
 
 
 def hashed_files(name: str) -> dict[PackagePath, str]:
-    """Return the files of an installed distribution, as its RECORD lists them, with their SHA-256 there."""
+    """Return the files in an installed distribution's RECORD, with their SHA-256."""
     return {file: file.hash.value for file in distribution(name).files if file.hash}
 
 
@@ -71,7 +71,10 @@ def sha256(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory) -> Path:
-    """Make an environment that has SwissArmyTransformer, then this package, and finds the rest where the tests do."""
+    """Make an environment with SwissArmyTransformer and this package.
+
+    Other packages are those of the tests' environment.
+    """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder)}))
@@ -119,7 +122,7 @@ def test_configurations_and_the_tiny_model_come_along(wheel, names):
 
 
 def test_files_of_swissarmytransformer_stay_as_they_are(environment, names):
-    """An installed `sat/arguments.py` of ours would take the place of its own."""
+    """An installed `sat/arguments.py` of ours would replace SwissArmyTransformer's."""
     files = hashed_files("SwissArmyTransformer")
     assert "sat/arguments.py" in map(str, files)
     assert not names & {str(file) for file in files}
@@ -130,7 +133,7 @@ def test_files_of_swissarmytransformer_stay_as_they_are(environment, names):
 
 
 def test_the_command_answers_without_pytorch(environment, tmp_path):
-    """In under two seconds, and as the command that it is."""
+    """The command answers in under two seconds, under its own name."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
     code += "usage = resource.getrusage(resource.RUSAGE_CHILDREN); print('SECONDS', usage.ru_utime + usage.ru_stime)"
     command = environment / "bin" / "cogvideox"
@@ -174,7 +177,7 @@ def test_the_tiny_model_samples_in_an_empty_folder(environment, tmp_path):
 
 
 def test_a_configuration_may_name_classes_of_the_installed_modules_alone(environment, tmp_path):
-    """`sat` is SwissArmyTransformer there, whose annotations are not ours to hold its values to."""
+    """Installed, `sat` is SwissArmyTransformer, whose annotations are not checked."""
     code = "from importlib.util import find_spec\nfrom sgm.config_values import is_own_file\n"
     code += "names = ['sat', 'sgm', 'train_video', 'cogvideox_sat.version']\n"
     code += "print([is_own_file(find_spec(name).origin) for name in names])\n"

@@ -1,4 +1,4 @@
-"""A forked process is like one that an interpreter of its own was started for."""
+"""A forked process is like one with a new interpreter."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ print("said", file=sys.stderr)
 
 def both(words: list[object], **options) -> list[subprocess.CompletedProcess]:
     """Run a program in a forked process and in a new one."""
-    # Given none, a new process would also get what libraries have put past `os.environ`.
+    # Without it, a new process would also get variables that libraries have set outside of `os.environ`.
     new = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "env": dict(os.environ), **options}
     return [processes.run(words, **options), subprocess.run([sys.executable, *map(str, words)], **new)]
 
@@ -78,13 +78,13 @@ def test_signals_and_waiting():
     process.terminate()
     assert process.communicate(timeout=30) == ("bye\n", None)
     assert process.wait() == process.poll() == 5
-    process.kill()  # which has ended
+    process.kill()  # after its end
     with pytest.raises(subprocess.TimeoutExpired):
         processes.run(["-c", "import time; time.sleep(60)"], timeout=0.1)
 
 
 def test_files(tmp_path):
-    """Standard output may be a file, and errors may go where it goes."""
+    """Standard output may be a file, and errors may go to it too."""
     with (tmp_path / "log").open("w") as log:
         process = processes.start(
             ["-c", "import sys; print(sys.stdin.read(), flush=True); print('e', file=sys.stderr)"],
@@ -127,7 +127,7 @@ def test_what_only_a_new_interpreter_obeys_is_refused():
 
 
 def test_the_server_has_computed_nothing():
-    """It has the thread that a library's memory pool starts at import, and none of PyTorch's."""
+    """The server has the thread of a library's memory pool, but none of PyTorch's."""
     program = "import os; from pathlib import Path\n"
     program += "print(*{Path(f'/proc/{os.getppid()}/task/{t}/comm').read_text().strip()"
     program += " for t in os.listdir(f'/proc/{os.getppid()}/task')})"

@@ -1,4 +1,4 @@
-"""Names that configurations and programs of users have go on working, wherever the modules are."""
+"""Names that users' configurations and programs have keep working."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""The requirement files name every package that the tree imports, and no other without a reason."""
+"""The requirement files name every imported package, and others only with a reason."""
 
 import ast
 import re
@@ -13,19 +13,19 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = ("sat", "sgm", "vae_modules", "tools")  # what a user runs
+PROGRAM = ("sat", "sgm", "vae_modules", "tools")  # folders that a user runs
 CHECKS = ("tests", "benchmarks")
 FILES = ("requirements.txt", "tests/requirements.txt")
 FINDERS = ("import_module", "find_spec", "importorskip", "__import__")
-# It runs before there is an environment, and does without what it finds missing.
+# It runs before an environment exists, and works without these packages.
 SET_UP = ROOT / "tools" / "setup_environment.py"
-# Imported where a user has installed them: the tools say so when they are missing.
+# Imported if a user has installed them; the tools report missing ones.
 OPTIONAL = {
     "diffusers": "tools/load_cogvideox_lora.py",
     "mkdocs": "tools/site_links.py, which MkDocs calls; docs/requirements.txt names it",
     "xformers": "an attention kernel",
 }
-# Of other names than what is imported; of packages that are not installed there is no record.
+# Distributions whose name differs from the import; packages that are not installed have no record.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sat": "swissarmytransformer"}
 NOT_IMPORTED = {
     "datasets": "SwissArmyTransformer imports it",
@@ -50,7 +50,7 @@ def requirements(file: str) -> set[str]:
 
 
 def imports(source: str) -> Iterator[str]:
-    """Return the modules that a file imports anywhere, by a statement or by a name that it gives to a finder."""
+    """Yield the modules that a file imports anywhere, also by name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -63,12 +63,12 @@ def imports(source: str) -> Iterator[str]:
 
 
 def imported(folders: tuple[str, ...]) -> dict[str, str]:
-    """Return the distributions that the files of some folders import, each with a file that does."""
+    """Return the distributions that files of some folders import, each with such a file."""
     files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in (*PROGRAM, *CHECKS)}
     packages = {"cogvideox_sat", "sgm", "vae_modules", "device_parts"}
     alone = {file.stem for each in files.values() for file in each if not packages & set(file.relative_to(ROOT).parts)}
     beside = {path.parent.name for folder in CHECKS for path in (ROOT / folder).glob("*/__init__.py")}
-    own = {*files, *packages, *alone, *beside} - {"sat"}  # that is SwissArmyTransformer
+    own = {*files, *packages, *alone, *beside} - {"sat"}  # `sat` is SwissArmyTransformer
     installed, found = packages_distributions(), {}
     for file in (file for folder in folders for file in files[folder]):
         for module in imports(file.read_text()) if file != SET_UP else ():
@@ -114,7 +114,7 @@ def test_constraints_name_a_version_that_fits_of_all_that_is_required():
 
 
 def needed(lines: list[Requirement]) -> dict[str, str]:
-    """Return the distributions that requirements bring, with what requires each, as far as they are installed."""
+    """Return the installed distributions that requirements need, each with its parent."""
     found, waiting = {}, [(line, "the requirement files") for line in lines]
     while waiting:
         line, by = waiting.pop()

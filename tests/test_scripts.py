@@ -1,4 +1,4 @@
-"""Every script has a test that runs it; here are those of the tiny model's recipe and of the tests' own script."""
+"""Tests of the scripts: the tiny model's recipe and the tests' own script."""
 
 import os
 import re
@@ -14,7 +14,7 @@ PROGRAMS = (
     *("tools/make_shapes_dataset.py", "tools/precompute_latents.py", "tools/train_text_encoder.py"),
     *("tools/whiten_latents.py", "tools/export_weights.py", "sat/train_vae.py", "sat/train_video.py"),
 )
-# Prints how it is called, and leaves behind what the recipe goes on from.
+# Prints its arguments, and writes the files that the recipe needs next.
 STAND_IN = """
 import os, sys
 from pathlib import Path
@@ -33,16 +33,16 @@ for name in NAMES.get(next((a for a in reversed(arguments) if a.startswith("conf
     (run / "3d-vae.pt").touch()
     (run / "latest").write_text("100")
 """
-LAUNCHER = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[3:]])\n"  # after its two arguments
+LAUNCHER = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[3:]])\n"  # skips two arguments
 
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """Copy the recipe's script, the set-up and its configurations; the programs are stand-ins."""
+    """Copy the recipe's script, the set-up and configurations; programs are stand-ins."""
     for name in ("tools/train_tiny.sh", "tools/setup_environment.sh", "tools/setup_environment.py", "configs/tiny"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    (tmp_path / "requirements.txt").write_text("pytest>=1\n")  # which the environment of the tests has
+    (tmp_path / "requirements.txt").write_text("pytest>=1\n")  # installed in the tests' environment
     names = {}
     for config in (tmp_path / "configs" / "tiny").glob("*.yaml"):
         if match := re.search(r"^ *experiment_name: (\S+)", config.read_text(), re.MULTILINE):
@@ -65,7 +65,7 @@ def run(root: Path, script: str, *arguments: str, **environment: str) -> subproc
 
 @pytest.mark.slow
 def test_the_recipe_of_the_tiny_model_runs_to_its_end(recipe):
-    """Its programs take the flags that it gives them, and every configuration that it names is there."""
+    """The recipe's programs accept its flags, and its configurations exist."""
     result = run(recipe, "tools/train_tiny.sh", PYTHONPATH=str(recipe))
     assert (result.returncode, result.stderr) == (0, "")
     calls = [line.split() for line in result.stdout.splitlines()]

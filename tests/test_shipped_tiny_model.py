@@ -1,5 +1,7 @@
-"""The tiny model in assets/tiny is complete and shows what it is asked for. Six videos, no measurement: that is in the
-model card."""
+"""The tiny model in assets/tiny is complete and shows the content of prompts.
+
+Six videos are sampled; measurements are in the model card.
+"""
 
 import hashlib
 from pathlib import Path
@@ -46,7 +48,10 @@ def videos(tmp_path_factory) -> Path:
 
 
 def test_videos_show_what_their_prompts_say(videos):
-    """Of six, colour, motion and background in five at least, shapes in four: chance would be one."""
+    """Five of six videos show the colour, motion and background, and four the shape.
+
+    By chance one would.
+    """
     right = {"colour": 0, "shape": 0, "motion": 0, "background": 0}
     for request in read_prompts(PROMPTS):
         wanted = parse(request.text)
@@ -60,7 +65,7 @@ def test_videos_show_what_their_prompts_say(videos):
 
 
 def test_image_to_video_goes_on_from_its_first_frame(tmp_path):
-    """The frame comes out as given, 28 dB in the card, and moves as told."""
+    """The first frame has the given content, 28 dB in the card, and moves as prompted."""
     prompts, output = tmp_path / "prompts.txt", tmp_path / "videos"
     drawn = ["--prompts_file", str(prompts), "--prompts", "4", "--split", "held_out", "--with_first_frames"]
     assert make_dataset([*drawn, "--frames", "9", "--size", "64", "64"]) == 0

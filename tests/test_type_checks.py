@@ -1,4 +1,4 @@
-"""The check of types sees mistakes and missing annotations, and says so if it could not run."""
+"""The check of types finds errors and missing annotations, and reports its own failures."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Running tools that are to refuse."""
+"""Run tools that must refuse their arguments."""
 
 import json
 import os
@@ -14,7 +14,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def error_of(main: Any, caplog: Any, *arguments: object) -> str:
-    """The one line of a tool that refuses."""
+    """Return the error line of a tool that refuses its arguments."""
     caplog.clear()
     assert main([str(argument) for argument in arguments]) == 2
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -23,7 +23,7 @@ def error_of(main: Any, caplog: Any, *arguments: object) -> str:
     return errors[0]
 
 
-# Runs each command line of a JSON list and prints, as JSON, its exit code, what it logged, and whether PyTorch came in.
+# Runs each command line of a JSON list; prints its exit code, its log and whether PyTorch was imported, as JSON.
 MISTAKES = """
 import importlib, io, json, logging, sys
 main = importlib.import_module("tools." + sys.argv[1]).main
@@ -37,10 +37,10 @@ print(json.dumps(results))
 
 
 def assert_told_before_pytorch(tool: str, mistakes: Mapping[str, tuple[Sequence[object], str]]) -> None:
-    """Check that a tool answers command lines with one line each, and does not import PyTorch for that.
+    """Check that a tool answers wrong command lines with one line, without importing PyTorch.
 
     Args:
-        mistakes: command lines by what is wrong with them, each with what the line is to hold.
+        mistakes: by name a command line and a part of the expected line.
     """
     root = TOOLS.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "sat")]), "OMP_NUM_THREADS": "1"}
@@ -54,7 +54,7 @@ def assert_told_before_pytorch(tool: str, mistakes: Mapping[str, tuple[Sequence[
 
 
 def error_on_a_full_disk(tool: str, limit: int, *arguments: object) -> str:
-    """The last line of a tool whose files may have `limit` bytes at most, which fails as on a full disk."""
+    """Return the last line of a tool with `limit` bytes per file, as on a full disk."""
     result = processes.run([TOOLS / tool, *arguments], limits={"RLIMIT_FSIZE": limit})
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     return result.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Small videos whose frames can be recognised after compression and resizing, and datasets of them."""
+"""Small videos with recognizable frames, also compressed and resized, and their datasets."""
 
 import io
 import subprocess
@@ -18,7 +18,10 @@ BITS = 8
 def write_clip(
     path: str | Path, frames: int, fps: float = 8, size: tuple[int, int] = (64, 96), clip_number: int = 0
 ) -> Path:
-    """A video whose frames show their number and the clip's: see `frame_numbers`. Height and width are in pixels."""
+    """Write a video whose frames show their number and the clip's; sizes are in pixels.
+
+    See `frame_numbers`.
+    """
     height, width = size
     with VideoWriter(path, fps, height, width) as video:
         for number in range(frames):
@@ -34,7 +37,10 @@ def write_dataset(
     fps: float = 8,
     sizes: Sequence[tuple[int, int]] = ((64, 96),),
 ) -> Path:
-    """`videos/{i}.mp4` and `labels/{i}.txt` in `folder`; clip i has its number, the i-th of `sizes` and `clip {i}`."""
+    """Write `videos/{i}.mp4` and `labels/{i}.txt` in `folder`.
+
+    Clip i shows its number, has the i-th of `sizes` and the caption `clip {i}`.
+    """
     labels = Path(folder, "labels")
     labels.mkdir(parents=True)
     for i in range(clips):
@@ -44,18 +50,18 @@ def write_dataset(
 
 
 def frame_numbers(clip: Tensor) -> list[int]:
-    """The numbers that the frames of an uncropped clip (frames, 3, height, width), uint8, show."""
+    """Return the numbers in frames of an uncropped uint8 clip (frames, 3, height, width)."""
     return _read(clip[..., : clip.shape[-2] // 2, :])
 
 
 def clip_number(clip: Tensor) -> int:
-    """The number of the clip, if all of its frames agree."""
+    """Return the number of the clip, if all frames show the same."""
     (number,) = set(_read(clip[..., clip.shape[-2] // 2 :, :]))
     return number
 
 
 def _stripes(number: int, height: int, width: int) -> Tensor:
-    """(height, width) in [-1, 1]: the bits of a number as white and black columns."""
+    """Return (height, width) in [-1, 1]: the bits of a number as white and black columns."""
     bits = (number >> torch.arange(BITS)) & 1
     columns = torch.arange(width) * BITS // width
     return (2.0 * bits[columns] - 1).expand(height, -1)
@@ -69,14 +75,17 @@ def _read(part: Tensor) -> list[int]:
 
 
 def convert(source: str | Path, target: str | Path, *options: str, before: Sequence[str] = ()) -> Path:
-    """Run FFmpeg from one video to another, with options before (for the input) and after its name."""
+    """Convert a video by FFmpeg, with options before the input and after it."""
     command = [get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-y", *before, "-i", str(source)]
     subprocess.run([*command, *options, str(target)], check=True)
     return Path(target)
 
 
 def vary_rate(source: str | Path, target: str | Path) -> Path:
-    """Keep of a video the first second, and of the rest every third frame at its time: a variable rate."""
+    """Write a video with a variable frame rate.
+
+    It keeps the first second, and every third of the other frames at its time.
+    """
     return convert(source, target, "-vf", "select='lt(t,1)+not(mod(n,3))'", "-fps_mode", "vfr")
 
 
@@ -87,7 +96,7 @@ def truncate(source: str | Path, target: str | Path, share: float = 0.6) -> Path
 
 
 def damage(source: str | Path, target: str | Path) -> Path:
-    """Overwrite the middle of a video's frames, which leaves its header and length as they are."""
+    """Overwrite the middle of a video's frames, keeping its header and length."""
     content = bytearray(Path(source).read_bytes())
     begin = content.index(b"mdat") + 4
     middle = slice(begin + (len(content) - begin) // 4, begin + (len(content) - begin) // 2)

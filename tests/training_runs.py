@@ -1,4 +1,4 @@
-"""Runs of the training command in this process or in others, and what they leave behind."""
+"""Runs of the training command in this process or in others, and their results."""
 
 import json
 import os
@@ -38,8 +38,12 @@ def write_config(
     optimizer: dict[str, Any] | None = None,
     **args: Any,
 ) -> Path:
-    """A configuration that trains a tiny model for a few steps; `args` and the sections are added to it, and an
-    `optimizer` takes the place of Adam."""
+    """Write a configuration that trains a tiny model for a few steps.
+
+    Args:
+        args: settings to add; other sections are added too.
+        optimizer: replaces Adam.
+    """
     from omegaconf import OmegaConf
 
     config = {
@@ -56,7 +60,7 @@ def write_config(
             **args,
         },
         "model": {
-            # With it processes draw timesteps from ranges of their own.
+            # With it each process draws timesteps from its own range.
             "loss_fn_config": {"params": {"sigma_sampler_config": {"params": {"uniform_sampling": False}}}},
         },
         "data": {
@@ -68,7 +72,7 @@ def write_config(
             "gradient_clipping": 1.0,
             # With the threshold, ZeRO-3 divides even the smallest tensors.
             "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
-            # Adam divides by the size of a gradient: with its usual eps, the rounding of tiny ones would become steps.
+            # Adam divides by the size of a gradient: with its usual eps, rounding errors would become steps.
             "optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-4}},
         },
     }
@@ -79,7 +83,7 @@ def write_config(
 
 
 def train(config: Path, *flags: str) -> Path:
-    """Run the command here; the folder of its run."""
+    """Run the command in this process; return the folder of its run."""
     from train_video import main
 
     before = set(runs_of(config))
@@ -89,7 +93,7 @@ def train(config: Path, *flags: str) -> Path:
 
 
 def precomputed(folder: Path, tiny: TinyModels, family: str, data: Path, **sections: Any) -> Path:
-    """The data, encoded by the VAE and the text encoder of a tiny model."""
+    """Return the data encoded by the VAE and the text encoder of a tiny model."""
     from tools.precompute_latents import main
 
     config = write_config(folder / "precompute.yaml", tiny, family, data, **sections)
@@ -98,7 +102,7 @@ def precomputed(folder: Path, tiny: TinyModels, family: str, data: Path, **secti
 
 
 def train_in_processes(config: Path, count: int, *flags: str) -> Path:
-    """Run the command in `count` processes that are joined by gloo; the folder of its run."""
+    """Run the command in `count` processes joined by gloo; return the folder of its run."""
     run_distributed(_train_as_one_of, count, str(config), *flags)
     return runs_of(config)[-1]
 
@@ -113,14 +117,16 @@ def _train_as_one_of(config: str, *flags: str) -> None:
 
 
 def start(config: Path, *flags: str) -> processes.Process | subprocess.Popen:
-    """The command in a process of its own."""
+    """Start the command in its own process."""
     command = [ROOT / "sat" / "train_video.py", "--base", config, *flags]
     return processes.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def train_alone(config: Path, *flags: str) -> Path:
-    """Run the command in a process of its own, as `start` does, to its end; the folder of its run. What was computed
-    before in a process, and on how many threads, changes the last bit of its sums."""
+    """Run the command in its own process, as `start` does; return the folder of its run.
+
+    Earlier computations in a process, and its threads, would change the last bit of sums.
+    """
     process = start(config, *flags)
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -128,19 +134,19 @@ def train_alone(config: Path, *flags: str) -> Path:
 
 
 def runs_of(config: Path) -> list[Path]:
-    """The folders of the runs of a configuration, oldest first."""
+    """Return the folders of a configuration's runs, oldest first."""
     save = Path(yaml.safe_load(config.read_text())["args"]["save"])
     return sorted(save.glob("*/"), key=lambda run: run.stat().st_ctime_ns)
 
 
 def metrics(run: Path, name: str = "loss") -> dict[int, float]:
-    """The values of a metric by step."""
+    """Return the values of a metric by step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
 
 
 def weights(run: Path, suffix: str = "") -> dict[str, Tensor]:
-    """What the newest checkpoint of a run holds; `suffix` "-ema" for the averages."""
+    """Return the content of a run's newest checkpoint; `suffix` "-ema" for averages."""
     folder = run / ((run / "latest").read_text() + suffix)
     return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)["module"]
 

@@ -23,7 +23,7 @@ def errors(root: Path = ROOT) -> list[str]:
     command = [sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context", *sources]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if ERROR.match(line)]
-    if done.returncode != (1 if found else 0):  # 1 as well if Python finds no mypy
+    if done.returncode != (1 if found else 0):  # also 1 if mypy is not installed
         raise RuntimeError(done.stdout + done.stderr)
     return found
 

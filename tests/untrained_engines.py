@@ -1,4 +1,4 @@
-"""Engines of tiny models as they are before the first step of a training."""
+"""Engines of tiny models before the first step of a training."""
 
 from argparse import Namespace
 from pathlib import Path

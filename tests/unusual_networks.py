@@ -1,11 +1,14 @@
-"""Changes of a network that its layers' own functions do not know: they run as SwissArmyTransformer's hooks say."""
+"""Changes of a network that the layers' fast functions do not support.
+
+They run by SwissArmyTransformer's hooks.
+"""
 
 from sat.model.finetune.lora2 import LoraMixin
 from torch import nn
 
 
 class Mine(LoraMixin):
-    """A mixin of the user's own."""
+    """A user's mixin."""
 
 
 def with_foreign_mixin(built: nn.Module) -> None:

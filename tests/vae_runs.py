@@ -1,4 +1,4 @@
-"""Runs of the command that trains a VAE, in this process or in others, and what they leave behind."""
+"""Runs of the VAE training command in this process or in others, and their results."""
 
 import os
 import subprocess
@@ -16,11 +16,11 @@ from training_clips import write_dataset
 from training_runs import runs_of
 
 ROOT = Path(__file__).parents[1]
-SIZE = 16  # of what is trained on; the codec would not take it for videos
+SIZE = 16  # of training clips; the codec does not support it
 
 
 def write_mixed_dataset(folder: Path, videos: int = 4, images: int = 4) -> Path:
-    """Videos of nine frames and images, without labels."""
+    """Write videos of nine frames and images, without labels."""
     from PIL import Image
 
     write_dataset(folder, clips=videos, frames=9, sizes=[(2 * SIZE, 2 * SIZE)])
@@ -34,7 +34,11 @@ def write_mixed_dataset(folder: Path, videos: int = 4, images: int = 4) -> Path:
 
 
 def write_config(path: Path, data: str | Path, /, **changes: Any) -> Path:
-    """A configuration that trains a very small VAE for a few steps; `changes` are sections that are merged into it."""
+    """Write a configuration that trains a very small VAE for a few steps.
+
+    Args:
+        changes: sections that are merged into it.
+    """
     from omegaconf import OmegaConf
 
     coder = {"ch": 32, "z_channels": 4, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "gather_norm": True}
@@ -59,7 +63,7 @@ def write_config(path: Path, data: str | Path, /, **changes: Any) -> Path:
                 "regularizer_config": {"target": "vae_modules.regularizers.DiagonalGaussianRegularizer"},
                 "ema_decay": 0.9,
                 "disc_start_iter": 2,
-                # Adam divides by the size of a gradient: with its usual eps, the rounding of tiny ones would be steps.
+                # Adam divides by the size of a gradient: with its usual eps, rounding errors would become steps.
                 "optimizer_config": {"target": "torch.optim.Adam", "params": {"eps": 1e-2}},
                 "loss_config": {
                     "target": "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator",
@@ -88,7 +92,7 @@ def write_config(path: Path, data: str | Path, /, **changes: Any) -> Path:
 
 
 def train(config: Path, *flags: str) -> Path:
-    """Run the command here; the folder of its run."""
+    """Run the command in this process; return the folder of its run."""
     from train_vae import main
 
     assert main(["--base", str(config), *flags]) == 0
@@ -96,8 +100,11 @@ def train(config: Path, *flags: str) -> Path:
 
 
 def train_in_processes(configs: Sequence[Path], count: int) -> list[Path]:
-    """Run the command in `count` processes that are joined by gloo, for one configuration after another; the folders
-    of the runs."""
+    """Run the command in `count` processes joined by gloo, once for each configuration.
+
+    Returns:
+        The folders of the runs.
+    """
     run_distributed(_train_as_one_of, count, [str(config) for config in configs])
     return [runs_of(config)[-1] for config in configs]
 
@@ -110,13 +117,13 @@ def _train_as_one_of(configs: Sequence[str]) -> None:
     rank, count = dist.get_rank(), dist.get_world_size()
     os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank))
     for config in configs:
-        if not dist.is_initialized():  # a run leaves the group when it is over
+        if not dist.is_initialized():  # a run leaves the group at its end
             dist.init_process_group("gloo", f"file://{config}.store", rank=rank, world_size=count)
         assert main(["--base", config]) == 0
 
 
 def start(config: Path, *flags: str) -> processes.Process | subprocess.Popen:
-    """The command in a process of its own."""
+    """Start the command in its own process."""
     command = [ROOT / "sat" / "train_vae.py", "--base", config, *flags]
     return processes.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -127,7 +134,7 @@ def finish(process: processes.Process | subprocess.Popen) -> None:
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run."""
+    """Return the newest checkpoint of a run."""
     return torch.load(run / "checkpoints" / (run / "latest").read_text(), weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Reading back what was written."""
+"""Read written videos back."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def read_video(path: str | Path) -> tuple[dict[str, Any], Tensor]:
-    """The stream's properties and the frames, (frames, 3, height, width) in [-1, 1]."""
+    """Return the stream's properties and the frames, (frames, 3, height, width) in [-1, 1]."""
     from imageio_ffmpeg import read_frames
 
     reader = read_frames(path, output_params=["-vf", "scale=in_color_matrix=bt709:out_color_matrix=bt709"])

@@ -23,7 +23,7 @@ def test_patterns_match_from_the_beginning_of_a_name():
     [
         ("encoder", "a list of groups"),
         (["encoder"], "a list of groups"),
-        ([["("]], "no regular expression"),
+        ([["("]], "not a regular expression"),
         ([["weight"]], "matches no parameter; the nearest names are decoder.weight"),
         ([["encoder"], [r".*\.bias"]], r"encoder\.0\.bias is in the groups 0 and 1"),
     ],
