@@ -257,7 +257,7 @@ def test_groups_have_their_own_arguments_and_the_rest_is_fixed():
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
         ({"ema_decay": 2}, "ema_decay is 2"),
         ({"ckpt_path": "a.pt", "ckpt_engine": "b.pt"}, "ckpt_path and ckpt_engine"),
-        ({"ckpt_path": "/nowhere.pt"}, r"no weight file /nowhere\.pt"),
+        ({"ckpt_path": "/nowhere.pt"}, r"weight file /nowhere\.pt does not exist"),
         ({"monitr": 1}, "AutoencodingEngine has no setting 'monitr'; did you mean 'monitor'"),
     ],
 )  # fmt: skip
@@ -272,11 +272,11 @@ def test_training_without_what_it_needs_is_refused():
         fit(build(), batches(1), steps=1)
     with pytest.raises(UserError, match="the key 'target'"):
         fit(build(optimizer_config={"params": {"lr": 1e-5}}), batches(1), steps=1)
-    with pytest.raises(UserError, match="Identity is no loss"):
+    with pytest.raises(UserError, match="Identity cannot train an autoencoder"):
         fit(build(loss_config={"target": "torch.nn.Identity"}, optimizer_config=SGD), batches(1), steps=1)
     with pytest.raises(UserError, match="the batch has no 'png', only jpg, seed"):
         fit(build(input_key="png", optimizer_config=SGD), batches(1), steps=1)
-    with pytest.raises(UserError, match="images of 15x16"):
+    with pytest.raises(UserError, match="multiples of 2, got 15x16"):
         fit(build(optimizer_config=SGD), [{"jpg": torch.zeros(1, 3, 15, 16)}], steps=1)
 
 

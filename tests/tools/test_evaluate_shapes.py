@@ -145,7 +145,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, caplog):
         "--videos is missing": [],
         "nowhere does not exist": ["--videos", tmp_path / "nowhere"],
         "'crimson'": ["--videos", tmp_path / "out"],
-        "holds no video": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "prompts.txt"],
+        "has no video of": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "prompts.txt"],
         "none.txt does not exist": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "none.txt"],
         "must be at least 0": ["--videos", tmp_path / "empty", "--own_accuracy_clips", "-1"],
         "cannot read the video": ["--videos", tmp_path / "broken"],

@@ -131,7 +131,7 @@ def test_the_map_changes_latents_least():
     ("more", "says"),
     [
         (["--output", "vae.pt"], "ends with .safetensors"),
-        (["--num_clips", "0"], "--num_clips is 0"),
+        (["--num_clips", "0"], "--num_clips must be at least 1, got 0"),
         (["--data", "{folder}/cache"], "has latents"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--ckpt", "/nowhere.pt"], "/nowhere.pt does not exist"),

@@ -173,7 +173,7 @@ def test_schedule():
     assert decoding_schedule(13) == [3, 2, 2, 2, 2, 2]
     assert decoding_schedule(22) == [2] * 11
     assert [sum(decoding_schedule(n)) for n in range(1, 30)] == list(range(1, 30))
-    with pytest.raises(UserError, match="0 latent frames"):
+    with pytest.raises(UserError, match="latent frames: expected at least 1, got 0"):
         decoding_schedule(0)
 
 

@@ -121,7 +121,7 @@ def test_memory_that_does_not_do_is_made_to(vae, monkeypatch, caplog):
     )
     with caplog.at_level(logging.WARNING):
         assert_close(decode(vae, z), expected, 1e-5)
-    assert "by 8 at a time" in caplog.text and "by 4 at a time" in caplog.text
+    assert "with 8 at a time" in caplog.text and "with 4 at a time" in caplog.text
     assert_close(vae.encode(x, unregularized=True)[0], moments, 1e-5)
     monkeypatch.setattr(vae.decoder, "in_pieces", full)
     with pytest.raises(torch.OutOfMemoryError):
