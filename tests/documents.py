@@ -1,4 +1,4 @@
-"""The documents of the repository as tests read them: headings and their anchors, blocks of code, links."""
+"""The documents of the repository for tests: headings and anchors, code blocks, links."""
 
 import re
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def anchors(document: str) -> list[str]:
 
 
 def links(document: str) -> Iterator[tuple[str, str]]:
-    """Yield the links that lead into the repository: the path from its root, and the anchor or an empty text."""
+    """Yield the links into the repository: the path from its root, and the anchor or ""."""
     without_code = re.sub(r"`[^`\n]*`", "", prose(document))
     for target in (one or other for one, other in LINK.findall(without_code)):
         if re.match(r"[a-z]+:", target):
@@ -63,7 +63,7 @@ def links(document: str) -> Iterator[tuple[str, str]]:
 
 
 def original_of(document: str) -> str:
-    """Return the English document that a document is a translation of; the document itself if it is not one."""
+    """Return the English document of a translation; other documents are returned as they are."""
     if match := re.fullmatch(r"(.*)_(?:zh|ja)\.md", document):
         return f"{match[1]}.md"
     return re.sub(r"^docs/(?:zh|ja)/", "docs/", document)

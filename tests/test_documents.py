@@ -1,4 +1,4 @@
-"""Links in documents lead somewhere, code in them can be read, and translations follow the English documents."""
+"""Links in documents lead somewhere, code is valid, and translations follow the English."""
 
 import ast
 import re
@@ -67,7 +67,7 @@ def test_a_translation_has_the_code_headings_and_links_of_the_original(original,
 
 
 def linked(document: str) -> Counter[tuple[str, int | None]]:
-    """Return the links of a document, as places in English documents: the path, and the number of the heading.
+    """Return the links of a document, as English documents and numbers of headings.
 
     Links to the document in another language are left out.
     """

@@ -1,6 +1,6 @@
-"""Hooks of MkDocs, named in mkdocs.yml: documents beside docs/ become pages, and links to them lead there.
+"""Hooks of MkDocs, named in mkdocs.yml: links to documents outside of docs/ work.
 
-On GitHub a page in docs/ links to `../benchmarks/RESULTS.md`. A site holds the files of docs/ alone, so the others
+On GitHub a page in docs/ links to `../benchmarks/RESULTS.md`. A site only has the files of docs/, so that the others
 are added to it under their own paths.
 """
 
@@ -32,12 +32,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def site_path(document: str) -> str:
-    """Return the path in the site of a document, given its path from the root of the repository."""
+    """Return the path in the site of a document, from its path in the repository."""
     return str(PurePosixPath(document).with_name("card.md")) if document == "assets/tiny/README.md" else document
 
 
 def with_site_links(markdown: str, page: str) -> str:
-    """Return the text of a page with its links to files outside of docs/ as links within the site.
+    """Return the text of a page with links to files outside of docs/ as links in the site.
 
     Args:
         page: the path of the page in the site.

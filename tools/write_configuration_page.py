@@ -112,7 +112,7 @@ def cell(text: str) -> str:
 
 
 def data_section() -> Iterator[str]:
-    """Yield the part about `data.params`, from the signature and the docstring of the data set.
+    """Yield the part about `data.params`, from the data set's signature and docstring.
 
     The file is parsed rather than imported, since it imports PyTorch.
     """
@@ -130,7 +130,10 @@ def data_section() -> Iterator[str]:
 
 
 def defaults(arguments: ast.arguments) -> Iterator[tuple[str, Any]]:
-    """Yield the arguments of a function in order, each with its default; None for one that has to be given."""
+    """Yield the arguments of a function in order, each with its default.
+
+    None for an argument without a default.
+    """
     positional = [*arguments.posonlyargs, *arguments.args]
     missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
     values = [*missing, *arguments.defaults, *arguments.kw_defaults]
