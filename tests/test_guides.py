@@ -86,6 +86,8 @@ def test_command_lines_can_be_parsed(guide):
     for program, rest in command_lines(guide):
         if program in DECLARED:
             parse(program, rest)
+            alone = not FLAG.search(rest) or "--help" in rest or ("--input_file" in rest and ".json" in rest)
+            assert alone or "--base" in rest, f"{program}{rest} needs --base"
 
 
 def test_recipes_can_be_parsed():
