@@ -161,7 +161,7 @@ def test_one_of_two_processes(tmp_path, tiny, clips):
     outputs = [process.communicate(timeout=150)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], outputs
     assert "error: training: the memory of the GPU is full (2.00 GiB more were asked for); try" in outputs[1]
-    assert "error: another process has failed, and says why" in outputs[0]
+    assert "error: another process has failed; see its message" in outputs[0]
     assert not any("Traceback" in output for output in outputs)
 
 

@@ -104,7 +104,9 @@ def test_training_and_recomputation_take_it_too(checkpointed):
 
 @pytest.mark.parametrize("asked", ["cudnn", "efficient"])
 def test_a_kernel_that_the_device_does_not_have(asked):
-    with pytest.raises(UserError, match=rf"attention: {asked} does not compute float32 of 64 channels a head on a cpu"):
+    with pytest.raises(
+        UserError, match=rf"attention: {asked} does not compute float32 with 64 channels per head on a cpu"
+    ):
         chosen(asked)
     with pytest.raises(UserError, match=r"choose auto, or flash or math$"):
         chosen(asked)
@@ -151,10 +153,12 @@ def test_flash3_where_there_is_no_hopper():
 
 def test_flash3_that_is_not_installed(monkeypatch):
     hopper(monkeypatch)
-    with pytest.raises(UserError, match=r"attention: flash3: it is not installed; install flash_attn_interface .*auto"):
+    with pytest.raises(
+        UserError, match=r"attention: flash3: the package is not installed; install flash_attn_interface .*auto"
+    ):
         choose_attention("flash3", CUDA, torch.bfloat16, 64, False)
     hopper(monkeypatch, flash_attention3.FORWARD)
-    with pytest.raises(UserError, match="fa3-fwd has no gradients, and this is training"):
+    with pytest.raises(UserError, match="fa3-fwd computes no gradients, which training needs"):
         choose_attention("flash3", CUDA, torch.bfloat16, 64, True)
 
 
@@ -223,7 +227,7 @@ def test_training_says_so_too(tiny, tmp_path, caplog):
     config = write_config(tmp_path / "c.yaml", tiny, "5b", data, train_iters=1)
     assert main(["--base", str(config), "--attention", "efficient"]) == 2
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert "attention: efficient does not compute float32 of 64 channels a head with gradients" in error
+    assert "attention: efficient does not compute float32 with 64 channels per head and gradients" in error
     assert not runs_of(config)
     caplog.set_level("INFO")
     train(config, "--attention", "math")

@@ -47,7 +47,7 @@ def test_what_processes_cannot_share_is_refused(two_processes):
     """A layer of a user's own, whose sums nobody knows, and an adapter on a layer that is whole, as with QLoRA."""
     whole, mine = two_processes
     whole.original, mine.__class__ = torch.nn.Linear(12, 12), Mine
-    with pytest.raises(UserError, match="model_parallel_size: Mine has its own way to apply an adapter"):
+    with pytest.raises(UserError, match="model_parallel_size: Mine applies its adapter in its own way"):
         fuse_adapter(mine)
     with pytest.raises(UserError, match="model_parallel_size: processes cannot share an adapter on Linear"):
         fuse_adapter(whole)

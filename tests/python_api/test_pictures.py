@@ -35,7 +35,7 @@ def test_a_clip_in_memory_is_that_of_its_file(tiny, tmp_path):
         assert (again.frames == longer.frames).all()
         several = pipe(["a boat", "a kite"], extend=[1, None], frames=9, **FEW)
         assert [len(video.frames) for video in several] == [13, 9]
-        with pytest.raises(UserError, match="prompt 2: strength: it says how much of a clip"):
+        with pytest.raises(UserError, match="prompt 2: strength: `video` is missing"):
             pipe(["a", "b"], strength=[None, 0.5], **FEW)
         with pytest.raises(UserError, match="video is an array of float64"):
             pipe("a boat", video=np.zeros((9, 32, 48, 3)), **FEW)

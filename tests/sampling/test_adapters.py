@@ -166,7 +166,7 @@ def test_what_is_wrong_with_one_is_a_line(tiny, adapters, tmp_path, caplog):
     random_adapter(narrow, 8, 1, 2)
     for lora, says in (
         ({"nowhere": 1}, "lora: nowhere does not exist"),
-        ({narrow: 1}, "lora: .* is of a network of width 8, this one has"),
+        ({narrow: 1}, "lora: .* is for a network of width 8, but this one has"),
         ({adapters[0]: "much"}, "lora: the strength of .* is 'much'; give a number"),
         ({adapters[0]: float("nan")}, "lora: the strength of .* is nan"),
         (5, "lora is 5; give paths with their strengths"),
@@ -215,7 +215,7 @@ def test_layers_beyond_the_network_are_refused(tiny, tmp_path):
     params = section["network_config"]["params"]
     random_adapter(tmp_path / "deep", params["hidden_size"], params["num_layers"] + 2, 2)
     adapter = read_adapter(tmp_path / "deep")
-    with pytest.raises(UserError, match=f"adapts layer {params['num_layers'] + 1}, this network has layers 0 to"):
+    with pytest.raises(UserError, match=f"adapts layer {params['num_layers'] + 1}, but this network has layers 0 to"):
         fitting(adapter, section)
     assert adapter_bytes([(adapter, 1.0)]) == sum(matrix.nbytes for matrix in adapter.matrices.values())
     assert added_up([(adapter, 0.0)]) == {} and len(added_up([(adapter, 1.0)])) == 2 * (params["num_layers"] + 2)

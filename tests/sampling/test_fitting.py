@@ -91,7 +91,7 @@ def test_auto_is_what_the_device_has_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7 * GIB, 8 * GIB))
     assert device_budget("auto", None) == 7 * GIB
     monkeypatch.setattr(fitting, "find_device", lambda _: torch.device("cpu"))
-    with pytest.raises(UserError, match="fit: auto is what a GPU has free, and there is none here"):
+    with pytest.raises(UserError, match="fit: auto needs a GPU, and this machine has none"):
         device_budget("auto", None)
 
 

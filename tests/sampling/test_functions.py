@@ -67,7 +67,7 @@ def test_a_batch():
     assert unconditional.keys() == {"txt", "image"}
     assert get_batch(["txt"], values, [2, 1])[0]["txt"] == [["a cat"], ["a cat"]]
     assert get_batch(["txt"], values, 1) == ({"txt": ["a cat"]}, {"txt": [""]})
-    with pytest.raises(UserError, match="value_dict has no 'motion'"):
+    with pytest.raises(UserError, match="value_dict: the key 'motion' is missing"):
         get_batch(["motion"], values, [1])
 
 

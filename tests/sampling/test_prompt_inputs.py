@@ -148,7 +148,7 @@ def test_mistakes_in_json_name_line_and_key(prompt_file, record, message):
         ("a cat".encode("utf-16-le"), "prompts.txt", "not UTF-8"),
         ("{'prompt': 1}", "prompts.jsonl", "line 1: not valid JSON"),
         ('["a"]', "prompts.json", "use .txt"),
-        ("a@@", "prompts.txt", "line 1: there is no image path"),
+        ("a@@", "prompts.txt", "line 1: an image path is missing"),
         ("a@@" + "x" * 5000, "prompts.txt", "line 1: image xxx"),
     ],
 )
@@ -166,7 +166,7 @@ def test_missing_file_and_folder_are_named(tmp_path):
 def test_images_must_fit_the_kind_of_model(prompt_file):
     with pytest.raises(UserError, match="line 2: an image-to-video model needs an image"):
         read_prompts(prompt_file("a@@cat.png\nb"), image_to_video=True)
-    with pytest.raises(UserError, match="line 1: it names an image"):
+    with pytest.raises(UserError, match="line 1: the prompt names an image"):
         read_prompts(prompt_file("a@@cat.png\nb"), image_to_video=False)
 
 

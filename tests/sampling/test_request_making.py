@@ -104,13 +104,13 @@ def test_one_bad_clip_costs_its_own_video(tiny, tmp_path, clip, caplog):
 @pytest.mark.parametrize(
     ("family", "line", "flags", "says"),
     [
-        ("5b", {"strength": 0.5}, (), "strength: it says how much of a clip is changed; give video too"),
+        ("5b", {"strength": 0.5}, (), "strength: `video` is missing; give `video` too"),
         ("5b", {"strength": 2}, (), "'strength' must be a number from 0 to 1"),
         ("5b", {"video": "gone.mp4"}, (), "video gone.mp4 does not exist"),
         ("5b", {}, ("--video", "gone.mp4"), "video: gone.mp4 does not exist"),
         ("5b", {}, ("--strength", "7"), "strength is 7.0; expected a number from 0 to 1"),
         ("5b", {"extend": 0}, (), "'extend' must be a whole number from 1"),
-        ("5b", {"extend": 1}, ("--only_save_latents",), "extend: windows go on from decoded frames"),
+        ("5b", {"extend": 1}, ("--only_save_latents",), "extend: windows continue decoded frames"),
         ("5b", {"extend": 1, "frames": 1}, (), "extend: a window has 1 frames"),
         ("5b", {"keyframes": [{"image": "PICTURE", "at": 0}]}, (), "text-to-video model"),
         ("5b_i2v", {"image": "PICTURE", "keyframes": [{"image": "PICTURE", "at": 9}]}, (), "at is 9; the video has 9"),

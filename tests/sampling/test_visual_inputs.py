@@ -120,7 +120,7 @@ def test_key_frames(case):
     ):
         with pytest.raises(UserError, match=says):
             session.sample(replace(request, key_frames=(KeyFrame(picture(5), at),)))
-    with pytest.raises(UserError, match="keyframes: it is float32 of shape"):
+    with pytest.raises(UserError, match="keyframes is float32 of shape"):
         session.sample(replace(request, key_frames=(KeyFrame(picture(5)[:, 1:], -1),)))
 
 
@@ -128,15 +128,15 @@ def test_key_frames(case):
     ("changes", "says"),
     [
         ({"strength": 1.5, "video": clip()}, "strength is 1.5; expected a number from 0 to 1"),
-        ({"strength": 0.5}, "strength: it says how much of a clip is changed; give `video` too"),
-        ({"video": clip(8)}, "video: it has 8 frames; expected 9"),
-        ({"video": clip()[..., 1:]}, "video: it is float32 of shape"),
-        ({"video": 3 * clip()}, r"video: its values are not in \[-1, 1\]"),
-        ({"context": clip(9)}, r"context: it has 9 frames; expected 4k \+ 1, fewer than 9"),
-        ({"context": clip(4)}, "context: it has 4 frames"),
+        ({"strength": 0.5}, "strength: `video` is missing; give `video` too"),
+        ({"video": clip(8)}, "video: the clip has 8 frames; expected 9"),
+        ({"video": clip()[..., 1:]}, "video is float32 of shape"),
+        ({"video": 3 * clip()}, r"video: values lie outside \[-1, 1\]"),
+        ({"context": clip(9)}, r"context: the clip has 9 frames; expected 4k \+ 1, fewer than 9"),
+        ({"context": clip(4)}, "context: the clip has 4 frames"),
         ({"extend": "more"}, "extend is .more.; expected a tuple of prompts"),
-        ({"extend": ("more",), "frames": 1}, "extend: a window has 1 frames; it must have more than 5"),
-        ({"extend": ("more",), "video": clip(4)}, "video: it has 4 frames; expected at least 5"),
+        ({"extend": ("more",), "frames": 1}, "extend: a window has 1 frames; expected more than 5"),
+        ({"extend": ("more",), "video": clip(4)}, "video: the clip has 4 frames; expected at least 5"),
     ],
 )
 def test_clips_that_do_not_fit_are_refused_at_once(case, changes, says):
@@ -149,5 +149,5 @@ def test_clips_that_do_not_fit_are_refused_at_once(case, changes, says):
 
 def test_a_clip_that_comes_late_is_checked_then(case):
     session, request = case
-    with pytest.raises(UserError, match="video: it has 3 frames; expected 9"):
+    with pytest.raises(UserError, match="video: the clip has 3 frames; expected 9"):
         list(session.sample(replace(request, video=lambda: clip(3))))

@@ -169,7 +169,7 @@ def test_latents_without_a_word_need_a_configuration(tiny, made, tmp_path, caplo
     latents = torch.randn(3, 16, 4, 6)
     save_file({"latents": latents}, tmp_path / "0_a_boat.safetensors")
     assert main([str(tmp_path)]) == 2
-    assert "does not say its first_stage_config; give the model's configuration as --base" in caplog.text
+    assert ": first_stage_config is missing; give the model's configuration as --base" in caplog.text
     command = [str(tmp_path / "0_a_boat.safetensors"), "--base", str(tiny.config("5b"))]
     assert main([*command, "--output_dir", str(tmp_path / "out"), "--fps", "24"]) == 0
     meta, frames = read_video(tmp_path / "out" / "0_a_boat.mp4")
@@ -252,7 +252,7 @@ def test_latents_that_are_not_finite_or_of_another_model(tiny, kept, tmp_path, c
     save_file({"latents": torch.zeros(3, 16, 4, 6)}, tmp_path / "c.safetensors")
     assert main([str(tmp_path), "--base", str(tiny.config("5b"))]) == 1
     assert "a.safetensors: the latents are not finite numbers" in caplog.text
-    assert "b.safetensors: the latents have 4 channels, the VAE takes 16" in caplog.text
+    assert "b.safetensors: the latents have 4 channels, but the VAE takes 16" in caplog.text
     assert [path.name for path in found(tmp_path, ".mp4")] == ["c.mp4"]
 
 

@@ -1,7 +1,7 @@
-"""Compute the activations of a layer again in its backward pass, rather than keep them.
+"""Recompute the activations of a layer in its backward pass, instead of keeping them.
 
-Of a layer that keeps its attention, the result of the attention and what its gradient needs of the softmax (the
-logarithms of its sums) stay; the rest is computed again. That is most of the memory and little of the time.
+A layer that keeps its attention stores the result of the attention and the logarithms of the softmax sums, which the
+gradient needs; everything else is recomputed. This saves most of the memory and costs little time.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from cogvideox_sat.configuration.recomputation import Recomputation
 from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
 
-# Of PyTorch: each of its kernels for attention that does not write the weights out; versions lack some.
+# PyTorch's attention kernels that do not store the attention weights. Some versions of PyTorch lack some of them.
 FUSED_ATTENTION = (
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
     *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
@@ -26,17 +26,17 @@ FUSED_ATTENTION = (
 
 
 class ActivationCheckpointing:
-    """Runs layers that are trained as `checkpoint_activations` of a transformer says; see `Recomputation.of`.
+    """Runs the layers in training as `checkpoint_activations` says; see `Recomputation.of`.
 
     Args:
-        transformer: whose `checkpoint_skip_layers` last layers keep all.
+        transformer: transformer whose last `checkpoint_skip_layers` layers keep all activations.
     """
 
     def __init__(self, transformer: BaseTransformer):
         self.transformer = transformer
 
     def recomputation(self, layers: int) -> Recomputation:
-        """Return what the layers of the transformer do."""
+        """Return what the layers of the transformer recompute."""
         return Recomputation.of(
             self.transformer.checkpoint_activations, layers, self.transformer.checkpoint_skip_layers
         )
@@ -54,13 +54,13 @@ class ActivationCheckpointing:
 
 
 def keeping_attention(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return `run(*tensors)`, of which the result of the attention and `tensors` are kept."""
+    """Return `run(*tensors)`; only `tensors` and the results of attention are kept."""
     result: Tensor = checkpoint(run, *tensors, use_reentrant=False, context_fn=attention_contexts)
     return result
 
 
 def attention_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Return the contexts of `torch.utils.checkpoint`, of the forward pass and of the one in the backward pass."""
+    """Return the contexts for `torch.utils.checkpoint`: forward pass and recomputation."""
     return create_selective_checkpoint_contexts(_policy)
 
 

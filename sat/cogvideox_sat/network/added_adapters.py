@@ -1,4 +1,4 @@
-"""Put adapters on a network that has its weights, several at once and unmerged, and take them off again."""
+"""Apply adapters to a loaded network, several at once and unmerged, and remove them."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from cogvideox_sat.network.layer_streaming import LayerStreamer, layer_modules
 
 MODULES = ("query_key_value", "dense")  # of a layer's attention
 Place = tuple[int, str]
-"""A layer, and one of `MODULES`."""
+"""The index of a layer, and one of `MODULES`."""
 
 
 class LowRankSum(NamedTuple):
-    """What is added to a product x·Wᵀ: scale·x·Aᵢᵀ·Bᵢᵀ to the i-th of equal parts of the features.
+    """A term added to a product x·Wᵀ: scale·x·Aᵢᵀ·Bᵢᵀ for the i-th of equal feature parts.
 
     Args:
-        down, up: the Aᵢ (rank, in) and Bᵢ (out, rank), those of several adapters side by side along the rank.
+        down, up: the Aᵢ (rank, in) and Bᵢ (out, rank). Those of several adapters are concatenated along the rank.
     """
 
     down: Sequence[Tensor]
@@ -26,9 +26,9 @@ class LowRankSum(NamedTuple):
 
 
 def put_on(network: nn.Module, sums: Mapping[Place, LowRankSum]) -> None:
-    """Let layers of a `DiffusionTransformer` add these sums, and no others that were put on before.
+    """Let the layers of a `DiffusionTransformer` add these sums, and no earlier ones.
 
-    Matrices take the device and the type of the weights that they are put beside.
+    The matrices take the device and dtype of the weights beside them.
     """
     for index, layer in enumerate(network.transformer.layers):
         for name in MODULES:
@@ -39,9 +39,9 @@ def put_on(network: nn.Module, sums: Mapping[Place, LowRankSum]) -> None:
                 module = AddedLora.beside(module, added.down, added.up, added.scale)
             setattr(layer.attention, name, module)
     for around in network.layer_runner.around:
-        if isinstance(around, LayerStreamer):  # which brings the weights of layers, these too
+        if isinstance(around, LayerStreamer):  # it copies the weights of layers, including the added ones
             around.renew(layer_modules(network))
 
 
 class AddedLora(FusedLoraLinear):
-    """A `FusedLoraLinear` that was put on by `put_on`."""
+    """A `FusedLoraLinear` that `put_on` created."""

@@ -1,8 +1,7 @@
-"""Choose the kernel that computes the attention of a network, by name or by the device, and try it before any weights
-are read.
+"""Choose the attention kernel of a network, and test it before any weights are read.
 
-What PyTorch chooses by itself changes with its version, and with it speed and last digits. On a GPU the order of
-`PRIORITY` decides instead. On a CPU, PyTorch's own choice stays.
+The kernel is chosen by name or by device. PyTorch's own choice changes with its version, and with it the speed and the
+last digits of the results. On a GPU, the order in `PRIORITY` decides instead. On a CPU, PyTorch's own choice is kept.
 """
 
 import warnings
@@ -27,8 +26,8 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# By the first number of the compute capability, from which on the order holds. cuDNN's kernel is the fastest of
-# PyTorch's on Hopper at 64 channels a head: 413 TFLOP/s beside FlashAttention 2's 324 (published for the H100).
+# Keys: the lowest major compute capability for which the order applies. On Hopper, with 64 channels per head, cuDNN's
+# kernel is the fastest one of PyTorch: 413 TFLOP/s, FlashAttention 2 324 TFLOP/s (published for the H100).
 PRIORITY: dict[int, tuple[str, ...]] = {
     9: ("cudnn", "flash", "efficient", "math"),
     0: ("flash", "cudnn", "efficient", "math"),
@@ -39,13 +38,13 @@ TRIED_TOKENS, TRIED_HEADS = 128, 2
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The kernel of a network on a device.
+    """The attention kernel of a network on a device.
 
     Attributes:
         asked: the name that the user gave.
-        kernel: the name of the one that computes.
-        backends: of PyTorch, in the order in which they are tried; empty: PyTorch chooses.
-        function: computes attention; None: the network's own two, for sampling and for training.
+        kernel: the name of the kernel that is used.
+        backends: PyTorch's backends in the order in which they are tried; empty: PyTorch chooses.
+        function: the function that computes attention; None: the network's own two, for sampling and for training.
     """
 
     asked: str
@@ -57,13 +56,13 @@ class AttentionChoice:
         return self.kernel if self.kernel == self.asked else f"{self.kernel} ({self.asked})"
 
     def __call__(self, run: RunLayer, hidden: Tensor, context: LayerContext) -> Tensor:
-        """Return the tokens as they are after a layer that computes attention by the kernel; see `LayerRunner`."""
+        """Return the tokens after a layer that uses the chosen kernel; see `LayerRunner`."""
         with self.applied():
             return run(hidden)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let PyTorch's attention be computed by the kernel within the block."""
+        """Let PyTorch compute attention with the chosen kernel within the block."""
         if not self.backends:
             yield
             return
@@ -74,16 +73,16 @@ class AttentionChoice:
 def choose_attention(
     asked: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool
 ) -> AttentionChoice:
-    """Return the kernel that `asked` means on a device, once it has computed a small example there.
+    """Return the kernel for `asked` on a device, after testing it on a small example there.
 
     Args:
         asked: `auto`, `flash3` or one of `BACKENDS`.
-        dtype: of the network.
-        head_dim: channels of a head.
-        gradients: the network is trained.
+        dtype: dtype of the network.
+        head_dim: channels per head.
+        gradients: whether the network is trained.
 
     Raises:
-        UserError: the kernel is not there, or does not take such tensors.
+        UserError: the kernel is not available, or does not support such tensors.
     """
     if asked == AUTO:
         return _first(device, dtype, head_dim, gradients)
@@ -100,7 +99,7 @@ def choose_attention(
 
 
 def _first(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> AttentionChoice:
-    """Return the first kernel of the device's order that computes such tensors."""
+    """Return the first kernel in the device's order that supports such tensors."""
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         order: tuple[str, ...] = next(names for least, names in PRIORITY.items() if major >= least)
@@ -116,7 +115,7 @@ def _flash3(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: 
         raise UserError(f"attention: flash3 needs a Hopper GPU (H100, H200), not {_named(device)}; choose auto")
     if not flash_attention3.is_installed(gradients):
         has_forward = flash_attention3.is_installed(gradients=False)
-        what = "fa3-fwd has no gradients, and this is training" if has_forward else "it is not installed"
+        what = "fa3-fwd computes no gradients, which training needs" if has_forward else "the package is not installed"
         raise UserError(f"attention: flash3: {what}; install {flash_attention3.PACKAGES}, or choose auto")
     backends: tuple[SDPBackend, ...] = ()
     function = flash_attention3.FLASH3
@@ -139,11 +138,11 @@ def _flash3(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: 
 def refusal(
     backend: SDPBackend, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool
 ) -> str | None:
-    """Return why a kernel of PyTorch does not compute a small example; None: it does."""
+    """Return why a kernel of PyTorch fails on a small example, or None if it succeeds."""
     q = _example(device, dtype, head_dim, gradients)
     try:
         with warnings.catch_warnings(), sdpa_kernel(backend), torch.set_grad_enabled(gradients):
-            warnings.simplefilter("ignore")  # which say why not, in a line for each kernel that is off
+            warnings.simplefilter("ignore")  # PyTorch warns once for each kernel that is disabled
             out = F.scaled_dot_product_attention(q, q, q)
             if gradients:
                 out.sum().backward()
@@ -159,7 +158,7 @@ def _example(device: torch.device, dtype: torch.dtype, head_dim: int, gradients:
 
 def _described(dtype: torch.dtype, head_dim: int, gradients: bool) -> str:
     name = str(dtype).removeprefix("torch.")
-    return f"{name} of {head_dim} channels a head{' with gradients' if gradients else ''}"
+    return f"{name} with {head_dim} channels per head{' and gradients' if gradients else ''}"
 
 
 def _named(device: torch.device) -> str:

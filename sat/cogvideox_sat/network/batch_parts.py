@@ -1,4 +1,4 @@
-"""Run a network on a part of its batch at a time, for less memory."""
+"""Run a network on a part of its batch at a time, to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,13 @@ from torch import Tensor
 
 
 def in_parts(network: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
-    """Return a function that calls a network for `size` samples at a time, and returns their outputs as one batch.
+    """Return a function that runs a network on `size` samples at a time.
+
+    The function returns the outputs as one batch.
 
     Args:
-        network: called as `network(x, t, cond, **inputs)` with x (batch, ...), t (batch,) and a dictionary of tensors.
-            Of `inputs`, tensors of as many rows as x are divided as well.
+        network: called as `network(x, t, cond, **inputs)`, with x (batch, ...), t (batch,) and a dictionary of tensors.
+            Tensors in `inputs` with as many rows as x are divided, too.
     """
 
     def run(x: Tensor, t: Tensor, cond: dict[str, Tensor], **inputs: Any) -> Tensor:

@@ -1,10 +1,9 @@
-"""One transformer layer of CogVideoX as a function of tensors alone, written for a compiler.
+"""One transformer layer of CogVideoX as a function of tensors, written for a compiler.
 
-It computes what `AdaLNMixin` and its neighbours in `dit_video_concat` do together, in other words: nothing is split
-into text and video and joined again, so that a compiler fuses all that lies between two matrix products into one
-kernel. Since weights are arguments, one graph serves all layers.
-
-Shapes: b batch, n tokens, text first, d width, h heads of e = d / h channels.
+The function computes the same as `AdaLNMixin` and the related classes in `dit_video_concat`, but does not split the
+tokens into text and video and join them again. A compiler can therefore fuse everything between two matrix products
+into one kernel. Because weights are arguments, one graph serves all layers.
+Shapes: b batch, n tokens (text first), d width, h heads of e = d / h channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Norm(NamedTuple):
-    """Scale and shift of a layer norm, None where it has none, and what is added to the variance."""
+    """A layer norm: scale and shift (None if absent), and the constant added to the variance."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -30,7 +29,7 @@ class Norm(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """What LoRA adds to parts of a product: scale·x·Aᵢᵀ·Bᵢᵀ to the i-th of equal parts."""
+    """The LoRA terms of a product: scale·x·Aᵢᵀ·Bᵢᵀ for the i-th of equal feature parts."""
 
     down: Sequence[Tensor]
     up: Sequence[Tensor]
@@ -38,7 +37,7 @@ class LowRank(NamedTuple):
 
 
 class Product(NamedTuple):
-    """x·Wᵀ + bias, and what an adapter adds."""
+    """The product x·Wᵀ + bias, with the terms of an adapter."""
 
     weight: Tensor
     bias: Tensor | None
@@ -67,12 +66,12 @@ class LayerWeights(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the tokens of a call are.
+    """The kinds and positions of the tokens of a call.
 
     Args:
         is_text: (n, 1).
-        cos, sin: (n, e) of the rotary embedding, 1 and 0 for text, the sines of even channels negative; None: there is
-            no rotary embedding.
+        cos, sin: (n, e) of the rotary embedding: 1 and 0 for text, and sines of even channels negated; None: the
+            network has no rotary embedding.
     """
 
     is_text: Tensor
@@ -81,7 +80,13 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(text_length: int, tokens: int, rotary: tuple[Tensor, Tensor] | None, device: torch.device) -> Tokens:
-    """Return what the tokens are of a call with so much text; `rotary` has rows for the video alone."""
+    """Return the kinds and positions of the tokens of a call.
+
+    Args:
+        text_length: number of text tokens.
+        tokens: number of all tokens.
+        rotary: cosines and sines with rows for the video only.
+    """
     is_text = (torch.arange(tokens, device=device) < text_length)[:, None]
     if rotary is None:
         return Tokens(is_text, None, None)
@@ -91,7 +96,7 @@ def tokens_of(text_length: int, tokens: int, rotary: tuple[Tensor, Tensor] | Non
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x (b, n, h, e) turned by angles, in pairs of neighbouring channels.
+    """Return x (b, n, h, e), rotated in pairs of neighbouring channels.
 
     Args:
         cos, sin: (n, e), see `Tokens`.
@@ -103,11 +108,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def block(
     x: Tensor, modulation: Tensor, weights: LayerWeights, tokens: Tokens, heads: int, attend: Attend, kernel: str
 ) -> Tensor:
-    """Return the tokens x (b, n, d) after a layer: pre-norm, adaLN-Zero.
+    """Return the tokens x (b, n, d) after a layer with pre-norm and adaLN-Zero.
 
     Args:
-        modulation: (b, 12 d), shift, scale and gate of both branches, for the video and then for the text.
-        kernel: names what `attend` runs on; a graph holds the one of its own, so another name is another graph.
+        modulation: (b, 12 d): shift, scale and gate of both branches, first for the video, then for the text.
+        kernel: name of the kernel that `attend` uses. A compiled graph contains its kernel, so another name makes
+            another graph.
     """
     parts = modulation[:, None].chunk(12, dim=-1)
     shift1, scale1, gate1, shift2, scale2, gate2 = (

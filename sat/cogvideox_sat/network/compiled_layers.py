@@ -1,7 +1,7 @@
-"""Run the layers of a network through `block`, compiled once for all of them.
+"""Run the layers of a network through `block`, which is compiled once for all layers.
 
-Where the network has parts that `block` does not know (a mixin of the user's own, quantised products, layers that
-several processes share, dropout), its layers run as without a compiler.
+If the network has parts that `block` does not support (a user's own mixin, quantised products, layers shared by several
+processes, dropout), its layers run without a compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,23 +22,23 @@ from sgm.attention_kernels import KERNELS, AttentionKernel
 from sgm.flash_attention3 import FLASH3
 from sgm.modules.diffusionmodules.wrappers import compiler_errors, go_on_without_compiler
 
-# Subclasses that compute in the same way are as good.
+# Subclasses with the same `forward` are supported, too.
 PLAIN = (ColumnParallelLinear.forward, RowParallelLinear.forward, nn.Linear.forward)
 
 
 class NotCompilable(Exception):
-    """Raised, with the reason, where a layer has a part that `block` does not know."""
+    """Raised, with the reason, if a layer has a part that `block` does not support."""
 
 
 @cache
 def compiled_block() -> Callable[..., Tensor]:
-    """Return `block`, compiled when it is called first; all networks of a process share its graphs."""
+    """Return `block`, compiled at its first call; all networks of a process share its graphs."""
     return torch.compile(block, fullgraph=True)
 
 
 @cache
 def compiled_keeping_block() -> Callable[..., Tensor]:
-    """Return `block`, compiled so that it keeps its input and the result of its attention for a backward pass."""
+    """Return `block`, compiled to keep only its input and attention for a backward pass."""
     return torch.compile(_keeping_block, fullgraph=True)
 
 
@@ -54,18 +54,18 @@ def compiled_layers(
     modulations: Tensor | None = None,
     share: TokenShare | None = None,
 ) -> list[RunLayer]:
-    """Return the layers of a `DiffusionTransformer` as functions of the tokens (b, n, d), compiled.
+    """Return the layers of a `DiffusionTransformer` as compiled functions of tokens (b, n, d).
 
-    A failure of the compiler is one line in the log, and the network runs without it from then on.
+    If the compiler fails, one line is logged, and the network runs without it from then on.
 
     Args:
-        emb: time embedding (b, time_embed_dim), through its SiLU already.
+        emb: time embedding (b, time_embed_dim), after its SiLU.
         plain: the layers without a compiler.
-        modulations: (layers, b, 12 d) of `emb`, where they are known already.
-        share: of the tokens, where the network has not all of them.
+        modulations: (layers, b, 12 d) for `emb`, if already computed.
+        share: this process's share of the tokens, if the network does not hold all of them.
 
     Raises:
-        NotCompilable: one has a part that is not known here.
+        NotCompilable: a layer has a part that is not supported.
     """
     check_network(network)
     linears = [modulation[1] for modulation in network.mixins["adaln_layer"].adaLN_modulations]
@@ -93,7 +93,7 @@ def _compiled_layer(
     keeps = network.training and torch.is_grad_enabled() and 0 <= layer_id - chosen.whole < chosen.attention
 
     def run(hidden: Tensor) -> Tensor:
-        if not network.compiles_layers:  # since it failed for an earlier layer
+        if not network.compiles_layers:  # the compiler failed for an earlier layer
             return otherwise(hidden)
         try:
             parts = modulation if isinstance(modulation, Tensor) else modulation()
@@ -108,37 +108,37 @@ def _compiled_layer(
 
 
 def _attend(kernel: AttentionKernel) -> Attend:
-    """Return the function of a kernel without its checks, which a compiler cannot see through."""
+    """Return a kernel's function without its checks, which a compiler cannot trace."""
     known = kernel if kernel in (KERNELS["softmax"], FLASH3) else KERNELS["softmax"]
-    return known.compute  # neither of these two ever declines
+    return known.compute  # these two kernels support all inputs
 
 
 def layer_weights(network: nn.Module, layer_id: int) -> LayerWeights:
     """Return the tensors of a layer.
 
     Raises:
-        NotCompilable: it has a part that is not known here.
+        NotCompilable: the layer has a part that is not supported.
     """
     check_network(network)
     return weights_of(network, layer_id)
 
 
 def check_network(network: nn.Module) -> None:
-    """Check what all layers have in common, which takes a look at each of their modules; else raise NotCompilable."""
+    """Check all modules of the network for unsupported parts, else raise NotCompilable."""
     if reason := network.why_layers_are_not_plain():
         raise NotCompilable(reason)
     if mpu.get_model_parallel_world_size() > 1:
-        raise NotCompilable("several processes share it")
+        raise NotCompilable("several processes share the network")
 
 
 def weights_of(network: nn.Module, layer_id: int) -> LayerWeights:
-    """Return what `layer_weights` does, once `check_network` was called."""
+    """Return the same as `layer_weights`, for a network that `check_network` has checked."""
     layer, adaln = network.transformer.layers[layer_id], network.mixins["adaln_layer"]
     dropouts = (layer.attention.attention_dropout, layer.attention.output_dropout, layer.mlp.dropout)
     if network.training and any(dropout.p for dropout in dropouts):
         raise NotCompilable("it has dropout")
     if layer.mlp.is_gated_mlp or layer.mlp.num_experts > 1 or layer.attention.num_multi_query_heads:
-        raise NotCompilable("its layers have other parts than CogVideoX's")
+        raise NotCompilable("its layers have parts that CogVideoX's layers do not have")
     has_norms = adaln.qk_ln
     return LayerWeights(
         attention_norm=norm(layer.input_layernorm),
@@ -153,14 +153,14 @@ def weights_of(network: nn.Module, layer_id: int) -> LayerWeights:
 
 
 def norm(module: nn.Module) -> Norm:
-    """Return the tensors of a layer norm; raises NotCompilable for another module."""
+    """Return the tensors of a layer norm; raise NotCompilable for another module."""
     if not isinstance(module, nn.LayerNorm) or type(module).forward is not nn.LayerNorm.forward:
         raise NotCompilable(f"its norms are {type(module).__name__}")
     return Norm(module.weight, module.bias, module.eps)
 
 
 def product(module: nn.Module) -> Product:
-    """Return the tensors of a matrix product, with those of an adapter; raises NotCompilable for another module."""
+    """Return the tensors of a matrix product and its adapter, else raise NotCompilable."""
     if isinstance(module, FusedLoraLinear) and type(module).forward is FusedLoraLinear.forward:
         if module.training and isinstance(module.lora_dropout, nn.Dropout) and module.lora_dropout.p:
             raise NotCompilable("its adapter has dropout")

@@ -1,4 +1,4 @@
-"""How LoRA (arXiv:2106.09685) is applied: to SwissArmyTransformer's layers, with fewer passes over memory."""
+"""Apply LoRA (arXiv:2106.09685) to SwissArmyTransformer's layers with few memory passes."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -15,10 +15,10 @@ from sgm.errors import UserError
 
 
 class FusedLoraLinear(LoraLinear):
-    """A `LoraLinear` that computes in fewer passes.
+    """A `LoraLinear` that needs fewer passes over memory.
 
     Args:
-        layer: the one whose place it takes; their tensors are the same, and have the same names.
+        layer: the layer to replace; its tensors are reused, under the same names.
     """
 
     def __init__(self, layer: LoraLinear):
@@ -30,10 +30,12 @@ class FusedLoraLinear(LoraLinear):
 
     @classmethod
     def beside(cls, original: nn.Module, down: Sequence[Tensor], up: Sequence[Tensor], scale: float) -> Self:
-        """Return what adds scale·x·Aᵢᵀ·Bᵢᵀ to the i-th of equal parts of the features of a linear layer.
+        """Return a module that adds low-rank terms to a linear layer.
+
+        It adds scale·x·Aᵢᵀ·Bᵢᵀ to the i-th of equal parts of the features.
 
         Args:
-            original: the layer; the matrices take its weight's device and type.
+            original: the linear layer; the matrices take the device and dtype of its weight.
             down, up: the Aᵢ (rank, in) and the Bᵢ (out, rank).
         """
         module = cls.__new__(cls)
@@ -46,10 +48,12 @@ class FusedLoraLinear(LoraLinear):
         return module.train(original.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what a `LoraLinear` returns: (..., in) becomes (..., out)."""
+        """Return the same as a `LoraLinear`: (..., in) becomes (..., out)."""
         drops = self.training and isinstance(self.lora_dropout, nn.Dropout)
         is_plain = isinstance(self.original, ColumnParallelLinear | RowParallelLinear)  # not quantised, as in QLoRA
-        compiles = torch.compiler.is_compiling()  # a compiler cannot trace `AddLowRank`, and fuses the rest by itself
+        compiles = (
+            torch.compiler.is_compiling()
+        )  # a compiler cannot trace `AddLowRank`, and fuses the plain code itself
         if drops or not is_plain or compiles:
             return super().forward(x)
         original = self.original
@@ -58,29 +62,37 @@ class FusedLoraLinear(LoraLinear):
 
 
 def fuse_adapter(module: nn.Module) -> nn.Module:
-    """Return the `FusedLoraLinear` of a `LoraLinear`, or its `ParallelLoraLinear` where ranks share the network; other
-    modules, also of classes made from it, as they are.
+    """Return the faster or parallel replacement of a `LoraLinear`; other modules unchanged.
+
+    It is a `FusedLoraLinear`, or a `ParallelLoraLinear` if ranks share the network. Subclasses of `LoraLinear` are
+    returned unchanged, too.
 
     Raises:
-        UserError: ranks share the network, and the adapter is one that they cannot share.
+        UserError: ranks share the network, and they cannot share this adapter.
     """
     if type(module) is LoraLinear:
         return (ParallelLoraLinear if mpu.get_model_parallel_world_size() > 1 else FusedLoraLinear)(module)
     if isinstance(module, LoraLinear) and mpu.get_model_parallel_world_size() > 1:
         raise UserError(
-            f"model_parallel_size: {type(module).__name__} has its own way to apply an adapter, which processes cannot "
+            f"model_parallel_size: {type(module).__name__} applies its adapter in its own way, which processes cannot "
             "share; leave model_parallel_size at 1"
         )
     return module
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether products on such devices are computed in another dtype; on the meta device PyTorch refuses to say."""
+    """Return whether autocast changes the dtype of products on such devices.
+
+    For the meta device, PyTorch raises an error instead of answering, so that the result is False.
+    """
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def as_autocast(first: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
-    """The tensors in the dtype that autocast gives to a matrix product, which reaches into no `autograd.Function`."""
+    """Return the tensors in the dtype that autocast gives to a matrix product.
+
+    Autocast itself does not affect code within an `autograd.Function`.
+    """
     device, tensors = first.device.type, (first, *others)
     if not autocasts(device):
         return tensors
@@ -88,9 +100,9 @@ def as_autocast(first: Tensor, *others: Tensor | None) -> Sequence[Tensor | None
 
 
 class AddLowRank(torch.autograd.Function):
-    """x·Wᵀ + bias, to whose i-th part of the features scale·x·Aᵢᵀ·Bᵢᵀ is added in place.
+    """x·Wᵀ + bias, with scale·x·Aᵢᵀ·Bᵢᵀ added in place to the i-th part of the features.
 
-    All Aᵢ are applied in one product; what is as large as the result is written once in each direction.
+    All Aᵢ are applied in one product. In each direction, data of the size of the result is written only once.
     """
 
     @staticmethod
@@ -116,7 +128,10 @@ class AddLowRank(torch.autograd.Function):
 def product_with_low_rank(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, matrices: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `AddLowRank` does for x (..., in), and x·Aᵀ (..., Σ rᵢ) of all Aᵢ; None without any."""
+    """Return the result of `AddLowRank` for x (..., in), and x·Aᵀ (..., Σ rᵢ) for all Aᵢ.
+
+    Without matrices, the second value is None.
+    """
     out = F.linear(x, weight, bias)
     if not matrices:
         return out, None
@@ -130,7 +145,11 @@ def product_with_low_rank(
 def gradients_of_low_rank(
     grad: Tensor, weight: Tensor, low: Tensor | None, scale: float, matrices: Sequence[Tensor], needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """Return the gradients of x (n, in), of x·Aᵀ (n, Σ rᵢ) and of the Bᵢ, given that of the result (n, out)."""
+    """Return the gradients of x (n, in), of x·Aᵀ (n, Σ rᵢ) and of the Bᵢ.
+
+    Args:
+        grad: gradient of the result (n, out).
+    """
     if low is None:
         return (grad @ weight if needs_x else None), None, []
     down, up = torch.cat(tuple(matrices[: len(matrices) // 2])), matrices[len(matrices) // 2 :]
@@ -152,5 +171,11 @@ def gradients_of_down(grad_low: Tensor | None, x: Tensor, matrices: Sequence[Ten
 
 
 def split_by_rows(wide: Tensor, low: Tensor, up: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The features of `wide` (n, Σ outᵢ) and `low` (n, Σ rᵢ) that belong to each of the matrices (outᵢ, rᵢ)."""
+    """Return the features of `wide` and `low` that belong to each of the matrices `up`.
+
+    Args:
+        wide: (n, Σ outᵢ).
+        low: (n, Σ rᵢ).
+        up: matrices (outᵢ, rᵢ).
+    """
     return wide.split([len(matrix) for matrix in up], dim=1), low.split([matrix.shape[1] for matrix in up], dim=1)

@@ -1,4 +1,4 @@
-"""How a network runs its layers: through a stack of functions, each of which may do something around every layer."""
+"""Run the layers of a network through a stack of functions around every layer."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from torch import Tensor
 from cogvideox_sat.latent_geometry import Grid
 
 RunLayer = Callable[[Tensor], Tensor]
-"""Takes tokens (b, n, d) through a layer."""
+"""Returns the tokens (b, n, d) after a layer."""
 
 
 @dataclass(eq=False)
 class SamplingProgress:
-    """How far a sampler is with its videos; those of another run of the sampler have another object.
+    """The progress of one run of a sampler; each run has its own object.
 
     Attributes:
-        steps: how many it takes.
-        step: the one that it is at, from 0.
-            Both are None where nobody tells, as in training and with a sampler of one's own that has no `callback`.
+        steps: number of steps.
+        step: current step, from 0.
+            Both are None if nothing reports them, as in training and with a user's own sampler that has no `callback`.
     """
 
     steps: int | None = None
@@ -29,17 +29,17 @@ class SamplingProgress:
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What is known where a layer runs.
+    """The circumstances in which a layer runs.
 
     Attributes:
-        layer, layers: its index, and how many layers the network has.
+        layer, layers: index of the layer, and number of layers of the network.
         timesteps: (b,), of the noise levels.
         grid: patches of the video along (t, h, w).
-        text_length: tokens in front of those of the video.
+        text_length: number of tokens before those of the video.
         training: the network is in training mode.
-        sampling: the step and the video that a sampler is at.
-        keeps_attention: the layer itself keeps no more than the result of its attention, where that is what it is to do
-            in training; else the function around it has to see to that.
+        sampling: progress of the sampler.
+        keeps_attention: where training should keep only the result of a layer's attention, the layer itself takes care
+            of that; otherwise the function around it has to.
     """
 
     layer: int
@@ -53,8 +53,8 @@ class LayerContext:
 
 
 AroundLayer = Callable[[RunLayer, Tensor, LayerContext], Tensor]
-"""Called as `around(run, hidden, context)`; returns `run(hidden)`, or what is to stand for it. `run` is the layer with
-the functions between it and this one."""
+"""Called as `around(run, hidden, context)`; returns `run(hidden)`, or a replacement for it. `run` is the layer with the
+functions between the layer and this function."""
 
 
 class LayerRunner:
@@ -69,18 +69,18 @@ class LayerRunner:
         self.sampling = SamplingProgress()
 
     def add(self, around: AroundLayer, outermost: bool = False) -> None:
-        """Put another function into the stack, next to the layer or around all others."""
+        """Add a function to the stack, next to the layer or around all others."""
         self.around = (around, *self.around) if outermost else (*self.around, around)
 
     def __call__(self, run: RunLayer, hidden: Tensor, context: LayerContext) -> Tensor:
-        """Return the tokens `hidden` (b, n, d) as they are after a layer."""
+        """Return the tokens `hidden` (b, n, d) after a layer."""
         for around in reversed(self.around):
             run = partial(_run_inside, around, run, context)
         return run(hidden)
 
     @contextmanager
     def during(self, sampling: SamplingProgress) -> Iterator[None]:
-        """Have contexts say, within the block, that layers run for `sampling`."""
+        """Set the sampler's progress in the contexts of layers within the block."""
         before, self.sampling = self.sampling, sampling
         try:
             yield

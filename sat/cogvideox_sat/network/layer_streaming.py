@@ -1,4 +1,4 @@
-"""Running a network whose layers do not fit on the device: they wait in host memory and come over one by one."""
+"""Run a network that does not fit on the device: layers are copied to it one by one."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,12 +12,15 @@ from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
 
 
 def stream_layers(network: nn.Module, device: torch.device) -> "LayerStreamer":
-    """Move `network`, a DiffusionTransformer on the CPU, to `device`, all but its layers, which come when they run.
+    """Move a network from the CPU to `device`, except its layers, which are copied when run.
 
-    The weights behind modulations that are worked out ahead (`tabulate_modulations`) stay where they are.
+    The weights that compute tabulated modulations (`tabulate_modulations`) are not moved.
+
+    Args:
+        network: a DiffusionTransformer.
 
     Returns:
-        What brings them, by now in the network's `network.layer_runner`.
+        The streamer, which is now in the stack of `network.layer_runner`.
     """
     layers = layer_modules(network)
     tabulated = [] if network.modulation_table is None else [network.modulation_table.modulations]
@@ -34,14 +37,14 @@ def stream_blocks(
     dtypes: Sequence[Sequence[torch.dtype]] | None = None,
     pin: bool = True,
 ) -> "LayerStreamer":
-    """Move `module`, which is on the CPU, to `device`, all but its `blocks`, which come when they run.
+    """Move a module on the CPU to `device`, except its blocks, which are copied when they run.
 
     Args:
-        blocks: modules in it that run one after the other, from the first to the last.
+        blocks: submodules that run one after the other, from the first to the last.
         dtypes, pin: see `LayerStreamer`.
 
     Returns:
-        What brings them, by now in the hooks of the blocks.
+        The streamer, which is now in the hooks of the blocks.
     """
     layers = [[block] for block in blocks]
     move_all_but(module, layers, device)
@@ -61,7 +64,7 @@ def _return(streamer: "LayerStreamer", index: int, *_: Any) -> None:
 
 
 def move_all_but(module: nn.Module, layers: Sequence[Sequence[nn.Module]], device: torch.device) -> None:
-    """Move the tensors of `module` that are not in `layers`."""
+    """Move the tensors of `module` that are not in `layers` to `device`."""
     streamed = {id(tensor) for modules in layers for layer in modules for tensor in tensors_of(layer)}
     for tensor in tensors_of(module):
         if id(tensor) not in streamed:
@@ -69,7 +72,7 @@ def move_all_but(module: nn.Module, layers: Sequence[Sequence[nn.Module]], devic
 
 
 def layer_modules(network: nn.Module) -> list[list[nn.Module]]:
-    """For every layer the modules whose weights it uses when it runs."""
+    """Return for every layer the modules whose weights it uses."""
     adaln = network.mixins["adaln_layer"]
     per_layer = [network.transformer.layers]
     if network.modulation_table is None:
@@ -80,20 +83,22 @@ def layer_modules(network: nn.Module) -> list[list[nn.Module]]:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
 
 
 class LayerStreamer:
-    """Has the weights of a layer on the device while it runs, a function for the stack of a `LayerRunner`.
+    """Keeps the weights of a layer on the device while it runs; used by a `LayerRunner`.
 
-    Two sets of buffers on the device take turns. While layer i computes in one of them, the weights of the next layer
-    are copied into the other, on a stream of its own.
+    The device has two sets of buffers. While layer i computes with one set, the weights of the next layer are copied
+    into the other one, on a separate stream.
 
     Args:
         layers: for each layer the modules whose weights it uses.
-        dtypes: of each tensor of each layer while it runs; None: those in host memory.
-        pin: on CUDA, copy the weights into pinned host memory first, from which they come fastest. Otherwise they come
-            from where they are, such as a file that is mapped, whose memory other processes share.
+        dtypes: dtypes of the tensors of each layer while it runs; None: the dtypes in host memory.
+        pin: on CUDA, first copy the weights into pinned host memory, from which copies to the device are fastest.
+            Otherwise they are copied from where they are, for example from a mapped file, whose memory other processes
+            share.
     """
 
     def __init__(
@@ -116,25 +121,27 @@ class LayerStreamer:
             _point(tensors, host)
 
     def renew(self, layers: list[list[nn.Module]]) -> None:
-        """Bring the weights of other modules from now on, in the types that they have in host memory; no layer may run
-        meanwhile."""
+        """Stream the weights of other modules from now on, in their dtypes in host memory.
+
+        No layer may run during this call.
+        """
         self.leave_device()
         self._take(layers)
         self.dtypes = [[tensor.dtype for tensor in host] for host in self.host]
 
     def leave_device(self) -> None:
-        """Give up the room for layers on the device, until a layer runs again."""
+        """Free the buffers for layers on the device until a layer runs again."""
         if self.copy_stream is not None:
-            self.copy_stream.synchronize()  # the next layer may be on its way
+            self.copy_stream.synchronize()  # the next layer may still be being copied
         self.current, self.next = Slot(), Slot()
         if self.copy_stream is not None:
-            torch.cuda.empty_cache()  # other streams would not get it otherwise
+            torch.cuda.empty_cache()  # otherwise other streams could not use the memory
 
     def _pinned(self, data: Tensor) -> Tensor:
         return data.pin_memory() if self.copy_stream and self.pin else data
 
     def fetch(self, index: int, slot: "Slot") -> None:
-        """Start copying the weights of a layer into a slot, once what last computed there is done."""
+        """Start copying a layer's weights into a slot, after the last computation that used it."""
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
             if self.copy_stream is not None and slot.used is not None:
                 self.copy_stream.wait_event(slot.used)
@@ -151,7 +158,7 @@ class LayerStreamer:
 
     @contextmanager
     def on_device(self, index: int) -> Iterator[None]:
-        """Have the weights of a layer on the device within the block."""
+        """Keep the weights of a layer on the device within the block."""
         self.bring(index)
         try:
             yield
@@ -159,7 +166,7 @@ class LayerStreamer:
             self.send_back(index)
 
     def bring(self, index: int) -> None:
-        """Have the weights of a layer on the device, and begin to copy those of the next."""
+        """Put the weights of a layer on the device, and start copying those of the next layer."""
         if self.next.layer != index:
             self.fetch(index, self.next)
         self.current, self.next = self.next, self.current
@@ -170,14 +177,17 @@ class LayerStreamer:
         _point(self.layers[index], self.current.buffers)
 
     def send_back(self, index: int) -> None:
-        """Let the weights of a layer that has run be those in host memory again."""
+        """Point a layer that has run to its weights in host memory again."""
         _point(self.layers[index], self.host[index])
         compute = self.copy_stream and torch.cuda.current_stream(self.device)
         self.current.used = compute and compute.record_event()
 
 
 class Slot:
-    """Room for one layer on the device: which layer is in it, and on CUDA when it was filled and last used."""
+    """A buffer for one layer on the device.
+
+    It records which layer it holds and, on CUDA, when it was filled and last used.
+    """
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -186,10 +196,10 @@ class Slot:
         self.used: torch.cuda.Event | None = None
 
     def make_room_for(self, host: list[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-        """Layers mostly have the same shapes, so the same buffers serve them all."""
+        """Allocate buffers for a layer, unless those of the last layer have the same shapes."""
         wanted = [(data.shape, dtype) for data, dtype in zip(host, dtypes, strict=True)]
         if [(buffer.shape, buffer.dtype) for buffer in self.buffers] != wanted:
-            self.buffers = []  # those before go first
+            self.buffers = []  # frees the old buffers first
             self.buffers = [
                 torch.empty_like(data, dtype=dtype, device=device, pin_memory=False)
                 for data, dtype in zip(host, dtypes, strict=True)

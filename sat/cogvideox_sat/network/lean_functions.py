@@ -1,9 +1,9 @@
-"""Parts of a transformer layer that keep little for the backward pass, for training without a compiler.
+"""Parts of a transformer layer that keep little for the backward pass, without a compiler.
 
-What takes little time is computed again rather than kept: norms, modulation, gelu. Text and video are modulated and
-gated where they lie, rather than split and joined. The numbers are those of PyTorch's functions, one after the other.
-
-Shapes: b batch, n tokens, the first `text` of them the text's, d width, h heads of e = d / h channels.
+Results that are cheap to compute (norms, modulation, gelu) are recomputed instead of kept. Text and video are modulated
+and gated in place, instead of being split and joined. The values equal those of PyTorch's functions, called one after
+the other.
+Shapes: b batch, n tokens (the first `text` of them are text), d width, h heads of e = d / h channels.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,24 @@ from torch.autograd.function import once_differentiable
 
 from cogvideox_sat.network.fused_lora import gradients_of_down, gradients_of_low_rank, product_with_low_rank
 
-GELU = "tanh"  # its approximation
+GELU = "tanh"  # PyTorch's name of the approximation
 
 
 def by_kind(x: Tensor, text: int) -> tuple[Tensor, ...]:
-    """Return the tokens of the text and those of the video, views of x (b, n, d)."""
+    """Return the text tokens and the video tokens, as views of x (b, n, d)."""
     return x.split((text, x.shape[1] - text), dim=1)
 
 
 class ModulatedProduct(torch.autograd.Function):
-    """(norm(x)·(1 + scale) + shift)·Wᵀ + bias, with what LoRA adds to it. It keeps x, which others keep too.
+    """(norm(x)·(1 + scale) + shift)·Wᵀ + bias, with the terms of LoRA.
+
+    Only x is kept for the backward pass, which other functions keep anyway.
 
     Args:
         norm_weight, norm_bias, eps: of the layer norm.
-        text: tokens of the text.
-        shifts and scales: (b, 1, d), the text's and the video's.
-        lora_scale, matrices: as `AddLowRank` takes them; no matrices: no LoRA.
+        text: number of text tokens.
+        text_shift, text_scale, video_shift, video_scale: (b, 1, d).
+        lora_scale, matrices: as in `AddLowRank`; without matrices, there is no LoRA.
     """
 
     @staticmethod
@@ -101,14 +103,14 @@ class ModulatedProduct(torch.autograd.Function):
 
 
 def _modulate(normed: Tensor, text: int, modulation: Sequence[Tensor]) -> Tensor:
-    """Return normed·(1 + scale) + shift, in its place."""
+    """Return normed·(1 + scale) + shift, computed in place."""
     for part, shift, scale in zip(by_kind(normed, text), modulation[::2], modulation[1::2], strict=True):
         torch.addcmul(shift, part, 1 + scale, out=part)
     return normed
 
 
 class GatedSum(torch.autograd.Function):
-    """x + gate·update, with gates (b, 1, d) of the text and of the video."""
+    """x + gate·update, with gates (b, 1, d) for the text and for the video."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, update: Tensor, text: int, text_gate: Tensor, video_gate: Tensor) -> Tensor:
@@ -137,11 +139,13 @@ class GatedSum(torch.autograd.Function):
 
 
 class Heads(torch.autograd.Function):
-    """q, k, v (b, h, n, e) of their joint product (b, n, 3 d): q and k normed over channels, then turned by angles.
+    """q, k, v (b, h, n, e) from their joint product (b, n, 3 d), with norms and rotation.
+
+    q and k are normalised over channels and then rotated.
 
     Args:
-        norms: weight, bias and epsilon of q's norm, then of k's.
-        cos, sin: (n - text, e), of the video; None: nothing is turned.
+        norms: weight and bias of the norm of q, then of that of k; `eps` holds their epsilons.
+        cos, sin: (n - text, e) for the video; None: no rotation.
     """
 
     @staticmethod
@@ -151,7 +155,8 @@ class Heads(torch.autograd.Function):
         *queries_keys, v = _heads_of(qkv, heads)
         results: list[Tensor] = []
         kept: list[Tensor] = []
-        # Attention's result lies in memory as q does: as the next product takes it, which then keeps no other copy.
+        # Attention returns its result in the memory layout of q. The next product takes this layout, and then needs no
+        # copy.
         queries_keys[0] = queries_keys[0].transpose(1, 2)
         for x, weight, bias, each in zip(queries_keys, norms[::2], norms[1::2], eps, strict=True):
             normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, each)
@@ -200,18 +205,21 @@ class Heads(torch.autograd.Function):
 
 
 def _heads_of(qkv: Tensor, heads: int) -> Sequence[Tensor]:
-    """Return q, k, v (b, h, n, e), views of their joint product (b, n, 3 d)."""
+    """Return q, k, v (b, h, n, e), as views of their joint product (b, n, 3 d)."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _exchanged(x: Tensor) -> Tensor:
-    """(x₀, x₁) -> (−x₁, x₀) on each pair of neighbouring channels; the same function backward is its negative."""
+    """Return (−x₁, x₀) for each pair (x₀, x₁) of neighbouring channels.
+
+    The backward function is the negative of this function.
+    """
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((-second, first), dim=-1).flatten(-2)
 
 
 class GeluProduct(torch.autograd.Function):
-    """gelu(x)·Wᵀ + bias. It keeps x alone."""
+    """gelu(x)·Wᵀ + bias; only x is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""Run the layers of a network through `lean_functions` where gradients are wanted and no compiler is at work.
+"""Run layers through `lean_functions` when gradients are needed and no compiler is used.
 
-Layers with parts that these do not know run by SwissArmyTransformer's hooks, as they do without gradients.
+Layers with unsupported parts run through SwissArmyTransformer's hooks, as they do without gradients.
 """
 
 from collections.abc import Sequence
@@ -21,22 +21,25 @@ Rotary = tuple[Tensor, Tensor]
 def lean_layers(
     network: nn.Module, emb: Tensor, text: int, rotary: Rotary | None, share: TokenShare | None = None
 ) -> list[RunLayer]:
-    """Return the layers of a `DiffusionTransformer` as functions of the tokens (b, n, d) that keep little.
+    """Return the layers of a `DiffusionTransformer` as functions that keep little memory.
+
+    The functions take and return tokens (b, n, d).
 
     Args:
-        emb: time embedding (b, time_embed_dim), through its SiLU already.
-        text: tokens of the text.
-        rotary: cosines and sines of the video's tokens.
-        share: of the tokens, where the network has not all of them; `text` and `rotary` are of its own then.
+        emb: time embedding (b, time_embed_dim), after its SiLU.
+        text: number of text tokens.
+        rotary: cosines and sines of the video tokens.
+        share: this process's share of the tokens, if the network does not hold all of them; `text` and `rotary` are
+            then those of the share.
 
     Raises:
-        NotCompilable: one has a part that is not known here.
+        NotCompilable: a layer has a part that is not supported.
     """
     check_network(network)
     if autocasts(emb.device.type):
-        raise NotCompilable("autocast chooses other types")
+        raise NotCompilable("autocast chooses other dtypes")
     if any(parameter.dtype != emb.dtype for parameter in network.parameters()):
-        raise NotCompilable("its weights are of several types")
+        raise NotCompilable("its weights have several dtypes")
     attend = network.training_attention if share is None else share.attend(network.training_attention)
     return [_lean_layer(network, layer_id, emb, text, rotary, attend) for layer_id in range(network.num_layers)]
 
@@ -61,11 +64,11 @@ def lean_layer(
     heads: int,
     attend: Attend,
 ) -> Tensor:
-    """Return what `block` does for tokens x (b, n, d) and modulation (b, 12 d).
+    """Return the same as `block` for tokens x (b, n, d) and modulation (b, 12 d).
 
     Args:
-        text: tokens of the text, the first ones.
-        rotary: cosines and sines (n - text, e) of the video's tokens.
+        text: number of text tokens, which come first.
+        rotary: cosines and sines (n - text, e) of the video tokens.
     """
     chunks = modulation[:, None].chunk(12, dim=-1)
     (shift1, scale1, gate1, shift2, scale2, gate2), of_text = chunks[:6], chunks[6:]

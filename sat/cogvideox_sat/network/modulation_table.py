@@ -1,7 +1,7 @@
-"""The adaLN modulations of a network, worked out before they are used, so that the weights behind them need no device.
+"""Compute the adaLN modulations of a network in advance; their weights leave the device.
 
-They depend on the time embedding alone, not on the sample. So those of all steps take little room (3 MiB a step of the
-5B) beside the weights that they are made of (1.5 GiB), which wait in host memory.
+Modulations depend only on the time embedding, not on the sample. The modulations of all steps take little memory (3 MiB
+per step for the 5B model) compared with the weights that compute them (1.5 GiB), which wait in host memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,38 +15,40 @@ Key = tuple[torch.Size, torch.dtype, bytes]
 
 
 class AskedLevel(NamedTuple):
-    """What a sampler tells a network of a step: `timesteps` (b,), and the `ofs` (b,) of 1.5 image-to-video."""
+    """The noise level of a step: `timesteps` (b,), and `ofs` (b,) for 1.5 image-to-video."""
 
     timesteps: Tensor
     ofs: Tensor | None
 
 
 class LevelNotes:
-    """Stands for a network where a sampler runs only to tell its steps; `levels` are what it asked for, in order."""
+    """A stand-in for a network that records the noise levels a sampler asks for, in `levels`."""
 
     def __init__(self) -> None:
         self.levels: list[AskedLevel] = []
 
     def __call__(self, x: Tensor, t: Tensor, c: Any, ofs: Tensor | None = None, **_: Any) -> Tensor:
-        """Return zeros like `x`."""
+        """Record the noise level; return zeros like `x`."""
         self.levels.append(AskedLevel(t, ofs))
         return torch.zeros_like(x)
 
 
 class ModulationTable:
-    """Tells the modulations of all layers for a time embedding, to the bit those that the layers would compute.
+    """Table of the modulations of all layers, bit-identical to what the layers would compute.
 
-    What is not in the table is worked out when it is asked for, which takes the weights over the device once.
+    Missing entries are computed when they are needed, for which all weights pass through the device once.
 
     Args:
         modulations: for each layer the module that turns embeddings (b, e) into modulations (b, 12 d). Their weights
-            are moved to host memory, and stay there.
-        device: where modulations are computed and used.
+            are moved to host memory and stay there.
+        device: device on which modulations are computed and used.
     """
 
     def __init__(self, modulations: Sequence[nn.Module], device: torch.device):
         self.modulations, self.device = list(modulations), device
-        self.kept: dict[Key, Tensor] = {}  # in host memory, (layers, b or 1, 12 d) each, the last used last
+        self.kept: dict[
+            Key, Tensor
+        ] = {}  # in host memory, (layers, b or 1, 12 d) each; the most recently used entry is last
         tensors = [tensor for module in modulations for tensor in (*module.parameters(), *module.buffers())]
         for tensor in tensors:
             tensor.data = tensor.data.to("cpu")
@@ -59,15 +61,16 @@ class ModulationTable:
 
     @torch.no_grad()
     def fill(self, embeddings: Iterable[Tensor]) -> None:
-        """Work out what is missing for `embeddings`; others leave the table where it would outgrow the weights.
+        """Compute the missing entries for `embeddings`; drop old ones from a large table.
 
-        Each is a tensor (b, e) as layers get it: with another b, a matrix product may round in another way.
+        The table may take as much memory as the weights. Each embedding is a tensor (b, e), exactly as layers get it:
+        with another b, a matrix product may be rounded differently.
         """
         asked = {_key(emb): emb for emb in embeddings}
         missing = {key: emb for key, emb in asked.items() if key not in self.kept}
         if missing:
             layers: list[list[Tensor]] = [[] for _ in missing]
-            for module in self.modulations:  # one after the other, so that the device holds the weights of one
+            for module in self.modulations:  # one after the other, so that the device holds the weights of only one
                 weights = {
                     name: tensor.to(self.device)
                     for name, tensor in (*module.named_parameters(), *module.named_buffers())
@@ -80,7 +83,7 @@ class ModulationTable:
         self._make_room(len(asked))
 
     def _make_room(self, needed: int) -> None:
-        """Drop what was asked for longest ago, but for the `needed` last ones."""
+        """Drop the least recently used entries, but keep the last `needed` ones."""
         size = sum(rows.nbytes for rows in self.kept.values())
         for key in list(self.kept)[:-needed] if needed else []:
             if size <= self.weight_bytes:
@@ -89,10 +92,10 @@ class ModulationTable:
 
 
 def _key(emb: Tensor) -> Key:
-    """Return what identifies embeddings: all their bits."""
+    """Return the key of an embedding: its shape, dtype and bits."""
     return emb.shape, emb.dtype, emb.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _once(rows: Tensor) -> Tensor:
-    """Return modulations (layers, b, 12 d) as (layers, 1, 12 d) if those of all samples are the same."""
+    """Return modulations (layers, b, 12 d) as (layers, 1, 12 d) if all samples have the same."""
     return rows[:, :1].clone() if torch.equal(rows, rows[:, :1].expand_as(rows)) else rows

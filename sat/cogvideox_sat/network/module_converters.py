@@ -1,20 +1,21 @@
-"""Exchanging modules of a network after it is built and before it has its weights."""
+"""Replace modules of a network after it is built and before its weights are loaded."""
 
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
 Converter = Callable[[nn.Module], nn.Module]
-"""Returns what takes the place of a module, or the module itself.
+"""Returns the replacement of a module, or the module itself.
 
-Both may be on the meta device, without values: these are loaded afterwards, under the names of the checkpoint.
+Both may be on the meta device; the values are loaded afterwards, under the names in the checkpoint.
 """
 
 
 def convert_modules(network: nn.Module, converters: Iterable[Converter]) -> None:
-    """Have the converters, one after the other, exchange modules inside of `network`.
+    """Apply the converters, one after the other, to the modules inside of `network`.
 
-    Those inside of a module come before it; one that stands in several places is exchanged in all of them.
+    Inner modules are converted before the modules that contain them. A module that occurs in several places is replaced
+    in all of them.
     """
     for convert in converters:
         converted: dict[nn.Module, nn.Module] = {}

@@ -1,9 +1,9 @@
-"""LoRA on layers whose weights model-parallel ranks share.
+"""LoRA on layers whose weights are shared by model-parallel ranks.
 
-SwissArmyTransformer's layer is right on column-parallel layers. On row-parallel ones each rank has a share of the input
-features, and therefore a share of A; the products with A have to be summed over the ranks before B is applied, of which
-all ranks have the whole. Its marks of what is shared, which norms of gradients are computed by, are those of a
-column-parallel layer on both.
+SwissArmyTransformer's layer is correct for column-parallel layers only. In a row-parallel layer, each rank has a share
+of the input features and therefore a share of A; the products with A must be summed over the ranks before B, which
+every rank has as a whole, is applied. SwissArmyTransformer also marks shared tensors, for computing gradient norms, as
+in a column-parallel layer in both cases.
 """
 
 import math
@@ -20,13 +20,13 @@ from sgm.errors import UserError
 
 
 class ParallelLoraLinear(LoraLinear):
-    """A `LoraLinear` whose ranks together compute what one process does, and the same gradients.
+    """A `LoraLinear` whose ranks together compute the same as one process, with its gradients.
 
     Args:
-        layer: the one whose place it takes; their tensors are the same, and have the same names.
+        layer: the layer to replace; its tensors are reused, under the same names.
 
     Raises:
-        UserError: it adapts no layer that ranks share.
+        UserError: the adapted layer is not one that ranks share.
     """
 
     def __init__(self, layer: LoraLinear):
@@ -48,8 +48,10 @@ class ParallelLoraLinear(LoraLinear):
         self.train(layer.training)
 
     def _draw_whole_inputs(self) -> None:
-        """Draw the share of A anew as a part of the whole, whose values are smaller than those of a layer with so few
-        inputs; nothing on the meta device."""
+        """Draw A again as a share of the whole matrix; does nothing on the meta device.
+
+        The initial values of the whole matrix are smaller than those for the few inputs of one rank.
+        """
         rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
         for matrix in self.matrix_A:
             if not matrix.is_meta:
@@ -58,10 +60,10 @@ class ParallelLoraLinear(LoraLinear):
                 matrix.data.copy_(whole.chunk(size, dim=1)[rank])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what a `LoraLinear` of the whole layer returns, of output features this rank's.
+        """Return this rank's output features of what a `LoraLinear` of the whole layer returns.
 
         Args:
-            x: (..., in), of input features this rank's where the layer shares them out.
+            x: (..., in); this rank's input features, if the layer divides its inputs.
         """
         out = self.original(x)
         low = F.linear(self._dropped(x), torch.cat(tuple(self.matrix_A)))
@@ -71,7 +73,7 @@ class ParallelLoraLinear(LoraLinear):
         return out + torch.cat(added, dim=-1) * self.scaling
 
     def _dropped(self, x: Tensor) -> Tensor:
-        """Return `x` after the adapter's dropout, whose mask is that of one process."""
+        """Return `x` after the adapter's dropout, with the mask that one process would use."""
         dropout = self.lora_dropout
         if not (self.cuts_inputs and self.training and isinstance(dropout, nn.Dropout)):
             return dropout(x)

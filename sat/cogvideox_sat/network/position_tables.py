@@ -1,6 +1,6 @@
 """Tables of the two 3D position embeddings: absolute sin-cos and rotary.
 
-A grid of `frames × height × width` patches is numbered with the width running fastest, as the tokens are.
+The patches of a grid of `frames × height × width` are numbered like the tokens, with the width index changing fastest.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from cogvideox_sat.latent_geometry import Grid
 
 
 def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
-    """Sinusoids of `positions` (n,), float64 (n, dim): sines in the first half, cosines in the second."""
+    """Return sinusoids of `positions` (n,): float64 (n, dim), sines first, then cosines."""
     frequencies = 10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim / 2))
     angles = positions[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -25,10 +25,10 @@ def sincos_3d(
     height_interpolation: float = 1.0,
     width_interpolation: float = 1.0,
 ) -> Tensor:
-    """Sin-cos position embedding, float32 (frames·height·width, dim).
+    """Return the sin-cos position embedding, float32 (frames·height·width, dim).
 
-    The first quarter of the features encodes time, the rest space: width, then height, in equal shares.
-    Dividing the coordinates by an interpolation factor stretches a table learnt at a lower resolution.
+    The first quarter of the features encodes time, the rest space: first the width, then the height, in equal shares.
+    Dividing the coordinates by an interpolation factor stretches a table that was learnt at a lower resolution.
     """
     frames, height, width = grid
     time_dim, axis_dim = dim // 4, dim * 3 // 8
@@ -37,7 +37,7 @@ def sincos_3d(
         sincos_1d(np.arange(height) / height_interpolation, axis_dim),
         sincos_1d(np.arange(width) / width_interpolation, axis_dim),
     )
-    time, rows, columns = (line.astype(np.float32) for line in lines)  # while they are small
+    time, rows, columns = (line.astype(np.float32) for line in lines)  # converted before they are repeated, while small
     table = np.concatenate(
         [
             repeat(time, "t d -> (t h w) d", h=height, w=width),
@@ -52,10 +52,10 @@ def sincos_3d(
 def rotary_angles(
     head_dim: int, grid: Grid, theta: float = 10000.0, device: torch.device | str | None = None
 ) -> Tensor:
-    """Rotation angle of every feature of every patch, float32 (frames·height·width, head_dim).
+    """Return the rotary angles of all patches, float32 (frames·height·width, head_dim).
 
-    A quarter of the features turns with time, three eighths each with height and width. Both members of a pair carry
-    the same angle (RoFormer, arXiv:2104.09864, in its interleaved form).
+    A quarter of the features rotates with time, three eighths with height and three eighths with width. Both members of
+    a pair have the same angle (RoFormer, arXiv:2104.09864, in its interleaved form).
     """
     axes = []
     for size, dim in zip(grid, (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8), strict=True):
@@ -74,7 +74,11 @@ def rotary_angles(
 
 
 def leading_corner(table: Tensor, table_grid: Grid, grid: Grid) -> Tensor:
-    """The rows (…, frames·height·width, d) of `table` that belong to its leading corner of size `grid`."""
+    """Return the rows of `table` for its leading corner of size `grid`.
+
+    Args:
+        table: (…, frames·height·width, d) of a grid `table_grid`.
+    """
     if grid == table_grid:
         return table
     frames, height, width = table_grid

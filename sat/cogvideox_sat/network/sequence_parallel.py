@@ -1,10 +1,10 @@
-"""Sequence parallelism: the processes of a group hold a share of a clip's tokens each (Ulysses, arXiv:2309.14509).
+"""Sequence parallelism: each process of a group holds a share of a clip's tokens.
 
-All that a layer does to a token by itself needs no other token. Attention does: before it, processes exchange tokens
-for heads, so that each has all tokens of some heads, and after it they exchange them back. Shares and heads need not be
-equal. Nothing else travels between layers; the small output of the last layer is gathered.
-
-Shapes: b batch, h heads of e channels, n tokens of the call, text first; h_r and n_r those of rank r.
+The method is Ulysses (arXiv:2309.14509). Most operations of a layer treat each token separately. Attention does not:
+before it, processes exchange tokens for heads, so that each process has all tokens of some heads; after it, they
+exchange them back. Shares and heads need not be equal. Nothing else is exchanged between layers; the small output of
+the last layer is gathered.
+Shapes: b batch, h heads of e channels, n tokens of the call, text first; h_r and n_r are those of rank r.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ from sgm.context_parallel import all_gather_uneven, split_evenly
 
 @dataclass(frozen=True)
 class TokenShare:
-    """Which tokens and which heads of a call each process of a group has.
+    """The tokens and heads of a call that each process of a group has.
 
     Attributes:
-        tokens, heads: how many each rank has; they follow each other in the order of ranks.
-        text: of all tokens.
-        rank: this process's.
-        group: the name of the group.
+        tokens, heads: how many each rank has, in the order of ranks.
+        text: number of text tokens among all tokens.
+        rank: rank of this process.
+        group: name of the group.
     """
 
     tokens: tuple[int, ...]
@@ -40,10 +40,10 @@ class TokenShare:
 
     @classmethod
     def of(cls, tokens: int, text: int, heads: int, group: dist.ProcessGroup) -> "TokenShare":
-        """Share out the tokens of a call over a group.
+        """Return the division of a call's tokens over a group.
 
         Raises:
-            UserError: a process would have none, or no head.
+            UserError: a process would have no token or no head.
         """
         size = group.size()
         check_shares(size, "attention heads", heads)
@@ -53,7 +53,7 @@ class TokenShare:
 
     @property
     def first(self) -> int:
-        """The number of this process's first token."""
+        """Return the index of this process's first token."""
         return sum(self.tokens[: self.rank])
 
     def text_of(self, rank: int) -> int:
@@ -65,29 +65,31 @@ class TokenShare:
         return self.text_of(self.rank)
 
     def own_tokens(self, hidden: Tensor) -> Tensor:
-        """Return this process's of all tokens (b, n, d), in memory of their own."""
+        """Return a copy of this process's share of all tokens (b, n, d)."""
         return hidden.narrow(1, self.first, self.tokens[self.rank]).clone()
 
     def own_rows(self, table: Tensor) -> Tensor:
-        """Return the rows of a table (video tokens, ...) that belong to this process's tokens."""
+        """Return the rows of a table (video tokens, ...) for this process's tokens."""
         return table.narrow(0, max(self.first - self.text, 0), self.tokens[self.rank] - self.own_text)
 
     def gather_video(self, x: Tensor) -> Tensor:
-        """Return all video tokens (b, v, f), on every process, of its own (b, v_r, f).
+        """Return the video tokens (b, v, f) of all processes, given this one's (b, v_r, f).
 
-        The gradient is made for a loss that all processes compute, each the whole of it: the mean over the group of a
-        parameter's gradients is the gradient of that loss.
+        The gradient assumes that every process computes the whole loss: the mean over the group of a parameter's
+        gradients is the gradient of that loss.
         """
         counts = [tokens - self.text_of(rank) for rank, tokens in enumerate(self.tokens)]
         return gather_tokens(x, counts, self.rank, self.group)
 
     def attend(self, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return full attention by `kernel`, for q, k, v (b, h, n_r, e) of this process's tokens; the same function
-        for the same kernel. It hands keywords on."""
+        """Return full attention with `kernel`, for q, k, v (b, h, n_r, e) of this process.
+
+        The same kernel always gives the same function. Keyword arguments are passed to the kernel.
+        """
         return _spread(self, kernel)
 
 
-@lru_cache(maxsize=64)  # a compiler takes another function for a reason to compile again
+@lru_cache(maxsize=64)  # a new function would make a compiler compile again
 def _spread(share: TokenShare, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     places = share.tokens, share.heads, share.rank, share.group
 
@@ -99,7 +101,7 @@ def _spread(share: TokenShare, kernel: Callable[..., Tensor]) -> Callable[..., T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The exchange. Operators of their own, since a compiler takes such as they are.
+# The exchange, as custom operators, which a compiler does not trace into.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -107,11 +109,14 @@ def _spread(share: TokenShare, kernel: Callable[..., Tensor]) -> Callable[..., T
 def tokens_to_heads(
     parts: Sequence[Tensor], tokens: Sequence[int], heads: Sequence[int], rank: int, group: str
 ) -> Tensor:
-    """Return all tokens of this process's heads, (parts, b, h_r, n, e), of all heads of its tokens.
+    """Return all tokens of this process's heads, given all heads of its tokens.
 
     Args:
-        parts: each (b, h, n_r, e).
+        parts: tensors (b, h, n_r, e).
         tokens, heads, rank, group: see `TokenShare`.
+
+    Returns:
+        (parts, b, h_r, n, e).
     """
     count, (b, _, own, e) = len(parts), parts[0].shape
     sent_sizes = [own * count * b * each * e for each in heads]
@@ -127,10 +132,13 @@ def tokens_to_heads(
 
 @torch.library.custom_op("cogvideox::heads_to_tokens", mutates_args=())
 def heads_to_tokens(x: Tensor, tokens: Sequence[int], heads: Sequence[int], rank: int, group: str) -> Tensor:
-    """Return all heads of this process's tokens, (parts, b, h, n_r, e): what undoes `tokens_to_heads`.
+    """Return all heads of this process's tokens: the inverse of `tokens_to_heads`.
 
     Args:
         x: (parts, b, h_r, n, e).
+
+    Returns:
+        (parts, b, h, n_r, e).
     """
     count, b, _, _, e = x.shape
     own = tokens[rank]
@@ -156,7 +164,7 @@ def _exchange(sent: Tensor, sent_sizes: list[int], received_sizes: list[int], gr
 
 @torch.library.custom_op("cogvideox::gather_tokens", mutates_args=())
 def gather_tokens(x: Tensor, tokens: Sequence[int], rank: int, group: str) -> Tensor:
-    """Return the tokens of all processes (b, n, f), of this one's (b, tokens[rank], f)."""
+    """Return the tokens (b, n, f) of all processes, given this one's (b, tokens[rank], f)."""
     return all_gather_uneven(x, tokens, group_named(group), dim=1)
 
 
@@ -194,7 +202,7 @@ def _gradient_of_own(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return own * len(tokens), *(None for _ in ctx.places)
 
 
-# Each moves numbers and changes none, so that its gradient goes back the other way.
+# Each operator moves values without changing them, so that its gradient is the inverse move.
 tokens_to_heads.register_autograd(_gradients_of_parts, setup_context=_keep_places)
 heads_to_tokens.register_autograd(_gradient_of_heads, setup_context=_keep_places)
 gather_tokens.register_autograd(_gradient_of_own, setup_context=_keep_places)

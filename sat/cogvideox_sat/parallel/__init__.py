@@ -1,1 +1,1 @@
-"""Processes of a run, and the device of each."""
+"""The processes of a run, and the device of each."""

@@ -1,4 +1,4 @@
-"""Let the processes of a run find each other, meet, and agree."""
+"""Let the processes of a run connect, wait for each other, and agree."""
 
 import atexit
 import logging
@@ -20,40 +20,40 @@ from sgm.context_parallel import destroy_context_parallel
 
 logger = logging.getLogger(__name__)
 
-LONGEST_WAIT = timedelta(days=7)  # for work that takes as long as it takes; see `parallel.process_watch`
-NO_ANSWER = re.compile(r"time[d ]* ?out", re.IGNORECASE)  # what gloo and the store say of a process that is silent
+LONGEST_WAIT = timedelta(days=7)  # for work without a time limit; see `parallel.process_watch`
+NO_ANSWER = re.compile(r"time[d ]* ?out", re.IGNORECASE)  # in errors of gloo and the store about a silent process
 
-_patient: dist.ProcessGroup | None = None  # of all processes, for meetings
+_patient: dist.ProcessGroup | None = None  # group of all processes, for `meet`
 
 
 def join_processes(limit: float | None = None) -> None:
-    """Make sure that torch.distributed is set up; a second call does nothing.
+    """Set up torch.distributed; a second call does nothing.
 
-    Args:
-        limit: seconds for a collective, for runs whose processes `meet` after all that takes long; None: as long as
-            the longest work takes.
-
-    Under torchrun the launcher's variables are used (NCCL on CUDA, gloo on a CPU). In a plain process the group
+    Under torchrun, the launcher's variables are used (NCCL on CUDA, gloo on a CPU). In a plain process, the group
     consists of that process alone and opens no port.
 
+    Args:
+        limit: seconds for a collective, for runs whose processes call `meet` after all long work; None: as long as the
+            longest work takes.
+
     Raises:
-        UserError: not all processes came to the meeting.
+        UserError: not all processes connected.
     """
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Processes wait for the slowest at the end of a run, however long its work takes.
+        # At the end of a run, processes wait for the slowest one, however long its work takes.
         store, rank, size = rendezvous.meet()
         store.set_timeout(LONGEST_WAIT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_backend_limit(limit))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    atexit.register(leave_processes)  # gloo may abort a process that ends with its groups alive
+    atexit.register(leave_processes)  # gloo may abort a process that ends while its groups still exist
 
 
 def leave_processes() -> None:
-    """The opposite of `join_processes`; nothing where there is no group."""
+    """Undo `join_processes`; do nothing if there is no group."""
     global _patient
     _patient = None
     destroy_context_parallel()
@@ -63,17 +63,17 @@ def leave_processes() -> None:
 
 
 def prepare_meetings() -> None:
-    """Make the group in which processes `meet`; all processes call it, after `join_processes`."""
+    """Make the group for `meet`; all processes call this after `join_processes`."""
     global _patient
     if _patient is None and dist.get_world_size() > 1:
         _patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def meet(what: str, count: int = 0) -> int:
-    """Return the sum of `count` over all processes, once all of them have come here.
+    """Wait until all processes have called this; return the sum of `count` over them.
 
     Args:
-        what: that is waited for, to end the sentence "rank 0 waits for ...".
+        what: what is waited for; ends the sentence "rank 0 waits for ...".
     """
     if dist.get_world_size() == 1:
         return count
@@ -84,28 +84,32 @@ def meet(what: str, count: int = 0) -> int:
 
 
 def limit_collectives(limit: float) -> None:
-    """Give all groups that exist, but the one for meetings, the limit of `join_processes`: libraries make groups with
-    limits of their own, which for NCCL are 10 minutes."""
+    """Set the limit of `join_processes` for all existing groups, except the one for `meet`.
+
+    Libraries make groups with limits of their own, which for NCCL are 10 minutes.
+    """
     for group in all_groups():
         if group is not _patient and group is not dist.GroupMember.NON_GROUP_MEMBER:
-            with suppress(Exception):  # a backend that has none
+            with suppress(Exception):  # some backends have no limit
                 dist.set_timeout(_backend_limit(limit), group)
 
 
 def _backend_limit(limit: float | None) -> timedelta:
     if limit is None:
         return LONGEST_WAIT
-    # NCCL ends the process without a clear line; the watch does it first.
+    # NCCL ends the process without a clear message; the watch ends it first.
     return timedelta(seconds=limit) + (process_watch.GRACE if torch.cuda.is_available() else timedelta())
 
 
 @contextmanager
 def limited_collectives(limit: float) -> Iterator[None]:
-    """Watch the processes within the block. If another one does not answer within the limit, tell so in one line and
-    end this process at once, with exit code 2: leaving in good order would wait for the other one again.
+    """Watch the processes within the block, and end this one if another does not answer.
+
+    If another process does not answer within the limit, one line is logged and this process ends at once, with exit
+    code 2. An orderly end would wait for the other process again.
 
     Args:
-        limit: seconds for a collective, as `join_processes` got it.
+        limit: seconds for a collective, as given to `join_processes`.
     """
     prepare_meetings()
     with process_watch.watching(limit, ends_slow_steps=torch.cuda.is_available()):
@@ -121,12 +125,12 @@ def limited_collectives(limit: float) -> Iterator[None]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is set on any process. On the CPU: no device is waited for."""
+    """Return whether `flag` is set on any process, without waiting for a GPU."""
     return flags_of_any_process(flag)[0]
 
 
 def flags_of_any_process(*flags: bool) -> list[bool]:
-    """Return of each flag whether it is set on any process. On the CPU: no device is waited for."""
+    """Return for each flag whether it is set on any process, without waiting for a GPU."""
     if dist.get_world_size() == 1:
         return list(flags)
     totals = torch.tensor(flags, dtype=torch.int64)
@@ -135,10 +139,12 @@ def flags_of_any_process(*flags: bool) -> list[bool]:
 
 
 def patient_group(member: bool) -> dist.ProcessGroup | None:
-    """Make a group of the processes that say `member`, for a thread of theirs to meet in; all processes call it.
+    """Make a group of the processes that pass `member=True`; all processes call this.
+
+    The group is meant for a thread of these processes and has no short time limit.
 
     Returns:
-        None for a process that is no member, or that is the only one.
+        None for a process that is not a member, or that is the only member.
     """
     members: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(members, member)
@@ -150,19 +156,19 @@ def patient_group(member: bool) -> dist.ProcessGroup | None:
 
 
 def from_first_process(make: Callable[[], Any], what: str = "the first process") -> Any:
-    """What `make` returns on the first process, on all of them.
+    """Return on all processes what `make` returns on the first one.
 
     Args:
-        what: the others wait for.
+        what: what the other processes wait for, for messages.
 
     Raises:
-        UserError: it failed there.
+        UserError: `make` raised it on the first process.
     """
     return made_by_first(make, dist.get_rank() == 0, None, before=lambda: meet(what))
 
 
 def least_over_processes(value: int) -> int:
-    """Return the least of a number over all processes. On the CPU: no device is waited for."""
+    """Return the minimum of a number over all processes, without waiting for a GPU."""
     if dist.get_world_size() == 1:
         return value
     least = torch.tensor(value, dtype=torch.int64)
@@ -171,8 +177,10 @@ def least_over_processes(value: int) -> int:
 
 
 def total_over_processes(count: int) -> int:
-    """Return the sum over all processes. Waits for them, since a launcher ends all processes when one exits with an
-    error."""
+    """Return the sum of a number over all processes.
+
+    This waits for all of them, because a launcher ends all processes when one exits with an error.
+    """
     total = torch.tensor(count)
     dist.all_reduce(total)
     return int(total)

@@ -1,4 +1,4 @@
-"""The device of a run: which one it is, what the log says about it, and in which precision it computes."""
+"""The device of a run: its choice, its line in the log, and its precision."""
 
 import logging
 import os
@@ -19,14 +19,14 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 NVIDIA_SMI = ("nvidia-smi", "-L")
-NVIDIA_SMI_SECONDS = 5.0  # a broken driver makes it hang for ever
-HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES by which a user, or SLURM, asks for no GPU
+NVIDIA_SMI_SECONDS = 5.0  # with a broken driver, nvidia-smi hangs for ever
+HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES with which a user or SLURM hides all GPUs
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device `name`, or without a name this process's GPU, or the CPU; and log which one it is.
+    """Return the chosen device, and log it.
 
-    A GPU that `nvidia-smi` lists and PyTorch does not see is a warning.
+    If `nvidia-smi` lists a GPU that PyTorch does not see, a warning is logged.
 
     Args:
         name: cpu, cuda (the GPU of LOCAL_RANK) or cuda:N; None: a GPU if PyTorch sees one.
@@ -44,7 +44,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device that `choose_device` would choose, and change nothing.
+    """Return the device that `choose_device` would choose, without changing anything.
 
     Raises:
         UserError: the device does not exist.
@@ -67,12 +67,15 @@ def seen_gpus() -> int:
 
 
 def processes_here() -> int:
-    """Return how many processes of this run are on this machine; all of them where the launcher does not say."""
+    """Return how many processes of this run are on this machine.
+
+    If the launcher does not say, all processes are assumed to be on this machine.
+    """
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
 
 
 def device_line(device: torch.device) -> str:
-    """Return the line of the log that says what `device` is, with its memory or threads and PyTorch's version."""
+    """Return the log line about `device`: its name, memory or threads, and PyTorch's version."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         described = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
@@ -85,7 +88,7 @@ def device_line(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """Return the name that the processor gives itself, or its kind where the operating system does not tell."""
+    """Return the model name of the processor, or its architecture if the system hides it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
@@ -97,7 +100,13 @@ def processor_name() -> str:
 
 
 def warn_of_unseen_gpus(seen: int) -> None:
-    """Warn in one line if `nvidia-smi` lists more GPUs than the `seen` ones of PyTorch, unless the user hides them."""
+    """Warn in one line if `nvidia-smi` lists more GPUs than PyTorch sees.
+
+    GPUs that the user hides do not count.
+
+    Args:
+        seen: number of GPUs that PyTorch sees.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in HIDDEN or (visible is not None and seen):
         return
@@ -124,7 +133,7 @@ def warn_of_unseen_gpus(seen: int) -> None:
 
 
 def listed_gpus() -> list[str]:
-    """Return the names of the GPUs that `nvidia-smi` lists; none where it does not exist or fails.
+    """Return the names of the GPUs that `nvidia-smi` lists; empty if it is missing or fails.
 
     Raises:
         TimeoutError: `nvidia-smi` does not answer.
@@ -138,18 +147,20 @@ def listed_gpus() -> list[str]:
     try:
         output, _ = process.communicate(timeout=NVIDIA_SMI_SECONDS)
     except subprocess.TimeoutExpired:
-        # Not waited for: a process that hangs inside the driver does not end when it is killed.
+        # Do not wait for the killed process: one that hangs inside the driver does not end.
         with suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         raise TimeoutError("nvidia-smi does not answer") from None
-    if process.returncode or "MIG " in output:  # PyTorch sees one part of a divided GPU, whatever their number
+    if (
+        process.returncode or "MIG " in output
+    ):  # PyTorch sees one part of a GPU divided by MIG, however many parts exist
         return []
     names = re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", output, flags=re.MULTILINE)
     return names or [line.strip() for line in output.splitlines() if "NVIDIA" in line and "NVIDIA-SMI" not in line]
 
 
 def why_no_gpu() -> str:
-    """Return why PyTorch sees no GPU, and what to do about it, without a full stop."""
+    """Return why PyTorch sees no GPU, and what the user can do, without a full stop."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"PyTorch {torch.__version__} is built without CUDA, install a build with CUDA"
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -168,11 +179,11 @@ def why_no_gpu() -> str:
 
 
 def settle_precision(args: Any, device: torch.device) -> Any:
-    """Return the arguments with a precision that `device` computes fast, and say in one line if it is another.
+    """Return the arguments with a precision that `device` computes fast; log a change.
 
-    A CPU without float16 arithmetic emulates it: one clip of 9 frames of 96x144 keeps the full-size VAE busy for more
-    than 8 minutes, and for 15 s in bfloat16. So `fp16` becomes `bf16` there, or float32 on a CPU that has neither;
-    weights and activations of bfloat16 take the memory that those of float16 take.
+    A CPU without float16 arithmetic emulates it: there, the full-size VAE takes more than 8 minutes for one clip of 9
+    frames of 96x144, and 15 s in bfloat16. On such a CPU, `fp16` becomes `bf16`, or float32 if the CPU has no bfloat16
+    arithmetic either. bfloat16 takes as much memory as float16.
     """
     if not args.fp16 or computes_fast(torch.float16, device):
         return args
@@ -188,7 +199,7 @@ def settle_precision(args: Any, device: torch.device) -> Any:
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return `dtype`, or the one that takes the place of float16 on `device`; see `settle_precision`."""
+    """Return `dtype`, or the replacement of float16 on `device`; see `settle_precision`."""
     if dtype != torch.float16 or computes_fast(dtype, device):
         return dtype
     chosen = torch.bfloat16 if computes_fast(torch.bfloat16, device) else torch.float32
@@ -197,7 +208,10 @@ def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def computes_fast(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether `device` has kernels of its own for a half-precision `dtype`: all GPUs do, not all CPUs."""
+    """Return whether `device` has its own kernels for a half-precision `dtype`.
+
+    All GPUs have them; not all CPUs do.
+    """
     if device.type != "cpu":
         return True
     asks = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}[dtype]

@@ -1,4 +1,4 @@
-"""What one process makes, on all processes of a group."""
+"""Share the result of one process with all processes of a group."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,15 +13,15 @@ Result = TypeVar("Result")
 def made_by_first(
     make: Callable[[], Result], leads: bool, group: dist.ProcessGroup | None, before: Callable[[], object] | None = None
 ) -> Result:
-    """Return what `make` returns on the first process of a group, on all of them.
+    """Return on all processes of a group what `make` returns on the first one.
 
     Args:
-        leads: this process is the first.
-        group: None: of all processes.
-        before: is called on all processes once it is made, before they exchange it.
+        leads: whether this process is the first.
+        group: the group; None: all processes.
+        before: called on all processes after `make` and before the result is exchanged.
 
     Raises:
-        UserError: it failed there, with one.
+        UserError: `make` raised it on the first process.
     """
     outcome: list[Any] = [None, None]
     if leads:

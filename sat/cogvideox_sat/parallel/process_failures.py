@@ -9,7 +9,7 @@ import torch.distributed as dist
 from cogvideox_sat.parallel.torch_internals import abort_groups
 from sgm.errors import UserError
 
-# What gloo and NCCL say in the processes that are left.
+# Errors of gloo and NCCL in the remaining processes.
 LOST_PEER = re.compile(
     r"Connection (closed|reset) by|Connection was likely closed|Broken pipe|remote process exited|ncclRemoteError"
 )
@@ -17,10 +17,10 @@ LOST_PEER = re.compile(
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Let no process of a run hang when the block fails in one of them.
+    """Keep the processes of a run from hanging when the block fails in one of them.
 
-    The one that fails drops its connections without a word to the others, which may be inside a step that it no longer
-    takes part in. Those then see it gone, and say so instead of showing where they were.
+    The failing process drops its connections without a message to the others, which may be waiting for it within a
+    step. The others then notice that it is gone, and report this instead of a traceback.
 
     Raises:
         UserError: another process has failed.
@@ -29,9 +29,9 @@ def failing_together() -> Iterator[None]:
         yield
     except BaseException as error:
         shared = dist.is_initialized() and dist.get_world_size() > 1
-        if shared and dist.get_backend() != "gloo":  # NCCL would wait for the others to join in the end
+        if shared and dist.get_backend() != "gloo":  # NCCL would wait for the other processes
             with suppress(Exception):
                 abort_groups()
         if shared and isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-            raise UserError("another process has failed, and says why") from error
+            raise UserError("another process has failed; see its message") from error
         raise

@@ -8,15 +8,16 @@ from sgm.errors import UserError
 
 
 def initialize_process_groups(model_parallel_size: int = 1, limit: float | None = None) -> None:
-    """Make sure that torch.distributed and SwissArmyTransformer's `mpu` groups exist; a second call does nothing. See
-    `parallel.agreement.join_processes`, which takes the `limit` of collectives.
+    """Set up torch.distributed and SwissArmyTransformer's `mpu` groups.
+
+    A second call does nothing. `parallel.agreement.join_processes` takes the `limit` of collectives.
 
     Raises:
-        UserError: the number of processes is no multiple of `model_parallel_size`, or the groups exist already
-            with another size.
+        UserError: the number of processes is not a multiple of `model_parallel_size`, or the groups already exist with
+            another size.
     """
     if not dist.is_initialized():
-        mpu.destroy_model_parallel()  # its groups are of a torch.distributed that has been left since
+        mpu.destroy_model_parallel()  # its groups belong to a torch.distributed that has been shut down since
     join_processes(limit)
     if mpu.model_parallel_is_initialized():
         current = mpu.get_model_parallel_world_size()
@@ -32,7 +33,7 @@ def initialize_process_groups(model_parallel_size: int = 1, limit: float | None 
 
 
 def parallel_groups() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """The model-parallel and the data-parallel group of this process; None for a group of one."""
+    """Return this process's model-parallel and data-parallel group; None for a group of one."""
 
     def unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
         return group if dist.get_world_size(group) > 1 else None
@@ -41,6 +42,6 @@ def parallel_groups() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | Non
 
 
 def destroy_process_groups() -> None:
-    """The opposite of `initialize_process_groups`; nothing where there are no groups."""
+    """Undo `initialize_process_groups`; do nothing if there are no groups."""
     mpu.destroy_model_parallel()
     leave_processes()

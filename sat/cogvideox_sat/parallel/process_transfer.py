@@ -1,8 +1,8 @@
-"""Objects that travel between processes, with the tensors in them in shared memory, which is not copied again.
+"""Send objects between processes, with their tensors in shared memory.
 
-A message is one packet of a socket, so it arrives whole or not at all, also from a process that is killed while it
-sends. Shared memory has no name: it is gone with the last tensor in it, however processes end, and it is not limited
-by the size of /dev/shm.
+Shared tensors are not copied again. A message is one packet of a socket, so that it arrives as a whole or not at all,
+even from a process that is killed while it sends. The shared memory has no name: it is freed with the last tensor in
+it, however the processes end, and it is not limited by the size of /dev/shm.
 """
 
 import io
@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACKET = 32768  # bytes that a message may have without shared memory
-ALIGNMENT = 64  # bytes, of each tensor
-HEADER = struct.Struct("<qqq")  # bytes of the pickle; where the list of tensors is, and how long
+PACKET = 32768  # bytes; the largest message that is sent without shared memory
+ALIGNMENT = 64  # bytes, for each tensor
+HEADER = struct.Struct("<qqq")  # in bytes: size of the pickle, offset and size of the list of tensors
 TensorPlace = tuple[torch.dtype, tuple[int, ...], int]  # dtype, shape, and offset in bytes
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return two sockets that are joined, for `send` and `receive`."""
+    """Return two connected sockets for `send` and `receive`."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send(to: socket.socket, content: Any) -> None:
-    """Send anything that can be pickled; tensors must be on the CPU.
+    """Send an object that can be pickled; its tensors must be on the CPU.
 
     Raises:
-        OSError: the other process has ended, or there is no memory left.
+        OSError: the other process has ended, or no memory is left.
     """
     tensors: list[Tensor] = []
     body = _pickled(content, tensors)
@@ -57,10 +57,10 @@ def send(to: socket.socket, content: Any) -> None:
 
 
 def receive(source: socket.socket) -> Any:
-    """Return what was sent; tensors in it lie in memory that is shared with nobody else any more.
+    """Return the object that was sent; no other process uses the memory of its tensors.
 
     Raises:
-        EOFError: the other process has ended, and all that it sent has been received.
+        EOFError: the other process has ended, and all its messages have been received.
     """
     try:
         packet, descriptors, _, _ = socket.recv_fds(source, HEADER.size + PACKET, 1)
@@ -98,7 +98,7 @@ def _pickled(content: Any, tensors: list[Tensor]) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts tensors into a list, and their places in it into the pickle."""
+    """Collects tensors in a list, and writes their indices into the pickle."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)

@@ -1,11 +1,10 @@
-"""Track what each process of a run does: log it when others wait long, and limit its time where that must be finite.
+"""Watch what each process of a run does: log long waits, and limit the time of steps.
 
-A run has steps, between which its processes meet. How long work before a meeting takes, such as loading, evaluating and
-saving, nobody can say; there, a process only has to give signs of life. The sums within a step (collectives) are over
-soon once all processes are in it, and have a limit.
-
+A run consists of steps, between which its processes meet. Nobody can say how long work before a meeting takes, such as
+loading, evaluating and saving; during that work, a process only has to give signs of life. The collectives within a
+step finish soon once all processes have started them, and have a time limit.
 A thread of each process writes into the store of torch.distributed what the process does, and reads what the others do
-when this one has waited. It needs no collective, so it also works while one of them stands still.
+if this one has waited. The thread needs no collective, so that it also works while a collective hangs.
 """
 
 import json
@@ -24,25 +23,27 @@ import torch.distributed as dist
 from cogvideox_sat.parallel.torch_internals import own_store
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.WARNING)  # on every process: the one that waits says so, whichever it is
+logger.setLevel(logging.WARNING)  # on every process, since any process may be the one that waits
 
-FIRST_LINE = 30.0  # seconds of waiting, after which one line says for what; then after twice as long, and so on
-INTERVAL = 2.0  # seconds between looks at the clock
-LEAST_SILENCE = 60.0  # seconds without a sign of life that are nothing unusual while a large file is read
+FIRST_LINE = (
+    30.0  # seconds of waiting before the first line in the log; the next lines follow after twice the time each
+)
+INTERVAL = 2.0  # seconds between two checks
+LEAST_SILENCE = 60.0  # seconds without a sign of life that can be normal, while a large file is read
 STORE_TIMEOUT = timedelta(seconds=20)
 EXIT_CODE = 2
-# After the limit; in it this thread speaks, before NCCL ends the process without a clear line.
+# Time after the limit in which this thread ends the process with a clear message, before NCCL ends it without one.
 GRACE = timedelta(seconds=60)
-REMEDY = "go on with --resume latest; if processes were only slow, raise collective_timeout"
+REMEDY = "continue with --resume latest; if processes were only slow, raise collective_timeout"
 
 
 class Reading(NamedTuple):
     """The clip that a process is reading.
 
     Args:
-        began: when, by `time.monotonic`, which all processes of a machine share.
-        place: of the sample in its batch.
-        name: of the clip.
+        began: start by `time.monotonic`, which all processes of a machine share.
+        place: index of the sample in its batch.
+        name: name of the clip.
     """
 
     began: float
@@ -56,10 +57,10 @@ class Phase:
 
     Args:
         text: ends the sentence "rank 0 is ...".
-        began: when, by `time.monotonic`.
-        limited: it may not take longer than the limit of collectives.
-        waiting: it waits for other processes.
-        detail: what clips are being read, where that is what it does.
+        began: start by `time.monotonic`.
+        limited: the work may not take longer than the limit of collectives.
+        waiting: the process waits for other processes.
+        detail: returns the clips that are being read, if the work is reading.
     """
 
     text: str
@@ -69,7 +70,7 @@ class Phase:
     detail: Callable[[], Sequence[Reading]] | None = None
 
     def describe(self) -> str:
-        """Return the text, with the clip that has been read longest."""
+        """Return the text, and the clip that has been read for the longest time."""
         readings = self.detail() if self.detail else ()
         if not readings:
             return self.text
@@ -81,12 +82,12 @@ class _Current:
     """The state of this process."""
 
     phase = Phase("starting", time.monotonic())
-    meetings = 0  # that it has come to
+    meetings = 0  # number of meetings that this process has joined
     last_work: Callable[[], None] | None = None
 
 
 def begin(text: str, limited: bool = False) -> None:
-    """Say what this process does from now on."""
+    """Set what this process does from now on."""
     _Current.phase = Phase(text, time.monotonic(), limited)
 
 
@@ -97,7 +98,7 @@ def current_text() -> str:
 
 @contextmanager
 def phase(text: str, detail: Callable[[], Sequence[Reading]] | None = None, waiting: bool = False) -> Iterator[None]:
-    """Say what this process does within the block; what it did before begins anew then."""
+    """Set what this process does within the block; afterwards, the former work starts anew."""
     before = _Current.phase
     _Current.phase = Phase(text, time.monotonic(), waiting=waiting, detail=detail)
     if waiting:
@@ -110,11 +111,12 @@ def phase(text: str, detail: Callable[[], Sequence[Reading]] | None = None, wait
 
 @contextmanager
 def watching(limit: float, ends_slow_steps: bool) -> Iterator[None]:
-    """Watch this process and those beside it within the block.
+    """Watch this process and the other ones within the block.
 
     Args:
-        limit: seconds for what is limited.
-        ends_slow_steps: end this process when a step takes longer; for NCCL, which would end it without a clear line.
+        limit: seconds for limited work.
+        ends_slow_steps: end this process when a step takes longer; for NCCL, which would end it without a clear
+            message.
     """
     begin("starting")
     watch = _Watch(limit, ends_slow_steps)
@@ -127,7 +129,7 @@ def watching(limit: float, ends_slow_steps: bool) -> Iterator[None]:
 
 @contextmanager
 def before_the_end(work: Callable[[], None]) -> Iterator[None]:
-    """Do some work before the watch ends the process within the block."""
+    """Call `work` if the watch ends the process within the block."""
     _Current.last_work = work
     try:
         yield
@@ -136,8 +138,10 @@ def before_the_end(work: Callable[[], None]) -> Iterator[None]:
 
 
 def end_process(line: str) -> None:
-    """Log the line and end the process at once, but for the work of `before_the_end`: other threads of it may never
-    return."""
+    """Log the line and end the process at once, after the work of `before_the_end`.
+
+    Other threads of the process may never return, and are not waited for.
+    """
     logger.error("error: %s", line)
     if _Current.last_work is not None:
         with suppress(Exception):
@@ -155,8 +159,8 @@ class _Watch(threading.Thread):
         self.store = _store_of_its_own() if self.size > 1 else None
         self.stopped = threading.Event()
         self.beats = 0
-        self.seen: dict[int, tuple[Any, float]] = {}  # of each process its last beat, and when that came
-        self.said: tuple[Phase, float] | None = None  # the phase that lines were about, and when the next one is due
+        self.seen: dict[int, tuple[Any, float]] = {}  # for each process its last beat, and when it arrived
+        self.said: tuple[Phase, float] | None = None  # the phase of the last line, and when the next line is due
 
     def stop(self) -> None:
         self.stopped.set()
@@ -166,7 +170,7 @@ class _Watch(threading.Thread):
         while not self.stopped.wait(INTERVAL):
             try:
                 self.look()
-            except Exception as error:  # whatever happens here must not disturb the run
+            except Exception as error:  # an error here must not disturb the run
                 logger.debug("the process watch failed: %s", error)
 
     def look(self) -> None:
@@ -195,13 +199,16 @@ class _Watch(threading.Thread):
                 f"collective_timeout: rank {self.rank} waited {seconds:.0f} s for {current.text}, and "
                 f"{self.names(silent)} gave no sign of life for {self.silence:g} s; {REMEDY}"
             )
-        first = all(rank in late for rank in range(self.rank))  # of those that wait, one speaks
+        first = all(rank in late for rank in range(self.rank))  # only one of the waiting processes logs
         if first and late and self.is_due(current, seconds):
             what = self.describe(late, lambda _: True)
             logger.warning("rank %d has waited %d s for %s%s", self.rank, seconds, current.text, what)
 
     def is_due(self, current: Phase, seconds: float) -> bool:
-        """Return whether a line about a phase is due: after some seconds, then each time after twice as many."""
+        """Return whether a line about a phase is due.
+
+        Lines are due after `FIRST_LINE` seconds, then each time after twice the time.
+        """
         if self.said is None or self.said[0] is not current:
             self.said = current, FIRST_LINE
         if seconds < self.said[1]:
@@ -222,11 +229,11 @@ class _Watch(threading.Thread):
             "seconds": time.monotonic() - current.began,
             "limited": current.limited,
         }
-        with suppress(Exception):  # the process that keeps the store may be gone
+        with suppress(Exception):  # the process that holds the store may have ended
             self.store.set(f"watch/{self.rank}", json.dumps(status))
 
     def others(self) -> dict[int, dict[str, Any]]:
-        """Return what the other processes last said, each with the seconds for which it has been `silent`."""
+        """Return the last status of the other processes, with the seconds since, as `silent`."""
         found = {}
         for rank in set(range(self.size)) - {self.rank}:
             status: dict[str, Any] = {}
@@ -240,13 +247,16 @@ class _Watch(threading.Thread):
         return found
 
     def describe(self, others: dict[int, dict[str, Any]], chosen: Callable[[dict[str, Any]], bool]) -> str:
-        """Return what the first of the chosen processes does, and how many more there are, to end a sentence."""
+        """Return what the first chosen process does, and how many more there are.
+
+        The text ends a sentence.
+        """
         several = {rank: status for rank, status in sorted(others.items()) if chosen(status)}
         if not several:
             return ""
         rank, status = next(iter(several.items()))
         if status["silent"] > 5 * INTERVAL or "text" not in status:
-            what = f"gives no sign of life since {status['silent']:.0f} s"
+            what = f"has given no sign of life for {status['silent']:.0f} s"
         else:
             what = f"is {status['text']} ({status['seconds']:.0f} s)"
         more = f", and {len(several) - 1} more ranks" if len(several) > 1 else ""
@@ -257,11 +267,11 @@ class _Watch(threading.Thread):
 
 
 def _store_of_its_own() -> dist.Store | None:
-    """Return a connection that no other thread waits on."""
+    """Return a connection to the store on which no other thread waits."""
     try:
         store = own_store()
         store.set_timeout(STORE_TIMEOUT)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:  # a kind of store that cannot
+    except (RuntimeError, NotImplementedError, AttributeError) as error:  # this store has no second connection
         logger.debug("processes are not watched: %s", error)
         return None
     return store

@@ -1,4 +1,4 @@
-"""Meet the other processes of a run, with a limit on how long any process waits."""
+"""Connect to the other processes of a run, with a limit on how long any process waits."""
 
 import os
 import socket
@@ -17,7 +17,9 @@ MEETING = timedelta(seconds=120)
 
 
 def meet() -> tuple[Store, int, int]:
-    """Return the store that all processes share, this one's rank and their number, by the launcher's variables.
+    """Return the shared store, this process's rank, and the number of processes.
+
+    They follow from the launcher's environment variables.
 
     Raises:
         UserError: a variable is missing, the port is taken, or not all processes came within `MEETING`.
@@ -25,32 +27,35 @@ def meet() -> tuple[Store, int, int]:
     size = os.environ["WORLD_SIZE"]
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise UserError(f"{name} is not set, though WORLD_SIZE is {size}: start with torchrun, or unset WORLD_SIZE")
+            raise UserError(f"{name} is not set, but WORLD_SIZE is {size}: start with torchrun, or unset WORLD_SIZE")
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        with silent_standard_error():  # PyTorch writes the stack of every attempt there
+        with silent_standard_error():  # PyTorch prints the stack of every attempt
             own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             if own_store and os.environ["RANK"] != "0":
                 _wait_for_first(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             store, rank, number = next(rendezvous("env://", timeout=MEETING))
-            if own_store:  # else torchrun itself sees who is missing
+            if own_store:  # otherwise torchrun itself notices missing processes
                 _wait_for_all(store, number)
         return store, rank, number
     except (RuntimeError, ValueError, OSError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UserError(f"MASTER_PORT: {place} is in use by another program: set another one") from error
+            raise UserError(f"MASTER_PORT: {place} is in use by another program; set another port") from error
         if isinstance(error, ValueError):
             raise UserError(
                 f"the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT): {error}; start with torchrun"
             ) from error
         raise UserError(
-            f"WORLD_SIZE is {size}, but not as many processes met at {place} within {MEETING.total_seconds():.0f} s: "
+            f"WORLD_SIZE is {size}, but fewer processes connected to {place} within {MEETING.total_seconds():.0f} s: "
             "start all of them, or unset RANK and WORLD_SIZE to run alone"
         ) from error
 
 
 def _wait_for_first(address: str, port: int) -> None:
-    """Return when somebody listens there; raises OSError after `MEETING`, which PyTorch's own attempts exceed."""
+    """Wait until a process listens at the address; raise OSError after `MEETING`.
+
+    PyTorch's own attempts would exceed this limit.
+    """
     end = time.monotonic() + MEETING.total_seconds()
     while True:
         try:
@@ -63,7 +68,7 @@ def _wait_for_first(address: str, port: int) -> None:
 
 
 def _wait_for_all(store: Store, number: int) -> None:
-    """Return when `number` processes have called this; raises RuntimeError after `MEETING`."""
+    """Wait until `number` processes have called this; raise RuntimeError after `MEETING`."""
     if store.add("processes that came", 1) == number:
         store.set("all came", "")
     store.wait(["all came"], MEETING)
@@ -71,7 +76,7 @@ def _wait_for_all(store: Store, number: int) -> None:
 
 @contextmanager
 def silent_standard_error() -> Iterator[None]:
-    """Drop what libraries write to standard error within the block, past Python's own `sys.stderr` too."""
+    """Drop what libraries write to standard error within the block, even past `sys.stderr`."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

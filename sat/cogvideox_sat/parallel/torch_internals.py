@@ -1,21 +1,21 @@
-"""All that runs of several processes take from PyTorch without its documentation promising it.
+"""All undocumented parts of PyTorch that runs of several processes use.
 
-No other module of this project names these functions of `torch.distributed`.
+No other module of this project uses these functions of `torch.distributed`.
 """
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-CHECKED = "2.14.1"  # the version that all of this was tried with
+CHECKED = "2.14.1"  # the version of PyTorch with which this module was tested
 
 
 def all_groups() -> list[dist.ProcessGroup]:
-    """Return every group of processes that this process has made or belongs to, those of libraries too."""
+    """Return every process group that this process or its libraries made or belong to."""
     return list(distributed_c10d._world.pg_map)
 
 
 def group_named(name: str) -> dist.ProcessGroup:
-    """Return the group of processes with that `group_name`."""
+    """Return the process group with the given `group_name`."""
     return distributed_c10d._resolve_process_group(name)
 
 
@@ -25,9 +25,9 @@ def abort_groups() -> None:
 
 
 def own_store() -> dist.Store:
-    """Return a connection to the store of the default group that no other thread waits on.
+    """Return a connection to the default group's store on which no other thread waits.
 
     Raises:
-        RuntimeError, NotImplementedError: the store is of a kind that cannot be connected to twice.
+        RuntimeError, NotImplementedError: this kind of store allows no second connection.
     """
     return distributed_c10d._get_default_store().clone()

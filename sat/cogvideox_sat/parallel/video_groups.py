@@ -1,6 +1,7 @@
-"""The processes that make a video together, as groups of torch.distributed.
+"""The groups of processes that make a video together, for torch.distributed.
 
-With model parallelism they share the weights of the network, else as a `VideoLayout` says; both never come together.
+With model parallelism, the processes share the weights of the network; otherwise they share work as a `VideoLayout`
+says. The two are never combined.
 """
 
 from collections.abc import Callable
@@ -20,18 +21,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class VideoGroups:
-    """The place of this process among those of a run.
+    """The position of this process among those of a run.
 
     Attributes:
-        video, videos: the number of its group, and how many groups there are; each makes videos of its own.
-        first: it is the first of its group, which encodes prompts and writes files.
-        size: processes of a group.
-        group: of the processes that make a video together; None: one makes it.
-        guidance: of the two processes that have the same tokens, the one without the prompt first; None: one process
-            has both halves of guidance.
-        sequence: of the processes that share the tokens of a batch; None: one has them all.
-        peers: of the processes that have the same place in all groups, and therefore other videos; None: there is one.
-        splits_work: they share the work on each video, as a `VideoLayout` says, rather than the weights.
+        video, videos: index of its group, and number of groups; each group makes its own videos.
+        first: whether the process is the first of its group, which encodes prompts and writes files.
+        size: number of processes in a group.
+        group: the processes that make a video together; None: one process.
+        guidance: the two processes that have the same tokens, first the one without the prompt; None: one process
+            computes both halves of guidance.
+        sequence: the processes that share the tokens of a batch; None: one process has all tokens.
+        peers: the processes at the same position in all groups, which make other videos; None: there is one group.
+        splits_work: whether the processes share the work on each video, as a `VideoLayout` says, rather than the
+            weights.
     """
 
     video: int = 0
@@ -45,14 +47,17 @@ class VideoGroups:
     splits_work: bool = False
 
     def agreed(self, x: Tensor) -> Tensor:
-        """Return the first process's `x`, where processes share the work: rounding must not let them drift apart."""
+        """Return the first process's `x` if processes share the work on a video, else `x`.
+
+        Otherwise, rounding would make the processes differ.
+        """
         return broadcast(x.contiguous(), self.group) if self.splits_work else x
 
     def from_first(self, make: Callable[[], Result]) -> Result:
-        """Return what `make` returns on the first process of the group, on all of them.
+        """Return on all processes of the group what `make` returns on the first one.
 
         Raises:
-            UserError: it failed there, with one.
+            UserError: `make` raised it on the first process.
         """
         if self.group is None:
             return make()
@@ -64,10 +69,12 @@ _made: dict[VideoLayout, VideoGroups] = {}
 
 
 def video_groups(layout: VideoLayout) -> VideoGroups:
-    """Return the groups of a layout, made when they are first asked for; all processes ask alike.
+    """Return the groups of a layout, which are made at the first call.
+
+    All processes make the same calls.
 
     Raises:
-        UserError: the processes of this run are no whole groups.
+        UserError: the processes of this run cannot be divided into whole groups.
     """
     if layout.processes == 1:
         return _groups_of_shared_network()
@@ -77,7 +84,7 @@ def video_groups(layout: VideoLayout) -> VideoGroups:
 
 
 def forget_video_groups() -> None:
-    """Forget the groups, where torch.distributed itself is shut down."""
+    """Forget the groups, because torch.distributed is shut down."""
     _made.clear()
 
 
@@ -123,6 +130,6 @@ def _make(layout: VideoLayout) -> VideoGroups:
 
 
 def _own_group(groups: list[list[int]]) -> dist.ProcessGroup:
-    """Make groups of ranks, which all processes must do together, and return this process's."""
+    """Make groups of ranks, together with all processes, and return this process's group."""
     own, _ = dist.new_subgroups_by_enumeration(groups)
     return own

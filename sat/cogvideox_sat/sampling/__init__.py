@@ -1,1 +1,1 @@
-"""Making videos from prompts."""
+"""Make videos from prompts."""

@@ -1,4 +1,4 @@
-"""The adapters of a session: read from files of any kind, and added up layer by layer, each with its strength."""
+"""The adapters of a session: read from files, and added up layer by layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,17 +13,17 @@ from cogvideox_sat.network.added_adapters import LowRankSum, Place
 from sgm.errors import UserError
 
 Chosen = Sequence[tuple[Adapter, float]]
-"""Adapters, each with its strength."""
+"""Adapters with their strengths."""
 
 
 def read_adapters(paths: Iterable[tuple[str | Path, float]], model_config: Mapping[str, Any]) -> Chosen:
     """Return adapters with their strengths.
 
     Args:
-        paths: of checkpoints with adapters in them, or LoRA files or folders of diffusers.
+        paths: paths of checkpoints that contain adapters, or of LoRA files or folders in the format of diffusers.
 
     Raises:
-        UserError: one cannot be read, or is not of a network such as the configuration describes.
+        UserError: an adapter cannot be read, or does not fit the configured network.
     """
     chosen = []
     for path, strength in paths:
@@ -36,23 +36,24 @@ def read_adapters(paths: Iterable[tuple[str | Path, float]], model_config: Mappi
 
 
 def fitting(adapter: Adapter, model_config: Mapping[str, Any]) -> Adapter:
-    """Return an adapter; raises UserError unless it fits the network that a configuration describes."""
+    """Return an adapter that fits the configured network, else raise UserError."""
     params = model_config["network_config"]["params"]
     width, layers = params.get("hidden_size"), params.get("num_layers")
     if adapter.width != width:
-        raise UserError(f"lora: {adapter.source} is of a network of width {adapter.width}, this one has {width}")
+        raise UserError(f"lora: {adapter.source} is for a network of width {adapter.width}, but this one has {width}")
     if adapter.layers[-1] >= layers:
         raise UserError(
-            f"lora: {adapter.source} adapts layer {adapter.layers[-1]}, this network has layers 0 to {layers - 1}"
+            f"lora: {adapter.source} adapts layer {adapter.layers[-1]}, but this network has layers 0 to {layers - 1}"
         )
     return adapter
 
 
 def added_up(chosen: Chosen) -> dict[Place, LowRankSum]:
-    """Return what adapters add together to each module of each layer; nothing for a strength of 0.
+    """Return the sum of the adapters for each module of each layer.
 
-    One alone keeps its matrices as they are. Those of several stand side by side along the rank, and what their
-    strengths differ by is in their B, in float32 until they meet a network's weights.
+    Adapters with a strength of 0 are left out. The matrices of a single adapter are kept as they are. Those of several
+    adapters are concatenated along the rank; differences in strength are multiplied into B, in float32 until the sum is
+    applied to a network's weights.
     """
     present = [(adapter, strength) for adapter, strength in chosen if strength]
     sums: dict[Place, LowRankSum] = {}
@@ -68,7 +69,10 @@ def added_up(chosen: Chosen) -> dict[Place, LowRankSum]:
 
 
 def _side_by_side(chosen: Chosen, projection: Projection, scale: float) -> tuple[Tensor, Tensor]:
-    """Return A (Σ rank, in) and B (out, Σ rank) of several adapters for one projection, to be multiplied by `scale`."""
+    """Return A (Σ rank, in) and B (out, Σ rank) of several adapters for one projection.
+
+    Their product has to be multiplied by `scale`.
+    """
     downs, ups = [], []
     for adapter, strength in chosen:
         factor = strength * adapter.scales[projection] / scale
@@ -81,5 +85,5 @@ def _side_by_side(chosen: Chosen, projection: Projection, scale: float) -> tuple
 
 
 def adapter_bytes(chosen: Chosen) -> int:
-    """Return what the matrices of adapters take."""
+    """Return the bytes of the adapters' matrices."""
     return sum(matrix.nbytes for adapter, _ in chosen for matrix in adapter.matrices.values())

@@ -14,14 +14,16 @@ from diffusion_video import SATVideoDiffusionEngine
 
 
 class Drawing:
-    """Samples the latents of a request: `drawing(report)` sets `latents` (1, t, c, h, w), on the CPU.
+    """Sampler of a request's latents: `drawing(report)` sets `latents`.
+
+    The latents have the shape (1, t, c, h, w) and are on the CPU.
 
     Args:
-        asked_steps: number of steps, None for the sampler's own.
-        texts: the embeddings (1, tokens, features) of the prompt and of what guidance steers away from.
-        inputs: what the request shows.
-        channels: those of the latents.
-        sampler: the engine's own, or another one for this request.
+        asked_steps: number of steps; None: the sampler's own number.
+        texts: embeddings (1, tokens, features) of the prompt and of the negative prompt.
+        inputs: the encoded pictures and clips of the request.
+        channels: number of channels of the latents.
+        sampler: the engine's sampler, or another one for this request.
     """
 
     latents: Tensor
@@ -44,7 +46,9 @@ class Drawing:
     def __call__(self, report: Callable[[Progress], None]) -> None:
         """Sample, and call `report` after each step."""
         device = self.engine.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has its own
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        ):  # the current device is a state of each thread
             self._draw(report)
 
     def _draw(self, report: Callable[[Progress], None]) -> None:
@@ -58,7 +62,7 @@ class Drawing:
             ofs = engine.default_ofs(1)
         cond, uncond = self.texts
         height, width = (side // SPACE_FACTOR for side in request.size)
-        # An engine of the user's own may have the original's `sample`, and then samples as it is configured.
+        # A user's own engine may have the original's `sample` without these arguments; it then uses its own sampler.
         other = {} if self.sampler is engine.sampler else {"sampler": self.sampler}
         if request.video is not None or request.context is not None:
             other["start"] = inputs.start

@@ -1,11 +1,11 @@
-"""A video in several windows, each of which goes on from the last frames of the one before.
+"""Videos in several windows, each of which continues the last frames of the window before.
 
     clip, or first window   f0 f1 ... f7 f8
     second window                       f4 f5 ... f8 | f9 ... f12
     third window                                  f8 f9 ... f12 | f13 ... f16
 
-The frames that a window goes on from are encoded anew and held while the rest is sampled; the video keeps them as they
-were. Only these frames are kept, so that memory does not grow with the number of windows.
+The frames that a window continues are encoded again and held fixed while the rest is sampled; the video keeps the
+original frames. Only these frames are kept in memory, so that memory does not grow with the number of windows.
 """
 
 from collections.abc import Callable, Generator
@@ -27,12 +27,14 @@ def extended(
     sample: Callable[[SampleRequest], Generator[SampleEvent, None, None]],
     steps_of: Callable[[SampleRequest], int],
 ) -> Generator[SampleEvent, None, None]:
-    """Yield the events of a request that is continued: those of its windows, with one `Result`, whose latents are those
-    of the last window. `Progress` counts the steps of all windows, and `Frames` come once each.
+    """Yield the events of a request whose video is continued in further windows.
+
+    The events are those of all windows, with one `Result`, whose latents are those of the last window. `Progress`
+    counts the steps of all windows; each frame occurs once in `Frames`.
 
     Args:
-        sample: gives the events of a request for one window.
-        steps_of: gives the number of steps of a request.
+        sample: returns the events of a request for one window.
+        steps_of: returns the number of steps of a request.
     """
     total, done = steps_of(request), 0
     clip = request.load_clip("video", limits) if request.goes_on else None
@@ -40,8 +42,8 @@ def extended(
     result: Result | None = None
     for number in range(int(request.goes_on), 1 + len(request.extend)):
         window = replace(request, extend=()) if number == 0 else continuation(request, number, tail, limits)
-        window.check(limits)  # what was decoded may not be finite
-        known = CONTEXT_FRAMES if number else 0  # frames of the window that the video has already
+        window.check(limits)  # decoded frames may not be finite
+        known = CONTEXT_FRAMES if number else 0  # frames of the window that the video already has
         with closing(sample(window)) as events:
             for event in events:
                 if isinstance(event, Progress):
@@ -65,7 +67,12 @@ def extended(
 
 
 def continuation(request: SampleRequest, number: int, frames: Tensor, limits: ModelLimits) -> SampleRequest:
-    """Return the request for window `number`, from 1, which goes on from `frames` (n, 3, height, width)."""
+    """Return the request for one further window.
+
+    Args:
+        number: number of the window, from 1.
+        frames: the frames (n, 3, height, width) that the window continues.
+    """
     context = frames.float().clamp(-1, 1).cpu()
     return replace(
         request,
@@ -75,12 +82,12 @@ def continuation(request: SampleRequest, number: int, frames: Tensor, limits: Mo
         video=None,
         strength=None,
         key_frames=(),
-        # An image-to-video model is told the first of them.
+        # An image-to-video model takes the first of these frames as its image.
         image=context[0] if limits.image_to_video else None,
         context=context,
     )
 
 
 def last_frames(frames: Tensor) -> Tensor:
-    """Return a copy of the frames that the next window goes on from."""
+    """Return a copy of the frames that the next window continues."""
     return frames[-CONTEXT_FRAMES:].clone()

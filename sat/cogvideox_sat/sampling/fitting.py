@@ -1,4 +1,4 @@
-"""`--fit`: choose how sampling stays within the memory of a device, by what each way is expected to take."""
+"""`--fit`: choose a way of sampling whose expected memory fits on a device."""
 
 import logging
 import math
@@ -26,16 +26,19 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# From the fastest way to the one that takes least; what comes first in a name's values is tried first.
+# Values in the order in which they are tried: from the fastest to the one that takes the least memory.
 FRAMES_AT_ONCE = (None, 8, 4)
 GUIDANCE_BATCHES = (2, 1)
 
 
 def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArguments:
-    """Return the arguments with those that `fit` picks for the planned videos, and say in one line which and why.
+    """Return the arguments with the choices that `fit` makes for the planned videos.
+
+    The choices and their reason are logged in one line.
 
     Raises:
-        UserError: no way takes as little as `fit` says, and the message has the least; or the memory cannot be told.
+        UserError: the memory that `fit` allows is too small for every way (the message names the least that works), or
+            the memory of the model cannot be determined.
     """
     if args.fit is None or (plan is not None and not plan.videos):
         return replace(args, fit=None)
@@ -46,7 +49,7 @@ def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArgume
         way, reason = choose(memory, ways(args, memory.takes_pieces), budget, args.fit)
     except UserError:
         raise
-    except Exception as error:  # of any kind, from parts of the user's own that need content
+    except Exception as error:  # of any kind, from a user's own modules that cannot run on the meta device
         described = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"fit: the memory of this model is not known ({described}); give --offload instead") from error
     if dist.get_rank() == 0:
@@ -56,12 +59,16 @@ def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArgume
 
 
 def with_way(args: SamplingArguments, way: Way, left: int) -> SamplingArguments:
-    """Return the arguments with those of a way; `left` are the bytes that it leaves of the device."""
+    """Return the arguments changed to a way of sampling.
+
+    Args:
+        left: bytes of the device that the way leaves free.
+    """
     return replace(args, **way._asdict(), vae_waiting_bytes=left, fit=None)
 
 
 def memory_of(args: SamplingArguments, videos: Iterable[VideoSize]) -> SamplingMemory:
-    """Return what tells the memory of sampling.
+    """Return the memory model of sampling.
 
     Raises:
         UserError: a part of the model cannot be built, or cannot run without content.
@@ -73,7 +80,7 @@ def memory_of(args: SamplingArguments, videos: Iterable[VideoSize]) -> SamplingM
 
 
 def video_sizes(args: SamplingArguments, plan: SamplingPlan | None = None) -> list[VideoSize]:
-    """Return the sizes of the planned videos; of those that the arguments describe, where prompts will be typed."""
+    """Return the sizes of the planned videos, or without a plan the size in the arguments."""
     if plan is not None:
         return [VideoSize(video.frames, *video.size) for video in plan.videos]
     height, width = args.sampling_image_size
@@ -81,25 +88,27 @@ def video_sizes(args: SamplingArguments, plan: SamplingPlan | None = None) -> li
 
 
 def device_budget(fit: str, device: str | None) -> int:
-    """Return the bytes of the device that sampling may take, all in all.
+    """Return the total number of bytes of the device that sampling may take.
 
     Raises:
-        UserError: `fit` is `auto`, and there is no GPU.
+        UserError: `fit` is `auto`, and the machine has no GPU.
     """
     budget = parse_fit(fit)
     if budget is not None:
         return budget
     found = find_device(device)
     if found.type != "cuda":
-        raise UserError("fit: auto is what a GPU has free, and there is none here; give an amount such as 12GB")
+        raise UserError("fit: auto needs a GPU, and this machine has none; give an amount such as 12GB")
     return torch.cuda.mem_get_info(found)[0]
 
 
 def ways(args: SamplingArguments, takes_pieces: bool = True) -> Iterator[Way]:
-    """Yield the ways to sample that give the numbers of the first one, the fastest first, as far as they are not given.
+    """Yield the ways of sampling that compute the same values, the fastest first.
+
+    Options that the user has given stay fixed.
 
     Args:
-        takes_pieces: the VAE can go through its layers by a few frames at a time.
+        takes_pieces: whether the VAE can process a few frames at a time within its layers.
     """
     offloads = [args.offload] if "offload" in args.given else OFFLOAD_POLICIES
     given_vae = {"vae_frames_at_once", "vae_tile_size"} & args.given or not takes_pieces
@@ -111,10 +120,10 @@ def ways(args: SamplingArguments, takes_pieces: bool = True) -> Iterator[Way]:
 
 
 def choose(memory: SamplingMemory, candidates: Iterable[Way], budget: int, fit: str) -> tuple[Way, str]:
-    """Return the first of the ways that stays within `budget` bytes, and the reason in words.
+    """Return the first way that stays within `budget` bytes, and the reason in words.
 
     Raises:
-        UserError: none does.
+        UserError: no way stays within the budget.
     """
     candidates = list(candidates)
     for way in candidates:
@@ -131,7 +140,7 @@ def choose(memory: SamplingMemory, candidates: Iterable[Way], budget: int, fit: 
 
 
 def reason_for(memory: SamplingMemory, way: Way, fastest: Way) -> str:
-    """Return what a way is expected to take, and why it is not the fastest."""
+    """Return the expected memory of a way, and why the way is not the fastest."""
     text = f"{way}, which takes up to {gib_up(memory.peak(way))} GiB (the {largest_stage(memory, way)} takes most)"
     if way == fastest:
         return text
@@ -139,7 +148,7 @@ def reason_for(memory: SamplingMemory, way: Way, fastest: Way) -> str:
 
 
 def largest_stage(memory: SamplingMemory, way: Way) -> str:
-    """Return the stage that takes most in a way."""
+    """Return the stage that takes the most memory in a way."""
     stages = memory.stages(way)
     return max(stages, key=lambda stage: stages[stage])
 

@@ -1,6 +1,6 @@
-"""The functions that the original's `sample_video.py` has, in terms of those here; import them from `sample_video`.
+"""Functions of the original's `sample_video.py`, built on this package.
 
-PyTorch is imported when one of them that needs it is called.
+Import them from `sample_video`. PyTorch is imported only when a called function needs it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 
 
 def read_from_cli() -> Iterator[tuple[str, int]]:
-    """Yield the prompts that are typed, each with its number from 0, until an empty line, `q` or the end of input."""
+    """Yield each typed prompt with its number, counted from 0.
+
+    The loop ends at an empty line, `q` or the end of the input.
+    """
     for number, text in enumerate(typed_lines()):
         yield text, number
 
 
 def read_from_file(p: str | Path, rank: int = 0, world_size: int = 1) -> Iterator[tuple[str, int]]:
-    """Yield every `world_size`-th prompt of a file from the `rank`-th on, each with the number of its line from 0.
+    """Yield every `world_size`-th prompt of a file, starting with number `rank`.
 
-    Empty lines count, and are left out with a warning. The text of a prompt with an image is `prompt@@image_path`.
+    Each prompt comes with the number of its line, counted from 0. Empty lines count; they are skipped with a warning. A
+    prompt with an image has the text `prompt@@image_path`.
 
     Raises:
-        UserError: the file cannot be read, holds no prompt, or a line does not say what it must.
+        UserError: the file cannot be read or holds no prompt, or a line is malformed.
     """
     for request in read_prompts(p):
         if request.index % world_size == rank:
@@ -36,7 +40,7 @@ def read_from_file(p: str | Path, rank: int = 0, world_size: int = 1) -> Iterato
 
 
 def get_unique_embedder_keys_from_conditioner(conditioner: "nn.Module") -> list[str]:
-    """Return the keys of a batch that the embedders read, each once, in their order."""
+    """Return the batch keys that the embedders read, without duplicates, in their order."""
     keys: dict[str, None] = {}
     for embedder in conditioner.embedders:
         keys |= dict.fromkeys(embedder.input_keys)
@@ -53,11 +57,11 @@ def get_batch(
     """Return the batch that a conditioner takes, and its unconditional counterpart.
 
     Args:
-        keys: what embedders read: `txt`, of which `value_dict` has `prompt` and `negative_prompt`, and other keys of
-            `value_dict`.
-        N: how often the texts are repeated, or the shape of the nested lists that they fill.
-        T: the number of frames, `num_video_frames` of the batch; None: it has none.
-        device: where tensors are put; None: they stay where they are.
+        keys: the keys that embedders read. For `txt`, `value_dict` holds `prompt` and `negative_prompt`; other keys are
+            read from `value_dict` as they are.
+        N: how often the texts are repeated, or the shape of the nested lists that hold the repeated texts.
+        T: number of frames, stored in the batch as `num_video_frames`; None: not stored.
+        device: device to which tensors are moved; None: tensors stay where they are.
 
     Raises:
         UserError: a key has no value.
@@ -67,7 +71,7 @@ def get_batch(
     def value(key: str) -> Any:
         if key not in value_dict:
             raise UserError(
-                f"get_batch: value_dict has no '{key}'; it has {', '.join(map(str, value_dict)) or 'nothing'}"
+                f"value_dict: the key '{key}' is missing; its keys are: {', '.join(map(str, value_dict)) or 'none'}"
             )
         found = value_dict[key]
         return found.to(device) if device is not None and isinstance(found, torch.Tensor) else found
@@ -88,20 +92,20 @@ def get_batch(
 
 
 def _repeated(value: Any, shape: Sequence[int]) -> Any:
-    """Return nested lists of that shape, filled with a value."""
+    """Return nested lists of the given shape, filled with the value."""
     return value if not shape else [_repeated(value, shape[1:]) for _ in range(shape[0])]
 
 
 def save_video_as_grid_and_mp4(
     video_batch: "Tensor", save_path: str | Path, fps: float = 5, args: Any = None, key: str | None = None
 ) -> list[Path]:
-    """Write each video of a batch to `save_path/000000.mp4`, `000001.mp4`, ...; return the files.
+    """Write each video of a batch to `save_path/000000.mp4`, ...; return the files.
 
     Args:
         video_batch: (videos, frames, 3, height, width) in [0, 1].
-        fps: frames a second.
-        args, key: with `args.wandb`, and a run of Weights & Biases going on, the videos are shown there as
-            `{key}_video_{i}`, at step `args.iteration + 1` where there is such an attribute.
+        fps: frames per second.
+        args, key: if `args.wandb` is set and a run of Weights & Biases is active, the videos are also logged there as
+            `{key}_video_{i}`, at step `args.iteration + 1` if `args` has that attribute.
 
     Raises:
         UserError: a video cannot be written.
@@ -131,10 +135,11 @@ def resize_for_rectangle_crop(arr: "Tensor", image_size: Sequence[int], reshape_
     Args:
         arr: frames (frames, channels, height, width).
         image_size: (height, width) in pixels.
-        reshape_mode: where the crop is: `center`; `random` and `none` draw it from NumPy's generator, the row first.
+        reshape_mode: position of the crop: `center`, or `random` and `none`, which draw it from NumPy's generator, the
+            row first.
 
     Returns:
-        (frames, channels, *image_size), of the dtype of `arr`; (channels, *image_size) where `arr` is one frame.
+        (frames, channels, *image_size), of the dtype of `arr`; (channels, *image_size) if `arr` is one frame.
 
     Raises:
         UserError: the mode is unknown.
@@ -144,7 +149,7 @@ def resize_for_rectangle_crop(arr: "Tensor", image_size: Sequence[int], reshape_
     import torch.nn.functional as F
 
     if reshape_mode not in RESHAPE_MODES:
-        raise UserError(f"reshape_mode is {reshape_mode!r}; it can be {', '.join(RESHAPE_MODES)}")
+        raise UserError(f"reshape_mode is {reshape_mode!r}; expected one of {', '.join(RESHAPE_MODES)}")
     height, width = image_size
     if arr.shape[3] / arr.shape[2] > width / height:
         size = (height, max(int(arr.shape[3] * height / arr.shape[2]), width))

@@ -1,4 +1,4 @@
-"""Keep the latents of videos in files until the videos are complete, so that nothing can lose them."""
+"""Keep the latents of videos in files until the videos are complete."""
 
 import logging
 import shlex
@@ -19,9 +19,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def keeping_latents(videos: Sequence[VideoInProgress], recorder: Recorder) -> Iterator[None]:
-    """Have the latents of sampled videos in files while the block decodes them, so that nothing can lose them: no full
-    memory or disk, and not the end of the process. Those of complete videos are removed."""
-    # The latents of a video that goes on are those of its first window.
+    """Keep the latents of sampled videos in files while the block decodes them.
+
+    The latents then survive full memory, a full disk and the end of the process. The files of completed videos are
+    removed.
+    """
+    # For a video with further windows, the latents are only those of its first window.
     sampled = [video for video in videos if video.failure is None and not video.planned.request.extend]
     for video in sampled:
         keep(video, kept_path(video.planned.path), recorder)
@@ -35,7 +38,7 @@ def keeping_latents(videos: Sequence[VideoInProgress], recorder: Recorder) -> It
 
 
 def keep(video: VideoInProgress, path: Path, recorder: Recorder) -> str | None:
-    """Write the video's latents to `path`, `video.kept`; return why that is not possible, or None."""
+    """Write the video's latents to `path`; return None, or the reason if that fails."""
     try:
         save_latents(path, video.latents, recorder.metadata(video.planned, wait=False))
     except UserError as error:
@@ -45,16 +48,16 @@ def keep(video: VideoInProgress, path: Path, recorder: Recorder) -> str | None:
 
 
 def where_latents_are(video: VideoInProgress, recorder: Recorder) -> str:
-    """Return the end of the report of a video that cannot be decoded: the command that decodes it later."""
+    """Return the end of a failure report, with the command that decodes the video later."""
     if video.planned.request.extend:
         return "; its latents are not kept, since it has several windows"
-    if video.kept is None:  # beside the video there is no place; perhaps there is in the folder of temporary files
+    if video.kept is None:  # could not be written beside the video; the folder of temporary files may have space
         name = f"{video.planned.request.index}_{video.planned.seed}{KEPT_SUFFIX}"
         if problem := keep(video, Path(tempfile.mkdtemp(prefix="cogvideox-")) / name, recorder):
             return f"; its latents are lost: {problem}"
     command = as_started("python tools/decode_latents.py", runnable=True)
     flags = " --vae_tile_size 256" if video.full else ""
-    # A video there is without its record, or one of before.
+    # The existing video is an older one, or one without its record.
     if video.kept == kept_path(video.planned.path) and video.planned.path.exists():
         flags += " --overwrite"
     return f"; its latents are kept, decode them with: {command} {shlex.quote(str(video.kept))}{flags}"

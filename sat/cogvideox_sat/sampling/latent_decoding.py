@@ -1,4 +1,4 @@
-"""Decode files of latents into videos: what `tools/decode_latents.py` does once PyTorch is needed."""
+"""Decode files of latents into videos: the part of `tools/decode_latents.py` with PyTorch."""
 
 import copy
 import json
@@ -37,13 +37,13 @@ def run(
     tile_size: int | None,
     frames_at_once: int | None = None,
 ) -> int:
-    """Decode files; return the exit code: 0, or 1 if some of them could not be decoded.
+    """Decode files; return the exit code, 1 if some of them could not be decoded, else 0.
 
     Raises:
-        UserError: the device does not exist, or none of them could be decoded.
+        UserError: the device does not exist, or no file could be decoded.
     """
     device = choose_device(device_name)
-    torch.backends.cudnn.deterministic = True  # as in sampling, so that the video is the one that it would have made
+    torch.backends.cudnn.deterministic = True  # as in sampling, so that the video is the same
     vae, built_for, failures = None, None, []
     for file in files:
         dtype = fast_dtype(getattr(torch, dtype_name or file.dtype or "float32"), device)
@@ -51,7 +51,7 @@ def run(
             with memory_guard(DECODING, advice(tile_size, dtype, frames_at_once)):
                 wanted = (json.dumps(file.first_stage_config, sort_keys=True), dtype)
                 if wanted != built_for:
-                    vae = None  # one at a time
+                    vae = None  # frees the old one before the new one is built
                     vae, built_for = build_vae(file, device, dtype, tile_size, frames_at_once), wanted
                 decode_file(file, vae, tile_size)
         except UserError as error:
@@ -62,13 +62,13 @@ def run(
             logger.info("wrote %s", file.video)
     if failures and len(failures) == len(files):
         if len(files) > 1:
-            raise UserError(f"none of {len(files)} files could be decoded; the lines above say why")
+            raise UserError(f"none of {len(files)} files could be decoded; see the lines above")
         raise failures[0]
     return 1 if failures else 0
 
 
 def advice(tile_size: int | None, dtype: torch.dtype, frames_at_once: int | None = None) -> str:
-    """Return what to do when memory is full."""
+    """Return what the user can do when memory is full."""
     options = [TILES] if tile_size is None else [f"smaller tiles than --vae_tile_size {tile_size}"]
     if frames_at_once is None:
         options.insert(0, FRAMES)
@@ -80,10 +80,10 @@ def advice(tile_size: int | None, dtype: torch.dtype, frames_at_once: int | None
 def build_vae(
     file: LatentFile, device: torch.device, dtype: torch.dtype, tile_size: int | None, frames_at_once: int | None = None
 ) -> VideoCoder:
-    """Return the VAE that a file of latents is for, with its weights, on one process.
+    """Return the VAE for a file of latents, with its weights, on one process.
 
     Raises:
-        UserError: it cannot be built as it is described, or its weights cannot be read or do not fit.
+        UserError: the VAE cannot be built as described, or its weights cannot be read or do not fit.
     """
     config = copy.deepcopy(file.first_stage_config)
     config["params"]["cp_size"] = 1
@@ -103,7 +103,7 @@ def build_vae(
 
 @torch.no_grad()
 def decode_file(file: LatentFile, vae: VideoCoder, tile_size: int | None) -> None:
-    """Write the video of a file of latents, and its record if there is one.
+    """Write the video of a file of latents, and its record if the file holds one.
 
     Raises:
         UserError: the latents do not fit the VAE or are not finite, or the video cannot be written.
@@ -114,7 +114,7 @@ def decode_file(file: LatentFile, vae: VideoCoder, tile_size: int | None) -> Non
     channels = vae.decoder.conv_in.conv.in_channels
     if scaled.shape[1] != channels:
         raise UserError(
-            f"{file.path}: the latents have {scaled.shape[1]} channels, the VAE takes {channels}; "
+            f"{file.path}: the latents have {scaled.shape[1]} channels, but the VAE takes {channels}; "
             "give the configuration of the model that made them as --base"
         )
     factor = vae.decoder.space_factor
@@ -122,7 +122,7 @@ def decode_file(file: LatentFile, vae: VideoCoder, tile_size: int | None) -> Non
     with VideoWriter(file.video, file.fps, height, width) as video:
         for frames in vae.decode_chunks(scaled):
             video.write(rearrange(frames, "1 c t h w -> t c h w"))
-        record_path(file.video).unlink(missing_ok=True)  # of the video that this one now replaces
+        record_path(file.video).unlink(missing_ok=True)  # the record of a video that is being replaced
     if file.record is not None:
         record = {**file.record, "video": {"hash": f"sha256:{hash_of_file(file.video)}"}}
         record["computed_in"] = str(weight.dtype).removeprefix("torch.")

@@ -1,8 +1,4 @@
-"""Files of latents, and what they say about how to decode them. Nothing here imports PyTorch.
-
-A file holds `latents` (1, t, c, h, w) or (t, c, h, w), scaled as the network has them. Its metadata, where it has some,
-is described by `sampling.record_making.latents_metadata`. It is read as a file that came from somewhere else.
-"""
+"""Read the headers of latent files: what decoding needs to know. Imports no PyTorch."""
 
 import json
 import math
@@ -30,11 +26,11 @@ class LatentFile:
 
     Args:
         first_stage_config: the VAE, as in a model's configuration.
-        scale_factor: what the latents are divided by before they are decoded.
-        dtype: in which they would have been decoded, such as "bfloat16"; None: not known.
-        record: of the video, without the hash of its file; None: not known.
-        video: the file to write.
-        sources: the file that the VAE's description is from.
+        scale_factor: number by which the latents are divided before decoding.
+        dtype: name of the dtype in which sampling would have decoded them, such as "bfloat16"; None: not known.
+        record: record of the video, without the hash of its file; None: not known.
+        video: path of the video to write.
+        sources: the file that describes the VAE.
     """
 
     path: Path
@@ -48,39 +44,40 @@ class LatentFile:
 
 
 def find_files(paths: Iterable[Path]) -> dict[Path, Path]:
-    """Return the files that are meant, those of folders in the order of their names, each with the folder of its video.
+    """Return the files of latents under the given paths, each with the folder for its video.
 
-    That is the folder of the file; for a file from the repository's root, the folder of that name in the current
-    working directory.
+    The files of a folder are sorted by name. The video is written to the folder of its file. For a file that was found
+    in the program's root instead of the current working directory, it is written to the folder of the same name in the
+    current working directory.
 
     Raises:
-        UserError: a path is in neither place, or a folder has no such file.
+        UserError: a path exists in neither place, or a folder has no such file.
     """
     files: dict[Path, Path] = {}
     for path in paths:
         found = find_input(path, "PATH")
         if found is None:
-            raise UserError(f"{not_found('PATH', path)}; name a file of latents or a folder of such")
+            raise UserError(f"{not_found('PATH', path)}; name a file of latents or a folder of such files")
         inside = [found]
         if found.is_dir():
             inside = sorted(file for file in found.rglob(f"*{SUFFIX}") if not file.name.startswith("."))
             if not inside:
-                raise UserError(f"{path} holds no {SUFFIX} file; name a file of latents or a folder of such")
+                raise UserError(f"{path} holds no {SUFFIX} file; name a file of latents or a folder of such files")
         for file in inside:
             files[file] = (named_place(path, found) / file.relative_to(found)).parent
     return files
 
 
 def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None, folder: Path) -> LatentFile:
-    """Return what is known of a file of latents without reading them.
+    """Return the description of a latent file, without reading the latents.
 
     Args:
-        config: of the model, from the user; it wins over what the file says.
-        fps: frames a second, likewise.
-        folder: of the video.
+        config: the user's configuration of the model; it overrides the one in the file.
+        fps: frames per second; overrides the value in the file.
+        folder: folder for the video.
 
     Raises:
-        UserError: the path is no file of latents, or does not say what is needed.
+        UserError: the path is not a file of latents, or required information is missing.
     """
     metadata = check_latents(path)
     if config is None:
@@ -108,7 +105,7 @@ def check_latents(path: Path) -> dict[str, str]:
     """Return the metadata of a file of latents.
 
     Raises:
-        UserError: the file is no file of latents, or is damaged.
+        UserError: the file is not a file of latents, or is damaged.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -122,23 +119,23 @@ def check_latents(path: Path) -> dict[str, str]:
     if len(shape) not in (4, 5) or (len(shape) == 5 and shape[0] != 1) or 0 in shape:
         raise UserError(f"{path}: latents are of shape {shape}; expected (1, t, c, h, w) or (t, c, h, w)")
     if frames % 2 == 0:
-        raise UserError(f"{path}: there are {frames} latent frames; only an odd number can be decoded")
+        raise UserError(f"{path}: the file has {frames} latent frames; expected an odd number")
     return metadata
 
 
 def own_model(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], float]:
-    """Return the VAE and the scale of the latents that a file names.
+    """Return the VAE and the scale of the latents that the file itself names.
 
     Raises:
-        UserError: the file does not name them, or names what only the user's own configuration may.
+        UserError: the file does not name them, or names something that only the user's own configuration may name.
     """
     missing = [name for name in ("first_stage_config", "scale_factor") if name not in metadata]
     if missing:
-        raise UserError(f"{path} does not say its {missing[0]}; give the model's configuration as --base")
+        raise UserError(f"{path}: {missing[0]} is missing; give the model's configuration as --base")
     where = f"{path}: first_stage_config"
     try:
         if len(metadata["first_stage_config"]) > LARGEST:
-            raise ValueError("it is too long")
+            raise ValueError("too long")
         first_stage = json.loads(metadata["first_stage_config"])
     except (ValueError, RecursionError) as error:
         raise UserError(
@@ -150,7 +147,7 @@ def own_model(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], 
 
 
 def configured_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """Return the VAE and the scale of the latents of a model's configuration.
+    """Return the VAE and the scale of the latents from a model's configuration.
 
     Raises:
         UserError: the configuration has no VAE.
@@ -162,7 +159,7 @@ def configured_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
 
 
 def check_first_stage(first_stage: Any, where: str) -> None:
-    """Check that this describes a VAE whose weights exist on this machine, else raise UserError."""
+    """Check that a configuration describes a VAE with existing weights, else raise UserError."""
     params = first_stage.get("params") if isinstance(first_stage, Mapping) else None
     if not isinstance(params, Mapping) or not isinstance(first_stage.get("target"), str):
         raise UserError(f"{where} describes no VAE: it needs target and params")
@@ -175,10 +172,10 @@ def check_first_stage(first_stage: Any, where: str) -> None:
 
 
 def number(value: Any, where: str) -> float:
-    """Return a positive number, which may be given as text.
+    """Return a positive number, given as a number or as text.
 
     Raises:
-        UserError: the value is no positive number.
+        UserError: the value is not a positive number.
     """
     try:
         result = math.nan if isinstance(value, bool) else float(value)

@@ -1,4 +1,4 @@
-"""What sampling takes of a device, for each way to do it, as lines of text."""
+"""Report the memory that sampling takes on a device, for each way, as lines of text."""
 
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ CARDS = (6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB
 
 
 def report(args: SamplingArguments) -> list[str]:
-    """Return the lines about sampling a video of the size that the arguments describe.
+    """Return the lines of the report for a video of the size in the arguments.
 
-    They are the weights of each part, the memory of the device by `--offload`, and what `--fit` picks: the one that is
-    given, or those of the usual cards.
+    The lines give the weights of each part, the memory of the device for each `--offload`, and the choice of `--fit`:
+    for the given value, or for common sizes of GPU memory.
 
     Raises:
-        UserError: a part of the model cannot be built, or no way takes as little as `fit` says.
+        UserError: a part of the model cannot be built, or the memory that `fit` allows is too small for every way.
     """
     (size,) = video_sizes(args)
     memory = memory_of(args, [size])
@@ -52,7 +52,10 @@ def weight_lines(memory: SamplingMemory) -> list[str]:
 
 
 def table(memory: SamplingMemory, args: SamplingArguments) -> list[str]:
-    """Return a table of GiB: for each `--offload` the stages, and below it what each further option changes."""
+    """Return a table in GiB: the stages for each `--offload`, then each further option.
+
+    The row of an option shows only the stages that the option changes.
+    """
     rows: list[tuple[str, dict[str, int]]] = []
     for offload in OFFLOAD_POLICIES if "offload" not in args.given else (args.offload,):
         found = list(ways(replace(args, offload=offload, given=args.given | {"offload"}), memory.takes_pieces))
@@ -74,12 +77,12 @@ def table(memory: SamplingMemory, args: SamplingArguments) -> list[str]:
 
 
 def differences(stages: dict[str, int], others: dict[str, int]) -> dict[str, int]:
-    """Return the stages that do not take what they take in another way."""
+    """Return the stages whose memory differs from that in `others`."""
     return {stage: taken for stage, taken in stages.items() if taken != others[stage]}
 
 
 def fit_lines(memory: SamplingMemory, candidates: list[Way]) -> list[str]:
-    """Return what `--fit` picks for the usual cards, a line for those that it picks the same for."""
+    """Return the choices of `--fit` for common GPUs, one line per choice."""
     picked: dict[Way, list[int]] = {}
     for card in CARDS:
         fitting = (way for way in candidates if memory.peak(way) <= card * GIB)
@@ -89,5 +92,5 @@ def fit_lines(memory: SamplingMemory, candidates: list[Way]) -> list[str]:
 
 
 def cards_in_words(cards: list[int]) -> str:
-    """Return sizes of memory, such as `6GB` or `16GB to 80GB`."""
+    """Return sizes of memory in words, such as `6GB` or `16GB to 80GB`."""
     return f"{cards[0]}GB" if len(cards) == 1 else f"{cards[0]}GB to {cards[-1]}GB"

@@ -1,4 +1,4 @@
-"""Have the parts of a model on the device by turns."""
+"""Load the parts of a model onto the device in turn."""
 
 import torch
 from torch import nn
@@ -11,10 +11,11 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 
 
 class PartOffloader:
-    """Has the part of the engine that is in use on the device, and, unless `offload` is none, no other.
+    """Keeps the part of the engine that is in use on the device.
 
-    With `sequential` the layers of the network and of the text encoder wait in host memory and come when they run; the
-    network stays built therefore. Unless `offload` is none, the weights behind its modulations wait there too.
+    Unless `offload` is `none`, the other parts leave the device. With `sequential`, the layers of the network and of
+    the text encoder wait in host memory and are copied to the device when they run; the network therefore stays built.
+    Unless `offload` is `none`, the weights that compute the network's modulations also wait in host memory.
 
     Args:
         offload: one of `model_limits.OFFLOAD_POLICIES`.
@@ -24,11 +25,11 @@ class PartOffloader:
         self.engine, self.offload = engine, offload
 
     def use(self, part: str) -> None:
-        """Build a part with its weights unless it is there, after the others have made room for it.
+        """Build a part with its weights if it is not built, after making room for it.
 
         Raises:
             UserError: its weights cannot be read or do not fit.
-            OutOfMemory: there is no room for it.
+            OutOfMemory: the device has too little free memory.
         """
         with memory_guard(f"loading {PART_NAMES[part]}"):
             self._use(part)
@@ -55,29 +56,34 @@ class PartOffloader:
             stream_layers(engine.network, engine.device)
         else:
             engine.build(part)
-            # On a CPU the weights would stay in the memory that they are in.
+            # On a CPU, the weights would only move within the same memory.
             if part == "model" and self.offload != "none" and engine.device.type != "cpu":
                 tabulate_modulations(engine.network, engine.device)
 
     def _use_conditioner(self, streams: bool) -> None:
-        """Build the text encoder; the processes of a machine have its weights in host memory once, in their file."""
+        """Build the text encoder, with weights shared by the processes of one machine.
+
+        Host memory holds these weights once, as the mapped file.
+        """
         engine, shared = self.engine, processes_here() > 1
         on_cpu = engine.device.type == "cpu"
         engine.text_blocks_as_stored = shared and (streams or on_cpu)
         engine.build("conditioner", device="cpu" if streams else None)
-        # Where each process would convert all weights to another dtype, it converts each block when that runs instead.
+        # If weights need another dtype, each block is converted when it runs, instead of all blocks in every process.
         if streams or (shared and on_cpu and any(map(is_converted, text_encoders(engine.conditioner)))):
             stream_text_encoders(engine.conditioner, engine.device, pin=not shared)
 
 
 def tabulate_modulations(network: nn.Module, device: torch.device) -> None:
-    """Work modulations out ahead and keep their weights in host memory, if the network knows how to."""
+    """Compute modulations in advance and keep their weights in host memory, if supported."""
     if hasattr(network, "tabulate_modulations"):
         network.tabulate_modulations(device)
 
 
 def stream_text_encoders(conditioner: nn.Module, device: torch.device, pin: bool = True) -> None:
-    """Move a conditioner to `device`, all but the blocks of its T5 encoders, which come when they run.
+    """Move a conditioner to `device`, except the blocks of its T5 encoders.
+
+    These blocks are copied to the device when they run.
 
     Args:
         pin: see `LayerStreamer`.
@@ -94,6 +100,6 @@ def text_encoders(conditioner: nn.Module) -> list[FrozenT5Embedder]:
 
 
 def is_converted(encoder: FrozenT5Embedder) -> bool:
-    """Return whether an encoder computes in another dtype than that of its blocks' weights in memory."""
+    """Return whether an encoder computes in another dtype than its weights in memory have."""
     stored = [[parameter.dtype for parameter in block.parameters()] for block in encoder.blocks]
     return stored != encoder.block_dtypes

@@ -1,7 +1,7 @@
-"""What a sampling run will make: read, checked and named before anything heavy is imported.
+"""Plan a sampling run: read, check and name its videos before PyTorch is imported.
 
-Under a launcher every process plans the whole run, so that all of them stop at a mistake; they share out the videos
-later, once all have planned and therefore before any has written.
+Under a launcher, every process plans the whole run, so that all of them stop at an error. The videos are distributed
+over the processes later, when all processes have planned and none has written yet.
 """
 
 import logging
@@ -39,10 +39,10 @@ class PlannedVideo:
     Args:
         frames: latent frames.
         size: (height, width) in pixels.
-        original_prompt: the user's own, where a language model has written it out.
-        fps: frames a second of the file.
+        original_prompt: the user's prompt, if a language model has refined it.
+        fps: frames per second of the file.
         steps: sampling steps; None: the sampler's own number.
-        knobs: what is changed of the configured sampler.
+        knobs: changes to the configured sampler.
     """
 
     request: PromptRequest
@@ -57,17 +57,17 @@ class PlannedVideo:
 
 
 class SamplingPlan(NamedTuple):
-    """The videos that are to be made, and all of the prompts with their files, those that exist among them."""
+    """The videos to make, and all prompts with their files, including existing files."""
 
     videos: list[PlannedVideo]
     shown: list[tuple[str, Path]]
 
 
 def plan_run(args: SamplingArguments) -> SamplingPlan | None:
-    """What the prompts of the input file ask for, or None when prompts will be typed.
+    """Return the plan for the prompts of the input file; None if prompts will be typed.
 
     Raises:
-        UserError: the model cannot do what is asked, a file that it needs is not there, or an output exists.
+        UserError: the model cannot make what is asked, a required file is missing, or an output exists.
     """
     check_model_arguments(args)
     check_folder(args.output_dir)
@@ -80,7 +80,7 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     if args.input_file is None:
         raise UserError("input_file is missing: name a file of prompts")
     try:
-        # What the whole run shows may be the picture that an image-to-video model needs.
+        # The arguments of the whole run may give the picture that an image-to-video model needs.
         shows = bool(args.keyframes) or args.video is not None
         requests = read_prompts(args.input_file, None if args.image2video and shows else args.image2video)
     except UserError as error:
@@ -93,7 +93,7 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
 
 
 def with_shown(request: PromptRequest, args: SamplingArguments) -> PromptRequest:
-    """Return a request with what the arguments of the whole run show, where it says nothing itself.
+    """Return a request with the run's pictures and clip where it names none itself.
 
     Raises:
         UserError: a file that the arguments name does not exist.
@@ -110,10 +110,10 @@ def with_shown(request: PromptRequest, args: SamplingArguments) -> PromptRequest
 
 
 def check_model_arguments(args: SamplingArguments) -> None:
-    """Check that the model is described as it should be and can do what the arguments of the whole run ask for.
+    """Check the configuration of the model, and that the model fits the run's arguments.
 
     Raises:
-        UserError: it is not, it cannot, or a file that it needs is not there.
+        UserError: the configuration is invalid, the model cannot do what is asked, or a required file is missing.
     """
     check_model_values(args.model_config, args.sources)
     limits = ModelLimits.from_config(args.model_config)
@@ -128,7 +128,9 @@ def check_model_arguments(args: SamplingArguments) -> None:
 
 
 def plan_repetition(args: SamplingArguments) -> SamplingPlan:
-    """Return the plan for the video that a record describes; its folder is the one that it had, in `output_dir`.
+    """Return the plan for the video that a record describes.
+
+    The video gets the same folder name as before, within `output_dir`.
 
     Raises:
         UserError: the record's image does not fit the model or does not exist, or the output exists.
@@ -145,7 +147,7 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
     for name, file in files:
         if file is not None and not file.is_file():
             raise UserError(
-                f"{record.path}: {name}: {file} does not exist; put it back, or name its new place in the file"
+                f"{record.path}: {name}: {file} does not exist; put it back, or write its new path into the record"
             )
     original = record["original_prompt"]
     height, width = args.sampling_image_size
@@ -167,7 +169,11 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
 
 
 def check_combinations(args: SamplingArguments) -> None:
-    """Raises UserError for arguments that this model, or this way of starting the command, does not go with."""
+    """Check that the arguments fit the model and the way the command was started.
+
+    Raises:
+        UserError: they do not.
+    """
     check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
     check_world(layout_of(args), int(os.environ.get("WORLD_SIZE", "1")))
     first_stage = args.model_config["first_stage_config"].get("params")
@@ -177,11 +183,11 @@ def check_combinations(args: SamplingArguments) -> None:
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("prompts are typed into one process: start it without torchrun, or give an input_file")
     if args.refine_prompts:
-        Endpoint.from_environment()  # raises before minutes go into anything else
+        Endpoint.from_environment()  # raises at once, not after minutes of loading
 
 
 def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> list[PlannedVideo]:
-    """Every video that is to be made of `requests`, those left out that exist and are to be kept.
+    """Return the videos to make for `requests`, without existing ones that are kept.
 
     Raises:
         UserError: an output exists, and the arguments do not say what to do with it.
@@ -199,10 +205,10 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
 
 
 def planned_video(request: PromptRequest, args: SamplingArguments, path: Path, sample: int = 0) -> PlannedVideo:
-    """Return the video of a request: what it asks for, and the rest as the arguments of the whole run say.
+    """Return the planned video of a request; the run's arguments fill in what it leaves open.
 
     Args:
-        sample: its number among the videos of the request.
+        sample: number of the video among those of the request.
     """
     return PlannedVideo(
         request,
@@ -217,7 +223,11 @@ def planned_video(request: PromptRequest, args: SamplingArguments, path: Path, s
 
 
 def check_request(request: PromptRequest, args: SamplingArguments, where: str) -> None:
-    """Check that the model can make the videos of a request, else raise UserError, which begins with `where`."""
+    """Check that the model can make the videos of a request.
+
+    Raises:
+        UserError: it cannot; the message begins with `where`.
+    """
     try:
         limits = ModelLimits.from_config(args.model_config)
         names = (
@@ -234,13 +244,16 @@ def check_request(request: PromptRequest, args: SamplingArguments, where: str) -
 
 
 def check_shown(request: PromptRequest, args: SamplingArguments, limits: ModelLimits, frames: int) -> None:
-    """Check that a model of such limits can do with what a request shows, for windows of so many latent frames.
+    """Check that a model of the given limits can use the pictures and clip of a request.
+
+    Args:
+        frames: length of a window in latent frames.
 
     Raises:
         UserError: it cannot.
     """
     if request.strength is not None and request.video is None:
-        raise UserError("strength: it says how much of a clip is changed; give video too, or leave it out")
+        raise UserError("strength: `video` is missing; give `video` too, or leave out `strength`")
     if request.keyframes and not limits.image_to_video:
         raise UserError("keyframes: this is a text-to-video model; use an '_i2v' configuration")
     numbers = [key_frame.at for key_frame in request.keyframes]
@@ -248,13 +261,13 @@ def check_shown(request: PromptRequest, args: SamplingArguments, limits: ModelLi
     if request.extend:
         window = limits.video_frames(frames)
         if window <= CONTEXT_FRAMES:
-            raise UserError(f"extend: a window has {window} frames; it must have more than {CONTEXT_FRAMES}")
+            raise UserError(f"extend: a window has {window} frames; expected more than {CONTEXT_FRAMES}")
         if args.only_save_latents:
-            raise UserError("extend: windows go on from decoded frames; leave out only_save_latents")
+            raise UserError("extend: windows continue decoded frames; leave out only_save_latents")
 
 
 def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, int]:
-    """Return (height, width) of the videos of a request: its own, that of its image, or that of the whole run."""
+    """Return (height, width) of a request's videos: its own, its image's, or the run's."""
     if request.size is None and args.size_from_image and request.image and (image := size_of_image(request.image)):
         return size_from_image(image, ModelLimits.from_config(args.model_config))
     height, width = request.size or args.sampling_image_size
@@ -262,11 +275,13 @@ def video_size(request: PromptRequest, args: SamplingArguments) -> tuple[int, in
 
 
 def latent_frames(request: PromptRequest, args: SamplingArguments) -> int:
-    """Return the length of a request's videos in latent frames: its own, or that of the whole run, or as much of that
-    as the clip has that it starts from.
+    """Return the length of a request's videos in latent frames.
+
+    It is the request's own length, else that of the whole run, reduced to what the clip has if sampling starts from a
+    clip.
 
     Raises:
-        UserError: the model makes no such video.
+        UserError: the model cannot make a video of this length.
     """
     limits = ModelLimits.from_config(args.model_config)
     if frames := request.latent_frames(limits):
@@ -277,7 +292,7 @@ def latent_frames(request: PromptRequest, args: SamplingArguments) -> int:
 
 
 def knobs_of(request: PromptRequest, args: SamplingArguments) -> SamplerKnobs:
-    """Return what a request changes of the sampler: by its own, and else by what the whole run does."""
+    """Return the changes to the sampler: those of the request over those of the run."""
     return request.knobs.over(SamplerKnobs.of(args))
 
 
@@ -296,7 +311,10 @@ def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArgum
 
 
 def files_beside(video: Path, args: SamplingArguments) -> dict[Path, str]:
-    """Return the files that belong to a video, with what they are when they are found without it."""
+    """Return the files that belong to a video, each with a description for messages.
+
+    The description is used if the file is found without the video.
+    """
     if args.only_save_latents:
         return {}
     return {
@@ -306,17 +324,18 @@ def files_beside(video: Path, args: SamplingArguments) -> dict[Path, str]:
 
 
 def outputs(request: PromptRequest, args: SamplingArguments) -> list[tuple[str, Path]]:
-    """The prompt with each of the files that are made of it."""
+    """Return the prompt with each of the files that are made for it."""
     paths = [output_path(args.output_dir, request.index, request.text, sample) for sample in range(args.batch_size)]
     return [(request.text, path.with_suffix(".safetensors") if args.only_save_latents else path) for path in paths]
 
 
 def refine_videos(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:
-    """The same videos of prompts that a language model has written out, where it could; each is written where it would
-    have been, so that running again finds it, and keeps its seed.
+    """Return the videos with prompts refined by a language model, where that succeeds.
+
+    The paths and seeds stay those of the original prompts, so that another run finds the same files.
 
     Raises:
-        UserError: the model cannot be asked at all.
+        UserError: the language model cannot be used at all.
     """
     requests = {video.request.index: video.request for video in videos}
     logger.info("refining %d prompts", len(requests))

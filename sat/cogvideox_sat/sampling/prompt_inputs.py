@@ -1,4 +1,4 @@
-"""The prompts to sample: read from a file or typed in, each with its own seed."""
+"""The prompts to sample, read from a file or typed in, each with its own seed."""
 
 import json
 import logging
@@ -27,23 +27,23 @@ QUIT = "q"
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One video to sample; None means "as the arguments of the whole run say".
+    """One video to sample; a field that is None takes the value of the run's arguments.
 
     Args:
-        index: number of the line in a text file, or of the prompt in a .jsonl file or on the terminal, from 0; it names
-            the output folder and enters the seed.
+        index: line number in a text file, or number of the prompt in a .jsonl file or on the terminal, counted from 0.
+            The output folder is named after it, and the seed is derived from it.
         image: the first frame, for image-to-video models.
-        seed: overrides the seed derived from the run's, see `request_seed`.
-        num_frames: length in latent frames, the unit of `sampling_num_frames`.
-        size: (height, width) of the video in pixels, the order of `sampling_image_size`.
+        seed: overrides the seed that `request_seed` derives from the run's seed.
+        num_frames: length in latent frames, as in `sampling_num_frames`.
+        size: (height, width) of the video in pixels, as in `sampling_image_size`.
         frames: length in frames, in place of `num_frames`.
-        fps: frames a second of the file.
+        fps: frames per second of the file.
         steps: sampling steps.
         sampler, guidance_scale, guidance_interval, guidance_schedule: see `SamplerKnobs`.
-        keyframes: pictures that other frames show, for image-to-video models.
-        video: the clip that the video starts from; without `strength` and with `extend` the clip that is continued.
-        strength: share of the steps that is taken from the clip.
-        extend: further windows, or their prompts.
+        keyframes: pictures for other frames, for image-to-video models.
+        video: the clip that sampling starts from. With `extend` and without `strength`: the clip that is continued.
+        strength: share of the steps that is sampled from the noised clip.
+        extend: number of further windows, or their prompts.
     """
 
     index: int
@@ -67,25 +67,25 @@ class PromptRequest:
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """Return the prompts of further windows."""
+        """Return the prompts of the further windows."""
         return (self.text,) * self.extend if isinstance(self.extend, int) else self.extend or ()
 
     @property
     def goes_on(self) -> bool:
-        """Return whether the clip stays as it is and is continued."""
+        """Return whether the clip is kept unchanged and continued."""
         return bool(self.extend) and self.video is not None and self.strength is None
 
     def latent_frames(self, limits: ModelLimits) -> int | None:
-        """Return the length in latent frames; None: as the arguments of the whole run say.
+        """Return the length in latent frames, or None for the length of the whole run.
 
         Raises:
-            UserError: the model makes no video of so many `frames`.
+            UserError: the model cannot make a video of `frames` frames.
         """
         return self.num_frames if self.frames is None else limits.latent_frames(self.frames)
 
     @property
     def knobs(self) -> SamplerKnobs:
-        """Return what the request changes of the sampler."""
+        """Return the request's changes to the sampler."""
         return SamplerKnobs.of(self)
 
 
@@ -97,22 +97,24 @@ class PromptRequest:
 def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[PromptRequest]:
     """Return the prompts of a file, in its order, numbered from 0.
 
-    Empty lines and empty prompts are left out. They count in a text file, as in the original, and not in `.jsonl`.
-
-    `.jsonl`: one JSON object a line with the key `prompt` and, as wanted, the other fields of `PromptRequest`.
-    Any other suffix: one prompt a line, `prompt@@image` where there is a first frame, `prompt@@first@@last` where there
-    is a last one too. Text is UTF-8 in both, and the path of a picture or clip that does not exist from the current
-    directory is taken from the folder of the prompt file.
+    Empty lines and empty prompts are skipped. In a text file they still count, as in the original; in `.jsonl` they do
+    not.
+    `.jsonl`: one JSON object per line, with the key `prompt` and, optionally, the other fields of `PromptRequest`. Any
+    other suffix: one prompt per line; `prompt@@image` gives a first frame, `prompt@@first@@last` also a last frame.
+    Both kinds of file are UTF-8. The path of a picture or clip is resolved against the current working directory and,
+    if no such file exists, against the folder of the prompt file.
 
     Args:
-        image_to_video: True demands an image for every prompt, False refuses images, None takes both.
+        image_to_video: True requires an image for every prompt, False refuses images, None accepts both.
 
     Raises:
-        UserError: the file cannot be read or holds no prompt, or a line does not say what it must.
+        UserError: the file cannot be read or holds no prompt, or a line is malformed.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        raise UserError(f"prompt file {path}: use .txt with one prompt a line or .jsonl with one JSON object a line")
+        raise UserError(
+            f"prompt file {path}: use .txt with one prompt per line or .jsonl with one JSON object per line"
+        )
     parse = _parse_json if path.suffix.lower() == ".jsonl" else _parse_text
     is_text = parse is _parse_text
     requests: list[PromptRequest] = []
@@ -128,15 +130,16 @@ def read_prompts(path: str | Path, image_to_video: bool | None = None) -> list[P
         check_image_use(request, image_to_video, where)
         requests.append(request)
     if not requests:
-        raise UserError(f"prompt file {path} holds no prompt: write one a line")
+        raise UserError(f"prompt file {path}: it holds no prompt; write one prompt per line")
     return requests
 
 
 def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> str:
-    """The content of a prompt file with other texts, all else as it is; to be written to a file in `folder`.
+    """Return the content of a prompt file with other texts and everything else unchanged.
 
     Args:
-        texts: one for each request that `read_prompts` returns, None to keep the prompt.
+        texts: one text for each request that `read_prompts` returns; None keeps the prompt.
+        folder: folder of the file to which the content will be written.
     """
     is_json = path.suffix.lower() == ".jsonl"
     pieces, remaining = re.split(r"(\r\n|\r|\n)", _read_text(path)), iter(texts)
@@ -154,7 +157,10 @@ def replace_prompts(path: Path, texts: Sequence[str | None], folder: Path) -> st
 
 
 def _replaced_text(line: str, text: str | None, request: PromptRequest, moved: bool) -> str | None:
-    """Return a line with another prompt, and with whole paths where these would not be found; None: it stays."""
+    """Return a line with another prompt, or None if the line stays as it is.
+
+    Relative paths become absolute if they would not be found from the new folder.
+    """
     _, *names = _split_text(line)
     files = [file for file in (request.image, *(key_frame.path for key_frame in request.keyframes)) if file is not None]
     placed = [_placed(name, file, moved) for name, file in zip(names, files, strict=True)]
@@ -180,12 +186,15 @@ def _replaced_json(line: str, text: str | None, request: PromptRequest, moved: b
 
 
 def _placed(name: str, file: Path, moved: bool) -> str:
-    """Return what names a file: one that was found beside the prompt file would not be found beside another."""
+    """Return the name under which a new prompt file finds a picture or clip.
+
+    A file that was found beside the old prompt file needs its absolute path if the folder changes.
+    """
     return str(file.resolve()) if moved and file != Path(name) else name
 
 
 def _read_lines(path: Path) -> list[str]:
-    # Not str.splitlines, which also breaks at characters such as U+2028 that may stand inside a prompt.
+    # Not str.splitlines, which also breaks at characters such as U+2028 that a prompt may contain.
     lines = re.split(r"\r\n|\r|\n", _read_text(path))
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -201,7 +210,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"prompt file {path} is not UTF-8 text (line {line}): save it as UTF-8") from error
-    if "\0" in text:  # what UTF-16 without a byte order mark decodes to
+    if "\0" in text:  # UTF-16 without a byte order mark decodes to this
         raise UserError(f"prompt file {path} is not UTF-8 text, it holds NUL characters: save it as UTF-8")
     return text
 
@@ -210,16 +219,18 @@ def _parse_text(line: str, index: int, folder: Path, where: str) -> PromptReques
     text, *names = _split_text(line)
     for name in names:
         if not name:
-            raise UserError(f"{where}: there is no image path after '{IMAGE_SEPARATOR}'")
+            raise UserError(
+                f"{where}: an image path is missing after '{IMAGE_SEPARATOR}'; write it, or remove the separator"
+            )
     images = [found_image(name, folder, where) for name in names]
     last = tuple(KeyFrameFile(image, -1) for image in images[1:])
     return PromptRequest(index, text, image=images[0] if images else None, keyframes=last)
 
 
 def _split_text(line: str) -> list[str]:
-    """Return the prompt, and the names of its first and its last picture where it has such.
+    """Return the prompt, and the names of its first and its last picture if it has them.
 
-    What stands between two separators is a part of the prompt, as in the original, unless it is named like a picture.
+    Text between two separators is part of the prompt, as in the original, unless it has the suffix of a picture.
     """
     text, *names = (part.strip() for part in line.rsplit(IMAGE_SEPARATOR, 2))
     if len(names) == 2 and PurePath(names[0]).suffix.lower() not in IMAGE_SUFFIXES:
@@ -240,10 +251,10 @@ def _parse_json(line: str, index: int, folder: Path, where: str) -> PromptReques
 
 
 def found_files(values: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """Return fields with the files that they name in place of their names.
+    """Return fields in which the names of files are replaced by their paths.
 
     Raises:
-        UserError: one does not exist; `where` begins the message.
+        UserError: a file does not exist; the message begins with `where`.
     """
     found = dict(values)
     if "image" in values:
@@ -256,13 +267,15 @@ def found_files(values: dict[str, Any], folder: Path, where: str) -> dict[str, A
 
 
 def found_image(name: str, folder: Path, where: str, kind: str = "image") -> Path:
-    """Return the picture or clip that a request names, from the current directory, `folder`, or the program's root.
+    """Return the path of the picture or clip that a request names.
+
+    It is searched in the current working directory, in `folder`, and in the program's root.
 
     Raises:
-        UserError: it is in none of them; `where` begins the message.
+        UserError: no such file exists in these places; the message begins with `where`.
     """
     for candidate in (Path(name), folder / name):
-        with suppress(OSError, ValueError):  # a name too long for the file system is no file either
+        with suppress(OSError, ValueError):  # a name that is too long for the file system
             if candidate.is_file():
                 return candidate
     found = find_input(name, where)
@@ -274,17 +287,20 @@ def found_image(name: str, folder: Path, where: str, kind: str = "image") -> Pat
 
 
 def check_image_use(request: PromptRequest, image_to_video: bool | None, where: str) -> None:
-    """Check that a request names pictures if the model takes such (True), and none if it does not (False).
+    """Check that a request names pictures exactly when the model takes pictures.
 
-    A clip has a first frame, which may be the picture.
+    A clip counts as a picture for an image-to-video model, since its first frame can be used.
+
+    Args:
+        image_to_video: True: pictures are required; False: pictures are refused; None: both are accepted.
 
     Raises:
-        UserError: it does not; `where` begins the message.
+        UserError: the request does not fit; the message begins with `where`.
     """
     if image_to_video is True and request.image is None and not request.keyframes and request.video is None:
         raise UserError(f"{where}: an image-to-video model needs an image: prompt{IMAGE_SEPARATOR}image_path")
     if image_to_video is False and (request.image is not None or request.keyframes):
-        raise UserError(f"{where}: it names an image, but this is a text-to-video model")
+        raise UserError(f"{where}: the prompt names an image, but this is a text-to-video model; remove the image")
 
 
 def _shorten(value: object) -> str:
@@ -300,8 +316,8 @@ def _shorten(value: object) -> str:
 def typed_prompts(image_to_video: bool = False) -> Iterator[PromptRequest]:
     """Ask for prompts on the terminal until an empty line, `q` or the end of the input.
 
-    For an image-to-video model the image follows the prompt on the same line, `prompt@@image_path`, or is asked for.
-    A line that will not do is reported and asked for again.
+    For an image-to-video model, the image follows the prompt on the same line, `prompt@@image_path`; if it is missing,
+    it is asked for. After an invalid line, the error is logged and the next line is asked for.
     """
     index, where = 0, "typed prompt"
     for line in typed_lines():
@@ -321,13 +337,13 @@ def typed_prompts(image_to_video: bool = False) -> Iterator[PromptRequest]:
 
 
 def typed_lines() -> Iterator[str]:
-    """Ask for prompts on the terminal until an empty line, `q` or the end of the input; yield what is typed."""
+    """Yield lines from the terminal until an empty line, `q` or the end of the input."""
     while (line := _ask(f"Prompt (empty line or {QUIT} to quit): ")) is not None:
         yield line
 
 
 def _ask(question: str) -> str | None:
-    """The stripped answer, None when the user wants to stop."""
+    """Return the stripped answer, or None if the user wants to stop."""
     try:
         answer = input(question).strip()
     except EOFError:
@@ -341,5 +357,5 @@ def _ask(question: str) -> str | None:
 
 
 def request_seed(base_seed: int, request: PromptRequest) -> int:
-    """The seed of a request's noise: its own, else one derived from the run's seed and its index."""
+    """Return the seed of a request: its own, or one derived from the run's seed."""
     return derive_seed(base_seed, request.index) if request.seed is None else request.seed

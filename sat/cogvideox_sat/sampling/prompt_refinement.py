@@ -1,7 +1,8 @@
-"""Short prompts made long by a language model, as the video models were trained on long descriptions.
+"""Expand short prompts with a language model.
 
-Any endpoint that speaks OpenAI's chat protocol will do: `OPENAI_BASE_URL` (default: OpenAI's own), `OPENAI_API_KEY`,
-and `OPENAI_MODEL`. A prompt that cannot be refined stays as it is, with a warning. Nothing here imports PyTorch.
+The video models were trained on long descriptions. Any endpoint with OpenAI's chat protocol can be used; it is set by
+`OPENAI_BASE_URL` (default: OpenAI's own), `OPENAI_API_KEY` and `OPENAI_MODEL`. A prompt that cannot be refined is kept
+unchanged, with a warning. This module imports no PyTorch.
 """
 
 import base64
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "gpt-4o"
-LONGEST_ANSWER = 4000  # characters; the text encoder takes some 1000
-IMAGE_SIDE = 1024  # pixels of the longer side that is sent
-HOPELESS = {401: "refuses OPENAI_API_KEY", 403: "refuses access", 404: "knows no such address or model"}
+LONGEST_ANSWER = 4000  # characters; the text encoder takes about 1000
+IMAGE_SIDE = 1024  # pixels of the longer side of the image that is sent
+HOPELESS = {401: "refuses OPENAI_API_KEY", 403: "refuses access", 404: "does not know this address or model"}
 
 TEXT_INSTRUCTIONS = """\
 You turn a short idea into the caption of a video clip of about six seconds, for a model that makes the clip from it.
@@ -69,7 +70,7 @@ EXAMPLE = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to refine; with an image, of how it goes on."""
+    """A prompt to refine; with an image, the text says how the video continues from it."""
 
     text: str
     image: Path | None = None
@@ -77,13 +78,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where and how to ask.
+    """The endpoint of a language model, and how it is called.
 
     Args:
-        timeout: seconds for an answer.
-        tries: how often each prompt is sent, at most. When nobody answers, or with a status that may pass, it is the
-            client of OpenAI that waits before the next one: longer each time, or as long as the server asks for.
-        workers: prompts that are sent at the same time.
+        timeout: seconds to wait for an answer.
+        tries: the most times that each prompt is sent. After a failed connection or a temporary status, OpenAI's client
+            waits before the next try: longer each time, or as long as the server asks.
+        workers: number of prompts that are sent at the same time.
     """
 
     model: str
@@ -95,7 +96,10 @@ class Endpoint:
 
     @classmethod
     def from_environment(cls, **settings: Any) -> "Endpoint":
-        """The endpoint that the environment names; `settings` are the other fields, None for their defaults.
+        """Return the endpoint that the environment variables describe.
+
+        Args:
+            settings: the other fields; None for their defaults.
 
         Raises:
             UserError: the openai package, the key, or a usable address is missing.
@@ -114,7 +118,9 @@ class Endpoint:
 
 
 def refine(prompts: Sequence[Prompt], endpoint: Endpoint, done: Callable[[], Any] = lambda: None) -> list[str | None]:
-    """The refined text of each prompt, on one line; None where there is none, which is logged as a warning.
+    """Return the refined text of each prompt on one line, or None if refining failed.
+
+    Failures are logged as warnings.
 
     Args:
         done: called after each prompt.
@@ -132,11 +138,11 @@ def refine(prompts: Sequence[Prompt], endpoint: Endpoint, done: Callable[[], Any
         return text
 
     pool = ThreadPoolExecutor(max_workers=endpoint.workers)
-    # Closed in the end, the client also gives up what it would send again for prompts that are no longer waited for.
+    # Closing the client at the end also stops its retries for prompts that are no longer needed.
     with OpenAI(api_key=endpoint.api_key, base_url=endpoint.base_url, timeout=endpoint.timeout) as client:
         futures = [pool.submit(refine_one, prompt) for prompt in prompts]
         try:
-            # What one prompt finds hopeless ends all, also those before it.
+            # An error that concerns every prompt ends the whole call, even if earlier prompts are still unanswered.
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
             return [future.result() for future in futures]
@@ -145,20 +151,23 @@ def refine(prompts: Sequence[Prompt], endpoint: Endpoint, done: Callable[[], Any
 
 
 class _Unusable(Exception):
-    """An answer that is no caption."""
+    """An answer that cannot be used as a caption."""
 
 
 class _Conversation:
-    """The tries for one prompt. Once one prompt has found nobody at the endpoint in all its tries, others try once."""
+    """The attempts for one prompt.
+
+    After one prompt has failed to reach the endpoint in all its attempts, the other prompts try only once.
+    """
 
     def __init__(self, client: "OpenAI", endpoint: Endpoint, unreachable: threading.Event):
         self.client, self.endpoint, self.unreachable = client, endpoint, unreachable
 
     def refine(self, prompt: Prompt) -> str | None:
-        """Return the caption; None where there is none, which is logged as a warning."""
+        """Return the caption, or None if refining failed, which is logged as a warning."""
         try:
             messages = messages_for(prompt)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for damaged images
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for damaged images
             logger.warning("prompt kept as it is ('%.60s'): cannot read %s: %s", prompt.text, prompt.image, error)
             return None
         text, reason = self.ask(messages)
@@ -167,8 +176,9 @@ class _Conversation:
         return text
 
     def ask(self, messages: list[dict[str, Any]]) -> tuple[str | None, str]:
-        """Return the text, or None and why there is none. The client repeats requests that fail; here they are repeated
-        for answers that are of no use.
+        """Return the text, or None and the reason for the failure.
+
+        The client repeats failed requests; this method repeats requests whose answer cannot be used.
 
         Raises:
             UserError: no prompt can succeed.
@@ -203,13 +213,13 @@ class _Conversation:
                 return None, f"cannot reach {where}: {problem:.120}"
             except _Unusable as error:
                 reason = str(error)
-            except (openai.OpenAIError, ValueError) as error:  # what should be JSON is not
+            except (openai.OpenAIError, ValueError) as error:  # the body is not valid JSON
                 reason = f"the answer is malformed ({type(error).__name__})"
         return None, reason
 
 
 def messages_for(prompt: Prompt) -> list[dict[str, Any]]:
-    """The conversation that asks for a caption.
+    """Return the messages that ask for a caption.
 
     Raises:
         OSError, SyntaxError or ValueError: the image is missing or damaged.
@@ -226,7 +236,7 @@ def messages_for(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def data_url(path: Path) -> str:
-    """An image file of any format as a JPEG in a `data:` URL, small enough to send."""
+    """Return an image file of any format as a JPEG in a `data:` URL, scaled down for sending."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
@@ -242,10 +252,10 @@ def data_url(path: Path) -> str:
 
 
 def caption_of(answer: Any) -> str:
-    """The caption in an answer, on one line and fit for a line of a prompt file.
+    """Return the caption in an answer, on one line that fits into a prompt file.
 
     Raises:
-        _Unusable: there is none.
+        _Unusable: the answer holds no usable caption.
     """
     try:
         choice = answer.choices[0]
@@ -256,9 +266,11 @@ def caption_of(answer: Any) -> str:
         raise _Unusable(f"the answer was cut off ({finish})")
     if not isinstance(text, str):
         raise _Unusable("the answer holds no text")
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)  # of models that reason aloud
-    text = text.encode(errors="ignore").decode().replace("\0", "")  # halves of surrogate pairs, which no file takes
-    text = re.sub("@@+", "@", " ".join(text.split()))  # two would be the mark of an image
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)  # reasoning models write this
+    text = (
+        text.encode(errors="ignore").decode().replace("\0", "")
+    )  # half surrogate pairs, which cannot be written to a file
+    text = re.sub("@@+", "@", " ".join(text.split()))  # two would be read as the separator of an image
     if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”"):
         text = text[1:-1].strip()
     if not text or len(text) > LONGEST_ANSWER:

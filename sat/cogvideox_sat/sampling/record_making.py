@@ -1,4 +1,4 @@
-"""Gather what made a video, while it is made: for the record beside it and the metadata of its latents."""
+"""Collect what made a video, for its record and for the metadata of its latents."""
 
 import hashlib
 import json
@@ -48,11 +48,11 @@ METADATA_FORMAT = "cogvideox-latents-1"
 class Recorder:
     """Makes the records of a run's videos.
 
-    The content of weights is hashed in the background, once for the run.
+    The files of weights are hashed in the background, once per run.
 
     Args:
-        asked: the arguments as the user gave them, with the precision that was asked for.
-        repeats: the record that the run repeats, if any; what differs from it is a warning each.
+        asked: the arguments as the user gave them, including the precision that was asked for.
+        repeats: the record that the run repeats, if any; each difference from it is logged as a warning.
     """
 
     def __init__(self, engine: SATVideoDiffusionEngine, asked: SamplingArguments, repeats: VideoRecord | None = None):
@@ -70,7 +70,7 @@ class Recorder:
         """Return the record of a video.
 
         Args:
-            wait: for the hashes of the weights; else those that are not known yet are null.
+            wait: wait for the hashes of the weights; otherwise unfinished hashes are null.
         """
         hashes, args = self.hashes.all() if wait else self.hashes.so_far(), self.args
         params = args.model_config
@@ -116,13 +116,13 @@ class Recorder:
             "threads": torch.get_num_threads(),
             "processors": processors(),
         }
-        return json.loads(json.dumps(content, default=str))  # as it will be read back
+        return json.loads(json.dumps(content, default=str))  # with the types that reading the file returns
 
     def metadata(self, video: PlannedVideo, wait: bool = True) -> dict[str, str]:
-        """Return the metadata of a video's latents: what `tools/decode_latents.py` needs, and the record.
+        """Return the metadata of a video's latents: for `tools/decode_latents.py`, and the record.
 
-        Latents follow from the prompt as it was sampled. Those that are an output (`wait`) do not say the user's own,
-        so that files of equal latents are equal.
+        Latents depend on the refined prompt only. The metadata of latents that are an output (`wait`) leaves out the
+        user's original prompt, so that equal latents give equal files.
         """
         record = self.record(video, wait)
         if wait:
@@ -134,10 +134,10 @@ class Recorder:
         }
 
     def tell_differences(self, video: PlannedVideo, wait: bool = False) -> None:
-        """Warn of what differs from the record that is repeated, in a line each and once a run.
+        """Warn of each difference from the repeated record, once per run.
 
         Args:
-            wait: for the hashes of the weights; else those that are not known yet are not compared.
+            wait: wait for the hashes of the weights; otherwise unfinished hashes are not compared.
         """
         if self.repeats is None:
             return
@@ -147,11 +147,14 @@ class Recorder:
                 logger.warning("repeating %s: %s", self.repeats.path, line)
 
     def close(self) -> None:
-        """Give up hashes that are not known yet."""
+        """Stop computing hashes."""
         self.hashes.close()
 
     def with_content(self, video: PlannedVideo, path: Path) -> dict[str, Any]:
-        """Return the record of a video that is written, with the hash of its file; and tell a repetition's success."""
+        """Return the record of a written video, including the hash of its file.
+
+        If the run repeats a record, the log tells whether the video is the same.
+        """
         digest = f"sha256:{hash_of_file(path)}"
         if self.repeats is not None:
             expected = (self.repeats.content.get("video") or {}).get("hash")
@@ -163,7 +166,7 @@ class Recorder:
 
 
 def latents_metadata(engine: SATVideoDiffusionEngine, name: str, prompt: str, fps: float) -> dict[str, str]:
-    """Return what the file of latents says so that they can be decoded: texts by name, as safetensors has them."""
+    """Return the metadata with which latents can be decoded: names and texts, for safetensors."""
     first_stage = with_absolute_paths(engine.config["first_stage_config"])
     return {
         "format": METADATA_FORMAT,
@@ -177,12 +180,15 @@ def latents_metadata(engine: SATVideoDiffusionEngine, name: str, prompt: str, fp
 
 
 def readable(text: str) -> str:
-    """Return a text without what UTF-8 cannot hold."""
+    """Return a text with the characters that UTF-8 cannot encode escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def model_name(args: Any) -> str:
-    """Return the name of the first of the configuration's files, such as cogvideox_2b, or that which a record has."""
+    """Return the name of the first configuration file, such as cogvideox_2b.
+
+    For a run that repeats a record: the name in the record.
+    """
     names, record = args.sources.names, getattr(args, "record", None)
     if record is not None and names == [str(record.path)]:
         return str(record["model"].get("name"))
@@ -193,7 +199,10 @@ def model_name(args: Any) -> str:
 
 
 def weight_files(args: SamplingArguments) -> dict[str, list[Path]]:
-    """Return the files that a sampling run reads its weights from, by what they are; none for what is not here."""
+    """Return the weight files of a sampling run, by role.
+
+    The list of a missing file is empty.
+    """
     model = args.model_config
     embedders = (model["conditioner_config"].get("params") or {}).get("emb_models") or [{}]
     text_encoder = (embedders[0].get("params") or {}).get("model_dir")
@@ -209,28 +218,28 @@ def weight_files(args: SamplingArguments) -> dict[str, list[Path]]:
 
 
 def adapters_of(args: SamplingArguments) -> list[tuple[str, str, float]]:
-    """Return the adapters of a run: what their hash is called, path, strength."""
+    """Return the adapters of a run: name of the hash, path, strength."""
     if args.lora_load:
         return [("adapter", args.lora_load, args.lora_scale)]
     return [(f"adapter {n + 1}", str(path), weight) for n, (path, weight) in enumerate(map(path_and_weight, args.lora))]
 
 
 def adapter_files(path: str) -> list[Path]:
-    """Return the files of an adapter, of whichever form."""
+    """Return the files of an adapter in any supported format."""
     return network_files(path) or ([Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.safetensors")))
 
 
 def network_files(path: str) -> list[Path]:
-    """Return the files of a network's checkpoint, of whichever form."""
+    """Return the files of a network's checkpoint in any supported format."""
     try:
         found = checkpoint_shares(path)
-    except UserError:  # whoever loads it says so
+    except UserError:  # loading the checkpoint reports the error
         return []
     return sorted({file for first in found for file in with_shards(first)})
 
 
 def vae_files(path: Path) -> list[Path]:
-    """Return the files of a VAE: one, or the safetensors of a folder."""
+    """Return the files of a VAE: one file, or the safetensors files of a folder."""
     if not path.is_dir():
         return with_shards(path) if path.is_file() else []
     with suppress(UserError):
@@ -239,13 +248,13 @@ def vae_files(path: Path) -> list[Path]:
 
 
 def text_encoder_files(folder: Path) -> list[Path]:
-    """Return the files of a text encoder's folder that are read: weights, vocabulary and settings."""
+    """Return the files of a text encoder that are read: weights, vocabulary and settings."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return [*weights, *sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))]
 
 
 def with_shards(file: Path) -> list[Path]:
-    """Return a weight file, or an index and the files that it names."""
+    """Return a weight file, or an index and the files that it lists."""
     if not file.name.endswith(INDEX_SUFFIX):
         return [file]
     with suppress(UserError):
@@ -254,7 +263,7 @@ def with_shards(file: Path) -> list[Path]:
 
 
 def described(path: str | None, digest: str | None) -> dict[str, Any] | None:
-    """Return the entry of a file or folder in a record, None if there is none."""
+    """Return the entry of a file or folder in a record, None if the path is empty."""
     return described_file(path, digest) if path else None
 
 
@@ -264,7 +273,7 @@ def described_file(path: str, digest: str | None) -> dict[str, Any]:
 
 
 def shown(request: PromptRequest) -> dict[str, Any]:
-    """Return the entries of what else a request shows, and how its video goes on."""
+    """Return the record's entries for key frames, a clip and further windows."""
     entries: dict[str, Any] = {}
     if request.keyframes:
         key_frames = ((described_input(key_frame.path), key_frame.at) for key_frame in request.keyframes)
@@ -277,7 +286,7 @@ def shown(request: PromptRequest) -> dict[str, Any]:
 
 
 def frames_of(video: PlannedVideo, window: int) -> int:
-    """Return how many frames a video has whose windows have `window` of them."""
+    """Return the number of frames of a video whose windows have `window` frames each."""
     request = video.request
     first = window
     if request.goes_on and request.video is not None:
@@ -299,14 +308,17 @@ def described_input(path: Path | None) -> dict[str, Any] | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the kind of a device and its name: equal on machines that compute the same."""
+    """Return the kind and name of a device; equal names compute the same values."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({processor_name()})"
 
 
 def processors() -> int:
-    """Return how many processors this process may use; the video encoder takes as many threads as they allow."""
+    """Return how many processors this process may use.
+
+    The video encoder uses that many threads, which changes its output.
+    """
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
@@ -314,7 +326,10 @@ def processors() -> int:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Return the versions of what computes a video, by name; of this program, a hash of its modules."""
+    """Return the versions of everything that computes a video, by name.
+
+    The version of this program is a hash of its modules.
+    """
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -330,10 +345,10 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def source_files(module: str) -> tuple[Path, list[Path]]:
-    """Return the folder of a module, and its files there: all of a package's, sorted.
+    """Return the folder of a module, and its files there, sorted.
 
     Raises:
-        ModuleNotFoundError: there is none.
+        ModuleNotFoundError: the module does not exist.
     """
     spec = find_spec(module)
     if spec is not None and spec.submodule_search_locations:

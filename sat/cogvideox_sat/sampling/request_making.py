@@ -1,4 +1,7 @@
-"""Make the requests of a session from videos that are planned; pictures and clips are read when their turn comes."""
+"""Make the requests of a session from planned videos.
+
+Pictures and clips are read when they are needed.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +21,7 @@ from cogvideox_sat.sampling.shown_files import all_frames_of_video
 
 
 def sample_request(planned: PlannedVideo, args: SamplingArguments) -> SampleRequest:
-    """Return what a session is asked for to make a planned video."""
+    """Return the session's request for a planned video."""
     request, size, limits = planned.request, planned.size, ModelLimits.from_config(args.model_config)
 
     def picture(path: Path) -> Callable[[], Tensor]:
@@ -48,7 +51,7 @@ def sample_request(planned: PlannedVideo, args: SamplingArguments) -> SampleRequ
 
 
 def read_clip_of(planned: PlannedVideo, limits: ModelLimits) -> Tensor:
-    """Return the clip that a video starts from, or all of the clip that it goes on from."""
+    """Return the clip that sampling starts from, or the whole clip that is continued."""
     path = cast("Path", planned.request.video)
     frames = limits.video_frames(planned.frames)
     if planned.request.goes_on:
@@ -57,5 +60,5 @@ def read_clip_of(planned: PlannedVideo, limits: ModelLimits) -> Tensor:
 
 
 def first_frame_of(planned: PlannedVideo) -> Tensor:
-    """Return the first frame of the clip that a video starts from."""
+    """Return the first frame of the clip that sampling starts from."""
     return read_input_video(cast("Path", planned.request.video), planned.size, 1, planned.fps)[0]

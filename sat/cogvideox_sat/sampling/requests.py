@@ -1,4 +1,4 @@
-"""What a sampling session is opened with, what it is asked for, and what it answers."""
+"""The settings of a sampling session, its requests, and the events that answer them."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
@@ -23,16 +23,17 @@ PixelSource: TypeAlias = Tensor | Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class SessionSettings(EngineSettings):
-    """The model of a session, see `EngineSettings`, and where it runs.
+    """The model of a session (see `EngineSettings`), and where it runs.
 
     All processes that share a network (`model_parallel_size`) or a video (`processes_per_video`) make the same calls.
 
     Args:
-        device: cpu, cuda or cuda:N; None: a GPU if there is one.
-        offload: what leaves the device to make room. `none`: nothing, weights are read once. `stage`: all parts but
-            the one in use, which are read again when their turn comes. `sequential`: as well the idle layers of the
-            network, which stay in host memory.
-        adapters: paths of adapters with their strengths, which are added unmerged; `model_config` describes none then.
+        device: cpu, cuda or cuda:N; None: a GPU if the machine has one.
+        offload: what leaves the device to make room. `none`: nothing; weights are read once. `stage`: all parts but the
+            one in use; they are read again when needed. `sequential`: in addition, the idle layers of the network,
+            which stay in host memory.
+        adapters: paths of adapters with their strengths. They are applied without merging; `model_config` must then
+            describe no adapter.
         processes_per_video, guidance_parallel, sequence_parallel: how processes share the work on a video; see
             `configuration.video_layout.plan_layout`.
     """
@@ -48,18 +49,18 @@ class SessionSettings(EngineSettings):
 
     @classmethod
     def of_command(cls, args: Any) -> Self:
-        """Return the settings that the arguments of the command mean."""
+        """Return the settings that follow from the arguments of the command."""
         adapters = tuple((str(path), weight) for path, weight in map(path_and_weight, args.lora))
         return cls.from_args(args, adapters=adapters)
 
 
 @dataclass(frozen=True, eq=False)
 class KeyFrame:
-    """A picture that a frame of the video shows.
+    """A picture for one frame of the video.
 
     Args:
-        image: (3, height, width) in [-1, 1], RGB; or a function that returns it, called when its turn comes.
-        at: number of the frame, from 0; negative ones count from the end, -1 is the last.
+        image: (3, height, width) in [-1, 1], RGB, or a function that returns it and is called when it is needed.
+        at: number of the frame, from 0. Negative numbers count from the end; -1 is the last frame.
     """
 
     image: PixelSource
@@ -70,25 +71,26 @@ class KeyFrame:
 class SampleRequest:
     """One video to sample.
 
-    Pictures and clips are tensors in [-1, 1], RGB, or functions that return such, called when their turn comes, so that
-    many requests hold none.
+    Pictures and clips are tensors in [-1, 1], RGB, or functions that return such tensors. Functions are called when the
+    pixels are needed, so that many waiting requests take no memory.
 
     Args:
-        seed: from 0 to 2^63 - 1; equal requests of equal seeds give equal latents.
+        seed: from 0 to 2^63 - 1; equal requests with equal seeds give equal latents.
         size: (height, width) in pixels.
-        frames: length in latent frames: `4 (n - 1) + 1` frames of video for `n` of them; 1.5 models take one more.
-        negative_prompt: what guidance steers away from.
+        frames: length in latent frames; n of them give `4 (n - 1) + 1` frames of video. 1.5 models take one more.
+        negative_prompt: text that guidance steers away from.
         image: the first frame (3, height, width), for image-to-video models.
         steps: sampling steps; None: the sampler's own number.
-        fps: frames a second at which the video is to be shown. No number of it depends on that.
-        knobs: what is changed of the configured sampler. No weights are read for that.
-        key_frames: other frames, for image-to-video models; two may not lie in one latent frame.
-        video: a clip (frames of the video, 3, height, width) that sampling starts from. In a request with `extend` and
-            without `strength` the clip may be of any length from `CONTEXT_FRAMES`, stays as it is, and is continued.
-        strength: share of the steps that is taken from the clip, 1 leaves nothing of it; None: `STRENGTH`.
-        context: a clip (4k + 1 frames, 3, height, width) that the video begins with and goes on from, by a network that
-            was trained so (`fixed_frames`).
-        extend: prompts of further windows, each of which goes on from the last `CONTEXT_FRAMES` frames before it.
+        fps: frames per second at which the video will be shown. It does not change any computed value.
+        knobs: changes to the configured sampler. They need no weights to be read again.
+        key_frames: other frames, for image-to-video models; two of them cannot lie in the same latent frame.
+        video: a clip (frames of the video, 3, height, width) that sampling starts from. With `extend` and without
+            `strength`, the clip may have any length from `CONTEXT_FRAMES`; it is kept unchanged and continued.
+        strength: share of the steps that is sampled from the noised clip; 1 keeps nothing of the clip. None:
+            `STRENGTH`.
+        context: a clip (4k + 1 frames, 3, height, width) with which the video begins. It needs a network that was
+            trained to continue clips (`fixed_frames`).
+        extend: prompts of further windows; each window continues the last `CONTEXT_FRAMES` frames before it.
     """
 
     prompt: str
@@ -108,25 +110,25 @@ class SampleRequest:
 
     @property
     def goes_on(self) -> bool:
-        """Return whether a clip is continued, rather than sampled from."""
+        """Return whether a clip is continued, rather than used as the start of sampling."""
         return bool(self.extend) and self.video is not None and self.strength is None
 
     @property
     def share(self) -> float:
-        """Return the share of the steps that is taken from a clip."""
+        """Return the share of the steps that is sampled from a noised clip."""
         return STRENGTH if self.strength is None else self.strength
 
     @property
     def shows(self) -> str | None:
-        """Return what is encoded besides the prompt: image, or video; None: nothing."""
+        """Return what is encoded besides the prompt: `image`, `video`, or None for nothing."""
         if self.image is not None or self.key_frames:
             return "image"
         return "video" if self.video is not None or self.context is not None else None
 
     def check(self, limits: ModelLimits) -> None:
-        """Check that a model of such limits can sample the request, else raise UserError.
+        """Check that a model of the given limits can sample the request, else raise UserError.
 
-        What a function will return is checked when it does.
+        The results of functions are checked when the functions are called.
         """
         for name in ("prompt", "negative_prompt"):
             if not isinstance(value := getattr(self, name), str):
@@ -163,18 +165,18 @@ class SampleRequest:
         if strength is not None and (type(strength) not in (int, float) or not 0 <= strength <= 1):
             raise UserError(f"strength is {shown(strength)}; expected a number from 0 to 1")
         if strength is not None and self.video is None:
-            raise UserError("strength: it says how much of a clip is changed; give `video` too, or leave it out")
+            raise UserError("strength: `video` is missing; give `video` too, or leave out `strength`")
         if not (isinstance(self.extend, tuple) and all(isinstance(prompt, str) for prompt in self.extend)):
             raise UserError(f"extend is {shown(self.extend)}; expected a tuple of prompts")
         frames = limits.video_frames(self.frames)
         if self.extend and frames <= CONTEXT_FRAMES:
-            raise UserError(f"extend: a window has {frames} frames; it must have more than {CONTEXT_FRAMES}")
+            raise UserError(f"extend: a window has {frames} frames; expected more than {CONTEXT_FRAMES}")
         for name in ("video", "context"):
             if isinstance(clip := getattr(self, name), Tensor):
                 self._check_clip(name, clip, frames)
 
     def _check_clip(self, name: str, clip: Tensor, frames: int) -> None:
-        """Check a clip for a video of so many frames."""
+        """Check a clip for a video of `frames` frames."""
         self._check_pixels(name, clip, (len(clip), 3, *self.size))
         count = len(clip)
         if name == "context":
@@ -184,7 +186,7 @@ class SampleRequest:
         else:
             fits, expected = count == frames, str(frames)
         if not fits:
-            raise UserError(f"{name}: it has {count} frames; expected {expected}")
+            raise UserError(f"{name}: the clip has {count} frames; expected {expected}")
 
     def check_image(self, image: Tensor, name: str = "image") -> None:
         """Check that an image is a frame of the request's size, else raise UserError."""
@@ -193,14 +195,14 @@ class SampleRequest:
     def _check_pixels(self, name: str, pixels: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(pixels.shape) != expected or not pixels.is_floating_point():
             raise UserError(
-                f"{name}: it is {str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}; expected "
+                f"{name} is {str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}; expected "
                 f"floating-point numbers of shape {expected}"
             )
-        if not torch.isfinite(pixels).all() or pixels.abs().max() > 1.001:  # what rounding in float16 may add
-            raise UserError(f"{name}: its values are not in [-1, 1]; scale them")
+        if not torch.isfinite(pixels).all() or pixels.abs().max() > 1.001:  # 0.001 for rounding in float16
+            raise UserError(f"{name}: values lie outside [-1, 1]; scale them to [-1, 1]")
 
     def load_key_frames(self, limits: ModelLimits) -> dict[int, Tensor]:
-        """Return the pictures (3, height, width) by the latent frame that they stand in."""
+        """Return the pictures (3, height, width), by the latent frame to which each belongs."""
         first = () if self.image is None else (KeyFrame(self.image, 0),)
         key_frames = (*first, *self.key_frames)
         places = limits.key_frame_places([key.at for key in key_frames], self.frames, first=False)
@@ -212,7 +214,7 @@ class SampleRequest:
         return pictures
 
     def load_clip(self, name: str, limits: ModelLimits) -> Tensor | None:
-        """Return the clip `video` or `context` (frames, 3, height, width); None: there is none."""
+        """Return the clip `video` or `context` (frames, 3, height, width), None if not given."""
         clip = getattr(self, name)
         if clip is None or isinstance(clip, Tensor):
             return clip
@@ -222,24 +224,26 @@ class SampleRequest:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answers, in the order in which they come
+# Events, in the order in which they occur
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A condition of the video is encoded; `what` is prompt, or what the request `shows`."""
+    """An input is encoded; `what` is "prompt", or the value of the request's `shows`."""
 
     what: str
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` sampling steps are done, from 1. A sampler of the user's own without `callback` tells none.
+    """`step` of `steps` sampling steps are done; steps count from 1.
+
+    A user's own sampler that takes no `callback` reports no progress.
 
     Attributes:
-        denoised: the present estimate of `Latents.latents`, on the session's device: a tensor of the sampler's own,
-            which must not be changed. Nothing is computed or copied for it. None: the sampler does not tell it.
+        denoised: the current estimate of `Latents.latents`, on the session's device. It is the sampler's own tensor,
+            which must not be changed; nothing is computed or copied for it. None: the sampler does not report it.
     """
 
     step: int
@@ -249,15 +253,20 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """The video is sampled: `latents` (1, t, c, h, w), scaled, on the CPU, without the leading frame that 1.5 models
-    add. Whoever needs no pixels closes the iterator here."""
+    """The video is sampled: `latents` (1, t, c, h, w), scaled, on the CPU.
+
+    The leading frame that 1.5 models add is removed. A caller that needs no pixels closes the iterator here.
+    """
 
     latents: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Frames:
-    """The next frames of the video: `frames` (t, 3, height, width) in about [-1, 1], RGB, on the session's device."""
+    """The next frames of the video: `frames` (t, 3, height, width), RGB.
+
+    The values are approximately in [-1, 1], on the session's device.
+    """
 
     frames: Tensor
 
@@ -268,8 +277,8 @@ class Result:
 
     Attributes:
         latents: see `Latents`.
-        request: what made it, with what the request had left open. The same request makes the video again, in a
-            session of the same settings.
+        request: the request with all defaults filled in. The same request makes the same video again in a session with
+            the same settings.
     """
 
     latents: Tensor

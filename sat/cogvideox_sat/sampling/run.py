@@ -1,4 +1,4 @@
-"""The sampling command on top of a session: many videos through its stages together, and into files."""
+"""The sampling command: take many videos through the stages of a session and write them."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -45,18 +45,18 @@ from sgm.memory_errors import memory_guard
 
 logger = logging.getLogger(__name__)
 
-# With parts taking turns, so many videos are sampled before they are decoded: few enough to lose little when a run is
-# cut off, enough for the change of parts not to matter.
+# With offloading, this many videos are sampled before they are decoded: few enough that an interrupted run loses
+# little, enough that the time to exchange the parts does not matter.
 STAGE_GROUP = 8
 
 
 def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
-    """Make the planned videos, shared out over processes, or those of typed prompts for None; the exit code.
+    """Make the videos of the plan, or of typed prompts without a plan; return the exit code.
 
     Raises:
-        UserError: the device or a checkpoint stands in the way of the whole run.
+        UserError: the device or a checkpoint cannot be used, so that no video can be made.
     """
-    others = sessions_of_process.count  # of the program that calls this; they need the groups
+    others = sessions_of_process.count  # sessions of the calling program, which still need the process groups
     initialize_process_groups(args.model_parallel_size)
     try:
         with failing_together():
@@ -71,7 +71,7 @@ def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
 
 
 def show(args: SamplingArguments, videos: list[tuple[str, Path]]) -> None:
-    """Write the pictures of the videos that the arguments ask for."""
+    """Write the contact sheet and the looping previews that the arguments ask for."""
     if args.contact_sheet is not None:
         write_contact_sheet(Path(args.contact_sheet), videos)
         logger.info("wrote %s", args.contact_sheet)
@@ -81,14 +81,14 @@ def show(args: SamplingArguments, videos: list[tuple[str, Path]]) -> None:
 
 
 def sample_everywhere(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
-    """Make the videos, each process its own; the number of all that failed, once all are done."""
+    """Make each process's videos; return how many failed in all processes together."""
     try:
         if args.refine_prompts and videos:
             videos = refine_once(videos)
         failed = sample_all(args, videos)
     except Exception:
-        # The others finish their videos first; but those that share a network with this process wait for it inside the
-        # network, until the launcher sees it gone and ends them.
+        # The other processes finish their videos first. Processes that share a network with this one wait inside the
+        # network, until the launcher notices that this process has ended and ends them.
         if args.model_parallel_size == 1 and layout_of(args).processes == 1:
             total_over_processes(1)
         raise
@@ -96,7 +96,10 @@ def sample_everywhere(args: SamplingArguments, videos: list[PlannedVideo] | None
 
 
 def refine_once(videos: list[PlannedVideo]) -> list[PlannedVideo]:
-    """`refine_videos` by the first process, for all: the answers would differ."""
+    """Return the videos that the first process refines, in every process.
+
+    Each process would get other answers.
+    """
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -110,7 +113,7 @@ def refine_once(videos: list[PlannedVideo]) -> list[PlannedVideo]:
 
 
 def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
-    """Make this process's videos; the number of them that failed."""
+    """Make this process's videos; return how many failed."""
     with SamplingSession(SessionSettings.of_command(args)) as session:
         asked = {(video.steps, video.knobs) for video in videos or ()}
         for steps, knobs in asked or [(args.sampling_num_steps, SamplerKnobs.of(args))]:
@@ -121,7 +124,7 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
         with closing(recorder):
             run = CommandRun(session, recorder, args)
             if not args.only_save_latents:
-                run.load("first_stage_model")  # weights that do not fit are found before sampling, not after
+                run.load("first_stage_model")  # weights that do not fit are noticed before sampling
             if videos is None:
                 return sum(run.sample_typed(request) for request in typed_prompts(args.image2video))
             own = videos[session.groups.video :: session.groups.videos]
@@ -129,7 +132,7 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
 
 
 class CommandRun:
-    """Takes the videos of the command through the stages of a session, many at a time, and writes their files."""
+    """Takes many videos at a time through the stages of a session, and writes their files."""
 
     def __init__(self, session: SamplingSession, recorder: Recorder, args: SamplingArguments):
         self.session, self.recorder, self.args = session, recorder, args
@@ -137,16 +140,20 @@ class CommandRun:
         self.attempt = partial(attempt_each, together=session.groups.size > 1, tells=session.groups.first)
 
     def load(self, part: str) -> None:
-        """Have a part of the model on the device.
+        """Load a part of the model onto the device.
 
         Raises:
-            UserError: its weights cannot be read or do not fit, or memory is full; with advice.
+            UserError: its weights cannot be read or do not fit, or memory is full; the message contains advice.
         """
         with memory_guard(f"loading {PART_NAMES[part]}", self.advice):
             self.session.load(part)
 
     def advised(self, where: str, stage: Callable[[VideoInProgress], Any]) -> Callable[[VideoInProgress], Any]:
-        """Return the stage, with advice for the case that memory is full while the run does what `where` says."""
+        """Return the stage, with advice added to the error if memory is full.
+
+        Args:
+            where: what the run does in the stage, for the message.
+        """
 
         def run_stage(video: VideoInProgress) -> Any:
             with memory_guard(where, self.advice):
@@ -155,20 +162,20 @@ class CommandRun:
         return run_stage
 
     def sample_typed(self, request: PromptRequest) -> int:
-        """Make the videos of one typed prompt; the number of them that failed."""
+        """Make the videos of one typed prompt; return how many failed."""
         try:
             request = with_shown(request, self.args)
             check_request(request, self.args, f"prompt {request.index + 1}: ")
             videos = plan_videos([request], self.args)
             if self.args.refine_prompts:
                 videos = refine_videos(videos)
-        except UserError as error:  # an output exists, say; the next prompt may do
+        except UserError as error:  # for example, an output exists; the next prompt may succeed
             logger.error("%s", error)
             return self.args.batch_size
         return self.sample_videos(videos, keep_text_encoder=True)
 
     def sample_videos(self, planned: Sequence[PlannedVideo], keep_text_encoder: bool) -> int:
-        """Take videos through the stages; the number of them that failed."""
+        """Take videos through the stages; return how many failed."""
         if not planned:
             return 0
         args = self.args
@@ -199,7 +206,7 @@ class CommandRun:
         """Take videos from embeddings to files."""
         self.load("model")
         self.attempt(videos, self.advised(SAMPLING, lambda video: sample_latents(video, bar)))
-        writes = self.session.groups.first  # for all processes that make the video
+        writes = self.session.groups.first  # one process writes for all that make the video
         written = videos if writes else []
         if self.args.only_save_latents:
             self.attempt(written, self.save_latents)
@@ -217,11 +224,11 @@ class CommandRun:
 
     @property
     def decodes_together(self) -> bool:
-        """Whether the processes that make a video share the autoencoder's frames."""
+        """Return whether the processes that make a video share the work of the autoencoder."""
         return self.session.groups.splits_work or get_context_parallel_world_size() > 1
 
     def encode_prompt(self, video: VideoInProgress) -> None:
-        """Begin the video's request, up to its encoded prompt."""
+        """Start the video's request, up to its encoded prompt."""
         video.asked = sample_request(video.planned, self.args)
         video.events = self.session.sample(video.asked)
         next(video.events)
@@ -231,8 +238,10 @@ class CommandRun:
         save_latents(video.planned.path, video.latents, self.recorder.metadata(video.planned))
 
     def decode_to_file(self, video: VideoInProgress, bar: tqdm) -> None:
-        """Take the video's request to its end, and its frames into the file, chunk by chunk. The windows of one that
-        goes on are sampled here."""
+        """Write the frames of the video's request to its file, chunk by chunk.
+
+        Further windows of the video are sampled here, too.
+        """
         planned = video.planned
         try:
             with VideoWriter(planned.path, video.fps, *planned.size) as writer:
@@ -241,13 +250,13 @@ class CommandRun:
                         writer.write(event.frames)
                     elif isinstance(event, Progress):
                         bar.update()
-                record_path(planned.path).unlink(missing_ok=True)  # of the video that this one now replaces
+                record_path(planned.path).unlink(missing_ok=True)  # the record of a video that is being replaced
         finally:
-            if self.decodes_together:  # the others wait for this process, whatever became of the file
+            if self.decodes_together:  # the others wait for this process, even if the file could not be written
                 decode_for_others(video)
 
     def complete(self, video: VideoInProgress) -> None:
-        """Write the record beside the video, and remove the latents that were kept for the case that it fails."""
+        """Write the record beside the video, and remove the latents kept in case of a failure."""
         planned = video.planned
         self.recorder.tell_differences(planned, wait=True)
         write_record(planned.path, self.recorder.with_content(planned, planned.path))
@@ -266,6 +275,6 @@ def sample_latents(video: VideoInProgress, bar: tqdm) -> None:
 
 
 def decode_for_others(video: VideoInProgress) -> None:
-    """Take the video's request to its end, only for the other processes that decode it too."""
+    """Take the video's request to its end, for the other processes that decode it."""
     for _ in video.events:
         pass

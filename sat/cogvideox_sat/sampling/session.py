@@ -1,4 +1,4 @@
-"""A model that is opened once and samples videos on request: events instead of files.
+"""A model that is opened once and samples videos on request, with events instead of files.
 
     with SamplingSession(settings) as session:
         for event in session.sample(request):
@@ -7,7 +7,8 @@
                 case Frames(): player.append(event.frames)
                 case Result(): gallery.add(event.latents, event.request)
 
-Nothing here prints, writes files or knows a command's arguments. `sampling.run` is the command on top of it.
+This module prints nothing, writes no files and does not know the arguments of a command. `sampling.run` implements the
+command with it.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -63,12 +64,15 @@ from sgm.util import instantiate_from_config
 
 
 class SamplingCancelled(Exception):
-    """A request ends before its result, because `SamplingSession.cancel` was called."""
+    """A request ended before its result, because `SamplingSession.cancel` was called."""
 
 
 class SessionsOfProcess:
-    """What the open sessions of a process share: process groups, and PyTorch's switch for deterministic cuDNN, which
-    is on so that a seed gives the same video. The last one leaves both as the first one found them."""
+    """State that the open sessions of a process share.
+
+    It consists of the process groups and of PyTorch's switch for deterministic cuDNN, which is on so that a seed always
+    gives the same video. When the last session ends, both are as they were before the first.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -77,7 +81,7 @@ class SessionsOfProcess:
         """Count a session in.
 
         Raises:
-            UserError: the processes cannot be shared out so, or already are in another way.
+            UserError: the processes cannot be divided into such groups, or are already divided into others.
         """
         if not self.count:
             self.makes_groups = not dist.is_initialized()
@@ -99,18 +103,18 @@ sessions_of_process = SessionsOfProcess()
 
 
 class SamplingSession:
-    """A model from which videos are sampled; a context manager that frees its memory at the end.
+    """A model that samples videos; a context manager that frees its memory at the end.
 
-    The model is checked when the session is opened. The weights of a part are read when a stage first needs it, or by
+    The model is checked when the session is opened. The weights of a part are read when a stage first needs them, or by
     `load`.
 
     Attributes:
-        engine: conditioner, network and VAE, which are None while they are not loaded.
+        engine: holds the conditioner, network and VAE; each is None while it is not loaded.
         limits: the sizes that the model takes.
         groups: the processes that make a video together.
 
     Raises:
-        UserError: the model cannot be built, the device does not exist, or the checkpoint does not.
+        UserError: the model cannot be built, or the device or the checkpoint does not exist.
     """
 
     def __init__(self, settings: SessionSettings):
@@ -136,33 +140,35 @@ class SamplingSession:
         check_sharing(settings.model_config, settings.model_parallel_size, settings.lora_load)
         check_offload(settings.offload)
         for path in (settings.load, settings.lora_load):
-            if path:  # which fails here, before minutes go into the text encoder
+            if path:  # an unusable checkpoint fails here, not after minutes of loading the text encoder
                 checkpoint_shares(path)
         self.adapters = self._chosen(settings.adapters) if settings.adapters else ()
         check_model(settings, PARTS)  # before any weights are read
         device = choose_device(settings.device)
         engine = build_engine(settle_precision(settings, device), (), device, self.groups)
-        engine.choose_attention()  # what is not there fails before weights are read
-        hide_bar(engine.sampler)  # its steps are events
+        engine.choose_attention()  # a missing kernel fails before weights are read
+        hide_bar(engine.sampler)  # progress is reported by events
         engine.prepare_network = self._adapt
         return engine
 
     def _chosen(self, adapters: Iterable[tuple[str | Path, float]]) -> Chosen:
-        """Return adapters with their strengths; raises UserError for those that cannot be put on this network."""
+        """Return adapters with their strengths; raise UserError if they do not fit the network."""
         size = self.settings.model_parallel_size
         if has_adapter(self.settings.model_config):
-            raise UserError("lora: the model was loaded with a lora_config, which holds one adapter; load it without")
+            raise UserError(
+                "lora: the model was loaded with a lora_config, which holds one adapter; load it without one"
+            )
         if size > 1:
-            raise UserError(f"lora: {size} processes share the network, and take no adapters; merge them before")
+            raise UserError(f"lora: {size} processes share the network, which then takes no adapters; merge them first")
         return read_adapters(adapters, self.settings.model_config)
 
     def _adapt(self, network: nn.Module) -> None:
-        """Put the session's adapters on a network, in the place of those that were on it."""
+        """Apply the session's adapters to a network, in place of earlier ones."""
         sums = added_up(self.adapters)
         if isinstance(network, DiffusionTransformer):
             put_on(network, sums)
         elif sums:
-            raise UserError(f"lora: {type(network).__name__} is none of this package's networks; merge the adapters")
+            raise UserError(f"lora: {type(network).__name__} is not a network of this package; merge the adapters")
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +177,7 @@ class SamplingSession:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None and dist.get_world_size() > 1:
-            return  # freeing memory waits for the device, which may wait for a process that has failed
+            return  # freeing memory waits for the device, and the device may wait for a process that has failed
         self.close()
 
     def close(self) -> None:
@@ -181,9 +187,9 @@ class SamplingSession:
         self.cancel()
         self.closed = True
         for events in list(self._open):
-            with suppress(ValueError):  # another thread is in it, and ends it at its next step
+            with suppress(ValueError):  # another thread runs the request, and ends it at the next step
                 events.close()
-        with self._stage_runs:  # once that thread has left its stage
+        with self._stage_runs:  # waits until that thread has left its stage
             self._last_texts = None
             for part in PARTS:
                 if getattr(self.engine, part) is not None:
@@ -193,10 +199,10 @@ class SamplingSession:
     # Parts
 
     def load(self, part: str) -> None:
-        """Load one of `diffusion_video.PARTS` now; those in its way leave the device, as `offload` says.
+        """Load one of `diffusion_video.PARTS` now; other parts leave the device as `offload` says.
 
-        Stages do so themselves. Whoever takes several requests through their stages together does it before a stage,
-        so that a failure is not taken for one of a request's own.
+        Stages load parts themselves. A caller that takes several requests through a stage together calls this before
+        the stage, so that a failure to load is not attributed to one request.
 
         Raises:
             UserError: its weights cannot be read or do not fit, or memory is full.
@@ -206,14 +212,17 @@ class SamplingSession:
 
     @property
     def _encodes_texts(self) -> bool:
-        """Whether this process encodes prompts; of those that share the work on a video the first does."""
+        """Return whether this process encodes prompts.
+
+        If processes share the work on a video, only the first one does.
+        """
         return self.groups.first or not self.groups.splits_work
 
     def set_adapters(self, adapters: Iterable[tuple[str | Path, float]]) -> None:
-        """Have these adapters, each with its strength, and no others from the next request on; the network stays.
+        """Use exactly these adapters from the next request on, without rebuilding the network.
 
         Raises:
-            UserError: one cannot be read or does not fit, or the network has an adapter of its own configuration.
+            UserError: an adapter cannot be read or does not fit, or the network's configuration has its own adapter.
             RuntimeError: a request is within a stage.
         """
         chosen = self._chosen(adapters)
@@ -228,16 +237,16 @@ class SamplingSession:
             self._stage_runs.release()
 
     def release(self, part: str) -> None:
-        """Drop a part that is not needed for now, and free its memory."""
+        """Drop a part that is currently not needed, and free its memory."""
         self.engine.release(part)
 
     # Requests
 
     def sampler_of(self, knobs: SamplerKnobs) -> Any:
-        """Return the configured sampler with what a request changes of it; no weights are read for that.
+        """Return the configured sampler with the given changes; no weights are read for it.
 
         Raises:
-            UserError: the sampler has no such knob, or a value does not go with the model.
+            UserError: the sampler does not have one of these settings, or a value does not fit the model.
         """
         if not knobs.given():
             return self.engine.sampler
@@ -253,24 +262,25 @@ class SamplingSession:
         return self._samplers[knobs]
 
     def steps_of(self, steps: int | None, knobs: SamplerKnobs = NO_KNOBS, name: str = "sampling_num_steps") -> int:
-        """Return how many steps a request takes that asks for `steps`, None for the sampler's own number.
+        """Return the number of steps of a request that asks for `steps`.
 
         Args:
-            name: what the caller calls the number.
+            steps: None for the sampler's own number.
+            name: the caller's name for the number, for messages.
 
         Raises:
-            UserError: the sampler has no number of its own, or cannot take that many; or see `sampler_of`.
+            UserError: the sampler has no number of its own, or cannot take that many steps; or see `sampler_of`.
         """
         sampler = self.sampler_of(knobs)
         if steps is None:
             steps = getattr(sampler, "num_steps", None)
             if steps is None:
-                raise UserError(f"the sampler_config has no num_steps: give {name}")
+                raise UserError(f"sampler_config: num_steps is missing; give {name}")
         check_sampler_steps(sampler, steps, name)
         return steps
 
     def steps_taken(self, request: SampleRequest) -> int:
-        """Return how many steps a request takes in all, which its `Progress` counts.
+        """Return the total number of steps of a request, as `Progress` counts them.
 
         Raises:
             UserError: see `steps_of`.
@@ -282,24 +292,25 @@ class SamplingSession:
         return further + (steps if request.video is None else steps_of_strength(request.share, steps))
 
     def cancel(self) -> None:
-        """End all requests that are open, each at its next step or chunk; iterating one raises SamplingCancelled.
+        """End all open requests, each at its next step or chunk.
 
-        May be called from another thread. Later requests are not affected.
+        Their iterators raise SamplingCancelled. Another thread may call this. Later requests are not affected.
         """
         self._cancellations += 1
 
     def sample(self, request: SampleRequest) -> Generator[SampleEvent, None, None]:
-        """Return an iterator over the events of a request: `Encoded`, `Progress`, `Latents`, `Frames`, `Result`.
+        """Return an iterator over the events of a request.
 
-        A stage is computed when its first event is asked for: the prompt is encoded, then what the request shows, then
-        latents are sampled, then decoded; and so on for each window of a request that is continued. Closing the
-        iterator ends the request; between two stages another request may be taken on, within one it may not.
+        The events are `Encoded`, `Progress`, `Latents`, `Frames` and `Result`. A stage is computed when its first event
+        is requested: first the prompt is encoded, then pictures and clips; then latents are sampled, and then decoded.
+        For a request with further windows, this repeats for each window. Closing the iterator ends the request. Between
+        two stages another request may run; within a stage it may not.
 
         Raises:
-            UserError: the model cannot do what is asked; and when iterating, a stage fails.
-            OutOfMemory: when iterating, memory is full.
-            SamplingCancelled: when iterating, after `cancel`.
-            RuntimeError: the session is closed; and when iterating, another request is within a stage.
+            UserError: the model cannot do what is asked; while iterating: a stage fails.
+            OutOfMemory: while iterating: memory is full.
+            SamplingCancelled: while iterating: `cancel` was called.
+            RuntimeError: the session is closed; while iterating: another request is within a stage.
         """
         if self.closed:
             raise RuntimeError("the session is closed: open another one")
@@ -311,7 +322,7 @@ class SamplingSession:
         return events
 
     def _single(self, request: SampleRequest, cancellations: int) -> Generator[SampleEvent, None, None]:
-        """Return the events of a request that is checked and is not continued."""
+        """Return the events of a checked request with one window."""
         settled = replace(request, steps=self.steps_of(request.steps, request.knobs))
         return self._events(settled, request.steps, cancellations)
 
@@ -350,13 +361,13 @@ class SamplingSession:
         yield Result(drawing.latents, request)
 
     def _load_pixels(self, request: SampleRequest) -> Pixels:
-        """Return what a request shows; of processes that share the work the first one reads it."""
+        """Return a request's pictures and clips, read by the first process if processes share it."""
         load = partial(load_pixels, request, self.limits)
         return self.groups.from_first(load) if self.groups.splits_work else load()
 
     @contextmanager
     def _stage(self, part: str, doing: str) -> Iterator[None]:
-        """Have a part on the device within the block, and no other request within a stage."""
+        """Keep a part on the device, and other requests out of stages, within the block."""
         if not self._stage_runs.acquire(blocking=False):
             raise RuntimeError("another request is within a stage: take it to the stage's end, or close its iterator")
         try:
@@ -368,10 +379,10 @@ class SamplingSession:
 
     @torch.no_grad()
     def _encode_texts(self, prompt: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (1, tokens, features) of both texts, on the CPU; those of the last request are kept.
+        """Return the embeddings (1, tokens, features) of both texts, on the CPU.
 
-        Without a negative prompt the unconditional states are zeros, as in training, where a dropped caption leaves
-        zeros.
+        The embeddings of the last request are reused. Without a negative prompt, the unconditional embedding is zeros,
+        as in training, where a dropped caption becomes zeros.
         """
         if self._last_texts is not None and self._last_texts[0] == (prompt, negative_prompt):
             return self._last_texts[1]

@@ -1,4 +1,4 @@
-"""The pictures and the clip that a request shows, as files: found, and measured by the model. Imports no PyTorch."""
+"""Find and measure the picture and clip files of a request, without PyTorch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,11 @@ from sgm.errors import UserError, shown
 
 @dataclass(frozen=True)
 class KeyFrameFile:
-    """A picture that a frame of the video shows; `at` is the frame's number from 0, or from the end as -1."""
+    """A picture file for one frame of the video.
+
+    Args:
+        at: number of the frame, from 0; -1 is the last frame.
+    """
 
     path: Path
     at: int
@@ -25,10 +29,10 @@ def key_frame_files(entries: Sequence[Any], find: Callable[[str], Path]) -> tupl
 
     Args:
         entries: objects with `image` and `at`, or texts IMAGE:AT.
-        find: returns the file that a name means, or raises UserError.
+        find: returns the file for a name, or raises UserError.
 
     Raises:
-        UserError: an entry is something else, or an image does not exist.
+        UserError: an entry is malformed, or an image does not exist.
     """
     found = []
     for entry in entries:
@@ -50,7 +54,10 @@ def _parts(text: str) -> tuple[str, int]:
 
 @lru_cache(maxsize=256)
 def video_facts(path: Path) -> VideoFacts | None:
-    """Return size and length of a clip; None if it cannot be read, which is told when its turn comes."""
+    """Return the size and length of a clip, or None if it cannot be read.
+
+    The error is reported later, when the clip is needed.
+    """
     try:
         return facts_in_time(path)
     except UnreadableClip:
@@ -58,9 +65,10 @@ def video_facts(path: Path) -> VideoFacts | None:
 
 
 def frames_of_video(path: Path, fps: int, most: int, limits: ModelLimits) -> int:
-    """Return how many latent frames are sampled from a clip: as many as it has, as the model takes, and as `most` says.
+    """Return the number of latent frames to sample from a clip.
 
-    A clip that is shorter than the shortest moving video gets `most`, and fails when it is read.
+    It is the largest number that the clip, the model and `most` allow. A clip that is shorter than the shortest video
+    of the model gets `most`; reading it fails later.
     """
     facts = video_facts(path)
     lengths = [length for length in limits.lengths() if 1 < length <= limits.video_frames(most)]
@@ -69,10 +77,10 @@ def frames_of_video(path: Path, fps: int, most: int, limits: ModelLimits) -> int
 
 
 def all_frames_of_video(path: Path, fps: int) -> int:
-    """Return how many frames a clip has at `fps` frames a second.
+    """Return the number of frames of a clip at `fps` frames per second.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the clip cannot be read.
     """
     facts = video_facts(path)
     if facts is None:

@@ -1,4 +1,7 @@
-"""Turn a function that reports by a callback into an iterator, so that the caller decides when the function goes on."""
+"""Turn a function that reports by a callback into an iterator.
+
+The caller of the iterator decides when the function continues.
+"""
 
 import ctypes
 import threading
@@ -16,15 +19,19 @@ Report = TypeVar("Report")
 
 
 class StoppedWork(BaseException):
-    """The caller wants no more of the work. Not an `Exception`, so that the work's own handlers do not swallow it."""
+    """Signal that the caller wants no more of the work.
+
+    It is not an `Exception`, so that handlers within the work do not catch it.
+    """
 
 
 class RandomNumbers:
-    """Keeps the random state of some work apart from the rest of the program: it is PyTorch's global state within
-    `with` blocks only, and goes on in each of them where it ended in the one before.
+    """Random state of some work, kept apart from the rest of the program.
+
+    It is PyTorch's global state only within `with` blocks; each block continues where the one before ended.
 
     Args:
-        device: one whose random state counts too, besides the CPU's.
+        device: device whose random state is kept too, besides that of the CPU.
     """
 
     def __init__(self, device: torch.device):
@@ -53,15 +60,16 @@ class RandomNumbers:
 def in_turns(
     work: Callable[[Callable[[Report], None]], None], inside: AbstractContextManager[Any]
 ) -> Generator[Report, None, None]:
-    """Yield each `x` of the calls `report(x)` that `work(report)` makes; the work waits until the next one is wanted.
+    """Yield each `x` of the calls `report(x)` that `work(report)` makes.
 
-    The work has a thread of its own, since it may be a user's sampler, which cannot be suspended otherwise. The two
-    threads never compute at the same time. When the generator is closed, the call of `report` that the work waits in
-    raises `StoppedWork`; when the caller is interrupted during the work, the work is interrupted too.
+    The work waits until the next value is requested. It runs in its own thread, because a user's sampler cannot be
+    suspended otherwise. The two threads never compute at the same time. When the generator is closed, the call of
+    `report` in which the work waits raises `StoppedWork`; when the caller is interrupted while the work runs, the work
+    is interrupted too.
 
     Args:
-        work: an exception of it is raised here.
-        inside: entered whenever the work goes on, and left whenever it waits.
+        work: the function; its exceptions are raised in the caller.
+        inside: context manager, entered whenever the work continues and left whenever it waits.
     """
     to_work: SimpleQueue[bool] = SimpleQueue()
     to_caller: SimpleQueue[tuple[str, Any]] = SimpleQueue()
@@ -73,12 +81,12 @@ def in_turns(
             raise StoppedWork
 
     def run() -> None:
-        with suppress(StoppedWork):  # an interruption that comes when the work has just ended
+        with suppress(StoppedWork):  # an interruption that arrives when the work has just ended
             try:
-                torch.set_num_threads(threads)  # OpenMP has a number for each thread; the order of sums follows from it
+                torch.set_num_threads(threads)  # OpenMP keeps it for each thread, and the order of sums depends on it
                 work(report)
                 to_caller.put(("end", None))
-            except BaseException as error:  # no name keeps it, else its frames and their tensors would stay
+            except BaseException as error:  # kept in no variable, which would keep its frames and their tensors alive
                 to_caller.put(("error", error))
 
     thread = threading.Thread(target=copy_context().run, args=(run,), name="sampling", daemon=True)
@@ -108,6 +116,9 @@ def in_turns(
 
 
 def interrupt(thread: threading.Thread) -> None:
-    """Raise `StoppedWork` in a thread before its next instruction of Python, as a signal does in the main thread."""
+    """Raise `StoppedWork` in a thread before its next Python instruction.
+
+    This is what a signal does in the main thread.
+    """
     if thread.ident is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(StoppedWork))

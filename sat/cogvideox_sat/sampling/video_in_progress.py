@@ -1,4 +1,4 @@
-"""A video of the sampling command on its way, and what becomes of a failure: it ends its own video."""
+"""A video that the sampling command is making; a failure ends only its own video."""
 
 import logging
 from collections.abc import Callable, Generator, Iterable
@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 def no_events() -> Generator[SampleEvent, None, None]:
-    """Return the events of no request."""
+    """Yield nothing: the events of no request."""
     yield from ()
 
 
 @dataclass
 class VideoInProgress:
-    """A planned video with what there is of it so far.
+    """A planned video and what has been made of it so far.
 
     Attributes:
-        fps: frames a second of its file.
-        asked, events: its request to the session, and what comes of that, once it has begun.
-        kept: the file of the latents until the video is complete.
-        full: it failed because memory is full.
+        fps: frames per second of the file.
+        asked, events: the request to the session and its events, once the request has begun.
+        kept: the file that holds the latents until the video is complete.
+        full: the video failed because memory is full.
     """
 
     planned: PlannedVideo
@@ -44,11 +44,11 @@ class VideoInProgress:
 
     @property
     def name(self) -> str:
-        """Return what the log calls it: its prompt's number, from 1, and the beginning of the prompt."""
+        """Return the name in the log: the number of the prompt, from 1, and its beginning."""
         return f"prompt {self.planned.request.index + 1} ('{self.planned.request.text:.60}')"
 
     def drop(self) -> None:
-        """End its request, and free its tensors."""
+        """End the request, and free its tensors."""
         self.events.close()
         self.asked, self.events, self.latents = None, no_events(), None
 
@@ -60,12 +60,14 @@ def attempt_each(
     together: bool = False,
     tells: bool = True,
 ) -> None:
-    """Take every video that has not failed through a stage; a failure is logged and ends that video alone.
+    """Take every video that has not failed through a stage.
+
+    A failure is logged and ends only its own video.
 
     Args:
-        remark: gives what to add to the report of a failure.
-        together: other processes take part in the stage; a failure that they do not see is raised.
-        tells: this process logs failures, of those that take part.
+        remark: returns the text that is added to the report of a failure.
+        together: other processes take part in the stage. A failure that only this process sees is raised.
+        tells: this process logs failures, on behalf of those that take part.
     """
     for video in videos:
         if video.failure is not None:
@@ -76,7 +78,7 @@ def attempt_each(
             video.full = is_out_of_memory(error)
             seen_by_all = isinstance(error, UserError) and not video.full
             if together and not seen_by_all:
-                raise  # the others are inside the network and would pair this one's next call with their present one
+                raise  # the others wait inside the network: their current call would pair with this one's next call
             video.failure = describe(error)
             where = None if video.full or isinstance(error, UserError) else error
             if remark is not None:
@@ -84,7 +86,7 @@ def attempt_each(
             if tells:
                 logger.error("failed: %s: %s", video.name, video.failure, exc_info=where)
         if video.full and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # now that nothing of the failed stage is referred to any more
+            torch.cuda.empty_cache()  # tensors of the failed stage are no longer referenced
 
 
 def describe(error: Exception) -> str:

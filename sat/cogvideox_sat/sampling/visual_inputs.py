@@ -1,4 +1,7 @@
-"""The pictures and clips of a request as latents: what sampling is conditioned on, and what it starts from."""
+"""The pictures and clips of a request as latents.
+
+Sampling is conditioned on these latents, or starts from them.
+"""
 
 from typing import NamedTuple
 
@@ -13,12 +16,12 @@ from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
 
 
 class Pixels(NamedTuple):
-    """What a request shows.
+    """The pictures and clips of a request.
 
     Args:
-        key_frames: pictures (3, height, width) by the latent frame that they stand in.
+        key_frames: pictures (3, height, width), by the latent frame to which each belongs.
         video: the clip (frames, 3, height, width) that sampling starts from.
-        context: the clip (frames, 3, height, width) that the video begins with and goes on from.
+        context: the clip (frames, 3, height, width) with which the video begins and which the network continues.
     """
 
     key_frames: dict[int, Tensor]
@@ -27,12 +30,12 @@ class Pixels(NamedTuple):
 
 
 class EncodedInputs(NamedTuple):
-    """What a request shows, as latents on the CPU.
+    """The pictures and clips of a request, as latents on the CPU.
 
     Args:
         key_frames: (1, 1, c, h, w) by latent frame.
-        start: what sampling starts from; 1.5 models have the first latent twice.
-        random_state: of the request's random numbers after those of its key frames; None: it has none.
+        start: what sampling starts from; for 1.5 models the first latent is repeated.
+        random_state: random state of the request after its key frames are drawn; None: the request has no key frames.
     """
 
     key_frames: dict[int, Tensor]
@@ -41,7 +44,9 @@ class EncodedInputs(NamedTuple):
 
 
 def load_pixels(request: SampleRequest, limits: ModelLimits) -> Pixels:
-    """Return what a request to a model of such limits shows; functions that give pictures and clips are called.
+    """Return the pictures and clips of a request to a model of the given limits.
+
+    Functions that return pictures and clips are called here.
 
     Raises:
         UserError: a picture or clip cannot be read or does not fit.
@@ -52,10 +57,10 @@ def load_pixels(request: SampleRequest, limits: ModelLimits) -> Pixels:
 
 @torch.no_grad()
 def encode_inputs(engine: SATVideoDiffusionEngine, request: SampleRequest, pixels: Pixels) -> EncodedInputs:
-    """Return the latents of what a request shows.
+    """Return the latents of the pictures and clips of a request.
 
-    Key frames are drawn from their posteriors, one after the other: those draws are the first that belong to the
-    request's seed. Clips are the means of theirs, and take no random number.
+    Key frames are drawn from their posteriors, one after the other. These draws are the first that use the request's
+    seed. For clips, the means of the posteriors are used, which take no random numbers.
     """
     torch.manual_seed(request.seed)
     key_frames = {

@@ -147,7 +147,7 @@ def wait_for_all() -> None:
     try:
         meet("the other processes")
     except RuntimeError as error:
-        raise UserError("another process has failed, and says why") from error
+        raise UserError("another process has failed; see its message") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
