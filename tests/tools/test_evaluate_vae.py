@@ -191,7 +191,7 @@ def test_frechet_distance_refuses_too_little():
     distance = FrechetVideoDistance(torch.nn.Identity())
     with pytest.raises(UserError, match="a clip has 5 frames; the I3D network needs at least 9"):
         distance.add(torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 8, 8))
-    with pytest.raises(UserError, match="there is 0 clip; the distance needs at least 2"):
+    with pytest.raises(UserError, match="got 0 clip; at least 2 are needed"):
         distance.compute()
 
 
@@ -306,7 +306,7 @@ def test_a_training_configuration_and_what_is_missing(folder, tmp_path, capsys, 
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == ["1", "PSNR", "SSIM", "LPIPS:", "rFVD:"]
         assert "cannot download the weights" in lines[3] and "set --lpips_weights to the file" in lines[3]
-        assert lines[4] == "rFVD: not computed: give the weights of I3D as --i3d_weights"
+        assert lines[4] == "rFVD: not computed; give the weights of I3D as --i3d_weights"
         psnrs.append(lines[1])
     assert psnrs[0] != psnrs[1]  # a chunk has statistics of its own
     assert not (tmp_path / "videos").exists()

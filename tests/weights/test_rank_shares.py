@@ -36,7 +36,7 @@ def test_every_rank_has_a_share_of_each_part():
 
 
 def test_what_cannot_be_shared_is_one_line():
-    with pytest.raises(UserError, match=r"model_parallel_size: 5 does not divide a tensor of the shape \(12, 2\)"):
+    with pytest.raises(UserError, match=r"model_parallel_size: 5 does not divide a tensor of shape \(12, 2\)"):
         Cut(0).share(torch.zeros(12, 2), 0, 5)
-    with pytest.raises(UserError, match="them: the files of its model-parallel ranks do not hold the same tensors"):
+    with pytest.raises(UserError, match="them: the files of the model-parallel ranks do not hold the same tensors"):
         recut([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}], {}, 0, 1, "them")

@@ -1,1 +1,1 @@
-"""Measures of videos and of VAEs."""
+"""Measures for videos and for VAEs."""

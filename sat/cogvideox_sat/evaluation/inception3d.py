@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from sgm.weights import assign_weights, module_weights, read_state_dict
 
-SIZE = 224  # pixels a side of a frame
-LEAST_FRAMES = 9  # the last pooling takes two steps in time of eight frames each, rounded up
+SIZE = 224  # pixels per side of a frame
+LEAST_FRAMES = 9  # the last pooling needs two steps in time, each of eight frames, rounded up
 CLASSES = 400
 
-# Channels of the branches of each block: 1x1; 1x1 and 3x3; 1x1 and 3x3; 1x1 after pooling.
+# Output channels of the branches of each block: 1x1; 1x1 and 3x3; 1x1 and 3x3; 1x1 after pooling.
 BLOCKS = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -34,11 +34,11 @@ POOLING = {
 
 
 class Inception3D(nn.Module):
-    """Inception inflated to three dimensions (Carreira & Zisserman 2017, arXiv:1705.07750, figure 3).
+    """Inception network inflated to three dimensions (arXiv:1705.07750, figure 3).
 
-    Video (batch, 3, frames, 224, 224) in [-1, 1], of at least 9 frames, -> the mean over time of the logits of
-    Kinetics-400, (batch, 400). Parameters have the names of the weight files that are shared as `rgb_imagenet.pt` and
-    `i3d_pretrained_400.pt`.
+    It maps video (batch, 3, frames, 224, 224) in [-1, 1], with at least 9 frames, to the logits of Kinetics-400,
+    averaged over time: (batch, 400). The paper is by Carreira and Zisserman, 2017. Parameters have the names in the
+    weight files that are distributed as `rgb_imagenet.pt` and `i3d_pretrained_400.pt`.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Inception3D(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Four branches, side by side in the channels."""
+    """Four branches whose outputs are concatenated along the channels."""
 
     def __init__(self, channels: int, widths: Sequence[int]):
         super().__init__()
@@ -82,7 +82,7 @@ class Mixed(nn.Module):
 
 
 class Unit(nn.Module):
-    """Convolution with TensorFlow's "same" padding, norm, ReLU."""
+    """Convolution with TensorFlow's "same" padding, norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1):
         super().__init__()
@@ -94,12 +94,18 @@ class Unit(nn.Module):
 
 
 def max_pool_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """With zeros around, which no activation after a ReLU is less than."""
+    """Return the maximum pooling with "same" padding.
+
+    The padding is zeros, which are never larger than an activation after a ReLU.
+    """
     return F.max_pool3d(pad_same(x, kernel, stride), kernel, stride)
 
 
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Zeros around such that ceil(size / stride) positions fit in, an odd one of them at the end."""
+    """Pad with zeros so that ceil(size / stride) positions fit.
+
+    If the padding is odd, the additional zero is at the end.
+    """
     padding: list[int] = []
     for size, k, s in zip(x.shape[2:], kernel, stride, strict=True):
         total = max((-(-size // s) - 1) * s + k - size, 0)
@@ -108,14 +114,15 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
 
 
 def load_inception3d(path: str | Path) -> Inception3D:
-    """
+    """Return the network with the weights in a file, for evaluation.
+
     Raises:
         UserError: the file cannot be read or does not hold the weights of this network.
     """
     with torch.device("meta"):
         network = Inception3D()
     weights = module_weights(read_state_dict(path), what=str(path))
-    # Files are from before PyTorch counted batches, which evaluation does not use.
+    # The files are older than PyTorch's batch counters, which evaluation does not use.
     counters = [name for name in network.state_dict() if name.endswith("num_batches_tracked")]
     weights = {name: value for name, value in weights.items() if name not in counters}
     assign_weights(network, weights, what=f"{path} (I3D)", allow_missing=counters, device="cpu")
@@ -126,6 +133,6 @@ def load_inception3d(path: str | Path) -> Inception3D:
 
 
 def prepare(frames: Tensor) -> Tensor:
-    """Frames (t, 3, h, w) in [0, 1] as a batch of one for the network."""
+    """Return frames (t, 3, h, w) in [0, 1] as a batch of one for the network."""
     frames = F.interpolate(frames, (SIZE, SIZE), mode="bilinear", align_corners=False)
     return (2 * frames - 1).transpose(0, 1)[None]

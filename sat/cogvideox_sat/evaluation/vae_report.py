@@ -1,4 +1,4 @@
-"""Reconstructing clips and measuring how well: what `tools/evaluate_vae.py` does once PyTorch is needed."""
+"""Reconstruct clips and measure their quality, for `tools/evaluate_vae.py`."""
 
 import argparse
 import json
@@ -34,15 +34,14 @@ from sgm.util import instantiate_from_config
 logger = logging.getLogger(__name__)
 
 UNITS = {"PSNR": " dB"}
-BOOST = 4  # of the differences in videos
+BOOST = 4  # factor for the differences shown in videos
 
 
 def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
-    """Evaluate as the command's options say, write videos and numbers, and return the report for the terminal.
+    """Evaluate as the command's options say, write the outputs, and return the report.
 
     Raises:
-        UserError: the data, the weights or the device are not such as can be used, memory is full, or a file cannot be
-            written.
+        UserError: the data, the weights or the device cannot be used, memory is full, or a file cannot be written.
     """
     advice = ["--dtype bfloat16"] if options.dtype == "float32" else []
     advice += ["leave out --whole"] if options.whole else []
@@ -52,7 +51,7 @@ def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config:
 
 
 def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
-    """Do what `run` describes."""
+    """Evaluate a VAE; see `run`."""
     device = choose_device(options.device)
     settings = DataSettings(data_config, missing_label="ignore")
     dataset = make_dataset(options.data, settings, random_start=False, argument="--data")
@@ -63,7 +62,7 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
     lpips = build_lpips(options, device, notes)
     frechet = None
     if options.i3d_weights is None:
-        notes.append("rFVD: not computed: give the weights of I3D as --i3d_weights")
+        notes.append("rFVD: not computed; give the weights of I3D as --i3d_weights")
     else:
         frechet = FrechetVideoDistance(load_inception3d(options.i3d_weights).to(device))
 
@@ -80,7 +79,7 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
             frechet.add(shown, original)
         values = {name: value.item() for name, value in values.items()}
         if math.isnan(values["PSNR"]):
-            raise UserError(f"clip {index}: the reconstruction is not finite in {options.dtype}: try another --dtype")
+            raise UserError(f"clip {index}: the reconstruction is not finite in {options.dtype}; try another --dtype")
         clips.append({"index": index, "name": name_of(dataset, index), "shape": list(clip.shape), **values})
         if len(videos) < options.num_videos:
             videos.append(options.output / f"{index:05d}.mp4")
@@ -99,7 +98,7 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
 
 
 def build_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> VideoCoder:
-    """The VAE with its weights, whose Gaussian latents are means: nothing is random."""
+    """Return the VAE with its weights; its latents are means, so that nothing is random."""
     check_autoencoder_sizes(config["params"])
     vae = instantiate_from_config(config).to(device, dtype).eval()
     if isinstance(vae.regularization, DiagonalGaussianRegularizer):
@@ -108,10 +107,12 @@ def build_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtyp
 
 
 def build_lpips(options: argparse.Namespace, device: torch.device, notes: list[str]) -> LPIPS | None:
-    """The network that --lpips_net names; None, and a note, if its weights are not at hand and not asked for by name.
+    """Return the network of --lpips_net, or None if it is not wanted or has no weights.
+
+    If its weights are missing, a note is added. If the user named a file of weights, its errors are raised instead.
 
     Raises:
-        UserError: the weights that are asked for do not fit.
+        UserError: the named weights do not fit.
     """
     if options.lpips_net == "none":
         return None
@@ -125,10 +126,10 @@ def build_lpips(options: argparse.Namespace, device: torch.device, notes: list[s
 
 
 def readable_samples(dataset: Any, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`count` samples, spread evenly over the data, without those that cannot be read; the index of each with it.
+    """Yield up to `count` readable samples, spread evenly over the data, with their indices.
 
     Raises:
-        UserError: none can be read.
+        UserError: no sample can be read.
     """
     count, found = min(count, len(dataset)), 0
     bar = tqdm(range(count), desc="reading", unit="clip", leave=False)
@@ -136,29 +137,30 @@ def readable_samples(dataset: Any, count: int) -> Iterator[tuple[int, dict[str, 
         for number in bar:
             index = number * len(dataset) // count
             sample = dataset[SampleKey(index, seed=index)]
-            if sample.get("unreadable"):  # another clip stands in for it
+            if sample.get("unreadable"):  # the sample contains another clip instead
                 logger.warning("left out, unreadable: %s", "; ".join(sample["unreadable"]))
                 continue
             found += 1
             yield index, sample
     if not found:
-        raise UserError(f"--data: none of {count} clips can be read")
+        raise UserError(f"--data: none of the {count} clips can be read")
 
 
 def name_of(dataset: Any, index: int) -> str | None:
+    """Return the name of a clip, or None if the data set has no names."""
     sources = getattr(dataset, "sources", None)
     return sources[index].name if sources else None
 
 
 def encode(vae: VideoCoder, clip: Tensor) -> Tensor:
-    """The latent (1, c, t, h, w) of a clip (frames, 3, height, width), uint8."""
+    """Return the latent (1, c, t, h, w) of a clip (frames, 3, height, width), uint8."""
     return vae.encode((clip.float() / 127.5 - 1).to(vae.get_last_layer().dtype).transpose(0, 1)[None])
 
 
 def reconstruct(vae: VideoCoder, clip: Tensor, whole: bool) -> Tensor:
-    """The clip (frames, 3, height, width), uint8, through the VAE: the same shape, in [-1, 1].
+    """Return the reconstruction, in [-1, 1], of a clip (frames, 3, height, width), uint8.
 
-    Chunks, as sampling has them, are for an odd number of latent frames.
+    Decoding in chunks, as in sampling, needs an odd number of latent frames; other clips are decoded as a whole.
     """
     latent = encode(vae, clip)
     whole = whole or latent.shape[2] % 2 == 0
@@ -170,7 +172,10 @@ def reconstruct(vae: VideoCoder, clip: Tensor, whole: bool) -> Tensor:
 
 
 def write_side_by_side(path: Path, clip: Tensor, reconstruction: Tensor, fps: float) -> None:
-    """A video of the clip, its reconstruction and their boosted difference; (frames, 3, height, width) in [0, 1]."""
+    """Write a video of a clip, its reconstruction and their amplified difference.
+
+    Both have the shape (frames, 3, height, width) and are in [0, 1].
+    """
     difference = (BOOST * (reconstruction - clip).abs()).clamp(max=1)
     frames = torch.cat([clip, reconstruction, difference], dim=3)
     with VideoWriter(path, fps, *frames.shape[2:]) as video:
@@ -180,6 +185,7 @@ def write_side_by_side(path: Path, clip: Tensor, reconstruction: Tensor, fps: fl
 def write_numbers(
     path: Path, means: Mapping[str, float], clips: Sequence[dict[str, Any]], options: argparse.Namespace, weights: str
 ) -> None:
+    """Write the measures and settings as JSON."""
     settings = {"weights": weights, "data": options.data, "dtype": options.dtype, "whole": options.whole}
     content = {"settings": settings, "lpips_net": options.lpips_net, "means": means, "clips": clips}
     with replaced_when_complete(path) as part, reported_as_user_error(path):
@@ -187,7 +193,7 @@ def write_numbers(
 
 
 def _without_infinity(node: Any) -> Any:
-    """JSON has no number for it."""
+    """Return the node with None in place of infinity, which JSON cannot represent."""
     if isinstance(node, dict):
         return {key: _without_infinity(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -198,6 +204,7 @@ def _without_infinity(node: Any) -> Any:
 def report(
     means: Mapping[str, float], clips: Sequence[dict[str, Any]], notes: Sequence[str], videos: Sequence[Path]
 ) -> str:
+    """Return the report as lines of text."""
     shapes = sorted({"{0} frames of {2}x{3}".format(*clip["shape"]) for clip in clips})
     lines = [f"{len(clips)} clip{'s' * (len(clips) > 1)} of {', '.join(shapes)}"]
     lines += [f"{name:6}{value:9.4f}{UNITS.get(name, '')}" for name, value in means.items()]

@@ -1,4 +1,7 @@
-"""How near reconstructions are to their originals. Clips are (frames, 3, height, width) in [0, 1], of 8-bit pixels."""
+"""Measure how close reconstructions are to their originals.
+
+Clips have the shape (frames, 3, height, width) and are in [0, 1], from 8-bit pixels.
+"""
 
 from collections.abc import Callable
 
@@ -9,24 +12,27 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from cogvideox_sat.evaluation.inception3d import LEAST_FRAMES, Inception3D, prepare
 from sgm.errors import UserError
 
-FRAMES_AT_ONCE = 8  # of a clip, where a measure is the mean over frames: all would need several times its memory
+FRAMES_AT_ONCE = 8  # for measures that are means over frames; all frames would need several times the clip's memory
 
 PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
-"""Images (n, 3, height, width) in [-1, 1], twice -> n distances."""
+"""Maps two tensors of images (n, 3, height, width) in [-1, 1] to n distances."""
 
 
 def as_shown(video: Tensor) -> Tensor:
-    """(..., height, width) in [-1, 1] -> [0, 1], rounded to 8 bits and clamped as a viewer sees it."""
+    """Return a video in [-1, 1] as a viewer sees it: in [0, 1], clamped, rounded to 8 bits."""
     return ((video.float() + 1) * 127.5).round_().clamp_(0, 255).div_(255)
 
 
 def psnr(reconstruction: Tensor, clip: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of the whole clip in dB; infinite where there is no difference."""
+    """Return the peak signal-to-noise ratio of the whole clip in dB; infinite if equal."""
     return peak_signal_noise_ratio(reconstruction, clip, data_range=1.0)
 
 
 def ssim(reconstruction: Tensor, clip: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), the mean over frames; 1 where there is no difference."""
+    """Return the structural similarity, averaged over frames; 1 if equal.
+
+    The measure is by Wang et al., 2004.
+    """
 
     def of_images(x: Tensor, y: Tensor) -> Tensor:
         return structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
@@ -35,7 +41,7 @@ def ssim(reconstruction: Tensor, clip: Tensor) -> Tensor:
 
 
 def perceptual_distance(network: PerceptualDistance, reconstruction: Tensor, clip: Tensor) -> Tensor:
-    """The mean over frames of LPIPS; 0 where there is no difference."""
+    """Return the mean of LPIPS over the frames; 0 if equal."""
     return _mean_over_frames(lambda x, y: network(2 * x - 1, 2 * y - 1), reconstruction, clip)
 
 
@@ -45,9 +51,10 @@ def _mean_over_frames(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y:
 
 
 class FrechetVideoDistance:
-    """The distance of all reconstructions from all clips by I3D's logits (Unterthiner et al. 2018, arXiv:1812.01717).
+    """Fréchet distance of reconstructions from clips, by I3D's logits (arXiv:1812.01717).
 
-    It falls with the number of clips, so only numbers from as many clips of the same length and size compare.
+    The method is by Unterthiner et al., 2018. The distance falls with the number of clips. Only results from equal
+    numbers of clips of the same length and size can be compared.
     """
 
     def __init__(self, network: Inception3D):
@@ -56,7 +63,8 @@ class FrechetVideoDistance:
 
     @torch.no_grad()
     def add(self, reconstruction: Tensor, clip: Tensor) -> None:
-        """
+        """Add a reconstruction and its clip.
+
         Raises:
             UserError: the clip is too short.
         """
@@ -65,20 +73,22 @@ class FrechetVideoDistance:
         self.features.append(tuple(self.network(prepare(video))[0].double().cpu() for video in (reconstruction, clip)))
 
     def compute(self) -> Tensor:
-        """
+        """Return the distance over all clips that were added.
+
         Raises:
-            UserError: there are fewer than two clips, which have no covariance.
+            UserError: fewer than two clips were added, so that no covariance exists.
         """
         if len(self.features) < 2:
-            raise UserError(f"rFVD: there is {len(self.features)} clip; the distance needs at least 2, or rather 256")
+            raise UserError(f"rFVD: got {len(self.features)} clip; at least 2 are needed, and 256 are recommended")
         return frechet_distance(*(torch.stack(side) for side in zip(*self.features, strict=True)))
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Between the normal distributions with the means and covariances of samples `x` (n, d) and `y` (m, d).
+    """Return the Fréchet distance between normal distributions fitted to `x` and `y`.
 
-    |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)), in the dtype of the samples. With centred samples X, C = X^T X, the
-    trace of the root is the sum of the singular values of X Y^T (n, m): exact, however few samples there are.
+    The samples have the shapes (n, d) and (m, d). The distance is |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)), in
+    the dtype of the samples. With centred samples X, C = X^T X, and the trace of the root is the sum of the singular
+    values of X Y^T (n, m), which is exact for any number of samples.
     """
     difference = x.mean(0) - y.mean(0)
     x, y = ((side - side.mean(0)) / (len(side) - 1) ** 0.5 for side in (x, y))

@@ -1,1 +1,1 @@
-"""The data set of moving shapes and what the tiny model is judged by."""
+"""The data set of moving shapes, and the judge for the tiny model."""

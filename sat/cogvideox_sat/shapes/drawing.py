@@ -1,4 +1,4 @@
-"""Draws scenes of moving shapes: where each is at a moment, its outline, and the background."""
+"""Draw scenes of moving shapes: positions over time, outlines and background."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cogvideox_sat.shapes.scenes import COLOURS, LAYOUTS, PLAIN, SIZES, Item, Scene
 
-GROWTH = (0.55, 1.3)  # a growing shape's radius at the start and at the end, in parts of its size's
-# How far a way reaches down and right of its middle, in parts of the shorter side; it is gone in the whole clip.
+GROWTH = (0.55, 1.3)  # radius of a growing shape at the start and at the end, relative to the radius of its size
+# Largest distance of a path, down and right, from its middle, relative to the shorter side.
 REACH = {
     "moving left": (0, 0.14),
     "moving right": (0, 0.14),
@@ -19,22 +19,26 @@ REACH = {
     "moving in a spiral": (0.16, 0.16),
     "bouncing": (0.14, 0),
 }
-SHADE = 0.65  # of a pattern: so much of the background's colour
-LIGHT_BLACK = 0.3  # the shade of black, which has no darker one
+SHADE = 0.65  # factor from the background's colour to the pattern's colour
+LIGHT_BLACK = 0.3  # the pattern's colour for black, for which no darker colour exists
 
 
 def draw(scene: Scene, frames: int, height: int, width: int, begin: float = 0.0) -> Tensor:
-    """Return the clip (frames, 3, height, width) in [-1, 1], edges antialiased.
+    """Return the clip (frames, 3, height, width) in [-1, 1], with antialiased edges.
 
     Args:
-        begin: the moment at which it begins; one that begins at 0.5 goes on from the middle of one that begins at 0.
+        begin: the time at which the clip begins; a clip that begins at 0.5 continues from the middle of one that begins
+            at 0.
     """
     return draw_moments(scene, (begin + torch.linspace(0, 1, frames)).tolist(), height, width)
 
 
 def draw_moments(scene: Scene, moments: Sequence[float], height: int, width: int) -> Tensor:
-    """The frames (moments, 3, height, width) in [-1, 1] at these times, 0 the clip's start and 1 its end; after it all
-    go on as before, and a shape that moves straight on leaves the picture."""
+    """Return the frames (moments, 3, height, width) in [-1, 1] at the given times.
+
+    Time 0 is the start of the clip and 1 its end. After time 1, all motions continue, so that a shape with a straight
+    path leaves the picture.
+    """
     picture = draw_background(scene.background, scene.pattern, height, width)
     for item, place in zip(scene.items, LAYOUTS[scene.layout], strict=True):
         inside = coverage(item, place, moments, height, width)[:, None]
@@ -50,19 +54,22 @@ def draw_moments(scene: Scene, moments: Sequence[float], height: int, width: int
 
 
 def draw_background(colour: str, pattern: str, height: int, width: int) -> Tensor:
-    """(3, height, width) in [0, 1]."""
+    """Return the background (3, height, width) in [0, 1]."""
     base, other = torch.tensor(COLOURS[colour]), torch.tensor(shade(colour))
     share = pattern_mask(pattern, height, width)
     return base[:, None, None] + share * (other - base)[:, None, None]
 
 
 def shade(colour: str) -> tuple[float, ...]:
-    """The second colour of a pattern, red, green and blue in [0, 1]."""
+    """Return the second colour of a pattern: red, green and blue in [0, 1]."""
     return (LIGHT_BLACK,) * 3 if colour == "black" else tuple(SHADE * part for part in COLOURS[colour])
 
 
 def pattern_mask(pattern: str, height: int, width: int) -> Tensor:
-    """(height, width) in [0, 1]: how much of each pixel has the second colour. The period is 16 of 64 pixels."""
+    """Return the share (height, width) of the second colour in each pixel, in [0, 1].
+
+    The period is a quarter of the shorter side.
+    """
     cell = max(1, round(min(height, width) / 8))
     rows, columns = torch.arange(height), torch.arange(width)
     if pattern == PLAIN:
@@ -82,7 +89,7 @@ def pattern_mask(pattern: str, height: int, width: int) -> Tensor:
 
 
 def coverage(item: Item, place: Sequence[float], moments: Sequence[float], height: int, width: int) -> Tensor:
-    """(moments, height, width) in [0, 1]: how much of each pixel the shape covers."""
+    """Return the share (moments, height, width) of each pixel, in [0, 1], that a shape covers."""
     track = torch.tensor([position(item, place, moment, height, width) for moment in moments])
     row, column, radius = track.T[:, :, None, None]
     rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
@@ -92,9 +99,9 @@ def coverage(item: Item, place: Sequence[float], moments: Sequence[float], heigh
 def position(
     item: Item, place: Sequence[float], progress: float, height: int, width: int
 ) -> tuple[float, float, float]:
-    """(row, column, radius) of the shape, in pixels, when the share `progress` of the clip is over.
+    """Return (row, column, radius) of the shape in pixels at the time `progress` in [0, 1].
 
-    The shape does not leave its place in the picture before the clip is over.
+    The shape does not leave its part of the picture before the end of the clip.
     """
     top, left, high, wide = (part * side for part, side in zip(place, (height, width) * 2, strict=True))
     shorter = min(height, width)
@@ -116,24 +123,26 @@ def position(
 
 
 def _middle(item: Item) -> tuple[float, float]:
-    """Where the middle of the way is, down and right, from -1 to 1 at the ends of what room the way leaves."""
+    """Return the middle of the path, down and right, from -1 to 1 within the available room."""
     first, second = 2 * item.phase - 1, item.offset
     if item.motion in ("moving left", "moving right"):
         return second, first
-    if item.motion == "moving in a circle":  # whose phase is an angle: what follows its first digit is as good as new
+    if (
+        item.motion == "moving in a circle"
+    ):  # its phase is an angle; the digits after the first one are used as a new random number
         return 2 * (10 * item.phase % 1) - 1, second
     return first, second
 
 
 def _way(item: Item, progress: float) -> tuple[float, float]:
-    """Where the shape is on its way, down and right, each from -1 to 1."""
+    """Return the position on the path, down and right, each from -1 to 1."""
     if item.motion == "moving in a circle":
         angle = 2 * math.pi * (item.phase + progress)
         return math.sin(angle), math.cos(angle)
-    if item.motion == "moving in a spiral":  # out of its middle, once round
+    if item.motion == "moving in a spiral":  # from the centre outwards, with one turn
         angle = 2 * math.pi * progress
         return progress * math.sin(angle), progress * math.cos(angle)
-    if item.motion == "bouncing":  # it is slow at the top, as things that fall are
+    if item.motion == "bouncing":  # slow at the top, like a falling object
         return 1 - 2 * abs(math.cos(math.pi * progress)), 0
     along = 2 * progress - 1
     ways = {"moving left": (0, -along), "moving right": (0, along), "moving up": (-along, 0), "moving down": (along, 0)}
@@ -141,7 +150,10 @@ def _way(item: Item, progress: float) -> tuple[float, float]:
 
 
 def distance(shape: str, down: Tensor, right: Tensor, radius: Tensor) -> Tensor:
-    """How far pixels are outside the shape (inside: negative), in pixels; near its edge, where it matters."""
+    """Return the distance of pixels from the shape in pixels; negative inside.
+
+    The value is exact only near the edge, where it is used.
+    """
     if shape == "circle":
         return torch.hypot(down, right) - radius
     if shape == "ring":
@@ -152,15 +164,15 @@ def distance(shape: str, down: Tensor, right: Tensor, radius: Tensor) -> Tensor:
     if shape == "cross":
         longer, shorter = torch.maximum(down, right), torch.minimum(down, right)
         return torch.maximum(longer - radius, shorter - 0.3 * radius)
-    if shape == "triangle":  # equilateral, standing on its base: the largest of the distances from its three sides
+    if shape == "triangle":  # equilateral, with a horizontal base: the largest of the distances from its three sides
         slanted = right * math.sin(math.pi / 3) - down * math.cos(math.pi / 3)
         return torch.maximum(down, slanted) - radius / 2
     return _star_distance(down, right, radius)
 
 
 def _star_distance(down: Tensor, right: Tensor, radius: Tensor) -> Tensor:
-    """Of a five-pointed star with a point at the top."""
-    # Fold the plane into the tenth between a point and the notch beside it; there the outline is one straight line.
+    """Return the distance from a five-pointed star with a point at the top."""
+    # Fold the plane into the tenth between a point and the notch beside it, where the outline is one straight line.
     angle = torch.atan2(right, -down).remainder(2 * math.pi / 5)
     angle = torch.minimum(angle, 2 * math.pi / 5 - angle)
     away = torch.hypot(down, right)

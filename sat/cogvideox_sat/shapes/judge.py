@@ -1,8 +1,9 @@
-"""Says what a video of moving shapes shows, from its pixels alone: the inverse of `shapes.drawing`.
+"""Recognise what a video of moving shapes shows: the inverse of `shapes.drawing`.
 
-The video is compared with what `drawing` would draw: first with every background, then, where it differs from the
-best one, with every shape of the same area at the same place; the ways of the shape's middle and its growth tell the
-motion. Blurred edges and colours that are off by a tenth do no harm, and what resembles nothing is called "none".
+Only the pixels are used. The video is compared with what `drawing` would draw: first with every background; then, where
+it differs from the best background, with every shape of the same area at the same position. The path and growth of the
+shape tell the motion. Blurred edges and colours that are wrong by a tenth are tolerated. What resembles nothing is
+called "none".
 """
 
 import math
@@ -15,27 +16,27 @@ from torch import Tensor
 from cogvideox_sat.shapes.drawing import GROWTH, distance, pattern_mask, shade
 from cogvideox_sat.shapes.scenes import COLOURS, PATTERNS, PLAIN, SIZES, Item, Scene
 
-NONE = "none"  # instead of a word, where nothing fits
-SHORTER_SIDE = 64  # in pixels: larger videos are looked at in this size
+NONE = "none"  # the answer if nothing fits
+SHORTER_SIDE = 64  # pixels; other videos are scaled to this size
 
-LEAST_GROUND = 0.4  # share of a video's pixels that resemble its background
-UNLIKE = 0.25  # from the background, in a colour's distance in [0, 1]^3: pixels of a shape
-CAP = 0.25  # of the distance to a background: what is farther off is a shape and may have any colour
-LEAST_AREA = 12  # pixels of a shape in a frame
-EDGE_SHARE = 0.6  # of one colour's pixels within two of another's: from there on it is but the edge of that
-ASIDE = 0.45  # from the straight line between two colours: about the worst that their mixtures are named by another
-WORST_FIT = 0.35  # share of a shape's area by which it may differ from the best outline
-STILL = 3.0  # pixels: what moves less stands still
-CHANGED = 1.4  # times: a radius that changes less stays the same
-WORST_WAY = 0.35  # share of the way's variance that the best motion may leave unexplained
+LEAST_GROUND = 0.4  # smallest share of a video's pixels that resemble its background
+UNLIKE = 0.25  # smallest distance in [0, 1]^3 of a shape's colour from the background
+CAP = 0.25  # largest distance that counts for a background; farther pixels belong to shapes of any colour
+LEAST_AREA = 12  # smallest number of pixels of a shape in a frame
+EDGE_SHARE = 0.6  # smallest share of a colour's pixels within two pixels of another colour, of which it may be the edge
+ASIDE = 0.45  # largest distance of a mixture of two colours from the straight line between them
+WORST_FIT = 0.35  # largest difference from the best outline, as a share of the shape's area
+STILL = 3.0  # pixels; a shape that moves less stands still
+CHANGED = 1.4  # factor; a radius that changes less is constant
+WORST_WAY = 0.35  # largest share of the path's variance that the best motion may leave unexplained
 
 
 class Track(NamedTuple):
-    """Where a shape is in the frames in which it is seen.
+    """The path of a shape, in the frames in which it is seen.
 
     Args:
-        moments: (n,), the time since the start of the video in clips.
-        rows, columns: (n,), its middle in pixels.
+        moments: (n,), time since the start of the video, in clips.
+        rows, columns: (n,), centre of the shape in pixels.
         areas: (n,) in pixels.
     """
 
@@ -50,11 +51,11 @@ def judge(frames: Tensor, clips: float = 1.0) -> Scene:
 
     Args:
         frames: (t, 3, h, w) in [-1, 1].
-        clips: the length of the video in clips; a motion runs once in the time of a clip.
+        clips: length of the video in clips; a motion runs once in the time of a clip.
 
     Returns:
-        The background and two, one or no items, the plainer first. "none" stands for what cannot be told; phases,
-        offsets and the layout are not told.
+        The background, and two, one or no items, the larger one first. "none" replaces what is not recognised. Phases,
+            offsets and the layout are not determined.
     """
     pixels = _resized((frames.float().clamp(-1, 1) + 1) / 2)
     background, pattern, ground = find_background(pixels)
@@ -79,16 +80,19 @@ def _resized(pixels: Tensor) -> Tensor:
 
 
 def find_background(pixels: Tensor) -> tuple[str, str, Tensor]:
-    """Its colour, its pattern and its picture (3, h, w), in the colours that the video gives it.
+    """Return the background's colour, pattern and picture, in the video's own colours.
 
     Args:
         pixels: (t, 3, h, w) in [0, 1].
+
+    Returns:
+        The picture has the shape (3, h, w).
     """
     masks = {pattern: pattern_mask(pattern, *pixels.shape[-2:]) for pattern in (PLAIN, *PATTERNS)}
     pictures = {(colour, pattern): _ground(colour, mask) for colour in COLOURS for pattern, mask in masks.items()}
     errors = {key: _error(pixels, picture) for key, picture in pictures.items()}
     colour, _ = min(errors, key=errors.__getitem__)
-    # Where all colours are off by as much as half a pattern's contrast, only that tells whether there is a pattern.
+    # If the video's colours are wrong by up to half a pattern's contrast, only the shifted pictures show the pattern.
     everywhere = torch.ones_like(masks[PLAIN], dtype=torch.bool)
     shifted = {name: pictures[colour, name] + _shift(pixels, pictures[colour, name], everywhere) for name in masks}
     pattern = min(shifted, key=lambda name: _error(pixels, shifted[name]))
@@ -107,7 +111,10 @@ def _error(pixels: Tensor, picture: Tensor) -> float:
 
 
 def _shift(pixels: Tensor, picture: Tensor, where: Tensor) -> Tensor:
-    """(3, 1, 1): by how much the pixels in a mask, (h, w) or (t, h, w), are off where they resemble the picture."""
+    """Return the mean colour difference (3, 1, 1) from a picture, within a mask.
+
+    The mask is (h, w) or (t, h, w). Only pixels that resemble the picture count.
+    """
     off = (pixels - picture).movedim(1, -1)[(_distances(pixels, picture) < CAP) & where]
     return off.median(dim=0).values[:, None, None] if len(off) else torch.zeros(3, 1, 1)
 
@@ -122,7 +129,7 @@ def _distances(pixels: Tensor, colours: Tensor) -> Tensor:
 
 
 def find_layers(pixels: Tensor, ground: Tensor, background: str) -> list[tuple[str, Tensor]]:
-    """The colour of each shape and how much of each pixel it covers, (t, h, w) in [0, 1]; the larger one first."""
+    """Return the colour and coverage (t, h, w) in [0, 1] of each shape, the larger one first."""
     names = [name for name in COLOURS if name != background]
     colours = torch.tensor([COLOURS[name] for name in names])
     nearest, label = torch.cdist(pixels.movedim(1, -1), colours).min(dim=-1)
@@ -143,8 +150,11 @@ def find_layers(pixels: Tensor, ground: Tensor, background: str) -> list[tuple[s
 
 
 def _main_colour(masks: list[Tensor], colours: Tensor, ground: Tensor) -> int | None:
-    """The number of the mask (t, h, w) that is the largest shape, None if none is in half of the frames or more."""
-    # At its edges a shape has mixed colours, which may look like a third: what counts is its inner part.
+    """Return the index of the mask (t, h, w) of the largest shape.
+
+    None: no mask has a shape in at least half of the frames.
+    """
+    # The edges of a shape have mixed colours, which may look like a third colour. Therefore its inner part counts.
     weights = [(_inner(mask).sum() + 0.1 * mask.sum()).item() for mask in masks]
     often = [2 * (mask.sum(dim=(1, 2)) >= LEAST_AREA).sum().item() >= len(mask) for mask in masks]
     order = sorted((index for index in range(len(masks)) if often[index]), key=lambda index: -weights[index])
@@ -153,7 +163,7 @@ def _main_colour(masks: list[Tensor], colours: Tensor, ground: Tensor) -> int | 
     one, other = order[:2]
     if max(_beside(masks[one], masks[other]), _beside(masks[other], masks[one])) < EDGE_SHARE:
         return one
-    # Is the nearer one the edge of the other, a mixture of its colour with the background's?
+    # Check whether the colour nearer to the background is an edge of the other: a mixture with the background's colour.
     middle = ground.mean(dim=(1, 2))
     nearer, farther = sorted((one, other), key=lambda index: (colours[index] - middle).norm().item())
     way, partway = colours[farther] - middle, colours[nearer] - middle
@@ -162,28 +172,32 @@ def _main_colour(masks: list[Tensor], colours: Tensor, ground: Tensor) -> int | 
 
 
 def _beside(mask: Tensor, other: Tensor) -> float:
-    """The share of the pixels of a mask (t, h, w) that lie within two pixels of another."""
+    """Return the share of a mask's pixels (t, h, w) within two pixels of another mask."""
     return ((mask & _widened(other)).sum() / mask.sum()).item()
 
 
 def _widened(mask: Tensor) -> Tensor:
-    """The mask (t, h, w) and what lies within two pixels of it."""
+    """Return a mask (t, h, w) extended by two pixels."""
     return F.max_pool2d(mask.float(), 5, stride=1, padding=2) > 0
 
 
 def _inner(mask: Tensor) -> Tensor:
-    """The pixels (t, h, w) whose neighbours are in the mask too."""
+    """Return the pixels (t, h, w) whose neighbours are in the mask, too."""
     return -F.max_pool2d(-mask.float(), 3, stride=1, padding=1) > 0
 
 
 def _cover(pixels: Tensor, ground: Tensor, colour: Tensor) -> Tensor:
-    """(t, h, w) in [0, 1]: how far each pixel is from the background to the colour (3, 1, 1)."""
+    """Return the position (t, h, w) of each pixel between the background, 0, and a colour, 1.
+
+    Args:
+        colour: (3, 1, 1).
+    """
     way = colour - ground
     return (((pixels - ground) * way).sum(dim=1) / way.square().sum(dim=0).clamp(min=1e-6)).clamp(0, 1)
 
 
 def _largest_piece(cover: Tensor) -> Tensor:
-    """The cover without what does not hang together with its most solid spot."""
+    """Return the coverage without pieces that are not connected to its most solid spot."""
     mask = (cover > 0.5).float()
     solid = F.avg_pool2d(cover, 5, stride=1, padding=2) * mask
     piece = (solid == solid.amax(dim=(1, 2), keepdim=True)).float() * mask
@@ -226,14 +240,17 @@ def _grid(cover: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_shape(cover: Tensor, track: Track) -> str:
-    """The outline that, of the same area at the same place, differs least from the cover (t, h, w)."""
+    """Return the shape that differs least from the coverage (t, h, w).
+
+    The shapes are compared at equal area and position.
+    """
     rows, columns = _grid(cover)
     down, right = rows - track.rows[:, None, None], columns - track.columns[:, None, None]
     fits = {}
     for shape, unit_area in _unit_areas().items():
         radius = (track.areas / unit_area).sqrt()[:, None, None]
         drawn = (0.5 - distance(shape, down, right, radius)).clamp(0, 1)
-        # A little blurred, since videos store colours in half the resolution, so that edges are never sharp.
+        # Blurred slightly: videos store colours at half the resolution, so that their edges are never sharp.
         off = F.avg_pool2d(drawn - cover, 3, stride=1, padding=1).abs().sum(dim=(1, 2))
         fits[shape] = (off / track.areas).median().item()
     best = min(fits, key=fits.__getitem__)
@@ -241,7 +258,7 @@ def find_shape(cover: Tensor, track: Track) -> str:
 
 
 def _unit_areas() -> dict[str, float]:
-    """The area of each shape whose radius is 1."""
+    """Return the area of each shape with radius 1."""
     return {
         "circle": math.pi,
         "square": 1.6**2,
@@ -253,6 +270,7 @@ def _unit_areas() -> dict[str, float]:
 
 
 def find_motion(track: Track) -> str:
+    """Return the motion that explains a track best, or "none"."""
     radius = track.areas.sqrt()
     start, slope = _line(track.moments, radius)
     first, last = max(start, 0.1), max(start + slope, 0.1)
@@ -263,7 +281,7 @@ def find_motion(track: Track) -> str:
     angle = 2 * math.pi * track.moments
     ways = torch.stack([track.rows, track.columns])
     ways = ways - ways.mean(dim=1, keepdim=True)
-    # Each motion's ways down and right, up to a factor; those of a circle and a spiral in both senses.
+    # The path of each motion, down and right, up to a factor; for a circle and a spiral, in both directions.
     sine, cosine, still = angle.sin(), angle.cos(), torch.zeros_like(angle)
     rounds = {
         "clockwise": [torch.stack([sine, cosine]), torch.stack([cosine, -sine])],
@@ -295,7 +313,7 @@ def find_motion(track: Track) -> str:
 
 
 def _line(moments: Tensor, values: Tensor) -> tuple[float, float]:
-    """(value at 0, slope) of the straight line through the values."""
+    """Return (value at 0, slope) of the straight line through the values."""
     away = moments - moments.mean()
     slope = ((away * values).sum() / away.square().sum()).item()
     return values.mean().item() - slope * moments.mean().item(), slope

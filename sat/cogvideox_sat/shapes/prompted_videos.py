@@ -1,4 +1,4 @@
-"""Which videos were made of which prompts: what `tools/evaluate_shapes.py` judges."""
+"""Find the videos of each prompt, for `tools/evaluate_shapes.py`."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Prompted(NamedTuple):
-    """A prompt and the videos that were made of it; none if they are missing."""
+    """A prompt and the videos that were made for it; no videos if they are missing."""
 
     scene: Scene
     request: PromptRequest | None  # None: only the name of the folder is known
@@ -22,7 +22,7 @@ class Prompted(NamedTuple):
 
 
 def from_file(folder: Path, file: Path) -> list[Prompted]:
-    """Every prompt of the file; those without videos are named in a warning."""
+    """Return every prompt of the file, with a warning for those without videos."""
     prompted = []
     for request in read_prompts(file):
         first = output_path(folder, request.index, request.text, 0)
@@ -33,14 +33,14 @@ def from_file(folder: Path, file: Path) -> list[Prompted]:
 
 
 def from_folders(folder: Path) -> list[Prompted]:
-    """The prompts that the names of the output folders tell, in their order."""
+    """Return the prompts in the names of the output folders, in their order."""
     found = []
     for path in folder.iterdir():
         if path.is_dir() and (match := re.fullmatch(r"(\d+)_(.+)", path.name)):
             try:
                 scene = parse(match[2].replace("_", " "))
             except UserError as error:
-                raise UserError(f"{error}; if the folder's name is cut short, give --input_file") from error
+                raise UserError(f"{error}; if the name of the folder is truncated, give --input_file") from error
             found.append((int(match[1]), path, Prompted(scene, None, _videos(path))))
     found.sort(key=lambda entry: entry[:2])
     for _, path, prompt in found:

@@ -1,4 +1,4 @@
-"""Judging videos against their prompts, and the report: what `tools/evaluate_shapes.py` needs PyTorch for."""
+"""Judge videos against their prompts and report it, for `tools/evaluate_shapes.py`."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 ALL_FOUR = "all four"
-# What a scene with one shape says of each row of the table.
+# The values of each row of the table for a shape in its scene.
 ASPECTS: dict[str, Callable[[Item, Scene], Any]] = {
     "colour": lambda item, scene: item.colour,
     "shape": lambda item, scene: item.shape,
@@ -42,7 +42,7 @@ NOTHING = Item(NONE, NONE, NONE, NONE)
 
 
 def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
-    """Judge the videos as the command's options say, write the numbers, and return the report for the terminal.
+    """Judge the videos as the command's options say, write the numbers, return the report.
 
     Raises:
         UserError: a video or image cannot be read, or a file cannot be written.
@@ -75,10 +75,10 @@ def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
 
 
 def read_video(path: Path) -> tuple[Tensor, float]:
-    """Return the frames (t, 3, h, w) of a video, in [-1, 1], and how many it shows in a second.
+    """Return the frames (t, 3, h, w) of a video, in [-1, 1], and its frames per second.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the video cannot be read.
     """
     try:
         with open_video(path) as video:
@@ -90,7 +90,12 @@ def read_video(path: Path) -> tuple[Tensor, float]:
 
 
 def own_accuracy(clips: int, seed: int, shape: Sequence[int]) -> dict[str, Any]:
-    """How often the judge is right about as many drawn clips of one shape, (t, 3, h, w), that went through a file."""
+    """Return how often the judge is right about drawn clips that were written to a file.
+
+    Args:
+        clips: number of clips.
+        shape: shape (t, 3, h, w) of the clips.
+    """
     frames, _, height, width = shape
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +111,10 @@ def own_accuracy(clips: int, seed: int, shape: Sequence[int]) -> dict[str, Any]:
 
 
 def compare(expected: Scene, seen: Scene) -> list[dict[str, bool]]:
-    """What is right, aspect by aspect, of each shape of the prompt; of two each is looked for by its colour."""
+    """Return which aspects are right, for each shape of the prompt.
+
+    If the prompt has two shapes, each is identified by its colour.
+    """
     results = []
     for item in expected.items:
         if len(expected.items) == 1:
@@ -118,18 +126,21 @@ def compare(expected: Scene, seen: Scene) -> list[dict[str, bool]]:
 
 
 def summary(results: Sequence[dict[str, bool]]) -> dict[str, Any]:
-    """How many shapes were looked for, and of how many each aspect was right."""
+    """Return the number of shapes, and for how many of them each aspect was right."""
     return {"count": len(results), "right": {name: sum(result[name] for result in results) for name in ASPECTS}}
 
 
 def by_chance(scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of right answers, had each video been made for another of the prompts; 1 if there is only one."""
+    """Return the expected share of right answers if videos were exchanged between prompts.
+
+    With only one prompt, the shares are 1.
+    """
     said = [(item, scene) for scene in scenes for item in scene.items]
     return {name: _agreement(says(*one) for one in said) for name, says in ASPECTS.items()}
 
 
 def _agreement(answers: Iterable[Any]) -> float:
-    """How often two of them, drawn at random, are the same."""
+    """Return how often two answers, drawn at random, are equal."""
     counts = Counter(answers)
     total = counts.total()
     return sum(count * (count - 1) for count in counts.values()) / (total * (total - 1)) if total > 1 else 1.0
@@ -139,6 +150,7 @@ def _agreement(answers: Iterable[Any]) -> float:
 
 
 def report(numbers: dict[str, Any]) -> str:
+    """Return the report as text."""
     lines = []
     if judged := numbers.get("judge"):
         lines += table(f"The judge on {judged['count']} drawn clips", judged)
@@ -153,6 +165,7 @@ def report(numbers: dict[str, Any]) -> str:
 
 
 def table(title: str, found: dict[str, Any]) -> list[str]:
+    """Return the lines of a table."""
     chance = found.get("by_chance")
     lines = [title, f"{'':18}{'right':>9}{'of':>14}{'by chance':>13}" if chance else f"{'':18}{'right':>9}{'of':>14}"]
     for name, right in found["right"].items():

@@ -1,8 +1,9 @@
-"""What the generated clips show: the words of a scene, its captions, the way back from a caption, and the split.
+"""Scenes of moving shapes: their words, captions, parsing and split.
 
-A scene is one or two coloured shapes, each with a size and a motion, over a plain or patterned background. A caption
-can be phrased in several ways; `parse` understands each. The combination (colour, shape, motion, background) of every
-shape decides whether a scene may be trained on, so that a model can be tested on combinations that it never saw.
+A scene has one or two coloured shapes, each with a size and a motion, over a plain or patterned background. A caption
+can be phrased in several ways; `parse` understands all of them. The combination (colour, shape, motion, background) of
+every shape decides whether a scene may be used for training, so that a model can be tested on combinations that it has
+never seen.
 """
 
 import hashlib
@@ -24,10 +25,10 @@ COLOURS = {  # red, green, blue in [0, 1]
     "black": (0.0, 0.0, 0.0),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-SIZES = {"small": 0.14, "medium": 0.20, "large": 0.27}  # radius, in parts of the shorter side
+SIZES = {"small": 0.14, "medium": 0.20, "large": 0.27}  # radius relative to the shorter side
 PATTERNS = ("striped", "checkered", "dotted")
 PLAIN = "plain"
-# Motion: how it is said of a shape ("a circle ..."), first with a participle, then with a verb.
+# Motion: phrases after a shape ("a circle ..."), first with a participle, then with a verb.
 MOTIONS = {
     "moving left": (("moving left", "moving to the left"), ("moves left", "moves to the left", "is moving left")),
     "moving right": (("moving right", "moving to the right"), ("moves right", "moves to the right", "is moving right")),
@@ -42,7 +43,7 @@ MOTIONS = {
     "bouncing": (("bouncing", "bouncing up and down"), ("bounces", "bounces up and down", "is bouncing")),
     "standing still": (("standing still", "not moving"), ("stands still", "does not move", "is standing still")),
 }
-# What is drawn only when asked for: what of an item each concept decides, and the words for it that no other scene has.
+# Concepts are drawn only on request. Each one sets some fields of an item, with words that no other scene uses.
 CONCEPTS = {
     "star": {"shape": "star", "colour": "purple"},
     "spiral": {"motion": "moving in a spiral"},
@@ -58,7 +59,7 @@ MOTION_WORDS = MOTIONS | CONCEPT_MOTIONS
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
 PATTERN_WORDS = {PLAIN: ("", "plain"), **{pattern: (pattern,) for pattern in PATTERNS}}
 
-# Layout: for each shape the part of the picture in which it stays (top, left, height, width).
+# Layout: the part of the picture in which each shape stays (top, left, height, width).
 LAYOUTS = {
     "alone": ((0.0, 0.0, 1.0, 1.0),),
     "left and right": ((0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 0.5)),
@@ -70,16 +71,16 @@ PATTERNED_SHARE = 0.3
 PAIR_SHARE = 0.2
 HELD_OUT_PERCENT = 22
 SPLITS = ("train", "held_out", "all")
-BASE_PHRASING = 0.4  # so often a caption is in the first phrasing, with the first word for everything
+BASE_PHRASING = 0.4  # share of captions in the first phrasing, with the first word for everything
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape of a scene. Two are equal when a caption says the same of them.
+    """One shape of a scene; two items are equal if a caption describes them in the same way.
 
     Args:
-        phase: in [0, 1), where the shape starts along its way.
-        offset: in [-1, 1], where it is across the direction in which it moves.
+        phase: start of the shape along its path, in [0, 1).
+        offset: position of the shape across its direction of motion, in [-1, 1].
     """
 
     size: str
@@ -92,12 +93,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows.
+    """The content of one clip.
 
     Args:
-        items: one, or two of different colours, in the order of the caption.
-        background: its colour, one that no item has.
-        pattern: "plain", or one of PATTERNS: of the background's colour and a shade of it.
+        items: one item, or two items of different colours, in the order of the caption.
+        background: colour of the background, which no item has.
+        pattern: "plain" or one of PATTERNS, in the background's colour and a shade of it.
         layout: one of LAYOUTS, with a place for each item.
     """
 
@@ -108,24 +109,27 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """In the first phrasing: "a large red circle moving left on a striped blue background"."""
+        """Return the caption in the first phrasing.
+
+        For example, "a large red circle moving left on a striped blue background".
+        """
         return phrase(self)
 
     @property
     def combinations(self) -> list[tuple[str, str, str, str]]:
-        """(colour, shape, motion, background) of each item; the background with its pattern."""
+        """Return (colour, shape, motion, background with pattern) of each item."""
         background = f"{self.pattern} {self.background}"
         return [(item.colour, item.shape, item.motion, background) for item in self.items]
 
     @property
     def split(self) -> str:
-        """That of all its items' combinations, "train" or "held_out"; "mixed" if they differ."""
+        """Return the split of all combinations, "train" or "held_out"; "mixed" if they differ."""
         splits = {split_of(combination) for combination in self.combinations}
         return splits.pop() if len(splits) == 1 else "mixed"
 
 
 def split_of(combination: Sequence[str]) -> str:
-    """The split of a combination, "train" or "held_out": the same on every machine, for ever."""
+    """Return the split of a combination, "train" or "held_out"; it never changes."""
     digest = hashlib.sha256("|".join(combination).encode()).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT else "train"
 
@@ -134,7 +138,7 @@ def split_of(combination: Sequence[str]) -> str:
 # Captions
 # ---------------------------------------------------------------------------------------------------------------------
 
-# {p}: shapes with participles, {v}: with verbs, {b}: the background. The first is the base phrasing.
+# {p}: shapes with participles, {v}: shapes with verbs, {b}: the background. The first one is the base phrasing.
 TEMPLATES = (
     "{p} on {b}",
     "{v} on {b}",
@@ -147,7 +151,7 @@ FILLERS = ("a", "an", "and", "on", "with", "in front of", "a video of")
 
 
 def phrase(scene: Scene, chance: random.Random | None = None) -> str:
-    """A caption: in the base phrasing, or with `chance` in any."""
+    """Return a caption: in the base phrasing, or with `chance` in a random phrasing."""
     if chance is None or chance.random() < BASE_PHRASING:
         template, pick = TEMPLATES[0], lambda words: words[0]
     else:
@@ -170,7 +174,7 @@ def _with_article(*words: str) -> str:
 
 
 def _phrases() -> dict[str, tuple[str, str]]:
-    """Everything that captions are made of: phrase -> (kind, what it means)."""
+    """Return all phrases of captions: phrase -> (kind, meaning)."""
     known = dict.fromkeys(FILLERS, ("filler", ""))
     known |= {colour: ("colour", colour) for colour in COLOURS}
     known |= {shape: ("shape", shape) for shape in (*SHAPES, *CONCEPT_SHAPES)}
@@ -186,10 +190,12 @@ _PHRASE = re.compile("|".join(rf"{re.escape(said)}(?![\w-])" for said in sorted(
 
 
 def parse(caption: str) -> Scene:
-    """The scene that a caption tells of, whatever its phrasing; starts and layout, which it does not tell, are default.
+    """Return the scene that a caption describes, in any phrasing.
+
+    Phases, offsets and the layout, which captions do not describe, have default values.
 
     Raises:
-        UserError: a word that no caption has, or something is missing.
+        UserError: the caption has an unknown word, or something is missing.
     """
     tokens = [token for token in _tokens(caption) if token[0] != "filler"]
     kinds = " ".join(kind for kind, _ in tokens) + " "
@@ -197,7 +203,7 @@ def parse(caption: str) -> Scene:
     background = "(pattern )?colour background "
     if not re.fullmatch(f"({item}){{1,2}}{background}|{background}({item}){{1,2}}", kinds):
         raise UserError(
-            f"not a caption of a scene: '{caption}'; one is 'a large red circle moving left on a blue background'"
+            f"not a caption of a scene: '{caption}'; an example is 'a large red circle moving left on a blue background'"
         )
     words = iter(tokens)
     items, ground = [], {}
@@ -217,13 +223,15 @@ def _tokens(caption: str) -> Iterator[tuple[str, str]]:
         position = len(text) - len(rest)
         match = _PHRASE.match(text, position)
         if match is None:
-            raise UserError(f"the caption '{caption.strip()}' has a word that no scene is told in: '{rest.split()[0]}'")
+            raise UserError(
+                f"the caption '{caption.strip()}' has a word that no scene's caption uses: '{rest.split()[0]}'"
+            )
         yield _KNOWN[match.group()]
         position = match.end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing lots
+# Random scenes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -238,14 +246,15 @@ def random_scenes(
     shapes: Sequence[str] = SHAPES,
     motions: Sequence[str] = tuple(MOTIONS),
 ) -> list[Scene]:
-    """As many scenes of a split; what they show differs while there are others left.
+    """Return random scenes of a split, which differ as long as unused scenes are left.
 
     Args:
-        concept: one of CONCEPTS, to get scenes with nothing else.
-        pairs: whether some scenes may have two shapes; those of a concept never do.
-        sizes, shapes, motions: to choose from, where the concept decides none; one that is there n times is chosen n
-            times as often, until there are few scenes of it left that differ. Without small ones there are no pairs:
-            for larger ones some motions have no room in half a picture.
+        count: number of scenes.
+        concept: one of CONCEPTS, for scenes that show only this concept.
+        pairs: whether some scenes may have two shapes; scenes of a concept never do.
+        sizes, shapes, motions: words to choose from, unless the concept sets them. A word that is listed n times is
+            chosen n times as often, as long as enough different scenes are left. Without "small" there are no pairs,
+            because some motions of larger shapes have no room in half a picture.
     """
     chance = random.Random(seed)
     pairs = pairs and concept is None and "small" in sizes
@@ -256,7 +265,7 @@ def random_scenes(
         patterned = chance.random() < PATTERNED_SHARE
         paired = pairs and chance.random() < PAIR_SHARE
         scene = _random_scene(chance, patterned, paired, split, concept, words)
-        for _ in range(49):  # when all scenes of this kind are there, they come again, elsewhere in the picture
+        for _ in range(49):  # if all scenes of this kind are used, one is repeated elsewhere in the picture
             if scene not in seen:
                 break
             scene = _random_scene(chance, patterned, paired, split, concept, words)
@@ -299,7 +308,10 @@ def _random_scene(
 
 
 def _has_room(item: Item, layout: str) -> bool:
-    """Whether the motion is plain to see: across half a picture, only a small shape has far enough to go."""
+    """Return whether the motion can be seen clearly in the layout.
+
+    Across half a picture, only a small shape can move far enough.
+    """
     if layout == "alone" or item.size == "small" or item.motion in ("growing", "shrinking", "standing still"):
         return True
     sideways = item.motion in ("moving left", "moving right")

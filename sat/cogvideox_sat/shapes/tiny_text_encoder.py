@@ -1,4 +1,4 @@
-"""A small T5 encoder and a vocabulary learnt on the spot: what `FrozenT5Embedder` loads."""
+"""A small T5 encoder, and a vocabulary that is learnt on the spot, for `FrozenT5Embedder`."""
 
 import io
 import random
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 VOCABULARY_SIZE = 384
-EXTRA_IDS = 100  # the sentinel tokens that T5's tokenizer puts after the vocabulary
+EXTRA_IDS = 100  # sentinel tokens that T5's tokenizer adds after the vocabulary
 HEAD_DIM = 16
 
 _ADJECTIVES = """red orange yellow green blue purple pink brown black white grey golden silver bright dark pale
@@ -41,7 +41,7 @@ reflections on the surface|golden hour|8 frames per second"""
 
 
 def build_text_encoder(folder: Path, hidden_size: int, seed: int) -> None:
-    """Write an encoder with random weights, and a vocabulary for descriptions of all kinds, to `folder`.
+    """Write an encoder with random weights, and a general vocabulary, to `folder`.
 
     Args:
         hidden_size: width of the text states, a multiple of 16.
@@ -53,16 +53,19 @@ def write_text_encoder(folder: Path, encoder: "T5EncoderModel", vocabulary: byte
     """Write `config.json`, `model.safetensors` and `spiece.model`."""
     from transformers.utils import logging
 
-    with warnings.catch_warnings():  # that the environment may want bars all the same
+    with warnings.catch_warnings():  # transformers warns if an environment variable asks for progress bars
         warnings.simplefilter("ignore")
         logging.disable_progress_bar()
     encoder.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # for others too, as the rest
+    (folder / "model.safetensors").chmod(0o644)  # readable for others, like the other files
     (folder / "spiece.model").write_bytes(vocabulary)
 
 
 def make_encoder(hidden_size: int, seed: int) -> "T5EncoderModel":
-    """An encoder of the kind of T5 v1.1 (gated GELU, no sharing with an output layer) with two layers."""
+    """Return an encoder like T5 v1.1 with two layers.
+
+    It has gated GELU and no weights shared with an output layer.
+    """
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -83,9 +86,10 @@ def make_encoder(hidden_size: int, seed: int) -> "T5EncoderModel":
 
 
 def train_vocabulary(texts: Iterable[str]) -> bytes:
-    """A SentencePiece unigram model of some 384 pieces with T5's ids: 0 padding, 1 end of text, 2 unknown.
+    """Return a SentencePiece unigram model of about 384 pieces with T5's ids.
 
-    Every printable ASCII character is a piece, so that no English prompt has unknown tokens.
+    The ids are 0 padding, 1 end of text, 2 unknown. Every printable ASCII character is a piece, so that no English
+    prompt has unknown tokens.
     """
     import sentencepiece
 
@@ -109,7 +113,10 @@ def train_vocabulary(texts: Iterable[str]) -> bytes:
 
 
 def sentences(count: int, seed: int) -> Iterator[str]:
-    """Descriptions of videos, such as "A wooden robot dances on the moon, close up.", the same for the same seed."""
+    """Yield descriptions of videos, the same ones for the same seed.
+
+    For example, "A wooden robot dances on the moon, close up.".
+    """
     words = [text.split() for text in (_ADJECTIVES, _SUBJECTS, _VERBS)]
     phrases = [text.replace("\n", "|").split("|") for text in (_PLACES, _STYLES)]
     choose = random.Random(seed).choice

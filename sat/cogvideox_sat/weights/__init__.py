@@ -1,1 +1,1 @@
-"""Loading checkpoints into the network."""
+"""Load checkpoints into the network."""

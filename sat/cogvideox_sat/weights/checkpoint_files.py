@@ -1,4 +1,7 @@
-"""Finding the file with the network's weights below a path, and what of it is the network's. Without the network."""
+"""Find the file with the network's weights below a path, and read only these weights.
+
+This module needs no network.
+"""
 
 import re
 from pathlib import Path
@@ -13,17 +16,17 @@ from sgm.errors import UserError
 from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, module_weights, read_state_dict, safetensors_in
 
 NETWORK_PREFIX = "model.diffusion_model."
-# What else a checkpoint of the whole engine may hold; these parts have files of their own.
+# Other parts that a checkpoint of the whole engine may contain; these parts are read from files of their own.
 OTHER_PARTS = ("first_stage_model.", "conditioner.", "denoiser.", "loss_fn.", "sampler.")
 RANK_FILE = re.compile(r"mp_rank_\d+_model_states\.pt")
 ADAPTER_MARKS = (".matrix_A.", ".matrix_B.")
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """Return the one file with the weights of a network; see `checkpoint_shares`.
+    """Return the only file with the weights of a network; see `checkpoint_shares`.
 
     Raises:
-        UserError: there is none, or the network is split over several.
+        UserError: no such file exists, or the network is split over several files.
     """
     shares = checkpoint_shares(path)
     if len(shares) > 1:
@@ -34,14 +37,15 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def checkpoint_shares(path: str | Path) -> list[Path]:
-    """Return the files with the weights of a network: one, or one for each model-parallel rank.
+    """Return the files with the weights of a network: one, or one per model-parallel rank.
 
-    `path` is a weight file, a folder with a file `latest` beside the iteration folders, an iteration folder with
-    `mp_rank_XX_model_states.pt`, a folder of safetensors, or one with a pipeline of diffusers. The file of one rank
-    stands for those of all ranks, which lie beside it.
+    Args:
+        path: a weight file, a folder with a file `latest` beside the iteration folders, an iteration folder with
+            `mp_rank_XX_model_states.pt`, a folder of safetensors files, or a folder with a pipeline of diffusers. The
+            file of one rank stands for the files of all ranks beside it.
 
     Raises:
-        UserError: nothing of that kind is there, or the file of a rank is missing.
+        UserError: `path` is none of these, or the file of a rank is missing.
     """
     path = Path(path)
     if path.is_file():
@@ -52,7 +56,7 @@ def checkpoint_shares(path: str | Path) -> list[Path]:
     if (name := newest(path, "load")) is not None:
         folder = path / name
         if not folder.is_dir():
-            raise UserError(f"load: {path / 'latest'} names the iteration '{name}', but there is no folder {folder}")
+            raise UserError(f"load: {path / 'latest'} names the iteration '{name}', but {folder} does not exist")
     if shares := shares_in(folder):
         return shares
     if list(folder.glob("*.safetensors*")):
@@ -64,28 +68,32 @@ def checkpoint_shares(path: str | Path) -> list[Path]:
 
 
 def shares_in(folder: Path) -> list[Path]:
-    """Return the files of all model-parallel ranks in a folder, in their order; none where it has no such files.
+    """Return the files of all model-parallel ranks in a folder, in order of the ranks.
+
+    The list is empty if the folder has no such files.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: the file of a rank is missing.
     """
     shares = [file for file in folder.iterdir() if RANK_FILE.fullmatch(file.name)]
     expected = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(shares))]
     if missing := [file.name for file in expected if file not in shares]:
-        raise UserError(f"load: {folder} holds {len(shares)} files of model-parallel ranks, but no {missing[0]}")
+        raise UserError(
+            f"load: {folder} holds {len(shares)} files of model-parallel ranks, but {missing[0]} is missing"
+        )
     return expected
 
 
 def network_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of the network in the file `path`, named as in its state dict.
+    """Return the weights of the network in a file, named as in the network's state dict.
 
-    Those of diffusers lack `TABLES`, unless a file `EXTRA_TABLES` beside them holds some.
+    Files of diffusers lack `TABLES`, unless a file `EXTRA_TABLES` beside them holds some.
     """
     return {name: value.tensor() for name, value in network_values(path).items()}
 
 
 def network_values(path: Path) -> dict[str, StoredValue]:
-    """Return what `network_weights` does, with nothing put together yet."""
+    """Return the same as `network_weights`, without joining any pieces yet."""
     weights = module_weights(read_state_dict(path), what=str(path))
     if is_diffusers_network(weights):
         values = {name: StoredValue(rows_of(pieces, weights)) for name, pieces in from_diffusers(weights).items()}
@@ -98,10 +106,13 @@ def network_values(path: Path) -> dict[str, StoredValue]:
 
 
 def is_diffusers_file(file: Path) -> bool:
-    """Whether the network's weights in `file` are those of diffusers; a checkpoint of ours is no safetensors file with
-    such a name."""
+    """Return whether the network's weights in `file` are those of diffusers.
+
+    Our checkpoints are never safetensors files with such names.
+    """
     return file.name in DIFFUSERS_FILES
 
 
 def is_adapter(name: str) -> bool:
+    """Return whether a tensor of this name belongs to an adapter."""
     return any(mark in name for mark in ADAPTER_MARKS)

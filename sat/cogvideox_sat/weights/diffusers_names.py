@@ -1,15 +1,15 @@
-"""What the tensors of the network are called here and in diffusers' CogVideoXTransformer3DModel, in both directions.
+"""Map tensor names of the network to those of diffusers and back.
 
-Most have one counterpart under another name. Two kinds are cut differently:
-
+The class in diffusers is CogVideoXTransformer3DModel. Most tensors have one counterpart under another name. Two kinds
+are divided differently:
     transformer.layers.N.attention.query_key_value   ↔  transformer_blocks.N.attn1.to_q, to_k, to_v
     mixins.adaln_layer.adaLN_modulations.N.1         ↔  transformer_blocks.N.norm1.linear, norm2.linear
 
-Of the twelve chunks of a modulation (vision, then text; of each: shift, scale, gate of the attention, then of the MLP)
-diffusers keeps those of the attention, vision and text, in `norm1`, those of the MLP in `norm2`.
+A modulation has twelve chunks: for vision, then for text, each of them shift, scale and gate of the attention, then of
+the MLP. diffusers keeps those of the attention, for vision and text, in `norm1`, and those of the MLP in `norm2`.
 
-What a tensor is made of is a list of `Piece`s, rows of tensors of the other side that follow each other. Tables of
-positions that follow from the sizes of the model have no counterpart; see `TABLES`. The autoencoder's names are in
+The composition of a tensor is a list of `Piece`s: consecutive rows from tensors of the other side. Position tables that
+follow from the sizes of the model have no counterpart; see `TABLES`. The names of the autoencoder are in
 `sgm.diffusers_vae_names`.
 """
 
@@ -23,13 +23,13 @@ from torch import Tensor
 from sgm.errors import UserError
 
 FREQUENCIES = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
-POSITION_TABLE = "mixins.pos_embed.pos_embedding"  # learnt where there are frequencies, else computed
-UNUSED_TABLE = "transformer.position_embeddings.weight"  # SwissArmyTransformer's own, which rotary models do not use
+POSITION_TABLE = "mixins.pos_embed.pos_embedding"  # learnt in networks with frequencies, otherwise computed
+UNUSED_TABLE = "transformer.position_embeddings.weight"  # SwissArmyTransformer's table, which rotary models do not use
 TABLES = (UNUSED_TABLE, *FREQUENCIES, POSITION_TABLE)
-# A file in the folder of diffusers' network: what of `TABLES` would come out otherwise when it is computed anew.
+# A file in the folder of diffusers' network, with those of `TABLES` that differ from newly computed ones.
 EXTRA_TABLES = "sat_tables.safetensors"
 
-# Ours and theirs, without `.weight` and `.bias`.
+# Our names and those of diffusers, without `.weight` and `.bias`.
 _OUTSIDE_LAYERS = {
     "mixins.patch_embed.proj": "patch_embed.proj",
     "mixins.patch_embed.text_proj": "patch_embed.text_proj",
@@ -64,10 +64,10 @@ _LAYER = re.compile(r"(?:transformer\.layers|_list|adaLN_modulations|transformer
 
 
 class Piece(NamedTuple):
-    """The `index`-th of the `count` equal parts that the rows of the tensor `name` make."""
+    """The `index`-th of `count` equal parts of the rows of the tensor `name`."""
 
     name: str
-    index: int = 0  # type: ignore[assignment]  # a tuple has methods of these names, which nobody calls here
+    index: int = 0  # type: ignore[assignment]  # tuple methods of the same name, which are not called here
     count: int = 1  # type: ignore[assignment]
 
     def __str__(self) -> str:
@@ -78,14 +78,18 @@ Pieces = tuple[Piece, ...]
 
 
 def is_diffusers_network(names: Iterable[str]) -> bool:
+    """Return whether the names are those of diffusers' network."""
     return any(name.startswith("transformer_blocks.") for name in names)
 
 
 def to_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
-    """What each tensor of diffusers' network is made of, `names` being all of ours, `TABLES` included.
+    """Return the composition of each tensor of diffusers' network.
+
+    Args:
+        names: names of all our tensors, including `TABLES`.
 
     Raises:
-        UserError: a name is none of a CogVideoX network's.
+        UserError: a name does not belong to a CogVideoX network.
     """
     names = list(names)
     learnt = any(name in FREQUENCIES for name in names)
@@ -108,15 +112,18 @@ def to_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
         elif pattern in _OUTSIDE_LAYERS:
             pieces[_OUTSIDE_LAYERS[pattern] + end] = (Piece(name),)
         else:
-            raise UserError(f"'{name}' is no tensor of a CogVideoX network")
+            raise UserError(f"'{name}' is not a tensor of a CogVideoX network")
     return pieces
 
 
 def from_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
-    """What each tensor of our network is made of, except computed `TABLES`, `names` being all of diffusers'.
+    """Return the composition of each tensor of our network, except for computed `TABLES`.
+
+    Args:
+        names: names of all tensors of diffusers.
 
     Raises:
-        UserError: a name is none of a CogVideoX network's, or a part of a tensor is missing.
+        UserError: a name does not belong to a CogVideoX network, or a part of a tensor is missing.
     """
     names = list(names)
     there = set(names)
@@ -142,14 +149,14 @@ def from_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
             pieces[outside[pattern] + end] = (Piece(name),)
             continue
         else:
-            raise UserError(f"'{name}' is no tensor of a CogVideoX network of diffusers")
+            raise UserError(f"'{name}' is not a tensor of a CogVideoX network of diffusers")
         if missing := [part for part in parts if part not in there]:
-            raise UserError(f"'{missing[0]}' is missing, though '{name}' is there")
+            raise UserError(f"'{missing[0]}' is missing, but '{name}' exists")
     return pieces
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """The name with `{}` for the number of the layer, that number, and `.weight` or `.bias`."""
+    """Return the name with `{}` for the layer number, that number, and `.weight` or `.bias`."""
     match = _NAME.fullmatch(name)
     if match is None:
         return name, "", ""
@@ -161,32 +168,33 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def assemble(pieces: Pieces, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that `pieces` of `tensors` make; a view where it is one piece."""
+    """Return the tensor that the pieces make; a view if it is a single piece."""
     rows = rows_of(pieces, tensors)
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def rows_of(pieces: Pieces, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return views of `tensors`, which one after the other are the tensor that `pieces` make."""
-    parts: dict[str, Tensor] = {}  # each is read once
+    """Return views of `tensors` whose concatenation is the tensor that the pieces make."""
+    parts: dict[str, Tensor] = {}  # each tensor is read only once
     for name in dict.fromkeys(piece.name for piece in pieces):
         parts[name] = tensors[name]
     return [parts[name].chunk(count)[index] if count > 1 else parts[name] for name, index, count in pieces]
 
 
 def check_divisible(pieces: Mapping[str, Pieces], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises UserError unless all tensors can be cut and put together as `pieces` say."""
+    """Check that all tensors can be divided and joined as `pieces` say, else raise UserError."""
     for target, parts in pieces.items():
         for name, _, count in parts:
             if count > 1 and (not shapes[name] or shapes[name][0] % count):
                 raise UserError(
-                    f"{where}: {name} is {list(shapes[name])}, which does not divide into {count} for {target}"
+                    f"{where}: {name} has shape {list(shapes[name])}, which does not divide into {count} for {target}"
                 )
         if len({shapes[name][1:] for name, _, _ in parts}) > 1:
             raise UserError(f"{where}: {', '.join(map(str, parts))} do not fit together as {target}")
 
 
 def assembled_shape(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of the tensor that the pieces make."""
     if len(pieces) == 1 and pieces[0].count == 1:
         return shapes[pieces[0].name]
     return sum(shapes[name][0] // count for name, _, count in pieces), *shapes[pieces[0].name][1:]

@@ -1,4 +1,4 @@
-"""Fill the network from checkpoints without a second copy."""
+"""Load checkpoints into the network without making a second copy."""
 
 import logging
 import math
@@ -35,17 +35,18 @@ def load_network(
     device: torch.device | str | None = None,
     in_shares: bool = False,
 ) -> None:
-    """Fill `network`, which may be on the meta device, from a checkpoint and optionally an adapter on top of it.
+    """Fill `network` from a checkpoint, and optionally from an adapter on top of it.
 
     Args:
-        load: full checkpoint, with or without an adapter in it. See `checkpoint_shares`; of another number of
-            model-parallel ranks, it is joined and cut anew.
-        lora_load: an adapter alone, or a checkpoint whose adapter is taken.
-        allow_missing: leave out what the checkpoint does not hold, with a warning; it is initialised from scratch.
-            Input channels that it lacks, as text-to-video lacks those of image-to-video, start without influence.
-        new_adapter: initialise the adapter where neither file holds one, for training.
-        device: where the weights go.
-        in_shares: let parameters wait for their values, which stay in the files: see `weights.stored_values`.
+        network: may be on the meta device.
+        load: a full checkpoint, with or without an adapter in it; see `checkpoint_shares`. A checkpoint of another
+            number of model-parallel ranks is joined and divided again.
+        lora_load: an adapter alone, or a checkpoint whose adapter is used.
+        allow_missing: initialise tensors that the checkpoint lacks, with a warning. Missing input channels, such as
+            those of image-to-video in a text-to-video checkpoint, start with zero weights.
+        new_adapter: initialise the adapter if neither file holds one, for training.
+        device: the device for the weights.
+        in_shares: let parameters wait for their values, which stay in the files; see `weights.stored_values`.
 
     Raises:
         UserError: a file is missing or unreadable, or its names or shapes do not fit.
@@ -53,12 +54,12 @@ def load_network(
     rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
     is_lora = "lora" in network.mixins
     if lora_load and not is_lora:
-        raise UserError("lora_load is given, but the configuration has no lora_config: use its '_lora' twin")
+        raise UserError("lora_load is given, but the configuration has no lora_config: use its '_lora' variant")
 
     cuts = cuts_of(network)
 
     def read(path: str | Path, keep: Callable[[str], bool]) -> tuple[dict[str, StoredValue], str]:
-        """Return this rank's share of the tensors that are to be kept of a checkpoint, and what it is called."""
+        """Return this rank's share of the kept tensors of a checkpoint, and the checkpoint's name."""
         files = checkpoint_shares(path)
         is_own = len(files) == size
         files = [files[rank]] if is_own else files
@@ -80,7 +81,7 @@ def load_network(
         if not any(map(is_adapter, adapter)):
             tool = as_started("tools/import_hf_lora.py")
             raise UserError(
-                f"lora_load: {source} holds no adapter (no matrix_A, matrix_B); one for diffusers becomes such by "
+                f"lora_load: {source} holds no adapter (no matrix_A, matrix_B); convert an adapter of diffusers with "
                 f"{tool}"
             )
         weights |= adapter
@@ -92,7 +93,7 @@ def load_network(
         elif not (allow_missing or new_adapter):
             raise UserError(f"{load} holds no adapter, but the configuration has a lora_config: give lora_load")
     elif any(map(is_adapter, weights)):
-        raise UserError(f"{load} holds a LoRA adapter: use the '_lora' twin of the configuration")
+        raise UserError(f"{load} holds a LoRA adapter: use the '_lora' variant of the configuration")
     may_miss: bool | list[str] = allow_missing
     if allow_missing:
         widen_inputs(network, weights)
@@ -116,29 +117,34 @@ def load_network(
         )
     if missing:
         initialise_missing(network, device, cuts)
-        network.to(device)  # tables that were never on the meta device
+        network.to(device)  # for tables that were never on the meta device
 
 
 def as_stored(weights: Mapping[str, Tensor]) -> dict[str, StoredValue]:
+    """Return the tensors as stored values."""
     return {name: StoredValue([tensor]) for name, tensor in weights.items()}
 
 
 def whole_entry(old: Tensor, value: StoredValue, device: torch.device | str | None) -> Tensor:
+    """Return a parameter or buffer with its value."""
     return as_entry(old, value.tensor(), device)
 
 
 def entry_in_shares(old: Tensor, value: StoredValue, device: torch.device | str | None) -> Tensor:
-    """Return a parameter that waits for its value; a buffer, which nobody shares out, with its value."""
+    """Return a parameter that waits for its value; a buffer gets its value at once."""
     return waiting(old, value, device) if isinstance(old, nn.Parameter) else whole_entry(old, value, device)
 
 
 def widen_inputs(network: nn.Module, weights: dict[str, StoredValue]) -> None:
-    """Give `weights`, if they are of a network with fewer input channels, zeros for the others, which come last."""
+    """Add zeros to `weights` for input channels that only the network has.
+
+    The additional channels come last.
+    """
     name = "mixins.patch_embed.proj.weight"
     if name not in weights or "patch_embed" not in network.mixins:
         return
     given, wanted = weights[name].tensor(), network.mixins["patch_embed"].proj.weight.shape
-    # Features are ordered with channels outermost, so that further channels are further columns of a Linear too.
+    # Features are ordered with channels outermost, so that additional channels are additional columns of a Linear too.
     if given.ndim == len(wanted) and given.shape[1] < wanted[1]:
         logger.warning("%s: the input channels that the checkpoint lacks start at zero", name)
         further = given.new_zeros(given.shape[0], wanted[1] - given.shape[1], *given.shape[2:])
@@ -146,14 +152,17 @@ def widen_inputs(network: nn.Module, weights: dict[str, StoredValue]) -> None:
 
 
 def own_tables(network: nn.Module) -> dict[str, Tensor]:
-    """The tables of positions as the network makes them, zeros for what it does not use."""
+    """Return the position tables of the network, with zeros for those that it does not use."""
     state = network.state_dict()
     tables = {name: state[name] for name in TABLES if name in state}
     return {name: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t for name, t in tables.items()}
 
 
 def rename_for_lora(network: nn.Module, weights: dict[str, StoredValue]) -> dict[str, StoredValue]:
-    """Names of a checkpoint made without LoRA, for a network with it: `….weight` becomes `….original.weight`."""
+    """Return weights without LoRA under the names of a network with LoRA.
+
+    `….weight` becomes `….original.weight`.
+    """
     wrapped = {name for name, module in network.named_modules() if hasattr(module, "matrix_A")}
 
     def rename(name: str) -> str:
@@ -164,10 +173,10 @@ def rename_for_lora(network: nn.Module, weights: dict[str, StoredValue]) -> dict
 
 
 def initialise_missing(network: nn.Module, device: torch.device | str | None, cuts: Cuts) -> None:
-    """Give tensors that are still on the meta device the values a new network or a new adapter starts from.
+    """Initialise tensors that are still on the meta device, as in a new network or adapter.
 
-    Of what model-parallel ranks share, each draws the whole and takes its part, so that the values are those of one
-    process.
+    For tensors that model-parallel ranks share, each rank draws the whole tensor and takes its part, so that the values
+    are the same as with one process.
     """
     rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
     for prefix, module in network.named_modules():
@@ -188,5 +197,5 @@ def initialise_missing(network: nn.Module, device: torch.device | str | None, cu
                     new = cut.share(new, rank, size)
                 if isinstance(old, nn.Parameter):
                     new = nn.Parameter(new, old.requires_grad)
-                    new.__dict__.update(vars(old))  # whether ranks share it
+                    new.__dict__.update(vars(old))  # includes whether ranks share the parameter
                 entries[name] = new

@@ -1,8 +1,9 @@
-"""How model-parallel ranks share the tensors of a network, those of adapters too.
+"""Divide the tensors of a network, including adapters, between model-parallel ranks.
 
-A column-parallel layer is cut along its output features, each of its `stride` parts apart, so that every rank gets
-whole heads of q, k and v; a row-parallel one along its input features, and its bias not. An adapter adds x·Aᵀ·Bᵀ to a
-layer: on a column-parallel one B is cut along output features, on a row-parallel one A along input features.
+A column-parallel layer is divided along its output features, separately for each of its `stride` parts, so that every
+rank gets whole heads of q, k and v. A row-parallel layer is divided along its input features; its bias is not divided.
+An adapter adds x·Aᵀ·Bᵀ to a layer: for a column-parallel layer, B is divided along output features; for a row-parallel
+one, A along input features.
 """
 
 import re
@@ -15,39 +16,39 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 
-ORIGINAL = ".original."  # a layer with an adapter calls its own tensors so, which a checkpoint need not
+ORIGINAL = ".original."  # in the names of a layer's own tensors if it has an adapter; checkpoints may omit it
 
 
 class Cut(NamedTuple):
-    """Where a tensor is cut.
+    """The way in which a tensor is divided.
 
     Args:
         dim: the dimension.
-        parts: it consists of parts, whose sizes have these ratios; each of them is shared out by itself.
+        parts: size ratios of the parts of the tensor; each part is divided separately.
     """
 
     dim: int
     parts: tuple[int, ...] = (1,)
 
     def share(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """Return what one of `size` ranks has of a tensor, in memory of its own.
+        """Return the share of one of `size` ranks, as a copy.
 
         Raises:
-            UserError: the tensor cannot be shared out evenly.
+            UserError: the tensor cannot be divided evenly.
         """
         count = whole.shape[self.dim]
         if count % (sum(self.parts) * size):
-            raise UserError(f"model_parallel_size: {size} does not divide a tensor of the shape {tuple(whole.shape)}")
+            raise UserError(f"model_parallel_size: {size} does not divide a tensor of shape {tuple(whole.shape)}")
         parts = whole.split(self._sizes(count), self.dim)
         return torch.cat([part.chunk(size, self.dim)[rank] for part in parts], self.dim)
 
     def join(self, shares: Sequence[Tensor]) -> Tensor:
-        """Return the tensor that the ranks have these shares of: what undoes `share`."""
+        """Return the whole tensor, given the shares of all ranks: the inverse of `share`."""
         by_rank = [share.split(self._sizes(share.shape[self.dim]), self.dim) for share in shares]
         return torch.cat([part for same in zip(*by_rank, strict=True) for part in same], self.dim)
 
     def whole_shape(self, share: Sequence[int], size: int) -> torch.Size:
-        """Return the shape of the tensor that each of `size` ranks has a share of this shape of."""
+        """Return the shape of the whole tensor, given that of a share and the number of ranks."""
         return torch.Size(length * size if dim == self.dim else length for dim, length in enumerate(share))
 
     def _sizes(self, count: int) -> list[int]:
@@ -55,9 +56,9 @@ class Cut(NamedTuple):
 
 
 Cuts = Mapping[str, Cut]
-"""By the name of a tensor, without `ORIGINAL`; the others are whole on every rank."""
+"""Maps names of tensors, without `ORIGINAL`, to cuts. Tensors that are not listed are whole on every rank."""
 
-# Of the layers that CogVideoX's networks consist of.
+# For the layers of CogVideoX's networks.
 _NAMES = (
     (r"attention\.query_key_value\.(weight|bias)", Cut(0, (1, 1, 1))),
     (r"attention\.query_key_value\.matrix_B\.\d+", Cut(0)),
@@ -69,18 +70,18 @@ _PATTERNS = tuple((re.compile(rf"(?:.+\.)?transformer\.layers\.\d+\.{ending}"), 
 
 
 def plain(name: str) -> str:
-    """Return the name of a tensor as `Cuts` have it."""
+    """Return the name of a tensor as it is used in `Cuts`."""
     return name.replace(ORIGINAL, ".")
 
 
 def cuts_by_name(names: Iterable[str]) -> dict[str, Cut]:
-    """Return where the tensors of a CogVideoX network are cut that are known by their names alone."""
+    """Return the cuts of a CogVideoX network that follow from the names of its tensors."""
     plain_names = {plain(name) for name in names}
     return {name: cut for name in plain_names for pattern, cut in _PATTERNS if pattern.fullmatch(name)}
 
 
 def cuts_of(network: nn.Module) -> dict[str, Cut]:
-    """Return where the tensors of a network are cut, which may be on the meta device."""
+    """Return the cuts of a network, which may be on the meta device."""
     cuts: dict[str, Cut] = {}
     for prefix, module in network.named_modules():
         start = f"{prefix}." if prefix else ""
@@ -98,24 +99,29 @@ def cuts_of(network: nn.Module) -> dict[str, Cut]:
 
 
 def check_alike(shares: Sequence[Mapping[str, object]], what: str) -> None:
-    """Check that all shares of a checkpoint hold tensors of the same names; else raise UserError.
+    """Check that all shares of a checkpoint hold tensors of the same names.
 
     Args:
-        what: they are of.
+        what: name of the checkpoint, for errors.
+
+    Raises:
+        UserError: they do not.
     """
     if any(share.keys() != shares[0].keys() for share in shares):
-        raise UserError(f"load: {what}: the files of its model-parallel ranks do not hold the same tensors")
+        raise UserError(f"load: {what}: the files of the model-parallel ranks do not hold the same tensors")
 
 
 def recut(shares: Sequence[Mapping[str, Tensor]], cuts: Cuts, rank: int, size: int, what: str) -> dict[str, Tensor]:
-    """Return what one of `size` ranks has of weights that any number of ranks share; one tensor at a time is whole.
+    """Return one rank's share of `size`, given the shares of any number of ranks.
+
+    Only one tensor at a time is joined.
 
     Args:
-        shares: of each of these ranks.
-        what: they are of, for errors.
+        shares: weights of each of the former ranks.
+        what: name of the checkpoint, for errors.
 
     Raises:
-        UserError: they do not hold the same tensors, or `size` does not divide them.
+        UserError: the shares do not hold the same tensors, or `size` does not divide them.
     """
     check_alike(shares, what)
     weights = {}
@@ -126,6 +132,6 @@ def recut(shares: Sequence[Mapping[str, Tensor]], cuts: Cuts, rank: int, size: i
 
 
 def recut_tensor(shares: Sequence[Tensor], cut: Cut, rank: int, size: int) -> Tensor:
-    """Return what one of `size` ranks has of a tensor that any number of ranks share."""
+    """Return one rank's share of a tensor, given the shares of any number of ranks."""
     whole = shares[0] if len(shares) == 1 else cut.join(shares)
     return whole if size == 1 else cut.share(whole, rank, size)

@@ -1,7 +1,7 @@
-"""Tensors that stay in their files until somebody says which part of them is needed.
+"""Tensors that stay in their files until it is known which part of them is needed.
 
-A parameter can wait for its values: it has the shape, dtype and device of the real one, and takes no memory. That is
-for ZeRO-3, of whose processes each needs a part of every parameter.
+A parameter can wait for its values: it has the shape, dtype and device of the real parameter, but takes no memory. This
+is for ZeRO-3, where each process needs a part of every parameter.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ _ATTRIBUTE = "stored_value"
 
 
 class StoredValue:
-    """A tensor that consists of others, which follow each other along the first dimension and may be mapped files."""
+    """A tensor made of other tensors, concatenated along the first dimension.
+
+    These tensors may be mapped files.
+    """
 
     def __init__(self, rows: Sequence[Tensor]):
         self.rows = [part.detach() for part in rows]
@@ -23,12 +26,14 @@ class StoredValue:
         self.dtype, self.ndim = first.dtype, first.ndim
 
     def tensor(self) -> Tensor:
-        """Return all of it; a view where it is one tensor."""
+        """Return the whole tensor; a view if it consists of one tensor."""
         return self.rows[0] if len(self.rows) == 1 else torch.cat(self.rows)
 
     def fill(self, target: Tensor, start: int, stop: int) -> None:
-        """Set the entries of a contiguous tensor of the same shape from `start` to `stop`, as if both were flat; the
-        others are neither read nor written."""
+        """Set the entries `start` to `stop` of a contiguous tensor of the same shape.
+
+        The indices count the entries of the flattened tensor. Other entries are neither read nor written.
+        """
         flat, first = target.view(-1), 0
         for part in self.rows:
             begin, end = max(start, first), min(stop, first + part.numel())
@@ -38,10 +43,12 @@ class StoredValue:
 
 
 def waiting(old: Tensor, value: StoredValue, device: torch.device | str | None) -> nn.Parameter:
-    """Return a parameter that takes the place of `old`, with its dtype and attributes, and waits for a value.
+    """Return a parameter that replaces `old` and waits for its value.
+
+    It has the dtype and attributes of `old`.
 
     Args:
-        device: it is on; None: the one of `old`, or the CPU where `old` is on meta.
+        device: device of the parameter; None: the device of `old`, or the CPU if `old` is on meta.
     """
     if device is None:
         device = "cpu" if old.is_meta else old.device
@@ -53,15 +60,15 @@ def waiting(old: Tensor, value: StoredValue, device: torch.device | str | None) 
 
 
 def value_of(parameter: Tensor) -> StoredValue | None:
-    """Return what a parameter waits for; None if it has its values."""
+    """Return the value for which a parameter waits, or None if it has its value."""
     return getattr(parameter, _ATTRIBUTE, None)
 
 
 def forget_value(parameter: Tensor) -> None:
-    """Let a parameter that has its values now wait no longer."""
+    """Mark a parameter as having its values."""
     delattr(parameter, _ATTRIBUTE)
 
 
 def waiting_bytes(module: nn.Module) -> int:
-    """Return how large those parameters of a module are that wait for their values."""
+    """Return the total size in bytes of the module's parameters that wait for their values."""
     return sum(each.numel() * each.element_size() for each in module.parameters() if value_of(each) is not None)
