@@ -143,7 +143,7 @@ def test_a_dry_run_shows_the_map_and_writes_nothing(tiny, tmp_path, caplog):
         "transformer_blocks.0.attn1.to_k.bias [256] <- transformer.layers.0.attention.query_key_value.bias [2/3]",
         "patch_embed.pos_embedding [1, 544, 256] <- mixins.pos_embed.pos_embedding",
         "mixins.pos_embed.freqs_cos [480, 64]: follows from the sizes",
-        "transformer.position_embeddings.weight [64, 256]: kept beside diffusers' files",
+        "transformer.position_embeddings.weight [64, 256]: stored beside diffusers' files",
         "encoder.down_blocks.0.resnets.0.conv1.conv.bias [32] <- encoder.down.0.block.0.conv1.conv.bias",
     ):
         assert line in caplog.messages, line
@@ -170,10 +170,10 @@ def test_flags_that_are_right_are_taken_and_wrong_ones_refused(tiny, tmp_path, c
     right += ("--version", "1.0", "--scaling_factor", 0.7, "--snr_shift_scale", 1.0, "--fp16")
     assert run(*parts, *right) == 0
     for flags, message in (
-        (("--num_layers", 30), "--num_layers is 30, but the weights are those of 2"),
-        (("--num_attention_heads", 48), "--num_attention_heads is 48, but the weights are those of 4"),
-        (("--version", "1.5"), "--version is 1.5, but the weights are those of 1.0"),
-        (("--scaling_factor", 1.15258426), "--scaling_factor is 1.15258, but that of CogVideoX-5B-I2V"),
+        (("--num_layers", 30), "--num_layers is 30, but the weights have 2"),
+        (("--num_attention_heads", 48), "--num_attention_heads is 48, but the weights have 4"),
+        (("--version", "1.5"), "--version is 1.5, but the weights have 1.0"),
+        (("--scaling_factor", 1.15258426), "--scaling_factor is 1.15258, but CogVideoX-5B-I2V has"),
         (("--snr_shift_scale", 3), "--snr_shift_scale is 3, but"),
         (
             ("--base", ROOT / "configs" / "cogvideox_5b.yaml"),
@@ -182,7 +182,7 @@ def test_flags_that_are_right_are_taken_and_wrong_ones_refused(tiny, tmp_path, c
     ):
         assert message in mistake(caplog, *parts, *flags)
     text_to_video = ("--transformer_ckpt_path", tiny.folder / "2b", "--output_path", tmp_path / "out")
-    assert "--i2v is given, but by its weights" in mistake(caplog, *text_to_video, "--i2v")
+    assert "--i2v is given, but according to its weights" in mistake(caplog, *text_to_video, "--i2v")
     assert "--use_rotary" in mistake(caplog, *text_to_video, "--use_rotary_positional_embeddings")
     vae = ("--vae_ckpt_path", tiny.folder / "vae.pt", "--output_path", tmp_path / "out")
     assert "--scaling_factor is needed for a VAE alone" in mistake(caplog, *vae)

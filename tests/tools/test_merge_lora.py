@@ -145,7 +145,7 @@ def test_a_dry_run_says_what_is_merged(adapted, tmp_path, caplog):
     command = ["--load", adapted.folder / "base", "--lora", adapted.folder / "run", "--output", tmp_path / "out"]
     assert main([*map(str, command), "--dry_run"]) == 0
     assert "transformer.layers.0.attention.dense.weight [64, 64] float32: merged" in caplog.text
-    assert "transformer.layers.0.mlp.dense_h_to_4h.weight [256, 64] float32: as it is" in caplog.text
+    assert "transformer.layers.0.mlp.dense_h_to_4h.weight [256, 64] float32: unchanged" in caplog.text
     assert not list(tmp_path.iterdir())
 
 

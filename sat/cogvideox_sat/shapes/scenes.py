@@ -203,7 +203,7 @@ def parse(caption: str) -> Scene:
     background = "(pattern )?colour background "
     if not re.fullmatch(f"({item}){{1,2}}{background}|{background}({item}){{1,2}}", kinds):
         raise UserError(
-            f"not a caption of a scene: '{caption}'; an example is 'a large red circle moving left on a blue background'"
+            f"not a caption of a scene: '{caption}'; an example: 'a large red circle moving left on a blue background'"
         )
     words = iter(tokens)
     items, ground = [], {}

@@ -1,1 +1,4 @@
-"""The tools that convert weights and latents: `tools/NAME.py`, and `cogvideox convert NAME` where it is installed."""
+"""The tools that convert weights and latents.
+
+They are started as `tools/NAME.py`, or as `cogvideox convert NAME` if the package is installed.
+"""

@@ -1,18 +1,17 @@
-"""Converts a CogVideoX pipeline of diffusers to SwissArmyTransformer checkpoints, with a configuration that loads them.
+"""Convert a CogVideoX pipeline of diffusers to checkpoints, with a configuration for them.
 
   python tools/convert_weight_hf2sat.py --hf_path THUDM/CogVideoX-2b --output_path checkpoints/cogvideox_2b
   bash inference.sh --base checkpoints/cogvideox_2b/model.yaml checkpoints/cogvideox_2b/inference.yaml
 
-`--hf_path` is a folder or the name of a repository on the Hugging Face hub, which is downloaded to the hub's cache
-first. Written are
-
+`--hf_path` is a folder, or the name of a repository on the Hugging Face hub, which is first downloaded to the hub's
+cache. The output is
     transformer/latest, transformer/1/mp_rank_00_model_states.pt    the network
     vae/3d-vae.pt                                                   the VAE
     t5-v1_1-xxl/                                                    text encoder and tokenizer, copied
-    model.yaml, inference.yaml                                      configurations, with paths to these
+    model.yaml, inference.yaml                                      configurations with paths to these files
 
-Nothing needs to be converted to be sampled: `load` and the VAE's `ckpt_path` in a configuration also take the folder of
-a pipeline. Exit codes: 0 the folder is written, 2 a mistake stands in the way, and nothing is written.
+Sampling does not need a conversion: `load` and the VAE's `ckpt_path` in a configuration also accept the folder of a
+pipeline. Exit codes: 0 the folder is written, 2 the input has an error, and nothing is written.
 """
 
 import argparse
@@ -37,27 +36,30 @@ DOWNLOADED = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_tool(convert, arguments, logger.name)
 
 
 def build_parser() -> ToolParser:
+    """Return the parser of the command line."""
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("--hf_path", required=True, metavar="PATH", help="a pipeline: its folder, or a repository on the hub")
-    add("--output_path", type=Path, required=True, metavar="FOLDER", help="what is written")
-    add("--revision", help="of the repository (default: its main branch)")
-    add("--cache_dir", type=Path, metavar="FOLDER", help="where downloads are kept (default: the hub's cache)")
+    add("--hf_path", required=True, metavar="PATH", help="a pipeline: a folder, or a repository on the hub")
+    add("--output_path", type=Path, required=True, metavar="FOLDER", help="the folder to write")
+    add("--revision", help="revision of the repository (default: its main branch)")
+    add("--cache_dir", type=Path, metavar="FOLDER", help="folder for downloads (default: the hub's cache)")
     add("--text_encoder", action=argparse.BooleanOptionalAction, default=True, help="copy T5 and its tokenizer")
-    add("--fp16", action="store_true", help="write float16 (default: as it is stored)")
+    add("--fp16", action="store_true", help="write float16 (default: the stored dtype)")
     add("--bf16", action="store_true", help="write bfloat16")
     parser.add_writing_arguments()
     return parser
 
 
 def convert(arguments: Sequence[str] | None) -> None:
+    """Convert a pipeline as the arguments say."""
     options = build_parser().parse_args(arguments)
     if options.fp16 and options.bf16:
-        raise UserError("--fp16 and --bf16 are both given: choose one")
+        raise UserError("--fp16 and --bf16 are both given; choose one")
     output = options.output_path
     check_output(output, options)
     folder = local_folder(options.hf_path, DOWNLOADED, "--hf_path", options.revision, options.cache_dir)
@@ -73,7 +75,7 @@ def convert(arguments: Sequence[str] | None) -> None:
     pipeline = read_pipeline(folder, dtype, options.text_encoder)
     logger.info("%s is %s", options.hf_path, title(pipeline.family))
     if options.text_encoder and pipeline.text_files is None:
-        logger.info("%s has no text encoder; the configuration names that of the released model's file", folder)
+        logger.info("%s has no text encoder; the configuration names that of the released model", folder)
     if options.dry_run:
         show(pipeline)
     else:
@@ -84,6 +86,7 @@ def convert(arguments: Sequence[str] | None) -> None:
 
 
 def show(pipeline: "Pipeline") -> None:
+    """Log how each tensor of the checkpoints is made."""
     from cogvideox_sat.weights.diffusers_names import Piece, assembled_shape
 
     for pieces, shapes in (
@@ -93,10 +96,11 @@ def show(pipeline: "Pipeline") -> None:
         for name, parts in pieces.items():
             logger.info("%s %s <- %s", name, list(assembled_shape(parts, shapes)), ", ".join(map(str, parts)))
     for name, tensor in pipeline.tables.like.items():
-        logger.info("%s %s <- computed, or kept beside diffusers' files", name, list(tensor.shape))
+        logger.info("%s %s <- computed, or stored beside diffusers' files", name, list(tensor.shape))
 
 
 def write(pipeline: "Pipeline", output: Path) -> None:
+    """Write the checkpoints and configurations, and verify them."""
     from tqdm import tqdm
 
     from cogvideox_sat.configuration.files import load_configs
@@ -139,4 +143,4 @@ def write(pipeline: "Pipeline", output: Path) -> None:
         write_yaml(part / "inference.yaml", inference_config(family), family, "goes after model.yaml")
         described = sizes_of_config(load_configs([part / "model.yaml", part / "inference.yaml"]), family, "model.yaml")
         if described != pipeline.sizes:
-            raise UserError(f"model.yaml would say {described} of a model that has {pipeline.sizes}")
+            raise UserError(f"model.yaml would describe {described}, but the model has {pipeline.sizes}")

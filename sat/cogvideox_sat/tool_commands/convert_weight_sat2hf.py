@@ -1,17 +1,17 @@
-"""Converts a SwissArmyTransformer checkpoint and the weights of the VAE to a pipeline folder of diffusers.
+"""Convert a SwissArmyTransformer checkpoint and a VAE to a pipeline folder of diffusers.
 
   python tools/convert_weight_sat2hf.py --transformer_ckpt_path checkpoints/cogvideox_5b/transformer \\
       --vae_ckpt_path checkpoints/vae/3d-vae.pt --text_encoder_cache_dir checkpoints/t5-v1_1-xxl --output_path out
   python tools/convert_weight_sat2hf.py --transformer_ckpt_path ckpts/RUN --vae_ckpt_path VAE --output_path out --bf16
 
 `--transformer_ckpt_path` is a run, one of its iterations (`1000`, `1000-ema`), a file, or a folder that DeepSpeed saved
-under ZeRO. An adapter in it, or given as `--lora_load`, is merged. The tensors tell which model it is: flags that say
-so are not needed, and checked if given. What tensors do not tell comes from the run's training_config.yaml or `--base`,
-and without these is as in the released model.
+under ZeRO. An adapter in the checkpoint, or given as `--lora_load`, is merged. The model is recognised by its tensors;
+flags that describe the model are not needed, and are checked if given. Values that the tensors do not determine are
+read from the run's training_config.yaml or `--base`; without these, they are those of the released model.
 
-`CogVideoXPipeline.from_pretrained(out)` (or `CogVideoXImageToVideoPipeline`) takes the result; the scheduler is that of
-the released pipeline. With one of the network and the VAE, only its folder is written. Exit codes: 0 the folder is
-written, 2 a mistake stands in the way, and nothing is written.
+`CogVideoXPipeline.from_pretrained(out)` (or `CogVideoXImageToVideoPipeline`) loads the result; the scheduler is that of
+the released pipeline. If only the network or only the VAE is given, only its folder is written. Exit codes: 0 the
+folder is written, 2 the input has an error, and nothing is written.
 """
 
 import logging
@@ -37,10 +37,12 @@ GB = 10**9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_tool(convert, arguments, logger.name)
 
 
 def build_parser() -> ToolParser:
+    """Return the parser of the command line."""
     parser = ToolParser(__doc__)
     add = parser.add_argument
     add(
@@ -49,33 +51,52 @@ def build_parser() -> ToolParser:
     add("--vae_ckpt_path", type=Path, metavar="PATH", help="the VAE, 3d-vae.pt")
     add("--text_encoder_cache_dir", type=Path, metavar="FOLDER", help="T5 and its tokenizer, copied into the pipeline")
     add("--output_path", type=Path, required=True, metavar="FOLDER", help="the pipeline")
-    add("--typecast_text_encoder", action="store_true", help="write T5 too as --fp16 or --bf16 says, not as it is")
-    add("--push_to_hub", action="store_true", help="upload it as the user that the hub's client knows (hf auth login)")
-    add("--repo_id", metavar="NAME", help="where to (default: the name of --output_path, under that user)")
+    add("--typecast_text_encoder", action="store_true", help="convert T5 to --fp16 or --bf16, too")
+    add("--push_to_hub", action="store_true", help="upload the result as the user of `hf auth login`")
+    add(
+        "--repo_id",
+        metavar="NAME",
+        help="repository to upload to (default: the name of --output_path, under that user)",
+    )
     add("--lora_load", type=Path, metavar="PATH", help="an adapter to merge into the network")
-    add("--lora_scale", type=float, default=1.0, help="its strength (default: 1)")
-    add("--lora_alpha", type=positive, help="of adapters (default: as recorded beside each; without that 1)")
-    add("--base", type=Path, nargs="+", metavar="YAML", help="configuration of the model, for what tensors do not tell")
-    add("--fp16", action="store_true", help="write float16 (default: as it is stored)")
+    add("--lora_scale", type=float, default=1.0, help="strength of the adapter (default: 1)")
+    add("--lora_alpha", type=positive, help="alpha of adapters (default: the value recorded beside each adapter, or 1)")
+    add(
+        "--base",
+        type=Path,
+        nargs="+",
+        metavar="YAML",
+        help="configuration of the model, for values that tensors do not determine",
+    )
+    add("--fp16", action="store_true", help="write float16 (default: the stored dtype)")
     add("--bf16", action="store_true", help="write bfloat16")
-    add("--max_shard_size", type=positive, default=5.0, metavar="GB", help="of a file of tensors (default: 5)")
+    add(
+        "--max_shard_size",
+        type=positive,
+        default=5.0,
+        metavar="GB",
+        help="largest size of a file of tensors (default: 5)",
+    )
     checked = parser.add_argument_group("checked if given")
     checked.add_argument("--num_layers", type=int)
     checked.add_argument("--num_attention_heads", type=int)
-    checked.add_argument("--use_rotary_positional_embeddings", action="store_true", help="the model is not the 2B one")
+    checked.add_argument(
+        "--use_rotary_positional_embeddings", action="store_true", help="the model is not the 2B model"
+    )
     checked.add_argument("--i2v", action="store_true", help="the model is image-to-video")
     checked.add_argument("--version", choices=("1.0", "1.5"))
-    checked.add_argument("--scaling_factor", type=positive, help="of latents; needed for a VAE alone")
+    checked.add_argument("--scaling_factor", type=positive, help="scale of latents; required for a VAE alone")
     checked.add_argument("--snr_shift_scale", type=positive)
     parser.add_writing_arguments()
     return parser
 
 
 def convert(arguments: Sequence[str] | None) -> None:
+    """Convert a checkpoint as the arguments say."""
     options = build_parser().parse_args(arguments)
     check_arguments(options)
     if options.push_to_hub and not options.dry_run:
-        logger.info("to be uploaded by %s", check_logged_in())
+        logger.info("the result will be uploaded by %s", check_logged_in())
 
     import torch
 
@@ -105,20 +126,24 @@ def convert(arguments: Sequence[str] | None) -> None:
 
 
 def check_arguments(options: Any) -> None:
-    """Put inputs where they are found; raise UserError for what can be told without reading weights."""
+    """Resolve the paths of inputs, and check what can be checked without reading weights.
+
+    Raises:
+        UserError: an input does not exist, arguments contradict each other, or the output exists.
+    """
     sources = locate_inputs(
         options, "transformer_ckpt_path", "vae_ckpt_path", "text_encoder_cache_dir", "lora_load", "base"
     )
     if not options.transformer_ckpt_path and not options.vae_ckpt_path:
         raise UserError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or both")
     if options.fp16 and options.bf16:
-        raise UserError("--fp16 and --bf16 are both given: choose one")
+        raise UserError("--fp16 and --bf16 are both given; choose one")
     if options.lora_load and not options.transformer_ckpt_path:
-        raise UserError("--lora_load needs --transformer_ckpt_path, the network to merge it into")
+        raise UserError("--lora_load needs --transformer_ckpt_path, the network to merge the adapter into")
     if options.typecast_text_encoder and not options.text_encoder_cache_dir:
         raise UserError("--typecast_text_encoder needs --text_encoder_cache_dir, the text encoder")
     if options.typecast_text_encoder and not (options.fp16 or options.bf16):
-        raise UserError("--typecast_text_encoder needs --fp16 or --bf16, what it is written as")
+        raise UserError("--typecast_text_encoder needs --fp16 or --bf16, the dtype to write")
     if options.repo_id and not options.push_to_hub:
         raise UserError("--repo_id needs --push_to_hub; give both or neither")
     check_output(options.output_path, options, sources)
@@ -126,10 +151,12 @@ def check_arguments(options: Any) -> None:
 
 
 def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
-    """Family and sizes of the network, its part of the pipeline, and what diffusers has no place for.
+    """Return family and sizes of the network, its part of the pipeline, and extra tables.
+
+    The extra tables are those that diffusers' format does not store.
 
     Raises:
-        UserError: it is no CogVideoX network.
+        UserError: the checkpoint is not a CogVideoX network.
     """
     from cogvideox_sat.conversion.diffusers_folders import transformer_config
     from cogvideox_sat.conversion.model_sizes import sizes_of_tables
@@ -154,12 +181,13 @@ def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
         show(pieces, shapes)
         for name in tables:
             if not any(name == piece.name for parts in pieces.values() for piece in parts):
-                kept = "kept beside diffusers' files" if name in extra else "follows from the sizes"
+                kept = "stored beside diffusers' files" if name in extra else "follows from the sizes"
                 logger.info("%s %s: %s", name, list(shapes[name]), kept)
     return family, sizes, (config, assembled(pieces, source_weights)), extra
 
 
 def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", found: dict[str, Any]) -> "ModelSizes":
+    """Return the sizes of the model that its tensors do not determine."""
     from cogvideox_sat.configuration.files import load_configs
     from cogvideox_sat.conversion.model_sizes import combined, released_config, sizes_of_config
 
@@ -177,7 +205,7 @@ def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", f
 
 
 def assembled(pieces: Any, weights: "StoredWeights") -> "StoredWeights":
-    """The tensors that `pieces` of `weights` make."""
+    """Return the tensors that the pieces of `weights` make."""
     import torch
 
     from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
@@ -193,7 +221,7 @@ def assembled(pieces: Any, weights: "StoredWeights") -> "StoredWeights":
 
 
 def unreproducible(tables: "StoredWeights", family: "NetworkFamily", sizes: "ModelSizes") -> "StoredWeights":
-    """The tables that are neither in diffusers' form nor come out the same when computed anew."""
+    """Return the tables that diffusers' format lacks and that cannot be computed identically."""
     import torch
 
     from cogvideox_sat.conversion.model_sizes import computed_tables
@@ -210,7 +238,7 @@ def unreproducible(tables: "StoredWeights", family: "NetworkFamily", sizes: "Mod
 
 
 def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> None:
-    """Raises UserError for a flag that says otherwise than the weights."""
+    """Check that the given flags agree with the weights, else raise UserError."""
     import math
 
     from cogvideox_sat.conversion.model_sizes import title
@@ -218,25 +246,28 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
     version = "1.5" if family.is_15 else "1.0"
     for flag, is_so in (("i2v", family.image_to_video), ("use_rotary_positional_embeddings", family.rotary)):
         if getattr(options, flag) and not is_so:
-            raise UserError(f"--{flag} is given, but by its weights the model is {title(family)}")
+            raise UserError(f"--{flag} is given, but according to its weights the model is {title(family)}")
     for flag, value in (
         ("num_layers", family.num_layers),
         ("num_attention_heads", family.num_attention_heads),
         ("version", version),
     ):
         if getattr(options, flag) not in (None, value):
-            raise UserError(f"--{flag} is {getattr(options, flag)}, but the weights are those of {value}")
+            raise UserError(f"--{flag} is {getattr(options, flag)}, but the weights have {value}")
     for flag, factor in (("scaling_factor", sizes.scale_factor), ("snr_shift_scale", sizes.shift_scale)):
         given = getattr(options, flag)
         if given is not None and not math.isclose(given, factor, rel_tol=1e-6):
             raise UserError(
-                f"--{flag} is {given:g}, but that of {title(family)} is {factor:g}; if this one differs, name its "
+                f"--{flag} is {given:g}, but {title(family)} has {factor:g}; if this model differs, give its "
                 "configuration as --base"
             )
 
 
 def check_norms(config: dict[str, Any], name: str) -> None:
-    """Raises UserError if a configuration names norms of the VAE that diffusers has not; tensors do not tell."""
+    """Check that a configuration has the VAE's norms of diffusers, else raise UserError.
+
+    The tensors do not determine them.
+    """
     from cogvideox_sat.conversion.diffusers_folders import NORM_GROUPS
 
     coders = config.get("model", {}).get("first_stage_config", {}).get("params", {})
@@ -244,14 +275,15 @@ def check_norms(config: dict[str, Any], name: str) -> None:
         groups = coders.get(coder, {}).get("params", {}).get("norm_groups") or NORM_GROUPS
         if groups != NORM_GROUPS:
             raise UserError(
-                f"{name}: the VAE has norms of {groups} groups of channels, diffusers' pipelines of {NORM_GROUPS}"
+                f"{name}: the VAE has norms of {groups} groups of channels; diffusers' pipelines have {NORM_GROUPS}"
             )
 
 
 def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | None", dtype: Any) -> tuple[Any, Any]:
-    """
+    """Return the configuration and the weights of the VAE for diffusers.
+
     Raises:
-        UserError: it is no CogVideoX autoencoder.
+        UserError: the file is not a CogVideoX autoencoder.
     """
     from cogvideox_sat.configuration.files import load_configs
     from cogvideox_sat.conversion.diffusers_folders import vae_config
@@ -270,12 +302,12 @@ def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | 
     if options.base and family is None:
         check_norms(load_configs(options.base), " ".join(map(str, options.base)))
     if sizes is None and options.scaling_factor is None:
-        raise UserError("--scaling_factor is needed for a VAE alone: 1.15258426 for CogVideoX-2B, else 0.7")
+        raise UserError("--scaling_factor is needed for a VAE alone; give 1.15258426 for CogVideoX-2B, otherwise 0.7")
     scale = options.scaling_factor if sizes is None else sizes.scale_factor
     is_15 = options.version == "1.5" if family is None else family.is_15
     if family and family.out_channels != autoencoder.z_channels:
         raise UserError(
-            f"{path} has latents of {autoencoder.z_channels} channels, the network of {family.out_channels}"
+            f"{path} has latents of {autoencoder.z_channels} channels, but the network has {family.out_channels}"
         )  # fmt: skip
     names = to_diffusers(weights)
     if options.dry_run:
@@ -286,6 +318,7 @@ def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | 
 
 
 def show(pieces: Any, shapes: Any) -> None:
+    """Log how each tensor of the pipeline is made."""
     from cogvideox_sat.weights.diffusers_names import assembled_shape
 
     for name, parts in pieces.items():
@@ -293,6 +326,7 @@ def show(pieces: Any, shapes: Any) -> None:
 
 
 def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any, dtype: Any) -> None:
+    """Write the pipeline, and verify it."""
     from cogvideox_sat.conversion.diffusers_folders import (
         check_equal,
         copy_files,

@@ -1,15 +1,16 @@
-"""Decodes latents into videos: those that sampling kept when it could not decode them, those that --only_save_latents
-wrote, and those in the samples/ of a training run.
+"""Decode latents into videos.
 
+The latents are those that sampling kept because it could not decode them, those that --only_save_latents wrote, or
+those in the samples/ folder of a training run.
   python tools/decode_latents.py outputs/0_a_fox/0/000000.latents.safetensors --vae_tile_size 256
   python tools/decode_latents.py checkpoints_finetune/RUN/samples --base configs/cogvideox_2b.yaml
 
-Each PATH is a file, or a folder in which all `.safetensors` are taken. A file says itself which VAE it is for, how its
-latents are scaled and what the frame rate is; older files, without this record, need the model's configuration,
-`--base`, which also wins over what a file says. NAME.safetensors and NAME.latents.safetensors become NAME.mp4 beside
-it, with NAME.json where the file has the record of the video. A file may also be found in the repository's root: its
-video then goes to the folder of that name in the current working directory. Exit codes: 0 all videos are there, 1 some
-files could not be decoded, 2 a mistake in the arguments or files ended the command.
+Each PATH is a file, or a folder, of which all `.safetensors` files are decoded. A file records its VAE, the scale of
+its latents and the frame rate; older files without this record need the model's configuration, `--base`, which also
+overrides the record. NAME.safetensors and NAME.latents.safetensors become NAME.mp4 beside the file, and NAME.json if
+the file holds the record of the video. If a file is found in the repository's root instead of the current working
+directory, its video is written to the folder of the same name in the current working directory. Exit codes: 0 all
+videos are written, 1 some files could not be decoded, 2 the arguments or files have an error.
 """
 
 import argparse
@@ -35,37 +36,40 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return exit_code(lambda: decode(command_line), logger, command_line=command_line)
 
 
 def decode(command_line: Sequence[str] | None) -> int:
+    """Decode the files that the command line names; return the exit code."""
     options = build_parser().parse_args(command_line)
     check_options(options)
     files = plan(options)
     if not files:
         return 0
     quiet_libraries()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # This import takes seconds (PyTorch), so that it comes after all checks.
     from cogvideox_sat.sampling.latent_decoding import run
 
     return run(files, options.device, options.dtype, options.vae_tile_size, options.vae_frames_at_once)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("paths", nargs="*", type=Path, metavar="PATH", help="files of latents, or folders of such")
-    add("--base", nargs="+", metavar="FILE", help="configuration of the model, if the files do not say it")
+    add("paths", nargs="*", type=Path, metavar="PATH", help="files of latents, or folders of such files")
+    add("--base", nargs="+", metavar="FILE", help="configuration of the model, if the files do not record it")
     add("--vae_tile_size", type=int, metavar="N", help="decode in overlapping tiles of N pixels, to save memory")
-    at_once = "run each layer on N frames at a time, a multiple of 4: less memory, the same numbers"
+    at_once = "run each layer on N frames at a time, a multiple of 4: less memory, the same values"
     add("--vae_frames_at_once", type=int, metavar="N", help=at_once)
-    add("--fps", type=float, help="frames a second (default: what the file says, else 8)")
+    add("--fps", type=float, help="frames per second (default: the value in the file, or 8)")
     add("--output_dir", type=Path, metavar="FOLDER", help="folder of the videos (default: beside each file)")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--dtype", choices=DTYPES, help="of the VAE (default: what the file says, else float32)")
-    add("--overwrite", action="store_true", help="replace videos that exist")
-    add("--skip_existing", action="store_true", help="leave out files whose videos exist")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if available)")
+    add("--dtype", choices=DTYPES, help="dtype of the VAE (default: the value in the file, or float32)")
+    add("--overwrite", action="store_true", help="replace existing videos")
+    add("--skip_existing", action="store_true", help="skip files whose videos exist")
     return parser
 
 
@@ -73,7 +77,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Check that all options are given and have valid values, else raise UserError."""
     if not options.paths:
         raise UserError(
-            "PATH is missing: name a file of latents, outputs/0_a_fox/0/000000.latents.safetensors for instance"
+            "PATH is missing: name a file of latents, for example outputs/0_a_fox/0/000000.latents.safetensors"
         )
     if options.overwrite and options.skip_existing:
         raise UserError("overwrite and skip_existing are both on: choose one")
@@ -86,10 +90,10 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> list[LatentFile]:
-    """Return the files to decode, each with its video and the VAE it is for.
+    """Return the files to decode, each with its video and its VAE.
 
     Raises:
-        UserError: a file cannot be decoded as it is, two have the same video, or a video exists.
+        UserError: a file cannot be decoded, two files have the same video, or a video exists.
     """
     config = load_configs(options.base, used=("model",)) if options.base else None
     if config:
@@ -103,7 +107,7 @@ def plan(options: argparse.Namespace) -> list[LatentFile]:
             continue
         if file.video in planned:
             raise UserError(
-                f"{planned[file.video].path} and {path} would both become {file.video}: decode one at a time"
+                f"{planned[file.video].path} and {path} would both become {file.video}; decode one at a time"
             )
         planned[file.video] = file
     tell_places()

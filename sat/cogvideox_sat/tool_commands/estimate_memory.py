@@ -1,17 +1,18 @@
-"""Tells how much memory a run of a configuration will take. It needs neither the weights nor the data.
+"""Estimate the memory of a run from its configuration, without weights or data.
 
   python tools/estimate_memory.py --base configs/cogvideox_5b_lora.yaml configs/sft.yaml
   python tools/estimate_memory.py --base configs/cogvideox_5b.yaml configs/sft.yaml configs/sft_full.yaml --processes 8
   python tools/estimate_memory.py --base configs/cogvideox_5b.yaml configs/inference.yaml
 
-A configuration with `data:` is for fine-tuning: the estimate is the one that a run logs before its first step, of one
-process, on its device and in host memory, for the largest clips that `data:` asks for. It is told for training on
-latents that were encoded before, and on clips. Every argument of sat/train_video.py is taken here too.
+A configuration with `data:` is for fine-tuning. The estimate is the same as a run logs before its first step: for one
+process, on its device and in host memory, for the largest clips that `data:` asks for. It is given both for training on
+precomputed latents and for training on clips. All arguments of sat/train_video.py are accepted.
 
-Without `data:` it is for sampling: the memory of the device is told for each stage, by --offload, --guidance_batch and
---vae_frames_at_once, and what --fit picks. Every argument of sat/sample_video.py is taken: with --fit 12GB the last
-line is what that run would pick.
-Exit codes: 0 the memory is told, 2 a mistake in the arguments or files stands in the way.
+A configuration without `data:` is for sampling. The estimate is the memory of the device for each stage, by --offload,
+--guidance_batch and --vae_frames_at_once, and the choice of --fit. All arguments of sat/sample_video.py are accepted:
+with --fit 12GB, the last line is the choice of that run.
+
+Exit codes: 0 the estimate is printed, 2 the arguments or files have an error.
 """
 
 import argparse
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """The fine-tuning run that is asked about; see `training.memory_forecast.forecast`."""
+    """The fine-tuning run to estimate; see `training.memory_forecast.forecast`."""
 
     args: TrainingArguments
     frames: int
@@ -47,18 +48,33 @@ class TrainingRequest:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_tool(estimate, arguments, logger.name)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = ToolParser(__doc__)
     add = parser.add_argument
-    add("--base", nargs="+", required=True, metavar="FILE", help="configuration files, later ones overriding earlier")
-    add("--processes", type=int, default=1, metavar="N", help="of a fine-tuning run, which ZeRO spreads it over")
+    add(
+        "--base",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="configuration files; later files override earlier ones",
+    )
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes of a fine-tuning run, over which ZeRO divides it",
+    )
     return parser
 
 
 def estimate(arguments: Sequence[str] | None) -> None:
+    """Write the estimate to standard output."""
     options, rest = build_parser().parse_known_args(arguments)
     config = load_configs(options.base, used=("model", "data"))
     lines = of_training(options, rest) if config.get("data") else of_sampling(options, rest)
@@ -66,7 +82,8 @@ def estimate(arguments: Sequence[str] | None) -> None:
 
 
 def of_training(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
-    # Whether weights are all there makes no difference to their size.
+    # Missing weights do not matter for the estimate.
+    """Return the lines of the estimate for fine-tuning."""
     args = get_training_args(["--base", *options.base, *rest, "--force_train"])
     with args.sources.naming():
         request = plan(args, options.processes)
@@ -77,9 +94,10 @@ def of_training(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 
 
 def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
-    """
+    """Return the fine-tuning run that the arguments describe.
+
     Raises:
-        UserError: the run could not be what is asked for.
+        UserError: such a run is not possible.
     """
     if processes < 1:
         raise UserError(f"--processes is {processes}; it must be at least 1")
@@ -108,8 +126,11 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
 
 
 def of_sampling(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """Return the lines of the estimate for sampling."""
     if options.processes != 1:
-        raise UserError("--processes: it is taken for fine-tuning only, with a configuration that has a data section")
+        raise UserError(
+            "--processes: only fine-tuning takes it, with a configuration that has a data section; leave it out"
+        )
     args = get_args(["--base", *options.base, *rest], complete=False)
     with args.sources.naming():
         check_model_values(args.model_config, args.sources)

@@ -1,14 +1,15 @@
-"""Turns a LoRA adapter that was trained here into a file for diffusers.
+"""Convert a LoRA adapter that was trained here to a file for diffusers.
 
   python tools/export_sat_lora_weight.py --sat_pt_path ckpts/RUN --lora_save_directory exported
 
-Then, in diffusers, `pipe.load_lora_weights("exported")` applies it at the strength that it was trained with: alpha and
-rank are in the file's header, and no scale needs to be set. `--sat_pt_path` is a run, one of its iterations (`1000`,
-`1000-ema`) or a file, with the base model's weights in it or not, of any CogVideoX.
+In diffusers, `pipe.load_lora_weights("exported")` then applies the adapter at its trained strength: alpha and rank are
+in the file's header, and no scale needs to be set. `--sat_pt_path` is a run, one of its iterations (`1000`, `1000-ema`)
+or a file, with or without the base model's weights, for any CogVideoX model.
 
-diffusers before 0.34, and programs that do not read the header, take alpha to be the rank: for these give
+diffusers before 0.34, and programs that do not read the header, assume that alpha equals the rank; for these, give
 `--fold_scale`.
-Exit codes: 0 the file is written, 2 a mistake stands in the way.
+
+Exit codes: 0 the file is written, 2 the input has an error.
 """
 
 import json
@@ -29,10 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_tool(export, arguments, logger.name)
 
 
 def export(arguments: Sequence[str] | None) -> None:
+    """Convert an adapter as the arguments say."""
     parser = ToolParser(__doc__)
     parser.add_argument("--sat_pt_path", type=Path, required=True, metavar="PATH", help="checkpoint with the adapter")
     parser.add_argument(
@@ -41,15 +44,14 @@ def export(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--lora_alpha",
         type=positive,
-        help="lora_alpha of the configuration it was trained with (default: as in training_config.yaml of its run; "
-        "without that 1)",
+        help="lora_alpha of the training configuration (default: the value in training_config.yaml of the run, or 1)",
     )
-    parser.add_argument("--fold_scale", action="store_true", help="multiply B by alpha/rank and let alpha be the rank")
+    parser.add_argument("--fold_scale", action="store_true", help="multiply B by alpha/rank and set alpha to the rank")
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
     target = options.lora_save_directory / LORA_FILE
     if options.lora_save_directory.exists() and not options.lora_save_directory.is_dir():
-        raise UserError(f"{options.lora_save_directory} is a file: name a folder")
+        raise UserError(f"--lora_save_directory: {options.lora_save_directory} is a file; name a folder")
     locate_inputs(options, "sat_pt_path")
     check_output(target, options)
     tell_places()
@@ -73,10 +75,10 @@ def export(arguments: Sequence[str] | None) -> None:
 
 
 def write(target: Path, adapter: "Adapter", alpha: float) -> None:
-    """Write the file and check that it reads back.
+    """Write the file and check that reading it gives the same values.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     import torch
     from safetensors import safe_open
@@ -96,14 +98,14 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
     }
     tensors = {}
     for slot, tensor in tqdm(adapter.matrices.items(), desc="reading", unit="tensor", leave=False):
-        is_part = tensor.untyped_storage().nbytes() != tensor.nbytes  # of a larger one, which safetensors refuses
+        is_part = tensor.untyped_storage().nbytes() != tensor.nbytes  # of a larger tensor, which safetensors refuses
         tensors[slot.diffusers_name] = tensor.clone() if is_part else tensor.contiguous()
     with new_file(target, sum(tensor.nbytes for tensor in tensors.values())) as part:
-        mode = part.stat().st_mode  # safetensors' own is that of a private file
+        mode = part.stat().st_mode  # safetensors would make the file private
         save_file(tensors, part, header)
         part.chmod(mode)
         with safe_open(part, "pt") as file:
             same = file.metadata() == header and set(file.keys()) == tensors.keys()
             bar = tqdm(tensors.items(), desc="reading back", unit="tensor", leave=False)
             if not same or not all(torch.equal(file.get_tensor(name), tensor) for name, tensor in bar):
-                raise UserError(f"{target} does not read back as it was written; nothing is left of it")
+                raise UserError(f"{target} does not read back as it was written; the file was removed")

@@ -1,11 +1,11 @@
-"""Writes the weights of a checkpoint, of the network or of a VAE, as one safetensors file to share.
+"""Write the weights of a network's or VAE's checkpoint as one safetensors file to share.
 
   python tools/export_weights.py --input ckpts/RUN/5000-ema --output model.safetensors --dtype float16
   python tools/export_weights.py --input ckpts/vae-RUN/3d-vae.pt --output vae.safetensors
 
-`--input` is what `load:` and the `ckpt_path:` of a VAE may name: a run, one of its iterations (`1000`, `1000-ema`), or
-a file. Both take the safetensors file in turn; it holds weights alone, nothing else of a checkpoint. Exit codes: 0 the
-file is written, 2 a mistake stands in the way.
+`--input` is anything that `load:` or the `ckpt_path:` of a VAE accepts: a run, one of its iterations (`1000`,
+`1000-ema`), or a file. The same settings accept the resulting safetensors file. It holds only weights. Exit codes: 0
+the file is written, 2 the input has an error.
 """
 
 import logging
@@ -22,14 +22,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_tool(export, arguments, logger.name)
 
 
 def export(arguments: Sequence[str] | None) -> None:
+    """Write the weights as the arguments say."""
     parser = ToolParser(__doc__)
     parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="a checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
-    parser.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as it is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: unchanged)")
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
     check_safetensors_name(options.output)

@@ -1,12 +1,13 @@
-"""Turns a LoRA file of diffusers or peft into an adapter for `lora_load`.
+"""Convert a LoRA file of diffusers or peft to an adapter for `lora_load`.
 
   python tools/import_hf_lora.py --lora_path pytorch_lora_weights.safetensors --output checkpoints/lora
   bash inference.sh --base configs/cogvideox_5b.yaml checkpoints/lora/lora.yaml configs/inference.yaml
 
-The folder that is written holds the adapter and `lora.yaml`, which adds it to the configuration of its model. Our
-strength alpha/rank equals that of the file: what differs goes into the matrices B. `--lora_path` is a file, a folder,
-or the name of a repository on the hub; the adapter may be on attn1.to_q, to_k, to_v and to_out of any layers.
-Exit codes: 0 the folder is written, 2 a mistake stands in the way.
+The output folder holds the adapter and `lora.yaml`, which adds the adapter to the configuration of its model. The
+strength alpha/rank stays that of the file: differences are multiplied into the matrices B. `--lora_path` is a file, a
+folder, or the name of a repository on the hub. The adapter may adapt attn1.to_q, to_k, to_v and to_out of any layers.
+
+Exit codes: 0 the folder is written, 2 the input has an error.
 """
 
 import logging
@@ -22,20 +23,25 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_tool(import_lora, arguments, logger.name)
 
 
 def import_lora(arguments: Sequence[str] | None) -> None:
+    """Convert an adapter as the arguments say."""
     parser = ToolParser(__doc__)
     parser.add_argument("--lora_path", required=True, metavar="PATH", help="file, folder, or repository on the hub")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the adapter's folder")
     parser.add_argument(
-        "--lora_alpha", type=positive, default=1.0, help="lora_alpha of configurations it will run with (default: 1)"
+        "--lora_alpha",
+        type=positive,
+        default=1.0,
+        help="lora_alpha for the configurations that will use it (default: 1)",
     )
     parser.add_argument(
         "--file_alpha",
         type=positive,
-        help="alpha that it was trained with (default: what the file says; if it says nothing, its rank)",
+        help="alpha of the training (default: the value in the file, or the rank)",
     )
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
@@ -63,7 +69,7 @@ def import_lora(arguments: Sequence[str] | None) -> None:
 
 
 def configuration(folder: Path, rank: int, alpha: float, layers: list[int]) -> str:
-    """The lines that put the adapter in `folder` into a configuration."""
+    """Return the configuration that adds the adapter in `folder`."""
     import yaml
 
     params = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "layer_range": layers}

@@ -1,13 +1,13 @@
-"""Adds LoRA adapters to the weights of their base model: one checkpoint that runs without a lora_config.
+"""Merge LoRA adapters into their base model: one checkpoint without a lora_config.
 
   python tools/merge_lora.py --load checkpoints/cogvideox_5b/transformer --lora ckpts/RUN --output checkpoints/merged
   python tools/merge_lora.py --load BASE --lora ckpts/STYLE:0.8 exported:0.5 --output OUT
 
-`--lora PATH:WEIGHT` adds an adapter at WEIGHT times its own strength; PATH is a run, one of its iterations (`1000`,
-`1000-ema`), a file, or a LoRA file or folder of diffusers. `--load` is a full checkpoint; an adapter in it is merged
-too. So is that of a run whose `training_config.yaml` says what it was trained on: `--load ckpts/RUN` alone will do.
-Sums are in float32, the result has the dtype of the base. Exit codes: 0 the checkpoint is written, 2 a mistake stands
-in the way.
+`--lora PATH:WEIGHT` adds an adapter at WEIGHT times its own strength. PATH is a run, one of its iterations (`1000`,
+`1000-ema`), a file, or a LoRA file or folder of diffusers. `--load` is a full checkpoint; if it contains an adapter,
+this adapter is merged, too. `--load` can also be a run whose `training_config.yaml` names its base model; then `--load
+ckpts/RUN` alone is enough. Sums are computed in float32, and the result has the dtype of the base. Exit codes: 0 the
+checkpoint is written, 2 the input has an error.
 """
 
 import logging
@@ -28,10 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_tool(merge, arguments, logger.name)
 
 
 def merge(arguments: Sequence[str] | None) -> None:
+    """Merge adapters as the arguments say."""
     parser = ToolParser(__doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="PATH", help="checkpoint of the base model")
     parser.add_argument(
@@ -39,7 +41,7 @@ def merge(arguments: Sequence[str] | None) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the merged checkpoint")
     parser.add_argument(
-        "--lora_alpha", type=positive, help="of all adapters (default: as recorded beside each; without that 1)"
+        "--lora_alpha", type=positive, help="alpha of all adapters (default: the value recorded beside each, or 1)"
     )
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
@@ -55,7 +57,7 @@ def merge(arguments: Sequence[str] | None) -> None:
     further = [(read_adapter(path, options.lora_alpha), weight) for path, weight in chosen]
     source = open_network(options.load, lora_alpha=options.lora_alpha, further=further)
     if not source.adapters:
-        raise UserError(f"{options.load} holds no adapter: name at least one with --lora")
+        raise UserError(f"--load: {options.load} holds no adapter; name at least one with --lora")
     if options.dry_run:
         show(source)
         return
@@ -72,4 +74,4 @@ def show(source: "NetworkSource") -> None:
     }
     for name, tensor in source.weights.like.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        logger.info("%s %s %s: %s", name, list(tensor.shape), dtype, "merged" if name in adapted else "as it is")
+        logger.info("%s %s %s: %s", name, list(tensor.shape), dtype, "merged" if name in adapted else "unchanged")

@@ -1,15 +1,16 @@
-"""Encodes a data set once through the VAE and the text encoder, so that training needs neither.
+"""Encode a data set once with the VAE and the text encoder, for faster training.
 
   python tools/precompute_latents.py --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --output data/latents
   torchrun --standalone --nproc_per_node=8 tools/precompute_latents.py --base ... --output data/latents
 
-The clips are those of `train_data`, read as `data:` says; every argument of sat/train_video.py is taken here too. Train
-with `--train_data data/latents` then. With the same seed, the losses are those of a run on the clips themselves as long
-as that cuts each clip at the same place: in its first epoch, or always with `random_start: false` in `data.params`.
-Validation data is encoded by a run of its own, with `--train_data VALIDATION --output data/latents_validation`.
+The clips are those of `train_data`, read as `data:` says; all arguments of sat/train_video.py are accepted. Afterwards,
+train with `--train_data data/latents`; training then needs neither the VAE nor the text encoder. With the same seed,
+the losses equal those of a run on the clips, as long as that run cuts each clip at the same place: in its first epoch,
+or always with `random_start: false` in `data.params`. Encode validation data separately, with `--train_data VALIDATION
+--output data/latents_validation`.
 
-A run that was cut off goes on where it was when it is started again, on any number of processes. Exit codes: 0 the
-cache is complete, 2 a mistake in the arguments or files stands in the way.
+To continue an interrupted run, start the same command again, on any number of processes. Exit codes: 0 the cache is
+complete, 2 the arguments or files have an error.
 """
 
 import argparse
@@ -40,14 +41,16 @@ IMAGE_VARIANTS = 4
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    # Each process of a launcher would say the same.
+    # Otherwise, each process of a launcher would log the same lines.
+    """Run the command; return its exit code."""
     level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
-    interrupted = "interrupted; start the same command again to go on"
+    interrupted = "interrupted; start the same command again to continue"
     return exit_code(lambda: precompute(command_line), logger, interrupted, command_line)
 
 
 def precompute(command_line: Sequence[str] | None) -> int:
+    """Encode the data set that the command line names; return the exit code."""
     adopt_launcher()
     options, rest = build_parser().parse_known_args(command_line)
     if options.output is None:
@@ -58,6 +61,7 @@ def precompute(command_line: Sequence[str] | None) -> int:
 
 
 def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int:
+    """Encode the data set of the given arguments; return the exit code."""
     if args.inspect_data:
         raise UserError(
             as_started("inspect_data: give it to sat/train_video.py, which shows the clips that are encoded here")
@@ -65,62 +69,65 @@ def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int
     variants = check(args, options.image_variants)
     tell_places()
     if args.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # SwissArmyTransformer imports DeepSpeed, which chooses then
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses at its import by SwissArmyTransformer
     quiet_libraries()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # This import takes seconds (PyTorch), so that it comes after all checks.
     from cogvideox_sat.training.latent_encoding import run
 
     return run(args, options.output, options.store, options.dtype, variants)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = StrictParser(
         description=as_started(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="the cache: a new folder, or one to go on with")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="the cache: a new folder, or an incomplete cache to continue"
+    )
     parser.add_argument(
         "--store",
         choices=STORES,
         default="moments",
-        help="of each clip its distribution, from which every epoch draws anew, or one draw, half as large "
+        help="store the distribution of each clip, from which every epoch draws anew, or one draw, half as large "
         "(default: moments)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of what is stored (default: that of the computation, which loses nothing)",
+        help="dtype to store (default: that of the computation, which loses nothing)",
     )
     parser.add_argument(
         "--image_variants",
         type=int,
         metavar="K",
-        help="for image-to-video: how often to encode the first frame, with the noise of as many epochs; later epochs "
-        f"go through them again (default: {IMAGE_VARIANTS})",
+        help="for image-to-video: number of encodings of the first frame, with the noise of as many epochs; later "
+        f"epochs reuse them (default: {IMAGE_VARIANTS})",
     )
     return parser
 
 
 def check(args: TrainingArguments, image_variants: int | None) -> int:
-    """The number of first frames to encode of each clip, 0 for text-to-video.
+    """Return the number of first frames to encode of each clip; 0 for text-to-video.
 
     Raises:
-        UserError: the data or a part of the model is not there, or not such as can be cached.
+        UserError: the data or a part of the model does not exist, or cannot be cached.
     """
     model = args.model_config
     check_model_values(model, args.sources)
     check_data_section(args.data_config, args.sources)
     if check_data(replace(args, valid_data=[])):
-        raise UserError("train_data is a cache of latents already: name the clips that it was made of")
+        raise UserError("train_data is already a cache of latents; name the clips that it was made from")
     if args.train_data_weights:
         raise UserError(
-            "train_data_weights: a cache does not tell its places apart, so that training could not weigh them; encode "
-            "each into a cache of its own, and give the weights to the training"
+            "train_data_weights: a cache does not record which data set a clip is from; encode each data set into its "
+            "own cache, and give the weights to the training"
         )
     check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(model))
     if args.model_parallel_size > 1:
-        raise UserError("model_parallel_size: the network is not used here, every process encodes clips: leave it at 1")
+        raise UserError("model_parallel_size: encoding does not use the network; leave model_parallel_size at 1")
     if model.get("latent_input"):
-        raise UserError("latent_input: the model takes latents as they are, there is nothing to encode")
+        raise UserError("latent_input: the model takes latents as they are, so that nothing is left to encode")
     text_embedder(model["conditioner_config"])
     first_stage = model["first_stage_config"].get("params") or {}
     if not first_stage.get("ckpt_path"):
@@ -129,7 +136,9 @@ def check(args: TrainingArguments, image_variants: int | None) -> int:
     check_parameters({"model": model, "data": args.data_config}, args.sources)
     if not model.get("noised_image_input"):
         if image_variants is not None:
-            raise UserError("image_variants is for image-to-video models, and this is a text-to-video model")
+            raise UserError(
+                "image_variants is for image-to-video models, but this is a text-to-video model; leave it out"
+            )
         return 0
     variants = IMAGE_VARIANTS if image_variants is None else image_variants
     if variants < 1:
