@@ -113,7 +113,7 @@ CASES = {
     "images for text-to-video": case("--image2video", says="this is a text-to-video model"),
     "image-to-video without": case("--no-image2video", i2v=True, says="set image2video: true"),
     "latent channels": case("--latent_channels", "8", says="latent_channels is 8; this model has 16"),
-    "an adapter without LoRA": case("--lora_load", "{folder}/there", says="use its '_lora' variant"),
+    "an adapter without LoRA": case("--lora_load", "{folder}/there", says="use the '_lora' twin"),
     # Files
     "no checkpoint": case("--load", "{folder}/gone", says="gone does not exist"),
     "no load": case(config={"args": {"load": None}}, says="load is missing"),

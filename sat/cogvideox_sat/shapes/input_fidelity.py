@@ -1,4 +1,4 @@
-"""Measures how a video keeps to the pictures and the clip of its request, and how its windows join."""
+"""Measure how a video matches its request's pictures and clip, and how its windows join."""
 
 import math
 from collections import defaultdict
@@ -13,9 +13,9 @@ from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest
 
-LEAST_DIFFERENCE = 1e-3  # of pixels in [-1, 1]: a video whose frames differ less shows no seams either
+LEAST_DIFFERENCE = 1e-3  # of pixels in [-1, 1]; if the frames of a video differ less, its seams are not visible
 
-# The measures and how the report names them. A mean over videos follows each name.
+# The names of the measures in the report; each is followed by a mean over videos.
 TITLES = {
     "first_frame_psnr": "First frame against its image, dB PSNR",
     "last_frame_psnr": "Last frame against its image, dB PSNR",
@@ -26,7 +26,7 @@ TITLES = {
 
 
 class InputFidelity:
-    """The measures of all videos, by name: one number for each video that has the input."""
+    """The measures of all videos, by name: one value for each video with the input."""
 
     def __init__(self) -> None:
         self.values: defaultdict[str, list[float]] = defaultdict(list)
@@ -36,7 +36,7 @@ class InputFidelity:
 
         Args:
             frames: (t, 3, height, width) in [-1, 1].
-            fps: frames a second.
+            fps: frames per second.
 
         Raises:
             UserError: a picture or the clip of the request cannot be read.
@@ -56,13 +56,17 @@ class InputFidelity:
             self.values["seam_ratio"].append(seam_ratio(frames, window))
 
     def means(self) -> dict[str, float]:
+        """Return the mean of each measure."""
         return {name: fmean(values) for name, values in self.values.items()}
 
 
 def window_frames(request: PromptRequest, frames: int) -> int | None:
-    """Return the frames of a window of a video of `frames` frames, None where the request has no further windows.
+    """Return the frames per window of a video, or None if its request has no further windows.
 
-    A clip that the video goes on from counts as the first window.
+    A clip that the video continues counts as the first window.
+
+    Args:
+        frames: number of frames of the video.
     """
     windows = len(request.windows)
     if not windows:
@@ -71,7 +75,7 @@ def window_frames(request: PromptRequest, frames: int) -> int | None:
 
 
 def seam_ratio(frames: Tensor, window: int) -> float:
-    """Return the mean difference of frames where windows join, as a multiple of the median over the whole video.
+    """Return the frame difference where windows join, relative to the median difference.
 
     Args:
         frames: (t, 3, height, width) in [-1, 1].

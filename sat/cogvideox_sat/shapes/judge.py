@@ -55,7 +55,7 @@ def judge(frames: Tensor, clips: float = 1.0) -> Scene:
 
     Returns:
         The background, and two, one or no items, the larger one first. "none" replaces what is not recognised. Phases,
-            offsets and the layout are not determined.
+        offsets and the layout are not determined.
     """
     pixels = _resized((frames.float().clamp(-1, 1) + 1) / 2)
     background, pattern, ground = find_background(pixels)
