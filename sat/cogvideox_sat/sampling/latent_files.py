@@ -1,4 +1,8 @@
-"""Read the headers of latent files: what decoding needs to know. Imports no PyTorch."""
+"""Read what decoding needs to know from files of latents, without PyTorch.
+
+A file holds `latents` (1, t, c, h, w) or (t, c, h, w), scaled as the network takes them, and optional metadata, which
+`sampling.record_making.latents_metadata` describes. Files are treated as untrusted.
+"""
 
 import json
 import math
