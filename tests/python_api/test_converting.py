@@ -42,8 +42,8 @@ def test_a_conversion_writes_what_the_command_writes(tiny, tmp_path):
     [
         ("merge_lora", {"loads": "x"}, "unrecognized arguments: --loads; did you mean --load?"),
         ("merge_lora", {"load": "/nowhere", "output": "x"}, "--load: /nowhere does not exist"),
-        ("merge_lra", {}, "name: there is no conversion 'merge_lra'; did you mean merge_lora?"),
-        ("xyz", {}, "name: there is no conversion 'xyz'; it can be convert_weight_hf2sat, "),
+        ("merge_lra", {}, "name: the conversion 'merge_lra' does not exist; did you mean merge_lora?"),
+        ("xyz", {}, "name: the conversion 'xyz' does not exist; it can be convert_weight_hf2sat, "),
         ("decode_latents", {}, "PATH"),
     ],
 )

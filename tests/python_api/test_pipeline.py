@@ -152,7 +152,7 @@ def test_memory_stays_what_it_is_over_a_hundred_calls(pipe):
         ({"prompt": 5}, "'prompt' must be a string, got 5"),
         ({"progress": 5}, "progress is 5; give a function"),
         ({"prompt": []}, "prompt: the list is empty"),
-        ({"prompt": [BOAT, KITE], "seed": [1]}, "seed: there are 1 values for 2 prompts"),
+        ({"prompt": [BOAT, KITE], "seed": [1]}, "seed: got 1 values for 2 prompts"),
         ({"prompt": [BOAT, {"prompt": KITE, "sede": 2}]}, "prompt 2: unknown key 'sede', did you mean 'seed'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What `import cogvideox_sat` offers to programs and notebooks: a model that is loaded once and called."""
+"""The Python interface, `import cogvideox_sat`: a model that is loaded once and called."""

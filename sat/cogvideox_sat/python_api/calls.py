@@ -1,6 +1,6 @@
-"""Turn the arguments of a call into requests: one prompt or several, each field once or once for each prompt.
+"""Turn the arguments of a call into requests for one or several prompts.
 
-Nothing here imports PyTorch.
+Each field is given once for all prompts, or once per prompt. This module imports no PyTorch.
 """
 
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ from cogvideox_sat.configuration.request_fields import FIELDS, checked_fields, n
 from cogvideox_sat.sampling.prompt_inputs import PromptRequest, found_files
 from sgm.errors import UserError, shown
 
-IN_MEMORY = "in memory"  # stands for a picture or clip that is no file while fields are checked
-SHOWN = ("image", "video", "keyframes")  # which may be pictures and clips in memory
-LISTS = ("size", "guidance_interval", "keyframes", "extend")  # a value of these may be a list
+IN_MEMORY = "in memory"  # replaces a picture or clip that is not a file while fields are checked
+SHOWN = ("image", "video", "keyframes")  # fields that may hold pictures and clips in memory
+LISTS = ("size", "guidance_interval", "keyframes", "extend")  # fields for which one value may be a list
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """What a request shows that is no file.
+    """The pictures and the clip of a request that are not files.
 
     Args:
         image: the first frame.
-        video: the clip; the request then names one that is called `IN_MEMORY`.
+        video: the clip; the request then names a clip called `IN_MEMORY`.
         keyframes: pictures, each with the number of its frame.
     """
 
@@ -35,15 +35,18 @@ class InMemory:
 def requests_of(
     prompt: Any, given: Mapping[str, Any], image_to_video: bool
 ) -> tuple[list[tuple[PromptRequest, InMemory]], bool]:
-    """Return the requests of a call, each with what it shows that is no file, and whether the call asks for a list.
+    """Return the requests of a call, and whether the call returns a list.
+
+    Each request comes with its pictures and clip that are not files.
 
     Args:
-        prompt: one, or a list; each a text, or a mapping with the fields of a line of a `.jsonl` file.
-        given: the other fields, for all prompts, or as a list with one value for each of them.
+        prompt: a prompt or a list of prompts; each is a text, or a mapping with the fields of a line of a `.jsonl`
+            file.
+        given: the other fields, each one value for all prompts, or a list with one value per prompt.
         image_to_video: whether the model takes images.
 
     Raises:
-        UserError: a field does not exist or is none of what it takes, or a list has another length.
+        UserError: a field does not exist or has an invalid value, or a list has the wrong length.
     """
     several = isinstance(prompt, list | tuple)
     prompts = list(prompt) if several else [prompt]
@@ -66,34 +69,34 @@ def spread(name: str, value: Any, count: int | None) -> list[Any]:
     """Return the value of a field for each prompt.
 
     Args:
-        count: the prompts of a list; None: there is one, which is no list.
+        count: number of prompts in a list; None: one prompt, not in a list.
 
     Raises:
-        UserError: it is a list of another length.
+        UserError: the value is a list of another length.
     """
     is_list = isinstance(value, list | tuple)
-    if name in LISTS and is_list and value:  # else it is one value, which is a list
+    if name in LISTS and is_list and value:  # a list of lists holds one value per prompt; other lists are one value
         inner = list | tuple | int | None.__class__ if name == "extend" else list | tuple | None.__class__
         is_list = isinstance(value[0], inner)
     if count is None or not is_list:
         return [value] * (count or 1)
     if len(value) != count:
-        raise UserError(f"{name}: there are {len(value)} values for {count} prompts; give one, or one for each")
+        raise UserError(f"{name}: got {len(value)} values for {count} prompts; give one value, or one per prompt")
     return list(value)
 
 
 def plain(value: Any) -> Any:
-    """Return a value with the numbers of NumPy and PyTorch in it as Python's own."""
+    """Return a value with numbers of NumPy and PyTorch converted to Python's numbers."""
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def request_of(fields: dict[str, Any], index: int, where: str, image_to_video: bool) -> tuple[PromptRequest, InMemory]:
-    """Return a request, and what it shows that is no file.
+    """Return a request, and its pictures and clip that are not files.
 
     Raises:
-        UserError: a field does not exist or is none of what it takes, or the model takes no image or needs one.
+        UserError: a field does not exist or has an invalid value, or the model takes no image or needs one.
     """
     fields = {name: value if name in SHOWN else plain(value) for name, value in fields.items()}
     fields, memory = without_memory(fields)
@@ -114,7 +117,7 @@ def request_of(fields: dict[str, Any], index: int, where: str, image_to_video: b
 
 
 def without_memory(fields: Mapping[str, Any]) -> tuple[dict[str, Any], InMemory]:
-    """Return the fields with `IN_MEMORY` in place of pictures and clips that are no files, and these."""
+    """Return the fields with `IN_MEMORY` for pictures and clips in memory, and these inputs."""
     named, memory = dict(fields), {}
     for name in ("image", "video"):
         value = named.get(name)

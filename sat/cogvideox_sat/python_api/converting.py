@@ -27,7 +27,7 @@ assert get_args(Conversion) == tuple(TOOLS)
 
 
 def convert(name: Conversion, *paths: str | Path, **options: Any) -> None:
-    """Convert weights, adapters or latents, as `cogvideox convert NAME` does, and write what it writes.
+    """Convert weights, adapters or latents, as `cogvideox convert NAME` does.
 
     `convert("merge_lora", load="checkpoints/cogvideox_5b/transformer", lora={"style": 0.8}, output="merged")`
 
@@ -37,9 +37,9 @@ def convert(name: Conversion, *paths: str | Path, **options: Any) -> None:
             LoRA file of diffusers; `import_hf_lora`: such a file to an adapter; `merge_lora`: a checkpoint and adapters
             to one checkpoint; `export_weights`: a checkpoint to one safetensors file; `precompute_latents`: clips and
             captions to latents; `decode_latents`: latents to videos.
-        paths: what the command takes without a flag: the files of `decode_latents`.
+        paths: arguments without a flag: the files for `decode_latents`.
         options: the flags of the command by name; a list for several values, a mapping for values `PATH:WEIGHT`, True
-            for a switch. None and False leave a flag out. `cogvideox convert NAME --help` lists them.
+            for a switch. None and False leave out a flag. `cogvideox convert NAME --help` lists them.
 
     Raises:
         UserError: the conversion or an option does not exist, or a value or a file is wrong; nothing is written then.
@@ -48,7 +48,7 @@ def convert(name: Conversion, *paths: str | Path, **options: Any) -> None:
     if plain not in TOOLS:
         near = difflib.get_close_matches(plain, TOOLS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"it can be {', '.join(TOOLS)}"
-        raise UserError(f"name: there is no conversion {shown(name)}; {advice}")
+        raise UserError(f"name: the conversion {shown(name)} does not exist; {advice}")
     words = [os.fspath(path) for path in paths]
     for option, value in options.items():
         words += flag(option, value)
@@ -58,7 +58,7 @@ def convert(name: Conversion, *paths: str | Path, **options: Any) -> None:
 
 
 def flag(name: str, value: Any) -> list[str]:
-    """Return the words of a command line that give an option its value."""
+    """Return the words of a command line that set an option."""
     if value is None or value is False:
         return []
     if value is True:
@@ -72,7 +72,7 @@ def flag(name: str, value: Any) -> list[str]:
 
 @contextmanager
 def logging_left_alone() -> Iterator[None]:
-    """Undo after the block what a command sets up for its own log."""
+    """Undo a command's changes to the logging setup after the block."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

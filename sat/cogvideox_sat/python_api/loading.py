@@ -1,4 +1,7 @@
-"""`load`: a model, ready to be called. PyTorch is imported once the arguments are known to make sense."""
+"""`load`: return a model that is ready to be called.
+
+PyTorch is imported after the arguments are checked.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp16": "fp16", "float16": "fp16", "half": "fp16", "bf16": "bf16", "bfloat16": "bf16"} | dict.fromkeys(
     ("fp32", "float32", "float"), ""
 )
-# Arguments of the command that say something about its files or its prompts, which a call has in its own way.
+# Arguments for files and prompts of the command; calls have their own ones.
 OF_THE_COMMAND = (
     *("input_type", "input_file", "output_dir", "only_save_latents", "overwrite", "skip_existing", "batch_size"),
     *("contact_sheet", "looping_previews", "refine_prompts", "image2video", "fp16", "bf16"),
@@ -40,32 +43,37 @@ def load(
     set: Mapping[str, Any] | None = None,  # as the flag is called
     **arguments: Any,
 ) -> "Pipeline":
-    """Return a model, ready to be called: `load("tiny")("a large red circle moving left").save("circle.mp4")`.
+    """Return a model that is ready to be called.
+
+    `load("tiny")("a large red circle moving left").save("circle.mp4")`
 
     Args:
         model: `tiny`, `tiny_i2v`, or the name of a released model such as `cogvideox_5b`; one or more configuration
-            files; the folder of a training run, or of one of its checkpoints; the folder of a pipeline of diffusers.
-        device: cpu, cuda or cuda:N; None: a GPU if there is one.
-        dtype: what to compute in: float16, bfloat16 or float32, as a name or of PyTorch; None: as the model's
-            configuration says.
-        offload: what leaves the device to make room, see docs/sampling.md, "Memory". None: nothing, so that all
-            weights are read now, and none later.
-        lora: adapters with their strengths, {path: 0.8, ...}, or a path or a list of paths, each with strength 1:
-            checkpoints with adapters in them, or LoRA files or folders of diffusers. They stay unmerged:
+            files; the folder of a training run or of one of its checkpoints; or the folder of a pipeline of diffusers.
+        device: cpu, cuda or cuda:N; None: a GPU if available.
+        dtype: the dtype of the computation: float16, bfloat16 or float32, as a name or as PyTorch's dtype; None: as in
+            the model's configuration.
+        offload: what leaves the device to make room; see docs/sampling.md, "Memory". None: nothing; all weights are
+            read now and stay on the device.
+        lora: adapters with their strengths, {path: 0.8, ...}; or a path or a list of paths, each with strength 1. Each
+            is a checkpoint with an adapter, or a LoRA file or folder of diffusers. Adapters are not merged;
             `pipe.set_lora` exchanges them.
-        fit: memory of the device to stay within, such as "12GB", or "auto": picks `offload` and other arguments.
+        fit: limit for the memory of the device, such as "12GB", or "auto"; chooses `offload` and other arguments.
         set: keys of the configuration with their values, such as {"model.sampler_config.params.num_steps": 20}.
-        arguments: others of the command `cogvideox sample`, such as `load`, `attention`, `vae_tile_size` or `seed`.
+        arguments: other arguments of the command `cogvideox sample`, such as `load`, `attention`, `vae_tile_size` or
+            `seed`.
 
     Raises:
-        UserError: the model, a file or the device does not exist; an argument does not exist or has a wrong value.
+        UserError: the model, a file or the device does not exist; an argument does not exist or has an invalid value.
     """
     check_settings(set)
     place = find_model(model)
     try:
         for name in arguments:
             if name in OF_THE_COMMAND:
-                raise UserError(f"{name}: it belongs to the command; a call has its prompts, images and files itself")
+                raise UserError(
+                    f"{name}: only the command takes this argument; give prompts, images and files to each call"
+                )
         values = {**place.values, **arguments, "offload": offload, "fit": fit, **precision_of(dtype)}
         if lora is not None or place.lora:
             values["lora"] = adapter_texts(place.lora if lora is None else lora)
@@ -74,7 +82,7 @@ def load(
         if offload is None and fit is None:
             values["offload"] = "none"
         args = arguments_from_names(place.base, values, set or {}, place.config)
-        if lora is not None or place.lora:  # also where it is empty, to be set later
+        if lora is not None or place.lora:  # also if it is empty, so that `set_lora` can be used later
             args.model_config = dict(without_adapter(args.model_config))
         limits = ModelLimits.from_config(args.model_config)
         args.image2video = limits.image_to_video
@@ -91,14 +99,16 @@ def load(
 
 
 def check_settings(settings: Any) -> None:
-    """Raises UserError unless `set` gives keys with their values, or nothing."""
+    """Check that `set` maps keys to values, or is None, else raise UserError."""
     if settings is not None and not isinstance(settings, Mapping):
         raise UserError(f"set is {shown(settings)}; give keys with their values, such as {{'model.scale_factor': 0.7}}")
 
 
 def settle_clip(args: SamplingArguments, limits: ModelLimits) -> None:
-    """Let videos be as long and as large as the model takes where nothing says their size, and the usual one is none
-    for the model."""
+    """Use the largest length and size of the model if the default ones do not fit it.
+
+    Values that the user gives are kept.
+    """
     if limits.takes(args.sampling_num_frames, *args.sampling_image_size):
         return
     if "sampling_num_frames" not in args.given and "frames" not in args.given:
@@ -108,19 +118,19 @@ def settle_clip(args: SamplingArguments, limits: ModelLimits) -> None:
 
 
 def opened(args: SamplingArguments, kept: Any) -> "Pipeline":
-    """Return a model whose arguments are known to make sense, with its weights."""
+    """Return the loaded model for checked arguments."""
     quiet_libraries()
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # These imports take seconds (PyTorch), so that they come after all checks.
     from cogvideox_sat.python_api.pipeline import Pipeline
     from cogvideox_sat.sampling.fitting import fitted
     from cogvideox_sat.sampling.requests import SessionSettings
     from cogvideox_sat.sampling.session import sessions_of_process
     from sgm.memory_errors import memory_guard
 
-    sessions_of_process.enter(args.model_parallel_size)  # what `fit` asks needs the groups that the session will have
+    sessions_of_process.enter(args.model_parallel_size)  # `fit` needs the process groups of the session
     try:
         with memory_guard("loading the model"):
-            # As with prompts that are typed: the text encoder stays.
+            # As with typed prompts, the text encoder stays loaded.
             args = replace(fitted(replace(args, input_type="cli"), None), input_type=args.input_type)
             pipe = Pipeline(args, SessionSettings.of_command(args), kept)
             try:
@@ -134,10 +144,10 @@ def opened(args: SamplingArguments, kept: Any) -> "Pipeline":
 
 
 def precision_of(dtype: Any) -> dict[str, bool]:
-    """Return `fp16` and `bf16` for a dtype; nothing for None.
+    """Return `fp16` and `bf16` for a dtype; an empty dictionary for None.
 
     Raises:
-        UserError: there is no such dtype.
+        UserError: the dtype does not exist or is not supported.
     """
     if dtype is None:
         return {}

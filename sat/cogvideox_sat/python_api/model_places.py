@@ -1,6 +1,7 @@
-"""Find what a program names as a model: a shipped one, configuration files, a run's folder, a pipeline of diffusers.
+"""Find the model that a program names.
 
-Nothing here imports PyTorch, but for a pipeline of diffusers, whose tensors say what it is.
+A model is a shipped one, configuration files, the folder of a run, or a pipeline of diffusers. PyTorch is imported only
+for a pipeline of diffusers, whose tensors tell which model it is.
 """
 
 import difflib
@@ -18,22 +19,22 @@ from cogvideox_sat.files.shipped import CONFIGS
 from sgm.errors import UserError, shown
 
 RUN_FILE = "training_config.yaml"
-PIPELINE_FILE = "model_index.json"  # as `sgm.weights` has it, which imports PyTorch
+PIPELINE_FILE = "model_index.json"  # same as in `sgm.weights`, which imports PyTorch
 YAML = (".yaml", ".yml")
-# Arguments of a training run that say how it was trained, and mean something else to sampling.
+# Arguments of a training run that describe the training and have another meaning for sampling.
 OF_TRAINING = ("lora_load", "resume", "seed", "device", "mode", "vae_tile_size", "vae_frames_at_once")
 
 
 @dataclass
 class ModelPlace:
-    """A model that was found.
+    """The location and settings of a model.
 
     Args:
         base: configuration files.
         config: a configuration in place of files.
-        values: arguments that belong to it, such as the checkpoint.
-        lora: adapters that belong to it, each with its strength.
-        kept: what has to stay as long as the model is used, such as a temporary folder.
+        values: arguments of the model, such as its checkpoint.
+        lora: adapters of the model with their strengths.
+        kept: resources that must exist as long as the model is used, such as a temporary folder.
     """
 
     base: Sequence[str | Path] = ()
@@ -44,27 +45,27 @@ class ModelPlace:
 
 
 def shipped_models() -> dict[str, Path]:
-    """Return the configurations of the models that come with the program, by the names that `load` takes."""
+    """Return the configurations of the shipped models, by the names that `load` takes."""
     released = {path.stem: path for path in sorted(CONFIGS.glob("cogvideox*.yaml")) if not path.stem.endswith("_lora")}
     tiny = {"tiny": CONFIGS / "tiny" / "cogvideox_tiny.yaml", "tiny_i2v": CONFIGS / "tiny" / "cogvideox_tiny_i2v.yaml"}
     return {**tiny, **released}
 
 
 def find_model(model: str | Path | Sequence[str | Path]) -> ModelPlace:
-    """Return where a model is.
+    """Return the location of a model.
 
     Args:
-        model: the name of a shipped one; one or more configuration files; the folder of a training run or of one of its
-            checkpoints; or the folder of a pipeline of diffusers.
+        model: the name of a shipped model; one or more configuration files; the folder of a training run or of one of
+            its checkpoints; or the folder of a pipeline of diffusers.
 
     Raises:
-        UserError: it is none of these.
+        UserError: `model` is none of these.
     """
     if isinstance(model, str) and (found := shipped_models().get(model.replace("-", "_").lower())):
         return ModelPlace(base=[found])
     if not isinstance(model, str | Path):
         if not isinstance(model, list | tuple) or not model or not all(isinstance(name, str | Path) for name in model):
-            raise UserError(f"model: {shown(model)} is no model; give a name, a folder, or configuration files")
+            raise UserError(f"model is {shown(model)}; give a name, a folder, or configuration files")
         return ModelPlace(base=list(model))
     if str(model).lower().endswith(YAML):
         return ModelPlace(base=[model])
@@ -82,14 +83,14 @@ def find_model(model: str | Path | Sequence[str | Path]) -> ModelPlace:
 
 
 def training_run(checkpoint: Path, file: Path) -> ModelPlace:
-    """Return the model of a training run: with its adapter, or with all of its weights.
+    """Return the model of a training run, with its adapter or with all its weights.
 
     Args:
         checkpoint: the folder of the run, or of one of its checkpoints.
-        file: the configuration of the run, which may name only classes of our own.
+        file: the configuration of the run, which may name only our own classes.
 
     Raises:
-        UserError: the configuration cannot be read, or describes no model.
+        UserError: the configuration cannot be read or does not describe a model.
     """
     config = load_configs([file], used=("model",), trusted=False)
     section = plain_model_section(config.get("model") or {})
@@ -100,12 +101,12 @@ def training_run(checkpoint: Path, file: Path) -> ModelPlace:
 
 
 def pipeline(folder: Path) -> ModelPlace:
-    """Return the model of a pipeline of diffusers, whose weights are read where they are.
+    """Return the model of a pipeline of diffusers, whose weights are read in place.
 
-    Its configuration, and a folder of links to the files of its text encoder and tokenizer, are temporary.
+    The configuration, and a folder of links to the files of the text encoder and tokenizer, are temporary.
 
     Raises:
-        UserError: it is no pipeline of CogVideoX, or its text encoder is missing.
+        UserError: the folder is not a pipeline of CogVideoX, or its text encoder is missing.
     """
     from cogvideox_sat.conversion.config_writing import model_config, write_yaml
     from cogvideox_sat.conversion.pipeline_reading import read_pipeline
@@ -113,7 +114,7 @@ def pipeline(folder: Path) -> ModelPlace:
     folder = folder.resolve()
     found = read_pipeline(folder, None, with_text=True)
     if found.text_files is None:
-        raise UserError(f"model: {folder} has no text_encoder; put the folders text_encoder and tokenizer there")
+        raise UserError(f"model: {folder} has no text_encoder; add the folders text_encoder and tokenizer")
     kept = ExitStack()
     temporary = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="cogvideox-")))
     try:

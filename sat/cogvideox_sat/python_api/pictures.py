@@ -1,4 +1,4 @@
-"""Pictures and clips of a call that are no files: arrays, tensors and pictures of Pillow's."""
+"""Pictures and clips of a call that are not files: arrays, tensors, Pillow's pictures."""
 
 from functools import partial
 from typing import Any
@@ -15,15 +15,15 @@ from sgm.errors import UserError, shown
 
 
 def fitted(picture: Image.Image | Tensor, size: tuple[int, int]) -> PixelSource:
-    """Return a picture for a request of a size (height, width); a tensor has it already."""
+    """Return a picture for a request of `size` (height, width); tensors already have it."""
     return picture if isinstance(picture, Tensor) else partial(fitted_image, picture, size)
 
 
 def input_clip(video: Any, where: str) -> np.ndarray | Tensor:
-    """Return a clip that is no file: an array (t, h, w, 3) of uint8, or a tensor.
+    """Return a clip that is not a file: an array (t, h, w, 3) of uint8, or a tensor.
 
     Raises:
-        UserError: it is something else.
+        UserError: the clip is something else.
     """
     if isinstance(video, Tensor):
         return video
@@ -34,7 +34,10 @@ def input_clip(video: Any, where: str) -> np.ndarray | Tensor:
 
 
 def fitted_clip(clip: np.ndarray | Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a clip (t, 3, height, width) in [-1, 1] that covers `size`; a tensor stays as it is."""
+    """Return a clip (t, 3, height, width) in [-1, 1], scaled and cropped to `size`.
+
+    A tensor is returned unchanged.
+    """
     if isinstance(clip, Tensor):
         return clip
     frames = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
@@ -42,10 +45,10 @@ def fitted_clip(clip: np.ndarray | Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def first_frame(image: Any, where: str) -> Image.Image | Tensor:
-    """Return a first frame that is no file: a picture in RGB, or a tensor as it is.
+    """Return a first frame that is not a file: a picture in RGB, or an unchanged tensor.
 
     Raises:
-        UserError: it is something else.
+        UserError: the image is something else.
     """
     if isinstance(image, Tensor):
         return image

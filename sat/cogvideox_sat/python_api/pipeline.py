@@ -42,21 +42,22 @@ from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
 from diffusion_video import PARTS
 from sgm.errors import UserError, shown
 
-PLACE = Path("000000.mp4")  # of a video that may never become a file
+PLACE = Path("000000.mp4")  # path for planning a video that may never be written
 
 Prompt = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Update:
-    """How far a call is.
+    """The progress of a call.
 
     Attributes:
-        stage: what comes next or goes on: `text`, `image` (or `video`), `sampling`, `decoding`, or `done`.
-        step, steps: of the sampling steps of this video, those done and all; `step` is 0 before the first.
-        video, videos: which of the videos of the call it is, from 0, and how many these are.
-        denoised: after a step, the present estimate of the video's `latents`, on the pipeline's device, not to be
-            changed; see `Pipeline.preview`. It costs nothing. None: there is none yet, or the sampler does not tell it.
+        stage: the current or next stage: `text`, `image` (or `video`), `sampling`, `decoding`, or `done`.
+        step, steps: completed and total sampling steps of this video; `step` is 0 before the first one.
+        video, videos: index of the video, from 0, and number of videos of the call.
+        denoised: after a step, the current estimate of the video's `latents`, on the pipeline's device, which must not
+            be changed; see `Pipeline.preview`. It costs nothing. None: no estimate exists yet, or the sampler reports
+            none.
     """
 
     stage: str
@@ -68,31 +69,35 @@ class Update:
 
 
 class Pipeline:
-    """A model that is loaded once: `pipe("a red kite", seed=1).save("kite.mp4")`. Made by `load`.
+    """A model that is loaded once: `pipe("a red kite", seed=1).save("kite.mp4")`.
 
-    Calls from several threads take turns. As a context manager, or by `close`, it gives its memory back.
+    `load` creates it. Calls from several threads run one after the other. Its memory is freed at the end of a `with`
+    block, or by `close`.
 
     Attributes:
-        args: the arguments of the command that would do the same.
-        session: what samples; see `sampling.session`.
+        args: the arguments with which the command would do the same.
+        session: the sampling session; see `sampling.session`.
     """
 
     def __init__(self, args: SamplingArguments, settings: SessionSettings, kept: ExitStack):
         self.args, self._kept = args, kept
         self._turn = Lock()
         self._cancellations = 0
-        self._recorders: dict[tuple[str, ...], Recorder] = {}  # by the adapters that were on
+        self._recorders: dict[tuple[str, ...], Recorder] = {}  # by the adapters in use
         self.session = SamplingSession(settings)
 
     def load_weights(self) -> None:
-        """Read all weights now, rather than in the first call; with `offload` other than none, nothing is read."""
+        """Read all weights now, instead of in the first call.
+
+        With `offload` other than none, nothing is read.
+        """
         if self.args.offload == "none":
             for part in PARTS:
                 self.session.load(part)
 
     @property
     def fields(self) -> dict[str, OfferedField]:
-        """Return the fields of a request by name, each with what this model takes: type, limits, choices, default."""
+        """Return the fields of a request by name, with type, limits, choices and default."""
         args, limits = self.args, self.session.limits
         usual: dict[str, Any] = {
             "negative_prompt": args.negative_prompt,
@@ -136,39 +141,40 @@ class Pipeline:
     ) -> Video | list[Video]:
         """Return the video of a prompt, or the videos of a list of prompts.
 
-        A prompt is a text, or a mapping with the fields of a line of a `.jsonl` file. Each other field is given once,
-        or as a list with one value for each prompt. What is left out is as the model's configuration says;
-        `pipe.fields` tells what that is and what the model takes.
+        A prompt is a text, or a mapping with the fields of a line of a `.jsonl` file. Each other field is one value, or
+        a list with one value per prompt. Defaults are those of the model's configuration; `pipe.fields` shows them, and
+        the values that the model takes.
 
         Args:
-            prompt: what the video shows.
-            negative_prompt: what guidance steers away from.
-            image: the first frame, for image-to-video models: a path, a picture of Pillow's, an array (h, w, 3) of
-                uint8, or a tensor (3, height, width) in [-1, 1] of the video's size.
-            keyframes: other frames of image-to-video models, mappings with `image`, as above, and `at`, the number of
-                the frame; -1 is the last.
-            video: a clip that the video starts from: a path, an array (t, h, w, 3) of uint8, or a tensor
-                (t, 3, height, width) in [-1, 1] of the video's size; both at the rate of the video. With `extend` and
-                without `strength` it stays as it is and is continued.
-            strength: share of the steps that is taken from the clip: 0 keeps it, 1 leaves nothing of it. Default: 0.8.
-            extend: a number of further windows that go on from the last frames, or their prompts.
-            seed: of the noise. For several prompts one seed is that of a run of the command, from which each prompt's
-                own follows; a list gives each its own. Default: 1234.
+            prompt: description of the video.
+            negative_prompt: description that guidance steers away from.
+            image: the first frame, for image-to-video models: a path, a Pillow picture, an array (h, w, 3) of uint8, or
+                a tensor (3, height, width) in [-1, 1] of the video's size.
+            keyframes: other frames, for image-to-video models: mappings with `image`, as above, and `at`, the number of
+                the frame; -1 is the last frame.
+            video: a clip that sampling starts from: a path, an array (t, h, w, 3) of uint8, or a tensor (t, 3, height,
+                width) in [-1, 1] of the video's size. Arrays and tensors have the frame rate of the video. With
+                `extend` and without `strength`, the clip is kept unchanged and continued.
+            strength: share of the steps that is sampled from the noised clip: 0 keeps the clip, 1 keeps nothing of it.
+                Default: 0.8.
+            extend: number of further windows that continue the last frames, or their prompts.
+            seed: seed of the noise. For several prompts, one seed is used as in a run of the command, which derives a
+                seed for each prompt; a list gives each prompt its own seed. Default: 1234.
             size: (height, width) in pixels.
             frames: length in frames.
             num_frames: length in latent frames, in place of `frames`.
-            fps: frames a second of the file.
+            fps: frames per second of the file.
             steps: sampling steps.
-            sampler: its short name or its class, see docs/sampling.md, "Knobs of the sampler".
-            guidance_scale: how strongly the prompt guides.
-            guidance_interval: from which share of the steps to which there is guidance, such as (0.2, 0.8).
-            guidance_schedule: how the strength of guidance goes with the steps: timestep, diffusers, step or constant.
-            progress: called with an `Update` whenever something is done; an exception that it raises ends the call.
-                True: a bar; False: nothing; None: a bar in a notebook and in a terminal.
+            sampler: short name or class of the sampler; see docs/sampling.md, "Knobs of the sampler".
+            guidance_scale: strength of the prompt's guidance.
+            guidance_interval: the part of the steps with guidance, such as (0.2, 0.8).
+            guidance_schedule: how guidance changes with the steps: timestep, diffusers, step or constant.
+            progress: called with an `Update` after each piece of work; an exception that it raises ends the call. True:
+                a bar; False: nothing; None: a bar in a notebook and in a terminal.
 
         Raises:
-            UserError: a field does not exist, or its value is none that the model takes; memory is full.
-            SamplingCancelled: `cancel` was called meanwhile.
+            UserError: a field does not exist, or has a value that the model does not take; or memory is full.
+            SamplingCancelled: `cancel` was called during the call.
             RuntimeError: the pipeline is closed.
         """
         given = {
@@ -210,7 +216,7 @@ class Pipeline:
             for number, (planned, asked) in enumerate(jobs):
                 told = partial(tell, video=number, videos=len(jobs))
                 with closing(self.session.sample(asked)) as events:
-                    if self._cancellations != cancellations:  # while it waited, or between two videos
+                    if self._cancellations != cancellations:  # cancelled while this call waited, or between two videos
                         raise SamplingCancelled("the call is cancelled")
                     videos.append(self._made(events, planned, asked, told, args))
         return videos if several else videos[0]
@@ -218,7 +224,7 @@ class Pipeline:
     def _planned(
         self, request: PromptRequest, memory: InMemory, args: SamplingArguments, several: bool
     ) -> tuple[PlannedVideo, SampleRequest]:
-        """Return the video of a request, and what the session is asked for."""
+        """Return the planned video of a request, and its request to the session."""
         where, limits = f"prompt {request.index + 1}: " if several else "", self.session.limits
         picture = None if memory.image is None else first_frame(memory.image, f"{where}image")
         if picture is not None and request.size is None and args.size_from_image:
@@ -242,7 +248,9 @@ class Pipeline:
         if clip is not None:
             used = clip if request.goes_on else clip[: limits.video_frames(planned.frames)]
             pixels = fitted_clip(used, planned.size)
-            if asked.image is not None and picture is None and request.image is None:  # it is that of the clip
+            if (
+                asked.image is not None and picture is None and request.image is None
+            ):  # the image is the clip's first frame
                 asked = replace(asked, image=pixels[0])
             asked = replace(asked, video=pixels)
         self.session.steps_of(planned.steps, planned.knobs, f"{where}steps")
@@ -257,7 +265,7 @@ class Pipeline:
         tell: Callable[..., None],
         args: SamplingArguments,
     ) -> Video:
-        """Return the video that the events of a request lead to."""
+        """Return the video that results from the events of a request."""
         frames: list[Tensor] = []
         latents = torch.empty(0)
         steps = self.session.steps_taken(asked)
@@ -293,7 +301,7 @@ class Pipeline:
         return self._recorder_of(args).metadata(planned)
 
     def _recorder_of(self, args: SamplingArguments) -> Recorder:
-        """Return what makes records; weights are hashed when the first one is asked for."""
+        """Return the recorder for these adapters; the first record starts hashing the weights."""
         kept = self._recorders.get(tuple(args.lora))
         if kept is None:
             kept = self._recorders[tuple(args.lora)] = Recorder(self.session.engine, args)
@@ -301,17 +309,17 @@ class Pipeline:
 
     @property
     def lora(self) -> dict[str, float]:
-        """Return the adapters that are on the network, by path, with their strengths."""
+        """Return the adapters in use, by path, with their strengths."""
         return {str(path): weight for path, weight in map(path_and_weight, self.args.lora)}
 
     def set_lora(self, lora: Mapping[str | Path, float] | Sequence[str | Path] | str | Path) -> None:
-        """Have these adapters, each with its strength, and no others from the next call on; the network stays loaded.
+        """Use exactly these adapters from the next call on, without loading the network again.
 
         Args:
-            lora: as of `load`; {} for none.
+            lora: as for `load`; {} for none.
 
         Raises:
-            UserError: an adapter does not exist or does not fit, or the model has one of its configuration's own.
+            UserError: an adapter does not exist or does not fit, or the model's configuration has its own adapter.
         """
         found = located_adapters(adapter_texts(lora), "lora")
         with self._turn:
@@ -319,10 +327,10 @@ class Pipeline:
             self.args = replace(self.args, lora=[f"{path}:{weight!r}" for path, weight in found])
 
     def preview(self, update: Update) -> np.ndarray | None:
-        """Return what the first frame would be if sampling ended now: (height, width, 3), uint8.
+        """Return the first frame as it would be if sampling ended now: (height, width, 3), uint8.
 
-        To be called from `progress`; decodes one latent frame of `update.denoised`. None: there is no estimate, or the
-        VAE is not loaded, as with `offload` other than none.
+        Call this from `progress`. It decodes one latent frame of `update.denoised`. The result is None if no estimate
+        exists, or if the VAE is not loaded, as with `offload` other than none.
         """
         engine = self.session.engine
         if update.denoised is None or engine.first_stage_model is None:
@@ -333,15 +341,15 @@ class Pipeline:
         return pixels_of(rearrange(frames, "1 c t h w -> t c h w"))[0].numpy()
 
     def cancel(self) -> None:
-        """End all calls that run or wait for their turn, each at its next step; they raise SamplingCancelled.
+        """End all calls that run or wait; each ends at its next step with SamplingCancelled.
 
-        May be called from another thread, or from `progress`. Later calls are not affected.
+        Another thread may call this, or `progress`. Later calls are not affected.
         """
         self._cancellations += 1
         self.session.cancel()
 
     def close(self) -> None:
-        """End all calls and give the memory of the model back; a second call does nothing."""
+        """End all calls and free the memory of the model; a second call does nothing."""
         self.cancel()
         self.session.close()
         for recorder in self._recorders.values():
@@ -363,7 +371,7 @@ class Pipeline:
 
 
 def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[str, Any]:
-    """Return the fields of a request with all that it had left open, which make the same video again."""
+    """Return the fields of a request with all defaults filled in: they make the video again."""
     image = planned.request.image if planned.request.image is not None else asked.image
     if isinstance(image, partial):
         image = image.args[0]
@@ -383,7 +391,7 @@ def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[s
 
 
 def shown_fields(planned: PlannedVideo, asked: SampleRequest) -> dict[str, Any]:
-    """Return the fields of what a request shows besides its first frame, and how it goes on; None: it does not."""
+    """Return the fields for key frames, a clip and further windows; None for absent ones."""
     request = planned.request
     files = {key_frame.at: str(key_frame.path) for key_frame in request.keyframes}
     told = [{"image": files.get(key_frame.at, key_frame.image), "at": key_frame.at} for key_frame in asked.key_frames]
@@ -401,7 +409,7 @@ def shown_progress(
     jobs: Sequence[tuple[PlannedVideo, SampleRequest]],
     session: SamplingSession,
 ) -> Iterator[Callable[..., None]]:
-    """Yield what is told about the progress of a call: a function of `Update`'s attributes."""
+    """Yield the function that reports the progress of a call, with `Update`'s attributes."""
     if callable(progress):
         yield lambda *values, **named: progress(Update(*values, **named))
         return
@@ -421,5 +429,5 @@ def shown_progress(
 
 
 def is_interactive() -> bool:
-    """Return whether somebody sees what is shown: in a notebook, or in a terminal."""
+    """Return whether the output is a notebook or a terminal."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()

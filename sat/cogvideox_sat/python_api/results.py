@@ -1,4 +1,4 @@
-"""A video that was sampled: its frames, its latents, and what made it."""
+"""A sampled video: its frames, its latents, and the request that made it."""
 
 import base64
 import html
@@ -24,8 +24,8 @@ class Video:
     Attributes:
         frames: (frames, height, width, 3), uint8, RGB.
         latents: (1, frames, channels, height, width), float32, scaled, on the CPU.
-        fps: frames a second.
-        request: the fields of the request, with all that it had left open: `pipe(**request)` makes the video again.
+        fps: frames per second.
+        request: the fields of the request with all defaults filled in; `pipe(**request)` makes the same video again.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class Video:
         self._record, self._metadata = record, metadata
 
     def save(self, path: str | Path, *, record: bool = True) -> Path:
-        """Write the video, and beside it what made it; return its path.
+        """Write the video, and its record beside it; return the path of the video.
 
-        The bytes are those that the command `cogvideox sample` writes for the same request. A file that exists is
-        replaced; both appear when they are complete.
+        The bytes are the same as those of the command `cogvideox sample` for the same request. An existing file is
+        replaced. Both files are written atomically.
 
         Args:
-            path: ends with `.mp4`; or with `.safetensors`, for the latents alone.
-            record: write `NAME.json` too, from which `cogvideox sample --input_file NAME.json` makes the video again;
-                it replaces the record of an earlier video, and nothing else.
+            path: ends with `.mp4`, or with `.safetensors` to write only the latents.
+            record: also write `NAME.json`, with which `cogvideox sample --input_file NAME.json` makes the video again.
+                It replaces the record of an earlier video, but no other file.
 
         Raises:
-            UserError: the path has another ending or cannot be written, or `NAME.json` is something else.
+            UserError: the path has another ending or cannot be written, or `NAME.json` exists and is not a record.
         """
         if not isinstance(path, str | Path):
             raise UserError(f"path is {shown(path)}; give the name of a file that ends with {SUFFIX}")
@@ -75,7 +75,7 @@ class Video:
             writer.write_pixels(torch.from_numpy(self.frames))
 
     def _repr_html_(self) -> str:
-        """Return the video as a notebook shows it."""
+        """Return the video as HTML for a notebook."""
         with tempfile.TemporaryDirectory(prefix="cogvideox-") as folder:
             path = Path(folder) / f"video{SUFFIX}"
             self._write(path)
@@ -88,7 +88,7 @@ class Video:
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        """Return the video as a notebook shows it, and as a text."""
+        """Return the video as HTML for a notebook, and as text."""
         return {"text/html": self._repr_html_(), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
@@ -97,10 +97,10 @@ class Video:
 
 
 def check_replaceable(path: Path) -> None:
-    """Check that a file is the record of a video, which a new one may replace, else raise UserError."""
+    """Check that a file is the record of a video, which may be replaced, else raise UserError."""
     try:
         if not is_record(path):
-            raise UserError("it is none")
+            raise UserError("not a record")
         read_record(path)
     except UserError as error:
         raise UserError(

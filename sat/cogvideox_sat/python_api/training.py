@@ -1,4 +1,4 @@
-"""`train`: fine-tuning as a function, and the run that it leaves."""
+"""`train`: fine-tuning as a function, and the run that results."""
 
 import json
 import subprocess
@@ -28,29 +28,31 @@ class TrainingRun:
     """A run that has ended.
 
     Args:
-        folder: of the run: checkpoints, metrics, samples. `load(run.folder)` samples with what it has trained.
+        folder: folder of the run, with checkpoints, metrics and samples. `load(run.folder)` samples with the trained
+            weights.
     """
 
     folder: Path
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return what was recorded while training, a mapping for each line of `metrics.jsonl`."""
+        """Return the recorded metrics, a mapping for each line of `metrics.jsonl`."""
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     def videos(self, name: str | None = None) -> list[RunVideo]:
-        """Return the videos that were made while training, in their order: `step`, `name`, `path`, `prompt`, `shows`.
+        """Return the videos that were made while training, in their order.
+
+        Each has `step`, `name`, `path`, `prompt` and `shows`.
 
         Args:
-            name: of those that are wanted, or the first part of it, such as `valid_prompts/0` or `valid_prompts`; None:
-                all.
+            name: name of the wanted videos, or its first part, such as `valid_prompts/0` or `valid_prompts`; None: all.
         """
         videos = read_videos(self.folder)
         return [video for video in videos if name is None or name in (video.name, video.name.partition("/")[0])]
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Return the folders of the checkpoints that were kept, the oldest first."""
+        """Return the folders of the kept checkpoints, the oldest first."""
         found = [path for path in self.folder.iterdir() if path.is_dir() and path.name.isdecimal()]
         return sorted(found, key=lambda path: int(path.name))
 
@@ -62,19 +64,19 @@ def train(
     set: Mapping[str, Any] | None = None,  # as the flag is called
     **arguments: Any,
 ) -> TrainingRun:
-    """Fine-tune a model, as `cogvideox train` does, and return the run once it has ended.
+    """Fine-tune a model, as `cogvideox train` does, and return the run when it has ended.
 
     `train(["configs/cogvideox_2b_lora.yaml", "configs/sft.yaml"], train_data="clips", train_iters=500)`
 
     Args:
-        config: configuration files, later ones overriding earlier ones; or arguments that are complete.
-        processes: how many to train on; more than one are started as torchrun does.
+        config: configuration files, of which later ones override earlier ones; or complete arguments.
+        processes: number of processes; several are started as with torchrun.
         set: keys of the configuration with their values, such as {"deepspeed.optimizer.params.lr": 1e-4}.
-        arguments: those of the command, such as `train_data`, `train_iters`, `save`, `resume`; see
+        arguments: arguments of the command, such as `train_data`, `train_iters`, `save`, `resume`; see
             docs/fine_tuning.md.
 
     Raises:
-        UserError: an argument does not exist or has a wrong value, a file is missing, or the run cannot go on.
+        UserError: an argument does not exist or has an invalid value, a file is missing, or the run cannot continue.
     """
     if type(processes) is not int or processes < 1:
         raise UserError(f"processes is {shown(processes)}; expected a whole number of at least 1")
@@ -83,7 +85,9 @@ def train(
         raise UserError(f"config is {shown(config)}; give configuration files (.yaml)")
     if isinstance(config, TrainingArguments):
         if arguments or set:
-            raise UserError(f"config: it is complete; leave out {', '.join([*arguments, *(set or {})])}, or change it")
+            raise UserError(
+                f"config: it is complete; leave out {', '.join([*arguments, *(set or {})])}, or change config"
+            )
         args = config
     else:
         base = [config] if isinstance(config, str | Path) else list(config)
@@ -99,22 +103,22 @@ def train(
     else:
         train_in_processes(args, processes)
     changed = [run for run in runs_of(settings) if last_change(run) != before.get(run)]
-    if not changed:  # `resume` named one that was complete
+    if not changed:  # `resume` named a complete run
         changed = list(before) or [Path(args.save)]
     return TrainingRun(max(changed, key=last_change))
 
 
 def last_change(run: Path) -> int:
-    """Return when a run last saved something, in nanoseconds; 0 for a folder that is none."""
+    """Return when a run last saved a checkpoint, in nanoseconds; 0 if the folder is not a run."""
     latest = run / "latest"
     return latest.stat().st_mtime_ns if latest.is_file() else 0
 
 
 def train_in_processes(args: TrainingArguments, processes: int) -> None:
-    """Train in several processes, whose output goes where this one's goes.
+    """Train in several processes, whose output goes to this process's output.
 
     Raises:
-        UserError: with the line that they end with.
+        UserError: the training failed; the message is the error line of the training.
     """
     with tempfile.TemporaryDirectory(prefix="cogvideox-") as folder:
         file = Path(folder) / "training_config.yaml"
@@ -131,4 +135,4 @@ def train_in_processes(args: TrainingArguments, processes: int) -> None:
             if line.startswith("error: "):
                 reason = line.removeprefix("error: ").strip()
         if process.wait():
-            raise UserError(reason or f"training ended with the exit code {process.returncode}; the log says why")
+            raise UserError(reason or f"training ended with the exit code {process.returncode}; see its log")
