@@ -1,7 +1,8 @@
-"""The arguments of the sampling command: from where they are read, and what they may be; `argument_lists` has the list.
+"""The arguments of the sampling command: where they are read, and which values are valid.
 
-An argument is a field of `SamplingArguments`. It may be given on the command line (`--name value`) or in the `args:`
-section of a configuration file; the command line wins. Nothing here imports PyTorch.
+`argument_lists` lists them. An argument is a field of `SamplingArguments`. It can be given on the command line (`--name
+value`) or in the `args:` section of a configuration file; the command line overrides the file. This module imports no
+PyTorch.
 """
 
 import argparse
@@ -30,13 +31,13 @@ EXCLUSIVE = (argument_schema.PRECISIONS, ("overwrite", "skip_existing"))
 
 
 def get_args(command_line: Sequence[str] | None = None, complete: bool = True) -> SamplingArguments:
-    """Read the command line and the configuration files it names.
+    """Read the command line and the configuration files that it names.
 
     Args:
-        complete: what is needed to sample has to be there: a checkpoint, and prompts.
+        complete: require everything that sampling needs: a checkpoint, and prompts.
 
     Raises:
-        UserError: a file is missing or malformed, an argument is unknown or has a wrong value.
+        UserError: a file is missing or malformed, or an argument is unknown or has an invalid value.
         SystemExit: for `--help`.
     """
     given, config = argument_schema.read_command_line(
@@ -57,15 +58,16 @@ def arguments_from_names(
     settings: Mapping[str, Any],
     config: MergedConfig | None = None,
 ) -> SamplingArguments:
-    """Return the arguments that a program gives by name, as the command has those of a command line.
+    """Return the arguments that a program gives by name, as for a command line.
 
     Args:
         base: configuration files.
-        settings: keys that are set on top of them, see `configuration.single_keys`.
+        values: arguments by name.
+        settings: keys that override the configuration files; see `configuration.single_keys`.
         config: a configuration in place of files.
 
     Raises:
-        UserError: as `get_args`.
+        UserError: see `get_args`.
     """
     given = argument_schema.given_values(SamplingArguments, values)
     named: dict[str, Any] = {**given, **({"base": list(base)} if base else {})}
@@ -77,10 +79,10 @@ def arguments_from_names(
 
 
 def arguments_of(given: Mapping[str, Any], config: MergedConfig, complete: bool = True) -> SamplingArguments:
-    """Return the arguments of a merged configuration, with those that are `given` beside it in their place.
+    """Return the arguments of a merged configuration, overridden by those in `given`.
 
     Raises:
-        UserError: as `get_args`.
+        UserError: see `get_args`.
     """
     with config.sources.naming(given):
         check_alternatives(given)
@@ -90,7 +92,7 @@ def arguments_of(given: Mapping[str, Any], config: MergedConfig, complete: bool 
         for sentence in argument_schema.unused_model_keys(config.get("model") or {}):
             logger.warning(sentence)
         record = recorded_video({**section, **given})
-        if record is not None:  # what made the video comes before what the files say
+        if record is not None:  # the record of the video overrides the files
             recorded = argument_schema.check_section(SamplingArguments, record.arguments())
             section = {name: value for name, value in section.items() if name not in record.arguments()}
             section = without_alternatives(section, recorded) | recorded
@@ -107,16 +109,16 @@ def arguments_of(given: Mapping[str, Any], config: MergedConfig, complete: bool 
 
 
 def without_alternatives(section: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """Return the `args:` section without what is given under another name, for the same thing."""
+    """Return the `args:` section without arguments that are given under another name."""
     others = {name: other for pair in ALTERNATIVES for name, other in (pair, pair[::-1])}
     return {name: value for name, value in section.items() if others.get(name) not in given}
 
 
 def settle_knobs(args: SamplingArguments) -> None:
-    """Let `frames` and `steps` be the arguments that they stand for.
+    """Set the arguments for which `frames` and `steps` are other names.
 
     Raises:
-        UserError: the model makes no video of so many frames.
+        UserError: the model cannot make a video of `frames` frames.
     """
     for name in ("frames", "steps"):
         check_argument(name, getattr(args, name))
@@ -127,7 +129,10 @@ def settle_knobs(args: SamplingArguments) -> None:
 
 
 def settle_size(args: SamplingArguments, given: bool) -> None:
-    """Let each image tell the size of its video, if none is given and the model takes any shape: 1.5 image-to-video."""
+    """Let each image determine the size of its video if no size is given.
+
+    This is for models that take any shape: 1.5 image-to-video.
+    """
     limits = ModelLimits.from_config(args.model_config)
     if not given and limits.image_to_video and limits.patch[0] > 1:
         args.size_from_image = True
@@ -135,19 +140,20 @@ def settle_size(args: SamplingArguments, given: bool) -> None:
 
 
 def recorded_video(values: Mapping[str, Any]) -> VideoRecord | None:
-    """Return the record that `input_file` is, or None for another file."""
+    """Return the record in `input_file`, or None if the file is not a record."""
     if values.get("input_type", "txt") != "txt" or not is_record(values.get("input_file")):
         return None
     return read_record(Path(located(values["input_file"], "input_file")))
 
 
 def recorded_model(given: dict[str, Any]) -> MergedConfig | None:
-    """Return the model's configuration from the record of a video, for a command line that names no other."""
+    """Return the model's configuration from a record, for command lines that name no files."""
     record = recorded_video(given)
     return None if record is None else record.model()
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     return argument_schema.build_parser(
         SamplingArguments,
         "Sample videos from prompts.",
@@ -157,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_values(args: SamplingArguments, complete: bool = True) -> None:
-    """What can be said about the values without looking at the model; see `get_args`."""
+    """Check the values as far as possible without the model; see `get_args`."""
     argument_schema.check_common(args)
     argument_schema.check_exclusive(args, EXCLUSIVE)
     if len(args.sampling_image_size) != 2:
@@ -172,7 +178,7 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
     for name in ("video", "strength", "extend"):
         check_argument(name, getattr(args, name))
     if args.strength is not None and args.video is None and args.input_type == "cli":
-        raise UserError("strength: it says how much of a clip is changed; give --video too, or leave it out")
+        raise UserError("strength: `video` is missing; give --video too, or leave out --strength")
     SamplerKnobs.of(args)  # raises for a sampler that does not exist
     if not complete:
         return
@@ -184,16 +190,18 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
         raise UserError(f"contact_sheet is {args.contact_sheet}; the name of a PNG ends with .png")
     for name in ("contact_sheet", "looping_previews"):
         if getattr(args, name) and (args.only_save_latents or args.input_type == "cli"):
-            raise UserError(f"{name} shows the videos of a prompt file: not with only_save_latents or typed prompts")
+            raise UserError(
+                f"{name}: it needs videos of a prompt file; leave it out with only_save_latents or typed prompts"
+            )
 
 
 def check_fit(args: SamplingArguments) -> None:
-    """Raises UserError unless `fit` is an amount of memory that can be stayed within."""
+    """Check that `fit` is an amount of memory that can be enforced, else raise UserError."""
     if args.fit is None:
         return
     size = parse_fit(args.fit)
     if size is None and args.device == "cpu":
-        raise UserError("fit: auto is what a GPU has free, but device is cpu; give an amount such as 12GB")
+        raise UserError("fit: auto needs a GPU, but device is cpu; give an amount such as 12GB")
     if args.model_parallel_size > 1:
         raise UserError(
             f"fit: model_parallel_size is {args.model_parallel_size}, and the memory of a network that processes share "

@@ -1,4 +1,6 @@
-"""The training data: videos and images with captions, as clips of a few shapes. `data.target` names a class here.
+"""The training data: videos and images with captions, as clips of a few shapes.
+
+`data.target` in a configuration names a class of this module.
 
 dataset = SFTDataset("data/shapes", video_size=[64, 96], fps=8, max_num_frames=17)
 sample = dataset[SampleKey(index=0, seed=1)]
@@ -37,52 +39,53 @@ __all__ = ["SFTDataset", "VideoDataset", "nearest_size"]
 logger = logging.getLogger(__name__)
 
 SIDES = re.compile(r"\b(left|right)(ward|wards|most)?\b", re.IGNORECASE)
-SHOWN = 5  # unreadable clips named on the terminal; the dataset has the list of all
+SHOWN = 5  # number of unreadable clips that the log names; the data set lists all of them
 
 
 class SFTDataset(Dataset):
-    """Clips at a fixed rate in the shapes of a few buckets, in SAT's name for them.
+    """Clips at a fixed frame rate in the shapes of a few buckets, under SAT's name.
 
-    A sample `dataset[SampleKey(index, seed)]` is a dictionary: `mp4` uint8 (frames, 3, height, width) RGB, which is
-    made contiguous only when a batch is stacked; `txt` the caption; `fps`, `num_frames`, `index`, `seed`; and
-    `unreadable`, the clips found bad while it was read, each with the reason. The sample then is the next readable clip
-    of the same bucket, cut at the place that the key's seed says. A plain index stands for its key with that seed.
+    A sample `dataset[SampleKey(index, seed)]` is a dictionary: `mp4` uint8 (frames, 3, height, width) RGB, which
+    becomes contiguous only when a batch is stacked; `txt`, the caption; `fps`, `num_frames`, `index`, `seed`; and
+    `unreadable`, the clips that could not be read for this sample, each with the reason. In this case the sample is the
+    next readable clip of the same bucket, cut at the place that the key's seed determines. A plain index is used as its
+    own seed.
 
     Attributes:
-        unreadable: names of the clips that were left out because they could not be opened, with the reason.
-        missing_labels: number of clips that have no caption, and are used with an empty one.
+        unreadable: names of clips that were left out because they could not be opened, with the reason.
+        missing_labels: number of clips without a caption, which are used with an empty one.
         random_start: False cuts every clip at the first possible place.
-        reports: what there is at each place, and what was left out.
-        counts: samples of each of the places in `data_dir`.
-        draws: how often each sample is drawn in an epoch, on average; None: once.
+        reports: what was found and left out, for each place in `data_dir`.
+        counts: number of samples, for each place in `data_dir`.
+        draws: average number of draws of each sample per epoch; None: one.
 
     Args:
-        data_dir: folder, manifest or tar shards, see `clips.sources`; or several of them.
-        video_size: (height, width), or a list of them: a clip goes to the size nearest to it in aspect ratio, and among
-            equals to the largest that is not larger than the source.
-        fps: of the clips, whatever the rate of their sources.
-        max_num_frames: of a clip; a shorter source gives a shorter clip.
-        skip_frms_num: source frames at the beginning and the end that are not used.
+        data_dir: folder, manifest or tar shards (see `clips.sources`), or several of them.
+        video_size: (height, width), or a list of sizes: a clip gets the size nearest in aspect ratio; among equally
+            near sizes, the largest one that is not larger than the source.
+        fps: frame rate of the clips, whatever the rate of their sources.
+        max_num_frames: largest number of frames of a clip; a shorter source gives a shorter clip.
+        skip_frms_num: number of source frames that are skipped at the beginning and at the end.
         frame_multiple: clips have `frame_multiple * k + 1` frames; 8 for CogVideoX1.5.
-        txt_key: of captions in records, see `clips.caption_tables`.
-        shuffle_buffer: how far, in samples, a clip in a tar shard moves at most when it is shuffled.
-        missing_label: what to do about a clip without caption: use an "empty" one, or "stop". None: an empty one, but
-            stop if no clip of a place has a caption. "ignore" is for training that uses no captions.
-        max_unreadable_share: of the clips, above which the data is refused.
-        video_backend: what decodes videos, "pyav" or "decord"; see `media.video_reading.open_video`.
-        clip_timeout: seconds to look at a clip, after which it is unreadable.
-        min_frames: videos that give a shorter clip are left out. None: those that would give a single frame, as long as
-            clips may have more.
-        clips_per_video: samples that are cut out of one video at most, if so many fit in without overlapping; each
-            starts in a part of its own.
-        clip_stride: seconds after which a video gives another sample; with `clips_per_video` at most so many.
-        caption_prefix: put before every caption, with a blank between.
-        label_lines: of a label file of several lines the "first" is the caption, or "all" of them.
-        reshape_mode: what a crop keeps: the "center", or a "random" part; "none" is another name of that.
-        horizontal_flip: the share of the samples that are mirrored.
+        txt_key: key of captions in records, see `clips.caption_tables`.
+        shuffle_buffer: largest distance, in samples, by which shuffling moves a clip of a tar shard.
+        missing_label: treatment of a clip without a caption: "empty" uses an empty one, "stop" stops. None: an empty
+            one, but stop if no clip of a place has a caption. "ignore" is for training without captions.
+        max_unreadable_share: largest share of unreadable clips; above it, the data is refused.
+        video_backend: decoder for videos, "pyav" or "decord"; see `media.video_reading.open_video`.
+        clip_timeout: seconds for opening a clip, after which the clip counts as unreadable.
+        min_frames: videos that give a shorter clip are left out. None: videos that would give a single frame are left
+            out, if clips may have more frames.
+        clips_per_video: largest number of samples cut out of one video, as long as they fit without overlapping; each
+            starts in its own part of the video.
+        clip_stride: seconds after which a video gives another sample, up to `clips_per_video` samples if given.
+        caption_prefix: text before every caption, separated by a blank.
+        label_lines: for label files with several lines: the "first" line is the caption, or "all" lines are.
+        reshape_mode: part that a crop keeps: the "center", or a "random" part; "none" is another name for random.
+        horizontal_flip: share of the samples that are mirrored.
 
     Raises:
-        UserError: no clips, too many unreadable ones, a missing label, a size that is none.
+        UserError: the data has no clips, too many unreadable clips or a missing label, or a size is invalid.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class SFTDataset(Dataset):
         self.infos: list[ClipInfo] = []
         self.buckets: list[Bucket] = []
         self.unreadable: list[str] = []
-        self.parts: dict[int, Part] = {}  # of the samples that do not start anywhere in their source
+        self.parts: dict[int, Part] = {}  # for samples that may start only in a part of their source
         self.counts: list[int] = []
         self.draws: list[float] | None = None
         self.reports: dict[str, SourceReport] = {}
@@ -161,7 +164,7 @@ class SFTDataset(Dataset):
         self._warn_of_mirrored_captions()
 
     def _add(self, locations: Sequence[str], rules: SelectionRules) -> None:
-        """Add the samples of places; one that is named several times is looked at once."""
+        """Add the samples of places; a place that is named several times is read once."""
         selections: dict[str, Selection] = {}
         for location in locations:
             if location in selections:
@@ -189,11 +192,11 @@ class SFTDataset(Dataset):
             sided = sum(bool(SIDES.search(source.caption or "")) for source in self.sources)
             if sided:
                 said = counted(sided, "captions say")
-                logger.warning("%s left or right, and horizontal_flip mirrors such clips too: set it to 0", said)
+                logger.warning("%s left or right, but horizontal_flip mirrors such clips too: set it to 0", said)
 
     @classmethod
     def create_dataset_function(cls, path: str | Sequence[str], args: Any, **params: Any) -> Self:
-        """The dataset for the arguments of a run, in the form in which SAT's loaders ask for it.
+        """Return the data set for the arguments of a run, with the signature of SAT's loaders.
 
         Args:
             args: `DataSettings`, or an object with some of these attributes.
@@ -206,17 +209,21 @@ class SFTDataset(Dataset):
         target = f"{cls.__module__}.{cls.__qualname__}"
         return instantiate_from_config({"target": target, "params": params}, **{cls.LOCATION: path}, **known)
 
-    LOCATION = "data_dir"  # the argument that says where the data is
+    LOCATION = "data_dir"  # name of the argument for the location of the data
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def bucket(self, index: int) -> Bucket:
+        """Return the bucket of a sample."""
         return self.buckets[index]
 
     @property
     def locality(self) -> Locality | None:
-        """How to shuffle so that tar shards are read nearly in order; None where every clip is a file of its own."""
+        """Return how to shuffle so that tar shards are read nearly in order.
+
+        None: every clip is a file of its own.
+        """
         if not any(source.member for source in self.sources):
             return None
         numbers: dict[str, int] = {}
@@ -224,7 +231,7 @@ class SFTDataset(Dataset):
 
     @property
     def reader(self) -> dict[str, str]:
-        """Return what decodes the videos, as runs and caches record it."""
+        """Return the decoder of the videos, as runs and caches record it."""
         return describe_reader(self.video_backend)
 
     @property
@@ -236,7 +243,7 @@ class SFTDataset(Dataset):
         self.sampling = replace(self.sampling, random_start=value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave what only the main process tells out of what workers get."""
+        """Return the state for workers, without what only the main process uses."""
         return {**self.__dict__, "reports": {}, "draws": None}
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
@@ -271,7 +278,7 @@ class SFTDataset(Dataset):
         raise UserError(f"no clip of {self.buckets[key.index]} can be read any more: {'; '.join(unreadable[:SHOWN])}")
 
     def _same_bucket(self, index: int) -> Iterator[int]:
-        """Yield the indices in the bucket of `index`, from `index` on and around, one for each source."""
+        """Yield the indices of the same bucket, starting at `index`, one for each source."""
         tried = set()
         for other in chain(range(index, len(self)), range(index)):
             if self.buckets[other] == self.buckets[index] and self.sources[other] not in tried:
@@ -280,15 +287,15 @@ class SFTDataset(Dataset):
 
 
 class VideoDataset(SFTDataset):
-    """`SFTDataset` with the argument names that SAT's configurations use for webdataset tar shards.
+    """`SFTDataset` with the argument names of SAT's configurations for webdataset tar shards.
 
     Args:
         path: tar shards, or anything else that `SFTDataset` takes.
-        image_size: another name of `video_size`.
-        num_frames: another name of `max_num_frames`.
+        image_size: another name for `video_size`.
+        num_frames: another name for `max_num_frames`.
         nshards, seed, meta_names: have no effect. All shards are read, in an order that follows from the seed of the
-            run, and captions are found in whatever the shards and their `.meta.jsonl` files hold.
-        include_dirs: folders, with commas between, whose tar files (also those in folders below) are read too;
+            run, and captions are found in the shards and in their `.meta.jsonl` files.
+        include_dirs: folders, separated by commas, whose tar files (including those in subfolders) are read too;
             `FOLDER*2` reads them twice.
         others: the keyword arguments of `SFTDataset`.
     """
@@ -337,7 +344,7 @@ class VideoDataset(SFTDataset):
 
 
 def _included(include_dirs: str | None) -> list[str]:
-    """Return the tar files below the folders of `VideoDataset`'s argument, in a fixed order."""
+    """Return the tar files in the folders of `include_dirs`, in a fixed order."""
     if include_dirs is None:
         return []
     if not isinstance(include_dirs, str):
@@ -357,7 +364,7 @@ def _included(include_dirs: str | None) -> list[str]:
 def _check_readable(readable: int, unreadable: Sequence[str], max_share: float) -> None:
     total = readable + len(unreadable)
     if not total:
-        raise UserError("data: there are no clips: name a folder, a manifest or tar shards")
+        raise UserError("data: no clips were found; name a folder, a manifest or tar shards")
     for line in unreadable[:SHOWN]:
         logger.warning("left out, unreadable: %s", line)
     if unreadable and (not readable or len(unreadable) > max_share * total):

@@ -1,4 +1,4 @@
-"""The engine: conditioner, first stage, network and the glue between them."""
+"""The engine: conditioner, first stage, network, and the code that connects them."""
 
 import copy
 import gc
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("conditioner", "first_stage_model", "model")
 PART_NAMES = {"conditioner": "the text encoder", "first_stage_model": "the VAE", "model": "the network"}
-AUTO = "auto"  # of `compile_model`
+AUTO = "auto"  # value of `compile_model`
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -62,19 +62,21 @@ def dtype_of(settings: EngineSettings) -> torch.dtype:
 
 
 class SATVideoDiffusionEngine(nn.Module):
-    """Video latent diffusion: what a training loop or a sampling command needs, by the names configurations use.
+    """Video latent diffusion, with the names that configurations, training and sampling use.
 
-    The attributes `conditioner` (text to embeddings), `first_stage_model` (pixels to latents) and `model` (the
-    network in its wrapper) are built on request, so that a program may hold them in turn.
+    The attributes `conditioner` (text to embeddings), `first_stage_model` (pixels to latents) and `model` (the network
+    in its wrapper) are built on request, so that a program can hold one of them at a time.
 
     Attributes:
-        settings: what it is built from; `args` as it was given, for subclasses that read more.
+        settings: the settings from which the engine is built; `args` is the argument as given, for subclasses that read
+            more.
 
     Args:
         args: `EngineSettings`, or an object with such attributes (at least `model_config`), as in the original.
-        parts: which of `PARTS` to build now.
-        device: where parts are put.
-        params_dtype: the dtype of all parts, as SwissArmyTransformer's `get_model` says it; None: that of `args`.
+        parts: those of `PARTS` that are built now.
+        device: device of the parts.
+        params_dtype: dtype of all parts, under the name of SwissArmyTransformer's `get_model`; None: the dtype in
+            `args`.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.args, self.settings = args, EngineSettings.from_args(args)
         self.config = config = plain_model_section(self.settings.model_config)
         self.dtype = params_dtype or dtype_of(self.settings)
-        self.drops = True  # captions and images, where a call does not say
+        self.drops = True  # default of `drop`: whether captions and images are dropped at random
         self.device = torch.device(device)
         self.scale_factor = config.get("scale_factor", 1.0)
         self.log_keys = config.get("log_keys") or ["txt"]
@@ -103,16 +105,18 @@ class SATVideoDiffusionEngine(nn.Module):
             self.check_key_frames()
         self.not_trainable_prefixes = not_trainable_prefixes(config)
         self.attention: AttentionChoice | None = None
-        self.compiled = False  # the network goes through torch.compile
-        self.text_blocks_as_stored = False  # see `FrozenT5Embedder`, for whoever brings its blocks when they run
+        self.compiled = False  # whether the network is compiled with torch.compile
+        self.text_blocks_as_stored = False  # see `FrozenT5Embedder`; for callers that stream its blocks
         self.video_groups = ALONE
-        self.prepare_network: Callable[[nn.Module], None] | None = None  # called with a network that has its weights
+        self.prepare_network: Callable[[nn.Module], None] | None = (
+            None  # called with the network after its weights are loaded
+        )
 
         with self.section():
             self.denoiser = instantiate_from_config(config["denoiser_config"])
             self.sampler: Any = self._optional("sampler_config")
             self.loss_fn: Any = self._optional("loss_fn_config")
-            # The first stage's own, for latents that were encoded before.
+            # The regularizer of the first stage, for precomputed latents.
             self.regularizer = instantiate_from_config(config["first_stage_config"]["params"]["regularizer_config"])
         for part in PARTS:
             setattr(self, part, None)
@@ -120,33 +124,35 @@ class SATVideoDiffusionEngine(nn.Module):
             self.build(part)
 
     def section(self) -> AbstractContextManager[None]:
-        """Return a context in which objects are built of this configuration, whose files errors then name."""
+        """Return a context for building objects of this configuration; errors name its files."""
         return section("model", self.config, self.settings.sources)
 
     def _optional(self, key: str) -> Any:
-        """Return what the configuration describes at a key; None if it has no such key."""
+        """Return the object that the configuration describes at a key; None if the key is missing."""
         return instantiate_from_config(self.config[key]) if self.config.get(key) else None
 
     def share_videos(self, groups: VideoGroups) -> None:
-        """Make each video together with other processes, which all do the same; call it before parts are built.
+        """Make each video together with other processes, which all call this, too.
+
+        Call this before parts are built.
 
         Raises:
-            UserError: the sampler has no guider whose halves could be shared.
+            UserError: the sampler has no guider whose halves can be divided between processes.
         """
         self.video_groups = groups
         self.shared_sampler(self.sampler)
 
     def shared_sampler(self, sampler: Any) -> Any:
-        """Return a sampler, with the halves of its guider shared out as `share_videos` says.
+        """Return a sampler whose guider's halves are divided as `share_videos` says.
 
         Raises:
-            UserError: it has no guider whose halves could be shared.
+            UserError: the sampler has no guider whose halves can be divided between processes.
         """
         if (group := self.video_groups.guidance) is not None:
             if not hasattr(sampler, "guider"):
                 raise UserError(
-                    f"guidance_parallel: {type(sampler).__name__} has no `guider`; leave it out, and let all "
-                    "processes share the sequence"
+                    f"guidance_parallel: {type(sampler).__name__} has no `guider`; leave out guidance_parallel, and "
+                    "let all processes share the sequence"
                 )
             sampler.guider = GuidanceParallel(sampler.guider, group)
         return sampler
@@ -154,9 +160,10 @@ class SATVideoDiffusionEngine(nn.Module):
     # Parts
 
     def build(self, part: str, device: torch.device | str | None = None) -> nn.Module:
-        """Build one of `PARTS`, with its weights, in the engine's dtype; nothing if it is there.
+        """Build one of `PARTS` with its weights, in the engine's dtype, unless it is built.
 
-        `device` is where it is put, if not on the engine's own.
+        Args:
+            device: device of the part; None: the device of the engine.
         """
         if getattr(self, part) is None:
             build = {
@@ -169,15 +176,15 @@ class SATVideoDiffusionEngine(nn.Module):
         return getattr(self, part)
 
     def release(self, part: str) -> None:
-        """Drop a part and return its memory."""
+        """Drop a part and free its memory."""
         setattr(self, part, None)
-        gc.collect()  # SwissArmyTransformer's hooks tie a network into a circle that reference counts do not free
+        gc.collect()  # SwissArmyTransformer's hooks form reference cycles, which reference counting does not free
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _build_conditioner(self, device: torch.device | str) -> nn.Module:
-        # Given to the text encoder rather than cast later: it keeps some layers in float32 when it runs in float16, and
-        # takes weights from its file one by one.
+        # The dtype is passed to the text encoder, which keeps some layers in float32 when it runs in float16, and reads
+        # weights from its file one by one. Casting later would lose both.
         config = copy.deepcopy(dict(self.config["conditioner_config"]))
         for embedder in config["params"]["emb_models"]:
             if embedder["target"].endswith("FrozenT5Embedder"):
@@ -216,7 +223,7 @@ class SATVideoDiffusionEngine(nn.Module):
             )
         else:
             network = instantiate_from_config(config, **overrides).to(device=device, dtype=self.dtype)
-        if self.loss_fn is not None:  # building the network has set up the groups
+        if self.loss_fn is not None:  # building the network has set up the process groups
             groups = self.video_groups
             shared = (groups.group, groups.peers) if groups.splits_work else parallel_groups()
             self.loss_fn.set_parallel_groups(*shared)
@@ -238,14 +245,17 @@ class SATVideoDiffusionEngine(nn.Module):
             wrapper = class_at(self.config["network_wrapper"], place, place.slot)
         self.compiled = self._compiles(network)
         if self.compiled:
-            engine = weakref.ref(self)  # it has the network
+            engine = weakref.ref(self)  # weak, because the engine refers to the network
             network.compiler_failed = lambda: setattr(engine(), "compiled", False)
             logger.info("compile_model: the network is compiled when it first runs")
         return wrapper(network, compile_model=self.compiled, dtype=self.dtype)
 
     def _compiles(self, network: nn.Module) -> bool:
-        """Return whether the network goes through torch.compile: as `compile_model` says, or `auto`, which is where it
-        pays: on a GPU, if the network's layers can be compiled. Without a compiler it does not, and a line says so."""
+        """Return whether the network is compiled, as `compile_model` says.
+
+        With `auto`, it is compiled where that is faster: on a GPU, if the network's layers can be compiled. If no
+        compiler is available, the network is not compiled, and a warning is logged.
+        """
         asked = self.config.get("compile_model")
         asked = AUTO if asked is None else asked
         pays = self.device.type == "cuda" and hasattr(network, "compile_layers")
@@ -257,13 +267,15 @@ class SATVideoDiffusionEngine(nn.Module):
         return bool(asked != AUTO or network.compile_layers())
 
     def choose_attention(self, gradients: bool = False) -> AttentionChoice:
-        """Choose the kernel of the network's attention and try it; else that is done when the network is built.
+        """Choose the network's attention kernel and test it.
+
+        If this is not called, the kernel is chosen when the network is built.
 
         Args:
-            gradients: the network will be trained.
+            gradients: whether the network will be trained.
 
         Raises:
-            UserError: the kernel that the settings name does not compute such tensors on the device.
+            UserError: the configured kernel does not support such tensors on the device.
         """
         params = self.config["network_config"]["params"]
         head_dim = params["hidden_size"] // params["num_attention_heads"]
@@ -273,20 +285,21 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def network(self) -> nn.Module:
+        """Return the network without its wrapper."""
         return self.model.diffusion_model
 
     @property
     def is_15(self) -> bool:
-        """Whether the network patches two latent frames at a time, as CogVideoX1.5 does."""
+        """Return whether the network patches two latent frames at a time, as CogVideoX1.5 does."""
         return patch_sizes(self.config["network_config"]["params"]["patch_size"])[0] > 1
 
     def disable_untrainable_params(self) -> None:
-        """Freeze what training leaves alone: `not_trainable_prefixes` and, with LoRA, all but the adapter.
+        """Freeze `not_trainable_prefixes` and, with LoRA, everything but the adapter.
 
-        A prefix `all` means everything. The matrices of an adapter are trained whatever the prefixes.
+        A prefix `all` means everything. The matrices of an adapter are trained whatever the prefixes are.
 
         Raises:
-            UserError: nothing is left to be trained.
+            UserError: no parameter is left for training.
         """
         self.network.disable_untrainable_params()
         prefixes = tuple("" if prefix == ALL else prefix for prefix in self.not_trainable_prefixes)
@@ -295,73 +308,99 @@ class SATVideoDiffusionEngine(nn.Module):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UserError(
-                f"nothing is to be trained: model.not_trainable_prefixes is {list(self.not_trainable_prefixes)}, which "
-                "leaves no parameter of the network; name fewer"
+                f"model.not_trainable_prefixes is {list(self.not_trainable_prefixes)}, so that nothing is to be "
+                "trained; name fewer prefixes"
             )
 
     # Pixels and latents
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with its tensors on the engine's device."""
+        """Return the batch with its tensors on the engine's device."""
         return {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
 
     def load_clip(self, frames: Tensor) -> Tensor:
-        """Frames (b, frames, 3, height, width), uint8 or in [-1, 1], as the first stage takes them:
-        (b, 3, frames, height, width) in [-1, 1], in the engine's dtype."""
+        """Return frames as the first stage takes them, in the engine's dtype.
+
+        Args:
+            frames: (b, frames, 3, height, width), uint8 or in [-1, 1].
+
+        Returns:
+            (b, 3, frames, height, width) in [-1, 1].
+        """
         clip = rearrange(frames, "b t c h w -> b c t h w")
         return (clip.float() / 127.5 - 1 if clip.dtype == torch.uint8 else clip).to(self.dtype)
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor, batch: Mapping[str, Any] | None = None) -> Tensor:
-        """Clips (b, 3, frames, height, width) in [-1, 1] to scaled latents (b, c, t, h, w).
+        """Return the scaled latents (b, c, t, h, w) of clips.
 
-        With `latent_input: True` the clips are latents already, (b, t, c, h, w), and are only scaled.
+        Args:
+            x: clips (b, 3, frames, height, width) in [-1, 1]. With `latent_input: True` they are latents (b, t, c, h,
+                w), which are only scaled.
         """
         if self.latent_input:
             return rearrange(x, "b t c h w -> b c t h w") * self.scale_factor
         groups = self.groups(x)
         if len(groups) == 1:
             return self.scale_factor * self.first_stage_model.encode(x.to(self.dtype))
-        if not hasattr(self.first_stage_model, "regularization"):  # a first stage without moments to draw from
+        if not hasattr(self.first_stage_model, "regularization"):  # this first stage has no moments to draw from
             return self.scale_factor * torch.cat([self.first_stage_model.encode(g.to(self.dtype)) for g in groups])
-        # The whole batch at once, so that the noise is the same however the batch is divided.
+        # Noise is drawn for the whole batch, so that it does not depend on how the batch is divided.
         regularize = getattr(self.first_stage_model, "regularize", self.first_stage_model.regularization)
         return self.scale_factor * regularize(self.encode_moments(x))[0]
 
     @torch.no_grad()
     def encode_moments(self, x: Tensor) -> Tensor:
-        """Clips (b, 3, frames, height, width) in [-1, 1] to the moments (b, 2c, t, h, w) of their unscaled latents."""
+        """Return the moments (b, 2c, t, h, w) of the unscaled latents of clips.
+
+        Args:
+            x: clips (b, 3, frames, height, width) in [-1, 1].
+        """
         encode = self.first_stage_model.encode
         return torch.cat([encode(group.to(self.dtype), unregularized=True)[0] for group in self.groups(x)])
 
     @torch.no_grad()
     def encode_means(self, x: Tensor) -> Tensor:
-        """Clips (b, 3, frames, height, width) in [-1, 1] to the means of their scaled latents (b, c, t, h, w): what a
-        clip is sampled from, without a random number."""
+        """Return the means of the scaled latents (b, c, t, h, w) of clips.
+
+        Sampling starts from these latents when it starts from a clip. They take no random numbers.
+
+        Args:
+            x: clips (b, 3, frames, height, width) in [-1, 1].
+        """
         moments = self.encode_moments(x.to(self.device))
         if isinstance(self.regularizer, DiagonalGaussianRegularizer):
             return self.scale_factor * moments.chunk(2, dim=1)[0]
         return self.scale_factor * self.regularizer(moments)[0]  # it draws nothing
 
     def groups(self, x: Tensor) -> list[Tensor]:
-        """Return the samples that the first stage takes at once: `en_and_decode_n_samples_a_time`, or all of them."""
+        """Return the batch in parts that the first stage takes at a time.
+
+        Each part has `en_and_decode_n_samples_a_time` samples; without this setting, there is one part.
+        """
         return list(x.split(self.samples_at_a_time or max(len(x), 1)))
 
     def sample_latent(self, moments: Tensor) -> Tensor:
-        """Moments (b, 2c, t, h, w) to scaled latents (b, c, t, h, w), as `encode_first_stage` draws them."""
+        """Return scaled latents (b, c, t, h, w), drawn from moments (b, 2c, t, h, w)."""
         return self.scale_factor * self.regularizer(moments.to(self.dtype))[0]
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Scaled latents (b, c, t, h, w) to clips (b, 3, frames, height, width); see `decode_stream` for long ones."""
+        """Return the clips (b, 3, frames, height, width) of scaled latents (b, c, t, h, w).
+
+        See `decode_stream` for long clips.
+        """
         return torch.cat([torch.cat(list(self._decode_group(group)), dim=2) for group in self.groups(z)])
 
     @torch.no_grad()
     def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
-        """Yield what `decode_first_stage` returns, chunk by chunk in time; at once for a class that has its own."""
+        """Yield the result of `decode_first_stage` in chunks of time.
+
+        For a subclass with its own `decode_first_stage`, there is one chunk.
+        """
         if type(self).decode_first_stage is not SATVideoDiffusionEngine.decode_first_stage:
             yield self.decode_first_stage(z)
             return
@@ -369,47 +408,55 @@ class SATVideoDiffusionEngine(nn.Module):
             yield chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _decode_group(self, z: Tensor) -> Iterator[Tensor]:
-        """Yield the decoded chunks in time of samples that the first stage takes at once; one if it has no chunks."""
+        """Return an iterator over the decoded chunks of samples that are decoded together.
+
+        If the first stage has no chunks, there is one.
+        """
         z = (z / self.scale_factor).to(self.device, self.dtype)
         if not hasattr(self.first_stage_model, "decode_chunks"):
             return iter([self.first_stage_model.decode(z)])
         return self.first_stage_model.decode_chunks(z)
 
     def encode_condition_image(self, image: Tensor) -> Tensor:
-        """First frame (b, 3, 1, height, width) to its latent (b, 1, c, h, w), scaled as the network learnt it."""
+        """Return the condition latent (b, 1, c, h, w) of first frames (b, 3, 1, height, width).
+
+        It is scaled as the network was trained.
+        """
         return self.scale_condition(self.encode_first_stage(image))
 
     def scale_condition(self, latent: Tensor) -> Tensor:
-        """Scaled latent (b, c, 1, h, w) of a first frame as the condition (b, 1, c, h, w).
+        """Return the condition (b, 1, c, h, w) of a first frame's scaled latent (b, c, 1, h, w).
 
-        1.0 models saw the scaled latent, 1.5 models the plain one.
+        1.0 models take the scaled latent, 1.5 models the unscaled one.
         """
         if self.is_15:
             latent = latent / self.scale_factor
         return rearrange(latent, "b c t h w -> b t c h w")
 
     def concat_condition(self, image_latent: Tensor, frames: int) -> Tensor:
-        """Return the condition (b, frames, c, h, w) of a network that is told some frames.
+        """Return the condition (b, frames, c, h, w) of a network that is given some frames.
 
         Args:
-            image_latent: of the first frame (b, 1, c, h, w), after which zeros follow, or the model repeats it; or of
-                all latent frames, as decoding counts them, with zeros for those that are not told.
+            image_latent: latent of the first frame (b, 1, c, h, w), which is followed by zeros, or repeated by models
+                that do so; or of all latent frames, counted as in decoding, with zeros for frames that are not given.
         """
         if self.noised_image_all_concat:
             return image_latent.expand(-1, frames, -1, -1, -1)
         told = image_latent.shape[1]
-        extra = frames - told if told > 1 else 0  # 1.5 models have a frame more, before the second
+        extra = frames - told if told > 1 else 0  # 1.5 models have one frame more, before the second frame
         condition = image_latent.new_zeros(image_latent.shape[0], frames, *image_latent.shape[2:])
         condition[:, :1] = image_latent[:, :1]
         condition[:, 1 + extra : told + extra] = image_latent[:, 1:]
         return condition
 
     def concat_key_frames(self, latents: Mapping[int, Tensor], frames: int) -> Tensor:
-        """Return `concat_condition` of the latents of single pictures (b, 1, c, h, w) by the number of the latent frame
-        that they stand in, as decoding counts.
+        """Return `concat_condition` for the latents of single pictures.
+
+        Args:
+            latents: latents (b, 1, c, h, w) by the number of the latent frame of each, counted as in decoding.
 
         Raises:
-            UserError: the model has no place for other frames than the first (`noised_image_all_concat`).
+            UserError: the model takes only the first frame (`noised_image_all_concat`).
         """
         if latents.keys() == {0}:
             return self.concat_condition(latents[0], frames)
@@ -421,17 +468,17 @@ class SATVideoDiffusionEngine(nn.Module):
         return self.concat_condition(placed, frames)
 
     def check_key_frames(self) -> None:
-        """Check that the model has a place for other frames than the first, else raise UserError."""
+        """Check that the model takes other frames than the first, else raise UserError."""
         if not self.noised_image_input:
             raise UserError("keyframes: this is a text-to-video model; use an '_i2v' configuration")
         if self.noised_image_all_concat:
-            raise UserError("keyframes: this model takes the first frame alone (noised_image_all_concat is on)")
+            raise UserError("keyframes: this model takes only the first frame (noised_image_all_concat is on)")
 
     # Training
 
     @contextmanager
     def without_drops(self) -> Iterator[None]:
-        """Drop no captions and images within the block, unless a call says so."""
+        """Drop no captions and images within the block, unless a call asks for it."""
         before, self.drops = self.drops, False
         try:
             yield
@@ -439,28 +486,31 @@ class SATVideoDiffusionEngine(nn.Module):
             self.drops = before
 
     def validation_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what `shared_step` returns without drops; a subclass may have the original's `shared_step(batch)`."""
+        """Return the result of `shared_step` without drops.
+
+        A subclass may have the original's `shared_step(batch)`, without `drop`.
+        """
         with self.without_drops():
             return self.shared_step(batch, **({"drop": False} if accepts(self.shared_step, "drop") else {}))
 
     def shared_step(self, batch: dict[str, Any], drop: bool | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch.
+        """Return the loss of a batch, and the same by name for logging.
 
-        Random numbers are drawn in the order: noise level and noise of the first frame, encoding of the first frame,
-        then, where `conditioning` tells other frames, which ones, their noise and their encoding; encoding of the clip,
-        image dropout, then those of the loss.
+        Random numbers are drawn in this order: noise level and noise of the first frame; encoding of the first frame;
+        if `conditioning` gives other frames: which ones, their noise and their encoding; encoding of the clip; image
+        dropout; then those of the loss.
 
         Args:
-            batch: clips `mp4` (b, frames, 3, height, width), uint8 or in [-1, 1], and captions `txt`; or, encoded
-                before, `moments` (b, 2c, t, h, w) and, for image-to-video, `image_moments` (b, 2c, 1, h, w), with
-                `key_moments` (b, 2c, t - 1, h, w) where `conditioning` tells other frames than the first.
-            drop: drop captions and images at random, as training does; None: unless in `without_drops`.
+            batch: clips `mp4` (b, frames, 3, height, width), uint8 or in [-1, 1], and captions `txt`. Precomputed:
+                `moments` (b, 2c, t, h, w) and, for image-to-video, `image_moments` (b, 2c, 1, h, w), with `key_moments`
+                (b, 2c, t - 1, h, w) if `conditioning` gives other frames than the first.
+            drop: drop captions and images at random, as in training; None: yes, except in `without_drops`.
         """
         drop = self.drops if drop is None else drop
         batch = self.on_device(batch)
         with memory_guard("encoding clips"):
             image, latent = self.encode_batch(batch)
-        # Contiguous, since noise drawn in its likeness follows the order in memory.
+        # Contiguous, because `randn_like` draws noise in the order of memory.
         latent = self.with_extra_frame(rearrange(latent, "b c t h w -> b t c h w").contiguous())
         if image is not None:
             condition = self.concat_condition(image, latent.shape[1])
@@ -472,10 +522,13 @@ class SATVideoDiffusionEngine(nn.Module):
         return self(latent, batch, **({"drop": drop} if accepts(self.forward, "drop") else {}))
 
     def encode_batch(self, batch: Mapping[str, Any], noise: bool = True) -> tuple[Tensor | None, Tensor]:
-        """The condition image, if the model takes one, and the scaled latents (b, c, t, h, w).
+        """Return the condition image, if the model takes one, and the scaled latents.
 
-        The image is the first frame (b, 1, c, h, w) with some noise, or without `noise` as it is; where the model's
-        `conditioning` tells others too, it is (b, t, c, h, w) with zeros for those that are not told.
+        The latents have the shape (b, c, t, h, w). The image is the first frame (b, 1, c, h, w); if the model's
+        `conditioning` gives other frames too, it is (b, t, c, h, w), with zeros for frames that are not given.
+
+        Args:
+            noise: add the noise of training to the frames.
         """
         image = None
         if "moments" in batch:
@@ -485,7 +538,7 @@ class SATVideoDiffusionEngine(nn.Module):
             return image, self.sample_latent(batch["moments"])
         if self.latent_input:
             if self.noised_image_input:
-                raise UserError("noised_image_input needs pixels to add noise to: set latent_input: False")
+                raise UserError("noised_image_input adds noise to pixels; set latent_input: False")
             return None, self.encode_first_stage(batch[self.input_key].to(self.dtype), batch)
         clip = self.load_clip(batch[self.input_key])
         if self.noised_image_input:
@@ -498,12 +551,14 @@ class SATVideoDiffusionEngine(nn.Module):
     def _with_key_frames(
         self, image: Tensor, frames: int, chance: bool, moments_of: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Return the latents of the frames that are told; the first alone where `conditioning` tells no others.
+        """Return the latents of the given frames; the first one alone without `conditioning`.
 
         Args:
             image: latent of the first frame (b, 1, c, h, w).
-            chance: draw which are told.
-            moments_of: gives the moments of the others (b, 2c, frames - 1, h, w), by which of them are told.
+            frames: number of latent frames.
+            chance: draw at random which frames are given.
+            moments_of: returns the moments of the other frames (b, 2c, frames - 1, h, w), for a mask of those that are
+                given.
         """
         if self.key_frames is None or self.key_frames.first_alone:
             return image
@@ -518,12 +573,14 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @torch.no_grad()
     def encode_key_frames(self, clip: Tensor, told: Tensor | None = None, noise: bool = True) -> Tensor:
-        """Return the moments (b, 2c, t - 1, h, w) of single frames of clips (b, 3, frames, height, width): the last of
-        each latent frame but the first, each encoded by itself.
+        """Return the moments (b, 2c, t - 1, h, w) of single frames of clips.
+
+        The frames are the last frame of each latent frame, except the first; each is encoded separately.
 
         Args:
-            told: bool (b, t - 1), those that are wanted, the others are zeros; None: all.
-            noise: add that of training.
+            clip: (b, 3, frames, height, width).
+            told: bool (b, t - 1), the wanted frames; the moments of others are zeros. None: all.
+            noise: add the noise of training.
         """
         pictures = clip[:, :, TIME_FACTOR::TIME_FACTOR]
         pictures = noise_pictures(pictures, "key frame") if noise else pictures
@@ -537,7 +594,7 @@ class SATVideoDiffusionEngine(nn.Module):
         return rearrange(moments, "b t c 1 h w -> b c t h w")
 
     def forward(self, x: Tensor, batch: dict[str, Any], drop: bool | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of latents (b, t, c, h, w): its mean, and the same by name for logging."""
+        """Return the mean loss of latents (b, t, c, h, w), and the same by name for logging."""
         drop = self.drops if drop is None else drop
         ofs = self.default_ofs(len(x))
         network = self.model if ofs is None else partial(self.model, ofs=ofs)
@@ -562,23 +619,24 @@ class SATVideoDiffusionEngine(nn.Module):
         start: Start | None = None,
         sampler: Any = None,
     ) -> Tensor:
-        """Draw latents.
+        """Return sampled latents.
 
         Args:
-            cond, uc: conditional and unconditional embeddings, as the conditioner gives them.
-            batch_size, shape: the latents are (batch_size, *shape) with shape (t, c, h, w).
-            concat_images: image condition (batch_size, t, c, h, w); guidance leaves it in place.
+            cond, uc: conditional and unconditional embeddings, as the conditioner returns them.
+            batch_size, shape: the latents have the shape (batch_size, *shape), with shape (t, c, h, w).
+            concat_images: image condition (batch_size, t, c, h, w), which guidance does not change.
             ofs: (batch_size,), for 1.5 image-to-video.
-            num_steps: number of steps, if not the sampler's own.
-            callback: called as `callback(steps done, steps)`, by samplers that take one; see `Sampler.__call__`.
-            check_finite: end at the first output of the network that is not finite.
-            prefix: clean latents (batch_size, fewer than t, c, h, w) in front, from which the rest goes on.
-            start: a clip to start from, and a prefix where `prefix` gives none.
-            sampler: in place of the configured one.
+            num_steps: number of steps; None: the sampler's own number.
+            callback: called as `callback(steps done, steps)` by samplers that support it; see `Sampler.__call__`.
+            check_finite: raise UserError at the first output of the network that is not finite.
+            prefix: clean latents (batch_size, fewer than t, c, h, w) with which the video begins and which the rest
+                continues.
+            start: a clip to start from, and a prefix if `prefix` is None.
+            sampler: sampler to use in place of the configured one.
 
         Returns:
-            Scaled latents (batch_size, t, c, h, w), float32. The initial noise comes from the CPU generator, so that
-            a seed means the same on every device.
+            Scaled latents (batch_size, t, c, h, w), float32. The initial noise comes from the CPU generator, so that a
+            seed has the same meaning on every device.
         """
         if shape is None:
             raise TypeError("sample() needs the shape of the latents, (t, c, h, w)")
@@ -588,7 +646,7 @@ class SATVideoDiffusionEngine(nn.Module):
         start = self._agreed_start(start, (batch_size, *shape))
         own = self.sampler if sampler is None else sampler
         noise = self.video_groups.agreed(torch.randn(batch_size, *shape, dtype=torch.float32).to(self.device))
-        noise = start.with_prefix(noise)  # where samplers of the original look for it
+        noise = start.with_prefix(noise)  # samplers of the original expect it there
         if concat_images is not None:
             cond = {**cond, "concat": concat_images}
             uc = uc and {**uc, "concat": concat_images}
@@ -600,7 +658,7 @@ class SATVideoDiffusionEngine(nn.Module):
             def denoise(x: Tensor, level: Tensor, c: dict[str, Tensor], **model_inputs: Any) -> Tensor:
                 x = self.video_groups.agreed(x)
                 denoised = self.denoiser(network, x, level, c, **{**untaken, **model_inputs})
-                # Of processes that share the work all must stop at the same place, where all have the same.
+                # Processes that share the work must all stop at the same place, where all of them have the same values.
                 self._check_finite(x if self.video_groups.splits_work else denoised, check_finite)
                 return denoised
 
@@ -622,10 +680,10 @@ class SATVideoDiffusionEngine(nn.Module):
         if "callback" in taken:
             steps = num_steps or getattr(own, "num_steps", None)
             progress.step, progress.steps = 0, steps and start.steps(steps)
-        # A network or a wrapper of the user's own may be without one.
+        # A user's own network or wrapper may lack these attributes.
         inner = getattr(self.model, "diffusion_model", None)
         runner, table = getattr(inner, "layer_runner", None), getattr(inner, "modulation_table", None)
-        if table is not None and isinstance(own, Sampler):  # one of the user's own may do more than sample
+        if table is not None and isinstance(own, Sampler):  # a user's own sampler may have side effects
             told = {name: value for name, value in taken.items() if name != "callback"}
             smallest = noise.new_zeros(batch_size, *[1] * len(shape))
             told["start"] = replace(start, clip=None if start.clip is None else smallest, prefix=None)
@@ -637,14 +695,14 @@ class SATVideoDiffusionEngine(nn.Module):
         return latents
 
     def _agreed_start(self, start: Start, shape: tuple[int, ...]) -> Start:
-        """Return what sampling starts from, on the engine's device, the same in all processes that share the work."""
+        """Return the start of sampling on the engine's device, equal in all sharing processes."""
         clip, prefix = start.clip, start.prefix
         if clip is not None and clip.shape != shape:
             raise UserError(f"video: latents of shape {tuple(clip.shape)} do not fit into {shape}")
         if prefix is not None and not (
             prefix.shape[1] < shape[1] and prefix.shape == (shape[0], prefix.shape[1], *shape[2:])
         ):
-            raise UserError(f"prefix: latents of shape {tuple(prefix.shape)} are not the first frames of {shape}")
+            raise UserError(f"prefix: latents of shape {tuple(prefix.shape)} cannot be the first frames of {shape}")
         agreed = self.video_groups.agreed
         on_device = [None if x is None else agreed(x.float().to(self.device)) for x in (clip, prefix)]
         return replace(start, clip=on_device[0], prefix=on_device[1])
@@ -654,8 +712,10 @@ class SATVideoDiffusionEngine(nn.Module):
             raise UserError(f"the network's output is not finite: {other_precision(self.dtype)}")
 
     def _levels_of(self, draw: Callable[..., Tensor], sampler: Any) -> list[AskedLevel]:
-        """Return the levels that the network is asked for by `draw(network, sampler)`, whose random numbers do not
-        count."""
+        """Return the noise levels that `draw(network, sampler)` asks the network for.
+
+        The random state is restored afterwards.
+        """
         notes, sampler = LevelNotes(), copy.copy(sampler)
         hide_bar(sampler)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -671,12 +731,12 @@ class SATVideoDiffusionEngine(nn.Module):
         reconstruct: bool = True,
         **sample_arguments: Any,
     ) -> dict[str, Any]:
-        """What a trainer shows of a batch: `inputs`, `reconstructions` and `samples` of its first N clips and captions.
+        """Return what a trainer shows of a batch, for its first N clips and captions.
 
-        Clips are (n, frames, 3, height, width) in [-1, 1]; with `only_log_video_latents` the samples are `latents`
-        (n, t, c, h, w) instead, and the first stage decodes nothing. Without `reconstruct` there are only samples. Of
-        a batch that was encoded before there are no `inputs`; a first stage that is not there is built for the time
-        of the call.
+        The result has `inputs`, `reconstructions` and `samples`, clips (n, frames, 3, height, width) in [-1, 1]. With
+        `only_log_video_latents`, it has `latents` (n, t, c, h, w) in place of samples, and the first stage decodes
+        nothing. Without `reconstruct`, it has only samples. For a precomputed batch, it has no `inputs`. If the first
+        stage is not built, it is built for this call.
         """
         batch = {key: value[:N] if isinstance(value, Tensor | list) else value for key, value in batch.items()}
         batch = self.on_device(batch)
@@ -706,25 +766,28 @@ class SATVideoDiffusionEngine(nn.Module):
         return log | {"samples": rearrange(decoded, "b c t h w -> b t c h w")}
 
     def default_ofs(self, batch_size: int) -> Tensor | None:
-        """`ofs` for networks that take it, the 1.5 image-to-video ones: always 2.0."""
+        """Return `ofs` for networks that take it (1.5 image-to-video): always 2.0."""
         if self.config["network_config"]["params"].get("ofs_embed_dim") is None:
             return None
         return torch.full((batch_size,), 2.0, device=self.device)
 
     def with_extra_frame(self, latents: Tensor) -> Tensor:
-        """Latents (b, t, c, h, w) with the first twice for 1.5 networks, which need an even number."""
+        """Return latents (b, t, c, h, w), with the first frame repeated for 1.5 networks.
+
+        These networks need an even number of frames.
+        """
         return torch.cat((latents[:, :1], latents), dim=1) if self.is_15 else latents
 
     def drop_extra_frame(self, latents: Tensor) -> Tensor:
-        """Latents (b, t, c, h, w) without the leading frame that 1.5 networks need to make their number even."""
+        """Return latents (b, t, c, h, w) without the leading frame that 1.5 networks add."""
         return latents[:, 1:] if self.is_15 else latents
 
 
 def samples_at_a_time(value: Any) -> int | None:
-    """Return `en_and_decode_n_samples_a_time` of the `model:` section: a whole number from 1, or None for all.
+    """Return `en_and_decode_n_samples_a_time` of the `model:` section; None means all.
 
     Raises:
-        UserError: the value is something else.
+        UserError: the value is not a whole number from 1.
     """
     if value is not None and (type(value) is not int or value < 1):
         raise UserError(
@@ -734,12 +797,12 @@ def samples_at_a_time(value: Any) -> int | None:
 
 
 def noise_first_frame(image: Tensor) -> Tensor:
-    """Return first frames (b, 3, 1, height, width) with the noise of training; see `noise_pictures`."""
+    """Return first frames (b, 3, 1, height, width) with training noise; see `noise_pictures`."""
     return noise_pictures(image)
 
 
 def other_precision(dtype: torch.dtype) -> str:
-    """Return what to do about values that are not finite in `dtype`."""
+    """Return advice for values that are not finite in `dtype`."""
     if dtype == torch.float16:
         return "fp16 is too narrow for this model, use bf16 (--bf16)"
     files = "check the weights and the adapter: they may be damaged, another model's, or converted to fp16 (use bf16)"
@@ -747,7 +810,7 @@ def other_precision(dtype: torch.dtype) -> str:
 
 
 def set_lora_scale(network: nn.Module, scale: float) -> None:
-    """Multiply the contribution of every LoRA layer by `scale`; 0 leaves the base model."""
+    """Multiply the contribution of every LoRA layer by `scale`; 0 gives the base model."""
     for module in network.modules():
         if hasattr(module, "matrix_A"):
             module.scaling = scale * module.lora_alpha / module.r

@@ -1,10 +1,11 @@
-"""The CogVideoX diffusion transformer (arXiv:2408.06072): text and video tokens, concatenated, attend to each other.
+"""The CogVideoX diffusion transformer (arXiv:2408.06072).
 
-`DiffusionTransformer` is a SwissArmyTransformer `BaseModel`; what makes it CogVideoX is in its mixins, in the order
-data flows: patch embedding, position embedding, adaptive layer norm with QK norm, final layer.
+Text and video tokens are concatenated and attend to each other. `DiffusionTransformer` is a SwissArmyTransformer
+`BaseModel`. The parts specific to CogVideoX are its mixins, here in the order of the data flow: patch embedding,
+position embedding, adaptive layer norm with QK norm, final layer.
 
-Shapes: b batch, t latent frames, c channels, h and w latent height and width, d `hidden_size`, l text tokens,
-n = l + v tokens of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q) the patch.
+Shapes: b batch, t latent frames, c channels, h and w latent height and width, d `hidden_size`, l text tokens, n = l + v
+tokens, of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q) the patch.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -41,40 +42,53 @@ from sgm.errors import UserError
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.util import instantiate_from_config
 
-# Of the norms defined here; SwissArmyTransformer's own take `layernorm_epsilon` of `transformer_args` (1e-5).
+# For the norms defined here. SwissArmyTransformer's norms use `layernorm_epsilon` of `transformer_args` (1e-5).
 LAYERNORM_EPSILON = 1e-6
 
 OWN_MIXINS = (__name__, "sat.model.finetune.lora2")
-# Keywords that denoisers and losses hand on to every network.
+# Keywords that denoisers and losses pass to every network.
 HANDED_ON = ("idx", "scale_emb")
 
 
 def may_overwrite() -> bool:
-    """Whether temporaries may be reused: gradients need them, and a compiler does better without being told how."""
+    """Return whether temporaries may be reused.
+
+    They may not if gradients need them, or while compiling, because a compiler reuses memory better without this.
+    """
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift, for x (b, n, d) and shift, scale (b, 1, d). Overwrites x if it may."""
+    """Return x·(1 + scale) + shift, for x (b, n, d) and shift, scale (b, 1, d).
+
+    x is overwritten if possible.
+    """
     return torch.addcmul(shift, x, 1 + scale, out=x if may_overwrite() else None)
 
 
 def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate·update, for x and update (b, n, d) and gate (b, 1, d). Overwrites x if it may."""
+    """Return x + gate·update, for x and update (b, n, d) and gate (b, 1, d).
+
+    x is overwritten if possible.
+    """
     return torch.addcmul(x, gate, update, out=x if may_overwrite() else None)
 
 
 def joined(whole: Tensor, text: Tensor, vision: Tensor) -> Tensor:
-    """Text and vision tokens one after the other: `whole` if they are its parts, overwritten."""
+    """Return text tokens followed by vision tokens.
+
+    If both are views of `whole` and were overwritten in place, `whole` is returned.
+    """
     return whole if may_overwrite() else torch.cat((text, vision), dim=1)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
+    """Return gelu(x) in its tanh approximation."""
     return F.gelu(x, approximate="tanh")
 
 
 def own_arguments(arguments: Mapping[str, Any], share: TokenShare) -> dict[str, Any]:
-    """Return what the arguments of a call are for a process that has a share of its tokens."""
+    """Return the arguments of a call for a process that has a share of the tokens."""
     rotary = arguments["rotary"]
     return {
         "share": share,
@@ -89,8 +103,8 @@ def own_arguments(arguments: Mapping[str, Any], share: TokenShare) -> dict[str, 
 class ImagePatchEmbeddingMixin(BaseMixin):
     """Projects video patches and text states to tokens (b, n, d), text first.
 
-    The projection is stored as a Conv2d kernel where only space is patched (1.0) and as a Linear weight where time
-    is too (1.5); both are applied as one matrix product on features ordered (c o p q).
+    The projection is stored as a Conv2d kernel if only space is patched (1.0), and as a Linear weight if time is
+    patched, too (1.5). Both are applied as one matrix product on features ordered (c o p q).
     """
 
     def __init__(
@@ -118,7 +132,12 @@ class ImagePatchEmbeddingMixin(BaseMixin):
     def word_embedding_forward(
         self, input_ids: Tensor | None, *, images: Tensor, encoder_outputs: Tensor, **_: Any
     ) -> Tensor:
-        """`images` (b, t, c, h, w) and text states `encoder_outputs` (b, l, text_hidden_size) to tokens (b, n, d)."""
+        """Return the tokens (b, n, d).
+
+        Args:
+            images: (b, t, c, h, w).
+            encoder_outputs: text states (b, l, text_hidden_size).
+        """
         o, p, q = self.patch
         patches = rearrange(images, "b (t o) c (h p) (w q) -> b (t h w) (c o p q)", o=o, p=p, q=q)
         video = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
@@ -129,7 +148,10 @@ class ImagePatchEmbeddingMixin(BaseMixin):
 
 
 class Basic3DPositionEmbeddingMixin(BaseMixin):
-    """Absolute sin-cos positions added to the video tokens; zeros on text. Frozen, but part of the state dict."""
+    """Absolute sin-cos positions, added to the video tokens; zeros for text.
+
+    They are frozen, but part of the state dict.
+    """
 
     def __init__(
         self,
@@ -162,15 +184,18 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
 
 
 def rotate_pairs(x: Tensor) -> Tensor:
-    """(x₀, x₁) -> (−x₁, x₀) on each pair of neighbouring features."""
+    """Return (−x₁, x₀) for each pair (x₀, x₁) of neighbouring features."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((-second, first), dim=-1).flatten(-2)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the video tokens, the last ones, of x (b, heads, n, head_dim); cos and sin are (v, head_dim).
+    """Rotate the video tokens of x (b, heads, n, head_dim), which come last.
 
-    Overwrites x if it may.
+    x is overwritten if possible.
+
+    Args:
+        cos, sin: (v, head_dim).
     """
     text, video = x.split((x.shape[2] - cos.shape[0], cos.shape[0]), dim=2)
     rotated = rotate_pairs(video)
@@ -181,9 +206,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotary3DPositionEmbeddingMixin(BaseMixin):
-    """Rotary positions on the queries and keys of video tokens, optionally with a learnt absolute embedding.
+    """Rotary positions for queries and keys of video tokens, and optional learnt positions.
 
-    Checkpoints of 1.0 models hold the cosines and sines (`store_tables`); those of 1.5 do not.
+    The learnt positions are absolute. Checkpoints of 1.0 models contain the cosines and sines (`store_tables`); those
+    of 1.5 models do not.
     """
 
     def __init__(
@@ -203,7 +229,9 @@ class Rotary3DPositionEmbeddingMixin(BaseMixin):
     ):
         super().__init__()
         if not time_interpolation == height_interpolation == width_interpolation == 1:
-            raise UserError("interpolation factors other than 1 belong to Basic3DPositionEmbeddingMixin, not to rotary")
+            raise UserError(
+                "interpolation factors: rotary positions take only 1; use Basic3DPositionEmbeddingMixin for others"
+            )
         self.grid: Grid = (compressed_num_frames, height, width)
         self.text_length = text_length
         self.head_dim, self.theta = hidden_size_head, theta
@@ -226,7 +254,10 @@ class Rotary3DPositionEmbeddingMixin(BaseMixin):
         return torch.cat((text, leading_corner(video, self.grid, grid)), dim=1)
 
     def rotary(self, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (v, head_dim) of the leading corner of size `grid`, in the dtype of `like`."""
+        """Return cosines and sines (v, head_dim) of the leading corner of size `grid`.
+
+        They have the dtype of `like`.
+        """
         if self.store_tables:
             return tuple(
                 leading_corner(table, self.grid, grid).to(like.dtype) for table in (self.freqs_cos, self.freqs_sin)
@@ -255,10 +286,10 @@ class Rotary3DPositionEmbeddingMixin(BaseMixin):
 
 
 class AdaLNMixin(BaseMixin):
-    """A pre-norm layer whose norms are modulated and whose branches are gated by the time embedding.
+    """A pre-norm layer with norms modulated and branches gated by the time embedding.
 
-    Vision and text share weights but have their own shift, scale and gate ("expert adaptive layer norm").
-    `qk_ln` normalises queries and keys over the head dimension, before the rotary embedding.
+    Vision and text share weights, but have their own shift, scale and gate ("expert adaptive layer norm"). `qk_ln`
+    normalises queries and keys over the head dimension, before the rotary embedding.
     """
 
     def __init__(
@@ -286,7 +317,10 @@ class AdaLNMixin(BaseMixin):
             self.query_layernorm_list, self.key_layernorm_list = norms(), norms()
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
-        """Zero modulation: at the start of training every layer is the identity (adaLN-Zero, arXiv:2212.09748)."""
+        """Set the modulation to zero, so that initially every layer is the identity.
+
+        This is adaLN-Zero (arXiv:2212.09748).
+        """
         for modulation in self.adaLN_modulations:
             nn.init.zeros_(modulation[1].weight)
             nn.init.zeros_(modulation[1].bias)
@@ -302,8 +336,13 @@ class AdaLNMixin(BaseMixin):
         modulations: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`hidden_states` (b, n, d), text first; `emb` (b, time_embed_dim); `modulations` (layers, b, 12 d) of `emb`,
-        where they are known already."""
+        """Return the tokens (b, n, d) after a layer.
+
+        Args:
+            hidden_states: (b, n, d), text first.
+            emb: (b, time_embed_dim).
+            modulations: (layers, b, 12 d) for `emb`, if already computed.
+        """
         layer = self.transformer.layers[layer_id]
         split = (text_length, hidden_states.shape[1] - text_length)
         modulation = self.adaLN_modulations[layer_id](emb) if modulations is None else modulations[layer_id]
@@ -352,7 +391,10 @@ class AdaLNMixin(BaseMixin):
 
 
 class FinalLayerMixin(BaseMixin):
-    """Modulated norm, projection and unpatchify: tokens (b, n, d) back to latents (b, t, out_channels, h, w)."""
+    """Modulated norm, projection and unpatchify.
+
+    Tokens (b, n, d) become latents (b, t, out_channels, h, w).
+    """
 
     def __init__(
         self,
@@ -391,15 +433,15 @@ class DiffusionTransformer(BaseModel):
     """Predicts v for noised video latents, given timesteps and T5 states.
 
     Args:
-        num_frames, time_compressed_rate: pixel frames of the longest clip and how many of them make a latent frame.
+        num_frames, time_compressed_rate: pixel frames of the longest clip, and how many of them make a latent frame.
         latent_width, latent_height: size of the largest latent, before patching.
         patch_size: `2` for CogVideoX 1.0, `[2, 2, 2]` for 1.5.
-        modules: configurations of the mixins, `pos_embed_config`, `patch_embed_config`, `adaln_layer_config`,
+        modules: configurations of the mixins: `pos_embed_config`, `patch_embed_config`, `adaln_layer_config`,
             `final_layer_config` and optionally `lora_config`.
-        transformer_args: SwissArmyTransformer's own (`checkpoint_activations`, `model_parallel_size`, ...).
-        ofs_embed_dim: width of the sinusoid of `ofs`, which 1.5 image-to-video takes beside the timestep.
-        height_interpolation, width_interpolation, time_interpolation: given here or with the position embedding.
-        adm_in_channels: read by older configurations; no CogVideoX model is conditioned on a class.
+        transformer_args: arguments for SwissArmyTransformer (`checkpoint_activations`, `model_parallel_size`, ...).
+        ofs_embed_dim: width of the sinusoid of `ofs`, which 1.5 image-to-video takes besides the timestep.
+        height_interpolation, width_interpolation, time_interpolation: given here, or with the position embedding.
+        adm_in_channels: accepted for older configurations; no CogVideoX model has a class condition.
     """
 
     def __init__(
@@ -441,7 +483,7 @@ class DiffusionTransformer(BaseModel):
         )
         recompute = getattr(settings, "checkpoint_activations", False)
         settings.checkpoint_activations = recomputation_mode("checkpoint_activations", recompute)
-        # Built here rather than by BaseModel, which would reseed the global random generators.
+        # Built here, because BaseModel would reseed the global random generators.
         transformer = BaseTransformer(
             num_layers=num_layers,
             vocab_size=settings.vocab_size,
@@ -454,8 +496,11 @@ class DiffusionTransformer(BaseModel):
             activation_func=gelu_tanh,
             **{
                 **{name: getattr(settings, arg, default) for name, (arg, default) in ARGS_DEFAULT.items()},
-                "row_parallel_linear_final_bias": False,  # added within the matrix product
-                **{"checkpoint_num_layers": 1, "checkpoint_skip_layers": 0},  # of its own loop over layers
+                "row_parallel_linear_final_bias": False,  # the bias is added within the matrix product
+                **{
+                    "checkpoint_num_layers": 1,
+                    "checkpoint_skip_layers": 0,
+                },  # for SwissArmyTransformer's own loop over layers
             },
         )
         transformer.checkpoint_skip_layers = getattr(settings, "checkpoint_skip_layers", 0)
@@ -472,7 +517,7 @@ class DiffusionTransformer(BaseModel):
         self.compiles_layers = False
         self.modulation_table: ModulationTable | None = None
         self.sequence_group: ProcessGroup | None = None
-        self.sequence_processes = 1  # that share the tokens of a call
+        self.sequence_processes = 1  # number of processes that share the tokens of a call
 
         def embedding_mlp(dim: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(dim, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
@@ -528,15 +573,15 @@ class DiffusionTransformer(BaseModel):
         convert_modules(self, self.converters())
 
     def converters(self) -> Iterator[Converter]:
-        """Yield what exchanges modules once the network is built; a subclass may add its own."""
+        """Yield the converters of modules for the built network; a subclass may add its own."""
         if "lora" in self.mixins:
-            # Not above: what it needs warns that bitsandbytes is missing, which concerns adapters alone.
+            # Imported here, because the import warns about a missing bitsandbytes, which concerns only adapters.
             from cogvideox_sat.network.fused_lora import fuse_adapter
 
             yield fuse_adapter
 
     def use_attention(self, choice: AttentionChoice | None) -> None:
-        """Compute attention by another kernel from now on; None: as PyTorch chooses."""
+        """Compute attention with another kernel from now on; None: PyTorch's choice."""
         own = KERNELS["softmax"], KERNELS["written-out"]
         self.attention, self.training_attention = (choice.function,) * 2 if choice and choice.function else own
         self.attention_name = choice.kernel if choice else "softmax"
@@ -544,20 +589,25 @@ class DiffusionTransformer(BaseModel):
         self.layer_runner.around = (*others, choice) if choice and choice.backends else tuple(others)
 
     def share_tokens(self, group: ProcessGroup | None) -> None:
-        """Hold, from now on, a share of the tokens of each call, the other processes of the group the others; all of
-        them must be called with the same inputs, and return the same. None: hold all tokens.
+        """Hold only a share of the tokens of each call from now on.
+
+        The other processes of the group hold the other shares. All of them must be called with the same inputs, and
+        return the same. None: hold all tokens.
+
+        Args:
+            group: the group of processes.
 
         Raises:
-            UserError: the group has more processes than the network heads.
+            UserError: the group has more processes than the network has heads.
         """
         if group is not None:
             check_shares(group.size(), "attention heads", self.num_attention_heads)
         self.sequence_group, self.sequence_processes = group, 1 if group is None else group.size()
 
     def compile_layers(self) -> bool:
-        """Run layers through a compiler from now on; return False, and change nothing, if that is not possible.
+        """Compile the layers from now on; return False and change nothing if that is impossible.
 
-        Layers that turn out later to have a part that `network.compiled_layers` does not know run without it.
+        Layers in which an unsupported part for `network.compiled_layers` is found later run without a compiler.
         """
         with suppress(NotCompilable):
             layer_weights(self, 0)
@@ -565,23 +615,24 @@ class DiffusionTransformer(BaseModel):
         return self.compiles_layers
 
     def tabulate_modulations(self, device: torch.device) -> bool:
-        """Work modulations out ahead, for sampling, and keep the weights behind them in host memory from now on; return
-        False, and change nothing, if layers may use these weights in another way.
+        """Compute modulations in advance for sampling, with their weights in host memory.
+
+        Return False, and change nothing, if layers may use these weights in another way.
 
         Args:
-            device: where the network runs.
+            device: device on which the network runs.
         """
         if self.why_layers_are_not_plain() is None:
             self.modulation_table = ModulationTable(self.mixins["adaln_layer"].adaLN_modulations, device)
         return self.modulation_table is not None
 
     def why_layers_are_not_plain(self) -> str | None:
-        """Return why layers may compute something else than `network.block` does; None: they do not."""
+        """Return why layers may compute something else than `network.block`, or None."""
         if self.has_foreign_mixin:
             return "it has a mixin that is not defined here"
         own = (DiffusionTransformer.attention_fn, DiffusionTransformer.layer)
         if (type(self).attention_fn, type(self).layer) != own:
-            return f"{type(self).__name__} has its own way to run a layer"
+            return f"{type(self).__name__} runs its layers in its own way"
         if self.transformer.layernorm_order != "pre":
             return f"its layernorm_order is {self.transformer.layernorm_order}"
         watched = (self.transformer.layers, self.mixins["adaln_layer"])
@@ -595,7 +646,7 @@ class DiffusionTransformer(BaseModel):
 
     def collect_hooks_(self) -> dict[str, Any]:
         hooks = super().collect_hooks_()
-        if hasattr(self, "transformer"):  # its sub-layers look their hooks up there
+        if hasattr(self, "transformer"):  # sub-layers look up their hooks there
             self.transformer.hooks.clear()
             self.transformer.hooks.update(hooks)
         # Mixins that are neither defined here nor an adapter; they may read any keyword.
@@ -613,22 +664,22 @@ class DiffusionTransformer(BaseModel):
         share: TokenShare | None = None,
         **_: Any,
     ) -> Tensor:
-        """Full attention of q, k, v (b, heads, n, head_dim): no mask is ever built."""
+        """Return full attention of q, k, v (b, heads, n, head_dim), without a mask."""
         dropout_p = dropout.p if dropout is not None else 0.0
         if share is not None:
             kernel = self.training_attention if torch.is_grad_enabled() else self.attention
             return share.attend(kernel)(q, k, v, dropout_p=dropout_p)
         if not torch.is_grad_enabled():
             return self.attention(q, k, v, dropout_p=dropout_p)
-        # The backward pass keeps v, which is a view of all three: a copy lets go of the others.
+        # The backward pass keeps v. Since v is a view of q, k and v together, a copy allows the others to be freed.
         v = v.transpose(1, 2).contiguous().transpose(1, 2)
         return self.training_attention(q, k, v, dropout_p=dropout_p)
 
     def patch_grid(self, latents: Tensor) -> Grid:
-        """Number of patches along (t, h, w) of latents (b, t, c, h, w).
+        """Return the number of patches along (t, h, w) of latents (b, t, c, h, w).
 
         Raises:
-            UserError: the latents do not divide into patches or are larger than the position table.
+            UserError: the latents do not divide into patches, or are larger than the position table.
         """
         size, patch, largest = (latents.shape[1], *latents.shape[3:]), self.patch, self.mixins["pos_embed"].grid
         if any(s % p for s, p in zip(size, patch, strict=True)):
@@ -640,7 +691,7 @@ class DiffusionTransformer(BaseModel):
         return grid
 
     def embed_condition(self, timesteps: Tensor, ofs: Tensor | None = None) -> Tensor:
-        """Time embedding (b, time_embed_dim), with that of `ofs` added where the model has one."""
+        """Return the time embedding (b, time_embed_dim), plus that of `ofs` if the model has one."""
         emb = self.time_embed(timestep_embedding(timesteps, self.hidden_size, dtype=self.dtype))
         if self.ofs_embed_dim is not None:
             if ofs is None:
@@ -664,27 +715,27 @@ class DiffusionTransformer(BaseModel):
         """Return the network's prediction (b, t, out_channels, h, w).
 
         Args:
-            x: noised latents (b, t, c, h, w), in the network's dtype; c is `in_channels`, less those of
+            x: noised latents (b, t, c, h, w), in the network's dtype; c is `in_channels` minus the channels of
                 `concat_images`.
             timesteps: integer timestep indices (b,).
             context: text states (b, l, text_hidden_size).
             y: part of the calling convention; no CogVideoX model takes a vector condition.
-            concat_images: image condition (b, t, c', h, w), which is joined to `x` on channels.
+            concat_images: image condition (b, t, c', h, w), which is joined to `x` along the channels.
             ofs: (b,), for 1.5 image-to-video; other models ignore it.
-            idx, scale_emb: what denoisers hand on; only foreign mixins read them.
-            kwargs: for foreign mixins, those that are neither defined here nor an adapter; without any, other keywords
-                are errors.
+            idx, scale_emb: keywords that denoisers pass; only foreign mixins read them.
+            kwargs: keywords for foreign mixins, which are neither defined here nor an adapter; without such mixins,
+                other keywords are errors.
 
         Raises:
-            TypeError: an unknown keyword.
+            TypeError: a keyword is unknown.
             UserError: the latents do not fit the network.
         """
         if concat_images is not None:
             x = self.join_condition(x, concat_images)
         if x.shape[2] != self.in_channels:
             raise UserError(
-                f"the latents have {x.shape[2]} channels, this network takes {self.in_channels}; those of an image "
-                "condition (concat_images) count too"
+                f"the latents have {x.shape[2]} channels, but this network takes {self.in_channels}; channels of an "
+                "image condition (concat_images) count too"
             )
         grid, text_length = self.patch_grid(x), context.shape[1]
         arguments = {
@@ -721,7 +772,7 @@ class DiffusionTransformer(BaseModel):
         return self.hooks["final_forward"](hidden, **arguments)
 
     def join_condition(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return `x` (b, t, c, h, w) with the channels of an image condition behind its own.
+        """Return `x` (b, t, c, h, w) with the channels of an image condition appended.
 
         Raises:
             UserError: the two differ in another dimension than channels.
@@ -734,7 +785,7 @@ class DiffusionTransformer(BaseModel):
         return torch.cat((x, condition.to(x.dtype)), dim=2)
 
     def foreign_arguments(self, keywords: Mapping[str, Any], own: Container[str]) -> dict[str, Any]:
-        """Return what foreign mixins get of the keywords of a call.
+        """Return the keywords of a call that are for foreign mixins.
 
         Raises:
             TypeError: no foreign mixin is registered, or a keyword has the name of one that the network sets itself.
@@ -745,13 +796,16 @@ class DiffusionTransformer(BaseModel):
             known = ("x", "timesteps", "context", "y", "concat_images", "ofs", *HANDED_ON)
             raise TypeError(
                 f"DiffusionTransformer.forward() got an unexpected keyword argument '{unknown[0]}'; it takes "
-                f"{', '.join(known)}, and others only if a mixin of your own is registered"
+                f"{', '.join(known)}, and other keywords only if your own mixin is registered"
             )
         return given if self.has_foreign_mixin else {}
 
     def layers_of_call(self, arguments: Mapping[str, Any], hidden: Tensor) -> tuple[Callable[[int], RunLayer], bool]:
-        """Return what makes each layer a function of the tokens alone: compiled, or of parts that keep little for a
-        backward pass, if all layers can be; and whether they are compiled."""
+        """Return a function from index to layer, and whether the layers are compiled.
+
+        Each layer is a function of the tokens alone: compiled, or made of parts that keep little for a backward pass,
+        if all layers support that.
+        """
         share = arguments.get("share")
         if self.compiles_layers:
             tokens = tokens_of(arguments["text_length"], hidden.shape[1], arguments["rotary"], hidden.device)
@@ -772,8 +826,11 @@ class DiffusionTransformer(BaseModel):
         return lambda hidden: layer_forward(hidden, None, layer_id=layer_id, **arguments)
 
     def disable_untrainable_params(self) -> None:
-        """Freeze what training leaves alone: everything but the adapter for LoRA, and for full fine-tuning a table of
-        positions that SwissArmyTransformer makes and rotary models do not use."""
+        """Freeze the parameters that are never trained.
+
+        With LoRA, these are all but the adapter. For full fine-tuning, this is a position table of SwissArmyTransformer
+        that rotary models do not use.
+        """
         if hasattr(self.transformer, "position_embeddings"):
             self.transformer.position_embeddings.requires_grad_(False)
         if "lora" in self.mixins:

@@ -1,14 +1,18 @@
-"""Sample videos from prompts: `python sat/sample_video.py --base MODEL.yaml configs/inference.yaml --seed N`.
+"""Sample videos from prompts.
 
-The parts of the model take turns: prompts are encoded, then first frames, then latents are sampled, then decoded into
-video files. A prompt that fails is reported and the others go on. Exit codes: 0 all videos are there, 1 some prompts
-failed, 2 a mistake in the arguments or files stands in the way of all.
+    python sat/sample_video.py --base MODEL.yaml configs/inference.yaml --seed N
+
+The parts of the model are used in turn: prompts are encoded, then first frames; then latents are sampled, and then
+decoded into video files. A prompt that fails is reported, and the others continue. Exit codes: 0 all videos are
+written, 1 some prompts failed, 2 the arguments or files have an error that prevents all videos.
 """
 
 import sys
 from pathlib import Path
 
-if Path(__file__).resolve().parts[-2:-1] == ("sat",):  # in a checkout: sgm and vae_modules, wherever it is run from
+if Path(__file__).resolve().parts[-2:-1] == (
+    "sat",
+):  # in a checkout: find sgm and vae_modules, whatever the current working directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging
@@ -48,32 +52,34 @@ logger = logging.getLogger("sample_video")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return exit_code(lambda: sample(command_line), logger, command_line=command_line)
 
 
 def sample(command_line: Sequence[str] | None) -> int:
+    """Sample the videos that the command line asks for; return the exit code."""
     adopt_launcher()
     return sample_with(get_args(command_line))
 
 
 def sampling_main(args: Any, model_cls: type | None = None) -> int:
-    """Sample as a program asks; return 0 if all videos are there, 1 if some prompts failed.
+    """Sample videos for a program; return 0 if all are written, 1 if some prompts failed.
 
     Args:
-        args: what `arguments.get_args` returns, or an object with such attributes; `model_config` may be an OmegaConf
+        args: the result of `arguments.get_args`, or an object with such attributes; `model_config` may be an OmegaConf
             `DictConfig`.
-        model_cls: a subclass of `SATVideoDiffusionEngine`, which is used in its place.
+        model_cls: a subclass of `SATVideoDiffusionEngine` to use in its place.
 
     Raises:
-        UserError: a mistake in the arguments or files.
+        UserError: the arguments or files have an error.
     """
     adopt_launcher()
     given = arguments_from(SamplingArguments, args, model_cls)
     names = args if isinstance(args, Mapping) else vars(args)
     given.given = given.given or frozenset(names)
     settle_size(given, given="sampling_image_size" in names)
-    if not isinstance(args, SamplingArguments):  # which have values for all names
+    if not isinstance(args, SamplingArguments):  # `SamplingArguments` have values for all names
         check_alternatives({name for name, value in names.items() if value is not None})
     settle_knobs(given)
     settle_adapters(given)
@@ -82,11 +88,12 @@ def sampling_main(args: Any, model_cls: type | None = None) -> int:
 
 
 def sample_with(args: SamplingArguments) -> int:
+    """Sample the videos of the given arguments; return the exit code."""
     with args.sources.naming():
         plan = plan_run(args)
         tell_places()
         quiet_libraries()
-        # Imports PyTorch: seconds, spent only once the request is known to make sense
+        # This import takes seconds (PyTorch), so that it comes after all checks.
         from cogvideox_sat.sampling.run import run
 
         return run(args, plan)

@@ -1,17 +1,21 @@
-"""Fine-tune a model: `python sat/train_video.py --base MODEL.yaml configs/sft.yaml --seed N`, or for several processes
-`torchrun --standalone --nproc_per_node=N sat/train_video.py ...`.
+"""Fine-tune a model.
 
-A configuration with a `lora_config` trains its adapter alone, one without trains the network. Checkpoints go to
-`{save}/{experiment_name}-MM-DD-HH-MM/{iteration}`; `--resume latest` goes on from the last. `--inspect_data` only says
-what would be trained on. SIGTERM and SIGINT finish the step and save. Exit codes: 0 the run is complete, or was asked
-to stop and is saved; 2 a mistake in the arguments or files, or losses that are not finite, ended the run; 130
+    python sat/train_video.py --base MODEL.yaml configs/sft.yaml --seed N
+    torchrun --standalone --nproc_per_node=N sat/train_video.py ...
+
+With a `lora_config`, only its adapter is trained; otherwise the network is trained. Checkpoints are written to
+`{save}/{experiment_name}-MM-DD-HH-MM/{iteration}`; `--resume latest` continues from the last one. `--inspect_data` only
+shows the data for training. On SIGTERM and SIGINT, the run finishes the step and saves. Exit codes: 0 the run is
+complete, or was asked to stop and is saved; 2 the arguments or files have an error, or losses are not finite; 130
 interrupted before there was anything to save.
 """
 
 import sys
 from pathlib import Path
 
-if Path(__file__).resolve().parts[-2:-1] == ("sat",):  # in a checkout: sgm and vae_modules, wherever it is run from
+if Path(__file__).resolve().parts[-2:-1] == (
+    "sat",
+):  # in a checkout: find sgm and vae_modules, whatever the current working directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging
@@ -31,18 +35,19 @@ logger = logging.getLogger("train_video")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     return run_command(lambda: plan(command_line), train, logger, command_line)
 
 
 def training_main(args: Any, model_cls: type | None = None) -> int:
-    """Train as a program asks; return 0 when the run is complete, or was asked to stop and is saved.
+    """Train for a program; return 0 if the run is complete, or was stopped and is saved.
 
     Args:
-        args: what `configuration.training_arguments.get_training_args` returns, or an object with such attributes.
-        model_cls: a subclass of `SATVideoDiffusionEngine`, which is used in its place.
+        args: the result of `configuration.training_arguments.get_training_args`, or an object with such attributes.
+        model_cls: a subclass of `SATVideoDiffusionEngine` to use in its place.
 
     Raises:
-        UserError: a mistake in the arguments or files, or losses that are not finite.
+        UserError: the arguments or files have an error, or losses are not finite.
     """
     adopt_launcher()
     given = complete(arguments_from(TrainingArguments, args, model_cls))
@@ -53,12 +58,14 @@ def training_main(args: Any, model_cls: type | None = None) -> int:
 
 
 def plan(command_line: Sequence[str] | None) -> tuple[TrainingArguments, TrainingPlan | BatchSizes]:
+    """Return the checked arguments of the command line, and the plan for them."""
     args = get_training_args(command_line)
     with args.sources.naming():
         return args, plan_inspection(args) if args.inspect_data else plan_run(args)
 
 
 def train(planned: tuple[TrainingArguments, TrainingPlan | BatchSizes]) -> int:
+    """Train, or inspect the data, as planned; return the exit code."""
     args, plan = planned
     if isinstance(plan, BatchSizes):  # for --inspect_data
         from cogvideox_sat.runs.data_inspection import inspect_training_data
@@ -66,12 +73,12 @@ def train(planned: tuple[TrainingArguments, TrainingPlan | BatchSizes]) -> int:
         with args.sources.naming():
             return inspect_training_data(args, plan)
     if plan.finished:
-        logger.info("%s is at the last step: raise train_iters to go on", plan.resume)
+        logger.info("%s is at the last step; raise train_iters to continue", plan.resume)
         return 0
     quiet_libraries()
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
-    # Imports PyTorch: seconds, spent only once the request is known to make sense
+    # This import takes seconds (PyTorch), so that it comes after all checks.
     from cogvideox_sat.training.run import run
 
     with args.sources.naming():

@@ -1,6 +1,6 @@
-"""Training and sampling of the CogVideoX video models: `import cogvideox_sat as cv`, then `cv.load("tiny")`.
+"""Training and sampling of the CogVideoX video models.
 
-CONTRIBUTING.md has the map of the packages.
+Use it as `import cogvideox_sat as cv`, then `cv.load("tiny")`. CONTRIBUTING.md has the map of the packages.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ _NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return one of the names above from its module, which is imported when it is asked for."""
+    """Return one of the names above; its module is imported at the first access."""
     if name in _NAMES:
         import importlib
 
@@ -41,5 +41,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names that there are, those that are imported when they are asked for among them."""
+    """Return all names, including those whose modules are not imported yet."""
     return sorted({*globals(), *_NAMES})

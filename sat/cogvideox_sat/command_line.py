@@ -1,7 +1,8 @@
-"""The command `cogvideox` of the installed package: `cogvideox sample`, `train`, `train-vae`, `convert NAME`, `memory`.
+"""The command `cogvideox` of the installed package.
 
-Each does what the script of the repository does. On several processes: `torchrun --standalone --nproc_per_node=N -m
-cogvideox_sat.command_line train ...`.
+The commands are `cogvideox sample`, `train`, `train-vae`, `convert NAME` and `memory`. Each does the same as the script
+in the repository. With several processes: `torchrun --standalone --nproc_per_node=N -m cogvideox_sat.command_line train
+...`.
 """
 
 import difflib
@@ -17,12 +18,15 @@ from sgm.errors import UserError, one_line, shown
 logger = logging.getLogger(COMMAND)
 
 CONVERT = "convert"
-COMMANDS = {  # what each is for, and its module
+COMMANDS = {  # description and module of each command
     "sample": ("sample videos from prompts", "sample_video"),
     "train": ("fine-tune a model on videos with captions", "train_video"),
     "train-vae": ("train a video autoencoder", "train_vae"),
     CONVERT: ("convert weights, adapters and latents", ""),
-    "memory": ("tell how much memory a run of a configuration needs", "cogvideox_sat.tool_commands.estimate_memory"),
+    "memory": (
+        "estimate the memory that a run of a configuration needs",
+        "cogvideox_sat.tool_commands.estimate_memory",
+    ),
 }
 HELP = ("-h", "--help")
 
@@ -40,17 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         words, module = choose(given)
     except UserError as error:
-        logging.basicConfig(format="%(message)s")  # not before, since each command sets up its own
+        logging.basicConfig(format="%(message)s")  # only here, because each command sets up its own logging
         logger.error("error: %s", one_line(str(error)))
         return 2
     rest = given[len(words) :]
-    if arguments is None:  # what parsers and libraries take to be the program's name
+    if arguments is None:  # parsers and libraries read the program's name from sys.argv
         sys.argv[:] = [" ".join([COMMAND, *words]), *rest]
     return importlib.import_module(module).main(rest)
 
 
 def choose(given: Sequence[str]) -> tuple[list[str], str]:
-    """Return the words of a command line that name a command, and its module.
+    """Return the words of a command line that name a command, and the command's module.
 
     Raises:
         UserError: no command has that name.
@@ -63,13 +67,14 @@ def choose(given: Sequence[str]) -> tuple[list[str], str]:
 
 
 def chosen(command: str, what: str, words: Sequence[str], known: Iterable[str]) -> str:
-    """Return which of the `known` names the first word is, with `-` for `_` and the other way round.
+    """Return the one of the `known` names that the first word is; `-` and `_` are equal.
 
     Args:
-        command: what the words were given to, for messages; `what`: what they are to name.
+        command: the command that the words belong to, for messages.
+        what: what the words name, for messages.
 
     Raises:
-        UserError: none, or there is no word.
+        UserError: the first word is missing or unknown.
     """
     names = {name.replace("-", "_"): name for name in known}
     if not words:
@@ -82,7 +87,7 @@ def chosen(command: str, what: str, words: Sequence[str], known: Iterable[str]) 
 
 
 def show(usage: str, title: str, names: Mapping[str, str]) -> int:
-    """Write the help of a command that has further ones."""
+    """Write the help of a command with subcommands."""
     width = max(map(len, names))
     lines = [usage, "", f"{title}, each with a --help of its own:", *(f"  {n:{width}}  {t}" for n, t in names.items())]
     sys.stdout.write("\n".join(lines) + "\n")

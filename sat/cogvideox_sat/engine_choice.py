@@ -1,4 +1,7 @@
-"""Choose the engine that a command runs: ours, or a subclass of the user's own, from Python or by `model.target`."""
+"""Choose the engine of a command: ours, or a user's own subclass.
+
+The subclass is given from Python, or as `model.target`.
+"""
 
 import inspect
 
@@ -14,10 +17,10 @@ OWN = f"{SATVideoDiffusionEngine.__module__}.{SATVideoDiffusionEngine.__name__}"
 
 
 def engine_class(settings: EngineSettings) -> type[SATVideoDiffusionEngine]:
-    """Return the class that `model_cls` or else `model.target` of the configuration names, ours by default.
+    """Return the class in `model_cls`, or else in `model.target`; ours by default.
 
     Raises:
-        UserError: the class is no subclass of ours, or takes other arguments.
+        UserError: the class is not a subclass of ours, or takes other arguments.
     """
     target = settings.model_config.get("target")
     chosen, name = settings.model_cls, "model_cls"
@@ -29,12 +32,12 @@ def engine_class(settings: EngineSettings) -> type[SATVideoDiffusionEngine]:
         return SATVideoDiffusionEngine
     if not (isinstance(chosen, type) and issubclass(chosen, SATVideoDiffusionEngine)):
         raise UserError(
-            f"{name}: {getattr(chosen, '__name__', chosen)} is no subclass of {OWN}; derive it from that class"
+            f"{name}: {getattr(chosen, '__name__', chosen)} is not a subclass of {OWN}; derive it from that class"
         )
     try:
         inspect.signature(chosen).bind(settings, parts=(), device="cpu")
     except TypeError as error:
-        raise UserError(f"{name}: its __init__ must take (args, **kwargs) and hand both on: {error}") from error
+        raise UserError(f"{name}: its __init__ must take (args, **kwargs) and pass both on: {error}") from error
     return chosen
 
 
@@ -44,23 +47,23 @@ def build_engine(
     device: torch.device | str,
     groups: VideoGroups = ALONE,
 ) -> SATVideoDiffusionEngine:
-    """Return the engine of a command, with `parts` of it built on `device`.
+    """Return the engine of a command, with some of its parts built on `device`.
 
-    A class of the user's own gets as its `args` all arguments of the command, as in the original.
+    A user's own class gets all arguments of the command as its `args`, as in the original.
 
     Args:
         groups: the processes that make a video together.
 
     Raises:
-        UserError: see `engine_class`; its `__init__` does not hand `parts` and `device` on; the engine cannot share
-            videos so.
+        UserError: see `engine_class`; or its `__init__` does not pass `parts` and `device` on, or the engine cannot
+            share videos in this way.
     """
     chosen = engine_class(settings)
     args = settings if chosen is SATVideoDiffusionEngine else settings.as_args()
     engine = chosen(args, parts=(), device=device)
     if engine.device != torch.device(device):
         raise UserError(
-            f"{chosen.__module__}.{chosen.__name__}: its __init__ must hand its keywords on: "
+            f"{chosen.__module__}.{chosen.__name__}: its __init__ must pass its keywords on: "
             "super().__init__(args, **kwargs)"
         )
     engine.share_videos(groups)
@@ -70,5 +73,5 @@ def build_engine(
 
 
 def is_overridden(engine: SATVideoDiffusionEngine, method: str) -> bool:
-    """Return whether the engine's class has a method of its own in the place of ours."""
+    """Return whether the engine's class overrides a method of ours."""
     return getattr(type(engine), method) is not getattr(SATVideoDiffusionEngine, method)

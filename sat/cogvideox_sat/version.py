@@ -1,3 +1,3 @@
-"""The version of this project, which pyproject.toml reads here."""
+"""The version of this project, which pyproject.toml reads."""
 
 __version__ = "0.1.0"

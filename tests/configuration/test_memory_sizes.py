@@ -55,7 +55,7 @@ def test_others_are_one_line(text, problem):
     ("arguments", "problem"),
     [
         (("--fit", "12"), "fit: 12 has no unit"),
-        (("--fit", "auto", "--device", "cpu"), "fit: auto is what a GPU has free, but device is cpu"),
+        (("--fit", "auto", "--device", "cpu"), "fit: auto needs a GPU, but device is cpu"),
         (("--fit", "12GB", "--model_parallel_size", "2"), "fit: model_parallel_size is 2"),
     ],
 )

@@ -158,7 +158,7 @@ def test_key_frames_stand_in_their_latent_frames(case, monkeypatch):
     assert torch.equal(both, torch.cat((first, torch.zeros(2, 2, 4, 2, 2), last), dim=1))
     monkeypatch.setattr(engine, "noised_image_all_concat", True)
     assert torch.equal(engine.concat_condition(first, 3), first.expand(2, 3, 4, 2, 2))
-    with pytest.raises(UserError, match="keyframes: this model takes the first frame alone"):
+    with pytest.raises(UserError, match="keyframes: this model takes only the first frame"):
         engine.concat_key_frames({2: last}, 4)
     monkeypatch.setattr(engine, "noised_image_input", False)
     with pytest.raises(UserError, match="keyframes: this is a text-to-video model"):

@@ -127,7 +127,7 @@ def test_a_cache_knows_no_other_way_of_encoding(tiny, tmp_path, caplog):
     ("chosen", "says"),
     [
         (Narrow, r"model_cls: its __init__ must take \(args, \*\*kwargs\)"),
-        (torch.nn.Identity, "model_cls: Identity is no subclass of diffusion_video.SATVideoDiffusionEngine"),
+        (torch.nn.Identity, "model_cls: Identity is not a subclass of diffusion_video.SATVideoDiffusionEngine"),
         (7, "model_cls: 7 is no subclass"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_target_that_is_no_engine(target, says):
 def test_an_engine_that_keeps_its_keywords_to_itself(tiny):
     section = get_args(["--base", str(tiny.config("5b")), "--input_file", "p"]).model_config
     settings = EngineSettings(section, model_cls=Deaf)
-    with pytest.raises(UserError, match="must hand its keywords on"):
+    with pytest.raises(UserError, match="must pass its keywords on"):
         build_engine(settings, (), torch.device("meta"))
 
 

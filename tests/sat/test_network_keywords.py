@@ -43,7 +43,7 @@ def test_channels_that_do_not_fit(channels):
     network, inputs = network_and_inputs("t2v_2b")
     b, t, _, h, w = inputs["x"].shape
     inputs["x"] = torch.zeros(b, t, channels, h, w)
-    with pytest.raises(UserError, match=f"the latents have {channels} channels, this network takes 16"):
+    with pytest.raises(UserError, match=f"the latents have {channels} channels, but this network takes 16"):
         network(**inputs)
 
 
