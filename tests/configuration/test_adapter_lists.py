@@ -16,7 +16,7 @@ def test_a_program_names_them_as_it_likes():
     assert adapter_texts({}) == adapter_texts([]) == []
     for text, weight in (("a:1e-05", 1e-5), ("x:y:-0.5", -0.5)):
         assert path_and_weight(text)[1] == weight
-    with pytest.raises(UserError, match="--lora a:b: 'b' is no weight"):
+    with pytest.raises(UserError, match="--lora a:b: 'b' is not a number"):
         path_and_weight("a:b")
 
 

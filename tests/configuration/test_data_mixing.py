@@ -54,7 +54,7 @@ def test_wrong_entries_are_named(section, message):
 @pytest.mark.parametrize(
     ("repeats", "weights", "message"),
     [
-        ([1], [], "train_data_repeats: 1 numbers for 2 places in train_data"),
+        ([1], [], "train_data_repeats: 1 numbers for 2 entries in train_data"),
         ([], [1.0, 2.0, 3.0], "train_data_weights: 3 numbers"),
         ([1, 0], [], "train_data_repeats: 0 does not fit"),
         ([], [1.0, 0.0], "train_data_weights: 0.0 is not above 0"),

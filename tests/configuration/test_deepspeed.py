@@ -143,7 +143,7 @@ def zero(**changes) -> dict:
         ({"optimizer": {**ADAM, "lr": 1}}, "deepspeed.optimizer: unknown key 'lr'"),
         (optimizer(learning_rate=1), "deepspeed.optimizer.params: unknown key 'learning_rate'"),
         ({"scheduler": {"name": "WarmupLR"}}, "deepspeed.scheduler: unknown key 'name'"),
-        ({"amp": {"enabled": True}}, "amp is a feature that DeepSpeed has given up"),
+        ({"amp": {"enabled": True}}, "amp is a feature that DeepSpeed has removed"),
         (zero(stage=4), "zero_optimization.stage is 4; it can be 0, 1, 2 or 3"),
         (zero(stage="two"), "zero_optimization.stage is 'two'"),
         ({"zero_optimization": 2}, "zero_optimization is 2; expected keys and values"),
@@ -159,11 +159,11 @@ def zero(**changes) -> dict:
         ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu is missing"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5; expected a whole number"),
         ({"gradient_clipping": -1}, "gradient_clipping is -1; expected a number, at least 0"),
-        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled: choose one"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; choose one"),
         ({"fp16": {"enabled": "auto"}}, "fp16.enabled is 'auto'; expected true or false"),
         ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window is 0; expected a whole number, at least 1"),
         ({"fp16": True}, "fp16 is True; expected keys and values"),
-        ({"optimizer": None}, "optimizer is missing: give its type, such as sat.ops.FusedEmaAdam"),
+        ({"optimizer": None}, "optimizer is missing; give its type, such as sat.ops.FusedEmaAdam"),
         ({"optimizer": {"params": {"lr": 1}}}, "optimizer.type is None; expected a name"),
         ({"optimizer": {"type": "Adam"}}, "optimizer.params is None; expected keys and values"),
         ({"optimizer": {"type": "Adam", "params": {}}}, "optimizer.params.lr is missing"),
@@ -185,7 +185,7 @@ def test_mistakes(changes, says):
 
 
 def test_no_section():
-    with pytest.raises(UserError, match=r"no deepspeed section: name configs/sft\.yaml too"):
+    with pytest.raises(UserError, match=r"the deepspeed section is missing; name configs/sft\.yaml too"):
         check_deepspeed_config({})
 
 

@@ -146,7 +146,7 @@ def test_the_command_line_turns_off_what_a_file_turns_on(tmp_path):
 
 def test_an_operation_without_a_fixed_order_is_a_line():
     tensor = torch.zeros(4)
-    says = "deterministic: the operation put_ has no form"
+    says = "deterministic: the operation put_ has no deterministic form"
     with pytest.raises(UserError, match=says), deterministic_arithmetic(True):
         tensor.put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
     assert flags() == PLAIN

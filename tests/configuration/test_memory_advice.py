@@ -80,7 +80,7 @@ def test_a_training_step(tmp_path, tiny, clips, caplog, monkeypatch, owner, name
     line = last_line(caplog)
     (run,) = runs_of(config)
     assert line.startswith(f"error: {says}") and "tools/precompute_latents.py" in line and "--vae_tile_size" in line
-    assert line.endswith(f"the last checkpoint is kept: go on with --resume {run}")
+    assert line.endswith(f"the last checkpoint is kept; resume with --resume {run}")
     assert ("--checkpoint_activations" in line) == (name == "forward")
     assert (run / "latest").read_text() == "2" and weights(run)
     monkeypatch.undo()
@@ -179,7 +179,7 @@ def test_training_a_vae(tmp_path, caplog, monkeypatch):
     assert train_vae.main(["--base", str(config)]) == 2
     line = last_line(caplog)
     assert line.startswith("error: training: host memory is full") and "checkpoint_levels" in line
-    assert "--batch_size 1" in line and "the last checkpoint is kept: go on with --resume " in line
+    assert "--batch_size 1" in line and "the last checkpoint is kept; resume with --resume " in line
 
 
 # ---------------------------------------------------------------- what is at hand

@@ -31,13 +31,13 @@ def test_amounts(text, size):
     ("text", "problem"),
     [
         ("12", "12 has no unit"),
-        ("0GB", "is no amount of memory that a device has"),
-        ("0.0000000001MB", "is no amount of memory that a device has"),
-        ("9999999999999999GB", "is no amount of memory that a device has"),
-        (f"{'9' * 400}GB", "is no amount of memory that a device has"),
-        *((text, "is no amount of memory; give an amount such as 12GB") for text in ("banana", "", "-3GB", "1e3GB")),
+        ("0GB", "is not an amount of memory that a device has"),
+        ("0.0000000001MB", "is not an amount of memory that a device has"),
+        ("9999999999999999GB", "is not an amount of memory that a device has"),
+        (f"{'9' * 400}GB", "is not an amount of memory that a device has"),
+        *((text, "is not an amount of memory; give an amount such as 12GB") for text in ("banana", "", "-3GB", "1e3GB")),
         *(
-            (text, "is no amount of memory; give an amount such as 12GB")
+            (text, "is not an amount of memory; give an amount such as 12GB")
             for text in ("nan GB", "12GB!", "1,5GB", "٣GB")
         ),
         ("12QB", "has an unknown unit, 'QB'"),

@@ -77,7 +77,7 @@ def chain(text: str, length: int) -> dict:
         ({"a": "${.....b}"}, "leads above the top"),
         ({"a": "${}"}, "refers to itself"),
         ({"a": "${args.b"}, "not closed"),
-        ({"a": "x${args.b}", "b": [1]}, "does not go into a text"),
+        ({"a": "x${args.b}", "b": [1]}, "cannot be part of a text"),
         ({"a": "${oc.env:NOT_SET_ANYWHERE}"}, "NOT_SET_ANYWHERE"),
         ({"a": "${nosuch:thing}"}, "nosuch"),
         (chain("REFREF", 60), "write out more than 4 MiB of text"),

@@ -101,7 +101,7 @@ def test_a_mistake_of_ours_in_the_network_keeps_its_traceback(shipped, monkeypat
 def test_a_network_larger_than_the_machine_is_refused_before_it_is_built(shipped, monkeypatch):
     monkeypatch.setattr("cogvideox_sat.configuration.model_checks.host_memory", lambda: 2**20)
     settings = replace(changed(shipped, "scale_factor", 1.0), load=None)
-    with pytest.raises(UserError, match=r"model\.network_config\.params: of these sizes it takes"):
+    with pytest.raises(UserError, match=r"model\.network_config\.params: with these sizes it takes"):
         check_model(settings, ("model",))
     check_model(replace(settings, load="weights"), ("model",))
 
@@ -144,7 +144,7 @@ def test_an_autoencoder_that_no_machine_holds_is_refused_before_it_is_built():
             part["params"] = {**part.get("params", {}), **({"ch": 2**16} if len(place) == 1 else {"ndf": 2**15})}
             with section("model", changed, config.sources), pytest.raises(UserError) as error:
                 check_autoencoder_sizes(changed["params"])
-            assert f": model.params.{'.'.join(place)}.params: of these sizes it takes " in str(error.value)
+            assert f": model.params.{'.'.join(place)}.params: with these sizes it takes " in str(error.value)
 
 
 @pytest.mark.parametrize("steps", [1001, 10**12])

@@ -26,7 +26,7 @@ def test_a_value_of_a_wrong_type_is_named():
 
 @pytest.mark.parametrize("main", [sampling_main, training_main])
 def test_a_misspelt_argument_of_a_program_is_an_error(main):
-    with pytest.raises(UserError, match=r"lora_laod: the arguments have no such setting; did you mean lora_load\?"):
+    with pytest.raises(UserError, match=r"lora_laod: unknown argument; did you mean lora_load\?"):
         main(Namespace(model_config=MODEL, lora_laod="adapter"))
 
 

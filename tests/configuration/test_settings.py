@@ -41,9 +41,9 @@ def test_a_misspelt_setting_is_an_error():
         EngineSettings(MODEL, lora_laod="adapter")
     with pytest.raises(UserError, match=r"lora_laod: EngineSettings has no such setting; did you mean lora_load\?"):
         EngineSettings.from_args({"model_config": MODEL}, lora_laod="adapter")
-    with pytest.raises(UserError, match=r"lora_laod: the arguments have no such setting; did you mean lora_load\?"):
+    with pytest.raises(UserError, match=r"lora_laod: unknown argument; did you mean lora_load\?"):
         EngineSettings.from_args(Namespace(model_config=MODEL, lora_laod="adapter"))
-    with pytest.raises(UserError, match=r"train_iter: the arguments have no such setting; did you mean train_iters\?"):
+    with pytest.raises(UserError, match=r"train_iter: unknown argument; did you mean train_iters\?"):
         LoopSettings.from_args({"train_iter": 10})
     with pytest.raises(UserError, match="train_iters is missing: LoopSettings needs it"):
         LoopSettings.from_args({})

@@ -56,7 +56,7 @@ def test_what_is_referred_to_can_be_changed_in_one_place(tmp_path):
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ("modle.scale_factor", "there is no section 'modle'; did you mean model"),
+        ("modle.scale_factor", "the section 'modle' does not exist; did you mean model"),
         ("model.scale_facto", "model has no 'scale_facto'; did you mean scale_factor"),
         ("model.sampler_confg.params.num_steps", "model has no 'sampler_confg'; did you mean sampler_config"),
         ("model.sampler_config.parms.num_steps", "model.sampler_config has no 'parms'; did you mean params"),
@@ -67,7 +67,7 @@ def test_what_is_referred_to_can_be_changed_in_one_place(tmp_path):
         ("model.conditioner_config.params.emb_models.x", "emb_models is a list of 1"),
         ("model.scale_factor.x", "model.scale_factor is 1.0, which has no keys"),
         ("model", "it is 7; expected keys and values"),
-        ("", "there is no section ''"),
+        ("", "the section '' does not exist"),
     ],
 )
 def test_a_key_that_does_not_exist(key, says):

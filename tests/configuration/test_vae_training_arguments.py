@@ -85,7 +85,7 @@ def clips(**changes: Any) -> dict[str, Any]:
         ({"model": {"base_learning_rate": 0}}, "model.base_learning_rate is 0; expected a positive number"),
         ({"model": {"target": "vae_modules.autoencoder.Engine"}}, "vae_modules.autoencoder.Engine"),
         (trainer(precison=16), "lightning.trainer: unknown key 'precison'; did you mean precision?"),
-        (trainer(max_steps=5), "lightning.trainer: max_steps is not set here but as args.train_iters"),
+        (trainer(max_steps=5), "lightning.trainer: max_steps is not read; set args.train_iters instead"),
         (trainer(accumulate_grad_batches=0), "accumulate_grad_batches is 0; expected a whole number from 1"),
         (trainer(gradient_clip_val=-1.0), "gradient_clip_val is -1.0; expected a positive number"),
         (trainer(devices=2), "start them with `torchrun --standalone --nproc_per_node=2 sat/train_vae.py"),

@@ -30,7 +30,7 @@ def test_plain_values(text, value):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is there twice"),
+        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is given twice"),
         ("a: 1\nyes: 2", "line 2: the key 'yes' is not a text"),
         ("? [1, 2]\n: 3", "line 1: the key a list or a mapping is not a text"),
         ("1.5: 3", "the key '1.5' is not a text"),
@@ -44,7 +44,7 @@ def test_plain_values(text, value):
         ("a: !!int abc", "'abc' is not a value of the type 'int'"),
         ("a: !!bool 7", "'7' is not a value of the type 'bool'"),
         ("a: " + "9" * 5000, "a whole number of 5000 digits"),
-        ('a: "b\\0c"', "a character that no text has"),
+        ('a: "b\\0c"', "a text with NUL or half"),
         ('a: "b\\ud800c"', "not valid YAML"),
         ("a: &x [*x]", "line 1"),
         ("a: [" * 5000, "nest"),
@@ -69,7 +69,7 @@ def test_aliases_that_write_out_to_billions_are_refused_at_once(merge):
         names = ", ".join([f"*a{level}"] * 10)
         lines.append(f"a{level + 1}: &a{level + 1} " + (f"{{<<: [{names}]}}" if merge else f"[{names}]"))
     started = time.monotonic()
-    with pytest.raises(UserError, match="values once its aliases are written out"):
+    with pytest.raises(UserError, match="values once its aliases are expanded"):
         parse_yaml("\n".join(lines), "bomb")
     assert time.monotonic() - started < 2
 

@@ -52,7 +52,7 @@ def test_what_is_no_model(model, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"devise": "cpu"}, "devise: there is no such argument; did you mean device?"),
+        ({"devise": "cpu"}, "devise: unknown argument; did you mean device?"),
         ({"device": "gpu"}, "device is 'gpu'; it can be cpu, cuda or cuda:N"),
         ({"dtype": "int8"}, "dtype is 'int8'; it can be float16, bfloat16 or float32"),
         ({"offload": "some"}, "offload is 'some'; it can be none, stage, sequential"),

@@ -136,7 +136,7 @@ def test_memory_stays_what_it_is_over_a_hundred_calls(pipe):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"guidance_scal": 3}, "unknown key 'guidance_scal', did you mean 'guidance_scale'"),
+        ({"guidance_scal": 3}, "unknown key 'guidance_scal'; did you mean 'guidance_scale'"),
         ({"frames": 5}, "frames is 5; this model makes 1 frame, and 8k.1 up to 17, for example 9"),
         ({"num_frames": 2}, "num_frames is 2; this model takes an odd number"),
         ({"frames": 9, "num_frames": 3}, "'frames' and 'num_frames' are both given"),
@@ -153,7 +153,7 @@ def test_memory_stays_what_it_is_over_a_hundred_calls(pipe):
         ({"progress": 5}, "progress is 5; give a function"),
         ({"prompt": []}, "prompt: the list is empty"),
         ({"prompt": [BOAT, KITE], "seed": [1]}, "seed: got 1 values for 2 prompts"),
-        ({"prompt": [BOAT, {"prompt": KITE, "sede": 2}]}, "prompt 2: unknown key 'sede', did you mean 'seed'"),
+        ({"prompt": [BOAT, {"prompt": KITE, "sede": 2}]}, "prompt 2: unknown key 'sede'; did you mean 'seed'"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_sampled(pipe, fields, says, monkeypatch):

@@ -59,9 +59,9 @@ def test_the_line_that_processes_end_with_is_the_error(tiny, clips, tmp_path, mo
 def test_mistakes_are_one_line(tiny, clips, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips)
     for arguments, says in (
-        ({"train_itters": 2}, "train_itters: there is no such argument; did you mean train_iters?"),
+        ({"train_itters": 2}, "train_itters: unknown argument; did you mean train_iters?"),
         ({"train_iters": "x"}, "train_iters is 'x'; expected a whole number"),
-        ({"lr": 0.1}, "lr is not set here but as deepspeed.optimizer.params.lr"),
+        ({"lr": 0.1}, "lr is not an argument; give set={'deepspeed.optimizer.params.lr': …}"),
         ({"config": 5}, "config is 5; give configuration files"),
         ({"config": []}, "config is []; give configuration files"),
         ({"set": 5}, "set is 5; give keys"),

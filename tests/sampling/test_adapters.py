@@ -178,7 +178,7 @@ def test_what_is_wrong_with_one_is_a_line(tiny, adapters, tmp_path, caplog):
     with pytest.raises(UserError, match="lora: lora_load is given too"):
         cv.load(tiny.config("5b"), lora=adapters[0], lora_load=str(adapters[0]))
     given = ["--base", str(tiny.config("5b")), "--lora", f"{adapters[0]}:much"]
-    assert main(given) == 2 and "'much' is no weight; write PATH:0.8" in caplog.text
+    assert main(given) == 2 and "'much' is not a number; write PATH:0.8" in caplog.text
 
 
 def test_what_they_take_is_left_of_the_memory_to_stay_within(tiny, adapters, monkeypatch):

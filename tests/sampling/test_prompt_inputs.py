@@ -109,8 +109,8 @@ def test_every_field_of_a_request_can_be_given_in_json():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "sede": 1}, "line 2: unknown key 'sede', did you mean 'seed'?"),
-        ({"prompt": "a", "xyz": 1}, "line 2: unknown key 'xyz', known are prompt, negative_prompt"),
+        ({"prompt": "a", "sede": 1}, "line 2: unknown key 'sede'; did you mean 'seed'?"),
+        ({"prompt": "a", "xyz": 1}, "line 2: unknown key 'xyz'; known are prompt, negative_prompt"),
         ({"text": "a"}, "line 2: unknown key 'text'"),
         ({"seed": 1}, "line 2: the key 'prompt' is missing"),
         ({"prompt": None}, "line 2: 'prompt' must be a string, got null"),
@@ -124,7 +124,7 @@ def test_every_field_of_a_request_can_be_given_in_json():
         ({"prompt": "a", "image": "dog.png"}, "line 2: image dog.png does not exist"),
         ({"prompt": "a", "frames": 9, "num_frames": 3}, "line 2: 'frames' and 'num_frames' are both given"),
         ({"prompt": "a", "guidance_scale": "6"}, "line 2: 'guidance_scale' must be a number from 0 to 1000"),
-        ({"prompt": "a", "guidance_scal": 6}, "line 2: unknown key 'guidance_scal', did you mean 'guidance_scale'?"),
+        ({"prompt": "a", "guidance_scal": 6}, "line 2: unknown key 'guidance_scal'; did you mean 'guidance_scale'?"),
         ({"prompt": "a", "guidance_interval": [0.8, 0.2]}, "line 2: 'guidance_interval' must be two shares"),
         ({"prompt": "a", "guidance_schedule": "cosine"}, "line 2: 'guidance_schedule' must be one of timestep, "),
         ({"prompt": "a", "sampler": "dimm"}, "line 2: sampler is 'dimm'; did you mean ddim?"),

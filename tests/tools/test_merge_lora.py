@@ -166,8 +166,8 @@ def test_bad_input(adapted, tmp_path, caplog):
 
     assert "name at least one with --lora" in message(folder / "base")
     assert f"--lora: {tmp_path / 'nowhere'} does not exist" in message(folder / "base", "--lora", tmp_path / "nowhere")
-    assert "'strong' is no weight" in message(folder / "base", "--lora", f"{folder / 'run'}:strong")
-    assert "'nan' is no weight" in message(folder / "base", "--lora", f"{folder / 'run'}:nan")
+    assert "'strong' is not a number" in message(folder / "base", "--lora", f"{folder / 'run'}:strong")
+    assert "'nan' is not a number" in message(folder / "base", "--lora", f"{folder / 'run'}:nan")
     assert "holds no adapter" in message(folder / "base", "--lora", folder / "base")
     alone = save(adapted.adapter, tmp_path / "alone", "1")
     assert "holds an adapter alone" in message(alone, "--lora", folder / "run")

@@ -169,7 +169,7 @@ def test_refused(case, flags, changes, says):
 @pytest.mark.parametrize(
     ("size", "changes", "says"),
     [
-        (4, {}, "model_parallel_size 4 does not divide the model's 30 heads"),
+        (4, {}, "model_parallel_size is 4; it must divide the model's 30 heads"),
         (2, QLORA_MODEL, "model_parallel_size is 2; processes cannot share an adapter with qlora"),
         (2, {"first_stage_config": {"params": {"cp_size": 4}}}, "cp_size is 4 and model_parallel_size 2"),
     ],

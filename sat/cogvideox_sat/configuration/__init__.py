@@ -1,1 +1,1 @@
-"""YAML files and arguments: read, merged, checked."""
+"""Read, merge and check YAML files and arguments."""

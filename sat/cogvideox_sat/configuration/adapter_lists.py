@@ -1,4 +1,7 @@
-"""Lists of adapters, each with its strength: `PATH:0.8`. Nothing here imports PyTorch."""
+"""Read lists of adapters with their strengths, `PATH:0.8`.
+
+Nothing here imports PyTorch.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +14,10 @@ from sgm.errors import UserError, shown
 
 
 def path_and_weight(text: str, argument: str = "--lora") -> tuple[Path, float]:
-    """Return the path and the weight of `PATH[:WEIGHT]`; a path may have colons of its own.
+    """Return the path and the weight of `PATH[:WEIGHT]`; the path itself may contain colons.
 
     Raises:
-        UserError: the weight is no number; the message begins with the argument.
+        UserError: the weight is not a number; the message begins with `argument`.
     """
     path, separator, weight = text.rpartition(":")
     if not separator or find_input(text, argument):
@@ -24,28 +27,28 @@ def path_and_weight(text: str, argument: str = "--lora") -> tuple[Path, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{argument} {text}: '{weight}' is no weight; write PATH:0.8")
+        raise UserError(f"{argument} {text}: '{weight}' is not a number; write PATH:0.8")
     return Path(path), value
 
 
 def located_adapters(texts: Sequence[str], argument: str) -> list[tuple[Path, float]]:
-    """Return the paths and weights of adapters, the paths where they are found.
+    """Return the paths of adapters, as found on the disk, and their weights.
 
     Raises:
-        UserError: a path does not exist, or a weight is no number.
+        UserError: a path does not exist, or a weight is not a number.
     """
     chosen = [path_and_weight(text, argument) for text in texts]
     return [(required_input(path, argument), weight) for path, weight in chosen]
 
 
 def adapter_texts(lora: Any) -> list[str]:
-    """Return adapters that a program names as the command has them: `PATH:WEIGHT` each.
+    """Return the adapters that a program names in the form of the command: `PATH:WEIGHT` each.
 
     Args:
-        lora: a mapping of paths to weights; a path, or a list of paths, each with the weight 1.
+        lora: a mapping of paths to weights; or a path or a list of paths, which get the weight 1.
 
     Raises:
-        UserError: it is something else.
+        UserError: `lora` is something else.
     """
     if isinstance(lora, str | Path):
         lora = [lora]
@@ -65,10 +68,10 @@ def _is_list(value: Any) -> bool:
 
 
 def settle_adapters(args: Any) -> None:
-    """Let the adapters of the arguments be where they are found, and the model describe none beside them.
+    """Replace the adapters in `args` by located ones, and remove the model's own adapter.
 
     Raises:
-        UserError: one does not exist, or other arguments do not go with adapters.
+        UserError: an adapter does not exist, or other arguments cannot be combined with adapters.
     """
     if not args.lora:
         return
@@ -76,15 +79,15 @@ def settle_adapters(args: Any) -> None:
         raise UserError("lora: lora_load is given too; name all adapters in lora")
     if args.model_parallel_size > 1:
         raise UserError(
-            f"lora: model_parallel_size is {args.model_parallel_size}, and processes that share a network take no "
-            "adapters; merge them before (tools/merge_lora.py)"
+            f"lora: adapters cannot be used with model_parallel_size {args.model_parallel_size}; merge them first, "
+            "with tools/merge_lora.py"
         )
     args.lora = [f"{path}:{weight!r}" for path, weight in located_adapters(args.lora, "lora")]
     args.model_config = dict(without_adapter(args.model_config))
 
 
 def without_adapter(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a `model:` section that describes no adapter, for one whose adapters say themselves what they are."""
+    """Return a `model:` section without `lora_config`, for adapters that describe themselves."""
     section = plain_model_section(section)
 
     def copied(node: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:

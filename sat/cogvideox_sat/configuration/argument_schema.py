@@ -1,5 +1,7 @@
-"""Arguments of a command as fields of a dataclass: given on the command line (`--name value`) or in the `args:` section
-of a configuration file. Nothing here imports PyTorch.
+"""Define arguments of a command as fields of a dataclass, and read and check them.
+
+An argument is given on the command line (`--name value`) or in the `args:` section of a configuration file. Nothing
+here imports PyTorch.
 """
 
 import argparse
@@ -31,10 +33,10 @@ from sgm.errors import UserError
 
 PRECISIONS = ("fp16", "bf16")
 ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "flash3")
-SMALLEST_TILE = 64  # pixels; the overlap of smaller tiles is most of them
-HIGHEST_RATE = 1000  # frames a second of a video that is written; ffmpeg takes no rate without limit
+SMALLEST_TILE = 64  # pixels; smaller tiles would consist mostly of overlap
+HIGHEST_RATE = 1000  # frames per second of a written video; ffmpeg refuses very high rates
 MODES = ("inference", "finetune")
-# Arguments that are files or folders to read from.
+# Arguments that name files or folders to read.
 INPUT_ARGUMENTS = ("load", "lora_load", "input_file", "train_data", "valid_data", "resume")
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}
@@ -52,11 +54,13 @@ def argument(
     choices: Sequence[str] | None = None,
     read: Callable[[str, Any], Any] | None = None,
 ) -> Any:
-    """A field that is an argument; fields made otherwise are not.
+    """Return a dataclass field that is an argument; other fields are not arguments.
 
     Args:
-        read: returns the value that a name and what stands in a configuration or on a command line mean, for one that
-            may be a switch (`--name`, `--no-name`) or have a value; raises UserError.
+        help: the text for `--help`.
+        choices: the allowed values; None: any value of the type.
+        read: a function of the argument's name and value that returns the checked value or raises UserError, for an
+            argument that is a switch (`--name`, `--no-name`) or has a value.
     """
     metadata = {"help": help, "choices": choices, "read": read}
     if isinstance(default, list):
@@ -68,12 +72,15 @@ def argument(
 class CommonArguments:
     """Arguments that sampling and training share.
 
-    `model_config` is the `model:` section of the configuration, `sources` the file that each of its keys is from.
+    Attributes:
+        model_config: the `model:` section of the configuration.
+        sources: the file that each key of the configuration is from.
+        model_cls: an engine class of the user's own, from Python; see `engine_choice`.
     """
 
     load: str | None = argument(None, "checkpoint of the network: a folder with `latest`, or a weight file")
-    lora_load: str | None = argument(None, "adapter to put on top of `load`")
-    mode: str = argument("inference", "what the configuration was written for; both commands take both", choices=MODES)
+    lora_load: str | None = argument(None, "adapter to apply to the checkpoint `load`")
+    mode: str = argument("inference", "purpose of the configuration; both commands take both", choices=MODES)
     seed: int = argument(1234, "seed of the run")
     device: str | None = argument(None, "cpu, cuda or cuda:N; default: a GPU if there is one")
     fp16: bool = argument(False, "compute in float16")
@@ -84,47 +91,52 @@ class CommonArguments:
     )
     vae_frames_at_once: int | None = argument(
         None,
-        "run each layer of the VAE on so many frames at a time, a multiple of 4; the others wait in host memory: "
-        "less memory, the same numbers; default: all frames, and fewer where a GPU's memory does not do",
+        "run each layer of the VAE on this many frames at a time, a multiple of 4; the others wait in host memory: "
+        "less memory, the same numbers (default: all frames, or fewer if a GPU's memory is too small)",
     )
     attention: str = argument(
         "auto",
-        "kernel of the network's attention: PyTorch's, FlashAttention 3, or the one that suits the device",
+        "kernel of the network's attention: one of PyTorch's, FlashAttention 3, or auto, which suits the device",
         ATTENTIONS,
     )
-    sampling_num_steps: int | None = argument(None, "sampling steps, if not the sampler's own number")
+    sampling_num_steps: int | None = argument(None, "sampling steps (default: the sampler's own number)")
     sampling_fps: int = argument(8, "frames per second of sampled videos")
 
     model_config: dict[str, Any] = field(default_factory=dict)
     sources: Sources = field(default_factory=Sources, repr=False, compare=False)
-    model_cls: type | None = None  # an engine of the user's own, from Python: see engine_choice
+    model_cls: type | None = None
 
 
 @dataclass
 class RunArguments:
-    """What all training commands share; `merged_config` is the whole configuration with the command line in it, to be
-    saved beside what it leads to."""
+    """Arguments that all training commands share.
+
+    Attributes:
+        merged_config: the whole configuration, including the command line, to be saved beside the results.
+    """
 
     resume: str | None = argument(
-        None, "go on with a run: `latest` (the newest of this experiment_name), or the folder of a run or a checkpoint"
+        None, "resume a run: `latest` (the newest of this experiment_name), or the folder of a run or a checkpoint"
     )
 
     # Data
     train_data: list[str] = argument([], "training data: folders, .jsonl or .csv manifests, .tar shards")  # noqa: RUF009
     valid_data: list[str] = argument([], "validation data, of the same kinds")  # noqa: RUF009
-    train_data_repeats: list[int] = argument([], "how often each place of train_data comes")  # noqa: RUF009
+    train_data_repeats: list[int] = argument([], "how often each entry of train_data is used")  # noqa: RUF009
     train_data_weights: list[float] = argument(  # noqa: RUF009
-        [], "share of the samples that each place of train_data gives, whatever its size"
+        [], "share of the samples that each entry of train_data provides, whatever its size"
     )
     inspect_data: bool = argument(
-        False, "train nothing: report the data and what is left out and why, and write a sheet of 16 clips"
+        False, "train nothing; report the data, what is left out and why, and write a contact sheet of 16 clips"
     )
     json: bool = argument(False, "with inspect_data: print the report as JSON, for scripts")
-    contact_sheet: str | None = argument(None, "with inspect_data: the PNG of its sheet (default: inspect_data.png)")
+    contact_sheet: str | None = argument(
+        None, "with inspect_data: the PNG of the contact sheet (default: inspect_data.png)"
+    )
     num_workers: int = argument(2, "processes that read clips, for each training process")
     clip_timeout: float = argument(120.0, "seconds to read a clip; one that takes longer counts as unreadable")
     collective_timeout: float = argument(
-        1800.0, "seconds that a process waits for the others within a step, before the run ends"
+        1800.0, "seconds that a process waits for the others within a step before the run ends"
     )
     max_unreadable_share: float = argument(0.1, "stop when more than this share of the clips read is unreadable")
 
@@ -138,7 +150,7 @@ class RunArguments:
     save_interval: int = argument(500, "steps between checkpoints")
     keep_last: int | None = argument(None, "checkpoints to keep (default: all)")
     background_checkpoints: bool = argument(
-        False, "copy a checkpoint to host memory, if that has room, and write it while the next steps are made"
+        False, "copy each checkpoint to host memory, if there is room, and write it during the next steps"
     )
 
     # Watching
@@ -147,9 +159,9 @@ class RunArguments:
     wandb: bool = argument(False, "report to Weights & Biases; WANDB_MODE=offline works without a network")
     wandb_project: str = argument("cogvideox-sat", "project on Weights & Biases")
     eval_interval: int | None = argument(None, "steps between evaluations on valid_data (default: none)")
-    eval_iters: int = argument(1, "batches of an evaluation")
-    eval_batch_size: int = argument(1, "clips of such a batch")
-    num_log_videos: int = argument(1, "validation clips of which a video is made at each evaluation; 0: none")
+    eval_iters: int = argument(1, "batches in an evaluation")
+    eval_batch_size: int = argument(1, "clips in such a batch")
+    num_log_videos: int = argument(1, "validation clips for which a video is made at each evaluation; 0: none")
 
     data_config: dict[str, Any] = field(default_factory=dict)
     merged_config: dict[str, Any] = field(default_factory=dict)
@@ -157,17 +169,17 @@ class RunArguments:
 
 
 def argument_fields(command: type) -> dict[str, Field[Any]]:
-    """The arguments of a command by name; `command` is a dataclass."""
+    """Return the arguments of a command by name; `command` is a dataclass."""
     return {f.name: f for f in fields(command) if "help" in f.metadata}
 
 
 def value_type(f: Field[Any]) -> type:
-    """`int` for `int | None`, `list` for `list[int]`."""
+    """Return the type of an argument's value: `int` for `int | None`, `list` for `list[int]`."""
     return typing.get_origin(_without_none(f.type)) or _without_none(f.type)
 
 
 def item_type(f: Field[Any]) -> type:
-    """`int` for `list[int]`."""
+    """Return the type of the items of a list argument: `int` for `list[int]`."""
     return typing.get_args(_without_none(f.type))[0]
 
 
@@ -192,17 +204,17 @@ def read_command_line(
     otherwise: Callable[[dict[str, Any]], MergedConfig | None] | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], MergedConfig]:
-    """Return the arguments given on the command line, and the merged configuration files that `--base` names.
+    """Return the command line's arguments and the configuration merged from `--base`.
 
     Args:
         used: the sections of the configuration whose targets must import.
-        exclusive: pairs of switches; one that is turned on turns off the other of earlier files.
-        ignored: names of flags that are taken and not used.
-        otherwise: gives a configuration for a command line without `--base`, or None if it has none either.
-        elsewhere: names that are no flags here, each with the key of a configuration that takes the value.
+        exclusive: pairs of switches; turning one on turns off the other if an earlier file turned it on.
+        ignored: names of flags that are accepted but not used.
+        otherwise: a function that returns a configuration for a command line without `--base`, or None if it has none.
+        elsewhere: names that are not flags here, each with the key of a configuration that takes the value.
 
     Raises:
-        UserError: a file is missing or malformed, a flag is unknown or has a wrong value.
+        UserError: a file is missing or malformed, or a flag is unknown or has a wrong value.
         SystemExit: for `--help`.
     """
     known, unknown = parser.parse_known_args(command_line)
@@ -210,10 +222,10 @@ def read_command_line(
         if flag.startswith("-"):
             name = flag.strip("-").split("=")[0].replace("-", "_")
             if elsewhere and name in elsewhere:
-                raise UserError(f"--{name} is not set here but as {elsewhere[name]} in a configuration")
+                raise UserError(f"--{name} is not an argument; set {elsewhere[name]} in a configuration")
             hint = nearest(name, ["base", "set", *argument_fields(command)], prefix="--")
             raise UserError(f"unknown argument {flag.split('=')[0]}{hint}")
-        raise UserError(f"unexpected '{flag}' on the command line: values follow an argument such as --load")
+        raise UserError(f"unexpected '{flag}' on the command line; put an argument such as --load before a value")
     given = vars(known)
     given.pop("debug", None)
     settings = parse_settings(given.pop("set", ()))
@@ -230,18 +242,20 @@ def read_configuration(
     otherwise: Callable[[dict[str, Any]], MergedConfig | None] | None = None,
     example: str | None = None,
 ) -> MergedConfig:
-    """Return the merged configuration files that `base` among the `given` names, which it takes out of there.
+    """Return the merged content of the configuration files that `given["base"]` names.
+
+    `base` is removed from `given`.
 
     Args:
         settings: keys that are set on top of the files, see `single_keys`.
-        example: what to give where there are no files, for a message.
+        example: an example of a command line, for the message that `base` is missing.
 
     Raises:
         UserError: as `read_command_line`.
     """
     config = None if "base" in given or otherwise is None else otherwise(given)
     if "base" not in given and config is None:
-        raise UserError(f"--base is missing: {example}")
+        raise UserError(f"--base is missing; {example}")
     deepspeed_file = take_launcher_flags(given, ignored)
     allow_own_modules()
     if config is None:
@@ -260,15 +274,17 @@ def read_configuration(
 
 
 def given_values(command: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments that a program gives by name, each as what the argument takes; None stands for its default.
+    """Return the checked values of arguments that a program gives by name.
+
+    None stands for the default of an argument, and is left out.
 
     Raises:
-        UserError: a name is no argument, or a value is of the wrong type or none of the choices.
+        UserError: a name is not an argument, or a value is of the wrong type or not one of the choices.
     """
     known, given = argument_fields(command), {}
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{name}: there is no such argument{nearest(name, sorted(known), otherwise='')}")
+            raise UserError(f"{name}: unknown argument{nearest(name, sorted(known), otherwise='')}")
         if isinstance(value, Path):
             value = str(value)
         if isinstance(value, tuple):
@@ -281,7 +297,7 @@ def given_values(command: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def without_section() -> Iterator[None]:
-    """Leave out of messages that a value stands in the section `args` of a file."""
+    """Remove `args: ` from the beginning of UserErrors, for values that are from no file."""
     try:
         yield
     except UserError as error:
@@ -289,14 +305,17 @@ def without_section() -> Iterator[None]:
 
 
 def allow_own_modules() -> None:
-    """Let targets name modules in the current working directory, after all that is installed."""
+    """Let targets name modules in the current working directory; installed modules come first."""
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
 
 
 def with_located_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with those that are files or folders where they are found, see `input_paths.find_input`."""
+    """Return arguments, with files and folders replaced by where they are found.
+
+    See `commands.input_paths.find_input`.
+    """
     return {
         name: located(value, name) if name in INPUT_ARGUMENTS and value != "latest" else value
         for name, value in values.items()
@@ -304,10 +323,13 @@ def with_located_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_parser(command: type, description: str, example: str, ignored: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return a parser with `--base` and a flag for every argument; what is not given is absent from its result.
+    """Return a parser with `--base` and a flag for every argument.
+
+    Arguments that are not given are absent from its result.
 
     Args:
-        ignored: names of flags that are taken and not used.
+        example: a command line, shown at the end of `--help`.
+        ignored: names of flags that are accepted but not used.
     """
     parser = StrictParser(
         description=description,
@@ -345,18 +367,21 @@ def build_parser(command: type, description: str, example: str, ignored: Sequenc
 
 
 def nearest(name: str, known: Collection[str], prefix: str = "", otherwise: str = "; --help lists them all") -> str:
-    """The end of a message about an unknown name: the known one most like it, or `otherwise`."""
+    """Return the end of a message about an unknown name.
+
+    It suggests the known name that is most similar, or else is `otherwise`.
+    """
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{matches[0]}?" if matches else otherwise
 
 
 def check_section(command: type, section: Mapping[str, Any], foreign: Collection[str] = ()) -> dict[str, Any]:
-    """The `args:` section, with its keys known and its values of the right type.
+    """Return the `args:` section with its keys and the types of its values checked.
 
-    Keys in `foreign`, which mean something to another command, are left out.
+    Keys in `foreign`, which are arguments of another command, are left out.
 
     Raises:
-        UserError: a key is unknown or a value is of the wrong type or none of the choices.
+        UserError: a key is unknown, or a value is of the wrong type or not one of the choices.
     """
     known, values = argument_fields(command), {}
     for name, value in section.items():
@@ -364,16 +389,18 @@ def check_section(command: type, section: Mapping[str, Any], foreign: Collection
             if name in foreign:
                 continue
             raise UserError(f"args: unknown key '{name}'{nearest(str(name), sorted({*known, *map(str, foreign)}))}")
-        if value is not None:  # else as if it were not there
+        if value is not None:  # an empty key means the same as none
             values[name] = check_value(known[name], value)
     return values
 
 
 def check_value(f: Field[Any], value: Any) -> Any:
-    """A value of a configuration file as what the argument takes: `3` and `1e-3` for a float, `[1]` for an int, ...
+    """Return a value of a configuration file as the type of its argument.
+
+    A float may be written `3` or `1e-3`, an int `[1]`.
 
     Raises:
-        UserError: it is of another type, or none of the choices.
+        UserError: the value is of another type, or not one of the choices.
     """
     if read := f.metadata["read"]:
         return read(f"args: {f.name}", value)
@@ -403,14 +430,14 @@ def check_value(f: Field[Any], value: Any) -> Any:
 
 
 def check_exclusive(args: Any, pairs: Sequence[tuple[str, str]]) -> None:
-    """Raises UserError if both switches of a pair are on."""
+    """Check that at most one switch of each pair is on, else raise UserError."""
     for one, other in pairs:
         if getattr(args, one) and getattr(args, other):
-            raise UserError(f"{one} and {other} are both on: choose one (--no-{one} or --no-{other})")
+            raise UserError(f"{one} and {other} are both on; choose one (--no-{one} or --no-{other})")
 
 
 def check_least(args: Any, names: Sequence[str], least: int = 1) -> None:
-    """Raises UserError unless each of the arguments is None or at least `least`."""
+    """Check that each of the arguments is None or at least `least`, else raise UserError."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
@@ -418,7 +445,7 @@ def check_least(args: Any, names: Sequence[str], least: int = 1) -> None:
 
 
 def check_common(args: CommonArguments) -> None:
-    """Raises UserError for a value that no command takes."""
+    """Check the arguments whose limits all commands share, else raise UserError."""
     check_exclusive(args, (PRECISIONS,))
     check_least(args, ("model_parallel_size", "sampling_num_steps", "sampling_fps"))
     if args.sampling_fps > HIGHEST_RATE:
@@ -429,13 +456,21 @@ def check_common(args: CommonArguments) -> None:
 
 
 def check_tile_size(size: int | None) -> None:
-    """Check that the VAE can run in tiles of so many pixels, else raise UserError; None stands for whole images."""
+    """Check that the VAE can run in tiles of `size` pixels, else raise UserError.
+
+    Args:
+        size: None stands for whole images.
+    """
     if size is not None and (size < SMALLEST_TILE or size % SPACE_FACTOR):
         raise UserError(f"vae_tile_size is {size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}")
 
 
 def check_frames_at_once(frames: int | None) -> None:
-    """Check that the VAE can run on so many frames at a time, else raise UserError; None stands for all."""
+    """Check that the VAE can run on this many frames at a time, else raise UserError.
+
+    Args:
+        frames: None stands for all frames.
+    """
     if frames is not None and (frames < 1 or frames % TIME_FACTOR):
         raise UserError(
             f"vae_frames_at_once is {frames}; it must be a multiple of {TIME_FACTOR}, at least {TIME_FACTOR}"
@@ -443,15 +478,15 @@ def check_frames_at_once(frames: int | None) -> None:
 
 
 def check_seed_and_device(args: Any) -> None:
-    """Raises UserError unless `seed` and `device` are such as any command takes."""
+    """Check that `seed` and `device` have a form that all commands take, else raise UserError."""
     if not 0 <= args.seed < 2**63:
-        raise UserError(f"seed is {args.seed}; it can be from 0 to 2^63 - 1")
+        raise UserError(f"seed must be between 0 and 2^63 - 1, got {args.seed}")
     if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise UserError(f"device is '{args.device}'; it can be cpu, cuda or cuda:N")
 
 
 def check_run(args: RunArguments) -> None:
-    """Raises UserError for a value that no training command takes."""
+    """Check the arguments whose limits all training commands share, else raise UserError."""
     check_least(args, ("train_iters", "save_interval", "keep_last", "log_interval"))
     check_least(args, ("eval_interval", "eval_iters", "eval_batch_size"))
     check_least(args, ("num_workers", "num_log_videos"), least=0)
@@ -459,21 +494,24 @@ def check_run(args: RunArguments) -> None:
     check_durations(args, ("clip_timeout", "collective_timeout"))
     check_mixing(args)
     if args.json and not args.inspect_data:
-        raise UserError("json: inspect_data is off, and json is about its report; give --inspect_data too")
+        raise UserError("json: inspect_data is off; give --inspect_data too, or leave json out")
     if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
-        raise UserError(f"experiment_name is '{args.experiment_name}'; it names a folder: no spaces or slashes")
+        raise UserError(
+            f"experiment_name is '{args.experiment_name}'; expected the name of a folder, without spaces, slashes or "
+            "a leading dot"
+        )
 
 
 def check_shares(args: Any, names: Sequence[str]) -> None:
-    """Raises UserError unless each of the arguments is from 0 to 1."""
+    """Check that each of the arguments is between 0 and 1, else raise UserError."""
     for name in names:
         value = getattr(args, name)
         if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
+            raise UserError(f"{name} is {value}; expected a share, from 0 to 1")
 
 
 def check_durations(args: Any, names: Sequence[str]) -> None:
-    """Check that each of the arguments is a number of seconds above zero, and raise UserError otherwise."""
+    """Check that each of the arguments is a number of seconds above 0, else raise UserError."""
     for name in names:
         value = getattr(args, name)
         if not 0 < value < math.inf:
@@ -481,14 +519,14 @@ def check_durations(args: Any, names: Sequence[str]) -> None:
 
 
 def unused_model_keys(section: Mapping[str, Any], parts: Sequence[str] = MODEL_PARTS) -> list[str]:
-    """Keys of the `model:` section that nothing reads, each as a sentence for the log.
+    """Return a sentence for the log about each key of the `model:` section that nothing reads.
 
     Raises:
-        UserError: a part of the model is not described.
+        UserError: the section does not describe a part of the model.
     """
     for part in parts:
         if not isinstance(section.get(part), dict):
-            raise UserError(f"the configuration has no model.{part}: name a model's file too, as in --help")
+            raise UserError(f"model.{part} is missing; name a model's file too, as in --help")
     unused, known = [], [*MODEL_PARTS, *MODEL_KEYS]
     for key in section:
         if key not in known:

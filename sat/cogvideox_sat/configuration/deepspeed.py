@@ -1,7 +1,7 @@
-"""The `deepspeed:` section of a configuration: checked before DeepSpeed is imported, then completed for it.
+"""Check the `deepspeed:` section before DeepSpeed is imported, and complete it.
 
-DeepSpeed ignores most keys that it does not know and meets wrong values with assertions, minutes after the start.
-Nothing here imports PyTorch or DeepSpeed, but for the exception in `configuration.deepspeed_keys`.
+DeepSpeed ignores most keys that it does not know, and fails at wrong values with assertions, minutes after the start.
+Nothing here imports PyTorch or DeepSpeed, except in the case that `configuration.deepspeed_keys` describes.
 """
 
 import math
@@ -15,11 +15,11 @@ from cogvideox_sat.configuration.deepspeed_keys import KEYS, SECTION_KEYS, insta
 from cogvideox_sat.configuration.targets import why_target_fails
 from sgm.errors import UserError, shown
 
-OUR_OPTIMIZERS = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")  # names of the same
+OUR_OPTIMIZERS = ("sat.ops.FusedEmaAdam", "ema_adam.EmaAdam")  # two names of one class
 HIGHEST_STAGE = 3
 
 FP16_SCALING = frozenset({"loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale", "initial_scale_power"})
-# Values that DeepSpeed reads without looking at their type, or meets with an assertion minutes after the start.
+# Values that DeepSpeed reads without checking their type, or checks with an assertion minutes after the start.
 FLAGS = {
     *("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions"),
     *("overlap_comm", "load_from_fp32_weights", "elastic_checkpoint", "round_robin_gradients", "pin_memory"),
@@ -43,7 +43,7 @@ COUNTS = {
 }
 SHARES = {"ratio", "cpuadam_cores_perc"}
 LARGEST_COUNT = 10**15
-# Features that newer versions stop at, even where they are turned off.
+# Features whose keys are an error in newer versions, even if they are turned off.
 REMOVED_KEYS = {
     *("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue", "elasticity"),
     *("sparse_attention", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"),
@@ -53,13 +53,13 @@ ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad
 TORCH_ADAM_PARAMS = {"torch_adam", "fp32_optimizer_states", "foreach", "fused", "maximize", "capturable"}
 ADAM_FLAGS = {"bias_correction", "amsgrad", "adam_w_mode", "set_grad_none", *TORCH_ADAM_PARAMS}
 OPTIMIZER_PARAMS = {
-    # The misspelling is SwissArmyTransformer's.
+    # `use_num_upates` is SwissArmyTransformer's spelling.
     **{name: ADAM_PARAMS | {"ema_decay", "use_num_upates", "use_num_updates"} for name in OUR_OPTIMIZERS},
     WHOLE_MATRICES: {"lr", "momentum", "adam_lr_factor", "betas", "eps", "weight_decay", "ema_decay"},
     "adam": ADAM_PARAMS | TORCH_ADAM_PARAMS,
     "adamw": ADAM_PARAMS | TORCH_ADAM_PARAMS,
 }
-# DeepSpeed takes its own names in any case.
+# DeepSpeed accepts its own names in upper and lower case.
 DEEPSPEED_OPTIMIZERS = {"adam", "adamw", "adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd"}
 TORCH_OPTIMIZERS = {"Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 DEEPSPEED_SCHEDULERS = {"LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"}
@@ -71,13 +71,13 @@ DEEPSPEED_SCHEDULERS = {"LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", 
 
 
 def check_deepspeed_config(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The `deepspeed:` section with older spellings replaced by today's, its keys known and its values sensible.
+    """Return the `deepspeed:` section, checked, with today's spelling of older keys.
 
     Raises:
         UserError: a key is unknown, a value is of the wrong type or out of range, or values contradict each other.
     """
     if not section:
-        raise UserError("the configuration has no deepspeed section: name configs/sft.yaml too, after the model's file")
+        raise UserError("the deepspeed section is missing; name configs/sft.yaml too, after the model's file")
     config = {key: value for key, value in as_numbers(section).items() if value is not None}
     config = without_removed_keys(with_modern_spelling(config))
     check_keys("", config, KEYS)
@@ -86,7 +86,7 @@ def check_deepspeed_config(section: Mapping[str, Any]) -> dict[str, Any]:
         if name in config:
             check_number(name, config[name], least=1, whole=True)
     if "train_batch_size" not in config and "train_micro_batch_size_per_gpu" not in config:
-        raise UserError("deepspeed: train_micro_batch_size_per_gpu is missing: give the clips of a process and step")
+        raise UserError("deepspeed: train_micro_batch_size_per_gpu is missing; give the clips of a process and step")
     if "gradient_clipping" in config:
         check_number("gradient_clipping", config["gradient_clipping"], least=0)
     check_precision(config)
@@ -100,17 +100,20 @@ def check_deepspeed_config(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def enabled_precision(config: Mapping[str, Any]) -> str | None:
-    """`fp16` or `bf16`, as a checked section has it; None when neither is turned on."""
+    """Return the precision that a checked section enables, `fp16` or `bf16`; None if neither."""
     return next((name for name in PRECISIONS if config.get(name, {}).get("enabled")), None)
 
 
 def with_precision(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked section whose `fp16` and `bf16` are enabled where `chosen` has them true."""
+    """Return a checked section in which `fp16` and `bf16` are enabled where `chosen` is true."""
     return {**config, **{name: {**config.get(name, {}), "enabled": bool(chosen.get(name))} for name in PRECISIONS}}
 
 
 def as_numbers(node: Any) -> Any:
-    """The same with texts that are numbers as numbers: YAML takes 1e-8, which has no point, for text."""
+    """Return a section in which texts that are numbers are replaced by numbers.
+
+    YAML reads 1e-8, which has no point, as a text.
+    """
     if isinstance(node, Mapping):
         return {key: as_numbers(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -122,12 +125,15 @@ def as_numbers(node: Any) -> Any:
 
 
 def with_modern_spelling(config: dict[str, Any]) -> dict[str, Any]:
-    """Older spellings of bf16, of loss scaling and of offloading, which DeepSpeed reads with a warning, or no more."""
+    """Return a section with today's spelling of bf16, loss scaling and offloading.
+
+    DeepSpeed warns about the older spellings, or does not read them at all.
+    """
     if "bfloat16" in config:
         config = {"bf16": config["bfloat16"], **config}
         del config["bfloat16"]
     scaling = {key: config[key] for key in FP16_SCALING & config.keys()}
-    if scaling:  # beside `fp16:` instead of in it, as released files have it; DeepSpeed itself does not look there
+    if scaling:  # released files have these keys beside `fp16:` instead of in it, where DeepSpeed does not read them
         config = {key: value for key, value in config.items() if key not in FP16_SCALING}
         config["fp16"] = {**scaling, **config.get("fp16", {})}
     zero = config.get("zero_optimization")
@@ -144,20 +150,24 @@ def with_modern_spelling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_removed_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out features that are turned off and that DeepSpeed would not know.
+    """Return a section without removed features of DeepSpeed that are turned off.
 
     Raises:
-        UserError: one is turned on.
+        UserError: such a feature is turned on.
     """
     for key in REMOVED_KEYS & set(config):
         value = config[key]
         if value.get("enabled") if isinstance(value, dict) else value:
-            raise UserError(f"deepspeed: {key} is a feature that DeepSpeed has given up: leave it out")
+            raise UserError(f"deepspeed: {key} is a feature that DeepSpeed has removed; leave it out")
     return {key: value for key, value in config.items() if key not in REMOVED_KEYS}
 
 
 def check_keys(place: str, section: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises UserError for a key that is not `known`, nor to the installed DeepSpeed; `place` is a dotted key."""
+    """Check that we or the installed DeepSpeed know all keys, else raise UserError.
+
+    Args:
+        place: the dotted key of the section.
+    """
     elsewhere = {name for keys in SECTION_KEYS.values() for name in keys}
     for key in section:
         if key not in known and (key in elsewhere or key not in installed_keys(place)):
@@ -166,10 +176,10 @@ def check_keys(place: str, section: Mapping[str, Any], known: Collection[str]) -
 
 
 def checked_section(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
-    """The section at the last part of `place` in `config`, {} if it is not there, with its keys known.
+    """Return the section at the last part of `place` in `config`; {} if it is missing.
 
     Raises:
-        UserError: it is no mapping, or a key is unknown.
+        UserError: the section is not a mapping, or a key is unknown.
     """
     section = config.get(place.rpartition(".")[2])
     if section is None:
@@ -181,7 +191,7 @@ def checked_section(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 
 def check_types(place: str, section: Mapping[str, Any]) -> None:
-    """Check the types of all values in a part of the section and below it; a wrong one raises UserError."""
+    """Check the types of all values in a part of the section, else raise UserError."""
     for key, value in section.items():
         name = f"{place}.{key}" if place else str(key)
         if value is None or value == "auto":
@@ -197,7 +207,7 @@ def check_types(place: str, section: Mapping[str, Any]) -> None:
 
 
 def check_number(name: str, value: Any, least: float, whole: bool = False, below: float = math.inf) -> None:
-    """Raises UserError unless least <= value < below."""
+    """Check that least <= value < below, else raise UserError."""
     kinds = (int,) if whole else (int, float)
     if type(value) not in kinds or not least <= value < below:
         kind = "a whole number" if whole else "a number"
@@ -213,7 +223,7 @@ def check_precision(config: Mapping[str, Any]) -> None:
             raise UserError(f"deepspeed: {name}.enabled is {shown(value)}; expected true or false")
         enabled += [name] * value
     if len(enabled) > 1:
-        raise UserError("deepspeed: fp16 and bf16 are both enabled: choose one")
+        raise UserError("deepspeed: fp16 and bf16 are both enabled; choose one")
     scale = config.get("fp16", {})
     for name, least, whole in (
         ("loss_scale", 0, False),
@@ -247,10 +257,10 @@ def check_zero(zero: Any) -> None:
 
 
 def type_and_params(config: Mapping[str, Any], place: str) -> tuple[str, Mapping[str, Any]]:
-    """What the optimizer or scheduler at `place` is, and with which parameters.
+    """Return the type and the parameters of the optimizer or scheduler at `place`.
 
     Raises:
-        UserError: it is no mapping or has an unknown key, or one of the two is missing.
+        UserError: the section is not a mapping or has an unknown key, or one of the two is missing.
     """
     section = checked_section(config, place)
     name, params = section.get("type"), section.get("params")
@@ -270,7 +280,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
     if "optimizer" not in config:
-        raise UserError(f"deepspeed: optimizer is missing: give its type, such as {OUR_OPTIMIZERS[0]}, and params.lr")
+        raise UserError(f"deepspeed: optimizer is missing; give its type, such as {OUR_OPTIMIZERS[0]}, and params.lr")
     name, params = type_and_params(config, "optimizer")
     if "." in name:
         if problem := why_target_fails(name):
@@ -284,7 +294,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
             hint = nearest(str(key), sorted(known), otherwise="")
             raise UserError(f"deepspeed.optimizer.params: unknown key '{key}'{hint}")
     if "lr" not in params:
-        raise UserError("deepspeed: optimizer.params.lr is missing: give the learning rate")
+        raise UserError("deepspeed: optimizer.params.lr is missing; give the learning rate")
     check_number("optimizer.params.lr", params["lr"], least=0)
     for key in ("eps", "weight_decay"):
         if key in params:
@@ -309,7 +319,13 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
 
 
 class BatchSizes(NamedTuple):
-    """Clips of one process in one forward pass; such passes of a step; clips of a step, of all processes."""
+    """Batch sizes of a run, in clips or forward passes.
+
+    Attributes:
+        micro: clips in one forward pass of one process.
+        accumulation: forward passes of one process in a step.
+        total: clips of all processes in a step.
+    """
 
     micro: int
     accumulation: int
@@ -317,12 +333,12 @@ class BatchSizes(NamedTuple):
 
 
 def batch_sizes(config: Mapping[str, Any], data_parallel_size: int) -> BatchSizes:
-    """The batch sizes of a checked section on `data_parallel_size` processes, those that are missing computed.
+    """Return the batch sizes of a checked section, computing those that are missing.
 
-    total = micro * accumulation * data_parallel_size; accumulation is 1 when only one of the three is given.
+    total = micro * accumulation * data_parallel_size; accumulation is 1 if only one of the three is given.
 
     Raises:
-        UserError: they contradict each other.
+        UserError: the batch sizes contradict each other.
     """
     total = config.get("train_batch_size")
     micro = config.get("train_micro_batch_size_per_gpu")
@@ -343,25 +359,25 @@ def batch_sizes(config: Mapping[str, Any], data_parallel_size: int) -> BatchSize
 
 
 def runtime_config(config: Mapping[str, Any], precision: str, processes_per_clip: int = 1) -> dict[str, Any]:
-    """What `deepspeed.initialize(config=...)` is given for a checked section.
+    """Return the `config` for `deepspeed.initialize`, made from a checked section.
 
-    The precision is the one that the run computes in, optimizers that are not DeepSpeed's are allowed, and half
-    precision without ZeRO runs as ZeRO stage 1, which computes the same and has its float32 weights where the higher
-    stages have them.
+    The section gets the precision of the run and allows optimizers that are not DeepSpeed's. Half precision without
+    ZeRO becomes ZeRO stage 1, which computes the same and keeps its float32 weights where the higher stages do.
 
     Args:
         precision: `fp16`, `bf16` or `fp32`.
-        processes_per_clip: that share a clip, each of which DeepSpeed takes for one with a batch of its own.
+        processes_per_clip: the number of processes that share a clip; DeepSpeed counts each of them as having a batch
+            of its own.
 
     Raises:
-        UserError: the optimizer needs whole matrices, which ZeRO takes apart.
+        UserError: the optimizer needs whole matrices, but ZeRO flattens them.
     """
     zero = dict(config.get("zero_optimization", {}))
     zero["stage"] = max(zero.get("stage", 0), int(precision in PRECISIONS))
     if zero["stage"] and config["optimizer"]["type"] == WHOLE_MATRICES:
         raise UserError(
             f"deepspeed: {WHOLE_MATRICES} needs whole matrices, but in {precision} this is ZeRO stage {zero['stage']}, "
-            "which flattens them: train in float32 with zero_optimization.stage 0, or with another optimizer"
+            "which flattens them; train in float32 with zero_optimization.stage 0, or with another optimizer"
         )
     total = (
         {"train_batch_size": config["train_batch_size"] * processes_per_clip} if "train_batch_size" in config else {}

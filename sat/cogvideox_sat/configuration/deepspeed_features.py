@@ -1,6 +1,6 @@
-"""What only DeepSpeed reads of the `deepspeed:` section: values that it would meet with an error of its own.
+"""Check the parts of the `deepspeed:` section that only DeepSpeed reads.
 
-Nothing here imports PyTorch or DeepSpeed.
+DeepSpeed would fail at wrong values there with errors of its own. Nothing here imports PyTorch or DeepSpeed.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from typing import Any
 from sgm.config_places import Key, dotted, walk
 from sgm.errors import UserError, one_line, shown
 
-# Parts that hold keys and values.
+# Parts that must be mappings.
 FEATURES = {
     *("data_types", "activation_checkpointing", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet"),
     *("comms_logger", "timers", "autotuning", "aio", "compile", "checkpoint", "datastates_ckpt", "data_efficiency"),
@@ -28,12 +28,12 @@ CHOICES = {
     "gradient_allreduce_op": ("mean", "sum"),
     "log_level": ("debug", "info", "warning", "error", "critical"),
 }
-# Whole numbers that it compares with its own only when a step is taken.
+# Whole numbers that DeepSpeed uses only when a step is taken.
 NUMBERS = {
     "flops_profiler": ("profile_step", "module_depth", "top_modules"),
     "autotuning": ("start_profile_step", "end_profile_step", "num_tuning_micro_batch_sizes"),
 }
-# What a part imports when it is turned on.
+# Packages that a part imports when it is enabled.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "datastates_ckpt": "datastates"}
 
 
@@ -41,7 +41,7 @@ def check_features(config: Mapping[str, Any]) -> None:
     """Check those parts of the `deepspeed:` section that only DeepSpeed reads.
 
     Raises:
-        UserError: a part is not keys and values, a value is none of those that there are, or a package is missing.
+        UserError: a part is not a mapping, a value is not one of the choices, or a package is missing.
     """
     for name in sorted(FEATURES & set(config)):
         part = config[name]
@@ -72,7 +72,7 @@ def check_features(config: Mapping[str, Any]) -> None:
 
 
 def complaint(error: Exception, section: Mapping[str, Any]) -> str:
-    """Return what DeepSpeed does not like in its section, for a user: with the key, if its message tells which."""
+    """Return DeepSpeed's error about its section as one line, with the key if it is known."""
     text = " ".join(str(error).split()).partition(" For further information")[0] or type(error).__name__
     key = next(_keys_in(text, section), ())
     return f"{dotted(('deepspeed', *key))}: {one_line(text, 500)}"

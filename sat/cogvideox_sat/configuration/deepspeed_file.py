@@ -1,4 +1,4 @@
-"""DeepSpeed's own configuration file, `--deepspeed_config FILE`, over the section `deepspeed:` of a configuration.
+"""Merge DeepSpeed's own configuration file, `--deepspeed_config FILE`, over `deepspeed:`.
 
 Nothing here imports PyTorch.
 """
@@ -28,9 +28,9 @@ def merged_with_file(section: Mapping[str, Any], path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"deepspeed_config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"deepspeed_config {path} is not UTF-8 text") from error
+        raise UserError(f"deepspeed_config {path} is not UTF-8 text; save it as UTF-8") from error
     try:
-        content = parse_json(text)  # first, since YAML takes JSON's 1e-5 for text
+        content = parse_json(text)  # JSON first, since YAML reads JSON's 1e-5 as a text
     except (json.JSONDecodeError, RecursionError):
         content = parse_yaml(text, f"deepspeed_config {path}")
     if not isinstance(content, dict):

@@ -1,14 +1,14 @@
-"""The keys of the `deepspeed:` section, by the part that they are in.
+"""List the keys of the `deepspeed:` section, by the part that holds them.
 
-Nothing here imports PyTorch or DeepSpeed, unless the installed DeepSpeed is of another version than the tables and has
-to be asked for a key that is not in them.
+Nothing here imports PyTorch or DeepSpeed, except if the installed DeepSpeed has another version than these tables: then
+keys that the tables lack are looked up in DeepSpeed itself.
 """
 
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-# What this version reads. The parts are those whose keys are checked; "" is the section itself.
+# Keys that this version reads, at the top of the section (`KEYS`) and in the parts whose keys are checked.
 VERSION = "0.19.8"
 KEYS = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
@@ -36,7 +36,7 @@ SECTION_KEYS = {
         *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
         *("memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply"),
         *("log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory"),
-        # The same as with `stage3_` before it.
+        # Short forms of the keys that begin with `stage3_`.
         *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
         *("max_reuse_distance", "module_granularity_threshold", "gather_16bit_weights_on_model_save"),
         *("use_all_reduce_for_fetch_params", "allgather_sequential"),
@@ -63,7 +63,7 @@ SECTION_KEYS = {
         *("synchronize_checkpoint_boundary", "profile"),
     },
 }
-# Where a DeepSpeed tells its keys itself: the fields of its configuration models, and constants that name them.
+# Where DeepSpeed itself lists its keys: as fields of its configuration models, and as constants.
 MODELS = {
     "zero_optimization": "deepspeed.runtime.zero.config.DeepSpeedZeroConfig",
     "zero_optimization.offload_optimizer": "deepspeed.runtime.zero.offload_config.DeepSpeedZeroOffloadOptimizerConfig",
@@ -72,14 +72,14 @@ MODELS = {
     "bf16": "deepspeed.runtime.precision_config.DeepSpeedBF16Config",
 }
 CONSTANTS = {"activation_checkpointing": "deepspeed.runtime.activation_checkpointing.config"}
-OTHER_CONSTANTS = "deepspeed.runtime.constants"  # of all other parts, and of older versions without a model
+OTHER_CONSTANTS = "deepspeed.runtime.constants"  # for all other parts, and for older versions without such models
 
 
 @cache
 def installed_keys(place: str) -> frozenset[str]:
-    """Return the keys of a part of the section that the installed DeepSpeed tells.
+    """Return the keys of a part of the section that the installed DeepSpeed reads.
 
-    Nothing is asked, and the result is empty, where the tables of this module are of its very version.
+    The result is empty if the installed DeepSpeed has the version of the tables here, or is not installed.
 
     Args:
         place: "" or a key of `SECTION_KEYS`.
@@ -91,7 +91,10 @@ def installed_keys(place: str) -> frozenset[str]:
 
 
 def told_keys(place: str) -> frozenset[str]:
-    """Return what `installed_keys` does, of any version; this imports DeepSpeed, and PyTorch with it."""
+    """Return the keys of a part that the installed DeepSpeed reads, whatever its version.
+
+    This imports DeepSpeed and PyTorch.
+    """
     if place in MODELS:
         module, _, name = MODELS[place].rpartition(".")
         if fields := getattr(_imported(module), name, None):
@@ -104,5 +107,5 @@ def told_keys(place: str) -> frozenset[str]:
 def _imported(module: str) -> object | None:
     try:
         return import_module(module)
-    except Exception:  # of any kind, where one library does not fit another: the trainer meets it where it reports it
+    except Exception:  # libraries that do not fit each other raise errors of any kind; the trainer reports them later
         return None

@@ -1,7 +1,7 @@
-"""Switch on `--deterministic` for a training run, so that a GPU repeats its numbers to the bit.
+"""Make a training run deterministic, so that a GPU repeats its numbers to the bit.
 
-Without it a GPU may sum in another order each time: cuDNN's and cuBLAS's fastest kernels, and the backward passes of
-attention and of indexing, do. PyTorch is imported only when it is needed.
+Without this a GPU may sum in a different order each time: the fastest kernels of cuDNN and cuBLAS do, and so do the
+backward passes of attention and indexing. PyTorch is imported only when it is needed.
 """
 
 import os
@@ -14,31 +14,31 @@ from cogvideox_sat.configuration.yaml_reading import read_yaml
 from sgm.errors import UserError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when a process first multiplies matrices on a GPU
-WORKSPACES = (":4096:8", ":16:8")  # those with which it sums in one order
-REFUSAL = "does not have a deterministic implementation"  # in PyTorch's message
+WORKSPACES = (":4096:8", ":16:8")  # with these, cuBLAS sums in a fixed order
+REFUSAL = "does not have a deterministic implementation"  # part of PyTorch's message
 
 
 def check_workspace(deterministic: bool) -> None:
-    """Check that the environment allows what `deterministic` asks for.
+    """Check that the environment allows a deterministic run, if one is asked for.
 
     Raises:
-        UserError: cuBLAS was given a workspace with which the order of its sums may change.
+        UserError: the environment gives cuBLAS a workspace with which the order of its sums may change.
     """
     given = os.environ.get(WORKSPACE)
     if deterministic and given is not None and given not in WORKSPACES:
         raise UserError(
-            f"deterministic: the environment has {WORKSPACE}={given}, with which cuBLAS may sum in another order each "
-            f"time; unset it, or set it to {WORKSPACES[0]}"
+            f"deterministic: the environment has {WORKSPACE}={given}, with which cuBLAS may sum in a different order "
+            f"each time; unset it, or set it to {WORKSPACES[0]}"
         )
 
 
 def describe_change(run_folder: Path, deterministic: bool) -> str | None:
-    """Return the warning that is due when a run goes on with another value than the one it has recorded."""
+    """Return a warning if a run is resumed with another value of `deterministic`, else None."""
     try:
         config = read_yaml(run_folder / "training_config.yaml")
         recorded = config["args"].get("deterministic")
     except (UserError, LookupError, TypeError, AttributeError):
-        return None  # a run that was made elsewhere may lack the file
+        return None  # the file may be missing from a run of another program
     recorded = recorded is True
     if recorded == deterministic:
         return None
@@ -50,7 +50,7 @@ def describe_change(run_folder: Path, deterministic: bool) -> str | None:
 
 
 def recorded(config: Mapping[str, Any], deterministic: bool) -> dict[str, Any]:
-    """Return the configuration to save beside a run, with the value that the run has, given or not."""
+    """Return the configuration to save beside a run, with the value of `deterministic` in it."""
     return {**config, "args": {**(config.get("args") or {}), "deterministic": deterministic}}
 
 
@@ -59,7 +59,7 @@ def deterministic_arithmetic(enabled: bool) -> Iterator[None]:
     """Let PyTorch compute in a fixed order within the block; if not `enabled`, change nothing.
 
     Raises:
-        UserError: the block uses an operation that has no such form on its device.
+        UserError: the block uses an operation that has no deterministic form on its device.
     """
     if not enabled:
         yield
@@ -79,8 +79,8 @@ def deterministic_arithmetic(enabled: bool) -> Iterator[None]:
             raise
         operation = str(error).partition(REFUSAL)[0].strip()
         raise UserError(
-            f"deterministic: the operation {operation} has no form that repeats its result on this device; train "
-            "without --deterministic"
+            f"deterministic: the operation {operation} has no deterministic form on this device; train without "
+            "--deterministic"
         ) from error
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])

@@ -1,6 +1,6 @@
-"""Reading configuration files: YAML with `include`, merged in order, with every mistake named by file and key.
+"""Read configuration files: YAML with `include`, merged in order.
 
-Nothing here imports PyTorch, so that a mistake is reported at once.
+Errors name the file and the key. Nothing here imports PyTorch, so that errors are reported at once.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,13 +18,17 @@ from cogvideox_sat.configuration.targets import iterate_targets, why_target_fail
 from sgm.config_places import SECTIONS, ConfigError, Sources, parse_key
 from sgm.errors import UserError, shown
 
-# Arguments with two names: that of the requests, and that of the original.
+# Arguments with two names: the one of requests, and the one of the original.
 ALTERNATIVES = (("frames", "sampling_num_frames"), ("steps", "sampling_num_steps"))
 PATH_KEYS = ("load", "lora_load", "ckpt_path", "model_dir", "lpips_weights")
 
 
 class MergedConfig(dict[str, Any]):
-    """The sections of merged configuration files by name, with the file that each key is from in `sources`."""
+    """Merged configuration files, by section.
+
+    Attributes:
+        sources: the file that each key is from.
+    """
 
     sources: Sources
 
@@ -41,17 +45,17 @@ def load_configs(
 ) -> MergedConfig:
     """Return the merged content of configuration files, later ones overriding earlier ones.
 
-    A file may start from others: `include: other.yaml`, or a list, relative to itself.
+    A file may include others: `include: other.yaml`, or a list, relative to the file itself.
 
     Args:
         used: the sections whose targets must import.
         exclusive: pairs of switches in `args`; a file that turns one on turns off the other, unless it sets both.
-        trusted: the files are the user's own. False for files that came with something else, such as a downloaded
-            checkpoint: they include nothing, read no variables of the environment, and name only our own classes.
+        trusted: False for files that came with something else, such as a downloaded checkpoint: they may not include
+            files or read environment variables, and may name only classes of this project.
         settings: keys that are set on top of all files, by their dotted names; see `single_keys`.
 
     Raises:
-        UserError: a file is missing, unreadable, not YAML, or has an unknown section; interpolations do not resolve; a
+        UserError: a file is missing, unreadable, not YAML, or has an unknown section; a reference does not resolve; a
             target does not import.
     """
     files = read_files(paths, trusted)
@@ -71,17 +75,17 @@ def load_configs(
 
 
 def replace_exclusive(args: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
-    """Turn off the other of each pair of switches that `args` turns on, so that it overrides what came before."""
+    """Turn off the other switch of each pair that `args` turns on, to override earlier files."""
     for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
         if args.get(one) is True and other not in args:
             args[other] = False
 
 
 def replace_alternatives(files: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """Let an argument take the place of the one of earlier files that means the same under another name.
+    """Remove an argument from earlier files if a later one sets it by its other name.
 
     Raises:
-        UserError: a file sets both.
+        UserError: a file sets both names.
     """
     for one, other in ALTERNATIVES:
         earlier: set[str] = set()
@@ -94,14 +98,18 @@ def replace_alternatives(files: Sequence[tuple[Path, dict[str, Any]]]) -> None:
 
 
 def check_alternatives(given: Collection[str], where: str = "") -> None:
-    """Raises UserError if both names of one argument are given; `where` begins the message."""
+    """Check that at most one of two names of an argument is given, else raise UserError.
+
+    Args:
+        where: the beginning of the message.
+    """
     for one, other in ALTERNATIVES:
         if one in given and other in given:
-            raise UserError(f"{where}{one}: {other} is given too, and tells the same; keep one of them")
+            raise UserError(f"{where}{one}: {other} is given too, and means the same; keep one of them")
 
 
 def check_paths(config: dict[str, Any]) -> None:
-    """Raises UserError if a file or folder that a configuration loads from is not there."""
+    """Check that all files and folders that a configuration loads exist, else raise UserError."""
     for key, path in _iterate_paths(config):
         if path and not _exists(path):
             raise UserError(f"{not_found(key, str(path))}; docs/sampling.md says where to get it and where to put it")
@@ -110,7 +118,7 @@ def check_paths(config: dict[str, Any]) -> None:
 def _exists(path: Any) -> bool:
     try:
         return Path(str(path)).exists()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid name of a file
         return False
 
 
@@ -124,7 +132,10 @@ def _iterate_paths(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def with_located_paths(node: Any, key: str = "") -> Any:
-    """Return a section with its files and folders where they are found, see `commands.input_paths.find_input`."""
+    """Return a section, with files and folders replaced by where they are found.
+
+    See `commands.input_paths.find_input`.
+    """
     if isinstance(node, dict):
         return {
             name: located(child, f"{key}.{name}")
@@ -138,7 +149,7 @@ def with_located_paths(node: Any, key: str = "") -> Any:
 
 
 def _is_path(node: dict[str, Any] | list[Any], name: str) -> bool:
-    """Return whether the value of the key `name` is a path; beside a `cache_dir` the value is a name on a hub."""
+    """Return whether the value of the key `name` is a path, not a model's name on a hub."""
     return name in PATH_KEYS and not (isinstance(node, dict) and node.get("cache_dir"))
 
 

@@ -1,4 +1,4 @@
-"""Fit an image to the video that starts from it: the size that follows from it, and what a crop cuts away.
+"""Compute the size of a video that starts from an image, and the share that is cropped.
 
 Nothing here imports PyTorch.
 """
@@ -11,19 +11,22 @@ from cogvideox_sat.latent_geometry import SPACE_FACTOR
 
 logger = logging.getLogger(__name__)
 
-SHORT_SIDE = 768  # pixels, of videos whose size follows from their image
-LARGEST_LOSS = 1 / 3  # of a picture, above which a crop is warned about
+SHORT_SIDE = 768  # pixels of the short side of a video whose size follows from its image
+LARGEST_LOSS = 1 / 3  # share of an image; if a crop removes more, there is a warning
 
 
 def size_of_image(path: str | Path) -> tuple[int, int] | None:
-    """Return (height, width) of an image in pixels, turned as its EXIF orientation says; None if it is unreadable."""
+    """Return the (height, width) of an image in pixels; None if it cannot be read.
+
+    The size is that of the image after the rotation that its EXIF orientation asks for.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as file:
             width, height = file.size
-            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # by a quarter
-    # Pillow's decoders report damaged files by whichever of these came up; the image is reported when it is loaded.
+            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # by 90 degrees
+    # Pillow's decoders raise any of these for damaged files; the error is reported when the image is loaded.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
         return None
     return (width, height) if turned else (height, width)
@@ -32,8 +35,8 @@ def size_of_image(path: str | Path) -> tuple[int, int] | None:
 def size_from_image(image: tuple[int, int], limits: ModelLimits) -> tuple[int, int]:
     """Return the (height, width) of the video that starts from an image of the size `image`.
 
-    The short side is 768 pixels; the other keeps the image's shape, to the nearest multiple that the model takes, up to
-    the model's largest. In a model too small for 768 pixels, the image is scaled to fit as a whole.
+    The short side has 768 pixels. The long side keeps the image's shape, rounded to the nearest multiple that the model
+    takes, up to the model's largest. If the model is too small for 768 pixels, the whole image is scaled down to fit.
     """
     scale = SHORT_SIDE / min(image)
     largest_sides = [side * SPACE_FACTOR for side in limits.largest[1:]]
@@ -47,13 +50,23 @@ def size_from_image(image: tuple[int, int], limits: ModelLimits) -> tuple[int, i
 
 
 def share_cut_away(image: tuple[int, int], size: tuple[int, int]) -> float:
-    """Return the share of a picture (height, width) that is lost when it is scaled to cover `size` and cut to it."""
+    """Return the share of an image that is lost when it is scaled and cropped to `size`.
+
+    Args:
+        image, size: (height, width) in pixels.
+    """
     shape, target = image[1] / image[0], size[1] / size[0]
     return 1 - min(shape, target) / max(shape, target)
 
 
 def warn_of_crop(name: str, image: tuple[int, int], size: tuple[int, int], advice: str) -> None:
-    """Warn if more than a third of a picture is cut away to make it fit `size`."""
+    """Warn if fitting an image to `size` removes more than a third of it.
+
+    Args:
+        name: the image in the message.
+        image, size: (height, width) in pixels.
+        advice: the end of the message.
+    """
     lost = share_cut_away(image, size)
     if lost > LARGEST_LOSS:
         logger.warning(

@@ -1,4 +1,7 @@
-"""Reading configuration files and what they include, each checked on its own. Nothing here imports PyTorch."""
+"""Read configuration files and the files that they include, and check each of them.
+
+Nothing here imports PyTorch.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +18,10 @@ ConfigFile = tuple[Path, dict[str, Any]]
 
 
 def read_files(paths: Sequence[str | Path], trusted: bool = True) -> list[ConfigFile]:
-    """Return configuration files with their content by section, each after the files that it includes.
+    """Return configuration files with their sections, each after the files that it includes.
 
     Args:
-        trusted: False for files that came with something else, which may include nothing.
+        trusted: False for files that came with something else, which may not include files.
 
     Raises:
         UserError: a file is missing, unreadable, not YAML, or has an unknown section.
@@ -30,10 +33,10 @@ def read_files(paths: Sequence[str | Path], trusted: bool = True) -> list[Config
 
 
 def _read_with_includes(path: Path, parents: tuple[Path, ...], files: list[ConfigFile], trusted: bool) -> None:
-    """Append the files that `path` includes, innermost first, and `path` itself, each with its content, to `files`."""
+    """Append `path` to `files`, after the files that it includes, each with its content."""
     try:
         resolved = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links
+    except (OSError, RuntimeError, ValueError) as error:  # symbolic links in a circle
         raise UserError(f"configuration {path}: {error}") from error
     if resolved in parents:
         raise UserError(f"{path}: includes itself; remove that include")
@@ -54,13 +57,16 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...], files: list[Confi
     if not all(isinstance(include, str) and include for include in includes):
         raise UserError(f"{path}: include is {shown(includes)}; expected the names of files")
     if includes and not trusted:
-        raise UserError(f"{path}: include: a file that came with something else includes no others")
+        raise UserError(
+            f"{path}: include: a file that came with a checkpoint or a video includes no others; put "
+            "their content into it"
+        )
     for include in includes:
         _read_with_includes(path.parent / include, (*parents, resolved), files, trusted)
     for section, value in content.items():
         if section not in SECTIONS:
             name = f"'{section}'" if isinstance(section, str) else section
-            raise UserError(f"{path}: unknown section {name}; there are {', '.join(SECTIONS)} (and include)")
+            raise UserError(f"{path}: unknown section {name}; known are {', '.join(SECTIONS)} (and include)")
         if value is not None and not isinstance(value, dict):
             raise UserError(f"{path}: the section '{section}' is {shown(value)}; expected keys and values")
     files.append((path, {section: value for section, value in content.items() if value is not None}))

@@ -1,4 +1,7 @@
-"""Advice for a user whose memory is full, by what was going on and what is not in use yet. Nothing imports PyTorch."""
+"""Advise a user whose memory is full, by what was running and what is not in use yet.
+
+Nothing here imports PyTorch.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +12,12 @@ from cogvideox_sat.configuration.argument_schema import CommonArguments
 
 TILE = 256  # pixels
 TILES = f"--vae_tile_size {TILE} (tiles: less memory, slightly different numbers)"
-FRAMES = "--vae_frames_at_once 4 (the VAE's layers on so many frames at a time: less memory, the same numbers)"
+FRAMES = "--vae_frames_at_once 4 (each layer of the VAE on 4 frames at a time: less memory, the same numbers)"
 ENCODING, DECODING, SAMPLING, TEXT = "encoding clips", "decoding", "sampling", "the text encoder"
 
 
 def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
-    """Return the function that advises a sampling run, given what was going on."""
+    """Return a function that gives advice for a sampling run, by what was running."""
 
     def advise(where: str) -> str:
         options = []
@@ -35,11 +38,11 @@ def sampling_advice(args: SamplingArguments) -> Callable[[str], str]:
 
 
 def training_advice(args: TrainingArguments, cached: bool, checkpoint: Path | None) -> Callable[[str], str]:
-    """Return the function that advises a fine-tuning run, given what was going on.
+    """Return a function that gives advice for a fine-tuning run, by what was running.
 
     Args:
-        cached: the data are latents already.
-        checkpoint: the last one of the run, which is named.
+        cached: the data already consists of latents.
+        checkpoint: the last checkpoint of the run, which the advice names.
     """
     network = args.model_config["network_config"]["params"]
     recomputed = args.checkpoint_activations
@@ -55,7 +58,7 @@ def training_advice(args: TrainingArguments, cached: bool, checkpoint: Path | No
             if args.eval_batch_size > 1:
                 options.append("--eval_batch_size 1")
         if not cached:
-            options.append("encode the clips before, with tools/precompute_latents.py")
+            options.append("encode the clips beforehand with tools/precompute_latents.py")
             if where in (ENCODING, DECODING, "training", "evaluation"):
                 options += vae_options(args)
         if where != ENCODING:
@@ -74,7 +77,7 @@ def training_advice(args: TrainingArguments, cached: bool, checkpoint: Path | No
 
 
 def precompute_advice(args: TrainingArguments) -> Callable[[str], str]:
-    """Return the function that advises tools/precompute_latents.py, given what was going on."""
+    """Return a function that gives advice for tools/precompute_latents.py."""
 
     def advise(where: str) -> str:
         options = [] if where.endswith(TEXT) else vae_options(args)
@@ -82,7 +85,7 @@ def precompute_advice(args: TrainingArguments) -> Callable[[str], str]:
             options.append("--bf16 (half the memory)")
         if not where.endswith(TEXT):
             options.append("fewer frames or a smaller size (data.params.max_num_frames, video_size)")
-        return one_of(options or ["a machine with more memory"]) + "; the shards that are written stay"
+        return one_of(options or ["a machine with more memory"]) + "; the shards that are complete are kept"
 
     return advise
 
@@ -97,16 +100,16 @@ def vae_training_advice(args: VaeTrainingArguments, checkpoint: Path | None) -> 
 
 
 def vae_options(args: CommonArguments) -> list[str]:
-    """Return the options by which a VAE takes less memory and that are not in use."""
+    """Return the options that reduce a VAE's memory and are not in use."""
     options = [FRAMES] if args.vae_frames_at_once is None else []
     return [*options, TILES] if args.vae_tile_size is None else options
 
 
 def one_of(options: list[str]) -> str:
-    """Return "try one of" several options, or the only one."""
+    """Return the options as one sentence: "try A" or "try one of: A, B"."""
     return as_started(f"try {options[0]}" if len(options) == 1 else "try one of: " + ", ".join(options))
 
 
 def kept(checkpoint: Path | None) -> str:
-    """Return the end of the line: where the run can go on from."""
-    return "" if checkpoint is None else f"; the last checkpoint is kept: go on with --resume {checkpoint}"
+    """Return the end of the advice, which says where the run can be resumed."""
+    return "" if checkpoint is None else f"; the last checkpoint is kept; resume with --resume {checkpoint}"

@@ -1,6 +1,6 @@
-"""Merge configuration files and write out their references (`${args.load}`), bounded, with the file of each key.
+"""Merge configuration files and replace their references (`${args.load}`).
 
-Nothing here imports PyTorch.
+The file of each key is recorded, and the size of the result is bounded. Nothing here imports PyTorch.
 """
 
 import copy
@@ -13,22 +13,22 @@ from cogvideox_sat.configuration.yaml_reading import MOST_BYTES, MOST_VALUES
 from sgm.config_places import ConfigError, Key, Sources, dotted, parse_key
 from sgm.errors import shown
 
-_REFERENCE = re.compile(r"(?<!\\)\$\{([^${}]*)\}")  # one that holds no other
+_REFERENCE = re.compile(r"(?<!\\)\$\{([^${}]*)\}")  # an innermost reference
 _WHOLE_REFERENCE = re.compile(r"\$\{[^${}]*\}")
-DEEPEST_WALK = 120  # levels of nesting, with those of what is referred to; Python itself gives up at a thousand calls
-NOT_GIVEN = "???"  # OmegaConf's mark for a value that another file has to give
+DEEPEST_WALK = 120  # levels of nesting, including referenced content; Python's own limit is 1000 nested calls
+NOT_GIVEN = "???"  # OmegaConf's mark for a value that another file must set
 
 
 def merge_files(
     files: Sequence[tuple[Path, dict[str, Any]]], names: Sequence[str | Path]
 ) -> tuple[dict[str, Any], Sources]:
-    """Return the merged content of files, later ones overriding earlier ones, and which file set each key.
+    """Return the merged content of files and the file that set each key.
 
-    Mappings are merged key by key; anything else replaces what was there.
+    Later files override earlier ones. Mappings are merged key by key; any other value replaces the earlier one.
 
     Args:
-        files: each with its content, which is left as it is.
-        names: what the user named, for messages about a key that no file has.
+        files: paths and contents; the contents are not changed.
+        names: the files that the user named, for messages about a key that is in no file.
 
     Raises:
         UserError: a list meets a mapping.
@@ -46,7 +46,7 @@ def _merge_mapping(
     for name, value in content.items():
         at, old = (*key, name), target.get(name)
         if isinstance(value, dict) and isinstance(old, str) and _WHOLE_REFERENCE.fullmatch(old):
-            # Settings on top of those that are referred to.
+            # The file changes some keys of a mapping that is given by reference.
             target[name] = old = written_out(root, sources, at)
         if (isinstance(value, list) and isinstance(old, dict)) or (isinstance(value, dict) and isinstance(old, list)):
             kinds = {list: "a list", dict: "keys and values"}
@@ -66,7 +66,7 @@ def _merge_mapping(
 def merge_into(
     target: dict[str, Any], content: dict[str, Any], key: Key, file: str, root: dict[str, Any], sources: Sources
 ) -> None:
-    """Merge further content into the mapping at a key of a merged configuration, as if `file` had it.
+    """Merge content into the mapping at a key of a merged configuration, as if from `file`.
 
     Args:
         root: the whole configuration.
@@ -78,7 +78,7 @@ def merge_into(
 
 
 def written_out(root: dict[str, Any], sources: Sources, key: Key) -> Any:
-    """Return a copy of what is at a key, its references replaced by what they refer to.
+    """Return a copy of the value at a key, with references replaced.
 
     Raises:
         UserError: see `resolve`.
@@ -94,16 +94,16 @@ def _record(content: dict[str, Any], key: Key, file: Path, sources: Sources) -> 
 
 
 def resolve(config: dict[str, Any], sources: Sources, trusted: bool) -> dict[str, Any]:
-    """Return a configuration in which every reference is replaced by what it refers to.
+    """Return a configuration in which every reference is replaced by the value it refers to.
 
-    `${args.load}` counts from the top, `${.r}` from the mapping that it stands in, `${..r}` from the one around that.
-    `${oc.env:HOME}` and OmegaConf's other resolvers are left to OmegaConf.
+    `${args.load}` is a key from the top, `${.r}` one in the mapping that holds the reference, `${..r}` one in the
+    mapping around that. `${oc.env:HOME}` and OmegaConf's other resolvers are left to OmegaConf.
 
     Args:
-        trusted: whether the files may use such resolvers, which read variables of the environment.
+        trusted: the files may use such resolvers, which read environment variables.
 
     Raises:
-        UserError: a reference leads nowhere, to itself, or to more than a configuration can hold.
+        UserError: a reference leads to a key that does not exist, to itself, or to too many values.
     """
     return _Resolver(config, sources, trusted).at(())
 
@@ -114,7 +114,7 @@ class _Resolver:
         self.done: dict[Key, Any] = {}
         self.open: list[Key] = []
         self.depth = 0
-        self.written = 0  # values and characters that references were replaced by
+        self.written = 0  # values and characters that have replaced references
 
     def refuse(self, key: Key, problem: str) -> NoReturn:
         raise ConfigError(f"{self.sources.place(key)}: cannot merge: {problem}")
@@ -127,7 +127,7 @@ class _Resolver:
                 node = node[part]
             self.depth += 1
             if self.depth > DEEPEST_WALK:
-                self.refuse(key, "nested too deep, with what is referred to; write it flatter")
+                self.refuse(key, "nested too deeply once references are replaced; write it flatter")
             self.done[key] = self.expand(node, key)
             self.depth -= 1
         return self.done[key]
@@ -155,7 +155,7 @@ class _Resolver:
             if match[0] == text:
                 return self.copied(value, key)
             if isinstance(value, dict | list):
-                self.refuse(key, f"{shown(match[0])} is {shown(value)}, which does not go into a text")
+                self.refuse(key, f"{shown(match[0])} is {shown(value)}, which cannot be part of a text")
             text = f"{text[: match.start()]}{value}{text[match.end() :]}"
             self.written += len(str(value))
             if self.written > MOST_BYTES:
@@ -165,7 +165,7 @@ class _Resolver:
         return text.replace("\\${", "${")
 
     def copied(self, value: Any, key: Key) -> Any:
-        """Return a copy of what is referred to, once it is counted."""
+        """Return a copy of a referenced value, after counting its values."""
         self.written += _count(value, self.refuse, key)
         if self.written > MOST_VALUES:
             self.refuse(key, f"references write out more than {MOST_VALUES} values")
@@ -181,7 +181,7 @@ class _Resolver:
         node: Any = self.root
         place: Key = ()
         for length, part in enumerate(path):
-            if isinstance(node, str) and "${" in node:  # what is referred to is within something referred to
+            if isinstance(node, str) and "${" in node:  # the path leads through another reference
                 node = self.at(place)
                 for rest in path[length:]:
                     node = node[self.step(node, rest, reference, key)]
@@ -193,7 +193,7 @@ class _Resolver:
         return self.at(place)
 
     def step(self, node: Any, part: str | int, reference: str, key: Key) -> str | int:
-        """Return the key or index in `node` that `part` of a reference means."""
+        """Return the key or index of `node` that `part` of a reference stands for."""
         if isinstance(node, dict):
             for name in (part, str(part)):
                 if name in node:
@@ -204,7 +204,9 @@ class _Resolver:
 
     def resolver(self, reference: str, key: Key) -> Any:
         if not self.trusted:
-            self.refuse(key, f"{shown('${' + reference + '}')} is not read from a file that came with something else")
+            self.refuse(
+                key, f"{shown('${' + reference + '}')} is not read from a file that came with a checkpoint or a video"
+            )
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
@@ -215,7 +217,7 @@ class _Resolver:
 
 
 def _count(value: Any, refuse: Any, key: Key) -> int:
-    """Return the number of values in a nested one, which may share parts; stops at the most that are allowed."""
+    """Return the number of values in a nested value; refuse more than `MOST_VALUES`."""
     count, pending = 0, [value]
     while pending:
         node = pending.pop()
@@ -227,7 +229,10 @@ def _count(value: Any, refuse: Any, key: Key) -> int:
 
 
 def first_difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The dotted key at which two trees of settings first differ, and the values there; None if they are equal."""
+    """Return the first dotted key at which two trees of settings differ, and both values.
+
+    The result is None if the trees are equal.
+    """
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in [*theirs, *(ours.keys() - theirs.keys())]:
             difference = first_difference(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)

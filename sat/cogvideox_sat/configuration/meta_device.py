@@ -1,4 +1,4 @@
-"""Build modules without memory."""
+"""Build modules on the meta device, which takes no memory."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,11 +13,12 @@ from sgm.util import get_obj_from_str, instantiate_from_config
 
 
 def instantiate_on_meta(config: Mapping[str, Any], **extra: Any) -> nn.Module:
-    """`instantiate_from_config`, but the module's tensors are on the meta device: shapes and dtypes without memory.
+    """Return the module that `instantiate_from_config` builds, but on the meta device.
 
-    Tables that are made with NumPy, or step by step from `torch.arange`, stay real.
+    The tensors have shapes and dtypes but no memory. Tables that are made with NumPy, or step by step from
+    `torch.arange`, stay real.
     """
-    # What modules allocate when they are imported must be real.
+    # Tensors that Python modules allocate when they are imported must be real.
     import_compiler()
     for _, target in iterate_targets(config):
         get_obj_from_str(target)
@@ -26,23 +27,25 @@ def instantiate_on_meta(config: Mapping[str, Any], **extra: Any) -> nn.Module:
 
 
 def import_compiler() -> None:
-    """Import the part of PyTorch that compiles, which einops does when it is first used.
+    """Import PyTorch's compiler, which einops imports when it is first used.
 
     Raises:
-        UserError: the folder where it keeps what it compiles cannot be made.
+        UserError: the folder for compiled code cannot be made.
     """
     try:
         import torch._dynamo  # noqa: F401
     except OSError as error:
         raise UserError(
-            f"TORCHINDUCTOR_CACHE_DIR: PyTorch cannot make the folder for what it compiles ({error}); name another one "
+            f"TORCHINDUCTOR_CACHE_DIR: PyTorch cannot make its folder for compiled code ({error}); name another folder "
             "in this environment variable"
         ) from error
 
 
 class _AllocateOnMeta(TorchFunctionMode):
-    """Unlike `torch.device("meta")` as a context, it overrules a `device` that the caller names, as
-    SwissArmyTransformer's layers do."""
+    """Context in which factory functions of PyTorch allocate on the meta device.
+
+    Unlike `torch.device("meta")`, it overrides a `device` that the caller names, as SwissArmyTransformer's layers do.
+    """
 
     FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 

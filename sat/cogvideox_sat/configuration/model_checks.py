@@ -1,6 +1,6 @@
-"""Build every object of the `model:` section once without memory and try it, before any weights are read.
+"""Build and try every object of the `model:` section without memory or weights.
 
-So a value that some constructor refuses, or that only shows when a sampler takes its first step, costs seconds.
+So a value that a constructor refuses, or that fails only at a sampler's first step, costs seconds.
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.util import class_of_config, error_at, instantiate_from_config, reporting
 
 WEIGHTS = ("ckpt_path", "ckpt_engine")
-TRIED = (1, 2, 4, 2, 2)  # (batch, frames, channels, height, width) of the latents that samplers and losses are tried on
+TRIED = (1, 2, 4, 2, 2)  # (batch, frames, channels, height, width) of latents for trying samplers and losses
 
 
 def check_model(settings: EngineSettings, parts: tuple[str, ...], steps: int | None = None) -> None:
-    """Check that the parts of a model can be built as its configuration says.
+    """Check that the parts of a model can be built from its configuration.
 
-    Nothing is left of it: no weights are read, no memory is kept, and random numbers go on as if it had not been.
+    The check loads no weights, keeps no memory and does not change the state of the random numbers.
 
     Args:
         parts: those of the engine that will be built: `conditioner`, `first_stage_model`, `model`.
-        steps: that sampling is to take; None: the sampler's own number.
+        steps: sampling steps; None: the sampler's own number.
 
     Raises:
-        UserError: the file and key of the first object that cannot be built, or that fails when it is tried.
+        UserError: the file and key of the first object that cannot be built or fails when it is tried.
     """
     config = settings.model_config
     with torch.random.fork_rng(devices=[]), section("model", config, settings.sources):
@@ -50,7 +50,7 @@ def check_model(settings: EngineSettings, parts: tuple[str, ...], steps: int | N
 
 
 def check_schedules(config: Mapping[str, Any]) -> None:
-    """Build the denoiser, and build and try the sampler and the loss that are described."""
+    """Build the denoiser, and build and try the sampler and the loss, if they are described."""
     denoiser_config = config["denoiser_config"]
     denoiser = instantiate_from_config(denoiser_config)
     for name, tried in (("sampler_config", try_sampler), ("loss_fn_config", try_loss)):
@@ -58,7 +58,7 @@ def check_schedules(config: Mapping[str, Any]) -> None:
             continue
         built = instantiate_from_config(config[name])
         if not all(target.startswith("sgm.") for part in (config[name], denoiser_config) for target in targets(part)):
-            continue  # a class of the user's may need more than is there to try it with
+            continue  # a class of the user's may need other inputs than those that are tried
         parent = _here()
         place = Place((*parent.key, name), config[name], parent.sources, building=True)
         with reporting(place, parent, partial(tried, denoiser=shipped_denoiser(denoiser_config))):
@@ -66,26 +66,31 @@ def check_schedules(config: Mapping[str, Any]) -> None:
 
 
 def check_steps(config: Mapping[str, Any], steps: int | None) -> None:
-    """Check that the sampler can take as many steps as the arguments say; None: they do not.
+    """Check that the sampler can take this many steps.
+
+    Args:
+        steps: None: the sampler's own number.
 
     Raises:
-        UserError: it cannot.
+        UserError: the sampler cannot take them.
     """
     if steps is not None and config.get("sampler_config"):
         check_sampler_steps(instantiate_from_config(config["sampler_config"]), steps)
 
 
 def check_sampler_steps(sampler: Any, steps: int, name: str = "sampling_num_steps") -> None:
-    """Check that a sampler can take so many steps; one of the user's own without `schedule` takes any number.
+    """Check that a sampler can take this many steps.
+
+    A sampler of the user's own that has no `schedule` can take any number.
 
     Args:
-        name: what the caller calls the number.
+        name: the argument that gives the number.
 
     Raises:
-        UserError: it cannot.
+        UserError: the sampler cannot take them.
     """
     _, most = SIZES["num_steps"]
-    if steps > most:  # whose table would not fit into memory
+    if steps > most:  # the table of the schedule would not fit into memory
         raise UserError(f"{name} is {steps}; it can be up to {most}")
     try:
         if hasattr(sampler, "schedule"):
@@ -95,14 +100,17 @@ def check_sampler_steps(sampler: Any, steps: int, name: str = "sampling_num_step
 
 
 def shipped_denoiser(config: Any) -> nn.Module | None:
-    """Return the denoiser of a shipped file, of the same class; None for a class of the user's."""
+    """Return a shipped file's denoiser of the same class; None for a class of the user's."""
     reference = find_reference("denoiser_config", config)
     with within(None):
         return None if reference is None else instantiate_from_config(reference)
 
 
 def try_sampler(sampler: Any, denoiser: nn.Module) -> None:
-    """Take two steps on small latents, with a network that predicts zeros; the sampler shows no bar from then on."""
+    """Take two steps on small latents, with a network that predicts zeros.
+
+    The sampler shows no progress bar afterwards.
+    """
     cond = {"crossattn": torch.zeros(1, 1, 1)}
     steps = min(sampler.num_steps or 2, 2) if type(sampler.num_steps) in (int, type(None)) else sampler.num_steps
     hide_bar(sampler)
@@ -114,14 +122,14 @@ def try_sampler(sampler: Any, denoiser: nn.Module) -> None:
         sampler.schedule(sampler.num_steps)
     latents = sampler(denoise, torch.zeros(TRIED), cond, uc=cond, num_steps=steps)
     if not torch.isfinite(latents).all():
-        raise UserError("two steps from zeros give values that are not finite; lower its numbers")
+        raise UserError("two steps from zeros give values that are not finite; lower the sampler's numbers")
 
 
 def try_loss(loss: nn.Module, denoiser: nn.Module) -> None:
     """Compute the loss of small latents, with a network that predicts zeros."""
     value = loss(_no_network, denoiser, lambda batch: {"crossattn": torch.zeros(1, 1, 1)}, torch.zeros(TRIED), {})
     if not isinstance(value, Tensor):
-        raise UserError(f"the loss of a batch is {shown(value)}; expected a tensor of one number a sample")
+        raise UserError(f"the loss of a batch is {shown(value)}; expected a tensor with one number per sample")
 
 
 def _no_network(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -129,7 +137,10 @@ def _no_network(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def check_conditioner(config: Mapping[str, Any]) -> None:
-    """Check the classes and parameters of a conditioner's embedders, which read their weights when they are built."""
+    """Check the classes and parameters of a conditioner's embedders.
+
+    The embedders are not built, since they would load their weights.
+    """
     place = _here()
     kind = class_of_config(config)
     if problem := problem_of_params(kind, config.get("params") or {}, {}):
@@ -143,7 +154,7 @@ def check_conditioner(config: Mapping[str, Any]) -> None:
 
 
 def without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration that loads nothing when it is built."""
+    """Return a configuration whose object loads no weights when it is built."""
     params = config.get("params")
     if not isinstance(params, Mapping):
         return dict(config)
@@ -151,7 +162,11 @@ def without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def network_config(config: Mapping[str, Any], size: int | None) -> Mapping[str, Any]:
-    """Return the configuration of a network that `size` processes share; None: as many as it says itself."""
+    """Return the configuration of a network that `size` processes share.
+
+    Args:
+        size: None: as many as the configuration says.
+    """
     params = config.get("params")
     if size is None or not isinstance(params, Mapping) or not isinstance(params.get("transformer_args"), Mapping):
         return config
@@ -160,13 +175,13 @@ def network_config(config: Mapping[str, Any], size: int | None) -> Mapping[str, 
 
 
 def check_autoencoder_sizes(params: Mapping[str, Any]) -> None:
-    """Check that the parts of an autoencoder fit into the machine's memory, before any of it is taken.
+    """Check that the parts of an autoencoder fit into memory, before any of it is allocated.
 
     Args:
-        params: of the autoencoder, or of the engine that trains one.
+        params: those of the autoencoder, or of the engine that trains one.
 
     Raises:
-        UserError: one does not; or cannot be built at all.
+        UserError: a part does not fit, or cannot be built.
     """
     loss = params.get("loss_config")
     loss = (loss.get("params") if isinstance(loss, Mapping) else None) or {}
@@ -178,22 +193,23 @@ def check_autoencoder_sizes(params: Mapping[str, Any]) -> None:
 
 
 def check_size(module: nn.Module, *key: str | int, allocated: bool = True) -> None:
-    """Check that a module on the meta device would fit into the machine's memory, else raise UserError.
+    """Check that a module on the meta device would fit into memory, else raise UserError.
 
     Args:
-        key: of its configuration, below what is being built.
-        allocated: its memory is taken before its weights are read. Otherwise weights of other sizes are refused first.
+        key: the key of its configuration, below the object that is being built.
+        allocated: memory for the module is taken before its weights are read. If it is not, weights of other sizes are
+            refused first.
     """
     tensors = [*module.parameters(), *module.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if allocated and size > host_memory():
         raise error_at(
             _here().below(*key, "params"),
-            f"of these sizes it takes {size / 2**30:.0f} GiB, and the machine has {host_memory() / 2**30:.0f}; lower "
-            "its sizes",
+            f"with these sizes it takes {size / 2**30:.0f} GiB, and the machine has {host_memory() / 2**30:.0f} GiB; "
+            "lower the sizes",
         )
 
 
 def _here() -> Place:
-    """Return the place of what is being built, that of the whole configuration if it is of no file."""
+    """Return the place of the object that is being built, or an empty place if it has none."""
     return current_place() or Place((), None)

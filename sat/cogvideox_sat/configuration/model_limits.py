@@ -1,4 +1,4 @@
-"""What a model can take, read off its configuration, so that a wrong request is refused before anything is loaded."""
+"""Read the limits of a model off its configuration, to refuse requests before loading."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,14 @@ OFFLOAD_POLICIES = ("none", "stage", "sequential")
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Sizes in latents, as (frames, height, width)."""
+    """Limits of a model.
+
+    Attributes:
+        patch: (frames, height, width) of a patch, in latents.
+        largest: (frames, height, width) of the largest video, in latents.
+        in_channels: input channels of the network.
+        latent_channels: channels of the latents.
+    """
 
     patch: tuple[int, int, int]
     largest: tuple[int, int, int]
@@ -22,10 +29,10 @@ class ModelLimits:
 
     @classmethod
     def from_config(cls, model_config: Mapping[str, Any]) -> "ModelLimits":
-        """Read the limits from the `model:` section of a configuration.
+        """Return the limits that the `model:` section of a configuration implies.
 
         Raises:
-            UserError: a number that they follow from is missing or is none.
+            UserError: a number that the limits follow from is missing or not a positive whole number.
         """
         params = (model_config.get("network_config") or {}).get("params")
         if not isinstance(params, Mapping):
@@ -52,16 +59,16 @@ class ModelLimits:
 
     @property
     def extra_frames(self) -> int:
-        """Leading latent frames that are sampled only to fill the first patch in time, and dropped."""
+        """Return the leading latent frames that are sampled to fill the first patch, and dropped."""
         return self.patch[0] - 1
 
     def lengths(self) -> list[int]:
-        """Return the numbers of frames that a video of the model can have, the shortest first."""
+        """Return the numbers of frames that a video of the model can have, in ascending order."""
         frames = range(1, self.largest[0] + 1, 2)
         return [(n - 1) * TIME_FACTOR + 1 for n in frames if (n + self.extra_frames) % self.patch[0] == 0]
 
     def takes(self, latent_frames: int, height: int, width: int) -> bool:
-        """Return whether the model can sample so many latent frames of `height`×`width` pixels."""
+        """Return whether the model can sample this many latent frames of `height`×`width` pixels."""
         try:
             self.check_clip(latent_frames, height, width)
         except UserError:
@@ -69,10 +76,13 @@ class ModelLimits:
         return True
 
     def latent_frames(self, frames: int, name: str = "frames") -> int:
-        """Return how many latent frames are sampled for a video of so many frames.
+        """Return the number of latent frames to sample for a video of this many frames.
+
+        Args:
+            name: the argument that the message is about.
 
         Raises:
-            UserError: about the argument `name`: the model makes no such video.
+            UserError: the model makes no video of this length.
         """
         lengths = self.lengths()
         if frames not in lengths:
@@ -82,18 +92,19 @@ class ModelLimits:
         return (frames - 1) // TIME_FACTOR + 1 + self.extra_frames
 
     def video_frames(self, latent_frames: int) -> int:
-        """Return how many frames the video of so many latent frames has."""
+        """Return the number of frames of the video that this many latent frames make."""
         return (latent_frames - self.extra_frames - 1) * TIME_FACTOR + 1
 
     def key_frame_places(self, numbers: Sequence[int], latent_frames: int, first: bool) -> list[int]:
-        """Return the latent frames that key frames stand in.
+        """Return the latent frames that contain the key frames.
 
         Args:
-            numbers: of the frames that they are in a video of `latent_frames`, from 0; -1 is the last.
-            first: the first frame is told besides.
+            numbers: the numbers of the key frames among the frames of the video, from 0; -1 is the last.
+            latent_frames: the length of the video.
+            first: the first frame is given too.
 
         Raises:
-            UserError: a number is beyond the video, or two key frames lie in one latent frame.
+            UserError: a number is beyond the video, or two key frames are in one latent frame.
         """
         frames = self.video_frames(latent_frames)
         taken = {0: "the first frame"} if first else {}
@@ -119,25 +130,31 @@ class ModelLimits:
         *,
         names: tuple[str, str] = ("sampling_num_frames", "sampling_image_size"),
     ) -> None:
-        """Raises UserError unless the model can sample `latent_frames` of `height`×`width` pixels.
+        """Check that the model can sample `latent_frames` of `height`×`width` pixels.
 
         Args:
-            names: what the caller calls the number of frames, and the size.
+            names: the arguments that give the number of frames and the size.
+
+        Raises:
+            UserError: the model cannot sample them.
         """
         o, frames_limit = self.patch[0], self.largest[0]
         decoded = latent_frames - self.extra_frames
         if latent_frames % o or decoded % 2 == 0 or not 1 <= decoded <= frames_limit:
-            # The first of an odd number of latent frames is one frame of video; an even number has no such frame.
+            # The first latent frame is a single frame of video only if the number of latent frames is odd.
             kind = "an odd number" if o == 1 else "an even number"
             fits = f"{kind} of latent frames up to {frames_limit}"
             raise UserError(f"{names[0]} is {latent_frames}; this model takes {fits}")
         self.check_size(height, width, names[1])
 
     def check_training_clip(self, frames: int, height: int, width: int) -> None:
-        """Raises UserError unless the model can be trained on `frames` frames of `height`×`width` pixels.
+        """Check that the model can be trained on `frames` frames of `height`×`width` pixels.
 
-        After the first frame, every patch takes `TIME_FACTOR` frames for each of its latent frames. 1.5 fills its first
-        patch by repeating the first latent frame.
+        After the first frame, every patch takes `TIME_FACTOR` frames for each of its latent frames. 1.5 models fill
+        their first patch by repeating the first latent frame.
+
+        Raises:
+            UserError: the model cannot be trained on them.
         """
         step, frames_limit = TIME_FACTOR * self.patch[0], self.largest[0]
         most = (frames_limit - self.patch[0]) * TIME_FACTOR + 1
@@ -149,7 +166,11 @@ class ModelLimits:
         self.check_size(height, width, "video_size")
 
     def check_size(self, height: int, width: int, argument: str) -> None:
-        """Raises UserError, about `argument`, unless the model takes frames of `height`×`width` pixels."""
+        """Check that the model takes frames of `height`×`width` pixels, else raise UserError.
+
+        Args:
+            argument: the argument that the message is about.
+        """
         sides = zip(("height", "width"), (height, width), self.patch[1:], self.largest[1:], strict=True)
         for name, pixels, patch, limit in sides:
             step, most = SPACE_FACTOR * patch, SPACE_FACTOR * limit
@@ -161,35 +182,41 @@ class ModelLimits:
                 )
 
     def check_mode(self, image_to_video: bool, latent_channels: int) -> None:
-        """Raises UserError unless the model is of the kind that the arguments ask for."""
+        """Check that the model is of the kind that the arguments ask for, else raise UserError."""
         if image_to_video and not self.image_to_video:
-            raise UserError("image2video is on, but this is a text-to-video model: use an '_i2v' configuration")
+            raise UserError("image2video is on, but this is a text-to-video model; use an '_i2v' configuration")
         if self.image_to_video and not image_to_video:
-            raise UserError("this is an image-to-video model: set image2video: true and give prompts as prompt@@image")
+            raise UserError("this is an image-to-video model; set image2video: true and give prompts as prompt@@image")
         if latent_channels != self.latent_channels:
             raise UserError(f"latent_channels is {latent_channels}; this model has {self.latent_channels}")
 
 
 def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lora_load: str | Path | None) -> None:
-    """Raises UserError unless processes can share the model as asked, and an adapter that is given has its place."""
+    """Check that processes can share the model as asked, and that an adapter has its place.
+
+    Raises:
+        UserError: they cannot, or the model describes no adapter for `lora_load`.
+    """
     params = model_config["network_config"]["params"]
     modules, heads = params.get("modules"), _positive(params.get("num_attention_heads"), "num_attention_heads")
     if not isinstance(modules, dict):
         raise UserError("model.network_config.params.modules is missing")
     if lora_load and "lora_config" not in modules:
-        raise UserError("lora_load is given, but the model has no lora_config: use the '_lora' twin of its file")
+        raise UserError("lora_load is given, but the model has no lora_config; use the '_lora' variant of its file")
     adapter = modules.get("lora_config")
     adapter_params = adapter.get("params") if isinstance(adapter, dict) else None
     if model_parallel_size > 1 and isinstance(adapter_params, dict) and adapter_params.get("qlora"):
-        raise UserError(f"model_parallel_size is {model_parallel_size}; processes cannot share an adapter with qlora")
+        raise UserError(
+            f"model_parallel_size is {model_parallel_size}; processes cannot share an adapter with qlora, set it to 1"
+        )
     if heads % model_parallel_size:
-        raise UserError(f"model_parallel_size {model_parallel_size} does not divide the model's {heads} heads")
+        raise UserError(f"model_parallel_size is {model_parallel_size}; it must divide the model's {heads} heads")
     first_stage = model_config["first_stage_config"].get("params")
     cp_size = (first_stage if isinstance(first_stage, dict) else {}).get("cp_size") or 1
     if cp_size > 1 and cp_size != model_parallel_size:
         raise UserError(
             f"first_stage_config: cp_size is {cp_size} and model_parallel_size {model_parallel_size}; processes "
-            "that share a clip in the VAE are those that share a network, so these must be equal"
+            "that share a clip in the VAE also share a network, so set both to the same number"
         )
 
 

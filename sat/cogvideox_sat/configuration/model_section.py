@@ -1,7 +1,7 @@
-"""The `model:` section of a configuration in the one form that all code here reads.
+"""Bring the `model:` section of a configuration into the one form that this project reads.
 
-Files written for the original may have it otherwise, and programs pass it as an OmegaConf object. Nothing here imports
-PyTorch.
+Files written for the original may have another form, and programs pass the section as an OmegaConf object. Nothing here
+imports PyTorch.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from sgm.errors import UserError
 
 MODULES = ("pos_embed_config", "patch_embed_config", "adaln_layer_config", "final_layer_config", "lora_config")
 MODEL_PARTS = ("network_config", "denoiser_config", "sampler_config", "conditioner_config", "first_stage_config")
-# What else the engine reads of the `model:` section, and a key of released files that asks for what is always so.
+# Other keys that the engine reads, and keys of released files that ask for what is done in any case.
 MODEL_KEYS = (
     "target",
     *("scale_factor", "log_keys", "input_key", "latent_input", "not_trainable_prefixes"),
@@ -22,21 +22,22 @@ MODEL_KEYS = (
     *("disable_first_stage_autocast", "en_and_decode_n_samples_a_time"),
 )
 NETWORK = "dit_video_concat.DiffusionTransformer"
-# Where an adapter may be described; the last place is where the network looks for it.
+# Places where an adapter may be described; the network reads the last one.
 LORA_PLACES = ((), ("network_config",), ("network_config", "params"), ("network_config", "params", "modules"))
-ALL = "all"  # among not_trainable_prefixes: everything but an adapter
+ALL = "all"  # in not_trainable_prefixes: everything except an adapter
 
 
 def plain_model_section(section: Any) -> Mapping[str, Any]:
-    """Return the `model:` section as plain mappings and lists, its adapter in `network_config.params.modules`.
+    """Return the `model:` section as plain mappings and lists, with its adapter in one place.
 
-    The section itself is returned if it has that form, else a copy.
+    The adapter's place is `network_config.params.modules`. A section that has this form already is returned itself, any
+    other as a copy.
 
     Args:
         section: a mapping, or an OmegaConf `DictConfig`.
 
     Raises:
-        UserError: the section is no mapping, interpolations do not resolve, or it describes two different adapters.
+        UserError: the section is not a mapping, references do not resolve, or it describes two different adapters.
     """
     section = plain(section, "model")
     if not isinstance(section, Mapping):
@@ -48,14 +49,14 @@ def plain_model_section(section: Any) -> Mapping[str, Any]:
     adapters = list(described.values())
     if any(adapter != adapters[0] for adapter in adapters):
         names = " and ".join(".".join(("model", *place, "lora_config")) for place in described)
-        raise UserError(f"{names} describe different adapters: keep one of them")
+        raise UserError(f"{names} describe different adapters; keep one of them")
     for place in found:
         section = _without_adapter(section, place)
     return _with_adapter(section, LORA_PLACES[-1], adapters[0]) if adapters else section
 
 
 def tells_key_frames(section: Mapping[str, Any]) -> bool:
-    """Return whether the `conditioning` of a model tells the network other frames than the first."""
+    """Return whether a model's `conditioning` shows the network other frames than the first."""
     weights = section.get("conditioning")
     if not section.get("noised_image_input") or not isinstance(weights, Mapping):
         return False
@@ -63,15 +64,15 @@ def tells_key_frames(section: Mapping[str, Any]) -> bool:
 
 
 def plain(value: Any, name: str) -> Any:
-    """Return an OmegaConf object as plain mappings and lists; anything else as it is.
+    """Return an OmegaConf object as plain mappings and lists, any other value unchanged.
 
     Args:
-        name: names the value in messages.
+        name: the value in messages.
 
     Raises:
-        UserError: interpolations do not resolve.
+        UserError: references do not resolve.
     """
-    if "omegaconf" not in sys.modules:  # then it cannot be such an object, and importing takes a while
+    if "omegaconf" not in sys.modules:  # without it imported, nothing is such an object
         return value
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -90,10 +91,10 @@ def has_adapter(section: Mapping[str, Any]) -> bool:
 
 
 def not_trainable_prefixes(section: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the beginnings of the names of parameters that training leaves alone.
+    """Return the beginnings of the names of parameters that are not trained.
 
     Raises:
-        UserError: the prefixes are no texts.
+        UserError: the prefixes are not texts.
     """
     prefixes = section.get("not_trainable_prefixes")
     if prefixes is None:
@@ -108,13 +109,13 @@ def check_trained_part(section: Mapping[str, Any]) -> None:
     """Check that training would change some weights, else raise UserError."""
     if ALL in not_trainable_prefixes(section) and not has_adapter(section):
         raise UserError(
-            "nothing is to be trained: model.not_trainable_prefixes is ['all'] and there is no adapter: add "
+            "nothing is to be trained: model.not_trainable_prefixes is ['all'] and the model has no adapter; add "
             "model.lora_config, or remove 'all'"
         )
 
 
 def check_modules(section: Mapping[str, Any]) -> None:
-    """Check that our network has all modules that it is given, else raise UserError."""
+    """Check that our network knows all `modules` that are configured, else raise UserError."""
     network = section.get("network_config")
     if not isinstance(network, Mapping) or network.get("target") != NETWORK:
         return
@@ -126,7 +127,7 @@ def check_modules(section: Mapping[str, Any]) -> None:
 
 
 def _at(section: Any, place: tuple[str, ...]) -> Mapping[str, Any]:
-    """Return the mapping at a place; an empty one if the place has no mapping."""
+    """Return the mapping at a place; an empty one if there is something else."""
     for name in place:
         section = section.get(name) if isinstance(section, Mapping) else None
     return section if isinstance(section, Mapping) else {}
@@ -143,5 +144,5 @@ def _with_adapter(section: Mapping[str, Any], place: tuple[str, ...], adapter: A
         return {**section, "lora_config": adapter}
     inner = section.get(place[0])
     if not isinstance(inner, Mapping):
-        raise UserError(f"model.lora_config needs model.{'.'.join(LORA_PLACES[-1])}: name a model's file too")
+        raise UserError(f"model.lora_config needs model.{'.'.join(LORA_PLACES[-1])}; name a model's file too")
     return {**section, place[0]: _with_adapter(inner, place[1:], adapter)}

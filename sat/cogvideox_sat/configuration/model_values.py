@@ -1,7 +1,8 @@
-"""The `model:` section of a configuration, checked before PyTorch is imported: its shape, the values that the engine
-itself uses, and sizes, so that nothing is built that no machine could hold.
+"""Check the `model:` section before PyTorch is imported.
 
-What single classes take is checked when they are imported: see `sgm.config_values` and `configuration.model_checks`.
+The checks are of the section's shape, the values that the engine itself uses, and sizes, so that no object is built
+that no machine could hold. Parameters of classes are checked when the classes are imported: see `sgm.config_values` and
+`configuration.model_checks`.
 """
 
 import math
@@ -18,14 +19,14 @@ from sgm.errors import UserError, shown
 FLAGS = ("latent_input", "noised_image_input", "noised_image_all_concat")
 TEXTS = ("input_key", "network_wrapper", "target")
 LISTS = ("log_keys", "not_trainable_prefixes")
-# May be left empty: the object is then not built, or a default takes its place.
+# Objects that may be left empty: they are then not built, or have a default.
 OPTIONAL = {"sampler_config", "loss_fn_config", "guider_config", "loss_config", "discriminator_config", "ckpt_engine"}
 OPTIONAL |= {"optimizer_config", "scheduler_config", "network_wrapper", "lora_config"}
 EMBEDDER_KEYS = {"target", "params", "is_trainable", "ucg_rate", "input_key", "input_keys", "legacy_ucg_value"}
 EMBEDDER_KEYS |= {"output_key"}
 
-# The least and the most of whole numbers, by the name of the parameter, wherever it stands: far more than any machine
-# takes, and few enough to find that out.
+# Limits of whole numbers by the name of the parameter, in any object. The upper limits are far beyond all machines, but
+# low enough that a module can be built without memory to compute its size.
 SIZES = {
     **dict.fromkeys(("num_layers", "n_layers", "layer_num"), (1, 1000)),
     **dict.fromkeys(("hidden_size", "time_embed_dim", "ofs_embed_dim", "text_hidden_size"), (1, 2**17)),
@@ -39,31 +40,31 @@ SIZES = {
     **dict.fromkeys(("cp_size", "context_parallel_size", "model_parallel_size"), (0, 2**16)),
     **dict.fromkeys(("n_e", "n_embed", "num_embeddings", "embed_dim", "e_dim", "dim", "dims"), (1, 2**22)),
 }
-POSITIVE = {"shift_scale", "sigma_data", "theta"}  # numbers that are divided by, or whose logarithm is taken
-# Of SwissArmyTransformer's arguments, which it takes without looking at them.
+POSITIVE = {"shift_scale", "sigma_data", "theta"}  # divisors, or arguments of a logarithm
+# SwissArmyTransformer's arguments, which it does not check itself.
 TRANSFORMER_FLAGS = {"skip_init", "is_decoder"}
 TRANSFORMER_SIZES = {"vocab_size", "max_sequence_length", "model_parallel_size", "inner_hidden_size"}
-TRANSFORMER_COUNTS = {"checkpoint_num_layers": 1, "checkpoint_skip_layers": 0}  # the least of each
+TRANSFORMER_COUNTS = {"checkpoint_num_layers": 1, "checkpoint_skip_layers": 0}  # the minimum of each
 TRANSFORMER_CHOICES = {"layernorm_order": ("pre", "post", "sandwich")}
 MOST_LEVELS = 16  # of `ch_mult`
 LONGEST_LIST = 10_000
-LARGEST_TABLE = 2**34  # bytes of a table of positions, which is made on the host
-ROTARY_WIDTH = 256  # of such a table at most
-BYTES = 8  # of a number in it
+LARGEST_TABLE = 2**34  # bytes of a table of positions, which is made in host memory
+ROTARY_WIDTH = 256  # largest width of a table of rotary positions
+BYTES = 8  # of a number in a table of positions
 
 
 def check_model_values(model: Mapping[str, Any], sources: Sources) -> None:
-    """Check the `model:` section as far as that needs no class.
+    """Check the values of the `model:` section that can be checked without its classes.
 
     Raises:
-        UserError: a part is not described by `target` and `params`, a value of the engine's own is of the wrong type or
-            out of range, or a size is beyond all machines. The message names the file and the key.
+        UserError: a part is not described by `target` and `params`, a value that the engine itself reads is of the
+            wrong type or out of range, or a size is beyond all machines. The message names the file and the key.
     """
     Check(sources).run(model)
 
 
 class Check:
-    """Checks a section whose keys are from `sources`."""
+    """Checks of a section whose keys are from `sources`."""
 
     def __init__(self, sources: Sources):
         self.sources = sources
@@ -83,7 +84,7 @@ class Check:
         self.recomputed_layers(model)
 
     def value(self, key: Key, value: Any) -> None:
-        """Check what stands at a key, by its name."""
+        """Check the value of a key, by the key's name."""
         name = key[-1]
         if type(value) is int and abs(value) >= 2**63:
             self.refuse(key, f"is {shown(value)}; expected a number of at most 2^63")
@@ -109,9 +110,9 @@ class Check:
                     self.refuse((*key, index), f"is {shown(multiple)}; expected a whole number from 1 to {2**12}")
 
     def transformer_arguments(self, key: Key, values: Mapping[str, Any]) -> None:
-        """Check those of SwissArmyTransformer's arguments that configurations have."""
+        """Check the arguments of SwissArmyTransformer that configurations hold."""
         for name, value in values.items():
-            if value is None:  # an empty value: not set
+            if value is None:  # an empty value means not set
                 continue
             if name in TRANSFORMER_FLAGS:
                 self.flag((*key, name), value)
@@ -126,7 +127,7 @@ class Check:
                 self.refuse((*key, name), f"is {shown(value)}; it can be {choices}")
 
     def recomputed_layers(self, model: Mapping[str, Any]) -> None:
-        """Check that the layers whose activations are or are not computed again exist."""
+        """Check that the layers exist whose activations are recomputed, or are not."""
         params = (model.get("network_config") or {}).get("params")
         values = params.get("transformer_args") if isinstance(params, Mapping) else None
         layers = _size(params.get("num_layers")) if isinstance(params, Mapping) else None
@@ -141,17 +142,17 @@ class Check:
                 self.refuse((*key, name), f"is {values[name]}; the network has {layers} layers")
 
     def recomputation(self, key: Key, value: Any, layers: int | None = None) -> None:
-        """Check which layers compute their activations again; with `layers`, that there are so many."""
+        """Check the value of `checkpoint_activations`, and with `layers` that these layers exist."""
         place = f"{self.sources.place(key)}:"
         try:
             mode = recomputation_mode(place, value)
             if layers is not None:
                 check_layers(place, mode, layers)
         except UserError as error:
-            raise ConfigError(str(error)) from error  # it names its file already
+            raise ConfigError(str(error)) from error  # the message already names the file
 
     def head_width(self, params: Mapping[str, Any]) -> None:
-        """Check that rotary positions are as wide as a head, if the widths are numbers."""
+        """Check that rotary positions are as wide as an attention head, if both are numbers."""
         modules = params.get("modules")
         position = modules.get("pos_embed_config") if isinstance(modules, Mapping) else None
         position = position.get("params") if isinstance(position, Mapping) else None
@@ -180,7 +181,7 @@ class Check:
             self.refuse((*key, unknown[0]), "unknown; an object is described by target and params")
 
     def embedders(self, key: Key, value: Any) -> None:
-        """Check the list of text encoders and what else conditions the network."""
+        """Check the list of embedders: text encoders and other conditions of the network."""
         if not isinstance(value, list):
             self.refuse(key, f"is {shown(value)}; expected a list of embedders")
         for index, entry in enumerate(value):
@@ -202,7 +203,7 @@ class Check:
             self.texts((*at, "input_keys"), entry.get("input_keys"))
 
     def engine_values(self, model: Mapping[str, Any]) -> None:
-        """Check what the engine reads by itself, some of it only when it is used."""
+        """Check the values that the engine itself reads, some of them only when they are used."""
         scale = model.get("scale_factor", 1)
         if type(scale) not in (int, float) or not 0 < scale < math.inf:
             self.refuse(("model", "scale_factor"), f"is {shown(scale)}; expected a positive number")
@@ -223,7 +224,7 @@ class Check:
             )
 
     def tables(self, model: Mapping[str, Any]) -> None:
-        """Check that the table of positions, which follows from several sizes, is one that can be made and fits."""
+        """Check that the table of positions, which depends on several sizes, fits into memory."""
         params = (model.get("network_config") or {}).get("params")
         if not isinstance(params, Mapping):
             return
@@ -231,13 +232,13 @@ class Check:
         names = ("latent_height", "latent_width", "num_frames", "time_compressed_rate", "hidden_size", "patch_size")
         height, width, frames, rate, hidden = (_size(params.get(name)) for name in names[:-1])
         if not (height and width and frames and rate and hidden):
-            return  # said later, by name
+            return  # `ModelLimits` reports a missing number by name
         sides = params.get("patch_size")
         patch = _size(sides[-1] if isinstance(sides, list) and sides else sides) or 1
         modules = params.get("modules")
         positions = modules.get("pos_embed_config") if isinstance(modules, Mapping) else None
         target = positions.get("target") if isinstance(positions, Mapping) else None
-        if not str(target).startswith("dit_video_concat.Basic"):  # rotary tables have the width of a head
+        if not str(target).startswith("dit_video_concat.Basic"):  # rotary tables are as wide as a head
             hidden = ROTARY_WIDTH
         count = ((frames - 1) // rate + 1) * (height // patch) * (width // patch) * hidden * BYTES
         if count > min(LARGEST_TABLE, host_memory()):
@@ -266,15 +267,15 @@ class Check:
 
 
 def _size(value: Any) -> int | None:
-    """Return a whole number from 1 on; None for all else that a file may have in its place."""
+    """Return the value if it is a positive whole number, else None."""
     return value if type(value) is int and value > 0 else None
 
 
 def check_data_section(data: Mapping[str, Any], sources: Sources) -> None:
-    """Check the `data:` section as far as that needs no class.
+    """Check the parts of the `data:` section that can be checked without its class.
 
     Raises:
-        UserError: `target` or `params` are not what they should be.
+        UserError: `target` or `params` are missing or of the wrong type, or there are other keys.
     """
     check = Check(sources)
     if not isinstance(data.get("target"), str):
@@ -287,7 +288,7 @@ def check_data_section(data: Mapping[str, Any], sources: Sources) -> None:
 
 
 def check_parameters(sections: Mapping[str, Mapping[str, Any]], sources: Sources) -> None:
-    """Check the parameters of the classes of ours that sections name, by what their source says.
+    """Check the parameters of this project's classes in sections, by reading their source.
 
     Raises:
         UserError: a parameter is unknown to the class, or of the wrong type. The message names the file and the key.
@@ -298,8 +299,8 @@ def check_parameters(sections: Mapping[str, Mapping[str, Any]], sources: Sources
 
 
 def host_memory() -> int:
-    """Return the bytes of memory that the machine has."""
+    """Return the machine's memory in bytes."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # a system that does not tell
+    except (ValueError, OSError, AttributeError):  # the system does not report its memory
         return 2**40

@@ -1,4 +1,4 @@
-"""Arguments that a program holds in an object of its own, such as the original's `Namespace`.
+"""Read arguments from an object of a program, such as the original's `Namespace`.
 
 Nothing here imports PyTorch.
 """
@@ -20,18 +20,18 @@ from cogvideox_sat.configuration.files import with_located_paths
 from cogvideox_sat.configuration.model_section import plain, plain_model_section
 from sgm.errors import UserError
 
-MISSPELT = 0.85  # of difflib's ratio; SwissArmyTransformer's own argument nearest to one of ours has 0.84
+MISSPELT = 0.85  # difflib's ratio; SwissArmyTransformer's argument most similar to one of ours has 0.84
 
 
 def arguments_from(command: type, given: Any, model_cls: type | None = None) -> Any:
-    """Return the arguments of a command from an object of a program: its attributes that are arguments.
+    """Return the arguments of a command from those attributes of an object that are arguments.
 
     Args:
-        given: an object of `command`, one with such attributes as `argparse.Namespace`, or a mapping.
-        model_cls: an engine of the program's own.
+        given: an object of `command`, one with such attributes, such as `argparse.Namespace`, or a mapping.
+        model_cls: an engine class of the program's own.
 
     Raises:
-        UserError: `model_config` is no section of a configuration, or a name is an argument misspelt.
+        UserError: `model_config` is not a section of a configuration, or a name is a misspelt argument.
     """
     given = plain(given, "arguments")
     given = given if isinstance(given, Mapping) else vars(given)
@@ -49,22 +49,24 @@ def arguments_from(command: type, given: Any, model_cls: type | None = None) -> 
 
 
 def check_spelling(given: Iterable[str], names: Iterable[str]) -> None:
-    """Check that no name is one of the `names` misspelt; other names may mean something to the program.
+    """Check that no given name is one of `names` misspelt.
+
+    Names that are not similar are accepted, since they may mean something to the program.
 
     Args:
-        given: what the program's object has.
+        given: the names in the program's object.
 
     Raises:
-        UserError: one is nearly one of the names, which is not given.
+        UserError: a name is similar to one of `names` that is not given.
     """
     given, names = set(map(str, given)), set(names)
     for name in sorted(given - names - known_arguments()):
         if near := difflib.get_close_matches(name, sorted(names - given), 1, MISSPELT):
-            raise UserError(f"{name}: the arguments have no such setting; did you mean {near[0]}?")
+            raise UserError(f"{name}: unknown argument; did you mean {near[0]}?")
 
 
 @cache
 def known_arguments() -> frozenset[str]:
-    """Return the names that objects of arguments have anyway: those of all commands, and some of the original's."""
+    """Return the names of all commands' arguments, and of some of the original's."""
     commands = (SamplingArguments, TrainingArguments, VaeTrainingArguments)
     return frozenset(f.name for command in commands for f in fields(command)) | {*IGNORED_KEYS}

@@ -1,6 +1,6 @@
-"""Which layers compute their activations again in the backward pass, rather than keep them: `checkpoint_activations`.
+"""Choose the layers that recompute activations in the backward pass.
 
-Nothing here imports PyTorch.
+This is the setting `checkpoint_activations`. Nothing here imports PyTorch.
 """
 
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from sgm.errors import UserError, shown
 
 ATTENTION, AUTO = "attention", "auto"
 Mode = bool | int | str
-"""False: no layer; True: all; a number: so many, the first ones; `ATTENTION`: all, but they keep the result of their
-attention; `AUTO`: what the memory has room for."""
+"""Layers that recompute: False: none; True: all; a number: this many, from the first on; `ATTENTION`: all, but they
+keep the result of their attention; `AUTO`: as many as the memory requires."""
 
 WORDS: dict[str, Mode] = {"true": True, "false": False, ATTENTION: ATTENTION, AUTO: AUTO}
 EXPECTED = f"true, false, {ATTENTION}, {AUTO} or a number of layers"
 
 
 def recomputation_mode(name: str, value: Any) -> Mode:
-    """Return the mode that a value of a configuration or of the command line means.
+    """Return the mode that a value of a configuration or of the command line stands for.
 
     Args:
-        name: of the argument or key, for the message.
+        name: the argument or key in the message.
 
     Raises:
-        UserError: it means none.
+        UserError: the value stands for no mode.
     """
     if isinstance(value, str):
         text = value.strip().lower()
@@ -37,18 +37,19 @@ def recomputation_mode(name: str, value: Any) -> Mode:
 
 
 def check_layers(name: str, mode: Any, layers: int) -> None:
-    """Check that a mode does not name more layers than there are, else raise UserError."""
+    """Check that a mode does not name more layers than the network has, else raise UserError."""
     if type(mode) is int and mode > layers:
         raise UserError(f"{name} is {mode}, but the network has {layers} layers; it can be {EXPECTED}")
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What the layers of a network do, from the first one on.
+    """Layers of a network that recompute, counted from the first one.
 
     Attributes:
-        whole: so many keep their input alone.
-        attention: so many then keep their input and the result of their attention; others keep all.
+        whole: layers that keep only their input.
+        attention: the next layers, which keep their input and the result of their attention; later layers keep
+            everything.
     """
 
     whole: int
@@ -56,10 +57,11 @@ class Recomputation:
 
     @classmethod
     def of(cls, mode: Any, layers: int, skipped: int = 0) -> "Recomputation":
-        """Return what a mode means for a network; an `AUTO` that nobody decided recomputes all.
+        """Return the layers that a mode stands for in a network; `AUTO` stands for all layers.
 
         Args:
-            skipped: so many layers, the last ones, keep all.
+            layers: the number of layers of the network.
+            skipped: the number of layers, the last ones, that keep everything.
         """
         if isinstance(mode, cls):
             return mode
@@ -74,7 +76,7 @@ class Recomputation:
         return self.whole + self.attention > 0
 
     def in_words(self, layers: int) -> str:
-        """Return what stands in the log, "" if all layers keep all."""
+        """Return a description for the log; "" if all layers keep everything."""
         parts = [f"{count} layers recomputed{but}" for count, but in self._counts() if count]
         if not parts:
             return ""
@@ -87,7 +89,7 @@ class Recomputation:
 
 
 def take_recomputation(transformer_args: dict[str, Any], args: Any) -> None:
-    """Put the arguments of a run that are given into those of its transformer."""
+    """Copy the run's arguments about recomputation, if given, into `transformer_args`."""
     for name in ("checkpoint_activations", "checkpoint_skip_layers"):
         if getattr(args, name) is not None:
             transformer_args[name] = getattr(args, name)

@@ -1,5 +1,6 @@
-"""The fields of a request, wherever they are given: in a `.jsonl` file, from Python, on a page. Nothing here imports
-PyTorch.
+"""Define and check the fields of a request, from a `.jsonl` file, a program or a page.
+
+Nothing here imports PyTorch.
 """
 
 import difflib
@@ -17,14 +18,20 @@ from sgm.errors import UserError, shown
 from sgm.plain_json import has_half_characters
 
 LARGEST_SEED = 2**63 - 1
-LARGEST_SCALE = 1000  # of guidance; the released models use 6
+LARGEST_SCALE = 1000  # guidance scale; the released models use 6
 MOST_STEPS = 2**20
-MOST_WINDOWS = 1000  # by which a video is continued
+MOST_WINDOWS = 1000  # windows that continue a video
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field: what it takes, in words and as a test, and what it is for."""
+    """A field of a request.
+
+    Attributes:
+        expected: the values that the field takes, in words.
+        accepts: a test of a value.
+        help: the purpose of the field.
+    """
 
     expected: str
     accepts: Callable[[Any], bool]
@@ -32,7 +39,7 @@ class Field:
 
 
 def _is_whole(value: Any, least: float, most: float = math.inf) -> bool:
-    return type(value) is int and least <= value <= most  # bool is a subclass of int, and true is no number of frames
+    return type(value) is int and least <= value <= most  # not isinstance: bool is a subclass of int
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:
@@ -76,14 +83,14 @@ FIELDS = {
     "keyframes": Field(
         'a list of objects such as {"image": "last.png", "at": -1}',
         lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_key_frame, value)),
-        "pictures that other frames of the video show",
+        "images that other frames of the video show",
     ),
-    "video": Field("the path of a video", _is_path, "the clip that the video starts from, or goes on from"),
+    "video": Field("the path of a video", _is_path, "the clip that the video starts from, or continues"),
     "strength": Field("a number from 0 to 1", lambda value: _is_number(value, 0, 1), "how much of the clip is changed"),
     "extend": Field(
         f"a whole number from 1 to {MOST_WINDOWS}, or a list of prompts",
         _is_extension,
-        "further windows that the video goes on for, or their prompts",
+        "windows that continue the video, or their prompts",
     ),
     "seed": Field(
         "a whole number from 0 to 2^63 - 1", lambda value: _is_whole(value, 0, LARGEST_SEED), "seed of the noise"
@@ -100,10 +107,10 @@ FIELDS = {
     "fps": Field(
         f"a whole number from 1 to {HIGHEST_RATE}",
         lambda value: _is_whole(value, 1, HIGHEST_RATE),
-        "frames a second of the file",
+        "frames per second of the file",
     ),
     "steps": Field("a positive whole number", lambda value: _is_whole(value, 1, MOST_STEPS), "sampling steps"),
-    "sampler": Field("the name of a sampler", _is_text, "which way the steps are taken"),
+    "sampler": Field("the name of a sampler", _is_text, "method of taking the steps"),
     "guidance_scale": Field(
         f"a number from 0 to {LARGEST_SCALE}",
         lambda value: _is_number(value, 0, LARGEST_SCALE),
@@ -112,30 +119,30 @@ FIELDS = {
     "guidance_interval": Field(
         "two shares of the steps such as [0.2, 0.8], the smaller one first",
         _is_interval,
-        "from which share of the steps to which there is guidance",
+        "shares of the steps between which guidance is on",
     ),
     "guidance_schedule": Field(
         f"one of {', '.join(SCHEDULES)}",
         lambda value: value in SCHEDULES,
-        "how the strength of guidance goes with the steps",
+        "how the strength of guidance changes over the steps",
     ),
 }
-# Two names of one thing; a request has one of them.
+# Fields that exclude each other.
 ALTERNATIVES = (("frames", "num_frames"),)
 
 
 def checked_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields that are given, without those that are None; pairs as tuples.
+    """Return the fields that are given and not None; pairs become tuples.
 
     Args:
-        where: what messages begin with, such as "prompts.jsonl, line 2: ".
+        where: the beginning of messages, such as "prompts.jsonl, line 2: ".
 
     Raises:
-        UserError: a field does not exist, `prompt` is missing, or a value is none of what its field takes.
+        UserError: a field does not exist, `prompt` is missing, or a field does not take its value.
     """
     for name in given:
         if name not in FIELDS:
-            raise UserError(f"{where}unknown key '{name}', {nearest_field(str(name))}")
+            raise UserError(f"{where}unknown key '{name}'; {nearest_field(str(name))}")
     if "prompt" not in given:
         raise UserError(f"{where}the key 'prompt' is missing")
     values = {name: value for name, value in given.items() if value is not None or name == "prompt"}
@@ -151,15 +158,15 @@ def checked_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}{error}") from error
     for one, other in ALTERNATIVES:
         if one in values and other in values:
-            raise UserError(f"{where}'{one}' and '{other}' are both given; '{other}' counts latent frames, keep one")
+            raise UserError(f"{where}'{one}' and '{other}' are both given; keep one ('{other}' counts latent frames)")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def check_argument(name: str, value: Any) -> None:
-    """Check what an argument of the name of a field is given; None: nothing.
+    """Check the value of an argument that has the name of a field; None is accepted.
 
     Raises:
-        UserError: the value is none of what the field takes.
+        UserError: the field does not take the value.
     """
     if value is not None and not FIELDS[name].accepts(value):
         raise UserError(f"{name} is {shown(value)}; expected {FIELDS[name].expected}")
@@ -177,21 +184,21 @@ def _shorten(value: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For whoever shows them
+# Showing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class OfferedField:
-    """What a loaded model takes in a field.
+    """Values that a loaded model takes in a field of a request.
 
-    Args:
-        kind: text, image, video, key frames (pictures with numbers of frames), whole, number, pair (of whole numbers),
+    Attributes:
+        kind: text, image, video, key frames (images with numbers of frames), whole, number, pair (of whole numbers),
             interval (two shares) or choice.
-        usual: what it is where a request says nothing; None: nothing, or another one for each request.
-        least, most, step: of numbers, of both of a pair (`most` of each); None: no bound.
-        choices: the values that the model takes; empty: any within the bounds.
-        required: a request needs it.
+        usual: the value if a request gives none; None: no value, or another value for each request.
+        least, most, step: limits of numbers, or of both numbers of a pair (`most` for each); None: no limit.
+        choices: the values that the model takes; empty: any value within the limits.
+        required: a request must give a value.
     """
 
     name: str
@@ -206,13 +213,14 @@ class OfferedField:
 
 
 def offered_fields(model_config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, OfferedField]:
-    """Return the fields of a request to a model by name, each with what the model takes there.
+    """Return the fields of a request to a model by name, each with the values it takes.
 
-    Fields that mean nothing to the model are left out: the image of a text-to-video model, guidance without a guider.
+    Fields that have no meaning for the model are left out: the image of a text-to-video model, guidance without a
+    guider.
 
     Args:
         model_config: the `model:` section.
-        usual: values of fields where a request says nothing, such as `size` and `frames`.
+        usual: values of fields that a request does not give, such as `size` and `frames`.
     """
     limits, section = ModelLimits.from_config(model_config), model_config.get("sampler_config") or {}
     knobs = usual_knobs(section) | {name: value for name, value in usual.items() if value is not None}

@@ -1,7 +1,7 @@
-"""What a request may change of the configured sampler: which one it is, and its guidance. Nothing here imports PyTorch.
+"""Apply a request's changes to the configured sampler: another sampler, other guidance.
 
 A knob means the same as the keys of the configuration that it stands for: `changed_sampler` returns the section with
-them set. Weights have no part in it.
+these keys set. Weights are not involved. Nothing here imports PyTorch.
 """
 
 import copy
@@ -15,7 +15,7 @@ from sgm.errors import UserError, shown
 
 MODULE = "sgm.modules.diffusionmodules.sampling"
 GUIDERS = "sgm.modules.diffusionmodules.guiders"
-# Classes by short name. The first group takes any schedule, the second one of sigma, which CogVideoX's is not.
+# Classes by short name. The first group takes any noise schedule, the second only those of sigma, unlike CogVideoX's.
 VIDEO_SAMPLERS = {
     "dpmpp_2m_sde": "VPSDEDPMPP2MSampler",
     "dpmpp_2m": "VPODEDPMPP2MSampler",
@@ -34,27 +34,32 @@ SIGMA_SAMPLERS = {
 }
 SAMPLERS = VIDEO_SAMPLERS | SIGMA_SAMPLERS
 SCHEDULE_MODULE = "sgm.modules.diffusionmodules.discretizer"
-USUAL_STEPS = 1000  # of a noise schedule
+USUAL_STEPS = 1000  # steps of a noise schedule
 ALPHA_SCHEDULE = "ZeroSNRDDPMDiscretization"
-SCHEDULES = ("timestep", "diffusers", "step", "constant")  # of guidance; all but the last are `count` of `DynamicCFG`
-USUAL_EXPONENT = 5  # of `DynamicCFG`, where the configuration names another guider
-# Of all samplers; other parameters mean something to one class alone.
+SCHEDULES = (
+    "timestep",
+    "diffusers",
+    "step",
+    "constant",
+)  # of guidance; all except "constant" are `count` of `DynamicCFG`
+USUAL_EXPONENT = 5  # of `DynamicCFG`, if the configuration names another guider
+# Parameters of all samplers; others are specific to a class.
 SHARED_PARAMETERS = ("discretization_config", "num_steps", "guider_config", "verbose", "device", "guidance_interval")
-VIDEO_PARAMETERS = ("fixed_frames", "sdedit")  # of those of the first group
+VIDEO_PARAMETERS = ("fixed_frames", "sdedit")  # parameters of `VIDEO_SAMPLERS`
 
 
 @dataclass(frozen=True)
 class SamplerKnobs:
-    """What a request changes of the configured sampler; None: nothing.
+    """Changes of a request to the configured sampler; None: no change.
 
-    Args:
-        sampler: one of `SAMPLERS`, by its short name or that of its class; then it is the class.
+    Attributes:
+        sampler: one of `SAMPLERS`, by its short name or its class; stored as the class.
         guidance_scale: `scale` of the guider.
-        guidance_interval: from which share of the steps to which there is guidance; see `Sampler`.
-        guidance_schedule: how the strength of guidance goes with the steps: one of `SCHEDULES`.
+        guidance_interval: two shares of the steps; guidance is on between them; see `Sampler`.
+        guidance_schedule: how the strength of guidance changes over the steps: one of `SCHEDULES`.
 
     Raises:
-        UserError: there is no such sampler.
+        UserError: the sampler does not exist.
     """
 
     sampler: str | None = None
@@ -75,11 +80,11 @@ class SamplerKnobs:
         return cls(**{**values, "guidance_interval": None if first is None else (first, last)})
 
     def over(self, others: "SamplerKnobs") -> "SamplerKnobs":
-        """Return these knobs, with those of `others` where they say nothing."""
+        """Return these knobs; knobs that are None are taken from `others`."""
         return SamplerKnobs(**{**others.given(), **self.given()})
 
     def given(self) -> dict[str, Any]:
-        """Return those that are not None, by name."""
+        """Return the knobs that are not None, by name."""
         return {name: value for name in KNOBS if (value := getattr(self, name)) is not None}
 
 
@@ -91,7 +96,7 @@ def sampler_class(name: str) -> str:
     """Return the class of a sampler, given by its short name, its class or its import path.
 
     Raises:
-        UserError: there is no such sampler.
+        UserError: the sampler does not exist.
     """
     plain = name.removeprefix(f"{MODULE}.")
     known = {**SAMPLERS, **{kind: kind for kind in SAMPLERS.values()}}
@@ -104,19 +109,19 @@ def sampler_class(name: str) -> str:
 
 
 def samplers_for(section: Mapping[str, Any]) -> dict[str, str]:
-    """Return the samplers that go with the noise schedule of a `sampler_config`: classes by short name."""
+    """Return the samplers that fit the noise schedule of a `sampler_config`, by short name."""
     return VIDEO_SAMPLERS if _is_alpha_schedule(section) else SAMPLERS
 
 
 def short_name(section: Mapping[str, Any]) -> str:
-    """Return what the sampler of a `sampler_config` is called here; its class if it is of somebody else."""
+    """Return the short name of a configured sampler, or its class if it has no short name."""
     target = str(section.get("target"))
     names = {f"{MODULE}.{kind}": name for name, kind in SAMPLERS.items()}
     return names.get(target, target)
 
 
 def usual_knobs(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the knobs are where a request leaves them alone: those that the configured sampler has."""
+    """Return the knobs of the configured sampler, which hold if a request gives none."""
     guider = _guider(section)
     params = guider.get("params") or {} if guider else {}
     usual: dict[str, Any] = {"sampler": short_name(section)}
@@ -163,7 +168,7 @@ def changed_sampler(section: Mapping[str, Any], knobs: SamplerKnobs) -> dict[str
 
 
 def most_steps(section: Mapping[str, Any]) -> int | None:
-    """Return how many steps the noise schedule of a `sampler_config` has; None for a schedule of somebody else."""
+    """Return the number of steps of a configured noise schedule; None if it is not ours."""
     schedule = _params(section).get("discretization_config")
     if not isinstance(schedule, Mapping) or not str(schedule.get("target")).startswith(f"{SCHEDULE_MODULE}."):
         return None
@@ -172,10 +177,14 @@ def most_steps(section: Mapping[str, Any]) -> int | None:
 
 
 def check_steps(section: Mapping[str, Any], steps: int | None, name: str) -> None:
-    """Check that a sampler can take so many steps, as far as its configuration tells; None: its own number.
+    """Check that a sampler can take this many steps, as far as its configuration shows.
+
+    Args:
+        steps: None: the sampler's own number.
+        name: the argument that the message is about.
 
     Raises:
-        UserError: about the argument `name`: the noise schedule has fewer.
+        UserError: the noise schedule has fewer steps.
     """
     most = most_steps(section)
     if steps is not None and most is not None and steps > most:
@@ -183,11 +192,11 @@ def check_steps(section: Mapping[str, Any], steps: int | None, name: str) -> Non
 
 
 def _reschedule(section: dict[str, Any], schedule: str) -> None:
-    """Let the strength of guidance go with the steps as `schedule` says."""
+    """Change how the strength of guidance changes over the steps."""
     guider = _own_guider(section, "guidance_schedule")
     params, name = guider["params"], str(guider["target"]).removeprefix(f"{GUIDERS}.")
     if name not in ("DynamicCFG", "VanillaCFG"):
-        raise UserError(f"guidance_schedule: {guider['target']} has none to choose; leave it out")
+        raise UserError(f"guidance_schedule: {guider['target']} has no schedule to choose; leave it out")
     if schedule == "constant":
         kept = {key: params[key] for key in ("scale", "dyn_thresh_config") if key in params}
         section["params"]["guider_config"] = {"target": f"{GUIDERS}.VanillaCFG", "params": kept}
@@ -199,10 +208,10 @@ def _reschedule(section: dict[str, Any], schedule: str) -> None:
 
 
 def _own_guider(section: Mapping[str, Any], knob: str) -> dict[str, Any]:
-    """Return the guider of a copied `sampler_config`, whose `params` may be changed.
+    """Return the guider of a copied `sampler_config`; its `params` may be changed.
 
     Raises:
-        UserError: it has none with a scale.
+        UserError: the sampler has no guider with a scale.
     """
     guider = _guider(section)
     if guider is None or "scale" not in (guider.get("params") or {}):

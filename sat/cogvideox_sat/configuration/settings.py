@@ -1,6 +1,6 @@
-"""The settings of the parts of a run: engine, data and loop, each with what it reads and no more.
+"""Define the settings of the parts of a run: engine, data and loop.
 
-Commands take them out of their arguments, programs out of whatever they hold or make them of their own:
+Commands take settings from their arguments. Programs take them from any object, or make them:
 
     EngineSettings(model_config, load="CogVideoX-2b-sat/transformer", bf16=True)
     EngineSettings.from_args(args)
@@ -24,11 +24,12 @@ from sgm.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """What all settings have.
+    """Base class of all settings.
 
     Args:
         sources: the file of each key of the configuration, for errors.
-        arguments: what the settings were taken from, for classes of the user's own, which may read more of it.
+        arguments: the object that the settings were taken from, for classes of the user's own, which may read more of
+            it.
     """
 
     _: KW_ONLY
@@ -37,14 +38,14 @@ class Settings:
 
     @classmethod
     def from_args(cls, args: Any, **changes: Any) -> Self:
-        """Return the settings that are among the attributes of `args`; what it lacks has its default.
+        """Return the settings among the attributes of `args`; missing ones have their defaults.
 
         Args:
-            args: arguments of a command, a `Namespace`, a mapping, or such settings.
+            args: arguments of a command, a `Namespace`, a mapping, or settings of this class.
             changes: settings that take precedence.
 
         Raises:
-            UserError: a name is a setting misspelt, one of `changes` is no setting, or a setting is missing.
+            UserError: a name is a misspelt setting, one of `changes` is not a setting, or a setting is missing.
         """
         names = {f.name for f in fields(cls)} - {"arguments"}
         for name in changes.keys() - names:
@@ -57,11 +58,11 @@ class Settings:
         taken = {name: value for name, value in taken.items() if value is not None or name in changes}
         required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         for name in sorted(required - taken.keys()):
-            raise UserError(f"{name} is missing: {cls.__name__} needs it")
+            raise UserError(f"{name} is missing; {cls.__name__} needs it")
         return cls(**taken, arguments=args.arguments if isinstance(args, Settings) else args)
 
     def as_args(self) -> Any:
-        """Return `arguments` with these settings in their place; the settings themselves if there are none."""
+        """Return `arguments` with these settings in them; without `arguments`, the settings."""
         if self.arguments is None:
             return self
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "arguments"}
@@ -69,9 +70,9 @@ class Settings:
 
 
 class _Overlaid(Namespace):
-    """A program's arguments with settings in their place.
+    """Arguments of a program, with settings in place of its own values.
 
-    What an object has for all (slots, properties, attributes of its class) is asked of it when it is read.
+    Slots, properties and attributes of the object's class are read from the object itself when they are needed.
     """
 
     __slots__ = ("_given",)
@@ -81,13 +82,13 @@ class _Overlaid(Namespace):
         self._given = given
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # as copying and pickling ask for, before there is anything
+        if name.startswith("_"):  # copying and pickling ask for such names before `_given` is set
             raise AttributeError(name)
         return getattr(self._given, name)
 
 
 def _attributes(args: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return what an object of arguments holds: its own attributes or items, and those of the `names` that it has.
+    """Return the attributes or items of an object of arguments, and those of `names` it has.
 
     Raises:
         UserError: a value of an OmegaConf configuration is missing, or refers to one that is.
@@ -112,24 +113,25 @@ def _nearest(name: str, known: set[str]) -> str:
 
 @dataclass(frozen=True)
 class EngineSettings(Settings):
-    """What `diffusion_video.SATVideoDiffusionEngine` is built from.
+    """Settings of `diffusion_video.SATVideoDiffusionEngine`.
 
     Args:
         model_config: the `model:` section of a configuration; also an OmegaConf `DictConfig`.
         load: checkpoint of the network: a folder with `latest`, or a weight file; None: weights start at random.
-        lora_load, lora_scale: adapter to put on top of it, and its strength; None: the strength it was saved with.
-        force_inference: let weights be missing from the checkpoint.
+        lora_load: adapter to apply to the network.
+        lora_scale: strength of the adapter; None: the strength it was saved with.
+        force_inference: continue if weights are missing from the checkpoint.
         new_adapter: initialise the adapter if no file holds one, for training.
-        weights_in_shares: leave the network's weights in their files until ZeRO-3 takes each process's share of them.
-        fp16, bf16: compute in float16 or bfloat16; neither: in float32.
+        weights_in_shares: leave the network's weights in their files until ZeRO-3 loads each process's share.
+        fp16, bf16: compute in float16 or bfloat16; if neither is set, in float32.
         vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
-        vae_frames_at_once: run each layer of the VAE on so many frames at a time: less memory, the same numbers.
-        vae_waiting_bytes: of a GPU's memory, for frames that wait meanwhile; None: as many as are free.
+        vae_frames_at_once: run each layer of the VAE on this many frames at a time: less memory, the same numbers.
+        vae_waiting_bytes: bytes of a GPU's memory for frames that wait meanwhile; None: all free memory.
         guidance_batch: 2: both halves of guidance go through the network together; 1: one after the other, which takes
             half the memory of activations.
         attention: one of `argument_schema.ATTENTIONS`; see `network.attention_choice`.
         model_parallel_size: processes that share one network; None: as `model_config` says.
-        model_cls: a subclass of the engine, which is used in its place.
+        model_cls: a subclass of the engine to use instead.
     """
 
     model_config: Mapping[str, Any]
@@ -153,23 +155,23 @@ class EngineSettings(Settings):
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
-    """Which clips there are and how they are read; see `runs.datasets.make_dataset`.
+    """Settings of the data of a run; see `runs.datasets.make_dataset`.
 
     Args:
         data_config: the `data:` section of a configuration, `target` and `params`.
-        model_config: the `model:` section, for the lengths that the network takes; None: any that `data_config` says.
+        model_config: the `model:` section, for the lengths that the network takes; None: all that `data_config` allows.
         train_data: folders, manifests, tar shards or latent caches.
-        train_data_repeats: how often each of these comes; empty: once.
-        train_data_weights: share of the samples that each of these gives; empty: by its number of clips.
-        valid_data: the same kinds, for evaluations.
-        eval_iters: batches of an evaluation.
-        eval_batch_size: clips of such a batch.
-        missing_label: clips without a caption: `empty`, `stop`, or `ignore` where captions are not used; None: as the
-            dataset's class says.
-        max_unreadable_share: of the clips, above which the run ends.
-        clip_timeout: seconds to read a clip.
+        train_data_repeats: how often each entry of `train_data` is used; empty: once.
+        train_data_weights: share of the samples that each entry provides; empty: in proportion to its number of clips.
+        valid_data: data for evaluations, of the same kinds as `train_data`.
+        eval_iters: batches in an evaluation.
+        eval_batch_size: clips in a batch of an evaluation.
+        missing_label: treatment of clips without a caption: `empty`, `stop`, or `ignore` if captions are not used;
+            None: the default of the dataset's class.
+        max_unreadable_share: the run ends if a larger share of the clips is unreadable.
+        clip_timeout: seconds for reading a clip.
         num_workers: processes that read clips.
-        seed: of the run; all chance of a sample follows from it, the epoch and the sample's index.
+        seed: seed of the run; all randomness of a sample follows from the seed, the epoch and the sample's index.
     """
 
     data_config: Mapping[str, Any]
@@ -190,22 +192,23 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True)
 class LoopSettings(Settings):
-    """How long a run is, what it does between its steps, and where it writes.
+    """Settings of the training loop: its length, the work between steps, and the output.
 
     Args:
         train_iters: steps, each an update of the weights.
         log_interval, eval_interval, save_interval: steps between lines of the log, evaluations and checkpoints.
         keep_last: checkpoints to keep; None: all.
-        background_checkpoints: write checkpoints behind the steps, from a copy in host memory.
-        max_skipped_steps: in a row without finite loss and gradients, after which the run ends.
+        background_checkpoints: write checkpoints during the next steps, from a copy in host memory.
+        max_skipped_steps: the run ends after this many steps in a row without finite loss and gradients.
         warmup: share of the steps over which the learning rate rises.
         auto_warmup_steps: steps at the start with at most 5 % of the learning rate.
         lr_decay_style: one of `argument_lists.LR_DECAY_STYLES`.
         lr_decay_iters: steps over which the learning rate falls; None: `train_iters`.
         lr_decay_ratio: share of the learning rate that a cosine falls to.
-        save, experiment_name: folder of the runs, and first part of the name of this one's.
-        resume: `latest`, or the folder of a run or a checkpoint to go on from.
-        tensorboard, wandb, wandb_project: where metrics go beside `metrics.jsonl`.
+        save: folder of the runs.
+        experiment_name: first part of the name of the run's folder.
+        resume: `latest`, or the folder of a run or a checkpoint to resume.
+        tensorboard, wandb, wandb_project: outputs of metrics in addition to `metrics.jsonl`.
         merged_config: the whole configuration, to be saved in the run's folder.
     """
 

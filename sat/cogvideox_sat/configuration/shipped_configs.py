@@ -1,4 +1,4 @@
-"""Build what a shipped configuration has in place of an object of the user's that cannot be built."""
+"""Build a shipped configuration's object in place of one that cannot be built."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -12,18 +12,18 @@ from cogvideox_sat.files.shipped import CONFIGS
 from sgm.config_places import walk, within
 
 FILES = ("tiny/cogvideox_tiny_lora.yaml", "cogvideox_2b_lora.yaml", "cogvideox1.5_5b_i2v.yaml", "tiny/vae_images.yaml")
-# What a class loads when it is built, which is beside the question and may not be there.
+# Files that a class loads when it is built: they do not matter here and may not exist.
 LOADED = ("ckpt_path", "ckpt_engine", "lpips_weights")
 
 
 def build_reference(slot: str | None, config: Any, use: Callable[[Any], Any] | None = None) -> Exception | None:
-    """Build what a shipped file has at the key `slot` for the class that `config` names, and use it.
+    """Build and use the object of a shipped file at the key `slot`, for the class in `config`.
 
     Args:
-        use: what to do with it; None: nothing, and it is built without memory.
+        use: a function to call with the object; None: build the object without memory and do not use it.
 
     Returns:
-        What that raises; None when it does not, or where no shipped file has that class.
+        The exception that was raised; None if there was none, or if no shipped file has that class.
     """
     reference = find_reference(slot, config)
     if reference is None:
@@ -37,13 +37,17 @@ def build_reference(slot: str | None, config: Any, use: Callable[[Any], Any] | N
                 instantiate_on_meta(reference)
             else:
                 use(instantiate_from_config(reference))
-    except Exception as error:  # whatever it is, it is compared with what the user's values lead to
+    except Exception as error:  # it is compared with the error that the user's values lead to
         return error
     return None
 
 
 def find_reference(slot: str | None, config: Any) -> Mapping[str, Any] | None:
-    """Return the configuration at `slot` of a shipped file that names the same classes as `config` most often."""
+    """Return the configuration at `slot` of the shipped file most similar to `config`.
+
+    The most similar file names most of the same classes. The result is None if no shipped file has the class of
+    `config`.
+    """
     if not isinstance(config, Mapping):
         return None
     wanted = targets(config)
@@ -53,7 +57,7 @@ def find_reference(slot: str | None, config: Any) -> Mapping[str, Any] | None:
             names = [part for part in key if isinstance(part, str)]
             if isinstance(node, Mapping) and names and names[-1] == slot and node.get("target") == config.get("target"):
                 if any(target.endswith("FrozenT5Embedder") for target in targets(node)):
-                    continue  # it is nothing without its weights
+                    continue  # it cannot be built without its weights
                 found.append((len(wanted & targets(node)), node))
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Single keys of a configuration that are set by themselves, `--set model.….scale=7`, on top of all files.
+"""Set single keys of a configuration, `--set model.….scale=7`, on top of all files.
 
 Nothing here imports PyTorch.
 """
@@ -16,12 +16,12 @@ from sgm.errors import UserError, shown
 
 FLAG = "--set"
 OBJECT_KEYS = ("target", "params")
-OF_OTHERS = ("args", "data", "deepspeed", "lightning")  # whose keys are checked by whoever reads them
+OF_OTHERS = ("args", "data", "deepspeed", "lightning")  # sections whose keys are checked where they are read
 PLAIN = (str, int, float, bool, type(None))
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """Return the values by key of texts `KEY=VALUE`, a value being written as in YAML.
+    """Return the keys and values of texts `KEY=VALUE`; values are written as in YAML.
 
     Raises:
         UserError: a text has another form, or its value is not YAML.
@@ -36,17 +36,17 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def set_keys(config: dict[str, Any], sources: Sources, settings: Mapping[str, Any]) -> None:
-    """Set keys in the merged content of configuration files, whose references need not be written out yet.
+    """Set keys in the merged content of configuration files, before references are replaced.
 
-    A mapping is merged into one that is there; anything else takes the place of what is there.
+    A mapping is merged into an existing one; any other value replaces the existing value.
 
     Raises:
-        UserError: a key cannot be in the configuration, or a value is none that YAML can give.
+        UserError: the configuration cannot have a key, or a value is not one that YAML can hold.
     """
     for name, value in settings.items():
         key = parse_key(str(name))
         if not key or key[0] not in SECTIONS:
-            refuse(str(name), f"there is no section {shown(str(key[0]) if key else '')}", str(name), SECTIONS)
+            refuse(str(name), f"the section {shown(str(key[0]) if key else '')} does not exist", str(name), SECTIONS)
         config.setdefault(str(key[0]), {})
         holder = _holder(config, key, sources)
         value = _plain(value, dotted(key))
@@ -61,7 +61,7 @@ def set_keys(config: dict[str, Any], sources: Sources, settings: Mapping[str, An
 
 
 def _holder(config: dict[Any, Any], key: Key, sources: Sources) -> dict[Any, Any] | list[Any]:
-    """Return the mapping or list that holds the last part of a key; those on the way are made where they may be."""
+    """Return the mapping or list that holds the last part of a key, making missing mappings."""
     node: Any = config
     above: Any = None
     for length, part in enumerate(key):
@@ -93,14 +93,14 @@ def _index(items: list[Any], key: Key) -> int:
 
 
 def _check_new(node: Mapping[str, Any], above: Any, key: Key) -> None:
-    """Check that a mapping can have a key that it has not."""
+    """Check that a mapping can have a key that it does not have yet."""
     known = _known(node, above, key[:-1])
     if known is not None and key[-1] not in known:
         refuse(dotted(key), f"{dotted(key[:-1])} has no {shown(str(key[-1]))}", str(key[-1]), {*known, *node})
 
 
 def _known(node: Mapping[str, Any], above: Any, place: Key) -> Collection[str] | None:
-    """Return the keys that the mapping at a place can have; None where any may be."""
+    """Return the keys that the mapping at a place can have; None if it can have any."""
     if place[0] in OF_OTHERS:
         return None
     if place == ("model",) and "params" not in node:
@@ -116,7 +116,7 @@ def _known(node: Mapping[str, Any], above: Any, place: Key) -> Collection[str] |
 
 
 def refuse(key: str, problem: str, name: str, known: Collection[Any]) -> NoReturn:
-    """Raise a UserError about a key that does not exist, with the one most like it."""
+    """Raise a UserError about a key that does not exist, suggesting the most similar one."""
     names = sorted(map(str, known))
     near = difflib.get_close_matches(name.partition(".")[0] if name == key else name, names, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"it can be {', '.join(names[:12])}"
@@ -124,7 +124,7 @@ def refuse(key: str, problem: str, name: str, known: Collection[Any]) -> NoRetur
 
 
 def _plain(value: Any, key: str) -> Any:
-    """Return a value as YAML would give it: tuples as lists."""
+    """Return a value as YAML would hold it: tuples become lists."""
     if isinstance(value, Mapping):
         return {str(name): _plain(child, f"{key}.{name}") for name, child in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Read the parameters of this project's classes off their source, to find wrong ones before PyTorch is imported.
+"""Read parameters of this project's classes off their source, before PyTorch is imported.
 
-The same is found again, of all classes, when they are built: see `sgm.config_values`.
+All classes are checked again when they are built: see `sgm.config_values`.
 """
 
 import ast
@@ -15,7 +15,7 @@ from cogvideox_sat.configuration.targets import find_source
 from sgm.config_places import Key, walk
 from sgm.config_values import Parameters, Problem, check_params, is_own_file
 
-# What annotations of parameters are made of that YAML can give; others are taken whatever they are.
+# Names in annotations of parameters that YAML can hold. Parameters with other names accept any value.
 NAMES = {
     **{name: getattr(collections.abc, name) for name in ("Mapping", "Sequence", "Iterable", "Collection")},
     **{kind.__name__: kind for kind in (int, float, bool, str, list, dict, tuple)},
@@ -24,10 +24,12 @@ NAMES = {
 
 
 def problem_of_section(section: Mapping[str, Any], name: str) -> tuple[Key, str] | None:
-    """Return the first key of a section at which a class of ours is given what it does not take, and the problem.
+    """Return the first key of a section that its class, one of ours, refuses, and the problem.
+
+    The result is None if there is no problem.
 
     Args:
-        name: of the section, with which the key begins.
+        name: the section's name, the first part of the key.
     """
     for key, node in walk(section, (name,)):
         if isinstance(node, Mapping) and isinstance(node.get("target"), str):
@@ -38,16 +40,16 @@ def problem_of_section(section: Mapping[str, Any], name: str) -> tuple[Key, str]
 
 
 def problem_of_target(target: str, params: Mapping[str, Any]) -> Problem | None:
-    """Return what is wrong with the parameters of a class of ours; None for other classes."""
+    """Return the problem with the parameters of a class of ours; None for other classes."""
     taken = static_parameters(target)
     return check_params(taken, params) if taken else None
 
 
 @cache
 def static_parameters(target: str) -> Parameters | None:
-    """Return what a class of this project takes by name; None where its source does not tell.
+    """Return the parameters of a class of this project; None if its source does not show them.
 
-    Nothing is known of what is `required`, since the program passes some parameters itself.
+    No parameter is `required`, since the program passes some parameters itself.
     """
     hints: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -81,23 +83,25 @@ def _add_parameters(init: ast.FunctionDef, hints: dict[str, Any], defaults: dict
         try:
             if default is not None:
                 defaults[argument.arg] = ast.literal_eval(default)
-        except ValueError:  # a default that is worked out, such as math.inf
+        except ValueError:  # the default is an expression, such as math.inf
             hints[argument.arg] = Any
 
 
 def _annotation(node: ast.expr | None) -> Any:
-    """Return the type that an annotation means; Any where it has other names than those that YAML can give."""
+    """Return the type that an annotation stands for; Any if it uses other names than `NAMES`."""
     if node is None or any(isinstance(part, ast.Name) and part.id not in NAMES for part in ast.walk(node)):
         return Any
     allowed = (ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast.BinOp, ast.BitOr, ast.Constant)
     if not all(isinstance(part, allowed) for part in ast.walk(node)):
         return Any
-    return eval(compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": {}}, NAMES)  # of our own source
+    return eval(
+        compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": {}}, NAMES
+    )  # safe: it is our own source
 
 
 def _find_class(target: str) -> tuple[str, ast.Module, ast.ClassDef] | None:
-    """Return the module, its source and the definition of the class that an import path leads to, if that is ours."""
-    for _ in range(10):  # through modules that only pass it on
+    """Return the module, its source and the definition of one of our classes, else None."""
+    for _ in range(10):  # follow modules that only import the class
         module, _, name = target.rpartition(".")
         source = find_source(module)
         if source is None or not is_own_file(str(source)):
@@ -114,7 +118,7 @@ def _find_class(target: str) -> tuple[str, ast.Module, ast.ClassDef] | None:
 
 
 def _where(module: str, tree: ast.Module, name: str) -> str:
-    """Return the import path of what a module calls `name`."""
+    """Return the import path of the object that a module calls `name`."""
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:

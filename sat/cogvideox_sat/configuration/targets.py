@@ -1,4 +1,7 @@
-"""Check that an import path (`target:`) leads to a class, by reading source files, without importing anything."""
+"""Check that an import path (`target:`) leads to a class, without importing anything.
+
+The source files are read instead.
+"""
 
 import ast
 import functools
@@ -12,17 +15,21 @@ from typing import Any, NamedTuple
 
 from sgm.module_aliases import MODULE_ALIASES
 
-# What files that came with something else may name: our packages and modules, and of the libraries what builds layers
-# and optimizers.
+# Modules that files which came with something else, such as a checkpoint, may name: our own, and those of the libraries
+# that define layers and optimizers.
 TRUSTED_PACKAGES = ("sgm", "vae_modules", "sat", "torch.nn", "torch.optim")
 OWN_MODULES = ("data_video", "diffusion_video", "dit_video_concat", *MODULE_ALIASES)
 LONGEST_TARGET = 300
 
 
 class _Names(NamedTuple):
-    """The names that a module's source defines; `open_ended`: more may appear that reading the source does not show.
+    """Names that a module's source defines.
 
-    `imported` gives for a name that is imported from a module the level of the import, that module, and its name there.
+    Attributes:
+        all: all names.
+        functions, modules: names that can only be functions or modules.
+        imported: for a name that is imported from a module: the level of the import, that module, and the name there.
+        open_ended: the module may define more names than its source shows.
     """
 
     all: frozenset[str]
@@ -33,14 +40,14 @@ class _Names(NamedTuple):
 
 
 def is_trusted(module: str) -> bool:
-    """Return whether files that came with something else may name what is defined in `module`."""
+    """Return whether files that came with something else may name definitions of `module`."""
     if any(module == package or module.startswith(f"{package}.") for package in TRUSTED_PACKAGES):
         return True
     return module in OWN_MODULES
 
 
 def iterate_targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every `target:` below `node`, with its dotted key."""
+    """Yield the dotted key and the value of every `target:` below `node`."""
     if isinstance(node, dict):
         for name, child in node.items():
             path = f"{key}.{name}" if key else str(name)
@@ -54,10 +61,10 @@ def iterate_targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def why_target_fails(target: str, trusted: bool = True) -> str | None:
-    """Return why the import path `target` will not lead to a class, found without importing anything; None if it may.
+    """Return the reason why an import path does not lead to a class; None if it may.
 
     Args:
-        trusted: whether the file that names it is the user's own; others may name only what is `is_trusted`.
+        trusted: the file that names it is the user's own; other files may name only modules that `is_trusted`.
     """
     module_name, _, attribute = target.rpartition(".")
     module_name = MODULE_ALIASES.get(module_name, module_name)
@@ -67,7 +74,7 @@ def why_target_fails(target: str, trusted: bool = True) -> str | None:
     if len(target) > LONGEST_TARGET:
         return f"an import path of {len(target)} characters; expected module.Class"
     if not trusted and not is_trusted(module_name):
-        return f"files that came with something else name only classes of {', '.join(TRUSTED_PACKAGES)} and our own"
+        return f"files that came with something else may name only classes of {', '.join(TRUSTED_PACKAGES)} and our own"
     search_path, spec = None, None
     for depth in range(1, len(parts) + 1):
         name = ".".join(parts[:depth])
@@ -91,7 +98,10 @@ def why_target_fails(target: str, trusted: bool = True) -> str | None:
 
 
 def _why_reexport_fails(module: str, attribute: str, spec: importlib.machinery.ModuleSpec, names: _Names) -> str | None:
-    """Return why `attribute` of a module is not a class of a trusted one: a trusted module may import others'."""
+    """Return the reason why `attribute` is not a class of a trusted module; None if it is.
+
+    A trusted module may import objects of other modules.
+    """
     if attribute in names.modules:
         return f"'{attribute}' is a module; name a class"
     if (origin := names.imported.get(attribute)) is None:
@@ -106,7 +116,7 @@ def _why_reexport_fails(module: str, attribute: str, spec: importlib.machinery.M
 
 
 def find_source(module: str) -> Path | None:
-    """Return the source file of a module, found without importing it; None if there is none."""
+    """Return the source file of a module, found without importing it; None if it has none."""
     search_path, spec = None, None
     parts = MODULE_ALIASES.get(module, module).split(".")
     if not all(part.isidentifier() for part in parts):
@@ -133,7 +143,7 @@ def _find_spec(name: str, search_path: Any) -> importlib.machinery.ModuleSpec | 
 
 @functools.cache
 def _defined_names(source: Path) -> _Names:
-    """Return the names that a module defines anywhere, and those that can only be functions or modules."""
+    """Return all names that a module defines, and those that can only be functions or modules."""
     names: set[str] = set()
     functions: set[str] = set()
     modules: set[str] = set()

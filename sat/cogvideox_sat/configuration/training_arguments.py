@@ -1,7 +1,7 @@
-"""The arguments of the training command: from where they are read, and what they may be; `argument_lists` has the list.
+"""Read and check the arguments of the training command.
 
-An argument is a field of `TrainingArguments`, given as in `arguments`, whose keys may stand beside these in one
-configuration. Nothing here imports PyTorch.
+An argument is a field of `TrainingArguments` in `argument_lists`. Keys of `SamplingArguments` may stand beside them in
+one configuration. Nothing here imports PyTorch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 TRAINED_PARTS = ("network_config", "denoiser_config", "loss_fn_config", "conditioner_config", "first_stage_config")
-# Arguments of SwissArmyTransformer's own trainer which are set in the `deepspeed:` section alone.
+# Arguments of SwissArmyTransformer's trainer that are set only in the `deepspeed:` section here.
 SET_ELSEWHERE = {
     "lr": "optimizer.params.lr",
     "weight_decay": "optimizer.params.weight_decay",
@@ -37,10 +37,10 @@ SET_ELSEWHERE = {
 
 
 def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArguments:
-    """Read the command line and the configuration files it names.
+    """Return the arguments of the command line and of the configuration files it names.
 
     Raises:
-        UserError: a file is missing or malformed, an argument or a key of DeepSpeed is unknown or has a wrong value.
+        UserError: a file is missing or malformed, or an argument or a key of DeepSpeed is unknown or has a wrong value.
         SystemExit: for `--help`.
     """
     given, config = argument_schema.read_command_line(
@@ -58,18 +58,19 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
 def training_arguments_from_names(
     base: Sequence[str | Path], values: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> TrainingArguments:
-    """Return the arguments that a program gives by name, as the command has those of a command line.
+    """Return the training arguments that a program gives by name.
 
     Args:
         base: configuration files.
-        settings: keys that are set on top of them, see `single_keys`.
+        values: arguments by name, as on the command line.
+        settings: keys that are set on top of the files, see `single_keys`.
 
     Raises:
         UserError: as `get_training_args`.
     """
     for name, place in SET_ELSEWHERE.items():
         if name in values:
-            raise UserError(f"{name} is not set here but as deepspeed.{place}; give set={{'deepspeed.{place}': …}}")
+            raise UserError(f"{name} is not an argument; give set={{'deepspeed.{place}': …}}")
     named: dict[str, Any] = {**argument_schema.given_values(TrainingArguments, values), "base": list(base)}
     config = argument_schema.read_configuration(
         named, settings, TrainingArguments, used=("model", "data"), exclusive=(PRECISIONS,)
@@ -78,7 +79,7 @@ def training_arguments_from_names(
 
 
 def training_arguments_of(given: dict[str, Any], config: MergedConfig) -> TrainingArguments:
-    """Return the arguments of a merged configuration, with those that are `given` beside it in their place.
+    """Return the arguments of a merged configuration; those in `given` take precedence.
 
     Raises:
         UserError: as `get_training_args`.
@@ -90,7 +91,7 @@ def training_arguments_of(given: dict[str, Any], config: MergedConfig) -> Traini
         for sentence in argument_schema.unused_model_keys(sections["model"], TRAINED_PARTS):
             logger.warning(sentence)
         if not isinstance(sections["data"].get("target"), str):
-            raise UserError("the configuration has no data.target: name configs/sft.yaml too, after the model's file")
+            raise UserError("data.target is missing; name configs/sft.yaml too, after the model's file")
         sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
         if enabled := enabled_precision(sections["deepspeed"]):
             values |= {name: name == enabled for name in PRECISIONS}
@@ -109,10 +110,10 @@ def training_arguments_of(given: dict[str, Any], config: MergedConfig) -> Traini
 
 
 def complete(args: TrainingArguments) -> TrainingArguments:
-    """Return the arguments of a program as those of the command are: DeepSpeed's section checked, all of it recorded.
+    """Return a program's arguments, checked and completed like those of the command.
 
     Raises:
-        UserError: a key of DeepSpeed is unknown or has a wrong value, or so is an argument.
+        UserError: an argument or a key of DeepSpeed is unknown or has a wrong value.
     """
     section = check_deepspeed_config(args.deepspeed_config)
     enabled = enabled_precision(section)
@@ -131,7 +132,7 @@ def complete(args: TrainingArguments) -> TrainingArguments:
 
 
 def saves_all(args: TrainingArguments) -> bool:
-    """Return whether checkpoints hold the whole network, rather than an adapter alone."""
+    """Return whether checkpoints hold the whole network, rather than only an adapter."""
     return args.save_full or not has_adapter(args.model_config)
 
 
@@ -145,15 +146,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_args_section(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The `args:` section without what belongs to sampling or to SwissArmyTransformer's own trainer.
+    """Return the `args:` section, checked, without arguments of other commands.
+
+    Arguments of sampling and of SwissArmyTransformer's trainer are left out.
 
     Raises:
-        UserError: a key is unknown, belongs elsewhere, or has a wrong value.
+        UserError: a key is unknown, belongs to another section, or has a wrong value.
     """
     known = argument_fields(TrainingArguments)
     for name, place in SET_ELSEWHERE.items():
         if section.get(name) is not None:
-            raise UserError(f"args: {name} is not set here but as deepspeed.{place}")
+            raise UserError(f"args: {name} is not read; set deepspeed.{place} instead")
     check_split(section.get("split"))
     if ignored := [name for name in section if name in IGNORED_KEYS]:
         logger.info("args: not used here: %s", ", ".join(ignored))
@@ -163,16 +166,19 @@ def check_args_section(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_split(split: Any) -> None:
-    """Raises UserError for a `split:` that wants validation data taken out of the training data."""
+    """Check that `split:` keeps all training data for training, else raise UserError."""
     if split is None:
         return
     parts = [part.strip() for part in str(split).split(",")]
     if any(part.strip("0.") for part in parts[1:]):
-        raise UserError(f"args: split is {split}; training data is not split: name validation data as valid_data")
+        raise UserError(f"args: split is {split}; training data is not split; name validation data as valid_data")
 
 
 def check_values(args: TrainingArguments) -> None:
-    """What can be said about the values without looking at the model, the data or DeepSpeed's section."""
+    """Check the values of the arguments by themselves, else raise UserError.
+
+    Values that depend on the model, the data or DeepSpeed's section are checked later.
+    """
     argument_schema.check_common(args)
     argument_schema.check_run(args)
     argument_schema.check_least(args, ("lr_decay_iters", "max_skipped_steps", "sequence_parallel_size"))
@@ -180,14 +186,19 @@ def check_values(args: TrainingArguments) -> None:
     check_recomputation(args)
     argument_schema.check_shares(args, ("warmup",))
     if not 0 < args.lr_decay_ratio <= 1:
-        raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; it is a share, above 0 and up to 1")
+        raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; expected a share, above 0 and up to 1")
     if not (args.load or args.force_train or args.inspect_data):
-        raise UserError("load is missing: name the checkpoint to start from, or give --force_train to start at random")
+        raise UserError("load is missing; name the checkpoint to start from, or give --force_train to start at random")
 
 
 def check_recomputation(args: TrainingArguments) -> None:
-    """Check that the layers named by `checkpoint_activations` and `checkpoint_skip_layers` exist, else raise UserError;
-    what the model's file says of them is checked with it."""
+    """Check that the layers exist that the arguments about recomputation name.
+
+    The values in the model's file are checked with the model.
+
+    Raises:
+        UserError: a layer does not exist.
+    """
     params = (args.model_config.get("network_config") or {}).get("params") or {}
     layers = params.get("num_layers")
     if args.checkpoint_activations is not None:

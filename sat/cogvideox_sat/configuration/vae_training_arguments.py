@@ -1,6 +1,6 @@
-"""The arguments of the command that trains a VAE, and the sections of its configuration; `argument_lists` has the list.
+"""Read and check the arguments and the configuration of the command that trains a VAE.
 
-Nothing here imports PyTorch.
+An argument is a field of `VaeTrainingArguments` in `argument_lists`. Nothing here imports PyTorch.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from sgm.errors import UserError, shown
 logger = logging.getLogger(__name__)
 
 MODEL_KEYS = ("target", "params", "base_learning_rate")
-# Beside it lies the first stage whose sizes a configuration may refer to.
+# The first stage, whose sizes a configuration may refer to, may be described beside the model.
 OTHER_MODEL_KEYS = ("first_stage_config",)
 
-# What `lightning.trainer` may hold: for the engine, which optimises by itself, and for Lightning's `Trainer`.
+# Keys of `lightning.trainer`: for the engine, which runs its own optimizers, and for Lightning's `Trainer`.
 ENGINE_KEYS = ("accumulate_grad_batches", "gradient_clip_val")
 PLACE_KEYS = ("accelerator", "devices", "strategy")
 TRAINER_KEYS = ("precision", "benchmark", "deterministic", "detect_anomaly", "sync_batchnorm", "profiler")
@@ -47,10 +47,10 @@ SET_ELSEWHERE = {
 
 
 def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrainingArguments:
-    """Read the command line and the configuration files it names.
+    """Return the arguments of the command line and of the configuration files it names.
 
     Raises:
-        UserError: a file is missing or malformed, an argument or a key is unknown or has a wrong value.
+        UserError: a file is missing or malformed, or an argument or a key is unknown or has a wrong value.
         SystemExit: for `--help`.
     """
     given, config = argument_schema.read_command_line(
@@ -63,13 +63,13 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
         values = argument_schema.with_located_inputs(values)
         check_model_section(sections["model"])
         if not isinstance(sections["data"].get("target"), str):
-            raise UserError("the configuration has no data.target: name the class of the data, data_video.SFTDataset")
+            raise UserError("data.target is missing; name the class of the data, data_video.SFTDataset")
         check_lightning_section(sections["lightning"])
         trainer = sections["lightning"].get("trainer") or {}
         values.setdefault("deterministic", trainer.get("deterministic") is True)
         if values["deterministic"] and trainer.get("benchmark"):
             raise UserError(
-                "lightning.trainer: benchmark is on, and cuDNN then takes another kernel from run to run; leave it "
+                "lightning.trainer: benchmark is on, with which cuDNN may choose other kernels in each run; leave it "
                 "out, or train with --no-deterministic"
             )
         args = VaeTrainingArguments(
@@ -95,13 +95,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_model_section(model: Mapping[str, Any]) -> None:
-    """Raises UserError unless the section names an engine, its parameters and the learning rate."""
+    """Check that the section has an engine, its parameters and a learning rate.
+
+    Raises:
+        UserError: one of them is missing or wrong.
+    """
     if not isinstance(model.get("target"), str):
-        raise UserError(
-            "the configuration has no model.target: name the engine, vae_modules.autoencoder.VideoAutoencodingEngine"
-        )
+        raise UserError("model.target is missing; name the engine, vae_modules.autoencoder.VideoAutoencodingEngine")
     if not isinstance(model.get("params"), dict):
-        raise UserError("the configuration has no model.params: encoder_config, decoder_config, loss_config and so on")
+        raise UserError("model.params is missing; give encoder_config, decoder_config, loss_config and so on")
     rate = model.get("base_learning_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
         raise UserError(f"model.base_learning_rate is {shown(rate)}; expected a positive number such as 1.0e-4")
@@ -112,18 +114,24 @@ def check_model_section(model: Mapping[str, Any]) -> None:
 
 
 def check_lightning_section(lightning: Mapping[str, Any]) -> None:
-    """Raises UserError for a key that nothing reads, or of a value that none of its readers takes."""
+    """Check that all keys of the section are read, and have values that their readers take.
+
+    Raises:
+        UserError: a key is unknown, or its value is wrong.
+    """
     if unknown := [key for key in lightning if key != "trainer"]:
-        raise UserError(f"lightning: unknown key '{unknown[0]}'; there is trainer, with the arguments of the Trainer")
+        raise UserError(
+            f"lightning: unknown key '{unknown[0]}'; expected trainer, with arguments of Lightning's Trainer"
+        )
     trainer = lightning.get("trainer") or {}
     if not isinstance(trainer, dict):
         raise UserError(f"lightning.trainer is {shown(trainer)}; expected keys and values")
     known = (*ENGINE_KEYS, *PLACE_KEYS, *TRAINER_KEYS)
     for key in trainer:
         if key in SET_ELSEWHERE:
-            raise UserError(f"lightning.trainer: {key} is not set here but as {SET_ELSEWHERE[key]}")
+            raise UserError(f"lightning.trainer: {key} is not read; set {SET_ELSEWHERE[key]} instead")
         if key not in known:
-            hint = nearest(str(key), known, otherwise=f"; there are {', '.join(known)}")
+            hint = nearest(str(key), known, otherwise=f"; known are {', '.join(known)}")
             raise UserError(f"lightning.trainer: unknown key '{key}'{hint}")
     batches = trainer.get("accumulate_grad_batches", 1)
     if type(batches) is not int or batches < 1:

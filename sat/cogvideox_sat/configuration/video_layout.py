@@ -1,7 +1,8 @@
-"""How many processes make one video, and what they share: guidance, the sequence of tokens, or the network's weights.
+"""Choose the number of processes that make one video, and what they share.
 
-rank = (video · G + guidance) · S + sequence: the S processes that share the tokens of one half of guidance are
-neighbours, and after them come those of the other half. Nothing here imports PyTorch.
+They share guidance, the sequence of tokens, or the network's weights. rank = (video · G + guidance) · S + sequence: the
+S processes that share the tokens of one half of guidance are neighbours, followed by the processes of the other half.
+Nothing here imports PyTorch.
 """
 
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ UNGUIDED = "IdentityGuider"
 
 @dataclass(frozen=True)
 class VideoLayout:
-    """How the processes that make one video share it.
+    """Division of one video among processes.
 
     Attributes:
-        guidance: 2 if each half of guidance has processes of its own, else 1.
+        guidance: 2 if each half of guidance has its own processes, else 1.
         sequence: processes that share the tokens of a batch.
     """
 
@@ -37,14 +38,14 @@ def plan_layout(
     sequence_parallel: int | None = None,
     model_parallel_size: int = 1,
 ) -> VideoLayout:
-    """Choose how processes share a video: guidance first, if there is any, and the rest share the sequence.
+    """Choose how processes share a video: first guidance, if there is any, then the sequence.
 
     Args:
-        processes_per_video: None: as many as the next two say, else one.
-        guidance_parallel, sequence_parallel: what is not to be chosen.
+        processes_per_video: None: as many as the next two arguments require, or one.
+        guidance_parallel, sequence_parallel: a fixed choice; None: chosen here.
 
     Raises:
-        UserError: the numbers do not go together, or the model cannot be shared so.
+        UserError: the numbers contradict each other, or the model cannot be shared in this way.
     """
     for name, value in (("processes_per_video", processes_per_video), ("sequence_parallel", sequence_parallel)):
         if value is not None and value < 1:
@@ -68,7 +69,7 @@ def plan_layout(
 
 
 def layout_of(settings: Any) -> VideoLayout:
-    """Return the layout that arguments or settings of sampling ask for, by their names in `plan_layout`."""
+    """Return the layout that arguments or settings of sampling ask for."""
     return plan_layout(
         settings.model_config,
         settings.processes_per_video,
@@ -95,20 +96,20 @@ def _divided(processes: int, guidance: bool | None, sequence: int | None, is_gui
 
 
 def is_guided(model_config: Mapping[str, Any]) -> bool:
-    """Check that the sampler of a model runs the network with and without the prompt."""
+    """Return whether a model's sampler runs the network both with and without the prompt."""
     params = (model_config.get("sampler_config") or {}).get("params") or {}
     target = (params.get("guider_config") or {}).get("target")
     return bool(target) and not str(target).endswith(UNGUIDED)
 
 
 def check_sequence(size: int, model_config: Mapping[str, Any], name: str) -> None:
-    """Check that so many processes can share the tokens of a model's network, each with a head of its own.
+    """Check that `size` processes can share the tokens, each with at least one head.
 
     Args:
-        name: of the argument that asks for it.
+        name: the argument that the message is about.
 
     Raises:
-        UserError: they cannot.
+        UserError: the network has too few heads.
     """
     if size > 1:
         heads = model_config["network_config"]["params"].get("num_attention_heads")
@@ -116,18 +117,19 @@ def check_sequence(size: int, model_config: Mapping[str, Any], name: str) -> Non
 
 
 def check_shares(processes: int, what: str, count: int, name: str = "sequence_parallel_size") -> None:
-    """Check that each of so many processes has one of the `count` things that they share; else raise UserError.
+    """Check that each process has one of the things that they share, else raise UserError.
 
     Args:
-        what: is shared, in the plural.
-        name: of the argument that asks for it.
+        what: the things, in the plural.
+        count: the number of things.
+        name: the argument that the message is about.
     """
     if processes > count:
         raise UserError(f"{name}: {processes} processes cannot share {count} {what}; use {count} at most")
 
 
 def check_world(layout: VideoLayout, world: int) -> None:
-    """Check that so many processes are whole groups of the layout; else raise UserError."""
+    """Check that `world` processes are whole groups of the layout, else raise UserError."""
     if world % layout.processes:
         raise UserError(
             f"processes_per_video: {layout.processes} does not divide the {world} process{'es' if world > 1 else ''} "

@@ -1,7 +1,7 @@
-"""The record beside each video, `000000.json`: what made it, and the same again as arguments that repeat it.
+"""Read and write the record beside each video, `000000.json`.
 
-A record is read as a file that came from somewhere else: its targets may lead only to classes of our own. Nothing here
-imports PyTorch.
+A record says what made the video, and holds the arguments that make it again. It is read as a file that came from
+somewhere else: its targets may lead only to classes of this project. Nothing here imports PyTorch.
 """
 
 import copy
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 PRECISION_NAMES = ("fp16", "bf16", "float32")
 SUFFIX = ".json"
-LARGEST = 4 * 2**20  # bytes of a record that is read
-DEEPEST = 60  # levels of mappings and lists in it
-KEPT_SUFFIX = ".latents.safetensors"  # of latents that are kept until their video is complete
+LARGEST = 4 * 2**20  # bytes of a record
+DEEPEST = 60  # levels of mappings and lists in a record
+KEPT_SUFFIX = ".latents.safetensors"  # latents that are kept until their video is complete
 
 # key: (types of its value, what is expected)
 _TEXT, _NUMBER, _OBJECT = ((str,), "text"), ((int, float), "a number"), ((dict,), "an object")
@@ -58,15 +58,15 @@ FIELDS = {
     "device": _TEXT,
     "threads": _WHOLE,
 }
-UNMERGED = "lora"  # among the arguments of a record: its adapters are those of `lora`, not that of `lora_load`
-# What a record has only where a request shows it, and what it is elsewhere.
+UNMERGED = "lora"  # argument of a record: true if its adapters are those of `lora`, not the one of `lora_load`
+# Keys that a record holds only if the request gave them, and their values if it did not.
 LEFT_OUT: dict[str, Any] = {"keyframes": [], "video_from": None, "strength": None, "extend": []}
-# What else changes a video's numbers, by the name of the argument.
+# Other arguments that change the numbers of a video.
 REPEATED_ARGUMENTS = (
     *("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference"),
     "vae_frames_at_once",  # in half precision
     *("attention", "guidance_batch"),
-)  # and `KNOBS`, where a video has some
+)  # and `KNOBS`, if the video has some
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class VideoRecord:
         return self.content[key] if key in self.content else LEFT_OUT[key]
 
     def arguments(self) -> dict[str, Any]:
-        """Return the sampling arguments that make the video again, by their names in a configuration."""
+        """Return the sampling arguments that make the video again, by their names in `args:`."""
         content, adapters = self.content, self.content["adapters"]
         unmerged = content["arguments"].get(UNMERGED) is True
         return {
@@ -103,8 +103,10 @@ class VideoRecord:
         }
 
     def request(self) -> dict[str, Any]:
-        """Return the fields of a request for the video, see `configuration.request_fields`: those of a call from
-        Python, or of a line of a `.jsonl` file, to a model that is loaded already."""
+        """Return the fields of a request for the video to a model that is loaded already.
+
+        See `configuration.request_fields`: the fields of a call from Python, or of a line of a `.jsonl` file.
+        """
         content, image = self.content, self.content["image"]
         fields = {
             "prompt": content["prompt"],
@@ -124,10 +126,10 @@ class VideoRecord:
         return {name: value for name, value in fields.items() if value is not None}
 
     def model(self) -> MergedConfig:
-        """Return the model section of the configuration that made the video, as load_configs returns one.
+        """Return the model section of the configuration that made the video, like `load_configs`.
 
         Raises:
-            UserError: the section names what only a configuration of the user's own may name.
+            UserError: the section names something that only a configuration of the user's own may name.
         """
         section = self.content["model"].get("config")
         if not isinstance(section, dict):
@@ -139,17 +141,17 @@ class VideoRecord:
 
 
 def is_record(path: str | Path | None) -> bool:
-    """Return whether an `input_file` is a video's record by its name."""
+    """Return whether an `input_file` is a video's record, by its name."""
     return path is not None and Path(path).suffix.lower() == SUFFIX
 
 
 def record_path(video: Path) -> Path:
-    """Return where the record of a video lies."""
+    """Return the path of the record of a video."""
     return video.with_suffix(SUFFIX)
 
 
 def kept_path(video: Path) -> Path:
-    """Return where the latents of a video are kept until it is complete."""
+    """Return the path where the latents of a video are kept until the video is complete."""
     return video.with_suffix(KEPT_SUFFIX)
 
 
@@ -157,7 +159,7 @@ def read_record(path: Path) -> VideoRecord:
     """Return the record of a video.
 
     Raises:
-        UserError: the file cannot be read, or is no record.
+        UserError: the file cannot be read, or is not a record.
     """
     try:
         with path.open("rb") as file:
@@ -171,8 +173,11 @@ def read_record(path: Path) -> VideoRecord:
 def parse_record(text: str, where: str) -> dict[str, Any]:
     """Return the content of a record, with all of its `FIELDS`.
 
+    Args:
+        where: the name of the text in messages.
+
     Raises:
-        UserError: the text, which `where` names, is no record.
+        UserError: the text is not a record.
     """
     no_record = f"{where} is not the record of a video; prompts are given as .txt, one a line, or as .jsonl"
     if len(text) > LARGEST:
@@ -185,7 +190,7 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
         raise UserError(no_record)
     if content["format"] != FORMAT:
         raise UserError(
-            f"{where} is of format {shown(content['format'])}, this program reads {FORMAT}; sample it again"
+            f"{where} has format {shown(content['format'])}, but this program reads {FORMAT}; sample the video again"
         )
     content.setdefault("original_prompt", None)
     for key, (kinds, expected) in FIELDS.items():
@@ -197,7 +202,7 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
     if content["precision"] not in PRECISION_NAMES:
         raise UserError(f"{where}: precision is {shown(content['precision'])}; it can be {', '.join(PRECISION_NAMES)}")
     if not 0 <= content["index"] < 2**63:
-        raise UserError(f"{where}: index is {content['index']}; it can be from 0 to 2^63 - 1")
+        raise UserError(f"{where}: index must be between 0 and 2^63 - 1, got {content['index']}")
     for key in ("checkpoint", "image", "video_from"):
         if content.get(key) is not None and not isinstance(content[key].get("path"), str):
             raise UserError(f"{where}: {key}.path is {shown(content[key].get('path'))}; expected text")
@@ -215,7 +220,7 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
 
 
 def depth(node: Any) -> int:
-    """Return how deeply mappings and lists are nested."""
+    """Return how deeply mappings and lists are nested; it stops counting above `DEEPEST`."""
     level, nodes = 0, [node]
     while nodes := [child for each in nodes for child in _children(each)]:
         level += 1
@@ -232,7 +237,11 @@ def _children(node: Any) -> Iterator[Any]:
 
 
 def check_foreign_model(section: Mapping[str, Any], where: str | Path, key: str) -> None:
-    """Check that a model section from a file names only our own code and no model on a hub, else raise UserError."""
+    """Check that a model section of a file names only code of this project, and no hub.
+
+    Raises:
+        UserError: the section names something else.
+    """
     remedy = "give the model's configuration as --base"
     for name, target in iterate_targets(dict(section), key):
         if problem := why_target_fails(target, trusted=False):
@@ -258,7 +267,7 @@ def _named(node: Any, key: str, names: tuple[str, ...]) -> Iterator[tuple[str, A
 
 
 def with_absolute_paths(node: Any) -> Any:
-    """Return a configuration whose files and folders are named in full, so that it can be used from anywhere."""
+    """Return a configuration with absolute paths, so that it can be used from any folder."""
     if isinstance(node, Mapping):
         return {
             name: _absolute(child) if name in PATH_KEYS and isinstance(child, str) else with_absolute_paths(child)
@@ -282,13 +291,15 @@ def write_record(video: Path, content: Mapping[str, Any]) -> None:
     path = record_path(video)
     with replaced_when_complete(path) as part, reported_as_user_error(path):
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # half of a pair, as JSON escapes it
+        part.write_text(
+            text + "\n", encoding="utf-8", errors="backslashreplace"
+        )  # half a surrogate pair is written as JSON's escape
 
 
 def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Return a line for each fact of a record that is another one now: versions, device, threads and contents.
+    """Return a line for each fact that differs between a record and the present machine.
 
-    What either of them does not know is left out.
+    Facts are versions, device, threads and contents. A fact that one of the two does not have is left out.
     """
     lines = []
     theirs, ours = (dict(_facts(content)) for content in (recorded, present))

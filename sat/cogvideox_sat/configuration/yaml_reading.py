@@ -1,6 +1,6 @@
-"""Read one YAML file, whoever wrote it: plain values only, bounded in size, depth and what aliases repeat.
+"""Read one YAML file from any source: plain values only, with bounded size and depth.
 
-Nothing here imports PyTorch.
+Content that aliases repeat counts as often as it is used. Nothing here imports PyTorch.
 """
 
 import math
@@ -19,9 +19,9 @@ except ImportError:  # PyYAML without LibYAML
 from sgm.errors import UserError, shown
 
 MOST_BYTES = 4 * 2**20
-MOST_VALUES = 200_000  # keys and values, with every alias counted as often as it is used
-DEEPEST = 64  # levels of nesting; configurations of released models have 12
-MOST_DIGITS = 300  # of a whole number
+MOST_VALUES = 200_000  # keys and values; the content of an alias counts as often as it is used
+DEEPEST = 64  # levels of nesting; the configurations of released models have 12
+MOST_DIGITS = 300  # digits of a whole number
 
 _PREFIX = "tag:yaml.org,2002:"
 _TAGS = {_PREFIX + name for name in ("str", "int", "float", "bool", "null", "map", "seq")}
@@ -30,7 +30,7 @@ _EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 
 
 class _Loader(SafeLoader):
-    """Reads `1e-3` as a number and dates as text, as OmegaConf does."""
+    """Loader that reads `1e-3` as a number and dates as texts, as OmegaConf does."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _PREFIX + "timestamp"]
@@ -42,13 +42,15 @@ _Loader.add_implicit_resolver(_PREFIX + "float", _EXPONENT, list("-+.0123456789"
 
 
 def read_yaml(path: str | Path, what: str = "configuration") -> Any:
-    """Return the content of a YAML file: nested dictionaries, lists, texts, numbers, booleans and None.
+    """Return the content of a YAML file.
+
+    The content consists of dictionaries, lists, texts, numbers, booleans and None.
 
     Args:
         what: the kind of the file, for messages.
 
     Raises:
-        UserError: the file is missing, unreadable, not UTF-8, not YAML, too large, nested too deep, repeats a key, or
+        UserError: the file is missing, unreadable, not UTF-8, not YAML, too large, nested too deeply, repeats a key, or
             holds a value of another kind.
     """
     try:
@@ -61,11 +63,14 @@ def read_yaml(path: str | Path, what: str = "configuration") -> Any:
     try:
         return parse_yaml(content.decode("utf-8"), f"{what} {path}")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text") from error
+        raise UserError(f"{what} {path} is not UTF-8 text; save it as UTF-8") from error
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Return the content of a YAML text; `name` says in messages where the text is from.
+    """Return the content of a YAML text.
+
+    Args:
+        name: the source of the text in messages.
 
     Raises:
         UserError: as `read_yaml`.
@@ -90,7 +95,7 @@ def _refuse(name: str, mark: Any, problem: str) -> NoReturn:
 
 
 def _check_depth(text: str, name: str) -> None:
-    """Check that a text is nested no deeper than a recursive reader can follow, and has not too many values."""
+    """Check that a text is not nested too deeply for recursion, nor has too many values."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -104,7 +109,7 @@ def _check_depth(text: str, name: str) -> None:
 
 
 class _Builder:
-    """Turns nodes of YAML into values."""
+    """Converter of YAML's nodes to values."""
 
     def __init__(self, loader: Any, name: str):
         self.loader, self.name = loader, name
@@ -113,15 +118,17 @@ class _Builder:
 
     def build(self, node: yaml.Node) -> Any:
         if self.size(node) > MOST_VALUES:
-            _refuse(self.name, node.start_mark, f"more than {MOST_VALUES} values once its aliases are written out")
+            _refuse(
+                self.name, node.start_mark, f"more than {MOST_VALUES} values once its aliases are expanded; use fewer"
+            )
         return self.value(node)
 
     def size(self, node: yaml.Node) -> int:
-        """Return the number of values below a node, aliases written out."""
+        """Return the number of values below a node, with aliases expanded."""
         if isinstance(node, yaml.ScalarNode):
             return 1
         if id(node) in self.open:
-            _refuse(self.name, node.start_mark, "an anchor that contains its own alias")
+            _refuse(self.name, node.start_mark, "an anchor that contains its own alias; remove that alias")
         if id(node) not in self.sizes:
             self.open.add(id(node))
             self.sizes[id(node)] = 1 + sum(self.size(child) for child in _children(node))
@@ -145,7 +152,7 @@ class _Builder:
                 continue
             key = self.key(key_node)
             if key in seen:
-                _refuse(self.name, key_node.start_mark, f"the key {shown(key)} is there twice; leave one of them out")
+                _refuse(self.name, key_node.start_mark, f"the key {shown(key)} is given twice; remove one of them")
             seen.add(key)
         self.loader.flatten_mapping(node)
         return {self.key(key_node): self.value(child) for key_node, child in node.value}
@@ -169,7 +176,7 @@ class _Builder:
         if isinstance(value, float) and math.isnan(value):
             _refuse(self.name, node.start_mark, f"{text} is not a number; write a number or leave the key empty")
         if isinstance(value, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
-            _refuse(self.name, node.start_mark, "a text with a character that no text has (NUL or half of a pair)")
+            _refuse(self.name, node.start_mark, "a text with NUL or half of a surrogate pair; remove that character")
         return value
 
 
