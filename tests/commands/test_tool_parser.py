@@ -69,7 +69,7 @@ def test_inputs_are_put_where_they_are_found(tmp_path, monkeypatch):
     assert (options.load, options.base, options.near) == (tmp_path / "a", [tmp_path / "b", tmp_path / "a"], None)
     with pytest.raises(UserError, match=f"--gone: gone does not exist, neither in {tmp_path}/here nor in {tmp_path}"):
         locate_inputs(options, "gone")
-    with pytest.raises(UserError, match="--image: a is no file"):
+    with pytest.raises(UserError, match="--image: a is not a file"):
         locate_image(options, "image")
 
 

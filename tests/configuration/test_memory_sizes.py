@@ -35,7 +35,10 @@ def test_amounts(text, size):
         ("0.0000000001MB", "is not an amount of memory that a device has"),
         ("9999999999999999GB", "is not an amount of memory that a device has"),
         (f"{'9' * 400}GB", "is not an amount of memory that a device has"),
-        *((text, "is not an amount of memory; give an amount such as 12GB") for text in ("banana", "", "-3GB", "1e3GB")),
+        *(
+            (text, "is not an amount of memory; give an amount such as 12GB")
+            for text in ("banana", "", "-3GB", "1e3GB")
+        ),
         *(
             (text, "is not an amount of memory; give an amount such as 12GB")
             for text in ("nan GB", "12GB!", "1,5GB", "٣GB")

@@ -183,7 +183,7 @@ def test_a_record_belongs_to_its_video(tiny, tmp_path, caplog, monkeypatch):
     video.unlink()
     record_path(video).write_bytes(first)
     assert sample(config, tmp_path, [PROMPT]) == 2
-    assert f"{record_path(video)} exists, the record of a video that does not: give --overwrite" in caplog.text
+    assert f"{record_path(video)} exists, the record of a video that does not; give --overwrite" in caplog.text
     assert sample(config, tmp_path, [PROMPT], "--skip_existing", "--seed", "9") == 0
     assert json.loads(record_path(video).read_text())["seed"] == 9
 

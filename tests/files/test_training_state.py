@@ -76,7 +76,7 @@ def test_values_that_no_run_writes_are_named_with_their_place(place, value):
 
 @pytest.mark.parametrize("state", [None, [], "text", 3])
 def test_a_state_that_is_no_mapping(state):
-    assert "no mapping" in find_misfit(state, TRAINING_STATE)
+    assert "not a mapping" in find_misfit(state, TRAINING_STATE)
 
 
 def test_an_autoencoder_s_run():

@@ -31,7 +31,7 @@ def test_a_conversion_writes_what_the_command_writes(tiny, tmp_path):
     given = ["--input", str(weights), "--output", str(tmp_path / "command.safetensors"), "--dtype", "bfloat16"]
     assert main(given) == 0
     assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "command.safetensors").read_bytes()
-    with pytest.raises(UserError, match="exists: give --overwrite"):
+    with pytest.raises(UserError, match="exists; give --overwrite"):
         cv.convert("export-weights", input=weights, output=tmp_path / "own.safetensors")
     cv.convert("export_weights", input=weights, output=tmp_path / "own.safetensors", overwrite=True)
     assert (logging.getLogger().handlers, logging.getLogger().level) == (handlers, level)

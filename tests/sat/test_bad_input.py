@@ -144,7 +144,7 @@ CASES = {
     "sheet of latents": case("--contact_sheet", "a.png", "--only_save_latents", says="out with only_save_latents"),
     "sheet in a file": case("--contact_sheet", "{folder}/there/a.png", says="there is not a folder"),
     "output a file": case("--output_dir", "{folder}/there", says="there is not a folder"),
-    "output exists": case("--output_dir", "{folder}/made", says="000000.mp4 exists: give --overwrite"),
+    "output exists": case("--output_dir", "{folder}/made", says="000000.mp4 exists; give --overwrite"),
 }  # fmt: skip
 WARNINGS = {"no prompt": 2}  # lines beside the error: one for each of its empty lines
 

@@ -319,7 +319,7 @@ def test_existing_outputs(tiny, tmp_path, base_videos, caplog):
     second.unlink()
     arguments = command(tiny.config("5b"), tmp_path, TWO_PROMPTS)
     assert main(arguments) == 2
-    assert f"{first} exists: give --overwrite" in caplog.text
+    assert f"{first} exists; give --overwrite" in caplog.text
     assert files(tmp_path / "videos") == [first]
     assert main([*arguments, "--skip_existing"]) == 0
     assert first.read_text() == "mine"

@@ -99,7 +99,7 @@ def test_a_file_may_replace_itself(server, tmp_path, caplog):
     source = tmp_path / "prompts.txt"
     source.write_text("a cat\n")
     text = error_of(main, caplog, "--input_file", source, "--output_file", source)
-    assert "exists: give --overwrite" in text
+    assert "exists; give --overwrite" in text
     assert convert(source, source, "--overwrite") == b"long a cat\n"
     assert list(tmp_path.iterdir()) == [source]
 

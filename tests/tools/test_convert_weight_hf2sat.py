@@ -209,7 +209,7 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         shutil.rmtree(folder)
     assert "/nowhere/at/all does not exist" in mistake(caplog, "--hf_path", "/nowhere/at/all", "--output_path", "out")
     assert "is read from" in mistake(caplog, "--hf_path", good, "--output_path", tmp_path, "--overwrite")
-    assert "exists: give --overwrite" in mistake(caplog, "--hf_path", good, "--output_path", good)
+    assert "exists; give --overwrite" in mistake(caplog, "--hf_path", good, "--output_path", good)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 

@@ -154,7 +154,7 @@ def test_overwriting(tiny, tmp_path, caplog):
     out = convert(tiny, "2b", tmp_path / "out")
     (out / "old").touch()
     parts = ("--transformer_ckpt_path", tiny.folder / "2b", "--output_path", out)
-    assert "exists: give --overwrite" in mistake(caplog, *parts)
+    assert "exists; give --overwrite" in mistake(caplog, *parts)
     assert run(*parts, "--overwrite") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and [path.name for path in out.iterdir()] == [
         "transformer"
@@ -204,7 +204,7 @@ def test_mistakes_are_told_before_pytorch_comes_in(tiny, tmp_path):
         ],
         "nothing to convert": ["--output_path", out],
         "--fp16 and --bf16": ["--transformer_ckpt_path", network, "--output_path", out, "--fp16", "--bf16"],
-        "exists: give --overwrite": ["--transformer_ckpt_path", network, "--output_path", str(tmp_path)],
+        "exists; give --overwrite": ["--transformer_ckpt_path", network, "--output_path", str(tmp_path)],
         "--output_path": ["--transformer_ckpt_path", network],
         "--lora_load needs": ["--vae_ckpt_path", network, "--lora_load", network, "--output_path", out],
         "is not a positive number": ["--vae_ckpt_path", network, "--scaling_factor", "-1", "--output_path", out],

@@ -176,7 +176,7 @@ def test_latents_without_a_word_need_a_configuration(tiny, made, tmp_path, caplo
     assert (meta["fps"], meta["size"], len(frames)) == (24, (48, 32), 9)
     assert not found(tmp_path / "out", ".json")
     assert main([*command, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "exists: give --overwrite" in caplog.text
+    assert "exists; give --overwrite" in caplog.text
     assert main([*command, "--output_dir", str(tmp_path / "out"), "--skip_existing"]) == 0
 
 

@@ -126,7 +126,7 @@ def test_a_file_that_exists_stays(adapted, tmp_path, caplog):
     file = export(adapted.folder / "run", tmp_path)
     before = file.read_bytes()
     command = ["--sat_pt_path", adapted.folder / "run", "--lora_save_directory", tmp_path, "--lora_alpha", "9"]
-    assert f"{file} exists: give --overwrite" in error_of(main, caplog, *command)
+    assert f"{file} exists; give --overwrite" in error_of(main, caplog, *command)
     assert file.read_bytes() == before
     export(adapted.folder / "run", tmp_path, "--lora_alpha", "9", "--overwrite")
     assert file.read_bytes() != before

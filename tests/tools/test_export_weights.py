@@ -44,8 +44,8 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, caplog):
     torch.save({"module": {"layer.weight": torch.tensor([1e6])}}, tmp_path / "large.pt")
     before = sorted(tmp_path.rglob("*"))
     for given, output, says in (
-        (checkpoint, "a.pt", "ends with .safetensors"),
-        (checkpoint, "there.safetensors", "exists: give --overwrite"),
+        (checkpoint, "a.pt", "end with .safetensors"),
+        (checkpoint, "there.safetensors", "exists; give --overwrite"),
         (tmp_path / "gone", "a.safetensors", "gone does not exist"),
         (tmp_path / "large.pt", "a.safetensors", "layer.weight is not finite, or too large for float16"),
     ):

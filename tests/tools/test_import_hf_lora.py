@@ -196,7 +196,7 @@ def test_bad_files(exported, tmp_path, caplog, monkeypatch):
     assert "the hub did not give pytorch_lora_weights.safetensors" in message("someone/no-such-lora-here")
     (tmp_path / "there").mkdir()
     text = error_of(main, caplog, "--lora_path", exported, "--output", tmp_path / "there")
-    assert "exists: give --overwrite" in text
+    assert "exists; give --overwrite" in text
     text = error_of(main, caplog, "--lora_path", exported, "--output", exported.parent, "--overwrite")
     assert "is read from and cannot be written to" in text and exported.exists()
 

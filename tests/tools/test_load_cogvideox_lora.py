@@ -150,7 +150,7 @@ def test_mistakes(folder, tmp_path, image, caplog, monkeypatch):
 
     existing = tmp_path / "mine.mp4"
     existing.write_text("mine")
-    assert "exists: give --overwrite" in error_of(main, caplog, *command(folder, existing))
+    assert "exists; give --overwrite" in error_of(main, caplog, *command(folder, existing))
     assert existing.read_text() == "mine"
     monkeypatch.setattr("tools.load_cogvideox_lora.find_spec", lambda name: None)
     assert "pip install diffusers peft" in message()

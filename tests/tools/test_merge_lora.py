@@ -188,7 +188,7 @@ def test_bad_input(adapted, tmp_path, caplog):
 def test_what_exists_is_replaced_only_when_told_and_never_what_is_read(adapted, tmp_path, caplog):
     base, run = adapted.folder / "base", adapted.folder / "run"
     first = merge(base, tmp_path / "out", "--lora", run)
-    assert "exists: give --overwrite" in error_of(
+    assert "exists; give --overwrite" in error_of(
         main, caplog, "--load", base, "--lora", run, "--output", tmp_path / "out"
     )
     second = merge(base, tmp_path / "out", "--lora", f"{run}:2", "--overwrite")

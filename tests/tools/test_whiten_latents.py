@@ -130,13 +130,13 @@ def test_the_map_changes_latents_least():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--output", "vae.pt"], "ends with .safetensors"),
+        (["--output", "vae.pt"], "end with .safetensors"),
         (["--num_clips", "0"], "--num_clips must be at least 1, got 0"),
         (["--data", "{folder}/cache"], "has latents"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--ckpt", "/nowhere.pt"], "/nowhere.pt does not exist"),
         (["--near", "/nowhere.pt"], "/nowhere.pt does not exist"),
-        (["--output", "{folder}/there.safetensors"], "exists: give --overwrite"),
+        (["--output", "{folder}/there.safetensors"], "exists; give --overwrite"),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, caplog, more, says):

@@ -1,1 +1,1 @@
-"""What commands share before they do their work: flags, launchers, paths of inputs, exit codes."""
+"""Prepare commands: flags, launchers, paths of inputs, exit codes."""

@@ -1,4 +1,4 @@
-"""Command-line flags that answer to both spellings: `--output_dir` and `--output-dir`.
+"""Parse command-line flags in both spellings: `--output_dir` and `--output-dir`.
 
 Nothing here imports PyTorch.
 """
@@ -12,7 +12,10 @@ from sgm.errors import UserError
 
 
 class EitherSpellingParser(argparse.ArgumentParser):
-    """Takes `-` for `_` and `_` for `-` within the names of flags, `--no-` included; values stay as they are."""
+    """Parser that takes `-` for `_` and `_` for `-` in the names of flags, `--no-` included.
+
+    Values are not changed.
+    """
 
     def parse_known_args(  # type: ignore[override]  # typeshed has an overload for each kind of namespace
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -25,14 +28,14 @@ class EitherSpellingParser(argparse.ArgumentParser):
 
 
 class StrictParser(EitherSpellingParser):
-    """A mistake on its command line is a UserError, which the command reports as all others."""
+    """Parser that raises UserError for a mistake, so that the command reports it like others."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def _known_spelling(word: str, known: dict[str, str]) -> str:
-    """Return `word` with the name of its flag as the parser spells it, if the parser knows the flag."""
+    """Return `word` with its flag in the parser's spelling, if the parser knows the flag."""
     if not word.startswith("--"):
         return word
     name, separator, value = word.partition("=")

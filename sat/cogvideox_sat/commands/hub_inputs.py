@@ -1,4 +1,4 @@
-"""Find files and folders that are named by a path, or by the name of a repository on the Hugging Face hub."""
+"""Find files and folders by path, or by the name of a repository on the Hugging Face hub."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,14 +9,15 @@ from sgm.errors import UserError
 
 
 def local_file(path: str | Path, name: str, argument: str) -> Path:
-    """Return the file or folder that a path means, else the file `name` of the hub's repository `path`, downloaded.
+    """Return the file or folder at a path, or the downloaded file `name` of a hub repository.
 
     Args:
-        path: looked for as `find_input` does.
-        argument: what names it, for messages.
+        path: a path, looked for as `find_input` does; if it does not exist, the name of a repository.
+        name: the file in the repository.
+        argument: the argument that gives the path, for messages.
 
     Raises:
-        UserError: neither of the two exists.
+        UserError: neither the path nor the file in the repository exists.
     """
 
     def download() -> str:
@@ -30,11 +31,15 @@ def local_file(path: str | Path, name: str, argument: str) -> Path:
 def local_folder(
     path: str | Path, patterns: Sequence[str], argument: str, revision: str | None, cache_dir: Path | None
 ) -> Path:
-    """Return the folder that a path means, as `local_file`, else the files of a repository that match `patterns`.
+    """Return the folder at a path, or downloaded files of a hub repository by `patterns`.
 
     Args:
+        path: a path or the name of a repository, as in `local_file`.
         revision: of the repository; None: its main branch.
-        cache_dir: where downloads are kept; None: the hub's cache.
+        cache_dir: folder for downloads; None: the hub's cache.
+
+    Raises:
+        UserError: the path is a file, or neither the path nor the repository exists.
     """
 
     def download() -> str:
@@ -53,7 +58,7 @@ def _from_hub(repository: str, wanted: str, argument: str, download: Callable[[]
         raise UserError(not_found(argument, repository))
     try:
         return Path(download())
-    # Every version has other classes for a repository that is missing, private, or out of reach.
+    # Each version of huggingface_hub has other errors for a repository that is missing, private or out of reach.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

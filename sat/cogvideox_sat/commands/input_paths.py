@@ -1,7 +1,7 @@
-"""Find files and folders that are read: relative to the current working directory, then relative to the root of
-the repository, so that a command works from `sat/` as well.
+"""Find input files and folders: in the current working directory, then in the repository.
 
-Nothing here imports PyTorch.
+Relative paths are resolved against the current working directory first and the repository's root second, so that a
+command also works from `sat/`. Nothing here imports PyTorch.
 """
 
 import logging
@@ -20,19 +20,21 @@ _notes: list[str] = []  # sentences for the log
 
 
 def find_input(path: str | Path, argument: str) -> Path | None:
-    """Return the file or folder that `path` means; None if it does not exist. `tell_places` logs which one it is.
+    """Return the file or folder that `path` names; None if it does not exist.
+
+    `tell_places` logs which one it is.
 
     Args:
-        path: an absolute path stands for itself; `~` is the home directory.
-        argument: what names the path, for the log.
+        path: absolute, or relative to one of the two places; `~` is the home directory.
+        argument: the argument that gives the path, for the log.
 
     Returns:
-        `path` as it is if it exists from the current working directory, else an absolute path.
+        `path` itself if it exists from the current working directory, else an absolute path.
     """
     path = Path(path)
     candidates = [path, ROOT / path]
     if _is_home(path):
-        with suppress(RuntimeError):  # there is no home directory
+        with suppress(RuntimeError):  # the user has no home directory
             candidates = [path.expanduser()]
     for candidate in candidates:
         with suppress(OSError, ValueError):  # a name that is too long for the file system, or holds NUL
@@ -43,10 +45,10 @@ def find_input(path: str | Path, argument: str) -> Path | None:
 
 
 def required_input(path: str | Path, argument: str) -> Path:
-    """Return the file or folder that `path` means, as `find_input` does.
+    """Return the file or folder that `path` names, as `find_input` does.
 
     Raises:
-        UserError: it is in neither place.
+        UserError: it exists in neither place.
     """
     found = find_input(path, argument)
     if found is None:
@@ -55,9 +57,10 @@ def required_input(path: str | Path, argument: str) -> Path:
 
 
 def named_place(path: Path, found: Path) -> Path:
-    """Return the path beside which outputs go that belong beside an input: `found`, if the current folder has it.
+    """Return the path beside which outputs that belong to an input are written.
 
-    For an input from the repository's root it is the path as it was given: outputs go to the current working directory.
+    This is `found` if the current working directory has the input. For an input from the repository's root it is the
+    path as given, so that outputs go to the current working directory.
     """
     return found if path.is_absolute() or _is_home(path) else path
 
@@ -67,7 +70,7 @@ def _is_home(path: Path) -> bool:
 
 
 def _tell_place(path: Path, found: Path, argument: str) -> None:
-    """Log where a relative path was found, unless that is the only place it can be."""
+    """Note where a relative path was found, unless there is only one place for it."""
     if path.is_absolute() or _is_home(path) or Path.cwd() == ROOT:
         return
     if found.is_absolute():
@@ -82,9 +85,10 @@ def _note(sentence: str) -> None:
 
 
 def tell_places() -> None:
-    """Log where inputs were found, once all of them are: a mistake among them is to be the only line.
+    """Log where inputs were found.
 
-    The first of several processes speaks for all.
+    Call this once all inputs are found: if one is missing, its error is the only line. Only the first of several
+    processes logs.
     """
     if is_first_process():
         for sentence in _notes:
@@ -93,9 +97,10 @@ def tell_places() -> None:
 
 
 def find_pattern(pattern: str, argument: str) -> str:
-    """Return a pattern of file names (`shards/*.tar`, `{000..010}.tar`) such that it matches, as `find_input` does.
+    """Return a pattern of file names, relative to the place where it matches.
 
-    A pattern that matches nothing is returned as it is.
+    Patterns are such as `shards/*.tar` or `{000..010}.tar`. A pattern that matches in neither place is returned
+    unchanged.
     """
     names = re.sub(r"\{[^}]*\}", "*", pattern)
     if Path(pattern).is_absolute() or any(Path().glob(names)) or not any(ROOT.glob(names)):
@@ -105,7 +110,10 @@ def find_pattern(pattern: str, argument: str) -> str:
 
 
 def located(path: Any, argument: str) -> Any:
-    """Return `path` where it exists; what is no path, a URL, or in neither place is returned as it is."""
+    """Return `path` as found by `find_input`.
+
+    A URL, a value that is not a path, and a path that exists in neither place are returned unchanged.
+    """
     if isinstance(path, list):
         return [located(item, argument) for item in path]
     if isinstance(path, dict) and "path" in path:
@@ -119,12 +127,12 @@ def located(path: Any, argument: str) -> Any:
 
 
 def not_found(argument: str, path: str | Path) -> str:
-    """Return the message for an input that is in neither place."""
+    """Return the message for an input that exists in neither place."""
     return f"{argument}: {path} does not exist{places(path)}"
 
 
 def places(path: str | Path) -> str:
-    """Return the end of such a message, which names both places; nothing where there is only one."""
+    """Return the end of such a message, which names both places; "" if there is only one."""
     path = Path(path)
     if path.is_absolute() or _is_home(path) or Path.cwd() == ROOT:
         return ""

@@ -1,7 +1,7 @@
-"""Read what launchers tell a process: torchrun and DeepSpeed, mpirun, and srun, by variables and by flags.
+"""Read the variables and flags that launchers give a process.
 
-All of them are turned into torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT), which are what the commands read. Nothing here imports PyTorch.
+The launchers are torchrun, DeepSpeed, mpirun and srun. Their variables are turned into torchrun's (RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which the commands read. Nothing here imports PyTorch.
 """
 
 import argparse
@@ -18,19 +18,20 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Ports below those that Linux gives to outgoing connections, so that none is in use by chance.
+# Ports below those of Linux's outgoing connections, so that none of these is in use by chance.
 FIRST_PORT, PORTS = 20000, 12000
 DEFAULT_PORT = 29500
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process among those that a launcher started.
+    """One of the processes that a launcher started.
 
-    Args:
+    Attributes:
         launcher: the launcher's name, for messages.
-        local_rank, local_size: place and number on this machine; None: the launcher does not say.
-        job: names the launch; the same text in all of its processes, and another in other launches on the machine.
+        rank, size: number of this process, and number of processes.
+        local_rank, local_size: the same on this machine; None: the launcher does not say.
+        job: a text that is the same in all processes of a launch and differs between launches on one machine.
         hosts: the nodes in order, as SLURM writes them; None: the launcher does not say.
     """
 
@@ -49,9 +50,9 @@ class Launch:
 
 
 def adopt_launcher() -> None:
-    """Set torchrun's variables from those of mpirun or srun, where such a launcher started several processes.
+    """Set torchrun's variables from mpirun's or srun's, if it started several processes.
 
-    Variables of torchrun's that are set already stay as they are.
+    Variables of torchrun that are already set are kept.
 
     Raises:
         UserError: the variables contradict each other, or do not say where the first process is.
@@ -62,18 +63,19 @@ def adopt_launcher() -> None:
         rank = _number(os.environ, "RANK")
         if own_size < 1 or (rank is not None and not 0 <= rank < own_size):
             raise UserError(
-                f"RANK is {rank} and WORLD_SIZE {own_size}: ranks are from 0 to WORLD_SIZE - 1; unset both to run alone"
+                f"RANK is {rank} and WORLD_SIZE {own_size}, but ranks are from 0 to WORLD_SIZE - 1; unset both to run "
+                "one process"
             )
         if own_size == 1 and launch and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise UserError(
-                f"WORLD_SIZE is 1, but {launch.launcher} started {launch.size} processes, which would all do the same: "
+                f"WORLD_SIZE is 1, but {launch.launcher} started {launch.size} processes, which would all do the same; "
                 f"unset RANK and WORLD_SIZE, or start without {launch.launcher}"
             )
         return
     if launch is None:
         return
     if not 0 <= launch.rank < launch.size:
-        raise UserError(f"{launch.launcher} says rank {launch.rank} of {launch.size}: start with torchrun instead")
+        raise UserError(f"{launch.launcher} says rank {launch.rank} of {launch.size}; start with torchrun instead")
     variables: dict[str, int | str] = {"RANK": launch.rank, "WORLD_SIZE": launch.size}
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     variables["MASTER_ADDR"] = address or first_address(launch)
@@ -81,7 +83,7 @@ def adopt_launcher() -> None:
     local_rank = os.environ.get("LOCAL_RANK", launch.local_rank)
     if local_rank is None:
         raise UserError(
-            f"{launch.launcher} does not say which processes share a machine: set LOCAL_RANK, or start with torchrun"
+            f"{launch.launcher} does not say which processes share a machine; set LOCAL_RANK, or start with torchrun"
         )
     variables["LOCAL_RANK"] = local_rank
     if launch.local_size is not None:
@@ -98,7 +100,7 @@ def adopt_launcher() -> None:
 
 
 def is_first_process() -> bool:
-    """Return whether this process has rank 0, or is alone; it may be asked before `adopt_launcher`."""
+    """Return whether this process has rank 0 or is alone, also before `adopt_launcher`."""
     try:
         rank = _number(os.environ, "RANK")
         launch = None if rank is not None else detect_launch(os.environ)
@@ -108,16 +110,16 @@ def is_first_process() -> bool:
 
 
 def check_alone(name: str) -> None:
-    """Check that a launcher did not start several processes of the tool `name`, which would all do the same."""
+    """Check that a launcher started only one process of the tool `name`, else raise UserError."""
     launch, size = detect_launch(os.environ), _number(os.environ, "WORLD_SIZE")
     if (size or 1) > 1 or launch:
-        raise UserError(f"{name} is one process, but a launcher started several: start it with python alone")
+        raise UserError(f"{name} is one process, but a launcher started several; start it with python alone")
 
 
 def detect_launch(variables: Mapping[str, str]) -> Launch | None:
-    """Return what mpirun or srun says of this process; None where they started a single one, or were not used.
+    """Return the launch that mpirun's or srun's variables describe; None for a single process.
 
-    srun counts only where it started this very step: a script of sbatch has SLURM_NTASKS too, for a single process.
+    srun counts only if it started this step: an sbatch script has SLURM_NTASKS too, but is a single process.
     """
     step_tasks = _number(variables, "SLURM_STEP_NUM_TASKS") or 1
     if (size := _number(variables, "OMPI_COMM_WORLD_SIZE")) is not None:
@@ -150,7 +152,7 @@ def detect_launch(variables: Mapping[str, str]) -> Launch | None:
 
 
 def _tasks_of_node(counts: str, node: int) -> int | None:
-    """Return the number at place `node` of SLURM's list of numbers, such as `4(x2),3`; None if the list is shorter."""
+    """Return the number for a node in SLURM's list, such as `4(x2),3`; None if it is shorter."""
     numbers: list[int] = []
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         numbers += [int(count)] * int(repeats or 1)
@@ -169,38 +171,38 @@ def _mpi(launcher: str, variables: Mapping[str, str], prefix: str, size: int, jo
 
 
 def first_address(launch: Launch) -> str:
-    """Return where the first process is: this machine, or the first of the step's nodes.
+    """Return the address of the first process: this machine, or the first of the step's nodes.
 
     Raises:
-        UserError: the launcher does not say.
+        UserError: the launcher does not give it.
     """
     if launch.local_size == launch.size:
         return "127.0.0.1"
     if launch.hosts:
         return first_host(launch.hosts)
     raise UserError(
-        f"MASTER_ADDR is not set, and {launch.launcher} does not say where its first process is: set MASTER_ADDR to "
+        f"MASTER_ADDR is not set, and {launch.launcher} does not say where its first process is; set MASTER_ADDR to "
         "the name of that machine in all processes, or start with torchrun"
     )
 
 
 def first_host(nodes: str) -> str:
-    """Return the first name of SLURM's list of nodes: `gpu003` of `gpu[003-007,9],cpu1`."""
+    """Return the first name in SLURM's list of nodes: `gpu003` for `gpu[003-007,9],cpu1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     assert first is not None, "it matches the empty text"
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _port(job: str) -> int:
-    """Return the port of a launch: the same in all its processes, and very likely different between launches."""
+    """Return the port of a launch, which all its processes compute; other launches differ."""
     return FIRST_PORT + zlib.crc32(job.encode()) % PORTS if job.strip(".") else DEFAULT_PORT
 
 
 def _number(variables: Mapping[str, str], name: str) -> int | None:
-    """Return the number in a variable; None where the variable is not set.
+    """Return the number in a variable; None if the variable is not set.
 
     Raises:
-        UserError: the variable is set to something else.
+        UserError: the variable holds something else.
     """
     value = variables.get(name)
     if value is None or not value.strip():
@@ -215,7 +217,7 @@ def _required(variables: Mapping[str, str], name: str) -> int:
     value = _number(variables, name)
     if value is None:
         raise UserError(
-            f"the environment variable {name} is not set, though its launcher's others are; start with torchrun"
+            f"the environment variable {name} is not set, but others of its launcher are; start with torchrun"
         )
     return value
 
@@ -226,25 +228,30 @@ def _required(variables: Mapping[str, str], name: str) -> int:
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser, ignored: Sequence[str] = ()) -> None:
-    """Let `parser` take the flags that launchers and older scripts add to every command.
+    """Let `parser` accept the flags that launchers and older scripts add to every command.
 
     Args:
-        ignored: names of arguments of SwissArmyTransformer's own trainer; they are taken and not used.
+        ignored: names of arguments of SwissArmyTransformer's trainer, which are accepted but not used.
     """
     group = parser.add_argument_group("from launchers and older scripts")
     group.add_argument(
-        "--local_rank", type=int, metavar="N", help="place on this machine; LOCAL_RANK in the environment wins"
+        "--local_rank",
+        type=int,
+        metavar="N",
+        help="number of the process on this machine; LOCAL_RANK in the environment takes precedence",
     )
-    group.add_argument("--deepspeed", action="store_true", help="taken and not needed: training always uses DeepSpeed")
+    group.add_argument(
+        "--deepspeed", action="store_true", help="accepted but not needed: training always uses DeepSpeed"
+    )
     group.add_argument("--deepspeed_config", metavar="FILE", help="JSON or YAML, merged over the section deepspeed:")
     for name in set(ignored) - {"local_rank"}:
         group.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
 
 
 def take_launcher_flags(given: dict[str, Any], ignored: Sequence[str] = ()) -> Path | None:
-    """Take the flags of `add_launcher_flags` out of what the command line gave; return `--deepspeed_config`."""
+    """Remove the flags of `add_launcher_flags` from `given`; return `--deepspeed_config`."""
     local_rank = given.pop("local_rank", None)
-    if local_rank is not None and local_rank >= 0:  # -1 is how scripts say "not distributed"
+    if local_rank is not None and local_rank >= 0:  # scripts give -1 for "not distributed"
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     given.pop("deepspeed", None)
     if unused := [name for name in ignored if name in given]:

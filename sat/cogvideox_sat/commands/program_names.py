@@ -1,4 +1,4 @@
-"""What a user types to start a program: a script of the repository, or the command `cogvideox` of the package.
+"""Name programs as the user starts them: as scripts, or as the command `cogvideox`.
 
 Nothing here imports PyTorch.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from cogvideox_sat.files.shipped import INSTALLED, ROOT
 
 COMMAND = "cogvideox"
-MODULE = "cogvideox_sat.command_line"  # what torchrun starts
+MODULE = "cogvideox_sat.command_line"  # the module that torchrun starts
 SCRIPTS = {
     "inference.sh": "sample",
     "sat/sample_video.py": "sample",
@@ -19,7 +19,7 @@ SCRIPTS = {
     "sat/train_vae.py": "train-vae",
     "tools/estimate_memory.py": "memory",
 }
-# What `cogvideox convert` takes: tools/NAME.py.
+# Subcommands of `cogvideox convert`: tools/NAME.py.
 TOOLS = {
     "convert_weight_hf2sat": "a pipeline of diffusers to checkpoints and configurations",
     "convert_weight_sat2hf": "a checkpoint to a pipeline of diffusers",
@@ -36,18 +36,18 @@ _START = re.compile(
 
 
 def by_command() -> bool:
-    """Return whether this program was started as `cogvideox`, or is installed without its scripts."""
+    """Return whether this program was started as `cogvideox`, or is installed without scripts."""
     return INSTALLED or sys.argv[0].partition(" ")[0] == COMMAND
 
 
 def as_started(text: str, runnable: bool = False) -> str:
-    """Return a text such that the scripts it names are what the user has: `cogvideox` where that is what runs.
+    """Return a text that names the commands of `cogvideox` instead of scripts, if that runs.
 
-    Scripts without a command of their own stay as they are.
+    Scripts without a command of their own are not replaced.
 
     Args:
-        runnable: the text is a command to copy, so that outside of the repository's root it names scripts by their
-            absolute paths.
+        runnable: the text is a command to copy: outside of the repository's root it names scripts by their absolute
+            paths.
     """
     if by_command():
         return _START.sub(_command, text)

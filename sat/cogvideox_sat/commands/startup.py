@@ -1,4 +1,4 @@
-"""Start a command before PyTorch is imported: libraries that keep quiet, and one line for each mistake."""
+"""Start a command before PyTorch is imported, with quiet libraries and one-line errors."""
 
 import logging
 import os
@@ -12,18 +12,20 @@ from cogvideox_sat.commands.launchers import adopt_launcher, is_first_process
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
 
-# Seconds that the first of several processes has to tell of a mistake which all of them find. Its launcher then ends
-# the others, who would say the same.
+# Seconds that the first of several processes has to report an error that all of them find. Its launcher then ends the
+# other processes, which would report the same.
 SILENCE = 5
 
 
 def quiet_libraries() -> None:
-    """Keep what libraries say at import off the terminal; their errors still show."""
+    """Keep messages that libraries print at import off the terminal, except errors."""
     os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', while it loads the text encoder
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers, while it loads the text encoder
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: record.levelno >= logging.ERROR
+    )  # DeepSpeed sets its own level
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
@@ -37,7 +39,8 @@ def run_command(
     """Return the exit code of `train(plan())`.
 
     Args:
-        plan: looks at arguments and files alone, and raises UserError for any mistake in them.
+        plan: a function that reads only arguments and files, and raises UserError for a mistake in them.
+        train: a function that does the work and returns an exit code.
         command_line: see `exit_code`.
     """
     leads = is_first_process()

@@ -1,4 +1,4 @@
-"""The command lines of tools that turn files into files."""
+"""Parse and check the command lines of tools that turn files into files."""
 
 import argparse
 import difflib
@@ -21,7 +21,7 @@ from sgm.exit_codes import exit_code
 
 
 class ToolParser(StrictParser):
-    """Takes its help from the tool's docstring."""
+    """Parser whose help is the tool's docstring."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -32,7 +32,10 @@ class ToolParser(StrictParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error too")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # typeshed has an overload for each kind of namespace
-        """Return the options of a command line; a flag that does not exist is told before one that is missing."""
+        """Return the options of a command line.
+
+        A flag that does not exist is reported before one that is missing.
+        """
         given = sys.argv[1:] if args is None else list(args)
         for word in given[: given.index("--") if "--" in given else None]:
             flag = word.partition("=")[0]
@@ -45,45 +48,49 @@ class ToolParser(StrictParser):
         return super().parse_args(args, namespace)
 
     def knows(self, flag: str) -> bool:
-        """Return whether there is a flag, in either spelling."""
+        """Return whether a flag exists, in either spelling."""
         return flag.replace("-", "_") in self.flags()
 
     def flags(self) -> dict[str, str]:
-        """Return all flags by their spelling with `_` alone."""
+        """Return all flags by their spelling with `_`."""
         return {flag.replace("-", "_"): flag for flag in self._option_string_actions}
 
     def add_writing_arguments(self) -> None:
-        """`--dry_run` and `--overwrite`."""
+        """Add `--dry_run` and `--overwrite`."""
         self.add_argument("--dry_run", action="store_true", help="show what would be written, check it, write nothing")
         self.add_argument("--overwrite", action="store_true", help="replace what exists")
 
 
 def check_output(path: Path, options: argparse.Namespace, sources: Iterable[Path | None] = ()) -> None:
-    """Raises UserError if what is to be written exists and was not said to be replaced, or holds one of `sources`."""
+    """Check that an output may be written.
+
+    Raises:
+        UserError: it exists and `--overwrite` is not given, or it holds one of `sources`.
+    """
     if not path.exists():
         return
     if not options.overwrite and not options.dry_run:
-        raise UserError(f"{path} exists: give --overwrite to replace it, or another name")
+        raise UserError(f"{path} exists; give --overwrite to replace it, or another name")
     if any(source and source.resolve().is_relative_to(path.resolve()) for source in sources):
-        raise UserError(f"{path} is read from and cannot be written to: choose another name")
+        raise UserError(f"{path} is read from and cannot be written to; choose another name")
 
 
 def check_safetensors_name(output: Path) -> None:
-    """Raises UserError unless `--output` names a safetensors file."""
+    """Check that `--output` names a safetensors file, else raise UserError."""
     if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: the name of a safetensors file ends with .safetensors")
+        raise UserError(f"--output {output}: not the name of a safetensors file; let the name end with .safetensors")
 
 
 def locate_inputs(options: argparse.Namespace, *names: str) -> list[Path]:
-    """Return the files and folders that are to be read, and let the options be these.
+    """Return the files and folders that are read, and replace the options by them.
 
     They are looked for in the current working directory, then in the repository's root: `input_paths.find_input`.
 
     Args:
-        names: of the options that hold a path, a list of paths, or None.
+        names: the options; each holds a path, a list of paths, or None.
 
     Raises:
-        UserError: one is in neither place.
+        UserError: a path exists in neither place.
     """
     located = []
     for name in names:
@@ -98,15 +105,15 @@ def locate_inputs(options: argparse.Namespace, *names: str) -> list[Path]:
 
 
 def locate_image(options: argparse.Namespace, name: str) -> None:
-    """Let an option be the file that it names, as `locate_inputs`; a folder is refused."""
+    """Replace an option by the file that it names, as `locate_inputs`; a folder is refused."""
     given = getattr(options, name)
     (path,) = locate_inputs(options, name)
     if not path.is_file():
-        raise UserError(f"--{name}: {given} is no file; name an image")
+        raise UserError(f"--{name}: {given} is not a file; name an image")
 
 
 def positive(text: str) -> float:
-    """An argument that is a finite number above zero."""
+    """Return a command-line argument as a finite number above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -114,7 +121,10 @@ def positive(text: str) -> float:
 
 
 def run_tool(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None, name: str) -> int:
-    """Run a tool; its exit code: 0, 2 for a mistake, which is logged in one line, 130 when interrupted."""
+    """Run a tool and return its exit code.
+
+    The exit code is 0, 2 for a user's error, which is logged in one line, or 130 after an interruption.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # a tool may download for an hour
     quiet_libraries()

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, hashed, named, found."""
+"""Write files atomically; hash, name and find files."""

@@ -1,4 +1,7 @@
-"""Files and folders that appear when they are complete, or not at all. Nothing here imports PyTorch."""
+"""Write files and folders atomically: they appear when they are complete, or not at all.
+
+Nothing here imports PyTorch.
+"""
 
 import os
 import tempfile
@@ -15,14 +18,15 @@ from sgm.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPARE_BYTES = 1 << 22  # of a disk, for headers and small files
+SPARE_BYTES = 1 << 22  # bytes to keep free on a disk for headers and small files
 
 
 @contextmanager
 def replaced_when_complete(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it takes the name `path`, on disk, when the block ends well.
+    """Yield a temporary file beside `path`, which replaces `path` when the block succeeds.
 
-    After an exception it is removed. Missing parent folders are made.
+    The file's content is on the disk before it is renamed. After an exception the temporary file is removed. Missing
+    parent folders are made.
 
     Raises:
         UserError: the operating system refuses (permissions, disk full, ...).
@@ -44,11 +48,15 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder beside `folder` to write `needed` bytes to; it takes its name, and place, when the block ends
-    well, and is removed otherwise, with parent folders that were made for it.
+    """Yield a hidden folder beside `folder`, which replaces `folder` when the block succeeds.
+
+    After an exception the hidden folder and the parent folders made for it are removed.
+
+    Args:
+        needed: bytes that will be written.
 
     Raises:
-        UserError: the operating system refuses, or the disk has no room.
+        UserError: the operating system refuses, or the disk has too little free space.
     """
     with no_empty_folders(folder), reported_as_user_error(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +72,7 @@ def new_folder(folder: Path, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path, needed: int) -> Iterator[Path]:
-    """`new_folder` for a file."""
+    """Yield a temporary file beside `path`; otherwise the same as `new_folder`."""
     with no_empty_folders(path), reported_as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path, needed)
@@ -73,40 +81,40 @@ def new_file(path: Path, needed: int) -> Iterator[Path]:
 
 
 def write_safetensors(path: Path, weights: "Mapping[str, Tensor]") -> None:
-    """Write a `new_file` of contiguous tensors by name.
+    """Write contiguous tensors by name to a safetensors file, atomically.
 
     Raises:
-        UserError: the operating system refuses, or the disk has no room.
+        UserError: the operating system refuses, or the disk has too little free space.
     """
     from safetensors.torch import save
 
     with new_file(path, sum(tensor.nbytes for tensor in weights.values())) as part:
-        part.write_bytes(save(weights))  # save_file would make it readable by its owner only
+        part.write_bytes(save(weights))  # save_file would make the file readable only by its owner
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Raises UserError unless the disk of the folder of `path` has `needed` bytes free, and some to spare."""
+    """Check that a disk has `needed` bytes and some to spare for `path`, else raise UserError."""
     needed += SPARE_BYTES
     if free_bytes(path) < needed:
-        raise UserError(f"cannot write {path}: {room_in_words(path, needed)}: make room")
+        raise UserError(f"cannot write {path}: {room_in_words(path, needed)}; make room")
 
 
 @contextmanager
 def no_empty_folders(path: Path) -> Iterator[None]:
-    """Removes, after an exception, the parents of `path` that were made in the block."""
+    """Remove parents of `path` that were made in the block, if the block raises an exception."""
     missing = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         yield
     except BaseException:
         for parent in missing:
-            with suppress(OSError):  # never made, or someone else has put something there
+            with suppress(OSError):  # never made, or not empty
                 parent.rmdir()
         raise
 
 
 @contextmanager
 def reported_as_user_error(path: Path) -> Iterator[None]:
-    """Turns what the operating system refuses, however libraries say it, into a UserError about `path`."""
+    """Raise refusals of the operating system in the block as UserErrors about `path`."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Hashes of the content of files, such as checkpoints of many GB; remembered, so that a file is read once.
+"""Hash the content of files, such as checkpoints of many GB, and remember the hashes.
 
-The memory is `content_hashes.json` in `$XDG_CACHE_HOME/cogvideox-sat` (or `~/.cache`). A file counts as unchanged as
-long as its path, its size and its time of change are what they were. Nothing here imports PyTorch.
+They are stored in `content_hashes.json` in `$XDG_CACHE_HOME/cogvideox-sat` (or `~/.cache`). A file counts as unchanged
+as long as its path, size and time of change are the same. Nothing here imports PyTorch.
 """
 
 import fcntl
@@ -20,11 +20,11 @@ from cogvideox_sat.files.atomic import replaced_when_complete
 
 logger = logging.getLogger(__name__)
 
-PIECE = 2**24  # bytes read at once
+PIECE = 2**24  # bytes per read
 MOST_REMEMBERED = 2000  # files
-# A file that changed so recently may change again within the same tick of the file system's clock.
+# A file that changed less than this long ago may change again within one tick of the file system's clock.
 SETTLED_SECONDS = 2.0
-LOCK_SECONDS = 0.1  # between two looks whether another process is done
+LOCK_SECONDS = 0.1  # between two attempts to lock
 
 
 class Stopped(Exception):
@@ -32,13 +32,13 @@ class Stopped(Exception):
 
 
 def content_hash(files: Iterable[Path], stop: threading.Event | None = None) -> str:
-    """Return the hash of the content of files: for a single one what `sha256sum` prints, after `sha256:`.
+    """Return the hash of the content of files; for one file `sha256:` and its SHA-256.
 
-    For several ones it is the SHA-256 of lines `{hash of the content}  {name}`, sorted by name, so that a folder can be
-    moved as a whole.
+    For several files it is the SHA-256 of the lines `{hash of the content}  {name}`, sorted by name, so that a folder
+    can be moved as a whole.
 
     Args:
-        stop: when it is set, give up.
+        stop: when this is set, the computation ends.
 
     Raises:
         OSError: a file cannot be read.
@@ -53,7 +53,7 @@ def content_hash(files: Iterable[Path], stop: threading.Event | None = None) -> 
 
 
 def hash_of_file(path: Path, stop: threading.Event | None = None) -> str:
-    """Return the SHA-256 of a file's content as hexadecimal digits, always by reading it.
+    """Return the SHA-256 of a file's content as hexadecimal digits; always read the file.
 
     Raises:
         OSError: the file cannot be read.
@@ -68,11 +68,11 @@ def hash_of_file(path: Path, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- what is remembered
+# ---------------------------------------------------------------- remembering
 
 
 def memory_file() -> Path:
-    """Return the file in which hashes are remembered."""
+    """Return the file that stores the hashes."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "cogvideox-sat" / "content_hashes.json"
 
@@ -91,23 +91,23 @@ def _remembered_hash(path: Path, stop: threading.Event | None) -> str:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Return what changes when a file does: size, times of change in nanoseconds, and which file it is."""
+    """Return numbers that change with a file: size, times of change in nanoseconds, inode."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 @contextmanager
 def _alone(stop: threading.Event | None) -> Iterator[None]:
-    """Let one process at a time in, where the memory's folder can be written to.
+    """Let one process at a time run the block, if the folder of `memory_file` is writable.
 
     Raises:
-        Stopped: `stop` is set while another process is in.
+        Stopped: `stop` is set while another process runs it.
     """
     try:
         file = memory_file().with_suffix(".lock")
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("w")
-    except (OSError, RuntimeError):  # no home folder, or one that is read only
+    except (OSError, RuntimeError):  # no home folder, or a read-only one
         yield
         return
     with lock:
@@ -120,7 +120,7 @@ def _alone(stop: threading.Event | None) -> Iterator[None]:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Return whether the lock of a file was free, and is now this process's."""
+    """Return whether this process could lock a file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -131,7 +131,7 @@ def _locked(file: IO[str]) -> bool:
 def _recall() -> dict[str, Any]:
     try:
         content = json.loads(memory_file().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError, RecursionError):  # none yet, or spoilt: made anew
+    except (OSError, RuntimeError, ValueError, RecursionError):  # missing or damaged: it is made anew
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -144,7 +144,7 @@ def _remember(path: str, entry: dict[str, Any]) -> None:
     try:
         with replaced_when_complete(memory_file()) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except Exception as error:  # a full disk, say; the hash is computed again the next time
+    except Exception as error:  # for example a full disk; the hash is computed again the next time
         logger.debug("hashes are not remembered: %s", error)
 
 
@@ -152,10 +152,10 @@ def _remember(path: str, entry: dict[str, Any]) -> None:
 
 
 class BackgroundHashes:
-    """Hashes of named sets of files, computed in a thread of their own while something else goes on.
+    """Hashes of named sets of files, computed in a thread of their own.
 
     Args:
-        files: for each name, the files; none for what is not on this machine.
+        files: the files for each name; an empty list if they are not on this machine.
     """
 
     def __init__(self, files: dict[str, list[Path]]):
@@ -176,15 +176,15 @@ class BackgroundHashes:
                 self._hashes[name] = None
 
     def so_far(self) -> dict[str, str | None]:
-        """Return the hashes that are known by now."""
+        """Return the hashes that are complete."""
         return dict(self._hashes)
 
     def all(self) -> dict[str, str | None]:
-        """Return all hashes, once they are known; None for what is not on this machine or cannot be read."""
+        """Wait for all hashes and return them; None for files that are missing or unreadable."""
         self._thread.join()
         return dict(self._hashes)
 
     def close(self) -> None:
-        """Give up what is not known yet."""
+        """Stop the computation of the remaining hashes."""
         self._stop.set()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""A part of a file as a file of its own: a member of a tar file, read where it lies."""
+"""Read a part of a file, such as a member of a tar file, as a file of its own."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ class FilePart(io.RawIOBase):
     """Bytes `start` to `start + size` of the file `path`, read-only.
 
     Raises:
-        OSError: the file is missing, or ends before that.
+        OSError: the file is missing, or ends earlier.
     """
 
     def __init__(self, path: str | Path, start: int, size: int):

@@ -1,4 +1,4 @@
-"""Upload a folder to the Hugging Face hub, as the user that the hub's own client knows."""
+"""Upload a folder to the Hugging Face hub, as the user who is logged in to its client."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,9 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def check_logged_in() -> str:
-    """Return the name under which the hub's client uploads; asked for before hours go into what is uploaded.
+    """Return the user name under which the hub's client uploads.
+
+    Check this before spending hours on the files to upload.
 
     Raises:
         UserError: the client has no valid token, or the hub is out of reach.
@@ -20,7 +22,7 @@ def check_logged_in() -> str:
 
     try:
         return HfApi().whoami()["name"]
-    except Exception as error:  # every version has other classes for a token that is missing, refused, or out of reach
+    except Exception as error:  # each version has other errors for a missing or refused token
         raise UserError(f"--push_to_hub: {_reason(error)}; {LOG_IN}") from error
 
 
@@ -28,7 +30,7 @@ def upload(folder: Path, repository: str) -> str:
     """Upload a folder to a repository, which is made if it does not exist; return its address.
 
     Args:
-        repository: `user/name`, or `name` alone for the user that is logged in.
+        repository: `user/name`, or only `name` for the user who is logged in.
 
     Raises:
         UserError: the hub refuses.

@@ -1,20 +1,20 @@
-"""The file `latest` of a run: the name of its newest checkpoint, which lies beside it."""
+"""Read the file `latest` of a run, which holds the name of its newest checkpoint."""
 
 from pathlib import Path
 
 from sgm.errors import UserError, shown
 
-MOST_BYTES = 255  # of a name, on every file system in use
+MOST_BYTES = 255  # longest name of a file on common file systems
 
 
 def newest(folder: Path, argument: str) -> str | None:
-    """Return the name that the file `latest` in a folder holds; None where there is no such file.
+    """Return the name that the file `latest` in a folder holds; None if that does not exist.
 
     Args:
-        argument: that names the folder, for the message.
+        argument: the argument that names the folder, for the message.
 
     Raises:
-        UserError: the file cannot be read, or holds no name of a file or folder beside it.
+        UserError: the file cannot be read, or does not hold the name of a file or folder beside it.
     """
     file = folder / "latest"
     if not file.is_file():
@@ -30,5 +30,5 @@ def newest(folder: Path, argument: str) -> str | None:
         raise UserError(f"{argument}: {file} is not text; {advice}") from error
     is_name = name == Path(name).name and name not in ("", "..") and name.isprintable()
     if not is_name or len(name.encode()) > MOST_BYTES:
-        raise UserError(f"{argument}: {file} holds {shown(name)}, which is no name of a checkpoint; {advice}")
+        raise UserError(f"{argument}: {file} holds {shown(name)}, which is not the name of a checkpoint; {advice}")
     return name

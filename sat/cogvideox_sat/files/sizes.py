@@ -1,4 +1,7 @@
-"""Numbers of bytes: in words, and free on a disk. Nothing here imports PyTorch."""
+"""Write numbers of bytes in words, and count the free bytes of a disk.
+
+Nothing here imports PyTorch.
+"""
 
 import shutil
 from pathlib import Path
@@ -7,17 +10,17 @@ MIB, GIB = 2**20, 2**30
 
 
 def in_words(size: int) -> str:
-    """Return a number of bytes in GiB, or in MiB where it is small."""
+    """Return a number of bytes in GiB, or in MiB if it is small."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.2f} MiB"
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes that are free where `path` is to be; its folder may not be there, or not any more."""
+    """Return the free bytes of the disk that `path` is on; its folder need not exist."""
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     return shutil.disk_usage(folder).free
 
 
 def room_in_words(path: Path, needed: int | None) -> str:
-    """Return how many bytes are needed, if that is known, and how many are free where `path` is to be."""
+    """Return in words how many bytes are needed, if known, and free on the disk of `path`."""
     free = f"{in_words(free_bytes(path))} are free"
     return free if needed is None else f"{in_words(needed)} are needed, {free}"

@@ -1,6 +1,7 @@
-"""What a training state says beside its tensors: checked before a run goes on from it, whoever wrote or damaged it.
+"""Check the values of a training state, other than tensors, before a run resumes from it.
 
-A checker returns whether a value is what the run can go on with. Nothing here imports PyTorch.
+The state may be damaged or written by another program. A checker returns whether a run can resume with a value. Nothing
+here imports PyTorch.
 """
 
 import math
@@ -14,9 +15,9 @@ from sgm.errors import UserError, one_line, shown
 Checker = Callable[[Any], bool]
 
 HIGHEST = 2**53  # whole numbers up to here are the same in every reader of JSON
-# What reading and restoring values that do not fit may raise, in this project and in the libraries that take them.
+# Errors that reading and restoring unsuitable values may raise, in this project and in libraries.
 MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
-STATE_ERRORS = (LookupError, TypeError, AttributeError)  # of an optimizer whose state lacks what it keeps there
+STATE_ERRORS = (LookupError, TypeError, AttributeError)  # errors of an optimizer whose state is incomplete
 
 
 def whole(value: Any) -> bool:
@@ -55,14 +56,17 @@ def anything(value: Any) -> bool:
 
 
 def counters(value: Any) -> bool:
-    """Numbers, in mappings and lists of any depth; Lightning keeps the places of its loops so."""
+    """Return whether all values are numbers, in mappings and lists of any depth.
+
+    Lightning stores the positions of its loops in this form.
+    """
     if isinstance(value, Mapping):
         return all(map(text, value)) and all(map(counters, value.values()))
     return value is None or isinstance(value, bool) or number(value) or list_of(counters)(value)
 
 
 def phase(value: Any) -> bool:
-    """A group size of a batch's clips, and how many such groups were taken."""
+    """Return whether the value is a pair: a group size of clips, and a count of such groups."""
     return list_of(count, 2)(value) and value[0] > 0
 
 
@@ -100,15 +104,15 @@ VAE_RUN = {
 
 
 def find_misfit(values: Any, layout: Mapping[str, Any], place: str = "") -> str | None:
-    """Return what is wrong with the first value that does not fit, with its place; None if all do.
+    """Return the problem and place of the first value that does not fit; None if all fit.
 
     Args:
-        values: what was read.
-        layout: a checker for each key, or a layout of its own; a key that may be left out ends in a question mark.
-        place: of `values`, dotted.
+        values: the values that were read.
+        layout: for each key a checker, or another layout; an optional key ends with a question mark.
+        place: the dotted place of `values`.
     """
     if not isinstance(values, Mapping):
-        return f"{place or 'it'} is {shown(values)}, no mapping"
+        return f"{place or 'it'} is {shown(values)}, not a mapping"
     for key, checker in layout.items():
         name = key.removesuffix("?")
         there = f"{place}.{name}" if place else name
@@ -124,16 +128,16 @@ def find_misfit(values: Any, layout: Mapping[str, Any], place: str = "") -> str 
 
 
 def damaged(file: Path, reason: str) -> UserError:
-    """Return the error about a file of a checkpoint that a run cannot go on from."""
+    """Return the error about a file of a checkpoint from which a run cannot resume."""
     return UserError(f"resume: {file} is damaged: {one_line(reason, 300)}; name another checkpoint")
 
 
 @contextmanager
 def taken_from(file: Path, errors: tuple[type[Exception], ...] = MISFITS) -> Iterator[None]:
-    """Let values that the block cannot take be reported as damage of the file they come from.
+    """Report errors of the block, which takes values from a file, as damage of the file.
 
     Args:
-        errors: that mean this; by default all that a block may raise which does nothing but hand such values on.
+        errors: the errors to report so; by default all that may be raised by a block that only passes such values on.
 
     Raises:
         UserError: the values do not fit.
