@@ -46,7 +46,7 @@ def test_frames_are_spread_over_the_video(total, most, expected):
 def test_mistakes_are_named_and_leave_nothing(tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    for videos, says in (([], "no video to show"), ([("a", broken)], "broken.mp4 cannot be read")):
+    for videos, says in (([], "no videos to show"), ([("a", broken)], "broken.mp4 cannot be read")):
         with pytest.raises(UserError, match=says):
             write_contact_sheet(tmp_path / "sheet.png", videos)
     assert [path.name for path in tmp_path.iterdir()] == ["broken.mp4"]

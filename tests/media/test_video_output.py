@@ -170,7 +170,10 @@ def test_a_missing_ffmpeg_is_reported(tmp_path, monkeypatch):
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
-    with pytest.raises(UserError, match="no ffmpeg"), VideoWriter(tmp_path / "a.mp4", fps=8, height=16, width=16):
+    with (
+        pytest.raises(UserError, match="ffmpeg is not installed"),
+        VideoWriter(tmp_path / "a.mp4", fps=8, height=16, width=16),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 

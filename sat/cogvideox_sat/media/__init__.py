@@ -1,1 +1,1 @@
-"""Pictures and videos as files."""
+"""Read and write images and videos as files."""

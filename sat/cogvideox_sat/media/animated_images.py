@@ -1,4 +1,4 @@
-"""Animated GIF, WebP and PNG files as videos, with Pillow."""
+"""Read animated GIF, WebP and PNG files as videos, with Pillow."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from cogvideox_sat.media.frame_times import nearest_in_order
 from cogvideox_sat.media.image_inputs import to_rgb
 from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
-SHORTEST = 10  # milliseconds: browsers show frames of this duration, or a shorter one, for `USUAL`
+SHORTEST = 10  # milliseconds; browsers show frames of this duration or less for `USUAL`
 USUAL = 100  # milliseconds
 
 
 class Animation:
-    """See `media.video_reading.Video`. A picture that is not animated is a video of one frame."""
+    """Image file as a `media.video_reading.Video`; an image without animation has one frame."""
 
     def __init__(self, file: str | os.PathLike[str] | BinaryIO):
         self._owns_file = isinstance(file, str | os.PathLike)
@@ -41,7 +41,7 @@ class Animation:
 
     def all_frames(self) -> Iterator[np.ndarray]:
         for _, frame in self._frames():
-            yield np.array(frame)  # a copy, since PyTorch warns of arrays that cannot be written
+            yield np.array(frame)  # a copy, since PyTorch warns about read-only arrays
 
     def close(self) -> None:
         if self._owns_file:
@@ -54,7 +54,7 @@ class Animation:
         self.close()
 
     def _frames(self) -> Iterator[tuple[float, Image.Image]]:
-        """Yield the time and the picture of every frame, laid on white where it is transparent."""
+        """Yield the time and the image of every frame; transparent areas become white."""
         milliseconds = 0
         try:
             for number in range(getattr(self._image, "n_frames", 1)):

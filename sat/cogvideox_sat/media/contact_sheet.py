@@ -1,4 +1,4 @@
-"""One picture of many videos: for each a line of text and a row of frames."""
+"""Write one image of many videos: a line of text and a row of frames for each."""
 
 import io
 from collections.abc import Sequence
@@ -11,31 +11,31 @@ from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_reading import open_video
 from sgm.errors import UserError
 
-FRAMES = 9  # of a video at most, evenly spread over it, the first and the last among them
+FRAMES = 9  # most frames of a video, evenly spread, including the first and the last
 FRAME_HEIGHT = 128  # pixels
 GAP = 6
 FONT_SIZE = 16
 
 
 def write_contact_sheet(path: Path, videos: Sequence[tuple[str, Path]]) -> None:
-    """Write a PNG that shows videos, each with its text, one below the other.
+    """Write a PNG that shows videos below each other, each with its text.
 
     Args:
-        videos: texts and video files; all of these must exist.
+        videos: texts and existing video files.
 
     Raises:
-        UserError: there is none, one cannot be read, or the picture cannot be written.
+        UserError: there are no videos, a video cannot be read, or the image cannot be written.
     """
     if not videos:
-        raise UserError(f"{path}: there is no video to show")
+        raise UserError(f"{path}: no videos to show; sample some first")
     write_frames(path, [(text, _frames(file)) for text, file in videos])
 
 
 def write_frames(path: Path, videos: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
-    """Write a PNG that shows frames of videos, each row with its text.
+    """Write a PNG that shows frames of videos, one row for each video with its text.
 
     Raises:
-        UserError: the picture cannot be written.
+        UserError: the image cannot be written.
     """
     font = ImageFont.load_default(FONT_SIZE)
     rows = [(text, [_as_high_as_a_row(frame) for frame in frames]) for text, frames in videos]
@@ -58,7 +58,7 @@ def write_frames(path: Path, videos: Sequence[tuple[str, Sequence[Image.Image]]]
 
 
 def spread(total: int, most: int) -> list[int]:
-    """At most `most` of the numbers below `total`, evenly, the first and the last among them."""
+    """Return at most `most` evenly spaced numbers below `total`, including the first and last."""
     count = min(total, most)
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
@@ -79,7 +79,7 @@ def _as_high_as_a_row(frame: Image.Image) -> Image.Image:
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text, or as much of it as fits into so many pixels."""
+    """Return the text, shortened if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

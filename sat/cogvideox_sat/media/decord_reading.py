@@ -1,4 +1,7 @@
-"""Videos read with decord, for comparisons with runs that did so; see `video_reading.open_video` for its limits."""
+"""Read videos with decord, to compare with runs that used decord.
+
+See `video_reading.open_video` for its limits.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,17 +16,23 @@ from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip
 
 
 class DecordVideo:
-    """See `media.video_reading.Video`."""
+    """Video file as a `media.video_reading.Video`.
+
+    Args:
+        threads: number of decoding threads; 0: as many as there are cores.
+    """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryIO, threads: int = 1):
         import decord
 
-        decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's remarks on damaged files, reported otherwise
+        decord.logging.set_level(
+            decord.logging.QUIET
+        )  # FFmpeg's messages about damaged files, which are reported as UnreadableClip
         try:
-            # fault_tol: do not fill in damaged frames with copies of others without a word.
+            # fault_tol: do not silently replace damaged frames by copies of others.
             path_or_file = os.fspath(file) if isinstance(file, str | os.PathLike) else file
             self._reader = decord.VideoReader(path_or_file, num_threads=threads, fault_tol=1)
-        except Exception as error:  # decord's own, and what its binding raises
+        except Exception as error:  # errors of decord and of its binding
             raise UnreadableClip(NOT_A_VIDEO) from error
 
     @cached_property
@@ -50,10 +59,10 @@ class DecordVideo:
 
     @cached_property
     def _times(self) -> np.ndarray:
-        """Return the time of each frame, in seconds from the first: real time stamps, for videos of a variable rate."""
+        """Return the time of each frame, in seconds from the first; by time stamps if possible."""
         frames = len(self._reader)
         times = self._reader.get_frame_timestamp(range(frames))[:, 0].astype(np.float64)
-        if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):  # a container without them
+        if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):  # the container has no time stamps
             rate = self._reader.get_avg_fps()
             if not rate > 0:
                 raise UnreadableClip("it has neither time stamps nor a frame rate")

@@ -1,4 +1,7 @@
-"""A decoded frame as the picture that a player shows: right colours, upright, in square pixels, in standard range."""
+"""Convert a decoded frame to the image that a player shows.
+
+The image has the right colours, is upright, has square pixels and standard dynamic range.
+"""
 
 import struct
 from fractions import Fraction
@@ -11,10 +14,10 @@ from av.video.reformatter import ColorRange, ColorTrc, Interpolation, VideoRefor
 
 from cogvideox_sat.media.tone_mapping import ToneMap
 
-UNSPECIFIED, BT709, BT601 = 2, 1, 5  # matrices, as numbered in H.273
-LARGEST_SD = (1279, 576)  # width and height; players take what is larger and names no matrix for BT.709
-STRANGEST_PIXEL = 10  # ratio of its sides; beyond it the file is wrong, and players ignore it
-# swscale has a fast way from these, whose colours are at most 3 of 255 off, in limited range; from others it has none.
+UNSPECIFIED, BT709, BT601 = 2, 1, 5  # colour matrices, as numbered in H.273
+LARGEST_SD = (1279, 576)  # width and height; players assume BT.709 for larger videos that name no matrix
+STRANGEST_PIXEL = 10  # largest ratio of a pixel's sides; players ignore larger ones as mistakes
+# Formats that swscale converts fast, with errors of at most 3 of 255, in limited range.
 FAST_FORMATS = frozenset({"yuv420p", "yuv422p"})
 FAST = Interpolation.BICUBIC
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -22,11 +25,11 @@ HDR = frozenset({ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67})
 
 
 class FramePixels:
-    """Converts the frames of one stream.
+    """Converter of the frames of one stream.
 
     Args:
         pixel_shape: width of a pixel divided by its height; None: not known.
-        threads: 0: as many as there are cores.
+        threads: number of threads; 0: as many as there are cores.
     """
 
     def __init__(self, pixel_shape: Fraction | None, threads: int):
@@ -38,15 +41,15 @@ class FramePixels:
         self._tone_map: ToneMap | None = None
 
     def size(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return (width, height) of the picture that a frame becomes."""
+        """Return the (width, height) of the image that a frame becomes."""
         width, height = self._square(frame)
         return (height, width) if _orientation(frame)[0] else (width, height)
 
     def convert(self, frame: VideoFrame) -> np.ndarray:
-        """Return the picture of a frame: (height, width, 3), uint8, RGB.
+        """Return the image of a frame: (height, width, 3), uint8, RGB.
 
-        Pixels that are not square are enlarged in one direction, transparent ones are laid on white, and high dynamic
-        range is mapped to the standard one.
+        Pixels that are not square are enlarged in one direction, transparent areas become white, and high dynamic range
+        is mapped to standard dynamic range.
         """
         size = self._square(frame)
         if frame.color_trc in HDR:
@@ -60,7 +63,7 @@ class FramePixels:
         return _oriented(pixels, *_orientation(frame))
 
     def _square(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return width and height in square pixels, before the frame is turned; neither becomes smaller."""
+        """Return width and height in square pixels before rotation; neither becomes smaller."""
         if self.pixel_shape >= 1:
             return round(frame.width * self.pixel_shape), frame.height
         return frame.width, round(frame.height / self.pixel_shape)
@@ -81,11 +84,11 @@ class FramePixels:
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Return whether rows become columns, and whether the result is then mirrored from left to right and upside down.
+    """Return whether to transpose a frame, then mirror it horizontally, and vertically.
 
-    Other angles, which no camera writes, are rounded to the nearest quarter turn.
+    Angles that are not multiples of 90 degrees, which no camera writes, are rounded to the nearest multiple.
     """
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV's types know motion only
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV's types lack this one
     if matrix is None:
         return False, False, False
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # the point (x, y) goes to (a x + c y, b x + d y)
@@ -105,7 +108,7 @@ def _oriented(pixels: np.ndarray, transposed: bool, mirrored: bool, upside_down:
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """Return RGBA pixels (h, w, 4) laid on white: (h, w, 3), uint8."""
+    """Return RGBA pixels (h, w, 4) on a white background: (h, w, 3), uint8."""
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.min() == 255:
         return colour

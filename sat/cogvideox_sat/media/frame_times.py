@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-ROUNDING = 1e-4  # seconds, or frames: times in files are rounded, decord's are float32
+ROUNDING = 1e-4  # seconds, or frames: times in files are rounded, and decord's are float32
 COARSEST_ROUNDING = 6e-4  # seconds; Matroska rounds times to milliseconds
 
 Frame = TypeVar("Frame")
@@ -13,8 +13,10 @@ Pixels = TypeVar("Pixels")
 
 
 def nearest_frames(source_times: np.ndarray, times: np.ndarray, rounding: float = ROUNDING) -> np.ndarray:
-    """Return for each of `times` the index of the nearest of `source_times` (ascending), the earlier of two equally
-    near."""
+    """Return the indices of the `source_times` that are nearest to `times`.
+
+    `source_times` are in ascending order. If two are equally near, the earlier one is chosen.
+    """
     return np.searchsorted((source_times[1:] + source_times[:-1]) / 2, times - rounding)
 
 
@@ -24,10 +26,10 @@ def nearest_in_order(
     convert: Callable[[Frame], Pixels],
     rounding: float = ROUNDING,
 ) -> Iterator[Pixels]:
-    """Yield the converted frame nearest to each of `times`; both come in ascending order.
+    """Yield the converted frame nearest to each of `times`; both are in ascending order.
 
-    No more of `frames` is taken than is needed, and what is not chosen is not converted. After the last frame, the
-    times that are left get that one. Nothing is yielded if there are no frames.
+    No more frames are read than necessary, and frames that are not chosen are not converted. Times after the last frame
+    get the last frame. If there are no frames, nothing is yielded.
     """
     frames = iter(frames)
     earlier = next(frames, None)

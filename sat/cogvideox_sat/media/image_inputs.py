@@ -1,4 +1,4 @@
-"""The image that an image-to-video model starts from: file in, tensor out."""
+"""Load the image that an image-to-video model starts from, as a tensor."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -14,41 +14,42 @@ from sgm.errors import UserError
 def load_condition_image(
     path: str | Path | BinaryIO, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)
 ) -> Tensor:
-    """An image file as a first frame.
+    """Return an image file as a first frame.
 
-    The image is turned as its EXIF orientation says, laid on white where it is transparent, resized (antialiased
-    bicubic, aspect ratio kept) to cover `size`, and what protrudes is cut off.
+    The image is rotated as its EXIF orientation says, put on a white background where it is transparent, resized
+    (antialiased bicubic, aspect ratio kept) to cover `size`, and cropped to it.
 
     Args:
         size: (height, width) in pixels.
-        crop: the place of what stays, from left (0) to right (1) and from top to bottom; by default the middle.
+        crop: position of the part that is kept, from left (0) to right (1) and from top to bottom; by default the
+            middle.
 
     Returns:
         (3, height, width), float32 in [-1, 1], RGB.
 
     Raises:
-        UserError: the file is missing, no image, or damaged.
+        UserError: the file is missing, not an image, or damaged.
     """
     try:
         with Image.open(path) as file:
             image = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
-        raise UserError(f"there is no image {path}") from error
-    # Pillow's decoders report damaged files by whichever of these came up.
+        raise UserError(f"image {path} does not exist") from error
+    # Pillow's decoders raise any of these for damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}") from error
     return fitted_image(image, size, crop)
 
 
 def fitted_image(image: Image.Image, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """Return an image in RGB as a first frame, see `load_condition_image`."""
+    """Return an RGB image as a first frame; see `load_condition_image`."""
     height, width = size
     pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, centering=crop))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255 instead of scaling
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""A video as a picture that plays in a loop, for pages that show pictures only."""
+"""Write a video as an animated image, for pages that show only images."""
 
 import io
 from pathlib import Path
@@ -10,16 +10,16 @@ from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_reading import open_video
 from sgm.errors import UserError
 
-LARGEST_HEIGHT = 256  # pixels; a video that is higher is reduced
+LARGEST_HEIGHT = 256  # pixels; higher videos are scaled down
 QUALITY = 80
-SINGLE = 1000  # milliseconds that the only frame of a video is shown
+SINGLE = 1000  # milliseconds for which the only frame of a video is shown
 
 
 def write_looping_preview(video: Path) -> Path:
-    """Write an animated WebP beside `video`, of its name; the path.
+    """Write an animated WebP of the same name beside `video`, and return its path.
 
     Raises:
-        UserError: the video cannot be read, or the picture not written.
+        UserError: the video cannot be read, or the image cannot be written.
     """
     path = video.with_suffix(".webp")
     try:

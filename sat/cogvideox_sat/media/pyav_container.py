@@ -1,6 +1,6 @@
-"""A video's container, opened with PyAV: its packets, and what they say of the times of frames, without decoding.
+"""Open the container of a video with PyAV, and read the times of frames without decoding.
 
-What a container says of its number of frames is not trusted: it counts frames that an edit list hides.
+The number of frames in a container's header is not used, since it includes frames that an edit list hides.
 """
 
 import math
@@ -22,29 +22,29 @@ from av.video.stream import VideoStream
 
 from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip
 
-VideoPacket: TypeAlias = "Packet[VideoStream]"  # a text, since only type checkers know a packet's kinds
-FFMPEG_ERRORS = (FFmpegError, MemoryError)  # the second if a damaged header asks for any amount
-# Containers of video. Not among them are playlists and the like, which would open other files and addresses.
+VideoPacket: TypeAlias = "Packet[VideoStream]"  # a string, since the class cannot be subscripted at run time
+FFMPEG_ERRORS = (FFmpegError, MemoryError)  # a damaged header may ask for any amount of memory
+# Containers of video. Playlists and similar formats are left out, since they open other files and addresses.
 FORMATS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,obu,ivf,av1,vc1,h263,flv,live_flv,kux,asf,asf_o,"
     "ogg,mxf,nut,dv,rm,wtv,yuv4mpegpipe,mjpeg,mjpeg_2000,swf,dnxhd,dirac,cavsvideo,nsv,nuv,amv,bink,smk,roq,flic,gxf"
 )
-MOST_PIXELS = 2**27  # of a frame; a damaged header may ask for any number
-REORDERED = 33  # packets: more than any codec decodes between a frame and one that is shown before it
+MOST_PIXELS = 2**27  # pixels of a frame; a damaged header may ask for any number
+REORDERED = 33  # packets; more than any codec decodes between a frame and a frame that is shown before it
 BEFORE_JOINT = 2  # packets
 MOST_SKIPPED = 1000  # packets before the first key frame
-# Seconds from one packet of a transport stream to the next, beyond which FFmpeg takes the step for a jump.
+# Seconds between packets of a transport stream; FFmpeg treats a longer step as a jump.
 LONGEST_STEP, LONGEST_STEP_BACK = 10.0, -0.2
 FAR_BACK = -(2**60)  # a time before the beginning of every file
 
 
 class Beginning(NamedTuple):
-    """The beginning of a stream.
+    """Beginning of a stream.
 
-    Args:
-        timed: packets say when their frames are shown. In AVI they may say only when they are decoded.
+    Attributes:
+        timed: packets have the times at which their frames are shown. In AVI they may only have the times of decoding.
         key: time of the first key frame.
-        first: time of the first frame that is shown; if before `key`, the frame may depend on what is not in the file.
+        first: time of the first frame that is shown; if this is before `key`, the frame may depend on missing frames.
     """
 
     timed: bool
@@ -53,10 +53,10 @@ class Beginning(NamedTuple):
 
 
 class VideoContainer:
-    """The video stream of a file. Times are in ticks of `tick` seconds.
+    """Video stream of a file; times are in ticks of `tick` seconds.
 
     Args:
-        threads: that decode, 0: as many as there are cores.
+        threads: number of decoding threads; 0: as many as there are cores.
 
     Raises:
         UnreadableClip: the file is missing, or has no video that can be decoded.
@@ -64,13 +64,13 @@ class VideoContainer:
 
     def __init__(self, file: str | os.PathLike[str] | BinaryIO, threads: int):
         self._file, self._threads = file, threads
-        self.at_joints: set[int | None] = set()  # places of packets
+        self.at_joints: set[int | None] = set()  # positions of packets in the file
         self._open()
 
     def _open(self) -> None:
         file: str | BinaryIO
         if isinstance(self._file, str | os.PathLike):
-            # With the protocol in front, a colon in the name of a file is only a colon.
+            # With this prefix, a colon in the name of the file is not taken for the end of a protocol.
             file = f"file:{os.fspath(self._file)}"
         else:
             file = self._file
@@ -78,8 +78,8 @@ class VideoContainer:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
         with unreadable(NOT_A_VIDEO):
             self.container = av.open(file, "r", container_options=options, metadata_errors="ignore")
-        # Times that FFmpeg makes up for packets that have none would be wrong for frames that are shown out of order.
-        self.container.flags &= ~Flags.gen_pts.value  # type: ignore[operator]  # PyAV's types say: a flag, not a number
+        # FFmpeg would invent times for packets without times, which are wrong for frames that are shown out of order.
+        self.container.flags &= ~Flags.gen_pts.value  # type: ignore[operator]  # PyAV's types expect a flag instead of a number
         self.stream, self.tick = self._video_stream()
         self.codec = self.stream.codec_context
         self.codec.thread_count = self._threads
@@ -105,13 +105,16 @@ class VideoContainer:
     # Packets
 
     def packets(self) -> Iterator[VideoPacket]:
-        """Yield the packets from where the file is read, those of no content left out."""
+        """Yield the packets from the current position, except empty ones."""
         packets = (packet for packet in self.container.demux(self.stream) if packet.size)
         return self._noting_joints(packets) if self.container.format.name == "mpegts" else packets
 
     def _noting_joints(self, packets: Iterable[VideoPacket]) -> Iterator[VideoPacket]:
-        """Where transport streams were put one behind the other, their counters break, and FFmpeg takes a packet before
-        the next key frame for corrupt, though nothing is missing. If something is, the decoder tells."""
+        """Yield packets and record those that FFmpeg wrongly reports as corrupt at a joint.
+
+        Where transport streams were concatenated, their counters break, and FFmpeg reports a packet before the next key
+        frame as corrupt, although no data is missing. If data is missing, the decoder reports it.
+        """
         waiting: deque[VideoPacket] = deque()
         for packet in packets:
             if packet.is_keyframe:
@@ -126,7 +129,10 @@ class VideoContainer:
         return packet.is_corrupt and packet.pos not in self.at_joints
 
     def from_key_frame(self) -> Iterator[VideoPacket]:
-        """Yield the packets from the next key frame on; from here on, if none is marked as one for long."""
+        """Yield the packets from the next key frame on.
+
+        If no packet is marked as a key frame for long, yield the packets from the current position.
+        """
         before = []
         packets = self.packets()
         for packet in packets:
@@ -144,20 +150,25 @@ class VideoContainer:
         """Yield all packets from the first key frame on."""
         try:
             self.seek(FAR_BACK)
-        except FFmpegError:  # a container that cannot be sought in
+        except FFmpegError:  # the container does not support seeking
             self.close()
             self._open()
         return self.from_key_frame()
 
     def seek(self, ticks: int, any_frame: bool = False) -> None:
-        """Read on from the last key frame, or frame of any kind, before a time. Raises FFmpegError if it cannot."""
+        """Continue reading at the last key frame, or any frame, before a time.
+
+        Raises:
+            FFmpegError: the container does not support it.
+        """
         self.container.seek(max(ticks, FAR_BACK), stream=self.stream, any_frame=any_frame)
 
     def window(self, first: float, last: float) -> tuple[list[VideoPacket], bool] | None:
-        """Return the packets from the last key frame before the time `first` to behind the time `last`, and whether
-        the stream ends there; None if there are no such packets.
+        """Return the packets around a range of times, and whether the stream ends in it.
 
-        Seeking takes some containers to a later key frame than was asked for; then it is tried further back.
+        The packets are those from the last key frame before the time `first` to behind the time `last`. The result is
+        None if there are no such packets. If seeking leads to a later key frame than requested, as in some containers,
+        an earlier time is tried.
         """
         back, ticks, beginning = 1.0, math.floor(first), self.beginning.first - 1 / self.tick
         while True:
@@ -186,12 +197,16 @@ class VideoContainer:
 
     @cached_property
     def beginning(self) -> Beginning:
-        """Return how the stream begins. Raises UnreadableClip if it has no frames."""
+        """Return the beginning of the stream.
+
+        Raises:
+            UnreadableClip: the stream has no frames.
+        """
         key = None
         shown: list[int | None] = []
         for packet in self.from_beginning():
             key = key or packet
-            # Right behind the first packet, those without a time are of frames from before a cut.
+            # Packets without a time right after the first one hold frames from before a cut.
             if is_shown(packet) and (packet.pts is not None or len(shown) != 1):
                 shown.append(packet.pts)
             if len(shown) == REORDERED:
@@ -202,14 +217,17 @@ class VideoContainer:
         if len(times) < len(shown) or key.pts is None:
             return Beginning(False, 0, 0)
         first = min(times)
-        # Hidden frames are there for others to depend on.
+        # A hidden key frame exists only because other frames depend on it.
         return Beginning(True, first if key.is_discard else key.pts, first)
 
     def length(self, start: int) -> tuple[int, float]:
-        """Return the number of frames, and the seconds from the first, which is shown at `start`, to the last.
+        """Return the number of frames, and the seconds from the first to the last.
+
+        Args:
+            start: time at which the first frame is shown.
 
         Raises:
-            UnreadableClip: the file is shorter than it says.
+            UnreadableClip: the file is shorter than its header says.
         """
         if not self.beginning.timed:
             return len(self.times_by_rank), float(self.times_by_rank[-1])
@@ -217,9 +235,11 @@ class VideoContainer:
         return frames, (last - start) * self.tick
 
     def _length_by_index(self) -> tuple[int, int] | None:
-        """Return the number of frames and the time of the last; None if the container keeps no index of all packets."""
+        """Return the number of frames and the last one's time; None without an index of packets."""
         index = self.stream.index_entries
-        if "mp4" not in self.container.format.name or not self.stream.frames or not len(index):  # else: fragments
+        if (
+            "mp4" not in self.container.format.name or not self.stream.frames or not len(index)
+        ):  # fragmented files have no index
             return None
         size = self.container.size
         shown, frames, end = 0, 0, 0
@@ -244,16 +264,16 @@ class VideoContainer:
         return len(times), max(times, default=start)
 
     def _check_steps(self, times: Sequence[int]) -> None:
-        """Check that times, in the order of the file, go on steadily: players mend jumps, each in a way of its own."""
+        """Check that decoding times increase steadily, since players handle jumps differently."""
         for earlier, later in pairwise(times):
             if not LONGEST_STEP_BACK <= (later - earlier) * self.tick <= LONGEST_STEP:
                 raise UnreadableClip(
-                    f"its time stamps jump by {(later - earlier) * self.tick:.2f} s, as where streams were put one "
-                    "behind the other; ffmpeg -i OLD -c copy NEW.mp4 mends that"
+                    f"its time stamps jump by {(later - earlier) * self.tick:.2f} s, as in concatenated streams; "
+                    "ffmpeg -i OLD -c copy NEW.mp4 repairs the file"
                 )
 
     def _shown_packets(self) -> Iterator[tuple[int | None, int | None]]:
-        """Yield for each packet with a frame the times at which it is shown and decoded."""
+        """Yield the times of showing and decoding of each packet whose frame is shown."""
         count = 0
         for packet in self.from_beginning():
             count += 1
@@ -264,9 +284,9 @@ class VideoContainer:
 
     @cached_property
     def times_by_rank(self) -> np.ndarray:
-        """Return when frames are shown, in seconds from the first, where packets say only when they are decoded.
+        """Return the times of frames, in seconds from the first, if only decoding times are known.
 
-        The n-th frame is shown when the decoder, which holds back a few frames, gives it out.
+        The n-th frame is shown when the decoder, which delays a few frames, returns it.
         """
         packets = list(self._shown_packets())
         decoded = {time for _, time in packets if time is not None}
@@ -283,7 +303,7 @@ class VideoContainer:
 
     @cached_property
     def sizes_by_decoding(self) -> dict[int, int]:
-        """Return the bytes of packets by the times at which they are decoded, ascending; empty if these are unknown."""
+        """Return the bytes of packets by decoding time, ascending; empty if a time is not known."""
         packets = [(packet.dts, packet.size) for packet in self.from_beginning() if is_shown(packet)]
         sizes = {decoded: size for decoded, size in packets if decoded is not None}
         return {} if len(sizes) < len(packets) else dict(sorted(sizes.items()))
@@ -291,7 +311,7 @@ class VideoContainer:
 
 @contextmanager
 def unreadable(reason: str = DAMAGED) -> Iterator[None]:
-    """Report what FFmpeg raises as an `UnreadableClip` with this reason, or with the operating system's."""
+    """Raise FFmpeg's errors as `UnreadableClip` with this reason, or the operating system's."""
     try:
         yield
     except FFMPEG_ERRORS as error:
@@ -301,7 +321,7 @@ def unreadable(reason: str = DAMAGED) -> Iterator[None]:
 
 
 def is_shown(packet: VideoPacket) -> bool:
-    """Return whether a packet has a frame that is shown: not one that an edit list hides, or VP8 only refers to."""
+    """Return whether a packet's frame is shown: not hidden by an edit list or by VP8."""
     if packet.is_discard:
         return False
     return packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 16)

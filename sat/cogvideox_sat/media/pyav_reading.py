@@ -1,11 +1,11 @@
-"""Videos read with PyAV, whose wheels bring FFmpeg.
+"""Read videos with PyAV, whose wheels include FFmpeg.
 
-The frames of a clip are found by their times. The reader seeks to the last key frame before the first of them, looks at
-the times of the packets from there, and decodes only those that the wanted frames depend on.
+The frames of a clip are found by their times. The reader seeks to the last key frame before the first wanted frame,
+reads the times of the packets from there, and decodes only the packets that the wanted frames depend on.
 
-Three ways lead to a frame, each slower and surer than the one before: without the packets that nothing depends on;
-with all packets from the key frame on; with all from the beginning of the file, for those that mark key frames wrongly.
-A file is damaged if the last one fails.
+There are three ways to decode, each slower and more robust than the one before: without packets that no wanted frame
+depends on; with all packets from the key frame on; with all packets of the file, for files that mark key frames
+wrongly. A file is damaged if the third way fails.
 """
 
 import os
@@ -32,23 +32,23 @@ from cogvideox_sat.media.pyav_container import (
 )
 from cogvideox_sat.media.video_facts import DAMAGED, NOT_A_VIDEO, UnreadableClip, VideoFacts
 
-# Codecs whose decoders may leave out single frames that no other depends on.
+# Codecs whose decoders can skip single frames that no other frame depends on.
 SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9"})
-TINY = 16  # bytes
-LONGEST_WINDOW = 10.0  # seconds between wanted frames, beyond which the reader seeks rather than reads on
+TINY = 16  # bytes of a packet that only repeats the last frame
+LONGEST_WINDOW = 10.0  # seconds between wanted frames; over a longer gap the reader seeks
 
 
 class Undecodable(Exception):
-    """Raised when the packets at hand do not give the frames that are wanted."""
+    """Raised when packets do not contain the wanted frames."""
 
 
 class Wanted(NamedTuple):
     """Frames that are wanted.
 
-    Args:
+    Attributes:
         times: in seconds from the first frame, ascending.
-        ticks: the times that packets give for the frames nearest to these.
-        tolerance: how many seconds a frame may be from that, where some packets have no frame of their own.
+        ticks: times of the packets whose frames are nearest to `times`.
+        tolerance: largest distance in seconds of a frame from its tick, for packets that have no frame of their own.
     """
 
     times: np.ndarray
@@ -57,10 +57,10 @@ class Wanted(NamedTuple):
 
 
 class PyavVideo:
-    """See `media.video_reading.Video`.
+    """Video file as a `media.video_reading.Video`.
 
     Args:
-        threads: that decode, 0: as many as there are cores.
+        threads: number of decoding threads; 0: as many as there are cores.
     """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryIO, threads: int = 1):
@@ -85,7 +85,7 @@ class PyavVideo:
             return VideoFacts(*self._size(), frames, seconds)
 
     def _size(self) -> tuple[int, int]:
-        """Return width and height of the first frame, or of the container if the frame is too damaged."""
+        """Return width and height of the first frame, or the header's if the frame is damaged."""
         codec = self._container.codec
         codec.skip_frame = "DEFAULT"
         tried = 0
@@ -106,7 +106,7 @@ class PyavVideo:
         beginning = self._container.beginning
         if beginning.first >= beginning.key:
             return beginning.first
-        # It may depend on what is not in the file: does the decoder show it?
+        # The first frame may depend on missing frames: use it only if the decoder returns it.
         frame = next(self._from_beginning(), None)
         return beginning.key if frame is None or frame.pts is None else frame.pts
 
@@ -157,7 +157,7 @@ class PyavVideo:
         raise UnreadableClip(DAMAGED)
 
     def _sparsely(self, packets: Sequence[VideoPacket], wanted: Wanted) -> Iterator[np.ndarray]:
-        """Yield the wanted frames, decoding only frames that the wanted ones depend on."""
+        """Yield the wanted frames, decoding only frames that these depend on."""
         left = iter(wanted.ticks)
         time = next(left)
         ticks = frozenset(wanted.ticks)
@@ -187,7 +187,7 @@ class PyavVideo:
         """Yield the frames nearest to the wanted times.
 
         Raises:
-            Undecodable: one is too far from the packet that promised it.
+            Undecodable: a frame is too far from its packet's time.
         """
         shown = ((frame.pts, frame) for frame in frames if frame.pts is not None)
         timed = (((ticks - self._start) * self._tick, (ticks, frame)) for ticks, frame in shown)
@@ -204,7 +204,7 @@ class PyavVideo:
             raise Undecodable
 
     def _decoded(self, runs: Iterable[Sequence[VideoPacket]], wanted: frozenset[int] | None) -> Iterator[VideoFrame]:
-        """Yield the frames of runs of packets: all, or at least the `wanted` ones and all that these depend on."""
+        """Yield the frames of runs of packets: all, or the `wanted` ones and their references."""
         codec = self._container.codec
         needed = wanted if codec.name in SKIPPING else None
         for run in runs:
@@ -218,7 +218,7 @@ class PyavVideo:
         """Yield every frame that is shown, decoded from the beginning of the file.
 
         Raises:
-            UnreadableClip: a frame is damaged, other than by depending on what is not in the file.
+            UnreadableClip: a frame is damaged, for another reason than missing references before the file's beginning.
         """
         timed, key, _ = self._container.beginning
         self._container.codec.skip_frame = "DEFAULT"
@@ -232,9 +232,10 @@ class PyavVideo:
                     raise UnreadableClip(DAMAGED) from error
 
     def _clean(self, packet: "VideoPacket | None", key: int | None) -> Iterator[VideoFrame]:
-        """Yield the frames that the decoder returns for a packet; for None, the frames that the decoder still holds.
+        """Yield the frames that the decoder returns for a packet; for None, those it still holds.
 
-        Damaged ones that are shown before the key frame, at the time `key`, are left out: they lack what was before.
+        Damaged frames that are shown before the key frame, at the time `key`, are left out: they depend on missing
+        frames.
 
         Raises:
             Undecodable, or one of FFMPEG_ERRORS: a frame is damaged.
@@ -248,7 +249,7 @@ class PyavVideo:
                 raise Undecodable
 
     def _frames_by_rank(self, times: np.ndarray, beyond: float | None) -> Iterator[np.ndarray]:
-        """Yield the frames nearest to `times`, counted from the beginning, where packets have no times of frames."""
+        """Yield the frames nearest to `times` by counting frames, if packets have no such times."""
         shown = self._container.times_by_rank
         _check_end(times, float(shown[-1]), beyond)
         wanted = deque(nearest_frames(shown, times, self._rounding).tolist())
@@ -266,10 +267,10 @@ class PyavVideo:
         raise UnreadableClip(DAMAGED)
 
     def _ranked(self, count: int) -> Iterator[tuple[VideoFrame, int, int]]:
-        """Yield every frame with the first and the last of the `count` places where it is shown.
+        """Yield every frame with the first and last of the `count` positions where it is shown.
 
-        These are one place, unless the next packets say that the frame stays: MPEG-4 encoders write such tiny packets,
-        and the decoder returns no frame for them.
+        These are the same, unless the next packets repeat the frame: MPEG-4 encoders write tiny packets for this, and
+        the decoder returns no frame for them.
         """
         sizes = self._container.sizes_by_decoding if self._container.codec.name == "mpeg4" else {}
         places: dict[int | None, int] = {time: place for place, time in enumerate(sizes)}

@@ -1,4 +1,4 @@
-"""Facts about a video, or the reason why it cannot be read, as all readers of videos give them."""
+"""Define the facts about a video that all readers return, and their error."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ DAMAGED = "damaged: its frames cannot be decoded"
 
 
 class UnreadableClip(Exception):
-    """A clip cannot be read; the message says why."""
+    """Raised if a clip cannot be read; the message says why."""
 
 
 class VideoFacts(NamedTuple):
     """Facts of a video as a player shows it.
 
-    Args:
+    Attributes:
         width, height: of a frame in square pixels, after the rotation that the file asks for.
         frames: number of frames that are shown; frames hidden by an edit list do not count.
-        seconds: from the first frame to the last; a mean frame lasts `seconds / (frames - 1)`.
+        seconds: time from the first frame to the last; a mean frame lasts `seconds / (frames - 1)`.
     """
 
     width: int

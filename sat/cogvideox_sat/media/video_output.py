@@ -1,4 +1,7 @@
-"""How sampled videos and latents are written to files: complete or not at all. `files.output_paths` names the files."""
+"""Write sampled videos and latents to files, atomically.
+
+`files.output_paths` names the files.
+"""
 
 import json
 import subprocess
@@ -16,23 +19,23 @@ from torch import Tensor
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from sgm.errors import UserError
 
-CHUNKS_AHEAD = 2  # that may wait for the encoder; each holds the frames of one `write`
+CHUNKS_AHEAD = 2  # chunks that may wait for the encoder; each holds the frames of one `write`
 
 
 class VideoWriter:
-    """Writes one H.264 video as its frames are decoded: `with VideoWriter(...) as video: video.write(frames)`.
+    """Writer of one H.264 video: `with VideoWriter(...) as video: video.write(frames)`.
 
-    A thread hands the frames to the encoder, so that decoding goes on while it works.
+    A thread passes the frames to the encoder, so that decoding continues while the encoder works.
 
-    The file appears under its name when it is complete; after an exception nothing is left of it. Pixels are stored
-    as 8-bit yuv420p in the BT.709 colour space, which every player takes, near the visually lossless quality (crf 17).
+    The file appears under its name when it is complete; after an exception it is removed. Pixels are stored as 8-bit
+    yuv420p in the BT.709 colour space, which every player supports, near visually lossless quality (crf 17).
 
-    With `lossless` they are stored as yuv444p and without quantization, to be trained on rather than watched: few
-    players take that, and all that is lost is the rounding of colours, below one of 255 steps on average.
+    With `lossless` they are stored as yuv444p without quantization, for training rather than watching: few players
+    support this. The only loss is the rounding of colours, below one of 255 steps on average.
 
     Args:
         path: the video file; missing parent folders are made, an existing file is replaced.
-        fps: frames a second.
+        fps: frames per second.
         height, width: size of a frame in pixels; both even, as yuv420p halves the colour resolution.
         lossless: full colour resolution and no quantization.
 
@@ -45,28 +48,30 @@ class VideoWriter:
         self.encoding = ["-crf", "0", "-pix_fmt", "yuv444p"] if lossless else ["-crf", "17", "-pix_fmt", "yuv420p"]
         self.height, self.width = height, width
         if fps <= 0:
-            raise UserError(f"cannot write {self.path}: frames a second must be positive, got {fps}")
+            raise UserError(f"cannot write {self.path}: frames per second must be positive, got {fps}")
         if height <= 0 or width <= 0 or height % 2 or width % 2:
             raise UserError(f"cannot write {self.path}: height and width must be even, got {height}x{width}")
         self.fps = fps
         self.num_frames = 0
-        self._waiting: deque[Future[Any]] = deque()  # for the encoder to take them
+        self._waiting: deque[Future[Any]] = deque()  # chunks that the encoder has not taken yet
 
     def __enter__(self) -> Self:
         from imageio_ffmpeg import get_ffmpeg_exe
 
         try:
             ffmpeg = get_ffmpeg_exe()
-        except RuntimeError as error:  # the package has none for this platform
-            raise UserError(f"cannot write {self.path}: no ffmpeg: install it or set IMAGEIO_FFMPEG_EXE") from error
+        except RuntimeError as error:  # imageio-ffmpeg has no binary for this platform
+            raise UserError(
+                f"cannot write {self.path}: ffmpeg is not installed; install it or set IMAGEIO_FFMPEG_EXE"
+            ) from error
         with ExitStack() as stack:
             part = stack.enter_context(replaced_when_complete(self.path))
-            # To a file, not a pipe: a pipe that nobody reads while frames go in would block both sides when full.
+            # A file, not a pipe: nobody reads a pipe while frames are written, so a full pipe would block both sides.
             self._messages = stack.enter_context(tempfile.TemporaryFile())
             command = [ffmpeg, "-hide_banner", "-loglevel", "error", "-y"]
             command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
             command += ["-i", "pipe:0", "-an", "-c:v", "libx264", *self.encoding]
-            # Untagged video is taken for BT.601 by some players and for BT.709 by others: convert to one and say so.
+            # Some players take untagged video for BT.601, others for BT.709, so it is converted to BT.709 and tagged.
             command += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-color_range", "tv"]
             command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
             command += ["-movflags", "+faststart", "-f", "mp4", f"file:{part}"]
@@ -82,14 +87,14 @@ class VideoWriter:
         return self
 
     def write(self, frames: Tensor) -> None:
-        """Append frames (frames, 3, height, width) in [-1, 1], of any floating dtype, on any device."""
+        """Append frames (frames, 3, height, width) in [-1, 1], of any floating dtype and device."""
         if frames.shape[1:] != (3, self.height, self.width):
             expected = f"(frames, 3, {self.height}, {self.width})"
             raise ValueError(f"{self.path}: expected frames of shape {expected}, got {tuple(frames.shape)}")
         self.write_pixels(pixels_of(frames, f"{self.path}: "))
 
     def write_pixels(self, pixels: Tensor) -> None:
-        """Append frames (frames, height, width, 3) that are uint8 already, on the CPU."""
+        """Append uint8 frames (frames, height, width, 3) on the CPU."""
         while len(self._waiting) >= CHUNKS_AHEAD:
             self._settle(self._waiting.popleft())
         self._waiting.append(self._thread.submit(self._input.write, pixels.numpy()))
@@ -99,7 +104,7 @@ class VideoWriter:
         """Wait until the encoder has taken a chunk of frames."""
         try:
             chunk.result()
-        except BrokenPipeError:  # ffmpeg ended early; its last words say why
+        except BrokenPipeError:  # ffmpeg ended early; its last messages say why
             self._ffmpeg.wait()
             raise self._failure() from None
 
@@ -111,15 +116,15 @@ class VideoWriter:
             if kind is None:
                 while self._waiting:
                     self._settle(self._waiting.popleft())
-                with suppress(BrokenPipeError):  # the exit status tells
+                with suppress(BrokenPipeError):  # the exit status reports it
                     self._input.close()
                 if self._ffmpeg.wait() != 0:
                     raise self._failure()
                 if self.num_frames == 0:
                     raise UserError(f"cannot write {self.path}: no frames were given")
         finally:
-            self._ffmpeg.kill()  # it still runs only after an exception
-            self._thread.shutdown(cancel_futures=True)  # what it is at fails, now that nobody reads
+            self._ffmpeg.kill()  # after an exception it may still run
+            self._thread.shutdown(cancel_futures=True)  # its current write fails, since ffmpeg has ended
             with suppress(BrokenPipeError):
                 self._input.close()
             self._ffmpeg.wait()
@@ -132,9 +137,9 @@ class VideoWriter:
 
 
 def pixels_of(frames: Tensor, where: str = "") -> Tensor:
-    """Return frames (t, 3, h, w) in [-1, 1] as uint8 (t, h, w, 3) on the CPU, as videos have them.
+    """Return frames (t, 3, h, w) in [-1, 1] as uint8 (t, h, w, 3) on the CPU.
 
-    The conversion runs where the frames are, so that one byte a value is transferred.
+    The conversion runs on the frames' device, so that one byte per value is transferred.
 
     Raises:
         UserError: a value is not finite; `where` begins the message.
@@ -148,10 +153,10 @@ def pixels_of(frames: Tensor, where: str = "") -> Tensor:
 
 
 def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] | None = None) -> None:
-    """Write latents, under the key `latents`, to a safetensors file that appears when it is complete.
+    """Write latents, under the key `latents`, to a safetensors file, atomically.
 
     Args:
-        metadata: what the file says about them; see `sampling.record_making.latents_metadata`.
+        metadata: texts about the latents; see `sampling.record_making.latents_metadata`.
 
     Raises:
         UserError: the file cannot be written.
@@ -160,13 +165,15 @@ def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] 
 
     path = Path(path)
     with replaced_when_complete(path) as part, reported_as_user_error(path):
-        # Not safetensors' own save_file, which leaves the file readable by its owner only.
+        # safetensors' own save_file would make the file readable only by its owner.
         part.write_bytes(_in_order(save({"latents": latents.detach().contiguous()}, dict(metadata or {}))))
 
 
 def _in_order(content: bytes) -> bytes:
-    """Return a safetensors file with the entries of its header sorted, whose order is random otherwise: equal latents
-    are to make equal files."""
+    """Return a safetensors file with a sorted header, so that equal latents make equal files.
+
+    The order of the header's entries is random otherwise.
+    """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # so that the tensors are aligned

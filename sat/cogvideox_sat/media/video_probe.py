@@ -1,6 +1,6 @@
-"""Look at a video that a user names: size and length, without its pixels. Nothing here imports PyTorch.
+"""Read size and length of a video that a user names.
 
-The file is opened in a process of its own, since a decoder that hangs or crashes takes its process with it.
+The file is opened in a process of its own, since a decoder may hang or crash. Nothing here imports PyTorch.
 """
 
 import math
@@ -13,20 +13,20 @@ from cogvideox_sat.media.frame_times import ROUNDING
 from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from cogvideox_sat.media.video_reading import load_decoder, open_video
 
-LIMIT = 60.0  # seconds to open a video; a file without an index of frames is read to its end
+LIMIT = 60.0  # seconds for opening a video; a file without an index of frames is read to its end
 
 
 def facts_in_time(path: Path, limit: float = LIMIT) -> VideoFacts:
     """Return size and length of a video.
 
     Raises:
-        UnreadableClip: the file is missing, holds no video, or takes longer than `limit` seconds.
+        UnreadableClip: the file is missing, is not a video, or takes longer than `limit` seconds.
     """
-    load_decoder()  # before the process is forked, where it is not part of the time
+    load_decoder()  # before the fork, so that the import does not count towards the limit
     context = multiprocessing.get_context("fork")
     answers, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_look, args=(path, theirs), daemon=True)
-    with warnings.catch_warnings():  # of threads, whose locks the child does not need
+    with warnings.catch_warnings():  # about threads, whose locks the child does not need
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     theirs.close()
@@ -54,6 +54,9 @@ def _look(path: Path, answers: Connection) -> None:
 
 
 def frames_at_rate(facts: VideoFacts, fps: float) -> int:
-    """Return how many frames a video has at `fps` frames a second; its last frame is shown as long as a mean one."""
+    """Return the number of frames of a video at `fps` frames per second.
+
+    The last frame counts as long as a mean frame.
+    """
     duration = facts.seconds / (facts.frames - 1) if facts.frames > 1 else 0.0
     return math.floor((facts.seconds + duration / 2) * fps + ROUNDING) + 1

@@ -1,9 +1,11 @@
-"""Video files as frames at given times, with one of two decoders; both are imported only when they are used.
+"""Read frames of video files at given times, with one of two decoders.
 
-with open_video("a.mp4") as video:
-    print(video.facts)
-    for frame in video.frames_at([0, 0.125, 0.25]):
-        ...  # (height, width, 3), uint8, RGB, as a player shows it
+The decoders are imported only when they are used.
+
+    with open_video("a.mp4") as video:
+        print(video.facts)
+        for frame in video.frames_at([0, 0.125, 0.25]):
+            ...  # (height, width, 3), uint8, RGB, as a player shows it
 """
 
 import os
@@ -18,29 +20,29 @@ if TYPE_CHECKING:
 
 BACKENDS = ("pyav", "decord")
 DEFAULT_BACKEND = "pyav"
-# Files that are animated pictures, by their first bytes: Pillow shows them as browsers do.
+# Animated images, by their first bytes: Pillow shows them as browsers do.
 ANIMATIONS = ((0, b"GIF8"), (8, b"WEBP"), (0, b"\x89PNG"))
 
 
 class Video(Protocol, AbstractContextManager["Video"]):
-    """An open video. Times are in seconds from its first frame."""
+    """Open video; times are in seconds from its first frame."""
 
     @property
     def facts(self) -> VideoFacts:
-        """Return size and length; where the container has no index of frames, this reads through the whole file."""
+        """Return size and length; without an index of frames, this reads the whole file."""
 
     def frames_at(self, times: "Sequence[float] | np.ndarray", beyond: float | None = None) -> "Iterator[np.ndarray]":
-        """Yield the frame nearest to each of `times`, which ascend: (height, width, 3), uint8, RGB.
+        """Yield the frames nearest to the ascending `times`: (height, width, 3), uint8, RGB.
 
         Args:
-            beyond: how many seconds a time may lie behind the last frame; None: any number.
+            beyond: largest number of seconds that a time may be after the last frame; None: any number.
 
         Raises:
             UnreadableClip: a frame is damaged or missing.
         """
 
     def all_frames(self) -> "Iterator[np.ndarray]":
-        """Yield every frame, in the order in which they are shown; see `frames_at`."""
+        """Yield every frame in the order of showing; see `frames_at`."""
 
     def close(self) -> None:
         """Close the file."""
@@ -51,7 +53,7 @@ def open_video(file: str | os.PathLike[str] | BinaryIO, threads: int = 1, backen
 
     Args:
         file: path, or an open file.
-        threads: that decode, 0: as many as there are cores.
+        threads: number of decoding threads; 0: as many as there are cores.
         backend: one of `BACKENDS`. decord 0.6 is for comparisons with older runs: it cannot read AV1 and animations,
             ignores edit lists (clips that were cut without encoding show hidden frames, or never end), non-square
             pixels and HDR, and refuses some small videos.
@@ -73,13 +75,13 @@ def open_video(file: str | os.PathLike[str] | BinaryIO, threads: int = 1, backen
 
 
 def load_decoder(backend: str = DEFAULT_BACKEND) -> None:
-    """Import the decoder, so that processes forked from this one need not do it while they are timed."""
-    if backend == "pyav":  # decord is not made to be forked
+    """Import the decoder, so that forked processes need not import it while they are timed."""
+    if backend == "pyav":  # decord does not support forking
         from cogvideox_sat.media import pyav_reading  # noqa: F401
 
 
 def is_animation(file: str | os.PathLike[str] | BinaryIO) -> bool:
-    """Return whether a file is a GIF, WebP or PNG picture, animated or not.
+    """Return whether a file is a GIF, WebP or PNG image, animated or not.
 
     Raises:
         UnreadableClip: the file cannot be read.

@@ -1,1 +1,1 @@
-"""How much memory parts of a run take, without their weights."""
+"""Compute the memory of parts of a run without loading weights."""

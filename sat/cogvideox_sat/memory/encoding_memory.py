@@ -1,4 +1,7 @@
-"""The memory that encoding a clip takes, for a VAE that a configuration describes; see `video_coder_memory`."""
+"""Compute the memory for encoding a clip with a configured VAE.
+
+See `sgm.models.video_coder_memory`.
+"""
 
 import copy
 import math
@@ -22,27 +25,27 @@ def encoding_peak(
     processes: int = 1,
     frames_at_once: int | None = None,
 ) -> int:
-    """Return the bytes in use, beside weights, at the peak of encoding one clip.
+    """Return the peak number of bytes in use, besides weights, while encoding one clip.
 
     Args:
-        first_stage_config: of the VAE.
+        first_stage_config: configuration of the VAE.
         bucket: the clip's frames, height and width.
-        dtype: of the computation.
+        dtype: dtype of the computation.
         device_type: "cpu" or "cuda".
         tile_size: the side of the VAE's tiles in pixels; None: whole frames.
-        processes: that share the frames of a clip.
-        frames_at_once: how many frames go through a layer at a time; None: all.
+        processes: processes that share the frames of a clip.
+        frames_at_once: frames that pass through a layer at a time; None: all.
     """
     frames = -(-(bucket.frames - 1) // processes) + 1 if processes > 1 else bucket.frames
     side = tile_size or max(bucket.height, bucket.width)
     tile = Bucket(frames, min(side, bucket.height), min(side, bucket.width))
     vae = meta_encoder(first_stage_config, dtype)
-    rest = math.prod(bucket) - math.prod(tile)  # of the clip, beside what the tile takes
+    rest = math.prod(bucket) - math.prod(tile)  # values of the clip outside of the tile
     return 3 * rest * dtype.itemsize + peak_bytes(vae, "encode", *tile, frames_at_once, device_type)
 
 
 def meta_encoder(first_stage_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Return the VAE of a configuration without content, for one process and whole frames."""
+    """Return a configured VAE on the meta device, for one process and whole frames."""
     config = copy.deepcopy(dict(first_stage_config))
     config["params"] = {
         name: value for name, value in config["params"].items() if name not in ("ckpt_path", "ignore_keys")

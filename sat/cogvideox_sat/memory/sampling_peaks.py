@@ -1,8 +1,9 @@
-"""The memory of the device that sampling takes, by what is told to leave the device; it needs no weights.
+"""Compute the device memory that sampling takes, by offload policy, without weights.
 
-The engine draws a few steps on PyTorch's meta device, where tensors have shapes and no content, and what comes into
-being and goes is counted; so do its text encoder and its VAE. The figures follow whatever model is described. Where
-several processes make a video, they are those of the first, which has the most tokens and the text encoder.
+The engine samples a few steps on PyTorch's meta device, where tensors have shapes but no content, and the tensors that
+are made and freed are counted; the same is done for its text encoder and its VAE. The figures therefore follow the
+configured model. If several processes share a video, the figures are those of the first process, which has the most
+tokens and the text encoder.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -24,17 +25,17 @@ from sgm.models.video_coder import VideoCoder
 from sgm.models.video_coder_memory import AllocatedBytes
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 
-LIBRARIES = GIB  # what CUDA and its libraries take beside tensors
-LAYERS, STEPS = 2, 3  # that are gone through; further ones take the same memory again
+LIBRARIES = GIB  # memory of CUDA and its libraries, besides tensors
+LAYERS, STEPS = 2, 3  # that are simulated; more of them take no more memory
 DEFAULT_TOKENS = 77  # of `FrozenT5Embedder`
-LATENT_STEPS = 6  # of a video, that are decoded (4 in tiles, which are many); likewise
+LATENT_STEPS = 6  # latent frames that are decoded (4 with tiles, of which there are many); more take no more memory
 LONGEST_CHUNK = 12  # frames
 EXCHANGES = tuple(each._opoverload for each in (sequence_parallel.tokens_to_heads, sequence_parallel.heads_to_tokens))
 TEXT, IMAGE, NETWORK, VIDEO = "text encoder", "first frame", "network", "VAE"
 
 
 class Way(NamedTuple):
-    """The arguments that decide how much memory the device needs, by their names."""
+    """Arguments that determine how much device memory sampling needs, by their names."""
 
     offload: str
     guidance_batch: int
@@ -46,7 +47,7 @@ class Way(NamedTuple):
 
 
 class VideoSize(NamedTuple):
-    """The shape of a video: latent frames, as `sampling_num_frames` counts them, and pixels."""
+    """Shape of a video: latent frames, as `sampling_num_frames` counts them, and pixels."""
 
     latent_frames: int
     height: int
@@ -54,7 +55,13 @@ class VideoSize(NamedTuple):
 
 
 class PartBytes(NamedTuple):
-    """The weights of a part: all, those outside of its layers, and the room for layers that come one by one."""
+    """Bytes of a part's weights.
+
+    Attributes:
+        whole: all weights.
+        rest: weights outside of the layers.
+        slots: space for layers that are loaded one after the other.
+    """
 
     whole: int
     rest: int
@@ -62,13 +69,13 @@ class PartBytes(NamedTuple):
 
 
 class SamplingMemory:
-    """Tells what sampling takes on the device, with `LIBRARIES`.
+    """Device memory that sampling takes, including `LIBRARIES`.
 
     Args:
-        settings: of the engine; what a `Way` says is not read.
-        videos: the sizes of those that are to be made.
-        keeps_text_encoder: it stays for further prompts, as when they are typed.
-        decodes: latents become videos.
+        settings: of the engine; settings that a `Way` contains are not read.
+        videos: the sizes of the videos.
+        keeps_text_encoder: the text encoder stays for further prompts, as when prompts are typed.
+        decodes: latents are decoded.
         layout: how processes share a video.
 
     Raises:
@@ -86,7 +93,7 @@ class SamplingMemory:
         self.videos, self.keeps_text_encoder, self.decodes = set(videos), keeps_text_encoder, decodes
         self.layout = layout or VideoLayout()
         self.engine = WeightlessEngine(settings, parts=PARTS, device="meta", assumes_t5=True)
-        self.engine.to("meta")  # tables that are real otherwise
+        self.engine.to("meta")  # moves tables that were built with real content
         hide_bar(self.engine.sampler)
         self.network, self.vae = self.engine.network, self.engine.first_stage_model
         if self.layout.sequence > 1:
@@ -117,15 +124,15 @@ class SamplingMemory:
 
     @property
     def longest_side(self) -> int:
-        """Return the pixels of the longest side of the videos."""
+        """Return the longest side of the videos in pixels."""
         return max(max(video.height, video.width) for video in self.videos)
 
     def peak(self, way: Way) -> int:
-        """Return the bytes of the device that sampling takes in a way."""
+        """Return the bytes of device memory that sampling takes in a way."""
         return max(self.stages(way).values())
 
     def stages(self, way: Way) -> dict[str, int]:
-        """Return the bytes of the device that each stage takes in a way."""
+        """Return the bytes of device memory that each stage takes in a way."""
         text, network, vae = self.parts[TEXT], self.parts[NETWORK], self.parts[VIDEO].whole
         keeps_vae = self.decodes or self.takes_image
         if way.offload == "none":
@@ -139,7 +146,7 @@ class SamplingMemory:
         elif way.offload == "stage":
             weights = {TEXT: text.whole, IMAGE: vae, NETWORK: network.whole - self.tabulated, VIDEO: vae}
         else:
-            waiting = network.rest  # outside of the layers; it stays once it is there
+            waiting = network.rest  # weights outside of the layers stay once they are loaded
             earlier = waiting * self.keeps_text_encoder
             weights = {
                 TEXT: text.rest + text.slots + earlier,
@@ -155,24 +162,24 @@ class SamplingMemory:
         if self.decodes:
             activations[VIDEO] = self.decoding_activations(way.vae_frames_at_once, way.vae_tile_size)
         needed = {stage: LIBRARIES + weights[stage] + taken for stage, taken in activations.items()}
-        if way.offload == "stage":  # it is loaded before its modulations are worked out
+        if way.offload == "stage":  # the network is loaded before its modulations are computed
             needed[NETWORK] = max(needed[NETWORK], LIBRARIES + network.whole)
         return needed
 
     def _text_activations(self) -> int:
-        """Return what the text encoder takes for a prompt beside its weights."""
+        """Return the bytes that the text encoder takes for a prompt, besides its weights."""
         embedder = self.engine.config["conditioner_config"]["params"]["emb_models"][0]["params"]
         tokens = torch.zeros(1, embedder.get("max_length", DEFAULT_TOKENS), dtype=torch.long, device="meta")
         return peak_of(lambda: self.engine.conditioner.text_encoder(input_ids=tokens), self.engine)
 
     def _image_activations(self) -> int:
-        """Return what the VAE takes to encode a first frame."""
+        """Return the bytes that the VAE takes to encode a first frame."""
         height, width = self._largest_image()
         image = torch.empty(1, 3, 1, height, width, device="meta")
         return peak_of(lambda: self.engine.encode_condition_image(image), self.engine)
 
     def _network_activations(self, guidance_batch: int, tabulated: bool) -> int:
-        """Return what the network and the sampler take for a video beside weights."""
+        """Return the bytes that network and sampler take for a video, besides weights."""
         engine, network, params = self.engine, self.network, self.engine.config["network_config"]["params"]
         frames, height, width = max(self.videos, key=lambda video: video.latent_frames * video.height * video.width)
         channels, layers, table = network.out_channels, network.num_layers, network.modulation_table
@@ -198,7 +205,7 @@ class SamplingMemory:
             network.num_layers, network.modulation_table = layers, table
 
     def _decoding_activations(self, frames_at_once: int | None, tile_size: int | None) -> int:
-        """Return what the VAE takes to decode a video beside its weights."""
+        """Return the bytes that the VAE takes to decode a video, besides its weights."""
         height, width = self._largest_image()
         frames = max(video.latent_frames for video in self.videos) - int(self.engine.is_15)
         size = (height // SPACE_FACTOR, width // SPACE_FACTOR)
@@ -216,7 +223,7 @@ class SamplingMemory:
         return peak_of(decode, self.engine) + self._gathered_bytes(height, width)
 
     def _gathered_bytes(self, height: int, width: int) -> int:
-        """Return what it takes to gather the frames of the chunks that processes decode at a time."""
+        """Return the bytes for gathering the chunks of frames that processes decode at a time."""
         if self.layout.processes == 1:
             return 0
         chunk = 3 * LONGEST_CHUNK * height * width * self.engine.dtype.itemsize
@@ -228,10 +235,13 @@ class SamplingMemory:
 
 
 class BytesWithExchanges(AllocatedBytes):
-    """Counts what is sent and received in `network.sequence_parallel` too."""
+    """Counter of tensors, including those sent and received in `network.sequence_parallel`."""
 
     def during(self, function: Any, args: tuple[Any, ...], result: Any) -> int:
-        """See `AllocatedBytes`; the tensor that is received becomes the result, or is as large."""
+        """Return the bytes in use during a function; see `AllocatedBytes`.
+
+        The received tensor becomes the result, or has its size.
+        """
         own = super().during(function, args, result)
         if function is EXCHANGES[0]:
             return own + sum(part.nbytes for part in args[0])
@@ -239,10 +249,10 @@ class BytesWithExchanges(AllocatedBytes):
 
 
 class TabulatedOnMeta:
-    """Stands for a `ModulationTable` whose modulations have no content.
+    """Substitute for a `ModulationTable` whose modulations have no content.
 
     Args:
-        modulations: for each layer the module that makes its modulations.
+        modulations: the module of each layer that computes its modulations.
     """
 
     def __init__(self, modulations: Iterable[nn.Module]):
@@ -254,18 +264,21 @@ class TabulatedOnMeta:
         return emb.new_empty(len(self.modulations), len(emb), width)
 
     def fill(self, embeddings: Iterable[Tensor]) -> None:
-        """Do nothing, since nothing is worked out."""
+        """Do nothing, since there is no content."""
 
 
 def attention_without_scores(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """Return a tensor like `q` (b, heads, n, e), as kernels do that keep no weights (b, heads, n, n) of attention."""
+    """Return a tensor like `q` (b, heads, n, e), without allocating scores (b, heads, n, n).
+
+    Attention kernels do not store scores either.
+    """
     b, heads, tokens, _ = q.shape
-    normalizers = q.new_empty(b, heads, tokens, dtype=torch.float32)  # they are made and let go
+    normalizers = q.new_empty(b, heads, tokens, dtype=torch.float32)  # allocated and freed
     return torch.empty_like(q) if normalizers.numel() else q
 
 
 def streamed(module: nn.Module, layers: Iterable[Iterable[nn.Module]]) -> PartBytes:
-    """Return the bytes of a part of which two layers are on the device at a time."""
+    """Return the bytes of a part that has two layers on the device at a time."""
     sizes = [sum(map(module_bytes, modules)) for modules in layers]
     whole = module_bytes(module)
     return PartBytes(whole, whole - sum(sizes), 2 * max(sizes, default=0))
@@ -273,7 +286,7 @@ def streamed(module: nn.Module, layers: Iterable[Iterable[nn.Module]]) -> PartBy
 
 @torch.no_grad()
 def peak_of(run: Callable[[], Any], beside: nn.Module) -> int:
-    """Return the bytes that tensors made by `run` take at most at a time, `beside` those of a module."""
+    """Return the peak bytes of tensors that `run` makes, not counting those of `beside`."""
     allocated = BytesWithExchanges(workspaces=True)
     allocated.leave_out(tensor.untyped_storage() for tensor in (*beside.parameters(), *beside.buffers()))
     with allocated:

@@ -1,6 +1,6 @@
-"""The engine without weights, to measure what a run of it takes.
+"""Build the engine without weights, to measure its memory.
 
-Modules are built on PyTorch's meta device, where tensors have shapes and no content.
+Modules are built on PyTorch's meta device, where tensors have shapes but no content.
 """
 
 from pathlib import Path
@@ -22,17 +22,20 @@ GIB = 2**30
 
 
 class WeightlessEngine(SATVideoDiffusionEngine):
-    """The engine with parts of the right shapes and dtypes that take no memory.
+    """Engine whose parts have the right shapes and dtypes but take no memory.
 
     Attributes:
-        unknown: why the size of the text encoder is not known; None: it is, or there is no text encoder.
+        unknown: the reason why the size of the text encoder is not known; None: it is known, or there is no text
+            encoder.
 
     Args:
-        assumes_t5: take an encoder whose size is not known for the released models' one.
+        assumes_t5: if the size of the text encoder is not known, assume that of the released models.
     """
 
     def __init__(self, *args: Any, assumes_t5: bool = False, **options: Any):
-        self.__dict__["assumes_t5"] = assumes_t5  # a module sets attributes once it is initialised
+        self.__dict__["assumes_t5"] = (
+            assumes_t5  # set directly, since a module cannot set attributes before it is initialised
+        )
         super().__init__(*args, **options)
 
     def _build_network(self, device: torch.device | str) -> nn.Module:
@@ -58,7 +61,7 @@ class WeightlessEngine(SATVideoDiffusionEngine):
 
 
 class FirstOfGroup:
-    """Stands for a group of processes, of which nobody but this one, the first, is there."""
+    """Substitute for a group of processes, of which only the first exists."""
 
     group_name = "counted"
 
