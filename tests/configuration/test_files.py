@@ -289,10 +289,10 @@ def test_targets_that_import(target):
     ("target", "reason"),
     [
         ("Identity", "not an import path"),
-        ("torchh.nn.Identity", "no module 'torchh'"),
-        ("sgm.modules.nothing.Thing", "no module 'sgm.modules.nothing'"),
+        ("torchh.nn.Identity", "module 'torchh' does not exist"),
+        ("sgm.modules.nothing.Thing", "module 'sgm.modules.nothing' does not exist"),
         ("sgm.seeds.nothing", "module 'sgm.seeds' has no 'nothing'"),
-        ("sgm.util.instantiate_from_config.deeper", "no module 'sgm.util.instantiate_from_config'"),
+        ("sgm.util.instantiate_from_config.deeper", "module 'sgm.util.instantiate_from_config' does not"),
     ],
 )
 def test_targets_that_do_not_import(target, reason):

@@ -184,7 +184,7 @@ def test_flags_over_the_deepspeed_section_over_the_models_file(args_of, flags, d
     ],
 )
 def test_both_precisions_in_one_place_are_a_mistake(args_of, flags, sections):
-    with pytest.raises(UserError, match=r"fp16 and bf16 are both (on|enabled): choose one"):
+    with pytest.raises(UserError, match=r"fp16 and bf16 are both (on|enabled); choose one"):
         args_of(*flags, **sections)
 
 
@@ -216,7 +216,7 @@ def test_both_precisions_in_one_place_are_a_mistake(args_of, flags, sections):
         ("missing_label", "skip", "missing_label is 'skip'; it can be empty, stop"),
         ("experiment_name", "a/b", "experiment_name is 'a/b'; expected the name of a folder, without"),
         ("experiment_name", "", "experiment_name is ''"),
-        ("load", None, "load is missing: name the checkpoint to start from, or give --force_train"),
+        ("load", None, "load is missing; name the checkpoint to start from, or give --force_train"),
         ("device", "gpu", "device is 'gpu'; it can be cpu, cuda or cuda:N"),
         ("seed", -1, "seed is -1"),
     ],

@@ -84,9 +84,9 @@ def test_damage_is_found_when_it_is_read_back(tmp_path):
     changed["w3"][0, 0] += 1
     save_file(changed, tmp_path / "b.safetensors")
     stored = open_weights(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="w3 differs; is the disk sound"):
+    with pytest.raises(UserError, match="w3 differs; check the disk"):
         check_equal(open_weights(tmp_path / "b.safetensors"), stored, tmp_path)
-    with pytest.raises(UserError, match="other tensors are in it"):
+    with pytest.raises(UserError, match="it holds other tensors"):
         check_equal(stored.select(["w1"]), stored, tmp_path)
 
 

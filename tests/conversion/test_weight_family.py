@@ -69,9 +69,11 @@ def test_the_autoencoder():
             {name: s for name, s in shapes.items() if name != "decoder.up.1.upsample.conv.weight"}, "vae"
         )
     fewer = {name: s for name, s in shapes.items() if not re.match(r"decoder\.up\.\d\.block\.3\.", name)}
-    with pytest.raises(UserError, match=r"channels and 3 blocks, those of its encoder \[128, 256, 256, 512\] and 3"):
+    with pytest.raises(
+        UserError, match=r"channels and 3 blocks, the levels of its encoder \[128, 256, 256, 512\] and 3"
+    ):
         detect_autoencoder(fewer, "vae")
-    with pytest.raises(UserError, match="no CogVideoX autoencoder"):
+    with pytest.raises(UserError, match="not a CogVideoX autoencoder"):
         detect_autoencoder({"encoder.weight": (3, 3)}, "vae")
 
 
@@ -80,9 +82,9 @@ def test_the_autoencoder():
     [
         ({"transformer.layers.1.mlp.dense_h_to_4h.bias": None}, "lacks transformer.layers.1.mlp.dense_h_to_4h.bias"),
         ({"transformer.layers.1.mlp.dense_h_to_4h.bias": (7,)}, r"dense_h_to_4h.bias \[7\] instead of \[1024\]"),
-        ({"transformer.layers.0.gate": (4,)}, "has transformer.layers.0.gate, which such a model has not"),
-        ({"time_embed.0.weight": None}, "is no CogVideoX network: it has no time_embed.0.weight"),
-        ({"mixins.patch_embed.proj.weight": (256, 24, 2, 2)}, "24 channels come in and 16 out"),
+        ({"transformer.layers.0.gate": (4,)}, "has transformer.layers.0.gate, which such a model does not"),
+        ({"time_embed.0.weight": None}, "is not a CogVideoX network: it has no time_embed.0.weight"),
+        ({"mixins.patch_embed.proj.weight": (256, 24, 2, 2)}, "it has 24 input and 16 output channels"),
         (
             {"mixins.patch_embed.proj.weight": (256, 32, 2, 2)},
             "of no known family: 1.0, image-to-video, with rotary pos",
@@ -135,7 +137,7 @@ def test_tables_of_other_sizes_are_found_and_wrong_ones_refused():
     rotary = detect_network(small("5b"), "small")
     tables = computed_tables(rotary, sizes, torch.float32)
     tables[FREQUENCIES[0]][7] *= -1
-    with pytest.raises(UserError, match="not those of any grid"):
+    with pytest.raises(UserError, match="not that of any grid"):
         sizes_of_tables(tables, rotary, "file")
 
 

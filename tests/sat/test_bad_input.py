@@ -84,10 +84,10 @@ CASES = {
     "no mapping": case(config="- a\n", says="expected sections (args, model, deepspeed, data, lightning)"),
     "not text": case("--base", "{folder}/binary", says="is not UTF-8 text"),
     "unknown section": case(config={"modle": {}}, says="unknown section 'modle'"),
-    "no model": case("--base", "{folder}/empty.yaml", says="has no model.network_config"),
+    "no model": case("--base", "{folder}/empty.yaml", says="model.network_config is missing"),
     "model a text": case("--base", "{folder}/model_text.yaml", says="the section 'model' is 'text'"),
     "list over mapping": case(config={"model": {"sampler_config": [1]}}, says="cannot merge"),
-    "no sampler": case(config={"model": {"sampler_config": None}}, says="has no model.sampler_config"),
+    "no sampler": case(config={"model": {"sampler_config": None}}, says="model.sampler_config is missing"),
     "odd include": case(config={"include": [5]}, says="include is [5]; expected the names of files"),
     "unresolved": case(config={"args": {"output_dir": "${nowhere}"}}, says="cannot merge"),
     "no such module": case(

@@ -247,7 +247,7 @@ def _in_weights(change):
 
 DAMAGES = {
     "latest is no text": (lambda run: (run / "latest").write_bytes(b"\xff"), "latest is not text"),
-    "latest is elsewhere": (lambda run: (run / "latest").write_text("../x"), "no name of a checkpoint"),
+    "latest is elsewhere": (lambda run: (run / "latest").write_text("../x"), "not the name of a checkpoint"),
     "nested state": (
         lambda run: (run / "1" / "training_state" / "state.json").write_text("[" * 100000),
         "no whole training state",

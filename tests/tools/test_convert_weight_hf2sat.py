@@ -170,8 +170,8 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
 
     config = "transformer/config.json"
     cases = [
-        (lambda f: (f / "model_index.json").unlink(), "is no pipeline of diffusers: it has no model_index.json"),
-        (lambda f: (f / config).unlink(), "there is no "),
+        (lambda f: (f / "model_index.json").unlink(), "is not a pipeline of diffusers, it has no model_index.json"),
+        (lambda f: (f / config).unlink(), "does not exist"),
         (lambda f: (f / config).write_text("{"), "cannot read "),
         (lambda f: change_json(f / config, _class_name="FluxTransformer2DModel"), "is a FluxTransformer2DModel"),
         (lambda f: change_json(f / config, num_layers=30), "num_layers is 30, but the tensors are of 2"),
@@ -194,7 +194,7 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         (lambda f: without(f, "proj_out.bias"), "lacks mixins.final_layer.linear.bias"),
         (lambda f: cut(f, "transformer/diffusion_pytorch_model.safetensors"), "is not a readable safetensors file"),
         (lambda f: cut(f, "vae/diffusion_pytorch_model.safetensors"), "is not a readable safetensors file"),
-        (lambda f: shutil.rmtree(f / "scheduler"), "there is no "),
+        (lambda f: shutil.rmtree(f / "scheduler"), "does not exist"),
         (lambda f: change_json(f / "text_encoder" / "config.json", d_model=4096), "of width 4096; the network takes"),
         (lambda f: (f / "tokenizer" / "spiece.model").unlink(), "holds no tokenizer"),
     ]

@@ -249,17 +249,17 @@ def test_bad_files_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         ("cut.pt", "it is damaged or not a PyTorch file"),
         ("evil.pt", "code in a weight file is never run"),
         ("less.pt", "lacks transformer.layers.1.mlp.dense_4h_to_h.weight"),
-        ("other.pt", "is no CogVideoX network"),
-        ("names.pt", "is no CogVideoX network"),
+        ("other.pt", "is not a CogVideoX network"),
+        ("names.pt", "is not a CogVideoX network"),
         ("large.pt", "mixins.patch_embed.proj.bias is out of the range of float16"),
-        ("diffusion_pytorch_model.safetensors", "is in the form of diffusers already"),
+        ("diffusion_pytorch_model.safetensors", "already has the form of diffusers"),
         ("half.pt", "has a matrix A but no matrix B"),
     ):
         line = mistake(caplog, "--transformer_ckpt_path", source / name, "--output_path", out, "--fp16")
         assert message in line
         assert (str(source) in line) == (name != "large.pt"), line  # which is found while another file is written
     vae = ("--transformer_ckpt_path", good, "--vae_ckpt_path")
-    assert "is no CogVideoX autoencoder" in mistake(caplog, *vae, good, "--output_path", out)
+    assert "is not a CogVideoX autoencoder" in mistake(caplog, *vae, good, "--output_path", out)
     text = ("--text_encoder_cache_dir", source)
     assert "holds no T5 encoder" in mistake(caplog, *vae, tiny.folder / "vae.pt", *text, "--output_path", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -108,7 +108,7 @@ def test_some_layers_alone(tmp_path, caplog):
         if ".layers.0." in name and ".matrix_B." in name:
             tensor.data.zero_()
     assert_close(diffusers_output(pipe, adapted), adapted.output(), 1e-4)
-    assert "no training_config.yaml beside it: alpha is taken to be 1" in caplog.text
+    assert "no training_config.yaml beside it, so alpha is assumed to be 1" in caplog.text
 
 
 def test_a_dry_run_shows_the_key_map_and_writes_nothing(adapted, tmp_path, caplog):
@@ -164,7 +164,7 @@ def test_bad_input(adapted, tmp_path, caplog):
     assert "layer 0 to_v has a matrix A but no matrix B" in message(changed("half", B_2=None))
     assert "layer 0 has no to_v" in message(changed("third", A_2=None, B_2=None))
     assert "the width differs" in message(changed("width", A_0=torch.zeros(4, 32)))
-    assert "modules that CogVideoX has not" in message(changed("fourth", A_3=torch.zeros(4, 64)))
+    assert "modules that CogVideoX does not have" in message(changed("fourth", A_3=torch.zeros(4, 64)))
     assert "is not a positive number" in message(adapted.folder / "run", "--lora_alpha", "0")
 
     truncated = tmp_path / "truncated.pt"

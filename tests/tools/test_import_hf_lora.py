@@ -111,9 +111,9 @@ def test_other_spellings(adapted, exported, tmp_path, rename, caplog):
     save_file({rename(name): tensor for name, tensor in load_file(exported).items()}, tmp_path / "a.safetensors")
     given = run_import(tmp_path / "a.safetensors", tmp_path / "given", "--file_alpha", "3", "--lora_alpha", "3")
     assert_same(given, adapted.adapter)
-    assert "does not say its alpha" not in caplog.text
+    assert "does not hold alpha" not in caplog.text
     assert_same(run_import(tmp_path, tmp_path / "default", "--lora_alpha", "4"), adapted.adapter)
-    assert "does not say its alpha: taken to be its rank, 4" in caplog.text
+    assert "does not hold alpha; it is assumed to be the rank, 4" in caplog.text
 
 
 def test_alpha_beside_the_tensors_and_in_pefts_own_file(adapted, exported, tmp_path):
@@ -164,14 +164,14 @@ def test_what_has_no_place_here_is_named(exported, tmp_path, caplog):
 
     some = torch.ones(4, 64)
     text = message(**{"ff.net.0.proj.lora_A.weight": some, "norm1.linear.lora_B.weight": some.clone()})
-    assert "it adapts ff.net.0.proj, norm1.linear; an adapter here holds plain LoRA on attn1.to_q," in text
+    assert "it adapts ff.net.0.proj, norm1.linear; adapters here hold only plain LoRA on attn1.to_q," in text
     assert "text_embed" in message(**{"text_embed.lora_A.weight": some})
     assert "it is a DoRA" in message(**{"attn1.to_q.lora_magnitude_vector.weight": torch.ones(64)})
     assert "it has biases" in message(**{"attn1.to_q.lora_B.bias": torch.ones(64)})
     assert "use_dora is on" in message({"transformer.use_dora": True})
     assert "the alpha of layer" in message({"transformer.lora_alpha": "much"})
     assert "(a|b)" in message({"transformer.alpha_pattern": {"(a|b)+": 2}})
-    assert "no JSON object" in message([])
+    assert "not a JSON object" in message([])
     larger = {"attn1.to_q.lora_A.weight": torch.ones(8, 64), "attn1.to_q.lora_B.weight": torch.ones(64, 8)}
     assert "the rank differs between layers: 4 (layer 0 to_k), 8 (layer 0 to_q)" in message(**larger)
 

@@ -170,7 +170,7 @@ def test_bad_input(adapted, tmp_path, caplog):
     assert "'nan' is not a number" in message(folder / "base", "--lora", f"{folder / 'run'}:nan")
     assert "holds no adapter" in message(folder / "base", "--lora", folder / "base")
     alone = save(adapted.adapter, tmp_path / "alone", "1")
-    assert "holds an adapter alone" in message(alone, "--lora", folder / "run")
+    assert "holds only an adapter" in message(alone, "--lora", folder / "run")
     deeper = {name.replace("layers.1.", "layers.9."): tensor for name, tensor in adapted.adapter.items()}
     text = message(folder / "base", "--lora", save(deeper, tmp_path / "deeper", "1"))
     assert "does not fit: it adapts layer 9, and the base has no" in text

@@ -341,5 +341,5 @@ def test_a_folder_that_the_compiler_cannot_make_is_one_line(monkeypatch):
         return real(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without_folder)
-    with pytest.raises(UserError, match=r"^TORCHINDUCTOR_CACHE_DIR: .*'/proc/x'\); name another one"):
+    with pytest.raises(UserError, match=r"^TORCHINDUCTOR_CACHE_DIR: .*'/proc/x'\); name another folder"):
         import_compiler()

@@ -1,1 +1,1 @@
-"""Weights from and to other formats."""
+"""Convert weights from and to other formats."""

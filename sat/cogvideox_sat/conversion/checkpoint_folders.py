@@ -1,6 +1,6 @@
-"""Writing a checkpoint of the network as `load:` takes it, one tensor in memory at a time, complete or not at all.
+"""Write a checkpoint of the network for `load:`, atomically and with one tensor in memory.
 
-{folder}/latest                       the name of the one iteration
+{folder}/latest                       the name of the only iteration
 {folder}/1/mp_rank_00_model_states.pt
 """
 
@@ -21,10 +21,10 @@ from sgm.weights import module_weights, read_state_dict
 
 ITERATION = "1"
 FILE = "mp_rank_00_model_states.pt"
-# What a file of `torch.save` holds beside the bytes of tensors. It holds more: where exactly its own writer puts these
-# bytes, which is not where they are here.
+# Records of a `torch.save` file besides the bytes of tensors. Other records hold the exact positions of these bytes,
+# which are different here.
 RECORDS = ("data.pkl", "byteorder", "version")
-# Of zip archives: the header before a name, that of an extra field, and the mark of fields that PyTorch pads with.
+# Zip archives: the header before a name, the header of an extra field, and the id of PyTorch's padding fields.
 ENTRY_HEADER, EXTRA_HEADER, PADDING_ID = struct.Struct("<4s5H3L2H"), struct.Struct("<2H"), 0x4246
 ALIGNMENT = 64  # bytes
 
@@ -32,15 +32,15 @@ ALIGNMENT = 64  # bytes
 def write_checkpoint(
     folder: Path, like: Mapping[str, Tensor], tensor: Callable[[str], Tensor], texts: Mapping[str, str] | None = None
 ) -> None:
-    """Write the tensors of a network into a checkpoint folder, which takes the place of one that exists.
+    """Write the tensors of a network into a checkpoint folder, replacing an existing one.
 
     Args:
-        like: by the network's name, a tensor of the shape and the dtype of the one to write; its values are not used.
-        tensor: gives that tensor; called once for each name, in order.
+        like: for each of the network's names, a tensor of the shape and dtype to write; its values are not used.
+        tensor: a function that returns a tensor by name; called once for each name, in order.
         texts: contents of further files in the folder, by name.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the checkpoint cannot be written.
     """
     with new_folder(folder, sum(value.nbytes for value in like.values())) as part:
         (part / ITERATION).mkdir()
@@ -63,17 +63,18 @@ def write_tensors(
     key: str = "module",
     prefix: str = NETWORK_PREFIX,
 ) -> None:
-    """Write what `torch.save({key: ...})` writes, names prefixed, from tensors that need not exist at the same time.
+    """Write the file that `torch.save({key: ...})` writes, one tensor in memory at a time.
 
-    `torch.save` itself describes the tensors, leaving out their bytes. They follow, one tensor after another, as
-    records whose checksums are right and which can be mapped.
+    `torch.save` itself describes the tensors without their bytes. The bytes follow, one tensor after the other, as
+    records that have correct checksums and can be mapped.
 
     Args:
         like, tensor: see `write_checkpoint`.
+        prefix: the beginning of all names in the file.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: a tensor is not as announced.
+        ValueError: a tensor differs from `like`.
     """
     descriptions = described(path, {key: {prefix + name: _untouched(value) for name, value in like.items()}})
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -87,10 +88,9 @@ def write_tensors(
 
 
 def described(path: Path, content: Any) -> dict[str, bytes]:
-    """Return the small records, by their names, of the file that `torch.save(content, path)` would write.
+    """Return the small records, by name, of the file that `torch.save(content, path)` writes.
 
-    For a moment there is a file at `path`, with holes in the place of the tensors' bytes, which take no room on the
-    disk. It numbers tensors, `data/0` and so on, in their order in `content`.
+    A sparse file exists at `path` for a moment. Tensors are numbered, `data/0` and so on, in their order in `content`.
 
     Raises:
         OSError: the file cannot be written.
@@ -103,12 +103,12 @@ def described(path: Path, content: Any) -> dict[str, bytes]:
 
 
 def _untouched(like: Tensor) -> Tensor:
-    """A tensor of the shape and dtype of `like` that takes no memory as long as nobody reads or writes it."""
+    """Return a tensor like `like` that takes no memory until someone reads or writes it."""
     return torch.empty(like.shape, dtype=like.dtype)
 
 
 def write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    """Append an entry whose content starts at a multiple of `ALIGNMENT`, so that it can be mapped."""
+    """Append an entry with content at a multiple of `ALIGNMENT`, so that it can be mapped."""
     entry = zipfile.ZipInfo(f"archive/{name}")
     entry.file_size = len(content)
     start = archive.start_dir + ENTRY_HEADER.size + len(entry.filename)
@@ -119,17 +119,17 @@ def write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryvie
 
 
 def check_written(folder: Path, like: Mapping[str, Tensor]) -> None:
-    """Raises UserError unless the checkpoint in `folder` reads back as it was written."""
+    """Check that the checkpoint in `folder` reads back as written, else raise UserError."""
     file = checkpoint_file(folder)
     written = module_weights(read_state_dict(file), what=str(file))
     expected = {NETWORK_PREFIX + name: (tensor.shape, tensor.dtype) for name, tensor in like.items()}
     same = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()} == expected
     if not same or not _checksums_agree(file):
-        raise UserError(f"{file} does not read back as it was written; nothing is left of it")
+        raise UserError(f"{file} does not read back as it was written and is removed; check the disk")
 
 
 def _checksums_agree(file: Path) -> bool:
-    """Whether what is on the disk is what was in memory, of which the archive's checksums are."""
+    """Return whether the archive's CRCs hold, by reading every record back."""
     with zipfile.ZipFile(file) as archive:
         try:
             for entry in tqdm(archive.infolist(), desc="reading back", unit="tensor", leave=False):

@@ -1,4 +1,4 @@
-"""The configuration of a model whose weights say what it is: the released model's file, and what differs from it."""
+"""Write the configuration of converted weights, as changes to a released model's file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,13 +25,13 @@ def model_config(
     fp16: bool,
     bf16: bool,
 ) -> dict[str, Any]:
-    """The content of a configuration file that describes a model; `include` is its first key.
+    """Return the content of a configuration file for a model; `include` is its first key.
 
     Args:
-        load, vae, text_encoder: where the parts are; without a text encoder that of the released model's file is named.
+        load, vae, text_encoder: the paths of the parts; without a text encoder, the released model's is named.
 
     Raises:
-        UserError: the autoencoder is none that a configuration can describe.
+        UserError: a configuration cannot describe the autoencoder.
     """
     params: dict[str, Any] = {
         **family.parameters(),
@@ -59,7 +59,7 @@ def model_config(
     released = released_config(family)
     content = _difference(wanted, released)
     if any(name in content["model"].get("network_config", {}).get("params", {}) for name in _CLIP):
-        # Without it the released model's clip would be asked for, which may be larger than any that fits.
+        # The size of the released model's clip, which is the default, may be larger than this model takes.
         content["args"]["sampling_image_size"] = [SPACE_FACTOR * sizes.latent_height, SPACE_FACTOR * sizes.latent_width]
         content["args"]["sampling_num_frames"] = (sizes.num_frames - 1) // TIME_FACTOR + family.patch[0]
     if text_encoder is not None:
@@ -84,7 +84,7 @@ def _positions(family: NetworkFamily, sizes: ModelSizes) -> dict[str, Any]:
 
 def _coder(family: AutoencoderFamily) -> dict[str, Any]:
     if any(width % family.widths[0] for width in family.widths):
-        raise UserError(f"the autoencoder's channels {list(family.widths)} are no multiples of the first")
+        raise UserError(f"the autoencoder's channels {list(family.widths)} are not multiples of the first")
     return {
         "ch": family.widths[0],
         "ch_mult": [width // family.widths[0] for width in family.widths],
@@ -96,7 +96,10 @@ def _coder(family: AutoencoderFamily) -> dict[str, Any]:
 
 
 def _difference(wanted: Mapping[str, Any], released: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `wanted` is not in `released`; an absent value is the same as an empty one and as a switch turned off."""
+    """Return the values of `wanted` that `released` does not have.
+
+    A missing value is the same as an empty one and as a switch that is off.
+    """
     difference = {}
     for key, value in wanted.items():
         there = released.get(key)
@@ -109,7 +112,10 @@ def _difference(wanted: Mapping[str, Any], released: Mapping[str, Any]) -> dict[
 
 
 def inference_config(family: NetworkFamily) -> dict[str, Any]:
-    """Goes after the model's file; an image-to-video model asks for prompts, since the sample ones name no images."""
+    """Return the content of the file that follows the model's file, for sampling.
+
+    An image-to-video model asks for prompts, since the sample prompts name no images.
+    """
     content: dict[str, Any] = {"include": str(CONFIG_FOLDER / "inference.yaml")}
     if family.image_to_video:
         content["args"] = {"input_type": "cli"}

@@ -1,4 +1,4 @@
-"""The folder of a CogVideoX pipeline as diffusers writes and reads it; diffusers itself is not needed.
+"""Read and write the folder of a CogVideoX pipeline, without using diffusers.
 
 model_index.json                                  the classes of the parts
 transformer/  config.json, diffusion_pytorch_model*.safetensors, ...safetensors.index.json if there are several
@@ -27,9 +27,9 @@ from sgm.plain_json import parse_json
 from sgm.weights import DIFFUSERS_FILES, INDEX_SUFFIX, PIPELINE_FILE, read_weight_map, safetensors_in
 
 _, WEIGHTS_NAME = DIFFUSERS_FILES
-TEXT_WEIGHTS_NAME = "model.safetensors"  # of transformers
-DIFFUSERS_VERSION = "0.32.0"  # the first that reads all five families
-NORM_GROUPS = 32  # of the autoencoder's channels; tensors do not tell
+TEXT_WEIGHTS_NAME = "model.safetensors"  # transformers' name
+DIFFUSERS_VERSION = "0.32.0"  # the first version that reads all five families
+NORM_GROUPS = 32  # groups of the autoencoder's channels, which its tensors do not show
 TRANSFORMER, AUTOENCODER = "CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX"
 DTYPES = {
     torch.float32: "F32",
@@ -47,18 +47,18 @@ DTYPES = {
 
 
 def transformer_config(family: NetworkFamily, sizes: ModelSizes) -> dict[str, Any]:
-    """What builds the same network in diffusers.
+    """Return the config.json that builds the same network in diffusers.
 
     Raises:
         UserError: diffusers has no such network.
     """
     if family.ofs_embed_dim not in (None, family.time_embed_dim):
         raise UserError(
-            f"diffusers embeds ofs in as many features as it has for the time: ofs_embed_dim {family.ofs_embed_dim} "
-            f"does not go with time_embed_dim {family.time_embed_dim}"
+            f"ofs_embed_dim is {family.ofs_embed_dim} and time_embed_dim {family.time_embed_dim}; diffusers takes only "
+            "models in which both are equal"
         )
     if family.patch[1] != family.patch[2]:
-        raise UserError(f"diffusers has square patches only, not {family.patch[1]}x{family.patch[2]}")
+        raise UserError(f"diffusers takes only square patches, not {family.patch[1]}x{family.patch[2]}")
     return {
         "_class_name": TRANSFORMER,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -94,7 +94,8 @@ def transformer_config(family: NetworkFamily, sizes: ModelSizes) -> dict[str, An
 
 
 def vae_config(family: AutoencoderFamily, scale_factor: float, is_15: bool) -> dict[str, Any]:
-    """
+    """Return the config.json that builds the same autoencoder in diffusers.
+
     Raises:
         UserError: diffusers has no such autoencoder.
     """
@@ -110,7 +111,7 @@ def vae_config(family: AutoencoderFamily, scale_factor: float, is_15: bool) -> d
         "down_block_types": ["CogVideoXDownBlock3D"] * 4,
         "force_upcast": True,
         "in_channels": family.in_channels,
-        # How the released 1.5 pipelines scale the latent of a first frame.
+        # The released 1.5 pipelines scale the latent of a first frame in this way.
         "invert_scale_latents": is_15,
         "latent_channels": family.z_channels,
         "latents_mean": None,
@@ -131,7 +132,10 @@ def vae_config(family: AutoencoderFamily, scale_factor: float, is_15: bool) -> d
 
 
 def scheduler_config(family: NetworkFamily, shift_scale: float) -> dict[str, Any]:
-    """The released 2B pipeline samples with DDIM, the others with DPM-Solver++."""
+    """Return the configuration of the released pipeline's scheduler.
+
+    The 2B pipeline samples with DDIM, the others with DPM-Solver++.
+    """
     return {
         "_class_name": "CogVideoXDPMScheduler" if family.rotary else "CogVideoXDDIMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -153,7 +157,10 @@ def scheduler_config(family: NetworkFamily, shift_scale: float) -> dict[str, Any
 
 
 def pipeline_index(family: NetworkFamily, with_text: bool) -> dict[str, Any]:
-    """Without T5, its parts are left to be given to `from_pretrained`."""
+    """Return the content of model_index.json.
+
+    Without T5, its parts must be given to `from_pretrained`.
+    """
     absent = [None, None]
     return {
         "_class_name": "CogVideoXImageToVideoPipeline" if family.image_to_video else "CogVideoXPipeline",
@@ -179,10 +186,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_part(
     folder: Path, config: Mapping[str, Any], weights: StoredWeights, shard_bytes: int, file_name: str = WEIGHTS_NAME
 ) -> None:
-    """Write config.json and the tensors, in several files if they are more than `shard_bytes`, and read them back.
+    """Write config.json and the tensors of a part, and check them by reading them back.
+
+    The tensors are in several files if they have more than `shard_bytes`.
 
     Args:
-        file_name: of the tensors if they are in one file: diffusers' name, or transformers'.
+        file_name: the name of the tensors' file if there is only one: diffusers' name, or transformers'.
+
+    Raises:
+        UserError: the tensors do not read back as they were written.
     """
     write_json(folder / "config.json", config)
     shards = split(weights, shard_bytes)
@@ -200,7 +212,7 @@ def write_part(
 
 
 def split(weights: StoredWeights, shard_bytes: int) -> list[StoredWeights]:
-    """The tensors in their order, in groups of at most `shard_bytes`, or of one tensor if that has more."""
+    """Return the tensors in order, in groups of at most `shard_bytes` or of one larger tensor."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, like in weights.like.items():
@@ -213,9 +225,10 @@ def split(weights: StoredWeights, shard_bytes: int) -> list[StoredWeights]:
 
 
 def write_safetensors(path: Path, weights: StoredWeights, done: Callable[[], Any] = lambda: None) -> None:
-    """What `safetensors.torch.save_file` writes, of tensors that need not exist at the same time.
+    """Write the file that safetensors' `save_file` writes, one tensor in memory at a time.
 
-    That is the length of a JSON header, the header with dtypes, shapes and places, and the bytes of the tensors.
+    The file consists of the length of a JSON header, the header with dtypes, shapes and positions, and the bytes of the
+    tensors.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -227,7 +240,7 @@ def write_safetensors(path: Path, weights: StoredWeights, done: Callable[[], Any
         }
         offset += like.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # so that tensors, mapped, are aligned
+    text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors are aligned
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in weights:
@@ -238,15 +251,19 @@ def write_safetensors(path: Path, weights: StoredWeights, done: Callable[[], Any
 def check_equal(
     written: StoredWeights, meant: StoredWeights, where: Path, done: Callable[[], Any] = lambda: None
 ) -> None:
-    """Raises UserError unless what was written is, bit by bit, what was meant to be."""
+    """Check that written tensors equal, bit by bit, the tensors that were meant to be written.
+
+    Raises:
+        UserError: they differ.
+    """
     if written.shapes != meant.shapes:
-        raise UserError(f"{where} does not read back as it was written: other tensors are in it")
+        raise UserError(f"{where} does not read back as it was written, it holds other tensors; check the disk")
     for name in meant:
         ours, theirs = written[name], meant[name]
         if ours.dtype != theirs.dtype or not torch.equal(
             *(t.contiguous().view(-1).view(torch.uint8) for t in (ours, theirs))
         ):
-            raise UserError(f"{where} does not read back as it was written: {name} differs; is the disk sound?")
+            raise UserError(f"{where} does not read back as it was written, {name} differs; check the disk")
         done()
 
 
@@ -256,26 +273,27 @@ def check_equal(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
+    """Return the JSON object in a file.
+
     Raises:
-        UserError: there is no such file, or no JSON object in it.
+        UserError: the file does not exist, or does not hold a JSON object.
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"there is no {path}") from error
+        raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return content
 
 
 def read_part(folder: Path, class_name: str) -> tuple[dict[str, Any], StoredWeights]:
-    """config.json and the tensors of a part of a pipeline.
+    """Return config.json and the tensors of a part of a pipeline.
 
     Raises:
-        UserError: they cannot be read, or are of another class.
+        UserError: they cannot be read, or the part has another class.
     """
     config = read_json(folder / "config.json")
     if config.get("_class_name") != class_name:
@@ -284,7 +302,7 @@ def read_part(folder: Path, class_name: str) -> tuple[dict[str, Any], StoredWeig
 
 
 def read_extra_tables(folder: Path) -> StoredWeights:
-    """What `EXTRA_TABLES` beside diffusers' files holds, by our names."""
+    """Return the tensors in `EXTRA_TABLES` beside diffusers' files, by our names."""
     path = folder / EXTRA_TABLES
     return open_weights(path) if path.is_file() else StoredWeights({})
 
@@ -298,15 +316,17 @@ _TOKENIZER_FILE = re.compile(r"spiece\.model|(tokenizer|tokenizer_config|special
 
 
 def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a T5 encoder and of its tokenizer below `folder`: all in it, or in `text_encoder` and `tokenizer`,
-    or in either way in the only snapshot of a cache of the hub.
+    """Return the files of a T5 encoder and of its tokenizer below `folder`.
+
+    They are in the folder itself, or in `text_encoder` and `tokenizer`, or in one of these ways in the only snapshot of
+    a cache of the hub.
 
     Raises:
-        UserError: they are not there.
+        UserError: files are missing, or the cache holds several models.
     """
     snapshots = [path for path in folder.glob("models--*/snapshots/*") if path.is_dir()]
     if len(snapshots) > 1:
-        raise UserError(f"{folder} holds {len(snapshots)} models of the hub: name the folder of T5's, snapshots/...")
+        raise UserError(f"{folder} holds {len(snapshots)} models of the hub; name the folder of T5, snapshots/...")
     folder = snapshots[0] if snapshots else folder
     encoder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
@@ -316,21 +336,21 @@ def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
     tokenizer_files = _matching(tokenizer, _TOKENIZER_FILE)
     names = {file.name for file in encoder_files}
     if "config.json" not in names or not any(file.suffix in (".safetensors", ".bin") for file in encoder_files):
-        raise UserError(f"{encoder} holds no T5 encoder: expected config.json and model*.safetensors")
+        raise UserError(f"{encoder} holds no T5 encoder; expected config.json and model*.safetensors")
     if not any(file.name in ("spiece.model", "tokenizer.json") for file in tokenizer_files):
-        raise UserError(f"{tokenizer} holds no tokenizer: expected spiece.model or tokenizer.json")
+        raise UserError(f"{tokenizer} holds no tokenizer; expected spiece.model or tokenizer.json")
     for index in (file for file in encoder_files if file.name.endswith((INDEX_SUFFIX, ".bin.index.json"))):
-        read_weight_map(index)  # checks that they are there
+        read_weight_map(index)  # checks that the files in the index exist
     return encoder_files, tokenizer_files
 
 
 def check_text_encoder(encoder_files: Sequence[Path], hidden_size: int) -> None:
-    """Raises UserError unless the encoder is a T5 of the width that the network takes."""
+    """Check that the encoder is a T5 of the width `hidden_size`, else raise UserError."""
     config = read_json(next(file for file in encoder_files if file.name == "config.json"))
     if config.get("model_type") != "t5" or config.get("d_model") != hidden_size:
         raise UserError(
-            f"the text encoder is a {config.get('model_type')} of width {config.get('d_model')}; the network takes the "
-            f"states of a t5 of width {hidden_size}"
+            f"the text encoder is a {config.get('model_type')} of width {config.get('d_model')}; the network takes a "
+            f"t5 of width {hidden_size}"
         )
 
 
@@ -339,7 +359,7 @@ def _matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def write_text_encoder(files: Sequence[Path], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    """Write the text encoder of some files, see `text_files`, into a folder, its weights in `dtype`."""
+    """Write the text encoder in `files`, see `text_files`, into a folder, in `dtype`."""
     entries: dict[str, Stored] = {}
     for file in files:
         if file.suffix in (".safetensors", ".bin"):
@@ -351,7 +371,7 @@ def write_text_encoder(files: Sequence[Path], folder: Path, dtype: torch.dtype, 
 
 
 def copy_files(files: Sequence[Path], folder: Path) -> None:
-    """Copy files into a folder, a part at a time, and check their sizes."""
+    """Copy files into a folder, piece by piece, and check their sizes."""
     folder.mkdir(exist_ok=True)
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=folder.name, unit="B", unit_scale=True, leave=False) as bar:
@@ -362,7 +382,7 @@ def copy_files(files: Sequence[Path], folder: Path) -> None:
     for file in files:
         target = folder / file.name
         if target.stat().st_size != file.stat().st_size:
-            raise UserError(f"{file} changed while it was copied")
+            raise UserError(f"{file} changed while it was copied; copy it again")
 
 
 def is_pipeline(folder: Path) -> bool:

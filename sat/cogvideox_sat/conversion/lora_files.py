@@ -1,7 +1,7 @@
-"""LoRA adapters as files hold them: checkpoints of SwissArmyTransformer, and files of diffusers and peft.
+"""Read LoRA adapters: SwissArmyTransformer's checkpoints, diffusers' and peft's files.
 
-A file of tensors does not say by itself how strongly it applies: an adapter adds alpha/rank · B·A. SwissArmyTransformer
-keeps alpha in the configuration, diffusers in the header of the file.
+The strength of an adapter, which adds alpha/rank · B·A, does not follow from its tensors. SwissArmyTransformer stores
+alpha in the configuration, diffusers in the header of the file.
 """
 
 import json
@@ -35,20 +35,21 @@ from sgm.weights import read_state_dict
 
 logger = logging.getLogger(__name__)
 
-# Where the configuration of an adapter lies: what a training run saves, and what tools/import_hf_lora.py writes.
+# Names of an adapter's configuration: as a training run saves it, and as tools/import_hf_lora.py writes it.
 CONFIG_FILES = ("training_config.yaml", "lora.yaml")
-LORA_FILES = (LORA_FILE, "adapter_model.safetensors")  # of diffusers; of peft
-METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in the header of a safetensors file
+LORA_FILES = (LORA_FILE, "adapter_model.safetensors")  # diffusers' name, peft's name
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' key in the header of a safetensors file
 DEFAULT_ALPHA = 1.0  # SwissArmyTransformer's
 _NAME_PATTERN = re.compile(r"\^?(\w|\\?\.)+\$?")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Matrices, all of one rank, A (rank, width) and B (width, rank); each projection has both.
+    """Matrices A (rank, width) and B (width, rank) of all adapted projections, of one rank.
 
-    Args:
-        scales: by projection, what its B·A is multiplied by: alpha/rank.
+    Attributes:
+        source: the file of the adapter.
+        scales: for each projection, the factor alpha/rank of its B·A.
     """
 
     source: Path
@@ -62,10 +63,10 @@ class Adapter:
         return sorted({projection.layer for projection in self.scales})
 
     def with_alpha(self, alpha: float) -> "Adapter":
-        """The same adapter for a configuration with this alpha: what else its scales hold goes into B.
+        """Return the same adapter for a configuration with this alpha, scaling B accordingly.
 
         Raises:
-            UserError: B's dtype cannot hold that.
+            UserError: B's dtype cannot hold the scaled values.
         """
         scale, matrices = alpha / self.rank, dict(self.matrices)
         for slot, tensor in self.matrices.items():
@@ -74,17 +75,17 @@ class Adapter:
                 matrices[slot] = (tensor.float() * factor).to(tensor.dtype)
                 if not matrices[slot].isfinite().all():
                     raise UserError(
-                        f"{self.source}: {slot.projection} times {factor:g} is out of the range of {tensor.dtype}: "
+                        f"{self.source}: {slot.projection} times {factor:g} is out of the range of {tensor.dtype}; "
                         "choose a larger --lora_alpha"
                     )
         return Adapter(self.source, self.rank, self.width, matrices, dict.fromkeys(self.scales, scale))
 
 
 def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, int]:
-    """The rank and the width of an adapter.
+    """Return the rank and the width of an adapter, after checking its matrices.
 
     Raises:
-        UserError: a matrix lacks its other half, or ranks or widths differ.
+        UserError: a projection has only one of A and B, or ranks or widths differ.
     """
     for slot in matrices:
         other = Slot(slot.projection, "B" if slot.matrix == "A" else "A")
@@ -109,26 +110,26 @@ def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, 
 
 
 def read_sat_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
-    """The adapter in a checkpoint, see `open_checkpoint`; with base weights in it or alone.
+    """Return the adapter in a checkpoint, see `open_checkpoint`, with or without base weights.
 
     Args:
-        alpha: of the configuration that it was trained with; None: as `recorded_alpha` finds it, else 1.
+        alpha: that of the configuration that the adapter was trained with; None: as `recorded_alpha` finds it, else 1.
 
     Raises:
-        UserError: there is none, or its matrices do not go together.
+        UserError: the checkpoint holds no adapter, or its matrices do not fit together.
     """
     file, weights = open_checkpoint(Path(path))
     return sat_adapter(file, weights, alpha)
 
 
 def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None = None) -> Adapter:
-    """As `read_sat_adapter`, of the weights that were read from `file`."""
+    """Return the adapter among weights that were read from `file`; see `read_sat_adapter`."""
     found = {name: weights[name] for name in weights if is_adapter(name)}
     if not found:
-        raise UserError(f"{file} holds no adapter (no matrix_A, matrix_B)")
+        raise UserError(f"{file} holds no adapter (no matrix_A or matrix_B)")
     slots = {name: slot for name in found if (slot := parse_sat_name(name)) is not None}
     if foreign := [name for name in found if name not in slots]:
-        raise UserError(f"{file}: its adapter is on modules that CogVideoX has not: {some(foreign)}")
+        raise UserError(f"{file}: its adapter is on modules that CogVideoX does not have: {some(foreign)}")
     matrices = {slots[name]: tensor for name, tensor in found.items()}
     rank, width = check_matrices(file, matrices)
     for layer in {slot.projection.layer for slot in matrices}:
@@ -141,7 +142,7 @@ def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None =
 
 
 def recorded_alpha(file: Path, rank: int) -> float:
-    """The alpha in the configuration beside a checkpoint's folder, 1 where it sets none or there is no such file.
+    """Return the alpha in the configuration beside a checkpoint's folder; 1 if there is none.
 
     Raises:
         UserError: the configuration is of an adapter of another rank, or cannot be read.
@@ -149,7 +150,7 @@ def recorded_alpha(file: Path, rank: int) -> float:
     candidates = [folder / name for folder in (file.parent, file.parent.parent) for name in CONFIG_FILES]
     config_file = next((path for path in candidates if path.is_file()), None)
     if config_file is None:
-        logger.info("%s: no training_config.yaml beside it: alpha is taken to be %g", file, DEFAULT_ALPHA)
+        logger.info("%s: no training_config.yaml beside it, so alpha is assumed to be %g", file, DEFAULT_ALPHA)
         return DEFAULT_ALPHA
     try:
         node: Any = read_yaml(config_file, "the configuration beside the adapter,")
@@ -160,7 +161,7 @@ def recorded_alpha(file: Path, rank: int) -> float:
     params = node if isinstance(node, Mapping) else {}
     if params.get("r", rank) != rank:
         raise UserError(
-            f"{config_file} is of an adapter of rank {params['r']}, but {file} has rank {rank}: give --lora_alpha"
+            f"{config_file} is of an adapter of rank {params['r']}, but {file} has rank {rank}; give --lora_alpha"
         )
     alpha = params.get("lora_alpha", DEFAULT_ALPHA)
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
@@ -172,10 +173,10 @@ def recorded_alpha(file: Path, rank: int) -> float:
 
 
 def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
-    """The adapter at `path`, of whichever kind; see `read_sat_adapter` and `read_diffusers_adapter`.
+    """Return the adapter at `path`; see `read_sat_adapter` and `read_diffusers_adapter`.
 
     Raises:
-        UserError: there is none, or it does not fit together.
+        UserError: the path holds no adapter, or its matrices do not fit together.
     """
     path = Path(path)
     if path.is_dir():
@@ -189,22 +190,22 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
 
 
 def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
-    """The adapter in a safetensors file, or in a folder that holds one, of diffusers or peft.
+    """Return the adapter in a safetensors file of diffusers or peft, or in a folder with one.
 
-    Its alpha is looked for in the header, in tensors named `….alpha` and in peft's adapter_config.json beside it.
-    Without any of these it equals the rank, as for diffusers. Projections that a layer lacks beside others get
-    matrices of zeros, which add nothing.
+    Alpha is looked for in the header, in tensors named `….alpha` and in peft's adapter_config.json beside the file.
+    Without any of these it equals the rank, as in diffusers. If a layer lacks some projections, these get matrices of
+    zeros, which add nothing.
 
     Args:
-        alpha: that of all projections, whatever the file says.
+        alpha: that of all projections, overriding the file.
 
     Raises:
-        UserError: it cannot be read, or adapts what SwissArmyTransformer's adapters do not.
+        UserError: the file cannot be read, or adapts modules that SwissArmyTransformer's adapters do not.
     """
     file = diffusers_file(Path(path))
     weights = read_state_dict(file)
     if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(f"{file} is not a LoRA file: it holds more than tensors")
+        raise UserError(f"{file} is not a LoRA file, it holds more than tensors; name a LoRA file")
     matrices: dict[Slot, Tensor] = {}
     alphas: dict[Projection, float] = {}
     foreign: list[str] = []
@@ -228,35 +229,35 @@ def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adap
 
 
 def diffusers_file(path: Path) -> Path:
-    """The file that `path` means: itself, or the one LoRA file in a folder.
+    """Return the file that `path` stands for: itself, or the only LoRA file in a folder.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: there is no such file, or more than one.
     """
     if not path.is_dir():
         if not path.is_file():
-            raise UserError(f"there is no LoRA file {path}")
+            raise UserError(f"LoRA file {path} does not exist")
         return path
     for name in LORA_FILES:
         if (path / name).is_file():
             return path / name
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise UserError(f"{path} holds {len(files)} safetensors files, expected one LoRA file: name it instead")
+        raise UserError(f"{path} holds {len(files)} safetensors files, expected one LoRA file; name the file itself")
     return files[0]
 
 
 def adapter_metadata(file: Path) -> dict[str, Any] | None:
-    """What a file says of its adapter in peft's words (`r`, `lora_alpha`, ...), None if it says nothing.
+    """Return a file's metadata about its adapter in peft's terms (`r`, `lora_alpha`), or None.
 
     Raises:
-        UserError: it cannot be understood.
+        UserError: the metadata cannot be parsed.
     """
     where, text = file, None
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
-        with safe_open(file, "pt") as content:  # read before, so that it is whole
+        with safe_open(file, "pt") as content:  # the caller has checked that the file is complete
             text = (content.metadata() or {}).get(METADATA_KEY)
     if text is None and (beside := file.with_name("adapter_config.json")).is_file():
         where, text = beside, beside.read_text(encoding="utf-8", errors="replace")
@@ -265,29 +266,29 @@ def adapter_metadata(file: Path) -> dict[str, Any] | None:
     try:
         metadata = parse_json(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: what it says of its adapter is not valid JSON: {error}") from error
+        raise UserError(f"{where}: the description of the adapter is not valid JSON: {error}") from error
     if not isinstance(metadata, dict):
-        raise UserError(f"{where}: what it says of its adapter is no JSON object")
+        raise UserError(f"{where}: the description of the adapter is not a JSON object")
     return {key.removeprefix("transformer."): value for key, value in metadata.items()}
 
 
 def _scales(
     file: Path, projections: Iterable[Projection], rank: int, alphas: Mapping[Projection, float], given: float | None
 ) -> dict[Projection, float]:
-    """alpha/rank of each projection, or with rank-stabilised LoRA alpha/√rank."""
+    """Return alpha/rank of each projection, or alpha/√rank for rank-stabilised LoRA."""
     metadata = adapter_metadata(file) or {}
     for key in ("use_dora", "lora_bias"):
         if metadata.get(key):
-            raise UserError(f"{file}: {key} is on, and SwissArmyTransformer's adapters have no such thing")
+            raise UserError(f"{file}: {key} is on, which SwissArmyTransformer's adapters do not support")
     divisor = math.sqrt(rank) if metadata.get("use_rslora") else rank
     general = metadata.get("lora_alpha")
     patterns = metadata.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise UserError(f"{file}: alpha_pattern is {shown(patterns)}; expected a number for each name of a module")
     if given is None and (odd := [pattern for pattern in patterns if not _NAME_PATTERN.fullmatch(pattern)]):
-        raise UserError(f"{file}: alpha_pattern holds {odd[0]!r}, expected names of modules: give --file_alpha")
+        raise UserError(f"{file}: alpha_pattern holds {odd[0]!r}, expected names of modules; give --file_alpha")
     if given is None and general is None and not alphas:
-        logger.warning("%s does not say its alpha: taken to be its rank, %d, as diffusers does", file, rank)
+        logger.warning("%s does not hold alpha; it is assumed to be the rank, %d, as in diffusers", file, rank)
     scales = {}
     for projection in projections:
         if given is not None:
@@ -301,8 +302,10 @@ def _scales(
 
 
 def _matching(patterns: Mapping[str, Any], projection: Projection, otherwise: Any) -> Any:
-    """The value of the pattern that names a module or the end of its name. To peft these are regular expressions, but
-    what is written into files are names."""
+    """Return the value of the pattern that names a module or the end of its name.
+
+    peft takes the patterns as regular expressions, but files hold names.
+    """
     name = diffusers_module(projection)
     for pattern, value in patterns.items():
         end = pattern.removeprefix("^").removeprefix("transformer.").removesuffix("$").replace("\\.", ".")
@@ -326,11 +329,11 @@ def _fill_with_zeros(file: Path, matrices: dict[Slot, Tensor], scales: dict[Proj
                 scales[projection] = scales[present.projection]
                 added.append(str(projection))
     if added:
-        logger.info("%s does not adapt %s: these get zeros, which add nothing", file, some(added, 4))
+        logger.info("%s does not adapt %s; they get zeros, which add nothing", file, some(added, 4))
 
 
 def _why_foreign(names: list[str]) -> str:
-    """One line on tensors that no adapter here can hold."""
+    """Return the reason, in one line, why our adapters cannot hold these tensors."""
     modules = {name.split(".lora")[0].removesuffix(".alpha") for name in names}
     kinds = sorted({re.sub(r".*transformer_blocks\.\d+\.", "", module) for module in modules})
     if any("dora" in name or "magnitude" in name for name in names):
@@ -339,4 +342,4 @@ def _why_foreign(names: list[str]) -> str:
         reason = "it has biases"
     else:
         reason = f"it adapts {some(kinds)}"
-    return f"{reason}; an adapter here holds plain LoRA on attn1.to_q, to_k, to_v and to_out alone"
+    return f"{reason}; adapters here hold only plain LoRA on attn1.to_q, to_k, to_v and to_out"

@@ -1,4 +1,4 @@
-"""Weights of a network with adapters added to them, so that it runs without LoRA."""
+"""Add adapters to the weights of a network, so that it runs without LoRA."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,9 +10,9 @@ from sgm.errors import UserError
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """The weights of `base` with `strength` times each adapter added: summed in float32, in the base's dtype.
+    """Weights of `base` plus `strength` times each adapter, in the dtype of `base`.
 
-    A merged tensor is computed each time it is asked for, and not kept.
+    The sum is computed in float32, each time a tensor is read; merged tensors are not stored.
 
     Raises:
         UserError: an adapter does not fit the base.
@@ -41,9 +41,7 @@ class MergedWeights(Mapping[str, Tensor]):
                     rows.addmm_(b, a, alpha=strength * adapter.scales[projection])
         merged = merged.to(weight.dtype)
         if not merged.isfinite().all():
-            raise UserError(
-                f"{name} is not finite after merging in {weight.dtype}: an adapter or its weight is too large"
-            )
+            raise UserError(f"{name} is not finite after merging in {weight.dtype}; lower the strength of the adapter")
         return merged
 
     def __iter__(self) -> Iterator[str]:
@@ -54,7 +52,11 @@ class MergedWeights(Mapping[str, Tensor]):
 
 
 def check_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
-    """Raises UserError unless all that `adapter` adds to is in `base`, in the right shape."""
+    """Check that `base` has all weights that `adapter` adds to, in the right shape.
+
+    Raises:
+        UserError: a weight is missing, or has another shape.
+    """
     for layer in adapter.layers:
         for module, parts in PARTS.items():
             weight = base.get(base_weight(layer, module))

@@ -1,23 +1,21 @@
-"""What the tensors of a LoRA adapter are called in SwissArmyTransformer's checkpoints and in diffusers' files.
+"""Translate names of LoRA tensors between SwissArmyTransformer and diffusers.
 
 Nothing here imports PyTorch. One projection of one layer has two matrices, A (rank, in) and B (out, rank):
-
-    transformer.layers.7.attention.query_key_value.matrix_A.1    ↔    transformer.transformer_blocks.7.attn1.to_k.lora_A.weight
-    transformer.layers.7.attention.dense.matrix_B.0              ↔    transformer.transformer_blocks.7.attn1.to_out.0.lora_B.weight
-"""  # noqa: E501
+"""
 
 import re
 from typing import NamedTuple
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
-# The projections, by their names in diffusers, that a module of SwissArmyTransformer's layer has A and B for, in order.
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the file that diffusers looks for in a folder
+# For each module of SwissArmyTransformer's layer, its adapted projections by their names in diffusers, in order.
 PARTS = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0",)}
-# Of each projection: the module, and the number of its A and B there.
+# For each projection, its module and the number of its A and B there.
 PROJECTIONS = {name: (module, number) for module, names in PARTS.items() for number, name in enumerate(names)}
 
 _SAT = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)")
-# Files of diffusers' pipelines start with `transformer.`, those of its models with nothing, peft's own with
-# `base_model.model.`; an adapter may be named before `.weight`; `down` and `up` are what A and B were called before.
+# Names begin with `transformer.` in files of diffusers' pipelines, with nothing in files of its models, and with
+# `base_model.model.` in peft's own files. The adapter's name may precede `.weight`. `down` and `up` are older names of
+# A and B.
 _PREFIX = r"(?:(?:base_model\.model|transformer|diffusion_model|module)\.)*"
 _MODULE = re.compile(_PREFIX + r"transformer_blocks\.(\d+)\.attn1\.(to_q|to_k|to_v|to_out(?:\.0)?)")
 _MATRIX = re.compile(r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)(?:\.(?!weight$)\w+)?\.weight")
@@ -56,12 +54,12 @@ class Slot(NamedTuple):
 
 
 def diffusers_module(projection: Projection) -> str:
-    """The module of diffusers' transformer that is a projection."""
+    """Return the module of diffusers' transformer that computes a projection."""
     return f"transformer_blocks.{projection.layer}.attn1.{projection.name}"
 
 
 def parse_sat_name(name: str) -> Slot | None:
-    """The matrix that a tensor of a SwissArmyTransformer checkpoint is; None if it is none of those above."""
+    """Return the matrix that a tensor of a SwissArmyTransformer checkpoint is; None if none."""
     if not (match := _SAT.fullmatch(name)):
         return None
     layer, module, matrix, number = match.groups()
@@ -70,14 +68,14 @@ def parse_sat_name(name: str) -> Slot | None:
 
 
 def parse_diffusers_name(name: str) -> Slot | None:
-    """The matrix that a tensor of a diffusers or peft file is; None if SwissArmyTransformer's adapters have no such."""
+    """Return the matrix that a tensor of a diffusers or peft file is; None if not one of ours."""
     if not (match := _MATRIX.fullmatch(name)) or not (projection := parse_diffusers_module(match[1])):
         return None
     return Slot(projection, "A" if match[2] in ("lora_A", "lora.down", "lora_down") else "B")
 
 
 def parse_alpha_name(name: str) -> Projection | None:
-    """The projection that a tensor of a diffusers or peft file holds the alpha of; None if it is none."""
+    """Return the projection whose alpha a tensor of a diffusers or peft file is; None if none."""
     match = _ALPHA.fullmatch(name)
     return parse_diffusers_module(match[1]) if match else None
 
@@ -88,5 +86,5 @@ def parse_diffusers_module(name: str) -> Projection | None:
 
 
 def base_weight(layer: int, module: str) -> str:
-    """The weight that the projections of `module`, a key of `PARTS`, are rows of, in that order."""
+    """Return the name of the weight whose rows are the projections of `module`, as in `PARTS`."""
     return f"transformer.layers.{layer}.attention.{module}.weight"

@@ -1,6 +1,7 @@
-"""Sizes of a model that its tensors do not say by their shapes: of the largest clip, of the text, of the latents.
+"""Find sizes of a model that the shapes of its tensors do not show.
 
-They are read off the tables of positions where a checkpoint holds some, and from a configuration otherwise.
+These are sizes of the largest clip, the text and the latents. They are read off tables of positions in the checkpoint,
+if there are any, and else from a configuration.
 """
 
 import math
@@ -20,18 +21,19 @@ from cogvideox_sat.network.position_tables import rotary_angles, sincos_3d
 from cogvideox_sat.weights.diffusers_names import FREQUENCIES, POSITION_TABLE, UNUSED_TABLE
 from sgm.errors import UserError
 
-TOLERANCE = 1e-2  # of sines and cosines that were rounded to bfloat16
+TOLERANCE = 1e-2  # for sines and cosines that were rounded to bfloat16
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """
-    Args:
-        num_frames, latent_height, latent_width: of the largest clip, frames in pixel space.
+    """Sizes of a model.
+
+    Attributes:
+        num_frames, latent_height, latent_width: size of the largest clip, with frames in pixel space.
         text_length: tokens of the text.
-        interpolation: what coordinates are divided by in a sin-cos table.
-        scale_factor: of latents.
-        shift_scale: of the noise schedule.
+        interpolation: divisor of coordinates in a sin-cos table.
+        scale_factor: factor of latents.
+        shift_scale: parameter of the noise schedule.
     """
 
     num_frames: int
@@ -43,19 +45,26 @@ class ModelSizes:
     shift_scale: float
 
     def grid(self, patch: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The largest clip in patches; 1.0 models do not patch time, of 1.5 models there is no table."""
+        """Return the (frames, height, width) of the largest clip in patches.
+
+        1.0 models do not patch time, and 1.5 models have no table.
+        """
         return (self.num_frames - 1) // TIME_FACTOR + 1, self.latent_height // patch[1], self.latent_width // patch[2]
 
 
 def released_config(family: NetworkFamily) -> dict[str, Any]:
-    """The configuration of the released model."""
+    """Return the configuration of the released model of a family."""
     return load_configs([CONFIG_FOLDER / f"{CONFIGS[family.name]}.yaml"])
 
 
 def sizes_of_config(config: Mapping[str, Any], family: NetworkFamily, source: str) -> ModelSizes:
-    """
+    """Return the sizes in a configuration.
+
+    Args:
+        source: the configuration in messages.
+
     Raises:
-        UserError: the configuration is of another model, or does not say them.
+        UserError: the configuration is of another model, or lacks a size.
     """
     try:
         model = config["model"]
@@ -82,10 +91,10 @@ def sizes_of_config(config: Mapping[str, Any], family: NetworkFamily, source: st
 
 
 def sizes_of_tables(tables: Mapping[str, Tensor], family: NetworkFamily, source: str) -> dict[str, Any]:
-    """Those of `ModelSizes` that the tables of positions among a checkpoint's tensors determine.
+    """Return the `ModelSizes` that the tables of positions in a checkpoint determine, by name.
 
     Raises:
-        UserError: a table is not what the network would compute, so that diffusers could not either.
+        UserError: a table is not one that the network would compute, so that diffusers could not compute it either.
     """
     if family.stores_frequencies and all(name in tables for name in FREQUENCIES):
         sin, cos = (tables[name].float() for name in FREQUENCIES)
@@ -93,7 +102,7 @@ def sizes_of_tables(tables: Mapping[str, Tensor], family: NetworkFamily, source:
         grid = _grid_of(sin[:, axes[0]], sin[:, axes[1]])
         angles = rotary_angles(family.head_dim, grid)
         if angles.shape != sin.shape or not _close(angles.sin(), sin) or not _close(angles.cos(), cos):
-            raise UserError(f"{source}: the frequencies are not those of any grid of patches")
+            raise UserError(f"{source}: its table of frequencies is not that of any grid of patches")
         found = _clip(grid, family)
         if POSITION_TABLE in tables:
             found["text_length"] = tables[POSITION_TABLE].shape[1] - math.prod(grid)
@@ -104,7 +113,12 @@ def sizes_of_tables(tables: Mapping[str, Tensor], family: NetworkFamily, source:
 
 
 def _sizes_of_sincos(table: Tensor, family: NetworkFamily, source: str) -> dict[str, Any]:
-    """`table` is (text + patches, hidden_size): zeros on text; of time, width and height first sines, then cosines."""
+    """Return the sizes that a sin-cos table of positions determines.
+
+    Args:
+        table: (text + patches, hidden_size); zeros for text; for each of time, width and height first sines, then
+            cosines.
+    """
     used = table.abs().amax(1) > 0
     text_length = int(used.int().argmax()) if used.any() else len(table)
     video = table[text_length:]
@@ -124,9 +138,9 @@ def _sizes_of_sincos(table: Tensor, family: NetworkFamily, source: str) -> dict[
 
 
 def _interpolation(rows: Tensor, dim: int) -> float:
-    """The factor that coordinates 0, 1, 2, ... were divided by in (n, dim) sines and cosines of them.
+    """Return the divisor of coordinates 0, 1, 2, ... in their (n, dim) sines and cosines.
 
-    The first step gives an estimate, the whole way, whose turns it counts, a better one.
+    The first step gives an estimate. The angle at the last row, including full turns, gives a more accurate value.
     """
     angles = torch.atan2(rows[:, 0], rows[:, dim // 2]).double()
     last = len(rows) - 1
@@ -135,7 +149,7 @@ def _interpolation(rows: Tensor, dim: int) -> float:
 
 
 def _grid_of(rows: Tensor, columns: Tensor) -> tuple[int, int, int]:
-    """The grid whose patches have these sines of their row and of their column: zero where a new one begins."""
+    """Return the grid whose patches have these sines of row and column, 0 at each start."""
     width = _next_zero(columns)
     height = _next_zero(rows[::width])
     return len(rows) // (width * height), height, width
@@ -160,13 +174,14 @@ def _close(expected: Tensor, table: Tensor) -> bool:
 
 
 def combined(config: ModelSizes, found: Mapping[str, Any], source: str | None) -> ModelSizes:
-    """The sizes of a configuration, with those `found` in tables in their place.
+    """Return the sizes of a configuration, replaced by those `found` in tables.
 
     Args:
-        source: names a configuration that must agree; None: it is that of the released model, which need not.
+        source: the configuration in messages, if it must agree with the tables; None: the released model's, which need
+            not.
 
     Raises:
-        UserError: they differ, but must agree.
+        UserError: the sizes differ, but must agree.
     """
     for name, value in found.items():
         stated = getattr(config, name)
@@ -178,7 +193,7 @@ def combined(config: ModelSizes, found: Mapping[str, Any], source: str | None) -
 def computed_tables(
     family: NetworkFamily, sizes: ModelSizes, dtype: torch.dtype, unused_rows: int = UNUSED_POSITIONS
 ) -> dict[str, Tensor]:
-    """The tables that a checkpoint holds and that follow from the sizes; zeros for the one that is not used."""
+    """Return a checkpoint's tables that follow from the sizes; the unused table holds zeros."""
     grid, tables = sizes.grid(family.patch), {}
     if family.rotary:
         tables[UNUSED_TABLE] = torch.zeros(unused_rows, family.hidden_size, dtype=dtype)

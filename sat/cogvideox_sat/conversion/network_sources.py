@@ -1,7 +1,7 @@
-"""The network's weights out of whatever holds them, as those of a network without LoRA.
+"""Open the weights of a network from checkpoints of any kind, with adapters merged.
 
-That is a checkpoint of SwissArmyTransformer's form, full or averaged, with an adapter in it or beside it, or an
-adapter alone whose run says what it was trained on, or the pieces that DeepSpeed's ZeRO leaves.
+The source is a full or averaged checkpoint of SwissArmyTransformer's form, with an adapter in it or beside it; or an
+adapter whose run records its base; or the pieces that DeepSpeed's ZeRO writes.
 """
 
 import logging
@@ -29,11 +29,12 @@ CONFIG_FILE = "training_config.yaml"
 
 @dataclass(frozen=True)
 class NetworkSource:
-    """
-    Args:
-        name: names the weights in messages.
-        config: the configuration of the run that left them, if it is there.
-        adapters: those that were added to them, each with its strength.
+    """Weights of a network without LoRA.
+
+    Attributes:
+        name: the weights in messages.
+        config: the configuration of the run that wrote them, if it exists.
+        adapters: the adapters that were added, each with its strength.
     """
 
     name: str
@@ -49,16 +50,17 @@ def open_network(
     lora_scale: float = 1.0,
     further: Sequence[tuple[Adapter, float]] = (),
 ) -> NetworkSource:
-    """
+    """Return the weights of a network, with all adapters added.
+
     Args:
-        path: a full checkpoint, or that of an adapter.
+        path: a full checkpoint, or the checkpoint of an adapter.
         lora_load: a further adapter to add, of any kind that `conversion.lora_files.read_adapter` takes.
-        lora_alpha: of the adapters; None: as recorded beside them, else 1.
-        lora_scale: how strongly adapters apply.
-        further: adapters to add beside these, each with a strength of its own.
+        lora_alpha: alpha of the adapters; None: as recorded beside them, else 1.
+        lora_scale: strength of these adapters.
+        further: more adapters to add, each with its own strength.
 
     Raises:
-        UserError: it cannot be read, holds no network, or the adapters do not fit it.
+        UserError: the checkpoint cannot be read or holds no network, or an adapter does not fit it.
     """
     location, weights = open_checkpoint(path)
     adapters = []
@@ -71,13 +73,13 @@ def open_network(
         base_path = _trained_on(config)
         if base_path is None:
             raise UserError(
-                f"{location} holds an adapter alone: name the checkpoint of its base model, and this one as --lora_load"
+                f"{location} holds only an adapter; name the checkpoint of its base model, and this one as --lora_load"
             )
-        logger.info("%s holds an adapter alone; its run started from %s", location, base_path)
+        logger.info("%s holds only an adapter; its run started from %s", location, base_path)
         _, weights = open_checkpoint(base_path)
         base = weights.select(name for name in weights if not is_adapter(name))
         if len(base) < len(weights):
-            raise UserError(f"{base_path}, which {location} was trained on, holds an adapter itself: merge it first")
+            raise UserError(f"{base_path}, which {location} was trained on, holds an adapter itself; merge it first")
     if lora_load is not None:
         adapters.append(read_adapter(lora_load, lora_alpha))
     base = base.renamed(lambda name: name.replace(".original.", "."))
@@ -91,16 +93,16 @@ def open_network(
 
 
 def find_config(location: Path) -> Path | None:
-    """The configuration that a training run writes beside the folders of its iterations."""
+    """Return the configuration that a training run writes beside its iterations, if it exists."""
     candidates = (folder / CONFIG_FILE for folder in (location.parent, location.parent.parent))
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _trained_on(config: Path | None) -> Path | None:
-    """Return what a run that trained an adapter loaded, None if nothing tells it.
+    """Return the checkpoint that an adapter's run loaded; None if the run does not record it.
 
     Raises:
-        UserError: it does not exist.
+        UserError: the checkpoint does not exist.
     """
     if config is None:
         return None
@@ -127,7 +129,7 @@ def _read(weights: MergedWeights, name: str) -> Tensor:
 
 
 def _unified(weights: StoredWeights) -> StoredWeights:
-    """All in one dtype: trained weights may be in float32 beside others that are not."""
+    """Return the weights in their widest dtype, since trained weights may be in float32 alone."""
     dtypes = {entry.dtype for entry in weights.entries.values() if entry.dtype.is_floating_point}
     widest = None
     for dtype in dtypes:

@@ -1,4 +1,4 @@
-"""A pipeline folder of diffusers as this project's weights: what it is, and every tensor by its name here."""
+"""Read a pipeline folder of diffusers as weights of this project, under our names."""
 
 import sys
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ from sgm.diffusers_vae_names import from_diffusers as vae_from_diffusers
 from sgm.errors import UserError, shown
 from sgm.weights import PIPELINE_FILE
 
-# Of transformer/config.json: what must be so if the tensors are to mean the same here as there.
+# Values that transformer/config.json must have, so that the tensors mean the same here as in diffusers.
 FIXED = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -56,12 +56,12 @@ FIXED = {
     "temporal_interpolation_scale": 1.0,
     "timestep_activation_fn": "silu",
 }
-# Of vae/config.json likewise.
+# The same for vae/config.json.
 VAE_FIXED = {"act_fn": "silu", "norm_eps": 1e-6, "norm_num_groups": NORM_GROUPS, "temporal_compression_ratio": 4}
 WHOLE_SIZES = ("num_frames", "latent_height", "latent_width", "text_length")
-LARGEST_SIZE = 2**20  # far above any model's: what is made of larger ones does not fit into memory
-DIFFUSERS_TEXT_LENGTH = 226  # what diffusers puts where it is told nothing
-# What the tensors say too.
+LARGEST_SIZE = 2**20  # far above any model's; tables for larger sizes do not fit into memory
+DIFFUSERS_TEXT_LENGTH = 226  # diffusers' default
+# Values that the tensors determine too.
 TOLD_TWICE = (
     "attention_head_dim",
     "in_channels",
@@ -79,12 +79,14 @@ TOLD_TWICE = (
 
 @dataclass(frozen=True)
 class Pipeline:
-    """
-    Args:
-        network, vae: all tensors, by their names here.
-        tables: those of the network that diffusers' files do not hold.
-        network_pieces, network_shapes, vae_names, vae_shapes: what they are made of, shapes being those of diffusers'.
-        text_files: of the text encoder and of the tokenizer; None: the folder has none, or they are not wanted.
+    """Content of a pipeline folder.
+
+    Attributes:
+        network, vae: all tensors, by our names.
+        tables: tensors of the network that diffusers' files do not hold.
+        network_pieces, vae_names: the tensors of diffusers that ours are made of.
+        network_shapes, vae_shapes: the shapes of diffusers' tensors.
+        text_files: files of the text encoder and of the tokenizer; None: the folder has none, or they are not wanted.
     """
 
     family: NetworkFamily
@@ -101,21 +103,25 @@ class Pipeline:
 
     @property
     def precision(self) -> dict[str, bool]:
-        """`fp16` and `bf16` of the configuration that runs the network in the dtype it is stored in."""
+        """Return `fp16` and `bf16` of a configuration that runs the network in its stored dtype."""
         dtype = next(iter(self.network.entries.values())).dtype
         return {"fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
 
 
 def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> Pipeline:
-    """
+    """Return the content of a pipeline folder.
+
     Args:
         dtype: of the tensors; None: as they are stored.
+        with_text: find the files of the text encoder too.
 
     Raises:
-        UserError: it is no CogVideoX pipeline, or its files do not go together.
+        UserError: the folder is not a CogVideoX pipeline, or its files do not fit together.
     """
     if not is_pipeline(folder):
-        raise UserError(f"{folder} is no pipeline of diffusers: it has no {PIPELINE_FILE}")
+        raise UserError(
+            f"{folder} is not a pipeline of diffusers, it has no {PIPELINE_FILE}; name the folder that holds it"
+        )
     config, weights = read_part(folder / "transformer", TRANSFORMER)
     source = str(folder / "transformer")
     shapes = weights.shapes
@@ -171,7 +177,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> P
 def read_sizes(
     folder: Path, config: Mapping[str, Any], vae: Mapping[str, Any], family: NetworkFamily
 ) -> ModelSizes:  # fmt: skip
-    """What the files say, and what they leave out as in the released model."""
+    """Return the sizes in a pipeline's files; missing ones are those of the released model."""
     released = released_config(family)
     released["model"]["network_config"]["params"] |= family.parameters()
     usual = sizes_of_config(released, family, "the released model")
@@ -198,14 +204,18 @@ def read_sizes(
 
 
 def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any], source: str) -> None:
-    """Raises UserError if a config.json says otherwise than `fixed`, which what is left out has."""
+    """Check that a config.json has the values of `fixed`, or lacks them, else raise UserError."""
     for name, value in fixed.items():
         if config.get(name, value) != value:
             raise UserError(f"{source}/config.json: {name} is {shown(config[name])}; models here have {value!r}")
 
 
 def check_config(config: Mapping[str, Any], family: NetworkFamily, sizes: ModelSizes, source: str) -> None:
-    """Raises UserError unless config.json describes the tensors, and a network that is the same here."""
+    """Check that config.json describes the tensors, and a network that is the same here.
+
+    Raises:
+        UserError: it describes another network.
+    """
     check_fixed(config, FIXED, source)
     told = transformer_config(family, sizes)
     for name in TOLD_TWICE:

@@ -1,6 +1,9 @@
-"""The released models, by family. Nothing here imports PyTorch."""
+"""List the released models by family.
 
-CONFIGS = {  # the file in configs/ that describes it
+Nothing here imports PyTorch.
+"""
+
+CONFIGS = {  # the file in configs/ that describes the model
     "2b": "cogvideox_2b",
     "5b": "cogvideox_5b",
     "5b_i2v": "cogvideox_5b_i2v",

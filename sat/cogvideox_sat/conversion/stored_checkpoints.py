@@ -1,7 +1,7 @@
-"""The network's tensors in any checkpoint of SwissArmyTransformer's form, adapters included, as they are stored.
+"""Open the network's tensors in any checkpoint of SwissArmyTransformer's form, as stored.
 
-That is a run, an iteration, a file, the files of model-parallel ranks, which are joined, or the pieces that DeepSpeed's
-ZeRO leaves.
+A checkpoint is a run, an iteration, a file, the files of model-parallel ranks, which are joined, or the pieces that
+DeepSpeed's ZeRO writes. Adapters are included.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, OTHER_PARTS, 
 from cogvideox_sat.weights.rank_shares import Cut, check_alike, cuts_by_name, plain
 from sgm.errors import UserError
 
-WRAPPERS = (NETWORK_PREFIX, "diffusion_model.")  # of whole engines, and of what DeepSpeed is given here
+WRAPPERS = (NETWORK_PREFIX, "diffusion_model.")  # prefixes in whole engines, and in the module that DeepSpeed gets
 
 
 def open_checkpoint(path: Path) -> tuple[Path, StoredWeights]:
-    """The file of the weights, or the folder of ZeRO's pieces; and the network's weights by its own names.
+    """Return the file or folder of the weights, and the network's weights by its own names.
 
     Raises:
-        UserError: there is no such checkpoint, or it cannot be read.
+        UserError: the checkpoint does not exist or cannot be read.
     """
     pieces = zero_folder(path)
     if pieces is not None:
@@ -33,7 +33,7 @@ def open_checkpoint(path: Path) -> tuple[Path, StoredWeights]:
         files = checkpoint_shares(path)
         location = files[0]
         if is_diffusers_file(location):
-            raise UserError(f"{path} is in the form of diffusers already")
+            raise UserError(f"{path} already has the form of diffusers; name a checkpoint of this project")
         weights = joined([open_weights(file) for file in files], str(location.parent))
     for wrapper in WRAPPERS:
         if any(name.startswith(wrapper) for name in weights):
@@ -43,10 +43,10 @@ def open_checkpoint(path: Path) -> tuple[Path, StoredWeights]:
 
 
 def joined(shares: Sequence[StoredWeights], what: str) -> StoredWeights:
-    """Return the weights that model-parallel ranks share, each put together when it is read.
+    """Return the weights that model-parallel ranks share; each is joined when it is read.
 
     Args:
-        what: they are of, for errors.
+        what: the weights, for errors.
 
     Raises:
         UserError: the shares do not hold the same tensors.

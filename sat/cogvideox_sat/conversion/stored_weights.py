@@ -1,7 +1,7 @@
-"""Tensors that lie in files: their names, shapes and dtypes at once, their values when they are asked for.
+"""Read tensors from files: names, shapes and dtypes at once, values only when needed.
 
-A file is mapped, and what was read of it stays in memory as long as the map does. Maps are therefore renewed as tensors
-go by, so that a checkpoint of any size is converted in the memory of a few of its tensors.
+A file is mapped, and its data stays in memory as long as the map exists. Maps are therefore renewed from time to time,
+so that a checkpoint of any size is converted in the memory of a few of its tensors.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +16,12 @@ from torch import Tensor
 from sgm.errors import UserError
 from sgm.weights import INDEX_SUFFIX, module_weights, read_state_dict, read_weight_map
 
-WINDOW_BYTES = 128 * 2**20  # that may be read through one map
+WINDOW_BYTES = 128 * 2**20  # bytes that may be read through one map
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that `read` gives."""
+    """Tensor that `read` returns."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -29,17 +29,17 @@ class Stored:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Stored":
-        """A tensor that is in memory."""
+        """Return a stored tensor whose value is already in memory."""
         return cls(tensor.shape, tensor.dtype, lambda: tensor)
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the same shape and dtype without values."""
+        """Return a tensor of the same shape and dtype without values."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """A mapping of names to tensors, each read anew whenever it is asked for."""
+    """Mapping of names to tensors, each of which is read again whenever it is accessed."""
 
     def __init__(self, entries: Mapping[str, Stored]):
         self.entries = dict(entries)
@@ -55,7 +55,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     @property
     def like(self) -> dict[str, Tensor]:
-        """Tensors without values."""
+        """Return tensors without values, by name."""
         return {name: entry.like for name, entry in self.entries.items()}
 
     @property
@@ -73,9 +73,9 @@ class StoredWeights(Mapping[str, Tensor]):
         return StoredWeights({rename(name): entry for name, entry in self.entries.items()})
 
     def cast(self, dtype: torch.dtype | None) -> "StoredWeights":
-        """The same weights, those that are floating point in `dtype`; None: as they are.
+        """Return the weights with floating-point tensors in `dtype`; None: unchanged.
 
-        Reading raises a UserError where `dtype` cannot hold a value.
+        Reading raises UserError if `dtype` cannot hold a value.
         """
         if dtype is None:
             return self
@@ -93,15 +93,15 @@ def _read_as(dtype: torch.dtype, name: str, entry: Stored) -> Tensor:
     tensor = entry.read()
     cast = tensor.to(dtype)
     if tensor.isfinite().all() and not cast.isfinite().all():
-        raise UserError(f"{name} is out of the range of {str(dtype).removeprefix('torch.')}: choose another dtype")
+        raise UserError(f"{name} is out of the range of {str(dtype).removeprefix('torch.')}; choose another dtype")
     return cast
 
 
 class Window:
-    """Counts what is read through the maps of some files, and after `WINDOW_BYTES` lets all of them be renewed."""
+    """Counter of bytes read through maps of files; after `WINDOW_BYTES` maps are renewed."""
 
     def __init__(self) -> None:
-        self.files: WeakSet[MappedFile] = WeakSet()  # they hold the window, and are to be unmapped when they go
+        self.files: WeakSet[MappedFile] = WeakSet()  # weak, so that a file is unmapped when it is no longer used
         self.bytes_read = 0
 
     def make_room(self) -> None:
@@ -112,11 +112,11 @@ class Window:
 
 
 class MappedFile:
-    """Tensors of a file by name, mapped.
+    """Tensors of a mapped file, by name.
 
     Args:
-        open_tensors: maps the file anew and returns its tensors.
-        window: that of all files that are read together.
+        open_tensors: a function that maps the file again and returns its tensors.
+        window: the window of all files that are read together.
     """
 
     def __init__(self, open_tensors: Callable[[], Mapping[str, Tensor]], window: Window):
@@ -137,11 +137,14 @@ class MappedFile:
         return self._tensors
 
     def release(self) -> None:
-        """Unmap the file; what was read of it stays mapped for as long as someone holds it."""
+        """Unmap the file; its tensors that are still in use stay mapped."""
         self._tensors = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor, or its entries from `start` to `stop`; use it before the next one is read, and let go of it."""
+        """Return a tensor, or its entries from `start` to `stop`.
+
+        Use it before the next one is read, and do not keep it.
+        """
         self._window.make_room()
         tensor = self.tensors[name].detach()  # DeepSpeed saves frozen weights as parameters
         if stop is not None:
@@ -151,10 +154,12 @@ class MappedFile:
 
 
 def open_weights(path: Path) -> StoredWeights:
-    """The weights in a file, or in all files of a safetensors index; see `sgm.weights.read_state_dict`.
+    """Return the weights in a file, or in all files of a safetensors index.
+
+    See `sgm.weights.read_state_dict`.
 
     Raises:
-        UserError: it cannot be read, or holds no weights.
+        UserError: the file cannot be read, or holds no weights.
     """
     files = shard_files(path)
     entries: dict[str, Stored] = {}
@@ -171,10 +176,10 @@ def _weights_in(file: Path) -> Mapping[str, Tensor]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The files of a safetensors index; of any other file itself.
+    """Return the files of a safetensors index; for any other file, the file itself.
 
     Raises:
-        UserError: the index is none, or names a file that is not beside it.
+        UserError: the file is not an index, or names a file that does not exist.
     """
     if not path.name.endswith(INDEX_SUFFIX):
         return [path]

@@ -1,4 +1,4 @@
-"""Which CogVideoX model a set of tensors is, told by their names and shapes alone.
+"""Detect the family of a CogVideoX model from the names and shapes of its tensors.
 
 Names are those of SwissArmyTransformer's checkpoints, without their prefix.
 """
@@ -19,9 +19,9 @@ UNUSED_POSITIONS = 64  # rows of `UNUSED_TABLE`
 
 @dataclass(frozen=True)
 class NetworkFamily:
-    """What the tensors of a network say of it.
+    """Properties of a network that its tensors determine.
 
-    Args:
+    Attributes:
         name: a key of `released_models.CONFIGS`.
         patch: (frames, height, width).
     """
@@ -62,7 +62,7 @@ class NetworkFamily:
         return self.rotary and not self.is_15
 
     def parameters(self) -> dict[str, Any]:
-        """The same by the names of `network_config.params`."""
+        """Return the properties by their names in `network_config.params`."""
         o, p, q = self.patch
         return {
             "num_layers": self.num_layers,
@@ -77,23 +77,23 @@ class NetworkFamily:
 
 
 def detect_network(shapes: Shapes, source: str, rotary: bool | None = None) -> NetworkFamily:
-    """The family that a network with tensors of these shapes belongs to.
+    """Return the family of a network with tensors of these shapes.
 
     Args:
-        source: names the tensors in messages.
-        rotary: whether positions are rotary, where computed tables are not among the tensors; None: the tables tell.
+        source: the tensors in messages.
+        rotary: positions are rotary, if computed tables are not among the tensors; None: the tables show it.
 
     Raises:
-        UserError: tensors are missing, unknown, or of a shape that does not go with the others, or it is no family.
+        UserError: tensors are missing, unknown or of a shape that does not fit the others, or the family is unknown.
     """
     needed = ("mixins.patch_embed.proj.weight", "mixins.patch_embed.text_proj.weight", "time_embed.0.weight",
               "mixins.final_layer.linear.weight", "mixins.adaln_layer.query_layernorm_list.0.weight")  # fmt: skip
     if missing := [name for name in needed if name not in shapes]:
-        raise UserError(f"{source} is no CogVideoX network: it has no {missing[0]}")
+        raise UserError(f"{source} is not a CogVideoX network: it has no {missing[0]}")
     proj, text, time = shapes[needed[0]], shapes[needed[1]], shapes[needed[2]]
     rows, head_dim = shapes[needed[3]][0], shapes[needed[4]][0]
     if len(proj) not in (2, 4) or len(text) != 2 or len(time) != 2 or not head_dim or proj[0] % head_dim:
-        raise UserError(f"{source} is no CogVideoX network: {needed[0]} is {list(proj)}, {needed[4]} [{head_dim}]")
+        raise UserError(f"{source} is not a CogVideoX network: {needed[0]} is {list(proj)}, {needed[4]} [{head_dim}]")
     is_15 = len(proj) == 2
     patch = (2, 2, 2) if is_15 else (1, proj[2], proj[3])
     volume = patch[0] * patch[1] * patch[2]
@@ -122,15 +122,16 @@ def detect_network(shapes: Shapes, source: str, rotary: bool | None = None) -> N
 def _family_name(
     source: str, is_15: bool, in_channels: int, out_channels: int, rotary: bool, learnt: bool, has_ofs: bool
 ) -> str:
-    """
+    """Return the name of the family with these properties.
+
     Raises:
-        UserError: there is no such family.
+        UserError: the family does not exist.
     """
     version = "1.5" if is_15 else "1.0"
     if in_channels not in (out_channels, 2 * out_channels) or not out_channels:
         raise UserError(
-            f"{source} is of no known family: {in_channels} channels come in and {out_channels} out; text-to-video has "
-            "as many, image-to-video twice as many"
+            f"{source} is of no known family: it has {in_channels} input and {out_channels} output channels; "
+            "text-to-video has equal numbers, image-to-video twice as many inputs"
         )
     image = in_channels == 2 * out_channels
     families = {  # version, image-to-video, rotary, learnt positions, ofs
@@ -145,13 +146,13 @@ def _family_name(
         positions = "rotary and learnt" if learnt else "rotary" if rotary else "sin-cos"
         raise UserError(
             f"{source} is of no known family: {version}, {'image' if image else 'text'}-to-video, with {positions} "
-            f"positions, {'with' if has_ofs else 'without'} ofs; there are {', '.join(TITLES.values())}"
+            f"positions, {'with' if has_ofs else 'without'} ofs; known are {', '.join(TITLES.values())}"
         )
     return families[key]
 
 
 def network_shapes(family: NetworkFamily) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a network but `TABLES`."""
+    """Return the shapes of all tensors of a network except `TABLES`, by name."""
     d, e, head_dim = family.hidden_size, family.time_embed_dim, family.head_dim
     o, p, q = family.patch
     shapes: dict[str, tuple[int, ...]] = {}
@@ -189,7 +190,7 @@ def network_shapes(family: NetworkFamily) -> dict[str, tuple[int, ...]]:
 
 
 def table_shapes(family: NetworkFamily, grid: tuple[int, int, int], text_length: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the `TABLES` that a checkpoint holds, for `grid` patches of the largest clip."""
+    """Return the shapes of a checkpoint's `TABLES`, for `grid` patches of the largest clip."""
     tokens = grid[0] * grid[1] * grid[2]
     shapes: dict[str, tuple[int, ...]] = {}
     if family.rotary:
@@ -203,7 +204,11 @@ def table_shapes(family: NetworkFamily, grid: tuple[int, int, int], text_length:
 
 @dataclass(frozen=True)
 class AutoencoderFamily:
-    """What the tensors of a video autoencoder say of it; `widths` are the channels of its levels, finest first."""
+    """Properties of a video autoencoder that its tensors determine.
+
+    Attributes:
+        widths: channels of the levels, the finest level first.
+    """
 
     widths: tuple[int, ...]
     num_res_blocks: int
@@ -212,22 +217,23 @@ class AutoencoderFamily:
 
 
 def detect_autoencoder(shapes: Shapes, source: str) -> AutoencoderFamily:
-    """
+    """Return the properties of an autoencoder with tensors of these shapes.
+
     Raises:
-        UserError: it is no CogVideoX autoencoder, or tensors are missing, unknown or of another shape.
+        UserError: it is not a CogVideoX autoencoder, or tensors are missing, unknown or of another shape.
     """
     widths, blocks = _levels(shapes, "encoder.down")
     up_widths, up_blocks = _levels(shapes, "decoder.up")
     first, last = (shapes.get(f"{name}.conv.weight") for name in ("encoder.conv_in", "decoder.conv_in"))
     if not first or not last or len(first) != 5 or len(last) != 5 or not widths or not all(widths):
         raise UserError(
-            f"{source} is no CogVideoX autoencoder: it lacks encoder.conv_in, decoder.conv_in or their levels"
+            f"{source} is not a CogVideoX autoencoder: it lacks encoder.conv_in, decoder.conv_in or their levels"
         )
     if (up_widths, up_blocks) != (widths, blocks + 1):
         raise UserError(
-            f"{source} is no CogVideoX autoencoder: the levels of its decoder have {list(up_widths)} channels and "
-            f"{up_blocks} blocks, those of its encoder {list(widths)} and {blocks}; expected the same channels and one "
-            "block more"
+            f"{source} is not a CogVideoX autoencoder: the levels of its decoder have {list(up_widths)} channels and "
+            f"{up_blocks} blocks, the levels of its encoder {list(widths)} and {blocks}; expected the same channels "
+            "and one more block"
         )
     family = AutoencoderFamily(widths, blocks, z_channels=last[1], in_channels=first[1])
     check_shapes(shapes, autoencoder_shapes(family), source)
@@ -235,7 +241,7 @@ def detect_autoencoder(shapes: Shapes, source: str) -> AutoencoderFamily:
 
 
 def _levels(shapes: Shapes, where: str) -> tuple[tuple[int, ...], int]:
-    """The channels of each level of an encoder or a decoder, finest first, and the number of blocks in the finest."""
+    """Return the channels of a coder's levels, finest first, and the finest level's blocks."""
     first = [m[1] for name in shapes if (m := re.fullmatch(rf"{where}\.(\d+)\.block\.0\.conv1\.conv\.weight", name))]
     blocks = [name for name in shapes if re.fullmatch(rf"{where}\.0\.block\.\d+\.conv1\.conv\.weight", name)]
     widths = tuple(shapes[f"{where}.{i}.block.0.conv1.conv.weight"][0] for i in sorted(map(int, first)))
@@ -243,7 +249,7 @@ def _levels(shapes: Shapes, where: str) -> tuple[tuple[int, ...], int]:
 
 
 def autoencoder_shapes(family: AutoencoderFamily) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of an autoencoder."""
+    """Return the shapes of all tensors of an autoencoder, by name."""
     widths, z = family.widths, family.z_channels
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -291,11 +297,15 @@ def autoencoder_shapes(family: AutoencoderFamily) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(shapes: Shapes, expected: Shapes, source: str, ignored: tuple[str, ...] = TABLES) -> None:
-    """Raises UserError unless the tensors are exactly those expected, `ignored` aside."""
+    """Check that the tensors are exactly those expected, except `ignored`.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape.
+    """
     if missing := [name for name in expected if name not in shapes]:
         raise UserError(f"{source} lacks {some(missing)}")
     if unknown := [name for name in shapes if name not in expected and name not in ignored]:
-        raise UserError(f"{source} has {some(unknown)}, which such a model has not")
+        raise UserError(f"{source} has {some(unknown)}, which such a model does not have")
     wrong = [name for name in expected if tuple(shapes[name]) != tuple(expected[name])]
     if wrong:
         described = some([f"{name} {list(shapes[name])} instead of {list(expected[name])}" for name in wrong])

@@ -1,12 +1,12 @@
-"""Reading what DeepSpeed's `save_checkpoint` writes under ZeRO, without DeepSpeed, processes or a GPU.
+"""Read checkpoints that DeepSpeed writes under ZeRO, without DeepSpeed or a GPU.
 
     {folder}/latest
     {folder}/global_step1000/[bf16_]zero_pp_rank_{process}_mp_rank_00_optim_states.pt  float32 pieces of weights
     {folder}/global_step1000/mp_rank_00_model_states.pt                  stages 1 and 2: the module, and the shapes
     {folder}/global_step1000/zero_pp_rank_{process}_mp_rank_00_model_states.pt    stage 3: the shapes, frozen weights
 
-Stages 1 and 2 lay the parameters of a group end to end and cut that into one piece a process. Stage 3 cuts each
-parameter into equal pieces, the last one padded, and lays a process's pieces end to end.
+Stages 1 and 2 concatenate the parameters of a group and cut the result into one piece for each process. Stage 3 cuts
+each parameter into equal pieces, of which the last is padded, and concatenates the pieces of a process.
 """
 
 import math
@@ -28,7 +28,7 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_
 
 
 def zero_folder(path: Path) -> Path | None:
-    """The folder with the pieces of an iteration, if `path` is one or names one by `latest`."""
+    """Return the folder of an iteration's pieces, if `path` is one or names one in `latest`."""
     if (name := newest(path, "load")) is not None:
         path = path / name
     if path.is_dir() and any(_OPTIMIZER_FILE.fullmatch(file.name) for file in path.iterdir()):
@@ -37,22 +37,22 @@ def zero_folder(path: Path) -> Path | None:
 
 
 def read_zero(folder: Path) -> StoredWeights:
-    """The module's tensors: those that are trained in float32, others in the module's dtype, by the module's names.
+    """Return the module's tensors by name, trained ones in float32, others as in the module.
 
     Raises:
-        UserError: files are missing, damaged, or do not go together.
+        UserError: files are missing, damaged, or do not fit together.
     """
     files = _optimizer_files(folder)
     window = Window()
     groups = [_FlatGroups(file, window) for file in files]
     stage, count = groups[0].stage, groups[0].partitions
     if count != len(files):
-        raise UserError(f"{folder} holds the pieces of {len(files)} of {count} processes: copy the others there too")
+        raise UserError(f"{folder} holds the pieces of {len(files)} of {count} processes; copy the others there too")
     if stage <= 2:
         return _whole(folder, groups, window)
     if stage == 3:
         return _partitioned(folder, groups, window)
-    raise UserError(f"{folder} is of ZeRO stage {stage}, which is not known")
+    raise UserError(f"{folder} has ZeRO stage {stage}; known are 1, 2 and 3")
 
 
 def _optimizer_files(folder: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def _optimizer_files(folder: Path) -> list[Path]:
     for file in folder.iterdir():
         if match := _OPTIMIZER_FILE.fullmatch(file.name):
             if int(match[2]):
-                raise UserError(f"{folder} is split over model-parallel processes, which cannot be put together here")
+                raise UserError(f"{folder} is split over model-parallel processes, which cannot be joined here")
             by_rank[int(match[1])] = file
     if sorted(by_rank) != list(range(len(by_rank))):
         missing = next(rank for rank in range(max(by_rank)) if rank not in by_rank)
@@ -71,7 +71,7 @@ def _optimizer_files(folder: Path) -> list[Path]:
 
 
 class _FlatGroups:
-    """One process's float32 pieces, one tensor a group."""
+    """Float32 pieces of one process, one tensor for each group."""
 
     def __init__(self, file: Path, window: Window):
         self.name = file
@@ -79,7 +79,7 @@ class _FlatGroups:
         stage, partitions = state.get("zero_stage"), state.get("partition_count")
         self.partitions = max(partitions) if isinstance(partitions, list) else partitions
         if not isinstance(stage, int) or not isinstance(self.partitions, int):
-            raise UserError(f"{file} is no optimizer state of ZeRO: it does not say its stage or its processes")
+            raise UserError(f"{file} is not an optimizer state of ZeRO: it lacks its stage or its number of processes")
         self.stage = int(stage)
         self.paddings = state.get("param_alignment_paddings")
         self.file = MappedFile(self._groups, window)
@@ -89,7 +89,7 @@ class _FlatGroups:
         content = read_state_dict(self.name)
         state = content.get("optimizer_state_dict") if isinstance(content, Mapping) else None
         if not isinstance(state, Mapping):
-            raise UserError(f"{self.name} is no optimizer state of ZeRO")
+            raise UserError(f"{self.name} is not an optimizer state of ZeRO")
         return state
 
     def _groups(self) -> dict[str, Tensor]:
@@ -108,11 +108,11 @@ class _FlatGroups:
 
 def _model_states(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
-        raise UserError(f"there is no {file}, which says what the pieces beside it are")
+        raise UserError(f"{file}, which describes the pieces beside it, does not exist; copy it there")
     content = read_state_dict(file)
     shapes = content.get("param_shapes") if isinstance(content, Mapping) else None
     if not isinstance(shapes, list) or not all(isinstance(group, Mapping) for group in shapes):
-        raise UserError(f"{file} does not say the shapes of the parameters")
+        raise UserError(f"{file} does not hold the shapes of the parameters")
     return content
 
 
@@ -141,7 +141,7 @@ def _with_aliases(entries: dict[str, Stored], states: Mapping[str, Any]) -> Stor
 
 
 def _whole(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeights:
-    """Stages 1 and 2."""
+    """Return the tensors of stages 1 and 2."""
     file = folder / "mp_rank_00_model_states.pt"
     states = _model_states(file)
     entries = _module(file, window)
@@ -159,9 +159,9 @@ def _whole(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeig
                 parts.append((rank, group, start - begin, stop - begin))
             entries[name] = _stored(parts, shape)
             offset += shape.numel() + padding
-        align = 2 * len(ranks)  # to which DeepSpeed pads groups, on some devices and not on others
+        align = 2 * len(ranks)  # DeepSpeed pads groups to this multiple on some devices
         if math.ceil(offset / align) != math.ceil(ends[-1] / align):
-            raise UserError(f"{folder}: group {group} has {ends[-1]} numbers where its parameters take {offset}")
+            raise UserError(f"{folder}: group {group} has {ends[-1]} numbers, but its parameters take {offset}")
     return _with_aliases(entries, states)
 
 
@@ -170,7 +170,7 @@ def _frozen_fragments(file: Path) -> dict[str, Tensor]:
 
 
 def _partitioned(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeights:
-    """Stage 3."""
+    """Return the tensors of stage 3."""
     files = [folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(len(ranks))]
     states = [_model_states(file) for file in files]
     entries = _module(files[0], window)
@@ -194,12 +194,12 @@ def _partitioned(folder: Path, ranks: list[_FlatGroups], window: Window) -> Stor
             offset += size
     if any(sum(rank.sizes) != offset for rank in ranks):
         sizes = sorted({sum(rank.sizes) for rank in ranks})
-        raise UserError(f"{folder}: processes hold {sizes} numbers where the parameters take {offset} of each")
+        raise UserError(f"{folder}: processes hold {sizes} numbers, but the parameters take {offset} of each")
     return _with_aliases(entries, states[0])
 
 
 def _spans(rank: _FlatGroups, start: int, stop: int) -> list[tuple[_FlatGroups, int, int, int]]:
-    """Where the numbers from `start` to `stop` are, counted over a process's groups."""
+    """Return the positions of the numbers from `start` to `stop`, counted over all groups."""
     spans, begin = [], 0
     for group, size in enumerate(rank.sizes):
         low, high = max(start, begin), min(stop, begin + size)
