@@ -197,7 +197,7 @@ LATIN = "grün".encode("latin-1")
     [
         (
             {"videos.txt": "a.mp4\nb.mp4\nc.mp4\n", "prompts.txt": "a\nb\n"},
-            r"prompts.txt has 2 lines and .*videos.txt 3: line i of one",
+            r"prompts.txt has 2 lines and .*videos.txt 3, but line i of one",
         ),
         (
             {"videos.txt": "a.mp4\n", "prompts.txt": "a\nb\n"},
@@ -205,7 +205,7 @@ LATIN = "grün".encode("latin-1")
         ),
         ({"videos.txt": "a.mp4\n\n", "prompts.txt": "a\nb\n"}, "videos.txt, line 2 is empty, but .*prompts.txt has"),
         ({"videos.txt": "a.mp4\n", "prompts.txt": "a\n", "captions.txt": "b\n"}, "prompts.txt and captions.txt differ"),
-        ({"videos.txt": "a.mp4\n", "prompts.txt": LATIN}, "prompts.txt is not UTF-8 text: save it as UTF-8"),
+        ({"videos.txt": "a.mp4\n", "prompts.txt": LATIN}, "prompts.txt is not UTF-8 text; save it as UTF-8"),
         ({"videos.txt": "a\0.mp4\n".encode("utf-16")}, "videos.txt is not UTF-8 text"),
         ({"metadata.jsonl": b'{"file_name": "' + LATIN}, "metadata.jsonl is not UTF-8 text"),
         ({"metadata.jsonl": '{"file_name": "a.mp4", "captoin": "x"}'}, "line 1: 'captoin' looks like a caption, but"),
@@ -213,7 +213,7 @@ LATIN = "grün".encode("latin-1")
         ({"metadata.csv": "file_name,description\na.mp4,x\n"}, "'description' .* set data.params.txt_key: description"),
         (
             {"metadata.csv": "file_name,text\na.mp4,a red ball, rolling\n"},
-            "line 2: 3 values for 2 columns: put",
+            "line 2: 3 values for 2 columns; put",
         ),
         ({"metadata.jsonl": '{"file_name": "a.mp4", "text": "x", "prompt": "y"}'}, "'prompt' and 'text' differ"),
         ({"metadata.jsonl": '{"file_name": "a.mp4", "path": "b.mp4"}'}, "'file_name' and 'path' differ"),
@@ -225,7 +225,7 @@ LATIN = "grün".encode("latin-1")
             {"metadata.jsonl": '{"file_name": "a\\u0000.mp4", "text": "x"}'},
             "line 1: no file can have the name",
         ),
-        ({"metadata.jsonl": '{"file_name": "s3://b/a.mp4", "text": "x"}'}, "line 1: s3://b/a.mp4 is an address"),
+        ({"metadata.jsonl": '{"file_name": "s3://b/a.mp4", "text": "x"}'}, "line 1: s3://b/a.mp4 is a URL"),
         ({"videos.txt": "a.mp4\nhttps://b/c.mp4\n", "prompts.txt": "a\nb\n"}, "videos.txt, line 2: https://b/c.mp4 is"),
     ],
 )
@@ -270,5 +270,5 @@ def test_clips_beside_shards_are_counted(tmp_path):
     found = search(str(tmp_path))
     assert [clip.member for clip in found.clips] == ["a.mp4"]
     assert [Path(name).name for name in found.beside] == ["b.mp4", "c.png"]
-    with pytest.raises(UserError, match="give the folder it lies in"):
+    with pytest.raises(UserError, match="give its folder"):
         search(str(tmp_path / "notes.txt"))

@@ -36,7 +36,9 @@ def test_another_shape_is_covered_and_cropped_in_the_middle(tmp_path):
 def test_a_clip_that_is_too_short_says_how_long_it_is(tmp_path):
     path = write_clip(tmp_path / "a.mp4", frames=10, fps=8)
     assert len(read_input_video(path, (64, 96), frames=9, fps=8)) == 9
-    with pytest.raises(UserError, match=r"^video: \S+a\.mp4: it has 10 frames at 8 frames a second, and 17 are asked"):
+    with pytest.raises(
+        UserError, match=r"^video: \S+a\.mp4: it has 10 frames at 8 frames per second, but 17 are needed"
+    ):
         read_input_video(path, (64, 96), frames=17, fps=8)
     with pytest.raises(UserError, match="it has 20 frames at 16"):
         read_input_video(path, (64, 96), frames=25, fps=16)

@@ -233,7 +233,7 @@ def test_caches_come_as_often_as_is_asked_for(tiny, cache):
 
 def test_an_option_that_a_cache_was_not_made_with_is_refused(tiny, cache):
     args = arguments(tiny.config("2b"), cache("2b"))
-    says = "data.params.{} is .*, but .* was made with .*: set it to that, or run"
+    says = "data.params.{} is .*, but .* was made with .*; set it to that, or run"
     for option, value in {"horizontal_flip": 0.5, "caption_prefix": "a", "reshape_mode": "none"}.items():
         data = {**DATA, "params": {**DATA["params"], option: value}}
         with pytest.raises(UserError, match=says.format(option)):
@@ -268,7 +268,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny, clips, tmp_path, monkeypatch):
         latent_encoding.run(args, cut, image_variants=1)
     monkeypatch.setattr(latent_encoding.OpenShard, "write", write)
     (cut / ".rank0000-00001.safetensors.123.part").write_bytes(b"half a shard")
-    with pytest.raises(UserError, match=r"is unfinished, 2 of 5 samples: run tools/precompute_latents.py again"):
+    with pytest.raises(UserError, match=r"is unfinished, 2 of 5 samples; run tools/precompute_latents.py again"):
         LatentDataset([cut])
     assert latent_encoding.run(args, cut, image_variants=1) == 0
     assert contents(cut) == expected
@@ -410,7 +410,7 @@ def test_a_shard_that_says_wrong_things_is_refused(copied, change):
     else:
         content["samples"][0] |= change
     save_file(tensors, shard, metadata={"content": json.dumps(content)})
-    with pytest.raises(UserError, match=re.escape(str(shard)) + " is no shard of latents; run tools/precompute"):
+    with pytest.raises(UserError, match=re.escape(str(shard)) + " is not a shard of latents; run tools/precompute"):
         LatentDataset([copied])
 
 
@@ -426,7 +426,7 @@ def test_a_damaged_cache_is_refused(copied):
 
     description = json.loads((copied / "cache.json").read_text())
     (copied / "cache.json").write_text(json.dumps({**description, "format": 99}))
-    with pytest.raises(UserError, match=r"cache\.json is of format 99, this program reads 1"):
+    with pytest.raises(UserError, match=r"cache\.json has format 99, but this program reads 1"):
         LatentDataset([copied])
     for change in ({"model": -1}, {"model": {}}, {"data": []}, {"encoding": {}}, {"reader": {"video_backend": []}}):
         (copied / "cache.json").write_text(json.dumps({**description, **change}))
@@ -441,7 +441,7 @@ def test_other_data_settings_are_reported(tiny, cache, caplog):
     data = {**DATA, "params": {**DATA["params"], "fps": 16}}
     LatentDataset([cache("2b")], model_of(tiny, "2b"), data)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{cache('2b')} was made with fps 8, not 16; its clips stay as they are"
+        f"{cache('2b')} was made with fps 8, not 16; its clips are not changed"
     ]
 
 
@@ -452,11 +452,11 @@ def test_the_reader_of_the_videos_is_recorded_and_another_one_is_reported(tiny, 
 
     by_decord = {**DATA, "params": {**DATA["params"], "video_backend": "decord"}}
     LatentDataset([cache("2b")], model_of(tiny, "2b"), by_decord)
-    assert "was made with video_backend pyav, not decord; its clips stay as they are" in caplog.text
+    assert "was made with video_backend pyav, not decord; its clips are not changed" in caplog.text
     caplog.clear()
     args = arguments(tiny.config("2b"), clips, data_config=by_decord)
     assert latent_encoding.run(args, copied) == 0  # goes on, here with nothing to do
-    assert f"{copied}: videos were read with pyav and now are with decord" in caplog.text
+    assert f"{copied}: videos were read with pyav and are now read with decord" in caplog.text
     caplog.clear()
 
     description = json.loads((copied / "cache.json").read_text())
@@ -471,7 +471,7 @@ def test_conditioners_that_cannot_be_cached_are_refused(tiny):
     (embedder,) = config["params"]["emb_models"]
     for change, says in (
         ([embedder, embedder], "the embeddings of one FrozenT5Embedder"),
-        ([{**embedder, "target": "torch.nn.Identity"}], "this has torch.nn.Identity"),
+        ([{**embedder, "target": "torch.nn.Identity"}], "it has torch.nn.Identity, but a cache"),
         ([{**embedder, "legacy_ucg_value": ""}], "leave out legacy_ucg_value"),
     ):
         with pytest.raises(UserError, match=says):

@@ -24,7 +24,7 @@ def test_another_backend_warns_and_another_version_does_not(caplog, before, warn
         warn_of_other_reader("resume", before, describe_reader("pyav"))
     assert bool(caplog.messages) == warns
     if warns:
-        assert caplog.messages[0].startswith("resume: videos were read with decord and now are with pyav")
+        assert caplog.messages[0].startswith("resume: videos were read with decord and are now read with pyav")
         assert "data.params.video_backend: decord" in caplog.messages[0]
 
 

@@ -62,7 +62,7 @@ def test_labels_of_several_lines_and_unread_files_are_told():
     report = SourceReport("clips", long_labels=1, label_lines="all", unread={".wmv": 2, ".avs": 1})
     assert [line for _, line in report.lines()] == [
         "clips: 3 files look like media, not read: 1 .avs, 2 .wmv",
-        "clips: 1 label has several lines: all are joined",
+        "clips: 1 label has several lines; all are joined",
     ]
 
 

@@ -137,7 +137,7 @@ def test_lines_of_labels_and_a_prefix(folder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = SFTDataset(place, **SETTINGS, caption_prefix="SPIRAL style, ")
     assert [dataset[i]["txt"] for i in range(3)] == ["SPIRAL style, clip 0", "SPIRAL style, one", "SPIRAL style,"]
-    assert caplog.text.count("1 label has several lines: the first is used") == 1
+    assert caplog.text.count("1 label has several lines; the first is used") == 1
     assert SFTDataset(place, **SETTINGS, label_lines="all")[1]["txt"] == "one two"
 
 

@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert captions(tmp_path, tmp_path) == {"a.mp4": None}
-    assert f"{tmp_path}/closed cannot be looked into (Permission denied)" in caplog.text
+    assert f"{tmp_path}/closed cannot be read (Permission denied)" in caplog.text
 
 
 def test_links_in_tar_files(tmp_path, caplog):
@@ -106,9 +106,7 @@ def test_links_in_tar_files(tmp_path, caplog):
         ("x/d.mp4", None),
     ]
     assert {clip.read() for clip in clips} == {b"pixels"}
-    assert (
-        "a.tar: clips that are links to what the file does not hold are left out: 1, the first is c.mp4" in caplog.text
-    )
+    assert "a.tar: clips that are links to files outside are left out: 1, the first is c.mp4" in caplog.text
 
 
 def test_a_manifest_finds_clips_as_a_list_in_a_folder_does(tmp_path):
@@ -167,12 +165,12 @@ def test_mistakes_are_named(tmp_path):
     write(tmp_path / "bad/labels/a.txt", "grün".encode("latin-1"))
     no_caption_text = write(tmp_path / "number.jsonl", '{"video": "a.mp4", "caption": 3}')
     for location, message in {
-        "empty": "no videos found in .*empty: expected files such as videos/name.mp4",
-        "packed": "no videos found in .*packed: unpack .*packed/part1.ZIP first",
+        "empty": "no videos found in .*empty; expected files such as videos/name.mp4",
+        "packed": "no videos found in .*packed; unpack .*packed/part1.ZIP first",
         "none": "none does not exist",
         "none-{0..3}.tar": "none-0.tar does not exist",
-        "none-*.tar": "no file fits",
-        "clips.parquet": "is no folder, .jsonl, .csv or .tar file",
+        "none-*.tar": "no file matches",
+        "clips.parquet": "is not a folder or a .jsonl, .csv or .tar file",
         "a.tar.gz": "compressed tar files",
         "bad": "labels/a.txt is not UTF-8",
         write(tmp_path / "a.jsonl", '\n{"video": 3}').name: "a.jsonl, line 2: 'video' must be the path",

@@ -57,7 +57,7 @@ def test_a_run_goes_on_where_its_checkpoint_was(clips, tmp_path, caplog):
     data = open_training_data(tmp_path, settings(clips), share, 10, None, LOG)
     state = {"step": 3, "data": data.order.state(3), KEY: {"video_backend": "decord"}}
     assert batches(tmp_path, settings(clips), share, 3, state) == whole[3:]
-    assert "videos were read with decord and now are with pyav" in caplog.text
+    assert "videos were read with decord and are now read with pyav" in caplog.text
     assert batches(tmp_path, settings(clips, seed=5), share, 6) != whole
 
 

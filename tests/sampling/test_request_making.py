@@ -98,7 +98,9 @@ def test_one_bad_clip_costs_its_own_video(tiny, tmp_path, clip, caplog):
     assert len(videos) == 1 and not list((tmp_path / "videos").rglob("*.part"))
     failed = [record.getMessage() for record in caplog.records if record.getMessage().startswith("failed: ")]
     assert len(failed) == 2
-    assert "text.mp4: not a video" in failed[0] and "it has 4 frames at 8 frames a second, and 9 are asked" in failed[1]
+    assert (
+        "text.mp4: not a video" in failed[0] and "it has 4 frames at 8 frames per second, but 9 are needed" in failed[1]
+    )
 
 
 @pytest.mark.parametrize(

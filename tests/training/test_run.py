@@ -349,7 +349,7 @@ def test_another_decoder_of_videos_is_reported_when_a_run_goes_on(tmp_path, tiny
     settings = {"lora": True, "train_iters": 2, "params": {"video_backend": "decord"}}
     other = write_config(tmp_path / "b.yaml", tiny, "2b", clips, **settings)
     train(other, "--resume", str(run))
-    assert "resume: videos were read with pyav and now are with decord" in caplog.text
+    assert "resume: videos were read with pyav and are now read with decord" in caplog.text
 
 
 def test_a_scheduler_of_deepspeed_goes_on_where_it_was(tmp_path, tiny, clips):

@@ -87,7 +87,7 @@ def test_another_decoder_of_videos_is_reported_when_a_run_goes_on(tmp_path, data
     settings |= {"train_iters": 2}
     by_decord = {"params": {"video_backend": "decord"}}
     train(write_config(tmp_path / "b.yaml", data, args=settings, data=by_decord, **NO_ADVERSARY), "--resume", "latest")
-    assert "resume: videos were read with pyav and now are with decord" in caplog.text
+    assert "resume: videos were read with pyav and are now read with decord" in caplog.text
 
 
 @pytest.fixture(scope="module")

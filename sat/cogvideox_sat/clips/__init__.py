@@ -1,1 +1,1 @@
-"""Training data: which clips there are, and their pixels or latents."""
+"""Find the clips of training data, and read their pixels or latents."""

@@ -1,7 +1,8 @@
-"""Marks of what a reading process is busy with, which another process sees, and clips that are not to be read again.
+"""Mark the clip that a process is reading, and refuse clips that took too long before.
 
-A dataset reads each clip inside `with attempt(name):`. In a process of `reading_processes` the mark then says which
-clip is being read and since when, so that a clip that takes too long can be named. Everywhere else it has no effect.
+A dataset reads each clip inside `with attempt(name):`. In a process of `reading_processes`, the mark shows other
+processes the clip that is being read and the time since when, so that a clip that takes too long can be named.
+Elsewhere `attempt` has no effect, except that it refuses clips.
 """
 
 import mmap
@@ -15,30 +16,32 @@ from torch.utils.data import get_worker_info
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.parallel.process_watch import Reading
 
-CLIP_TIMEOUT = 120.0  # seconds, unless an argument says otherwise
-LAYOUT = struct.Struct("<dqI")  # when it began, the place, and the length of the name that follows
+CLIP_TIMEOUT = 120.0  # seconds, by default
+LAYOUT = struct.Struct("<dqI")  # time of the begin, place, and length of the name that follows
 LONGEST_NAME = 16384  # bytes; Linux has paths of up to 4096
 
 
 class Mark:
-    """A note in memory that a process shares with those that it forks: what is being read, if anything."""
+    """Note in memory, shared with forked processes, about the clip that is being read."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, LAYOUT.size + LONGEST_NAME)
 
     def set(self, place: int, name: str) -> None:
-        """Begin to read; the clock starts."""
+        """Mark the beginning of a read; the clock starts."""
         text = name.encode("utf-8", "surrogateescape")[:LONGEST_NAME]
-        LAYOUT.pack_into(self._memory, 0, 0.0, place, len(text))  # until the name is whole, nothing is being read
+        LAYOUT.pack_into(
+            self._memory, 0, 0.0, place, len(text)
+        )  # 0 means nothing is being read, until the name is complete
         self._memory[LAYOUT.size : LAYOUT.size + len(text)] = text
         struct.pack_into("<d", self._memory, 0, time.monotonic())
 
     def clear(self) -> None:
-        """Say that nothing is being read."""
+        """Mark that nothing is being read."""
         struct.pack_into("<d", self._memory, 0, 0.0)
 
     def get(self) -> Reading | None:
-        """Return what is being read, None if nothing is."""
+        """Return the read that is going on, or None."""
         began, place, length = LAYOUT.unpack_from(self._memory)
         if not began:
             return None
@@ -47,38 +50,42 @@ class Mark:
 
 
 class _State:
-    """The state of this process."""
+    """State of this process."""
 
     mark: Mark | None = None
     threads = 0
     place = 0
-    whole = ""  # what is marked outside of any attempt
+    whole = ""  # the name that is marked outside of attempts
     refused: Mapping[str, str] = {}
     attempted: list[str] = []  # noqa: RUF012
     late: dict[str, str] = {}  # noqa: RUF012
 
 
 def serve_as_reader(mark: Mark, threads: int) -> None:
-    """Make this process one whose attempts are marked, with `threads` to decode a clip (0: as many as cores)."""
+    """Mark the attempts of this process from now on.
+
+    Args:
+        threads: threads that decode a clip; 0: as many as there are cores.
+    """
     _State.mark, _State.threads = mark, threads
 
 
 def decoding_threads() -> int:
-    """Return how many threads decode a clip here; 0: as many as there are cores.
+    """Return the number of threads that decode a clip here; 0: as many as there are cores.
 
-    A worker decodes alone: with as many threads in each as there are cores, workers would only slow each other down.
+    A worker uses one thread, since workers with as many threads as cores would slow each other down.
     """
     return 1 if get_worker_info() else _State.threads
 
 
 @contextmanager
 def reading(place: int, name: str, refused: Mapping[str, str]) -> Iterator[list[str]]:
-    """Mark a sample as being read within the block; the list that it gives fills with the clips that are attempted.
+    """Mark a sample as being read within the block; yield a list that collects its clips.
 
     Args:
-        place: of the sample in its batch.
-        name: what is marked before and after the attempts at single clips.
-        refused: clips that are not to be read, with the reason of each.
+        place: position of the sample in its batch.
+        name: the name that is marked before and after the attempts at single clips.
+        refused: clips that must not be read, and the reasons.
     """
     attempted: list[str] = []
     _State.place, _State.whole, _State.attempted = place, name, attempted
@@ -102,13 +109,13 @@ def refusing(refused: Mapping[str, str]) -> Iterator[None]:
 
 
 def refusal(name: str) -> str | None:
-    """Return why the clip `name` is refused; None if it is not."""
+    """Return the reason why the clip `name` is refused; None if it is not refused."""
     return _State.refused.get(name)
 
 
 @contextmanager
 def noting_late() -> Iterator[dict[str, str]]:
-    """Collect, in the dictionary that it gives, the clips that took too long to look at within the block."""
+    """Yield a dictionary that collects the clips that take too long to probe within the block."""
     before, _State.late = _State.late, {}
     try:
         yield _State.late
@@ -117,7 +124,7 @@ def noting_late() -> Iterator[dict[str, str]]:
 
 
 def note_late(name: str, reason: str) -> str:
-    """Note a clip that took too long; return the reason."""
+    """Note a clip that took too long, and return the reason."""
     _State.late[name] = reason
     return reason
 

@@ -1,4 +1,7 @@
-"""Which samples make up each batch: the same order for every number of processes, and from any point in it again."""
+"""Choose the samples of each batch, in an order that can be resumed at any position.
+
+The order is the same for every number of processes.
+"""
 
 import logging
 import zlib
@@ -16,19 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 class SampleKey(NamedTuple):
-    """What a dataset is asked for: a sample, the seed of all its random numbers, and the epoch (from 0)."""
+    """Key of a sample in a dataset: index, seed of all its random numbers, and epoch (from 0)."""
 
-    index: int  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls here
+    index: int  # type: ignore[assignment]  # tuples have a method of this name, which is not used here
     seed: int
     epoch: int = 0
 
 
 class Locality(NamedTuple):
-    """Samples that lie one after another in few large files, and are to be read nearly in that order.
+    """Positions of samples in few large files, which are read nearly in that order.
 
-    Args:
-        shards: for every sample the number of the file that it lies in.
-        window: how many places a sample moves at most when it is shuffled within the files' own shuffled order.
+    Attributes:
+        shards: for every sample the number of its file.
+        window: the largest number of positions by which a sample is moved when it is shuffled; files are shuffled
+            first.
     """
 
     shards: Sequence[int]
@@ -36,25 +40,28 @@ class Locality(NamedTuple):
 
 
 class BatchOrder:
-    """Endless micro-batches of one data-parallel rank, as lists of `SampleKey`: a batch sampler for a `DataLoader`.
+    """Endless micro-batches of one data-parallel rank, as lists of `SampleKey`.
 
-    All samples of an epoch are put in a random order that follows from the seed. Walking along it, whenever
-    `micro_batch_size * world_size` samples of one bucket have come together they make a group: one micro-step of all
-    ranks, of which rank r takes the r-th share. So the ranks always work on the same shape, and two ranks with micro
-    batches of one see together what one rank with a micro batch of two sees. What is left of a bucket at the end of an
-    epoch and fills no group is left out of that epoch; chance decides anew each time which samples these are.
+    This is a batch sampler for a `DataLoader`.
 
-    A second `iter` starts where the first did. To go on from a position make another `BatchOrder` from its `state`;
-    the sizes may then differ, and what follows are the samples of the epoch that have not been seen yet.
+    All samples of an epoch are put in a random order that follows from the seed. Going along this order,
+    `micro_batch_size * world_size` samples of one bucket make a group as soon as they are found: one micro-step of all
+    ranks, of which rank r takes the r-th share. So all ranks work on the same shape at a time, and two ranks with micro
+    batches of one see together the samples that one rank with a micro batch of two sees. Samples that fill no group at
+    the end of an epoch are left out of that epoch; they are other samples each time.
+
+    A second `iter` starts where the first one did. To continue from a position, make another `BatchOrder` from its
+    `state`. The sizes may then differ; the samples of the epoch that have not been seen follow.
 
     Args:
         buckets: the bucket of every sample.
-        seed: of the order and of the samples; the one in `state` wins, since it is that order that goes on.
-        shuffle: without it, samples come in the order of their indices.
-        state: a position as `state` gives it. If the dataset has changed since, its next epoch begins, with a warning.
-        locality: given, samples that lie close to each other on disk stay close to each other.
-        draws: how often each sample is drawn in an epoch, on average; None: once. A sample that is drawn twice is so
-            with different seeds, and what goes beyond whole numbers is decided anew in each epoch.
+        seed: seed of the order and of the samples; the seed in `state` takes precedence.
+        shuffle: False: samples come in the order of their indices.
+        state: a position, as `state` returns it. If the dataset has changed since, the next epoch begins, with a
+            warning.
+        locality: if given, samples that are close to each other on disk stay close to each other.
+        draws: how often each sample is drawn in an epoch, on average; None: once. A sample that is drawn twice has a
+            different seed each time. Fractions are decided by chance in each epoch.
 
     Raises:
         UserError: no bucket has enough samples for one group.
@@ -80,7 +87,7 @@ class BatchOrder:
         self.seed, self.shuffle, self.locality = seed, shuffle, locality
         self.samples = len(buckets)
         self.draws = None if draws is None else np.array(draws, np.float64)
-        # Of all that the order follows from besides the seed and the sizes.
+        # A hash of everything that determines the order, except the seed and the sizes.
         basis = (kinds, self.kinds.tolist(), shuffle, locality, *(() if draws is None else (list(draws),)))
         self.fingerprint = zlib.crc32(repr(basis).encode())
         self._groups_by_epoch: dict[int, int] = {}
@@ -110,14 +117,14 @@ class BatchOrder:
             self.phases = [tuple(phase) for phase in state["phases"]]
             return
         logger.warning(
-            "the dataset or its buckets changed (%d clips, before %d): epoch %d begins with what there is now",
+            "the dataset or its buckets changed (%d clips, before %d): epoch %d begins with the present clips",
             *(self.samples, state["samples"], state["epoch"] + 1),
         )
         self.epoch += 1
 
     @property
     def epoch_size(self) -> int:
-        """Return the samples of the whole first epoch, over all ranks; without `draws` every epoch has as many."""
+        """Return the samples of the first epoch over all ranks; without `draws`, of every epoch."""
         return self._groups_of(0) * self.group_size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
@@ -125,7 +132,7 @@ class BatchOrder:
         share = slice(self.rank * self.micro_batch_size, (self.rank + 1) * self.micro_batch_size)
         while True:
             for group in self._groups(remaining, self.group_size):
-                # The seed of a second draw is that of a sample which comes after the last: index + samples.
+                # The seed of a second draw is that of an imaginary sample after the last one: index + samples.
                 yield [
                     SampleKey(drawn % self.samples, sample_seed(self.seed, epoch, drawn), epoch)
                     for drawn in group[share]
@@ -134,9 +141,9 @@ class BatchOrder:
             remaining = self._permutation(epoch)
 
     def state(self, consumed: int) -> dict[str, Any]:
-        """The position after this rank has taken `consumed` micro-batches since construction; the same on all ranks.
+        """Return the position after `consumed` micro-batches, which is the same on all ranks.
 
-        It consists of numbers, text and lists, so that it can be written as JSON.
+        It consists of numbers, texts and lists, so that it can be written as JSON.
         """
         epoch, phases = self.epoch, list(self.phases)
         left = self._groups_in(self._remaining())
@@ -156,7 +163,7 @@ class BatchOrder:
         return {
             "seed": self.seed,
             "epoch": epoch,
-            "phases": [list(phase) for phase in phases],  # (group size, groups taken), one after another
+            "phases": [list(phase) for phase in phases],  # (group size, groups taken) in order
             "samples": self.samples,
             "fingerprint": self.fingerprint,
         }
@@ -164,7 +171,7 @@ class BatchOrder:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """Return the order of all samples in an epoch. A sample's second draw is index + samples, and so on."""
+        """Return the order of all samples in an epoch; the second draw of i is i + samples."""
         order = self._drawn(epoch)
         if not self.shuffle:
             return order
@@ -182,7 +189,7 @@ class BatchOrder:
         if self.draws is None:
             return np.arange(self.samples)
         times = np.floor(self.draws).astype(np.int64)
-        # Of the samples that share a rate, in an order by chance, every so many gets one more: their sum is exact.
+        # Samples with the same rate are shuffled, and every n-th gets one draw more, so that their sum is exact.
         chance = self._chance("draws", epoch)
         blocks = np.cumsum(np.diff(self.draws, prepend=self.draws[:1]) != 0)
         mixed = np.lexsort((chance.random_sample(self.samples), blocks))
@@ -195,13 +202,13 @@ class BatchOrder:
     def _chance(self, what: str, epoch: int) -> np.random.RandomState:
         """Return random numbers for one use.
 
-        NumPy promises that the streams of RandomState never change: a run may be resumed with another version.
+        NumPy guarantees that the streams of RandomState never change, so a run may be resumed with another version.
         """
         seed = hashed_seed(self.seed, what, epoch)
         return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])
 
     def _remaining(self) -> np.ndarray:
-        """The samples of the first epoch that have not been seen, in its order."""
+        """Return the samples of the first epoch that have not been seen, in its order."""
         remaining = self._permutation(self.epoch)
         for size, taken in self.phases:
             groups = self._groups(remaining, size)
@@ -210,7 +217,7 @@ class BatchOrder:
         return remaining
 
     def _groups(self, order: np.ndarray, size: int) -> Iterator[list[int]]:
-        """Groups of `size` samples of one bucket, each as soon as it is complete when one walks along `order`."""
+        """Yield groups of `size` samples of one bucket, in the order in which they are complete."""
         waiting: dict[int, list[int]] = {}
         for index, kind in zip(order.tolist(), self.kinds[order % self.samples].tolist(), strict=True):
             group = waiting.setdefault(kind, [])
@@ -222,7 +229,7 @@ class BatchOrder:
         return int((np.bincount(self.kinds[samples % self.samples]) // self.group_size).sum())
 
     def _groups_of(self, epoch: int) -> int:
-        """Return the number of groups of a whole epoch; without `draws` all epochs have as many."""
+        """Return the number of groups of a whole epoch; without `draws`, of every epoch."""
         if self.draws is None:
             return self._groups_in(np.arange(self.samples))
         if epoch not in self._groups_by_epoch:

@@ -1,6 +1,7 @@
-"""Tables of clips and captions: JSON Lines, JSON and CSV records, and lists of videos and of captions line by line.
+"""Read tables of clips and captions.
 
-Nothing here imports PyTorch.
+These are JSON Lines, JSON and CSV records, and two lists with one video or caption per line. Nothing here imports
+PyTorch.
 """
 
 import csv
@@ -16,7 +17,7 @@ from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".json", ".tsv")
-# The first of each is ours and wins; of the others in one record all must agree.
+# The first of each is our own name and takes precedence; all others in one record must agree.
 VIDEO_COLUMNS = (
     *("video", "file_name", "filename", "video_path", "file_path", "filepath", "path"),
     *("video_file", "video_name", "clip", "clip_path", "media", "media_path"),
@@ -24,11 +25,11 @@ VIDEO_COLUMNS = (
 PICTURE_COLUMNS = ("image", "image_path", "image_file", "img", "img_path")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "captions", "prompts", "cap", "txt")
 LOOKS_LIKE_CAPTION = re.compile(r"caption|prompt|text|descri|annotation|sentence|title|label|(^|_)(cap|desc|txt)(_|$)")
-SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON may escape what is no character, as where a text was cut off
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON may hold half of a surrogate pair, for example if a text was cut off
 TXT_KEY = "caption"
 DELIMITERS = ",;\t"
 
-Entry = tuple[str, str | None]  # a path as it is written, and the caption
+Entry = tuple[str, str | None]  # a path as written, and the caption
 
 
 def decoded(content: bytes, name: str) -> str:
@@ -40,18 +41,18 @@ def decoded(content: bytes, name: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text: save it as UTF-8") from error
+        raise UserError(f"{name} is not UTF-8 text; save it as UTF-8") from error
 
 
 def entries_of_table(content: bytes, name: str, txt_key: str | None = TXT_KEY) -> list[Entry]:
-    """Return the clips that a manifest names, with their captions.
+    """Return the clips in a manifest, with their captions.
 
     Args:
-        name: of the manifest, whose suffix says what it is.
-        txt_key: the column of the captions; where a record has none of this name, synonyms count. None: no captions.
+        name: the name of the manifest, whose suffix determines the format.
+        txt_key: the column of the captions; if a record lacks it, synonyms are tried. None: no captions.
 
     Raises:
-        UserError: the manifest cannot be understood; the message names the line.
+        UserError: the manifest cannot be parsed; the message names the line.
     """
     text, suffix = decoded(content, f"the manifest {name}"), PurePath(name).suffix.lower()
     read = {".jsonl": _json_lines, ".json": _json_list}.get(suffix, _csv_lines)
@@ -65,10 +66,10 @@ def entries_of_table(content: bytes, name: str, txt_key: str | None = TXT_KEY) -
 
 
 def names_clips(content: bytes, name: str) -> bool:
-    """Check whether a table has a column of clips: one that has none is about something else.
+    """Return whether a table has a column of clips, and is therefore a manifest.
 
     Raises:
-        UserError: its first line cannot be understood.
+        UserError: the first line cannot be parsed.
     """
     text = decoded(content, name)
     if name.endswith(".jsonl"):
@@ -98,7 +99,7 @@ def video_of(record: Mapping[str, Any], where: str) -> str:
 
 
 def _is_encodable(path: str) -> bool:
-    """Return whether the system can be asked for a file of this name, which half of a character prevents."""
+    """Return whether the system can look for a file of this name; half a character cannot be."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -107,19 +108,19 @@ def _is_encodable(path: str) -> bool:
 
 
 def _checked(path: str, where: str) -> str:
-    """Return the path, after checking that it can be that of a file."""
+    """Return the path, after checking that a file can have it."""
     if "\0" in path or not _is_encodable(path):
-        raise UserError(f"{where}: no file can have the name {path!r}: write its path")
+        raise UserError(f"{where}: no file can have the name {path!r}; write a valid path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        raise UserError(f"{where}: {path} is an address: download the clip, and write the path of its file")
+        raise UserError(f"{where}: {path} is a URL; download the clip, and write the path of its file")
     return path
 
 
 def caption_of(record: Mapping[str, Any], where: str, txt_key: str = TXT_KEY) -> str | None:
-    """Return the caption of a record, None if it is absent or empty.
+    """Return the caption of a record; None if it is absent or empty.
 
     Raises:
-        UserError: the caption is no text; two columns give different ones; or an unknown column looks like a caption.
+        UserError: the caption is not text; two columns differ; or an unknown column looks like a caption.
     """
     if caption := _text(record.get(txt_key), txt_key, where):
         return caption
@@ -148,12 +149,12 @@ def _text(value: Any, column: str, where: str) -> str | None:
     if not isinstance(value, str | None):
         raise UserError(f"{where}: '{column}' must be text, got {value!r}")
     if value and not value.isascii() and (half := SURROGATE.search(value)):
-        raise UserError(f"{where}: '{column}' has half of a character, {half[0]!r}: mend or drop it")
+        raise UserError(f"{where}: '{column}' has half of a character, {half[0]!r}; repair or remove it")
     return (value or "").strip() or None
 
 
 def _the_only(columns: Mapping[str, Any], known: Sequence[str], where: str, what: str) -> str | None:
-    """Return the value that the `known` columns give; all columns that have one must agree."""
+    """Return the value of the `known` columns, which must agree if several have one."""
     if what == "caption":
         found = {name: _text(columns[name], name, where) for name in known if name in columns}
     else:
@@ -162,7 +163,7 @@ def _the_only(columns: Mapping[str, Any], known: Sequence[str], where: str, what
     if len(set(found.values())) > 1:
         (one, _), (other, _), *_ = found.items()
         remedy = f"or set data.params.txt_key: {one}" if what == "caption" else "or rename the right one to 'video'"
-        raise UserError(f"{where}: '{one}' and '{other}' differ, and both may be the {what}: leave one out, {remedy}")
+        raise UserError(f"{where}: '{one}' and '{other}' differ, and both may be the {what}; leave one out, {remedy}")
     return next(iter(found.values()), None)
 
 
@@ -208,8 +209,8 @@ def _object(record: Any, where: str) -> dict[str, Any]:
 def _csv_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     first = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max(DELIMITERS, key=first.count)
-    text = re.sub(r'" +(?=[,;\t\r\n]|$)', '"', text)  # a blank after a quote, which is no mistake
-    # strict: a quote that nothing closes would swallow the lines after it.
+    text = re.sub(r'" +(?=[,;\t\r\n]|$)', '"', text)  # allow spaces after a quote
+    # strict: an unclosed quote would otherwise include the lines after it.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     header, line = None, 1
     try:
@@ -224,7 +225,7 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 row.pop()
             if len(row) > len(header):
                 raise UserError(
-                    f"{name}, {place}: {len(row)} values for {len(header)} columns: put the caption in double quotes"
+                    f"{name}, {place}: {len(row)} values for {len(header)} columns; put the caption in double quotes"
                 )
             yield place, dict(zip(header, row, strict=False))
     except csv.Error as error:
@@ -246,13 +247,13 @@ def _header(row: Sequence[str], name: str) -> list[str]:
 
 
 def entries_of_lists(videos: bytes, captions: bytes | None, videos_name: str, captions_name: str) -> list[Entry]:
-    """Return the clips of a list, one a line, with the captions of another list, line i for line i.
+    """Return the clips in a list, one per line, with the captions on another list's lines.
 
     Args:
         captions: None: the clips have no captions here.
 
     Raises:
-        UserError: a list is not UTF-8, or the lists do not have as many lines.
+        UserError: a list is not UTF-8, or the lists have different numbers of lines.
     """
     paths = [
         _checked(path, f"{videos_name}, line {number}") for number, path in enumerate(_lines(videos, videos_name), 1)
@@ -266,8 +267,8 @@ def entries_of_lists(videos: bytes, captions: bytes | None, videos_name: str, ca
         paths.pop()
     if len(paths) != len(texts):
         raise UserError(
-            f"{captions_name} has {len(texts)} lines and {videos_name} {len(paths)}: line i of one belongs to line i "
-            "of the other; write as many (a caption of several lines must become one line)"
+            f"{captions_name} has {len(texts)} lines and {videos_name} {len(paths)}, but line i of one belongs to line "
+            "i of the other; write equal numbers (a caption of several lines must become one line)"
         )
     for number, (path, text) in enumerate(zip(paths, texts, strict=True), start=1):
         if text and not path:

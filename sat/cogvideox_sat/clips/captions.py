@@ -1,13 +1,13 @@
-"""Find the clips in a tree of files and the captions that belong to the clips.
+"""Find the clips in a tree of files, and their captions.
 
-Where the caption of a clip may be, the first that exists counts:
+The caption of a clip is the first of these that exists:
   * `labels/a/b.txt` for `videos/a/b.mp4` (also `captions`, `prompts`, `texts`), or `b.txt` beside the clip (also
     `b.mp4.txt`); `.caption` and `.json` (with the caption under a key) likewise;
   * `metadata.jsonl` (`.csv`, `.tsv`) in a folder above: records with `file_name` and `caption`;
-  * `videos.txt` in a folder above, one path a line, and beside it `prompts.txt`, `prompt.txt` or `captions.txt`.
+  * `videos.txt` in a folder above, one path per line, and beside it `prompts.txt`, `prompt.txt` or `captions.txt`.
 
-Lists and `metadata` files are read where some clip has no caption of its own; a clip that has none and is not listed
-in a folder with a list is left out. Nothing here imports PyTorch.
+Lists and `metadata` files are read if some clip has no caption of its own. In a folder with a list, clips that have no
+caption and are not listed are left out. Nothing here imports PyTorch.
 """
 
 import posixpath
@@ -31,7 +31,7 @@ from cogvideox_sat.clips.trees import Tree
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
-READERS = 16  # threads; small files on a network file system are a matter of waiting, not of computing
+READERS = 16  # threads; reading small files from a network file system is mostly waiting
 LABEL_SUFFIXES = (".txt", ".TXT", ".caption", ".json")
 CLIP_FOLDERS = ("videos", "video", "clips", "images", "image")
 LABEL_FOLDERS = ("labels", "captions", "prompts", "texts", "txt", "label", "caption", "prompt", "text")
@@ -48,12 +48,12 @@ LOOKED_FOR = (
 
 @dataclass(frozen=True)
 class LabelRules:
-    """Rules by which captions are read.
+    """Rules for reading captions.
 
-    Args:
-        txt_key: the key of the caption in records; synonyms count where a record has none of this name.
-        lines: of a label file of several lines the "first" is the caption, or "all" of them, joined by a blank.
-        used: False: captions are not needed, and nothing that may hold some is looked at.
+    Attributes:
+        txt_key: the key of the caption in records; if a record lacks it, synonyms are tried.
+        lines: the caption in a label file of several lines: the "first" line, or "all" lines joined by a space.
+        used: False: captions are not needed, and files with captions are not read.
     """
 
     txt_key: str = TXT_KEY
@@ -63,16 +63,16 @@ class LabelRules:
 
 @dataclass
 class Found:
-    """The clips of a place, and what was noticed on the way.
+    """Clips of a place, and observations about its files.
 
-    Args:
+    Attributes:
         clips: in an order that is the same on every machine.
-        looked_for: where captions would have been found.
+        looked_for: places where captions would have been found.
         hints: files that look like captions and were not used, each with the reason.
-        long_labels: how many label files have several lines.
+        long_labels: number of label files with several lines.
         unlisted: clips that a list or `metadata` file leaves out, and that have no caption of their own.
-        unread: how many files look like media and are not read, by suffix.
-        beside: clips in a folder of tar files, which alone are read.
+        unread: number of files that look like media and are not read, by suffix.
+        beside: clips in a folder of tar files, where only tar files are read.
     """
 
     clips: list[ClipSource] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Found:
     beside: list[str] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
-        """Take over what was found at another place."""
+        """Add the results of another place."""
         self.clips += other.clips
         self.hints += other.hints
         self.long_labels += other.long_labels
@@ -99,7 +99,7 @@ def clips_of(tree: Tree, rules: LabelRules, extra: Mapping[str, str] | None = No
         extra: captions for clips that have none of their own, by a clip's name up to the first dot.
 
     Raises:
-        UserError: a file with captions cannot be understood.
+        UserError: a file with captions cannot be parsed.
     """
     found = Found(unread=Counter(kind for name in tree.names if (kind := unread_kind(name))))
     names = [name for name in tree.names if PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES]
@@ -137,7 +137,10 @@ def _key(name: str) -> str:
 
 
 def _labels_of(tree: Tree, names: Sequence[str], sources: Sequence[ClipSource]) -> list[str | None]:
-    """Return for each clip the file with its caption. A file that may be a video's is no picture's of the same name."""
+    """Return for each clip the file with its caption.
+
+    A file that may belong to a video is not used for an image of the same name.
+    """
     labels: list[str | None] = [None] * len(names)
     of_videos: set[str] = set()
     folders: dict[str, list[str]] = {}
@@ -157,7 +160,10 @@ def _labels_of(tree: Tree, names: Sequence[str], sources: Sequence[ClipSource]) 
 
 
 def _label_folders(tree: Tree, folder: str) -> Iterator[str]:
-    """Yield the folders that may hold labels of `folder`'s clips: in place of the innermost `videos`, and `folder`."""
+    """Yield the folders that may hold labels of the clips in `folder`.
+
+    These are replacements of the innermost `videos` in its path, and `folder` itself.
+    """
     parts = tree.parts_of(folder)
     innermost = max((i for i, part in enumerate(parts) if part.lower() in CLIP_FOLDERS), default=None)
     if innermost is not None:
@@ -176,7 +182,7 @@ def _label_names(tree: Tree, folders: Sequence[str], file: str) -> Iterator[str]
 
 
 def _caption_in(tree: Tree, label: str, rules: LabelRules) -> tuple[str | None, bool]:
-    """Return the caption of a label file, None if the file is empty or missing, and whether the file has more lines."""
+    """Return the caption of a label file, None if it has none; and whether it has more lines."""
     content, name = tree.read(label), tree.shown(label)
     if label.endswith(".json"):
         try:
@@ -195,14 +201,14 @@ def _caption_in(tree: Tree, label: str, rules: LabelRules) -> tuple[str | None, 
 
 
 class _Listed:
-    """The captions in lists and metadata files.
+    """Captions in lists and metadata files.
 
     Args:
-        labels: files that are labels of clips, and so no lists.
+        labels: files that are labels of clips, and therefore not lists.
 
     Attributes:
-        captions: of the tree's files that are listed; several where a file is listed with several.
-        others: clips that are listed and are not in the tree.
+        captions: captions of the tree's files that are listed; a file may be listed with several.
+        others: clips that are listed but not in the tree.
     """
 
     def __init__(self, tree: Tree, labels: set[str], rules: LabelRules, found: Found):
@@ -217,7 +223,7 @@ class _Listed:
                     self._add(folder, path, caption)
 
     def covers(self, name: str) -> bool:
-        """Check whether a folder above the file has a list."""
+        """Return whether a folder above the file has a list."""
         return any(not folder or name.startswith(f"{folder}/") for folder in self.folders)
 
     def _add(self, folder: str, path: str, caption: str | None) -> None:
@@ -251,7 +257,7 @@ class _Listed:
         return folders
 
     def _tables(self, place: str, files: Sequence[str]) -> Iterator[list[Entry]]:
-        """Yield the entries of each list in one folder; other files that may be lists become hints."""
+        """Yield the entries of each list in one folder; other possible lists become hints."""
         tree, hints = self.tree, self.found.hints
         for file in files:
             name = tree.shown(place + file)
@@ -264,7 +270,7 @@ class _Listed:
             elif file.endswith(".parquet"):
                 hints.append(f"{name} is not read (save it as metadata.jsonl)")
             elif file.endswith(TABLES):
-                hints.append(f"{name} may be a manifest (give it as train_data, or call it metadata)")
+                hints.append(f"{name} may be a manifest (give it as train_data, or name it metadata)")
         videos = next((file for file in VIDEO_LISTS if file in files), None)
         captions = [file for file in CAPTION_LISTS if file in files]
         if videos is None:
@@ -273,7 +279,7 @@ class _Listed:
         if len({tree.read(place + file) for file in captions}) > 1:
             raise UserError(
                 f"{tree.shown(place + captions[0])} and {captions[1]} differ, and both may be the captions of "
-                f"{videos}: keep one of them"
+                f"{videos}; keep one of them"
             )
         texts = place + captions[0] if captions else ""
         lines = tree.read(texts) if captions else None

@@ -1,4 +1,4 @@
-"""Tell by its name and first bytes what a clip's file is: a video, a picture, or media that are not read.
+"""Tell the kind of a clip's file by name and first bytes: video, image, or not readable.
 
 Nothing here imports PyTorch.
 """
@@ -16,10 +16,10 @@ VIDEO_SUFFIXES = frozenset(
         *(".mjpg", ".mjpeg", ".y4m"),
     }
 )
-# Each may be animated, and then is a video, except for those that never are.
+# GIF, WebP and PNG files may be animated; they are then videos.
 IMAGE_SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 CLIP_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-# Media of kinds that are not read; a data set with such files is told so.
+# Kinds of media that are not read; such files in a data set are reported.
 UNREAD_SUFFIXES = frozenset(
     {
         *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".exr", ".hdr", ".tga", ".ico", ".ppm"),
@@ -33,14 +33,14 @@ UNFINISHED_SUFFIXES = frozenset({".part", ".ytdl", ".crdownload", ".download", "
 
 @dataclass(frozen=True, slots=True)
 class ClipSource:
-    """A video or image file, or a member of a tar file.
+    """Video or image file, or a member of a tar file.
 
-    Args:
+    Attributes:
         path: the file.
-        caption: None if it has none.
-        member: name within the tar file; empty for a file of its own.
-        start, size: where in the tar file the member's bytes are.
-        animated: whether a file that is named like a picture moves; None: look when it matters.
+        caption: None if the clip has none.
+        member: name in the tar file; empty for a file of its own.
+        start, size: position of the member's bytes in the tar file.
+        animated: a file that is named like an image is animated; None: not known yet.
     """
 
     path: str
@@ -52,26 +52,30 @@ class ClipSource:
 
     @property
     def name(self) -> str:
-        """Return the name that messages use for the clip."""
+        """Return the name of the clip in messages."""
         return f"{self.path}/{self.member}" if self.member else self.path
 
     @property
     def is_image(self) -> bool:
-        """Return whether the clip is a picture that does not move."""
+        """Return whether the clip is an image that is not animated."""
         suffix = PurePath(self.member or self.path).suffix.lower()
         if suffix not in IMAGE_SUFFIXES:
             return False
         return not (moves(self.path, suffix, self.start) if self.animated is None else self.animated)
 
     def settled(self) -> "ClipSource":
-        """Return the source with `animated` known, so that nobody has to look again."""
+        """Return the source with `animated` known, so that the file is not read again for it."""
         named_like_picture = PurePath(self.member or self.path).suffix.lower() in IMAGE_SUFFIXES
         if self.animated is not None or not named_like_picture:
             return self
         return replace(self, animated=not self.is_image)
 
     def read(self) -> bytes:
-        """Return the content. Raises OSError if it is not there."""
+        """Return the content.
+
+        Raises:
+            OSError: the file is missing or shorter.
+        """
         if not self.member:
             return Path(self.path).read_bytes()
         with Path(self.path).open("rb") as file:
@@ -83,14 +87,17 @@ class ClipSource:
 
 
 def other_forms(name: str) -> list[str]:
-    """Return the other Unicode forms of a name: macOS takes accents apart, other systems do not."""
+    """Return other Unicode forms of a name: macOS decomposes accents, other systems do not."""
     if name.isascii():
         return []
     return [form for kind in ("NFC", "NFD") if (form := unicodedata.normalize(kind, name)) != name]
 
 
 def unread_kind(name: str) -> str | None:
-    """Return the suffix of a file that looks like media and is not read, such as `.heic` or `.mp4.part`, else None."""
+    """Return the suffix of a media file that is not read, such as `.heic` or `.mp4.part`.
+
+    The result is None for all other files.
+    """
     path = PurePath(name)
     suffix = path.suffix.lower()
     if suffix in UNFINISHED_SUFFIXES and PurePath(path.stem).suffix.lower() in CLIP_SUFFIXES:
@@ -98,13 +105,13 @@ def unread_kind(name: str) -> str | None:
     return suffix if suffix in UNREAD_SUFFIXES else None
 
 
-# ---------------------------------------------------------------- animated pictures
+# ---------------------------------------------------------------- animated images
 
 
 def moves(path: str, suffix: str, start: int = 0) -> bool:
-    """Check whether a picture's file, which begins at byte `start` of `path`, holds more than one frame.
+    """Return whether an image file, which begins at byte `start` of `path`, is animated.
 
-    False for a file that cannot be read: that is reported where its pixels are wanted.
+    The result is False for a file that cannot be read; the error is reported when its pixels are read.
     """
     look = {".webp": _webp_moves, ".gif": _gif_moves, ".png": _png_moves, ".apng": _png_moves}.get(suffix)
     if look is None:
@@ -125,13 +132,13 @@ def _read(file: BinaryIO, count: int) -> bytes:
 
 
 def _webp_moves(file: BinaryIO) -> bool:
-    """Return whether a WebP is animated: its extended header has a flag for that."""
+    """Return whether a WebP is animated, as a flag in its extended header says."""
     head = _read(file, 21)
     return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
 
 
 def _png_moves(file: BinaryIO) -> bool:
-    """Return whether a PNG is animated: a chunk before its pixels then gives the number of frames."""
+    """Return whether a PNG is animated: a chunk before its pixels has the number of frames."""
     if _read(file, 8) != b"\x89PNG\r\n\x1a\n":
         return False
     while True:
@@ -144,7 +151,7 @@ def _png_moves(file: BinaryIO) -> bool:
 
 
 def _gif_moves(file: BinaryIO) -> bool:
-    """Return whether a GIF is animated: a second image is among its blocks."""
+    """Return whether a GIF is animated: then its blocks hold a second image."""
     head = _read(file, 13)
     if head[:4] != b"GIF8":
         return False

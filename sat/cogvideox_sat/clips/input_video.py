@@ -1,6 +1,6 @@
-"""The pixels of a clip that a video is made from, read as training reads clips.
+"""Read the pixels of a clip that a video starts from, as training reads clips.
 
-That happens in a process of its own: a file whose decoder hangs or crashes costs the video that is made from it alone.
+The clip is read in a process of its own, so that a decoder that hangs or crashes fails only this video.
 """
 
 from contextlib import closing
@@ -21,26 +21,29 @@ from sgm.errors import UserError
 
 
 def read_input_video(path: Path, size: tuple[int, int], frames: int, fps: float, limit: float = CLIP_TIMEOUT) -> Tensor:
-    """Return the first frames of a clip at `fps` frames a second, resized to cover `size` and cropped in the middle.
+    """Return the first frames of a clip at `fps` frames per second, resized and cropped.
+
+    They are resized to cover `size` and cropped in the middle.
 
     Args:
+        path: the clip.
         size: (height, width) in pixels.
-        limit: seconds to read it.
+        limit: seconds for reading the clip.
 
     Returns:
         (frames, 3, height, width), float32 in [-1, 1], RGB.
 
     Raises:
-        UserError: the clip cannot be read, takes too long, or is shorter.
+        UserError: the clip cannot be read, takes too long, or is too short.
     """
-    source = ClipSource(str(path), None, animated=True)  # opened as a video whatever its name
+    source = ClipSource(str(path), None, animated=True)  # opened as a video, whatever its name
 
     def read(_: Any) -> Tensor | str:
         try:
             info = probe(source)
             if (available := frames_at_rate(VideoFacts(*info), fps)) < frames:
                 return (
-                    f"it has {available} frames at {fps:g} frames a second, and {frames} are asked for; ask for fewer, "
+                    f"it has {available} frames at {fps:g} frames per second, but {frames} are needed; ask for fewer, "
                     "or give a longer clip"
                 )
             sampling = FrameSampling(fps, frames, random_start=False)
@@ -51,7 +54,7 @@ def read_input_video(path: Path, size: tuple[int, int], frames: int, fps: float,
     def late(_: Any, reason: str) -> str:
         return reason.removesuffix(" (clip_timeout)")
 
-    load_decoder()  # before the process is forked, where it is not part of the time
+    load_decoder()  # before the fork, so that the import does not count towards the limit
     with closing(in_processes(read, [None], lambda _: str(path), late, 1, limit)) as results:
         pixels = next(results)
     if isinstance(pixels, str):

@@ -1,20 +1,20 @@
-"""Latents and text embeddings computed once: the files of a cache of them.
+"""Read the files of a cache of latents and text embeddings.
 
 A cache is a folder, made by `tools/precompute_latents.py`, with
-  * `cache.json`, an object: `format`, the version of what is described here; `model`, what the cached numbers depend on
-    (`latent_identity.describe_model`); `data`, sources, settings and number of samples; `encoding`, how they were
-    encoded; `reader`, what decoded the videos (`clips.reader_record`);
+  * `cache.json`, an object: `format`, the version of this layout; `model`, the properties of the model that the cached
+    numbers depend on (`latent_identity.describe_model`); `data`, sources, settings and number of samples; `encoding`,
+    how they were encoded; `reader`, the decoder of the videos (`clips.reader_record`);
   * shards `rank0000-00000.safetensors`, ..., each complete in itself: tensors, and in the metadata of the header,
-    under `content` as JSON, what they are: `samples`, the fields of every `CachedSample`, and `skipped`, the indices of
-    samples that could not be read, with the files at fault;
-  * `unreadable.txt`, those files with the reasons, one a line, if there are any.
+    under `content` as JSON, their descriptions: `samples`, the fields of every `CachedSample`, and `skipped`, the
+    indices of samples that could not be read, with the unreadable files;
+  * `unreadable.txt`, those files with the reasons, one per line, if there are any.
 
-Of the sample i of the data set there are
+For the sample i of the data set, a shard holds
   * `{i}.moments` (2c, t, h, w), means and then log-variances of the clip's posterior, or `{i}.latents` (c, t, h, w),
     one draw from it; both unscaled;
   * for image-to-video `{i}.image_moments.{v}` (2c, 1, h, w), or `{i}.image_latents.{v}` (c, 1, h, w): the first frame
-    encoded with the noise that the sample adds to it in epoch v; and where the model's `conditioning` tells other
-    frames, `{i}.key_moments.{v}` (2c, t - 1, h, w), or `{i}.key_latents.{v}`, those that it may tell, each encoded by
+    encoded with the noise that the sample adds to it in epoch v; and if the model's `conditioning` has other frames,
+    `{i}.key_moments.{v}` (2c, t - 1, h, w), or `{i}.key_latents.{v}`: the frames that may be given, each encoded by
     itself;
   * `{i}.text` (tokens, features), its caption's embedding, unless an earlier sample of the shard has the same caption.
 
@@ -41,20 +41,20 @@ REMEDY = as_started("run tools/precompute_latents.py")
 
 
 def is_cache(path: str | Path) -> bool:
-    """Whether `path` is a folder made by `tools/precompute_latents.py`, finished or not."""
+    """Return whether a path is a folder of `tools/precompute_latents.py`, complete or not."""
     return (Path(path) / DESCRIPTION).is_file()
 
 
 @dataclass(frozen=True, slots=True)
 class CachedSample:
-    """A sample of a shard.
+    """Sample of a shard.
 
-    Args:
-        index: its place in the data set that was encoded.
-        bucket: (frames, height, width) of its clip in pixels.
-        caption: its text.
-        text: index of the sample whose `.text` is its embedding.
-        fps: frames a second.
+    Attributes:
+        index: position in the data set that was encoded.
+        bucket: (frames, height, width) of the clip in pixels.
+        caption: the clip's caption.
+        text: index of the sample whose `.text` is the embedding of the caption.
+        fps: frames per second.
     """
 
     index: int
@@ -66,7 +66,7 @@ class CachedSample:
 
 @dataclass(frozen=True)
 class Shard:
-    """What the header of a shard tells."""
+    """Content of a shard's header."""
 
     path: Path
     samples: list[CachedSample]
@@ -74,16 +74,16 @@ class Shard:
 
     @property
     def indices(self) -> set[int]:
-        """All samples that were taken care of, whether they could be read or not."""
+        """Return the indices of all samples in the shard, including those that were unreadable."""
         return {sample.index for sample in self.samples} | self.skipped.keys()
 
 
 def _params(value: Any) -> bool:
-    """A data section: its params are a mapping, or left out."""
+    """Return whether the value is a data section: its params are a mapping, or missing."""
     return mapping_of(anything)(value) and isinstance(value.get("params") or {}, Mapping)
 
 
-LAYOUT = {  # of `cache.json`
+LAYOUT = {  # layout of `cache.json`
     "model": {"VAE": mapping_of(anything), "text encoder": mapping_of(anything)},
     "data": {"samples": count, "config": _params},
     "encoding": {"image_variants": count, "key_frames?": anything},
@@ -92,19 +92,19 @@ LAYOUT = {  # of `cache.json`
 
 
 def _sample(value: Any) -> bool:
-    """The fields of a `CachedSample`."""
+    """Return whether the value has the fields of a `CachedSample`."""
     checks = {"index": count, "bucket": list_of(count, 3), "caption": text, "text": count, "fps": number}
     return isinstance(value, Mapping) and all(name in value and check(value[name]) for name, check in checks.items())
 
 
-SHARD_LAYOUT = {"samples": list_of(_sample), "skipped": mapping_of(list_of(text))}  # of the `content` of a shard
+SHARD_LAYOUT = {"samples": list_of(_sample), "skipped": mapping_of(list_of(text))}  # layout of a shard's `content`
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
-    """The content of `cache.json`.
+    """Return the content of `cache.json`.
 
     Raises:
-        UserError: it cannot be read, or another version of this program wrote it.
+        UserError: the file cannot be read, or was written by another version of this program.
     """
     path = Path(folder) / DESCRIPTION
     try:
@@ -116,7 +116,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} does not describe latents; {REMEDY} into another folder") from error
     if version != FORMAT:
         raise UserError(
-            f"{path} is of format {shown(version)}, this program reads {FORMAT}: {REMEDY} into another folder"
+            f"{path} has format {shown(version)}, but this program reads {FORMAT}; {REMEDY} into another folder"
         )
     if misfit := find_misfit(content, LAYOUT):
         raise UserError(f"{path} does not describe latents: {misfit}; {REMEDY} into another folder")
@@ -124,10 +124,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def read_shards(folder: str | Path) -> list[Shard]:
-    """The complete shards of a cache, in the order of their names.
+    """Return the complete shards of a cache, in the order of their names.
 
     Raises:
-        UserError: one is damaged.
+        UserError: a shard is damaged.
     """
     return [_read_shard(path) for path in sorted(Path(folder).glob(SHARDS))]
 
@@ -141,18 +141,18 @@ def _read_shard(path: Path) -> Shard:
         samples = [CachedSample(**{**fields, "bucket": tuple(fields["bucket"])}) for fields in content["samples"]]
         skipped = {int(index): files for index, files in content["skipped"].items()}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no shard of latents; {REMEDY} into another folder") from error
+        raise UserError(f"{path} is not a shard of latents; {REMEDY} into another folder") from error
     return Shard(path, samples, skipped)
 
 
 def open_shard(path: Path) -> Any:
-    """The shard mapped into memory; its tensors are read when they are asked for.
+    """Return the shard mapped into memory; its tensors are read when they are needed.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the shard is missing or damaged.
     """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is damaged ({reason}): delete it and {REMEDY} again") from error
+        raise UserError(f"{path} is damaged ({reason}); delete it and {REMEDY} again") from error

@@ -1,4 +1,4 @@
-"""Training data read from caches of latents, checked against the model and the settings of a run."""
+"""Read training data from caches of latents, and check them against the model and the run."""
 
 import logging
 from collections import OrderedDict
@@ -22,25 +22,25 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-OPEN_SHARDS = 16  # of a process that reads
-NO_VARIANCE = -30.0  # the smallest log-variance of a posterior: a draw is its mean, to 3e-7
-# Values of options that mean the same as others.
+OPEN_SHARDS = 16  # open files of a reading process
+NO_VARIANCE = -30.0  # smallest log-variance of a posterior; a draw differs from the mean by 3e-7
+# Values of options that mean the same as other values.
 OTHER_NAMES = {("reshape_mode", "none"): "random", ("clips_per_video", 1): None}
 
 
 class LatentDataset:
-    """The samples of one or several caches, as `data_video` gives those of clips, but encoded.
+    """Samples of one or several caches, as `data_video` gives those of clips, but encoded.
 
     `dataset[key]` is a dict with `moments` (2c, t, h, w), `txt_embedding` (tokens, features), both in the dtype of the
     cache, the caption `txt`, `fps`, `num_frames` (of the clip), `index`, `seed` and `unreadable` (empty). For
-    image-to-video there are `image_moments` (2c, 1, h, w), and `key_moments` (2c, t - 1, h, w) where the model's
-    `conditioning` tells other frames: those of `key.epoch`, or where so many epochs were not encoded, of an earlier
-    one. Samples that could not be read when the cache was made are left out.
+    image-to-video it also has `image_moments` (2c, 1, h, w), and `key_moments` (2c, t - 1, h, w) if the model's
+    `conditioning` has other frames than the first. These are those of `key.epoch`, or of an earlier epoch if fewer
+    epochs were encoded. Samples that were unreadable when the cache was made are left out.
 
     Args:
         paths: folders of caches.
-        model_config: the `model:` section of the model to train, if the caches are to be checked against it.
-        data_config: the `data:` section; what the caches were made with stands, a difference is reported.
+        model_config: the `model:` section of the model to train, to check the caches against it.
+        data_config: the `data:` section; the settings of the caches are used, and differences are reported.
 
     Raises:
         UserError: a cache is unfinished, damaged, or of another model; while reading, a shard is damaged.
@@ -88,21 +88,21 @@ class LatentDataset:
 
     @property
     def reader(self) -> dict[str, str]:
-        """Return what decoded the videos of the caches, as runs record it; the first in order if several differ."""
+        """Return the reader of the caches' videos, as runs record it; the first if several differ."""
         return min(self.readers, key=lambda reader: reader["video_backend"])
 
     @property
     def missing_labels(self) -> int:
-        """Number of clips without a caption, which have the embedding of an empty one."""
+        """Return the number of clips without a caption, which have the embedding of an empty one."""
         return sum(not sample.caption for _, sample in self.samples)
 
     @property
     def unreadable(self) -> list[str]:
-        """Always empty: such clips were left out when the cache was made."""
+        """Return an empty list: unreadable clips were left out when the cache was made."""
         return []
 
     def bucket(self, index: int) -> Bucket:
-        """Frames, height and width of the clip that was encoded, in pixels."""
+        """Return frames, height and width of the clip that was encoded, in pixels."""
         return Bucket(*self.samples[index][1].bucket)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
@@ -144,27 +144,31 @@ class LatentDataset:
         try:
             return self._open[path].get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}): delete it and {REMEDY} again") from error
+            raise UserError(f"{path} is damaged ({error}); delete it and {REMEDY} again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind: each process that reads opens its own."""
+        """Return the state without open files, since each reading process opens its own."""
         return {**self.__dict__, "_open": OrderedDict()}
 
 
 def check_complete(folder: Path, description: Mapping[str, Any], shards: Sequence[Shard]) -> None:
-    """Raises UserError unless the shards hold all samples that the description promises."""
+    """Check that the shards hold all samples of the description, else raise UserError."""
     done, expected = len(set().union(*(shard.indices for shard in shards))), description["data"]["samples"]
     if done < expected:
-        raise UserError(f"{folder} is unfinished, {done} of {expected} samples: {REMEDY} again with the same arguments")
+        raise UserError(f"{folder} is unfinished, {done} of {expected} samples; {REMEDY} again with the same arguments")
     if not any(shard.samples for shard in shards):
-        raise UserError(f"{folder} holds no samples: none could be read, see its unreadable.txt")
+        raise UserError(f"{folder} holds no samples, since none could be read; see its unreadable.txt")
 
 
 def check_model(folder: Path, description: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
-    """Raises UserError if a cache was made with another VAE or text encoder, or lacks what the model needs."""
+    """Check that a cache was made with the model's VAE and text encoder and has all it needs.
+
+    Raises:
+        UserError: it was not, or lacks something.
+    """
     for part, settings in describe_model(model_config).items():
         theirs = description["model"][part]
-        # Weights that are not here cannot be compared, and are not needed.
+        # Weights that are not on this machine cannot be compared, and are not needed.
         ours = settings if settings["weights"] else {**settings, "weights": theirs.get("weights")}
         if difference := first_difference(theirs, ours):
             name, there, here = difference
@@ -178,14 +182,11 @@ def check_model(folder: Path, description: Mapping[str, Any], model_config: Mapp
             f"{folder} has no first frames, since it was made with a text-to-video model; {REMEDY} into another folder"
         )
     if tells_key_frames(model_config) and not description["encoding"].get("key_frames"):
-        raise UserError(
-            f"{folder} has no key frames, which model.conditioning tells: it was made without; {REMEDY} into another "
-            "folder"
-        )
+        raise UserError(f"{folder} has no key frames, which model.conditioning needs; {REMEDY} into another folder")
 
 
 def report_data_settings(folder: Path, description: Mapping[str, Any], data_config: Mapping[str, Any]) -> None:
-    """Log how clips were read for a cache, where the configuration would have them read otherwise.
+    """Log settings with which a cache was made and that differ from the configuration.
 
     Raises:
         UserError: the configuration asks for an option that the cache was not made with.
@@ -198,20 +199,20 @@ def report_data_settings(folder: Path, description: Mapping[str, Any], data_conf
         there, here = (default if value is None else value for value in (there, here))
         if there != here:
             raise UserError(
-                f"data.params.{name} is {here!r}, but {folder} was made with {there!r} and its clips stay as they "
-                f"are: set it to that, or {REMEDY} into another folder"
+                f"data.params.{name} is {here!r}, but {folder} was made with {there!r}; set it to that, or {REMEDY} "
+                "into another folder"
             )
     theirs = {**theirs, "video_backend": recorded_backend(description)}
     ours = {"video_backend": DEFAULT_BACKEND, **ours}
     for name in sorted((theirs.keys() & ours.keys()) - KEPT_IN_CACHES.keys()):
         if theirs[name] != ours[name]:
             logger.warning(
-                "%s was made with %s %s, not %s; its clips stay as they are", folder, name, theirs[name], ours[name]
+                "%s was made with %s %s, not %s; its clips are not changed", folder, name, theirs[name], ours[name]
             )
 
 
 def check_buckets(dataset: LatentDataset, limits: ModelLimits) -> None:
-    """Raises UserError if a clip has a size that the network does not take."""
+    """Check that the network takes the sizes of all clips, else raise UserError."""
     for frames, height, width in sorted({sample.bucket for _, sample in dataset.samples}):
         try:
             limits.check_training_clip(frames, height, width)

@@ -1,4 +1,7 @@
-"""What cached latents and text embeddings depend on, and the conditioner that takes them. No PyTorch here."""
+"""Describe the parts of a model that cached latents and text embeddings depend on.
+
+Nothing here imports PyTorch.
+"""
 
 import copy
 import hashlib
@@ -10,12 +13,12 @@ from sgm.errors import UserError
 
 
 def describe_model(model_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What cached numbers depend on, for JSON: of the VAE and of the text encoder, sizes and a stamp of the weights.
+    """Return sizes and a hash of the weights of the VAE and the text encoder, for JSON.
 
-    Weights that are not on this machine have the stamp None; training from a cache needs neither.
+    Weights that are not on this machine have the hash None; training from a cache does not need them.
 
     Raises:
-        UserError: the conditioner is not one that a cache can stand in for.
+        UserError: a cache cannot replace the conditioner.
     """
     first_stage = model_config["first_stage_config"]["params"]
     encoder = first_stage["encoder_config"]["params"]
@@ -44,10 +47,10 @@ def _t5_files(model_dir: str | None) -> list[Path]:
 
 
 def weights_stamp(files: Sequence[Path]) -> str | None:
-    """A hash of the sizes of files and of their first and last MiB; None if there are none or one is missing.
+    """Return a hash of the sizes of files and of their first and last MiB.
 
-    Names do not matter, so that files may be moved. The end of a file that `torch.save` wrote holds the checksums of
-    all its tensors.
+    The result is None if there are no files or one is missing. Names do not count, so that files may be moved. The end
+    of a file of `torch.save` holds the CRCs of all its tensors.
     """
     digest = hashlib.blake2b(digest_size=16)
     if not files or not all(path.is_file() for path in files):
@@ -63,24 +66,28 @@ def weights_stamp(files: Sequence[Path]) -> str | None:
 
 
 def text_embedder(conditioner_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry of the text encoder among the embedders of a conditioner.
+    """Return the text encoder's entry among the embedders of a conditioner.
 
     Raises:
-        UserError: it is not the only one, or it replaces dropped captions by a text.
+        UserError: it is not the only embedder, or replaces dropped captions by a text.
     """
     embedders = conditioner_config["params"]["emb_models"]
     if len(embedders) != 1 or not embedders[0]["target"].endswith("FrozenT5Embedder"):
         targets = ", ".join(embedder["target"] for embedder in embedders)
         raise UserError(
-            f"model.conditioner_config: a cache holds the embeddings of one FrozenT5Embedder, this has {targets}"
+            f"model.conditioner_config: it has {targets}, but a cache holds the embeddings of one FrozenT5Embedder"
         )
     if embedders[0].get("legacy_ucg_value") is not None:
-        raise UserError("model.conditioner_config: a cache drops captions by zeros: leave out legacy_ucg_value")
+        raise UserError(
+            "model.conditioner_config: a cache replaces dropped captions by zeros; leave out legacy_ucg_value"
+        )
     return embedders[0]
 
 
 def conditioner_for_cache(conditioner_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A conditioner that takes cached embeddings, `txt_embedding`, and drops them at the rate of `conditioner_config`.
+    """Return a conditioner that takes cached embeddings, `txt_embedding`.
+
+    Embeddings are dropped at the rate of `conditioner_config`.
 
     Raises:
         UserError: as `text_embedder`.

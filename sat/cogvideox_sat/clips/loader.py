@@ -1,7 +1,9 @@
-"""Batches of clips in a fixed order, read ahead by processes that are replaced when a clip takes too long.
+"""Load batches of clips in a fixed order, read ahead by processes.
 
-loader = ClipLoader(dataset, order, num_workers=2, clip_timeout=120)
-for batch in loader: ...
+A process is replaced if a clip takes too long.
+
+    loader = ClipLoader(dataset, order, num_workers=2, clip_timeout=120)
+    for batch in loader: ...
 """
 
 import itertools
@@ -25,31 +27,33 @@ Share = Callable[[list[TimedOutClip], str], list[TimedOutClip]]
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a batch: tensors stacked, everything else in lists."""
+    """Return a batch: tensors are stacked, other values are put in lists."""
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {name: _stacked(each) if torch.is_tensor(each[0]) else each for name, each in columns.items()}
 
 
 def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))  # one needs no copy
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))  # a single tensor needs no copy
 
 
 class ClipLoader:
-    """Iterates over batches; each `iter` goes through `order` from its beginning.
+    """Iterable of batches; each `iter` goes through `order` from its beginning.
 
-    A clip that is not read in time is one that cannot be read: the process that reads it is killed and replaced, and
-    the sample becomes the one that the dataset gives in place of an unreadable clip.
+    A clip that is not read in time counts as unreadable: the process that reads it is killed and replaced, and the
+    sample becomes the one that the dataset gives in place of an unreadable clip.
 
     Args:
         dataset: gives samples for `SampleKey`s, and reads each clip inside `clips.attempts.attempt`.
+        order: the samples of each batch.
         num_workers: processes that read, two batches ahead each. 0: one process, which reads one batch ahead, and
             decodes it on all cores.
         clip_timeout: seconds for a clip.
-        timeouts: where to record the clips that took too long, and what is known of them.
-        step_of: which step of a run takes the batch of this number, counted from 0 in each pass. By default every batch
-            is one step.
-        share: for processes that work in step, and each have a loader: given what is new in the record and what is
-            waited for, it returns what is new to any of them, once all have their batch.
+        timeouts: the record of clips that took too long.
+        step_of: a function that returns the step that takes the batch of a number, counted from 0 in each pass. By
+            default every batch is one step.
+        share: for processes that work in step and have a loader each: a function of the new entries of the record and
+            of the name of the data that is waited for, which returns the new entries of all processes once each has its
+            batch.
 
     Raises:
         UserError: data cannot be read, or a worker process died.
@@ -74,7 +78,7 @@ class ClipLoader:
         self._pinning = ThreadPoolExecutor(1) if torch.cuda.is_available() else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Begin a pass; the processes begin to read at once."""
+        """Begin a pass; the processes begin to read immediately."""
         if self._processes is None:
             self._processes = ReadingProcesses(
                 _BatchReader(self.dataset), max(self.num_workers, 1), self.clip_timeout, 1 if self.num_workers else 0
@@ -83,18 +87,18 @@ class ClipLoader:
         return _Pass(self, self._processes)
 
     def being_read(self) -> list[Reading]:
-        """Return what is being read at the moment; any thread may ask."""
+        """Return the reads that are going on; this may be called from any thread."""
         return self._processes.being_read() if self._processes else []
 
 
 class _Pass(Iterator[dict[str, Any]]):
-    """One time through the batches of a loader."""
+    """One pass through the batches of a loader."""
 
     def __init__(self, loader: ClipLoader, processes: ReadingProcesses):
         self.loader, self.processes = loader, processes
         self.order = enumerate(loader.order)
         self.ahead = BATCHES_AHEAD * loader.num_workers or 1
-        self.queue: dict[int, tuple[list[SampleKey], int]] = {}  # keys and step of what is to come, by task
+        self.queue: dict[int, tuple[list[SampleKey], int]] = {}  # keys and step of the next batches, by task
         self.finished: dict[int, Any] = {}
         self._fill()
 
@@ -108,7 +112,7 @@ class _Pass(Iterator[dict[str, Any]]):
                 while number not in self.finished or self._is_outdated(number):
                     for outcome in self.processes.collect():
                         self._take(outcome)
-            # Processes that read the same clip must agree about it; and what is known at a step is the same on all.
+            # Processes that read the same clip must agree about it, so all of them know the same at each step.
             found = loader.share(loader.timeouts.take_news(), what) if loader.share else []
             if not found:
                 break
@@ -119,7 +123,7 @@ class _Pass(Iterator[dict[str, Any]]):
         return batch.result() if self.loader._pinning else batch
 
     def _fill(self) -> None:
-        """Hand in batches up to as many as are read ahead, and note what is finished."""
+        """Submit batches until enough are read ahead, and take the finished ones."""
         while len(self.queue) < self.ahead and (item := next(self.order, None)) is not None:
             task = next(self.loader._numbers)
             self.queue[task] = (item[1], self.loader.step_of(item[0]))
@@ -132,7 +136,7 @@ class _Pass(Iterator[dict[str, Any]]):
         self.processes.submit(number, [(key, self.loader.timeouts.refused(key, step)) for key in keys], first=again)
 
     def _take(self, outcome: Done | Failed | Stuck) -> None:
-        if outcome.number not in self.queue:  # of an earlier pass
+        if outcome.number not in self.queue:  # from an earlier pass
             return
         if isinstance(outcome, Failed):
             outcome.raise_here()
@@ -150,7 +154,7 @@ class _Pass(Iterator[dict[str, Any]]):
             self.finished[outcome.number] = batch, attempted
 
     def _is_outdated(self, number: int) -> bool:
-        """Return whether a batch has a clip that, as is now known, its step replaces; the batch is then read again."""
+        """Return whether a batch has a clip that its step must replace; it is then read again."""
         keys, step = self.queue[number]
         for key, clips in zip(keys, self.finished[number][1], strict=True):
             if not self.loader.timeouts.refused(key, step).keys().isdisjoint(clips):
@@ -168,13 +172,13 @@ def _pinned(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _BatchReader:
-    """Reads batches, given as samples with the clips that each sample must not use."""
+    """Reader of batches, which consist of samples and of the clips that each must not use."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __call__(self, task: Sequence[tuple[SampleKey, Mapping[str, str]]]) -> tuple[dict[str, Any], list[list[str]]]:
-        """Return the batch, and for each sample the clips that were tried for it; the last is the one it is."""
+        """Return the batch, and for each sample the clips that were tried; the last one was used."""
         samples, attempted = [], []
         for place, (key, refused) in enumerate(task):
             sample, clips = self._sample(place, key, refused)
@@ -185,7 +189,7 @@ class _BatchReader:
     def _sample(self, place: int, key: SampleKey, refused: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
         unreadable = []
         for index in self._candidates(key.index):
-            name = f"sample {index}"  # what a clip is called that the dataset gives no name
+            name = f"sample {index}"  # the name of a clip if the dataset gives none
             if name in refused:
                 unreadable.append(f"{name}: {refused[name]}")
                 continue
@@ -194,7 +198,7 @@ class _BatchReader:
             if unreadable:
                 sample = {**sample, "index": key.index, "unreadable": [*unreadable, *sample.get("unreadable", ())]}
             return sample, clips or [name]
-        raise UserError(f"no sample can take the place of sample {key.index} any more: {'; '.join(unreadable[:5])}")
+        raise UserError(f"no sample is left to replace sample {key.index}: {'; '.join(unreadable[:5])}")
 
     def _candidates(self, index: int) -> Iterator[int]:
         """Yield the sample, then the samples that can replace it: the next ones of its shape."""

@@ -1,6 +1,6 @@
-"""The options of a data set of clips beside their size, rate and length, checked before anything is read.
+"""Check the options of a data set of clips before anything is read.
 
-Nothing here imports PyTorch.
+Size, rate and length are not among them. Nothing here imports PyTorch.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ from cogvideox_sat.clips.captions import LABEL_LINES
 from cogvideox_sat.media.video_reading import BACKENDS
 from sgm.errors import UserError
 
-# "none" is another name of "random", as in configurations written for the original.
+# "none" means "random" in configurations written for the original.
 RESHAPE_MODES = ("center", "random", "none")
-# None: clips without a caption have an empty one, unless no clip of a place has a caption. "ignore": nothing is said.
+# None: clips without a caption get an empty one, unless no clip of a place has a caption. "ignore": no message.
 MISSING_LABELS = (None, "empty", "stop", "ignore")
 
 Check = tuple[Callable[[Any], bool], str]
@@ -46,7 +46,7 @@ OPTIONS: dict[str, Check] = {
     "shuffle_buffer": _whole(0),
     "video_backend": _one_of(*BACKENDS),
 }
-# Options that a cache of latents is made with; the cache cannot be read with other values.
+# Options that a cache of latents is made with; a run cannot use the cache with other values.
 KEPT_IN_CACHES = {
     **{"min_frames": None, "clips_per_video": None, "clip_stride": None, "caption_prefix": "", "label_lines": "first"},
     **{"reshape_mode": "center", "horizontal_flip": 0.0},
@@ -67,5 +67,5 @@ def check_options(params: Mapping[str, Any], prefix: str = "data.params.") -> No
     least = params.get("min_frames")
     if least is not None and type(most) in (int, float) and least > most:
         raise UserError(
-            f"{prefix}min_frames is {least}, more than max_num_frames {most}, so that no clip is left; lower it"
+            f"{prefix}min_frames is {least}, more than max_num_frames {most}, which leaves no clip; lower it"
         )

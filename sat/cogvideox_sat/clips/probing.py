@@ -1,4 +1,4 @@
-"""Size and length of every clip of a dataset, read once: an index beside the data, `.clip_index.json`, keeps them."""
+"""Read size and length of every clip of a dataset once; keep them in `.clip_index.json`."""
 
 import fcntl
 import json
@@ -32,14 +32,14 @@ Index = dict[str, tuple[Stamp, ClipInfo]]
 def probe_clips(
     sources: Sequence[ClipSource], folder: Path, clip_timeout: float = CLIP_TIMEOUT
 ) -> tuple[list[ClipInfo | None], list[str]]:
-    """Probe all clips, those that the index of `folder` knows and that have not changed since excepted.
+    """Probe all clips, except unchanged clips in the index of `folder`.
 
-    Several processes that start together wait for the first to write the index, where the file system can lock and be
-    written to; otherwise each probes for itself. Clips are opened in processes of their own, which are killed and
-    replaced when one takes longer than `clip_timeout` seconds.
+    If several processes start together, the others wait for the first to write the index, if the file system supports
+    locks and is writable; otherwise each process probes all clips. Clips are opened in separate processes, which are
+    killed and replaced if a clip takes longer than `clip_timeout` seconds.
 
     Returns:
-        for every source what it is, None for those that cannot be read; and a line for each of these.
+        for every source its facts, or None if it is unreadable; and a line for each unreadable source.
     """
     with _taking_turns(folder):
         known = _read_index(folder / INDEX)
@@ -62,13 +62,13 @@ def probe_clips(
                 result = found[source.name] if source.name in found else next(probed)
                 if isinstance(result, ClipInfo):
                     infos.append(result)
-                    if stamp is not None:  # else it came only while the others were probed
+                    if stamp is not None:  # None: the file appeared while others were probed
                         index[key] = (stamp, result)
                 else:
                     infos.append(None)
                     problems.append(printable(f"{source.name}: {result}"))
                 if time.monotonic() - said > REPORT_EVERY:
-                    logger.info("looked at %d of %d clips", len(infos), len(sources))
+                    logger.info("probed %d of %d clips", len(infos), len(sources))
                     said = time.monotonic()
         if any(known.get(key) != entry for key, entry in index.items()):
             _write_index(folder / INDEX, {**known, **index})
@@ -76,7 +76,7 @@ def probe_clips(
 
 
 def _stamp(source: ClipSource, folder: Path) -> tuple[str, Stamp | None]:
-    """Return the clip's key in the index and its stamp, which is None if the file does not exist."""
+    """Return the clip's key in the index and its stamp; None if the file does not exist."""
     key = os.path.relpath(source.name, folder)
     try:
         status = Path(source.path).stat()
@@ -94,7 +94,7 @@ def _note_late(source: ClipSource, reason: str) -> str:
 
 
 def _probe(source: ClipSource) -> ClipInfo | str:
-    """Return the facts of a clip, or the reason why the clip cannot be read."""
+    """Return the facts of a clip, or the reason why it cannot be read."""
     try:
         with attempt(source.name):
             Path(source.path).stat()
@@ -108,13 +108,13 @@ def _probe(source: ClipSource) -> ClipInfo | str:
 @contextmanager
 def _taking_turns(folder: Path) -> Iterator[None]:
     descriptor = None
-    with suppress(OSError):  # a folder that is not there, or a file system without locks
-        if os.access(folder, os.W_OK):  # else there will be no index to wait for
+    with suppress(OSError):  # the folder does not exist, or the file system has no locks
+        if os.access(folder, os.W_OK):  # otherwise no index will be written
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("waiting for another process that looks at the clips in %s", folder)
+                logger.info("waiting for another process that probes the clips in %s", folder)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield
@@ -124,7 +124,7 @@ def _taking_turns(folder: Path) -> Iterator[None]:
 
 
 def _read_index(path: Path) -> Index:
-    """What an earlier run found; nothing if there is none, or it was written in another form."""
+    """Return the index of an earlier run; {} if it is missing or has another format."""
     try:
         content = parse_json(path.read_bytes())
         if content["version"] != VERSION:
@@ -135,5 +135,8 @@ def _read_index(path: Path) -> Index:
 
 
 def _write_index(path: Path, index: Index) -> None:
-    with suppress(UserError), replaced_when_complete(path) as part:  # not to be written: then the next run probes again
+    with (
+        suppress(UserError),
+        replaced_when_complete(path) as part,
+    ):  # if it cannot be written, the next run probes again
         part.write_text(json.dumps({"version": VERSION, "clips": index}))

@@ -1,4 +1,4 @@
-"""Record which decoder read the videos of a run or of a cache of latents, and warn when another one continues.
+"""Record the decoder of a run's or cache's videos, and warn if another one continues.
 
 The record is a JSON object under the key `reader`: `video_backend`, see `video_reading.BACKENDS`, and its `version`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 KEY = "reader"
-BEFORE_RECORDS = "decord"  # which read all videos before there were records
+BEFORE_RECORDS = "decord"  # the decoder of all videos before records existed
 PACKAGES = {"pyav": "av", "decord": "decord"}
 
 
@@ -19,22 +19,22 @@ def describe_reader(backend: str) -> dict[str, str]:
     """Return the record for a backend."""
     try:
         return {"video_backend": backend, "version": version(PACKAGES[backend])}
-    except PackageNotFoundError:  # installed in some other way
+    except PackageNotFoundError:  # not installed as a package
         return {"video_backend": backend, "version": "unknown"}
 
 
 def recorded_backend(content: Mapping[str, Any]) -> str:
-    """Return the backend that `content`, a training state or the description of a cache, was made with."""
+    """Return the backend with which a training state or a cache was made."""
     return (content.get(KEY) or {}).get("video_backend", BEFORE_RECORDS)
 
 
 def warn_of_other_reader(what: str, content: Mapping[str, Any], reader: Mapping[str, str] | None) -> None:
-    """Log a warning if `content` was made with another backend than `reader`; not for data that has no reader."""
+    """Warn if `content` was made with another backend than `reader`, if the data has a reader."""
     theirs = recorded_backend(content)
     if reader and reader["video_backend"] != theirs:
         logger.warning(
-            "%s: videos were read with %s and now are with %s: pixels and frames may differ a little, so that losses "
-            "are not those of one reader; data.params.video_backend: %s reads as before",
+            "%s: videos were read with %s and are now read with %s, so pixels and frames may differ slightly, and with "
+            "them the losses; data.params.video_backend: %s reads as before",
             what,
             theirs,
             reader["video_backend"],
@@ -43,7 +43,7 @@ def warn_of_other_reader(what: str, content: Mapping[str, Any], reader: Mapping[
 
 
 def with_backend(config: Mapping[str, Any], reader: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return a configuration that names the video backend, if its data has one."""
+    """Return a configuration that names the video backend, if the data has one."""
     config = dict(config)
     if reader and isinstance(config.get("data"), Mapping):
         params = {"video_backend": reader["video_backend"], **(config["data"].get("params") or {})}

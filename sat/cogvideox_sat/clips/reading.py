@@ -1,4 +1,4 @@
-"""Reading a clip: which source frames it consists of, at the wanted rate, and their pixels at the wanted size."""
+"""Read a clip: choose its source frames by the wanted rate, and bring them to a size."""
 
 import io
 import math
@@ -26,10 +26,10 @@ from sgm.seeds import hashed_seed
 
 
 class ClipInfo(NamedTuple):
-    """What is known of a clip before it is read.
+    """Facts about a clip before it is read.
 
-    Args:
-        seconds: from the first frame to the last, so a mean frame lasts `seconds / (frames - 1)`.
+    Attributes:
+        seconds: time from the first frame to the last; a mean frame lasts `seconds / (frames - 1)`.
     """
 
     width: int
@@ -43,13 +43,13 @@ class ClipInfo(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of the places where a clip may start, as shares of all places: clips of one source divide them."""
+    """Range of the possible starts of a clip, as shares of all; clips of a source divide them."""
 
     begin: float = 0.0
     end: float = 1.0
 
     def within(self, starts: int) -> tuple[int, int]:
-        """Return the first of `starts` places that belongs to the part, and the one after the last."""
+        """Return the first of `starts` positions in the part, and the position after its last."""
         first = min(math.floor(self.begin * starts + ROUNDING), starts - 1)
         return first, max(math.floor(self.end * starts + ROUNDING), first + 1)
 
@@ -59,16 +59,17 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """How a clip is cut out of a source, whatever the source's rate.
+    """Rules for cutting a clip out of a source of any rate.
 
     Frame k of the clip is the source frame nearest in time to `start + k / fps`. The clip lies within the source
-    without its first and last `skip_frames` frames (where cuts and fades are), or as many as a short source can spare.
+    without its first and last `skip_frames` frames (which often are cuts and fades), or fewer if a short source cannot
+    spare them.
 
-    Args:
-        fps: of the clip.
-        max_frames: of the clip; a shorter source gives a shorter clip, nothing is padded.
+    Attributes:
+        fps: frames per second of the clip.
+        max_frames: most frames of the clip; a shorter source gives a shorter clip, without padding.
         multiple: the VAE and the network take clips of `multiple * k + 1` frames: 4, or 8 for CogVideoX1.5.
-        random_start: start at a random frame; otherwise at the first that may be used.
+        random_start: start at a random frame; otherwise at the first usable frame.
     """
 
     fps: float
@@ -78,25 +79,25 @@ class FrameSampling:
     random_start: bool = True
 
     def window(self, info: ClipInfo) -> tuple[float, float]:
-        """The times of the first and the last frame that may be used, in seconds from the source's first frame."""
+        """Return the times of the first and last usable frame, in seconds from the first frame."""
         skipped = min(self.skip_frames, (info.frames - 1) // 2) * info.frame_duration
         return skipped, info.seconds - skipped
 
     def num_frames(self, info: ClipInfo) -> int:
-        """Length of the clip."""
-        # The last frame is still the nearest for half its duration.
+        """Return the number of frames of the clip."""
+        # The last frame is the nearest one for half its duration.
         first, last = self.window(info)
         fit = math.floor((last - first + info.frame_duration / 2) * self.fps + ROUNDING) + 1
         frames = min(fit, self.max_frames)
         return frames - (frames - 1) % self.multiple
 
     def parts(self, info: ClipInfo, frames: int, most: int | None, stride: float | None) -> list[Part]:
-        """Return the parts of a source in each of which one clip of `frames` starts.
+        """Return the parts of a source; one clip of `frames` starts in each.
 
         Args:
-            most: clips of a source; None: without a stride one, else any number.
-            stride: seconds from the begin of one part to that of the next; None: parts are equally long, and as many
-                as clips fit in without overlapping.
+            most: largest number of clips of a source; None: one if there is no stride, else any number.
+            stride: seconds between the beginnings of parts; None: equally long parts, as many as clips fit in without
+                overlap.
         """
         first, last = self.window(info)
         duration = info.frame_duration
@@ -111,7 +112,7 @@ class FrameSampling:
         return parts[:most]
 
     def times(self, info: ClipInfo, frames: int, seed: int, part: Part = WHOLE) -> np.ndarray:
-        """Return when the frames of a clip of `frames` are, in seconds from the source's first frame."""
+        """Return the times of the frames of a clip, in seconds from the source's first frame."""
         first, last = self.window(info)
         duration = info.frame_duration
         slack = last - first + duration / 2 - (frames - 1) / self.fps
@@ -123,7 +124,7 @@ class FrameSampling:
 
 
 def probe(source: ClipSource) -> ClipInfo:
-    """Return what a clip is; of a video in most containers only the beginning and the end are read.
+    """Return the facts of a clip; most containers are read only at the beginning and the end.
 
     Raises:
         UnreadableClip: the file is missing, not a video, or cut off.
@@ -145,13 +146,14 @@ def read_clip(
     info: ClipInfo | None = None,
     backend: str = DEFAULT_BACKEND,
 ) -> Tensor:
-    """Return the pixels of a clip: uint8 (frames, 3, height, width), RGB, in the bucket's shape, not contiguous.
+    """Return the pixels of a clip: uint8 (frames, 3, height, width), RGB, not contiguous.
 
     Args:
-        placement: where frames are cropped, once they cover the size, see `clips.transforms.cover`.
-        part: of the source, in which the clip starts.
-        info: what `probe` found, so that it need not look again.
-        backend: one of `media.video_reading.BACKENDS`, which decodes videos.
+        bucket: frames, height and width of the result.
+        placement: position of the crop after frames are resized to cover the size, see `clips.transforms.cover`.
+        part: the part of the source in which the clip starts.
+        info: the result of `probe`, if it is known.
+        backend: the decoder, one of `media.video_reading.BACKENDS`.
 
     Raises:
         UnreadableClip: the file is missing, damaged, or shorter than the bucket.
@@ -162,11 +164,11 @@ def read_clip(
         with open_video(file, threads=decoding_threads(), backend=backend) as video:
             info = info or ClipInfo(*video.facts)
             times = sampling.times(info, bucket.frames, seed, part)
-            # By more than rounding: mean durations are not those of each frame.
+            # More than rounding, since single frames may be longer than the mean.
             beyond = 1.5 * info.frame_duration + ROUNDING
             if times[-1] > info.seconds + beyond:
                 raise UnreadableClip(f"it has {info.frames} frames, fewer than its header says")
-            # One at a time, since all frames of a large source take gigabytes.
+            # One frame at a time, since all frames of a large source take gigabytes.
             frames = [
                 cover(torch.from_numpy(frame).permute(2, 0, 1)[None], bucket.height, bucket.width, placement)
                 for frame in video.frames_at(times, beyond)
@@ -176,7 +178,7 @@ def read_clip(
 
 @contextmanager
 def _opened(source: ClipSource) -> Iterator[str | BinaryIO]:
-    """Yield the path or file object that PyAV, decord and Pillow can open."""
+    """Yield a path or file object that PyAV, decord and Pillow can open."""
     if not source.member:
         yield source.path
         return
@@ -194,7 +196,7 @@ def _probe_image(file: str | BinaryIO) -> ClipInfo:
     try:
         with Image.open(file) as image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: stored lying on its side
+            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: stored rotated by 90 degrees
                 width, height = height, width
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableClip("not an image, or too damaged to open") from error

@@ -1,7 +1,7 @@
-"""Processes that read clips, each of which can be killed and replaced while it reads.
+"""Read clips in processes, each of which can be killed and replaced while it reads.
 
-A decoder that does not return holds its whole process: no signal handler runs, and no thread beside it. So clips are
-never read in the process that trains. One that takes too long costs the process that reads it, by SIGKILL.
+A decoder that does not return blocks its whole process: neither signal handlers nor other threads run. So clips are
+never read in the training process. If a clip takes too long, the process that reads it is killed by SIGKILL.
 """
 
 import ctypes
@@ -32,19 +32,19 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-POLL = 0.5  # seconds between looks at the clock
-TASKS_AHEAD = 2  # of a process, so that it has work while it is not given more
-LARGEST_CHUNK = 32  # items that a process is given at a time
-DEATH = 5  # seconds that a killed process has to end; one that waits for a dead network disk may not
+POLL = 0.5  # seconds between checks of the time limit
+TASKS_AHEAD = 2  # tasks that a process holds, so that it does not wait for new ones
+LARGEST_CHUNK = 32  # items per task
+DEATH = 5  # seconds in which a killed process ends; one that waits for a dead network disk may not
 PR_SET_PDEATHSIG = 1
-# How a process ends whose decoder makes a mistake on one clip.
+# Signals that end a process whose decoder crashes on a clip.
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
-REMEDY = "most likely for lack of memory; lower num_workers"
+REMEDY = "probably for lack of memory; lower num_workers"
 
 
 @dataclass(frozen=True)
 class Done:
-    """A task that ended with a result."""
+    """Task that ended with a result."""
 
     number: int
     result: Any
@@ -52,10 +52,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A task that ended with an exception, which `raise_here` raises.
+    """Task that ended with an exception, which `raise_here` raises.
 
-    Args:
-        text: of a UserError its message, otherwise the traceback.
+    Attributes:
+        text: the message of a UserError, the traceback of any other exception.
     """
 
     number: int
@@ -63,24 +63,24 @@ class Failed:
     text: str
 
     def raise_here(self) -> None:
-        """Raise the exception, or one that says as much."""
+        """Raise the exception, or a RuntimeError with its text."""
         if issubclass(self.kind, UserError):
             raise UserError(self.text)
         try:
             error = self.kind(f"in a process that reads clips:\n{self.text}")
-        except TypeError:  # its constructor wants something else
+        except TypeError:  # the constructor takes other arguments
             error = RuntimeError(f"{self.kind.__name__} in a process that reads clips:\n{self.text}")
         raise error
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """A task that came to nothing because of one clip; the process that read it is no more.
+    """Task that ended without a result because of one clip; its process has ended.
 
-    Args:
-        place: of the sample in its batch.
-        name: of the clip.
-        reason: why it counts as unreadable.
+    Attributes:
+        place: position of the sample in its batch.
+        name: name of the clip.
+        reason: the reason why the clip counts as unreadable.
     """
 
     number: int
@@ -94,25 +94,26 @@ Outcome = Done | Failed | Stuck
 
 @dataclass
 class _Reader:
-    """A process, as its parent sees it."""
+    """Process as its parent sees it."""
 
     pid: int
     socket: socket.socket
     mark: Mark
-    tasks: OrderedDict[int, Any] = field(default_factory=OrderedDict)  # by number, as it works on them
+    tasks: OrderedDict[int, Any] = field(default_factory=OrderedDict)  # by number, in the order of work
 
 
 class ReadingProcesses:
-    """Processes that carry out `work(task)`, in which clips are read inside `clips.attempts.reading`.
+    """Processes that run `work(task)`, which reads clips inside `clips.attempts.reading`.
 
-    Make it, and use it, in the main thread: the processes end with the thread that starts them. They are in no process
-    group that a terminal or a launcher signals, and are gone when the object is, or its process, however that ends.
+    Create and use this object in the main thread: the processes end with the thread that starts them. They are not in
+    the process group that a terminal or a launcher signals, and they end with the object or its process, however that
+    ends.
 
     Args:
-        work: what is done with each task; results are sent by `parallel.process_transfer`.
-        count: of processes, at least 1.
+        work: the function to run for each task; results are sent by `parallel.process_transfer`.
+        count: number of processes, at least 1.
         limit: seconds for a clip.
-        threads: for each process to decode a clip with; 0: as many as there are cores.
+        threads: threads of each process that decode a clip; 0: as many as there are cores.
     """
 
     def __init__(self, work: Callable[[Any], Any], count: int, limit: float, threads: int = 1):
@@ -128,7 +129,7 @@ class ReadingProcesses:
         _end(self._readers, os.getpid())
 
     def submit(self, number: int, task: Any, first: bool = False) -> None:
-        """Hand in a task under a number of its own; `first`: before all that wait."""
+        """Submit a task under a unique number; with `first`, before all waiting tasks."""
         (self._waiting.appendleft if first else self._waiting.append)((number, task))
 
     def withdraw(self) -> None:
@@ -136,14 +137,14 @@ class ReadingProcesses:
         self._waiting.clear()
 
     def being_read(self) -> list[Reading]:
-        """Return what the processes are reading at the moment; any thread may ask."""
+        """Return the reads that are going on; this may be called from any thread."""
         return [reading for reader in list(self._readers) if (reading := reader.mark.get())]
 
     def collect(self, wait: bool = True) -> list[Outcome]:
-        """Return what has become of tasks since the last call; if nothing has, wait a moment (`POLL`).
+        """Return the outcomes of tasks since the last call; if there are none, wait up to `POLL`.
 
         Raises:
-            UserError: a process died, and not because of a clip.
+            UserError: a process died for another reason than a clip.
         """
         self._assign()
         outcomes: list[Outcome] = []
@@ -167,7 +168,7 @@ class ReadingProcesses:
                 return
             number, task = self._waiting.popleft()
             reader.tasks[number] = task
-            with suppress(OSError):  # it has ended, which `collect` will see
+            with suppress(OSError):  # the process has ended, which `collect` handles
                 send(reader.socket, (number, task))
 
     def _received(self, reader: _Reader) -> list[Outcome]:
@@ -186,7 +187,7 @@ class ReadingProcesses:
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
-            # Python warns of threads whose locks the child might need. It needs none: it only reads.
+            # Python warns about threads, whose locks the child might need. It only reads clips and needs none of them.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
@@ -199,21 +200,21 @@ class ReadingProcesses:
         self._readers.append(_Reader(pid, ours, mark))
 
     def _late(self, reader: _Reader) -> Reading | None:
-        """Return what a process has been reading for too long, if it has."""
+        """Return the read of a process that takes too long, or None."""
         reading = reader.mark.get()
         return reading if reading is not None and time.monotonic() - reading.began > self.limit else None
 
     def _replace_late(self, reader: _Reader) -> list[Outcome]:
-        """Kill a process and start another one; its tasks but the one that it was stuck at are begun anew."""
+        """Kill and replace a process; all of its tasks except the one it was stuck at start again."""
         self._kill(reader)
         outcomes: list[Outcome] = []
-        with suppress(EOFError, BlockingIOError):  # what it finished before, or in this very moment
+        with suppress(EOFError, BlockingIOError):  # results that it has just finished
             reader.socket.setblocking(False)
             while True:
                 outcome = receive(reader.socket)
                 reader.tasks.pop(outcome.number)
                 outcomes.append(outcome)
-        reading = self._late(reader)  # since it is dead, the mark is final
+        reading = self._late(reader)  # the process is dead, so the mark is final
         if reading is not None and reader.tasks:
             outcomes.append(self._blame(reader, reading, f"not read within {self.limit:g} s (clip_timeout)"))
         self._replace(reader)
@@ -245,11 +246,14 @@ class ReadingProcesses:
         with suppress(ProcessLookupError):
             os.kill(reader.pid, signal.SIGKILL)
         if _status(reader.pid, DEATH) is None:
-            logger.warning("process %d, which reads clips, does not end when it is killed: left alone", reader.pid)
+            logger.warning("process %d, which reads clips, does not end when it is killed, and is ignored", reader.pid)
 
 
 def _status(pid: int, seconds: float) -> int | None:
-    """Return a child's exit code, negative for a signal; None if it does not end in time or someone else has asked."""
+    """Return a child's exit code, negative for a signal; None if it does not end in time.
+
+    The result is also None if another caller has already waited for the child.
+    """
     deadline, pause = time.monotonic() + seconds, 0.001
     while True:
         try:
@@ -265,7 +269,7 @@ def _status(pid: int, seconds: float) -> int | None:
 
 
 def _end(readers: list[_Reader], owner: int) -> None:
-    if os.getpid() != owner:  # a process that was forked has a copy of this list, but these are not its children
+    if os.getpid() != owner:  # a forked process has a copy of this list, but these are not its children
         return
     for reader in readers:
         with suppress(ProcessLookupError):
@@ -280,20 +284,20 @@ def _end(readers: list[_Reader], owner: int) -> None:
 
 
 def _serve(source: socket.socket, mark: Mark, work: Callable[[Any], Any], threads: int, parent: int) -> None:
-    """Carry out tasks until there will be no more."""
-    # What the parent has left to be collected may own threads, of process groups for instance, which do not exist here:
-    # to destroy it would crash this process.
+    """Run tasks until the parent closes the socket."""
+    # Garbage of the parent may own threads, for example of process groups, which do not exist here. Destroying it would
+    # crash this process.
     gc.freeze()
-    # The trainer ends its step and saves when it is told to stop, and needs its data until then: whoever signals the
-    # process group, or all processes of a job, must not end this one.
+    # When the trainer is asked to stop, it finishes its step and saves, and needs data until then. So signals to the
+    # process group, or to all processes of a job, must not end this process.
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with suppress(AttributeError):  # not on Linux: then it ends when it next looks for a task
+    with suppress(AttributeError):  # without Linux, the process ends when it next looks for a task
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
-    torch.set_num_threads(1)  # the threads of the parent's pool are not there, but OpenMP would wait for them
+    torch.set_num_threads(1)  # the threads of the parent's pool do not exist here, but OpenMP would wait for them
     serve_as_reader(mark, threads)
     while True:
         try:
@@ -305,8 +309,10 @@ def _serve(source: socket.socket, mark: Mark, work: Callable[[Any], Any], thread
         try:
             send(source, outcome)
         except OSError as error:
-            send(source, Failed(number, UserError, f"a clip cannot be handed over ({error.strerror}), {REMEDY}"))
-        except (pickle.PicklingError, TypeError, AttributeError):  # what a dataset of the user's own may return
+            send(
+                source, Failed(number, UserError, f"a clip cannot be sent to the trainer ({error.strerror}), {REMEDY}")
+            )
+        except (pickle.PicklingError, TypeError, AttributeError):  # results of a user's dataset
             send(source, Failed(number, RuntimeError, traceback.format_exc()))
 
 
@@ -321,7 +327,7 @@ def _outcome(number: int, task: Any, work: Callable[[Any], Any]) -> Outcome:
         return Failed(number, type(error), traceback.format_exc())
 
 
-# ---------------------------------------------------------------- one task a clip
+# ---------------------------------------------------------------- one call per item
 
 
 def in_processes(
@@ -332,20 +338,21 @@ def in_processes(
     count: int,
     limit: float,
 ) -> Generator[Any, None, None]:
-    """Yield `work(item)` for every item, in their order; for one that takes more than `limit` seconds or crashes its
-    process, `late(item, reason)`.
+    """Yield `work(item)` for every item, in order, computed in processes.
+
+    For an item that takes more than `limit` seconds or crashes its process, yield `late(item, reason)`.
 
     Args:
-        name: of an item.
-        count: of processes; fewer are started for a few items.
+        name: a function that returns the name of an item.
+        count: number of processes; fewer are started for few items.
 
     Raises:
-        UserError: a process died, and not because of an item.
+        UserError: a process died for another reason than an item.
     """
     count = min(count, 1 + len(items) // LARGEST_CHUNK)
     size = max(1, min(LARGEST_CHUNK, len(items) // (4 * count)))
     chunks = [range(first, min(first + size, len(items))) for first in range(0, len(items), size)]
-    reasons: dict[int, str] = {}  # by the place in `items`
+    reasons: dict[int, str] = {}  # by the index in `items`
 
     def work_through(task: tuple[range, set[int]]) -> list[Any]:
         results = []

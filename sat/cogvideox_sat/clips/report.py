@@ -1,4 +1,6 @@
-"""Report the clips of one place and what was left out and why: for the log, and for `--inspect_data`.
+"""Report the clips of a place and the files that are left out, with the reasons.
+
+The report is for the log and for `--inspect_data`.
 
 Nothing here imports PyTorch.
 """
@@ -21,13 +23,13 @@ PLURALS = (
     ),
     *(("files look", "file looks"), ("captions say", "caption says")),
 )
-EXAMPLES = 5  # names of files that are kept of what is left out for one reason
-MUCH = 1 / 3 + 1e-6  # of a picture that a crop cuts away
+EXAMPLES = 5  # names of files to keep for each reason
+MUCH = 1 / 3 + 1e-6  # share of a picture; if a crop removes more, there is a warning
 
 
 @dataclass
 class LeftOut:
-    """Files that are not used, for one reason: their number, and the names of some."""
+    """Number of files that are left out for one reason, and the names of some."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -39,7 +41,7 @@ class LeftOut:
 
 
 def counted(count: int, reason: str) -> str:
-    """Return "3 videos are shorter" for 3 and "videos are shorter", "1 video is shorter" for 1."""
+    """Return a count with its reason: "3 videos are shorter", or "1 video is shorter" for 1."""
     for plural, singular in PLURALS if count == 1 else ():
         if reason.startswith(plural):
             return f"1 {singular}{reason[len(plural) :]}"
@@ -48,22 +50,22 @@ def counted(count: int, reason: str) -> str:
 
 @dataclass
 class SourceReport:
-    """One place of `train_data` or `valid_data`.
+    """Report about one place of `train_data` or `valid_data`.
 
-    Args:
-        location: as it is given.
-        repeat: how often it is given.
-        videos, pictures: files that are used.
-        samples: clips that are cut out of these, once through.
-        captions_missing: files that have no caption; None: captions are not used.
-        long_labels: label files of several lines.
-        label_lines: what becomes of these, "first" or "all".
-        left_out: by reason.
-        unread: files that look like media and are not read, by suffix.
+    Attributes:
+        location: the place as given.
+        repeat: how often the place is given.
+        videos, pictures: number of files that are used.
+        samples: number of clips that are cut out of these.
+        captions_missing: number of files without a caption; None: captions are not used.
+        long_labels: number of label files with several lines.
+        label_lines: lines of such a file that are used, "first" or "all".
+        left_out: files that are left out, by reason.
+        unread: number of files that look like media and are not read, by suffix.
         hints: files that look like captions and are not used.
-        shapes: samples by frames, height and width.
+        shapes: number of samples by frames, height and width.
         seconds: lengths of the videos.
-        cut_away: the share of the picture that is cut off, of every file.
+        cut_away: for every file the share of the picture that is cropped.
     """
 
     location: str
@@ -86,7 +88,7 @@ class SourceReport:
         self.left_out.setdefault(reason, LeftOut()).add(printable(name))
 
     def lines(self) -> list[tuple[int, str]]:
-        """Return what a log should say about the place, each line with its level."""
+        """Return the lines for the log, each with its level."""
         lines = [
             (logging.WARNING, f"left out: {counted(left.count, reason)}; the first: {left.examples[0]}")
             for reason, left in self.left_out.items()
@@ -98,7 +100,7 @@ class SourceReport:
             )
         if self.long_labels:
             used = "all are joined" if self.label_lines == "all" else "the first is used (label_lines: all joins them)"
-            lines.append((logging.WARNING, f"{counted(self.long_labels, 'labels have')} several lines: {used}"))
+            lines.append((logging.WARNING, f"{counted(self.long_labels, 'labels have')} several lines; {used}"))
         lines += self._crops()
         return [(level, f"{self.location}: {line}") for level, line in lines]
 
@@ -113,7 +115,7 @@ class SourceReport:
         return [(logging.WARNING, f"{line}; {many} of {len(self.cut_away)} lose more than a third: {remedy}")]
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it as numbers, texts, lists and dictionaries."""
+        """Return the report as numbers, texts, lists and dictionaries."""
         content = asdict(self)
         content["shapes"] = dict(self.shapes)
         content["seconds"] = self.lengths()
@@ -121,14 +123,14 @@ class SourceReport:
         return content
 
     def lengths(self) -> dict[str, float] | None:
-        """Return the shortest, middle and longest length of the videos in seconds; None if there are none."""
+        """Return the shortest, median and longest video in seconds; None if there are no videos."""
         if not self.seconds:
             return None
         values = {"min": min(self.seconds), "median": median(self.seconds), "max": max(self.seconds)}
         return {name: round(value, 3) for name, value in values.items()}
 
     def crop_shares(self) -> dict[str, float] | None:
-        """Return how much of the picture is cut off, on average and at most; None if nothing is used."""
+        """Return the mean and largest share of pictures that is cropped; None if none are used."""
         if not self.cut_away:
             return None
         mean = sum(self.cut_away) / len(self.cut_away)

@@ -1,4 +1,4 @@
-"""Choose the samples of a place that are trained on: which of its files are used, in what shape, and how often."""
+"""Choose the samples of a place: its usable files, their shapes, and the clips in them."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +16,18 @@ from sgm.errors import UserError
 
 
 class UnusablePlace(UserError):
-    """Raised when a place has no clips or cannot be understood: who knows the argument that names it says which."""
+    """Raised if a place has no clips or cannot be parsed; the caller adds the argument's name."""
 
 
 @dataclass(frozen=True)
 class SelectionRules:
     """Rules that decide which clips become samples.
 
-    Args:
-        sizes: (height, width) of buckets.
-        labels: how captions are read.
+    Attributes:
+        sizes: (height, width) of the buckets.
+        labels: rules for reading captions.
         missing_label: see `clips.options.MISSING_LABELS`.
-        min_frames: of a clip; None: a video never trains as a picture, if clips may be longer.
+        min_frames: least frames of a clip; None: a video is never used as a single frame, if clips may be longer.
         clips_per_video, clip_stride: see `FrameSampling.parts`.
     """
 
@@ -41,7 +41,12 @@ class SelectionRules:
 
 @dataclass
 class Selection:
-    """The samples of a place: sources, infos, buckets and parts, one a sample; and clips that could not be opened."""
+    """Samples of a place, and clips that could not be opened.
+
+    Attributes:
+        sources, infos, buckets, parts: one entry per sample.
+        unreadable: a line for each unreadable clip.
+    """
 
     report: SourceReport
     sources: list[ClipSource] = field(default_factory=list)
@@ -55,11 +60,11 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
     """Return the samples of a place.
 
     Args:
-        clip_timeout: seconds to look at a clip, after which it is unreadable.
+        clip_timeout: seconds for probing a clip; one that takes longer is unreadable.
 
     Raises:
-        UnusablePlace: the place has no clips, or a file cannot be understood.
-        UserError: captions are missing that must not.
+        UnusablePlace: the place has no clips, or a file cannot be parsed.
+        UserError: captions are missing that are required.
     """
     try:
         found = search(location, rules.labels)
@@ -113,10 +118,10 @@ def select(location: str, rules: SelectionRules, sampling: FrameSampling, clip_t
 def _without_stray_pictures(
     clips: Sequence[ClipSource], missing_label: str | None, report: SourceReport
 ) -> list[tuple[ClipSource, bool]]:
-    """Return the clips that count, each with whether it is a picture.
+    """Return the clips that count, and for each whether it is an image.
 
-    Pictures beside videos are often first frames, masks or previews: such pictures count only if they have a caption.
-    Training that uses no captions takes all.
+    Images beside videos are often first frames, masks or previews, so they count only if they have a caption. Training
+    that uses no captions takes all images.
     """
     with ThreadPoolExecutor(READERS) as threads:
         kinds = [(clip, clip.is_image) for clip in threads.map(ClipSource.settled, clips)]
@@ -134,7 +139,7 @@ def _without_stray_pictures(
 def check_captions(
     location: str, clips: Sequence[tuple[ClipSource, bool]], found: Found, missing_label: str | None
 ) -> None:
-    """Check that the clips of a place have the captions that they must have.
+    """Check that the clips of a place have the captions that are required.
 
     Raises:
         UserError: a clip has no caption and `missing_label` is "stop", or no clip has one and `missing_label` is None.
@@ -154,7 +159,7 @@ def check_captions(
 
 
 def least_frames(sampling: FrameSampling, min_frames: int | None) -> int:
-    """Return the frames that the clip of a video must have at least."""
+    """Return the smallest number of frames of a video's clip."""
     longest = sampling.max_frames - (sampling.max_frames - 1) % sampling.multiple
     return min(sampling.multiple + 1, longest) if min_frames is None else min_frames
 

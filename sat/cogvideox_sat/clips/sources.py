@@ -1,13 +1,13 @@
-"""Where the clips of a dataset are, and what their captions say: folders, manifests and tar shards.
+"""Find the clips of a dataset and their captions in folders, manifests and tar shards.
 
 * A folder: every video and image below it, with captions as `clips.captions` finds them.
-* A manifest: `.jsonl` or `.json` with objects, `.csv` or `.tsv` with a header; `video` is a path, from the manifest's
-  folder, `caption` may be missing; for both there are synonyms, see `clips.caption_tables`.
-* Tar shards in the layout of webdataset, members `name.mp4` and `name.txt` (or `name.json` with the caption under a
-  key), or in any layout that folders may have: a tar file, a folder of them, a pattern with `*`, or `{000..010}`. A
-  clip is read from its place in the file when it is needed.
+* A manifest: `.jsonl` or `.json` with objects, `.csv` or `.tsv` with a header. `video` is a path relative to the
+  manifest's folder, `caption` may be missing. Both have synonyms, see `clips.caption_tables`.
+* Tar shards in the layout of webdataset, with members `name.mp4` and `name.txt` (or `name.json` with the caption under
+  a key), or in any layout of folders: a tar file, a folder of them, a pattern with `*`, or `{000..010}`. A clip is read
+  directly from the tar file when it is needed.
 
-Images count as videos of one frame, unless they are animated. Nothing here imports PyTorch.
+Images that are not animated count as videos of one frame. Nothing here imports PyTorch.
 """
 
 import os
@@ -32,32 +32,34 @@ PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|zip|7z|rar)$", re.IGNORECASE)
 
 
 def find_clips(location: str, txt_key: str = "caption") -> list[ClipSource]:
-    """Return all clips of a folder, manifest, or tar shards, in an order that is the same on every machine.
+    """Return all clips of a folder, a manifest or tar shards, in the same order everywhere.
 
     Args:
         txt_key: the key of captions in records.
 
     Raises:
-        UserError: the place has no clips, or a file cannot be understood.
+        UserError: the place has no clips, or a file cannot be parsed.
     """
     return search(location, LabelRules(txt_key)).clips
 
 
 def search(location: str, rules: LabelRules | None = None) -> Found:
-    """Return the clips of a place as `find_clips` does, with what was noticed on the way.
+    """Return the clips of a place as `find_clips` does, with observations about its files.
 
     Raises:
-        UserError: the place has no clips, or a file cannot be understood.
+        UserError: the place has no clips, or a file cannot be parsed.
     """
     rules = rules or LabelRules()
     if not location:
-        raise UserError("a path is empty; the current folder is called .")
+        raise UserError("a path is empty; write . for the current working directory")
     if re.match(r"[a-z][a-z0-9+.-]*:", location) and not Path(location).exists():
         raise UserError(
-            f"{location}: clips are read from files: download them, or mount where they are, and give that path"
+            f"{location}: clips are read from files; download them, or mount their file system, and give that path"
         )
     if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", location):
-        raise UserError(f"{location}: compressed tar files cannot be read in any order; unpack it to a plain .tar")
+        raise UserError(
+            f"{location}: compressed tar files cannot be read in any order; unpack the file to a plain .tar"
+        )
     path = Path(location)
     if path.is_dir():
         shards = sorted(str(file) for file in path.glob("*.tar"))
@@ -67,14 +69,14 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
         return _manifest_clips(path, rules)
     if suffix == ".tar":
         return _tar_clips(_expand(location), rules)
-    what = "is no folder, .jsonl, .csv or .tar file" if path.exists() else f"does not exist{places(path)}"
+    what = "is not a folder or a .jsonl, .csv or .tar file" if path.exists() else f"does not exist{places(path)}"
     if path.exists() and suffix in (".txt", *CLIP_SUFFIXES):
-        what += f": give the folder it lies in, {path.parent}"
+        what += f"; give its folder, {path.parent}"
     raise UserError(f"{location} {what}")
 
 
 def _with_files_beside(found: Found, root: Path) -> Found:
-    """Add to what was found in a folder's shards the clips beside the shards, which are not read."""
+    """Add the clips beside a folder's shards, which are not read, to the result."""
     tree = Folder(root)
     found.beside = [tree.shown(name) for name in tree.names if PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES]
     return found
@@ -85,15 +87,17 @@ def _folder_clips(root: Path, rules: LabelRules) -> Found:
     found = clips_of(tree, rules)
     if root.name in CLIP_FOLDERS:
         above = [file for file in (*METADATA, *VIDEO_LISTS) if (root.parent / file).is_file()]
-        found.hints += [f"{root.parent / file} lies above (give that folder as train_data)" for file in above]
+        found.hints += [
+            f"{root.parent / file} is in the folder above (give that folder as train_data)" for file in above
+        ]
     if not found.clips and (shards := [str(root / name) for name in tree.names if name.endswith(".tar")]):
         return _tar_clips(shards, rules)
     if not found.clips:
         if packed := [name for name in tree.names if PACKED.search(name)]:
-            raise UserError(f"no videos found in {root}: unpack {tree.shown(packed[0])} first")
+            raise UserError(f"no videos found in {root}; unpack {tree.shown(packed[0])} first")
         kinds = ", ".join(sorted(CLIP_SUFFIXES))
         raise UserError(
-            f"no videos found in {root}: expected files such as videos/name.mp4 and labels/name.txt ({kinds})"
+            f"no videos found in {root}; expected files such as videos/name.mp4 and labels/name.txt ({kinds})"
         )
     return found
 
@@ -108,12 +112,12 @@ def _manifest_clips(path: Path, rules: LabelRules) -> Found:
         files = threads.map(lambda entry: _file_of(path.parent, entry[0]), entries)
         clips = [ClipSource(file, caption) for file, (_, caption) in zip(files, entries, strict=True)]
     if not clips:
-        raise UserError(f"no videos found in {path}: write one a line, with 'video' and 'caption'")
+        raise UserError(f"no videos found in {path}; write one per line, with 'video' and 'caption'")
     return Found(clips, looked_for="a column 'caption' (or 'prompt', 'text')")
 
 
 def _file_of(folder: Path, written: str) -> str:
-    """Return the file that an entry names: as written, else in another spelling or in `videos`, as in a folder."""
+    """Return the file that an entry names: as written, in another spelling, or in `videos`."""
     first = os.path.normpath(folder / written)
     if os.path.exists(first):  # noqa: PTH110
         return first
@@ -123,7 +127,7 @@ def _file_of(folder: Path, written: str) -> str:
 
 
 def _expand(pattern: str) -> list[str]:
-    """The files of a pattern with braces and wildcards."""
+    """Return the files that match a pattern with braces and wildcards."""
     from braceexpand import braceexpand
 
     shards = []
@@ -135,7 +139,7 @@ def _expand(pattern: str) -> list[str]:
         else:
             raise UserError(f"{part} does not exist{places(part)}")
     if not shards:
-        raise UserError(f"no file fits {pattern}{places(pattern)}")
+        raise UserError(f"no file matches {pattern}{places(pattern)}")
     return shards
 
 
@@ -148,12 +152,12 @@ def _tar_clips(shards: Sequence[str], rules: LabelRules) -> Found:
         ):
             found.add(each)
     if not found.clips:
-        raise UserError(f"no videos found in {', '.join(shards[:3])}: expected members such as name.mp4 and name.txt")
+        raise UserError(f"no videos found in {', '.join(shards[:3])}; expected members such as name.mp4 and name.txt")
     return found
 
 
 def _meta_captions(shard: str, rules: LabelRules) -> Iterator[tuple[str, str]]:
-    """Yield the samples' keys and captions in `SHARD.meta.jsonl`: SwissArmyTransformer's own layout."""
+    """Yield keys and captions in `SHARD.meta.jsonl`, SwissArmyTransformer's own layout."""
     path = Path(shard).with_name(Path(shard).name.partition(".")[0] + ".meta.jsonl")
     if not (rules.used and path.is_file()):
         return

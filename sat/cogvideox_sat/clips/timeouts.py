@@ -1,17 +1,17 @@
-"""Record which clips took too long and were replaced, so that a resumed run uses the same clips.
+"""Record clips that took too long and were replaced, so that a resumed run uses the same.
 
-    {run}/clip_timeouts-0000.jsonl, ...   one object a line, a file for each process:
+    {run}/clip_timeouts-0000.jsonl, ...   one object per line, one file per process:
         data        "train_data" or "valid_data"
-        step        of the run; 0 for clips that were looked at before the first
-        epoch       of the sample, or for validation the step
-        sample      its index in the data set
-        clip        the name of the clip that took too long
-        reason      what the list of unreadable clips says
-        substitute  the name of the clip that was read instead; null where the clip was left out
+        step        step of the run; 0 for clips that were probed before the first
+        epoch       epoch of the sample, or for validation the step
+        sample      index of the sample in the data set
+        clip        name of the clip that took too long
+        reason      text for the list of unreadable clips
+        substitute  name of the clip that was read instead; null if the clip was left out
 
-Two rules decide which clips are not tried again; they depend on the record alone, and not on how far a process has read
-ahead. A sample does without the clips that are recorded for it. All samples of a step do without the clips that are
-recorded for earlier steps.
+Two rules decide which clips are not tried again. They depend only on the record, not on how far a process has read
+ahead. A sample does not use the clips that are recorded for it. No sample of a step uses the clips that are recorded
+for earlier steps.
 """
 
 import json
@@ -28,12 +28,12 @@ from sgm.plain_json import parse_json
 logger = logging.getLogger(__name__)
 
 FILES = "clip_timeouts-*.jsonl"
-BEFORE_TRAINING = 0  # the step of clips that took too long when the data was looked at
+BEFORE_TRAINING = 0  # the step of clips that took too long when the data was probed
 
 
 @dataclass(frozen=True)
 class TimedOutClip:
-    """A line of the record; see above."""
+    """Line of the record; see the module's docstring."""
 
     data: str
     step: int
@@ -45,25 +45,25 @@ class TimedOutClip:
 
 
 class ClipTimeouts:
-    """The record of one kind of data, as far as this process knows it.
+    """Record of one kind of data, as far as this process knows it.
 
     Args:
-        data: which kind.
-        file: of this process, to add to; None: nothing is written.
-        known: what is recorded so far, of any kind.
+        data: the kind of data.
+        file: the file of this process to append to; None: nothing is written.
+        known: entries recorded so far, of any kind.
         repeats: the same samples are read again at each step, as in evaluations.
     """
 
     def __init__(self, data: str, file: Path | None = None, known: Iterable[TimedOutClip] = (), repeats: bool = False):
         self.data, self.file, self.repeats = data, file, repeats
         self._entries: dict[tuple[int, int, str], TimedOutClip] = {}
-        self._first: dict[str, TimedOutClip] = {}  # by clip, the entry of the earliest step
-        self._pending: dict[tuple[int, int, str], TimedOutClip] = {}  # whose substitute is not known yet
+        self._first: dict[str, TimedOutClip] = {}  # for each clip the entry of the earliest step
+        self._pending: dict[tuple[int, int, str], TimedOutClip] = {}  # entries whose substitute is not known yet
         self._news: list[TimedOutClip] = []
         self.learn(known)
 
     def learn(self, entries: Iterable[TimedOutClip]) -> None:
-        """Add what others found."""
+        """Add entries of other processes."""
         for entry in entries:
             if entry.data == self.data:
                 self._entries[entry.epoch, entry.sample, entry.clip] = entry
@@ -71,7 +71,7 @@ class ClipTimeouts:
                     self._first[entry.clip] = entry
 
     def refused(self, key: SampleKey, step: int) -> dict[str, str]:
-        """Return the clips that the sample of `step` must not use, with the reason of each."""
+        """Return the clips that a sample of `step` must not use, and the reasons."""
         if not self._entries and not self._pending:
             return {}
         refused = {clip: entry.reason for clip, entry in self._first.items() if entry.step < step}
@@ -81,19 +81,19 @@ class ClipTimeouts:
         return refused
 
     def note(self, key: SampleKey, step: int, clip: str, reason: str) -> None:
-        """Take down that a clip took too long; `settle` says what was read instead."""
+        """Note that a clip took too long; `settle` records its substitute."""
         epoch, sample = self._occasion(key, step)
         self._pending[epoch, sample, clip] = TimedOutClip(self.data, step, epoch, sample, clip, reason, None)
 
     def settle(self, key: SampleKey, step: int, substitute: str | None) -> None:
-        """Record the clips that were noted for a sample, once another one has been read in their place."""
+        """Record the clips that were noted for a sample, once another clip has replaced them."""
         occasion = self._occasion(key, step)
         for place in [place for place in self._pending if place[:2] == occasion]:
             entry = self._pending.pop(place)
             self.record([TimedOutClip(**{**asdict(entry), "substitute": substitute})])
 
     def record(self, entries: Iterable[TimedOutClip]) -> None:
-        """Add what this process found, and write it."""
+        """Add and write entries of this process."""
         entries = list(entries)
         self.learn(entries)
         self._news += entries
@@ -107,7 +107,7 @@ class ClipTimeouts:
                 raise UserError(f"cannot write {self.file}: {error.strerror or error}") from error
 
     def take_news(self) -> list[TimedOutClip]:
-        """Return what was recorded since the last call."""
+        """Return the entries that were recorded since the last call."""
         news, self._news = self._news, []
         return news
 
@@ -116,7 +116,7 @@ class ClipTimeouts:
 
 
 def read_record(folder: Path) -> list[TimedOutClip]:
-    """Return what all processes of a run recorded in its folder.
+    """Return all entries that the processes of a run recorded in its folder.
 
     Raises:
         UserError: a file cannot be read.
@@ -131,14 +131,18 @@ def read_record(folder: Path) -> list[TimedOutClip]:
             try:
                 entries.append(_entry(parse_json(line)))
             except (ValueError, TypeError) as error:
-                if number == len(lines):  # cut off when the run was killed: that step was not done either
+                if number == len(lines):  # cut off when the run was killed, before the step was complete
                     break
-                raise UserError(f"resume: {path}, line {number}: not valid: delete the line, or the file") from error
+                raise UserError(f"resume: {path}, line {number}: not valid; delete the line, or the file") from error
     return entries
 
 
 def _entry(content: dict[str, Any]) -> TimedOutClip:
-    """Return a line's entry; raises TypeError if the line has other keys, or other values than an entry has."""
+    """Return the entry in a line.
+
+    Raises:
+        TypeError: the line has other keys or values than an entry.
+    """
     entry = TimedOutClip(**content)
     numbers, texts = (entry.step, entry.epoch, entry.sample), (entry.data, entry.clip, entry.reason)
     if not all(type(value) is int for value in numbers) or not all(isinstance(value, str) for value in texts):
@@ -147,7 +151,7 @@ def _entry(content: dict[str, Any]) -> TimedOutClip:
 
 
 def _end_line(file: TextIO) -> None:
-    """Cut off a line without an end, which a run that was killed left in a file opened to be added to."""
+    """Remove an incomplete last line, which a killed run left in the file."""
     file.seek(0)
     content = file.read()
     if content and not content.endswith("\n"):
@@ -155,10 +159,10 @@ def _end_line(file: TextIO) -> None:
 
 
 def record_file(folder: Path, rank: int) -> Path:
-    """Return the path of the file that process `rank` adds to."""
+    """Return the path of the file of process `rank`."""
     return folder / FILES.replace("*", f"{rank:04d}")
 
 
 def left_out(problems: Mapping[str, str], data: str) -> list[TimedOutClip]:
-    """Return the entries of clips that took too long before training, given as names with reasons."""
+    """Return entries for clips that took too long before training, given with their reasons."""
     return [TimedOutClip(data, BEFORE_TRAINING, -1, -1, clip, reason, None) for clip, reason in problems.items()]

@@ -1,4 +1,4 @@
-"""Bring decoded frames to the size of a bucket: resizing to cover it, the place of the crop, mirroring."""
+"""Bring decoded frames to the size of a bucket: resize to cover it, crop, and mirror."""
 
 import random
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ MIDDLE = 0.5
 
 
 class Placement(NamedTuple):
-    """The place where a picture is cropped, and whether it is mirrored.
+    """Position of the crop of a picture, and its mirroring.
 
-    Args:
-        top, left: the place of the crop among all possible ones, 0 for the first, 1 for the last.
-        mirrored: left and right change places.
+    Attributes:
+        top, left: position of the crop among all possible ones, 0 for the first, 1 for the last.
+        mirrored: left and right are exchanged.
     """
 
     top: float = MIDDLE
@@ -30,9 +30,9 @@ CENTRED = Placement()
 
 @dataclass(frozen=True)
 class Framing:
-    """Rules by which the clips of a data set are cropped and mirrored.
+    """Rules for cropping and mirroring the clips of a data set.
 
-    Args:
+    Attributes:
         reshape_mode: one of `clips.options.RESHAPE_MODES`.
         flip: the share of the clips that is mirrored, from 0 to 1.
     """
@@ -41,7 +41,7 @@ class Framing:
     flip: float = 0.0
 
     def placement(self, seed: int) -> Placement:
-        """Return the placement of the clip whose sample has this seed; the same for all of its frames."""
+        """Return the placement of all frames of the clip whose sample has this seed."""
         top, left, mirrored = MIDDLE, MIDDLE, False
         if self.reshape_mode != "center":
             chance = random.Random(hashed_seed(seed, "crop"))
@@ -54,7 +54,7 @@ class Framing:
 def cover(frames: Tensor, height: int, width: int, placement: Placement = CENTRED) -> Tensor:
     """Return frames (n, 3, h, w) as (n, 3, height, width) in the same dtype, not contiguous.
 
-    Frames are resized (antialiased bicubic, aspect ratio kept) to cover the size; what protrudes is cut off.
+    Frames are resized (antialiased bicubic, aspect ratio kept) to cover the size, and cropped to it.
     """
     h, w = frames.shape[-2:]
     scale = max(height / h, width / w)
@@ -67,5 +67,5 @@ def cover(frames: Tensor, height: int, width: int, placement: Placement = CENTRE
 
 
 def _offset(excess: int, place: float) -> int:
-    """Return the number of pixels that are cut off before the crop, of `excess` in all."""
+    """Return how many of `excess` pixels are cropped before the picture."""
     return excess // 2 if place == MIDDLE else min(int(place * (excess + 1)), excess)

@@ -1,4 +1,7 @@
-"""Folders and tar files as trees of names, whose files are read alike. Nothing here imports PyTorch."""
+"""Access folders and tar files as trees of names, in the same way.
+
+Nothing here imports PyTorch.
+"""
 
 import logging
 import os
@@ -15,21 +18,25 @@ logger = logging.getLogger(__name__)
 
 
 class Tree(ABC):
-    """Files below one root. A name is a path relative to it, with `/` between its parts."""
+    """Files below one root; a name is a path relative to it, with `/` between its parts."""
 
-    names: Sequence[str]  # of the files, in a fixed order
+    names: Sequence[str]  # names of the files, in a fixed order
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Check whether there is a file of this name; a folder's names may lead outside, by `..`."""
+        """Return whether a file exists; names in folders may lead outside with `..`."""
 
     @abstractmethod
     def has_folder(self, name: str) -> bool:
-        """Check whether there are files in a folder; a folder's names may lead outside, by `..`."""
+        """Return whether a folder has files; names in folders may lead outside with `..`."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Return the content of a file. Raises UserError if it cannot be read."""
+        """Return the content of a file.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
 
     @abstractmethod
     def source(self, name: str, caption: str | None) -> ClipSource:
@@ -37,53 +44,53 @@ class Tree(ABC):
 
     @abstractmethod
     def shown(self, name: str) -> str:
-        """Return what messages call a file."""
+        """Return the name of a file in messages."""
 
     def elsewhere(self, path: str, caption: str | None) -> ClipSource | None:
-        """Return the clip that a list names and that is no file of the tree; None: there can be none."""
+        """Return the clip outside of the tree that a list names; None if there can be none."""
         return None
 
     def once(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
-        """Return the clips without those that are there again under another name, by a link to their folder.
+        """Return the clips without those that a link to their folder shows a second time.
 
-        With different captions both stay; of one with a caption and one without, the first.
+        With different captions both are kept. If only one of them has a caption, that one is kept.
         """
         return clips
 
     def parts_of(self, folder: str) -> tuple[str, ...]:
-        """Return the parts of a folder's path, those above the root among them."""
+        """Return the parts of a folder's path, including those above the root."""
         return PurePosixPath(folder).parts
 
     def within(self, path: str) -> str:
-        """Return a path that a list names as a name, if it is one."""
+        """Return the name of a path in a list, if the path is in the tree, else the path."""
         return path
 
     def other_stems(self, stem: str) -> Iterator[str]:
-        """Yield other names that the label of a clip called `stem` may have, without suffix."""
+        """Yield other names, without suffix, that the label of a clip may have."""
         yield from ()
 
     def relative(self, parts: Sequence[str]) -> str:
-        """Return the name of a folder, of whose path these are the parts."""
+        """Return the name of a folder with these parts of a path."""
         return "/".join(parts)
 
 
 class Folder(Tree):
-    """The files below a folder, those in linked folders too; hidden ones are left out."""
+    """Files below a folder, including linked folders; hidden files are left out."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.has_doubles = False  # whether links lead to the same folder twice
+        self.has_doubles = False  # links lead to the same folder twice
         self.names = sorted(self._walk(), key=lambda name: PurePosixPath(name).parts)
         self.files = set(self.names)
         self.folders = {name.rpartition("/")[0] for name in self.names}
-        self._listed: dict[str, set[str]] = {}  # folders outside
+        self._listed: dict[str, set[str]] = {}  # folders outside of the root
 
     def _walk(self) -> Iterator[str]:
         visited: set[str] = set()
-        above: dict[str, frozenset[str]] = {}  # of each folder, itself and those above it, without links
+        above: dict[str, frozenset[str]] = {}  # for each folder, the real paths of itself and of the folders above it
         for folder, folders, files in os.walk(self.root, onerror=_warn_of_folder, followlinks=True):
             higher, real = above.get(os.path.dirname(folder), frozenset()), os.path.realpath(folder)  # noqa: PTH120
-            if real in higher:  # a link to a folder above, which would never end
+            if real in higher:  # a link to a folder above is an endless loop
                 folders.clear()
                 continue
             above[folder] = higher | {real}
@@ -154,15 +161,15 @@ class Folder(Tree):
 
 def _warn_of_folder(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
-        logger.warning("%s cannot be looked into (%s); what it holds is left out", error.filename, error.strerror)
+        logger.warning("%s cannot be read (%s); its content is left out", error.filename, error.strerror)
 
 
 class TarFile(Tree):
-    """The members of a tar file that lie in it completely. Only headers and captions are read."""
+    """Members of a tar file that are complete; only headers and captions are read."""
 
     def __init__(self, path: str):
         self.path = path
-        self.members: dict[str, tuple[str, int, int]] = {}  # by name: the name as it is written, start and size
+        self.members: dict[str, tuple[str, int, int]] = {}  # by name: the name as written, start and size
         links: list[tuple[str, str]] = []
         for member in self._headers():
             name = _plain(member.name)
@@ -177,7 +184,7 @@ class TarFile(Tree):
         self.folders = {name.rpartition("/")[0] for name in self.names}
 
     def _follow(self, links: Sequence[tuple[str, str]]) -> None:
-        """Give links the bytes of the members that they lead to; count those that lead elsewhere."""
+        """Give links the bytes of their members, and report links that lead outside."""
         outside = []
         for name, target in links:
             if (target := _plain(target)) in self.members:
@@ -186,22 +193,22 @@ class TarFile(Tree):
                 outside.append(name)
         if outside:
             logger.warning(
-                "%s: clips that are links to what the file does not hold are left out: %d, the first is %s",
+                "%s: clips that are links to files outside are left out: %d, the first is %s",
                 *(self.path, len(outside), outside[0]),
             )
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
-        """Yield the headers of the plain files in the tar file, and of links."""
+        """Yield the headers of plain files and of links in the tar file."""
         try:
             end = Path(self.path).stat().st_size
             with tarfile.open(self.path, "r:") as archive:
                 while member := archive.next():
                     if member.issparse():
-                        logger.warning("%s: %s is stored without its holes and left out", self.path, member.name)
+                        logger.warning("%s: %s is a sparse file and left out", self.path, member.name)
                     elif member.issym() or member.islnk() or (member.isfile() and _end(member) <= end):
                         yield member
-                    # It would come to hold all of them.
-                    archive.members.clear()  # type: ignore[attr-defined]  # typeshed does not know it
+                    # The list would otherwise grow to all members.
+                    archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed
         except tarfile.ReadError as error:
             logger.warning("%s: damaged or cut off (%s); the clips before that are used", self.path, error)
         except OSError as error:
@@ -229,12 +236,12 @@ class TarFile(Tree):
         return f"{self.path}/{name}"
 
     def other_stems(self, stem: str) -> Iterator[str]:
-        if "." in stem:  # in webdataset's layout the members of a sample have the same name up to the first dot
+        if "." in stem:  # in webdataset's layout, the members of a sample share the name up to the first dot
             yield stem.partition(".")[0]
 
 
 def _plain(name: str) -> str:
-    """Return a member's name, normalized and relative: nothing is written, so absolute names do no harm."""
+    """Return a member's name, normalized and relative; absolute names are harmless in reading."""
     return posixpath.normpath(name).lstrip("/")
 
 

@@ -1,4 +1,7 @@
-"""Which clips an evaluation during training looks at: the same ones each time, on however many processes."""
+"""Load the clips of evaluations during training, the same ones each time.
+
+They do not depend on the number of processes.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,20 +21,20 @@ logger = logging.getLogger(__name__)
 
 
 def validation_key(seed: int, index: int) -> SampleKey:
-    """What the validation clip `index` is read and noised with in every evaluation of runs with this seed."""
+    """Return the key of validation clip `index` in every evaluation of runs with this seed."""
     return SampleKey(index, hashed_seed(seed, "validation", index))
 
 
 def plan_batches(
     buckets: Sequence[Bucket], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> list[tuple[list[SampleKey], int]]:
-    """The batches of one data-parallel rank, each with its weight in the mean.
+    """Return the batches of one data-parallel rank, each with its weight in the mean.
 
-    All ranks get as many, since the network may be spread over them and then runs on all or none. Where the batches
-    do not come out even, they start over, with weight 0.
+    All ranks get the same number, since the network may be spread over them and then runs on all or none. If the
+    batches do not divide evenly, some are repeated with weight 0.
 
     Args:
-        buckets: the shapes of the clips; a batch holds clips of one shape, the last of a shape may be smaller.
+        buckets: the shapes of the clips; a batch holds clips of one shape, and the last of a shape may be smaller.
     """
     of_shape: dict[Bucket, list[int]] = {}
     for index, bucket in enumerate(buckets):
@@ -46,17 +49,18 @@ def plan_batches(
 
 
 class ValidationLoader:
-    """Iterates over (batch, weight): the first `batches * batch_size` clips of a dataset, the same at each pass.
+    """Iterable of (batch, weight) over the first `batches * batch_size` clips of a dataset.
 
-    That is their number over all ranks, so that the loss does not depend on how many there are.
+    The clips are the same in each pass. Their number is that over all ranks, so that the loss does not depend on the
+    number of ranks.
 
     Args:
         dataset: as `data_video` makes it; with `random_start=False` clips do not depend on the seed either.
-        num_workers: processes that read ahead; they live on between passes.
+        num_workers: processes that read ahead; they are kept between passes.
         clip_timeout, timeouts, share: see `clips.loader.ClipLoader`.
 
     Attributes:
-        step: of the run, at which the clips are read.
+        step: step of the run at which the clips are read.
     """
 
     def __init__(
@@ -88,5 +92,5 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[tuple[dict[str, Any], int]]:
         for batch, weight in zip(self._loader, self.weights, strict=True):
             for path in chain.from_iterable(batch["unreadable"]):
-                logger.warning("validation: another clip stands in for one that is unreadable: %s", path)
+                logger.warning("validation: another clip replaces one that is unreadable: %s", path)
             yield batch, weight

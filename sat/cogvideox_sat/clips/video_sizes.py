@@ -1,4 +1,4 @@
-"""The sizes of clips: what `video_size` says, and which of several sizes a source gets."""
+"""Read the sizes in `video_size`, and choose one of them for a source."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,15 @@ from typing import Any
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from sgm.errors import UserError
 
-SAME_RATIO = 0.02  # aspect ratios whose logarithms differ by less are the same: sizes are rounded to multiples of 16
+SAME_RATIO = 0.02  # logarithms of equal aspect ratios differ by less, as sizes are rounded to multiples of 16
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size for a source: nearest in aspect ratio, then the largest that need not be enlarged, else the
-    smallest."""
+    """Return the (height, width) for a source.
+
+    It is the nearest in aspect ratio; among equally near ones the largest that the source covers without enlarging,
+    else the smallest.
+    """
     distances = [abs(math.log(width * h / (height * w))) for h, w in sizes]
     nearest = [size for size, far in zip(sizes, distances, strict=True) if far <= min(distances) + SAME_RATIO]
     covered = [size for size in nearest if size[0] * size[1] <= height * width]
@@ -20,7 +23,7 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
 
 
 def parse_sizes(video_size: Any) -> list[tuple[int, int]]:
-    """Return the (height, width) that `video_size` names, one or several.
+    """Return the (height, width) pairs in `video_size`, one or several.
 
     Raises:
         UserError: the value is something else.
