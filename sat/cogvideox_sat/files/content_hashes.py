@@ -80,7 +80,7 @@ def memory_file() -> Path:
 def _remembered_hash(path: Path, stop: threading.Event | None) -> str:
     path = path.resolve()
     stamp = _stamp(path)
-    with _alone(stop):  # another process may be reading the same file
+    with _exclusively(stop):  # another process may be reading the same file
         known = _recall().get(str(path))
         if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("hash"), str):
             return known["hash"]
@@ -97,7 +97,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 @contextmanager
-def _alone(stop: threading.Event | None) -> Iterator[None]:
+def _exclusively(stop: threading.Event | None) -> Iterator[None]:
     """Let one process at a time run the block, if the folder of `memory_file` is writable.
 
     Raises:

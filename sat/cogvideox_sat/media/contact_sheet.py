@@ -38,7 +38,7 @@ def write_frames(path: Path, videos: Sequence[tuple[str, Sequence[Image.Image]]]
         UserError: the image cannot be written.
     """
     font = ImageFont.load_default(FONT_SIZE)
-    rows = [(text, [_as_high_as_a_row(frame) for frame in frames]) for text, frames in videos]
+    rows = [(text, [_scaled_to_row(frame) for frame in frames]) for text, frames in videos]
     line_height = FONT_SIZE + GAP
     width = max(sum(frame.width + GAP for frame in frames) for _, frames in rows) + GAP
     sheet = Image.new("RGB", (width, GAP + len(rows) * (line_height + FRAME_HEIGHT + GAP)), "white")
@@ -73,7 +73,7 @@ def _frames(file: Path) -> list[Image.Image]:
         raise UserError(f"contact_sheet: {file} cannot be read: {error}") from error
 
 
-def _as_high_as_a_row(frame: Image.Image) -> Image.Image:
+def _scaled_to_row(frame: Image.Image) -> Image.Image:
     size = (max(round(frame.width * FRAME_HEIGHT / frame.height), 1), FRAME_HEIGHT)
     return frame.resize(size, Image.Resampling.LANCZOS)
 
