@@ -1,4 +1,4 @@
-"""What a reading process is busy with is seen from outside, and refused clips are not read."""
+"""Test that other processes see the clip being read, and refused clips are not read."""
 
 import multiprocessing
 import time
@@ -12,7 +12,7 @@ from cogvideox_sat.media.video_facts import UnreadableClip
 
 @pytest.fixture
 def mark(monkeypatch) -> Mark:
-    """The mark of this process, which serves as a reader for the length of a test."""
+    """Return the mark of this process, which serves as a reader during a test."""
     for name in ("mark", "threads", "place", "whole", "attempted"):
         monkeypatch.setattr(attempts._State, name, getattr(attempts._State, name))
     mark = Mark()

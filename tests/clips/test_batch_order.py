@@ -1,4 +1,4 @@
-"""Batches come in one order, whatever the number of processes and wherever a run was interrupted."""
+"""Test that the order of batches does not depend on processes or interruptions."""
 
 import itertools
 import json
@@ -165,7 +165,7 @@ DRAWS = [2.4] * 5 + [0.125] * 8  # of MIXED's thirteen samples as many again: 12
 
 
 def drawn(order: BatchOrder, epochs: int) -> list[list[SampleKey]]:
-    """Return the batches of so many epochs."""
+    """Return the batches of this many epochs."""
     return list(itertools.takewhile(lambda batch: batch[0].epoch < epochs, order))
 
 

@@ -1,4 +1,4 @@
-"""Manifests are read as their writers meant them; a line that could mean two things is an error that names it."""
+"""Test that manifests of all styles are read, and ambiguous lines are errors."""
 
 import pytest
 

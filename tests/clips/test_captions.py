@@ -1,4 +1,4 @@
-"""Captions are found in the layouts that data sets come in, each for its own clip; what is unclear is an error."""
+"""Test that captions are found in the common layouts of data sets, each for its own clip."""
 
 import json
 import os
@@ -49,7 +49,10 @@ def test_lists_line_for_line(tmp_path, write, list_name):
 
 
 def test_a_list_says_what_belongs_to_the_data_set(tmp_path):
-    """Names count from the list's folder or its `videos`; what is not listed needs a caption of its own."""
+    """Names are relative to the list's folder or its `videos`.
+
+    Clips that are not listed need a caption of their own.
+    """
     make(
         tmp_path,
         {

@@ -1,4 +1,4 @@
-"""A file is a video, a picture or neither by its name, and by its content where a picture may move."""
+"""Test that names and content tell videos, images and other files apart."""
 
 import io
 from pathlib import Path

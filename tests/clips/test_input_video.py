@@ -1,4 +1,4 @@
-"""The pixels of a clip that a video is made from: rate, size, length, and what is wrong with it in one line."""
+"""Test the pixels of a clip that a video starts from: rate, size, length, and its errors."""
 
 import pytest
 import torch

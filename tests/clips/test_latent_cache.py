@@ -1,4 +1,4 @@
-"""A cache holds what training would compute, gives the same losses, and is refused where it does not fit."""
+"""Test that a cache gives the same losses as its clips, and is refused if it does not fit."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ DATA = {
 
 
 def arguments(config: Path, data: Path, **changes: Any) -> TrainingArguments:
-    """Of a run in float32 on the CPU, with the model that the file `config` describes."""
+    """Return the arguments of a float32 run on the CPU, with the model in the file `config`."""
     values = {
         "train_data": [str(data)],
         "seed": SEED,
@@ -54,7 +54,7 @@ def arguments(config: Path, data: Path, **changes: Any) -> TrainingArguments:
 
 
 def make_clips(folder: Path, count: int = 5) -> Path:
-    """Clips of 20 frames, so that those of 9 that are cut out differ with the start; the first two share a caption."""
+    """Write clips of 20 frames, which differ by their start; the first two share a caption."""
     write_dataset(folder, count, frames=20)
     (folder / "labels" / "001.txt").write_text("clip 0\n")
     return folder
@@ -67,7 +67,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tiny, clips, tmp_path_factory) -> Callable[..., Path]:
-    """Makes the cache of the clips for a family and options of `latent_encoding.run`; the same one only once."""
+    """Return a function that makes the cache of the clips for a family and options, only once."""
     made: dict[str, Path] = {}
 
     def make(family: str, **options) -> Path:
@@ -82,7 +82,7 @@ def cache(tiny, clips, tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture
 def copied(cache, tmp_path) -> Path:
-    """A text-to-video cache to spoil."""
+    """Return a copy of a text-to-video cache, which a test may damage."""
     return shutil.copytree(cache("2b"), tmp_path / "latents")
 
 
@@ -130,7 +130,7 @@ def test_tensors_are_those_of_a_direct_encoding(tiny, clips, cache, family, vari
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["2b", "5b_i2v", "1.5_i2v"])
 def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips, cache, family):
-    """With captions and images dropped at a high rate. Stored latents are those that the first epoch draws."""
+    """Captions and images are dropped at a high rate; stored latents are those of epoch 0."""
     args = arguments(tiny.config(family), clips)
     variants = 0 if family == "2b" else 1
     folders = {store: cache(family, image_variants=variants, store=store) for store in ("moments", "latents")}
@@ -163,7 +163,7 @@ def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips,
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["5b_i2v", "1.5_i2v"])
 def test_key_frames_are_encoded_too_and_give_the_same_losses(tiny, clips, cache, tmp_path, family):
-    """Of any number of frames, with their noise; a cache made without them is refused, with a line."""
+    """Any number of key frames is encoded with noise; a cache without them is refused."""
     conditioning = {"first": 1, "first_last": 1, "random": 2}
     config = tiny.variant(family, tmp_path / "key_frames.yaml", model={"conditioning": conditioning})
     args = arguments(config, clips)
@@ -297,7 +297,7 @@ def test_two_processes_share_the_work(tiny, clips, cache, tmp_path):
 
 @pytest.mark.slow
 def test_unreadable_clips_are_left_out_and_listed(tiny, tmp_path):
-    """A clip whose header is good and whose frames are not; no other takes its place."""
+    """The clip has a good header but damaged frames; no other clip replaces it."""
     data = make_clips(tmp_path / "data", 4)
     path = data / "videos" / "002.mp4"
     content = path.read_bytes()
@@ -480,7 +480,7 @@ def test_conditioners_that_cannot_be_cached_are_refused(tiny):
 
 @pytest.mark.slow
 def test_tiles_are_part_of_what_a_cache_is(tiny, clips, tmp_path, cache):
-    """A cache that was encoded in tiles says so, and is not filled otherwise; training takes it."""
+    """A cache records that it was encoded in tiles, and is not continued without them."""
     config = tiny.config("2b")
     data = {**DATA, "params": {**DATA["params"], "video_size": [64, 96]}}
     folders = {None: tmp_path / "whole", 64: tmp_path / "tiled"}

@@ -1,4 +1,7 @@
-"""Loaders give the same batches with any number of workers, and say what became of a worker that ended."""
+"""Test that loaders give the same batches with any number of workers.
+
+Dead workers are reported.
+"""
 
 import itertools
 import os
@@ -31,7 +34,7 @@ SETTINGS = {"video_size": [64, 96], "fps": 8, "max_num_frames": 9, "skip_frms_nu
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Eight clips of 17 frames: even ones lie, odd ones stand."""
+    """Write eight clips of 17 frames, the even ones landscape, the odd ones portrait."""
     return write_dataset(tmp_path_factory.mktemp("data") / "set", clips=8, sizes=[(64, 96), (96, 64)])
 
 
@@ -66,7 +69,7 @@ def test_a_loader_may_be_gone_through_again(folder):
 
 
 class Failing(Dataset):
-    """Fails for the second sample in a way of choice."""
+    """Dataset that fails for the second sample in a chosen way."""
 
     def __init__(self, failure: str):
         self.failure = failure
@@ -82,7 +85,7 @@ class Failing(Dataset):
 
 
 def failure(kind: str, workers: int) -> str:
-    """Return the message with which loading two batches fails, the second of which cannot be read."""
+    """Return the message of a failure to load two batches, the second of which is unreadable."""
     try:
         list(ClipLoader(Failing(kind), [[SampleKey(0, 0)], [SampleKey(1, 0)]], workers))
     except Exception as error:  # not pytest.raises, whose record of it would keep the workers alive
@@ -116,7 +119,7 @@ def test_a_signal_to_the_process_group_spares_the_workers():
 
 @pytest.mark.slow
 def test_workers_end_with_the_trainer(folder):
-    """The workers also end when the trainer leaves the loop in the middle, with signal handlers of its own."""
+    """Workers also end if the trainer, with its own signal handlers, leaves the loop early."""
     program = f"""
 import os, signal, sys
 from pathlib import Path
@@ -185,7 +188,7 @@ def test_a_clip_that_never_returns_is_replaced_like_an_unreadable_one(folder, st
 
 @pytest.mark.slow
 def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
-    """Samples that were read ahead, when the clip could be read, do so too; samples before that step keep it."""
+    """Samples that were read ahead also replace the clip; samples of earlier steps keep it."""
     dataset = SFTDataset(folder, **SETTINGS)
     name = str(folder / "videos" / "002.mp4")
     order = [[SampleKey(index, 0)] for index in (2, 1, 2, 2)]
@@ -203,7 +206,7 @@ def test_later_samples_do_without_a_clip_that_took_too_long(folder, stuck):
 
 @pytest.mark.slow
 def test_processes_that_read_the_same_sample_agree_about_it(folder):
-    """Another process could not read the clip in time: this one, which has read it, reads the substitute too."""
+    """Another process could not read the clip in time, so this one reads the substitute too."""
     dataset = SFTDataset(folder, **SETTINGS)
     name = str(folder / "videos" / "002.mp4")
     told = [[TimedOutClip("train_data", 1, 0, 2, name, "too slow", None)], [], []]
@@ -238,7 +241,7 @@ def test_looking_at_clips_is_limited_in_time(folder, stuck, tmp_path):
 
 
 class Foreign(Dataset):
-    """A data set that names no clips."""
+    """Dataset that gives no names of clips."""
 
     def __len__(self) -> int:
         return 3
@@ -262,7 +265,7 @@ def test_of_a_data_set_without_attempts_the_next_sample_stands_in():
 
 @pytest.mark.slow
 def test_processes_that_hang_end_with_the_trainer_that_is_killed(folder):
-    """Nothing but SIGKILL ends them, and nobody is left to send it."""
+    """Only SIGKILL ends them, and no process is left to send it."""
     program = f"""
 import os, time
 from pathlib import Path
@@ -289,7 +292,7 @@ os.kill(os.getpid(), 9)
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process runs; a process that has ended may wait for someone to ask about it."""
+    """Return whether a process runs; an ended process may still be a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

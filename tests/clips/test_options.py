@@ -1,4 +1,7 @@
-"""Training with the options of data sets: the same on any number of workers, and to the bit after a resume."""
+"""Test that training with options of data sets is the same on any number of workers.
+
+It is the same to the bit after a resume.
+"""
 
 from pathlib import Path
 
@@ -14,7 +17,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 @pytest.fixture
 def config(tiny: TinyModels, tmp_path: Path) -> Path:
-    """Two places with weights, one with a long video that gives several clips, cropped and mirrored by chance."""
+    """Return a configuration of two places with weights, and random crops and mirroring."""
     few, many = write_dataset(tmp_path / "few", clips=1), write_dataset(tmp_path / "many", clips=1)
     write_clip(many / "videos" / "long.mp4", 60)
     (many / "labels" / "long.txt").write_text("a long one")

@@ -1,4 +1,4 @@
-"""Clips are probed once: what is known of them is kept beside the data, as long as they do not change."""
+"""Test that clips are probed once, and the results are kept as long as they do not change."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ def folder(tmp_path):
 
 
 class Names:
-    """A list of names in a file, so that processes can add to it."""
+    """List of names in a file, so that processes can append to it."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -43,7 +43,7 @@ class Names:
 
 @pytest.fixture
 def probed(monkeypatch, tmp_path) -> Names:
-    """The names of the clips that are probed."""
+    """Return the names of the clips that are probed."""
     names = Names(tmp_path / "probed.txt")
     probe = clip_probing.probe
 

@@ -1,4 +1,4 @@
-"""Runs and caches say which decoder read their videos, and warn where another one goes on."""
+"""Test that runs and caches record the decoder of their videos, and warn if it changes."""
 
 import logging
 

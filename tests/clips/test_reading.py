@@ -1,4 +1,4 @@
-"""Clips consist of the right source frames, at the wanted rate and size, and damaged ones are told."""
+"""Test that clips have the right source frames at the wanted rate and size."""
 
 import io
 import math

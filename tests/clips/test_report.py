@@ -1,4 +1,4 @@
-"""What is said about a place of clips: left-out files, crops, and numbers that JSON can hold."""
+"""Test the report about a place of clips: left-out files, crops, and JSON."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Usable clips become samples, and everything else is counted with its reason."""
+"""Test that usable clips become samples, and all other files are counted with a reason."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ SETTINGS = {"video_size": [64, 96], "fps": 8, "max_num_frames": 9, "skip_frms_nu
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three clips of 17 frames with captions."""
+    """Write three clips of 17 frames with captions."""
     return write_dataset(tmp_path_factory.mktemp("data") / "set", clips=3)
 
 

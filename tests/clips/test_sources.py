@@ -1,4 +1,4 @@
-"""Every clip of a folder, manifest or tar shard is found, with its caption, in a fixed order."""
+"""Test that every clip of a folder, manifest or tar shard is found in a fixed order."""
 
 import io
 import json
@@ -62,7 +62,7 @@ def test_other_layouts_of_folders(tmp_path):
 
 
 def test_linked_folders(tmp_path):
-    """Each clip counts once, with the captions that lie where it is linked."""
+    """Each clip counts once, with the captions at the place of the link."""
     touch(tmp_path, "all/a.mp4", "all/b.mp4")
     for split, caption in (("train", "to train"), ("valid", "to hold out")):
         write(tmp_path / split / "labels" / "a.txt", caption)

@@ -1,4 +1,4 @@
-"""The record of slow clips says for each sample which clips it does without, whoever found them and when."""
+"""Test that the record of slow clips tells each sample which clips not to use."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Clips cover their size, are cropped where the mode says, and mirrored by chance that follows from the seed."""
+"""Test that clips cover their size, and crops and mirroring follow from mode and seed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from cogvideox_sat.clips.transforms import CENTRED, Framing, Placement, cover
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
-    """Two equal frames whose first channel is the column and whose second is the row."""
+    """Return two equal frames whose first channel is the column and whose second is the row."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack((columns, rows, rows)).to(torch.uint8).expand(2, -1, -1, -1)
 

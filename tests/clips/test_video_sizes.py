@@ -1,4 +1,4 @@
-"""The size of a clip: of those given, the nearest in shape, and none that enlarges it where that can be had."""
+"""Test that a clip gets the size nearest in shape that need not enlarge it, if possible."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every flag of every command answers to both spellings, `-` and `_`."""
+"""Test that every flag of every command can be spelled with `-` and `_`."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Inputs are looked for in the current working directory, then in the repository's root; the log says which."""
+"""Test that inputs are looked for in the working directory, then in the repository's root."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""mpirun's and srun's variables become torchrun's; the flags that launchers add are taken."""
+"""Test that mpirun's and srun's variables become torchrun's, and their flags are accepted."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ SRUN = {
 
 @pytest.fixture
 def variables(monkeypatch):
-    """Sets variables of launchers, of which there are no others; returns torchrun's after `adopt_launcher`."""
+    """Return a function that sets variables of a launcher and returns torchrun's afterwards."""
     for name in list(os.environ):
         if name in TORCHRUN or name.startswith(("OMPI_", "SLURM_", "PMI", "MV2_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
@@ -233,7 +233,7 @@ def test_flags_of_swissarmytransformers_trainer_are_taken_and_said(training, cap
 
 @pytest.mark.slow
 def test_the_commands_take_the_flags_without_pytorch(tmp_path):
-    """Each command goes on to the mistake that follows, which is one line."""
+    """Each command continues to the next mistake, which is one line."""
     flags = ["--local-rank=0", "--deepspeed", "--base", "gone.yaml"]
     for script in ("sat/sample_video.py", "sat/train_video.py", "sat/train_vae.py", "tools/precompute_latents.py"):
         output = ["--output", "x"] if "precompute" in script else []
@@ -244,7 +244,7 @@ def test_the_commands_take_the_flags_without_pytorch(tmp_path):
 
 
 def test_the_line_of_a_launcher_is_said_once(tmp_path):
-    """The first process says the line; the others leave it time to end them."""
+    """The first process reports the line; the others leave it time to end them."""
     environment = {**os.environ, **MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"}
     command = [sys.executable, str(ROOT / "sat" / "train_video.py"), "--base", "gone.yaml"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment)

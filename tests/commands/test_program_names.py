@@ -1,4 +1,4 @@
-"""Texts name scripts where there are scripts, and `cogvideox` where that was started."""
+"""Test that texts name scripts, or `cogvideox` if that was started."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A command's mistakes are one line and exit code 2; only the first of several processes tells them at once."""
+"""Test that a command's mistakes are one line, of the first process, and exit code 2."""
 
 import logging
 
@@ -12,7 +12,7 @@ logger = logging.getLogger("a command")
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Processes that no launcher started."""
+    """Remove the variables of launchers."""
     monkeypatch.setattr(startup, "adopt_launcher", lambda: None)
     monkeypatch.setattr(startup, "is_first_process", lambda: True)
 

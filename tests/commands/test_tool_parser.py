@@ -1,4 +1,4 @@
-"""Command lines of tools: mistakes are UserErrors, and what exists is replaced only when that was asked for."""
+"""Test command lines of tools: mistakes are UserErrors, and nothing is replaced unasked."""
 
 import argparse
 import logging

@@ -1,4 +1,7 @@
-"""Adapters as a command line and as a program have them. What they do is tested in tests/sampling/test_adapters.py."""
+"""Test adapters in the forms of the command line and of programs.
+
+Their effect is tested in tests/sampling/test_adapters.py.
+"""
 
 from pathlib import Path
 

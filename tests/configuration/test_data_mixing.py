@@ -1,4 +1,4 @@
-"""Places that come more or less often: as entries of a configuration, as arguments, and in what is drawn."""
+"""Test repeats and weights of training data, in configurations, arguments and batches."""
 
 import itertools
 from argparse import Namespace

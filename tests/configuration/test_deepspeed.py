@@ -1,5 +1,7 @@
-"""DeepSpeed's section is taken as users have it, older spellings included; what DeepSpeed would ignore, or stop at once
-the model is loaded, is named before that."""
+"""Test that DeepSpeed's section is accepted in all spellings, and mistakes are errors.
+
+DeepSpeed itself would ignore them, or stop after the model is loaded.
+"""
 
 import copy
 import subprocess
@@ -39,7 +41,10 @@ def test_the_shipped_section_is_taken_as_it_is():
 
 @pytest.mark.slow
 def test_deepspeed_itself_takes_what_passes():
-    """Its own parser reads the completed section, in a process of its own, since it wants to set up logging."""
+    """DeepSpeed's own parser reads the completed section.
+
+    It runs in a separate process, since it sets up logging.
+    """
     code = (
         "import sys; sys.path[:0] = ['.', 'sat']\n"
         "from deepspeed.runtime.config import DeepSpeedConfig\n"
@@ -233,7 +238,7 @@ def test_the_run_decides_the_precision_and_half_precision_runs_under_zero():
 
 
 def test_loss_scaling_beside_fp16_means_that_of_fp16():
-    """As released files have it; what stands in the section itself wins."""
+    """Released files have these keys beside `fp16`; keys in `fp16` take precedence."""
     fp16 = {"enabled": True, "hysteresis": 1}
     section = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "fp16": fp16, "loss_scale": 0, "hysteresis": 2}
     config = check_deepspeed_config(section)

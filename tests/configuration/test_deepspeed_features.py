@@ -1,4 +1,4 @@
-"""What only DeepSpeed reads of its section is checked before it is imported, and what it refuses itself has a place."""
+"""Test that values only DeepSpeed reads are checked early, and its errors get a key."""
 
 import pytest
 

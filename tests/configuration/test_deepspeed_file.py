@@ -1,4 +1,4 @@
-"""DeepSpeed's own file goes over the section of a configuration, mapping by mapping."""
+"""Test that DeepSpeed's own file is merged over the section of a configuration."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The tables hold the keys of the DeepSpeed that they name; one of another version is asked for its own."""
+"""Test that the tables hold DeepSpeed's keys, and other versions are asked for their own."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def test_a_mistake_is_named_without_importing_anything():
 
 @pytest.fixture
 def another(monkeypatch):
-    """A DeepSpeed of another version that has one model, with a field and its alias, and constants."""
+    """Provide a DeepSpeed of another version, with one model, a field and constants."""
     model = SimpleNamespace(model_fields={"warp": SimpleNamespace(alias="stage4_warp")})
     for name, content in {
         "zero.config": {"DeepSpeedZeroConfig": model},

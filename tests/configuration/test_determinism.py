@@ -1,4 +1,4 @@
-"""`--deterministic` sets PyTorch's flags while a training run lasts, is recorded, and is off otherwise."""
+"""Test that `--deterministic` sets PyTorch's flags during a training run, and is recorded."""
 
 import os
 
@@ -27,7 +27,7 @@ STRICT = {**PLAIN, "algorithms": True, "cudnn": True, "workspace": ":4096:8"}
 
 
 def flags() -> dict[str, object]:
-    """Return what PyTorch and cuBLAS would go by at this moment."""
+    """Return the present flags of PyTorch and cuBLAS."""
     return {
         "algorithms": torch.are_deterministic_algorithms_enabled(),
         "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -39,7 +39,7 @@ def flags() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def plain_flags(monkeypatch):
-    """Other tests may have left some on."""
+    """Reset flags that other tests may have left on."""
     monkeypatch.delenv(WORKSPACE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     assert flags() == PLAIN

@@ -1,5 +1,7 @@
-"""Configuration files merge in order and start from others; those that are shipped and those that exist in the wild
-load; mistakes are named by file and key."""
+"""Test that configuration files merge in order, and errors name file and key.
+
+Shipped files and files of other projects load too.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,7 @@ MODELS = sorted(path.name for path in CONFIGS.glob("cogvideox*.yaml"))
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a file in the test's folder; its path."""
+    """Return a function that writes a file in the test's folder and returns its path."""
 
     def write(name: str, content: dict | str) -> Path:
         path = tmp_path / name
@@ -226,7 +228,7 @@ deepspeed:
 
 
 def test_one_flat_file_as_others_write_it(write):
-    """All in one file, sections of training included, the interpolation beside the sizes, no `sampling_image_size`."""
+    """One file holds all sections, without `sampling_image_size`."""
     args = get_args(["--base", str(write("wild.yaml", WILD))])
     assert (args.fp16, args.sampling_image_size, args.input_file) == (True, [480, 720], "configs/test.txt")
     ModelLimits.from_config(args.model_config).check_clip(args.sampling_num_frames, *args.sampling_image_size)

@@ -1,4 +1,4 @@
-"""Sizes of videos that follow from their images, and what crops cut away."""
+"""Test sizes of videos that follow from their images, and the share that is cropped."""
 
 import logging
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Configuration files come with what they include before them, each checked on its own."""
+"""Test that configuration files come after the files they include, all checked."""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Memory that is full ends a command with 2 and one line that names what is at hand; checkpoints stay."""
+"""Test that full memory ends a command with exit code 2 and one line of advice.
+
+Checkpoints are kept.
+"""
 
 import os
 import subprocess
@@ -44,12 +47,12 @@ def clips(tmp_path_factory) -> Path:
 
 
 def fill_memory(*_, **__) -> None:
-    """Fails as a CPU without memory does."""
+    """Raise the error of a CPU without free memory."""
     torch.empty(2**50)
 
 
 def on_call(number: int, function, fail=fill_memory):
-    """`function`, whose call of that number fails."""
+    """Return `function`, whose n-th call fails."""
     calls = []
 
     def call(*args, **kwargs):
@@ -144,7 +147,7 @@ def test_encoding_before_training(tmp_path, tiny, clips, caplog, monkeypatch):
 
 @pytest.mark.slow
 def test_one_of_two_processes(tmp_path, tiny, clips):
-    """The other process does not wait in the middle of a step; neither process shows a traceback."""
+    """The other process does not wait within a step, and neither shows a traceback."""
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, zero=2)
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(ROOT)))

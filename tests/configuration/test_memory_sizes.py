@@ -1,4 +1,4 @@
-"""Amounts of memory, as users write them."""
+"""Test amounts of memory as users write them."""
 
 import pytest
 

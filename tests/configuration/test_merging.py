@@ -1,4 +1,4 @@
-"""References within configurations are written out, bounded, and every key knows the file that it is from."""
+"""Test that references are replaced within limits, and the file of every key is known."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A model's parts are built and tried without memory: a wrong value is named with its file and key."""
+"""Test that a model's parts are tried without memory, and errors name file and key."""
 
 import copy
 import time
@@ -28,7 +28,7 @@ def shipped():
 
 
 def changed(config, key: str, value):
-    """Settings whose model has `value` at a dotted key; `...` takes the key away."""
+    """Return settings whose model has `value` at a dotted key; `...` removes the key."""
     model = copy.deepcopy(config["model"])
     node, (*path, last) = model, key.split(".")
     for part in path:
@@ -125,7 +125,7 @@ def test_a_sampler_of_the_users_own_is_built_but_not_tried(shipped):
 
 
 class Picky(VPSDEDPMPP2MSampler):
-    """Takes only what it knows."""
+    """Class that takes only known parameters."""
 
     def __call__(self, *settings, **kwargs):
         raise AssertionError("not with these latents")

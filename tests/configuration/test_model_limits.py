@@ -1,5 +1,7 @@
-"""What a model can take follows from its configuration: the frames and sizes that the released models are used with
-are taken, and what they cannot compute is refused with what would fit."""
+"""Test that a model's limits follow from its configuration.
+
+The sizes of the released models are accepted, and impossible sizes are refused with a suggestion.
+"""
 
 from pathlib import Path
 

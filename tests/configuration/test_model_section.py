@@ -1,4 +1,4 @@
-"""The `model:` section of files written for the original means what it means there."""
+"""Test that the `model:` section of the original's files has the same meaning here."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -129,7 +129,7 @@ def trained(engine: SATVideoDiffusionEngine) -> set[str]:
 
 
 def test_the_engine_takes_the_original_s_section_as_a_dictconfig(tiny, one_thread):
-    """LoRA as the original's guide prints it, built from Python: its matrices alone are trained."""
+    """LoRA is configured as in the original's guide; only its matrices are trained."""
     section = load_configs([tiny.config("2b")])["model"]
     section |= {"lora_config": {**LORA, "params": {"r": 4}}, "not_trainable_prefixes": ["all"]}
     engine = SATVideoDiffusionEngine(Namespace(model_config=OmegaConf.create(section)))
@@ -167,7 +167,7 @@ def test_patch_sizes_of_both_dialects(patch_size, kernel):
 
 
 def test_interpolation_moves_the_positions():
-    """The table's numbers, not its shape, tell the factors."""
+    """The factors follow from the table's numbers, not from its shape."""
     from cogvideox_sat.network.position_tables import sincos_3d
     from sgm.util import instantiate_from_config
 

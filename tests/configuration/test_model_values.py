@@ -1,4 +1,4 @@
-"""The `model:` and `data:` sections are checked before PyTorch is imported, sizes before anything is built."""
+"""Test that the `model:` and `data:` sections are checked before PyTorch is imported."""
 
 import copy
 

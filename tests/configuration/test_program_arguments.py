@@ -1,4 +1,4 @@
-"""Arguments of programs: objects of all kinds, and names that are nearly right."""
+"""Test arguments in objects of programs, and misspelt names."""
 
 from argparse import Namespace
 

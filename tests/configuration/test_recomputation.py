@@ -1,4 +1,4 @@
-"""What `checkpoint_activations` may be, wherever it is given, and what it means for the layers."""
+"""Test the values of `checkpoint_activations`, and their meaning for the layers."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_what_it_cannot_be_is_one_line(value):
 
 @pytest.mark.parametrize("value", ["all", 7])
 def test_the_file_is_named_once(value):
-    """By the check itself, not again by the block around it that names files."""
+    """The check names the file itself, and the block around the check does not name it again."""
     sources = Sources(["config.yaml"])
     with pytest.raises(UserError, match=r"^config\.yaml: model\.network_config\.params") as error, sources.naming():
         check_model_values(model_of(checkpoint_activations=value), sources)

@@ -1,5 +1,7 @@
-"""The fields of a request say what they take; what is wrong with one is told in a line. `.jsonl` files are tested in
-tests/sampling/test_prompt_inputs.py."""
+"""Test the fields of a request and their errors.
+
+`.jsonl` files are tested in tests/sampling/test_prompt_inputs.py.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Knobs of a sampler mean what the keys of the configuration mean that they stand for."""
+"""Test that knobs of a sampler mean the same as the keys of the configuration."""
 
 import copy
 import inspect

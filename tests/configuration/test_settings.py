@@ -1,4 +1,4 @@
-"""The settings that parts of a run are given, taken out of whatever holds the arguments."""
+"""Test that settings are taken from objects of any kind that hold arguments."""
 
 from argparse import Namespace
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
@@ -52,7 +52,7 @@ def test_a_misspelt_setting_is_an_error():
 
 
 def test_what_the_original_has_beside_them_is_no_mistake():
-    """SwissArmyTransformer's arguments, some of whose names are much like ours, and those of the user's own."""
+    """SwissArmyTransformer's arguments, some similar to ours, and a user's own are accepted."""
     foreign = {"wandb_project_name": "p", "exit_interval": 3, "test_data": [], "load_path": "x", "num_layers": 30}
     foreign |= {"save_args": True, "checkpoint_num_layers": 1, "mine": 1, "eval_iters": 2, "my_load": "y"}
     args = Namespace(model_config=MODEL, data_config={}, train_iters=5, **foreign)
@@ -71,7 +71,7 @@ def test_classes_of_users_see_all_arguments_with_the_settings_in_their_place():
 @pytest.mark.parametrize("command", [SamplingArguments, TrainingArguments, VaeTrainingArguments])
 @pytest.mark.parametrize("kind", [EngineSettings, DataSettings, LoopSettings])
 def test_arguments_and_settings_agree(command, kind):
-    """Every command's arguments give settings with their own values, and of the types that settings promise."""
+    """Every command's arguments give settings with the same values, of the promised types."""
     args = command(model_config=MODEL)
     if command is SamplingArguments and kind is not EngineSettings:
         return
@@ -82,7 +82,7 @@ def test_arguments_and_settings_agree(command, kind):
 
 
 def test_no_setting_is_without_an_argument():
-    """Else nobody could set it from the command line; these are for programs."""
+    """Every setting has an argument on the command line, except settings for programs."""
     programs_only = {"new_adapter", "model_cls", "sources", "arguments", "merged_config", "model_config", "data_config"}
     programs_only |= {"vae_waiting_bytes"}  # what `fit` leaves
     programs_only |= {"weights_in_shares"}  # as ZeRO-3 of the DeepSpeed section wants

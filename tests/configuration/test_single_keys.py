@@ -1,4 +1,4 @@
-"""Keys that are set by themselves win over files, can be such as the configuration takes, and are named in errors."""
+"""Test that keys set one by one take precedence over files, and errors name them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Import paths are judged by reading source files: what is a class, and what a file from elsewhere may name."""
+"""Test that import paths are checked by reading source files."""
 
 import subprocess
 import sys

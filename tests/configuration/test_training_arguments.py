@@ -1,5 +1,8 @@
-"""Arguments of training: from the command line first, then files, then defaults; the files of sampling, of released
-models and of SwissArmyTransformer's own trainer serve unchanged; mistakes are one line that names the place."""
+"""Test the arguments of training: command line, then files, then defaults.
+
+Files for sampling, released models and SwissArmyTransformer's trainer are accepted unchanged. Mistakes are one line
+that names the place.
+"""
 
 import subprocess
 import sys
@@ -25,7 +28,7 @@ SFT = str(CONFIGS / "sft.yaml")
 
 @pytest.fixture
 def args_of(tmp_path):
-    """Arguments of CogVideoX-5B's LoRA, configs/sft.yaml and the sections given."""
+    """Return the arguments of CogVideoX-5B's LoRA, configs/sft.yaml and the given sections."""
 
     def args_of(*command_line: str, **sections: dict) -> TrainingArguments:
         overlay = tmp_path / "overlay.yaml"
@@ -168,7 +171,7 @@ def test_every_tiny_model_goes_with_the_tiny_file(model):
     ],
 )
 def test_flags_over_the_deepspeed_section_over_the_models_file(args_of, flags, deepspeed, expected):
-    """The file of the 5B model says bf16. What is decided holds for both places."""
+    """The file of the 5B model says bf16. The result is the same in both places."""
     args = args_of(*flags, deepspeed=deepspeed)
     for name in ("fp16", "bf16"):
         assert getattr(args, name) == (name == expected)

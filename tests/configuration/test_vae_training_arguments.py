@@ -1,4 +1,4 @@
-"""What stands in the way of training a VAE: one line that says what, exit code 2, and nothing written."""
+"""Test that mistakes before VAE training are one line and exit code 2, and write nothing."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def failure(tmp_path, data, caplog):
-    """The one line of the command with a configuration that is changed; afterwards there is no folder of a run."""
+    """Return the command's line for a changed configuration; check that no run folder exists."""
 
     def failure(*flags: str, **changes: Any) -> str:
         caplog.clear()
@@ -50,7 +50,7 @@ def test_every_argument_is_a_flag_with_help(name):
 
 @pytest.mark.parametrize("path", [FULL, TINY])
 def test_the_files_that_come_along_can_be_trained(path, data, tmp_path):
-    """And what a run saves of them says the same."""
+    """The configuration that a run saves says the same."""
     flags = ["--train_data", str(data), "--valid_data", str(data), "--save", str(tmp_path)]
     args = get_vae_training_args(["--base", str(path), *flags, "--seed", "5"])
     plan = plan_vae_run(args)
@@ -138,7 +138,7 @@ def test_a_folder_without_labels_is_fine(tmp_path, data, caplog):
 
 @pytest.mark.slow
 def test_weights_and_checkpoints_of_another_architecture(tmp_path, data, failure):
-    """Each names the first thing that differs, and the file."""
+    """The error names the first difference and the file."""
     wide = {"params": {"z_channels": 8}}
     other = params(encoder_config=wide, decoder_config=wide)
     save = {"args": {"train_iters": 1, "save": str(tmp_path / "other")}}

@@ -1,4 +1,4 @@
-"""How many processes share what of a video, and which numbers do not go together."""
+"""Test how processes share a video, and which numbers contradict each other."""
 
 import pytest
 

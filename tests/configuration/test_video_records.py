@@ -1,4 +1,7 @@
-"""The record beside each video is complete and repeats the video; a foreign one runs no code."""
+"""Test that the record beside each video is complete and repeats the video.
+
+A record from elsewhere runs no code.
+"""
 
 import copy
 import json
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module", autouse=True)
 def hash_memory(tmp_path_factory):
-    """Hashes are remembered in a folder of the tests."""
+    """Remember hashes in a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -42,7 +45,7 @@ def sample(config: Path, folder: Path, prompts: list, *flags: str, output: str =
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory) -> Path:
-    """Sample two videos of an image-to-video model for each of two prompts; few settings are the defaults."""
+    """Sample two videos for each of two prompts, with few default settings."""
     folder = tmp_path_factory.mktemp("made")
     pixels = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "first.png")
@@ -87,7 +90,7 @@ def test_what_it_says(tiny, made):
 
 @pytest.mark.slow
 def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
-    """The record repeats the video in another process, from another folder, without any configuration."""
+    """The record repeats the video in another process and folder, without a configuration."""
     video = video_of(made / "videos")
     command = [ROOT / "sat" / "sample_video.py", "--input_file", record_path(video), "--output_dir", tmp_path / "again"]
     process = processes.run(command, cwd=tmp_path, timeout=300)
@@ -101,8 +104,10 @@ def test_it_repeats_the_video_to_the_bit(made, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_knobs_of_lines_and_flags_are_those_of_the_configuration_and_repeat(tiny, tmp_path):
-    """The bytes of a video are the same by a line of .jsonl, by flags, by --set and from its record; a line without
-    knobs is what it was, and its record has none."""
+    """The bytes of a video are the same by .jsonl, by flags, by --set and from its record.
+
+    A line without knobs gives the same video as before, and its record has no knobs.
+    """
     knobs = {"sampler": "ddim", "guidance_scale": 3, "guidance_interval": [0, 0.5], "guidance_schedule": "step"}
     others = {"steps": 3, "frames": 9, "fps": 16}
     config, line = tiny.config("5b"), {"prompt": PROMPT, "seed": 7}
@@ -133,7 +138,7 @@ def test_knobs_of_lines_and_flags_are_those_of_the_configuration_and_repeat(tiny
 
 @pytest.mark.slow
 def test_each_fact_that_differs_is_a_warning(tiny, made, tmp_path, caplog):
-    """The model's own configuration is given, and a flag of the command line, which wins."""
+    """The model's configuration and a flag are given; the flag takes precedence."""
     content = json.loads(record_path(video_of(made / "videos")).read_text())
     content["versions"]["torch"] = "1.0"
     content["threads"] = 99

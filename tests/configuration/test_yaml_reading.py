@@ -1,4 +1,4 @@
-"""A YAML file is read as plain values, or refused in one line that names the file and the line in it."""
+"""Test that a YAML file is read as plain values, or refused with file and line."""
 
 import time
 

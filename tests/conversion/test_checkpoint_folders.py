@@ -1,4 +1,7 @@
-"""Checkpoints are what `torch.save` writes, from tensors that never are in memory together, or nothing is written."""
+"""Test that checkpoints equal those of `torch.save` and are written atomically.
+
+Only one tensor at a time is in memory.
+"""
 
 import io
 import subprocess
@@ -73,7 +76,7 @@ def test_the_file_reads_as_that_of_torch_save(tmp_path, mmap):
 
 
 def test_the_archive_is_a_sound_one(tmp_path):
-    """With the checksums of its content, every tensor aligned, and PyTorch's own description of the tensors."""
+    """The archive has CRCs, aligned tensors and PyTorch's own description of them."""
     values = {name: value.contiguous() for name, value in tensors().items()}
     write_tensors(tmp_path / "x.pt", values, values.__getitem__, prefix="")
     plain = io.BytesIO()
@@ -107,14 +110,14 @@ def test_a_tensor_that_is_not_as_announced_leaves_nothing(tmp_path, wrong):
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 500_000])
 def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, limit):
-    """Whether the description does not fit on the disk, or the tensors do not."""
+    """The disk is too small for the description, or for the tensors."""
     result = processes.run(["-c", LIMITED, tmp_path / "new" / "out", limit], env=PATHS, timeout=300)
     assert result.stderr.splitlines()[-1].endswith(f"cannot write {tmp_path}/new/out: File too large")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_disk_is_noticed(tmp_path, monkeypatch):
-    """What is read back is compared with what was written, before it takes the place of what was there."""
+    """The new file is read back and compared before it replaces the old one."""
     write_checkpoint(tmp_path / "out", {"a": torch.zeros(3)}, lambda name: torch.ones(3))
 
     def flip(path: Path, *arguments: object) -> None:

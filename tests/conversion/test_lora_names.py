@@ -1,4 +1,4 @@
-"""The key map of adapters, both ways, on the names of every family's networks."""
+"""Test the map of adapters' names, in both directions, on networks of every family."""
 
 import json
 from pathlib import Path

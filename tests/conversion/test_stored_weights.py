@@ -1,4 +1,4 @@
-"""Tensors are read one by one through maps that are renewed, and written without ever being together in memory."""
+"""Test that tensors are read and written one by one, through maps that are renewed."""
 
 import subprocess
 import sys

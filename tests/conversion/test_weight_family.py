@@ -1,4 +1,4 @@
-"""Tensors tell their family, whatever the depth and width, and what is no family is refused in one line."""
+"""Test that tensors determine their family, at any depth and width."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def small(family: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a network of that family of another depth and width."""
+    """Return the shapes of a network of that family with another depth and width."""
     detected = detect_network(manifest(CONFIGS[family]), family)
     changed = replace(detected, num_layers=3, hidden_size=256, num_attention_heads=4, time_embed_dim=128)
     shapes = network_shapes(changed)
@@ -104,7 +104,7 @@ def test_other_sets_of_tensors_are_refused(change, message):
     [("2b", torch.float16), ("5b", torch.bfloat16), ("5b_i2v", torch.float32), ("1.5", torch.bfloat16)],
 )
 def test_tables_tell_the_size_of_the_largest_clip(family, dtype):
-    """At full size, rounded as they are stored."""
+    """The tables have full size, and are rounded as they are stored."""
     detected = detect_network(manifest(CONFIGS[family]), family)
     sizes = sizes_of_config(released_config(detected), detected, family)
     if family == "2b":  # narrower, for the time that its table takes

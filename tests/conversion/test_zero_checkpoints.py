@@ -1,4 +1,4 @@
-"""Folders that a real DeepSpeed engine saves under ZeRO are read as the weights that it held, without DeepSpeed."""
+"""Test that folders of a real DeepSpeed engine under ZeRO are read without DeepSpeed."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Engine(nn.Module):
-    """A network in the place that it has in checkpoints of the whole engine."""
+    """Network in the place that it has in checkpoints of the whole engine."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -34,7 +34,10 @@ class Engine(nn.Module):
 
 
 def train_and_save(folder: str, config: str, cases: list[tuple[str, int, bool, bool]]) -> None:
-    """Of each case, (name, ZeRO stage, LoRA, bfloat16): take two steps, save, and write the weights to `{name}.pt`."""
+    """For each case, take two steps, save, and write the weights to `{name}.pt`.
+
+    A case is (name, ZeRO stage, LoRA, bfloat16).
+    """
     import os
 
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -120,7 +123,7 @@ def test_the_weights_are_those_that_the_engine_held(saved, name):
 
 
 def test_an_adapter_is_merged(saved):
-    """And all that was read is in one dtype, the widest."""
+    """All tensors are read in one dtype, the widest."""
     truth = torch.load(saved / "two_3_lora.pt")
     merged = open_network(saved / "two_3_lora", lora_alpha=2.0).weights
     name = "transformer.layers.0.attention.query_key_value"
@@ -133,7 +136,7 @@ def test_an_adapter_is_merged(saved):
 
 
 def test_an_adapter_alone_is_read(saved):
-    """What exporting and merging adapters start from."""
+    """Exporting and merging adapters start from it."""
     truth = torch.load(saved / "two_3_lora.pt")
     adapter = read_sat_adapter(saved / "two_3_lora", alpha=2.0)
     assert (adapter.rank, len(adapter.matrices)) == (3, 8)

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and what the system refuses is one line about the path."""
+"""Test that files and folders are written atomically, and errors are one line."""
 
 from pathlib import Path
 from types import SimpleNamespace

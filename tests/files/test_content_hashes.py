@@ -1,4 +1,4 @@
-"""Hashes of content: right, remembered only as long as a file is what it was, and given up when asked to."""
+"""Test that hashes of content are correct, forgotten after a change, and can be stopped."""
 
 import hashlib
 import os
@@ -38,7 +38,7 @@ def write(path: Path, content: bytes, age: float = 100.0) -> Path:
 
 
 def settle(monkeypatch) -> None:
-    """Let files count as settled at once, since the time of change of a file's entry cannot be set."""
+    """Let files count as settled at once, since their time of change cannot be set."""
     monkeypatch.setattr(content_hashes, "SETTLED_SECONDS", -1.0)
 
 

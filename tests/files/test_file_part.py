@@ -1,4 +1,4 @@
-"""A part of a file behaves as a file."""
+"""Test that a part of a file behaves as a file."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The file `latest`, whatever is in it."""
+"""Test the file `latest` with content of any kind."""
 
 import pytest
 

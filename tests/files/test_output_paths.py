@@ -1,4 +1,4 @@
-"""Names are legal for any prompt; what exists is never replaced unasked."""
+"""Test that names are legal for all prompts, and no file is replaced unasked."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Numbers of bytes in words, and what a disk has."""
+"""Test numbers of bytes in words, and the free bytes of a disk."""
 
 from types import SimpleNamespace
 

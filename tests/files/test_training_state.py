@@ -1,4 +1,4 @@
-"""What a run takes from a training state, and what it refuses."""
+"""Test the values of a training state that a run accepts and refuses."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Animated pictures are videos: their own times, composed frames, on white where they are transparent."""
+"""Test that animated images are videos: times, composed frames, white background."""
 
 import io
 
@@ -15,7 +15,7 @@ COLOURS = [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0)]
 
 
 def write(path, durations, size=(24, 16)):
-    """Write a picture whose frames have the colours, each shown for so many milliseconds."""
+    """Write an image whose frames have the given colours and durations in milliseconds."""
     frames = [Image.new("RGB", size, COLOURS[number % 4]) for number in range(len(durations))]
     lossless = {"lossless": True} if path.suffix == ".webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **lossless)
@@ -47,7 +47,7 @@ def test_frames_without_a_duration_last_a_tenth_of_a_second_as_in_browsers(tmp_p
 
 
 def test_frames_are_composed_and_laid_on_white(tmp_path):
-    """Each frame of the file is only what changes."""
+    """Each frame of the file holds only the changes."""
     frames = []
     for place in range(3):
         frame = Image.new("RGBA", (24, 16), (0, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""The contact sheet shows every video's frames in order, beside each other, and says what stands in the way."""
+"""Test that the contact sheet shows every video's frames in order, and its errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""decord stays selectable: for ordinary videos it gives what it always gave."""
+"""Test that decord can be selected, and gives the same frames as before."""
 
 import io
 

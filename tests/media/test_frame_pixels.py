@@ -1,4 +1,4 @@
-"""Pictures are in the right colours, upright, in square pixels; transparent ones on white, HDR in standard range."""
+"""Test that images have the right colours, orientation, square pixels and standard range."""
 
 import itertools
 import subprocess
@@ -86,7 +86,7 @@ def test_rgb_and_grey_need_no_matrix(tmp_path):
 
 
 def quarters() -> np.ndarray:
-    """Red and green above blue and white: 32 x 64."""
+    """Return an image (32 high, 64 wide) with red and green above blue and white."""
     return np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8).repeat(16, 0).repeat(32, 1)
 
 
@@ -153,7 +153,7 @@ def test_transparent_parts_are_white(tmp_path):
 
 
 def test_hdr_is_mapped_to_the_standard_range(tmp_path):
-    """Coded values of 10 and 100 cd/m2 in PQ, and of the white of graphics: neither grey nor dim."""
+    """10 and 100 cd/m2 in PQ and the white of graphics become neither grey nor dim."""
     values = np.array([0, 0.3022, 0.5081, 0.5807, 0.7518], np.float64)  # 0, 10, 100, 203, 1000 cd/m2
     pixels = (values * 65535).astype(np.uint16)[:, None].repeat(3, axis=1)
     tags = "colorspace=bt2020nc:color_primaries=bt2020:color_trc=smpte2084:range=tv"

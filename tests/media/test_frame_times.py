@@ -1,4 +1,4 @@
-"""The nearest frame, of a list or of a stream that is read no further than needed."""
+"""Test the nearest frame in a list, and in a stream that is read no further than needed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Condition images of every kind become (3, height, width) in [-1, 1], upright and uncut in the middle."""
+"""Test that images of all kinds become (3, height, width) in [-1, 1], upright and centred."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 def colours(*rows: list) -> Image.Image:
-    """An image of 8x8-pixel squares of the given colours."""
+    """Return an image of 8x8-pixel squares of the given colours."""
     return Image.fromarray(np.kron(np.array(rows, np.uint8), np.ones((8, 8, 1), np.uint8)))
 
 
 def centre(frame: torch.Tensor, row: int, column: int, rows: int, columns: int) -> list[int]:
-    """The colour at the centre of one cell of a grid of rows x columns, in 0..255."""
+    """Return the colour at the centre of one cell of a grid of rows x columns, in 0..255."""
     height, width = frame.shape[1:]
     pixel = frame[:, (2 * row + 1) * height // (2 * rows), (2 * column + 1) * width // (2 * columns)]
     return ((pixel + 1) * 127.5).round().int().tolist()
@@ -44,7 +44,7 @@ def test_what_protrudes_is_cut_off_evenly(tmp_path, image, expected):
 
 
 def test_aspect_ratio_is_kept(tmp_path):
-    """A square stays a square in a target of another shape: 24x48 from 48x48 keeps the middle half of the rows."""
+    """A square stays square in another shape: 24x48 from 48x48 keeps the middle rows."""
     colours([RED, RED], [RED, RED], [GREEN, BLUE], [GREEN, BLUE]).resize((48, 48), 0).save(tmp_path / "a.png")
     frame = load_condition_image(tmp_path / "a.png", (24, 48))
     assert frame.shape == (3, 24, 48)

@@ -1,4 +1,4 @@
-"""A looping preview has the video's frames, speed and shape, and says what stands in the way."""
+"""Test that a looping preview has the video's frames, speed and shape, and its errors."""
 
 import pytest
 import torch

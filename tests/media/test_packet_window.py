@@ -1,4 +1,4 @@
-"""Frames are decoded from their groups, up to the frames, and from earlier groups that frames depend on."""
+"""Test that the packets of wanted frames, and of frames they depend on, are chosen."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Packet(NamedTuple):
 
 
 def packets(text: str) -> list[Packet]:
-    """Packets from times in the order of decoding, key frames marked by a K."""
+    """Return packets from times in decoding order; K marks key frames."""
     return [Packet(None if word == "?" else int(word.strip("K")), word.endswith("K")) for word in text.split()]
 
 

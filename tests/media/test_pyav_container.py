@@ -1,4 +1,4 @@
-"""Containers give the times of frames; files that are no video, or only pretend to be one, are refused."""
+"""Test the times of frames in containers, and that other files are refused."""
 
 import io
 import struct
@@ -78,7 +78,7 @@ def test_files_that_are_no_videos(video, tmp_path):
 
 
 def test_playlists_open_no_other_files(video, tmp_path):
-    """They would reach whatever the machine can reach."""
+    """A playlist could otherwise open any file or address."""
     segment = convert(video, tmp_path / "segment.ts", "-c", "copy")
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{segment}\n#EXT-X-ENDLIST\n"
     (tmp_path / "a.mp4").write_text(playlist)

@@ -1,4 +1,7 @@
-"""Frames are those that a player shows, at the right times, for every codec, container and oddity; damage is told."""
+"""Test that frames are those that a player shows, at the right times, for every codec.
+
+Damage is reported.
+"""
 
 import io
 import math
@@ -38,7 +41,7 @@ def shown(frames) -> list[int]:
 
 
 def check(path: Path, expected: list[int], fps: float = FPS, seconds: float = 1.1e-3) -> None:
-    """Check that all frames are `expected`, at a steady rate, and that any choice of frames is found by its times."""
+    """Check that all frames are `expected`, at a steady rate, and are found by their times."""
     with PyavVideo(path) as video:
         assert shown(video.all_frames()) == expected
         assert video.facts[:3] == (96, 64, len(expected))
@@ -102,7 +105,7 @@ def test_codecs_and_containers(numbered, tmp_path, name):
 
 @pytest.mark.slow
 def test_hidden_frames_of_vp8(numbered, tmp_path):
-    """Packets of their own, with the times of others."""
+    """Hidden frames have packets of their own, with the times of other frames."""
     options = ["-c:v", "libvpx", "-b:v", "200k", "-g", "60", "-auto-alt-ref", "1", "-lag-in-frames", "16"]
     passes = ["-passlogfile", str(tmp_path / "log"), "-pass"]
     convert(numbered, tmp_path / "first.webm", *options, *passes, "1")
@@ -114,7 +117,7 @@ def test_hidden_frames_of_vp8(numbered, tmp_path):
 
 
 def test_packets_that_have_no_frame_of_their_own_are_passed_over(numbered, tmp_path, monkeypatch, decoded):
-    """The second field of a picture may be such a packet; here the decoder swallows frames."""
+    """The second field of an image may be such a packet; here the decoder drops frames."""
     path = convert(numbered, tmp_path / "a.mkv", *X264, "-g", "24", "-bf", "0")
     clean = PyavVideo._clean
 
@@ -139,7 +142,7 @@ def test_packets_that_have_no_frame_of_their_own_are_passed_over(numbered, tmp_p
 
 
 def test_packets_that_say_that_the_frame_before_them_stays(numbered, tmp_path):
-    """Frames after such packets keep their times in AVI, where packets do not say when frames are shown."""
+    """Frames after such packets keep their times in AVI, whose packets have no times of frames."""
     codec = ("-c:v", "libxvid", "-q:v", "2", "-bf", "2", "-g", "30", "-bsf:v", "mpeg4_unpack_bframes")
     path = convert(numbered, tmp_path / "a.avi", *codec)
     with PyavVideo(path) as video:
@@ -191,7 +194,7 @@ def test_of_a_stream_copied_cut_the_frames_before_it_are_hidden(long_group, tmp_
 @pytest.mark.parametrize("suffix", [".mp4", ".mov"])
 @pytest.mark.parametrize("start", [0, 1])
 def test_a_cut_at_the_end(long_group, tmp_path, suffix, start):
-    """Copying stops in the order of decoding, so the last frame of the file can be one that others led up to."""
+    """Copying stops in decoding order, so the file may end with a frame that others led up to."""
     path = convert(long_group, tmp_path / f"a{suffix}", "-t", "1.5", "-c", "copy", before=["-ss", str(start)])
     first = 30 * start
     with PyavVideo(path) as video:
@@ -220,7 +223,7 @@ def test_without_edit_lists_a_cut_shows_all_frames_from_the_key_frame_on(numbere
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
 def test_a_cut_within_open_groups_leaves_out_what_cannot_be_decoded(numbered, tmp_path, suffix):
-    """Frames that follow the key frame and are shown before it depend on what has been cut off."""
+    """Frames after the key frame that are shown before it depend on frames that were cut off."""
     options = ("-c:v", "libx265", "-x265-params", "log-level=error:keyint=30:open-gop=1:bframes=4:b-adapt=0")
     grouped = convert(numbered, tmp_path / "grouped.mp4", *options)
     path = convert(grouped, tmp_path / f"a{suffix}", "-c", "copy", before=["-ss", "1.5"])
@@ -280,7 +283,7 @@ def test_tiny_and_odd_sizes(numbered, tmp_path, size, codec):
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[int]:
-    """Return the list of times of the frames that are decoded, in ticks."""
+    """Return the list of times, in ticks, of the frames that are decoded."""
     times = []
     clean = PyavVideo._clean
 
@@ -371,7 +374,7 @@ def test_a_file_that_is_cut_off_is_told(numbered, tmp_path):
 
 
 def test_wrongly_marked_key_frames_take_the_sure_way(numbered, tmp_path, monkeypatch):
-    """A file that calls every frame a key frame: decoding from one in the middle gives nothing that is right."""
+    """The file calls every frame a key frame, so decoding from the middle gives wrong frames."""
     path = convert(numbered, tmp_path / "a.mp4", *X264, "-g", "999", "-bf", "0")
     content = path.read_bytes()
     assert b"stss" in content

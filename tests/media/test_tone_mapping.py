@@ -1,4 +1,4 @@
-"""High dynamic range becomes standard range: mid tones keep their light, highlights are compressed, colours stay."""
+"""Test that high dynamic range becomes standard range, with equal mid tones and colours."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from cogvideox_sat.media.tone_mapping import HLG, PQ, WHITE, ToneMap, dimmed, pq
 
 
 def picture(*colours) -> np.ndarray:
-    """uint16 (1, n, 3) of coded values in [0, 1]."""
+    """Return an image uint16 (1, n, 3) of coded values in [0, 1]."""
     return np.rint(np.array([colours], np.float64) * 65535).astype(np.uint16)
 
 
@@ -44,7 +44,7 @@ def test_mid_grey_of_hlg_looks_as_on_an_old_screen():
 
 
 def test_primaries_of_bt709_come_out_pure():
-    """Red of BT.709, 100 cd/m2, in the primaries of BT.2020."""
+    """The input is red of BT.709, 100 cd/m2, in the primaries of BT.2020."""
     red = pq_code(np.array([0.6274, 0.0691, 0.0164]) * 100)
     mapped = ToneMap(PQ).apply(picture(red))[0, 0]
     assert mapped[0] == pytest.approx(255 * (100 / WHITE) ** (1 / 2.4), abs=4)

@@ -1,4 +1,4 @@
-"""A video file is complete, plays everywhere and shows the frames, or is not there."""
+"""Test that a video file is complete, plays everywhere and shows the frames."""
 
 import threading
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from videos import read_video
 
 
 def gradient(frames: int, height: int, width: int) -> torch.Tensor:
-    """A smooth coloured clip in [-1, 1], brighter from frame to frame."""
+    """Return a smooth coloured clip in [-1, 1], brighter from frame to frame."""
     time, rows, columns = torch.meshgrid(
         torch.linspace(-0.5, 0.5, frames), torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
     )
@@ -37,7 +37,7 @@ def test_frames_written_in_chunks_come_back(tmp_path, dtype):
 
 
 def test_decord_sees_the_same_colours(tmp_path):
-    """A second decoder, with its own ideas of colour spaces, agrees: the file is tagged correctly."""
+    """A second decoder agrees, which shows that the file is tagged correctly."""
     decord = pytest.importorskip("decord")
     colours = torch.tensor([[0.8, -0.8, -0.8], [-0.8, 0.8, -0.8], [-0.8, -0.8, 0.8], [0.5, 0.5, -0.5]])
     with VideoWriter(tmp_path / "a.mp4", fps=8, height=32, width=32) as video:
@@ -47,7 +47,7 @@ def test_decord_sees_the_same_colours(tmp_path):
 
 
 def test_lossless_keeps_colours_to_the_pixel(tmp_path):
-    """For training: a checkerboard of colours, which halved colour resolution and quantization would smear."""
+    """Lower colour resolution or quantization would change this checkerboard of colours."""
     decord = pytest.importorskip("decord")
     colours = torch.tensor([[0.8, -0.8, -0.8], [-0.8, -0.6, 0.8]])
     cells = (torch.arange(32)[:, None] + torch.arange(32)) % 2
@@ -122,7 +122,7 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
 
 
 class SlowPipe:
-    """An encoder's input that takes a chunk only when it may."""
+    """Input of an encoder that takes a chunk only when it is allowed to."""
 
     def __init__(self, pipe):
         self.pipe, self.may_take, self.taken = pipe, threading.Semaphore(0), []
@@ -137,7 +137,7 @@ class SlowPipe:
 
 
 def test_decoding_goes_on_while_the_encoder_works_and_waits_when_it_is_far_behind(tmp_path):
-    """So that no more than a few chunks are in memory; they arrive in their order."""
+    """Only a few chunks are in memory, and they arrive in order."""
     chunks = [torch.full((1, 3, 64, 64), shade) for shade in (-1.0, -0.5, 0.0, 0.5)]
     with VideoWriter(tmp_path / "v.mp4", 8, 64, 64) as writer:
         slow = writer._input = SlowPipe(writer._input)

@@ -1,4 +1,4 @@
-"""A video that a user names is looked at in time, whatever its decoder does."""
+"""Test that a video is probed within the time limit, whatever its decoder does."""
 
 import time
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_what_is_no_video_is_told(tmp_path):
     ("fault", "reason"), [(stuck_clips.hang, "not opened within 0.5 s"), (stuck_clips.crash, "crashed")]
 )
 def test_a_decoder_that_hangs_or_crashes(tmp_path, monkeypatch, fault, reason):
-    """It costs the time limit at most, and nothing of this process."""
+    """The decoder costs at most the time limit, and does not affect this process."""
     monkeypatch.setattr(video_probe, "open_video", lambda path: fault())
     began = time.monotonic()
     with pytest.raises(UnreadableClip, match=reason):

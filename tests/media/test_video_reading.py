@@ -1,4 +1,4 @@
-"""One interface to two decoders, each imported only when it is used."""
+"""Test the common interface of two decoders, each imported only when it is used."""
 
 import subprocess
 import sys

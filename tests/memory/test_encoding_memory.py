@@ -1,4 +1,4 @@
-"""The memory of encoding: what is told before against what is then in use."""
+"""Test that the estimated memory of encoding is the memory that is used."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -58,8 +58,11 @@ def test_against_the_allocator_in_tiles():
 
 
 def test_against_an_h100():
-    """benchmarks/RESULTS.md, "Video autoencoder, full, cuda, bfloat16": encoding took 29.2 GiB, weights included, when
-    a norm's result was copied into another tensor before it was convolved. Both were in memory beside today's."""
+    """Compare with an H100: encoding took 29.2 GiB, weights included.
+
+    See benchmarks/RESULTS.md, "Video autoencoder, full, cuda, bfloat16". At that time a norm's result was copied into
+    another tensor before it was convolved; today's estimate lacks that copy.
+    """
     config = first_stage()
     weights = sum(parameter.nbytes for parameter in meta_encoder(config, torch.bfloat16).parameters())
     vae, device = Namespace(), torch.device("cuda")
@@ -71,7 +74,7 @@ def test_against_an_h100():
 
 
 def test_length_tiles_and_processes(monkeypatch):
-    """A length that is not walked through is estimated as if it were; a tile or a share of frames takes its part."""
+    """A tile or a share of the frames takes its share of the memory."""
     config = first_stage(ch=32, num_res_blocks=1)
     whole = encoding_peak(config, Bucket(49, 64, 96), torch.bfloat16)
     assert encoding_peak(config, Bucket(49, 64, 96), torch.bfloat16, processes=4) < 0.4 * whole
@@ -82,7 +85,7 @@ def test_length_tiles_and_processes(monkeypatch):
 
 
 def test_fewer_frames_at_once():
-    """The memory is that of a few frames, whatever the length of the clip; on a CPU what waits counts too."""
+    """The memory is that of a few frames, whatever the length; on a CPU waiting frames count."""
     config = first_stage(ch=32, num_res_blocks=1)
     short, long = (encoding_peak(config, Bucket(n, 64, 96), torch.bfloat16, frames_at_once=4) for n in (17, 49))
     clip = 3 * 32 * 64 * 96 * 2

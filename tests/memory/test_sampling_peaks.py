@@ -1,4 +1,4 @@
-"""What sampling is said to take of a device is what a whole run on fake tensors takes."""
+"""Test that the estimated memory of sampling is the memory of a run on fake tensors."""
 
 import importlib
 import json
@@ -79,15 +79,18 @@ def test_what_is_not_made_is_not_counted():
 
 @pytest.mark.slow
 def test_81_frames_of_1_5_in_12_gib():
-    """With what CUDA takes for itself."""
+    """The 12 GiB include the memory of CUDA itself."""
     memory = SamplingMemory(settings("cogvideox1.5_5b", layers=3), [VideoSize(22, 768, 1360)])  # others wait elsewhere
     assert memory.peak(Way("sequential", 1, 4)) < 12 * GIB
 
 
 @pytest.mark.slow
 def test_a_process_that_shares_a_video(monkeypatch):
-    """Its part of the tokens, with what it sends and receives, as a run on fake tensors counts them; one half of
-    guidance; and the frames of all in the VAE."""
+    """Compare a process that shares a video with a run on fake tensors.
+
+    It has its share of the tokens, with the tensors it sends and receives, one half of guidance, and the VAE's frames
+    of all processes.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     shared_clips = importlib.import_module("measuring.shared_clips")
     asked, video = settings("cogvideox_5b", layers=2), VideoSize(13, 480, 720)
