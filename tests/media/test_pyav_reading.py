@@ -142,7 +142,7 @@ def test_packets_that_have_no_frame_of_their_own_are_passed_over(numbered, tmp_p
 
 
 def test_packets_that_say_that_the_frame_before_them_stays(numbered, tmp_path):
-    """Frames after such packets keep their times in AVI, whose packets have no times of frames."""
+    """Frames after such packets keep their times in AVI, whose packets lack times of frames."""
     codec = ("-c:v", "libxvid", "-q:v", "2", "-bf", "2", "-g", "30", "-bsf:v", "mpeg4_unpack_bframes")
     path = convert(numbered, tmp_path / "a.avi", *codec)
     with PyavVideo(path) as video:

@@ -216,6 +216,11 @@ def check_number(name: str, value: Any, least: float, whole: bool = False, below
 
 
 def check_precision(config: Mapping[str, Any]) -> None:
+    """Check that at most one of fp16 and bf16 is enabled, and loss scaling is in range.
+
+    Raises:
+        UserError: they are not.
+    """
     enabled = []
     for name in PRECISIONS:
         value = checked_section(config, name).get("enabled", False)
@@ -237,6 +242,7 @@ def check_precision(config: Mapping[str, Any]) -> None:
 
 
 def check_zero(zero: Any) -> None:
+    """Check the section `zero_optimization`, else raise UserError."""
     zero = checked_section({"zero_optimization": zero}, "zero_optimization")
     stage = zero.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= HIGHEST_STAGE:
@@ -272,6 +278,7 @@ def type_and_params(config: Mapping[str, Any], place: str) -> tuple[str, Mapping
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Check that the scheduler is one of DeepSpeed's or PyTorch's, else raise UserError."""
     name, _ = type_and_params(config, "scheduler")
     if name not in DEEPSPEED_SCHEDULERS and why_target_fails(f"torch.optim.lr_scheduler.{name}"):
         hint = nearest(name, sorted(DEEPSPEED_SCHEDULERS), otherwise="")
@@ -279,6 +286,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
+    """Check the type and the parameters of the optimizer, else raise UserError."""
     if "optimizer" not in config:
         raise UserError(f"deepspeed: optimizer is missing; give its type, such as {OUR_OPTIMIZERS[0]}, and params.lr")
     name, params = type_and_params(config, "optimizer")

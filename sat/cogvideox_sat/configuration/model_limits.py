@@ -55,6 +55,7 @@ class ModelLimits:
 
     @property
     def image_to_video(self) -> bool:
+        """Return whether the network has input channels for a first frame."""
         return self.in_channels == 2 * self.latent_channels
 
     @property

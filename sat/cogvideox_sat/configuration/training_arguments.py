@@ -137,6 +137,7 @@ def saves_all(args: TrainingArguments) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command that fine-tunes."""
     return argument_schema.build_parser(
         TrainingArguments,
         "Fine-tune a model on video clips with captions.",

@@ -87,6 +87,7 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command that trains a VAE."""
     return argument_schema.build_parser(
         VaeTrainingArguments,
         "Train a video autoencoder on clips and images.",

@@ -28,6 +28,7 @@ class VideoLayout:
 
     @property
     def processes(self) -> int:
+        """Return the number of processes that make one video."""
         return self.guidance * self.sequence
 
 

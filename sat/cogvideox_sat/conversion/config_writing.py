@@ -123,5 +123,6 @@ def inference_config(family: NetworkFamily) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, content: Mapping[str, Any], family: NetworkFamily, what: str) -> None:
+    """Write content as YAML, below a comment that names the model and `what` the file is."""
     text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
     path.write_text(f"# {title(family)}: {what}\n{text}", encoding="utf-8")

@@ -174,6 +174,7 @@ def pipeline_index(family: NetworkFamily, with_text: bool) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write content as JSON, into a folder that is made if it does not exist."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -386,4 +387,5 @@ def copy_files(files: Sequence[Path], folder: Path) -> None:
 
 
 def is_pipeline(folder: Path) -> bool:
+    """Return whether a folder is a pipeline of diffusers."""
     return (folder / PIPELINE_FILE).is_file()

@@ -60,6 +60,7 @@ class Adapter:
 
     @property
     def layers(self) -> list[int]:
+        """Return the numbers of the adapted layers, ascending."""
         return sorted({projection.layer for projection in self.scales})
 
     def with_alpha(self, alpha: float) -> "Adapter":

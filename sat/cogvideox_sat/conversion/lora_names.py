@@ -81,6 +81,7 @@ def parse_alpha_name(name: str) -> Projection | None:
 
 
 def parse_diffusers_module(name: str) -> Projection | None:
+    """Return the projection that a module of diffusers' transformer computes; None if none."""
     match = _MODULE.fullmatch(name)
     return Projection(int(match[1]), "to_out.0" if match[2] == "to_out" else match[2]) if match else None
 

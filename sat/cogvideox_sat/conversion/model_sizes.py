@@ -207,4 +207,5 @@ def computed_tables(
 
 
 def title(family: NetworkFamily) -> str:
+    """Return the released model's name with depth and width, for messages."""
     return f"{TITLES[family.name]} ({family.num_layers} layers of width {family.hidden_size})"

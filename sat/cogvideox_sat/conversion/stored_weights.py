@@ -67,9 +67,11 @@ class StoredWeights(Mapping[str, Tensor]):
         return sum(entry.like.nbytes for entry in self.entries.values())
 
     def select(self, names: Iterable[str]) -> "StoredWeights":
+        """Return the weights of these names."""
         return StoredWeights({name: self.entries[name] for name in names})
 
     def renamed(self, rename: Callable[[str], str]) -> "StoredWeights":
+        """Return the same weights under other names."""
         return StoredWeights({rename(name): entry for name, entry in self.entries.items()})
 
     def cast(self, dtype: torch.dtype | None) -> "StoredWeights":
@@ -126,6 +128,7 @@ class MappedFile:
         window.files.add(self)
 
     def stored(self) -> dict[str, Stored]:
+        """Return the tensors of the file, to be read when they are needed."""
         return {
             name: Stored(tensor.shape, tensor.dtype, partial(self.read, name)) for name, tensor in self.tensors.items()
         }

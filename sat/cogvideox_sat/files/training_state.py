@@ -41,6 +41,8 @@ def number(value: Any) -> bool:
 
 
 def list_of(entry: Checker, length: int | None = None) -> Checker:
+    """Return a checker of lists whose items pass `entry`; with `length`, of this length."""
+
     def check(value: Any) -> bool:
         return isinstance(value, list | tuple) and length in (None, len(value)) and all(map(entry, value))
 
@@ -48,6 +50,7 @@ def list_of(entry: Checker, length: int | None = None) -> Checker:
 
 
 def mapping_of(entry: Checker) -> Checker:
+    """Return a checker of mappings from texts to values that pass `entry`."""
     return lambda value: isinstance(value, Mapping) and all(map(text, value)) and all(map(entry, value.values()))
 
 

@@ -49,6 +49,7 @@ def fitted_image(image: Image.Image, size: tuple[int, int], crop: tuple[float, f
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, 8 bits per channel, on white where it is transparent."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
