@@ -83,7 +83,7 @@ def test_a_run_computes_in_a_fixed_order_only_when_asked(tmp_path, tiny, clips, 
     train(config, "--resume", str(strict / "1"), "--deterministic")
     assert "was trained with" not in caplog.text
     train(config, "--resume", str(strict / "1"))
-    assert f"{strict} was trained with --deterministic and goes on with --no-deterministic" in caplog.text
+    assert f"{strict} was trained with --deterministic and is resumed with --no-deterministic" in caplog.text
     assert seen[4:] == [STRICT, PLAIN]
 
 
@@ -110,7 +110,7 @@ def test_a_vae_is_trained_in_a_fixed_order_only_when_asked(tmp_path, vae_clips, 
 
     caplog.clear()
     vae_runs.train(config("plain"), "--resume", str(plain / "checkpoints" / "step=2.ckpt"), "--deterministic")
-    assert f"{plain} was trained with --no-deterministic and goes on with --deterministic" in caplog.text
+    assert f"{plain} was trained with --no-deterministic and is resumed with --deterministic" in caplog.text
 
 
 def test_sampling_asks_only_cudnn_for_a_fixed_order(tiny, tmp_path, monkeypatch):

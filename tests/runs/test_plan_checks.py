@@ -66,4 +66,4 @@ def test_a_complete_run_that_latest_means_is_no_mistake(tmp_path):
 def test_another_value_of_deterministic_is_told(tmp_path, caplog):
     (tmp_path / "training_config.yaml").write_text("args: {deterministic: true}\n")
     planned(tmp_path, 10, resume=str(tmp_path))
-    assert "was trained with --deterministic and goes on with --no-deterministic" in caplog.text
+    assert "was trained with --deterministic and is resumed with --no-deterministic" in caplog.text

@@ -44,8 +44,8 @@ def describe_change(run_folder: Path, deterministic: bool) -> str | None:
         return None
     names = {True: "--deterministic", False: "--no-deterministic"}
     return (
-        f"deterministic: {run_folder} was trained with {names[recorded]} and goes on with {names[deterministic]}; on a "
-        f"GPU its losses will differ from those of an uninterrupted run; give {names[recorded]} for equal ones"
+        f"deterministic: {run_folder} was trained with {names[recorded]} and is resumed with {names[deterministic]}; "
+        f"on a GPU its losses will differ from those of an uninterrupted run; give {names[recorded]} for equal ones"
     )
 
 
