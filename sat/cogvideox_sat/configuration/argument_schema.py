@@ -160,7 +160,7 @@ class RunArguments:
     wandb_project: str = argument("cogvideox-sat", "project on Weights & Biases")
     eval_interval: int | None = argument(None, "steps between evaluations on valid_data (default: none)")
     eval_iters: int = argument(1, "batches in an evaluation")
-    eval_batch_size: int = argument(1, "clips in such a batch")
+    eval_batch_size: int = argument(1, "clips in a batch of an evaluation")
     num_log_videos: int = argument(1, "validation clips for which a video is made at each evaluation; 0: none")
 
     data_config: dict[str, Any] = field(default_factory=dict)
