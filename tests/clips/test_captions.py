@@ -204,7 +204,7 @@ LATIN = "grün".encode("latin-1")
         ),
         (
             {"videos.txt": "a.mp4\n", "prompts.txt": "a\nb\n"},
-            r"prompts.txt has 2 lines and .*videos.txt 1: line i",
+            r"prompts.txt has 2 lines and .*videos.txt 1, but line i",
         ),
         ({"videos.txt": "a.mp4\n\n", "prompts.txt": "a\nb\n"}, "videos.txt, line 2 is empty, but .*prompts.txt has"),
         ({"videos.txt": "a.mp4\n", "prompts.txt": "a\n", "captions.txt": "b\n"}, "prompts.txt and captions.txt differ"),
