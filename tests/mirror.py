@@ -96,6 +96,7 @@ COVERED_BY = {
     "train_vae": ("vae_training/test_run.py", "the command is its run"),
     "train_video": ("training/test_run.py", "the command is its run"),
     "training.deepspeed_engine": ("training/test_optimizer_state.py", "small engines"),
+    "training.evaluations": ("training/test_prompt_videos.py", "what a run does to be watched"),
     "training.latent_encoding": ("tools/test_precompute_latents.py", "encodes and caches"),
     "vae_modules.cp_enc_dec": ("vae_modules/test_autoencoder.py", "the coders of the autoencoder"),
     "vae_modules.layers": ("vae_modules/test_winograd.py", "all fast kernels stand together"),

@@ -23,7 +23,12 @@ def clips(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_is_that_of_the_command_and_is_loaded_by_its_folder(tiny, clips, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True)
-    run = cv.train(config, train_iters=2, set={"deepspeed.optimizer.params.lr": 0.01})
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    watched = {"valid_prompts": tmp_path / "prompts.txt", "eval_interval": 1, "sampling_num_steps": 1}
+    run = cv.train(config, train_iters=2, set={"deepspeed.optimizer.params.lr": 0.01}, **watched)
+    assert [(video.step, video.prompt, video.path.is_file()) for video in run.videos()] == [
+        (step, "a boat", True) for step in (0, 1, 2)
+    ]
     assert [line["loss"] for line in run.metrics() if "loss" in line] and [path.name for path in run.checkpoints] == [
         "2"
     ]

@@ -8,6 +8,8 @@ import pytest
 import stuck_clips
 import vae_runs
 from cogvideox_sat.clips.timeouts import read_record
+from cogvideox_sat.latent_geometry import Bucket
+from cogvideox_sat.runs.clips import describe_data
 from training_clips import write_dataset
 from training_runs import metrics, runs_of, write_config
 
@@ -27,6 +29,17 @@ def stuck(tmp_path) -> Path:
     folder = tmp_path / "stuck"
     folder.mkdir()
     return folder
+
+
+def test_a_run_says_what_it_trains_on():
+    class Clips:
+        def __len__(self) -> int:
+            return 3
+
+        def bucket(self, index: int) -> Bucket:
+            return Bucket(9, 64, 96)
+
+    assert describe_data(Clips(), 6) == f"3 clips, 2.0 passes over them: 3 of {Bucket(9, 64, 96)}"
 
 
 def unreadable(run: Path) -> set[str]:

@@ -15,6 +15,7 @@ from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.runs import metrics as training_metrics
+from cogvideox_sat.runs.videos import read_videos
 from cogvideox_sat.training.validation import decodable, save_samples, validation_loss
 from data_video import SFTDataset
 from diffusion_video import SATVideoDiffusionEngine
@@ -197,6 +198,13 @@ def test_samples_are_videos(tiny, clips, tmp_path, family):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     tags = b"".join(path.read_bytes() for path in tmp_path.glob("events*"))
     assert b"samples/0" in tags and b"samples/1" in tags
+    listed = {video.name: video for video in read_videos(tmp_path)}
+    assert listed.keys() == {f"{name}{index}" for name in ("samples/", "comparisons/clip_") for index in (0, 1)}
+    beside = listed["comparisons/clip_1"]
+    assert (beside.prompt, beside.shows) == ("clip 1: grey/green?", ("clip", "reconstruction", "sample"))
+    clip, _, sample = read_video(beside.path)[1].chunk(3, dim=-1)
+    assert (sample - read_video(first[1])[1]).abs().mean() < 0.04
+    assert (clip - read_video(clips / "videos" / "1.mp4")[1][:9]).abs().mean() < 0.04
 
 
 def test_samples_have_a_number_of_frames_that_the_vae_decodes(tiny, clips, tmp_path):

@@ -189,8 +189,15 @@ class TrainingArguments(RunArguments, CommonArguments):
     save_full: bool = argument(False, "with LoRA, write the base model's weights beside the adapter's")
 
     # Watching
+    valid_prompts: str | None = argument(
+        None,
+        "a file of prompts, as inference takes it (.txt, or .jsonl with all its fields), whose videos are made before "
+        "the first step and at each evaluation",
+    )
     num_log_videos: int = argument(1, "validation clips whose captions are sampled at each evaluation; 0: none")
-    only_log_video_latents: bool = argument(False, "save those samples as latents and decode nothing")
+    only_log_video_latents: bool = argument(
+        False, "save samples, also those of valid_prompts, as latents and decode nothing"
+    )
 
     deepspeed_config: dict[str, Any] = field(default_factory=dict)
 

@@ -37,7 +37,7 @@ SMALLEST_TILE = 64  # pixels; smaller tiles would consist mostly of overlap
 HIGHEST_RATE = 1000  # frames per second of a written video; ffmpeg refuses very high rates
 MODES = ("inference", "finetune")
 # Arguments that name files or folders to read.
-INPUT_ARGUMENTS = ("load", "lora_load", "input_file", "train_data", "valid_data", "resume")
+INPUT_ARGUMENTS = ("load", "lora_load", "input_file", "train_data", "valid_data", "valid_prompts", "resume")
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 ITEM_NAMES = {int: "whole numbers", float: "numbers", str: "texts"}
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")

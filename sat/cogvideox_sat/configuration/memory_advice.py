@@ -53,8 +53,9 @@ def training_advice(args: TrainingArguments, cached: bool, checkpoint: Path | No
     def advise(where: str) -> str:
         options = []
         if where == "evaluation":
-            if args.num_log_videos and not args.only_log_video_latents:
-                options.append("--only_log_video_latents (tools/decode_latents.py decodes them) or --num_log_videos 0")
+            if (args.num_log_videos or args.valid_prompts) and not args.only_log_video_latents:
+                less = "fewer valid_prompts" if args.valid_prompts else "--num_log_videos 0"
+                options.append(f"--only_log_video_latents (tools/decode_latents.py decodes them) or {less}")
             if args.eval_batch_size > 1:
                 options.append("--eval_batch_size 1")
         if not cached:

@@ -17,6 +17,8 @@ from sgm.plain_json import parse_json
 
 logger = logging.getLogger(__name__)
 
+MAX_SIDE = 320  # pixels, of a moving image in TensorBoard
+
 
 class Target(Protocol):
     """Somewhere that metrics go. Any exception of its methods is reported, and does not stop the run."""
@@ -204,7 +206,8 @@ class TensorBoard:
     def write_video(self, step: int, name: str, path: Path, details: Mapping[str, Any]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
-        gif, width, height = video_as_gif(path)
+        several = len(details.get("shows", ())) > 1  # panels, side by side
+        gif, width, height = video_as_gif(path, 2 * MAX_SIDE if several else MAX_SIDE)
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         self._write(step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
@@ -260,7 +263,7 @@ class WandbRun:
         self._run.finish()
 
 
-def video_as_gif(path: Path, max_side: int = 320) -> tuple[bytes, int, int]:
+def video_as_gif(path: Path, max_side: int = MAX_SIDE) -> tuple[bytes, int, int]:
     """A video file as an endless GIF of at most `max_side` pixels a side; its bytes, width and height."""
     from io import BytesIO
 

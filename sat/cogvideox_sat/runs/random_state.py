@@ -2,6 +2,8 @@
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,16 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(_decode(state["torch"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_decode(state["cuda"]), device)
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Leave the generators as they were before the block, whatever is drawn in it."""
+    state = capture(device)
+    try:
+        yield
+    finally:
+        restore(state, device)
 
 
 def _encode(state: Tensor) -> str:

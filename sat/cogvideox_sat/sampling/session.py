@@ -50,10 +50,11 @@ from cogvideox_sat.sampling.requests import (
     SampleRequest,
     SessionSettings,
 )
+from cogvideox_sat.sampling.text_embedding import embedded_texts
 from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
 from cogvideox_sat.sampling.visual_inputs import EncodedInputs, Pixels, encode_inputs, load_pixels
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
-from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of, other_precision
+from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of
 from dit_video_concat import DiffusionTransformer
 from sgm.config_places import section
 from sgm.errors import UserError
@@ -191,12 +192,17 @@ class SamplingSession:
                 events.close()
         with self._stage_runs:  # waits until that thread has left its stage
             self._last_texts = None
-            for part in PARTS:
+            for part in self._own_parts:
                 if getattr(self.engine, part) is not None:
                     self.engine.release(part)
             sessions_of_process.leave()
 
     # Parts
+
+    @property
+    def _own_parts(self) -> tuple[str, ...]:
+        """Return the parts that the session frees at its end."""
+        return PARTS
 
     def load(self, part: str) -> None:
         """Load one of `diffusion_video.PARTS` now; other parts leave the device as `offload` says.
@@ -377,27 +383,15 @@ class SamplingSession:
         finally:
             self._stage_runs.release()
 
-    @torch.no_grad()
     def _encode_texts(self, prompt: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (1, tokens, features) of both texts, on the CPU.
-
-        The embeddings of the last request are reused. Without a negative prompt, the unconditional embedding is zeros,
-        as in training, where a dropped caption becomes zeros.
-        """
+        """Return `embedded_texts` of both texts; the embeddings of the last request are reused."""
         if self._last_texts is not None and self._last_texts[0] == (prompt, negative_prompt):
             return self._last_texts[1]
 
-        def embed(text: str) -> Tensor:
-            return self.engine.conditioner({"txt": [text]}, drop=False)["crossattn"].cpu()
-
-        def embed_both() -> tuple[Tensor, Tensor]:
+        def embed() -> tuple[Tensor, Tensor]:
             with self._stage("conditioner", TEXT):
-                cond = embed(prompt)
-                uncond = embed(negative_prompt) if negative_prompt else torch.zeros_like(cond)
-                if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
-                    raise UserError(f"the text encoder's output is not finite: {other_precision(self.engine.dtype)}")
-            return cond, uncond
+                return embedded_texts(self.engine, prompt, negative_prompt)
 
-        cond, uncond = self.groups.from_first(embed_both) if self.groups.splits_work else embed_both()
-        self._last_texts = (prompt, negative_prompt), (cond, uncond)
-        return cond, uncond
+        embeddings = self.groups.from_first(embed) if self.groups.splits_work else embed()
+        self._last_texts = (prompt, negative_prompt), embeddings
+        return embeddings

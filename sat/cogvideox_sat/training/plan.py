@@ -23,6 +23,7 @@ from cogvideox_sat.configuration.video_layout import check_sequence
 from cogvideox_sat.files.latest_file import newest
 from cogvideox_sat.files.output_paths import check_folder, check_sheet
 from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
+from cogvideox_sat.training.prompt_plan import PromptPlan, plan_prompts
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,14 @@ class TrainingPlan:
         finished: the run that `resume: latest` means is complete; there is nothing to do.
         cached: the data are caches of latents, so that neither VAE nor text encoder is needed to train.
         batch: sizes of a step.
+        prompts: the videos of `valid_prompts`; None: there are none.
     """
 
     resume: Path | None
     finished: bool
     cached: bool
     batch: BatchSizes
+    prompts: PromptPlan | None
 
 
 def plan_inspection(args: TrainingArguments) -> BatchSizes:
@@ -73,19 +76,22 @@ def plan_run(args: TrainingArguments) -> TrainingPlan:
     batch = check_processes(args)
     cached = check_data(args)
     check_model(args)
+    prompts = plan_prompts(args)
     warn_of_high_rate(args)
     if not cached:
         check_clips(args.data_config.get("params") or {}, ModelLimits.from_config(args.model_config))
     needed = args.model_config
     if cached:
         decodes = samples_videos(args) and not args.only_log_video_latents
-        parts = ["network_config", *(["first_stage_config"] if decodes else [])]
+        uses_vae = decodes or (prompts is not None and prompts.shows_inputs)
+        parts = ["network_config", *(["first_stage_config"] if uses_vae else [])]
+        parts += ["conditioner_config"] if prompts else []
         needed = {part: args.model_config[part] for part in parts}
     check_paths({"args": {"load": args.load, "lora_load": args.lora_load}, "model": needed})
     check_parameters({"model": args.model_config, "data": args.data_config}, args.sources)
     check_folder(args.save, "save")
     resume, finished = plan_resume(args, iteration_folder, step_of, lambda folder: folder.parent, logger)
-    return TrainingPlan(resume, finished, cached, batch)
+    return TrainingPlan(resume, finished, cached, batch, prompts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +141,8 @@ def check_model(args: TrainingArguments) -> None:
         )
     if samples_videos(args) and not isinstance(args.model_config.get("sampler_config"), dict):
         raise UserError(
-            "the configuration has no model.sampler_config: give one, or num_log_videos: 0 to sample nothing"
+            "the configuration has no model.sampler_config: give one, or num_log_videos: 0 and no valid_prompts, to "
+            "sample nothing"
         )
 
 
@@ -149,8 +156,8 @@ def warn_of_high_rate(args: TrainingArguments) -> None:
 
 
 def samples_videos(args: TrainingArguments) -> bool:
-    """Whether evaluations sample from captions."""
-    return bool(args.valid_data and args.eval_interval and args.num_log_videos)
+    """Return whether evaluations sample from captions or prompts."""
+    return bool((args.valid_data and args.eval_interval and args.num_log_videos) or args.valid_prompts)
 
 
 def check_data(args: TrainingArguments) -> bool:

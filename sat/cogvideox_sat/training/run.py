@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ from cogvideox_sat.parallel.process_groups import destroy_process_groups, initia
 from cogvideox_sat.parallel.video_groups import video_groups
 from cogvideox_sat.runs import random_state
 from cogvideox_sat.runs.background_writing import settled_at_the_end
-from cogvideox_sat.runs.clips import share_timeouts
 from cogvideox_sat.runs.data import StepShare, open_training_data, open_validation_data
 from cogvideox_sat.runs.folders import new_run_folder, open_run_folder, removed_if_empty
 from cogvideox_sat.runs.progress import format_values, progress_bar
@@ -48,10 +48,12 @@ from cogvideox_sat.runs.schedule import Schedule
 from cogvideox_sat.runs.skipped_steps import SkippedSteps
 from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from cogvideox_sat.runs.stop_signals import stop_requests
+from cogvideox_sat.sampling.borrowed_session import Texts
 from cogvideox_sat.sampling.record_making import model_name
-from cogvideox_sat.training import deepspeed_engine, validation
+from cogvideox_sat.training import deepspeed_engine, prompt_videos
 from cogvideox_sat.training.checkpoint import CheckpointSaver, read_state, restore_optimizer
 from cogvideox_sat.training.deepspeed_adapter import current_scale, inner_optimizer, step_was_skipped
+from cogvideox_sat.training.evaluations import Evaluations
 from cogvideox_sat.training.optimizer_state import check_storable
 from cogvideox_sat.training.parameter_report import report
 from cogvideox_sat.training.plan import STATE_FILE, TrainingPlan
@@ -98,9 +100,11 @@ class Trainer:
         self.schedule = Schedule(self.settings)
         self.groups = video_groups(VideoLayout(sequence=args.sequence_parallel_size))
         self.leads = dist.get_rank() == 0
-        self.batch, self.cached = plan.batch, plan.cached
-        parts = ("model",) if self.cached else PARTS
+        self.batch, self.cached, self.prompts = plan.batch, plan.cached, plan.prompts
+        parts = ("model",) if self.cached and not plan.prompts else PARTS
         check_model(EngineSettings.from_args(args), parts, args.sampling_num_steps)  # before clips and weights are read
+        if plan.prompts:
+            from_first_process(partial(prompt_videos.check_inputs, plan.prompts), "the inputs of valid_prompts")
         resume = from_first_process(lambda: plan.resume)
         state = read_state(resume) if resume else None
         self.step = state["step"] if state else 0
@@ -127,6 +131,7 @@ class Trainer:
         if self.leads:
             reader = None if self.cached else self.data.reader
             self.writer = open_run_folder(self.run_folder, self.settings, reader, self.step)
+        self.evaluations = self._evaluations()
 
     # Assembly
 
@@ -166,6 +171,9 @@ class Trainer:
         if resume:  # what was trained lies there, the rest where it lay at first
             settings = replace(settings, lora_load=resume) if self.has_adapter else replace(settings, load=resume)
         with self.memory_guard("loading the model"), process_watch.phase("loading the model"):
+            self.texts: Texts = {}
+            if self.prompts and self.cached:  # the cache's conditioner encodes none
+                self.texts = prompt_videos.encode_texts(self.prompts, EngineSettings.from_args(args), self.device)
             self.engine = build_engine(settings, (), self.device, self.groups)
             logger.info("attention: %s", self.engine.choose_attention(gradients=True))
             for part in parts:
@@ -175,6 +183,22 @@ class Trainer:
         self.engine.model.train()
         for line in report(self.engine, args, self.data.dataset):
             logger.info("%s", line)
+
+    def _evaluations(self) -> Evaluations:
+        prompts = None
+        if self.prompts:
+            prompts = prompt_videos.PromptVideos(
+                self.engine,
+                self.prompts,
+                self.run_folder,
+                self.groups,
+                together=self.args.deepspeed_config["zero_optimization"]["stage"] == 3,
+                texts=self.texts,
+                only_latents=self.args.only_log_video_latents,
+                name=model_name(self.args),
+                advice=self.advice,
+            )
+        return Evaluations(self.args, self.engine, self.validation, prompts, self.run_folder, self.writer)
 
     def _make_optimizer(self) -> None:
         """Put the network into DeepSpeed's engine, in which the optimizer is."""
@@ -216,6 +240,9 @@ class Trainer:
         bar = progress_bar(self.settings.train_iters, self.step, disabled=not self.leads)
         ending = settled_at_the_end(self.saver.settle)
         with stop_requests() as signals, bar, logging_redirect_tqdm(), ending:
+            if self.step == 0:
+                with self.clock.paused(), self.memory_guard("evaluation"):
+                    self.evaluations.begin(lambda: bool(signals))
             while not schedule.is_last(self.step):
                 with self.memory_guard("training"):
                     self.train_step()
@@ -225,9 +252,9 @@ class Trainer:
                     check_storable(self.network)
                 if schedule.logs(self.step):
                     self.log(bar)
-                if self.validation and schedule.evaluates(self.step):
+                if schedule.evaluates(self.step):
                     with self.clock.paused(), self.memory_guard("evaluation"):
-                        self.evaluate()
+                        self.evaluations.evaluate(self.step, lambda: bool(signals))
                 stopped, failed = flags_of_any_process(bool(signals), self.saver.failed)
                 if failed:
                     self.saver.finish()  # which says why
@@ -243,8 +270,12 @@ class Trainer:
             logger.info("the run is in %s; to sample with it, add %s %s", self.run_folder, argument, self.run_folder)
 
     def memory_guard(self, where: str) -> AbstractContextManager[None]:
-        """Return a `memory_guard` whose advice knows how the run is set up, and from where it can resume."""
-        return memory_guard(where, training_advice(self.args, self.cached, last_saved(self.run_folder)))
+        """Return a `memory_guard` with the run's advice."""
+        return memory_guard(where, self.advice)
+
+    def advice(self, where: str) -> str:
+        """Return what to do when memory is full, by how the run is set up and where it can resume from."""
+        return training_advice(self.args, self.cached, last_saved(self.run_folder))(where)
 
     def train_step(self) -> None:
         """One update of the weights, unless the gradients are not finite."""
@@ -292,32 +323,6 @@ class Trainer:
         logger.info("step %d: %s", self.step, format_values(values))
         if self.writer:
             self.writer.write(self.step, values)
-
-    def evaluate(self) -> None:
-        """Validation loss, and videos sampled from validation captions."""
-        args, data = self.args, self.validation
-        assert data is not None
-        data.loader.step = self.step
-        loss = validation.validation_loss(self.engine, data.loader)
-        logger.info("step %d: validation loss %.6f", self.step, loss)
-        if self.writer:
-            self.writer.write(self.step, {"validation_loss": loss})
-        validation.save_samples(
-            self.engine,
-            data.dataset,
-            self.run_folder,
-            self.step,
-            count=args.num_log_videos,
-            seed=args.seed,
-            fps=args.sampling_fps,
-            only_latents=args.only_log_video_latents,
-            num_steps=args.sampling_num_steps,
-            writer=self.writer,
-            name=model_name(args),
-            clip_timeout=args.clip_timeout,
-            timeouts=data.timeouts,
-            share=share_timeouts,
-        )
 
     def save(self, wait: bool) -> None:
         """Write a checkpoint; with `wait` it is there when this returns."""

@@ -28,6 +28,9 @@ from sgm.modules.diffusionmodules.sigma_sampling import undivided
 
 logger = logging.getLogger(__name__)
 
+# What a comparison shows, from left to right, and what `log_video` calls it.
+PANELS = {"clip": "inputs", "reconstruction": "reconstructions", "sample": "samples"}
+
 
 # ---------------------------------------------------------------- loss
 
@@ -89,19 +92,21 @@ def save_samples(
     """Sample a video for the captions of the first `count` validation clips, as large as those and, see `decodable`, as
     long.
 
-    The files are `{folder}/samples/{step}/{i}_{caption}.mp4`, or latents (t, c, h, w) in `.safetensors` with
-    `only_latents`. A clip's noise is the same at each evaluation. Call it on all processes, over which the network may
-    be spread: each samples everything, the first one writes. What cannot be written is reported and left out.
+    The files are `{folder}/samples/{step}/{i}_{caption}.mp4`, and `{folder}/comparisons/{step}/clip_{i}_{caption}.mp4`,
+    where clip, reconstruction and sample are side by side; of data that was encoded before there is no clip. With
+    `only_latents` they are latents (t, c, h, w) in `.safetensors`, without comparisons. A clip's noise is the same at
+    each evaluation. Call it on all processes, over which the network may be spread: each samples everything, the first
+    one writes. What cannot be written is reported and left out.
 
     Args:
         fps: of the video files.
         num_steps: sampling steps, if not the sampler's own number.
-        writer: shows the videos, as `samples/{i}`.
+        writer: shows the videos, as `samples/{i}` and `comparisons/clip_{i}`.
         name: of the model, for the metadata of latents.
         clip_timeout, timeouts, share: see `clips.loader.ClipLoader`.
 
     Returns:
-        The files that this process wrote.
+        The samples that this process wrote.
     """
     written = []
     first_process = not dist.is_initialized() or dist.get_rank() == 0
@@ -111,20 +116,25 @@ def save_samples(
         batch = decodable(clip)
         with evaluating(engine):
             torch.manual_seed(key.seed)
-            log = engine.log_video(
-                batch, N=1, only_log_video_latents=only_latents, reconstruct=False, num_steps=num_steps
-            )
+            log = engine.log_video(batch, N=1, only_log_video_latents=only_latents, num_steps=num_steps)
         if not first_process:
             continue
-        path = Path(folder, "samples", str(step), f"{index}_{safe_name(batch['txt'][0])}")
+        caption = batch["txt"][0]
+        path = Path(folder, "samples", str(step), f"{index}_{safe_name(caption)}")
         try:
             if only_latents:
-                metadata = latents_metadata(engine, name, batch["txt"][0], fps)
+                metadata = latents_metadata(engine, name, caption, fps)
                 written.append(_write_latents(path, log["latents"][0], metadata))
-            else:
-                written.append(_write_video(path, log["samples"][0], fps))
-                if writer is not None:
-                    writer.write_video(step, f"samples/{index}", written[-1])
+                continue
+            written.append(_write_video(path, log["samples"][0], fps))
+            shape = log["samples"].shape  # which all have, unless the engine is the user's own
+            panels = {what: log[key][0] for what, key in PANELS.items() if key in log and log[key].shape == shape}
+            beside = Path(folder, "comparisons", str(step), f"clip_{path.name}")
+            comparison = _write_video(beside, torch.cat(list(panels.values()), dim=-1), fps)
+            if writer is not None:
+                writer.write_video(step, f"samples/{index}", written[-1], {"prompt": caption})
+                details = {"prompt": caption, "shows": list(panels)}
+                writer.write_video(step, f"comparisons/clip_{index}", comparison, details)
         except UserError as error:  # a full disk, or a network that went astray: training says so itself
             logger.warning("sample left out: %s", error)
     return written

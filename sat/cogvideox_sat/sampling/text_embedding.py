@@ -1,0 +1,28 @@
+"""The texts of a request as embeddings."""
+
+import torch
+from torch import Tensor
+
+from diffusion_video import SATVideoDiffusionEngine, other_precision
+from sgm.errors import UserError
+
+
+@torch.no_grad()
+def embedded_texts(engine: SATVideoDiffusionEngine, prompt: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
+    """Return the embeddings (1, tokens, features) of both texts, on the CPU, by the engine's conditioner.
+
+    Without a negative prompt, the unconditional embedding is zeros, as in training, where a dropped caption becomes
+    zeros.
+
+    Raises:
+        UserError: they are not finite.
+    """
+
+    def embed(text: str) -> Tensor:
+        return engine.conditioner({"txt": [text]}, drop=False)["crossattn"].cpu()
+
+    cond = embed(prompt)
+    uncond = embed(negative_prompt) if negative_prompt else torch.zeros_like(cond)
+    if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
+        raise UserError(f"the text encoder's output is not finite: {other_precision(engine.dtype)}")
+    return cond, uncond
