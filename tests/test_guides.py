@@ -31,6 +31,11 @@ PROGRAM = re.compile(r"(?<![\w/])((?:(?:sat|tools|benchmarks)/)?\w+\.(?:py|sh))\
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 TORCHRUN = ("--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint")
 OF_OTHERS = ("sat/README.md",)  # in the original's repository
+# Programs that take every argument of a command, as their help says.
+ARGUMENTS_OF = {
+    "tools/precompute_latents.py": ["sat/train_video.py"],
+    "tools/estimate_memory.py": ["sat/train_video.py", "sat/sample_video.py"],
+}
 DECLARED = {
     "sat/sample_video.py": SamplingArguments,
     "sat/train_video.py": TrainingArguments,
@@ -45,9 +50,10 @@ def text(guide: str) -> str:
 
 @cache
 def flags_of(program: str) -> set[str]:
-    """Return the flags that a program's `--help` shows."""
+    """Return the flags that a program's `--help` shows, and those of the commands whose arguments it takes too."""
     command = [sys.executable, str(ROOT / program), "--help"]
-    return set(FLAG.findall(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(FLAG.findall(shown)).union(*(flags_of(other) for other in ARGUMENTS_OF.get(program, ())))
 
 
 def command_lines(guide: str) -> Iterator[tuple[str, str]]:
