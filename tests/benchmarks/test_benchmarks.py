@@ -83,7 +83,7 @@ def test_every_benchmark_is_tested():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "harness"))
 def test_help_answers_before_pytorch_is_loaded(name):
-    """Of seconds those of the processor count, so that other work on the machine does not."""
+    """Only processor seconds count, so that other work on the machine does not."""
     script = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(BENCHMARKS / name) + '.py'!r}, "
     script += "run_name='__main__')"
     watched = f"import atexit, sys; atexit.register(lambda: print('loaded', 'torch' in sys.modules)); {script}"
@@ -247,7 +247,10 @@ def test_memory_of_sampling(run, monkeypatch):
 
 @pytest.mark.slow
 def test_shared_videos(run):
-    """Each layer exchanges twice and the network gathers once; a share of the tokens takes a share of their memory."""
+    """Each layer exchanges twice and the network gathers once.
+
+    A share of the tokens takes a share of their memory.
+    """
     output = run("shared_videos", "--models", "cogvideox_5b", "--layers", "2", "--processes", "1", "4")
     (_, alone, shared) = [
         row.split("|")[2:-1] for row in output.splitlines() if row.count("|") == 8 and "---" not in row

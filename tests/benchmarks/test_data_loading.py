@@ -1,4 +1,4 @@
-"""The benchmark of reading and probing clips runs at its smallest size and prints its tables."""
+"""The benchmark of reading and probing clips runs at its smallest size."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The check of a device runs at its toy size on a CPU, survives what goes wrong in a unit, and can be resumed."""
+"""The device check runs at its toy size on a CPU, survives failures, and can be resumed."""
 
 import gzip
 import importlib
@@ -81,7 +81,7 @@ def tables(text: str) -> dict[str, dict[str, list[str]]]:
 
 @pytest.mark.slow
 def test_toy_on_a_cpu(tmp_path):
-    """All parts are measured, by the same code as on a GPU, and nothing is left behind but the results."""
+    """The same code as on a GPU measures all parts, and leaves only the results."""
     temporary, output = tmp_path / "temporary", tmp_path / "output"
     temporary.mkdir()
     results = (BENCHMARKS / "RESULTS.md").read_bytes()
@@ -170,7 +170,7 @@ def test_no_gpu(tmp_path):
 
 @pytest.fixture
 def planted(part, tmp_path, monkeypatch) -> Callable[..., int]:
-    """Return the check with planted units, as a function of further arguments; it returns the exit code."""
+    """Return the check with planted units, a function of arguments that returns the exit code."""
     (tmp_path / "planted.py").write_text(PLANTED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     check, units = part("device_check"), part("device_parts.units")
@@ -184,7 +184,7 @@ def planted(part, tmp_path, monkeypatch) -> Callable[..., int]:
 
 @pytest.mark.slow
 def test_a_unit_that_crashes(planted, tmp_path, capfd):
-    """It has its line, the others are measured, the exit code says so; and only what failed is run again."""
+    """A crashed unit has a row, the others are measured, and --resume runs only that unit."""
     assert planted() == 1
     text = capfd.readouterr().out
     found = tables(text)
@@ -287,7 +287,10 @@ def test_a_unit_that_does_not_fit_is_skipped(part, runner, tmp_path):
 
 
 def test_each_part_has_its_turn(part, tmp_path, monkeypatch):
-    """A unit may take the time of its part, the first of a part also that of later parts, none more than the whole."""
+    """A unit may take the time of its part, the first one also that of later parts.
+
+    No unit takes more than the whole budget.
+    """
     running, units = part("device_parts.running"), part("device_parts.units")
     results, now = part("device_parts.results").Results(tmp_path), [0.0]
     limits = {}

@@ -1,4 +1,4 @@
-"""Each mode of recomputing activations: the gradients of the one that keeps all, what is kept, what is repeated."""
+"""Each mode of recomputing activations has the right gradients, memory and operations."""
 
 import pytest
 import torch
@@ -97,7 +97,10 @@ def kept(network: nn.Module, inputs: dict[str, Tensor], mode: object) -> float:
 
 @pytest.mark.parametrize(("name", "all_kept"), [("t2v_2b", 14), ("t2v_2b_lora", 12)])
 def test_what_each_mode_keeps_of_a_layer(name, all_kept):
-    """1 tensor of the tokens' size, or 2 with attention; and the logarithms of the softmax's sums, which are small."""
+    """A layer keeps 1 tensor of the tokens' size, or 2 with attention, and small ones.
+
+    The small tensors are the logarithms of the softmax's sums.
+    """
     network, inputs = built(name)
     inputs["x"] = torch.randn(2, 5, network.in_channels, 16, 16)
     network.mixins["pos_embed"].grid = (5, 8, 8)
@@ -112,7 +115,10 @@ def test_what_each_mode_keeps_of_a_layer(name, all_kept):
 
 
 def kept_by_autograd(network: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes that live on after the forward pass; not by a dispatch mode, which a compiler does not run in."""
+    """Return the bytes that live after the forward pass.
+
+    A dispatch mode would not run in a compiler.
+    """
     kept = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sums that are put on a network are what a formula says, go off again to the bit, and come along as layers stream."""
+"""Adapters added to a network match a formula, can be removed, and follow streaming."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
-"""The kernel of a network's attention: what each name means on a device, that it is the one that runs, and what is said
-where it is not there."""
+"""The attention kernel of each name on a device is the one that runs.
+
+A missing kernel is reported.
+"""
 
 from collections import Counter
 
@@ -163,7 +165,7 @@ def test_flash3_that_is_not_installed(monkeypatch):
 
 
 def test_flash3_without_gradients(monkeypatch):
-    """The package's layout is (b, n, heads, d), and its answer may have more parts than the output."""
+    """The package's layout is (b, n, heads, d), and it may return more than the output."""
     hopper(monkeypatch, flash_attention3.FORWARD)
     shapes = []
 

@@ -1,4 +1,4 @@
-"""A batch in parts gives what it gives at once, and no more than a part of it is in the network at a time."""
+"""A batch in parts gives the same result, with one part in the network at a time."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_what_is_divided():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["2b", "5b_i2v", "1.5_i2v"])
 def test_guidance_in_two_halves(tiny, family, one_thread):
-    """Equal but for the rounding of float32: 1e-6 after a step, and where the network computes in float64."""
+    """Results are equal except for float32 rounding: 1e-6 after a step, 0 in float64."""
     for steps, dtype in ((1, torch.float32), (3, torch.float64)):
         latents, seen = zip(*(sampled(tiny, family, parts, steps, dtype) for parts in (2, 1)), strict=True)
         assert set(seen[0]) == {4} and set(seen[1]) == {2} and len(seen[1]) == 2 * len(seen[0])

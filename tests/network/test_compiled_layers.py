@@ -1,4 +1,4 @@
-"""Layers through a compiler: the numbers and gradients of those without, one graph for all, few launches, few bytes."""
+"""Compiled layers have equal numbers and gradients, one graph, few launches and bytes."""
 
 import math
 import os
@@ -156,7 +156,7 @@ FAILURES = [
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 @torch.no_grad()
 def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog, failure):
-    """Whatever it failed at: the numbers are those without it, in this call and in later ones, and who asks is told."""
+    """After any compiler failure the numbers are those without it, and the caller is told."""
     built = network("t2v_5b")
     given = inputs("t2v_5b")
     expected = built(**given)
@@ -182,7 +182,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, caplog, failure):
 
 
 class Counted:
-    """What a graph does, and with how many bytes.
+    """The operations of a graph, and their bytes.
 
     Attributes:
         launches: generated kernels, matrix products and attention.
@@ -222,7 +222,7 @@ def counted() -> Iterator[Counted]:
 
 
 def bytes_of(graph, nodes) -> int:
-    """Return the bytes that a kernel made of several nodes reads and writes, less what only these exchange."""
+    """Return the bytes a fused kernel reads and writes, without its internal tensors."""
     own = {node.get_name() for node in nodes}
     inside = {output.get_name() for node in nodes for output in node.get_outputs()}
     sizes: dict[tuple[str, str], dict[object, int]] = {}

@@ -10,7 +10,7 @@ from support import assert_close
 
 
 def adapted_layer(parts: int, dtype: torch.dtype) -> torch.nn.Module:
-    """A layer from 12 features to 12 in each of its parts, with an adapter of rank 5, all weights random."""
+    """Return a layer of 12 features with an adapter of rank 5, with random weights."""
     from sat.model.finetune.lora2 import LoraLinear
     from sat.mpu import ColumnParallelLinear, RowParallelLinear
 
@@ -50,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_the_layer(parts, trains_base):
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_under_autocast(parts):
-    """It computes in bfloat16, and the gradients of float32 weights are float32; both near those without autocast."""
+    """The layer computes in bfloat16, with float32 gradients, near those without autocast."""
     from cogvideox_sat.network.fused_lora import fuse_adapter
 
     layer = fuse_adapter(adapted_layer(parts, torch.float32))
@@ -70,7 +70,7 @@ def test_under_autocast(parts):
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_layer_it_stands_for(parts):
-    """Its tensors are those of the layer, by the same names in the same order; so are its settings."""
+    """Its tensors and settings are those of the replaced layer, in the same order."""
     from sat.model.finetune.lora2 import LoraLinear
 
     from cogvideox_sat.network.fused_lora import fuse_adapter

@@ -1,4 +1,4 @@
-"""The stack around each layer: its order, what its functions are told, and that it costs nothing."""
+"""The stack around each layer: its order, its context, and its cost of zero."""
 
 import copy
 from dataclasses import replace
@@ -115,7 +115,7 @@ def interrupt(done: int, steps: int) -> None:
 
 
 def kept_bytes(network: torch.nn.Module, inputs: dict[str, Tensor]) -> int:
-    """What a forward pass keeps for the backward pass, parameters included."""
+    """Return the bytes that a forward pass keeps for the backward pass, with parameters."""
     sizes = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def test_checkpointing_follows_the_transformer_s_setting():
 
 
 def test_layers_run_again_in_the_backward_pass_in_their_own_order():
-    """What is inside of the checkpoint is run again with the layer, what is around it is not."""
+    """Functions within the checkpoint run again with the layer, those around it do not."""
     network, inputs = network_and_inputs("t2v_5b")
     network.train().transformer.checkpoint_activations = True
     outside, inside = Recorder(), Recorder()
@@ -162,7 +162,7 @@ def operations_of_a_step(network: torch.nn.Module, inputs: dict[str, Tensor]) ->
 
 
 class Direct:
-    """Takes the place of a runner: calls layers, with or without PyTorch's checkpointing, and that is all."""
+    """Replaces a runner: calls layers, with or without PyTorch's checkpointing."""
 
     sampling = None
 
@@ -189,7 +189,7 @@ def test_the_stack_adds_no_operation(checkpointing):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_compiler_sees_one_graph_of_the_stack(checkpointing):
-    """In training, with layers recomputed or not; and while a sampler goes from step to step and video to video."""
+    """The compiler makes one graph, in training and over sampling steps and videos."""
     network, inputs = network_and_inputs("t2v_5b")
     network.train().transformer.checkpoint_activations = checkpointing
     expected = network(**inputs)

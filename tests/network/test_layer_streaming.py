@@ -1,4 +1,4 @@
-"""A network whose layers are fetched one by one computes what it does when all are in place."""
+"""A network whose layers are fetched one by one computes the same."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_streamed_output_is_the_same(name, device):
 
 @torch.no_grad()
 def test_at_most_two_layers_are_on_the_device():
-    """On the CPU a fetched layer is a copy; outside its turn a layer's weights are those in host memory."""
+    """A fetched layer is a copy on the CPU; other layers' weights are in host memory."""
     network = seed_module_(instantiate_from_config(Reference("dit/t2v_2b_wide").case["network_config"]))
     streamer = stream_layers(network, torch.device("cpu"))
 

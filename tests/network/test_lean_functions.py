@@ -1,4 +1,4 @@
-"""Each function against the same written with PyTorch's own, in float64: values, and the gradients that are wanted."""
+"""Each function equals PyTorch's operations in float64: values and gradients."""
 
 import itertools
 

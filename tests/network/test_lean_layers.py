@@ -1,4 +1,4 @@
-"""Layers that keep little: the numbers and gradients of SwissArmyTransformer's hooks, and how much they keep."""
+"""Lean layers have the numbers and gradients of the hooks, and keep less memory."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Modulations that are worked out ahead are those of the layers, and their weights are not used while sampling."""
+"""Precomputed modulations equal those of the layers; sampling does not use the weights."""
 
 import pytest
 import torch
@@ -33,7 +33,10 @@ def without_modulation_weights(network: nn.Module) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_to_the_bit(name, dtype):
-    """Plain and streamed, for other timesteps in one batch and for the same; without weights once all are known."""
+    """Results are equal to the bit, plain and streamed, for equal and different timesteps.
+
+    The weights are not needed once all modulations are known.
+    """
     network, inputs = network_and_inputs(name)
     network.to(dtype)
     inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
@@ -119,7 +122,7 @@ def test_it_does_not_outgrow_the_weights():
     ],
 )
 def test_all_steps_are_worked_out_before_the_first(tiny, monkeypatch, family, guidance_batch, sampler):
-    """The same latents to the bit; the weights come once for both videos, and the random numbers stay."""
+    """Latents are equal to the bit; weights are loaded once; random numbers do not change."""
     config = load_configs([tiny.config(family)])
     config["model"]["sampler_config"] |= sampler
     settings = EngineSettings(config["model"], load=config["args"]["load"], guidance_batch=guidance_batch)

@@ -80,7 +80,7 @@ def test_adapters_are_fused_when_a_network_is_built(build):
 
 
 class Halved(nn.Module):
-    """A linear layer that keeps its weight in half the bytes: its values come with the checkpoint."""
+    """A linear layer with a weight of half the bytes, whose values are in the checkpoint."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()

@@ -1,4 +1,7 @@
-"""What an adapter is where processes share the network; `tests/sat/test_model_parallel.py` computes with it."""
+"""An adapter in processes that share the network.
+
+`tests/sat/test_model_parallel.py` computes with it.
+"""
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ class Mine(LoraLinear):
 
 
 def adapted(kind: type) -> torch.nn.Module:
-    """A layer of 12 features with an adapter, built by one process and taken for the half of two."""
+    """Return a layer of 12 features with an adapter, built by one process for half of two."""
     initialize_process_groups()
     return LoraLinear(kind, 1, 12, 12, r=400, original_obj=kind(12, 12))
 
@@ -44,7 +47,7 @@ def test_values_start_as_those_of_the_whole(two_processes):
 
 
 def test_what_processes_cannot_share_is_refused(two_processes):
-    """A layer of a user's own, whose sums nobody knows, and an adapter on a layer that is whole, as with QLoRA."""
+    """A user's layer with unknown sums, and an adapter on a whole layer, are refused."""
     whole, mine = two_processes
     whole.original, mine.__class__ = torch.nn.Linear(12, 12), Mine
     with pytest.raises(UserError, match="model_parallel_size: Mine applies its adapter in its own way"):

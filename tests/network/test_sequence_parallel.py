@@ -1,4 +1,4 @@
-"""Processes that hold a share of the tokens each compute what one process does, gradients too."""
+"""Processes with a share of the tokens compute the same as one, with gradients."""
 
 import copy
 from typing import Any
@@ -84,7 +84,7 @@ def build(name: str) -> nn.Module:
 
 
 def inputs(name: str, network: nn.Module) -> dict[str, Any]:
-    """Of an odd number of tokens, more than half of them text, so that a process has nothing else."""
+    """Return inputs of an odd number of tokens, so that one process has only text."""
     case = Reference(f"dit/{name}").case
     b, t, _, h, w = case["latent"]
     given = {

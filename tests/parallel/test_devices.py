@@ -1,4 +1,4 @@
-"""A run takes the device that was asked for, names it in the log, and computes in the right precision."""
+"""A run uses the requested device and precision, and logs them."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""What one process makes reaches all, and so does its error; `test_video_groups.py` has more processes."""
+"""One process's result or error reaches all; `test_video_groups.py` uses more processes."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""An error of one process ends the others, who name it as the reason; alone, an error stays what it is."""
+"""An error of one process ends the others, which name it; alone, it stays unchanged."""
 
 import pytest
 

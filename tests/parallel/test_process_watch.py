@@ -1,4 +1,4 @@
-"""Processes that wait say for what; one that does not answer ends the others with one line."""
+"""Waiting processes name their reason; a silent process ends the others with one line."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The installed PyTorch has what is taken from it beyond its documentation, with the meaning that it is used for."""
+"""The installed PyTorch has the undocumented parts in use, with the same meaning."""
 
 import re
 from pathlib import Path

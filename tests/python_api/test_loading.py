@@ -1,4 +1,4 @@
-"""A model is found by what a program names it, loaded as it says, and what is wrong is told before PyTorch is there."""
+"""A model is found by its name and loaded; errors come before PyTorch's import."""
 
 import os
 import subprocess
@@ -110,7 +110,7 @@ def test_the_shipped_model_from_an_empty_folder(tmp_path):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", ["5b", "2b"])
 def test_a_pipeline_of_diffusers_is_loaded_where_it_is(tiny, tmp_path, family):
-    """Its weights give the same video as the checkpoint that it is from; nothing is written beside them."""
+    """The pipeline's weights give the checkpoint's video; nothing is written beside them."""
     folder = convert(tiny, family, tmp_path / "pipeline")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with cv.load(folder) as pipe:
@@ -126,7 +126,7 @@ def test_a_pipeline_of_diffusers_is_loaded_where_it_is(tiny, tmp_path, family):
 
 
 def load_guider(config: Path) -> dict:
-    """A pipeline is sampled as the released models are; so is, with these knobs, a test's model."""
+    """A pipeline is sampled like the released models, and with knobs like a test's model."""
     sampler = yaml.safe_load(config.read_text())["model"]["sampler_config"]
     return {"sampler": "dpmpp_2m_sde"} if not sampler["target"].endswith("VPSDEDPMPP2MSampler") else {}
 
@@ -134,7 +134,7 @@ def load_guider(config: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_that_trained_all_weights(tiny, tmp_path):
-    """The run's own configuration describes the model, which may name no class of somebody else."""
+    """The run's configuration describes the model; it may not name foreign classes."""
     run = tmp_path / "run"
     run.mkdir()
     config = yaml.safe_load(tiny.config("5b").read_text())

@@ -17,7 +17,7 @@ FEW = {"size": (32, 48), "steps": 2, "seed": 4}
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_clip_in_memory_is_that_of_its_file(tiny, tmp_path):
-    """As an array of another size, and as a tensor; it is cut to a length that the model takes, or continued whole."""
+    """A clip may be an array of another size or a tensor; it is cut, or continued whole."""
     path = write_clip(tmp_path / "a.mp4", frames=12, fps=8, size=(32, 48))
     pixels = read_video(path)[1]
     array = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""A loaded model makes the videos of the command, reads its weights once, and says what is wrong in a line."""
+"""A loaded model makes the command's videos, reads weights once, and reports errors."""
 
 import inspect
 import json
@@ -64,7 +64,10 @@ def test_a_call_takes_all_fields_of_a_line_by_name():
 
 
 def test_the_bytes_and_the_record_are_those_of_the_command(tiny, pipe, tmp_path):
-    """For one request with knobs; for two prompts of one seed; and what is left out is as the arguments say."""
+    """Bytes and records are equal for a request with knobs, and for two prompts of a seed.
+
+    Missing values are those of the arguments.
+    """
     knobs = {
         "sampler": "ddim",
         "guidance_scale": 3,

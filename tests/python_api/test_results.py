@@ -1,4 +1,4 @@
-"""A video is written whole or not at all, replaces nothing that is not its own, and shows itself without markup."""
+"""A video is written atomically, replaces only itself, and is displayed without markup."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Runs go on without clips that never return, on any number of processes; resumed, they use the same clips."""
+"""Runs continue without clips that hang, on any number of processes and after a resume."""
 
 import shutil
 from pathlib import Path
@@ -48,7 +48,7 @@ def unreadable(run: Path) -> set[str]:
 
 
 def resumed(run: Path, step: str, folder: Path) -> Path:
-    """Copy a run as it was when its process was killed after `step`, with all lines that were written by then."""
+    """Copy a run as it was when killed after `step`, with the lines written by then."""
     copy = shutil.copytree(run, folder / run.name)
     (copy / "latest").write_text(step)
     return copy
@@ -56,7 +56,7 @@ def resumed(run: Path, step: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(("workers", "others", "processes"), [(0, 2, 1), (2, 1, 2)])
 def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, workers, others, processes):
-    """One clip hangs when it is read, one when it is looked at. Resumed, both could be read, by other workers."""
+    """One clip hangs in reading, one in probing; after the resume both could be read."""
     for name in ("003.mp4", "probe-006.mp4"):
         (stuck / name).touch()
     settings = {"train_iters": 6, "save_interval": 2, "micro_batch": 1 if processes > 1 else 2}

@@ -1,4 +1,4 @@
-"""The data of a run: what each process gets of it, where it goes on, and what ends the run."""
+"""The data of a run: each process's share, the resume position, and errors that end it."""
 
 import logging
 from itertools import islice

@@ -1,4 +1,4 @@
-"""`--inspect_data` says what would be trained on, shows it, and leaves nothing else behind."""
+"""`--inspect_data` reports and shows the training data, and leaves no other files."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,10 @@ from training_runs import precomputed, write_config
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """Four clips, one without a caption, one too short, one that is no video, and a file of a kind that is not read."""
+    """Return four clips with one problem each, and a file of an unsupported kind.
+
+    The problems are a missing caption, a short clip, and a file that is not a video.
+    """
     folder = write_dataset(tmp_path / "set", clips=5, frames=17)
     (folder / "labels" / "003.txt").unlink()
     write_clip(folder / "videos" / "004.mp4", 3)

@@ -1,4 +1,4 @@
-"""What is said when a checkpoint cannot be written."""
+"""Errors when a checkpoint cannot be written."""
 
 import errno
 from types import SimpleNamespace

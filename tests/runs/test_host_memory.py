@@ -1,4 +1,4 @@
-"""How much memory is left, in the machine and in the containers around the process."""
+"""The free memory of the machine and of the containers around the process."""
 
 import pytest
 

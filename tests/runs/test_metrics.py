@@ -1,4 +1,4 @@
-"""Metrics reach their files once, also across a kill and a resume; clocks, memory and the bar show what happened."""
+"""Metrics reach their files once, also after a kill; clocks and memory are right."""
 
 import json
 import logging
@@ -165,7 +165,7 @@ def run_wandb(folder: Path, start: int, video: Path, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_wandb_offline_and_resumed(tmp_path, video):
-    """Both runs carry one id, so that wandb joins them; without a login the second is kept offline by itself."""
+    """Both runs have one id, so that wandb joins them; without a login the second is offline."""
     run_wandb(tmp_path, 0, video, WANDB_MODE="offline")
     said = run_wandb(tmp_path, 5, video)
     assert "kept offline" in said

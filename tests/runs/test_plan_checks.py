@@ -1,4 +1,4 @@
-"""What both trainers' plans check."""
+"""Checks in both trainers' plans."""
 
 import logging
 from pathlib import Path

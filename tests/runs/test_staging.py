@@ -1,4 +1,4 @@
-"""Copies in host memory, of which `torch.save` makes the files that it makes of the originals."""
+"""Copies in host memory, from which `torch.save` writes the same files."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The videos of a run are read from its list, whatever else that holds, and while it grows."""
+"""A run's videos are read from its list, also while it grows or has other lines."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Adapters of all kinds, several at once and unmerged, are the merged checkpoint; strength 0 is none to the bit."""
+"""Several unmerged adapters of all kinds equal the merged checkpoint.
+
+Strength 0 equals no adapter to the bit.
+"""
 
 import json
 import shutil
@@ -72,7 +75,7 @@ def merged(tiny, adapters, tmp_path_factory) -> Path:
 
 
 def test_two_at_once_are_the_merged_checkpoint(tiny, adapters, merged):
-    """They are exchanged without the network being read; a strength of 0 and none at all are the base to the bit."""
+    """Adapters are exchanged without reading the network; strength 0 equals the base."""
     with cv.load(tiny.config("5b"), load=merged) as pipe:
         expected = pipe("a boat", **FEW).latents
     with cv.load(tiny.config("5b")) as pipe:
@@ -118,7 +121,7 @@ def test_they_go_with_a_compiler(tiny, adapters, merged):
 
 
 def test_the_command_takes_them_and_repeats_them(tiny, adapters, tmp_path):
-    """Its record has each with its strength and the hash of its content; the run's twin may be given too."""
+    """The record has each adapter with strength and hash; the run's twin may be given too."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a boat\n")
     given = ["--base", tiny.config("5b"), "--input_file", prompts, "--output_dir", tmp_path / "out", "--seed", "1"]

@@ -31,7 +31,10 @@ def shade(value: float) -> torch.Tensor:
 
 
 class Windows:
-    """Stands for a session: frame n of window w is the number 0.1 w + 0.01 n; after those it goes on from."""
+    """Stands for a session: frame n of window w is the number 0.1 w + 0.01 n.
+
+    The frames that it continues come first.
+    """
 
     def __init__(self, chunks: tuple[int, ...] = (1, 4, 4)):
         self.requests: list[SampleRequest] = []
@@ -95,7 +98,7 @@ def test_an_image_to_video_model_is_told_the_first_of_them():
 
 
 def test_a_clip_stays_as_it_is_and_is_continued():
-    """Of whatever length; it is sampled from no longer."""
+    """A clip of any length is continued unchanged; sampling uses only its end."""
     clip = torch.stack([shade(-0.5 - 0.01 * n) for n in range(12)])
     windows = Windows()
     events = list(extended(replace(REQUEST, video=lambda: clip), LIMITS, windows, steps_of))
@@ -127,7 +130,7 @@ def test_closing_ends_the_window():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", ["5b", "1.5_i2v"])
 def test_with_a_model(tiny, family):
-    """The first window is the video without more; memory holds no window but the present one; cancelling ends all."""
+    """The first window is the plain video; memory has one window; cancelling ends all."""
     config = load_configs([tiny.config(family)])
     settings = SessionSettings(config["model"], load=config["args"]["load"], sources=config.sources)
     image = torch.zeros(3, 32, 48) if family.endswith("i2v") else None

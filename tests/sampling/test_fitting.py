@@ -1,4 +1,4 @@
-"""`--fit` picks the fastest way that stays within the memory, leaves what is given, and else says the least."""
+"""`--fit` picks the fastest way within the memory, keeps given options, and reports."""
 
 import json
 import logging
@@ -131,7 +131,7 @@ def test_processes_pick_the_same():
 
 @pytest.mark.slow
 def test_the_command_samples_as_it_picks(tiny, tmp_path, caplog, one_thread):
-    """The video is that of the same options, which its record names, and the log says in one line what was picked."""
+    """The video equals that of the same options; the record and the log name them."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     base = ["--base", str(tiny.config("5b")), "--input_file", str(tmp_path / "prompts.txt"), "--output_dir"]
     small = ["--sampling_num_frames", "3", "--sampling_num_steps", "2", "--sampling_image_size", "32", "48"]
@@ -150,7 +150,7 @@ def test_the_command_samples_as_it_picks(tiny, tmp_path, caplog, one_thread):
 
 
 def test_arguments_of_a_program(tiny, monkeypatch):
-    """What a program has in its object of arguments counts as given."""
+    """Values in a program's object of arguments count as given."""
     import sample_video
 
     seen = []

@@ -43,8 +43,10 @@ def anonymous_bytes() -> int:
 
 
 def encoded(folder: Path, dtype: torch.dtype, offload: str, here: int) -> tuple[Tensor, int, int, bool]:
-    """Return the embedding of a prompt, the memory that it took, the size of the weights, and whether they wait in
-    their file in another dtype."""
+    """Return a prompt's embedding, its memory, and the size of the weights.
+
+    The last value is whether the weights stay in their file in another dtype.
+    """
     os.environ["LOCAL_WORLD_SIZE"] = str(here)
     config = load_configs([TINY])["model"]
     config["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder)
@@ -62,7 +64,7 @@ def encoded(folder: Path, dtype: torch.dtype, offload: str, here: int) -> tuple[
 @pytest.mark.distributed
 @pytest.mark.parametrize(("dtype", "offload"), [("bfloat16", "stage"), ("float32", "none"), ("float32", "sequential")])
 def test_processes_share_the_text_encoder(large_t5, monkeypatch, dtype, offload):
-    """Each has less than a third of it for itself, also where it computes in another dtype; to the bit as alone."""
+    """Each process has less than a third of it for itself, in any dtype, to the bit."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     expected, *_ = encoded(large_t5, getattr(torch, dtype), offload, 1)
     results = run_distributed(encoded, 2, large_t5, getattr(torch, dtype), offload, 2)

@@ -1,4 +1,7 @@
-"""Prompts are read as written from files and terminals, mistakes are named with their place, seeds need no context."""
+"""Prompts are read from files and terminals; errors name their place.
+
+Seeds do not depend on other prompts.
+"""
 
 import json
 import logging
@@ -15,7 +18,7 @@ from sgm.errors import UserError
 
 @pytest.fixture
 def prompt_file(tmp_path):
-    """Writes a prompt file of the given name and content; there is an image `cat.png` beside it."""
+    """Write a prompt file of the given name and content, beside an image `cat.png`."""
     (tmp_path / "cat.png").touch()
 
     def write(content: str | bytes | list, name: str = "prompts.txt") -> Path:

@@ -1,4 +1,4 @@
-"""Refinement against a real server: what it asks, that it tries again, and that a prompt is never lost."""
+"""Refinement with a real server: requests, retries, and no lost prompts."""
 
 import base64
 import io
@@ -116,7 +116,7 @@ def test_waits_grow():
 
 
 def test_tries_are_counted_whatever_fails():
-    """By the client, which repeats requests, and for answers of no use: no more of both together."""
+    """The client's retries and useless answers count together."""
     replies = [Reply(status=503, body="{}"), Reply(text=""), Reply(body="{not json"), Reply("fine")]
     with chat_server(lambda request, number: replies[number]) as server:
         assert refine([IDEA], endpoint(server, tries=4)) == ["fine"]
@@ -161,7 +161,7 @@ def test_nobody_there(caplog):
 
 @pytest.mark.slow
 def test_somebody_comes_up_late():
-    """A prompt that is sent but once, for lack of a server, has all its tries when one answers that it is busy."""
+    """A prompt sent once without a server has all its tries when a busy server appears."""
     replies = [Reply(delay=0.5)] * 3 + [Reply(status=503, body="{}")] * 2 + [Reply("fine")]
     with chat_server(lambda request, number: replies[number]) as server:
         assert refine([IDEA, IDEA], endpoint(server, timeout=0.2, workers=1)) == [None, "fine"]
@@ -264,8 +264,10 @@ def sample(
 
 @pytest.mark.slow
 def test_sampling_refined_prompts(tiny, tmp_path, monkeypatch):
-    """Videos are of the refined prompts, under the names and with the seeds of the original ones; those that exist are
-    not asked for."""
+    """Videos have refined prompts, and the names and seeds of the original ones.
+
+    Prompts of existing videos are not refined.
+    """
     answers = {"a cat": Reply("A grey cat walks."), "a dog": Reply(status=400, body="{}")}
     with chat_server(lambda request, number: answers[request["messages"][-1]["content"]]) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)

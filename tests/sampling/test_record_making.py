@@ -37,7 +37,7 @@ def test_a_network_in_shards(tmp_path):
 
 
 def test_a_network_of_a_training_run(tmp_path):
-    """The hash is of the iteration that `latest` names: all model-parallel shares, and no state of the optimizer."""
+    """The hash is that of all model-parallel shares of `latest`, without optimizer states."""
     for iteration in ("1", "2"):
         (tmp_path / iteration / "training_state").mkdir(parents=True)
         for rank in range(2):

@@ -1,4 +1,4 @@
-"""The command makes videos from clips and key frames: lines, flags, records, and what is wrong in one line."""
+"""Videos from clips and key frames by lines, flags and records; errors are one line."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def record_of(video: Path) -> dict:
 
 @pytest.mark.parametrize("family", ["5b", "1.5_i2v"])
 def test_lines_and_flags_say_the_same(tiny, tmp_path, clip, family):
-    """From a clip, with its first frame where the model takes one, and on from it; the record makes the video again."""
+    """A video starts from a clip, its first frame, or continues it; the record repeats it."""
     line = {"prompt": TEXT, "video": str(clip), "strength": 0.5}
     (by_line,) = sample(tiny, tmp_path / make(tmp_path, "line"), family, [line])
     flags = ("--video", str(clip), "--strength", "0.5")
@@ -76,7 +76,7 @@ def test_a_clip_is_continued_and_kept(tiny, tmp_path, clip):
 
 
 def test_a_last_frame_in_a_line_of_text(tiny, tmp_path, picture):
-    """`prompt@@first@@last` is a key frame at -1; what is no picture between separators belongs to the prompt."""
+    """`prompt@@first@@last` is a key frame at -1; other text belongs to the prompt."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "b.png")
     lines = [f"{TEXT}@@{picture}@@{tmp_path / 'b.png'}", f"{TEXT}@@{picture}", f"{TEXT}@@at night@@{picture}"]
     both, first, named = sample(tiny, tmp_path, "5b_i2v", lines, "--seed", "3")
@@ -89,7 +89,10 @@ def test_a_last_frame_in_a_line_of_text(tiny, tmp_path, picture):
 
 
 def test_one_bad_clip_costs_its_own_video(tiny, tmp_path, clip, caplog):
-    """One that is too short, no video, or without a picture; the others are made, and nothing half-written stays."""
+    """A short clip, a file that is not a video, and a missing picture fail alone.
+
+    Nothing half-written stays.
+    """
     (tmp_path / "text.mp4").write_text("no video")
     short = write_clip(tmp_path / "short.mp4", frames=4, fps=8)
     shown = [tmp_path / "text.mp4", short, clip]

@@ -1,4 +1,4 @@
-"""A session makes the videos of the command as events, loads weights once, and outlives what goes wrong."""
+"""A session makes the command's videos as events, loads weights once, survives errors."""
 
 import gc
 import threading
@@ -232,7 +232,7 @@ def test_the_same_prompt_again_is_not_encoded_again(tiny):
 
 
 def test_random_numbers_of_the_program_and_of_requests_are_apart(session):
-    """What is drawn between the events of a request changes nothing of it, and is not changed by it."""
+    """Random numbers drawn between the events of a request change nothing in it."""
     expected = sampled(session).latents
     torch.manual_seed(0)
     undisturbed = torch.rand(20)
@@ -285,8 +285,10 @@ def test_knobs_that_do_not_go_with_the_model(session):
 
 
 def test_progress_has_the_clean_estimate(tiny, session):
-    """It is a tensor that the sampler has anyway: without the leading frame of 1.5 models, and after the last step the
-    latents themselves."""
+    """The estimate is a tensor of the sampler, without the leading frame of 1.5 models.
+
+    After the last step it is the latents themselves.
+    """
     with SamplingSession(settings(tiny, "1.5")) as of_15:
         for own, frames in ((session, 3), (of_15, 4)):
             events = list(own.sample(replace(BOAT, frames=frames, knobs=SamplerKnobs("dpmpp_2m"))))

@@ -88,7 +88,10 @@ def test_latents_and_frames_are_those_of_one_process(tiny):
 
 
 def faults_of_a_rank(family: str, config: str) -> list[str]:
-    """What each rank is told of a picture that only the first looks for, of a damaged network, and what comes after."""
+    """Return the errors of each rank for a missing picture and for a damaged network.
+
+    Later requests work.
+    """
     told = []
 
     def absent() -> Tensor:

@@ -1,4 +1,4 @@
-"""What becomes of a failure: it ends its own video, or, where processes share a network, the process."""
+"""A failure ends its own video, or the process if processes share a network."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def test_a_failure_ends_its_own_video(error, with_traceback, caplog):
 
 
 def test_a_process_that_fails_beside_others_ends():
-    """Going on, its next all-reduce would meet the present one of its partners, and wrong videos would be written."""
+    """Its next all-reduce would meet another one of its partners, and give wrong videos."""
     with pytest.raises(RuntimeError, match="odd"):
         attempt_each(videos(2), failing_with(RuntimeError("odd")), together=True)
 

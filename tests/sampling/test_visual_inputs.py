@@ -1,4 +1,4 @@
-"""What a request shows: a clip to start from, key frames and frames to go on from, in all families."""
+"""The visual inputs of a request: clip, key frames and prefix, in all families."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def test_strength_zero_gives_the_clip_as_it_is_encoded(case):
 
 
 def test_a_share_of_the_steps_is_taken(case):
-    """And what comes out is the nearer to the clip, the fewer there are; the clip may come late."""
+    """Fewer steps give a result nearer to the clip, which may come late."""
     session, request = case
     asked = []
     late = replace(request, video=lambda: asked.append(1) or clip(), strength=0.67)

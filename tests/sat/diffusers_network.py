@@ -1,4 +1,4 @@
-"""The same network in Hugging Face diffusers, an independent implementation, with our weights mapped across."""
+"""The network in diffusers, an independent implementation, with our weights."""
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -17,7 +17,7 @@ def map_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def diffusers_network(network: torch.nn.Module, params: dict) -> CogVideoXTransformer3DModel:
-    """The diffusers twin of `network`, which was built from `params`; on the same device, in the same dtype."""
+    """Return the diffusers twin of `network`, built from `params`, same device and dtype."""
     parameter = next(network.parameters())
     twin = build_diffusers_network(params, parameter.device, parameter.dtype)
     weights = map_weights(network.state_dict())
@@ -57,7 +57,7 @@ def build_diffusers_network(
 
 
 def diffusers_rotary(params: dict, grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Cosines and sines as diffusers computes them for a `grid` in patches, or None for sin-cos models."""
+    """Return diffusers' cosines and sines for a `grid` in patches, None for sin-cos models."""
     if "Rotary" not in params["modules"]["pos_embed_config"]["target"]:
         return None
     frames, height, width = grid

@@ -1,4 +1,4 @@
-"""Arguments come from the command line first, then from the last configuration file that has them, then defaults."""
+"""Arguments come from the command line, then the last file that has them, then defaults."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_values_of_files_are_taken_as_they_are_meant(tmp_path):
 
 
 def test_keys_of_training_may_stand_in_the_same_file(tmp_path):
-    """Also those of older files, which training ignores; a configuration that training has saved can be sampled."""
+    """Keys of training, also older ones, may be in the same file; training's files sample."""
     overlay = {"mode": "finetune", "train_iters": 8, "train_data": ["clips"], "no_load_rng": True, "sampling_fps": 12}
     args = args_of(overlay=overlay, folder=tmp_path)
     assert (args.mode, args.sampling_fps) == ("finetune", 12)

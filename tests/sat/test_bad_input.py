@@ -1,5 +1,7 @@
-"""A mistake gets exit code 2 and one line that says what is wrong, at once: before PyTorch is imported, and before
-anything is written."""
+"""A mistake gives exit code 2 and one line before PyTorch is imported.
+
+Nothing is written.
+"""
 
 import json
 import os
@@ -33,7 +35,10 @@ print(json.dumps(results))
 
 
 def case(*arguments: str, says: str, config: dict | str | None = None, prompts: str = "a boat", i2v: bool = False):
-    """A command line (`{folder}` stands for the test's), what is merged into the model's file, and the complaint."""
+    """Return a command line, changes of the model's file, and the expected error.
+
+    `{folder}` stands for the test's folder.
+    """
     return {"arguments": arguments, "says": says, "config": config, "prompts": prompts, "i2v": i2v}
 
 
@@ -228,7 +233,7 @@ def test_the_process_ends_with_the_code_and_the_line():
 
 
 def test_every_process_of_a_launcher_stops_at_a_mistake_without_waiting_for_the_others(folder):
-    """This one is the second of two, whose first never comes; and the existing output is in the first's share."""
+    """This process is the second of two without a first; the existing output is the first's."""
     (folder / "p.txt").write_text("a boat\nanother\n")
     result = run_command(
         *("--base", folder / "cogvideox_tiny.yaml", "--input_file", folder / "p.txt", "--output_dir", folder / "made"),

@@ -1,4 +1,4 @@
-"""Every released family has exactly the checkpoint keys, shapes and parameter count of its manifest, at full size."""
+"""Every released family has its manifest's keys, shapes and parameter count."""
 
 import json
 

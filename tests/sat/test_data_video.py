@@ -1,4 +1,4 @@
-"""Datasets give clips of a few shapes with captions, put up with bad files, and load the same with any workers."""
+"""Datasets give clips of a few shapes with captions, tolerate bad files, and reproduce."""
 
 import itertools
 import logging

@@ -1,4 +1,4 @@
-"""The whole engine against reference numbers: text embeddings, encoded latents, training loss, sampled latents."""
+"""The whole engine equals reference numbers: embeddings, latents, loss and samples."""
 
 import random
 import weakref
@@ -106,7 +106,7 @@ def draw(case, num_steps=3, **options):
 
 
 def test_sampling_starts_from_a_clip(case):
-    """At strength 1 nothing is left of it, to the bit; at 0 it is what comes out; in between it takes fewer steps."""
+    """Strength 1 ignores the clip to the bit, 0 returns it, others take fewer steps."""
     from_noise = draw(case)
     clip, told = torch.randn_like(from_noise), []
     assert torch.equal(draw(case, start=Start(clip, 1.0)), from_noise)
@@ -146,7 +146,7 @@ def test_a_sampler_of_the_users_own_goes_on_from_frames_but_starts_from_no_clip(
 
 
 def test_key_frames_stand_in_their_latent_frames(case, monkeypatch):
-    """The first frame alone is today's condition; 1.5 models sample a frame more, before the second."""
+    """A first frame alone gives the usual condition; 1.5 models sample a leading frame."""
     engine = case[2]
     monkeypatch.setattr(engine, "noised_image_input", True)
     first, last = torch.randn(2, 1, 4, 2, 2), torch.randn(2, 1, 4, 2, 2)
@@ -235,7 +235,7 @@ def test_loss_reaches_every_parameter_of_the_network(case):
 
 
 class OneByOne(nn.Module):
-    """An encoder whose result for a sample does not depend on the batch, not even in the last bit."""
+    """An encoder whose result for a sample does not depend on the batch, to the bit."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -249,7 +249,7 @@ class OneByOne(nn.Module):
 
 @pytest.fixture
 def few(case):
-    """Return the engine, three clips (b, c, t, h, w), and how many samples each call of the encoder has had."""
+    """Return the engine, three clips (b, c, t, h, w), and the encoder's batch sizes."""
     _, _, engine, clip = case
     stage = engine.first_stage_model
     stage.encoder = OneByOne(stage.encoder)
@@ -278,7 +278,7 @@ def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_sam
 
 @pytest.mark.slow
 def test_samples_are_decoded_a_few_at_a_time(few):
-    """Samples equal those of each group alone to the bit, and those of one batch but for its rounding."""
+    """Samples equal those of each group to the bit, and those of one batch up to rounding."""
     engine, clips, _ = few
     z = engine.encode_first_stage(clips)
     whole, chunks = engine.decode_first_stage(z), list(engine.decode_stream(z))
@@ -349,7 +349,7 @@ def test_a_first_stage_without_chunks_or_moments(case):
     ],
 )
 def test_where_a_network_is_compiled(tiny, monkeypatch, caplog, asked, device, problem, compiled):
-    """`auto`, the default, is on a GPU where a compiler works; what stands against it is one line."""
+    """`auto`, the default, compiles on a GPU with a working compiler, else logs a line."""
     config = {**load_configs([tiny.config("5b")])["model"], **({} if asked is None else {"compile_model": asked})}
     engine = SATVideoDiffusionEngine(EngineSettings(config), parts=())
     engine.device = torch.device(device)

@@ -1,4 +1,4 @@
-"""The network against diffusers' CogVideoXTransformer3DModel on the same weights, for all five families."""
+"""The network equals diffusers' CogVideoXTransformer3DModel for all five families."""
 
 import pytest
 import torch

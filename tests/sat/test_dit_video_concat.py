@@ -1,4 +1,4 @@
-"""The network against reference numbers: outputs and gradients of every family, in float32."""
+"""The network equals reference numbers: outputs and gradients of every family."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""An engine of the user's own takes effect in sampling, training and encoding: from Python, and as `model.target`."""
+"""A user's engine is used in sampling, training and encoding, from Python and YAML."""
 
 import subprocess
 import sys
@@ -73,7 +73,7 @@ def is_white(folder: Path) -> bool:
 
 @pytest.mark.slow
 def test_sampling_from_python(tiny, tmp_path):
-    """Sampling works as in the original's scripts: a Namespace, whose OmegaConf section is changed by attribute."""
+    """Sampling works as in the original's scripts, with a changed OmegaConf Namespace."""
     args = Namespace(**vars(get_args(command(tiny, tmp_path))), comment="anything")
     del args.deepspeed_config
     args.model_config = OmegaConf.create(args.model_config)
@@ -154,7 +154,7 @@ def test_an_engine_that_keeps_its_keywords_to_itself(tiny):
 
 @pytest.mark.slow
 def test_a_module_in_the_current_directory(tiny, tmp_path):
-    """Found by the command, which is elsewhere; what is not there is said before PyTorch is imported."""
+    """The command finds the module; a missing one is reported before PyTorch's import."""
     (tmp_path / "my_engine.py").write_text(
         textwrap.dedent("""
             from diffusion_video import SATVideoDiffusionEngine

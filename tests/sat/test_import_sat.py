@@ -1,4 +1,4 @@
-"""`import sat` is SwissArmyTransformer wherever Python is started, although a folder of that name lies here."""
+"""`import sat` is SwissArmyTransformer in every folder, although a folder `sat` exists."""
 
 import subprocess
 import sys

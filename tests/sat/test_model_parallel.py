@@ -1,4 +1,4 @@
-"""A network split over two processes computes what one process does, and each holds its own share of the weights."""
+"""A network on two processes computes the same as one, with half of the weights each."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def inputs(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def outputs_of_rank(checkpoints: dict[str, str]) -> dict[str, tuple[torch.Tensor, int, list[torch.Size]]]:
-    """Of every network: what this rank computes, how many rows it holds of the first qkv weight, and what is summed."""
+    """Return this rank's outputs, its rows of the first qkv weight, and its sums."""
     outputs, summed = {}, []
     all_reduce = torch.distributed.all_reduce
 
@@ -100,7 +100,7 @@ def save_shares(network: torch.nn.Module, folder: Path, size: int) -> None:
 def output_and_gradients(
     network: torch.nn.Module, called: tuple[tuple[Tensor, ...], Tensor | None]
 ) -> dict[str, Tensor]:
-    """What a network computes, and the gradient of its adapter's matrices; they come after a dropout."""
+    """Return a network's output, and its adapter's gradients behind a dropout."""
     inputs, ofs = called
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(is_adapter(name))
@@ -117,7 +117,10 @@ def output_and_gradients(
 def adapted_of_rank(
     cases: dict[str, tuple[dict, str, str, Any]], asked: tuple[str, str, str]
 ) -> tuple[dict, dict, Tensor]:
-    """Of every family, output and gradients of this rank; a new adapter of the first; and the latents of a video."""
+    """Return output and gradients of this rank for every family, and a video's latents.
+
+    The first family has a new adapter.
+    """
     results = {}
     for name, (config, base, adapter, called) in cases.items():
         config["params"]["transformer_args"]["model_parallel_size"] = 2
@@ -147,7 +150,10 @@ def latents(config: str, adapter: str, scale: str, **changes: Any) -> Tensor:
 
 
 def test_adapters_on_two_processes_equal_those_on_one(tmp_path, tiny):
-    """Outputs, gradients, initial values and sampled latents; the adapter is in one file, or of two or four ranks."""
+    """Outputs, gradients, initial values and latents are equal for all adapter files.
+
+    The files are of one, two or four ranks.
+    """
     cases, expected, networks = {}, {}, {}
     for name, size in zip(FAMILIES, (1, 2, 4, 1, 4), strict=True):
         adapted = adapted_network(tmp_path / name, name, alpha=3)

@@ -1,4 +1,4 @@
-"""How the network runs: fused attention without a mask, nothing read back to the host, one graph for the compiler."""
+"""The network runs fused attention without a mask, without host reads, as one graph."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def test_attention_takes_the_fused_kernel():
 
 
 def test_written_out_attention_is_attention():
-    """Its output and its gradients are those of the fused kernel, to float32's precision, which its softmax has."""
+    """Output and gradients equal the fused kernel's, to float32's precision."""
     torch.manual_seed(0)
     tensors = [torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(2, 3, 17, 8, dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_written_out_attention_is_attention():
 
 
 def test_attention_is_written_out_where_that_is_faster():
-    """In bfloat16 on a CPU, with gradients, where the attention weights fit; its gradients are as good as the kernel's.
+    """It is used in bfloat16 on a CPU, with gradients, if the attention weights fit.
 
     "As good": no further than the kernel's own bfloat16 gradients, give or take half, from those in float32.
     """

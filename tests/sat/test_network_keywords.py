@@ -1,4 +1,4 @@
-"""The keywords of the network's `forward`: those of the original, and no others unless a mixin reads them."""
+"""The keywords of the network's `forward` are the original's and the mixins'."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @torch.no_grad()
 def test_an_image_condition_is_joined_on_channels():
-    """The arguments can be given by position too: x, timesteps, context, y, concat_images, ofs."""
+    """Arguments may be positional: x, timesteps, context, y, concat_images, ofs."""
     network, inputs = network_and_inputs("i2v_15")
     expected = network(**inputs)
     x, condition = inputs["x"].chunk(2, dim=2)

@@ -1,4 +1,4 @@
-"""Engines and samplers that are written for the original's signatures take the places of ours."""
+"""Engines and samplers with the original's signatures work in place of ours."""
 
 import pytest
 import torch

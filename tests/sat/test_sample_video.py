@@ -1,4 +1,4 @@
-"""The sampling command, from prompts to files: every family and option, and that a mistake loses nothing."""
+"""The sampling command, from prompts to files: every family, option and mistake."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def run_process(*command: str) -> subprocess.CompletedProcess:
 
 
 def files(folder: Path) -> list[Path]:
-    """Return all files but the records of videos, which tests/configuration/test_video_records.py is about."""
+    """Return all files except records, which configuration/test_video_records.py tests."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json")
 
 
@@ -160,7 +160,10 @@ def test_processes_share_the_prompts_and_make_the_same_videos(tiny, tmp_path, ba
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_processes_share_one_network_and_one_vae(tiny, tmp_path, base_videos):
-    """Two processes hold half of the network each and decode half of each clip; sums run in another order there."""
+    """Two processes have half of the network each and decode half of each clip.
+
+    Sums run in another order there.
+    """
     sharing = {"first_stage_config": {"params": {"cp_size": 2}}}
     config = tiny.variant("5b", tmp_path / "5b.yaml", model=sharing)
     arguments = command(config, tmp_path, TWO_PROMPTS, "--model_parallel_size", "2")
@@ -228,8 +231,10 @@ def test_awkward_prompts_give_safe_names_and_warnings(tiny, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_pictures_show_all_videos_old_and_new(tiny, tmp_path, caplog):
-    """The sheet has a row, and the folder a preview, for a video that was there before too; the prompt file is read
-    once, so that what is odd about it is said once."""
+    """The sheet has a row and the folder a preview for an existing video too.
+
+    The prompt file is read once, so that its warnings appear once.
+    """
     size = ["--sampling_image_size", "64", "96"]  # the reader of videos takes no narrower ones
     assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS[:1], *size)) == 0
     caplog.clear()
@@ -383,7 +388,7 @@ def test_unforeseen_errors_are_shown_with_where_they_happened(tiny, tmp_path, mo
 
 @pytest.mark.slow
 def test_a_network_that_is_not_finite_ends_its_video_at_once(tiny, tmp_path, monkeypatch, caplog):
-    """The video ends at the first step, and the message says what to do; the other video is made."""
+    """The video ends at the first step with advice; the other video is made."""
     from diffusion_video import SATVideoDiffusionEngine
 
     sample, steps = SATVideoDiffusionEngine.sample, []

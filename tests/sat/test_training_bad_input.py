@@ -1,4 +1,4 @@
-"""What stands in the way of a training run: one line that says what, exit code 2, nothing lost that was there."""
+"""Mistakes in training are one line and exit code 2, and nothing is lost."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ def clips(tmp_path_factory):
 
 
 def failure(caplog, config, *flags: str) -> str:
-    """The one line of a run that fails."""
+    """Return the error line of a run."""
     caplog.clear()
     assert main(["--base", str(config), *flags]) == 2
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -81,7 +81,7 @@ def test_fewer_clips_than_a_batch(tmp_path, tiny, clips, caplog):
 
 @pytest.mark.slow
 def test_losses_that_are_not_finite_stop_a_run_and_leave_the_weights(tmp_path, tiny, clips, caplog):
-    """With a learning rate beyond all measure the first step spoils the weights; no later one is made."""
+    """A very high learning rate spoils the weights in the first step; no later step runs."""
     settings = {"warmup": 0.0, "save_interval": 1, "train_iters": 20, "max_skipped_steps": 3}
     optimizer = {"optimizer": {"params": {"lr": 1e38}}}
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, deepspeed=optimizer, **settings)
@@ -297,7 +297,7 @@ def test_a_damaged_run_is_one_line_and_stays_as_it_is(tmp_path, adapter_run, cap
 
 
 def test_damaged_notes_of_a_run_do_not_stop_it(tmp_path, adapter_run):
-    """What a run only adds to, or only compares with."""
+    """Such files are only appended to, or only compared."""
     config, whole = adapter_run
     run = shutil.copytree(whole, tmp_path / "runs" / whole.name)
     victim = tmp_path / "victim"

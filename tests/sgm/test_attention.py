@@ -129,7 +129,7 @@ def test_additional_tokens_take_part_and_are_not_returned():
 
 @pytest.fixture
 def xformers(monkeypatch):
-    """A package of that name with the documented layout (b, n, heads, d), which counts its calls."""
+    """Return a package `xformers` of layout (b, n, heads, d) that counts its calls."""
     package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
     ops.calls = 0
 
@@ -191,7 +191,7 @@ def test_on_cuda_both_kinds_agree_with_the_cpu(dtype):
 
 
 def saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
-    """What a forward pass keeps for the backward pass, parameters included."""
+    """Return the bytes that a forward pass keeps for the backward pass, with parameters."""
     sizes = {}
 
     def keep(x: Tensor) -> Tensor:

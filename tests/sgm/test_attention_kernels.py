@@ -1,4 +1,4 @@
-"""Each kernel computes what it supports; the rest goes to the one that it names, and what is left is an error."""
+"""Each kernel computes supported tensors; others go to the next, or are an error."""
 
 import copy
 import pickle
@@ -123,7 +123,7 @@ def test_a_registered_kernel_serves_by_its_name(registry):
 
 
 def test_names_of_configurations(registry):
-    """What is chosen by a network itself is none of them."""
+    """Kernels that a network chooses itself are not among the names."""
     register(AttentionKernel("mine", attend))
     for unknown in ("flash", WRITTEN_OUT.name, None, 3, []):
         with pytest.raises(UserError) as error:

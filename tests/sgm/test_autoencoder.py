@@ -1,4 +1,4 @@
-"""The engines that train autoencoders: the reference numbers, training in turns, weights and settings."""
+"""Engines that train autoencoders: reference numbers, turns, weights and settings."""
 
 import copy
 from typing import Any
@@ -94,7 +94,7 @@ def test_training_brings_reconstructions_closer(target):
 
 
 def test_autoencoder_and_discriminator_take_turns():
-    """The one whose turn it is not neither moves nor collects a gradient."""
+    """The idle one neither moves nor collects a gradient."""
     engine = build(disc_start_iter=2, optimizer_config=SGD)
     seen = []
 
@@ -146,7 +146,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_gradients_are_clipped_by_their_norm(precision):
-    """That of the loss itself, also where the loss is scaled up for the backward pass."""
+    """The clipped norm is that of the loss itself, also with a scaled backward pass."""
     options: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":
         options = {"plugins": [MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}
@@ -197,7 +197,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 
 def test_a_resumed_run_follows_the_schedule_of_its_own_configuration(tmp_path):
-    """Two steps along a line to zero at step 2, then four more along one to zero at step 8, from twice the rate."""
+    """Two steps of a line to zero at step 2, then four of one to zero at step 8.
+
+    The second starts from twice the rate.
+    """
 
     def new(rate: float, length: int) -> AutoencodingEngine:
         line = {"warm_up_steps": [0], "f_start": [1.0], "f_max": [1.0], "f_min": [0.0], "cycle_lengths": [length]}
@@ -284,7 +287,10 @@ def test_training_without_what_it_needs_is_refused():
 
 
 def test_weights_from_files(tmp_path):
-    """Of an autoencoder alone, in two formats, and of a run of Lightning; the discriminator is left as it is."""
+    """Weights load from an autoencoder's file, in two formats, and from Lightning's.
+
+    The discriminator is left as it is.
+    """
     source = build(optimizer_config=SGD, ema_decay=0.5)
     fit(source, batches(2), steps=2).save_checkpoint(tmp_path / "run.ckpt")
     torch.save({"state_dict": source.coder_state_dict(ema=False)}, tmp_path / "vae.pt")
@@ -326,7 +332,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_a_file_that_fits_in_part(tmp_path, caplog):
-    """Each entry that fits is taken with `strict: false`, and the log names every other one and why."""
+    """With `strict: false` fitting entries are loaded, and the log names all others."""
     config = image_config()
     other = copy.deepcopy(config)
     other["params"]["decoder_config"]["params"] |= {"ch_mult": [1, 2]}
@@ -522,7 +528,7 @@ def test_images_to_look_at():
 
 
 def test_regularizer_parameters_are_trained():
-    """A codebook, for one, is trained with the autoencoder, averaged, and part of what is exported."""
+    """A codebook is trained with the autoencoder, averaged and exported."""
     config = image_config()
     config["params"]["encoder_config"]["params"] = {**config["params"]["encoder_config"]["params"], "double_z": False}
     config["params"] |= {

@@ -1,4 +1,4 @@
-"""On several processes an autoencoder learns what it would on one: clips spread over them, or a clip for each."""
+"""Several processes train an autoencoder like one: on shared clips, or one clip each."""
 
 import itertools
 import os
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def on_ranks():
-    """What each rank has from `work_of_a_rank`; all at once, since processes take long to start."""
+    """Return the results of `work_of_a_rank`, all at once, since processes start slowly."""
     return run_distributed(work_of_a_rank, RANKS)
 
 
@@ -79,7 +79,7 @@ def batch(frames: int, rank: int | None = None, clips: int = 1) -> dict[str, Any
 
 
 def first_share(frames: int) -> int:
-    """Of 4k+1 frames; rank 0 has the larger half of the k+1 latent frames."""
+    """Return rank 0's share of 4k+1 frames, the larger half of k+1 latent frames."""
     return 4 * ((frames // 4 + 2) // 2) - 3
 
 
@@ -91,7 +91,10 @@ def gradients_of_shares(
 
 
 def loss_and_gradients(engine: VideoAutoencodingEngine, batch: dict[str, Any], turn: int) -> dict[str, Tensor]:
-    """The loss, what it logs, and all gradients; those of encoder and decoder added up over the ranks."""
+    """Return the loss, its log and all gradients.
+
+    Gradients of encoder and decoder are summed over the ranks.
+    """
     loss, log = engine.compute_loss(batch, turn)
     loss.backward()
     results = {"loss": loss.detach(), **log}
@@ -130,7 +133,7 @@ def gradients_of_one_process(frames: int, gather_norm: bool, turn: int) -> dict[
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_loss_and_gradients_equal_one_process(on_ranks):
-    """For images and 9 and 17 frames, with and without gather_norm, in all ways to split input, latent and output."""
+    """They are equal for images, 9 and 17 frames, all norms, and all ways to split."""
     expected = {}
     for index, (frames, gather_norm, _, turn) in enumerate(CASES):
         if (frames, gather_norm, turn) not in expected:
@@ -162,7 +165,7 @@ def test_validation_and_videos_to_look_at_are_of_whole_clips(on_ranks):
 
 
 def sgd(lr: float) -> dict[str, Any]:
-    """Which, unlike Adam, makes no steps of rounding."""
+    """Return SGD, which, unlike Adam, does not turn rounding errors into steps."""
     return {"optimizer_config": {"target": "torch.optim.SGD", "params": {"lr": lr}}}
 
 
@@ -170,7 +173,7 @@ SETTINGS = {"disc_start_iter": 2, "accumulate_grad_batches": 2, "ema_decay": 0.9
 
 
 def train_on_shares(rank: int | None) -> dict[str, Tensor]:
-    """The weights after steps on a mixture of images and clips, of which each rank has its frames."""
+    """Return the weights after steps on images and clips, with each rank's frames."""
     splits, options = NONE, {}
     if rank is not None:
         splits, options = ALL, {"strategy": "ddp_find_unused_parameters_true", "devices": RANKS}
@@ -198,7 +201,7 @@ def train_on_clips(rank: int | None) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "train"), [("training", train_on_shares), ("a clip each", train_on_clips)])
 def test_training_steps_equal_one_process(on_ranks, name, train):
-    """Four of them, each of two batches, by Lightning and DDP: how the weights and their averages have changed."""
+    """Four steps of two batches change weights and averages alike, by Lightning and DDP."""
     expected, start = train(None), build(True, ema_decay=0.9).state_dict()
     for part in ("encoder.", "decoder.", "loss.discriminator.", "loss.logvar", "model_ema."):
 
@@ -216,7 +219,7 @@ def test_training_steps_equal_one_process(on_ranks, name, train):
 
 
 def misuse() -> list[str]:
-    """What is said to whoever asks for the impossible."""
+    """Return the errors of impossible settings."""
     messages = []
     try:
         fit(build(True, **sgd(1e-6)), [batch(5)], steps=1, strategy="ddp", devices=RANKS)

@@ -40,7 +40,7 @@ class Plain(nn.Module):
 
 
 class Named(nn.Module):
-    """A loss with `forward_keys`: it gets these values only and returns a pair; its log may hold Python's numbers."""
+    """A loss with `forward_keys` that returns a pair; its log may have Python's numbers."""
 
     forward_keys = ("z", "autoencoder", "global_step", "split")
 
@@ -168,7 +168,10 @@ def test_pictures_of_the_loss_are_shown():
 
 
 def test_entries_of_the_batch_reach_the_decoder():
-    """The decoder gets what `additional_decode_keys` names, in training, validation and pictures, if a batch has it."""
+    """The decoder gets the batch's `additional_decode_keys` everywhere.
+
+    These are training, validation and pictures.
+    """
     params = {"decoder_config": {"target": f"{HERE}.Scaled", "params": {"channels": 4}}}
     assert build("torch.nn.MSELoss", additional_decode_keys="gain").additional_decode_keys == {"gain"}
     engine = build("torch.nn.MSELoss", additional_decode_keys=["gain", "shift"], **params)

@@ -1,4 +1,4 @@
-"""A clip spread over several processes is encoded and decoded, and differentiated, as in one process."""
+"""A clip on several processes is encoded, decoded and differentiated as on one."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from support import Reference, assert_close
 
 @pytest.fixture(scope="module", autouse=True)
 def threads():
-    """`encode_and_decode` and the others, called for what one process makes, limit the threads."""
+    """Limit the threads, as in the other processes, when one process computes."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -41,7 +41,7 @@ def latent(frames: int) -> torch.Tensor:
 
 
 def encode_and_decode(cp_size: int, encoded: list[int], decoded: list[int], streamed: list[int]) -> dict:
-    """What the autoencoder makes of whole clips; every rank is given, and returns, all frames."""
+    """Return the autoencoder's results for whole clips; every rank gets and returns all."""
     torch.set_num_threads(1)
     vae = build_vae(cp_size)
     results = {}
@@ -67,7 +67,9 @@ def encode_and_decode(cp_size: int, encoded: list[int], decoded: list[int], stre
 
 
 def gradients(cp_size: int, frames: int) -> dict:
-    """Gradients of (moments * cotangent).sum() + (decoded * cotangent).sum(), of parameters and inputs.
+    """Return the gradients of (moments * cotangent).sum() + (decoded * cotangent).sum().
+
+    They are those of parameters and inputs.
 
     The ranks take and give their own frames; parameters' gradients are summed over the ranks.
     """

@@ -1,4 +1,4 @@
-"""Scalings and weightings against the recorded reference numbers; denoiser, wrapper and helpers by their formulas."""
+"""Scalings and weightings equal reference numbers; denoiser and wrapper their formulas."""
 
 import math
 import shutil
@@ -50,7 +50,7 @@ def test_weighting_gives_the_reference_numbers(name):
 
 
 def test_denoiser_combines_input_and_network():
-    """D = c_skip·x + c_out·network(c_in·x), each sample at its own level; extra inputs reach the network."""
+    """D = c_skip·x + c_out·network(c_in·x) per sample; extra inputs reach the network."""
     calls = []
     denoiser = Denoiser(EPS_WEIGHTING, scaling("EDMScaling"))
     x, sigma = seeded_input("x", (2, 3, 4, 4)), torch.tensor([0.3, 5.0])
@@ -78,7 +78,7 @@ def test_discrete_denoiser_snaps_to_its_table():
 
 @pytest.mark.parametrize("quantize", [True, False])
 def test_quantize_c_noise(quantize):
-    """With it the network is told the index of the snapped σ, without it the scaling's c_noise."""
+    """The network gets the index of the snapped σ, or without it the scaling's c_noise."""
     calls = []
     denoiser = DiscreteDenoiser(EPS_WEIGHTING, scaling("EpsScaling"), 1000, LEGACY, quantize_c_noise=quantize)
     table = LegacyDDPMDiscretization()(1000, do_append_zero=False, flip=True)
@@ -120,7 +120,7 @@ class RecordingNetwork(nn.Module):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (2, 4, 5, 6)])
 def test_wrapper_lays_out_the_arguments(shape):
-    """Channels are concatenated, everything computes in the network's dtype, and float32 comes back."""
+    """Channels are concatenated, the network's dtype is used, and float32 is returned."""
     wrapper = OpenAIWrapper(RecordingNetwork()).to(torch.bfloat16)
     x, timesteps, context, vector = torch.randn(shape), torch.tensor([3, 999]), torch.randn(2, 7, 8), torch.randn(2, 5)
     cond = {"crossattn": context, "vector": vector, "concat": torch.ones(shape)}
@@ -143,7 +143,7 @@ def test_wrapper_takes_an_explicit_dtype():
 
 
 def test_compiled_wrapper_keeps_names_and_numbers(monkeypatch):
-    """Names in the state dict are those of an uncompiled network, and its forward goes through torch.compile."""
+    """Names in the state dict do not change, and the forward pass uses torch.compile."""
     compiled = []
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(nn.Module, "compile", lambda module, *args, **kwargs: compiled.append(module))

@@ -1,4 +1,4 @@
-"""The autoencoder's loss is that of its equations, on one process and on several, and trains autoencoders."""
+"""The autoencoder's loss equals its equations, on one process and on several."""
 
 from pathlib import Path
 
@@ -350,7 +350,7 @@ class ToyDecoder(nn.Module):
 
 
 def step_of_a_toy(shares: list[int] | None, gathered: bool, kind: str, backbone: Path) -> dict:
-    """Loss, log and gradients of both steps; the frames are dealt out over the processes by `shares`, if any."""
+    """Return loss, log and gradients of both steps; `shares` divide the frames."""
     torch.set_num_threads(1)
     group = None if shares is None else dist.group.WORLD
     decoder = ToyDecoder()
@@ -395,7 +395,7 @@ def steps_of_a_toy(backbone: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def two_processes(backbone) -> list[tuple[dict, dict]]:
-    """What each of two processes makes of each of `SPLITS`."""
+    """Return the results of each of two processes for each of `SPLITS`."""
     return list(zip(*run_distributed(steps_of_a_toy, 2, backbone), strict=True))
 
 
@@ -421,7 +421,7 @@ def test_two_processes_that_share_a_clip_have_the_loss_and_the_gradient_of_one(s
 
 @pytest.mark.parametrize("kind", ["2d", "3d"])
 def test_pictures_of_what_the_discriminator_sees(kind):
-    """Green where patches look real, magenta where they do not, at their places and on one scale."""
+    """Real-looking patches are green, others magenta, in place and on one scale."""
     loss_fn = build(dims=3, discriminator_config=DISCRIMINATORS[kind])
     loss_fn.discriminator.forward = lambda x: -8 * F.avg_pool2d(x[:, :1].flatten(2).unflatten(2, x.shape[-2:]), 8)
     if kind == "3d":

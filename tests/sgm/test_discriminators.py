@@ -1,4 +1,4 @@
-"""Patch discriminators see the patches that they should, for every size and number of frames, and start as DCGAN's."""
+"""Patch discriminators see the right patches for every size, and start like DCGAN's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Adam with averaged weights: against its formulas in float64, against PyTorch's own, and when it is interrupted."""
+"""Adam with averaged weights equals its formulas, PyTorch's Adam, and resumes."""
 
 import copy
 
@@ -110,7 +110,7 @@ def test_weights_are_those_of_adamw():
 
 
 def test_parameters_may_take_turns():
-    """Each call sees one parameter alone, as under ZeRO-3, yet the result is that of all at once."""
+    """Calls with one parameter each, as under ZeRO-3, equal one call with all."""
     together, apart = parameters(), parameters()
     train(EmaAdam(together, **SETTINGS), together, range(6))
     optimizer = EmaAdam(apart, **SETTINGS)

@@ -1,4 +1,4 @@
-"""Two processes that have a half of guidance each come to what one process does, to the bit."""
+"""Two processes with half of guidance each equal one process, to the bit."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The small functions that other code imports from `sgm.util`, and the names of whole packages."""
+"""The small functions that other projects import from `sgm.util`, and package names."""
 
 import subprocess
 import sys

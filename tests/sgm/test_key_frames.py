@@ -1,4 +1,4 @@
-"""Which frames a network is told in training follows from weights and each sample's own seed."""
+"""The conditioning frames in training follow from weights and each sample's seed."""
 
 import pytest
 import torch

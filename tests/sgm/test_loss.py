@@ -1,4 +1,4 @@
-"""The training losses against formulas written by hand, their random numbers, and what groups of processes share."""
+"""The training losses equal formulas; their random numbers follow process groups."""
 
 import math
 
@@ -69,7 +69,10 @@ def video_loss(seed=0, clean=None, batch=None, **params):
 
 @pytest.mark.parametrize("min_snr_value", [None, 5.0])
 def test_video_loss_and_its_gradient(min_snr_value):
-    """mean(w·(D − x0)²) with D = a·x − s·θ·x, w = 1/s² or at most min_snr_value; ∂/∂θ likewise by hand."""
+    """mean(w·(D − x0)²) with D = a·x − s·θ·x, w = 1/s² or at most min_snr_value.
+
+    ∂/∂θ is computed by hand too.
+    """
     loss, clean, network = video_loss(min_snr_value=min_snr_value)
     loss.sum().backward()
 
@@ -182,7 +185,7 @@ def test_discrete_sampling_is_uniform_and_takes_given_indices():
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_partial_sampling_draws_the_first_levels_of_the_whole_table(flip):
-    """All of the first 250 indices are drawn evenly, and the levels are those of the table of 1000."""
+    """The first 250 indices are drawn evenly, with the levels of the table of 1000."""
     sampler = PartialDiscreteSampling(ZERO_SNR, 1000, 250, False, flip)
     whole = DiscreteSampling(ZERO_SNR, num_idx=1000, flip=flip)
     torch.manual_seed(0)
@@ -234,7 +237,10 @@ def test_levels_are_undivided_within_a_block(monkeypatch):
 
 @pytest.mark.parametrize("uniform_share", [0.0, 0.3, 1.0])
 def test_logit_normal_sampling(uniform_share):
-    """Quartiles of a normal are 0.6745 standard deviations from its mean; the rest of the samples are uniform."""
+    """Quartiles of a normal are 0.6745 standard deviations from its mean.
+
+    The other samples are uniform.
+    """
     sampler = LogitNormalSampling(ZERO_SNR, num_idx=1000, loc=1.0, scale=0.5, uniform_share=uniform_share)
     torch.manual_seed(0)
     levels, idx = sampler(100000, return_idx=True)
@@ -248,7 +254,7 @@ def test_logit_normal_sampling(uniform_share):
 
 
 def test_processes_share_a_logit_normal_out(monkeypatch):
-    """Each draws from an equal part of the distribution, and together they draw from all of it."""
+    """Each process draws from an equal part of the distribution, together from all of it."""
     sampler = LogitNormalSampling(ZERO_SNR, num_idx=1000, loc=1.0, scale=0.5, uniform_sampling=True)
     torch.manual_seed(0)
     monkeypatch.setattr(sigma_sampling, "group_size", lambda group: 2)
@@ -268,7 +274,7 @@ def test_logit_normal_mistakes():
 
 @pytest.mark.parametrize(("processes", "group_num", "groups"), [(8, 0, 8), (16, 0, 8), (3, 0, 1), (8, 4, 4), (1, 0, 1)])
 def test_uniform_sampling_stratifies_over_processes(monkeypatch, processes, group_num, groups):
-    """Equal numbers of processes draw from each of `groups` equal shares; together they are uniform."""
+    """Equal numbers of processes draw from each of `groups` shares; together uniformly."""
     sampler = DiscreteSampling(ZERO_SNR, num_idx=1000, uniform_sampling=True, group_num=group_num)
     torch.manual_seed(0)
     drawn = []
@@ -292,7 +298,7 @@ def test_impossible_number_of_groups(monkeypatch):
 
 
 def losses_with_and_without_a_group():
-    """In one of several processes: its losses with a model-parallel group of all and without, and its timesteps."""
+    """Return this process's losses with and without a model-parallel group, and timesteps."""
     loss_fn = VideoDiffusionLoss(discrete(uniform_sampling=True))
     clean = torch.zeros(2, 1, 2, 3, 3)
 
@@ -311,14 +317,14 @@ def losses_with_and_without_a_group():
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_processes_share_what_their_groups_say():
-    """A model-parallel group has one noise and one timestep a sample; a data-parallel one splits the timesteps."""
+    """A model-parallel group shares noise and timesteps; a data-parallel one splits them."""
     (alone0, shared0, range0), (alone1, shared1, range1) = run_distributed(losses_with_and_without_a_group, 2)
     assert shared0 == shared1 and alone0 != alone1
     assert (range0, range1) == ((0, 500), (500, 1000))
 
 
 def test_fixed_frames_are_clean_and_count_for_nothing():
-    """The network sees them clean, its error is the mean over the others, and no gradient comes from them."""
+    """Fixed frames are clean, do not count in the error, and have no gradient."""
     clean, seen = torch.randn(2, 4, 3, 2, 2), []
     clean.requires_grad_()
 

@@ -1,4 +1,4 @@
-"""LPIPS is torchmetrics' network on the weights of a file, out of the sight of optimizers and checkpoints."""
+"""LPIPS is torchmetrics' network on a file's weights, hidden from optimizers."""
 
 import pickle
 from pathlib import Path
@@ -224,7 +224,7 @@ def test_the_other_path_gives_the_same_class():
 
 
 class Upsampler(nn.Module):
-    """A decoder of latents (n, 4, h, w) to images of twice the size; of its encoder only the existence matters."""
+    """A decoder of latents (n, 4, h, w) to images of twice the size, with some encoder."""
 
     def __init__(self):
         super().__init__()

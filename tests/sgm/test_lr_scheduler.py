@@ -1,4 +1,4 @@
-"""The schedules give the reference values, drive torch's LambdaLR, and go on past their last cycle."""
+"""The schedules equal reference values, drive LambdaLR, and continue past their end."""
 
 import io
 import json

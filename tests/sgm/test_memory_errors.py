@@ -1,4 +1,4 @@
-"""Memory that is full is recognised in every way that libraries say it, and becomes one line."""
+"""Full memory is recognized in every library's form, and becomes one line."""
 
 import errno
 import logging

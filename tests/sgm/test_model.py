@@ -1,4 +1,4 @@
-"""The 2D encoder and decoder give the reference numbers and agree with diffusers, an independent implementation."""
+"""The 2D encoder and decoder equal the reference numbers and diffusers."""
 
 import pytest
 import torch

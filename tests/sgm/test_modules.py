@@ -1,4 +1,4 @@
-"""Text embeddings against the recorded reference numbers, and the rules of the conditioner."""
+"""Text embeddings equal the reference numbers; the conditioner follows its rules."""
 
 import logging
 import re
@@ -42,7 +42,7 @@ IDENTITY = {"target": "sgm.modules.encoders.modules.IdentityEncoder"}
 
 @pytest.mark.parametrize("seeded", [False, True])
 def test_embeddings_that_samples_lose_together(seeded):
-    """Each combination is drawn with its probability; an embedder outside the combinations has its own rate."""
+    """Each combination has its probability; an embedder outside of it has its own rate."""
     count = 4000
     configs = [{**IDENTITY, "input_key": key, "ucg_rate": 0.5} for key in ("a", "b", "c")]
     conditioner = GeneralConditioner(configs, [2, 0], [0.1, 0.2, 0.0, 0.7])
@@ -99,7 +99,7 @@ def conditioner_of(*configs, monkeypatch):
 
 
 def test_dropout_zeroes_whole_samples(monkeypatch):
-    """A dropped sample's embedding is zero; the draws are bernoulli(1 − rate), one a sample, whatever the mode."""
+    """A dropped sample's embedding is zero, by bernoulli(1 − rate) per sample, in any mode."""
     config = {"target": "Scaled", "input_key": "x", "ucg_rate": 0.3}
     conditioner = conditioner_of(config, monkeypatch=monkeypatch).eval()
     x = torch.randn(2000, 3, 2)
@@ -150,7 +150,7 @@ def test_precomputed_embeddings_are_dropped_as_texts_are():
 
 
 def test_kinds_follow_rank_or_output_key(monkeypatch):
-    """Embeddings of one kind are concatenated on features, or on channels for images and videos."""
+    """Embeddings of one kind are concatenated on features, or on channels for images."""
     conditioner = conditioner_of(
         {"target": "Scaled", "input_key": "vector"},
         {"target": "Scaled", "input_key": "tokens"},

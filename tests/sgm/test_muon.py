@@ -1,4 +1,4 @@
-"""Muon: matrices step along orthogonal directions, vectors as by PyTorch's Adam, and both learn."""
+"""Muon moves matrices along orthogonal directions and vectors like PyTorch's Adam."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_the_first_step_of_a_kernel_is_that_of_its_matrix():
 
 
 def test_untrained_taps_stay_as_they_are():
-    """What has no gradient in a kernel gets no update either, so images can train one tap alone."""
+    """Taps without a gradient get no update, so that images can train one tap alone."""
     kernel = nn.Parameter(seeded_input("kernel", (8, 4, 3, 3, 3), 0))
     start = kernel.detach().clone()
     optimizer = Muon([kernel], lr=0.1)

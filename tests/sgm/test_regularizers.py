@@ -1,4 +1,4 @@
-"""Quantizers give codes of their codebooks with straight-through gradients, train, and agree over processes."""
+"""Quantizers give their codes with straight-through gradients, and agree over processes."""
 
 import itertools
 import math
@@ -86,14 +86,14 @@ def test_gradient_passes_straight_through(name):
 
 
 def test_fsq_gradient_is_that_of_its_bound():
-    """The levels lie within a tanh, whose slope the gradient has: for 5 levels that of 1.001 tanh."""
+    """Levels are bounded by a tanh, whose slope is the gradient: for 5 levels 1.001 tanh."""
     z, upstream = torch.randn(2, 2, 3, 3, requires_grad=True), torch.randn(2, 2, 3, 3)
     (FSQ([5, 5])(z)[0] * upstream).sum().backward()
     assert_close(z.grad, upstream * 1.001 * (1 - z.tanh().square()), 1e-5)
 
 
 def test_precision_is_float32_inside(quantizer):
-    """Latents of low precision come back in it, penalties are float32: under autocast, and with such weights."""
+    """Low-precision latents keep their dtype, penalties are float32, also under autocast."""
     z = torch.randn(3, 4, 5)
     with torch.autocast("cpu", torch.bfloat16):
         latent, log = quantizer(z.bfloat16())
@@ -225,7 +225,7 @@ def test_ema_codebook_is_resumed_exactly():
 
 
 def trained_on(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The codebook after steps on this process's share of each batch; and the gradient of LFQ's penalty, summed."""
+    """Return the codebook after steps on this process's share, and LFQ's gradient summed."""
     import torch.distributed as dist
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -281,7 +281,7 @@ TRAINED = {  # with the weight of the penalties
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_video_autoencoder_trains_with_each_quantizer(name, shapes):
-    """In seconds the reconstruction loss falls to a fraction, while more than a handful of codes stay in use."""
+    """The reconstruction loss falls to a fraction in seconds, with many codes in use."""
     regularizer, weight = TRAINED[name]
     vae = VideoAutoencoderInferenceWrapper(
         encoder_config={"target": "vae_modules.cp_enc_dec.ContextParallelEncoder3D", "params": SMALL_PARTS},

@@ -79,7 +79,7 @@ def test_without_guidance_the_network_sees_the_conditional_batch_alone(name, sch
 
 @pytest.mark.parametrize("name", VIDEO_SAMPLERS)
 def test_guidance_of_weight_one_changes_nothing(name):
-    """`scale=1` and a missing unconditional conditioning turn guidance off, and agree with u + 1·(c − u)."""
+    """`scale=1` and a missing unconditional conditioning equal u + 1·(c − u)."""
     noise, cond, uncond = inputs(VIDEO)
     samples = []
     for arguments in ({"uc": uncond, "scale": 1}, {}, {"uc": uncond, "scale": torch.ones(2)}):
@@ -107,7 +107,7 @@ def test_scale_of_a_call_replaces_the_guiders():
 @pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
 @pytest.mark.parametrize("num_steps", [1, 2, 1000])
 def test_any_number_of_steps(name, schedule, num_steps):
-    """From one step to every timestep of the schedule, and the call's number wins over the configured one."""
+    """One step up to every timestep works, and the call's number has priority."""
     network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
     x = seeded_input("noise", (2, 1, 1, 2, 2))
     cond = {"crossattn": seeded_input("cond", (2, 3, 4))}
@@ -123,7 +123,7 @@ def test_any_number_of_steps(name, schedule, num_steps):
 
 @pytest.mark.parametrize(("name", "schedule"), [pair for pair in EVERY_COMBINATION if pair[0] in NOISELESS])
 def test_samplers_solve_the_probability_flow(name, schedule):
-    """For data N(0, d²) the flow is linear: noise x of level (a, s) becomes x·d/sqrt(a²d² + s²)."""
+    """For data N(0, d²) noise x of level (a, s) becomes x·d/sqrt(a²d² + s²)."""
     d = 0.5
 
     def ideal_video(x, alpha, cond, **model_inputs):
@@ -147,7 +147,7 @@ def test_samplers_solve_the_probability_flow(name, schedule):
 
 @pytest.mark.parametrize("name", VIDEO_SAMPLERS + SIGMA_SAMPLERS)
 def test_samples_depend_on_their_own_generator_alone(name):
-    """Two samples with a generator each are the two samples taken one by one, and the global generator is not used."""
+    """Two samples with own generators equal single samples; the global one is unused."""
     schedule = "zerosnr" if name in VIDEO_SAMPLERS else "edm"
     sampler, denoiser = make_sampler(name, schedule, guider_config=VANILLA), make_denoiser(name, schedule)
     noise, cond, uncond = inputs(VIDEO)
@@ -178,7 +178,7 @@ def test_a_generator_draws_as_the_global_one_does():
 
 
 def test_what_the_network_is_told():
-    """`ofs` and `scale_emb` reach every sample of the doubled batch, `idx` is the timestep; nothing else is passed."""
+    """`ofs` and `scale_emb` reach the whole doubled batch, `idx` is the timestep."""
     network = CountingNetwork(video_network)
     noise, cond, uncond = inputs(VIDEO)
     sampler = make_sampler("VPODEDPMPP2MSampler", guider_config=VANILLA)
@@ -207,7 +207,7 @@ class NoTransfers(TorchDispatchMode):
 @pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
 @pytest.mark.parametrize("generator", [False, True])
 def test_the_loop_never_waits_for_the_device(name, schedule, generator):
-    """Tensors without values run through it: nothing in it reads one, and all stays on the device of `x`."""
+    """Tensors without values run through it, so that nothing reads a value."""
     dynamic = {"target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": 5}}
     sampler, denoiser = make_sampler(name, schedule, guider_config=dynamic), make_denoiser(name, schedule)
     generator = torch.Generator().manual_seed(0) if generator else None
@@ -219,7 +219,7 @@ def test_the_loop_never_waits_for_the_device(name, schedule, generator):
 
 
 def test_dynamic_guidance_weight():
-    """1 + scale·(1 − cos(π·(k/n)^exp))/2 with k = n − timestep, or with the share of steps done."""
+    """1 + scale·(1 − cos(π·(k/n)^exp))/2 with k = n − timestep, or the share of steps."""
     denoised = torch.cat([torch.zeros(1, 4), torch.ones(1, 4)])
     k, n = 50 - 979, 50
     by_timestep = DynamicCFG(scale=6, exp=5, num_steps=n)(denoised, None, step_index=k, progress=0.5)
@@ -233,7 +233,7 @@ def test_dynamic_guidance_weight():
 
 
 def test_dynamic_guidance_counts_as_diffusers_does():
-    """(n − timestep)/n for the n steps of the call, where "timestep" keeps to the configured number of steps."""
+    """(n − timestep)/n for the call's n steps; "timestep" uses the configured number."""
     schedule = "zerosnr"
     seen: dict[str, list[float]] = {}
     for count in ("timestep", "diffusers"):
@@ -253,7 +253,7 @@ def test_dynamic_guidance_counts_as_diffusers_does():
 
 @pytest.mark.parametrize("name", ["VPSDEDPMPP2MSampler", "VideoDDIMSampler", "HeunEDMSampler"])
 def test_guidance_in_an_interval_of_the_steps(name):
-    """Outside of it the network sees the conditional batch alone; the whole interval changes nothing to the bit."""
+    """Outside of it only the conditional batch runs; the whole interval changes nothing."""
     schedule = "zerosnr" if name in VIDEO_SAMPLERS else "edm"
 
     def sample(interval=None, guider=VANILLA):
@@ -282,7 +282,7 @@ def test_an_interval_that_is_none(interval):
 
 @pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
 def test_a_callback_sees_the_estimate_of_each_step_and_the_last_one_is_near_the_sample(name, schedule):
-    """It costs nothing: the network runs as often, and what is told is the tensor that the sampler has."""
+    """The network runs as often, and the callback gets the sampler's own tensor."""
     seen, plain, counts = [], [], []
     for callback in (lambda step, steps, denoised: seen.append(denoised), lambda step, steps: plain.append(step)):
         network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
@@ -296,7 +296,7 @@ def test_a_callback_sees_the_estimate_of_each_step_and_the_last_one_is_near_the_
 
 
 def test_churn_and_ancestral_noise():
-    """With s_churn, or eta > 0, samples differ by seed; with eta = 0 the ancestral sampler is Euler's."""
+    """With s_churn or eta > 0 samples depend on the seed; eta = 0 equals Euler's method."""
     noise, cond, _ = inputs(SIGMA)
     samples = {}
     for label, name, options in (
@@ -316,7 +316,7 @@ def test_churn_and_ancestral_noise():
 
 
 def test_ddpm_steps_have_the_mean_and_spread_of_every_level():
-    """If the network knows the clean sample, each x is a draw from N(a·x0, s²), whatever the number of steps."""
+    """With an exact network each x is a draw from N(a·x0, s²), for any number of steps."""
     seen = []
 
     def denoiser(x, alpha, cond, **model_inputs):

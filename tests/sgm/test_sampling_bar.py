@@ -1,4 +1,4 @@
-"""A sampler's progress bar is shown where it is asked for, until something else shows how far a sampler is."""
+"""A sampler's progress bar is shown on request, until something else shows progress."""
 
 from types import SimpleNamespace
 

@@ -18,7 +18,7 @@ def clip_like(noise):
 
 @pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
 def test_strength_is_the_share_of_the_last_steps(name, schedule):
-    """From a clip x0 the loop begins at a·x0 + s·ε of the step where it begins, and tells how far it is of its own."""
+    """The loop begins at a·x0 + s·ε of its first step, and reports its progress from there."""
     noise, cond, _ = inputs(VIDEO)
     clip, told, seen = clip_like(noise), [], []
     sampler, denoiser = make_sampler(name, schedule, num_steps=10), make_denoiser(name, schedule)
@@ -89,7 +89,7 @@ def test_a_prefix_stands_in_every_call_of_the_network(name, noised):
 @pytest.mark.parametrize("name", ["VPSDEDPMPP2MSampler", "VPODEDPMPP2MSampler", "VideoDDIMSampler"])
 @pytest.mark.parametrize("sdedit", [False, True])
 def test_fixed_frames_are_taken_from_the_noise_as_in_the_original(name, sdedit):
-    """The loops of the original, written out: its frames are put in place before each step, and after the last."""
+    """The original's loops set its frames before each step and after the last."""
     noise, cond, _ = inputs(VIDEO)
     prefix = clip_like(noise)[:, :2]
     given = torch.cat((prefix, noise[:, 2:]), dim=1)

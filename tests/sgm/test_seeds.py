@@ -1,4 +1,4 @@
-"""Seeds of items: recorded values, since files and runs of earlier versions depend on them."""
+"""Seeds equal recorded values, since earlier files and runs depend on them."""
 
 from sgm.seeds import derive_seed, hashed_seed, sample_seed
 

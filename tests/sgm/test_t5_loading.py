@@ -1,4 +1,4 @@
-"""The T5 encoder has the numbers that transformers gives it, from any form of its files, and maps what it can."""
+"""The T5 encoder equals transformers', from any form of its files, mapped if possible."""
 
 import json
 import logging

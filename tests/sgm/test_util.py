@@ -1,5 +1,7 @@
-"""A configuration's classes are checked before they are called; a constructor's error is reported with file and key,
-and a mistake of this program keeps its traceback."""
+"""A configuration's classes are checked before calls; errors have file and key.
+
+A mistake of this program keeps its traceback.
+"""
 
 import pytest
 import torch
@@ -171,7 +173,7 @@ def test_a_module_of_the_users_own_that_fails_when_it_is_imported(tmp_path, monk
 
 
 def test_a_class_in_the_place_of_another_is_the_configuration_s_mistake(model):
-    """Both are called with numbers, but another object asks this one for what it does not have."""
+    """Both are called with numbers, but another object uses an attribute that is missing."""
     config, sources = model
     config["denoiser_config"]["params"]["scaling_config"] = {
         "target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization"

@@ -1,4 +1,4 @@
-"""Video transformers and the temporal decoder: they agree with diffusers, and extend the 2D ones in time."""
+"""Video transformers and the temporal decoder equal diffusers and extend the 2D ones."""
 
 import re
 
@@ -69,7 +69,7 @@ def test_images_among_the_frames_take_nothing_from_the_others():
 
 
 def video_transformer(**params) -> SpatialVideoTransformer:
-    """Of 32 channels, with weights for the projections that start at zero too."""
+    """Return a transformer of 32 channels, with random weights for zero projections too."""
     params = {"depth": 2, "ff_in": True, "merge_strategy": "learned", **params}
     return seed_module_(SpatialVideoTransformer(32, 2, 16, **params), skip=["mix_factor"])
 
@@ -277,7 +277,7 @@ def test_autocast_to_bfloat16(time_mode):
 
 
 def moving_squares(clips: int, frames: int, size: int = 8) -> Tensor:
-    """(clips * frames, 1, size, size) in [-1, 1]: a bright square that moves one pixel a frame, and wraps around."""
+    """Return (clips * frames, 1, size, size) in [-1, 1]: a bright square moving one pixel."""
     video = torch.full((clips, frames, 1, size, size), -1.0)
     for clip in video:
         position, step = torch.randint(size, (2,)), torch.randint(-1, 2, (2,))
@@ -290,7 +290,7 @@ def moving_squares(clips: int, frames: int, size: int = 8) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("time_mode", ["conv-only", "attn-only"])
 def test_trains_on_moving_squares_and_uses_the_other_frames(time_mode):
-    """Every other frame is hidden from the encoder, and the loss is taken there: by itself it tells nothing."""
+    """Every other frame is hidden from the encoder, and the loss is taken there."""
     params = {**TINY, "ch_mult": (1,), "num_res_blocks": 0, "in_channels": 1, "out_ch": 1}
     encoder, decoder = Encoder(**params, double_z=False), VideoDecoder(**params, time_mode=time_mode)
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)

@@ -56,7 +56,7 @@ def test_training_brings_reconstructions_closer():
 
 @pytest.mark.parametrize("frames", [1, 5])
 def test_images_can_train_the_last_taps_alone(frames):
-    """With `image_taps: last` the gradients of videos are what they are, and those of images hold for one tap."""
+    """With `image_taps: last` videos keep their gradients, and images train one tap."""
     batch = batches(1, frames)[0]
     gradients = {}
     for taps in ("all", "last"):
@@ -153,7 +153,7 @@ def test_the_input_is_what_the_data_set_gives():
 
 
 def test_a_loader_of_another_layout():
-    """Videos (b, c, t, h, w) under `jpg`, and images (b, c, h, w), train what clips of our own layout train."""
+    """Videos (b, c, t, h, w) under `jpg` and images (b, c, h, w) train the same."""
     ours, theirs = build(), build(input_key="jpg", input_layout="b c t h w")
     batch = batches(1)[0]
     videos = batch["mp4"].transpose(1, 2)
@@ -210,7 +210,7 @@ def test_a_first_stage_from_a_file_that_fits_in_part(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_what_is_exported_is_a_first_stage(tmp_path):
-    """The averages have the names of the weights, and make the autoencoder that the engine is within `ema_scope`."""
+    """The averages have the weights' names, and give the engine within `ema_scope`."""
     engine = build(ema_decay=0.5, optimizer_config=SGD)
     fit(engine, batches(2), steps=2).save_checkpoint(tmp_path / "run.ckpt")
     torch.save({"state_dict": engine.coder_state_dict(ema=True)}, tmp_path / "3d-vae.pt")

@@ -1,4 +1,4 @@
-"""sgm.weights reads every file kind without executing anything, and assigns weights to modules without copying."""
+"""sgm.weights reads every kind of file without running code, and assigns weights."""
 
 import argparse
 import json

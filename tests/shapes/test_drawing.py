@@ -26,7 +26,7 @@ def scene(shape="circle", motion="standing still", size="large", phase=0.5, offs
 
 
 def mask(clip: torch.Tensor) -> torch.Tensor:
-    """Where the red shape is on the blue background."""
+    """Return the mask of the red shape on the blue background."""
     return clip[:, 0] > clip[:, 2]
 
 

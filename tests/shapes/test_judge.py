@@ -1,4 +1,4 @@
-"""The judge names what clips show, also where they are blurred, noisy, off in colour or larger, and invents nothing."""
+"""The judge names the content of clips, also of degraded ones, and invents nothing."""
 
 from itertools import product
 
@@ -26,7 +26,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spoilt(clip: torch.Tensor, seed: int) -> torch.Tensor:
-    """As a small model might draw it: blurred by a pixel, each colour off by up to a tenth, with noise of 3 %."""
+    """Return a clip as a small model might draw it, blurred, with noise of 3 %.
+
+    Each colour is off by up to a tenth.
+    """
     chance = torch.Generator().manual_seed(seed)
     weights = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).square().mul(-0.5).exp()
     weights = weights / weights.sum()
@@ -49,7 +52,7 @@ def wrong(scenes, change) -> list[tuple[str, Scene]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda clip, _: clip, spoilt], ids=["drawn", "spoilt"])
 def test_it_names_every_word(change):
-    """Every second pair of a shape and a motion; each word comes, the others change in steps of their own."""
+    """Every second pair of a shape and a motion is tried, and every other word."""
     sizes, patterns = list(SIZES), ["plain", *PATTERNS]
     colours = [("red", "green"), ("orange", "yellow"), ("blue", "purple"), ("white", "black"), ("black", "blue")]
     scenes = []
@@ -94,7 +97,7 @@ def test_it_finds_nothing_in_what_shows_nothing():
 
 
 def test_an_odd_outline_or_way_is_none():
-    """A thin bar is no shape of these, and jumping about at random no motion; all else is told."""
+    """A thin bar is not one of the shapes, and random jumps are not a motion."""
     chance, clip = torch.Generator().manual_seed(0), torch.ones(9, 3, 64, 64)
     for frame in clip:
         top, left = torch.randint(4, 36, (2,), generator=chance).tolist()

@@ -1,4 +1,4 @@
-"""Captions tell what scenes show and can be read back; held-out combinations never get into the training split."""
+"""Captions describe scenes and can be read back; training shows no held-out ones."""
 
 import random
 from collections import Counter
@@ -42,7 +42,7 @@ def test_captions_are_english():
 
 
 def test_every_caption_is_read_back():
-    """Of both splits, of one shape and of two, and of the concepts, in every phrasing."""
+    """Captions of both splits, of one and two shapes, and of concepts, in every phrase."""
     chance = random.Random(0)
     concepts = [scene for concept in CONCEPTS for scene in random_scenes(300, 1, "all", concept)]
     scenes = [*random_scenes(3000, 0, "all"), *concepts]

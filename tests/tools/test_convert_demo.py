@@ -1,4 +1,4 @@
-"""The refining command, against a real server: prompt files come out as they were but for the prompts."""
+"""The refining command with a real server: only the prompts of files change."""
 
 import json
 import subprocess

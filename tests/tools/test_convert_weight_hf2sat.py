@@ -1,4 +1,4 @@
-"""From a pipeline of diffusers back to checkpoints and configurations, and pipelines that are loaded as they are."""
+"""Pipelines of diffusers become checkpoints and configurations, or are loaded directly."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def mistake(caplog, *arguments) -> str:
 
 @pytest.fixture(scope="module")
 def returned(pipelines, tmp_path_factory) -> Path:  # noqa: F811
-    """What the pipelines of all families become."""
+    """Return the conversions of the pipelines of all families."""
     folder = tmp_path_factory.mktemp("returned")
     for family in FAMILIES:
         assert run("--hf_path", pipelines / family, "--output_path", folder / family) == 0
@@ -60,7 +60,7 @@ def test_there_and_back_every_bit_is_the_same(tiny, returned, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_configuration_describes_the_same_model(tiny, returned, family):
-    """Network, VAE and conditioner are built with the same tensors, and the numbers of the diffusion are the same."""
+    """Network, VAE and conditioner have the same tensors, and the diffusion equal numbers."""
     ours, theirs = (
         load_configs([tiny.config(family)])["model"],
         load_configs([returned / family / "model.yaml"])["model"],

@@ -1,4 +1,4 @@
-"""A converted pipeline samples in diffusers, to the last step, what our engine does from the checkpoint."""
+"""A converted pipeline samples in diffusers like our engine from the checkpoint."""
 
 import pytest
 

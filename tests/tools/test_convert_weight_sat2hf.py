@@ -1,4 +1,4 @@
-"""From every kind of checkpoint to a pipeline that diffusers loads; what is wrong is one line and leaves nothing."""
+"""Every kind of checkpoint becomes a pipeline for diffusers; errors leave nothing."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def expected(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_loads_the_pipeline(tiny, pipelines, family):  # noqa: F811
-    """With nothing missing or unexpected, and with the text encoder and the tokenizer in their places."""
+    """Nothing is missing or unexpected; text encoder and tokenizer are in their places."""
     import diffusers
 
     folder = pipelines / family
@@ -77,7 +77,7 @@ def test_diffusers_loads_the_pipeline(tiny, pipelines, family):  # noqa: F811
 
 
 def test_averages_shards_and_dtypes(tiny, tmp_path):
-    """An `-ema` folder, in bfloat16, in files of at most a megabyte, whose index diffusers follows."""
+    """An `-ema` folder becomes bfloat16 files of at most a megabyte, with an index."""
     import diffusers
 
     weights = checkpoint(tiny.folder / "5b")
@@ -100,7 +100,7 @@ def test_averages_shards_and_dtypes(tiny, tmp_path):
 
 
 def test_an_adapter_of_a_run_is_merged_with_what_it_was_trained_on(tiny, tmp_path):
-    """As our engine merges it: the run's configuration says where the base is and what alpha was."""
+    """The run's configuration gives the base and alpha, as in our engine."""
     weights = checkpoint(tiny.folder / "1.5")
     generator = torch.Generator().manual_seed(0)
     adapter, scale = {}, 2.0 / 3
@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_nothing_behind(tiny, tmp_path):
 
 
 def test_a_cache_of_the_hub_as_text_encoder(tiny, tmp_path, pipelines):  # noqa: F811
-    """The layout in which the hub's client keeps the encoder; pickles beside safetensors stay there."""
+    """The hub client's cache layout works; pickles beside safetensors are left out."""
     snapshot = tmp_path / "cache" / "models--google--t5-v1_1-xxl" / "snapshots" / "abc"
     shutil.copytree(tiny.folder / "t5", snapshot)
     (snapshot / "pytorch_model.bin").touch()

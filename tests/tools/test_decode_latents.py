@@ -1,4 +1,4 @@
-"""Latents that were kept become the video that sampling would have made; files from elsewhere run nothing."""
+"""Kept latents become sampling's video; foreign files run no code."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def found(folder: Path, *suffixes: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory) -> Path:
-    """Make a folder with the video of a run in which nothing fails, in bfloat16 at 12 frames a second."""
+    """Make a folder with the video of a successful run, in bfloat16 at 12 frames a second."""
     folder = tmp_path_factory.mktemp("made")
     assert sample(tiny.config("5b"), folder, "--bf16", "--sampling_fps", "12") == 0
     return folder
@@ -107,7 +107,7 @@ def test_the_report_says_the_command(tiny, tmp_path, caplog, monkeypatch):
 
 @pytest.mark.slow
 def test_a_full_disk(tiny, tmp_path, caplog, monkeypatch):
-    """The video cannot be written, and at last not even its latents beside it: they go to the temporary files."""
+    """Video and latents do not fit on the disk, and go to the temporary folder."""
 
     def no_space(self):
         raise UserError(f"cannot write {self.path}: No space left on device")

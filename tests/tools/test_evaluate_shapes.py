@@ -1,4 +1,4 @@
-"""The command counts which videos show what their prompts say, finds them as sampling names them, and tells chance."""
+"""The command counts correct videos, finds them by their names, and computes chance."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def numbers(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_videos_are_found_and_counted(tmp_path, caplog, capsys):
-    """Of two prompts one is shown twice, once wrongly in two words; another's video is missing."""
+    """One of two prompts has two videos, one wrong in two words; the other has none."""
     folder, file = tmp_path / "out", tmp_path / "prompts.txt"
     file.write_text(f"{RED.caption}\n\n{GREEN.caption}\n")
     other = Scene((Item("large", "red", "square", "moving right"),), "blue")
@@ -83,7 +83,7 @@ def test_first_frames_are_compared_with_their_images(tmp_path):
 
 
 def test_videos_of_several_windows_are_judged_as_long_as_they_are(tmp_path):
-    """A circle goes round three times; what repeats its first window once too often shows a seam."""
+    """A circle goes round three times; a repeated first window shows a seam."""
     scene = Scene((Item("small", "red", "circle", "moving in a circle"),), "blue")
     folder, file = tmp_path / "out", tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": scene.caption, "extend": 4}) + "\n")
@@ -127,7 +127,7 @@ def test_a_single_shape_is_the_first_one_seen_and_nothing_is_wrong():
 
 
 def test_chance_by_hand():
-    """Of three prompts two have one colour: of the six ways to swap two prompts, two leave the colour right."""
+    """Two of three prompts share a colour: two of six swaps leave the colour right."""
     blue = parse("a large green circle moving left on a white background")
     chance = by_chance([RED, GREEN, blue])
     assert chance["colour"] == pytest.approx(1 / 3)

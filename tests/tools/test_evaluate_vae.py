@@ -1,4 +1,4 @@
-"""The reconstruction report: its measures by hand, its network, and the command from clips to numbers and videos."""
+"""The reconstruction report: measures by hand, its network, and the command."""
 
 import json
 import logging
@@ -68,8 +68,10 @@ def test_psnr_by_hand():
 
 
 def test_ssim_by_hand():
-    """Of constant images only the luminance term is left, (2 x y + c) / (x^2 + y^2 + c) with c = 0.01^2; frames count
-    alike, also where they are not a multiple of those measured at once."""
+    """Only the luminance term is left for constant images.
+
+    It is (2 x y + c) / (x^2 + y^2 + c) with c = 0.01^2; frames count alike, for any number of them.
+    """
     clip, other = torch.full((11, 3, 16, 16), 0.5), torch.full((11, 3, 16, 16), 0.5)
     other[:4] = 0.8
     luminance = (2 * 0.5 * 0.8 + 1e-4) / (0.5**2 + 0.8**2 + 1e-4)
@@ -88,7 +90,10 @@ def test_perceptual_distance_is_a_mean_over_frames_in_the_range_of_its_network()
 
 
 def test_frechet_distance_of_gaussians():
-    """Samples with exactly the moments of normal distributions: the closed form for commuting covariances."""
+    """Samples with exact moments of normals match the closed form.
+
+    The covariances commute.
+    """
     generator = torch.Generator().manual_seed(0)
     white = torch.randn(50, 4, generator=generator, dtype=torch.float64)
     white = white - white.mean(0)
@@ -102,7 +107,7 @@ def test_frechet_distance_of_gaussians():
 
 
 def test_frechet_distance_of_covariances_that_do_not_commute():
-    """And of different numbers of samples: by the eigenvalues of the product of the covariances."""
+    """Different numbers of samples: by the eigenvalues of the covariances' product."""
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (9, 14))
     y = y @ torch.randn(3, 3, generator=generator, dtype=torch.float64)
@@ -115,7 +120,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
 
 
 def test_inception_has_the_entries_of_the_shared_files():
-    """As files from before PyTorch counted batches have them: 57 convolutions with norms, and the logits."""
+    """The network has the old files' 57 convolutions with norms, and the logits."""
     entries = {k: tuple(v.shape) for k, v in Inception3D().state_dict().items() if "num_batches" not in k}
     assert len(entries) == 57 * 5 + 2
     for name, shape in {
@@ -160,7 +165,7 @@ def i3d_file(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_inception_sees_the_clip(i3d_file):
-    """400 numbers that depend on the clip; a batch is its clips, and the clip's size is brought to the network's."""
+    """400 numbers depend on the clip alone, which is resized to the network's size."""
     network = load_inception3d(i3d_file)
     generator = torch.Generator().manual_seed(0)
     clips = [torch.rand(FRAMES, 3, 7, 9, generator=generator), 0.1 * torch.rand(FRAMES, 3, 7, 9, generator=generator)]
@@ -200,7 +205,7 @@ def test_frechet_distance_refuses_too_little():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Clips in `data`, a VAE in `vae.pt`, and configurations, of which `sampling.yaml` and `training.yaml` fit them."""
+    """Write clips to `data`, a VAE to `vae.pt`, and configurations that fit them."""
     folder = tmp_path_factory.mktemp("evaluate")
     write_dataset(folder / "data", 3, frames=20)
     first_stage = load_configs([ROOT / "configs" / "tiny" / "cogvideox_tiny.yaml"])["model"]["first_stage_config"]
@@ -242,7 +247,7 @@ def backbone(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_from_clips_to_numbers_and_videos(folder, backbone, i3d_file, tmp_path, capsys):
-    """All measures at once; those of a clip are what the VAE's own reconstruction gives, and so is the video."""
+    """All measures of a clip, and its video, equal the VAE's own reconstruction."""
     command = ["--base", f"{folder}/sampling.yaml", "--data", f"{folder}/data", "--device", "cpu"]
     command += ["--lpips_net", "squeeze", "--lpips_weights", str(backbone), "--i3d_weights", str(i3d_file)]
     command += ["--output", str(tmp_path / "videos"), "--json", str(tmp_path / "numbers.json")]
@@ -291,7 +296,7 @@ def reconstructed_by_hand(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.slow
 def test_a_training_configuration_and_what_is_missing(folder, tmp_path, capsys, monkeypatch):
-    """Weights come from --ckpt. What cannot be computed is said, and why; nothing else fails for it."""
+    """Weights come from --ckpt; a measure that fails is reported, and the others work."""
 
     def offline(*_, **__):
         raise URLError("no network")

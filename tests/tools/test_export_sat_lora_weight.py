@@ -1,4 +1,4 @@
-"""The exported file makes diffusers compute what our engine does with the adapter, without any scale being given."""
+"""The exported file makes diffusers equal our engine with the adapter, without scales."""
 
 import json
 from pathlib import Path
@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_nothing(adapted, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_the_trainer(tiny, tmp_path):
-    """Two steps of training, the average of its weights too; alpha comes from what the run has saved."""
+    """Two steps of training, also averaged; alpha comes from the run's files."""
     clips = write_dataset(tmp_path / "data", clips=2, frames=9, sizes=[(64, 96)])
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True, train_iters=2)
     run = train(config)

@@ -1,4 +1,4 @@
-"""Exported weights are those of the checkpoint, in one file that loads where the checkpoint did."""
+"""Exported weights equal the checkpoint's, in one file that loads in its place."""
 
 import pytest
 import torch

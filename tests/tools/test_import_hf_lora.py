@@ -1,4 +1,4 @@
-"""LoRA files of diffusers and peft become adapters of the same strength; what has no place here is refused."""
+"""LoRA files of diffusers and peft become adapters; unsupported files are refused."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_the_written_configuration_completes_a_models_own(tiny, adapted, exporte
 )
 @torch.no_grad()
 def test_an_adapter_that_peft_made(tmp_path, settings):
-    """Alpha for all, for some modules, or by rank-stabilised LoRA: our engine computes what diffusers does with it."""
+    """Alpha may be global, per module, or rank-stabilized: results equal diffusers'."""
     adapted = adapted_network(tmp_path, "t2v_5b")
     twin = build_diffusers_network(adapted.params)
     twin.load_state_dict(map_weights(adapted.loaded(tmp_path / "base").state_dict()))

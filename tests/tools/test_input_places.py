@@ -1,4 +1,6 @@
-"""Every tool looks for its inputs in the current working directory, then in the repository's root, and writes here.
+"""Tools search inputs in the current working directory, then in the repository's root.
+
+They write to the current working directory.
 
 `INPUTS` and `OUTPUTS` name every option of every tool that is a file or a folder; one that is missing fails a test.
 """
@@ -261,7 +263,7 @@ def test_every_path_is_in_the_tables(tool, monkeypatch):
 
 
 def test_what_is_here_comes_first(root, here, caplog):
-    """Latents of the current working directory are decoded beside themselves, and the log tells of the others."""
+    """Latents of the current working directory come first, and the log names the others."""
     caplog.set_level(logging.INFO)
     shutil.copytree(root / "latents", here / "latents")
     assert main_of("decode_latents")(["latents/deep/a.safetensors", "--base", CONFIG]) == 0

@@ -1,4 +1,7 @@
-"""diffusers samples with an exported LoRA: text- and image-to-video, at the strength of the file and at others."""
+"""diffusers samples with an exported LoRA at its strength and at others.
+
+Text-to-video and image-to-video are tested.
+"""
 
 import json
 import shutil

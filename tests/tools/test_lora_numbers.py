@@ -1,4 +1,4 @@
-"""An adapter in our engine, its exported file in diffusers and the merged checkpoint sample the same latents.
+"""Adapter, exported file in diffusers and merged checkpoint sample the same latents.
 
 Nobody is told a scale: alpha and rank come with the checkpoint, and then with the exported file.
 """

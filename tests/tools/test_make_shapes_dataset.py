@@ -1,5 +1,4 @@
-"""Datasets and prompt files of generated clips are read as training data and sampling read them, and only made anew
-when needed."""
+"""Generated datasets and prompt files can be read, and are remade only if needed."""
 
 import logging
 import subprocess
@@ -49,7 +48,7 @@ def test_it_is_read_as_training_data(tmp_path):
 
 
 def test_clips_begin_at_the_moments_asked_for(tmp_path):
-    """And say the same as those that begin at the start; a dataset of other moments is another."""
+    """Clips have the captions of those from the start; other moments are another dataset."""
     assert make(tmp_path / "shapes", "--begins", "0", "0.5", clips=8, frames=9) == 0
     begins = []
     for number, scene in enumerate(random_scenes(8, 0)):

@@ -46,7 +46,7 @@ def test_merged_weights_equal_base_and_adapter(tmp_path, name):
 
 
 def test_every_form_of_base_and_adapter_gives_the_same(adapted, tmp_path):
-    """An adapter of diffusers; one beside the base's weights; and a run that says what it was trained on."""
+    """The forms: diffusers' adapter, one beside the base's weights, and a run."""
     folder = adapted.folder
     expected = merge(folder / "base", tmp_path / "merged", "--lora", folder / "run")
     command = ["--sat_pt_path", folder / "run", "--lora_save_directory", tmp_path / "exported"]
@@ -86,7 +86,7 @@ def test_what_model_parallel_ranks_wrote_gives_the_same(adapted, tmp_path, size)
 
 
 def test_several_adapters_with_weights(adapted, tmp_path):
-    """Summed in float32 before the result is rounded to the base's dtype, whatever the adapters' own."""
+    """Adapters of any dtype are summed in float32 before rounding to the base's dtype."""
     adapted_network(tmp_path / "other", "t2v_5b", rank=2, alpha=1, seed=1)
     adapted_network(tmp_path / "half", "t2v_5b", dtype=torch.bfloat16)
     base = weights_in(tmp_path / "half" / "base")

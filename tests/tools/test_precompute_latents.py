@@ -1,4 +1,4 @@
-"""The command: mistakes are one line before PyTorch comes in, and a killed run goes on where it was."""
+"""The command's mistakes come before PyTorch's import, and a killed run resumes."""
 
 import os
 import signal
@@ -118,7 +118,7 @@ def test_help_needs_no_pytorch():
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(folder, monkeypatch):
-    """Killed outright while it writes, and started again, it leaves the files of a run in one go."""
+    """A killed and restarted run leaves the files of an uninterrupted one."""
     base = ["--base", str(folder / "5b_i2v.yaml"), "--bf16", "--image_variants", "2", "--output"]
     process = processes.run(["-c", KILLED, *base, folder / "killed"], env=environment())
     assert process.returncode == -signal.SIGKILL, process.stderr

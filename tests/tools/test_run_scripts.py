@@ -1,5 +1,6 @@
-"""inference.sh and the finetune scripts set up what their command needs and then become it: arguments, exit status and
-signals pass through.
+"""inference.sh and the finetune scripts set up their command and become it.
+
+Arguments, exit status and signals are passed on.
 
 Every test runs them in a copy, in a folder with a space in its name, where programs only print how they are called.
 """
@@ -93,7 +94,7 @@ def test_clips_are_drawn_and_encoded_for_the_tiny_training_unless_they_are_there
 
 
 def test_clips_are_encoded_anew_for_another_vae(scripts):
-    """Latents that are older than the VAE's weights are of another VAE: training would refuse them."""
+    """Latents that are older than the VAE's weights belong to another VAE."""
     arguments = ("--base", "configs/tiny/a.yaml", "configs/tiny/sft.yaml")
     vae = scripts.root / "assets" / "tiny" / "vae.safetensors"
     vae.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The set-up finds an environment that will do, makes .venv where there is none, and never trusts a half one.
+"""The set-up finds a complete environment or makes .venv, never using a partial one.
 
 Every test runs the scripts in a copy of them, in a folder with a space in its name; `tiny-package`, the one package
 that is installed, comes from a folder of wheels instead of the package index.
@@ -53,7 +53,7 @@ class Repository:
         )
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error of one run of the set-up, started in another directory."""
+        """Return exit status, output and errors of a set-up started in another directory."""
         process = self.start(*arguments)
         output, messages = process.communicate(timeout=120)
         return process.returncode, output.strip(), messages

@@ -1,4 +1,4 @@
-"""Tools that take configurations name the file and the key of a wrong value, as the commands do."""
+"""Tools name the file and the key of a wrong value, as the commands do."""
 
 import json
 

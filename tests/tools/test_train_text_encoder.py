@@ -1,4 +1,4 @@
-"""The tiny models' text encoder learns to tell from every token what a caption says, and is written complete."""
+"""The tiny models' text encoder learns a caption's content, and is written completely."""
 
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def test_words_of_captions_are_pieces():
 
 
 def test_captions_are_not_cut():
-    """Of the longest that there are, in the vocabulary learnt from others."""
+    """The longest captions fit, in a vocabulary learnt from others."""
     vocabulary = train_vocabulary(with_whole_words([text for text, _ in captions(1500, 0)]))
     tokenizer = SentencePieceProcessor(model_proto=vocabulary)
     default = build_parser().parse_args([]).max_length

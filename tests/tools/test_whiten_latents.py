@@ -1,4 +1,4 @@
-"""A VAE with mapped latents: unit covariance, posteriors that follow, and the same reconstructions."""
+"""Whitened latents have unit covariance, right posteriors and equal reconstructions."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 @torch.no_grad()
 def test_latents_are_white_and_clips_come_back_the_same(folder, tmp_path):
-    """From the command line: the covariance of the new latents is one, and what is decoded from them is unchanged."""
+    """The command gives latents of unit covariance and unchanged reconstructions."""
     assert main(command(folder, tmp_path / "white.safetensors")) == 0
     old, new = build(folder), build(folder, tmp_path / "white.safetensors")
     old_means, new_means = (
@@ -72,7 +72,7 @@ def test_latents_are_white_and_clips_come_back_the_same(folder, tmp_path):
 @pytest.mark.slow
 @torch.no_grad()
 def test_near_turns_white_latents_back(folder, tmp_path):
-    """Of a VAE whose latents have been mixed, --near the white original gives the original's latents again."""
+    """Latents that were mixed become the original's again with --near."""
     assert main(command(folder, tmp_path / "white.safetensors")) == 0
     mixed = build(folder, tmp_path / "white.safetensors")
     map_latents(mixed, torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
@@ -86,7 +86,7 @@ def test_near_turns_white_latents_back(folder, tmp_path):
 
 
 def test_nearest_rotation():
-    """It undoes a rotation, and no other orthogonal map comes nearer to what is no rotation of it."""
+    """It undoes a rotation, and is the nearest orthogonal map for other maps."""
     generator = torch.Generator().manual_seed(3)
     b = torch.randn(5, 400, generator=generator, dtype=torch.float64)
     turn, other = (torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q for _ in range(2))
@@ -100,8 +100,10 @@ def test_nearest_rotation():
 @pytest.mark.slow
 @torch.no_grad()
 def test_posteriors_follow_the_map(folder):
-    """Where all channels of a posterior have one variance, the new log-variances are exactly those of the mapped
-    posterior, s²·(M·Mᵀ) on the diagonal; means are M times the old ones everywhere."""
+    """Equal log-variances of a posterior's channels map exactly: s²·(M·Mᵀ), diagonal.
+
+    Means are M times the old ones everywhere.
+    """
     old, new = build(folder), build(folder)
     for vae in (old, new):
         last = vae.encoder.conv_out.conv

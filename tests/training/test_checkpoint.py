@@ -1,4 +1,4 @@
-"""Checkpoints written behind the steps of a run: the files of those written between them, one at a time, or none."""
+"""Background checkpoints equal the others, one at a time, or fail cleanly."""
 
 import errno
 import threading
@@ -31,7 +31,7 @@ def step(engine):
 
 @contextmanager
 def held_writing(fail=None):
-    """Let no weights be written until the event that this gives is set, and then fail where `fail` is an error."""
+    """Hold the writing of weights until an event is set, then fail with the error `fail`."""
     write, go = torch.save, threading.Event()
 
     def late(content, path):
@@ -130,7 +130,7 @@ def test_all_processes_end_with_the_line_of_the_one_that_fails(tmp_path, failing
 
 
 def settled(folder):
-    """Whether each process finds the checkpoint once it has settled, by itself, while the first one still writes."""
+    """Return whether each process finds the settled checkpoint while the first one writes."""
     engine = build(arguments(2))
     step(engine)
     late = saver(engine, Path(folder))

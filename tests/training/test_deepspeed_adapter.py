@@ -1,4 +1,4 @@
-"""The installed DeepSpeed has all that is taken from it beyond its documentation, and a name that is gone is told."""
+"""The installed DeepSpeed has the undocumented parts in use; a missing one is named."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def test_every_optimizer_in_the_tables_is_tried():
 
 
 def stand_in(**without: str) -> SimpleNamespace:
-    """An engine of ZeRO-2 that has all that is used; `without` takes an attribute of one of its parts."""
+    """Return a ZeRO-2 engine's stand-in; `without` removes an attribute of a part."""
     scaler = DynamicLossScaler(256.0, scale_window=1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
     optimizer = type("DeepSpeedZeroOptimizer", (), {})()
     vars(optimizer).update(dict.fromkeys(OPTIMIZERS["DeepSpeedZeroOptimizer"]), loss_scaler=scaler)
@@ -136,8 +136,11 @@ def test_no_other_module_names_what_is_not_documented():
 
 
 def divided(files: list[str], case: dict, dtype: torch.dtype, persistent: int) -> list[tuple[dict, int, int, int, int]]:
-    """Of each checkpoint: the weights that the processes hold together; the bytes of them; how many of them this one
-    read, and holds; and by how many its memory grew at most, with what it holds."""
+    """Return the weights, bytes and memory of each checkpoint in this process.
+
+    They are the weights of all processes together, their bytes, the bytes that this process read and holds, and the
+    growth of its memory.
+    """
     from cogvideox_sat.parallel.process_groups import initialize_process_groups
 
     initialize_process_groups()
@@ -180,7 +183,7 @@ def divided(files: list[str], case: dict, dtype: torch.dtype, persistent: int) -
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_process_reads_its_part_of_the_weights(tmp_path, dtype):
-    """Of checkpoints of both layouts, in float32: half of the bytes for each of two, to the bit what one would have."""
+    """Each of two processes reads half of the bytes of both layouts, to the bit."""
     case = Reference("dit/t2v_2b").case["network_config"]
     case["params"].update(num_layers=3, hidden_size=768, num_attention_heads=12)
     network = seed_module_(instantiate_from_config(case))

@@ -55,7 +55,7 @@ def test_what_the_forward_pass_keeps(tiny, family, lora, recompute):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["network", "adapter"])
 def test_the_peak_is_above_what_is_kept(tiny, lora):
-    """The difference is the gradients on their way, and one layer at work where activations are recomputed."""
+    """The difference is the gradients in progress, and one layer if it is recomputed."""
     network = engine_of(tiny.config("2b"), lora).network
     plain, kept = (function(network, CLIP, 2, element=4) for function in (activation_bytes, kept_bytes))
     network.transformer.checkpoint_activations = True

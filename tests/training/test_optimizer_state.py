@@ -1,4 +1,4 @@
-"""A DeepSpeed engine's steps and what is saved of its optimizer, at every ZeRO stage and on one and two processes."""
+"""A DeepSpeed engine's steps and optimizer state at every ZeRO stage, on 1 and 2 ranks."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("linear_as_before")
 
 
 def train(engine, steps, spoilt=()):
-    """Losses of steps on a batch that all processes share out; of `spoilt` steps the loss is NaN."""
+    """Return the losses of steps on a shared batch; the loss of `spoilt` steps is NaN."""
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -72,7 +72,7 @@ def test_every_stage_and_two_processes_compute_the_same(stage, optimizer):
 
 
 def resumed(stage, optimizer, saved, numbers, schedule, first_weights, dtype=torch.float32):
-    """Losses and weights of the second half, in a new engine that was given the state of the first."""
+    """Return losses and weights of the second half, in an engine with the first's state."""
     from cogvideox_sat.training.optimizer_state import restore
 
     section = {} if dtype == torch.float32 else {"fp16": {"enabled": True, "initial_scale_power": 8}}

@@ -1,4 +1,4 @@
-"""What is told before the first step."""
+"""The report before the first step."""
 
 from argparse import Namespace
 

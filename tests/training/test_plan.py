@@ -1,4 +1,4 @@
-"""A run that cannot be is refused before PyTorch is imported; one that can is told what to go on from."""
+"""An impossible run is refused before PyTorch's import; a possible one has its start."""
 
 import json
 import os
@@ -23,7 +23,7 @@ NOW = datetime(2024, 3, 7, 9, 5)
 
 
 class Case:
-    """A folder with clips, caches and files in the places of the weights, and arguments for it."""
+    """A folder with clips, caches and weight files, and its arguments."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What `auto` takes: the fastest that fits, by the estimate, in the memory that is free."""
+"""`auto` takes the fastest mode that fits the free memory, by the estimate."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_free_memory_of_a_cpu_is_shared_by_the_processes(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_mode_to_the_bit(tmp_path, tiny, caplog):
-    """Four steps without recomputation, against two, and two more with `auto`, which says what it took."""
+    """Four steps without recomputation equal two, and two more with `auto`, which logs it."""
     clips = write_dataset(tmp_path / "clips", clips=4, frames=12, sizes=[(64, 96)])
     straight = train(write_config(tmp_path / "straight.yaml", tiny, "2b", clips, lora=True))
     config = write_config(tmp_path / "changed.yaml", tiny, "2b", clips, lora=True, save=str(tmp_path / "changed"))

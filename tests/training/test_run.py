@@ -1,4 +1,4 @@
-"""The training command on tiny models, start to finish: what it saves, resumes and does on several processes."""
+"""The training command on tiny models: saving, resuming and several processes."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, tiny, clips) -> Path:
-    """Four steps at batch 2 on one process without ZeRO: what the same steps done otherwise are compared with."""
+    """Run four steps at batch 2 on one process without ZeRO, for comparison."""
     folder = tmp_path_factory.mktemp("one")
     return train(write_config(folder / "config.yaml", tiny, "5b", clips, micro_batch=2))
 
@@ -85,7 +85,7 @@ def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path, tiny, cli
 
 @pytest.mark.distributed
 def test_model_parallel_processes_equal_one(tmp_path, tiny, clips, one_process):
-    """Also the VAE's context parallelism, since both processes then encode a clip together; and when resumed."""
+    """Both processes also encode a clip together, and a resumed run is equal."""
     config = write_config(
         tmp_path / "config.yaml",
         tiny,
@@ -110,7 +110,7 @@ def test_model_parallel_processes_equal_one(tmp_path, tiny, clips, one_process):
 
 @pytest.mark.distributed
 def test_an_adapter_that_processes_share_trains_as_on_one(tmp_path, tiny, clips):
-    """To the bit when resumed; and it goes on in one process, which joins what the two have written."""
+    """A resumed run is equal to the bit, and one process can continue the parts of two."""
     settings = {"lora": True, "micro_batch": 2, "save_interval": 2, "zero": 1}
     one = train(write_config(tmp_path / "one.yaml", tiny, "2b", clips, save=str(tmp_path / "one"), **settings))
     config = write_config(tmp_path / "config.yaml", tiny, "2b", clips, model_parallel_size=2, **settings)
@@ -149,8 +149,10 @@ def shares_of(folder: Path) -> list[dict[str, torch.Tensor]]:
     [("5b", False, False), ("2b", True, False), ("1.5_i2v", False, True), ("5b_i2v", True, True)],
 )
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, tiny, clips, family, lora, cached):
-    """Ten steps, against five, a kill -9 in the seventh, and five more from `latest`; with EMA. What is resumed from
-    was written behind the steps, where all weights are trained."""
+    """Ten steps equal five, a kill -9 in the seventh, and five more from `latest`.
+
+    Averages are included. If all weights are trained, the checkpoint is written in the background.
+    """
     data = clips
     if cached:
         data = precomputed(tmp_path, tiny, family, clips)
@@ -193,7 +195,7 @@ def conditioner_without_files(tiny: TinyModels, family: str, folder: Path) -> di
 
 @pytest.mark.parametrize("family", ["2b", "1.5", "5b_i2v", "1.5_i2v"])
 def test_cached_latents_give_the_losses_of_the_clips(tmp_path, tiny, clips, family):
-    """In the first epoch, where clips are cut from the same places. Neither VAE nor text encoder is needed then."""
+    """Losses are equal in the first epoch, with the same clips, without VAE and T5."""
     expected = train(write_config(tmp_path / "clips.yaml", tiny, family, clips))
     data = precomputed(tmp_path, tiny, family, clips)
     without = {
@@ -208,8 +210,10 @@ def test_cached_latents_give_the_losses_of_the_clips(tmp_path, tiny, clips, fami
 
 
 def test_eight_clips_are_learnt_by_heart(tmp_path, tiny, clips):
-    """The loss falls to a tenth. Latents are the posteriors' means and captions are kept, since what the network
-    cannot know it cannot learn."""
+    """The loss falls to a tenth.
+
+    Latents are means and captions are kept, since a network cannot learn what it cannot know.
+    """
     conditioner = conditioner_config(tiny, "5b")
     conditioner["params"]["emb_models"][0]["ucg_rate"] = 0.0
     regularizer = {"regularizer_config": {"params": {"sample": False}}}
@@ -237,7 +241,7 @@ def test_eight_clips_are_learnt_by_heart(tmp_path, tiny, clips):
 
 @pytest.mark.parametrize("family", ["2b", "5b", "5b_i2v", "1.5", "1.5_i2v"])
 def test_lora_changes_the_adapter_alone(tmp_path, tiny, clips, family):
-    """In every family: the checkpoint holds the adapter alone, or with save_full beside an unchanged base."""
+    """The checkpoint has only the adapter, or with save_full also an unchanged base."""
     config = write_config(tmp_path / "config.yaml", tiny, family, clips, lora=True, train_iters=2, save_full=True)
     everything = weights(train(config))
     adapter = {name: tensor for name, tensor in everything.items() if is_adapter(name)}
@@ -404,7 +408,7 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, cli
 
 @pytest.mark.distributed
 def test_a_run_goes_on_with_other_processes_and_stages(tmp_path, tiny, clips, one_process):
-    """Saved by one process at batch 2, resumed by two at batch 1 with ZeRO-2; behind the steps by both."""
+    """One process at batch 2 is resumed by two at batch 1 with ZeRO-2, in the background."""
     behind = {"background_checkpoints": True}
     half = write_config(tmp_path / "half.yaml", tiny, "5b", clips, micro_batch=2, save_interval=2, **behind)
     run = train(half)
@@ -426,7 +430,7 @@ def test_fp16_bf16_and_offload_train(tmp_path, tiny, clips, precision):
 
 @pytest.mark.skipif(FP16_PROCESSOR, reason="this processor computes in fp16")
 def test_fp16_on_a_processor_without_it_trains_in_bf16(tmp_path, tiny, clips, caplog):
-    """The losses are those of bf16, the log says so in one line, and the run's configuration stays as it was given."""
+    """The losses are those of bf16, the log has one line, the run's configuration stays."""
     caplog.set_level("INFO")
     half, brain = (
         train(write_config(tmp_path / f"{name}.yaml", tiny, "5b", clips, deepspeed={name: {"enabled": True}}))

@@ -1,4 +1,4 @@
-"""Fine-tuning where processes share the tokens of each clip takes the steps of one process."""
+"""Processes that share the tokens of each clip train like one."""
 
 import shutil
 import signal
@@ -83,7 +83,7 @@ def test_it_resumes_to_the_bit_and_goes_on_in_one_process(tmp_path, tiny, clips)
 @pytest.mark.distributed
 @pytest.mark.parametrize("fault", ["killed", "full", "terminated"])
 def test_a_process_that_is_lost_ends_the_others(tmp_path, tiny, clips, fault):
-    """The last whole checkpoint stays, and nothing of another; a signal that asks for the end lets all write one."""
+    """Only complete checkpoints stay; a signal to stop lets all processes write one."""
     settings = {"lora": True, "save_interval": 1, "sequence_parallel_size": 2, "train_iters": 9}
     config = write_config(tmp_path / "config.yaml", tiny, "2b", clips, **settings)
     (first, said), (second, other) = ends_of_ranks(tmp_path, fault, ["--base", config, "--train_data", clips])

@@ -1,4 +1,4 @@
-"""The validation loss depends on nothing but weights, clips and seed; sampled videos reach their files."""
+"""The validation loss depends only on weights, clips and seed; videos are written."""
 
 import logging
 import random
@@ -130,8 +130,10 @@ def evaluation_of_rank(config: Path, folder: Path, output: Path) -> tuple[float,
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_loss_does_not_depend_on_the_number_of_processes(tiny, clips, tmp_path):
-    """Also though the configured levels are stratified over processes, and five batches over two do not come out even.
-    Samples are written by the first process."""
+    """It is equal with stratified levels, and with five batches on two processes.
+
+    The first process writes samples.
+    """
     expected = loss_of(tiny.config("2b"), clips, 5, 1)
     assert engine_of(tiny.config("2b")).loss_fn.sigma_sampler.uniform_sampling
     losses, levels, written = zip(

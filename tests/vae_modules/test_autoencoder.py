@@ -1,4 +1,4 @@
-"""The video autoencoder gives the reference numbers, agrees with diffusers, and keeps its state straight."""
+"""The video autoencoder equals the reference numbers and diffusers."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ def build(case: dict, **params) -> VideoAutoencoderInferenceWrapper:
 
 @pytest.fixture(scope="module", params=CASES)
 def recorded(request):
-    """(reference, its autoencoder, the name of its inputs)"""
+    """Return (reference, its autoencoder, the name of its inputs)."""
     reference = Reference(f"vae/{request.param}")
     return reference, seed_module_(build(reference.case), reference.case["seed"]), request.param
 
@@ -72,7 +72,7 @@ def test_full_size_is_that_of_the_released_weights():
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_encoder_reference(recorded, gradient):
-    """Where no gradient is wanted, some layers overwrite their temporaries."""
+    """Some layers overwrite their temporaries without gradients."""
     reference, vae, name = recorded
     for frames in reference.case["frames"]:
         x = seeded_input(f"{name}.video{frames}", (1, 3, frames, *reference.case["video_hw"]), reference.case["seed"])
@@ -240,7 +240,7 @@ def test_blended_tiles_of_a_pointwise_operation_are_the_whole(height, width, siz
 
 @torch.no_grad()
 def test_tiles_in_encode_and_decode(vae):
-    """The corner that only the first tile covers is what that tile gives alone, with its own past."""
+    """The corner of the first tile alone equals that tile's result, with its own past."""
     x, z = video(5, 32, 80), latent(5, 4, 10)
     corner = vae.encode(x[..., :32], unregularized=True)[0], torch.cat(list(vae.decode_chunks(z[..., :4])), dim=2)
     vae.tile_size = 32
@@ -301,7 +301,7 @@ def test_norm_groups():
 
 
 def test_weights_on_a_gpu_have_the_layout_of_what_they_convolve():
-    """Here on the meta device; on a CPU they stay, since convolutions take single taps of them."""
+    """The test runs on the meta device; on a CPU weights stay, for single taps."""
     vae = build(Reference("vae/vae_small").case)
     weight = vae.encoder.mid.block_1.conv1.conv.weight
     vae.lay_out_weights()
@@ -342,7 +342,7 @@ def adds_bias_later(convolve):
 @pytest.mark.parametrize("at_once", [None, 4])
 @torch.no_grad()
 def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
-    """To the norm and the sum after a convolution, as on a GPU: the same numbers, in bfloat16 no further off."""
+    """Norms and sums add the biases, as on a GPU: the same numbers, also in bfloat16."""
     for name in ("conv2d", "conv3d"):  # with a pass for the bias, as PyTorch has it there
         monkeypatch.setattr(torch.nn.functional, name, adds_bias_later(getattr(torch.nn.functional, name)))
     clip, latent = seeded_input("video", (1, 3, 9, 32, 32)).clamp(-1, 1), seeded_input("latent", (1, 16, 5, 4, 4))

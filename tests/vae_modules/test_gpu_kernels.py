@@ -1,4 +1,4 @@
-"""The VAE's GPU kernels give PyTorch's numbers in Triton's interpreter, and compile for GPUs that are not here."""
+"""The VAE's GPU kernels equal PyTorch in Triton's interpreter, and compile."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def cases(dtype: torch.dtype, channels: int) -> None:
-    """Compare with float64; run by `test_in_the_interpreter`, in a process where Triton interprets."""
+    """Compare with float64, in the interpreting process of `test_in_the_interpreter`."""
     torch.manual_seed(0)
 
     def clip(batch, frames, height, width):

@@ -1,4 +1,4 @@
-"""What the encoder and the decoder start to train from: a signal that neither vanishes nor explodes."""
+"""Initial weights of encoder and decoder give a signal of constant scale."""
 
 import pytest
 import torch
@@ -36,8 +36,7 @@ def test_latents_start_of_unit_size_and_nearly_without_noise(coders):
 
 
 def test_every_latent_shows_in_the_first_reconstruction(coders):
-    """As much of the video's variation comes from the latent as there is, and all weights but the blocks' get a
-    gradient in the first step."""
+    """The latent causes as much variation as possible; all but block weights have gradients."""
     z = seeded_input("latent", (2, 4, 2, 8, 8), 0).requires_grad_()
     video = coders[1](z)
     assert 0.1 < video.std() < 10
@@ -48,7 +47,7 @@ def test_every_latent_shows_in_the_first_reconstruction(coders):
 
 
 def test_frames_start_apart(coders):
-    """Convolutions look only at the present frame, so a new encoder takes every frame as an image by itself."""
+    """Convolutions only see the present frame, so that frames are independent images."""
     encoder = coders[0]
     for module in encoder.modules():
         if isinstance(module, CausalConv3d) and module.conv.kernel_size[0] > 1:

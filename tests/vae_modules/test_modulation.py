@@ -1,4 +1,4 @@
-"""Normalization's passes give one number for the whole and for its pieces, and read and write their tensors once."""
+"""Normalization's passes are equal on the whole and on pieces, and read tensors once."""
 
 import pytest
 import torch
@@ -53,8 +53,10 @@ def test_pieces_in_the_cache_change_nothing(monkeypatch, dtype, cached):
 
 @pytest.mark.parametrize(("task", "most"), [("encode", 155e9), ("decode", 320e9)])
 def test_bytes_beside_convolutions_at_full_size(task, most):
-    """49 frames of 480x720 in bfloat16. Each norm reads its input twice and writes it once, for one convolution; biases
-    go with them."""
+    """49 frames of 480x720 in bfloat16: each norm reads twice and writes once.
+
+    The write is for one convolution, and biases are included.
+    """
     config = Reference("vae/vae_small").case["first_stage_config"]
     for part in ("encoder_config", "decoder_config"):
         config["params"][part]["params"] |= {"ch": 128, "num_res_blocks": 3}

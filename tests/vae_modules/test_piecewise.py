@@ -1,4 +1,4 @@
-"""Coders that go through each layer by pieces of a clip give what they give at once, in less memory."""
+"""Coders by pieces of a clip give the results of the whole, in less memory."""
 
 import logging
 
@@ -49,7 +49,7 @@ def decode(vae, z):
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 def test_pieces_are_the_whole(vae, dtype, tolerance):
-    """With any number of frames: a first one that stands alone or none, pieces that do not come out even."""
+    """Any number of frames works, with or without a lone first frame, in uneven pieces."""
     vae.to(dtype)
     for frames, at_once in ((1, 4), (9, 4), (17, 8), (17, 12), (5, 8)):
         x = clip(frames, dtype)
@@ -107,7 +107,7 @@ def test_gradients_take_the_whole_clip(vae):
 
 @torch.no_grad()
 def test_memory_that_does_not_do_is_made_to(vae, monkeypatch, caplog):
-    """The whole fails in the middle of a clip, eight frames too: four give the same, and a line says so."""
+    """The whole fails within a clip, eight frames too; four frames work, with a line."""
     z, x = latent(5, torch.float32), clip(9, torch.float32)
     expected, moments = decode(vae, z), vae.encode(x, unregularized=True)[0]
 
@@ -139,7 +139,7 @@ def test_unfit_numbers_and_coders_are_refused(vae):
 
 @pytest.mark.slow
 def test_released_size_in_little_memory():
-    """49 frames of 480x720 in bfloat16, by four frames: encoding in 8 GiB, decoding in 6, weights included.
+    """49 frames of 480x720 in bfloat16, by four: encoding in 8 GiB, decoding in 6.
 
     Levels of one block take as much as those of three.
     """

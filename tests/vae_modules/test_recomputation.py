@@ -34,7 +34,7 @@ def video(frames: int) -> torch.Tensor:
 
 
 def loss_and_gradients(vae: VideoAutoencoderInferenceWrapper, frames: int, chunks: bool = False) -> dict:
-    """Of the squared error of a reconstruction: the loss and the gradient of each parameter, summed over the ranks."""
+    """Return loss and gradients of a reconstruction's squared error, summed over ranks."""
     torch.set_num_threads(1)
     torch.manual_seed(3)
     z = vae.encode(video(frames))
@@ -53,7 +53,7 @@ def on_two_ranks(cases: list[tuple[int, dict]]) -> list[dict]:
 
 
 def kept_bytes(vae: VideoAutoencoderInferenceWrapper, frames: int) -> int:
-    """Of the activations that the graph of a forward pass holds on to."""
+    """Return the bytes of activations that a forward pass's graph keeps."""
     kept = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in vae.parameters()}
 
@@ -78,7 +78,7 @@ def test_gradients_are_the_same(levels):
 
 @pytest.mark.slow
 def test_chunks_keep_their_tails():
-    """What a chunk leaves for the next is neither lost nor changed when the chunk is run again, much later."""
+    """Tails for the next chunk are neither lost nor changed by recomputing."""
     expected = loss_and_gradients(build(), 17, chunks=True)
     actual = loss_and_gradients(build(checkpoint_levels=ALL_LEVELS), 17, chunks=True)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
@@ -94,7 +94,7 @@ def test_dropout_drops_the_same():
 
 @pytest.mark.slow
 def test_graph_can_be_used_twice():
-    """As an adaptive loss weight does, which asks for the gradient of the last layer before the backward pass."""
+    """An adaptive loss weight uses the graph before the backward pass."""
     vae = build(checkpoint_levels=ALL_LEVELS)
     y = vae.decode_at_once(vae.encode(video(5), unregularized=True)[0][:, :16])
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_frozen_encoder_and_inference():
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_ranks_recompute_as_they_computed():
-    """Each by itself, with statistics of its own frames or of all, also when a rank has no frames."""
+    """Each rank recomputes alone, with own or common statistics, also without frames."""
     cases = [(9, {"gather_norm": True}), (9, {"gather_norm": False}), (1, {"gather_norm": True})]
     recomputed = [(frames, {**options, "checkpoint_levels": ALL_LEVELS}) for frames, options in cases]
     whole_clip = loss_and_gradients(build(), 9)

@@ -1,4 +1,4 @@
-"""The fast kernels of the video autoencoder give the values and gradients of the plain formulas they stand for."""
+"""The fast kernels of the video autoencoder equal plain formulas, with gradients."""
 
 import pytest
 import torch
@@ -45,7 +45,10 @@ def convolution_inputs(frames: int, continues: bool) -> list[Tensor | None]:
 @pytest.mark.parametrize("continues", [False, True], ids=["at the start", "after frames"])
 @pytest.mark.parametrize("frames", [*range(1, 10), 13])
 def test_minimal_filtering_equals_convolution(frames, continues):
-    """All divisions of a clip into pieces of four, two and one frames; gradients also of the frames before."""
+    """All divisions of a clip into pieces of four, two and one frames are equal.
+
+    Gradients of the frames before are included.
+    """
     inputs = convolution_inputs(frames, continues)
     y = winograd.causal_conv3d(*inputs)
     exact_inputs = doubles(*inputs)

@@ -1,4 +1,4 @@
-"""Checkpoints of a VAE's training: complete or not there, on disks that are full, and pruned."""
+"""Checkpoints of VAE training are complete or missing, also on full disks, and pruned."""
 
 import errno
 from types import SimpleNamespace

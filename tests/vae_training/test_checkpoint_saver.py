@@ -1,4 +1,4 @@
-"""Checkpoints of a VAE's training, written behind its steps: the files of those written between them, or one line."""
+"""Background checkpoints of VAE training equal the others, or are one error line."""
 
 import threading
 

@@ -1,5 +1,4 @@
-"""The command that trains a VAE, on a very small one, start to finish: what it saves, resumes and does on several
-processes."""
+"""The VAE training command on a very small one: saving, resuming, several processes."""
 
 import json
 import shutil
@@ -51,8 +50,11 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, data):
-    """Six steps on images and videos, the discriminator's among them, against a kill -9 in the fifth or sixth and the
-    rest from step 4; in processes of their own, as what was computed before changes the last bit of sums."""
+    """Six steps equal a kill -9 in the fifth or sixth and the rest from step 4.
+
+    They are on images and videos, with the discriminator, each in a process of its own, since earlier computations
+    change the last bit of sums.
+    """
     settings = {"args": {"save_interval": 2, "train_iters": 6}}
     straight = write_config(tmp_path / "straight.yaml", data, **settings)
     broken = write_config(tmp_path / "broken.yaml", data, args={**settings["args"], "save": str(tmp_path / "broken")})
@@ -105,8 +107,10 @@ def assert_same_losses(ours: Path, theirs: Path, rel: float = 1e-4) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, data) -> dict[str, Path]:
-    """The runs of two processes: one in which each has its own half of a batch, and one in which they share clips, of
-    which input, latents and reconstructions are each process's own."""
+    """Run two processes on halves of a batch, and on shared clips.
+
+    For the latter input, latents and reconstructions are each process's own.
+    """
     folder = tmp_path_factory.mktemp("two")
     shared = {"context_parallel_size": 2, "input_cp": True, "latent_cp": True, "output_cp": True}
     batch = {"batch_size": 1, "save": str(folder / "batch"), "save_interval": 1, "background_checkpoints": True}
@@ -189,8 +193,10 @@ def test_an_evaluation_writes_losses_psnr_and_videos_and_changes_nothing(tmp_pat
 
 @pytest.mark.slow
 def test_an_autoencoder_learns(tmp_path):
-    """On a few images, as a new one should be (`image_taps: last`), in seconds; the adversarial phase at the end moves
-    the discriminator and ruins nothing."""
+    """A new one learns a few images in seconds (`image_taps: last`).
+
+    The adversarial phase at the end moves the discriminator and spoils nothing.
+    """
     data = write_mixed_dataset(tmp_path / "data", videos=0, images=8)
     settings = {"args": {"train_iters": 80, "batch_size": 4, "log_interval": 10}}
     model = {
@@ -207,7 +213,7 @@ def test_an_autoencoder_learns(tmp_path):
 
 @pytest.mark.slow
 def test_the_weights_serve_as_a_first_stage(tmp_path, data, one_process):
-    """They have exactly the names of a first stage, and are the averages that the checkpoint holds."""
+    """They have a first stage's names, and equal the averages in the checkpoint."""
     params = yaml.safe_load((one_process / "training_config.yaml").read_text())["model"]["params"]
     parts = {name: params[name] for name in ("encoder_config", "decoder_config", "regularizer_config")}
     vae = VideoAutoencoderInferenceWrapper(**parts, ckpt_path=one_process / "3d-vae.pt")
@@ -223,7 +229,7 @@ def test_the_weights_serve_as_a_first_stage(tmp_path, data, one_process):
 
 @pytest.mark.slow
 def test_a_plain_loss_and_a_start_that_fits_in_part(tmp_path, data, caplog):
-    """The command trains with `torch.nn.MSELoss`, from a file whose last layer is another; strict, it refuses."""
+    """`torch.nn.MSELoss` works, from a file with another last layer; strict refuses it."""
     params = {"loss_config": {"target": "torch.nn.MSELoss", "params": {}}, "ema_decay": None}
     config = write_config(tmp_path / "config.yaml", data, args={"train_iters": 1}, model={"params": params})
     content = yaml.safe_load(config.read_text())

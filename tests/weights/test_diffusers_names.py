@@ -1,4 +1,4 @@
-"""Every tensor of the released models has its place in diffusers and back, at full size, and none is made up."""
+"""Every tensor of the released models has exactly one place in diffusers, and back."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def manifest(name: str) -> Shapes:
 
 
 def diffusers_shapes(config: dict) -> Shapes:
-    """Of what diffusers builds from a configuration."""
+    """Return the shapes of diffusers' network for a configuration."""
     import diffusers
 
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def test_network_at_full_size(family):
 
 
 def test_every_row_goes_out_and_comes_back():
-    """Of two layers so narrow that each row is one number, all different."""
+    """Two very narrow layers have different numbers in each row, which come back."""
     names = manifest(CONFIGS["5b_i2v"])
     ours = {name: shape for name, shape in names.items() if not re.search(r"\.([2-9]|\d\d)\.", name) or "embed" in name}
     weights, count = {}, 0

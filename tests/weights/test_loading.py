@@ -1,4 +1,4 @@
-"""Checkpoints of every layout load into the network, adapters combine with bases, and a misfit is one clear line."""
+"""Checkpoints of every layout load, adapters combine, and a misfit is one line."""
 
 import builtins
 import json
@@ -318,7 +318,7 @@ else:
 
 @pytest.mark.slow
 def test_memory_peaks_under_the_size_of_the_file(tmp_path):
-    """A checkpoint in the dtype of the network is used where it lies: no second copy, not even of a part."""
+    """A checkpoint in the network's dtype is used in place, without any copy."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     def run(what: str) -> str:

@@ -1,4 +1,4 @@
-"""Tensors that stay in their files: any part of them is what the whole has there, and they take no memory."""
+"""Parts of tensors in their files equal those of the whole, and take no memory."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from cogvideox_sat.weights.stored_values import StoredValue, forget_value, value
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 24), (0, 5), (7, 8), (11, 19), (23, 24), (9, 9)])
 def test_parts_are_those_of_the_whole(start, stop):
-    """Of tensors that follow each other, cast to another dtype; what is outside is not touched."""
+    """The tensors follow each other and are cast; data outside of a part is not read."""
     rows = [torch.arange(8.0).view(2, 4), torch.arange(8.0, 12.0).view(1, 4), torch.arange(12.0, 24.0).view(3, 4)]
     value = StoredValue(rows)
     assert value.shape == (6, 4) and torch.equal(value.tensor(), torch.arange(24.0).view(6, 4))
