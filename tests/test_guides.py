@@ -57,7 +57,7 @@ def flags_of(program: str) -> set[str]:
 
 
 def command_lines(guide: str) -> Iterator[tuple[str, str]]:
-    """Yield the programs of the repository that a guide runs, each with the rest of its command line."""
+    """Yield the programs of the repository in a guide, each with the rest of its command."""
     for line in text(guide).splitlines():
         for name, rest in PROGRAM.findall(line):
             program = SCRIPTS.get(name, name if "/" in name else f"tools/{name}")

@@ -1,4 +1,4 @@
-"""The notebook of the first hour runs from its first cell to its last, and is kept without outputs."""
+"""The notebook of the first hour runs completely, and is stored without outputs."""
 
 import ast
 import json
@@ -38,7 +38,7 @@ def test_its_code_and_links_can_be_read():
 
 @pytest.mark.slow
 def test_it_runs(tmp_path, soak_kills):
-    """Run all cells with few clips and steps; `soak_kills` skips what belongs to the long tests."""
+    """Run all cells with few clips and steps; `soak_kills` skips cells of the long tests."""
     code = script().replace(SIZES, "CLIPS, KNOWN, STEPS = 17, 17, 20")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "sat")))}
     command = [sys.executable, "-c", code]

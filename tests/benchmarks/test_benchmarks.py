@@ -29,7 +29,7 @@ ELSEWHERE = {
 
 @pytest.fixture
 def run(monkeypatch, capsys, one_thread) -> Callable[..., str]:
-    """Runs a benchmark by its name with arguments, and returns what it prints."""
+    """Run a benchmark by its name with arguments, and returns what it prints."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     known = set(sys.modules)

@@ -86,7 +86,7 @@ def test_how_often_attention_is_computed(mode, skipped, times):
 
 
 def kept(network: nn.Module, inputs: dict[str, Tensor], mode: object) -> float:
-    """Bytes that live on after the forward pass, in tensors of the size of the tokens."""
+    """Return the bytes kept after the forward pass, in tensors of the tokens' size."""
     network.transformer.checkpoint_activations = mode
     hidden = inputs["context"].shape[1] + 5 * 8 * 8
     with AllocatedBytes(workspaces=False, host=True) as counted:

@@ -92,7 +92,7 @@ class Halved(nn.Module):
 
 
 def halve(module: nn.Module) -> nn.Module:
-    """The large ones: those of the modulation."""
+    """Return the large ones: those of the modulation."""
     return Halved(module) if isinstance(module, nn.Linear) and module.out_features == 12 * 64 else module
 
 

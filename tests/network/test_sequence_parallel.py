@@ -30,7 +30,7 @@ NETWORKS = ["t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15", "t2v_2b_lora", "i2
 
 
 def projections(heads: int, tokens: int) -> list[Tensor]:
-    """q, k, v and a cotangent, (2, heads, tokens, 8)."""
+    """Return q, k, v and a cotangent, (2, heads, tokens, 8)."""
     return [seeded_input(f"{name}{heads}", (2, heads, tokens, 8)) for name in "qkvc"]
 
 
@@ -73,7 +73,7 @@ def test_attention_over_processes_is_that_of_one(processes):
 
 
 def build(name: str) -> nn.Module:
-    """A reference's network with six heads, which four processes cannot share evenly."""
+    """Return a reference's network with six heads, which four processes cannot share evenly."""
     config = copy.deepcopy(Reference(f"dit/{name}").case["network_config"])
     params = config["params"]
     head_dim = params["hidden_size"] // params["num_attention_heads"]
@@ -96,7 +96,7 @@ def inputs(name: str, network: nn.Module) -> dict[str, Any]:
 
 
 def outputs(network: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
-    """The output without gradients and with, and all gradients of a loss."""
+    """Return the output without gradients and with, and all gradients of a loss."""
     with torch.no_grad():
         sampled = network(**given)
     out = network(**given)

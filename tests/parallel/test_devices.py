@@ -25,7 +25,7 @@ CHOOSE = (
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """Puts a program of that name, with the given lines of shell, first on PATH."""
+    """Put a program of that name, with the given lines of shell, first on PATH."""
 
     def put(*lines: str) -> None:
         file = tmp_path / "nvidia-smi"

@@ -126,7 +126,7 @@ def test_a_pipeline_of_diffusers_is_loaded_where_it_is(tiny, tmp_path, family):
 
 
 def load_guider(config: Path) -> dict:
-    """A pipeline is sampled like the released models, and with knobs like a test's model."""
+    """Return a pipeline sampled like the released models, or with knobs like a test's model."""
     sampler = yaml.safe_load(config.read_text())["model"]["sampler_config"]
     return {"sampler": "dpmpp_2m_sde"} if not sampler["target"].endswith("VPSDEDPMPP2MSampler") else {}
 

@@ -30,7 +30,7 @@ FEW = {"size": (32, 48), "frames": 9, "steps": 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def hash_memory(tmp_path_factory):
-    """Hashes are remembered in a folder of the tests."""
+    """Keep remembered hashes in a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -21,7 +21,7 @@ def arguments(save: Path, resume: str | None = "latest") -> Namespace:
 
 
 def saved_run(save: Path, name: str, time: int) -> Path:
-    """A run that saved something at `time`."""
+    """Return a run that saved something at `time`."""
     run = save / name
     run.mkdir()
     (run / "latest").touch()

@@ -9,7 +9,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with 8 GiB that are free, and no containers."""
+    """Return a machine with 8 GiB that are free, and no containers."""
     for name, path in (("MEMINFO", "meminfo"), ("CGROUPS", "cgroup"), ("OWN_CGROUPS", "own")):
         monkeypatch.setattr(host_memory, name, tmp_path / path)
     (tmp_path / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {8 * 2**20} kB\n")

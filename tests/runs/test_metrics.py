@@ -26,7 +26,7 @@ def lines_of(folder: Path) -> list[dict]:
 
 
 def events_of(folder: Path) -> list:
-    """All TensorBoard events of a folder, file by file."""
+    """Return all TensorBoard events of a folder, file by file."""
     from tensorboardX.proto.event_pb2 import Event
 
     events = []

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def draw() -> list[float]:
-    """One number of each kind; a normal one leaves half a pair behind in each generator."""
+    """Draw one number of each kind; a normal one leaves half a pair in each generator."""
     return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), *torch.randn(3).tolist()]
 
 

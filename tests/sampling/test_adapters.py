@@ -36,7 +36,7 @@ FEW = {"size": (32, 48), "frames": 9, "steps": 2, "seed": 1}
 
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory) -> tuple[Path, Path]:
-    """A checkpoint of a run with alpha 6 and rank 3, and a file of diffusers of rank 5."""
+    """Return a checkpoint of a run with alpha 6 and rank 3, and a file of diffusers of rank 5."""
     folder = tmp_path_factory.mktemp("adapters")
     network = load_configs([tiny.config("5b")])["model"]["network_config"]
     width, layers = network["params"]["hidden_size"], network["params"]["num_layers"]
@@ -67,7 +67,7 @@ def weighted(adapters, *weights: float) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def merged(tiny, adapters, tmp_path_factory) -> Path:
-    """The checkpoint with 0.8 of one and -0.5 of the other."""
+    """Return the checkpoint with 0.8 of one and -0.5 of the other."""
     folder = tmp_path_factory.mktemp("merged") / "both"
     chosen = [f"{adapters[0]}:0.8", f"{adapters[1]}:-0.5"]
     assert merge(["--load", str(tiny.folder / "5b"), "--lora", *chosen, "--output", str(folder)]) == 0

@@ -252,7 +252,7 @@ def test_the_environment_names_the_endpoint(monkeypatch):
 def sample(
     tiny, folder: Path, prompts: list[str], *flags: str, name: str = "videos", code: int = 0
 ) -> dict[str, bytes]:
-    """The files of a run of the sampling command, by their names."""
+    """Return the files of a run of the sampling command, by their names."""
     from sample_video import main
 
     (folder / f"{name}.txt").write_text("\n".join(prompts))

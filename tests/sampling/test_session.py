@@ -58,7 +58,7 @@ def frames(events: list) -> torch.Tensor:
 
 @pytest.fixture
 def plain_process(monkeypatch):
-    """No session is open, and nothing is left of other tests."""
+    """Check that no session is open, and remove state of other tests."""
     assert sampling_session.sessions_of_process.count == 0
     destroy_process_groups()
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)

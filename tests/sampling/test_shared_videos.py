@@ -48,7 +48,7 @@ def request(family: str, image: Any = None, seed: int = 7, knobs: SamplerKnobs =
 
 
 def made(session: SamplingSession, asked: SampleRequest) -> tuple[Tensor, Tensor]:
-    """The latents of a request, and its frames as bytes."""
+    """Return the latents of a request, and its frames as bytes."""
     events = list(session.sample(asked))
     (latents,) = (event.latents for event in events if isinstance(event, Latents))
     frames = torch.cat([event.frames for event in events if isinstance(event, Frames)])

@@ -19,7 +19,7 @@ SIZE = (32, 48)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tiny):
-    """A session, and a request of three steps for 9 frames."""
+    """Return a session, and a request of three steps for 9 frames."""
     config = load_configs([tiny.config(request.param)])
     settings = SessionSettings(config["model"], load=config["args"]["load"], sources=config.sources)
     image = picture(0) if request.param.endswith("i2v") else None

@@ -9,7 +9,7 @@ from cogvideox_sat.weights.diffusers_names import POSITION_TABLE, assemble, to_d
 
 
 def map_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of our DiffusionTransformer, weights or gradients, under the names of diffusers."""
+    """Return weights or gradients of our DiffusionTransformer by diffusers' names."""
     mapped = {name: assemble(pieces, weights) for name, pieces in to_diffusers(weights).items()}
     if POSITION_TABLE in weights:  # among gradients there is nothing that tells whether it is learnt
         mapped["patch_embed.pos_embedding"] = weights[POSITION_TABLE]
@@ -30,7 +30,7 @@ def diffusers_network(network: torch.nn.Module, params: dict) -> CogVideoXTransf
 def build_diffusers_network(
     params: dict, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> CogVideoXTransformer3DModel:
-    """The network of diffusers that `params` describe, with random weights."""
+    """Return the network of diffusers that `params` describe, with random weights."""
     position = params["modules"]["pos_embed_config"]
     with torch.device(device):
         twin = CogVideoXTransformer3DModel(

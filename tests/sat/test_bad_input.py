@@ -195,7 +195,7 @@ def command(folder: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, tuple[int, str, bool]]:
-    """By case: exit code, what was logged, whether PyTorch was imported."""
+    """Return for each case the exit code, the log, and whether PyTorch was imported."""
     commands = [command(folder, name) for name in CASES]
     process = subprocess.run(
         [sys.executable, "-c", DRIVER],

@@ -25,7 +25,7 @@ SETTINGS = {"video_size": [64, 96], "fps": 8, "max_num_frames": 9, "skip_frms_nu
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Eight clips of 17 frames: even ones lie, odd ones stand."""
+    """Write eight clips of 17 frames: even ones are landscape, odd ones portrait."""
     path = write_dataset(tmp_path_factory.mktemp("data") / "set", clips=8, sizes=[(64, 96), (96, 64)])
     write_clip(path / "videos" / "008.mp4", frames=7, clip_number=8)
     (path / "labels" / "008.txt").write_text("a short clip")

@@ -31,7 +31,7 @@ def seed_everything(seed: int) -> None:
 
 @pytest.fixture(scope="module", params=["t2v_2b", "i2v_5b"])
 def case(request):
-    """Name, reference numbers, seeded engine and seeded clip (b, t, c, h, w) of one case."""
+    """Return name, reference, seeded engine and seeded clip (b, t, c, h, w) of one case."""
     name = request.param
     reference = Reference(f"engine/{name}")
     config, seed = reference.case["model"], reference.case["seed"]

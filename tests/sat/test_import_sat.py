@@ -11,7 +11,7 @@ FOLDERS = {"root": ROOT, "sat": ROOT / "sat", "elsewhere": Path("/")}
 
 
 def find_sat(folder: Path, *first_on_path: Path) -> Path:
-    """The file that a Python started in `folder` would import as `sat`."""
+    """Return the file that a Python started in `folder` would import as `sat`."""
     path = [str(entry) for entry in first_on_path]
     code = f"import sys, importlib.util as u; sys.path[:0] = {path!r}; print(u.find_spec('sat').origin)"
     return Path(subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout.strip())

@@ -41,14 +41,18 @@ def image(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def base_videos(tiny, tmp_path_factory) -> Path:
-    """The output folder of the 5B model for TWO_PROMPTS, what variants are compared with."""
+    """Return the 5B model's output folder for TWO_PROMPTS, for comparison with variants."""
     folder = tmp_path_factory.mktemp("base")
     assert main(command(tiny.config("5b"), folder, TWO_PROMPTS)) == 0
     return folder / "videos"
 
 
 def command(config: Path, folder: Path, prompts: list[str | dict], *arguments: str, name: str = "videos") -> list[str]:
-    """The arguments that sample `prompts` (texts, or objects for .jsonl) into `folder / name`."""
+    """Return the arguments that sample `prompts` into `folder / name`.
+
+    Args:
+        prompts: texts, or objects for .jsonl.
+    """
     as_json = isinstance(prompts[0], dict)
     file = folder / f"{name}.{'jsonl' if as_json else 'txt'}"
     file.write_text("\n".join(map(json.dumps, prompts) if as_json else prompts) + "\n")

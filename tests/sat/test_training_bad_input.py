@@ -210,7 +210,7 @@ def test_a_training_state_that_does_not_do(tmp_path, tiny, clips, caplog, damage
 
 @pytest.fixture(scope="module")
 def adapter_run(tmp_path_factory, tiny, clips):
-    """A configuration, and its run with one checkpoint; do not change it."""
+    """Return a configuration, and its run with one checkpoint; do not change it."""
     config = write_config(
         tmp_path_factory.mktemp("adapter") / "config.yaml", tiny, "5b", clips, lora=True, train_iters=1
     )

@@ -29,7 +29,7 @@ def rand(*shape: int, dtype=torch.float64) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(b, heads, n, d) by the formula; a mask is True where a query may look."""
+    """Return attention (b, heads, n, d) by the formula; a mask is True where a query attends."""
     scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -37,7 +37,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def assert_same_gradients(one: Tensor, other: Tensor, leaves: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    """Equal values, and equal gradients at the named tensors."""
+    """Check equal values, and equal gradients of the named tensors."""
     assert_close(one, other, tolerance)
     cotangent = torch.randn_like(one)
     ours = torch.autograd.grad(one, leaves.values(), cotangent)

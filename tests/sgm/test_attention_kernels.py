@@ -29,7 +29,7 @@ from support import assert_close
 
 @pytest.fixture
 def registry():
-    """Both tables, which are after a test as they were before."""
+    """Restore both tables of kernels after a test."""
     tables = (KERNELS, ATTENTION)
     before = [dict(table) for table in tables]
     yield
@@ -44,7 +44,7 @@ def tensors(n: int = 7, m: int = 5, dtype: torch.dtype = torch.float32) -> list[
 
 
 def counting(calls: list[tuple], result: Callable[..., Tensor | None] = attend) -> Callable[..., Tensor | None]:
-    """An attention function that notes its keywords."""
+    """Return an attention function that notes its keywords."""
 
     def compute(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | None:
         calls.append(options)

@@ -47,7 +47,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """The parts (`encoder`, `loss`, ...) of which a parameter has changed."""
+    """Return the parts (`encoder`, `loss`, ...) of which a parameter has changed."""
     return {
         name.split(".")[0] for name, value in module.named_parameters() if not torch.equal(value.detach(), before[name])
     }

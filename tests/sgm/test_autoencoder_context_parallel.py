@@ -71,7 +71,7 @@ def build(gather_norm: bool, **params: Any) -> VideoAutoencodingEngine:
 
 
 def batch(frames: int, rank: int | None = None, clips: int = 1) -> dict[str, Any]:
-    """Clips of 8x8; with a `rank` that rank's frames."""
+    """Return clips of 8x8, or with a `rank` that rank's frames."""
     video = seeded_input(f"video{frames}", (clips, frames, 3, 8, 8)).clamp(-1, 1)
     if rank is not None:
         video = video.split([first_share(frames), frames - first_share(frames)], dim=1)[rank]
@@ -185,7 +185,7 @@ def train_on_shares(rank: int | None) -> dict[str, Tensor]:
 
 
 def train_on_clips(rank: int | None) -> dict[str, Tensor]:
-    """The weights after steps in which each rank has one of two clips."""
+    """Return the weights after steps in which each rank has one of two clips."""
     engine = build(True, **SETTINGS, **sgd(3e-6), context_parallel_size=1)
     engine.loss.disc_weight = 0  # else its adaptive weight would be that of the rank's own clip
     batches, options = [batch(frames, clips=2) for frames in (5, 9, 1, 5, 9, 9, 5, 1)], {}

@@ -42,7 +42,7 @@ def seed():
 
 
 def build(**options) -> GeneralLPIPSWithDiscriminator:
-    """The loss with a small discriminator, from a configuration."""
+    """Return the loss with a small discriminator, from a configuration."""
     params = {"disc_start": 0, "perceptual_weight": 0.0, "discriminator_config": DISCRIMINATORS["2d"], **options}
     return instantiate_from_config(
         {"target": "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator", "params": params}
@@ -442,7 +442,7 @@ def test_pictures_of_what_the_discriminator_sees(kind):
 
 
 def moving_squares(count: int, frames: int, side: int) -> torch.Tensor:
-    """Coloured squares that move over coloured grounds: (count, 3, frames, side, side)."""
+    """Return coloured squares moving over coloured ground: (count, 3, frames, side, side)."""
     clips = (2 * torch.rand(count, 3, 1, 1, 1) - 1).repeat(1, 1, frames, side, side)
     for clip in clips:
         colour = 2 * torch.rand(3, 1, 1) - 1
@@ -455,7 +455,7 @@ def moving_squares(count: int, frames: int, side: int) -> torch.Tensor:
 
 
 def tiny_autoencoder() -> nn.Sequential:
-    """To a quarter of the numbers and back, frame by frame."""
+    """Return an autoencoder that reduces the numbers to a quarter, frame by frame."""
     return nn.Sequential(
         nn.Conv3d(3, 16, (1, 2, 2), (1, 2, 2)),
         nn.SiLU(),

@@ -24,7 +24,7 @@ SAMPLERS = ["VideoDDIMSampler", "VPSDEDPMPP2MSampler", "VPODEDPMPP2MSampler"]
 
 
 def denoiser(x: Tensor, level: Tensor, cond: dict[str, Tensor], **_: Any) -> Tensor:
-    """A network's stand-in, each of whose samples depends on itself alone."""
+    """Return a network's stand-in, each of whose samples depends on itself alone."""
     return torch.stack([torch.tanh(a * c.mean()) for a, c in zip(x, cond["crossattn"], strict=True)])
 
 

@@ -35,7 +35,7 @@ def discrete(discretization=ZERO_SNR, **params):
 
 
 def conditioner(batch):
-    """Draws random numbers, as a conditioner with dropout does."""
+    """Draw random numbers, as a conditioner with dropout does."""
     return {"crossattn": torch.bernoulli(torch.full((len(batch["txt"]), 1, 1), 0.9))}
 
 
@@ -52,13 +52,13 @@ class LinearNetwork(torch.nn.Module):
 
 
 def draw(clean):
-    """The random numbers of a video loss, in their order: dropout, timesteps, noise."""
+    """Return the random numbers of a video loss, in their order: dropout, timesteps, noise."""
     conditioner({"txt": [""] * len(clean)})
     return torch.randint(0, 1000, (len(clean),)), torch.randn(clean.shape)
 
 
 def video_loss(seed=0, clean=None, batch=None, **params):
-    """The loss of the released configuration on a linear network: (loss, clean, network)."""
+    """Return the released configuration's loss on a linear network: (loss, clean, network)."""
     loss_fn = VideoDiffusionLoss(**{"sigma_sampler_config": discrete(), **params})
     denoiser, network = instantiate_from_config(CASE["denoiser_config"]), LinearNetwork()
     clean = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9)) if clean is None else clean

@@ -135,7 +135,7 @@ def test_network_follows_to_another_device_but_not_to_another_dtype(files):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """An empty cache of torch.hub, without a network."""
+    """Return an empty cache of torch.hub, without a network."""
 
     def no_network(url, *args, **options):
         raise URLError("Name or service not known")

@@ -15,7 +15,7 @@ TINY = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4, "reso
 
 
 def coder(**params) -> nn.Module:
-    """An `encoder` and a `decoder` of these arguments."""
+    """Return an `encoder` and a `decoder` of these arguments."""
     both = nn.Module()
     both.encoder, both.decoder = Encoder(**params), Decoder(**params)
     return both

@@ -175,7 +175,7 @@ def test_lfq_entropies_of_distant_vectors_are_finite():
 
 
 def clusters(count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, 2) points in tight clusters around centres (count, 2)."""
+    """Return (n, 2) points in tight clusters around centres (count, 2)."""
     centres = (
         torch.stack(torch.meshgrid(torch.arange(count // 4), torch.arange(4), indexing="ij"), -1).view(-1, 2) * 5.0
     )
@@ -259,7 +259,7 @@ def test_two_processes_do_what_one_does_with_both_batches():
 
 @pytest.fixture(scope="module")
 def shapes() -> torch.Tensor:
-    """(clips, 3, 5, 16, 16) in [-1, 1]: moving shapes."""
+    """Return moving shapes (clips, 3, 5, 16, 16) in [-1, 1]."""
     from cogvideox_sat.shapes.drawing import draw
     from cogvideox_sat.shapes.scenes import random_scenes
 

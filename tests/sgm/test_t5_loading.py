@@ -52,7 +52,7 @@ def as_pickles(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def with_a_decoder(folder: Path, weights: dict[str, Tensor]) -> None:
-    """As a whole T5 is stored; the embedding has its other name."""
+    """Return weights as a whole T5 has them; the embedding has its other name."""
     weights["encoder.embed_tokens.weight"] = weights.pop("shared.weight")
     save_file({**weights, "decoder.final_layer_norm.weight": torch.ones(128)}, folder / "model.safetensors")
 

@@ -106,7 +106,7 @@ def test_without_a_temporal_share_it_is_the_spatial_transformer():
 
 
 def influence(function, x: Tensor) -> Tensor:
-    """(n, n) bool: which batch entries of the output each batch entry of the input changes."""
+    """Return (n, n) bool: the entries of the output that each entry of the input changes."""
     base = function(x)
     rows = []
     for index in range(len(x)):
@@ -208,7 +208,7 @@ def test_decoder_agrees_with_diffusers():
 
 
 def extended(decoder: Decoder, **params) -> VideoDecoder:
-    """A temporal decoder with the weights of a 2D one."""
+    """Return a temporal decoder with the weights of a 2D one."""
     video = VideoDecoder(**TINY, **params)
     missing, unexpected = video.load_state_dict(decoder.state_dict(), strict=False)
     assert not unexpected and all("time" in name or "mix_factor" in name for name in missing)

@@ -27,7 +27,7 @@ def build(**params: Any) -> VideoAutoencodingEngine:
 
 
 def batches(count: int, frames: int = 5, clips: int = 2) -> list[dict[str, Any]]:
-    """As the fine-tuning data set gives them."""
+    """Return batches as the fine-tuning data set gives them."""
     videos = moving_squares(count * clips, frames).split(clips)
     return [{"mp4": video, "seed": [clips * i + j for j in range(clips)]} for i, video in enumerate(videos)]
 

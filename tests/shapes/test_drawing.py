@@ -31,7 +31,7 @@ def mask(clip: torch.Tensor) -> torch.Tensor:
 
 
 def centres(clip: torch.Tensor) -> torch.Tensor:
-    """(frames, 2): row and column of the middle of the red shape."""
+    """Return row and column of the red shape's middle: (frames, 2)."""
     return torch.stack([one.nonzero().float().mean(dim=0) for one in mask(clip)])
 
 

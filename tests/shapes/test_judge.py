@@ -40,7 +40,7 @@ def spoilt(clip: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def wrong(scenes, change) -> list[tuple[str, Scene]]:
-    """The captions of those scenes of which the judge says something else, and what it says."""
+    """Return the captions of scenes that the judge describes differently, with its answer."""
     found = [(scene, judge(change(draw(scene, 9, 64, 64), number))) for number, scene in enumerate(scenes)]
     return [
         (scene.caption, seen)

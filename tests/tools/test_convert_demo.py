@@ -23,7 +23,7 @@ def idea_of(request: dict) -> str:
 
 
 def refined(request: dict, number: int) -> Reply:
-    """Fails for ideas that hold `fail`."""
+    """Refine a prompt, or fail for ideas with `fail`."""
     idea = idea_of(request)
     return Reply(status=500, body="{}") if "fail" in idea else Reply(f"long {idea}")
 

@@ -151,7 +151,7 @@ def test_padding_is_that_of_tensorflow(size, kernel, stride, padding):
 
 @pytest.fixture(scope="module")
 def i3d_file(tmp_path_factory) -> Path:
-    """Weights of I3D in the shared form, made up such that the features depend on the video."""
+    """Write weights of I3D in the shared form, made up so that features depend on the video."""
     path = tmp_path_factory.mktemp("i3d") / "rgb_imagenet.pt"
     weights = seed_module_(Inception3D()).state_dict()
     for name, value in weights.items():
@@ -239,7 +239,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> Path:
-    """Made-up weights of LPIPS' smallest backbone."""
+    """Write made-up weights of LPIPS' smallest backbone."""
     path = tmp_path_factory.mktemp("lpips") / "squeezenet.pth"
     torch.save(seed_module_(torchvision.models.squeezenet1_1()).state_dict(), path)
     return path
@@ -278,12 +278,12 @@ def test_from_clips_to_numbers_and_videos(folder, backbone, i3d_file, tmp_path, 
 
 
 def brightness(frames: np.ndarray) -> np.ndarray:
-    """As H.264 in BT.709 stores it."""
+    """Return the brightness as H.264 in BT.709 stores it."""
     return np.tensordot(frames, [0.2126, 0.7152, 0.0722], axes=(1, 0)).flatten()
 
 
 def reconstructed_by_hand(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The first clip and what chunks decode it to: (frames, 3, height, width) from 0 to 255."""
+    """Return the first clip and its decoded chunks: (frames, 3, height, width), 0 to 255."""
     config = yaml.safe_load((folder / "sampling.yaml").read_text())
     vae = instantiate_from_config(config["model"]["first_stage_config"]).eval()
     clip = SFTDataset(str(folder / "data"), [HEIGHT, WIDTH], 8, FRAMES, 0, random_start=False)[0]["mp4"]

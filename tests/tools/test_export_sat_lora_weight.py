@@ -29,7 +29,7 @@ def content(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def diffusers_pipeline(adapted: AdaptedNetwork):
-    """A pipeline around the base network, with nothing else in it."""
+    """Return a pipeline around the base network, with nothing else in it."""
     import diffusers
 
     transformer = build_diffusers_network(adapted.params)

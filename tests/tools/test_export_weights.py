@@ -10,7 +10,7 @@ from tools.export_weights import main
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A run with an averaged iteration beside the last."""
+    """Return a run with an averaged iteration beside the last."""
     for name, value in (("7", 1.0), ("7-ema", 2.0)):
         (tmp_path / "run" / name).mkdir(parents=True)
         weights = {

@@ -22,7 +22,7 @@ from training_runs import assert_same
 
 
 def run_import(path: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """The imported adapter."""
+    """Return the imported adapter."""
     assert main(["--lora_path", str(path), "--output", str(output), *flags]) == 0
     file = checkpoint_file(output)
     return network_weights(file)

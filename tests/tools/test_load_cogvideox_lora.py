@@ -26,7 +26,7 @@ WIDTH, LAYERS, RANK = 256, 2, 4  # of the tiny models
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory) -> Path:
-    """The pipelines `5b` and `1.5_i2v`, and an adapter that fits both, exported to `lora`."""
+    """Make the pipelines `5b` and `1.5_i2v`, and an adapter for both, exported to `lora`."""
     folder = tmp_path_factory.mktemp("load_lora")
     for family in ("5b", "1.5_i2v"):
         convert(tiny, family, folder / family)

@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 
 def write_adapter(folder: Path, config: dict) -> None:
-    """As a training run leaves it: the matrices, and its configuration beside them."""
+    """Write an adapter like a training run: the matrices, and its configuration."""
     generator, adapter = torch.Generator().manual_seed(0), {}
     for layer in range(LAYERS):
         for module, parts in (("query_key_value", 3), ("dense", 1)):

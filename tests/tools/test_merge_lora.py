@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def merge(load: Path, output: Path, *arguments: str | Path) -> dict[str, torch.Tensor]:
-    """The merged weights."""
+    """Return the merged weights."""
     assert main(["--load", str(load), "--output", str(output), *map(str, arguments)]) == 0
     return weights_in(output)
 

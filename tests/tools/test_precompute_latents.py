@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory) -> Path:
-    """Clips in `data`, and the configurations `2b.yaml`, `5b_i2v.yaml`."""
+    """Write clips to `data`, and the configurations `2b.yaml`, `5b_i2v.yaml`."""
     folder = tmp_path_factory.mktemp("precompute")
     write_dataset(folder / "data", 5, frames=12)
     sections = {

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory) -> Path:
-    """A folder with the wheel of `tiny-package`, version 1.0."""
+    """Return a folder with the wheel of `tiny-package`, version 1.0."""
     folder = tmp_path_factory.mktemp("wheels")
     info = "tiny_package-1.0.dist-info"
     with zipfile.ZipFile(folder / "tiny_package-1.0-py3-none-any.whl", "w") as wheel:
@@ -64,7 +64,7 @@ class Repository:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, wheels) -> Repository:
-    """One whose .venv the first test that needs it makes."""
+    """Return a repository whose .venv is made by the first test that needs it."""
     return Repository(tmp_path_factory.mktemp("with a space") / "repo", wheels)
 
 

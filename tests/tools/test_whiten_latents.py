@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Clips in `data`, a VAE of made-up weights in `vae.pt`, and `vae.yaml`, which names both."""
+    """Write clips to `data`, a random VAE to `vae.pt`, and `vae.yaml` for both."""
     folder = tmp_path_factory.mktemp("whiten")
     write_dataset(folder / "data", CLIPS, frames=20)
     (folder / "cache").mkdir()

@@ -99,7 +99,7 @@ def test_every_stage_on_two_processes(tmp_path):
 
 
 def failing_behind(folder, failing_rank, model_parallel):
-    """The line that each process ends with, when one of those that write finds the disk full."""
+    """Return the last line of each process if a writing one finds the disk full."""
     engine = build(arguments(1), model_parallel_size=1 + model_parallel)
     step(engine)
     late = saver(engine, Path(folder))

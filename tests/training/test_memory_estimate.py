@@ -28,7 +28,7 @@ def video_inputs(network, clip: Bucket, batch: int) -> dict[str, torch.Tensor]:
 
 
 def kept_by_forward(network, inputs) -> int:
-    """Bytes that autograd keeps for the backward pass, besides the weights."""
+    """Return the bytes that autograd keeps for the backward pass, without the weights."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     kept = {}
 

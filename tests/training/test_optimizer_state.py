@@ -52,7 +52,7 @@ def trained(stage, optimizer="sat.ops.FusedEmaAdam"):
 
 
 def without_master(tensors):
-    """ZeRO's float32 copies of the weights; without ZeRO the weights themselves are these."""
+    """Return tensors without ZeRO's float32 weights, which without ZeRO are the weights."""
     return {key: tensor for key, tensor in tensors.items() if key[0] != "master"}
 
 

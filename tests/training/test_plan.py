@@ -37,7 +37,7 @@ class Case:
     def args(
         self, *command_line: str, model: str = "cogvideox_2b", data: dict | None = None, **changes
     ) -> TrainingArguments:
-        """`changes` go into the `model:` section, `data` into the parameters of the data."""
+        """Return arguments with `changes` in the `model:` section, `data` in the data's params."""
         config = load_configs([CONFIGS / f"{model}.yaml"])["model"]
         config["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(self.folder / "t5")
         config["first_stage_config"]["params"]["ckpt_path"] = str(self.folder / "vae.pt")
@@ -49,7 +49,7 @@ class Case:
         return get_training_args(["--base", *map(str, files), *flags, *command_line])
 
     def run(self, name: str, *iterations: int, saved_at: float = 0.0) -> Path:
-        """The folder of a run that has saved at these steps, the last time at `saved_at` seconds."""
+        """Make the folder of a run that saved at these steps, lastly at `saved_at` seconds."""
         run = self.folder / "runs" / name
         for step in iterations:
             (run / str(step) / "training_state").mkdir(parents=True)

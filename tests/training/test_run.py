@@ -187,7 +187,7 @@ def conditioner_config(tiny: TinyModels, family: str) -> dict:
 
 
 def conditioner_without_files(tiny: TinyModels, family: str, folder: Path) -> dict:
-    """The conditioner of a tiny model, with a text encoder that is not there."""
+    """Return the conditioner of a tiny model, with a text encoder that is not there."""
     config = conditioner_config(tiny, family)
     config["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "gone")
     return config

@@ -28,7 +28,7 @@ SIZES = [SMALL[1:], WIDE[1:]]
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Five clips of two shapes, with captions."""
+    """Write five clips of two shapes, with captions."""
     folder = tmp_path_factory.mktemp("clips")
     (folder / "labels").mkdir()
     for index, bucket in enumerate([SMALL, WIDE, SMALL, SMALL, WIDE]):

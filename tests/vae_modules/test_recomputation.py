@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(cp_size: int = 1, **coder: Any) -> VideoAutoencoderInferenceWrapper:
-    """The small autoencoder; `coder` goes to the encoder and the decoder."""
+    """Return the small autoencoder; `coder` goes to the encoder and the decoder."""
     config = Reference("vae/vae_small").case["first_stage_config"]
     params = {**config["params"], "cp_size": cp_size}
     for part in ("encoder_config", "decoder_config"):

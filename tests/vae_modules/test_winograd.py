@@ -101,7 +101,7 @@ def test_convolution_is_fast_only_where_that_is_exact_and_pays():
 
 
 def resized(small: Tensor, like: Tensor, lead: bool) -> Tensor:
-    """To the size of `like` by nearest neighbour, the first frame apart."""
+    """Return maps resized to `like` by nearest neighbour, the first frame separately."""
     if not lead or like.shape[2] == 1:
         return F.interpolate(small, size=like.shape[2:], mode="nearest")
     rest = F.interpolate(small[:, :, 1:], size=(like.shape[2] - 1, *like.shape[3:]), mode="nearest")

@@ -47,7 +47,7 @@ def training():
 
 @pytest.fixture
 def go(monkeypatch):
-    """Lets nothing be written before it is set."""
+    """Prevent all writing until the event is set."""
     write, event = torch.save, threading.Event()
 
     def late(content, path):

@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    """All that is logged of each step's loss."""
+    """Return all logged parts of each step's loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if not any(name.startswith("val") for name in line)]
     return {
@@ -94,7 +94,7 @@ def test_another_decoder_of_videos_is_reported_when_a_run_goes_on(tmp_path, data
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, data) -> Path:
-    """Four steps at batch 2 on one process, without adversary."""
+    """Run four steps at batch 2 on one process, without an adversary."""
     return train(write_config(tmp_path_factory.mktemp("one") / "config.yaml", data, **NO_ADVERSARY))
 
 
@@ -269,7 +269,7 @@ def test_checkpoints_of_a_future_that_was_given_up_are_deleted(tmp_path, data):
 
 
 def built(name: str) -> Any:
-    """The engine of a configuration, without memory for its weights."""
+    """Return the engine of a configuration, without memory for its weights."""
     model = load_configs([ROOT / "configs" / name])["model"]
     model["params"]["loss_config"]["params"]["perceptual_weight"] = 0.0
     model["params"]["ema_decay"] = None
@@ -331,7 +331,7 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(small_run, tmp_
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory, data):
-    """A configuration, and its run with one checkpoint; do not change it."""
+    """Return a configuration, and its run with one checkpoint; do not change it."""
     folder = tmp_path_factory.mktemp("small")
     config = write_config(folder / "config.yaml", data, args={"train_iters": 1}, **NO_ADVERSARY)
     return config, train(config)

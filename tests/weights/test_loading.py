@@ -89,7 +89,7 @@ def test_weights_are_mapped_from_the_file_not_copied(seeded_base, tmp_path):
 
 
 def wide_network() -> torch.nn.Module:
-    """A network on the meta device, whose weights take 60 MB in 16 bit."""
+    """Return a network on the meta device, whose weights take 60 MB in 16 bit."""
     config = Reference("dit/t2v_2b").case["network_config"]
     wide = {"hidden_size": 1024, "num_attention_heads": 16, "time_embed_dim": 512}
     return instantiate_on_meta({**config, "params": {**config["params"], **wide}}).to(torch.bfloat16)
