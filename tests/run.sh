@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up the environment where needed, then checks the layers (tests/architecture.py), the style (ruff), the spelling
-# (codespell) and the types (mypy, tests/type_checks.py), and runs the tests (pytest), in one process
-# more than there are cores, at most eight.
+# Sets up the environment if needed, then checks the layers (tests/architecture.py), the docstrings (tests/prose.py), the
+# style (ruff), the spelling (codespell) and the types (mypy, tests/type_checks.py), and runs the tests (pytest), with one
+# process more than cores, at most eight.
 # Other arguments go to pytest; paths are relative to the repository root.
 #
 #   bash tests/run.sh
@@ -35,17 +35,18 @@ unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 
 style=0
 "$python" tests/architecture.py || style=$?
+"$python" tests/prose.py || style=$?
 "$python" -m ruff check || style=$?
 "$python" -m codespell_lib benchmarks configs sat sgm tests tools vae_modules ./*.md docs || style=$?
 
-# The types are checked while the tests run, and told about after them.
+# Types are checked while the tests run, and their errors are printed after the tests.
 types=$(mktemp)
 "$python" tests/type_checks.py >"$types" 2>&1 &
 checker=$!
 trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
 
-# The tests of a file share its fixtures, so they stay together; tests/conftest.py puts the long files first. A third of
-# the time a test waits: for a clip that hangs, a server that is not there, a process. Then another one has its core.
+# The tests of a file share its fixtures, so that they stay together; tests/conftest.py puts the long files first. A test
+# spends a third of its time waiting, for a clip that hangs, a server or a process; another test then uses its core.
 tests=0 processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
 "$python" -m pytest --numprocesses "$((processes < 8 ? processes : 8))" --dist loadfile --no-loadscope-reorder "$@" || tests=$?
 wait "$checker" || style=$?
