@@ -1,14 +1,15 @@
-"""Check the first lines of docstrings: their length, their end, and the words they begin with.
+"""Check the first lines of docstrings: their length, end and first words.
 
     python tests/prose.py               prints violations, and exits with 1 if there are any
 
-The rules of prose are in CONTRIBUTING.md. ruff checks the blank line after the first line, and the imperative mood.
+The rules of prose are in CONTRIBUTING.md. ruff checks the blank line after the first line, and its imperative mood.
 """
 
 import ast
 import sys
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def wrong(root: Path = ROOT) -> list[str]:
     lines = []
     for file in files:
         path = file.relative_to(root)
-        if not any(path.match(pattern) for pattern in ignored):
+        if not any(fnmatchcase(str(path), pattern) for pattern in ignored):
             for line, text in docstrings(file.read_text(encoding="utf-8")):
                 if problem := problem_of(text):
                     lines.append(f"{path}:{line}: {problem}")
