@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgm.errors import UserError
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.diffusionmodules.sampling_bar import SamplingBar
+from sgm.modules.diffusionmodules.sampling_utils import check_schedule_of_sigma, steps_of_call
 from sgm.util import instantiate_from_config
 
 Cond = Mapping[str, Tensor]
@@ -58,14 +58,8 @@ class BaseDiffusionSampler(SamplingBar):
         Raises:
             UserError: the number of steps is not given, or the schedule is not one of σ.
         """
-        num_steps = self.num_steps if num_steps is None else num_steps
-        if num_steps is None:
-            raise UserError("sampler_config: num_steps is missing; set it there or pass it when sampling")
-        if self.discretization.gives_alpha:
-            raise UserError(
-                f"sampler_config: {type(self).__name__} needs a schedule of sigma, which "
-                f"{type(self.discretization).__name__} is not; use EDMDiscretization or LegacyDDPMDiscretization"
-            )
+        num_steps = steps_of_call(num_steps, self.num_steps)
+        check_schedule_of_sigma(self, self.discretization)
         sigmas = self.discretization(num_steps, device=x.device if self.device is None else self.device)
         start = x * (1.0 + sigmas[0].to(x.device) ** 2) ** 0.5
         return start, x.new_ones(len(x)), sigmas, len(sigmas), cond, cond if uc is None else uc

@@ -22,9 +22,11 @@ from sgm.modules.diffusionmodules.sampling_start import NOISE, Start
 from sgm.modules.diffusionmodules.sampling_utils import (
     Generators,
     ancestral_step,
+    check_schedule_of_sigma,
     half_log_snr,
     linear_multistep_coefficients,
     noise_like,
+    steps_of_call,
     to_d,
 )
 from sgm.signatures import accepts
@@ -143,9 +145,7 @@ class Sampler(SamplingBar, ABC):
         Raises:
             UserError: the number of steps is not given, or the noise schedule has fewer.
         """
-        num_steps = self.num_steps if num_steps is None else num_steps
-        if num_steps is None:
-            raise UserError("sampler_config: num_steps is missing; set it there or pass it when sampling")
+        num_steps = steps_of_call(num_steps, self.num_steps)
         x = x.float()
         if start is None:
             start = Start(prefix=x[:, : self.fixed_frames]) if self.fixed_frames else NOISE
@@ -383,11 +383,7 @@ class SigmaSampler(Sampler):
     variance_preserving = False
 
     def schedule(self, num_steps: int) -> tuple[list[float], list[float], list[int]]:
-        if self.discretization.gives_alpha:
-            raise UserError(
-                f"sampler_config: {type(self).__name__} needs a schedule of sigma, which "
-                f"{type(self.discretization).__name__} is not; use EDMDiscretization or LegacyDDPMDiscretization"
-            )
+        check_schedule_of_sigma(self, self.discretization)
         sigmas, timesteps = self.discretization.table(num_steps)
         return [1.0] * (num_steps + 1), [*sigmas.tolist(), 0.0], timesteps[::-1].tolist()
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,18 +26,45 @@ __all__ = [
     "NoDynamicThresholding",
     "StaticThresholding",
     "ancestral_step",
+    "check_schedule_of_sigma",
     "draw_noise",
     "get_ancestral_step",
     "half_log_snr",
     "linear_multistep_coeff",
     "linear_multistep_coefficients",
     "noise_like",
+    "steps_of_call",
     "to_d",
     "to_neg_log_sigma",
     "to_sigma",
 ]
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+
+
+def steps_of_call(given: int | None, configured: int | None) -> int:
+    """Return the number of steps of a sampler's call, by default the configured number.
+
+    Raises:
+        UserError: neither number is known.
+    """
+    num_steps = configured if given is None else given
+    if num_steps is None:
+        raise UserError("sampler_config: num_steps is missing; set it there or pass it when sampling")
+    return num_steps
+
+
+def check_schedule_of_sigma(sampler: Any, discretization: Any) -> None:
+    """Check that a noise schedule gives σ, for a sampler that needs σ.
+
+    Raises:
+        UserError: the schedule gives a = sqrt(ᾱ).
+    """
+    if discretization.gives_alpha:
+        raise UserError(
+            f"sampler_config: {type(sampler).__name__} needs a schedule of sigma, which "
+            f"{type(discretization).__name__} is not; use EDMDiscretization or LegacyDDPMDiscretization"
+        )
 
 
 def draw_noise(
