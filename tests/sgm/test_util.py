@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cogvideox_sat.configuration.files import load_configs
+from sgm.config_blame import BUILDERS
 from sgm.config_places import Sources, section
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.denoiser_scaling import VideoScaling
@@ -207,3 +208,8 @@ def test_a_mistake_of_this_program_in_the_text_encoder_keeps_its_traceback(model
     monkeypatch.setattr("sgm.config_blame.is_own_file", lambda name: name == __file__ or "/sgm/" in name)
     with section("model", config, sources), pytest.raises(TypeError, match="planted"):
         instantiate_from_config(config["conditioner_config"])
+
+
+def test_builders_are_functions_of_this_project():
+    sources = "".join(file.read_text() for folder in ("sgm", "sat") for file in (ROOT / folder).rglob("*.py"))
+    assert [name for name in BUILDERS if f"def {name}(" not in sources] == []
