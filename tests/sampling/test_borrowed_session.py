@@ -1,4 +1,4 @@
-"""A session on an engine of somebody else's makes the same videos, and leaves the engine as it was."""
+"""A session on a user's engine makes the same videos, and leaves the engine unchanged."""
 
 from dataclasses import replace
 

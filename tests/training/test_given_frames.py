@@ -1,4 +1,4 @@
-"""What a request shows, frame by frame."""
+"""The given frames of a request, frame by frame."""
 
 from functools import partial
 

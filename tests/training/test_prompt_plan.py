@@ -1,4 +1,4 @@
-"""What `valid_prompts` asks for is settled before anything is loaded, and a mistake in it is one line."""
+"""`valid_prompts` is checked before anything is loaded, and a mistake is one line."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes a file of prompts, as JSON where they are mappings."""
+    """Return a function that writes a file of prompts, as JSON if they are mappings."""
 
     def write(*lines: str | dict) -> str:
         path = tmp_path / ("prompts.jsonl" if isinstance(lines[0], dict) else "prompts.txt")

@@ -60,7 +60,7 @@ def picture(path: Path, colour: str) -> str:
 
 
 def made(run: Path) -> dict[str, list[int]]:
-    """The steps of the videos of a run, by name."""
+    """Return the steps of the videos of a run, by name."""
     steps: dict[str, list[int]] = {}
     for video in read_videos(run):
         steps.setdefault(video.name, []).append(video.step)
@@ -96,7 +96,7 @@ def test_the_run_is_the_same_to_the_bit_and_its_videos_are_those_of_inference(tm
 
 
 def test_inputs_are_beside_samples(tmp_path, tiny, clips):
-    """Of prompts, and of validation clips, whose reconstruction is there too."""
+    """They are beside samples of prompts, and of validation clips with a reconstruction."""
     red, blue = (picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
     clip = str(write_clip(tmp_path / "clip.mp4", 12, size=(32, 48)))
     prompts = write_prompts(
@@ -178,7 +178,7 @@ def test_latents_alone(tmp_path, tiny, clips, monkeypatch):
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [0, 3])
 def test_two_processes_make_three_videos(tmp_path, tiny, clips, zero):
-    """Each its own, or all together where the network is spread over them, whose losses stay as they are."""
+    """Each process makes its own, or all together make each, with unchanged losses."""
     prompts = write_prompts(tmp_path, *BOATS)
     settings = {"zero": zero, **FEW_STEPS}
     plain = write_config(tmp_path / "plain.yaml", tiny, "5b", clips, save=str(tmp_path / "plain"), **settings)
@@ -192,7 +192,7 @@ def test_two_processes_make_three_videos(tmp_path, tiny, clips, zero):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tiny, clips) -> Path:
-    """The run of one process that makes a video."""
+    """Return the run of one process that makes a video."""
     folder = tmp_path_factory.mktemp("alone")
     prompts = write_prompts(folder, BOATS[0])
     return train(write_config(folder / "a.yaml", tiny, "5b", clips, valid_prompts=prompts, **FEW_STEPS))
@@ -235,8 +235,10 @@ def test_a_picture_that_is_missing_or_damaged_is_one_line_before_anything_is_loa
 
 
 def test_a_prompt_that_fails_while_training_is_a_warning_alone(tmp_path, tiny, clips, caplog, monkeypatch):
-    """A picture that is gone since the start, a folder that cannot be written to, an error of a class of the user's.
-    The time is not that of steps."""
+    """The failures are a missing picture, a read-only folder, and a user's exception.
+
+    The time does not count as that of steps.
+    """
     red, blue = (picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
     prompts = write_prompts(tmp_path, f"a@@{red}", f"b@@{blue}")
     steps, pauses = [], []
