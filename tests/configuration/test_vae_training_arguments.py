@@ -149,7 +149,7 @@ def test_weights_and_checkpoints_of_another_architecture(tmp_path, data, failure
     message = failure("--resume", str(run))
     assert "is of another model" in message and str(run) in message and "conv_out" in message
     message = failure("--resume", weights)
-    assert "is no checkpoint: name the folder of a run or its checkpoints/step=N.ckpt" in message
+    assert "is not a checkpoint; name the folder of a run or its checkpoints/step=N.ckpt" in message
     (run / "checkpoints" / "step=1.ckpt").write_bytes(b"no checkpoint")
     assert "step=1.ckpt" in failure("--resume", str(run))
 
@@ -160,7 +160,7 @@ def test_resuming_what_is_complete(tmp_path, data, failure):
     assert main(["--base", str(config), "--resume", "latest"]) == 0
     assert runs_of(config) == [run]
     message = failure("--resume", str(run), "--train_iters", "1")
-    assert "is at step 1 of 1: raise train_iters to go on" in message
+    assert "is at step 1 of 1; raise train_iters to continue" in message
 
 
 def test_losses_that_are_not_finite_end_a_run_and_leave_its_checkpoint(tmp_path, data, caplog):

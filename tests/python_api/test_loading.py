@@ -38,7 +38,7 @@ def test_the_names_of_shipped_models():
         ("/nowhere/at/all", "model: /nowhere/at/all does not exist; known are tiny, "),
         ("", "model: '' does not exist"),
         (3, "model is 3; give a name, a folder, or configuration files"),
-        ([], r"model: \[\] is no model"),
+        ([], r"model is \[\]; give a name"),
         (str(ROOT / "tests"), "tests holds neither training_config.yaml nor model_index.json"),
         (str(ROOT / "README.md"), "README.md holds neither"),
     ],

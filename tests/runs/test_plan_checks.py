@@ -51,7 +51,7 @@ def test_what_a_run_goes_on_from(tmp_path):
     assert planned(tmp_path, 10) == (None, False)
     assert planned(tmp_path, 10, resume="run") == (Path("run/found"), False)
     assert planned(tmp_path, None, resume="run") == (Path("run/found"), False)
-    with pytest.raises(UserError, match=r"resume: run/found is at step 20 of 20: raise train_iters"):
+    with pytest.raises(UserError, match=r"resume: run/found is at step 20 of 20; raise train_iters"):
         planned(tmp_path, 20, resume="run")
 
 

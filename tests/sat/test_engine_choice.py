@@ -128,7 +128,7 @@ def test_a_cache_knows_no_other_way_of_encoding(tiny, tmp_path, caplog):
     [
         (Narrow, r"model_cls: its __init__ must take \(args, \*\*kwargs\)"),
         (torch.nn.Identity, "model_cls: Identity is not a subclass of diffusion_video.SATVideoDiffusionEngine"),
-        (7, "model_cls: 7 is no subclass"),
+        (7, "model_cls: 7 is not a subclass"),
     ],
 )
 def test_what_is_no_engine(chosen, says):

@@ -200,10 +200,10 @@ def test_a_training_state_that_does_not_do(tmp_path, tiny, clips, caplog, damage
         says = "has no exp_avg of"
     elif damage == "another network split":
         content["optimizer"]["model_parallel_size"] = 2
-        says = "model_parallel_size 2, not 1, and does not hold the optimizer's tensors of all its ranks"
+        says = "model_parallel_size 2, not 1, and does not hold the optimizer's tensors of all ranks"
     else:
         del content["data"]
-        says = "has no whole training state"
+        says = "has no complete training state"
     state.write_text(json.dumps(content))
     assert says in failure(caplog, config, "--resume", str(run), "--train_iters", "2")
 
@@ -250,7 +250,7 @@ DAMAGES = {
     "latest is elsewhere": (lambda run: (run / "latest").write_text("../x"), "not the name of a checkpoint"),
     "nested state": (
         lambda run: (run / "1" / "training_state" / "state.json").write_text("[" * 100000),
-        "no whole training state",
+        "no complete training state",
     ),
     "negative step": (_in_state(lambda state: state.update(step=-1)), "step cannot be -1"),
     "another step": (_in_state(lambda state: state.update(step=7)), "the training state of step 7"),

@@ -173,7 +173,7 @@ def test_flags_that_are_right_are_taken_and_wrong_ones_refused(tiny, tmp_path, c
         (("--num_layers", 30), "--num_layers is 30, but the weights have 2"),
         (("--num_attention_heads", 48), "--num_attention_heads is 48, but the weights have 4"),
         (("--version", "1.5"), "--version is 1.5, but the weights have 1.0"),
-        (("--scaling_factor", 1.15258426), "--scaling_factor is 1.15258, but CogVideoX-5B-I2V has"),
+        (("--scaling_factor", 1.15258426), "--scaling_factor is 1.15258, but CogVideoX-5B-I2V"),
         (("--snr_shift_scale", 3), "--snr_shift_scale is 3, but"),
         (
             ("--base", ROOT / "configs" / "cogvideox_5b.yaml"),

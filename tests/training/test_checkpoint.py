@@ -190,7 +190,7 @@ def test_a_run_that_fails_waits_for_what_is_being_written(tmp_path, caplog):
         threading.Timer(0.2, go.set).start()
         late.settle()
     assert (tmp_path / "latest").read_text() == "1"
-    assert "the run ends once the checkpoint of step 1 is written" in caplog.text
+    assert "the run ends when the checkpoint of step 1 is written" in caplog.text
 
 
 def test_without_room_in_memory_it_is_written_between_steps(tmp_path, monkeypatch, caplog):

@@ -240,7 +240,7 @@ def test_a_path_names_a_run_or_one_of_its_iterations(case):
 
 def test_what_cannot_be_resumed(case):
     run = case.run("any", 10, 20)
-    with pytest.raises(UserError, match=r"20 is at step 20 of 20: raise train_iters to go on"):
+    with pytest.raises(UserError, match=r"20 is at step 20 of 20; raise train_iters to continue"):
         plan_run(case.args("--resume", str(run), "--train_iters", "20"))
     with pytest.raises(UserError, match="resume: gone does not exist"):
         find_resume(case.args("--resume", "gone"), iteration_folder)

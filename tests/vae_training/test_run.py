@@ -305,7 +305,7 @@ def test_the_tiny_configuration_trains_the_first_stage_of_the_tiny_models():
         (("loops", "fit_loop", "epoch_loop.state_dict", "_batches_that_stepped"), "many", "loops cannot be"),
         (("pytorch-lightning_version",), [], "is damaged"),
         (("optimizer_states", 0, "param_groups"), [], "is damaged"),
-        (("optimizer_states", 0, "state", 0), {}, "of some weights only"),
+        (("optimizer_states", 0, "state", 0), {}, "for some weights only"),
         (("state_dict",), 3, "state_dict cannot be 3"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What the trainers of the network and of the VAE share."""
+"""Parts that the trainers of the network and of the VAE share."""

@@ -1,4 +1,7 @@
-"""Write files behind the steps of a run: one job at a time, in a thread. Nothing here imports PyTorch."""
+"""Write files in the background of a run: one job at a time, in a thread.
+
+This module imports no PyTorch.
+"""
 
 import logging
 import time
@@ -16,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 Content = TypeVar("Content")
 
-LIMIT = 3600.0  # seconds for what is still to be written when a run waits for it; a disk that takes longer is broken
-SILENCE = 30.0  # seconds without a change of a folder, after which nobody writes into it any more
-INTERVAL = 0.2  # seconds between looks at such a folder
+LIMIT = 3600.0  # seconds that a run waits for the writer; a disk that takes longer is broken
+SILENCE = 30.0  # seconds without a change of a folder, after which its writer counts as ended
+INTERVAL = 0.2  # seconds between two checks of such a folder
 
 
 class BackgroundWriter:
     """Runs one job at a time in a thread.
 
-    The thread must not take part in collectives of groups that the steps use, nor draw random numbers.
+    The thread must not take part in collectives of groups that the steps use, and must not draw random numbers.
     """
 
     def __init__(self) -> None:
@@ -33,21 +36,21 @@ class BackgroundWriter:
         self._error: BaseException | None = None
 
     def start(self, what: str, job: Callable[[], object]) -> None:
-        """Begin a job; the one before must be finished.
+        """Begin a job; the job before must be finished.
 
         Args:
-            what: is written, for messages: "the checkpoint of step 4".
+            what: what is written, for messages: "the checkpoint of step 4".
         """
         assert self._thread is None, self._what
         self._what = what
-        # It must not keep a process alive that has given up waiting for it.
+        # A daemon, so that it does not keep a process alive that has given up waiting.
         self._thread = Thread(target=self._run, args=(job,), name="checkpoint writer", daemon=True)
         self._thread.start()
 
     def _run(self, job: Callable[[], object]) -> None:
         try:
             job()
-        except BaseException as error:  # is raised where the run waits for the job
+        except BaseException as error:  # `finish` raises it
             self._error = error
 
     @property
@@ -61,28 +64,28 @@ class BackgroundWriter:
         return self._error is not None
 
     def finish(self) -> None:
-        """Wait for the job that was started, if any, and raise what it raised.
+        """Wait for the current job, if any, and raise its error.
 
         Raises:
-            UserError: it takes longer than `LIMIT`.
+            UserError: the job takes longer than `LIMIT`.
         """
-        thread, self._thread = self._thread, None  # whatever comes, nobody waits for it again
+        thread, self._thread = self._thread, None  # the run waits only once, even after an error
         if thread is None:
             return
         with process_watch.phase(f"writing {self._what}"):
             thread.join(LIMIT)
         if thread.is_alive():
             raise UserError(
-                f"cannot write {self._what}: the disk has not taken it in {LIMIT:g} s; the previous checkpoint is kept"
+                f"cannot write {self._what}: the disk has not stored it in {LIMIT:g} s; the previous checkpoint is kept"
             )
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def settle(self) -> None:
-        """Wait for the job at the end of a run that fails: what goes wrong with it is only logged."""
+        """Wait for the job at the end of a failed run; errors of the job are only logged."""
         if self.busy:
-            logger.warning("the run ends once %s is written", self._what)
+            logger.warning("the run ends when %s is written", self._what)
         what = self._what
         try:
             self.finish()
@@ -91,12 +94,12 @@ class BackgroundWriter:
 
 
 class BackgroundSaver(ABC, Generic[Content]):
-    """What savers of checkpoints have in common: at most one checkpoint is written at a time, behind the steps.
+    """Base of savers of checkpoints, which write at most one checkpoint at a time.
 
-    All processes call `finish`; those that write have a thread for it.
+    All processes call `finish`; those that write have a thread.
 
     Attributes:
-        unfinished: what is written now, by this process or another; None: nothing.
+        unfinished: the checkpoint that this or another process is writing; None: none.
     """
 
     def __init__(self) -> None:
@@ -105,38 +108,44 @@ class BackgroundSaver(ABC, Generic[Content]):
 
     @abstractmethod
     def on_all(self, finish: Callable[[], None], content: Content) -> None:
-        """Call `finish`, and raise on all processes what goes wrong on one."""
+        """Call `finish`, and raise the error of one process on all of them."""
 
     def await_writer(self, content: Content) -> None:
-        """Wait for another process that writes, where it must not be left alone; here for none."""
+        """Wait for another process that writes, if this process must not end before it.
+
+        This implementation does not wait.
+        """
 
     def write_behind(self, step: int, since: float, write: Callable[[], object]) -> None:
         """Write a checkpoint in the thread.
 
         Args:
-            since: the time of `time.perf_counter` at which copying it began.
+            since: time by `time.perf_counter` at which copying began.
         """
         taken = time.perf_counter() - since
-        logger.info("step %d: copied in %.2f s, to be written behind the steps", step, taken)
+        logger.info("step %d: copied in %.2f s, to be written in the background", step, taken)
         self.thread.start(f"the checkpoint of step {step}", write)
 
     @property
     def failed(self) -> bool:
-        """Return whether the checkpoint that this process writes behind the steps cannot be written."""
+        """Return whether this process failed to write the current checkpoint."""
         return self.thread.failed
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is written behind the steps, if there is one.
+        """Wait for the checkpoint that is being written, if any.
 
         Raises:
-            UserError: it cannot be written; the previous checkpoint is still there. On all processes.
+            UserError: it cannot be written; the previous checkpoint is kept. On all processes.
         """
         if self.unfinished is not None:
             content, self.unfinished = self.unfinished, None
             self.on_all(self.thread.finish, content)
 
     def settle(self) -> None:
-        """Wait for that checkpoint where the run ends with an error; other processes need not call this."""
+        """Wait for the checkpoint when the run ends with an error.
+
+        Other processes need not call this.
+        """
         if self.unfinished is not None:
             self.await_writer(self.unfinished)
         self.thread.settle()
@@ -144,7 +153,7 @@ class BackgroundSaver(ABC, Generic[Content]):
 
 @contextmanager
 def settled_at_the_end(settle: Callable[[], None]) -> Iterator[None]:
-    """Call `settle` when the block fails, or when the process watch ends the process within it."""
+    """Call `settle` if the block fails, or if the process watch ends the process within it."""
     with process_watch.before_the_end(settle):
         try:
             yield
@@ -154,11 +163,14 @@ def settled_at_the_end(settle: Callable[[], None]) -> Iterator[None]:
 
 
 def wait_while_growing(folder: Path) -> None:
-    """Wait until another process is done with a folder: it is gone, or nothing in it changes for `SILENCE`."""
+    """Wait until another process has finished writing a folder.
+
+    The folder is then gone, or nothing in it has changed for `SILENCE`.
+    """
     seen, since = -1, time.monotonic()
     while folder.exists() and time.monotonic() - since < SILENCE:
         size = 0
-        with suppress(OSError):  # a file is gone in between
+        with suppress(OSError):  # a file was removed in between
             size = sum(path.stat().st_size for path in folder.rglob("*"))
         if size != seen:
             seen, since = size, time.monotonic()

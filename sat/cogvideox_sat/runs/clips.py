@@ -1,6 +1,6 @@
-"""The clips of a run: the same on all its processes, with the list of those that cannot be read.
+"""The clips of a run: the same on all processes, with lists of unreadable ones.
 
-{run}/unreadable-0000.txt, ...      a file for each process: clips that could not be read, each with the reason
+{run}/unreadable-0000.txt, ...      one file per process: unreadable clips, each with the reason
 {run}/clip_timeouts-0000.jsonl, ...  see `clips.timeouts`
 """
 
@@ -25,16 +25,17 @@ from sgm.errors import UserError
 def open_clips(
     folder: Path, data: str, make: Callable[[], Dataset], repeats: bool = False
 ) -> tuple[Dataset, ClipTimeouts]:
-    """Return the dataset that `make` returns on the first process, on all of them, and the record of its clips that
-    took too long. Clips that took too long to look at, now or before the run was resumed, are left out of it.
+    """Return the first process's data set on all processes, and the record of slow clips.
+
+    Clips that took too long to open, now or before the run was resumed, are left out of the data set.
 
     Args:
-        folder: of the run.
-        data: the argument that names it, for the record.
+        folder: folder of the run.
+        data: name of the argument for the data, for the record.
         repeats: see `ClipTimeouts`.
 
     Raises:
-        UserError: from `make`, or the record cannot be read.
+        UserError: `make` raised it, or the record cannot be read.
     """
     known = from_first_process(lambda: read_record(folder), "the record of slow clips")
     refused = {entry.clip: entry.reason for entry in known if entry.data == data and entry.step == BEFORE_TRAINING}
@@ -52,14 +53,16 @@ def open_clips(
 
 
 def same_dataset(make: Callable[[], Dataset], what: str) -> Dataset:
-    """Return the dataset that `make` returns on the first process, on all of them: looked at at different times, or
-    from different machines, it might not be the same. One that cannot be sent is made by each process.
+    """Return on all processes the data set that `make` returns on the first one.
+
+    If it were read at different times, or from different machines, it might differ. A data set that cannot be sent is
+    made by each process.
 
     Args:
-        what: the other processes wait for.
+        what: what the other processes wait for, for messages.
 
     Raises:
-        UserError: from `make`.
+        UserError: `make` raised it.
     """
     made: list[Dataset] = []
 
@@ -68,7 +71,7 @@ def same_dataset(make: Callable[[], Dataset], what: str) -> Dataset:
             made.append(make())
         try:
             return pickle.dumps(made[0]) if dist.get_world_size() > 1 else b""
-        except (pickle.PicklingError, TypeError, AttributeError):  # of a class of the user's own
+        except (pickle.PicklingError, TypeError, AttributeError):  # a user's own class
             return b""
 
     content = from_first_process(packed, what)
@@ -78,10 +81,10 @@ def same_dataset(make: Callable[[], Dataset], what: str) -> Dataset:
 
 
 def share_timeouts(news: list[TimedOutClip], what: str) -> list[TimedOutClip]:
-    """Return the `news` of all processes, once all have come here; none where no process has any.
+    """Return the `news` of all processes, after all of them have called this.
 
     Args:
-        what: the processes wait for.
+        what: what the processes wait for, for messages.
     """
     if not meet(what, len(news)) or dist.get_world_size() == 1:
         return []
@@ -91,14 +94,15 @@ def share_timeouts(news: list[TimedOutClip], what: str) -> list[TimedOutClip]:
 
 
 class UnreadableClips:
-    """The clips of a run that cannot be read: those that were left out of the data, and those that this process found
-    while training, of which others took the place.
+    """The unreadable clips of a run: left out of the data, or found while training.
+
+    In training, other clips replace those that this process finds.
 
     Args:
-        folder: of the run.
-        dataset: with `unreadable`, the clips that were left out.
-        max_share: of all clips, above which the run ends.
-        log: where to tell of new ones.
+        folder: folder of the run.
+        dataset: data set with `unreadable`, the clips that were left out.
+        max_share: largest share of unreadable clips; above it, the run ends.
+        log: logger for newly found clips.
     """
 
     def __init__(self, folder: Path, dataset: Any, max_share: float, log: logging.Logger):
@@ -108,7 +112,7 @@ class UnreadableClips:
         self.file = folder / f"unreadable-{dist.get_rank():04d}.txt"
         self.listed: set[str] = set()
         if self.file.exists():
-            try:  # lines that were damaged are no clip's, and cost no more than a clip that is listed twice
+            try:  # a damaged line matches no clip, which only lists a clip twice
                 self.listed.update(self.file.read_text(encoding="utf-8", errors="replace").splitlines())
             except OSError as error:
                 raise UserError(f"cannot read {self.file}: {error.strerror or error}; delete it") from error
@@ -116,7 +120,7 @@ class UnreadableClips:
             self._list(self.left_out)
 
     def add(self, clips: Iterable[str]) -> None:
-        """List clips that could not be read, of which others took the place."""
+        """List clips that could not be read and were replaced by others."""
         for clip in self._list(clips):
             self.log.warning("unreadable, another clip takes its place: %s", clip)
 
@@ -137,22 +141,25 @@ class UnreadableClips:
         return len(self.listed - set(self.left_out))
 
     def check(self, found: int) -> int:
-        """Return the number of unreadable clips, of which `found` turned up in training, on any process.
+        """Return the number of unreadable clips.
+
+        Args:
+            found: number of clips found in training, over all processes.
 
         Raises:
-            UserError: the unreadable clips are too many.
+            UserError: too many clips are unreadable.
         """
         unreadable = len(self.left_out) + found
         if unreadable > self.max_share * self.clips:
             raise UserError(
                 f"{unreadable} of {self.clips} clips are unreadable, more than max_unreadable_share "
-                f"{self.max_share:g} allows: {self.folder}/unreadable-*.txt lists them"
+                f"{self.max_share:g} allows; {self.folder}/unreadable-*.txt lists them"
             )
         return unreadable
 
 
 def describe_data(dataset: Dataset, samples: int) -> str:
-    """Return what there is to train on, and how often a run that takes so many `samples` goes through it."""
+    """Return a description of the data, and how often `samples` samples go through it."""
     buckets = Counter(dataset.bucket(index) for index in range(len(dataset)))
     shapes = [f"{count} of {bucket}" for bucket, count in buckets.most_common(5)]
     more = [f"{len(buckets) - 5} more shapes"] if len(buckets) > 5 else []

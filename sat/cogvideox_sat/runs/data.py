@@ -1,4 +1,4 @@
-"""The data of a run on this process: from the settings to batches in their order. Both trainers open theirs here."""
+"""Open the data of a run on this process, for both trainers."""
 
 import logging
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from cogvideox_sat.runs.datasets import make_dataset
 
 @dataclass(frozen=True)
 class StepShare:
-    """How many clips a step takes, and which of them are this process's.
+    """The clips of a step, and this process's share of them.
 
     Args:
-        batch: clips of a batch.
-        accumulation: batches of a step.
-        rank, ranks: of the processes, or groups of such, that have clips of their own.
+        batch: clips per batch.
+        accumulation: batches per step.
+        rank, ranks: index and number of the processes, or groups of processes, that have their own clips.
     """
 
     batch: int
@@ -33,19 +33,19 @@ class StepShare:
 
     @property
     def clips(self) -> int:
-        """Return the clips of a step, over all processes."""
+        """Return the number of clips of a step, over all processes."""
         return self.batch * self.accumulation * self.ranks
 
 
 @dataclass
 class TrainingData:
-    """What is trained on.
+    """The training data.
 
     Attributes:
         dataset: all clips, the same on all processes.
-        unreadable: those of them that cannot be read, and those that turn out so.
-        order: of the batches of this process; its position goes into checkpoints.
-        loader: gives these batches.
+        unreadable: clips that cannot be read, known before or found while training.
+        order: the order of this process's batches; its position is saved in checkpoints.
+        loader: loads these batches.
     """
 
     dataset: Any
@@ -55,13 +55,13 @@ class TrainingData:
 
     @property
     def reader(self) -> Mapping[str, str] | None:
-        """Return what decodes the videos, see `clips.reader_record`; None for data without videos."""
+        """Return the decoder of the videos, see `clips.reader_record`; None without videos."""
         return getattr(self.dataset, "reader", None)
 
 
 @dataclass
 class ValidationData:
-    """What evaluations look at; `loader` gives the batches of this process."""
+    """The validation data; `loader` loads the batches of this process."""
 
     dataset: Any
     timeouts: ClipTimeouts
@@ -76,17 +76,18 @@ def open_training_data(
     state: Mapping[str, Any] | None,
     log: logging.Logger,
 ) -> TrainingData:
-    """Open `train_data` at its beginning, or where the run's last checkpoint was.
+    """Open `train_data` at its beginning, or at the position of the run's last checkpoint.
 
     Args:
-        folder: of the run.
-        train_iters: steps of the run, to say how often they go through the data.
-        state: of a checkpoint, with `step`, `data` and the reader's record.
+        folder: folder of the run.
+        train_iters: steps of the run, for logging the number of passes over the data.
+        state: state of a checkpoint, with `step`, `data` and the reader's record.
 
     Raises:
-        UserError: the data or its settings do not fit, too many clips are unreadable, or the state is of other data.
+        UserError: the data or its settings do not fit, too many clips are unreadable, or the state belongs to other
+            data.
     """
-    # Whether too many clips are unreadable is decided by UnreadableClips, which lists them in the run's folder.
+    # UnreadableClips checks the share of unreadable clips, after listing them in the run's folder.
     lenient = replace(settings, max_unreadable_share=1.0)
     mixing: dict[str, Any] = {"repeats": settings.train_data_repeats, "weights": settings.train_data_weights}
     dataset, timeouts = open_clips(folder, "train_data", lambda: make_dataset(settings.train_data, lenient, **mixing))
@@ -119,7 +120,7 @@ def open_training_data(
 
 
 def open_validation_data(folder: Path, settings: DataSettings, share: StepShare) -> ValidationData:
-    """Open `valid_data`, the same clips at the same places at every evaluation.
+    """Open `valid_data`: the same clips at the same positions in every evaluation.
 
     Raises:
         UserError: the data or its settings do not fit, or too many clips are unreadable.

@@ -1,6 +1,6 @@
-"""Show what training would see of its data, without training: the report and the contact sheet of `--inspect_data`.
+"""Show the training data without training: report and contact sheet of `--inspect_data`.
 
-Nothing is written but the contact sheet, and the index of clips that training writes too.
+Only the contact sheet is written, and the index of clips, which training also writes.
 """
 
 import json
@@ -38,19 +38,19 @@ SHOWN_SHAPES = 12
 
 
 def inspect_training_data(args: TrainingArguments, batch: BatchSizes) -> int:
-    """Say and draw what `train_video.py` would train on; return the exit code.
+    """Report and draw the data of `train_video.py`; return the exit code.
 
     Raises:
-        UserError: that training would refuse its data.
+        UserError: training would refuse the data.
     """
     return _inspect(args, DataSettings.from_args(args), batch.micro)
 
 
 def inspect_vae_data(args: VaeTrainingArguments, time_factor: int) -> int:
-    """Say and draw what `train_vae.py` would train on; return the exit code.
+    """Report and draw the data of `train_vae.py`; return the exit code.
 
     Raises:
-        UserError: that training would refuse its data.
+        UserError: training would refuse the data.
     """
     return _inspect(args, vae_data_settings(args, time_factor), args.batch_size)
 
@@ -58,7 +58,7 @@ def inspect_vae_data(args: VaeTrainingArguments, time_factor: int) -> int:
 def _inspect(args: RunArguments, settings: DataSettings, batch_size: int) -> int:
     if not is_first_process():
         return 0
-    lenient = replace(settings, max_unreadable_share=1.0)  # so that all that is wrong is said
+    lenient = replace(settings, max_unreadable_share=1.0)  # so that all problems are reported
     mixing: dict[str, Any] = {"repeats": settings.train_data_repeats, "weights": settings.train_data_weights}
     dataset: Any = make_dataset(settings.train_data, lenient, **mixing)
     content: dict[str, Any] = {"train_data": _describe(dataset, args.train_data_weights)}
@@ -70,7 +70,7 @@ def _inspect(args: RunArguments, settings: DataSettings, batch_size: int) -> int
     problems += [f"cannot be read: {line}" for line in substituted]
     content |= {"contact_sheet": sheet, "problems": problems}
     text = json.dumps(content, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(content))
-    # Of names that are no text, their escapes, which are JSON's as well.
+    # Names that are not valid text are written with escapes, which are also valid in JSON.
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     if problems:
         raise UserError(f"train_data: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
@@ -78,7 +78,7 @@ def _inspect(args: RunArguments, settings: DataSettings, batch_size: int) -> int
 
 
 def _problems(dataset: Any, settings: DataSettings, batch_size: int) -> list[str]:
-    """Return the reasons why training would stop at its data."""
+    """Return the reasons for which training would refuse the data."""
     problems = []
     total = len(dataset) + len(dataset.unreadable)
     if len(dataset.unreadable) > settings.max_unreadable_share * total:
@@ -94,7 +94,7 @@ def _problems(dataset: Any, settings: DataSettings, batch_size: int) -> list[str
     return problems
 
 
-# ---------------------------------------------------------------- what there is
+# ---------------------------------------------------------------- report
 
 
 def _describe(dataset: Dataset, weights: Sequence[float]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _describe(dataset: Dataset, weights: Sequence[float]) -> dict[str, Any]:
 
 
 def _cache_reports(dataset: Dataset) -> dict[str, SourceReport]:
-    """Return the reports of caches of latents; empty for a data set of another class."""
+    """Return the reports of latent caches; empty for a data set of another class."""
     reports: dict[str, SourceReport] = {}
     if isinstance(dataset, LatentDataset):
         for path, sample in dataset.samples:
@@ -174,14 +174,14 @@ def _place_lines(place: dict[str, Any]) -> list[str]:
     return [lines[0], *(f"  {line}" for line in lines[1:])]
 
 
-# ---------------------------------------------------------------- what it looks like
+# ---------------------------------------------------------------- contact sheet
 
 
 def _draw(dataset: Any, settings: DataSettings, path: Path) -> tuple[str | None, list[str]]:
-    """Write the contact sheet of clips as the first epoch would see them.
+    """Write the contact sheet of clips as in the first epoch.
 
     Returns:
-        the file, None for latents; and what could not be read, in whose place others are shown.
+        The file, None for latents; and the clips that could not be read, which are replaced by others.
     """
     if isinstance(dataset, LatentDataset):
         return None, []

@@ -1,4 +1,4 @@
-"""Make the dataset that the `data:` section of a configuration describes, or one of latents that were cached."""
+"""Make the data set that the `data:` section describes, or one of cached latents."""
 
 import inspect
 from collections.abc import Sequence
@@ -27,15 +27,17 @@ def make_dataset(
     weights: Sequence[float] = (),
     argument: str = "train_data",
 ) -> Dataset:
-    """Return the dataset of a run: of the class that `data_config` names, or what `tools/precompute_latents.py` made.
+    """Return the data set of a run.
+
+    Its class is named in `data_config`, or it is a cache of `tools/precompute_latents.py`.
 
     Args:
-        paths: where the data is; all of the same kind.
-        settings: how it is read. A class of the user's own gets as its `args` all arguments of the command.
-        random_start: False takes nothing of a clip by chance, for validation: neither its start nor its crop.
-        repeats: how often each of the paths comes; empty: once.
-        weights: of each of the paths, see `data_mixing`; empty: a path has as many samples as it has clips.
-        argument: that names the paths, for messages.
+        paths: locations of the data; all of the same kind.
+        settings: how the data is read. A user's own class gets all arguments of the command as its `args`.
+        random_start: False makes a clip's start and crop deterministic, for validation.
+        repeats: how often each path is used; empty: once.
+        weights: weight of each path, see `data_mixing`; empty: each clip is drawn equally often.
+        argument: name of the argument for the paths, for messages.
 
     Raises:
         UserError: the data or its settings do not fit; see the classes.
@@ -45,7 +47,7 @@ def make_dataset(
     if cached:
         if len(cached) < len(paths):
             raise UserError(
-                f"{cached[0]} holds precomputed latents and other data does not: train on one kind at a time"
+                f"{argument}: {cached[0]} holds precomputed latents, but other data does not; name one kind only"
             )
         dataset: Any = LatentDataset(paths, settings.model_config, settings.data_config)
     else:
@@ -65,10 +67,10 @@ def make_dataset(
 
 
 def _clips(paths: Sequence[str], settings: DataSettings, argument: str) -> Any:
-    """Return the dataset of clips that the `data:` section describes; see `make_dataset`."""
+    """Return the data set of clips that the `data:` section describes; see `make_dataset`."""
     config = settings.data_config
     if "target" not in config:
-        raise UserError("data: target is missing; name the class of the dataset, data_video.SFTDataset for instance")
+        raise UserError("data: target is missing; name the class of the data set, for example data_video.SFTDataset")
     place = Place(("data",), config, settings.sources, building=True)
     kind: Any = class_at(config["target"], place.below("target"), "data")
     create, ours = kind.create_dataset_function, inspect.getattr_static(SFTDataset, "create_dataset_function")
@@ -80,7 +82,7 @@ def _clips(paths: Sequence[str], settings: DataSettings, argument: str) -> Any:
         raise UserError(f"{argument}: {error}") from error
     if not hasattr(dataset, "bucket"):
         raise UserError(
-            f"data.target: {config['target']} gives a {type(dataset).__name__}, which does not tell shapes of clips "
-            "(bucket); derive your class from data_video.SFTDataset and change what it gives"
+            f"data.target: {config['target']} gives a {type(dataset).__name__}, which has no shapes of clips (bucket); "
+            "derive your class from data_video.SFTDataset and change its samples"
         )
     return dataset

@@ -1,6 +1,6 @@
-"""The folders of training runs: making the one of a new run, and finding the one to go on with.
+"""The folders of training runs: create a new one, or find the one to resume.
 
-Nothing here imports PyTorch.
+This module imports no PyTorch.
 """
 
 import fcntl
@@ -27,12 +27,12 @@ CONFIG_FILE = "training_config.yaml"
 
 
 def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
-    """Make the folder `{save}/{experiment_name}-MM-DD-HH-MM` of a new run, or with -2, -3, ... if that is taken.
+    """Create the folder `{save}/{experiment_name}-MM-DD-HH-MM` of a new run.
 
-    One process does this and tells the others.
+    If it exists, -2, -3, ... is appended. One process does this and tells the others.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be created.
     """
     stem = Path(settings.save) / f"{settings.experiment_name}-{now:%m-%d-%H-%M}"
     folder, number = stem, 1
@@ -48,12 +48,12 @@ def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
 
 
 def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, str] | None, step: int) -> MetricsWriter:
-    """Write the configuration of a run that begins or goes on, and return the writer of its metrics.
+    """Write the configuration of a run that begins or resumes; return its metrics writer.
 
-    One process does this. As long as it and the writer live, no other process can open the folder.
+    One process does this. As long as the process and the writer exist, no other process can open the folder.
 
     Args:
-        reader: what decodes the videos, to be recorded; None: nothing does.
+        reader: decoder of the videos, to be recorded; None: no videos.
         step: steps done before.
 
     Raises:
@@ -78,11 +78,11 @@ def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, s
 
 
 def claim(folder: Path) -> IO[bytes] | None:
-    """Return the configuration of a run as an open file that no other process can claim until it is closed, or the
-    process ends; None where there is none, or the file system cannot do this.
+    """Return the configuration file of a run, opened and locked.
 
-    The lock is the operating system's own and belongs to the process alone: those that it forks to read clips, and that
-    may outlive it, do not hold it.
+    No other process can claim it until it is closed or the process ends. The result is None if the file does not exist,
+    or the file system has no locks. The lock belongs to the process alone: forked processes that read clips, and may
+    outlive it, do not hold it.
 
     Raises:
         UserError: another process has claimed it.
@@ -96,7 +96,7 @@ def claim(folder: Path) -> IO[bytes] | None:
     except (BlockingIOError, PermissionError) as error:
         file.close()
         raise UserError(
-            f"resume: another process goes on with {folder} already; wait until it has ended, or stop it"
+            f"resume: another process already continues {folder}; wait until it has ended, or stop it"
         ) from error
     except OSError:
         file.close()
@@ -105,10 +105,10 @@ def claim(folder: Path) -> IO[bytes] | None:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `training_config.yaml` in a run's folder, in place of what lies or is linked there.
+    """Write `training_config.yaml` in a run's folder, in place of an existing file or link.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     path = folder / CONFIG_FILE
     with replaced_when_complete(path) as part, reported_as_user_error(path):
@@ -116,13 +116,13 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def find_resume(settings: LoopSettings, locate: Callable[[Path], Path]) -> Path | None:
-    """Return the checkpoint that `resume` means; None for a new run.
+    """Return the checkpoint that `resume` names; None for a new run.
 
-    `latest` is the run of this `experiment_name` that saved last; when there is none yet a new one starts, so that a
-    command that is started again and again needs no change. A path names a run, or one of its checkpoints.
+    `latest` is the run of this `experiment_name` that saved last. If none exists, a new run starts, so that the same
+    command can be started again and again. A path names a run or one of its checkpoints.
 
     Args:
-        locate: the checkpoint that such a path means; raises UserError if there is none.
+        locate: returns the checkpoint for a path; raises UserError if none exists.
     """
     if settings.resume is None:
         return None
@@ -131,7 +131,7 @@ def find_resume(settings: LoopSettings, locate: Callable[[Path], Path]) -> Path 
     runs = runs_of(settings)
     if not runs:
         logger.warning(
-            "resume: no run '%s' has saved anything in %s yet: starting a new one",
+            "resume: no run '%s' has saved anything in %s yet; starting a new run",
             settings.experiment_name,
             settings.save,
         )
@@ -149,10 +149,10 @@ def runs_of(settings: LoopSettings) -> list[Path]:
 
 @contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Leave no empty folder behind when the block fails."""
+    """Remove the folder if the block fails and the folder is empty."""
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # it is not empty, or another process was faster
+        with suppress(OSError):  # the folder is not empty, or another process has removed it
             folder.rmdir()
         raise

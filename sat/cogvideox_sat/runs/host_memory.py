@@ -1,4 +1,7 @@
-"""How much memory the machine, or the container that this process runs in, has left. Nothing here imports PyTorch."""
+"""Measure the free memory of the machine or of this process's container.
+
+This module imports no PyTorch.
+"""
 
 import re
 from contextlib import suppress
@@ -10,9 +13,9 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def free_host_memory() -> int | None:
-    """Return the bytes of memory that this process can still take; None where the operating system does not say.
+    """Return the bytes of memory that this process can still take; None if unknown.
 
-    What files keep in memory counts as free: it goes when room is needed.
+    Memory used for caching files counts as free, because the system frees it when needed.
     """
     free = [bytes_ for bytes_ in (_free_in_machine(), *_free_in_containers()) if bytes_ is not None]
     return max(min(free), 0) if free else None
@@ -26,14 +29,17 @@ def _free_in_machine() -> int | None:
 
 
 def _free_in_containers() -> list[int]:
-    """Return what is left of each limit that a control group of this process, or one around it, has."""
+    """Return the bytes left for each limit of a control group of this process.
+
+    The groups around it are included.
+    """
     free = []
     for folder in _control_groups():
         for limit, usage, cache in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+            with suppress(OSError, ValueError):  # "max" is not a number and means no limit
                 used = int((folder / usage).read_text()) - _statistic(folder / "memory.stat", cache)
                 free.append(int((folder / limit).read_text()) - used)
     return free

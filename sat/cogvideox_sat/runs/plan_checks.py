@@ -1,6 +1,6 @@
-"""What the plans of both trainers check before anything heavy is imported: places of data, and what to go on from.
+"""Checks of both trainers before PyTorch is imported: locations of data, and resuming.
 
-Nothing here imports PyTorch.
+This module imports no PyTorch.
 """
 
 import logging
@@ -17,13 +17,13 @@ from sgm.errors import UserError
 
 
 def check_places(args: RunArguments, kinds: str) -> None:
-    """Check that there is training data, and that all places of data exist.
+    """Check that training data is given, and that all locations of data exist.
 
     Args:
-        kinds: what `train_data` can be, in words.
+        kinds: possible values of `train_data`, in words.
 
     Raises:
-        UserError: there is none, or a place does not exist.
+        UserError: no training data is given, or a location does not exist.
     """
     if not any(args.train_data):
         raise UserError(f"train_data is missing: name {kinds}")
@@ -35,10 +35,12 @@ def check_places(args: RunArguments, kinds: str) -> None:
 
 
 def clip_sizes(params: Mapping[str, Any]) -> Iterator[Sequence[int]]:
-    """Yield each (height, width) in pixels that a `data:` section asks for; none where it leaves that to its class.
+    """Yield each (height, width) in pixels in a `data:` section.
+
+    Nothing is yielded if the section leaves the size to its class.
 
     Raises:
-        UserError: one is no size.
+        UserError: a size is invalid.
     """
     sizes = params.get("video_size", params.get("image_size"))
     for size in () if sizes is None else sizes if _is_list_of_sizes(sizes) else (sizes,):
@@ -58,23 +60,25 @@ def plan_resume(
     run_of: Callable[[Path], Path],
     log: logging.Logger,
 ) -> tuple[Path | None, bool]:
-    """Return the checkpoint that `resume` means, None for a new run, and whether the run is complete.
+    """Return the checkpoint that `resume` names, and whether its run is complete.
+
+    The checkpoint is None for a new run.
 
     Args:
-        locate: returns the checkpoint that a path means; raises UserError if there is none.
-        step_of: returns the step that a checkpoint is of, as its name says; None: its name does not.
+        locate: returns the checkpoint for a path; raises UserError if none exists.
+        step_of: returns the step in a checkpoint's name; None: the name has no step.
         run_of: returns the folder of a checkpoint's run.
 
     Raises:
-        UserError: there is no such checkpoint, or a run that is named by its path is complete.
+        UserError: the checkpoint does not exist, or a run that is named by its path is complete.
     """
     checkpoint = find_resume(LoopSettings.from_args(args), locate)
     if checkpoint is None:
         return None, False
     step = step_of(checkpoint)
     complete = step is not None and step >= args.train_iters
-    if complete and args.resume != "latest":  # which a command has that is started again until all is done
-        raise UserError(f"resume: {checkpoint} is at step {step} of {args.train_iters}: raise train_iters to go on")
+    if complete and args.resume != "latest":  # `latest` is for commands that are started again until all is done
+        raise UserError(f"resume: {checkpoint} is at step {step} of {args.train_iters}; raise train_iters to continue")
     if not complete and (change := describe_change(run_of(checkpoint), args.deterministic)):
         log.warning("%s", change)
     return checkpoint, complete

@@ -1,10 +1,10 @@
-"""Show the numbers of a step to people: as a line and as a progress bar."""
+"""Show the values of a step: as a line and as a progress bar."""
 
 from collections.abc import Mapping
 
 from tqdm import tqdm
 
-# How the values of a step are shown to people, in this order; others are only written.
+# Formats of the values that are shown, in this order; other values are only written to files.
 FORMATS = {
     "loss": "loss {:.4f}",
     "lr": "lr {:.2e}",
@@ -16,7 +16,7 @@ FORMATS = {
 
 
 def format_values(values: Mapping[str, float], formats: Mapping[str, str] = FORMATS) -> str:
-    """The values that people watch, as `loss 0.1234, lr 1.00e-04, ...`; those that are missing are left out."""
+    """Return the shown values as `loss 0.1234, lr 1.00e-04, ...`, without missing ones."""
     return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)
 
 
@@ -29,5 +29,8 @@ class ProgressBar(tqdm):
 
 
 def progress_bar(total: int, initial: int = 0, disabled: bool = False) -> ProgressBar:
-    """A bar over `total` steps, of which `initial` are done. Call `update()` for each step."""
+    """Return a bar over `total` steps, of which `initial` are done.
+
+    Call `update()` after each step.
+    """
     return ProgressBar(total=total, initial=initial, disable=disabled, unit="step", dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and which one is the newest. Nothing here imports PyTorch."""
+"""Keep and delete checkpoints of a run, and mark the newest one, without PyTorch."""
 
 import shutil
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ LATEST = "latest"
 
 
 def mark_newest(run_folder: Path, name: str) -> None:
-    """Write `latest`, which names the newest checkpoint of the run; it exists already, complete.
+    """Write `latest` with the name of the newest checkpoint, which must be complete.
 
     Raises:
         UserError: the file cannot be written.
@@ -20,18 +20,19 @@ def mark_newest(run_folder: Path, name: str) -> None:
 
 
 def last_saved(run_folder: Path) -> Path | None:
-    """Return the folder of a run if there is a checkpoint in it to go on from."""
+    """Return the folder of a run if it has a checkpoint to resume from, else None."""
     return run_folder if (run_folder / LATEST).exists() else None
 
 
 def outdated(steps: Iterable[int], newest: int, keep_last: int | None) -> list[int]:
-    """Return the steps whose checkpoints are to be deleted: all but the last `keep_last` up to `newest`.
+    """Return the steps whose checkpoints should be deleted.
 
-    Later ones are of a future that was given up when the run was resumed from an earlier step.
+    All but the last `keep_last` up to `newest` are deleted. Steps after `newest` were abandoned when the run was
+    resumed from an earlier step, and are deleted too.
 
     Args:
-        steps: those that there are checkpoints of.
-        keep_last: None: all stay.
+        steps: steps that have checkpoints.
+        keep_last: None: keep all.
     """
     if keep_last is None:
         return []
@@ -42,6 +43,6 @@ def outdated(steps: Iterable[int], newest: int, keep_last: int | None) -> list[i
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write into a folder, or to delete from it."""
+    """Remove what killed processes left in a folder while writing or deleting."""
     for part in folder.glob(".*.part"):
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""When a run logs, evaluates, saves and ends, by the number of steps that are done. Nothing here imports PyTorch."""
+"""Decide after which steps a run logs, evaluates, saves and ends, without PyTorch."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from cogvideox_sat.configuration.settings import LoopSettings
 
 @dataclass(frozen=True)
 class Schedule:
-    """What follows a step of a run; everything that the run does at intervals also follows its last step."""
+    """The actions after a step; everything done at intervals is also done after the last step."""
 
     settings: LoopSettings
 

@@ -1,6 +1,6 @@
-"""What a run does about numbers that are not finite: steps without them are left out and counted, too many end the run.
+"""Handle values that are not finite: steps are skipped and counted.
 
-Nothing here imports PyTorch.
+Too many skipped steps end the run. This module imports no PyTorch.
 """
 
 import logging
@@ -9,18 +9,20 @@ from collections.abc import Mapping
 
 from sgm.errors import UserError
 
-KEPT = "the last checkpoint is as it was"
+KEPT = "the last checkpoint is kept"
 PRECISION = "train in bf16 or float32"
 
 
 class SkippedSteps:
-    """Counts the steps of a run whose loss or gradients are not finite, which leave the weights as they were.
+    """Counts the skipped steps of a run, whose loss or gradients are not finite.
+
+    Skipped steps do not change the weights.
 
     Args:
-        limit: so many in a row end the run.
-        rate: the argument that sets the learning rate, in words.
-        log: where to tell of each.
-        state: what `state` returned, to go on from.
+        limit: number of skipped steps in a row that ends the run.
+        rate: name of the argument for the learning rate, in words.
+        log: logger for each skipped step.
+        state: a result of `state`, to continue from.
     """
 
     def __init__(self, limit: int, rate: str, log: logging.Logger, state: Mapping[str, int] | None = None):
@@ -28,18 +30,18 @@ class SkippedSteps:
         self.in_a_row, self.in_all = (state["in a row"], state["in all"]) if state else (0, 0)
 
     def state(self) -> dict[str, int]:
-        """Return the counts, as they go into a checkpoint."""
+        """Return the counts, for a checkpoint."""
         return {"in a row": self.in_a_row, "in all": self.in_all}
 
     def made(self) -> None:
-        """Note a step that was made."""
+        """Record a step that was made."""
         self.in_a_row = 0
 
     def left_out(self, step: int, finite_loss: bool) -> None:
-        """Note that `step` was left out.
+        """Record that `step` was skipped.
 
         Raises:
-            UserError: there were too many in a row.
+            UserError: too many steps in a row were skipped.
         """
         self.in_a_row += 1
         self.in_all += 1
@@ -57,10 +59,10 @@ def check_finite(values: Mapping[str, float], step: int, rate: str) -> None:
     """Check the values of a run that makes every step, whatever its gradients are.
 
     Args:
-        rate: the argument that sets the learning rate, in words.
+        rate: name of the argument for the learning rate, in words.
 
     Raises:
-        UserError: one is not finite.
+        UserError: a value is not finite.
     """
     if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
         raise UserError(f"{wrong[0]} is not finite at step {step}: lower {rate}, or {PRECISION}; {KEPT}")

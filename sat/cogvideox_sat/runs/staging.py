@@ -1,4 +1,4 @@
-"""Copies of tensors in host memory, to be written to files while the tensors change."""
+"""Copy tensors to host memory, to write them to files while the tensors change."""
 
 import copy
 import logging
@@ -17,17 +17,17 @@ logger = logging.getLogger(__name__)
 
 SLAB_BYTES = 2**30
 ALIGNMENT = 64
-SHARE = 0.9  # of the free host memory may be taken
+SHARE = 0.9  # largest share of the free host memory to use
 
 
 class StagingMemory:
-    """Host memory that is filled with copies of tensors again and again.
+    """Host memory that is filled with copies of tensors repeatedly.
 
-    It is taken in slabs and kept: taking memory from the operating system, and page-locking it for a GPU, takes longer
-    than filling it. PyTorch would round each page-locked tensor up to a power of two.
+    It is allocated in slabs and kept, because allocating memory from the operating system, and page-locking it for a
+    GPU, takes longer than filling it. PyTorch would round the size of each page-locked tensor up to a power of two.
 
     Args:
-        pinned: page-lock it, so that a GPU copies into it at the full speed of the bus.
+        pinned: page-lock the memory, so that a GPU copies into it at the full speed of the bus.
     """
 
     def __init__(self, pinned: bool):
@@ -36,7 +36,7 @@ class StagingMemory:
         self._slab = self._used = 0
 
     def allows(self, needed: int) -> bool:
-        """Return whether the machine has room for `needed` bytes; if not, one line of the log says so."""
+        """Return whether the machine has room for `needed` bytes; log it if not."""
         free = free_host_memory()
         held = sum(slab.nbytes for slab in self.slabs)
         if free is None or needed <= held or needed <= held + SHARE * free:
@@ -50,17 +50,19 @@ class StagingMemory:
         return False
 
     def start_over(self, needed: int = SLAB_BYTES) -> None:
-        """Give up all copies, whose memory is used again.
+        """Discard all copies, and reuse their memory.
 
         Args:
-            needed: bytes, about, that the next copies take.
+            needed: approximate size of the next copies in bytes.
         """
         self._slab = self._used = 0
         self._step = min(SLAB_BYTES, max(needed, ALIGNMENT))
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor with a storage of its own, as contiguous as the tensor; complete once `wait` is
-        called."""
+        """Return a copy of a tensor with its own storage and the same memory layout.
+
+        The copy is complete after `wait`.
+        """
         tensor = tensor.detach()
         if not tensor.numel():
             return tensor.to("cpu", copy=True)
@@ -77,20 +79,20 @@ class StagingMemory:
         if self._slab == len(self.slabs):
             self.slabs.append(self._new_slab(max(size, self._step)))
         begin, self._used = self._used, -(-(self._used + size) // ALIGNMENT) * ALIGNMENT
-        # Over the buffer rather than the slab, so that a file holds this tensor alone.
+        # A tensor over this part of the slab only, so that a file contains nothing but this tensor.
         return torch.frombuffer(self.slabs[self._slab][begin : begin + size], dtype=dtype)
 
     def _new_slab(self, size: int) -> memoryview:
         if self.pinned:
             try:
                 return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
-            except RuntimeError as error:  # the system limits how much may be locked
+            except RuntimeError as error:  # the system limits page-locked memory
                 logger.debug("no page-locked memory: %s", error)
                 self.pinned = False
         slab = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Large pages are taken faster. Processes forked later, to read clips, would otherwise keep what was in here.
+        # Large pages are allocated faster. Processes forked later, to read clips, would otherwise keep it alive.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            with suppress(AttributeError, OSError):  # a system without it
+            with suppress(AttributeError, OSError):  # not supported by this system
                 slab.madvise(getattr(mmap, advice))
         return memoryview(slab)
 
@@ -101,7 +103,7 @@ class StagingMemory:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Return whether a tensor fills its memory, in whatever order of its axes."""
+    """Return whether a tensor fills its memory, in any order of its axes."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
         if size > 1:
@@ -112,10 +114,10 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def staged(content: Any, memory: StagingMemory) -> Any:
-    """Return a copy of nested mappings, lists and tuples, whose tensors are copied to `memory`.
+    """Return a copy of nested mappings, lists and tuples, with tensors copied to `memory`.
 
-    What shares memory in `content`, or is the same object twice, does so in the copy: `torch.save` makes the same file
-    of it, but for the names of devices.
+    Tensors that share memory in `content`, and objects that occur twice, do so in the copy, too: `torch.save` writes
+    the same file, except for the names of devices.
     """
     return _Stager(memory).copy(content)
 
@@ -125,7 +127,7 @@ class _Stager:
         self.memory = memory
         self.done: dict[int, Any] = {}  # by the id of the original
         self.storages: dict[int, torch.UntypedStorage] = {}
-        self.kept: list[Any] = []  # originals, so that no id is given twice
+        self.kept: list[Any] = []  # originals, kept alive so that ids stay unique
 
     def copy(self, value: Any) -> Any:
         if id(value) in self.done:
@@ -133,7 +135,7 @@ class _Stager:
         if isinstance(value, Tensor):
             made: Any = self.tensor(value)
         elif isinstance(value, Mapping):
-            made = copy.copy(value)  # with the attributes that state dicts have
+            made = copy.copy(value)  # keeps the attributes of state dicts
             for key, item in value.items():
                 made[key] = self.copy(item)
         elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Measure the time and the memory that steps take."""
+"""Measure the time and the memory of steps."""
 
 import math
 import time
@@ -10,10 +10,10 @@ import torch
 
 
 class StepClock:
-    """Rates of the steps, from the wall clock alone: the device is never waited for.
+    """Rates of steps by the wall clock, without waiting for the device.
 
-    A device works behind the program, which catches up with it whenever a value is fetched. Rates over several steps
-    are right; those of a single one may not be.
+    A device works asynchronously; the program waits for it whenever a value is fetched. Rates over several steps are
+    correct; those of a single step may not be.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class StepClock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around fetching data."""
+        """Count the time within the block as waiting for data."""
         start = time.perf_counter()
         try:
             yield
@@ -35,7 +35,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no part of a step, such as evaluations and checkpoints: the clock stands still."""
+        """Pause the clock within the block, for example during evaluation or checkpointing."""
         start = time.perf_counter()
         try:
             yield
@@ -43,13 +43,16 @@ class StepClock:
             self._paused += time.perf_counter() - start
 
     def step(self, samples: int) -> None:
-        """An optimizer step is done; it took `samples` samples."""
+        """Record an optimizer step that took `samples` samples."""
         self._steps += 1
         self._samples += samples
 
     def rates(self) -> dict[str, float]:
-        """Since the last call: `samples_per_second`, `seconds_per_step`, and `data_wait_share`, the share of the time
-        that was spent waiting for data. Empty if there was no step; they then count into the next call's."""
+        """Return the rates since the last call; empty if no step was made.
+
+        The rates are `samples_per_second`, `seconds_per_step`, and `data_wait_share`, the share of the time spent
+        waiting for data. Without a step, the time counts for the next call.
+        """
         if not self._steps:
             return {}
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
@@ -63,9 +66,9 @@ class StepClock:
 
 
 def peak_memory(device: torch.device | str) -> float:
-    """The most memory in use so far, in GiB: by PyTorch on a CUDA `device`, else by this process.
+    """Return the peak memory so far in GiB: of PyTorch on a GPU, else of this process.
 
-    NaN where the operating system does not say.
+    NaN if the operating system does not report it.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

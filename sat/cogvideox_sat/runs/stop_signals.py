@@ -1,4 +1,4 @@
-"""End a run in good order when a signal asks for it."""
+"""Stop a run in an orderly way when a signal asks for it."""
 
 import logging
 import signal
@@ -11,7 +11,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """The signals SIGTERM and SIGINT that came, instead of their usual effect, which a second SIGINT has again."""
+    """Yield the list of received signals SIGTERM and SIGINT, which no longer stop the process.
+
+    A second SIGINT has its usual effect again.
+    """
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:

@@ -1,6 +1,6 @@
-"""The clips that a VAE is trained on: those of fine-tuning, without captions, as long as the VAE takes them.
+"""The clips for VAE training: as in fine-tuning, without captions, of suitable lengths.
 
-Nothing here imports PyTorch.
+This module imports no PyTorch.
 """
 
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments

@@ -1,4 +1,7 @@
-"""The videos of a run: `videos.jsonl` in its folder lists them, one object a line. Nothing here imports PyTorch."""
+"""The videos of a run, listed in its `videos.jsonl`, one JSON object per line.
+
+This module imports no PyTorch.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass

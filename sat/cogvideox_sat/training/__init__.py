@@ -1,1 +1,1 @@
-"""Training the network."""
+"""Training of the network."""

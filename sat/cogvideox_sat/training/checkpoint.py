@@ -1,14 +1,14 @@
-"""Checkpoints of a training run: complete or not there at all, for any number of processes.
+"""Checkpoints of a training run, written atomically, for any number of processes.
 
     {run}/latest                                      the name of the newest iteration
     {run}/{iteration}/mp_rank_00_model_states.pt      weights, as SwissArmyTransformer and `load:` take them
     {run}/{iteration}-ema/mp_rank_00_model_states.pt  their moving average, if the optimizer keeps one
-    {run}/{iteration}/training_state/                 what else a run needs to go on:
+    {run}/{iteration}/training_state/                 the other state that resuming needs:
         state.json                                    step, position in the data, schedule, loss scale, random states
         optimizer-mp00-00000.safetensors, ...         moments and float32 weights, whole tensors by `kind/parameter`
 
-Everything is written into a hidden folder, synced and renamed; `latest` moves last. A process that is killed at any
-moment leaves the previous checkpoint in place. So does one that is killed while it writes behind the steps.
+All files are written into a hidden folder, synced and renamed; `latest` is updated last. If a process is killed at any
+moment, also while it writes in the background, the previous checkpoint remains.
 """
 
 import json
@@ -47,7 +47,7 @@ from sgm.plain_json import parse_json
 
 logger = logging.getLogger(__name__)
 
-SHADOW = "shadow"  # what the optimizer calls its moving average of a weight
+SHADOW = "shadow"  # the optimizer's name for the moving average of a weight
 SHARD_BYTES = 2 * 2**30
 OPTIMIZER_FILE = re.compile(r"optimizer-mp(\d+)-\d+\.safetensors")
 
@@ -60,15 +60,16 @@ _Exchange = Callable[[str], list[str]]
 
 
 class CheckpointSaver(BackgroundSaver["_Checkpoint"]):
-    """Writes the checkpoints of a run, between its steps or behind them; all processes call each of its methods.
+    """Writes the checkpoints of a run, between its steps or in the background.
 
-    Behind the steps at most one is written at a time, from a copy in host memory, by a thread of each process that
-    writes. These threads meet in a group of their own. What goes wrong in them is raised when the run waits for them.
+    All processes call each of its methods. In the background, one checkpoint at a time is written, from a copy in host
+    memory, by a thread of each process that writes. These threads have their own process group. Their errors are raised
+    when the run waits for them.
 
     Args:
-        full: write the whole network, rather than what is trained of it.
-        keep_last: how many checkpoints to keep; None: all.
-        background: write behind the steps, where host memory has room for a copy.
+        full: write the whole network, rather than only its trained parameters.
+        keep_last: number of checkpoints to keep; None: all.
+        background: write in the background, if host memory has room for a copy.
     """
 
     def __init__(
@@ -85,19 +86,18 @@ class CheckpointSaver(BackgroundSaver["_Checkpoint"]):
         self.leads, self.writes = dist.get_rank() == 0, mpu.get_data_parallel_rank() == 0
         on_gpu = next(engine.module.parameters()).is_cuda
         self.memory = StagingMemory(pinned=on_gpu) if background else None
-        self.asked = False  # whether host memory has room
+        self.asked = False  # whether the room in host memory was checked
         self.writers = patient_group(self.writes) if background else None
 
     def save(self, step: int, state: dict[str, Any], *, wait: bool = True) -> None:
-        """Write the checkpoint of `step`; the one before is finished first.
+        """Write the checkpoint of `step`, after finishing the one before.
 
         Args:
-            state: what goes into state.json beside the optimizer's numbers; JSON-able, the first process's is taken.
-            wait: until it is written; else, if checkpoints are written behind the steps, only until it is copied.
+            state: content of state.json besides the optimizer's numbers; JSON-able, taken from the first process.
+            wait: return when the checkpoint is written. Otherwise, with background writing, return when it is copied.
 
         Raises:
-            UserError: the disk is full or cannot be written to; the previous checkpoint is still there. On all
-                processes.
+            UserError: the disk is full or cannot be written to; the previous checkpoint is kept. On all processes.
         """
         self.finish()
         checkpoint = _Checkpoint(
@@ -125,15 +125,15 @@ class CheckpointSaver(BackgroundSaver["_Checkpoint"]):
             self.write_behind(step, start, lambda: self.write(checkpoint, *staged, exchange))
 
     def write(self, checkpoint: "_Checkpoint", weights: _Weights, tensors: _Tensors, exchange: _Exchange) -> None:
-        """Write all files, and make them the newest checkpoint."""
+        """Write all files, and mark them as the newest checkpoint."""
         _together(lambda: checkpoint.write(weights, tensors, self.writes), checkpoint, exchange)
         _together(lambda: checkpoint.publish(self.keep_last) if self.leads else None, checkpoint, exchange)
         logger.info("step %d: wrote %s", checkpoint.step, checkpoint.folder)
 
     def memory_for(self, needed: int) -> StagingMemory | None:
-        """Return where checkpoints of so many bytes are copied to; None if they are written between steps.
+        """Return the memory for copies of checkpoints, or None to write between steps.
 
-        Whether host memory has room is asked once.
+        The room in host memory is checked once.
         """
         if self.memory is not None and not self.asked:
             self.asked = True
@@ -142,21 +142,24 @@ class CheckpointSaver(BackgroundSaver["_Checkpoint"]):
         return self.memory
 
     def on_all(self, finish: Callable[[], None], content: "_Checkpoint") -> None:
-        """See `BackgroundSaver`."""
+        """Call `finish` on all processes, and share their errors; see `BackgroundSaver`."""
         _together(finish, content, _from_all)
 
     def await_writer(self, content: "_Checkpoint") -> None:
-        """See `BackgroundSaver`: a launcher may end all processes when this one has ended."""
+        """Wait for the writing process; see `BackgroundSaver`.
+
+        A launcher may end all processes when this one has ended.
+        """
         if not self.writes:
             wait_while_growing(content.part)
 
 
 class _Checkpoint:
-    """The files of a checkpoint, in folders that get their names when all is complete.
+    """The files of a checkpoint, in folders that are renamed when everything is complete.
 
     Args:
-        needed: bytes, about.
-        state: the content of state.json.
+        needed: approximate size in bytes.
+        state: content of state.json.
     """
 
     def __init__(self, run_folder: Path, step: int, *, needed: int, has_ema: bool, state: str):
@@ -165,7 +168,7 @@ class _Checkpoint:
         self.part, self.ema_part = _part_of(self.folder), _part_of(self.ema_folder)
 
     def prepare(self) -> None:
-        """Make the hidden folders, and sweep away what a process that was killed has left."""
+        """Create the hidden folders, and remove what a killed process has left."""
         remove_unfinished(self.run_folder)
         check_room_for_checkpoint(self.folder, self.needed)
         (self.part / STATE_FILE.parent).mkdir(parents=True)
@@ -173,7 +176,10 @@ class _Checkpoint:
             self.ema_part.mkdir()
 
     def write(self, weights: "_Weights", tensors: "_Tensors", writes: bool) -> None:
-        """Write this process's part of the files. The tensors are put together by all, whether or not they write."""
+        """Write this process's part of the files.
+
+        All processes help to assemble the tensors, whether they write or not.
+        """
         share = mpu.get_model_parallel_rank()
         file = f"mp_rank_{share:02d}_model_states.pt"
         by_name = dict(weights)
@@ -189,7 +195,7 @@ class _Checkpoint:
             _save_weights(by_name, self.ema_part / file)
 
     def publish(self, keep_last: int | None) -> None:
-        """Give the folders their names, mark the newest, and delete those that are outdated then."""
+        """Rename the folders, mark them as the newest, and delete outdated checkpoints."""
         (self.part / STATE_FILE).write_text(self.state)
         for source, target in ((self.ema_part, self.ema_folder), (self.part, self.folder)):
             if source.exists():
@@ -203,13 +209,13 @@ class _Checkpoint:
         prune(self.run_folder, self.step, keep_last)
 
     def give_up(self) -> None:
-        """Remove what is written of it."""
+        """Remove the files written so far."""
         for part in (self.part, self.ema_part):
             shutil.rmtree(part, ignore_errors=True)
 
 
 def _part_of(folder: Path) -> Path:
-    """Return the name of a folder while it is not complete; see `retention.remove_unfinished`."""
+    """Return the name of an incomplete folder; see `retention.remove_unfinished`."""
     return folder.with_name(f".{folder.name}.part")
 
 
@@ -218,7 +224,10 @@ def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def checkpoint_name(name: str) -> str:
-    """The name of a tensor of the wrapped network in files; the wrapper calls the network `diffusion_model`."""
+    """Return the name in files for a tensor of the wrapped network.
+
+    The wrapper calls the network `diffusion_model`.
+    """
     return NETWORK_PREFIX + name.removeprefix("diffusion_model.")
 
 
@@ -230,9 +239,9 @@ def on_host(tensor: Tensor) -> Tensor:
 def gathered_weights(
     network: nn.Module, full: bool, keep: bool = True, copy: Callable[[Tensor], Tensor] = on_host
 ) -> Iterator[tuple[str, Tensor]]:
-    """Trained parameters, or with `full` all entries of the state dict, copied by `copy`; collective.
+    """Yield copies of the trained parameters, or with `full` of the whole state dict.
 
-    Processes that do not `keep` them only help to put together what ZeRO-3 has partitioned.
+    This is collective. Processes without `keep` only help to assemble what ZeRO-3 has partitioned.
     """
     for name, tensor in network.state_dict(keep_vars=True).items():
         if not (full or tensor.requires_grad):
@@ -243,15 +252,18 @@ def gathered_weights(
 
 
 def _copies(tensors: _Tensors, keep: bool, copy: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    """Copies of the optimizer's tensors; as `gathered_weights`."""
+    """Yield copies of the optimizer's tensors; see `gathered_weights`."""
     for kind, name, tensor in tensors:
         if keep:
             yield kind, name, copy(tensor)
 
 
 class _Shards:
-    """Safetensors files of limited size. After an error it takes tensors without writing, since the other processes go
-    on putting them together; `close` then raises it."""
+    """Safetensors files of limited size.
+
+    After an error, tensors are accepted without being written, because the other processes continue to assemble them;
+    `close` then raises the error.
+    """
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
@@ -268,14 +280,14 @@ class _Shards:
     def _write(self) -> None:
         if self.tensors:
             path = self.folder / f"{self.name}-{self.count:05d}.safetensors"
-            path.touch()  # with the permissions of all other files; safetensors' own are its owner's alone
+            path.touch()  # with the usual permissions; safetensors would make the file private
             mode = path.stat().st_mode
             self.attempt(lambda: save_file(self.tensors, path))
             self.attempt(lambda: path.chmod(mode))
         self.count, self.bytes, self.tensors = self.count + 1, 0, {}
 
     def attempt(self, write: Callable[[], Any]) -> None:
-        """Write something, unless something could not be written before."""
+        """Write something, unless an earlier write failed."""
         try:
             if self.error is None:
                 write()
@@ -289,14 +301,14 @@ class _Shards:
 
 
 def _nothing() -> None:
-    """Do nothing, where the first process writes and this one waits."""
+    """Do nothing: the first process writes, and this one waits."""
 
 
 def _together(action: Callable[[], Any], checkpoint: _Checkpoint, exchange: _Exchange) -> None:
-    """Run an action that may differ between processes; if it fails on one, all raise a UserError.
+    """Run an action that may differ between processes; if one fails, all raise UserError.
 
     Args:
-        exchange: gives what went wrong on this process to the others, and returns what did on all.
+        exchange: sends this process's error to the others, and returns the errors of all.
     """
     problem = ""
     try:
@@ -312,13 +324,13 @@ def _together(action: Callable[[], Any], checkpoint: _Checkpoint, exchange: _Exc
 
 
 def _from_all(problem: str) -> list[str]:
-    """Exchange problems with all processes, which wait as long as it takes."""
+    """Exchange errors with all processes, which wait without a time limit."""
     meet("the checkpoint")
     return _from_group(None, problem, size=dist.get_world_size())
 
 
 def _from_group(group: dist.ProcessGroup | None, problem: str, size: int = 1) -> list[str]:
-    """Exchange problems with the processes of a group."""
+    """Exchange errors with the processes of a group."""
     problems = [problem] * (size if group is None else group.size())
     if len(problems) > 1:
         dist.all_gather_object(problems, problem, group=group)
@@ -326,7 +338,7 @@ def _from_group(group: dist.ProcessGroup | None, problem: str, size: int = 1) ->
 
 
 def estimated_bytes(engine: deepspeed.DeepSpeedEngine, full: bool) -> int:
-    """Size of a checkpoint, all model-parallel shares together."""
+    """Return the size of a checkpoint, for all model-parallel shares together."""
     network = engine.module
     kinds = optimizer_state.tensor_kinds(engine)
     entries = [tensor for tensor in network.state_dict(keep_vars=True).values() if full or tensor.requires_grad]
@@ -337,18 +349,20 @@ def estimated_bytes(engine: deepspeed.DeepSpeedEngine, full: bool) -> int:
 
 
 def prune(run_folder: Path, newest: int, keep_last: int | None) -> None:
-    """Delete the checkpoints that are outdated once that of the step `newest` is written."""
+    """Delete checkpoints that are outdated after that of the step `newest`."""
     steps = [int(folder.name) for folder in run_folder.iterdir() if re.fullmatch(r"\d+", folder.name)]
     for step in outdated(steps, newest, keep_last):
         for name in (str(step), f"{step}-ema"):
             if (run_folder / name).exists():
-                part = _part_of(run_folder / name)  # under a name that is no checkpoint's, whenever it is interrupted
+                part = _part_of(
+                    run_folder / name
+                )  # renamed first, so that an interruption leaves no incomplete checkpoint
                 (run_folder / name).rename(part)
                 shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    """Make sure that a folder and all in it would survive a power cut."""
+    """Sync a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
             handle = os.open(path, os.O_RDONLY)
@@ -362,33 +376,35 @@ def _sync(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of state.json in an iteration folder.
+    """Return the content of state.json in an iteration folder.
 
     Raises:
-        UserError: there is none, and the folder then holds weights alone; or it is none that a run can go on with.
+        UserError: the file is missing, so that the folder holds only weights; or a run cannot resume from it.
     """
     path = folder / STATE_FILE
     try:
         state = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"resume: {folder} has no whole training state ({STATE_FILE}); to start from its weights name it as load"
+            f"resume: {folder} has no complete training state ({STATE_FILE}); to start from its weights name it as load"
         ) from error
     if misfit := find_misfit(state, TRAINING_STATE):
         raise UserError(
-            f"resume: {folder} has no whole training state ({STATE_FILE}): {misfit}; to start from its weights name it "
-            "as load"
+            f"resume: {folder} has no complete training state ({STATE_FILE}): {misfit}; to start from its weights, "
+            "name it as load"
         )
     if folder.name.isdecimal() and int(folder.name) != state["step"]:
         raise UserError(
-            f"resume: {folder} holds the training state of step {state['step']}: give the folder that name, or name "
-            "another checkpoint"
+            f"resume: {folder} holds the training state of step {state['step']}; rename the folder, or name another "
+            "checkpoint"
         )
     return state
 
 
 def restore_optimizer(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
-    """Put the optimizer's part of a checkpoint back, which any number of model-parallel ranks may have written.
+    """Restore the optimizer's part of a checkpoint.
+
+    Any number of model-parallel ranks may have written it.
 
     Raises:
         UserError: files are missing or damaged.
@@ -398,11 +414,13 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Ma
 
 
 class TensorsOfRank(Mapping[tuple[str, str], Tensor]):
-    """This model-parallel rank's share of the optimizer's tensors, by (kind, parameter), read when they are asked for.
+    """This model-parallel rank's share of the optimizer's tensors, by (kind, parameter).
+
+    Tensors are read on access.
 
     Args:
-        written_by: the number of ranks that wrote them.
-        network: tells where its tensors are cut.
+        written_by: number of ranks that wrote them.
+        network: determines how tensors are divided.
 
     Raises:
         UserError: the files of a rank are missing or damaged.
@@ -420,7 +438,7 @@ class TensorsOfRank(Mapping[tuple[str, str], Tensor]):
         ):
             raise UserError(
                 f"resume: {folder} is of a run with model_parallel_size {written_by}, not {self.size}, and does not "
-                "hold the optimizer's tensors of all its ranks; name another checkpoint"
+                "hold the optimizer's tensors of all ranks; name another checkpoint"
             )
 
     def __getitem__(self, key: tuple[str, str]) -> Tensor:
@@ -436,10 +454,10 @@ class TensorsOfRank(Mapping[tuple[str, str], Tensor]):
 
 
 class StoredTensors(Mapping[tuple[str, str], Tensor]):
-    """The tensors of the optimizer's files by (kind, parameter), each read when it is asked for.
+    """The tensors in the optimizer's files by (kind, parameter), read on access.
 
     Args:
-        rank: the model-parallel one that wrote them, in digits.
+        rank: the model-parallel rank that wrote the files, in digits.
     """
 
     def __init__(self, folder: Path, rank: str):

@@ -1,7 +1,7 @@
-"""All that training takes from DeepSpeed without its documentation promising it.
+"""All undocumented parts of DeepSpeed that training uses.
 
 These are attributes of engines, of ZeRO's optimizers, of loss scales and of partitioned parameters. No other module of
-this project names them. `check` compares them with the installed version.
+this project uses them. `check` compares them with the installed version.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 from cogvideox_sat.weights.stored_values import forget_value, value_of
 from sgm.errors import UserError
 
-CHECKED = "0.19.8"  # the version that all of this was tried with
-SUMS = "deepspeed_shm_comm"  # the extension for sums between processes
+CHECKED = "0.19.8"  # the version of DeepSpeed with which this module was tested
+SUMS = "deepspeed_shm_comm"  # DeepSpeed's C++ extension for sums between processes
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-LIMIT = "raise_error_at_min_scale"  # of a dynamic loss scale too
+LIMIT = "raise_error_at_min_scale"  # also an attribute of dynamic loss scales
 LINKING = ("_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state")
-# What is used, by what has it. ZeRO's optimizers are named by their classes, of which an engine has one; classes that
-# are not named here are taken as they are.
+# The attributes in use, by their owner. ZeRO's optimizers are listed by their classes, of which an engine has one;
+# other classes are not checked.
 ENGINE = (
     *("optimizer", "basic_optimizer", "zero_optimization", "zero_optimization_partition_weights"),
     *("allreduce_gradients", "_global_grad_norm"),
@@ -42,7 +42,7 @@ DIVIDING = (
 
 
 def check(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Check that the installed DeepSpeed has what this module takes from it.
+    """Check that the installed DeepSpeed has everything that this module uses.
 
     Raises:
         UserError: something is missing.
@@ -72,31 +72,36 @@ def check(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def sum_by_gloo() -> None:
-    """Let processes without a GPU sum by gloo, rather than by a C++ extension whose compilation takes a minute."""
+    """Let processes without a GPU sum with gloo.
+
+    DeepSpeed would use a C++ extension that takes a minute to compile.
+    """
     deepspeed.ops.__compatible_ops__[SUMS] = False
 
 
 def sum_no_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let an engine without ZeRO on one process leave gradients where they are, instead of copying all of them there
-    and back for their sum of one."""
+    """Let an engine without ZeRO on one process leave gradients in place.
+
+    It would copy all gradients to and from a buffer, for a sum over one process.
+    """
     engine.allreduce_gradients = lambda *_, **__: None
 
 
 def leave_out_steps(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let ZeRO leave out steps whose gradients are not finite in every dtype, and never raise an error about them."""
+    """Let ZeRO skip steps with non-finite gradients in every dtype, without raising errors."""
     engine.optimizer.check_grad_overflow = True
     if scaler := _loss_scaler(engine):
         scaler.raise_error_at_min_scale = False
 
 
 def tell_norm(engine: deepspeed.DeepSpeedEngine, norm: Tensor, skip: bool) -> None:
-    """Give an engine without ZeRO the norm of the gradients, and whether the step about to be taken is left out."""
+    """Give an engine without ZeRO the gradient norm, and whether the step is skipped."""
     engine._global_grad_norm = norm
     engine.optimizer.overflow = skip
 
 
 def step_was_skipped(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """Return whether the last optimizer step was left out because of gradients that are not finite."""
+    """Return whether the last optimizer step was skipped because of non-finite gradients."""
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
@@ -106,7 +111,7 @@ def step_was_skipped(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> Optimizer:
-    """Return the optimizer that computes the updates, which ZeRO's wraps."""
+    """Return the optimizer that computes the updates, which ZeRO's optimizer wraps."""
     return engine.basic_optimizer
 
 
@@ -116,7 +121,10 @@ def uses_zero(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def pieces(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return what the inner optimizer keeps states of on this process; without ZeRO these are the parameters."""
+    """Return the tensors for which the inner optimizer keeps states on this process.
+
+    Without ZeRO, these are the parameters.
+    """
     if not uses_zero(engine):
         return list(parameters)
     if engine.zero_optimization_partition_weights():
@@ -125,8 +133,11 @@ def pieces(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]
 
 
 def link_states(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let parameters find their parts of ZeRO-1's and 2's flat tensors. They do so by themselves at the first step, but
-    when there are several groups of parameters only those of the first one then have a state to be found."""
+    """Let parameters find their parts of the flat tensors of ZeRO-1 and ZeRO-2.
+
+    DeepSpeed does this at the first step. With several parameter groups, however, it then links only those of the first
+    group.
+    """
     zero = engine.optimizer
     if hasattr(zero, "_hp_optimizer_states_linked") and inner_optimizer(engine).state:
         zero._hp_optimizer_states_linked = False
@@ -134,12 +145,12 @@ def link_states(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def current_scale(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Return by what the loss is multiplied now, in float16."""
+    """Return the factor by which the loss is currently multiplied, in float16."""
     return float(engine.optimizer.cur_scale)
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, int | float]:
-    """Return what a dynamic loss scale has come to; nothing of a fixed one."""
+    """Return the state of a dynamic loss scale; empty for a fixed one."""
     scaler = _loss_scaler(engine)
     if not isinstance(scaler, DynamicLossScaler):
         return {}
@@ -147,7 +158,10 @@ def loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, int | float]:
 
 
 def set_loss_scale(engine: deepspeed.DeepSpeedEngine, numbers: Mapping[str, int | float]) -> None:
-    """Let a dynamic loss scale go on from what `loss_scale` returned; nothing happens where one of the two is fixed."""
+    """Restore a dynamic loss scale from the result of `loss_scale`.
+
+    Nothing happens if one of the two is fixed.
+    """
     if loss_scale(engine) and numbers:
         for name, number in numbers.items():
             setattr(_loss_scaler(engine), name, number)
@@ -163,15 +177,17 @@ def _loss_scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
 
 
 class DividedFromFiles(deepspeed.zero.Init):
-    """Divides the parameters of `module`, with arguments and under the configuration that DeepSpeed would do it with.
+    """Divides the parameters of `module` in the same way as DeepSpeed.
 
-    Of those that wait for their values (`weights.stored_values`) each process reads its own part. DeepSpeed itself puts
-    the whole parameter on each process's device first, and sends it there from the first process.
+    Each process reads only its own part of parameters that wait for their values (`weights.stored_values`). DeepSpeed
+    itself first puts the whole parameter on each process's device, and sends it there from the first process.
     """
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
         parameters = [each for each in param_list if not is_partitioned(each)]
-        rooms: dict[torch.dtype, Tensor] = {}  # for one whole parameter at a time; untouched memory takes none
+        rooms: dict[
+            torch.dtype, Tensor
+        ] = {}  # each for one whole parameter at a time; pages that are not touched take no memory
         for parameter in parameters:
             value = value_of(parameter)
             if value is None:
@@ -181,7 +197,7 @@ class DividedFromFiles(deepspeed.zero.Init):
                 rooms[parameter.dtype] = torch.empty(max(map(Tensor.numel, alike)), dtype=parameter.dtype)
             whole = rooms[parameter.dtype][: parameter.numel()].view(parameter.shape)
             self._convert_to_deepspeed_param(parameter)
-            if self.zero_param_process_group is not None:  # a second part is kept, of a group of fewer processes
+            if self.zero_param_process_group is not None:  # a second part is kept, for a smaller group of processes
                 value.fill(whole, 0, whole.numel())
             else:
                 length = self._aligned_size(parameter) // self._partition_world_size(parameter)
@@ -195,19 +211,19 @@ class DividedFromFiles(deepspeed.zero.Init):
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Return whether ZeRO-3 has left an empty tensor in the place of a parameter."""
+    """Return whether ZeRO-3 has replaced a parameter by an empty tensor."""
     return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """Return the shape of a parameter, also of one that is partitioned."""
+    """Return the full shape of a parameter, even if it is partitioned."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def part_of(parameter: Tensor, value: Tensor, rank: int) -> Tensor:
-    """Return what the data-parallel process `rank` holds of the `value` of a partitioned parameter.
+    """Return the part of `value` that the data-parallel process `rank` holds.
 
-    The parts are flat and equally long; the last one is padded with zeros.
+    The parts of a partitioned parameter are flat and equally long; the last one is padded with zeros.
     """
     length = parameter.ds_tensor.ds_numel
     part = value.flatten()[rank * length : (rank + 1) * length]

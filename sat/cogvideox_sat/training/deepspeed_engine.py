@@ -1,4 +1,4 @@
-"""What DeepSpeed is given: the network, an optimizer for what is trained of it, and a learning-rate schedule."""
+"""Set up DeepSpeed: network, optimizer and learning-rate schedule."""
 
 import os
 import traceback
@@ -28,7 +28,6 @@ from sgm.errors import UserError
 from sgm.memory_errors import is_out_of_memory
 from sgm.util import class_at, reporting
 
-# Names of the same optimizer: SwissArmyTransformer's own needs a CUDA extension to be compiled.
 DEFAULT_BUCKET_SIZE = 500_000_000  # DeepSpeed's own, in elements
 
 
@@ -41,20 +40,20 @@ def initialize(
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap `network`, some of whose parameters require gradients, in a DeepSpeed engine.
 
-    Calling the engine calls the network. After `backward(loss)` and `step()`, `deepspeed_adapter.step_was_skipped` says
-    whether the gradients were not finite and the weights therefore left as they were.
+    Calling the engine calls the network. After `backward(loss)` and `step()`, `deepspeed_adapter.step_was_skipped`
+    tells whether the gradients were not finite, so that the weights were not changed.
 
     Args:
-        network: on its device, in its dtype; with ZeRO-3 its parameters may wait for their values, as
-            `weights.stored_values` says.
+        network: on its device, in its dtype; with ZeRO-3 its parameters may wait for their values, see
+            `weights.stored_values`.
         deepspeed_config: the `deepspeed:` section, checked.
-        settings: of the schedule of the learning rate.
+        settings: settings of the learning-rate schedule.
         dtype: float16, bfloat16 or float32.
-        processes_per_clip: that share the tokens of each clip.
+        processes_per_clip: number of processes that share the tokens of each clip.
 
     Raises:
-        UserError: DeepSpeed or the optimizer refuses its part of the configuration, or the device the dtype;
-            or DeepSpeed is of a version that lacks what training needs of it.
+        UserError: DeepSpeed or the optimizer refuses its part of the configuration, the device does not support the
+            dtype, or the version of DeepSpeed lacks something that training needs.
     """
     accelerator = get_accelerator()
     if dtype == torch.float16 and not accelerator.is_fp16_supported():
@@ -65,13 +64,13 @@ def initialize(
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device from it
     config = runtime_config(deepspeed_config, dtype_name(dtype), processes_per_clip)
     learning_rate = config["optimizer"]["params"]["lr"]
-    # SwissArmyTransformer's schedule multiplies a group's rate, one of DeepSpeed's replaces it.
+    # SwissArmyTransformer's schedule multiplies a group's rate; DeepSpeed's schedules replace it.
     groups = parameter_groups(network, learning_rate if "scheduler" in config else 1.0)
     limit_buckets(config["zero_optimization"], sum(p.numel() for group in groups for p in group["params"]))
     is_plain = config["zero_optimization"]["stage"] == 0
     clipping = config.setdefault("gradient_clipping", 0.0)
     if is_plain:
-        config["gradient_clipping"] = 0.0  # done before the step, with the norm in hand
+        config["gradient_clipping"] = 0.0  # `clip_or_skip` clips before the step
     try:
         optimizer = build_optimizer(config, groups, settings.sources)
         if waiting_bytes(network):
@@ -85,7 +84,7 @@ def initialize(
             mpu=mpu,
             dist_init_required=False,
         )
-    except Exception as error:  # by any kind of which DeepSpeed reports what it does not like in its configuration
+    except Exception as error:  # DeepSpeed reports errors in its configuration by exceptions of any kind
         if isinstance(error, UserError) or is_out_of_memory(error) or not raised_in_library(error):
             raise
         line = complaint(error, deepspeed_config)
@@ -97,16 +96,18 @@ def initialize(
             deepspeed_adapter.sum_no_gradients(engine)
         engine.optimizer.register_step_pre_hook(partial(clip_or_skip, engine, clipping))
     else:
-        deepspeed_adapter.leave_out_steps(engine)  # the trainer counts them
+        deepspeed_adapter.leave_out_steps(engine)  # the trainer counts skipped steps
     sum_partial_gradients(network)
     return engine
 
 
 def divide(network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Divide parameters among data-parallel processes, each of which reads its part of those that wait for values.
+    """Divide parameters among data-parallel processes.
+
+    Each process reads its part of those parameters that wait for their values.
 
     Args:
-        config: what DeepSpeed is given.
+        config: the configuration for DeepSpeed.
     """
     deepspeed_adapter.sum_by_gloo()
     group = mpu.get_data_parallel_group()
@@ -114,18 +115,25 @@ def divide(network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 def raised_in_library(error: Exception) -> bool:
-    """Return whether an error comes from what `initialize` calls, rather than from a function of this project."""
+    """Return whether an error comes from a library that `initialize` calls.
+
+    Otherwise, it comes from a function of this project.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame.name for frame in frames if is_own_file(frame.filename)]
     return own[-1:] == [initialize.__name__]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return DeepSpeed's name of a dtype."""
     return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def limit_buckets(zero: dict[str, Any], trained: int) -> None:
-    """Buffers for more gradients than there are would only take memory: gigabytes, for an adapter of megabytes."""
+    """Limit ZeRO's gradient buffers to the number of gradients.
+
+    For an adapter of megabytes, larger buffers would waste gigabytes.
+    """
     zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)), max(trained, 1))
 
 
@@ -133,13 +141,18 @@ def limit_buckets(zero: dict[str, Any], trained: int) -> None:
 
 
 def parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-    """What is trained of `network`, in a group with weight decay and one without: biases and norms."""
+    """Return the trained parameters in two groups: with and without weight decay.
+
+    Biases and norms have no weight decay.
+    """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                parameter.model_parallel = getattr(parameter, "model_parallel", False)  # DeepSpeed's norms look at it
+                parameter.model_parallel = getattr(
+                    parameter, "model_parallel", False
+                )  # DeepSpeed's norms read this attribute
                 (others if name == "bias" or isinstance(module, nn.LayerNorm) else decayed).append(parameter)
     groups = [{"params": decayed, "lr": learning_rate}, {"params": others, "lr": learning_rate, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -148,16 +161,19 @@ def parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str,
 def build_optimizer(
     config: dict[str, Any], groups: list[dict[str, Any]], sources: Sources | None = None
 ) -> Optimizer | None:
-    """The optimizer that `config` names by import path, taken out of it; None for a name that DeepSpeed knows."""
+    """Return the optimizer that `config` names by import path, and remove it from `config`.
+
+    None: DeepSpeed knows the name.
+    """
     section = config["optimizer"]
     if "." not in section["type"]:
         if section["type"].lower() in ("adam", "adamw") and groups[0]["params"][0].device.type == "cpu":
-            section["params"].setdefault("torch_adam", True)  # else DeepSpeed compiles an extension, silently
+            section["params"].setdefault("torch_adam", True)  # otherwise, DeepSpeed silently compiles an extension
         return None
     del config["optimizer"]
     root = Place(("deepspeed",), config, sources)
     place = Place(("deepspeed", "optimizer"), section, sources, building=True)
-    if section["type"] in OUR_OPTIMIZERS:  # whose parameters are checked already
+    if section["type"] in OUR_OPTIMIZERS:  # their parameters are already checked
         return EmaAdam(groups, **section["params"])
     kind = class_at(section["type"], place.below("type"), "optimizer")
     with reporting(place.below("params"), root):
@@ -165,10 +181,11 @@ def build_optimizer(
 
 
 class Annealing(AnnealingLR):
-    """SwissArmyTransformer's schedule: a start at 5 % for `auto_warmup_steps`, a linear rise, then the decay.
+    """SwissArmyTransformer's schedule: a start at 5 %, a linear rise, then the decay.
 
-    It counts from 1, as it always has. Mended are that a linear decay went on below zero, and that a state was not
-    loaded: what is loaded is where it is, not the rates and lengths, which today's configuration gives.
+    The start at 5 % lasts `auto_warmup_steps`. Steps count from 1, as in SwissArmyTransformer. Two differences: a
+    linear decay stops at zero, and `load_state_dict` restores the step, while rates and lengths come from the current
+    configuration.
     """
 
     def __init__(self, settings: LoopSettings, learning_rate: float, optimizer: Optimizer):
@@ -176,7 +193,7 @@ class Annealing(AnnealingLR):
         super().__init__(
             optimizer,
             start_lr=learning_rate,
-            warmup_iter=max(settings.warmup * steps, 1e-9),  # it divides by it
+            warmup_iter=max(settings.warmup * steps, 1e-9),  # not zero, because the schedule divides by it
             num_iters=steps,
             decay_style=settings.lr_decay_style,
             last_iter=0,
@@ -195,8 +212,13 @@ class Annealing(AnnealingLR):
 
 
 def clip_or_skip(engine: deepspeed.DeepSpeedEngine, clipping: float, optimizer: Optimizer, *_: Any) -> None:
-    """Before a step without ZeRO, do what ZeRO's optimizers do by themselves: clip the gradients to the norm
-    `clipping` (0: do not), or if they are not finite leave the step out, and tell the engine."""
+    """Clip gradients, or skip the step if they are not finite, before a step without ZeRO.
+
+    ZeRO's optimizers do this themselves. The engine is told the norm, and whether the step is skipped.
+
+    Args:
+        clipping: the largest norm; 0: no clipping.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = gradient_norm(parameters)
     skip = not torch.isfinite(norm)
@@ -209,7 +231,10 @@ def clip_or_skip(engine: deepspeed.DeepSpeedEngine, clipping: float, optimizer: 
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """The norm over all of `parameters`, those of which every model-parallel process has a copy counted once."""
+    """Return the gradient norm over all parameters of all model-parallel processes.
+
+    Parameters of which every process has a copy count once.
+    """
     counted = [p.grad for p in parameters if getattr(p, "model_parallel", False) or mpu.get_model_parallel_rank() == 0]
     norms = torch._foreach_norm(counted, dtype=torch.float32)
     square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=parameters[0].device)
@@ -219,8 +244,11 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def sum_partial_gradients(network: nn.Module) -> None:
-    """Make gradients whole of which each model-parallel process computes a part, though all hold the parameter: of the
-    norms of queries and keys, which see the process's own heads, and of biases that are added in equal parts."""
+    """Sum gradients of which each model-parallel process computes only a part.
+
+    All processes hold these parameters: the norms of queries and keys, which see only the process's own heads, and
+    biases that are added in equal parts.
+    """
     if mpu.get_model_parallel_world_size() == 1:
         return
     group = mpu.get_model_parallel_group()

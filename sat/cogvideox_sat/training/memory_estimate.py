@@ -1,4 +1,4 @@
-"""How much memory a process of training takes, estimated from the sizes of its network and its clips."""
+"""Estimate the memory of a training process from the sizes of network and clips."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,36 +17,36 @@ from cogvideox_sat.training.trainable_parameters import trainable_groups
 from diffusion_video import DTYPES, SATVideoDiffusionEngine
 from sgm.context_parallel import group_size
 
-# float32 tensors that optimizers keep for each trained parameter beside its master copy.
+# Number of float32 tensors that optimizers keep for each trained parameter besides its master copy.
 OPTIMIZER_TENSORS = {"fusedemaadam": 3, "emaadam": 3, "lion": 1, "adagrad": 1, "muon": 1, "sgd": 1}
-ADAM_TENSORS = 2  # for all others
+ADAM_TENSORS = 2  # for all other optimizers
 
-AVERAGING = 3  # tensors of the optimizers that keep a moving average of the weights
+AVERAGING = 3  # number of tensors of optimizers that keep a moving average of the weights
 
-# Of ZeRO, where the configuration does not say.
+# ZeRO's default.
 REDUCE_BUCKET_SIZE = 500_000_000  # elements
 
 # Activations that one layer keeps for its backward pass, in tensors of (tokens, hidden_size), see
-# `network.lean_functions`; without gradients of the frozen weights, modulation and MLP, an adapter needs fewer. Layers
-# that processes share run otherwise, and keep more: those that all of them hold, and those that they share.
+# `network.lean_functions`. An adapter needs fewer, because frozen weights, modulation and MLP have no gradients. Layers
+# that processes share run in another way and keep more: tensors that all processes hold, and tensors that they share.
 KEPT_BY_LAYER = {"network": 14, "adapter": 12}
 KEPT_BY_SHARED_LAYER = {"network": (8, 15), "adapter": (3, 11)}
 KEPT_OUTSIDE_LAYERS = {"network": 4, "adapter": 2}
-KEPT_INPUT, KEPT_ATTENTION = 1, 2  # of layers that are recomputed: the input, and with it the attention's result
-WORKING_SET = 6  # gradients in the backward pass of a layer: 4 in its MLP, 2 on the residual path
+KEPT_INPUT, KEPT_ATTENTION = 1, 2  # for recomputed layers: the input; the input and the attention's result
+WORKING_SET = 6  # gradients in the backward pass of a layer: 4 in the MLP, 2 on the residual path
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the state of training is spread over processes and memories.
+    """The distribution of the training state over processes and memories.
 
     Args:
-        zero_stage: of DeepSpeed: 1 divides optimizer states among the data-parallel processes, 2 gradients too, 3 also
+        zero_stage: ZeRO stage: 1 divides optimizer states among the data-parallel processes, 2 also gradients, 3 also
             weights.
         offload_optimizer, offload_parameters: ZeRO keeps these in host memory (or on NVMe).
         data_parallel, model_parallel: numbers of processes.
-        optimizer_tensors: float32 tensors for each parameter beside its master copy: 2 of Adam, 3 with averages.
-        bucket_bytes: of the buffers in which ZeRO gathers gradients.
+        optimizer_tensors: float32 tensors per parameter besides its master copy: 2 for Adam, 3 with averages.
+        bucket_bytes: size of the buffers in which ZeRO gathers gradients.
     """
 
     zero_stage: int = 0
@@ -61,7 +61,7 @@ class Layout:
     def from_config(
         cls, deepspeed_config: Mapping[str, Any], dtype: torch.dtype, data_parallel: int = 1, model_parallel: int = 1
     ) -> "Layout":
-        """Read it off a checked `deepspeed:` section, for a network of `dtype`."""
+        """Return the layout of a checked `deepspeed:` section, for a network of `dtype`."""
         precision = next((name for name, kind in DTYPES.items() if kind == dtype), "fp32")
         config = runtime_config(deepspeed_config, precision)
         zero = config["zero_optimization"]
@@ -90,7 +90,8 @@ class Layout:
 class MemoryEstimate:
     """Bytes of one process: on its device, and `host` in host memory.
 
-    What comes and goes in turn is `encoding` of clips, `activations` and, while the optimizer steps, `stepping`.
+    Only one of these is in use at a time: `encoding` of clips, `activations`, and, while the optimizer steps,
+    `stepping`.
     """
 
     weights: int
@@ -103,7 +104,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Of the device."""
+        """Return the peak on the device."""
         in_turn = max(self.activations, self.encoding, self.stepping)
         return self.weights + self.gradients + self.optimizer + in_turn
 
@@ -111,17 +112,18 @@ class MemoryEstimate:
 def estimate_memory(
     engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micro_batch: int
 ) -> MemoryEstimate:
-    """Return the memory that training takes, to within 15 %, without the use by libraries (on CUDA about 1 GiB).
+    """Return the memory that training takes, to within 15 %.
 
-    With Ψ parameters of the network, T of them trained, in b bytes each, D data-parallel processes, and D₁, D₂, D₃ = D
-    from that ZeRO stage on, else 1 (Rajbhandari et al., arXiv:1910.02054):
+    The use by libraries (about 1 GiB on CUDA) is not included. With Ψ parameters of the network, T of them trained, b
+    bytes per parameter, D data-parallel processes, and D₁, D₂, D₃ = D from that ZeRO stage on, otherwise 1 (Rajbhandari
+    et al., arXiv:1910.02054):
 
-        weights    b·Ψ / D₃, and those of the frozen VAE and text encoder
-        gradients  b·T / D₂, and ZeRO's buckets
+        weights    b·Ψ / D₃, plus those of the frozen VAE and text encoder
+        gradients  b·T / D₂, plus ZeRO's buckets
         optimizer  4·T / D₁ for each of its tensors, and with ZeRO for the float32 weights
-        stepping   4·T / D₁ with ZeRO, of the gradients in float32, where b < 4
+        stepping   4·T / D₁ with ZeRO, for the gradients in float32, if b < 4
 
-    Offloaded parts count as `host`. Activations and encoding: `activation_bytes`, `encoding_bytes`.
+    Offloaded parts count as `host`. For activations and encoding, see `activation_bytes` and `encoding_bytes`.
     """
     network, d = engine.network, layout.data_parallel
     element = engine.dtype.itemsize
@@ -149,23 +151,26 @@ def estimate_memory(
 def activation_bytes(
     network: nn.Module, bucket: Bucket, micro_batch: int, element: int, model_parallel: int = 1
 ) -> int:
-    """Memory of the network's activations at its peak, in the backward pass.
+    """Return the memory of the network's activations at its peak, in the backward pass.
 
-    In tensors of micro_batch · tokens · hidden_size elements: each of the layers keeps k, or where it is recomputed 1,
-    or 2 with its attention, and once more k while it is at work; 4 are kept outside of layers (2 where an adapter alone
-    is trained), and 6 are gradients on their way. k is 14, for an adapter alone 12; where model-parallel processes
-    share the layers, 23 and 14, of which they share 15 and 11.
+    The unit is a tensor of micro_batch · tokens · hidden_size elements. Each layer keeps k tensors, or if it is
+    recomputed 1, or 2 with its attention; the layer at work needs k tensors again. 4 tensors are kept outside of layers
+    (2 if only an adapter is trained), and 6 are gradients. k is 14, or 12 for an adapter alone; if model-parallel
+    processes share the layers, 23 and 14, of which they share 15 and 11.
     """
     unit = tensor_bytes(network, bucket, micro_batch, element)
     recomputed, all_kept = recomputation(network), kept_by_layer(network, model_parallel)
-    # The backward pass begins with the last layers: what they keep is gone when the first ones are recomputed.
+    # The backward pass begins with the last layers: their tensors are freed before the first layers are recomputed.
     is_last = recomputed.whole + recomputed.attention == network.num_layers
     at_work = all_kept - (KEPT_ATTENTION if recomputed.attention else KEPT_INPUT) if is_last else 0
     return kept_bytes(network, bucket, micro_batch, element, model_parallel) + int((at_work + WORKING_SET) * unit)
 
 
 def kept_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int, model_parallel: int = 1) -> int:
-    """Return the bytes that the forward pass keeps for the backward pass, see `activation_bytes`."""
+    """Return the bytes that the forward pass keeps for the backward pass.
+
+    See `activation_bytes`.
+    """
     recomputed = recomputation(network)
     others = network.num_layers - recomputed.whole - recomputed.attention
     kept = recomputed.whole * KEPT_INPUT + others * kept_by_layer(network, model_parallel)
@@ -189,19 +194,22 @@ def kept_by_layer(network: nn.Module, model_parallel: int = 1) -> float:
 
 
 def what_is_trained(network: nn.Module) -> str:
-    """Return "adapter" if nothing else is trained, else "network"."""
+    """Return "adapter" if only the adapter is trained, else "network"."""
     return "adapter" if set(trainable_groups(network.named_parameters())) == {"adapter"} else "network"
 
 
 def tensor_bytes(network: nn.Module, bucket: Bucket, micro_batch: int, element: int) -> int:
-    """Return the bytes of one value for each hidden feature of each token, text included."""
+    """Return the bytes of one value for each hidden feature of each token, including text."""
     tokens = network.mixins["pos_embed"].text_length + video_tokens(bucket, network.patch)
     tokens = -(-tokens // network.sequence_processes)
     return micro_batch * tokens * network.hidden_size * element
 
 
 def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch: int, element: int) -> int:
-    """Return the bytes of the VAE's activations while it encodes clips, see `encoding_peak`; 0 for cached latents."""
+    """Return the bytes of the VAE's activations while it encodes clips; 0 for cached latents.
+
+    See `encoding_peak`.
+    """
     vae = engine.first_stage_model
     if vae is None:
         return 0
@@ -214,13 +222,13 @@ def encoding_bytes(engine: SATVideoDiffusionEngine, bucket: Bucket, micro_batch:
 
 
 def checkpoint_copy_bytes(network: nn.Module, layout: Layout, full: bool) -> int:
-    """Return the host memory that a checkpoint takes of the process that writes it behind the steps.
+    """Return the host memory for a checkpoint's copy, on the process that writes it.
 
-    It is a copy of the weights that are saved and of the optimizer's float32 tensors, and while files are written the
-    moving average in the weights' dtype.
+    It holds the saved weights and the optimizer's float32 tensors and, while files are written, the moving average in
+    the dtype of the weights.
 
     Args:
-        full: the whole network is saved, rather than what is trained of it.
+        full: the whole network is saved, rather than only its trained parameters.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
@@ -232,16 +240,16 @@ def checkpoint_copy_bytes(network: nn.Module, layout: Layout, full: bool) -> int
 
 
 def checkpoint_copy_line(network: nn.Module, layout: Layout, full: bool) -> str:
-    """Return the line of the log about what `checkpoint_copy_bytes` tells."""
+    """Return the log line about `checkpoint_copy_bytes`."""
     size = in_words(checkpoint_copy_bytes(network, layout, full))
     return f"background_checkpoints: a copy of a checkpoint takes {size} of host memory, on the process that writes it"
 
 
 def memory_line(memory: MemoryEstimate, bucket: Bucket, micro_batch: int, recomputed: str) -> str:
-    """Return the line of the log about an estimate.
+    """Return the log line about an estimate.
 
     Args:
-        recomputed: which layers are, in words; "": none.
+        recomputed: the recomputed layers in words; "": none.
     """
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     parts[f"activations ({recomputed})" if recomputed else "activations"] = memory.activations

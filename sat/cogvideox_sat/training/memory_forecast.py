@@ -1,6 +1,6 @@
-"""How much memory a run of a configuration will take, told before there are weights or data.
+"""Estimate the memory of a run from its configuration, without weights or data.
 
-Modules are built on PyTorch's meta device, where tensors have shapes and no content.
+Modules are built on PyTorch's meta device, where tensors have shapes but no content.
 """
 
 import copy
@@ -24,13 +24,15 @@ from cogvideox_sat.training.trainable_parameters import trainable_groups, traina
 def forecast(
     args: TrainingArguments, frames: int, sizes: Sequence[tuple[int, int]], processes: int, micro_batch: int
 ) -> list[str]:
-    """Return the lines about a fine-tuning run: what is trained, and the memory on latents and on clips.
+    """Return the lines about a fine-tuning run: trained parameters, and memory.
+
+    The memory is estimated for training on latents and on clips.
 
     Args:
-        frames: of the longest clips.
-        sizes: (height, width) of the clips in pixels; that of the most tokens counts.
-        processes: that the run has, each with a network of its own.
-        micro_batch: clips of a process at a time.
+        frames: number of frames of the longest clips.
+        sizes: (height, width) of the clips in pixels; the size with the most tokens counts.
+        processes: number of processes, each with its own network.
+        micro_batch: clips per process at a time.
 
     Raises:
         UserError: nothing is to be trained, or a part of the model cannot be built.

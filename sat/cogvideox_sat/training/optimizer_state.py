@@ -1,8 +1,8 @@
-"""What an optimizer knows of each parameter, in a form that does not depend on how DeepSpeed spreads it over processes.
+"""Read and write optimizer states, independently of how DeepSpeed distributes them.
 
 ZeRO keeps float32 copies of the trained weights and the optimizer's tensors (moments, moving average) in flat pieces,
-one on each data-parallel process. Here they are put together parameter by parameter, and taken apart again, so that a
-checkpoint fits any number of processes and any ZeRO stage. All functions are collective over the data-parallel group.
+one on each data-parallel process. Here they are assembled for each parameter, and divided again, so that a checkpoint
+fits any number of processes and any ZeRO stage. All functions are collective over the data-parallel group.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,15 +34,16 @@ from cogvideox_sat.training.deepspeed_adapter import (
 )
 from sgm.errors import UserError
 
-MASTER = "master"  # the float32 copy of a weight, beside the optimizer's own kinds of tensors
+MASTER = "master"  # kind of the float32 copy of a weight, besides the optimizer's own kinds of tensors
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters by name."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def tensor_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Kinds of tensors that are kept of parameters; none but `MASTER` before the first step."""
+    """Return the kinds of tensors kept for parameters; before the first step only `MASTER`."""
     kinds = {
         kind
         for piece, state in inner_optimizer(engine).state.items()
@@ -53,8 +54,14 @@ def tensor_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
 
 
 def check_storable(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Raises UserError, once a step is made, if the optimizer keeps anything else of a parameter than numbers and
-    tensors of its shape: factors, for instance, or bytes; or under ZeRO not the same of each."""
+    """Check, after the first step, that the optimizer's state can be saved.
+
+    It may keep only numbers, and tensors with the parameter's shape, for a parameter; with ZeRO, the same kinds for
+    each.
+
+    Raises:
+        UserError: the optimizer keeps something else.
+    """
     optimizer = inner_optimizer(engine)
     kinds = set(tensor_kinds(engine)) - {MASTER}
     for piece, state in optimizer.state.items():
@@ -63,14 +70,15 @@ def check_storable(engine: deepspeed.DeepSpeedEngine) -> None:
         if unlike or any(state[kind].shape != piece.shape for kind in tensors):
             raise UserError(
                 f"the state of {type(optimizer).__name__} cannot be saved, since its tensors do not have the shapes of "
-                "the weights: choose another optimizer, sat.ops.FusedEmaAdam or torch.optim.AdamW for instance"
+                "the weights; choose another optimizer, for example sat.ops.FusedEmaAdam or torch.optim.AdamW"
             )
 
 
 def full_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, parameter name, float32 tensor of the parameter's shape), one at a time, on the parameter's device.
+    """Yield (kind, parameter name, float32 tensor of the parameter's shape), one at a time.
 
-    A tensor may be the optimizer's own: do not change it, and copy it before the next step.
+    The tensor is on the parameter's device. It may be the optimizer's own: do not change it, and copy it before the
+    next step.
     """
     kinds = tensor_kinds(engine)
     link_states(engine)
@@ -88,12 +96,15 @@ def full_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, str, 
 
 
 def _lacks(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> bool:
-    """Whether the optimizer keeps no tensor of this kind of the parameter, though of others."""
+    """Return whether the optimizer has no tensor of this kind for this parameter."""
     return not uses_zero(engine) and kind not in inner_optimizer(engine).state[parameter]
 
 
 def counters(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """The plain numbers that the optimizer keeps (its step), which are the same for all parameters; JSON-able."""
+    """Return the optimizer's plain numbers, such as its step; JSON-able.
+
+    They are the same for all parameters.
+    """
     optimizer = inner_optimizer(engine)
     state: Mapping[str, Any] = next(iter(optimizer.state.values()), {})
     numbers = {kind: _number(value) for kind, value in state.items() if _is_number(value)}
@@ -115,10 +126,10 @@ def counters(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
 def restore(
     engine: deepspeed.DeepSpeedEngine, tensors: Mapping[tuple[str, str], Tensor], numbers: dict[str, Any]
 ) -> None:
-    """Give the optimizer, which has made no step yet, what `full_tensors` and `counters` returned.
+    """Restore an optimizer that has made no step from `full_tensors` and `counters`.
 
     Raises:
-        UserError: a tensor is missing or does not fit, or there are tensors or groups that the numbers do not speak of.
+        UserError: a tensor is missing or does not fit, or tensors or groups exist that the numbers do not mention.
     """
     kinds, lacking = numbers["kinds"], numbers.get("lacking", {})
     groups = inner_optimizer(engine).param_groups
@@ -130,7 +141,7 @@ def restore(
     if len(numbers["rates"]) != len(groups):
         raise UserError(
             f"resume: the training state has the learning rates of {len(numbers['rates'])} groups of parameters, but "
-            f"the optimizer has {len(groups)}: train with the optimizer and the model that the run began with"
+            f"the optimizer has {len(groups)}; train with the optimizer and the model with which the run began"
         )
     _create_states(engine, [kind for kind in kinds if kind != MASTER], numbers)
     for name, parameter in trained_parameters(engine.module).items():
@@ -139,17 +150,17 @@ def restore(
                 del inner_optimizer(engine).state[parameter][kind]
                 continue
             if (kind, name) not in tensors:
-                raise UserError(f"resume: the training state has no {kind} of {name}")
+                raise UserError(f"resume: the training state has no {kind} of {name}; name another checkpoint")
             value = tensors[kind, name]
             if value.shape != full_shape(parameter) or not value.is_floating_point():
                 raise UserError(
                     f"resume: the training state has a {kind} of {name} of {str(value.dtype).removeprefix('torch.')} "
-                    f"{tuple(value.shape)}, which does not fit its shape {tuple(full_shape(parameter))}: name another "
+                    f"{tuple(value.shape)}, which does not fit its shape {tuple(full_shape(parameter))}; name another "
                     "checkpoint"
                 )
             if not value.isfinite().all():
                 raise UserError(
-                    f"resume: the training state has a {kind} of {name} that is not finite: name another checkpoint"
+                    f"resume: the training state has a {kind} of {name} that is not finite; name another checkpoint"
                 )
             _set(engine, parameter, kind, value)
     for group, rate in zip(groups, numbers["rates"], strict=True):
@@ -174,7 +185,7 @@ def _set(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, kind: str, 
 
 
 def _create_states(engine: deepspeed.DeepSpeedEngine, kinds: list[str], numbers: dict[str, Any]) -> None:
-    """The entries that the optimizer itself would make at its first step."""
+    """Create the entries that the optimizer itself would create at its first step."""
     optimizer = inner_optimizer(engine)
     on_device = any(optimizer.defaults.get(option) for option in ("fused", "capturable"))
     for piece in pieces(engine, trained_parameters(engine.module).values()):
@@ -192,5 +203,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: Any) -> int | float:
-    """PyTorch's own optimizers count in float32 tensors: a float in JSON."""
+    """Return a number; PyTorch's own optimizers count in float32 tensors, which become floats."""
     return float(value) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What a run will train and how much memory that takes, told before its first step."""
+"""Report what a run will train, and its memory, before the first step."""
 
 from torch.utils.data import Dataset
 
@@ -20,12 +20,14 @@ from sgm.context_parallel import group_size
 
 
 def report(engine: SATVideoDiffusionEngine, args: TrainingArguments, dataset: Dataset) -> list[str]:
-    """The lines to log before the first step; where it is left to `auto`, which layers are recomputed is decided here.
-    Call it before `deepspeed.initialize`, which may take weights away.
+    """Return the lines to log before the first step.
+
+    If the recomputed layers are left to `auto`, they are decided here. Call this before `deepspeed.initialize`, which
+    may remove weights.
 
     Args:
         engine: with the parts that training uses, frozen as for training.
-        dataset: the training data; its largest clips are what memory must suffice for.
+        dataset: the training data; its largest clips determine the memory.
 
     Raises:
         UserError: nothing is to be trained.

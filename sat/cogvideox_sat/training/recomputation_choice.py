@@ -1,5 +1,6 @@
-"""Decide which layers recompute their activations, so that training fills the memory that is free: the `auto` of
-`checkpoint_activations`.
+"""Decide which layers recompute activations: the `auto` of `checkpoint_activations`.
+
+Training then fills the free memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,34 +18,35 @@ from cogvideox_sat.training.memory_estimate import Layout, estimate_memory
 from cogvideox_sat.weights.stored_values import waiting_bytes
 from diffusion_video import SATVideoDiffusionEngine
 
-# Of the free memory, what may be used: estimates are not exact, memory is taken in pieces, and a host has other work.
+# Usable share of the free memory: estimates are inexact, memory becomes fragmented, and a host has other work.
 USABLE = {"cuda": 0.9, "cpu": 0.75}
 LIBRARIES = {"cuda": GIB, "cpu": 0}
 
 
 def candidates(layers: int) -> Iterator[Recomputation]:
-    """Yield what a network may do, the fastest first.
+    """Yield the possible recomputations of a network, the fastest first.
 
-    Attention is what takes longest to compute again, and its results are small: they are given up last.
+    Attention takes longest to recompute and has small results, so that these results are given up last.
     """
     yield from (Recomputation(0, count) for count in range(layers + 1))
     yield from (Recomputation(count, layers - count) for count in range(1, layers + 1))
 
 
 def fastest_that_fits(layers: int, needs: Callable[[Recomputation], int], free: int) -> Recomputation:
-    """Return the first of `candidates` that needs no more than the `free` bytes, else the last."""
+    """Return the first of `candidates` that needs at most `free` bytes, else the last one."""
     last = Recomputation(layers)
     return next((each for each in candidates(layers) if needs(each) <= free), last)
 
 
 def decide(engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micro_batch: int) -> str | None:
-    """Decide for the network of an engine that is on its device, and return the line for the log; None, and change
-    nothing, if its `checkpoint_activations` is not `AUTO`.
+    """Decide what the network of an engine recomputes; return the log line.
 
-    All processes decide the same, by the memory of the one that has least: those that share a network compute together.
+    The network must be on its device. If its `checkpoint_activations` is not `AUTO`, nothing is changed, and the result
+    is None. All processes decide the same, by the one with the least memory, because those that share a network compute
+    together.
 
     Args:
-        layout, bucket, micro_batch: as for `estimate_memory`.
+        layout, bucket, micro_batch: see `estimate_memory`.
     """
     network: nn.Module = engine.network
     transformer, layers = network.transformer, network.num_layers
@@ -54,10 +56,10 @@ def decide(engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micr
     free = least_of_processes(free_memory(device))
     if free is None:
         transformer.checkpoint_activations = Recomputation(layers)
-        return "checkpoint_activations: auto recomputes all layers: how much memory is free is not known"
+        return "checkpoint_activations: auto recomputes all layers, because the free memory is not known"
     usable = max(int(free * USABLE[device.type]) - LIBRARIES[device.type], 0)
 
-    # Weights are there already, but for those of which ZeRO-3 has not taken this process's share yet.
+    # Weights are already loaded, except for those of which ZeRO-3 has not taken this process's share yet.
     waiting = 0 if layout.offload_parameters else waiting_bytes(network) // layout.data_parallel
 
     def needs(choice: Recomputation) -> int:
@@ -78,7 +80,7 @@ def decide(engine: SATVideoDiffusionEngine, layout: Layout, bucket: Bucket, micr
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that this process can still take on a device; None where that is not known."""
+    """Return the bytes that this process can still take on a device; None if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -87,7 +89,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def least_of_processes(free: int | None) -> int | None:
-    """Return the least that any process has; None if one does not know."""
+    """Return the minimum over all processes; None if one process does not know."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return free
     everyone: list[int | None] = [None] * dist.get_world_size()

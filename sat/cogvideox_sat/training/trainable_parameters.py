@@ -1,4 +1,4 @@
-"""Which parameters of a network are trained, and how many."""
+"""Determine which parameters of a network are trained, and how many."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from cogvideox_sat.memory.weightless import short_count
 from sgm.errors import UserError
 
-# The group of a parameter of the network is the first with a mark that its name has.
+# A parameter belongs to the first group of which its name contains a mark.
 GROUPS = {
     "adapter": (".matrix_A.", ".matrix_B."),
     "final layer": ("final_layer.",),
@@ -21,10 +21,10 @@ GROUPS = {
 
 
 def trainable_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """Numbers of trainable parameters by group, largest first, of a network's parameters.
+    """Return the numbers of trainable parameters by group, the largest first.
 
     Raises:
-        UserError: there are none.
+        UserError: no parameter is trainable.
     """
     counts = dict.fromkeys(GROUPS, 0)
     for name, parameter in named_parameters:
@@ -32,11 +32,12 @@ def trainable_groups(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str
             group = next(group for group, marks in GROUPS.items() if any(mark in name for mark in marks))
             counts[group] += parameter.numel()
     if not any(counts.values()):
-        raise UserError("nothing is to be trained: see model.not_trainable_prefixes in the configuration")
+        raise UserError("model.not_trainable_prefixes: nothing is to be trained; name fewer prefixes")
     return {group: count for group, count in sorted(counts.items(), key=lambda item: -item[1]) if count}
 
 
 def trainable_line(groups: Mapping[str, int], total: int, model_parallel: int = 1) -> str:
+    """Return the log line about the trainable parameters."""
     trained = sum(groups.values())
     shares = ", ".join(f"{group} {short_count(count)}" for group, count in groups.items())
     where = f" in each of {model_parallel} model-parallel processes" if model_parallel > 1 else ""

@@ -1,1 +1,1 @@
-"""Training the VAE."""
+"""Training of the VAE."""

@@ -1,10 +1,10 @@
-"""What a training run of a VAE writes: complete files or none.
+"""The files of a VAE training run; each file is written atomically.
 
-    {run}/checkpoints/step=N.ckpt  everything the run needs to go on, as Lightning writes it; no code is in it
+    {run}/checkpoints/step=N.ckpt  everything that resuming needs, in Lightning's format; contains no code
     {run}/3d-vae.pt                {"state_dict": ...}, the weights of the newest checkpoint for other programs
     {run}/latest                   the name of the newest checkpoint; written last
 
-A process that is killed at any moment leaves the previous checkpoint in place.
+If the process is killed at any moment, the previous checkpoint remains.
 """
 
 from collections.abc import Mapping
@@ -35,13 +35,13 @@ WEIGHTS_FILE = "3d-vae.pt"
 
 
 class WholeFiles(CheckpointIO):
-    """Writes a checkpoint under its name when it is complete, and reads one without running any code in it.
+    """Writes checkpoints atomically, and reads them without running code in them.
 
     Args:
-        content: what `load_checkpoint` returns, where the file has been read before; the first call takes it.
+        content: the content of a checkpoint that has already been read; the first `load_checkpoint` returns it.
 
     Attributes:
-        memory: where a checkpoint is copied to instead of being written, if that has room.
+        memory: host memory into which a checkpoint is copied instead of being written, if there is room.
         staged: such a copy.
     """
 
@@ -49,7 +49,7 @@ class WholeFiles(CheckpointIO):
         self.content = content
         self.memory: StagingMemory | None = None
         self.staged: dict[str, Any] | None = None
-        self.has_room: bool | None = None  # asked once
+        self.has_room: bool | None = None  # None: not checked yet
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if self.memory is None or not self.fits(checkpoint, self.memory):
@@ -59,8 +59,11 @@ class WholeFiles(CheckpointIO):
             self.staged = staged(checkpoint, self.memory)
 
     def fits(self, checkpoint: Mapping[str, Any], memory: StagingMemory) -> bool:
-        """Return whether host memory has room for copies of checkpoints; else the first call says so."""
-        needed = saved_bytes(checkpoint) + saved_bytes(checkpoint["state_dict"])  # and the weights for other programs
+        """Return whether host memory has room for copies of checkpoints.
+
+        The first call checks this, and logs it if there is no room.
+        """
+        needed = saved_bytes(checkpoint) + saved_bytes(checkpoint["state_dict"])  # plus the weights for other programs
         if self.has_room is None:
             self.has_room = memory.allows(needed)
         memory.start_over(needed)
@@ -77,10 +80,10 @@ class WholeFiles(CheckpointIO):
 
 
 def write_whole(content: Any, path: Path) -> None:
-    """`torch.save`, into a file that appears when it is complete.
+    """Write `content` with `torch.save`, atomically.
 
     Raises:
-        UserError: the disk is full or cannot be written to; a file that was there before still is.
+        UserError: the disk is full or cannot be written to; an existing file is kept.
     """
     check_writable(content, path)
     needed = saved_bytes(content)
@@ -92,7 +95,7 @@ def write_whole(content: Any, path: Path) -> None:
 
 
 def check_writable(content: Any, path: Path) -> None:
-    """Make room for a file with `content`, and check that it has some.
+    """Remove unfinished files, and check that the disk has room for `content`.
 
     Raises:
         UserError: the disk is full or cannot be written to.
@@ -107,7 +110,7 @@ def check_writable(content: Any, path: Path) -> None:
 
 
 def saved_bytes(content: Any) -> int:
-    """Return about how many bytes `torch.save` writes: those of all tensors, each storage once."""
+    """Return approximately how many bytes `torch.save` writes: those of all storages."""
     storages: dict[int, int] = {}
     waiting = [content]
     while waiting:
@@ -122,26 +125,24 @@ def saved_bytes(content: Any) -> int:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a `step=N.ckpt`.
+    """Return the content of a `step=N.ckpt`.
 
     Raises:
-        UserError: it is damaged, or was not written by this command.
+        UserError: the file is damaged, or was not written by this command.
     """
     content = read_state_dict(path)
     if misfit := find_misfit(content, CHECKPOINT):
         raise UserError(
-            f"resume: {path} has no whole training state: {misfit}; to start from its weights name it as "
+            f"resume: {path} has no complete training state: {misfit}; to start from its weights, give it as "
             "model.params.ckpt_path"
         )
     if step_of(path) not in (None, step := content[RUN_STATE]["step"]):
-        raise UserError(
-            f"resume: {path} holds the state of step {step}: give the file that name, or name another checkpoint"
-        )
+        raise UserError(f"resume: {path} holds the state of step {step}; rename the file, or name another checkpoint")
     return content
 
 
 def check_fits(content: Mapping[str, Any], module: nn.Module, path: Path) -> None:
-    """Raises UserError unless a checkpoint is one of this very model."""
+    """Check that a checkpoint belongs to this model, else raise UserError."""
     ours, theirs = module.state_dict(), content["state_dict"]
     for name in (*ours, *theirs):
         if name not in theirs or name not in ours:
@@ -161,7 +162,11 @@ def write_weights(state_dict: Mapping[str, Tensor], run_folder: Path) -> None:
 
 
 def publish(checkpoint: Path, run_folder: Path, keep_last: int | None) -> None:
-    """Make `checkpoint` the newest, and delete those that are outdated then; `keep_last` None: none is."""
+    """Mark `checkpoint` as the newest one, and delete outdated ones.
+
+    Args:
+        keep_last: number of checkpoints to keep; None: all.
+    """
     mark_newest(run_folder, checkpoint.name)
     steps = {step: file for file in (run_folder / CHECKPOINTS).iterdir() if (step := step_of(file)) is not None}
     newest = step_of(checkpoint)
@@ -171,5 +176,5 @@ def publish(checkpoint: Path, run_folder: Path, keep_last: int | None) -> None:
             steps[step].unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot delete {steps[step]}: {error.strerror or error}; see who may write there"
+                f"cannot delete {steps[step]}: {error.strerror or error}; check the permissions of its folder"
             ) from error

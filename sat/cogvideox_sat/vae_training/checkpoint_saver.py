@@ -1,4 +1,4 @@
-"""When the checkpoints of a VAE's training are written: between its steps, or behind them."""
+"""Write the checkpoints of VAE training, between its steps or in the background."""
 
 import logging
 import time
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver(BackgroundSaver[Path]):
-    """Writes the checkpoints of a run; all processes call `save` and `finish`, and the first one writes.
+    """Writes the checkpoints of a run.
 
-    Behind the steps at most one is written at a time, by a thread, from a copy in host memory. What goes wrong there is
-    raised when the run waits for it.
+    All processes call `save` and `finish`, and the first one writes. In the background, one checkpoint at a time is
+    written, by a thread, from a copy in host memory. Errors of the thread are raised when the run waits for it.
 
     Args:
-        folder: of the run.
-        keep_last: how many checkpoints to keep; None: all.
-        files: what the trainer writes them with.
-        memory: for copies; None: they are written between the steps.
+        folder: folder of the run.
+        keep_last: number of checkpoints to keep; None: all.
+        files: the plugin with which the trainer writes checkpoints.
+        memory: memory for copies; None: checkpoints are written between the steps.
     """
 
     def __init__(self, folder: Path, keep_last: int | None, files: WholeFiles, memory: StagingMemory | None):
@@ -39,13 +39,13 @@ class CheckpointSaver(BackgroundSaver[Path]):
         self.leads = dist.get_rank() == 0
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int, *, wait: bool) -> None:
-        """Write the checkpoint of `step`; the one before is finished first.
+        """Write the checkpoint of `step`, after finishing the one before.
 
         Args:
-            wait: until it is written; else, if checkpoints are written behind the steps, only until it is copied.
+            wait: return when the checkpoint is written. Otherwise, with background writing, return when it is copied.
 
         Raises:
-            UserError: the disk is full or cannot be written to; the previous checkpoint is still there.
+            UserError: the disk is full or cannot be written to; the previous checkpoint is kept.
         """
         self.finish()
         file = self.folder / CHECKPOINTS / f"step={step}.ckpt"
@@ -57,7 +57,7 @@ class CheckpointSaver(BackgroundSaver[Path]):
             return
         weights = module.coder_state_dict(ema=getattr(module, "ema_decay", None) is not None)
         content, self.files.staged = self.files.staged, None
-        if content is None:  # and the file is written
+        if content is None:  # the file is already written
             self.write_rest(file, weights)
             return
         assert self.memory is not None
@@ -66,16 +66,16 @@ class CheckpointSaver(BackgroundSaver[Path]):
         self.write_behind(step, start, partial(self.write, file, weights, content))
 
     def write(self, file: Path, weights: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-        """Write a checkpoint from a copy of it."""
+        """Write a checkpoint from its copy."""
         write_whole(content, file)
         self.write_rest(file, weights)
 
     def write_rest(self, file: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write what belongs to a checkpoint whose file is there, and make it the newest."""
+        """Write the other files of a checkpoint, and mark it as the newest."""
         write_weights(weights, self.folder)
         publish(file, self.folder, self.keep_last)
         logger.info("%s: wrote %s", file.stem.replace("=", " "), file)
 
     def on_all(self, finish: Callable[[], None], content: Path) -> None:
-        """See `BackgroundSaver`."""
+        """Call `finish` on the first process, and share its errors; see `BackgroundSaver`."""
         from_first_process(finish, "the checkpoint")

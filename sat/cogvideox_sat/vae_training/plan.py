@@ -1,6 +1,6 @@
-"""Whether a VAE can be trained as its arguments ask: checked before anything heavy is imported.
+"""Plan a VAE training run: check its arguments before PyTorch is imported.
 
-Under a launcher every process plans the run, so that all of them stop at a mistake.
+Under a launcher, every process plans the run, so that all of them stop at an error.
 """
 
 import logging
@@ -27,22 +27,22 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"  # in the folder of a run: `step=N.ckpt`
+CHECKPOINTS = "checkpoints"  # subfolder of a run with its `step=N.ckpt`
 
 
 @dataclass(frozen=True)
 class VaeTrainingPlan:
-    """What a run starts from.
+    """The starting point and layout of a run.
 
     Args:
-        resume: the checkpoint to go on from; None: a new run, in a folder of its own.
-        finished: the run that `resume: latest` means is complete; there is nothing to do.
-        processes: how many take part.
-        ranks_per_clip: neighbouring processes that share every clip.
-        divides_input: these get each its own frames of it, rather than all the whole clip.
-        accumulation: batches of a step, on each process.
+        resume: the checkpoint to continue from; None: a new run, in its own folder.
+        finished: whether the run that `resume: latest` names is already complete.
+        processes: number of processes.
+        ranks_per_clip: number of neighbouring processes that share every clip.
+        divides_input: whether each of these gets only its own frames, rather than the whole clip.
+        accumulation: batches per step and process.
         time_factor: clips have `time_factor * k + 1` frames.
-        input_key, time_axis: the entry of a batch that holds the clips, and its axis of frames.
+        input_key, time_axis: the entry of a batch with the clips, and its axis of frames.
     """
 
     resume: Path | None
@@ -57,12 +57,12 @@ class VaeTrainingPlan:
 
     @property
     def data_ranks(self) -> int:
-        """Processes, or groups of such, that have clips of their own."""
+        """Return the number of processes, or groups of processes, that have their own clips."""
         return self.processes // self.ranks_per_clip
 
 
 def plan_vae_inspection(args: VaeTrainingArguments) -> int:
-    """Return the frames per latent frame of a run whose data is to be looked at only.
+    """Return the frames per latent frame of a run whose data is only inspected.
 
     Raises:
         UserError: the data does not exist, or its settings do not fit the model.
@@ -76,10 +76,11 @@ def plan_vae_inspection(args: VaeTrainingArguments) -> int:
 
 
 def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
-    """
+    """Return the plan of a run.
+
     Raises:
-        UserError: the model, the data or the processes do not go together as asked, a file that is needed is not there,
-            or the run is finished already.
+        UserError: the model, the data or the processes do not fit together, a required file is missing, or the run is
+            already complete.
     """
     check_workspace(args.deterministic)
     check_model_values(args.model_config, args.sources)
@@ -112,26 +113,30 @@ def plan_vae_run(args: VaeTrainingArguments) -> VaeTrainingPlan:
 
 
 def check_devices(lightning: Mapping[str, Any], processes: int) -> None:
-    """Raises UserError if Lightning is asked to start processes, which the launcher does here."""
+    """Check that Lightning is not asked to start processes, which the launcher does here.
+
+    Raises:
+        UserError: it is asked to.
+    """
     devices = (lightning.get("trainer") or {}).get("devices", "auto")
     if devices == "auto" or devices == processes or (type(devices) is int and processes % max(devices, 1) == 0):
         return
     if type(devices) is int and devices > 1 and processes == 1:
         start = as_started(f"torchrun --standalone --nproc_per_node={devices} sat/train_vae.py ...")
-        raise UserError(f"lightning.trainer: devices is {devices}, but this is one process: start them with `{start}`")
+        raise UserError(f"lightning.trainer: devices is {devices}, but this is one process; start them with `{start}`")
     raise UserError(f"lightning.trainer: devices is {devices!r}; expected auto, or the number of processes started")
 
 
 def check_data(args: VaeTrainingArguments) -> None:
-    """Raises UserError if there is no data, or data without pixels."""
+    """Check that training data with pixels exists, else raise UserError."""
     check_places(args, "a folder, a .jsonl or .csv manifest or .tar shards")
     for name, paths in (("train_data", args.train_data), ("valid_data", args.valid_data)):
         for path in filter(is_cache, paths):
-            raise UserError(f"{name}: {path} holds latents; an autoencoder is trained on the clips themselves")
+            raise UserError(f"{name}: {path} holds latents; name clips, which an autoencoder is trained on")
 
 
 def compression(params: Mapping[str, Any], coder: str = "encoder_config") -> tuple[int, int]:
-    """Return frames and pixels a side per latent, as the configuration of the encoder (or decoder) says."""
+    """Return frames and pixels per side per latent, from the configuration of a coder."""
     settings = (params.get(coder) or {}).get("params") or {}
     levels = settings.get("ch_mult")
     space = 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else SPACE_FACTOR
@@ -140,9 +145,9 @@ def compression(params: Mapping[str, Any], coder: str = "encoder_config") -> tup
 
 
 def check_coders(params: Mapping[str, Any]) -> None:
-    """Check that the decoder makes frames of the size and number that the encoder takes.
+    """Check that the decoder's frames have the size and number that the encoder takes.
 
-    Coders that are not ours may mean something else by their params; a loss may resize what it compares.
+    Coders that are not ours are not checked, nor is a model whose loss resizes the decoder's frames.
 
     Raises:
         UserError: the decoder's frames differ.
@@ -156,16 +161,16 @@ def check_coders(params: Mapping[str, Any]) -> None:
         taken, made = (compression(params, name)[number] for name in ("encoder_config", "decoder_config"))
         if taken != made:
             raise UserError(
-                f"model.params.decoder_config.params.{key}: the decoder enlarges latents {made} times, the encoder "
+                f"model.params.decoder_config.params.{key}: the decoder enlarges latents {made} times, but the encoder "
                 f"reduces clips {taken} times; give both the same {key}"
             )
 
 
 def check_clips(params: Mapping[str, Any], time_factor: int, space_factor: int) -> int:
-    """The latent frames of the longest clip.
+    """Return the number of latent frames of the longest clip.
 
     Raises:
-        UserError: the length or a size that the data section asks for is none that the encoder takes.
+        UserError: the encoder does not take the length or a size in the data section.
     """
     frames = params.get("max_num_frames", params.get("num_frames", 1))
     if type(frames) is not int or frames < 1 or (frames - 1) % time_factor:
@@ -189,10 +194,10 @@ def check_clips(params: Mapping[str, Any], time_factor: int, space_factor: int) 
 
 
 def check_sharing(params: Mapping[str, Any], processes: int, latent_frames: int) -> int:
-    """How many processes share a clip.
+    """Return how many processes share a clip.
 
     Raises:
-        UserError: processes or the frames of a clip cannot be shared out like that.
+        UserError: the processes or the frames of a clip cannot be divided in this way.
     """
     size = params.get("context_parallel_size") or 1
     if type(size) is not int or size < 1:
@@ -201,8 +206,8 @@ def check_sharing(params: Mapping[str, Any], processes: int, latent_frames: int)
         raise UserError(f"model.params.context_parallel_size {size} does not divide the {processes} processes")
     if size > latent_frames:
         raise UserError(
-            f"model.params.context_parallel_size is {size}, but a clip has {latent_frames} latent frames to share: "
-            "raise data.params.max_num_frames or use fewer processes a clip"
+            f"model.params.context_parallel_size is {size}, but a clip has {latent_frames} latent frames to share; "
+            "raise data.params.max_num_frames, or use fewer processes per clip"
         )
     return size
 
@@ -211,24 +216,26 @@ def check_sharing(params: Mapping[str, Any], processes: int, latent_frames: int)
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The checkpoint that a path means: a run whose file `latest` names it, or itself.
+    """Return the checkpoint for a path: that in `latest` of a run, or the path itself.
 
     Raises:
-        UserError: there is none.
+        UserError: no such checkpoint exists.
     """
     name = newest(path, "resume")
     file = path if name is None else path / CHECKPOINTS / name
     if not file.exists():
         if name is not None:
-            raise UserError(f"resume: {path / 'latest'} names {name}, which is gone; name another checkpoint")
+            raise UserError(f"resume: {path / 'latest'} names {name}, which does not exist; name another checkpoint")
         raise UserError(not_found("resume", path))
     if not file.is_file() or step_of(file) is None:
-        raise UserError(f"resume: {file} is no checkpoint: name the folder of a run or its {CHECKPOINTS}/step=N.ckpt")
+        raise UserError(
+            f"resume: {file} is not a checkpoint; name the folder of a run or its {CHECKPOINTS}/step=N.ckpt"
+        )
     return file
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that a checkpoint is of."""
+    """Return the folder of a checkpoint's run."""
     return checkpoint.parent.parent
 
 

@@ -1,4 +1,7 @@
-"""How well a VAE in training reconstructs validation clips: PSNR, and videos to look at."""
+"""Measure how well a VAE in training reconstructs validation clips.
+
+The results are PSNR and videos.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,24 +20,27 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 SHOWN = ("clip", "reconstruction", "difference")  # side by side, in a video of an evaluation
-AVERAGED = "_ema"  # ends the names of what the averaged weights give
+AVERAGED = "_ema"  # suffix for results of the averaged weights
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """The peak signal-to-noise ratio in dB of each item (batch, ...) in [-1, 1], from its mean squared error."""
+    """Return the PSNR in dB of each item (batch, ...) in [-1, 1].
+
+    It follows from the mean squared error of the item.
+    """
     error = ((x.float() - y.float()) / 2).square().flatten(1).mean(1)
     return -10 * torch.log10(error)
 
 
 class ReconstructionReport:
-    """The PSNR of an evaluation's clips, the mean over clips, and videos of the first of them.
+    """The mean PSNR over the clips of an evaluation, and videos of the first clips.
 
     Args:
-        clips: to evaluate; its weights say which are stand-ins that do not count.
-        folder: of the run; videos are `reconstructions/{step}/{i}.mp4`: the clip, its reconstruction (with the averaged
-            weights, where there are such) and how far they differ, side by side.
-        count: of videos.
-        fps: of the videos.
+        clips: the clips to evaluate; their weights tell which ones are padding and do not count.
+        folder: folder of the run. Videos are `reconstructions/{step}/{i}.mp4`: the clip, its reconstruction (with the
+            averaged weights, if they exist) and their difference, side by side.
+        count: number of videos.
+        fps: frames per second of the videos.
     """
 
     def __init__(self, clips: ValidationLoader, folder: Path, count: int, fps: float):
@@ -47,7 +53,7 @@ class ReconstructionReport:
         self.shown: list[Tensor] = []
 
     def add(self, module: pl.LightningModule, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Reconstruct a batch."""
+        """Reconstruct a batch, and add its measures and videos."""
         if not self.clips.weights[batch_idx]:
             return
         videos = module.log_videos(batch)
@@ -61,9 +67,9 @@ class ReconstructionReport:
         self.shown += torch.cat(rows, dim=-1)[: self.count - len(self.shown)].cpu()
 
     def results(self, device: torch.device) -> dict[str, float]:
-        """`val/psnr` and, where averaged weights are kept, `val_ema/psnr`; all processes must ask."""
+        """Return `val/psnr` and, with averaged weights, `val_ema/psnr`; all processes call this."""
         names: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, sorted(self.sums))  # a process whose clips are all stand-ins has none
+        dist.all_gather_object(names, sorted(self.sums))  # a process whose clips are all padding has none
         results = {}
         for name in max(names, key=len):
             total = self.sums.get(name, torch.zeros(2)).to(device)
@@ -73,13 +79,16 @@ class ReconstructionReport:
         return results
 
     def write_videos(self, step: int) -> Iterator[tuple[str, Path]]:
-        """Write the videos of this process's clips; each one's name and file. What cannot be written is left out."""
+        """Write the videos of this process's clips; yield each one's name and file.
+
+        Videos that cannot be written are skipped.
+        """
         for index, video in enumerate(self.shown):
             path = self.folder / "reconstructions" / str(step) / f"{index}.mp4"
             try:
                 with VideoWriter(path, self.fps, *video.shape[-2:]) as writer:
                     writer.write(video.transpose(0, 1))
-            except UserError as error:  # a full disk: training says so itself when it saves
+            except UserError as error:  # for example, a full disk; training reports that when it saves
                 logger.warning("reconstruction left out: %s", error)
                 continue
             yield f"reconstructions/{index}", path

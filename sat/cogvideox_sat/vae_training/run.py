@@ -1,5 +1,7 @@
-"""One training run of a VAE: its assembly around Lightning's `Trainer`. What `train_vae.py` does once PyTorch is
-needed; `vae_training.run_keeper` is what happens beside the steps."""
+"""One VAE training run, assembled around Lightning's `Trainer`.
+
+It is the part of `train_vae.py` that needs PyTorch. `vae_training.run_keeper` does what happens between the steps.
+"""
 
 import logging
 import os
@@ -51,10 +53,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
-    """Train as planned; the exit code.
+    """Train as planned; return the exit code.
 
     Raises:
-        UserError: the device, the data, the model or a checkpoint stands in the way.
+        UserError: the device, the data, the model or a checkpoint cannot be used.
     """
     quiet_lightning()
     accelerator, devices = choose_devices(args, plan.processes)
@@ -67,7 +69,7 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
             if resume
             else from_first_process(lambda: new_run_folder(LoopSettings.from_args(args), datetime.now()))
         )
-        torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
+        torch.manual_seed(args.seed)  # all processes initialise the same values
         with (
             failing_together(),
             limited_collectives(args.collective_timeout),
@@ -89,11 +91,11 @@ def fit(
     accelerator: str,
     devices: int | list[int],
 ) -> None:
-    """Put the parts together, and have Lightning train.
+    """Assemble the parts, and train with Lightning.
 
     Args:
-        folder: of the run.
-        resume, content: the checkpoint to go on from, and what is in it.
+        folder: folder of the run.
+        resume, content: the checkpoint to continue from, and its content.
     """
     state = content[RUN_STATE] if content else None
     settings = LoopSettings.from_args(args)
@@ -125,15 +127,15 @@ def fit(
         if resume is None or keeper.started:
             raise
         raise damaged(resume, str(error)) from error
-    except SystemExit:  # what Lightning makes of it
+    except SystemExit:  # Lightning raises this after an interruption
         raise KeyboardInterrupt from None
 
 
 class Batches:
-    """Iterates over the batches of a loader, as much of each as is for this process.
+    """Iterates over the batches of a loader, reduced to the part for this process.
 
     Args:
-        clock: counts the time that batches are waited for.
+        clock: counts the time of waiting for batches.
     """
 
     def __init__(self, loader: Iterable[Any], plan: VaeTrainingPlan, clock: StepClock | None = None):
@@ -150,13 +152,18 @@ class Batches:
 
 
 def own_frames(batch: dict[str, Any], plan: VaeTrainingPlan) -> dict[str, Any]:
-    """The batch, of its clips only the frames of this process where processes that share them take each its own."""
+    """Return the batch with only this process's frames of its clips.
+
+    If processes do not divide clips, the batch is returned unchanged.
+    """
     if not plan.divides_input:
         return batch
     rank = dist.get_rank() % plan.ranks_per_clip
     clips, axis = batch[plan.input_key], plan.time_axis
     latents = split_evenly((clips.shape[axis] - 1) // plan.time_factor + 1, plan.ranks_per_clip)
-    end = (sum(latents[: rank + 1]) - 1) * plan.time_factor + 1  # the first latent frame is one frame, others more
+    end = (
+        sum(latents[: rank + 1]) - 1
+    ) * plan.time_factor + 1  # the first latent frame is one frame, the others are more
     begin = (sum(latents[:rank]) - 1) * plan.time_factor + 1 if rank else 0
     return {**batch, plan.input_key: clips.narrow(axis, begin, end - begin)}
 
@@ -165,7 +172,7 @@ def own_frames(batch: dict[str, Any], plan: VaeTrainingPlan) -> dict[str, Any]:
 
 
 def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
-    """The Lightning module that the `model:` section describes."""
+    """Return the Lightning module that the `model:` section describes."""
     trainer = args.lightning_config.get("trainer") or {}
     settings = {name: trainer[name] for name in ENGINE_KEYS if trainer.get(name) is not None}
     described = {name: args.model_config[name] for name in ("target", "params")}
@@ -174,7 +181,7 @@ def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
         engine = instantiate_from_config(described, **settings)
     if not isinstance(engine, pl.LightningModule) or not hasattr(engine, "coder_state_dict"):
         raise UserError(
-            f"model.target: {args.model_config['target']} cannot be trained: use "
+            f"model.target: {args.model_config['target']} cannot be trained; use "
             "vae_modules.autoencoder.VideoAutoencodingEngine"
         )
     engine.learning_rate = args.model_config["base_learning_rate"]
@@ -184,10 +191,10 @@ def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
 
 
 def choose_devices(args: VaeTrainingArguments, processes: int) -> tuple[str, int | list[int]]:
-    """Return Lightning's `accelerator` and `devices` for this process and those beside it.
+    """Return Lightning's `accelerator` and `devices` for the processes of this machine.
 
     Raises:
-        UserError: there is no such GPU.
+        UserError: a GPU does not exist.
     """
     wanted = args.device or (args.lightning_config.get("trainer") or {}).get("accelerator", "auto")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -196,21 +203,24 @@ def choose_devices(args: VaeTrainingArguments, processes: int) -> tuple[str, int
         return "cpu", here
     if here > torch.cuda.device_count():
         raise UserError(
-            f"device: {here} processes need a GPU each and PyTorch sees {torch.cuda.device_count()}; start fewer "
-            "processes or give --device cpu"
+            f"device: {here} processes need one GPU each, but PyTorch sees {torch.cuda.device_count()}; start fewer "
+            "processes, or give --device cpu"
         )
     if processes == 1:
         return "gpu", [device.index]
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL takes the current device
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL uses the current device
     return "gpu", here
 
 
 def settings_of_trainer(args: VaeTrainingArguments, accelerator: str) -> dict[str, Any]:
-    """Return the arguments for Lightning's `Trainer`, with a precision that the device computes fast."""
+    """Return the arguments of Lightning's `Trainer`, with a precision that suits the device.
+
+    A CPU without fast float16 gets another precision.
+    """
     given = args.lightning_config.get("trainer") or {}
     settings = {name: given[name] for name in TRAINER_KEYS if given.get(name) is not None}
     if args.deterministic or settings.get("deterministic") is True:
-        settings.pop("deterministic", None)  # the run sets all of it, and undoes it at its end
+        settings.pop("deterministic", None)  # the run itself sets deterministic mode, and resets it at the end
     precision = str(settings.get("precision", ""))
     if accelerator == "cpu" and precision.startswith("16"):
         dtype = fast_dtype(torch.float16, torch.device("cpu"))
@@ -229,10 +239,11 @@ def make_trainer(
     keeper: RunKeeper,
     files: WholeFiles,
 ) -> pl.Trainer:
+    """Return Lightning's trainer for a run."""
     settings = settings_of_trainer(args, accelerator)
     plugins: list[Any] = [files]
-    # Whatever has started the processes, these variables say who is who; Lightning would take the variables of a job
-    # of SLURM, which a single process in it sees too, for those of a step.
+    # Whatever started the processes, torchrun's variables give their ranks. Lightning would take the variables of a
+    # SLURM job, which a single process within the job sees too, for those of a step with several processes.
     plugins.append(TorchElasticEnvironment() if plan.processes > 1 else LightningEnvironment())
     try:
         return pl.Trainer(
@@ -259,14 +270,15 @@ def make_trainer(
 
 
 def strategy(plan: VaeTrainingPlan, engine: pl.LightningModule) -> str | Strategy:
+    """Return the strategy with which processes average their gradients."""
     if plan.processes == 1:
         return "auto"
-    # Where autoencoder and discriminator take turns, every step leaves parameters without a gradient.
+    # If autoencoder and discriminator are trained in turn, every step leaves some parameters without a gradient.
     return _PatientDDP(find_unused_parameters=getattr(engine, "has_discriminator", True))
 
 
 class _PatientDDP(DDPStrategy):
-    """Waits as long as it takes where Lightning has the processes wait for the first, which writes a checkpoint."""
+    """DDP that waits without a time limit while the first process writes a checkpoint."""
 
     def barrier(self, name: str | None = None) -> None:
         if dist.is_initialized():
@@ -274,7 +286,7 @@ class _PatientDDP(DDPStrategy):
 
 
 def quiet_lightning() -> None:
-    """Leave out what Lightning says about itself, and its advice for other kinds of runs."""
+    """Hide Lightning's messages about itself, and its advice for other kinds of runs."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\.")

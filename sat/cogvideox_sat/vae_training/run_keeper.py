@@ -1,4 +1,7 @@
-"""What happens beside the steps of a VAE's training: counting, the log, checkpoints, evaluations, stopping."""
+"""Everything between the steps of VAE training.
+
+This is counting, the log, checkpoints, evaluations and stopping.
+"""
 
 import logging
 import math
@@ -36,7 +39,7 @@ from sgm.errors import some
 
 logger = logging.getLogger(__name__)
 
-# How the values of a step and of an evaluation are shown to people; others are only written.
+# Formats of the values that are shown after a step and an evaluation; other values are only written to files.
 FORMATS = {
     "train/loss/rec": "rec {:.4f}",
     "train/loss/disc": "disc {:.4f}",
@@ -49,22 +52,23 @@ FORMATS = {
 
 
 class Means:
-    """Means of what is logged, since they were last asked for; nothing is fetched from the device before."""
+    """Means of logged values since the last `take`; values stay on the device until then."""
 
     def __init__(self, sums: Mapping[str, tuple[float, int]] | None = None):
         self.sums = {name: (torch.tensor(total), count) for name, (total, count) in (sums or {}).items()}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add values by name."""
         for name, value in values.items():
             total, count = self.sums.get(name, (torch.zeros_like(value, dtype=torch.float32), 0))
             self.sums[name] = total.to(value.device) + value.detach().float(), count + 1
 
     def state(self) -> dict[str, tuple[float, int]]:
-        """What the constructor takes, as plain numbers of this process."""
+        """Return the argument for the constructor, as plain numbers of this process."""
         return {name: (float(total), count) for name, (total, count) in self.sums.items()}
 
     def take(self, device: torch.device) -> dict[str, float]:
-        """The means over all processes, which must all ask; then they start over."""
+        """Return the means over all processes, and start over; all processes call this."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -76,34 +80,36 @@ class Means:
 
 
 def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Check that what a checkpoint gave optimizers is of the parameters' shapes, and of each as much as of the others.
+    """Check that restored optimizer states have the parameters' shapes and equal keys.
 
     Raises:
-        ValueError: it is not.
+        ValueError: they do not.
     """
     for optimizer in optimizers:
         kinds: set[str] | None = None
         for parameter, state in optimizer.state.items():
             kinds = set(state) if kinds is None else kinds
             if set(state) != kinds:
-                raise ValueError(f"the optimizer has {some(sorted(set(state) ^ kinds))} of some weights only")
+                raise ValueError(f"the optimizer has {some(sorted(set(state) ^ kinds))} for some weights only")
             for kind, value in state.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                    raise ValueError(f"{kind} of a weight {tuple(parameter.shape)} is {tuple(value.shape)}")
+                    raise ValueError(
+                        f"{kind} of a weight of shape {tuple(parameter.shape)} has shape {tuple(value.shape)}"
+                    )
 
 
 class RunKeeper(pl.Callback):
-    """Counts steps and keeps the folder of a run.
+    """Counts steps and maintains the folder of a run.
 
-    A step is one update of the weights, by the autoencoder's optimizer or the discriminator's; it takes `accumulation`
-    batches. The run ends by itself after `train_iters` of them.
+    A step is one update of the weights, by the optimizer of the autoencoder or of the discriminator; it takes
+    `accumulation` batches. The run ends after `train_iters` steps.
 
     Args:
-        folder: of the run.
-        data: that is trained on; the position in it goes into checkpoints.
-        state: what an earlier `on_save_checkpoint` wrote, to go on from.
-        report: evaluations; None for a run without.
-        files: what the trainer writes checkpoints with.
+        folder: folder of the run.
+        data: the training data, whose position is saved in checkpoints.
+        state: the state from an earlier `on_save_checkpoint`, to continue from.
+        report: evaluations; None: no evaluations.
+        files: the plugin with which the trainer writes checkpoints.
 
     Raises:
         UserError: losses are not finite, too many clips are unreadable, or a file cannot be written.
@@ -126,11 +132,11 @@ class RunKeeper(pl.Callback):
         self.files = files
         self.leads = dist.get_rank() == 0
         self.step = state["step"] if state else 0
-        self.batches = 0  # since the order was made
+        self.batches = 0  # number of batches since the order was created
         ranks = state["ranks"] if state else []
         self.own_state = ranks[dist.get_rank()] if len(ranks) == dist.get_world_size() else None
         self.means = Means(self.own_state["means"] if self.own_state else None)
-        self.started = False  # whether all of a checkpoint's state is in place
+        self.started = False  # whether the state of the checkpoint is completely restored
         self.writer: MetricsWriter | None = None
         self.stack = ExitStack()
 
@@ -146,7 +152,9 @@ class RunKeeper(pl.Callback):
         self.stack.enter_context(process_watch.before_the_end(self.saver.settle))
         self.bar = self.stack.enter_context(progress_bar(self.settings.train_iters, self.step, disabled=not self.leads))
         self.stack.enter_context(logging_redirect_tqdm())
-        self.signals = self.stack.enter_context(stop_requests())  # only now: Lightning has just set its own handler
+        self.signals = self.stack.enter_context(
+            stop_requests()
+        )  # set here, because Lightning has just set its own handler
         if not self.leads:
             return
         self.writer = open_run_folder(self.folder, self.settings, self.data.reader, self.step)
@@ -155,7 +163,7 @@ class RunKeeper(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.stack.close()
         if self.signals:
-            logger.info("stopped after step %d, which is saved: go on with --resume latest", self.step)
+            logger.info("stopped after step %d, which is saved; continue with --resume latest", self.step)
         weights = self.folder / WEIGHTS_FILE
         logger.info("the run is in %s; to use the autoencoder, name %s as its ckpt_path", self.folder, weights)
 
@@ -190,7 +198,7 @@ class RunKeeper(pl.Callback):
             self.report_means(trainer, module)
         stopped, failed = flags_of_any_process(bool(self.signals), self.saver.failed)
         if failed:
-            self.saver.finish()  # which says why
+            self.saver.finish()  # raises the error
         if stopped or self.schedule.saves(self.step):
             with self.clock.paused(), process_watch.phase("saving"):
                 self.save(trainer, module, wait=stopped or self.schedule.is_last(self.step))
@@ -198,14 +206,15 @@ class RunKeeper(pl.Callback):
         if self.report:
             self.report.clips.step = self.step
         if stopped:
-            trainer.limit_val_batches = 0  # else Lightning would evaluate before it stops
+            trainer.limit_val_batches = 0  # otherwise Lightning would evaluate before it stops
         if stopped or self.schedule.is_last(self.step):
             trainer.should_stop = True
 
     def report_means(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Log the means since the last report; all processes call this."""
         means = self.means.take(module.device)
         check_finite(means, self.step, "base_learning_rate")
-        # Processes that share clips find the same ones.
+        # Processes that share clips find the same unreadable clips.
         found = meet("the log", self.data.unreadable.found) // self.plan.ranks_per_clip
         values = {
             **({"loss": means["train/loss/total"]} if "train/loss/total" in means else {}),
@@ -223,9 +232,9 @@ class RunKeeper(pl.Callback):
     # ------------------------------------------------------------ checkpoints
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule, wait: bool) -> None:
-        """Write a checkpoint; with `wait` it is there when this returns."""
+        """Write a checkpoint; with `wait`, return when it is written."""
         if any_process(not all(math.isfinite(total) for total, _ in self.means.state().values())):
-            self.report_means(trainer, module)  # which says what is wrong
+            self.report_means(trainer, module)  # raises an error that names the value
         self.saver.save(trainer, module, self.step, wait=wait)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
