@@ -4,6 +4,7 @@ PyTorch is imported after the arguments are checked.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,36 @@ def load(
     Raises:
         UserError: the model, a file or the device does not exist; an argument does not exist or has an invalid value.
     """
+    args, kept = arguments_of_model(
+        model, device=device, dtype=dtype, offload=offload, lora=lora, fit=fit, set=set, **arguments
+    )
+    try:
+        with args.sources.naming():
+            return opened(args, kept)
+    except BaseException:
+        kept.close()
+        raise
+
+
+def arguments_of_model(
+    model: str | Path | Sequence[str | Path],
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    offload: str | None = None,
+    lora: Mapping[str | Path, float] | Sequence[str | Path] | str | Path | None = None,
+    fit: str | None = None,
+    set: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> tuple[SamplingArguments, ExitStack]:
+    """Return what `load` opens: the arguments of the command, and what has to stay as long as the model is used.
+
+    Args:
+        model and others: as of `load`.
+
+    Raises:
+        UserError: as `load`, as far as it can be told without reading weights.
+    """
     check_settings(set)
     place = find_model(model)
     try:
@@ -92,7 +123,7 @@ def load(
                 raise UserError("load is missing: name the checkpoint of the network")
             check_model_arguments(args)
             tell_places()
-            return opened(args, place.kept)
+        return args, place.kept
     except BaseException:
         place.kept.close()
         raise
