@@ -14,7 +14,7 @@ WORKDIR /opt/cogvideox-sat
 COPY requirements.txt constraints.txt ./
 RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
-COPY pyproject.toml setup.py README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE requirements-web.txt ./
 COPY tests/requirements.txt tests/
 COPY docs/requirements.txt docs/
 COPY sat sat

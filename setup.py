@@ -31,6 +31,6 @@ setup(
     # sat/ holds top-level modules and must never become a package: `import sat` is SwissArmyTransformer.
     packages=[*find_packages("sat"), *find_packages(include=["sgm*", "vae_modules*"]), *packages],
     package_dir={"": "sat", "sgm": "sgm", "vae_modules": "vae_modules", **packages},
-    package_data={name: FOLDERS[folder] for name, folder in packages.items()},
+    package_data={name: FOLDERS[folder] for name, folder in packages.items()} | {"cogvideox_sat.web": ["style.css"]},
     cmdclass={"build_py": BuildFromNothing},
 )

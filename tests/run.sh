@@ -29,7 +29,7 @@ case ${1:-} in
         ;;
 esac
 
-python=$(bash tools/setup_environment.sh requirements.txt tests/requirements.txt)
+python=$(bash tools/setup_environment.sh requirements.txt requirements-web.txt tests/requirements.txt)
 export PATH="$(dirname "$python"):$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 

@@ -21,7 +21,7 @@ from videos import read_video
 pytestmark = pytest.mark.slow  # builds the wheel and an environment
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = ("requirements.txt", "tests/requirements.txt", "docs/requirements.txt")
+REQUIREMENTS = ("requirements.txt", "requirements-web.txt", "tests/requirements.txt", "docs/requirements.txt")
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", *REQUIREMENTS)
 PACKAGES = {"cogvideox_sat": ROOT / "sat", "sgm": ROOT, "vae_modules": ROOT}
 MODULES = {path.name for path in (ROOT / "sat").glob("*.py")}

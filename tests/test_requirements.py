@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PROGRAM = ("sat", "sgm", "vae_modules", "tools")  # folders that a user runs
 CHECKS = ("tests", "benchmarks")
-FILES = ("requirements.txt", "tests/requirements.txt")
+FILES = ("requirements.txt", "requirements-web.txt", "tests/requirements.txt")
 FINDERS = ("import_module", "find_spec", "importorskip", "__import__")
 # It runs before an environment exists, and works without these packages.
 SET_UP = ROOT / "tools" / "setup_environment.py"
@@ -89,12 +89,13 @@ def test_imports_are_seen():
 def test_what_the_program_imports_is_required(folder):
     found = {name: file for name, file in imported((folder,)).items() if name not in OPTIONAL}
     assert found
-    assert not {name: file for name, file in found.items() if name not in requirements("requirements.txt")}
+    required = requirements("requirements.txt") | requirements("requirements-web.txt")
+    assert not {name: file for name, file in found.items() if name not in required}
 
 
 @pytest.mark.parametrize("folder", CHECKS)
 def test_what_tests_and_benchmarks_import_is_required_for_them(folder):
-    required = requirements("requirements.txt") | requirements("tests/requirements.txt") | {"xformers"}
+    required = {name for file in FILES for name in requirements(file)} | {"xformers"}
     assert not {name: file for name, file in imported((folder,)).items() if name not in required}
 
 
@@ -145,6 +146,9 @@ def test_hooks_before_a_commit_have_the_versions_of_the_tests():
 
 def test_what_is_required_is_imported():
     program, checks = requirements("requirements.txt"), requirements("tests/requirements.txt")
+    page = requirements("requirements-web.txt")
+    assert not page & (program | checks)
+    assert not page - imported(PROGRAM).keys()
     assert not program & checks
     assert program - imported(PROGRAM).keys() <= NOT_IMPORTED.keys()
     assert checks - imported((*PROGRAM, *CHECKS)).keys() <= NOT_IMPORTED.keys()
