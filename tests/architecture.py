@@ -21,6 +21,7 @@ LAYERS = (
     ("benchmarks",),
     ("tools",),
     ("command_line",),
+    ("web",),
     ("python_api",),
     ("train_video", "sample_video", "train_vae"),
     ("tool_commands",),
@@ -62,6 +63,7 @@ LIGHT = (
     "python_api.calls",
     "python_api.training",
     "python_api.converting",
+    "web",
 )
 NEEDS_TORCH = {
     "configuration.meta_device": "builds modules",

@@ -26,7 +26,9 @@ SCRIPTS = {
 }
 COMMAND = re.compile(r"(?:cogvideox|-m cogvideox_sat\.command_line) (convert \w+|[a-z-]+)([^`|#\n]*)")
 COMMANDS = {"sample": "sat/sample_video.py", "train": "sat/train_video.py", "train-vae": "sat/train_vae.py"}
-COMMANDS |= {"memory": "tools/estimate_memory.py"} | {f"convert {name}": f"tools/{name}.py" for name in TOOLS}
+COMMANDS |= {"memory": "tools/estimate_memory.py", "web": "tools/web.py"} | {
+    f"convert {name}": f"tools/{name}.py" for name in TOOLS
+}
 PROGRAM = re.compile(r"(?<![\w/])((?:(?:sat|tools|benchmarks)/)?\w+\.(?:py|sh))\b([^`|#\n]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 TORCHRUN = ("--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint")

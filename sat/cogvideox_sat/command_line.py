@@ -1,8 +1,8 @@
 """The command `cogvideox` of the installed package.
 
-The commands are `cogvideox sample`, `train`, `train-vae`, `convert NAME` and `memory`. Each does the same as the script
-in the repository. With several processes: `torchrun --standalone --nproc_per_node=N -m cogvideox_sat.command_line train
-...`.
+The commands are `cogvideox sample`, `train`, `train-vae`, `convert NAME`, `web` and `memory`. Each does the same as the
+script in the repository. With several processes: `torchrun --standalone --nproc_per_node=N -m
+cogvideox_sat.command_line train ...`.
 """
 
 import difflib
@@ -23,6 +23,7 @@ COMMANDS = {  # description and module of each command
     "train": ("fine-tune a model on videos with captions", "train_video"),
     "train-vae": ("train a video autoencoder", "train_vae"),
     CONVERT: ("convert weights, adapters and latents", ""),
+    "web": ("show a page in the browser that makes videos and follows training", "cogvideox_sat.web.command"),
     "memory": (
         "estimate the memory that a run of a configuration needs",
         "cogvideox_sat.tool_commands.estimate_memory",

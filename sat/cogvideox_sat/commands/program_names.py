@@ -18,6 +18,7 @@ SCRIPTS = {
     "sat/train_video.py": "train",
     "sat/train_vae.py": "train-vae",
     "tools/estimate_memory.py": "memory",
+    "tools/web.py": "web",
 }
 # Subcommands of `cogvideox convert`: tools/NAME.py.
 TOOLS = {
