@@ -1,5 +1,6 @@
 """What is filled in becomes a command that trains, with nothing in it that the page was not started with."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,16 @@ def test_what_is_filled_in_becomes_a_command(desk, tmp_path):
     ]  # fmt: skip
 
 
+def test_prompts_for_evaluation_name_no_files(desk):
+    prompts = "a kite@@/etc/passwd\n\n a boat "
+    plan = desk.plan({**GIVEN, "prompts": prompts, "eval_interval": 2})
+    lines = Path(plan.arguments["valid_prompts"]).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"prompt": "a kite@@/etc/passwd"}, {"prompt": "a boat"}]
+    assert plan.arguments["eval_interval"] == 2
+    desk.close()
+    assert not desk.folder.exists()
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
@@ -55,6 +66,7 @@ def test_what_is_filled_in_becomes_a_command(desk, tmp_path):
         ({"name": "a" * 41}, "name is 'aaaaaaa"),
         ({"train_iters": "0"}, "train_iters is '0'; expected a whole number from 1 to 1e+07"),
         ({"batch_size": "1 model.x=2"}, "batch_size is '1 model.x=2'; expected a whole number"),
+        ({"prompts": "p\n" * 9}, "prompts: 9 prompts; 8 are the most"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected a number from 0 to 1"),
     ],
 )

@@ -3,16 +3,20 @@
 Nothing here imports PyTorch.
 """
 
+import json
 import re
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from cogvideox_sat.configuration.training_arguments import training_arguments_from_names
-from cogvideox_sat.web.making import number, whole
+from cogvideox_sat.web.making import number, text_of, whole
 from cogvideox_sat.web.program import Program, training_words
 from cogvideox_sat.web.shelves import Shelf
 from sgm.errors import UserError, shown
@@ -21,7 +25,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 # What the page asks for, in its order.
 INPUTS = (
     *("recipe", "train_data", "valid_data", "name", "train_iters", "batch_size", "learning_rate"),
-    *("save_interval", "eval_interval", "seed"),
+    *("save_interval", "eval_interval", "seed", "prompts"),
 )
 LIMITS = {
     "train_iters": (1, 10_000_000),
@@ -33,6 +37,7 @@ LIMITS = {
 BATCH_SIZE = "deepspeed.train_micro_batch_size_per_gpu"
 LEARNING_RATE = "deepspeed.optimizer.params.lr"
 LOGS = 50  # lines of metrics of a run, about
+MOST_PROMPTS = 8  # whose videos are made at each evaluation
 PATIENCE = 20.0  # seconds to save when the page ends
 
 
@@ -72,6 +77,7 @@ class TrainingDesk:
         self.title = ""
         self._known: set[str] = set()  # runs that were there before
         self._starts = threading.Lock()
+        self.folder = Path(tempfile.mkdtemp(prefix="cogvideox-web-prompts-"))
 
     def start(self, values: Mapping[str, Any]) -> None:
         """Start a run.
@@ -124,9 +130,18 @@ class TrainingDesk:
         }
         if "valid_data" in given:
             arguments["valid_data"] = [str(self.data.path(given["valid_data"]))]
-        else:
+        if lines := prompts_of(given.get("prompts", "")):
+            arguments["valid_prompts"] = str(self.written(lines))
+        if not {"valid_data", "valid_prompts"} & arguments.keys():
             arguments.pop("eval_interval", None)
         return Plan(recipe, arguments, settings)
+
+    def written(self, prompts: Sequence[str]) -> Path:
+        """Return a prompt file that has these prompts. They name no files there: a line is an object with a text."""
+        lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+        path = self.folder / f"{token_hex(8)}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
 
     def recipe(self, name: object) -> Sequence[str]:
         """Return the configuration files of a recipe; raises UserError for one that is not offered."""
@@ -154,6 +169,20 @@ class TrainingDesk:
         """End the run that is going on, which saves first."""
         if self.stop() and self.program is not None and self.program.wait(PATIENCE) is None:
             self.program.stop(signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def prompts_of(text: object) -> list[str]:
+    """Return prompts, one a line.
+
+    Raises:
+        UserError: there are too many, or one is too long.
+    """
+    lines = str(text).splitlines()
+    found = [text_of(line, "prompts") for line in lines if line.strip()]
+    if len(found) > MOST_PROMPTS:
+        raise UserError(f"prompts: {len(found)} prompts; {MOST_PROMPTS} are the most")
+    return found
 
 
 def is_data(path: Path) -> bool:

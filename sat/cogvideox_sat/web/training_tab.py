@@ -55,8 +55,8 @@ class TrainingTab:
                 add[name] = gr.Dropdown(data, value=None, label=label, elem_classes=box)
             else:
                 hint = texts.get(f"training_{name}_hint")
-                value = str(USUAL.get(name, ""))
-                add[name] = gr.Textbox(value, label=label, info=hint, elem_classes=box)
+                value, lines = str(USUAL.get(name, "")), 3 if name == "prompts" else 1
+                add[name] = gr.Textbox(value, label=label, info=hint, elem_classes=box, lines=lines)
 
     def start(self, *values: Any) -> str:
         """Start a run; return what is said about that."""

@@ -81,6 +81,8 @@ CHINESE = {
     "training_eval_interval": "评估间隔步数",
     "training_seed": "运行的随机种子",
     "training_seed_hint": "留空则按配方",
+    "training_prompts": "评估提示词",
+    "training_prompts_hint": "每行一条；每次评估时各生成一个视频",
     "training_start": "开始训练",
     "training_stop": "停止训练",
     "training_started": "正在启动训练。",

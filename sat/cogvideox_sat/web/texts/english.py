@@ -81,6 +81,8 @@ ENGLISH = {
     "training_eval_interval": "Steps between evaluations",
     "training_seed": "Seed of the run",
     "training_seed_hint": "empty: as the recipe says",
+    "training_prompts": "Prompts for evaluation",
+    "training_prompts_hint": "one a line; a video of each at every evaluation",
     "training_start": "Start training",
     "training_stop": "Stop training",
     "training_started": "The run is being started.",

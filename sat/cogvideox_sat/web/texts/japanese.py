@@ -81,6 +81,8 @@ JAPANESE = {
     "training_eval_interval": "評価の間隔（ステップ）",
     "training_seed": "実行のシード",
     "training_seed_hint": "空欄ならレシピのとおり",
+    "training_prompts": "評価用プロンプト",
+    "training_prompts_hint": "一行に一つ。評価のたびにそれぞれの動画を作ります",
     "training_start": "学習を始める",
     "training_stop": "学習を止める",
     "training_started": "学習を開始しています。",
