@@ -80,7 +80,7 @@ def make_video(
 
     if is_cancelled():
         raise Cancelled
-    wanted: dict[str | Path, float] = {**own_adapters, **task.adapters}
+    wanted: dict[Any, float] = {**own_adapters, **task.adapters}
     if wanted != pipe.lora:
         pipe.set_lora(wanted)
     names = {str(path): path.name for path in shown_files(task.fields)}
