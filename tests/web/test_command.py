@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def served(monkeypatch):
-    """The options of pages that were to be served."""
+    """Return the options of pages that were to be served."""
     from cogvideox_sat.web import server
 
     seen = []

@@ -251,7 +251,7 @@ def test_two_people_make_videos_and_one_closes_the_browser(browser, served):
 
 @pytest.fixture(scope="module")
 def clips(served):
-    """A data set of four clips."""
+    """Make a data set of four clips, and one of nothing."""
     folder = served.folder / "data" / "clips"
     words = ["tools/make_shapes_dataset.py", "--output", str(folder), "--frames", "9", "--size", "64", "64"]
     words += ["--fps", "8", "--clips", "4", "--seed", "0"]

@@ -13,7 +13,7 @@ from sgm.errors import UserError
 
 
 def pretended(connection, models):
-    """A process that does what a task says, as its model's name."""
+    """Do what each task says."""
     for model in models:
         connection.send(("model", model, "" if model != "bad" else "bad: it is broken"))
     while True:

@@ -121,7 +121,7 @@ def test_messages_name_uploads_without_their_folders():
 
 @pytest.fixture
 def workshop(monkeypatch):
-    """A workshop whose models are made of air, and the other end of its connection."""
+    """Return the other end of the connection of a workshop whose models are made of air."""
     models = list(offered_models([["tiny"], ["tiny_i2v"]], {}).values())
     ours, theirs = Pipe()
     workshop = Workshop(theirs, models)

@@ -53,7 +53,7 @@ class Pretended:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The address of a page whose sampler pretends, and its options."""
+    """Return the address of a page whose sampler pretends, and what it works with."""
     folder = tmp_path_factory.mktemp("page")
     for name in ("adapters/style", "data/clips", "runs"):
         (folder / name).mkdir(parents=True)

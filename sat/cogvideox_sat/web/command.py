@@ -147,6 +147,6 @@ def recipes_of(words: Sequence[Sequence[str]] | None) -> dict[str, list[str]]:
 
 
 def offered_folder(path: Path | None, argument: str) -> None:
-    """Raises UserError if a folder is named that does not exist."""
+    """Check that a folder exists if one is named, else raise UserError."""
     if path is not None and not path.is_dir():
         raise UserError(f"{argument}: the folder {path} does not exist; make it, or name another")
