@@ -332,7 +332,7 @@ def test_a_run_with_other_settings_is_refused(tiny, clips, copied, changes, opti
 
 
 def test_a_folder_of_other_things_is_left_alone(tiny, clips):
-    with pytest.raises(UserError, match="is not empty and is no cache of latents"):
+    with pytest.raises(UserError, match="is not empty and not a cache of latents"):
         latent_encoding.run(arguments(tiny.config("2b"), clips), clips)
     assert sorted(path.name for path in clips.iterdir() if not path.name.startswith(".")) == ["labels", "videos"]
 
@@ -351,7 +351,7 @@ def test_a_full_disk_is_foreseen_or_named(tiny, clips, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
-    with pytest.raises(UserError, match="the disk is full; what was written before is kept"):
+    with pytest.raises(UserError, match="the disk is full; earlier shards are kept"):
         latent_encoding.run(args, tmp_path / "latents")
     assert [path.name for path in (tmp_path / "latents").iterdir()] == ["cache.json"]
 

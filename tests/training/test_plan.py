@@ -146,7 +146,7 @@ QLORA_MODEL = network(modules={"lora_config": {**LORA, "params": {"r": 4, "qlora
         (("--save", "{folder}/vae.pt/runs"), {}, "save {folder}/vae.pt/runs: {folder}/vae.pt is not a folder"),
         ((), {"first_stage_config": {"params": {"ckpt_path": "gone"}}}, "ckpt_path: gone does not exist"),
         ((), {"noised_image_input": True}, "noised_image_input is on, but this is a text-to-video model"),
-        ((), network(in_channels=32), "this is an image-to-video model: set model.noised_image_input: true"),
+        ((), network(in_channels=32), "model.noised_image_input is off, but this is an image-to-video model"),
         ((), {"data": {"max_num_frames": 50}}, "params.max_num_frames is 50; this model takes 4k+1 frames up to 49"),
         ((), {"data": {"max_num_frames": 48}}, "up to 49, for example 49"),
         ((), {"data": {"max_num_frames": 81}}, "up to 49, for example 49"),
@@ -245,7 +245,7 @@ def test_what_cannot_be_resumed(case):
     with pytest.raises(UserError, match="resume: gone does not exist"):
         find_resume(case.args("--resume", "gone"), iteration_folder)
     (run / "latest").write_text("30")
-    with pytest.raises(UserError, match="latest names 30, which is gone"):
+    with pytest.raises(UserError, match="latest names 30, which does not exist"):
         find_resume(case.args("--resume", str(run)), iteration_folder)
     with pytest.raises(UserError, match=r"has no training_state/state\.json"):
         find_resume(case.args("--resume", str(case.folder / "clips")), iteration_folder)

@@ -121,7 +121,7 @@ def test_the_usual_clip(model, params, expected):
             "cogvideox_2b",
             [{"prompt": "a", "extend": 1}],
             {"only_log_video_latents": True},
-            "prompt 1: extend: windows go on from decoded frames; set only_log_video_latents to false",
+            "prompt 1: extend: windows continue decoded frames; set only_log_video_latents to false",
         ),
         ("cogvideox_2b", ["a"], {"data": {"video_size": [100, 96]}}, r"video_size"),
     ],
@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line(write, model, lines, given, says):
 def test_without_evaluations_there_would_be_no_videos(write):
     args = arguments(write("a"))
     args.eval_interval = None
-    with pytest.raises(UserError, match="valid_prompts: eval_interval is not set"):
+    with pytest.raises(UserError, match="valid_prompts: eval_interval is missing"):
         plan_prompts(args)
 
 

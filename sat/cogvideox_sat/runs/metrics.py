@@ -1,4 +1,4 @@
-"""Write the numbers of a training run to files and services."""
+"""Write the metrics of a training run to files and services."""
 
 import json
 import logging
@@ -21,7 +21,10 @@ MAX_SIDE = 320  # pixels, of a moving image in TensorBoard
 
 
 class Target(Protocol):
-    """Somewhere that metrics go. Any exception of its methods is reported, and does not stop the run."""
+    """A destination of metrics.
+
+    Exceptions of its methods are logged, and do not stop the run.
+    """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -31,20 +34,20 @@ class Target(Protocol):
 
 
 class MetricsWriter:
-    """Writes the metrics of a run to `metrics.jsonl`, and if asked to TensorBoard and Weights & Biases.
+    """Writes the metrics of a run to `metrics.jsonl`, TensorBoard and Weights & Biases.
 
-    Videos are listed in `videos.jsonl`, see `runs.videos`. A resumed run goes on where its checkpoint was: what a run
-    that was killed wrote after it is removed from these two and hidden in TensorBoard. A target that fails later is
-    reported once and does not stop the run.
-    Make it on one process only.
+    The last two are optional. Videos are listed in `videos.jsonl`, see `runs.videos`. A resumed run continues where its
+    checkpoint was: entries that a killed run wrote after this point are removed from both files and hidden in
+    TensorBoard. A target that fails later is reported once, and does not stop the run. Create the writer on one process
+    only.
 
     Args:
-        folder: the run's; `metrics.jsonl`, `videos.jsonl`, TensorBoard's event files, `wandb/` and `wandb_id` are put
-            there.
+        folder: folder of the run, for `metrics.jsonl`, `videos.jsonl`, TensorBoard's event files, `wandb/` and
+            `wandb_id`.
         tensorboard: write event files.
         wandb: report to Weights & Biases; see `WandbRun`.
-        wandb_project, name, config: how the run is called there, and the settings shown with it.
-        start_step: steps done before; those after it are still to come.
+        wandb_project, name, config: project and name of the run there, and the settings shown with it.
+        start_step: steps done before.
 
     Raises:
         UserError: `metrics.jsonl` or `videos.jsonl` cannot be written.
@@ -62,7 +65,7 @@ class MetricsWriter:
         start_step: int = 0,
     ):
         folder = Path(folder)
-        self.held: IO[bytes] | None = None  # what the run keeps open as long as it writes
+        self.held: IO[bytes] | None = None  # a file that the run keeps open as long as it writes
         self._targets: list[Target] = [JsonLines(folder / "metrics.jsonl", start_step), VideoList(folder, start_step)]
         self._failed: set[Target] = set()
         optional: list[tuple[str, Callable[[], Target]]] = []
@@ -77,11 +80,14 @@ class MetricsWriter:
                 logger.warning("no metrics to %s: %s", kind, _one_line(error))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` of `step`. Numbers that are not finite are null in `metrics.jsonl`."""
+        """Record the values of a step.
+
+        Values that are not finite are null in `metrics.jsonl`.
+        """
         self._each("write", step, values)
 
     def write_video(self, step: int, name: str, path: str | Path, details: Mapping[str, Any] | None = None) -> None:
-        """Show the video file `path` under `name`, in TensorBoard as a moving image.
+        """Show the video file `path` under `name`; in TensorBoard as a moving image.
 
         Args:
             details: `prompt` and `shows` of `RunVideo`, as far as they differ from its defaults.
@@ -95,17 +101,17 @@ class MetricsWriter:
         for target in self._targets:
             try:
                 getattr(target, method)(*args)
-            except Exception as error:  # whatever a library may think of: a run of days must not end over its curves
+            except Exception as error:  # of any kind: metrics must not end a run of days
                 if target not in self._failed:
                     self._failed.add(target)
                     logger.warning("metrics to %s are incomplete: %s", type(target).__name__, _one_line(error))
 
 
 class LineFile:
-    """A file of JSON objects, one a line, each with `step`.
+    """A file of JSON objects, one per line, each with `step`.
 
     Args:
-        start_step: lines of later steps, and what is no complete line, are removed.
+        start_step: lines of later steps, and incomplete lines, are removed.
 
     Raises:
         UserError: the file cannot be read or written.
@@ -122,9 +128,9 @@ class LineFile:
         self._torn = False
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write a line."""
+        """Append a line."""
         line = json.dumps({"step": step, **values}) + "\n"
-        # Opened anew each time, so that a file system that was away for a while, or full, is found again.
+        # Opened anew each time, so that writing works again after a file system was full or unavailable.
         torn, self._torn = self._torn, True
         with self.path.open("a") as file:
             file.write("\n" + line if torn else line)
@@ -132,7 +138,7 @@ class LineFile:
 
 
 class JsonLines:
-    """`metrics.jsonl`: the metrics of a step are a line."""
+    """`metrics.jsonl`, with one line for the metrics of a step."""
 
     def __init__(self, path: Path, start_step: int):
         self._file = LineFile(path, start_step)
@@ -151,7 +157,10 @@ class JsonLines:
 
 
 class VideoList:
-    """`videos.jsonl`: each video is a line, see `runs.videos`. There is no such file before the first video."""
+    """`videos.jsonl`, with one line for each video; see `runs.videos`.
+
+    The file does not exist before the first video.
+    """
 
     def __init__(self, folder: Path, start_step: int):
         self._folder, self._file = folder, LineFile(folder / VIDEOS_FILE, start_step)
@@ -177,8 +186,8 @@ def _step_of(line: bytes) -> float:
 class TensorBoard:
     """Event files for TensorBoard.
 
-    They are written here and now, not by tensorboardX's `SummaryWriter`: once its thread has died of a full disk, the
-    next calls wait for it for ever.
+    They are written directly, and not with tensorboardX's `SummaryWriter`: after its thread has ended because of a full
+    disk, later calls would wait for it for ever.
     """
 
     def __init__(self, folder: Path, start_step: int):
@@ -186,7 +195,7 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        # The process in the name: a run resumed within a second must not overwrite the file of the one before.
+        # The name contains the process id, so that a run resumed within a second does not overwrite the earlier file.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
         if start_step:  # TensorBoard then hides what earlier files hold from this step on
             self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -216,10 +225,10 @@ class TensorBoard:
 
 
 class WandbRun:
-    """A run on Weights & Biases, which a resumed run continues: its id is kept in the folder, in `wandb_id`.
+    """A run on Weights & Biases, which a resumed run continues.
 
-    `WANDB_MODE=offline` works without a network. Without a login, or if the server cannot be reached, the run is kept
-    offline too, with a warning; `wandb sync` uploads it later.
+    Its id is stored in the folder, in `wandb_id`. `WANDB_MODE=offline` works without a network. Without a login, or if
+    the server cannot be reached, the run is also kept offline, with a warning; `wandb sync` uploads it later.
     """
 
     def __init__(self, folder: Path, project: str | None, name: str | None, config: Mapping[str, Any] | None):
@@ -249,7 +258,7 @@ class WandbRun:
         except wandb.Error as error:
             logger.warning("wandb: %s; the run is kept offline, upload it with `wandb sync`", _one_line(error))
             self._run = start("offline")
-        self._run.define_metric("*", step_metric="step")  # its own count of steps could not go back to a checkpoint
+        self._run.define_metric("*", step_metric="step")  # wandb's own step counter cannot go back to a checkpoint
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
@@ -264,7 +273,11 @@ class WandbRun:
 
 
 def video_as_gif(path: Path, max_side: int = MAX_SIDE) -> tuple[bytes, int, int]:
-    """A video file as an endless GIF of at most `max_side` pixels a side; its bytes, width and height."""
+    """Return a video file as an endless GIF: its bytes, width and height.
+
+    Args:
+        max_side: largest width or height in pixels.
+    """
     from io import BytesIO
 
     from imageio_ffmpeg import read_frames

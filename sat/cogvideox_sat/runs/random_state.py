@@ -1,4 +1,4 @@
-"""The state of a process's global random generators, as JSON-able values rather than pickles."""
+"""Save and restore a process's global random generators, as JSON-able values."""
 
 import base64
 import random
@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def capture(device: torch.device) -> dict[str, Any]:
-    """States of the generators of Python, NumPy, PyTorch on the CPU and, where it is one, the GPU `device`."""
+    """Return the states of the generators of Python, NumPy and PyTorch.
+
+    For PyTorch, these are the CPU's and, if `device` is a GPU, that of the GPU.
+    """
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -26,7 +29,7 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Undo what was drawn since `capture`."""
+    """Restore the generators from a result of `capture`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
@@ -37,7 +40,7 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """Leave the generators as they were before the block, whatever is drawn in it."""
+    """Restore the generators after the block."""
     state = capture(device)
     try:
         yield

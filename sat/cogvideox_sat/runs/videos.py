@@ -15,15 +15,15 @@ VIDEOS_FILE = "videos.jsonl"
 
 @dataclass(frozen=True)
 class RunVideo:
-    """A video that a run wrote while it trained.
+    """A video that a run wrote while training.
 
     Args:
-        step: of the run, after which it was made; 0: before the first one.
-        name: what it is called at every step: `samples/N` and `valid_prompts/N`, of validation clip or prompt N;
-            `comparisons/clip_N` and `comparisons/prompt_N`, the same beside what was given; `reconstructions/N`, by a
+        step: step of the run after which it was made; 0: before the first step.
+        name: name of the video at every step: `samples/N` and `valid_prompts/N` for validation clip or prompt N;
+            `comparisons/clip_N` and `comparisons/prompt_N` for the same beside its inputs; `reconstructions/N` for a
             VAE in training.
-        path: of the file.
-        prompt: it was sampled from; None: from none.
+        path: path of the file.
+        prompt: the prompt; None: sampled without one.
         shows: what it shows, from left to right, such as ("clip", "reconstruction", "sample").
     """
 
@@ -35,16 +35,19 @@ class RunVideo:
 
 
 def video_entry(folder: Path, name: str, path: Path, details: dict[str, Any]) -> dict[str, Any]:
-    """Return the line of a video without its step; the file is named relative to the run's folder, if it lies there."""
+    """Return the line of a video without its step.
+
+    A file in the run's folder is named relative to it.
+    """
     inside = path.is_relative_to(folder)
     return {"name": name, "file": path.relative_to(folder).as_posix() if inside else str(path.absolute()), **details}
 
 
 def read_videos(folder: Path) -> list[RunVideo]:
-    """Return the videos of a run whose files exist, in the order in which they were made.
+    """Return the existing videos of a run, in the order in which they were made.
 
-    A run may go on meanwhile: a line that is not complete yet is left out. Of several lines about one video of a step
-    the last one counts.
+    The run may still be active: an incomplete line is skipped. If several lines describe one video of a step, the last
+    one counts.
     """
     try:
         lines = (folder / VIDEOS_FILE).read_bytes().splitlines(keepends=True)
@@ -60,7 +63,7 @@ def read_videos(folder: Path) -> list[RunVideo]:
 
 
 def _video_of(folder: Path, line: bytes) -> RunVideo | None:
-    """Return what a line says; None for a line that is not complete, or is someone else's."""
+    """Return the video of a line; None for a line that is incomplete or malformed."""
     with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
         if line.endswith(b"\n"):
             entry = parse_json(line)

@@ -1,4 +1,4 @@
-"""A sampling session on an engine that belongs to somebody else, such as a trainer's."""
+"""A sampling session on an engine that someone else owns, such as a trainer."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,16 +16,16 @@ Texts = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 
 
 class BorrowedSession(SamplingSession):
-    """A session that samples with the parts of an engine that are there, and leaves them as they are.
+    """A session that samples with the existing parts of an engine, and keeps them unchanged.
 
-    A part that is missing is loaded when a stage needs it, and dropped when the session is closed.
+    A missing part is loaded when a stage needs it, and dropped when the session is closed.
 
     Args:
-        engine: whose network may be inside an optimizer's wrapper.
-        settings: of the engine, and how processes share the work; `offload` has no effect.
+        engine: engine whose network may be inside an optimizer's wrapper.
+        settings: settings of the engine, and how processes share the work; `offload` has no effect.
         texts: embeddings by prompt and negative prompt, for an engine whose conditioner encodes no texts.
         from_first: returns on all processes that take part in a request what a function returns on the first of them;
-            None: as the groups of the session do.
+            None: the session's groups do this.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class BorrowedSession(SamplingSession):
         super().__init__(settings)
 
     def _build_engine(self, settings: SessionSettings) -> SATVideoDiffusionEngine:
-        self.adapters = ()  # those of the engine's own
+        self.adapters = ()  # only the engine's own adapter is used
         return self._theirs
 
     @property

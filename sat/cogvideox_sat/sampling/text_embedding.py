@@ -1,4 +1,4 @@
-"""The texts of a request as embeddings."""
+"""Encode the texts of a request."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from sgm.errors import UserError
 
 @torch.no_grad()
 def embedded_texts(engine: SATVideoDiffusionEngine, prompt: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
-    """Return the embeddings (1, tokens, features) of both texts, on the CPU, by the engine's conditioner.
+    """Return the embeddings (1, tokens, features) of both texts, on the CPU.
 
-    Without a negative prompt, the unconditional embedding is zeros, as in training, where a dropped caption becomes
-    zeros.
+    The engine's conditioner computes them. Without a negative prompt, the unconditional embedding is zeros, as in
+    training, where a dropped caption becomes zeros.
 
     Raises:
-        UserError: they are not finite.
+        UserError: the embeddings are not finite.
     """
 
     def embed(text: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a fine-tuning run does to be watched: validation loss, samples of validation clips, videos of prompts."""
+"""The evaluations of a fine-tuning run: validation loss, samples, videos of prompts."""
 
 import logging
 from collections.abc import Callable
@@ -21,10 +21,10 @@ class Evaluations:
     """Evaluates a run, on all processes together.
 
     Args:
-        data: validation clips; None: there are none.
-        prompts: makes the videos of `valid_prompts`; None: there are none.
-        folder: of the run.
-        writer: of its metrics, on one process.
+        data: validation clips; None: none.
+        prompts: makes the videos of `valid_prompts`; None: none.
+        folder: folder of the run.
+        writer: writer of the run's metrics, on one process.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Evaluations:
         """Make the videos of `valid_prompts` before the first step.
 
         Args:
-            stopping: says that the run is to stop.
+            stopping: returns whether the run should stop.
         """
         if self.prompts is not None:
             self.prompts.make(0, self.writer, stopping)
 
     def evaluate(self, step: int, stopping: Callable[[], bool]) -> None:
-        """Compute the validation loss, and make videos of validation captions and of `valid_prompts`."""
+        """Compute the validation loss, and make the videos of captions and of `valid_prompts`."""
         with process_watch.phase("evaluating"):
             if self.data is not None:
                 self._validate(step, self.data)

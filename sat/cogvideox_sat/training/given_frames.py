@@ -1,4 +1,4 @@
-"""What a request shows, as the frames of a panel beside its video."""
+"""The pictures or clip of a request, as frames for a panel beside its video."""
 
 from collections.abc import Callable
 
@@ -11,12 +11,14 @@ from cogvideox_sat.sampling.requests import SampleRequest
 
 
 class GivenFrames:
-    """The frames beside the video of a request: of its clip; or of its pictures, each from the frame on that it stands
-    for, and the first of them before that as well. The last one stays until the video ends.
+    """The frames of a request's clip or pictures, to be shown beside its video.
+
+    Each picture is shown from its frame on, and the first one also before that. The last picture, or the last frame of
+    the clip, is shown until the video ends.
 
     Args:
         kind: `clip` or `image`.
-        starts: the frame from which each of `pictures` is shown, in their order.
+        starts: the frame from which each of `pictures` is shown, in order.
         pictures: uint8 (pictures, height, width, 3).
     """
 
@@ -24,13 +26,15 @@ class GivenFrames:
         self.kind, self._starts, self._pictures = kind, torch.tensor(starts), pictures
 
     def frames(self, first: int, count: int) -> Tensor:
-        """Return `count` frames from number `first` on, uint8 (count, height, width, 3)."""
+        """Return `count` frames, starting at number `first`: uint8 (count, height, width, 3)."""
         numbers = torch.arange(first, first + count)
         return self._pictures[(torch.searchsorted(self._starts, numbers, right=True) - 1).clamp(min=0)]
 
 
 def given_frames(request: SampleRequest, limits: ModelLimits) -> GivenFrames | None:
-    """Return the frames of what a request shows; None: it shows nothing, or its video begins with the clip as it is.
+    """Return the frames of a request's clip or pictures.
+
+    None: the request has none, or its video begins with the unchanged clip.
 
     Raises:
         UserError: a picture or the clip cannot be read.

@@ -1,7 +1,7 @@
-"""Filling a cache of latents: what `tools/precompute_latents.py` does once PyTorch is needed.
+"""Fill a cache of latents: the part of `tools/precompute_latents.py` with PyTorch.
 
-Every process encodes the samples rank, rank + world size, ... into shards of its own, and leaves out those that are in
-some shard already. So a run that was cut off goes on where it was, on as many processes as there are now.
+Every process encodes the samples rank, rank + world size, ... into its own shards, and skips those that are already in
+a shard. An interrupted run therefore continues where it was, on any number of processes.
 """
 
 import copy
@@ -63,20 +63,21 @@ from sgm.seeds import sample_seed
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 256 * 2**20  # at least one sample, however large
-SHARD_SAMPLES = 64  # what a run loses at most, for each process, when it is cut off
+SHARD_BYTES = 256 * 2**20  # a shard holds at least one sample, however large
+SHARD_SAMPLES = 64  # largest number of samples that an interrupted run loses, per process
 UNREADABLE = "unreadable.txt"
 
 
 def run(
     args: TrainingArguments, output: Path, store: str = "moments", dtype: str | None = None, image_variants: int = 0
 ) -> int:
-    """Encode `args.train_data` into the cache `output`, or what is missing there; the exit code.
+    """Encode the missing samples of `args.train_data` into a cache; return the exit code.
 
     Args:
+        output: folder of the cache.
         store: one of `clips.latent_cache.STORES`.
-        dtype: "float32", "bfloat16" or "float16" of what is stored; None: that of the computation.
-        image_variants: first frames to encode of each clip, each with the noise of another epoch.
+        dtype: stored dtype, "float32", "bfloat16" or "float16"; None: that of the computation.
+        image_variants: number of first frames to encode per clip, each with the noise of another epoch.
 
     Raises:
         UserError: the data or the model cannot be read, or `output` holds something else, or cannot be written.
@@ -91,7 +92,7 @@ def run(
 
 
 def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | None, image_variants: int) -> None:
-    """Encode what is missing in the cache; see `run`."""
+    """Encode the missing samples of the cache; see `run`."""
     device = choose_device(args.device)
     args = settle_precision(args, device)
     check_model(EngineSettings.from_args(args), PARTS[:2])  # before weights and clips are read
@@ -99,7 +100,7 @@ def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | N
     if is_overridden(engine, "encode_first_stage") and not is_overridden(engine, "encode_moments"):
         raise UserError(
             f"model.target: {type(engine).__name__} encodes clips in its own way (encode_first_stage), which a "
-            "cache does not use: give it encode_moments too, or train on the clips themselves"
+            "cache does not use; give it encode_moments too, or train on the clips themselves"
         )
     dataset = same_dataset(
         lambda: make_dataset(args.train_data, DataSettings.from_args(args), repeats=args.train_data_repeats),
@@ -119,7 +120,7 @@ def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | N
         encoding["key_frames"] = True
     description = describe(args, dataset, encoding)
     done = check_folder(output, description, dataset)
-    wait_for_all()  # a process that has begun changes what the others check
+    wait_for_all()  # a process that continues changes what the others check
     if dist.get_rank() == 0:
         prepare_folder(output, description)
     wait_for_all()
@@ -132,17 +133,17 @@ def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | N
 
 
 def without_context_parallel(args: TrainingArguments) -> TrainingArguments:
-    """The arguments with a VAE whose processes encode different clips, rather than share one."""
+    """Return the arguments with a VAE that each process uses for its own clips."""
     model_config = copy.deepcopy(args.model_config)
     model_config["first_stage_config"]["params"]["cp_size"] = 1
     return replace(args, model_config=model_config)
 
 
 def wait_for_all() -> None:
-    """Return when all processes are here.
+    """Wait until all processes have called this.
 
     Raises:
-        UserError: one of them will not come.
+        UserError: another process has failed.
     """
     try:
         meet("the other processes")
@@ -156,7 +157,7 @@ def wait_for_all() -> None:
 
 
 def describe(args: TrainingArguments, dataset: Any, encoding: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `cache.json`; two runs with the same fill the same cache."""
+    """Return the content of `cache.json`; runs with equal content fill the same cache."""
     buckets = [tuple(dataset.bucket(index)) for index in range(len(dataset))]
     data = {
         "sources": [str(Path(path).resolve()) for path in repeated(args.train_data, args.train_data_repeats)],
@@ -167,11 +168,14 @@ def describe(args: TrainingArguments, dataset: Any, encoding: Mapping[str, Any])
     content = {"format": FORMAT, "model": describe_model(args.model_config), "data": data, "encoding": dict(encoding)}
     if reader := getattr(dataset, "reader", None):
         content[KEY] = reader
-    return json.loads(json.dumps(content))  # as it will be read back
+    return json.loads(json.dumps(content))  # with the types that reading the file returns
 
 
 def without_reader(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description without what decoded the videos: a cache goes on with another, after a warning."""
+    """Return the description without the decoder of the videos.
+
+    With another decoder, a cache is continued after a warning.
+    """
     content = {name: value for name, value in description.items() if name != KEY}
     config = content["data"]["config"]
     params = {name: value for name, value in (config.get("params") or {}).items() if name != "video_backend"}
@@ -180,10 +184,10 @@ def without_reader(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, description: Mapping[str, Any], dataset: Any) -> set[int]:
-    """The samples that are in the cache already.
+    """Return the samples that are already in the cache.
 
     Raises:
-        UserError: the folder has other content, or a cache of other data or settings; the disk is too small.
+        UserError: the folder has other content, or a cache of other data or settings; or the disk is too small.
     """
     if is_cache(folder):
         before = read_description(folder)
@@ -195,7 +199,7 @@ def check_folder(folder: Path, description: Mapping[str, Any], dataset: Any) -> 
                 "now; give --output another folder"
             )
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and is no cache of latents; give --output a new folder")
+        raise UserError(f"{folder} is not empty and not a cache of latents; give --output a new folder")
     done = set().union(*(shard.indices for shard in read_shards(folder)))
     needed = sum(sample_bytes(dataset.bucket(i), description) for i in range(len(dataset)) if i not in done)
     free = free_bytes(folder / DESCRIPTION)
@@ -206,10 +210,10 @@ def check_folder(folder: Path, description: Mapping[str, Any], dataset: Any) -> 
 
 
 def prepare_folder(folder: Path, description: Mapping[str, Any]) -> None:
-    """Make the folder with its `cache.json`, and remove what a run left that was killed while it wrote.
+    """Create the folder with its `cache.json`, and remove what a killed run left.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
     if not is_cache(folder):
         with replaced_when_complete(folder / DESCRIPTION) as part:
@@ -219,7 +223,7 @@ def prepare_folder(folder: Path, description: Mapping[str, Any]) -> None:
 
 
 def sample_bytes(bucket: Bucket, description: Mapping[str, Any]) -> int:
-    """Size of a sample in a cache, if its caption is its own."""
+    """Return the size of a sample in a cache, if no other sample has its caption."""
     encoding, model = description["encoding"], description["model"]
     channels = model["VAE"]["z_channels"] * (2 if encoding["store"] == "moments" else 1)
     frames = (bucket.frames - 1) // TIME_FACTOR + 1
@@ -230,7 +234,7 @@ def sample_bytes(bucket: Bucket, description: Mapping[str, Any]) -> int:
 
 
 def in_units(size: float) -> str:
-    """1.5 GiB for 1610612736."""
+    """Return a size in words, such as 1.5 GiB for 1610612736."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.3g} {unit}"
@@ -239,7 +243,7 @@ def in_units(size: float) -> str:
 
 
 def finish(folder: Path, dataset: Any) -> None:
-    """Write the list of unreadable files and say how it went."""
+    """Write the list of unreadable files, and log a summary."""
     shards = read_shards(folder)
     skipped = {path for shard in shards for paths in shard.skipped.values() for path in paths}
     unreadable = sorted({*skipped, *dataset.unreadable})
@@ -258,9 +262,9 @@ def finish(folder: Path, dataset: Any) -> None:
 
 
 class Encoder:
-    """Clips and captions to the tensors of a cache, on the CPU and in its dtype.
+    """Encodes clips and captions as a cache's tensors, on the CPU and in its dtype.
 
-    The VAE stays on the engine's device; the text encoder, which is far larger, is there only while it is in use.
+    The VAE stays on the engine's device. The text encoder, which is far larger, is there only while it is used.
     """
 
     def __init__(self, engine: SATVideoDiffusionEngine, encoding: Mapping[str, Any]):
@@ -274,12 +278,15 @@ class Encoder:
         self.engine.build("conditioner", device="cpu")
 
     def clip(self, frames: Tensor, index: int) -> dict[str, Tensor]:
-        """The tensors of the clip (1, frames, 3, height, width) of sample `index`, by their names in a cache.
+        """Return the tensors of the clip of sample `index`, by their names in a cache.
 
-        Random numbers, those of the first frame and of latents, are the ones that training draws for the sample.
+        The random numbers of the first frame and of latents are the same as training draws for the sample.
+
+        Args:
+            frames: (1, frames, 3, height, width).
 
         Raises:
-            UserError: one is not finite.
+            UserError: a tensor is not finite.
         """
         clip = self.engine.load_clip(frames)
         store, variants = self.encoding["store"], self.encoding["image_variants"]
@@ -299,12 +306,12 @@ class Encoder:
             return self._kept(self.engine.encode_moments(clip))
 
     def _kept(self, moments: Tensor) -> Tensor:
-        """Return the moments, or one draw of latents: what the cache stores."""
+        """Return the stored form: the moments, or one draw of latents."""
         return moments if self.encoding["store"] == "moments" else DiagonalGaussianDistribution(moments).sample()
 
     @torch.no_grad()
     def captions(self, captions: Mapping[int, str]) -> dict[str, Tensor]:
-        """The embedding of each caption, `{index}.text`."""
+        """Return the embedding of each caption, named `{index}.text`."""
         conditioner = self.engine.conditioner
         with memory_guard("the text encoder"), on_device(conditioner, self.engine.device):
             return {
@@ -322,7 +329,10 @@ class Encoder:
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Has a frozen module on `device` within the block; its tensors on the CPU stay where they are."""
+    """Keep a frozen module on `device` within the block.
+
+    Its tensors on the CPU are kept, and used again afterwards.
+    """
     home = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
     try:
         for tensor, data in home:
@@ -334,7 +344,7 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class OpenShard:
-    """A shard that is being filled, in memory; `write` puts it on disk."""
+    """A shard that is being filled in memory; `write` writes it to the disk."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -344,7 +354,7 @@ class OpenShard:
         self.first_with: dict[str, int] = {}  # caption: index
 
     def add(self, index: int, frames: Tensor, caption: str, fps: float, encoder: Encoder) -> None:
-        """Encode the clip (1, frames, 3, height, width)."""
+        """Encode the clip (1, frames, 3, height, width), and add it."""
         self.tensors |= encoder.clip(frames, index)
         text = self.first_with.setdefault(caption, index)
         count, _, height, width = frames.shape[1:]
@@ -356,10 +366,10 @@ class OpenShard:
         return size >= SHARD_BYTES or len(self.samples) + len(self.skipped) >= SHARD_SAMPLES
 
     def write(self, encoder: Encoder) -> None:
-        """Encode the captions and write the file.
+        """Encode the captions, and write the file.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         texts = encoder.captions({index: caption for caption, index in self.first_with.items()})
         content = {"samples": [asdict(sample) for sample in self.samples], "skipped": self.skipped}
@@ -370,8 +380,8 @@ class OpenShard:
                 if error.errno != errno.ENOSPC:
                     raise
                 raise UserError(
-                    f"{self.path.parent}: the disk is full; what was written before is kept: make room, of this shard "
-                    f"alone {in_units(sum(t.nbytes for t in (*self.tensors.values(), *texts.values())))}, and run again"
+                    f"{self.path.parent}: the disk is full; earlier shards are kept: make room (this shard alone takes "
+                    f"{in_units(sum(t.nbytes for t in (*self.tensors.values(), *texts.values())))}), and run again"
                 ) from error
 
 
@@ -379,7 +389,7 @@ def encode_samples(encoder: Encoder, dataset: Any, todo: list[int], folder: Path
     """Encode the samples of this process into new shards.
 
     Raises:
-        UserError: more than `max_unreadable_share` of them cannot be read; a shard cannot be written.
+        UserError: more than `max_unreadable_share` of them cannot be read, or a shard cannot be written.
     """
     if not todo:
         return
@@ -410,7 +420,10 @@ def encode_samples(encoder: Encoder, dataset: Any, todo: list[int], folder: Path
 
 
 class ReadableSamples:
-    """The samples of `dataset`; of those that cannot be read, and would be replaced by others, the files at fault."""
+    """The samples of a data set, without replacements for unreadable ones.
+
+    For an unreadable sample, only the unreadable files are returned.
+    """
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -421,13 +434,13 @@ class ReadableSamples:
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         try:
             sample = self.dataset[key]
-        except UserError as error:  # there is no other one of its shape
+        except UserError as error:  # no other sample has its shape
             return {"unreadable": [str(error)]}
         return {"unreadable": sample["unreadable"]} if sample["unreadable"] else sample
 
 
 def new_shards(folder: Path) -> Iterator[Path]:
-    """Names of shards of this process that are not there yet."""
+    """Yield the names of this process's shards that do not exist yet."""
     number = 0
     while True:
         path = folder / f"rank{dist.get_rank():04d}-{number:05d}.safetensors"

@@ -1,6 +1,6 @@
-"""Whether a training run can be what its arguments ask for: checked before anything heavy is imported.
+"""Plan a training run: check its arguments before PyTorch is imported.
 
-Under a launcher every process plans the run, so that all of them stop at a mistake.
+Under a launcher, every process plans the run, so that all of them stop at an error.
 """
 
 import logging
@@ -28,20 +28,20 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-HIGHEST_FULL_RATE = 5e-4  # of full fine-tuning, above which a warning is due
-STATE_FILE = Path("training_state", "state.json")  # in the folder of an iteration: see `training.checkpoint`
+HIGHEST_FULL_RATE = 5e-4  # learning rate of full fine-tuning above which a warning is logged
+STATE_FILE = Path("training_state", "state.json")  # within the folder of an iteration, see `training.checkpoint`
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run starts from.
+    """The starting point of a run.
 
     Args:
-        resume: the folder of the iteration to go on from; None: a new run, in a folder of its own.
-        finished: the run that `resume: latest` means is complete; there is nothing to do.
-        cached: the data are caches of latents, so that neither VAE nor text encoder is needed to train.
+        resume: the folder of the iteration to continue from; None: a new run, in its own folder.
+        finished: whether the run that `resume: latest` names is already complete.
+        cached: whether the data are caches of latents, so that training needs neither VAE nor text encoder.
         batch: sizes of a step.
-        prompts: the videos of `valid_prompts`; None: there are none.
+        prompts: the videos of `valid_prompts`; None: not given.
     """
 
     resume: Path | None
@@ -52,7 +52,9 @@ class TrainingPlan:
 
 
 def plan_inspection(args: TrainingArguments) -> BatchSizes:
-    """Return the batch sizes of a run whose data is to be looked at only: neither weights nor folders are needed.
+    """Return the batch sizes of a run whose data is only inspected.
+
+    Neither weights nor folders are needed.
 
     Raises:
         UserError: the data does not exist, or its settings do not fit the model.
@@ -65,10 +67,11 @@ def plan_inspection(args: TrainingArguments) -> BatchSizes:
 
 
 def plan_run(args: TrainingArguments) -> TrainingPlan:
-    """
+    """Return the plan of a run.
+
     Raises:
-        UserError: the model, the data or the processes do not go together as asked, a file that is needed is not there,
-            or the run is finished already.
+        UserError: the model, the data or the processes do not fit together, a required file is missing, or the run is
+            already complete.
     """
     check_workspace(args.deterministic)
     check_model_values(args.model_config, args.sources)
@@ -100,10 +103,10 @@ def plan_run(args: TrainingArguments) -> TrainingPlan:
 
 
 def check_processes(args: TrainingArguments) -> BatchSizes:
-    """The batch sizes of a step on the processes that the launcher started.
+    """Return the batch sizes of a step on the launcher's processes.
 
     Raises:
-        UserError: processes or clips cannot be shared out as asked.
+        UserError: processes or clips cannot be divided in this way.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes % args.model_parallel_size:
@@ -125,19 +128,23 @@ def check_processes(args: TrainingArguments) -> BatchSizes:
 
 
 def check_model(args: TrainingArguments) -> None:
-    """Raises UserError unless the model's parts agree on whether it starts from an image, and can be evaluated."""
+    """Check that the parts of the model fit each other and the arguments.
+
+    Raises:
+        UserError: they do not.
+    """
     embedders = (args.model_config["conditioner_config"].get("params") or {}).get("emb_models")
     if not embedders:
-        raise UserError("model.conditioner_config.params.emb_models is empty: the network needs a text encoder")
+        raise UserError("model.conditioner_config.params.emb_models is empty; name the text encoder of the network")
     check_trained_part(args.model_config)
     if has_adapter(args.model_config) and not args.load:
         raise UserError("load is missing: an adapter needs the weights that it adapts, which are not saved with it")
     image_to_video = ModelLimits.from_config(args.model_config).image_to_video
     if image_to_video and not args.model_config.get("noised_image_input"):
-        raise UserError("this is an image-to-video model: set model.noised_image_input: true")
+        raise UserError("model.noised_image_input is off, but this is an image-to-video model; set it to true")
     if not image_to_video and args.model_config.get("noised_image_input"):
         raise UserError(
-            "model.noised_image_input is on, but this is a text-to-video model: use an '_i2v' configuration"
+            "model.noised_image_input is on, but this is a text-to-video model; use an '_i2v' configuration"
         )
     if samples_videos(args) and not isinstance(args.model_config.get("sampler_config"), dict):
         raise UserError(
@@ -147,7 +154,10 @@ def check_model(args: TrainingArguments) -> None:
 
 
 def warn_of_high_rate(args: TrainingArguments) -> None:
-    """The learning rate of configs/sft.yaml is that of an adapter; with it a trained network would soon be lost."""
+    """Warn if a full fine-tuning uses the learning rate of an adapter.
+
+    The rate in configs/sft.yaml is for adapters; it would quickly destroy a fully trained network.
+    """
     rate = args.deepspeed_config["optimizer"]["params"]["lr"]
     if not has_adapter(args.model_config) and rate > HIGHEST_FULL_RATE:
         logger.warning(
@@ -156,22 +166,22 @@ def warn_of_high_rate(args: TrainingArguments) -> None:
 
 
 def samples_videos(args: TrainingArguments) -> bool:
-    """Return whether evaluations sample from captions or prompts."""
+    """Return whether evaluations sample videos."""
     return bool((args.valid_data and args.eval_interval and args.num_log_videos) or args.valid_prompts)
 
 
 def check_data(args: TrainingArguments) -> bool:
-    """Whether the data are caches of latents.
+    """Return whether the data are caches of latents.
 
     Raises:
-        UserError: there is no data, or caches and clips are mixed.
+        UserError: no data is given, or caches and clips are mixed.
     """
     check_places(args, "a folder, a .jsonl or .csv manifest, .tar shards or a latent cache")
     caches = [path for path in (*args.train_data, *args.valid_data) if is_cache(path)]
     clips = [path for path in (*args.train_data, *args.valid_data) if path not in caches]
     if caches and clips:
         raise UserError(
-            f"{caches[0]} is a cache of latents and {clips[0]} is not: encode all of train_data and valid_data or none"
+            f"{caches[0]} is a cache of latents and {clips[0]} is not; encode all of train_data and valid_data, or none"
         )
     if args.valid_data and not args.eval_interval:
         logger.info("valid_data is not used: eval_interval is not set")
@@ -179,10 +189,13 @@ def check_data(args: TrainingArguments) -> bool:
 
 
 def check_clips(params: dict[str, Any], limits: ModelLimits) -> None:
-    """Raises UserError unless the sizes and the length that the data section asks for are such as the model takes.
+    """Check that the model takes the sizes and the length in the data section.
 
-    Sizes are `video_size` (or `image_size`), [height, width] or a list of such; the length is `max_num_frames` (or
-    `num_frames`). What is left out has a default of the dataset's own.
+    Sizes are `video_size` (or `image_size`), [height, width] or a list of them; the length is `max_num_frames` (or
+    `num_frames`). Missing values have defaults in the data set.
+
+    Raises:
+        UserError: the model does not take them.
     """
     for name, least in (("fps", 0.01), ("max_num_frames", 1), ("num_frames", 1), ("skip_frms_num", 0)):
         value = params.get(name, least)
@@ -208,20 +221,22 @@ def step_of(folder: Path) -> int | None:
 
 
 def iteration_folder(path: Path) -> Path:
-    """Return the folder of an iteration with a training state: `path`, or what the file `latest` in it names.
+    """Return the folder of an iteration with a training state.
+
+    It is `path`, or the folder that the file `latest` in it names.
 
     Raises:
-        UserError: there is none.
+        UserError: no such folder exists.
     """
     name = newest(path, "resume")
     folder = path if name is None else path / name
     if not folder.exists():
         if name is not None:
-            raise UserError(f"resume: {path / 'latest'} names {name}, which is gone; name another checkpoint")
+            raise UserError(f"resume: {path / 'latest'} names {name}, which does not exist; name another checkpoint")
         raise UserError(not_found("resume", path))
     if not (folder / STATE_FILE).is_file():
         raise UserError(
-            f"resume: {folder} has no {STATE_FILE}: name the folder of a run or of one of its iterations; "
-            "weights alone are given as load, to start a new run from them"
+            f"resume: {folder} has no {STATE_FILE}; name the folder of a run or of one of its iterations, "
+            "or give weights alone as load, to start a new run from them"
         )
     return folder

@@ -1,4 +1,4 @@
-"""What `valid_prompts` asks a training run for: read, checked and named before anything heavy is imported."""
+"""Plan the videos of `valid_prompts` before PyTorch is imported."""
 
 import logging
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-USUAL_SIZE, USUAL_FRAMES = (480, 720), 49  # where the data section says none
+USUAL_SIZE, USUAL_FRAMES = (480, 720), 49  # if the data section has no size or length
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PromptPlan:
     """The videos of `valid_prompts`.
 
     Args:
-        args: those of a sampling run that would make the same videos from a checkpoint.
-        videos: to be made each time; `path` is the name of the file, without a suffix.
+        args: arguments of a sampling run that would make the same videos from a checkpoint.
+        videos: the videos to make each time; `path` is the file name without a suffix.
     """
 
     args: SamplingArguments
@@ -34,7 +34,10 @@ class PromptPlan:
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """Return each prompt that is encoded, also of further windows, with its negative prompt, once."""
+        """Return all encoded prompts with their negative prompts, without duplicates.
+
+        Prompts of further windows are included.
+        """
         pairs: dict[tuple[str, str], None] = {}
         for video in self.videos:
             for text in (video.request.text, *video.request.windows):
@@ -51,10 +54,10 @@ class PromptPlan:
 
 
 def plan_prompts(args: TrainingArguments) -> PromptPlan | None:
-    """Return what a run makes of `valid_prompts`; None: it is not given.
+    """Return the plan for `valid_prompts`; None if it is not given.
 
-    A prompt that sets no size or length has those of the training data: of several sizes the one nearest to its image,
-    or the first; and the longest video that the model makes of so many frames.
+    A prompt without a size or length gets those of the training data: of several sizes the one nearest to its image, or
+    the first one; and the longest video that the model makes of at most that length.
 
     Raises:
         UserError: the file or a picture does not exist, the model cannot make what a prompt asks for, or no evaluation
@@ -63,7 +66,7 @@ def plan_prompts(args: TrainingArguments) -> PromptPlan | None:
     if args.valid_prompts is None:
         return None
     if not args.eval_interval:
-        raise UserError("valid_prompts: eval_interval is not set, which says how often videos are made; give both")
+        raise UserError("valid_prompts: eval_interval is missing, which says how often videos are made; give both")
     limits = ModelLimits.from_config(args.model_config)
     sizes, frames = usual_clip(args.data_config.get("params") or {}, limits)
     try:
@@ -89,7 +92,7 @@ def plan_prompts(args: TrainingArguments) -> PromptPlan | None:
             request = replace(request, size=(height, width))
         where = f"valid_prompts: {args.valid_prompts}, prompt {request.index + 1}: "
         if request.extend and args.only_log_video_latents:
-            raise UserError(f"{where}extend: windows go on from decoded frames; set only_log_video_latents to false")
+            raise UserError(f"{where}extend: windows continue decoded frames; set only_log_video_latents to false")
         check_request(request, sampling, where)
         videos.append(planned_video(request, sampling, Path(f"{request.index}_{safe_name(request.text)}")))
     if args.only_log_video_latents:
@@ -101,11 +104,12 @@ def plan_prompts(args: TrainingArguments) -> PromptPlan | None:
 
 
 def usual_clip(params: Mapping[str, Any], limits: ModelLimits) -> tuple[list[tuple[int, int]], int]:
-    """Return the sizes (height, width) that a data section has, and the longest video of the model that is no longer
-    than its clips, in frames.
+    """Return the sizes in a data section, and the longest video for its clips, in frames.
+
+    The sizes are (height, width). The video is the longest one of the model that is not longer than the clips.
 
     Raises:
-        UserError: a size is none.
+        UserError: a size is invalid.
     """
     sizes = params.get("video_size", params.get("image_size"))
     most = params.get("max_num_frames", params.get("num_frames"))
@@ -115,6 +119,6 @@ def usual_clip(params: Mapping[str, Any], limits: ModelLimits) -> tuple[list[tup
 
 
 def size_for(request: PromptRequest, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size of `sizes` for a request: the nearest to its image, or the first."""
+    """Return the size for a request: the one nearest to its image, or the first one."""
     image = size_of_image(request.image) if request.image is not None else None
     return sizes[0] if image is None else nearest_size(*image, sizes)

@@ -1,4 +1,4 @@
-"""The videos of `valid_prompts`, made with the network as it is in training."""
+"""Make the videos of `valid_prompts` with the network in its current training state."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -39,14 +39,18 @@ from sgm.memory_errors import is_out_of_memory, memory_guard
 
 logger = logging.getLogger(__name__)
 
-VIDEOS, COMPARISONS = "valid_prompts", "comparisons"  # folders, and first parts of names
+VIDEOS, COMPARISONS = "valid_prompts", "comparisons"  # names of folders, and first parts of videos' names
 
 
 # ---------------------------------------------------------------- before the network is loaded
 
 
 def check_inputs(plan: PromptPlan) -> None:
-    """Check that the pictures and clips of all prompts can be read and fit, else raise UserError. Nothing is kept."""
+    """Check that the pictures and clips of all prompts can be read and fit.
+
+    Raises:
+        UserError: they cannot be used.
+    """
     limits = ModelLimits.from_config(plan.args.model_config)
     for video in plan.videos:
         try:
@@ -56,12 +60,12 @@ def check_inputs(plan: PromptPlan) -> None:
 
 
 def encode_texts(plan: PromptPlan, settings: EngineSettings, device: torch.device) -> Texts:
-    """Return the embeddings of all texts, for a run whose own conditioner takes embeddings that were made before.
+    """Return the embeddings of all texts, for a run on precomputed embeddings.
 
-    The text encoder is loaded by the first process and dropped again; random numbers go on as if it had not been.
+    The first process loads the text encoder and drops it again. The random state is not changed.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the text encoder cannot be loaded.
     """
 
     def encode() -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
@@ -80,18 +84,18 @@ def encode_texts(plan: PromptPlan, settings: EngineSettings, device: torch.devic
 
 
 class Interrupted(Exception):
-    """The run is to stop; the video is given up."""
+    """Signal that the run should stop, so that the video is abandoned."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a video on one process.
+    """The result of a video on one process.
 
     Args:
-        made: it is there; one of the processes that made it says so.
-        files: what can be watched of it, by name, each with the details that `MetricsWriter.write_video` takes.
-        failure: a line about why it is not there.
-        stopped: the run is to stop.
+        made: whether the video was made; set on one of the processes that made it.
+        files: the resulting video files by name, with the details for `MetricsWriter.write_video`.
+        failure: the reason if the video was not made, in one line.
+        stopped: whether the run should stop.
     """
 
     made: bool = False
@@ -103,18 +107,18 @@ class Outcome:
 class PromptVideos:
     """Makes the videos of `valid_prompts`.
 
-    Processes take turns at the prompts, each with a prompt of its own. Those that need each other inside the network
-    (`together`, or as `groups` say) make each video with one another.
+    Processes work on different prompts at the same time. Processes that need each other inside the network (`together`,
+    or as `groups` say) make each video together.
 
     Args:
-        engine: of the run, with its network in DeepSpeed's engine.
-        folder: of the run.
-        groups: of processes that share a clip or the network.
-        together: the network is spread over all processes, as ZeRO-3 does.
+        engine: engine of the run, with its network in DeepSpeed's engine.
+        folder: folder of the run.
+        groups: groups of processes that share a clip or the network.
+        together: the network is divided over all processes, as with ZeRO-3.
         texts: see `encode_texts`.
-        only_latents: save latents and decode nothing.
-        name: of the model, for the metadata of latents.
-        advice: what to do when memory is full; see `memory_guard`.
+        only_latents: save latents, and decode nothing.
+        name: name of the model, for the metadata of latents.
+        advice: returns what to do when memory is full; see `memory_guard`.
     """
 
     def __init__(
@@ -149,13 +153,14 @@ class PromptVideos:
         )
 
     def make(self, step: int, writer: MetricsWriter | None, stopping: Callable[[], bool]) -> None:
-        """Make the videos of a step; all processes call it. What fails is a warning.
+        """Make the videos of a step; all processes call this.
 
-        The network's mode, all random generators and the parts of the engine are left as they were.
+        Failures are logged as warnings. The network's mode, all random generators and the parts of the engine are
+        restored.
 
         Args:
             writer: shows the videos; on one process.
-            stopping: says that the run is to stop; what is not made by then is left out.
+            stopping: returns whether the run should stop; then, remaining videos are skipped.
         """
         count, made = len(self.plan.videos), 0
         with ExitStack() as stack:
@@ -175,12 +180,12 @@ class PromptVideos:
                         logger.info("step %d: valid_prompts: the run stops, after %d of %d videos", step, made, count)
                     break
         if self.engine.device.type == "cuda":
-            torch.cuda.empty_cache()  # sizes that training has no use for
+            torch.cuda.empty_cache()  # training needs blocks of other sizes
         if made:
             logger.info("step %d: %d videos of valid_prompts are in %s", step, made, self.folder / VIDEOS / str(step))
 
     def _outcomes(self, own: Outcome) -> list[Outcome]:
-        """Return the outcomes of all processes, once all are there."""
+        """Return the outcomes of all processes, after waiting for them."""
         meet("the videos of valid_prompts")
         outcomes = [own] * dist.get_world_size()
         dist.all_gather_object(outcomes, own)
@@ -189,7 +194,10 @@ class PromptVideos:
     def _attempt(
         self, session: BorrowedSession, video: PlannedVideo, step: int, stopping: Callable[[], bool]
     ) -> Outcome:
-        """Make a video. A failure that other processes inside the network do not see is raised."""
+        """Make a video; return its outcome.
+
+        A failure that other processes inside the network do not see is raised.
+        """
         failure, files = None, []
         try:
             with memory_guard("evaluation", self.advice):
@@ -205,7 +213,7 @@ class PromptVideos:
         if failure is None:
             return Outcome(self.writes, tuple(files), stopped=stopping())
         if self.engine.device.type == "cuda":
-            torch.cuda.empty_cache()  # now that nothing of what failed is referred to any more
+            torch.cuda.empty_cache()  # tensors of the failed video are no longer referenced
         return Outcome(failure=failure if self.writes else None, stopped=stopping())
 
     def _make(
@@ -218,11 +226,11 @@ class PromptVideos:
                 return self._write(video, request, self._going_on(events, stopping), step)
             finally:
                 if self.shared and not self.only_latents:
-                    for _ in events:  # the others wait for this process, whatever became of the file
+                    for _ in events:  # the others wait for this process, even if the file could not be written
                         pass
 
     def _going_on(self, events: Iterator[SampleEvent], stopping: Callable[[], bool]) -> Iterator[SampleEvent]:
-        """Yield events until the run is to stop; a video that processes share is finished even then."""
+        """Yield events until the run should stop; a video that processes share is finished."""
         for event in events:
             yield event
             if not self.shared and stopping():
@@ -231,7 +239,7 @@ class PromptVideos:
     def _write(
         self, video: PlannedVideo, request: SampleRequest, events: Iterator[SampleEvent], step: int
     ) -> list[tuple[str, Path, dict[str, Any]]]:
-        """Return the files that the events of a request make, on the process that writes them."""
+        """Write the files of a request's events; return them, on the process that writes them."""
         latents = next(event.latents for event in events if isinstance(event, Latents))
         number, text = video.request.index, video.request.text
         stem = self.folder / VIDEOS / str(step) / video.path.name
@@ -260,7 +268,7 @@ class PromptVideos:
 
 
 def name_of(video: PlannedVideo) -> str:
-    """Return what the log calls a video: its prompt's number, from 1, and the beginning of the prompt."""
+    """Return the name in the log: the number of the prompt, from 1, and its beginning."""
     return f"prompt {video.request.index + 1} ('{video.request.text:.60}')"
 
 
@@ -268,7 +276,10 @@ def name_of(video: PlannedVideo) -> str:
 def video_files(
     path: Path, beside: Path | None, given: GivenFrames | None, video: PlannedVideo
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Yield a function that appends frames (t, 3, height, width) to a video, and to the one with what was given."""
+    """Yield a function that appends frames (t, 3, height, width) to a video's files.
+
+    These are the video itself, and the video beside its inputs.
+    """
     (height, width), shown = video.size, 0
     with ExitStack() as stack:
         sample = stack.enter_context(VideoWriter(path, video.fps, height, width))
@@ -289,7 +300,7 @@ def video_files(
 
 
 def tell(step: int, outcomes: list[Outcome], writer: MetricsWriter | None) -> None:
-    """Log failures, and show what was written."""
+    """Log failures, and show written videos."""
     for outcome in outcomes:
         if outcome.failure is not None:
             logger.warning("step %d: valid_prompts: left out: %s", step, outcome.failure)

@@ -1,4 +1,7 @@
-"""One fine-tuning run: its assembly, and the loop. What `train_video.py` does once PyTorch is needed."""
+"""One fine-tuning run: its assembly and its loop.
+
+It is the part of `train_video.py` that needs PyTorch.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -68,10 +71,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(args: TrainingArguments, plan: TrainingPlan) -> int:
-    """Train as planned; the exit code.
+    """Train as planned; return the exit code.
 
     Raises:
-        UserError: the device, the data, a checkpoint or DeepSpeed stands in the way.
+        UserError: the device, the data, a checkpoint or DeepSpeed cannot be used.
     """
     initialize_process_groups(args.model_parallel_size, args.collective_timeout)
     try:
@@ -87,7 +90,7 @@ def run(args: TrainingArguments, plan: TrainingPlan) -> int:
 
 
 class Trainer:
-    """Everything a run consists of, and the loop over its steps.
+    """All parts of a run, and the loop over its steps.
 
     A step is one update of the weights; it takes `gradient_accumulation_steps` micro-batches on every data-parallel
     process. All random numbers of a sample follow from the seed of the run, the epoch and the sample's index.
@@ -109,7 +112,7 @@ class Trainer:
         state = read_state(resume) if resume else None
         self.step = state["step"] if state else 0
         self.run_folder = resume.parent if resume else self._new_run_folder()
-        torch.manual_seed(args.seed)  # for what is initialised, the same on all processes
+        torch.manual_seed(args.seed)  # all processes initialise the same values
         with removed_if_empty(self.run_folder):
             self._load_data(state)
             self._build_engine(resume)
@@ -118,7 +121,7 @@ class Trainer:
         self._set_counters(state)
         if state:
             self._restore(resume, state)
-        self.untried = resume / STATE_FILE if state else None  # whose values the optimizer has made no step with yet
+        self.untried = resume / STATE_FILE if state else None  # the restored values have not been used in a step yet
         self.saver = CheckpointSaver(
             self.run_folder,
             self.network,
@@ -147,7 +150,7 @@ class Trainer:
             self.groups.videos,
         )
         self.data = open_training_data(self.run_folder, settings, share, self.settings.train_iters, state, logger)
-        self.consumed = 0  # micro-batches since the order was made
+        self.consumed = 0  # number of micro-batches since the order was created
         self.batches = iter(self.data.loader)
         self.validation = None
         if settings.valid_data and self.settings.eval_interval:
@@ -168,11 +171,11 @@ class Trainer:
             force_inference=args.force_train,
             weights_in_shares=args.deepspeed_config["zero_optimization"]["stage"] == 3,
         )
-        if resume:  # what was trained lies there, the rest where it lay at first
+        if resume:  # trained weights are in the checkpoint, the others in the original files
             settings = replace(settings, lora_load=resume) if self.has_adapter else replace(settings, load=resume)
         with self.memory_guard("loading the model"), process_watch.phase("loading the model"):
             self.texts: Texts = {}
-            if self.prompts and self.cached:  # the cache's conditioner encodes none
+            if self.prompts and self.cached:  # the conditioner for caches encodes no texts
                 self.texts = prompt_videos.encode_texts(self.prompts, EngineSettings.from_args(args), self.device)
             self.engine = build_engine(settings, (), self.device, self.groups)
             logger.info("attention: %s", self.engine.choose_attention(gradients=True))
@@ -201,7 +204,7 @@ class Trainer:
         return Evaluations(self.args, self.engine, self.validation, prompts, self.run_folder, self.writer)
 
     def _make_optimizer(self) -> None:
-        """Put the network into DeepSpeed's engine, in which the optimizer is."""
+        """Put the network into DeepSpeed's engine, which creates the optimizer."""
         with self.memory_guard("making the optimizer"):
             meet("the model to be loaded")
             self.network = deepspeed_engine.initialize(
@@ -214,15 +217,15 @@ class Trainer:
         self.engine.model = self.network
 
     def _set_counters(self, state: Mapping[str, Any] | None) -> None:
-        """Begin to count losses and skipped steps, or go on from the state of a checkpoint."""
-        self.losses = torch.zeros(2, device=self.device)  # since the last line of the log: their sum and number
+        """Start counting losses and skipped steps, or continue from the state of a checkpoint."""
+        self.losses = torch.zeros(2, device=self.device)  # sum and number since the last line of the log
         if state:
             self.losses += torch.tensor(state["losses"], device=self.device)
         skipped, limit = state["skipped"] if state else None, self.settings.max_skipped_steps
         self.skipped = SkippedSteps(limit, "the learning rate", logger, skipped)
 
     def _restore(self, resume: Path, state: Mapping[str, Any]) -> None:
-        """Put optimizer, schedule and random numbers back to where the checkpoint in `resume` was."""
+        """Restore optimizer, schedule and random numbers from the checkpoint in `resume`."""
         optimizer = type(inner_optimizer(self.network)).__name__
         if state["optimizer_type"] != optimizer:
             raise UserError(f"resume: {resume} was trained with {state['optimizer_type']}, not with {optimizer}")
@@ -235,7 +238,7 @@ class Trainer:
     # The loop
 
     def train(self) -> None:
-        """Step until `train_iters` or a signal; the checkpoint is then written."""
+        """Run steps until `train_iters` or a signal, and then write a checkpoint."""
         first, schedule = self.step + 1, self.schedule
         bar = progress_bar(self.settings.train_iters, self.step, disabled=not self.leads)
         ending = settled_at_the_end(self.saver.settle)
@@ -257,12 +260,12 @@ class Trainer:
                         self.evaluations.evaluate(self.step, lambda: bool(signals))
                 stopped, failed = flags_of_any_process(bool(signals), self.saver.failed)
                 if failed:
-                    self.saver.finish()  # which says why
+                    self.saver.finish()  # raises the error
                 if stopped or schedule.saves(self.step):
                     with self.clock.paused(), self.memory_guard("saving a checkpoint"):
                         self.save(wait=stopped or schedule.is_last(self.step))
                 if stopped:
-                    logger.info("stopped after step %d, which is saved: go on with --resume latest", self.step)
+                    logger.info("stopped after step %d, which is saved; continue with --resume latest", self.step)
                     break
         if self.writer:
             self.writer.close()
@@ -274,11 +277,11 @@ class Trainer:
         return memory_guard(where, self.advice)
 
     def advice(self, where: str) -> str:
-        """Return what to do when memory is full, by how the run is set up and where it can resume from."""
+        """Return advice for full memory, depending on the setup and on saved checkpoints."""
         return training_advice(self.args, self.cached, last_saved(self.run_folder))(where)
 
     def train_step(self) -> None:
-        """One update of the weights, unless the gradients are not finite."""
+        """Make one update of the weights, unless the gradients are not finite."""
         self.learning_rate = inner_optimizer(self.network).param_groups[0]["lr"]
         losses = torch.zeros_like(self.losses[0])
         for _ in range(self.batch.accumulation):
@@ -304,7 +307,7 @@ class Trainer:
     # Beside the steps
 
     def log(self, bar: Any) -> None:
-        """Write the mean loss since the last line, over all processes, and how the run goes."""
+        """Write the mean loss since the last line, over all processes, and other metrics."""
         sums = torch.cat((self.losses, self.losses.new_tensor([self.data.unreadable.found])))
         total, count, found = all_reduce_sum(sums, self.groups.peers).tolist()
         self.losses.zero_()
@@ -325,7 +328,7 @@ class Trainer:
             self.writer.write(self.step, values)
 
     def save(self, wait: bool) -> None:
-        """Write a checkpoint; with `wait` it is there when this returns."""
+        """Write a checkpoint; with `wait`, return when it is written."""
         states = [None] * dist.get_world_size()
         dist.all_gather_object(states, random_state.capture(self.device))
         losses = all_reduce_sum(self.losses.clone(), self.groups.peers)

@@ -1,4 +1,4 @@
-"""Evaluations during training: the loss on validation clips, and videos sampled from their captions."""
+"""Evaluate on validation clips: the loss, and videos sampled from captions."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,13 +36,16 @@ PANELS = {"clip": "inputs", "reconstruction": "reconstructions", "sample": "samp
 
 
 def validation_loss(engine: SATVideoDiffusionEngine, batches: Iterable[tuple[dict[str, Any], int]]) -> float:
-    """The mean loss of the clips in `batches`, a `ValidationLoader`, over all data-parallel ranks.
+    """Return the mean loss of the clips in `batches`, over all data-parallel ranks.
 
     A clip's noise and timestep follow from its own seed, and captions and images are not dropped: the loss is
-    comparable between evaluations, runs, batch sizes and numbers of processes. Call it on all ranks. The network's mode
-    and the global random generators are left as they were.
+    comparable between evaluations, runs, batch sizes and numbers of processes. All ranks call this. The network's mode
+    and the global random generators are restored.
+
+    Args:
+        batches: a `ValidationLoader`.
     """
-    total = torch.zeros(2, dtype=torch.float64)  # of losses, and of clips
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of clips
     with evaluating(engine):
         for batch, weight in batches:
             with randomness.per_sample(batch["seed"]):
@@ -56,8 +59,10 @@ def validation_loss(engine: SATVideoDiffusionEngine, batches: Iterable[tuple[dic
 
 @contextmanager
 def evaluating(engine: SATVideoDiffusionEngine) -> Iterator[None]:
-    """Within the block the network is in evaluation mode, nothing is recorded for gradients, the timesteps come from
-    their whole range on each process, and what is drawn from PyTorch's generators has not been drawn afterwards."""
+    """Set the network to evaluation mode, without gradients, within the block.
+
+    Each process draws timesteps from their whole range. PyTorch's random generators are restored afterwards.
+    """
     network, levels = engine.model, engine.loss_fn.sigma_sampler
     training = network.training
     with ExitStack() as stack:
@@ -89,20 +94,20 @@ def save_samples(
     timeouts: ClipTimeouts | None = None,
     share: Share | None = None,
 ) -> list[Path]:
-    """Sample a video for the captions of the first `count` validation clips, as large as those and, see `decodable`, as
-    long.
+    """Sample a video for the captions of the first `count` validation clips.
 
-    The files are `{folder}/samples/{step}/{i}_{caption}.mp4`, and `{folder}/comparisons/{step}/clip_{i}_{caption}.mp4`,
-    where clip, reconstruction and sample are side by side; of data that was encoded before there is no clip. With
-    `only_latents` they are latents (t, c, h, w) in `.safetensors`, without comparisons. A clip's noise is the same at
-    each evaluation. Call it on all processes, over which the network may be spread: each samples everything, the first
-    one writes. What cannot be written is reported and left out.
+    The videos have the size of the clips and, see `decodable`, their length. The files are
+    `{folder}/samples/{step}/{i}_{caption}.mp4`, and `{folder}/comparisons/{step}/clip_{i}_{caption}.mp4`, with clip,
+    reconstruction and sample side by side; for precomputed data, the clip is missing. With `only_latents` they are
+    latents (t, c, h, w) in `.safetensors`, without comparisons. A clip's noise is the same at each evaluation. All
+    processes call this, because the network may be divided over them: each samples everything, and the first one
+    writes. Files that cannot be written are skipped with a warning.
 
     Args:
-        fps: of the video files.
-        num_steps: sampling steps, if not the sampler's own number.
+        fps: frames per second of the video files.
+        num_steps: sampling steps; None: the sampler's own number.
         writer: shows the videos, as `samples/{i}` and `comparisons/clip_{i}`.
-        name: of the model, for the metadata of latents.
+        name: name of the model, for the metadata of latents.
         clip_timeout, timeouts, share: see `clips.loader.ClipLoader`.
 
     Returns:
@@ -141,9 +146,9 @@ def save_samples(
 
 
 def decodable(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of clips, or of their moments, cut to an odd number of latent frames: 8k + 1 frames.
+    """Return a batch of clips or moments, cut to an odd number of latent frames.
 
-    The VAE encodes an even number too, but then decodes no single first frame.
+    This is 8k + 1 frames. The VAE can encode an even number too, but does not decode it with a single first frame.
     """
     cut = dict(batch)
     if "moments" in batch:
