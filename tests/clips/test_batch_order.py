@@ -161,7 +161,7 @@ def test_small_buckets_are_named_and_a_dataset_smaller_than_a_batch_is_refused(c
 # Samples that are drawn more or less often
 # ---------------------------------------------------------------------------------------------------------------------
 
-DRAWS = [2.4] * 5 + [0.125] * 8  # of MIXED's thirteen samples as many again: 12 and 1
+DRAWS = [2.4] * 5 + [0.125] * 8  # as many draws as MIXED has samples, thirteen: 12 and 1
 
 
 def drawn(order: BatchOrder, epochs: int) -> list[list[SampleKey]]:

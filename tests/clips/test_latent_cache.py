@@ -455,12 +455,12 @@ def test_the_reader_of_the_videos_is_recorded_and_another_one_is_reported(tiny, 
     assert "was made with video_backend pyav, not decord; its clips are not changed" in caplog.text
     caplog.clear()
     args = arguments(tiny.config("2b"), clips, data_config=by_decord)
-    assert latent_encoding.run(args, copied) == 0  # goes on, here with nothing to do
+    assert latent_encoding.run(args, copied) == 0  # continue a complete cache
     assert f"{copied}: videos were read with pyav and are now read with decord" in caplog.text
     caplog.clear()
 
     description = json.loads((copied / "cache.json").read_text())
-    del description["reader"]  # as before there were other decoders than decord
+    del description["reader"]  # written before other decoders than decord existed
     (copied / "cache.json").write_text(json.dumps(description))
     assert LatentDataset([copied], model_of(tiny, "2b"), DATA).reader["video_backend"] == "decord"
     assert "was made with video_backend decord, not pyav" in caplog.text

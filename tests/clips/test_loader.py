@@ -88,7 +88,7 @@ def failure(kind: str, workers: int) -> str:
     """Return the message of a failure to load two batches, the second of which is unreadable."""
     try:
         list(ClipLoader(Failing(kind), [[SampleKey(0, 0)], [SampleKey(1, 0)]], workers))
-    except Exception as error:  # not pytest.raises, whose record of it would keep the workers alive
+    except Exception as error:  # not pytest.raises, whose traceback would keep the workers alive
         return f"{type(error).__name__}: {error}"
 
 

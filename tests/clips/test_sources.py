@@ -54,7 +54,7 @@ def test_other_layouts_of_folders(tmp_path):
     (tmp_path / "one" / "up").symlink_to(tmp_path)  # a folder that contains itself
     assert captions(tmp_path, tmp_path) == {"flat/a.mp4": "flat", "one/videos/a.mp4": "one", "two/videos/a.mp4": "two"}
     assert captions(tmp_path / "one" / "videos", tmp_path) == {"one/videos/a.mp4": "one"}
-    touch(tmp_path, "videos/set/clip.mp4")  # the folder is called so for other reasons
+    touch(tmp_path, "videos/set/clip.mp4")  # this folder has the name for another reason
     write(tmp_path / "videos/set/clip.txt", "beside")
     assert captions(tmp_path / "videos" / "set", tmp_path) == {"videos/set/clip.mp4": "beside"}
     (tmp_path / "linked").symlink_to(tmp_path / "two")

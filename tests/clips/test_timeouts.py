@@ -51,7 +51,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_damaged_one_is_an_error(tmp_p
     whole = file.read_text()
     file.write_text(whole[:-20])
     assert read_record(tmp_path) == [entry(1)]
-    # What a resumed run adds begins a line of its own.
+    # A resumed run appends on a new line.
     ClipTimeouts("train_data", file).record([entry(3)])
     assert read_record(tmp_path) == [entry(1), entry(3)]
     file.write_text("nonsense\n" + whole)

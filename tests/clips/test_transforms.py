@@ -43,7 +43,7 @@ def test_chance_follows_from_the_seed(mode):
     assert placements == [framing.placement(seed) for seed in range(400)]
     assert 150 < sum(placement.mirrored for placement in placements) < 250
     assert len({placement.top for placement in placements}) == len({p.left for p in placements}) == 400
-    # Neither option moves what the other one draws.
+    # Neither option changes the random numbers of the other.
     assert [Framing(mode).placement(seed)[:2] for seed in range(9)] == [placement[:2] for placement in placements[:9]]
     assert [Framing(flip=0.5).placement(s).mirrored for s in range(9)] == [p.mirrored for p in placements[:9]]
 

@@ -12,7 +12,7 @@ from cogvideox_sat.configuration.argument_schema import argument_fields
 from sgm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-# Is run by a Python that may have no packages and copied alone; its flags are single words.
+# It may run without packages, and is copied as a single file; its flags are single words.
 ALONE = {ROOT / "tools" / "setup_environment.py"}
 COMMANDS = [arguments, training_arguments, vae_training_arguments]
 

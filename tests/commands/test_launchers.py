@@ -37,7 +37,7 @@ def variables(monkeypatch):
     for name in list(os.environ):
         if name in TORCHRUN or name.startswith(("OMPI_", "SLURM_", "PMI", "MV2_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
-    for name in TORCHRUN:  # so that what is set is undone
+    for name in TORCHRUN:  # so that monkeypatch restores the variables
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -94,9 +94,9 @@ def test_a_single_process_stays_alone(variables, alone):
 @pytest.mark.parametrize(
     ("environment", "launch"),
     [
-        # mpirun within a step whose tasks are its daemons
+        # mpirun in a step whose tasks are mpirun's daemons
         ({**SRUN, **MPIRUN}, ("mpirun", 5, 6, 5, 6)),
-        # srun --mpi=pmi2 sets PMI's too, without places on the machine
+        # srun --mpi=pmi2 also sets PMI's variables, but not the local ranks
         ({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "6"}, ("srun", 5, 6, 1, 2)),
         ({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}, ("mpiexec", 1, 4, 1, 4)),
         (

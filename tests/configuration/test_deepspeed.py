@@ -117,7 +117,7 @@ def test_keys_of_another_version(monkeypatch):
     with pytest.raises(UserError, match="unknown key 'warp'"):
         checked(warp=True)
     monkeypatch.setattr(deepspeed_config, "installed_keys", lambda place: {"stage"})
-    with pytest.raises(UserError, match="unknown key 'stage'"):  # a constant of that name, of another part
+    with pytest.raises(UserError, match="unknown key 'stage'"):  # a key of another part
         checked(stage=2)
 
 

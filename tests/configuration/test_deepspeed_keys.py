@@ -12,7 +12,7 @@ from cogvideox_sat.configuration import deepspeed_keys
 from cogvideox_sat.configuration.deepspeed_keys import VERSION, installed_keys, told_keys
 
 ROOT = Path(__file__).parents[2]
-# In a process of its own, since DeepSpeed wants to set up logging.
+# Run in a separate process, since DeepSpeed sets up logging.
 COMPARE = """
 from cogvideox_sat.configuration.deepspeed_keys import KEYS, MODELS, SECTION_KEYS, told_keys
 for place in MODELS:

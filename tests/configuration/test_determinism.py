@@ -73,7 +73,7 @@ def test_a_run_computes_in_a_fixed_order_only_when_asked(tmp_path, tiny, clips, 
     strict = train(config, "--deterministic", "--experiment_name", "strict")
     assert seen[2:] == [STRICT] * 2
     assert flags() == PLAIN
-    # On a CPU sums have one order anyway.
+    # On a CPU the order of sums is always the same.
     assert metrics(plain) == metrics(strict)
     assert_same(weights(plain), weights(strict))
     recorded = [yaml.safe_load((run / "training_config.yaml").read_text())["args"] for run in (plain, strict)]

@@ -22,7 +22,7 @@ from training_runs import ROOT, runs_of, weights, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# A training command whose step fails on one process, as on a GPU that is full.
+# A training command in which the step of one process fails, as on a GPU with full memory.
 FAILING = """
 import sys, torch
 sys.path[:0] = [{root!r}, {root!r} + "/sat", {root!r} + "/tests"]

@@ -25,7 +25,7 @@ def test_each_key_knows_the_file_that_set_it_last(write):
     sources = load_configs([second]).sources
     assert sources.file_of(("model", "x", "p")) == str(second)
     assert sources.file_of(("model", "x", "q", 1, "r")) == str(first)
-    assert sources.file_of(("model", "x", "new")) == str(second)  # which had the last word about x
+    assert sources.file_of(("model", "x", "new")) == str(second)  # the last file that sets x
     assert sources.file_of(("model", "y", "z")) == str(second)
     assert sources.file_of(("data",)) == str(second)
     assert sources.place(("model", "x", "q", 1)) == f"{first}: model.x.q[1]"

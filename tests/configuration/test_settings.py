@@ -85,7 +85,7 @@ def test_no_setting_is_without_an_argument():
     """Every setting has an argument on the command line, except settings for programs."""
     programs_only = {"new_adapter", "model_cls", "sources", "arguments", "merged_config", "model_config", "data_config"}
     programs_only |= {"vae_waiting_bytes"}  # what `fit` leaves
-    programs_only |= {"weights_in_shares"}  # as ZeRO-3 of the DeepSpeed section wants
+    programs_only |= {"weights_in_shares"}  # set if the DeepSpeed section has ZeRO-3
     known = {n for c in (SamplingArguments, TrainingArguments, VaeTrainingArguments) for n in argument_fields(c)}
     for kind in (EngineSettings, DataSettings, LoopSettings):
         assert {f.name for f in fields(kind)} - known <= programs_only

@@ -179,7 +179,7 @@ def test_a_record_belongs_to_its_video(tiny, tmp_path, caplog, monkeypatch):
     assert sample(config, tmp_path, [PROMPT], "--skip_existing", "--seed", "8") == 0
     assert record_path(video).read_bytes() == first
 
-    # Ended between the video and its record: there is none, rather than that of the video before.
+    # The run ended between the video and its record: the record is missing, not that of the video before.
     monkeypatch.setattr(sampling_run, "write_record", lambda *_: (_ for _ in ()).throw(UserError("disk full")))
     assert sample(config, tmp_path, [PROMPT], "--overwrite", "--seed", "8") == 1
     assert video.exists() and not record_path(video).exists()

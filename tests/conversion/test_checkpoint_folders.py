@@ -83,7 +83,9 @@ def test_the_archive_is_a_sound_one(tmp_path):
     torch.save({"module": values}, plain)
     with zipfile.ZipFile(tmp_path / "x.pt") as ours, zipfile.ZipFile(plain) as theirs:
         assert ours.testzip() is None
-        names = [name for name in theirs.namelist() if "/." not in name]  # the others tell places in that very file
+        names = [
+            name for name in theirs.namelist() if "/." not in name
+        ]  # the other records hold positions in that file
         assert sorted(ours.namelist()) == sorted(names)
         assert all(ours.read(name) == theirs.read(name) for name in names)
     mapped = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)["module"]

@@ -107,7 +107,7 @@ def test_memory_does_not_grow_with_files_or_their_number(tmp_path, megabytes):
     """Source and result are read side by side, so two windows are mapped at most."""
     torch.save({"module": {f"w{i}": torch.ones(2**20) for i in range(150)}}, tmp_path / "a.pt")
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'sat'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    # A tensor that is freed goes back to the system at once: what is counted is what is used, not what malloc keeps.
+    # Freed tensors are returned to the system at once, so that the peak does not include memory kept by malloc.
     environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     command = [sys.executable, "-c", CONVERT, tmp_path / "a.pt", tmp_path / "one", tmp_path / "two", megabytes]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)

@@ -107,7 +107,7 @@ def test_tables_tell_the_size_of_the_largest_clip(family, dtype):
     """The tables have full size, and are rounded as they are stored."""
     detected = detect_network(manifest(CONFIGS[family]), family)
     sizes = sizes_of_config(released_config(detected), detected, family)
-    if family == "2b":  # narrower, for the time that its table takes
+    if family == "2b":  # narrower, since computing a wide table takes long
         detected = replace(detected, hidden_size=128, num_attention_heads=2)
     tables = computed_tables(detected, sizes, dtype)
     assert (tables.get(UNUSED_TABLE) is None) == (family == "2b") and (FREQUENCIES[0] in tables) == family.startswith(

@@ -62,7 +62,7 @@ def train_and_save(folder: str, config: str, cases: list[tuple[str, int, bool, b
             nn.init.normal_(parameter, std=0.05)
         network.disable_untrainable_params()
         trained = [p for p in network.parameters() if p.requires_grad]
-        # Two groups, whose lengths no number of processes divides.
+        # Two groups whose lengths are not divisible by the number of processes.
         groups = [{"params": trained[:3], "weight_decay": 0.1}, {"params": trained[3:]}]
         settings = {
             "train_micro_batch_size_per_gpu": 1,

@@ -37,7 +37,7 @@ def test_in_a_stream_the_same_frames_are_found(wanted):
     found = list(nearest_in_order(frames(), wanted, convert))
     assert found == nearest_frames(times, np.array(wanted)).tolist()
     assert converted == sorted(set(found))
-    assert len(taken) <= found[-1] + 2  # one more is needed to know that it is not nearer
+    assert len(taken) <= found[-1] + 2  # one more frame is read, to know that it is not nearer
 
 
 def test_of_no_frames_none_is_the_nearest():

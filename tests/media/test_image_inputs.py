@@ -60,7 +60,7 @@ def test_downscaling_is_antialiased(tmp_path):
 
 def test_exif_orientation_is_respected(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned left: to be turned right by 90 degrees
+    exif[0x0112] = 6  # stored rotated to the left; rotate to the right by 90 degrees
     colours([RED, GREEN, BLUE]).save(tmp_path / "a.png", exif=exif)
     frame = load_condition_image(tmp_path / "a.png", (24, 8))
     assert [centre(frame, r, 0, 3, 1) for r in range(3)] == [[*RED], [*GREEN], [*BLUE]]

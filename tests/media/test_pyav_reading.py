@@ -150,7 +150,7 @@ def test_packets_that_say_that_the_frame_before_them_stays(numbered, tmp_path):
     with PyavVideo(path) as video:
         times = np.arange(1, video.facts.frames - 2)
         numbers = np.array(shown(video.frames_at(times / FPS)))
-    assert set(times - numbers) == {0, 1, 2}  # some stay, as FFmpeg's own player shows it, and none comes too early
+    assert set(times - numbers) == {0, 1, 2}  # some frames are repeated, as in FFmpeg's own player, and none is early
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -208,7 +208,7 @@ def test_a_cut_at_the_end(long_group, tmp_path, suffix, start):
 def test_hidden_frames_at_both_ends_of_an_edit_list(long_group, tmp_path):
     content = bytearray(convert(long_group, tmp_path / "a.mp4", "-c", "copy", before=["-ss", "1"]).read_bytes())
     place = content.index(b"elst") + 12  # type, version and flags, count
-    duration = int.from_bytes(content[place : place + 4], "big")  # of the 2.2 seconds from the cut on
+    duration = int.from_bytes(content[place : place + 4], "big")  # frames of the 2.2 seconds after the cut
     content[place : place + 4] = round(duration / 2.2).to_bytes(4, "big")
     (tmp_path / "b.mp4").write_bytes(content)
     check(tmp_path / "b.mp4", ALL[30:60])
@@ -303,7 +303,7 @@ def test_only_the_group_of_a_frame_is_decoded(numbered, tmp_path, decoded, suffi
         assert shown(video.frames_at([75 / FPS])) == [75]
         assert len(decoded) <= 8
         decoded.clear()
-        assert shown(video.frames_at([2 / FPS, 74 / FPS])) == [2, 74]  # nothing of the two groups between them
+        assert shown(video.frames_at([2 / FPS, 74 / FPS])) == [2, 74]  # no frame of the two groups between them
         assert len(decoded) <= 12
 
 
@@ -378,7 +378,9 @@ def test_wrongly_marked_key_frames_take_the_sure_way(numbered, tmp_path, monkeyp
     path = convert(numbered, tmp_path / "a.mp4", *X264, "-g", "999", "-bf", "0")
     content = path.read_bytes()
     assert b"stss" in content
-    path.write_bytes(content.replace(b"stss", b"free"))  # the list of key frames; without it all are
+    path.write_bytes(
+        content.replace(b"stss", b"free")
+    )  # the list of key frames; without it, all frames count as key frames
     with PyavVideo(path) as video:
         assert shown(video.frames_at(np.arange(40, 90, 3.75) / FPS)) == [
             math.ceil(place - 0.5) for place in np.arange(40, 90, 3.75)
