@@ -183,9 +183,9 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
     if not complete:
         return
     if not args.load and not args.force_inference:
-        raise UserError("load is missing: name the checkpoint of the network")
+        raise UserError("load is missing; name the checkpoint of the network")
     if args.input_type == "txt" and not args.input_file:
-        raise UserError("input_file is missing: give --input_file, or --input_type cli to type prompts")
+        raise UserError("input_file is missing; give --input_file, or --input_type cli to type prompts")
     if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() != ".png":
         raise UserError(f"contact_sheet is {args.contact_sheet}; the name of a PNG ends with .png")
     for name in ("contact_sheet", "looping_previews"):

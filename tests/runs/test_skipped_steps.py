@@ -28,12 +28,12 @@ def test_too_many_in_a_row_end_the_run_also_when_it_was_resumed_between():
     skipped.left_out(1, finite_loss=True)
     skipped.left_out(2, finite_loss=True)
     resumed = SkippedSteps(3, "the learning rate", LOG, skipped.state())
-    with pytest.raises(UserError, match="3 steps in a row had no finite loss and gradients: lower the learning rate"):
+    with pytest.raises(UserError, match="3 steps in a row had no finite loss and gradients; lower the learning rate"):
         resumed.left_out(3, finite_loss=True)
 
 
 def test_values_that_must_be_finite():
     check_finite({"loss": 1.0, "psnr": 0.0}, 7, "the rate")
     for value in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(UserError, match="psnr is not finite at step 7: lower the rate, or train in bf16"):
+        with pytest.raises(UserError, match="psnr is not finite at step 7; lower the rate, or train in bf16"):
             check_finite({"loss": 1.0, "psnr": value}, 7, "the rate")

@@ -75,7 +75,7 @@ def folder(tiny, tmp_path_factory) -> Path:
 
 
 CASES = {
-    "no output": (["--base", "{folder}/2b.yaml"], "--output is missing: name the folder of the cache"),
+    "no output": (["--base", "{folder}/2b.yaml"], "--output is missing; name the folder of the cache"),
     "no files": (["--output", "x"], "--base is missing"),
     "unknown store": (["--store", "pixels"], "--store: invalid choice: 'pixels'"),
     "unknown argument": (["--trane_data", "x"], "unknown argument --trane_data; did you mean --train_data?"),

@@ -117,7 +117,7 @@ def test_clips_that_fit(case, model, size, frames):
 
 def test_all_weights_at_the_rate_of_an_adapter_is_worth_a_warning(case, caplog):
     plan_run(case.args())
-    assert "the learning rate 0.001 is one for LoRA" in caplog.text
+    assert "the learning rate 0.001 is for LoRA" in caplog.text
     caplog.clear()
     plan_run(case.args(network_config={"params": {"modules": {"lora_config": LORA}}}))
     assert not caplog.text
@@ -195,7 +195,7 @@ def test_frames_of_the_second_generation():
 def test_data_without_a_name(case):
     args = case.args()
     args.train_data = []
-    with pytest.raises(UserError, match="train_data is missing: name a folder"):
+    with pytest.raises(UserError, match="train_data is missing; name a folder"):
         plan_run(args)
 
 

@@ -27,7 +27,7 @@ def meet() -> tuple[Store, int, int]:
     size = os.environ["WORLD_SIZE"]
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise UserError(f"{name} is not set, but WORLD_SIZE is {size}: start with torchrun, or unset WORLD_SIZE")
+            raise UserError(f"{name} is not set, but WORLD_SIZE is {size}; start with torchrun, or unset WORLD_SIZE")
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         with silent_standard_error():  # PyTorch prints the stack of every attempt
@@ -46,7 +46,7 @@ def meet() -> tuple[Store, int, int]:
                 f"the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT): {error}; start with torchrun"
             ) from error
         raise UserError(
-            f"WORLD_SIZE is {size}, but fewer processes connected to {place} within {MEETING.total_seconds():.0f} s: "
+            f"WORLD_SIZE is {size}, but fewer processes connected to {place} within {MEETING.total_seconds():.0f} s; "
             "start all of them, or unset RANK and WORLD_SIZE to run alone"
         ) from error
 

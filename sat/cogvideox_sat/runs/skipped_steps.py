@@ -50,7 +50,7 @@ class SkippedSteps:
         self.log.warning("step %d is left out: the %s not finite (%d in a row, %d in all)", step, what, *counts)
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"{self.in_a_row} steps in a row had no finite loss and gradients: lower {self.rate}, or {PRECISION}; "
+                f"{self.in_a_row} steps in a row had no finite loss and gradients; lower {self.rate}, or {PRECISION}; "
                 f"{KEPT}"
             )
 
@@ -65,4 +65,4 @@ def check_finite(values: Mapping[str, float], step: int, rate: str) -> None:
         UserError: a value is not finite.
     """
     if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise UserError(f"{wrong[0]} is not finite at step {step}: lower {rate}, or {PRECISION}; {KEPT}")
+        raise UserError(f"{wrong[0]} is not finite at step {step}; lower {rate}, or {PRECISION}; {KEPT}")

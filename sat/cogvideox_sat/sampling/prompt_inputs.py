@@ -209,9 +209,9 @@ def _read_text(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"prompt file {path} is not UTF-8 text (line {line}): save it as UTF-8") from error
+        raise UserError(f"prompt file {path} is not UTF-8 text (line {line}); save it as UTF-8") from error
     if "\0" in text:  # UTF-16 without a byte order mark decodes to this
-        raise UserError(f"prompt file {path} is not UTF-8 text, it holds NUL characters: save it as UTF-8")
+        raise UserError(f"prompt file {path} is not UTF-8 text, it holds NUL characters; save it as UTF-8")
     return text
 
 

@@ -104,7 +104,7 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     if args.model_parallel_size > 1:
         raise UserError(
             f"model_parallel_size is {args.model_parallel_size}; the memory of a network that processes share is not "
-            "estimated: leave it at 1"
+            "estimated; leave it at 1"
         )
     check_model_values(args.model_config, args.sources)
     check_data_section(args.data_config, args.sources)
@@ -116,7 +116,7 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     sizes: Any = params.get("video_size", params.get("image_size"))
     for name, value in (("max_num_frames", frames), ("video_size", sizes)):
         if value is None:
-            raise UserError(f"data.params.{name} is missing; the memory depends on it: name it in the configuration")
+            raise UserError(f"data.params.{name} is missing; the memory depends on it; name it in the configuration")
     sizes = sizes if isinstance(sizes[0], list) else [sizes]
     shared = args.sequence_parallel_size
     if processes % shared:
@@ -138,7 +138,7 @@ def of_sampling(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         if args.model_parallel_size > 1:
             raise UserError(
                 f"model_parallel_size is {args.model_parallel_size}; the memory of a network that processes share is "
-                "not estimated: leave it at 1"
+                "not estimated; leave it at 1"
             )
         limits = ModelLimits.from_config(args.model_config)
         limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)

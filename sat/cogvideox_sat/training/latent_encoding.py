@@ -323,7 +323,7 @@ class Encoder:
         stored = tensor[0].to("cpu", self.dtype).contiguous()
         if not torch.isfinite(stored).all():
             computed_in, dtype = self.encoding["computed_in"], self.encoding["dtype"]
-            raise UserError(f"{what} is not finite, computed in {computed_in} and stored in {dtype}: use bfloat16")
+            raise UserError(f"{what} is not finite, computed in {computed_in} and stored in {dtype}; use bfloat16")
         return stored
 
 

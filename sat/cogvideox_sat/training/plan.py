@@ -138,7 +138,7 @@ def check_model(args: TrainingArguments) -> None:
         raise UserError("model.conditioner_config.params.emb_models is empty; name the text encoder of the network")
     check_trained_part(args.model_config)
     if has_adapter(args.model_config) and not args.load:
-        raise UserError("load is missing: an adapter needs the weights that it adapts, which are not saved with it")
+        raise UserError("load is missing; name the weights of the base model, which an adapter needs")
     image_to_video = ModelLimits.from_config(args.model_config).image_to_video
     if image_to_video and not args.model_config.get("noised_image_input"):
         raise UserError("model.noised_image_input is off, but this is an image-to-video model; set it to true")
@@ -148,8 +148,7 @@ def check_model(args: TrainingArguments) -> None:
         )
     if samples_videos(args) and not isinstance(args.model_config.get("sampler_config"), dict):
         raise UserError(
-            "the configuration has no model.sampler_config: give one, or num_log_videos: 0 and no valid_prompts, to "
-            "sample nothing"
+            "model.sampler_config is missing; give one, or num_log_videos: 0 and no valid_prompts, to sample nothing"
         )
 
 
@@ -161,7 +160,7 @@ def warn_of_high_rate(args: TrainingArguments) -> None:
     rate = args.deepspeed_config["optimizer"]["params"]["lr"]
     if not has_adapter(args.model_config) and rate > HIGHEST_FULL_RATE:
         logger.warning(
-            "the learning rate %g is one for LoRA; all weights take about 1e-5: add configs/sft_full.yaml", rate
+            "the learning rate %g is for LoRA; training all weights takes about 1e-5: add configs/sft_full.yaml", rate
         )
 
 

@@ -54,7 +54,7 @@ def load_network(
     rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
     is_lora = "lora" in network.mixins
     if lora_load and not is_lora:
-        raise UserError("lora_load is given, but the configuration has no lora_config: use its '_lora' variant")
+        raise UserError("lora_load is given, but the configuration has no lora_config; use its '_lora' variant")
 
     cuts = cuts_of(network)
 
@@ -91,9 +91,9 @@ def load_network(
         if any(map(is_adapter, weights)):
             new_adapter = False
         elif not (allow_missing or new_adapter):
-            raise UserError(f"{load} holds no adapter, but the configuration has a lora_config: give lora_load")
+            raise UserError(f"load: {load} holds no adapter, but the configuration has a lora_config; give lora_load")
     elif any(map(is_adapter, weights)):
-        raise UserError(f"{load} holds a LoRA adapter: use the '_lora' variant of the configuration")
+        raise UserError(f"load: {load} holds a LoRA adapter; use the '_lora' variant of the configuration")
     may_miss: bool | list[str] = allow_missing
     if allow_missing:
         widen_inputs(network, weights)
