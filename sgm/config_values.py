@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sgm.errors import shown
 
 NO_DEFAULT = inspect.Parameter.empty
-ROOT = Path(__file__).resolve().parents[1]  # of the repository, or where the package is installed
+ROOT = Path(__file__).resolve().parents[1]  # root of the repository, or the folder of the installation
 # In an installation `sat` is SwissArmyTransformer, and the modules of this repository's sat/ lie beside it.
 IN_SAT = ("arguments", "data_video", "diffusion_video", "dit_video_concat", "sample_video", "train_vae", "train_video")
 OWN_PLACES = (

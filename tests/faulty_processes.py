@@ -28,7 +28,7 @@ def faulty(function, where, call):
             if fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "terminated":
-                os.kill(os.getpid(), signal.SIGTERM)  # which training takes as a wish
+                os.kill(os.getpid(), signal.SIGTERM)  # training finishes its step first
             else:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return function(*args, **kwargs)

@@ -29,7 +29,7 @@ def loss_keywords(loss: Callable[..., Any]) -> set[str]:
         return set(keys)
     try:
         parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
-    except (TypeError, ValueError):  # it does not tell
+    except (TypeError, ValueError):  # a callable without a signature
         return set()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
@@ -42,7 +42,7 @@ def check_loss(loss: Callable[..., Any]) -> None:
     """
     try:
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    except (TypeError, ValueError):  # it does not tell
+    except (TypeError, ValueError):  # a callable without a signature
         return
     try:
         signature.bind(None, None, **dict.fromkeys(NAMES & loss_keywords(loss)))

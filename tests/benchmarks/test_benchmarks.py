@@ -49,7 +49,7 @@ def run(monkeypatch, capsys, one_thread) -> Callable[..., str]:
                 assert not before, "nothing is printed before the table"
             return measured
 
-        for user in (module, harness):  # what is imported later takes it from there
+        for user in (module, harness):  # later imports read it from there
             monkeypatch.setattr(user, "peak_memories", memory, raising=False)
         monkeypatch.setattr(sys, "argv", command)
         results = (BENCHMARKS / "RESULTS.md").read_bytes()

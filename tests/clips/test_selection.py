@@ -168,7 +168,7 @@ def test_clips_of_a_video_start_each_in_a_part_of_its_own(long_video):
     assert min(found[0]) <= 4 and max(found[2]) >= 77 and all(len(each) > 8 for each in found)
     dataset.random_start = False
     assert [frame_numbers(dataset[i]["mp4"])[0] for i in range(4)] == [0, 27, 54, 0]
-    assert len(SFTDataset(long_video, **SETTINGS, clips_per_video=100)) == 10 + 1  # as many as do not overlap
+    assert len(SFTDataset(long_video, **SETTINGS, clips_per_video=100)) == 10 + 1  # separate windows
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_a_configuration_and_all_that_it_names(root, tmp_path, monkeypatch):
     args = get_args(["--base", *configs])
     assert args.load == str(ROOT / "assets/tiny/text_to_video.safetensors")
     assert Path(args.input_file).is_absolute() and Path(args.input_file).is_file()
-    assert args.output_dir == "outputs/tiny"  # what is written goes here
+    assert args.output_dir == "outputs/tiny"  # outputs go to the current working directory
     first_stage = args.model_config["first_stage_config"]["params"]
     assert first_stage["ckpt_path"] == str(ROOT / "assets/tiny/vae.safetensors")
     (embedder,) = args.model_config["conditioner_config"]["params"]["emb_models"]

@@ -64,7 +64,7 @@ def another(monkeypatch):
     model = SimpleNamespace(model_fields={"warp": SimpleNamespace(alias="stage4_warp")})
     for name, content in {
         "zero.config": {"DeepSpeedZeroConfig": model},
-        "precision_config": {},  # of an older version
+        "precision_config": {},  # a key of an older version
         "constants": {"TIME_TRAVEL": "time_travel", "TIME_TRAVEL_DEFAULT": False, "lower": "no"},
         "activation_checkpointing.config": {"ACT_SKIP": "skip"},
     }.items():

@@ -32,8 +32,6 @@ def test_a_misspelt_argument_of_a_program_is_an_error(main):
 
 def test_spelling():
     check_spelling(["load", "save_args", "wandb_project_name", "train_iters", "mine"], {"load", "wandb_project"})
-    check_spelling(
-        ["loads", "load"], {"load"}
-    )  # the argument is given as well, so the similar name is the program's own
+    check_spelling(["loads", "load"], {"load"})  # `load` exists too, so that `loads` is the program's own
     with pytest.raises(UserError, match=r"save_intervals: .* did you mean save_interval\?"):
         check_spelling(["save_intervals"], {"save_interval"})

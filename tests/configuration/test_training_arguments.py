@@ -75,7 +75,7 @@ def test_what_a_run_saves_serves_both_commands(args_of, tmp_path):
     assert (sampling.seed, sampling.sampling_image_size, sampling.fp16, sampling.bf16) == (5, [96, 144], True, False)
 
 
-# As they were written for SwissArmyTransformer's trainer.
+# Arguments for SwissArmyTransformer's trainer.
 WILD_ARGS = {
     **{"checkpoint_activations": True, "model_parallel_size": 1, "experiment_name": "lora-disney", "mode": "finetune"},
     **{"load": "transformer", "no_load_rng": True, "train_iters": 1000, "eval_iters": 1, "eval_interval": 100},

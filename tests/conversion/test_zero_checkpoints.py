@@ -48,7 +48,7 @@ def train_and_save(folder: str, config: str, cases: list[tuple[str, int, bool, b
     from cogvideox_sat.configuration.files import load_configs
     from sgm.util import instantiate_from_config
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise DeepSpeed would compile it
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     for name, stage, lora, bf16 in cases:
         model = load_configs([config])["model"]["network_config"]

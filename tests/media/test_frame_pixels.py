@@ -62,7 +62,7 @@ def test_colours_follow_the_matrix_and_the_range(tmp_path, matrix, tag, levels, 
 def test_colours_survive_codecs(tmp_path, codec, suffix):
     quality = {"libx264": ("-crf", "1"), "mpeg4": ("-q:v", "1"), "prores_ks": ()}[codec]
     pixel_format = "yuv422p10le" if codec == "prores_ks" else "yuv420p"
-    tag = "unknown" if codec == "mpeg4" else "bt709"  # it has none
+    tag = "unknown" if codec == "mpeg4" else "bt709"  # mpeg4 has no tag
     options = coded("bt601" if codec == "mpeg4" else "bt709", "tv", pixel_format, f"colorspace={tag}:range=tv")
     encode(tmp_path / f"a{suffix}", blocks(COLOURS), *options, "-c:v", codec, *quality)
     assert np.abs(centres(first_frame(tmp_path / f"a{suffix}")) - COLOURS).max() <= 6
@@ -110,7 +110,7 @@ def test_metadata_that_turn_or_mirror(tmp_path, options, turned):
     picture = first_frame(path)
     if turned:
         expected = turned(quarters())
-    else:  # what FFmpeg makes of it
+    else:  # FFmpeg's conversion
         command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", path, "-frames:v", "1", "-f", "rawvideo"]
         raw = subprocess.run([*command, "-pix_fmt", "rgb24", "-"], check=True, capture_output=True).stdout
         expected = np.frombuffer(raw, np.uint8).reshape(64, 32, 3)

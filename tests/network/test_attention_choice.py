@@ -134,7 +134,7 @@ def test_the_order_on_a_gpu_is_ours(monkeypatch, capability, refused, kernel):
     with choice.applied():
         tried = torch._C._get_sdp_priority_order()
     assert tried[: len(BACKENDS)] == [int(backend) for backend in choice.backends]
-    assert choice.backends[-1] == SDPBackend.MATH  # which takes what no other one does
+    assert choice.backends[-1] == SDPBackend.MATH  # it supports what no other kernel supports
 
 
 # FlashAttention 3
@@ -176,7 +176,7 @@ def test_flash3_without_gradients(monkeypatch):
 
     monkeypatch.setattr(flash_attention3, "_forward", lambda: package)
     kernel = KERNELS["flash3"]
-    monkeypatch.setattr(type(kernel), "supports", lambda *_: True)  # what it asks for is a GPU
+    monkeypatch.setattr(type(kernel), "supports", lambda *_: True)  # it requires a GPU
     choice = choose_attention("flash3", CUDA, torch.bfloat16, 64, False)
     assert (str(choice), choice.backends, choice.function) == ("flash3", (), kernel)
     q, k, v = torch.randn(3, 1, 4, 20, 64, generator=torch.Generator().manual_seed(0)).unbind()

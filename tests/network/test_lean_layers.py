@@ -48,7 +48,7 @@ def test_numbers_and_gradients_are_those_of_the_hooks(name, frozen, monkeypatch)
     assert found.keys() == expected.keys()
     largest = max(gradient.norm() for gradient in expected.values())
     for parameter, gradient in expected.items():
-        if gradient.norm() > 1e-6 * largest:  # else it is zero but for rounding
+        if gradient.norm() > 1e-6 * largest:  # smaller gradients are zero except for rounding
             assert_close(found[parameter], gradient, 1e-6)
 
 

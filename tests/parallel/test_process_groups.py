@@ -9,7 +9,7 @@ from cogvideox_sat.parallel.process_groups import destroy_process_groups, initia
 
 def test_groups_of_a_torch_distributed_that_was_left_are_made_anew():
     initialize_process_groups()
-    leave_processes()  # as the VAE's training does, which knows nothing of SwissArmyTransformer's groups
+    leave_processes()  # as in VAE training, which does not use SwissArmyTransformer's groups
     assert not dist.is_initialized()
     try:
         initialize_process_groups()

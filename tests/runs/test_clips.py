@@ -70,7 +70,7 @@ def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, w
     assert list(expected) == [1, 2, 3, 4, 5, 6]
     slow, unseen = (f"{clips}/videos/{name}" for name in ("003.mp4", "006.mp4"))
     assert unreadable(run) == {f"{slow}: {REASON}", f"{unseen}: {REASON}"}
-    if processes == 1:  # of several processes only the first logs, and another may have read the clip
+    if processes == 1:  # only the first process logs, and another one may have read the clip
         assert f"{slow}: {REASON}" in output
     record = read_record(run)
     assert {(entry.clip, entry.reason) for entry in record} == {(slow, REASON), (unseen, REASON)}

@@ -45,7 +45,7 @@ def test_the_latest_run_is_the_one_that_saved_last(tmp_path):
     newer = saved_run(tmp_path, "a.b-01-01-00-00", time=200)
     for name in ("axb-03-01-09-05", "a.b-more-03-01-09-05", "a.b"):  # runs of other experiments
         saved_run(tmp_path, name, time=300)
-    (tmp_path / "a.b-03-02-09-05").mkdir()  # it has saved nothing
+    (tmp_path / "a.b-03-02-09-05").mkdir()  # a run without a checkpoint
     assert set(runs_of(arguments(tmp_path))) == {older, newer}
     assert find_resume(arguments(tmp_path), lambda run: run / "found") == newer / "found"
 

@@ -86,7 +86,7 @@ def test_room_is_what_the_machine_says(memory, monkeypatch, caplog):
     assert memory.allows(900)
     assert not memory.allows(901)
     assert "background_checkpoints" in caplog.text
-    memory.copy(torch.ones(100))  # what is held already needs no room
+    memory.copy(torch.ones(100))  # memory that is already held needs no more
     assert memory.allows(1900)
     monkeypatch.setattr(staging, "free_host_memory", lambda: None)
     assert memory.allows(2**60)

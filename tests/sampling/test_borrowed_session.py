@@ -49,7 +49,7 @@ def test_known_texts_need_no_conditioner(settings, engine):
     asked = replace(BOAT, negative_prompt="grey")
     with BorrowedSession(engine, settings) as session:
         expected = latents(session, asked)
-    engine.conditioner = torch.nn.Identity()  # which returns no embeddings
+    engine.conditioner = torch.nn.Identity()  # it returns no embeddings
     with BorrowedSession(engine, settings, texts) as session:
         assert torch.equal(latents(session, asked), expected)
 

@@ -456,7 +456,7 @@ def test_a_failed_step_keeps_no_tensors(session, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(session.engine.denoiser, "forward", fail)
-    gc.disable()  # what only the search for circles frees is not free in time
+    gc.disable()  # cycles must not be needed to free memory
     try:
         with pytest.raises(UserError, match="sampling: the memory of the GPU is full"):
             list(session.sample(BOAT))

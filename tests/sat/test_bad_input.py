@@ -110,7 +110,7 @@ CASES = {
     "no such way to compile": case(
         config={"model": {"compile_model": "some"}}, says="compile_model: is 'some'; expected true, false or auto"
     ),
-    # What the model can take
+    # Limits of the model
     "even frames": case("--sampling_num_frames", "4", says="this model takes an odd number of latent frames up to 3"),
     "too long": case("--sampling_num_frames", "7", says="latent frames up to 3"),
     "odd size": case("--sampling_image_size", "32", "50", says="width 50 does not fit; this model takes multiples"),

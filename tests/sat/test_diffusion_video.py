@@ -271,7 +271,7 @@ def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_sam
     for at_a_time in (2, 1, 7):
         assert torch.equal(latents[at_a_time], latents[None])
     for engine.samples_at_a_time in (None, 2):
-        with torch.no_grad():  # else other kernels compute
+        with torch.no_grad():  # with gradients other kernels compute
             whole = engine.first_stage_model.encode(clips, unregularized=True)[0]
         assert torch.equal(engine.encode_moments(clips), whole)
 

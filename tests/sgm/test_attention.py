@@ -18,7 +18,7 @@ from sgm.modules import attention
 from support import Reference, assert_close
 
 RECORDED = Reference("attention")
-SHAPES = {  # of the inputs that differ from the outputs
+SHAPES = {  # shapes of inputs that differ from the outputs
     "geglu": (2, 5, 12),
     "ff_glu": (2, 5, 16),
 }

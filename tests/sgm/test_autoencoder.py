@@ -440,7 +440,7 @@ def test_parameters_by_their_optimizer_and_in_groups():
     engine = build()
     names = {id(parameter): name for name, parameter in engine.named_parameters()}
     autoencoder = {names[id(each)].split(".")[0] for each in engine.get_autoencoder_params()}
-    assert autoencoder == {"encoder", "decoder", "loss"}  # of the loss its log-variance
+    assert autoencoder == {"encoder", "decoder", "loss"}  # `loss` has the log-variance
     assert [names[id(each)] for each in engine.get_autoencoder_params() if names[id(each)].startswith("loss")] == [
         "loss.logvar"
     ]

@@ -187,7 +187,7 @@ def train_on_shares(rank: int | None) -> dict[str, Tensor]:
 def train_on_clips(rank: int | None) -> dict[str, Tensor]:
     """Return the weights after steps in which each rank has one of two clips."""
     engine = build(True, **SETTINGS, **sgd(3e-6), context_parallel_size=1)
-    engine.loss.disc_weight = 0  # else its adaptive weight would be that of the rank's own clip
+    engine.loss.disc_weight = 0  # its adaptive weight would be that of the rank's own clip
     batches, options = [batch(frames, clips=2) for frames in (5, 9, 1, 5, 9, 9, 5, 1)], {}
     if rank is not None:
         seed_module_(engine, rank)  # the start of the first process is that of all

@@ -186,7 +186,7 @@ def test_a_class_in_the_place_of_another_is_the_configuration_s_mistake(model):
 def test_an_attribute_that_is_missing_in_our_own_object_is_a_mistake_of_this_program(model, monkeypatch):
     config, sources = model
     params = config["denoiser_config"]["params"]
-    params["scaling_config"] = {"target": f"{MODULES}.denoiser_scaling.EDMScaling"}  # which no shipped file names
+    params["scaling_config"] = {"target": f"{MODULES}.denoiser_scaling.EDMScaling"}  # no shipped file names it
     params["discretization_config"] = {"target": f"{MODULES}.discretizer.EDMDiscretization"}
 
     def planted(self, *args, **kwargs):

@@ -136,7 +136,7 @@ def test_a_block_over_time_keeps_places_apart():
 def test_what_the_temporal_block_attends_to_and_where_the_length_of_a_clip_comes_from():
     x, context = torch.randn(6, 5, 32), torch.randn(10, 4, 7)
     block = seed_module_(VideoTransformerBlock(32, 2, 16, context_dim=7, timesteps=3))
-    assert torch.equal(block(x, context), block(x, context, 3))  # of the constructor, or the third of the call
+    assert torch.equal(block(x, context), block(x, context, 3))  # given to the constructor, or to the call
     assert not torch.equal(block(x, context), block(x, 2 * context))
     with pytest.raises(UserError, match="timesteps: the number of frames of a clip is missing"):
         VideoTransformerBlock(32, 2, 16)(x)

@@ -257,7 +257,7 @@ def test_bad_files_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
     ):
         line = mistake(caplog, "--transformer_ckpt_path", source / name, "--output_path", out, "--fp16")
         assert message in line
-        assert (str(source) in line) == (name != "large.pt"), line  # which is found while another file is written
+        assert (str(source) in line) == (name != "large.pt"), line  # this error appears while another file is written
     vae = ("--transformer_ckpt_path", good, "--vae_ckpt_path")
     assert "is not a CogVideoX autoencoder" in mistake(caplog, *vae, good, "--output_path", out)
     text = ("--text_encoder_cache_dir", source)

@@ -158,7 +158,7 @@ def i3d_file(tmp_path_factory) -> Path:
         if name.endswith("running_var"):
             value.fill_(1.0)
         elif name.endswith("conv3d.weight"):
-            value.mul_(2**0.5)  # what the ReLU takes
+            value.mul_(2**0.5)  # the ReLU halves the variance
     torch.save({name: value for name, value in weights.items() if "num_batches" not in name}, path)
     return path
 

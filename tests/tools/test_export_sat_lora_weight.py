@@ -204,5 +204,5 @@ def test_a_run_of_the_trainer(tiny, tmp_path):
             assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (4, 1)
             up = [file.get_tensor(key) for key in file.keys() if "lora_B" in key]  # noqa: SIM118
         assert len(up) == 2 * 4
-        assert any(tensor.any() for tensor in up)  # it starts at zero
+        assert any(tensor.any() for tensor in up)  # `up` starts at zero
     assert (tmp_path / "run" / LORA_FILE).read_bytes() != (tmp_path / "average" / LORA_FILE).read_bytes()

@@ -143,8 +143,8 @@ OUTPUTS = {
     "make_shapes_dataset": {"output", "prompts_file"},
     "train_text_encoder": {"output"},
 }
-FOR_PATHS = {"PATH", "FILE", "FOLDER", "DATA", "YAML", "PATH[:WEIGHT]"}  # what stands for a value in the help
-OF_TRAINING = {"train_data", "base"}  # which precompute_latents leaves to the parser of train_video
+FOR_PATHS = {"PATH", "FILE", "FOLDER", "DATA", "YAML", "PATH[:WEIGHT]"}  # metavars of paths in the help
+OF_TRAINING = {"train_data", "base"}  # parsed by train_video for precompute_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,7 +161,7 @@ def root(tmp_path_factory) -> Iterator[Path]:
     random_adapter(root / "run", WIDTH, LAYERS, RANK)
     (root / "run" / "training_config.yaml").write_text(yaml.safe_dump({"args": {"load": MODEL}}))
     config = load_configs([REPOSITORY / "tests" / "configs" / "5b.yaml"])
-    for folder in (root / "tiny", Path("tiny")):  # where the parts are made, and how the configuration names them
+    for folder in (root / "tiny", Path("tiny")):  # the folder of the parts, and its name in the configuration
         config["args"] = {"load": str(folder / "5b")}
         place_parts(config["model"], folder)
         (root / MODEL_CONFIG).parent.mkdir(exist_ok=True)

@@ -38,7 +38,7 @@ class Scripts:
             (root / folder).mkdir(parents=True)
         for name in (*PROGRAMS, "tools/run_command.sh", "tools/setup_environment.sh", "tools/setup_environment.py"):
             shutil.copy(ROOT / name, root / name)
-        (root / "requirements.txt").write_text("pytest>=1\n")  # which the environment of the tests has
+        (root / "requirements.txt").write_text("pytest>=1\n")  # installed in the tests' environment
         for program in PROGRAMS.values():
             (root / program).write_text(REPORT.format(7))
         (root / "tools" / "make_shapes_dataset.py").write_text(REPORT.format(0))

@@ -123,7 +123,7 @@ def test_check_installs_nothing(fresh):
 
 def test_an_older_python_is_refused_in_one_line(fresh):
     old = fresh.root / "old python"
-    old.write_text("#!/bin/sh\necho /usr/bin/python3.8\nexit 1\n")  # what the version probe gets from one
+    old.write_text("#!/bin/sh\necho /usr/bin/python3.8\nexit 1\n")  # the answer of an old Python to the version probe
     old.chmod(0o755)
     fresh.environment["PYTHON"] = str(old)
     assert fresh.run() == (

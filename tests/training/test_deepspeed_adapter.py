@@ -115,7 +115,7 @@ def test_a_loss_scale_goes_on_where_it_was():
 def test_no_other_module_names_what_is_not_documented():
     """But for the name of a module in stored files."""
     names = {*ENGINE, *LOSS_SCALE, *PARTITIONED, *chain(*OPTIMIZERS.values())}
-    keys = {"optimizer", "zero_optimization", "overflow", "loss_scaler", "check_grad_overflow"}  # and words of files
+    keys = {"optimizer", "zero_optimization", "overflow", "loss_scaler", "check_grad_overflow"}  # and words in files
     pattern = re.compile(
         rf"\b({'|'.join(sorted(names - keys))})\b|deepspeed\.ops\b|\.(overflow|loss_scaler|check_grad_overflow)\b"
         r"|\.zero_optimization\("
@@ -203,9 +203,9 @@ def test_each_process_reads_its_part_of_the_weights(tmp_path, dtype):
         assert size > 80e6 * torch.finfo(dtype).bits / 32
         for whole, _, read, held, grown in (results[number] for results in ranks):
             assert whole.keys() == expected.keys()
-            compared = whole.keys() - (TABLES if number else ())  # which diffusers' files have not
+            compared = whole.keys() - (TABLES if number else ())  # missing in diffusers' files
             assert all(torch.equal(whole[name], expected[name]) for name in compared)
             assert 0.49 * size < read < 0.51 * size
             assert held < 0.51 * size
-            if dtype == torch.float32:  # else what Python takes is too much beside it
+            if dtype == torch.float32:  # otherwise Python's own memory is too large in comparison
                 assert grown < 0.8 * size

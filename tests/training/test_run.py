@@ -319,7 +319,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, clips, number):
         if line.startswith("step 3"):
             process.send_signal(number)
             break
-    if number == signal.SIGTERM:  # as some launchers send it: by themselves, and through another one
+    if number == signal.SIGTERM:  # some launchers send it twice
         process.send_signal(number)
     process.stdout.read()
     assert process.wait() == 0

@@ -108,7 +108,7 @@ def test_the_number_of_clips_is_limited_by_the_dataset(clips):
 def test_loss_does_not_depend_on_batches_or_on_when(tiny, clips, family):
     config = tiny.config(family)
     expected = loss_of(config, clips, 5, 1)
-    torch.manual_seed(123)  # what was drawn before does not matter
+    torch.manual_seed(123)  # earlier random numbers do not matter
     random.seed(123)
     assert loss_of(config, clips, 5, 1, workers=1) == expected
     assert loss_of(config, clips, 3, 2) == pytest.approx(expected, rel=1e-5)

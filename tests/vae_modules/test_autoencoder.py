@@ -328,7 +328,7 @@ def test_settings_of_other_configurations_hold_at_the_values_that_are_always_so(
             coder(**sizes, **{key: value})
 
 
-# What a GPU does
+# Behaviour on a GPU
 
 
 def adds_bias_later(convolve):

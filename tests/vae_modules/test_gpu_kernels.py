@@ -45,7 +45,7 @@ def cases(dtype: torch.dtype, channels: int) -> None:
             total = x.double() + other + (0 if offset is None else offset[:, None, None, None])
             sums = gpu_kernels.add_and_sum(x, other, offset)
             assert_close(x, total, tolerance)  # the interpreter cuts off where a GPU rounds
-            assert_close(sums, modulation._sums(x), 1e-6)  # of what is stored
+            assert_close(sums, modulation._sums(x), 1e-6)  # sums of the stored values
         assert_close(gpu_kernels.channel_sums(room), modulation._sums(room), 1e-6)
 
 

@@ -110,7 +110,7 @@ class GeneralConditioner(nn.Module):
         """
         zeroed = set(force_zero_embeddings or ())
         embeddings: dict[str, list[Tensor]] = {}
-        together: Tensor | None = None  # of each sample which of the correlated embeddings it keeps
+        together: Tensor | None = None  # for each sample, the correlated embeddings to keep
         for index, embedder in enumerate(self.embedders):
             inputs = [self._entry(batch, key) for key in embedder.input_keys]
             rate = embedder.ucg_rate if drop and index not in self.cor_embs else 0.0
