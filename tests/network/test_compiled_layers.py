@@ -122,7 +122,7 @@ def test_layers_that_wait_in_host_memory(graphs):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-# What it does not know
+# Unsupported layers
 
 
 @pytest.mark.parametrize("change", [with_foreign_mixin, with_watched_module, with_dropout, with_other_norm])
