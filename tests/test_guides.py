@@ -52,7 +52,7 @@ def text(guide: str) -> str:
 
 @cache
 def flags_of(program: str) -> set[str]:
-    """Return the flags that a program's `--help` shows, and those of the commands whose arguments it takes too."""
+    """Return the flags in a program's `--help` and those of the commands it forwards to."""
     command = [sys.executable, str(ROOT / program), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return set(FLAG.findall(shown)).union(*(flags_of(other) for other in ARGUMENTS_OF.get(program, ())))

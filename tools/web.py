@@ -1,4 +1,7 @@
-"""Shows a page in the browser; sets up what it needs first. `--help` tells how; `cogvideox_sat.web.command` does it."""
+"""Show a page in the browser after setting up what it needs; see `--help`.
+
+`cogvideox_sat.web.command` does the work.
+"""
 
 import os
 import subprocess

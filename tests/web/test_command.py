@@ -1,4 +1,4 @@
-"""The command refuses what is unsafe or does not exist, in one line, before anything is opened."""
+"""The command refuses unsafe or missing things in one line, before opening anything."""
 
 import subprocess
 import sys

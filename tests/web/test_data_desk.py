@@ -1,4 +1,4 @@
-"""A data set is shown as the network would see it; what is wrong with it is one line without a path."""
+"""The page shows a data set as training reads it and its mistakes without paths."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A request reaches the page only from a browser of its own, for one of its own routes, and with no path in it."""
+"""The gate admits only same-origin requests for the page's routes without paths."""
 
 import asyncio
 import base64
@@ -15,7 +15,10 @@ USERS = {"ann": "long password"}
 
 
 class Asked:
-    """What a gate answers to a request; `passed` is whether the application behind it has seen it."""
+    """Answer of a gate to a request.
+
+    `passed` is true if the application behind the gate has seen the request.
+    """
 
     def __init__(self, uploads: Path, users: dict[str, str] | None = None, limit: int = 1000):
         self.rules = Rules(frozenset({"localhost", "127.0.0.1", "::1"}), 7860, users or {}, uploads, limit)

@@ -11,7 +11,10 @@ from sgm.errors import UserError
 
 
 class Steps:
-    """A runner whose tasks are numbers of steps, each of which waits until it is let go; -1 fails, -2 breaks."""
+    """Runner whose tasks are numbers of steps that wait for their release.
+
+    The task -1 fails with a user error, and -2 with an unexpected exception.
+    """
 
     def __init__(self):
         self.go = threading.Semaphore(0)

@@ -1,4 +1,4 @@
-"""What is filled in becomes a request; every mistake is one line that begins with the field."""
+"""Inputs become a request, and every mistake is one line that begins with the field."""
 
 import pytest
 

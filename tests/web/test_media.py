@@ -1,4 +1,4 @@
-"""Videos are shown by their names; nothing outside their folder is, by a path, by `..` or by a link."""
+"""Videos are shown by name, and no path, `..` or link leads out of their folder."""
 
 import pytest
 from starlette.applications import Starlette

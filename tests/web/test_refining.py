@@ -1,4 +1,4 @@
-"""Prompts are written out by the service that the environment names; nothing of its key is told."""
+"""The service of the environment refines prompts, and its key is never shown."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Runs are shown by their metrics and videos, also while they are being written; nothing outside their folder is."""
+"""Runs are shown by metrics and videos from their folder, also while they are written."""
 
 import json
 

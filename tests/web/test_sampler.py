@@ -1,4 +1,4 @@
-"""The page's end of the sampling process: it passes on what that tells, and starts it anew when it has died."""
+"""The client passes on the sampling process's messages and restarts a dead process."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The page makes the videos of the command, at the same cost; of one that is cancelled or fails nothing is left."""
+"""The page makes the command's videos at the same cost and cleans up after failures."""
 
 import io
 import json

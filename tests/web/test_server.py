@@ -1,4 +1,4 @@
-"""The page answers in each language, by its own routes alone, and does what a client of its interface asks for."""
+"""The page answers in each language, by its own routes alone, and to a client."""
 
 import socket
 import threading
@@ -21,7 +21,10 @@ SLOW = "slowly"
 
 
 class Pretended:
-    """A sampler that writes files of nothing. A prompt `SLOW` takes steps until it is cancelled."""
+    """Sampler that writes empty files.
+
+    A prompt `SLOW` takes steps until it is cancelled.
+    """
 
     def __init__(self, models):
         self.tasks = []

@@ -1,4 +1,4 @@
-"""What lies in a folder is offered by name; nothing outside is reached by a path, by `..` or by a link."""
+"""Entries of a folder are offered by name, and nothing outside can be reached."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What was filled in becomes a job for a model of the page."""
+"""Inputs become a job for a model of the page."""
 
 import pytest
 

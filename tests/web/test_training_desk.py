@@ -1,4 +1,4 @@
-"""What is filled in becomes a command that trains, with nothing in it that the page was not started with."""
+"""Inputs become a training command made only of what the page was started with."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What is shown of jobs and videos; whatever people have written in it is escaped."""
+"""HTML of jobs and videos is complete, and text that people have written is escaped."""
 
 import pytest
 

@@ -89,7 +89,9 @@ def arguments_of_model(
     set: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> tuple[SamplingArguments, ExitStack]:
-    """Return what `load` opens: the arguments of the command, and what has to stay as long as the model is used.
+    """Return the arguments of the command and the resources of a model that `load` opens.
+
+    The resources stay open as long as the model is used.
 
     Args:
         model and others: as of `load`.

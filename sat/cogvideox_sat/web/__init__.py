@@ -1,1 +1,1 @@
-"""A page in the browser: videos from texts and pictures, a gallery, training followed live, and data sets shown."""
+"""Browser page for making videos, following training and looking at data sets."""

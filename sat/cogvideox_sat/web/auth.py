@@ -1,4 +1,7 @@
-"""Names and passwords of the page: from a file or from the environment, never from a command line."""
+"""Names and passwords of the page, read from a file or from the environment.
+
+They are never read from the command line, which other users of the machine can see.
+"""
 
 import os
 from pathlib import Path

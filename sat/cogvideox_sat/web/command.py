@@ -1,4 +1,4 @@
-"""Shows a page in the browser: videos from texts and pictures, a gallery, training followed live, data sets shown.
+"""Show a page in the browser: videos, a gallery, live training and data sets.
 
   python tools/web.py                                                  the tiny models, on this machine alone
   python tools/web.py --model cogvideox_5b --model cogvideox_5b_i2v --offload stage

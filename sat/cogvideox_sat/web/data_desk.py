@@ -1,4 +1,4 @@
-"""A data set as the network would see it: the report and the contact sheet of `--inspect_data`, for the page."""
+"""Report and contact sheet of a data set for the page, made by `--inspect_data`."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ SHAPES = 12  # that are listed
 
 @dataclass(frozen=True)
 class Report:
-    """What training would see of a data set.
+    """Result of inspecting a data set as training would read it.
 
     Args:
         content: as `--inspect_data --json` prints it.
@@ -78,7 +78,7 @@ class DataDesk:
         return Report(self.brief_content(content), sheet.name if sheet.is_file() else None, problem)
 
     def brief(self, text: str) -> str:
-        """Return a text in which what lies in the folder of the data is named as the page names it."""
+        """Return a text with paths in the data folder replaced by the names on the page."""
         return text.replace(f"{self.data.root}/", "").replace(str(self.folder), "")
 
     def brief_content(self, content: Any) -> Any:

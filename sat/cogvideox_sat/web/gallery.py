@@ -1,4 +1,4 @@
-"""The videos that were made: read from the folder, so that they are there after a restart too."""
+"""Finished videos, read from their folder so that a restart keeps them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +77,10 @@ class Gallery:
 
 
 def read_entry(path: Path) -> Entry:
-    """Return a video and what its record says; without a record, or with one that cannot be read, its name alone."""
+    """Return a video and the content of its record.
+
+    The entry has only the video's name if the record is missing or cannot be read.
+    """
     beside = record_path(path)
     try:
         if beside.is_symlink():

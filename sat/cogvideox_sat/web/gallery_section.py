@@ -1,4 +1,4 @@
-"""The gallery on the page, below the tabs: the newest videos, a longer list of them, and "use again"."""
+"""Gallery below the tabs: the newest videos, a longer list of them, and "use again"."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -95,7 +95,7 @@ class GallerySection:
         return updates
 
     def with_uploads(self, entry: Entry) -> tuple[dict[str, Any], bool]:
-        """Return the fields of a video with their files as uploads, and whether these are all there.
+        """Return the fields of a video with their files as uploads, and if all files exist.
 
         Files are taken only from the folder in which the page keeps them.
         """

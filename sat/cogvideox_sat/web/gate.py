@@ -1,4 +1,4 @@
-"""What every request to the page goes through: whom it is for, where it comes from, and what it may ask for.
+"""Gate of the page, which checks each request's user, origin, route and content.
 
 The library that draws the page has routes that read files, fetch addresses and show how the page is used. None of them
 is reachable but those of `READ` and `SENT`, which the page needs.
@@ -116,7 +116,10 @@ class Gate:
         await self.app(scope, receive, with_headers(send))
 
     async def checked_body(self, receive: Receive, send: Send, limit: int) -> Any:
-        """Return a `receive` of the same body, once it is known to name no file elsewhere; None: it is refused."""
+        """Return a `receive` of the same body after checking that it names no other files.
+
+        The result is None if the body was refused.
+        """
         body = b""
         while True:
             message = await receive()

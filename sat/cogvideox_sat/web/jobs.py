@@ -1,4 +1,4 @@
-"""The queue of the page: jobs run one after the other, are followed while they run, and can be cancelled.
+"""Queue of the page, whose jobs run one after the other and can be cancelled.
 
 Nothing here knows what a job does, or who looks at it: a job goes on when nobody does.
 """
@@ -62,7 +62,7 @@ class Job:
 
 
 class Runner(Protocol):
-    """What does the work."""
+    """Worker that runs the tasks of a queue."""
 
     def run(self, task: Any, update: Callable[..., None], is_cancelled: Callable[[], bool]) -> str:
         """Return what the task made.

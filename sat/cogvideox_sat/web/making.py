@@ -1,4 +1,6 @@
-"""What was filled in on the page, as the fields of a request. Every mistake is one line that begins with the field.
+"""Conversion of the inputs of the page to the fields of a request.
+
+Every mistake is one line that begins with the field.
 
 Nothing here imports PyTorch, nor the library that draws the page.
 """
@@ -61,7 +63,7 @@ def request_fields(model: OfferedModel, values: Mapping[str, Any], uploads: Uplo
 
 
 def shown_fields(model: OfferedModel, given: Mapping[str, Any], uploads: Uploads) -> dict[str, Any]:
-    """Return the fields of what a request shows: pictures and clips, and how the video goes on.
+    """Return the fields of a request that name pictures, clips and the continuation.
 
     Raises:
         UserError: the model takes no pictures or needs one, or a file cannot be used.
@@ -254,7 +256,9 @@ def adapters_of(names: object, strengths: object, shelf: Shelf) -> dict[str, flo
 def filled_in(
     fields: Mapping[str, Any], adapters: Mapping[str, float], model: OfferedModel, shelf: Shelf, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return what to fill in to make a video again, by the names of the inputs; None for what it leaves open.
+    """Return the values of the inputs that make a video again, by the inputs' names.
+
+    An input that the request leaves open has the value None.
 
     Args:
         fields: of its request, see `gallery.Entry`; adapters: paths with strengths.

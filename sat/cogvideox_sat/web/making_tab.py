@@ -1,4 +1,4 @@
-"""The tabs in which videos are made: what is filled in, the buttons, and how far the video is."""
+"""Tabs in which videos are made: inputs, buttons and progress."""
 
 import asyncio
 import logging
@@ -222,7 +222,10 @@ class MakingTab:
 
 
 async def follow(studio: Studio, texts: Texts, job_id: str) -> AsyncIterator[tuple[Any, Any, Any]]:
-    """Yield how far a job is, what it has made, and its id, until it has ended. It goes on when nobody follows it."""
+    """Yield the progress, the result and the id of a job until the job has ended.
+
+    The job continues when nobody follows it.
+    """
     job, version = studio.queue.get(job_id), -1
     while job is not None:
         if job.version != version or not version:

@@ -1,4 +1,7 @@
-"""Pieces of HTML for the page. Whatever a person or a file has written goes through `escaped`."""
+"""Pieces of HTML for the page.
+
+Text from people and files goes through `escaped`.
+"""
 
 import base64
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,7 @@
-"""The addresses of videos and pictures on the page. Each is made of names that are looked up, never of a path."""
+"""Addresses of videos and pictures on the page.
+
+An address consists of names that are looked up and never contains a path.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The models that the page offers, known before their weights are read. Nothing here imports PyTorch."""
+"""Models that the page offers, described before their weights are read.
+
+Nothing here imports PyTorch.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

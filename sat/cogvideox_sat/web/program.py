@@ -1,4 +1,4 @@
-"""Programs that the page starts: their output, and the one line that they end with if something was wrong."""
+"""Programs that the page starts, with their output and their last line on failure."""
 
 import io
 import os
@@ -75,7 +75,10 @@ class Program:
         return list(self._lines)
 
     def wait(self, seconds: float) -> int | None:
-        """Return the exit code once it has ended and all that it said is read; None: it runs on after so long."""
+        """Return the exit code after the program has ended and all its output was read.
+
+        The result is None if the program still runs after the timeout.
+        """
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -102,7 +105,7 @@ def training_words(processes: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a program, in which it finds this package; without the keys of services."""
+    """Return the environment of a program, with this package and without service keys."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "COGVIDEOX_WEB_"))}
     places = [str(ROOT), str(ROOT / "sat"), *filter(None, [kept.get("PYTHONPATH")])]
     return {**kept, "PYTHONPATH": os.pathsep.join(places)} if Path(ROOT, "sat").is_dir() else kept

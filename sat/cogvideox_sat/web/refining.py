@@ -1,4 +1,6 @@
-"""Prompts written out by the service that the environment names, see `sampling.prompt_refinement`.
+"""Refinement of prompts by the service that the environment names.
+
+See `sampling.prompt_refinement`.
 
 Of what the service says, and of how it is reached, nothing reaches a browser but the text of a prompt.
 """

@@ -1,4 +1,4 @@
-"""What the page shows of training runs: curves of `metrics.jsonl` and videos, as HTML."""
+"""HTML of training runs: curves of `metrics.jsonl` and videos."""
 
 import json
 import math
@@ -32,7 +32,10 @@ def is_run(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Return the numbers of a run by name, each a list of (step, value). A line that is not complete is left out."""
+    """Return the numbers of a run by name, each a list of (step, value).
+
+    Incomplete lines of the file are left out.
+    """
     series: dict[str, Series] = {}
     if path.is_symlink():
         return series
@@ -119,7 +122,10 @@ def videos(shelf: Shelf, name: str, texts: Texts) -> str:
 
 
 def inner_names(shelf: Shelf, name: str, path: Path) -> Sequence[str] | None:
-    """Return the names that lead to a file of a run; None: it lies elsewhere, or is nothing to be shown."""
+    """Return the names that lead to a file of a run.
+
+    The result is None if the file is outside the run or is of a kind that is not shown.
+    """
     try:
         names = path.relative_to(shelf.path(name)).parts
         shelf.file(name, *names)

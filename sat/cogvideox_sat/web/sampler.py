@@ -1,4 +1,4 @@
-"""The page's end of the process that samples: starts it, gives it tasks, and starts it anew if it dies."""
+"""Client of the sampling process, which starts it, sends tasks and restarts it."""
 
 import logging
 import multiprocessing

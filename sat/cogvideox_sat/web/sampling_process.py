@@ -1,4 +1,4 @@
-"""The process that has the models and makes the videos of the page, so that the page answers meanwhile.
+"""Process that holds the models and makes videos while the page stays responsive.
 
 Importing this imports PyTorch only once a model is loaded.
 """
@@ -95,7 +95,10 @@ def make_video(
 
 @contextmanager
 def kept_inputs(task: VideoTask) -> Iterator[dict[str, Any]]:
-    """Yield the fields of a task, which name copies that stay; those made now do not, where the block fails."""
+    """Yield the fields of a task with the paths of lasting copies of its files.
+
+    Copies that this call has made are removed if the block fails.
+    """
     made: list[Path] = []
 
     def kept(path: Path) -> Path:
@@ -232,7 +235,10 @@ class Workshop:
 
 
 def run(connection: Connection, models: Sequence[OfferedModel]) -> None:
-    """Work for the other end of a connection until it is closed; the process is this program's alone."""
+    """Run the tasks that arrive on a connection until it is closed.
+
+    The process belongs to this program alone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the page's own process ends this one
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     quiet_libraries()

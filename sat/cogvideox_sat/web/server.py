@@ -41,7 +41,7 @@ STYLE = Path(__file__).with_name("style.css")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command is told.
+    """Options of the command.
 
     Args:
         users: names with passwords; empty: nobody is asked.
@@ -105,7 +105,10 @@ def open_studio(options: Options) -> Studio:
 
 
 def set_environment(uploads: Path) -> None:
-    """Tell the library that draws the page, before it is imported, where uploads go and to keep to itself."""
+    """Set the environment of the library that draws the page, before it is imported.
+
+    The settings place its uploads in the folder and turn off its connections to other services.
+    """
     os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(uploads))
     for name in UNSET:
         os.environ.pop(name, None)
@@ -131,7 +134,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def build_app(studio: Studio, options: Options, port: int) -> Gate:
-    """Return the application: the page in each language below /en, /zh and /ja, behind the gate."""
+    """Return the application: the page below /en, /zh and /ja, behind the gate."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.requests import Request

@@ -1,4 +1,4 @@
-"""All that the page works with, in one place: models, queue, gallery, uploads, and the folders that it offers from."""
+"""Models, queue, gallery, uploads and folders that the page works with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ ADAPTER_FILES = (".safetensors", ".pt", ".bin", ".ckpt")
 
 @dataclass(frozen=True)
 class Studio:
-    """What the page works with.
+    """Objects that the page works with.
 
     Args:
         models: by name.

@@ -1,4 +1,4 @@
-"""Training runs of the page: what may be chosen, and the one that runs, in a process of its own.
+"""Training runs of the page: the choices and the run in a process of its own.
 
 Nothing here imports PyTorch.
 """
@@ -137,14 +137,17 @@ class TrainingDesk:
         return Plan(recipe, arguments, settings)
 
     def written(self, prompts: Sequence[str]) -> Path:
-        """Return a prompt file that has these prompts. They name no files there: a line is an object with a text."""
+        """Write a prompt file of these prompts and return its path.
+
+        The prompts cannot name files, because each line is an object with only a text.
+        """
         lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
         path = self.folder / f"{token_hex(8)}.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
     def recipe(self, name: object) -> Sequence[str]:
-        """Return the configuration files of a recipe; raises UserError for one that is not offered."""
+        """Return the configuration files of a recipe, or raise UserError for an unknown one."""
         if not isinstance(name, str) or name not in self.recipes:
             raise UserError(f"recipe is {shown(name)}; it can be {', '.join(self.recipes)}")
         return self.recipes[name]

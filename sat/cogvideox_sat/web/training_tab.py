@@ -1,4 +1,4 @@
-"""The tab of training: a run is started, stopped, and followed live with its curves and videos."""
+"""Training tab, which starts, stops and follows a run with its curves and videos."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -97,7 +97,7 @@ class TrainingTab:
         return shown or markup.note(self.texts["training_no_numbers"])
 
     def refresh(self, chosen: str | None, known: tuple[str, str]) -> list[Any]:
-        """Return the runs, the one that is looked at, how the one is that was started here, and what is known then.
+        """Return updates of the run list, the shown run and the state, and the new `known`.
 
         What has not changed is left alone: a list that is open stays open, and videos play on.
         """

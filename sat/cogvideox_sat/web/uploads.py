@@ -1,4 +1,4 @@
-"""Files that were uploaded to the page: a temporary folder of its own, with limits, and copies of what videos need.
+"""Uploaded files in a temporary folder with limits, and copies that videos need.
 
 Nobody opens an upload but the readers of pictures and clips that prompt files have too.
 """
@@ -64,7 +64,10 @@ class Uploads:
         return copy
 
     def prune(self, most: int = KEPT_UPLOADS) -> None:
-        """Remove the oldest uploads, so that no more than `most` stay, of no more than `KEPT_SIZE` times the limit."""
+        """Remove the oldest uploads until number and size are within the limits.
+
+        At most `most` files stay, with at most `KEPT_SIZE` times the limit of one file in all.
+        """
         found = []
         for path in self.folder.rglob("*"):
             with suppress(OSError):  # another request has removed it

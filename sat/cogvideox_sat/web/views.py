@@ -1,4 +1,7 @@
-"""What the page shows of jobs and videos, as HTML. Whatever people have written in it is escaped."""
+"""HTML of jobs and videos on the page.
+
+Text that people have written is escaped.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
