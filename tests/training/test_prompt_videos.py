@@ -18,6 +18,8 @@ from cogvideox_sat.runs.step_clock import StepClock
 from cogvideox_sat.runs.videos import read_videos
 from cogvideox_sat.training import prompt_videos
 from diffusion_video import SATVideoDiffusionEngine
+from distributed import run_distributed
+from sgm.errors import UserError
 from train_video import main
 from training_clips import write_clip, write_dataset
 from training_runs import (
@@ -26,7 +28,6 @@ from training_runs import (
     precomputed,
     runs_of,
     train,
-    train_alone,
     train_in_processes,
     weights,
     write_config,
@@ -77,10 +78,10 @@ def test_the_run_is_the_same_to_the_bit_and_its_videos_are_those_of_inference(tm
     settings = {**FEW_STEPS, "save_interval": 2}
     plain = write_config(tmp_path / "plain.yaml", tiny, "5b", clips, save=str(tmp_path / "plain"), **settings)
     watched = write_config(tmp_path / "a.yaml", tiny, "5b", clips, valid_prompts=prompts, tensorboard=True, **settings)
-    expected = train_alone(plain, "--train_iters", "4")
-    run = train_alone(watched)
+    expected = train(plain, "--train_iters", "4")
+    run = train(watched)
     before = {video.path: video.path.stat().st_mtime_ns for video in read_videos(run)}
-    train_alone(watched, "--resume", "latest", "--train_iters", "4")
+    train(watched, "--resume", "latest", "--train_iters", "4")
     assert metrics(run) == metrics(expected)
     assert_same(weights(run), weights(expected))
     assert made(run) == {"valid_prompts/0": [0, 2, 4], "valid_prompts/1": [0, 2, 4]}
@@ -209,6 +210,42 @@ def test_processes_that_share_the_network_or_a_clip_make_a_video_together(tmp_pa
     assert difference.abs().mean() < 0.01
 
 
+def train_with_failures(config: str, picture: str) -> None:
+    """Run the command as one of two processes; at step 2 a picture is gone and one video cannot be written."""
+    import torch.distributed as dist
+
+    make, files = prompt_videos.PromptVideos.make, prompt_videos.video_files
+
+    def make_without(self, step, *given):
+        if step == 2 and dist.get_rank() == 0:
+            Path(picture).unlink()
+        make(self, step, *given)
+
+    def failing(path, *given):
+        if path.match("2/1_*"):
+            raise UserError(f"cannot write {path}: the disk is full")
+        return files(path, *given)
+
+    prompt_videos.PromptVideos.make, prompt_videos.video_files = make_without, failing
+    os.environ.update(WORLD_SIZE="2", RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()))
+    try:
+        assert main(["--base", config]) == 0
+    finally:
+        prompt_videos.PromptVideos.make, prompt_videos.video_files = make, files
+
+
+@pytest.mark.distributed
+def test_a_failure_of_one_of_the_processes_that_make_a_video_together_stops_none(tmp_path, tiny, clips):
+    red, blue = (picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
+    prompts = write_prompts(tmp_path, f"a@@{red}", f"b@@{blue}", f"c@@{blue}")
+    config = write_config(tmp_path / "a.yaml", tiny, "5b_i2v", clips, valid_prompts=prompts, zero=3, **FEW_STEPS)
+    run_distributed(train_with_failures, 2, str(config), str(tmp_path / red))
+    (run,) = runs_of(config)
+    videos = made(run)
+    assert [videos[f"valid_prompts/{number}"] for number in range(3)] == [[0], [0], [0, 2]]
+    assert list(metrics(run)) == [1, 2]
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -242,6 +279,7 @@ def test_a_prompt_that_fails_while_training_is_a_warning_alone(tmp_path, tiny, c
     red, blue = (picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
     prompts = write_prompts(tmp_path, f"a@@{red}", f"b@@{blue}")
     steps, pauses = [], []
+    raised = [MemoryError(), ZeroDivisionError("a bug")]
     pause = StepClock.paused
 
     @contextmanager
@@ -266,7 +304,7 @@ def test_a_prompt_that_fails_while_training_is_a_warning_alone(tmp_path, tiny, c
     def failing(self, events, stopping):
         yield from going_on(self, events, stopping)
         if steps[-1] == 5:
-            raise ZeroDivisionError("a bug")
+            raise raised.pop()
 
     monkeypatch.setattr(StepClock, "paused", pausing)
     monkeypatch.setattr(prompt_videos.PromptVideos, "make", make_with_failures)
@@ -277,9 +315,10 @@ def test_a_prompt_that_fails_while_training_is_a_warning_alone(tmp_path, tiny, c
     assert [line.partition(" left out: ")[0] for line in warnings] == [
         f"step {step}: valid_prompts:" for step in (2, 4, 4, 5, 5)
     ]
-    assert "prompt 1 ('a'): there is no image" in warnings[0]
+    assert "red.png does not exist" in warnings[0]
     assert "prompt 1 ('a'): cannot write" in warnings[1]
-    assert "prompt 2 ('b'): ZeroDivisionError: a bug" in warnings[4]
+    assert "prompt 1 ('a'): ZeroDivisionError: a bug" in warnings[3]
+    assert "prompt 2 ('b'): evaluation: host memory is full" in warnings[4] and "fewer valid_prompts" in warnings[4]
     assert made(run)["valid_prompts/1"] == [0, 2]
     assert len(metrics(run)) == 5
     assert not list((run / "valid_prompts" / "5").iterdir()), "no part of a video is left"

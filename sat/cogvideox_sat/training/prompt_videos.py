@@ -182,7 +182,8 @@ class PromptVideos:
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()  # training needs blocks of other sizes
         if made:
-            logger.info("step %d: %d videos of valid_prompts are in %s", step, made, self.folder / VIDEOS / str(step))
+            folder = self.folder / VIDEOS / str(step)
+            logger.info("step %d: valid_prompts: %d of %d videos are in %s", step, made, count, folder)
 
     def _outcomes(self, own: Outcome) -> list[Outcome]:
         """Return the outcomes of all processes, after waiting for them."""
