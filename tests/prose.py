@@ -7,9 +7,7 @@ The rules of prose are in CONTRIBUTING.md. ruff checks the blank line after the 
 
 import ast
 import sys
-import tomllib
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,24 +36,15 @@ def problem_of(docstring: str) -> str | None:
     return None
 
 
-def exceptions(root: Path) -> list[str]:
-    """Return the patterns of files whose docstrings ruff does not check either."""
-    with (root / "pyproject.toml").open("rb") as file:
-        lint = tomllib.load(file)["tool"]["ruff"]["lint"]
-    return [pattern for pattern, rules in lint.get("per-file-ignores", {}).items() if "D401" in rules]
-
-
 def wrong(root: Path = ROOT) -> list[str]:
     """Return a line for each docstring with a problem."""
-    ignored = exceptions(root)
     files = sorted([*root.glob("*.py"), *(file for folder in FOLDERS for file in (root / folder).rglob("*.py"))])
     lines = []
     for file in files:
         path = file.relative_to(root)
-        if not any(fnmatchcase(str(path), pattern) for pattern in ignored):
-            for line, text in docstrings(file.read_text(encoding="utf-8")):
-                if problem := problem_of(text):
-                    lines.append(f"{path}:{line}: {problem}")
+        for line, text in docstrings(file.read_text(encoding="utf-8")):
+            if problem := problem_of(text):
+                lines.append(f"{path}:{line}: {problem}")
     return lines
 
 
