@@ -211,7 +211,10 @@ def test_processes_that_share_the_network_or_a_clip_make_a_video_together(tmp_pa
 
 
 def train_with_failures(config: str, picture: str) -> None:
-    """Run the command as one of two processes; at step 2 a picture is gone and one video cannot be written."""
+    """Run the command as one of two processes, with two failures at step 2.
+
+    A picture no longer exists, and one video cannot be written.
+    """
     import torch.distributed as dist
 
     make, files = prompt_videos.PromptVideos.make, prompt_videos.video_files
