@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cogvideox_sat.media.video_output import VideoWriter
-from cogvideox_sat.shapes.drawing import draw
+from cogvideox_sat.shapes.drawing import draw, draw_moments
 from cogvideox_sat.shapes.judge import NONE, judge
 from cogvideox_sat.shapes.scenes import (
     CONCEPT_MOTIONS,
@@ -69,6 +69,14 @@ def test_a_spiral_is_no_circle_wherever_it_is(motion):
     for phase in torch.linspace(0, 1, 12).tolist():
         scene = Scene((Item("small", "red", "circle", motion, phase, offset=1 - 2 * phase),), "white")
         assert judge(spoilt(draw(scene, 9, 64, 64), 0)).items[0].motion == motion
+
+
+@pytest.mark.parametrize("motion", ["bouncing", "moving in a circle", "standing still"])
+@pytest.mark.parametrize("clips", [1, 3])
+def test_a_motion_that_comes_round_may_begin_in_its_middle(motion, clips):
+    scene = Scene((Item("small", "red", "square", motion, phase=0.3),), "white")
+    moments = [(frame / 8 + 0.5) % 1 for frame in range(8 * clips + 1)]
+    assert judge(spoilt(draw_moments(scene, moments, 64, 64), 0), clips).items[0].motion == motion
 
 
 @pytest.mark.slow

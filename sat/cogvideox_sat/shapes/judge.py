@@ -291,6 +291,7 @@ def find_motion(track: Track) -> str:
         "right": [torch.stack([still, track.moments])],
         "down": [torch.stack([track.moments, still])],
         "bouncing": [torch.stack([-(angle / 2).cos().abs(), still])],
+        "bouncing, from the ground": [torch.stack([-(angle / 2).sin().abs(), still])],
         **{f"circle {sense}": parts for sense, parts in rounds.items()},
         **{f"spiral {sense}": [track.moments * part for part in parts] for sense, parts in rounds.items()},
     }
@@ -307,7 +308,7 @@ def find_motion(track: Track) -> str:
         return "moving right" if forward else "moving left"
     if best == "down":
         return "moving down" if forward else "moving up"
-    if best == "bouncing":
+    if best.startswith("bouncing"):
         return "bouncing" if forward else NONE
     return "moving in a spiral" if best.startswith("spiral") else "moving in a circle"
 
