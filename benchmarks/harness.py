@@ -71,8 +71,8 @@ def synchronize() -> None:
 def peak_memory(run: Callable[[], object], device: "torch.device") -> float:
     """Return the peak memory of this process during `run`, in GiB.
 
-    It is the GPU's memory, or on a CPU the resident memory. Resident memory includes everything from before, so measure
-    each contender in its own process (`peak_memories`). Linux only.
+    The memory is the GPU's, or on a CPU the resident memory. Resident memory includes everything from before, so
+    measure each contender in its own process (`peak_memories`). Linux only.
     """
     import torch
 
@@ -118,8 +118,8 @@ def speeds(seconds: Mapping[str, float], memory: Mapping[str, float], flops: flo
 def layer_flops(tokens: int, width: int) -> tuple[int, int]:
     """Return the floating-point operations of one layer's forward pass on one clip.
 
-    They are those of products with weight matrices (projections of the attention and the MLP, 24·n·d²) and of the
-    attention (4·n²·d).
+    The operations counted are products with weight matrices (projections of the attention and the MLP, 24·n·d²) and
+    the attention (4·n²·d).
     """
     return 24 * tokens * width**2, 4 * tokens**2 * width
 

@@ -3,10 +3,10 @@
     python benchmarks/vae_training.py [--device cuda] [--dtype bfloat16] [--size tiny] [--write]
 
 Both have the same weights and inputs. A step encodes a clip, draws a latent with the same noise, decodes it, and
-computes the gradients of all weights for mean absolute error and KL divergence. It has no optimizer, whose share would
-be the same. Ours encodes and decodes the clip at once. diffusers, at its defaults, cuts clips of more than 9 frames
-into slices; for these it is also measured with slices off. First ours and diffusers without slices compute one loss and
-its gradients, which must agree in float32; then all take turns. Ours also runs with the activations of
+computes the gradients of all weights for mean absolute error and KL divergence. A step has no optimizer, whose share
+would be the same. Ours encodes and decodes the clip at once. diffusers, at its defaults, cuts clips of more than 9
+frames into slices; for these it is also measured with slices off. First ours and diffusers without slices compute one
+loss and its gradients, which must agree in float32; then all take turns. Ours also runs with the activations of
 `--checkpoint-levels` recomputed.
 """
 

@@ -89,8 +89,8 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
 def sum_over_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the sum of every rank's `x`; its gradient is that of this rank's `x` alone.
 
-    It is for a loss with terms on several ranks: every rank holds the whole loss, and its backward pass gives the part
-    of the gradient from its own terms.
+    This sum is for a loss with terms on several ranks: every rank holds the whole loss, and its backward pass gives
+    the part of the gradient from its own terms.
     """
     if group is None:
         return x

@@ -30,8 +30,8 @@ def exit_code(
 ) -> int:
     """Run a command and return its exit code.
 
-    It is 2 for a UserError, which is logged as one line, and 130 if the command is interrupted. Full memory counts as a
-    UserError.
+    The code is 2 for a UserError, which is logged as one line, and 130 if the command is interrupted. Full memory
+    counts as a UserError.
 
     Args:
         command_line: the command's arguments, None for those of the process; `--debug` among them also logs the

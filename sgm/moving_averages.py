@@ -9,8 +9,8 @@ from torch import Tensor
 def kept_share(decay: float, step: int | Tensor, warm_up: bool = True) -> float | Tensor:
     """Return the share of a moving average that its update `step`, from 1, keeps.
 
-    It is min(decay, (1 + step)/(10 + step)), so that the average soon forgets the initial weights, or `decay` without
-    the warm-up.
+    The share is min(decay, (1 + step)/(10 + step)), so that the average soon forgets the initial weights, or `decay`
+    without the warm-up.
 
     Args:
         step: a number; or a tensor, for which the share is a float64 tensor on its device, so that nothing waits for

@@ -104,8 +104,9 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """Return the matrix with its singular values near 1, between about 0.7 and 1.2.
 
     A zero matrix stays zero. The iteration X -> (a + b XX' + c (XX')^2) X only multiplies X from the left by
-    polynomials of its Gram matrix, so that it runs on this small square matrix, and X is multiplied once. It computes
-    in float32 and returns the matrix's dtype; autocast is off, since powers of the Gram matrix need the precision.
+    polynomials of its Gram matrix, so that it runs on this small square matrix, and X is multiplied once. The
+    iteration runs in float32, and the result has the matrix's dtype; autocast is off, since powers of the Gram matrix
+    need the precision.
     """
     with torch.autocast(matrix.device.type, enabled=False):
         return _orthogonalize(matrix.float()).to(matrix.dtype)

@@ -19,9 +19,9 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 def hashed_seed(*parts: int | str) -> int:
     """Return a seed in [0, 2^63) from the BLAKE2b hash of the parts, joined by ":".
 
-    It is the first eight bytes, big-endian, without the top bit. Neighbouring items and seeds are unrelated (with seed
-    + index, item 1 of seed 42 and item 0 of seed 43 would have the same noise), and processes, batches and the Python
-    version have no influence.
+    The seed is the first eight bytes, big-endian, without the top bit. Neighbouring items and seeds are unrelated (with
+    seed + index, item 1 of seed 42 and item 0 of seed 43 would have the same noise), and processes, batches and the
+    Python version have no influence.
     """
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & (2**63 - 1)

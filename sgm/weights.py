@@ -175,8 +175,8 @@ class _Bookkeeping:
 def _harmless_classes() -> list[Any]:
     """Return the classes beside tensors and plain values in checkpoints of DeepSpeed and SAT.
 
-    They are arguments and RNG states, and beside the optimizer's pieces of weights the ZeRO stage, loss scales and
-    places in those pieces.
+    The classes hold arguments and RNG states, and beside the optimizer's pieces of weights the ZeRO stage, loss scales
+    and places in those pieces.
     """
     from _codecs import encode
 

@@ -5,7 +5,7 @@
   python tools/convert_demo.py --input_file configs/test.txt --output_file refined.txt
 
 Any endpoint with OpenAI's protocol works: OPENAI_API_KEY is the key, OPENAI_BASE_URL the address (default: OpenAI),
-OPENAI_MODEL the model. With an image the model, which must accept images, describes the motion. Of a prompt file (.txt,
+OPENAI_MODEL the model. With an image the model, which must accept images, describes the motion. In a prompt file (.txt,
 with or without `prompt@@image`, or .jsonl) only the prompts change. A prompt that cannot be refined stays unchanged,
 with a warning. `sat/sample_video.py --refine_prompts` refines prompts before sampling.
 

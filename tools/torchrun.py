@@ -2,7 +2,7 @@
 
   python tools/torchrun.py --standalone --nproc_per_node=2 sat/train_video.py --base ...
 
-It takes torchrun's arguments. Exit codes: that of the first process that failed; after SIGTERM or Ctrl-C, which the
+The arguments are torchrun's. Exit codes: that of the first process that failed; after SIGTERM or Ctrl-C, which the
 processes had time to handle, 128 plus the signal's number.
 """
 

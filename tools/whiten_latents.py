@@ -111,7 +111,7 @@ def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
 def covariance_of(latents: "Iterable[Tensor]") -> "Tensor":
     """Return the covariance (c, c), float64, of the channels of latents (1, c, t, h, w).
 
-    It is taken over all places of all latents.
+    The covariance is taken over all places of all latents.
     """
     count, total, products = 0, 0.0, 0.0
     for latent in latents:
@@ -126,7 +126,7 @@ def covariance_of(latents: "Iterable[Tensor]") -> "Tensor":
 def inverse_root(covariance: "Tensor") -> "Tensor":
     """Return C^(-1/2), the symmetric root.
 
-    Of all maps to unit covariance it changes the latents least.
+    The root changes the latents least among all maps to unit covariance.
     """
     import torch
 

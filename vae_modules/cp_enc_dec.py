@@ -158,8 +158,8 @@ class ContextParallelEncoder3D(nn.Module):
 class ContextParallelDecoder3D(nn.Module):
     """Latent (batch, z_channels, k+1, h, w) -> video (batch, out_ch, 4k+1, 8h, 8w).
 
-    It mirrors the encoder, with one more block per level and norms conditioned on the latent. An even number n of
-    latent frames has no frame that stands alone, and gives 4n frames.
+    The decoder mirrors the encoder, with one more block per level and norms conditioned on the latent. An even number n
+    of latent frames has no frame that stands alone, and gives 4n frames.
 
     Args: those of the encoder.
     """

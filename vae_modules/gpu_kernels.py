@@ -198,7 +198,7 @@ def write_modulated_silu(
 def serve(*tensors: Tensor) -> bool:
     """Return whether the kernels support these tensors.
 
-    They must be on a GPU, with rows of channels one after the other.
+    The tensors must be on a GPU, with rows of channels one after the other.
     """
     first = tensors[0]
     return (
@@ -214,7 +214,7 @@ def serve(*tensors: Tensor) -> bool:
 def works() -> bool:
     """Return whether the kernels give the results of PyTorch on this machine.
 
-    They are tried once, and a failure is logged.
+    The kernels are tried once, and a failure is logged.
     """
     if triton is None:
         return False

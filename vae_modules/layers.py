@@ -29,8 +29,8 @@ FEW = 4  # oneDNN has no float32 3D convolution for fewer channels
 def leaves_bias(weight: Tensor) -> bool:
     """Return whether a convolution with this weight leaves its bias to the next operation.
 
-    That is so without gradients on a GPU, where PyTorch adds the bias in another pass over the result; on a CPU PyTorch
-    adds it within the convolution.
+    The result is true on a GPU without gradients, where PyTorch adds the bias in another pass over the
+    result; on a CPU PyTorch adds the bias within the convolution.
     """
     return weight.device.type != "cpu" and not torch.is_grad_enabled()
 
@@ -152,7 +152,7 @@ class GroupNorm(nn.GroupNorm):
     ) -> tuple[Any, ...]:
         """Return the arguments of `write_modulated_silu` that normalize.
 
-        They are a scale and a shift, each (batch, channel, 1, 1, 1), and whether a first frame has its own.
+        The arguments are a scale and a shift, each (batch, channel, 1, 1, 1), and whether a first frame has its own.
 
         Args:
             statistics: of everything that is normalized together, on all ranks.
@@ -199,7 +199,7 @@ class SpatialNorm3D(nn.Module):
     ) -> tuple[Any, ...]:
         """Return the arguments of `write_modulated_silu`; see `GroupNorm.passes`.
 
-        They are maps (batch, channel, t, h, w) shaped like `z`, and the scale and shift of the normalization alone.
+        The arguments are maps (batch, channel, t, h, w) shaped like `z`, and the scale and shift of the normalization.
         """
         scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk, offset=offset)
         return self.conv_y(z, chunk), self.conv_b(z, chunk), chunk.lead, scale, shift

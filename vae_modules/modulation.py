@@ -1,8 +1,8 @@
 """Passes of normalization over a large tensor, each with its own backward pass.
 
-They only keep their arguments for the backward pass. Tensors are (batch, channel, time, height, width) in channels-last
-memory. Each pass is one operator that reads and writes its tensors once: on a GPU one kernel (see `gpu_kernels`;
-several PyTorch operations if it does not work), on a CPU piece by piece in the cache.
+The passes keep only their arguments for the backward pass. Tensors are (batch, channel, time, height, width) in
+channels-last memory. Each pass is one operator that reads and writes its tensors once: on a GPU one kernel (see
+`gpu_kernels`; several PyTorch operations if it does not work), on a CPU piece by piece in the cache.
 """
 
 from collections.abc import Iterator

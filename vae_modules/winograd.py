@@ -1,6 +1,6 @@
 """Causal 3x3x3 convolution with about half of the products, for float32 on a CPU.
 
-It has a backward pass. Winograd's minimal filtering F(n, 3) along time (Lavin & Gray, "Fast Algorithms for
+The convolution has a backward pass. Winograd's minimal filtering F(n, 3) along time (Lavin & Gray, "Fast Algorithms for
 Convolutional Neural Networks", section 4.1): n output frames of a three-tap filter take n + 2 products of frames, here
 2D convolutions, instead of 3n. On a GPU and in half precision a plain 3D convolution is faster, or more exact.
 """

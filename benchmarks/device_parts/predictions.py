@@ -1,7 +1,7 @@
 """Expectations for one H100 80GB, by part, row and column.
 
-Marks: M measured before (PyTorch 2.11, RESULTS.md), C counted from the code, P published, E estimated. They are for
-today's code; a compiled network is expected to be one compiled block for all layers.
+Marks: M measured before (PyTorch 2.11, RESULTS.md), C counted from the code, P published, E estimated. They hold
+for today's code; a compiled network is expected to be one compiled block for all layers.
 """
 
 from typing import NamedTuple

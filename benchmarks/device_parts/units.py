@@ -90,7 +90,7 @@ def full_units() -> list[Unit]:
 def toy_units() -> list[Unit]:
     """Return the same measurements for networks that a CPU computes in a moment.
 
-    They start fewer processes.
+    The measurements start fewer processes.
     """
     model = {"model": "toy"}
     return [

@@ -27,7 +27,7 @@ CLIPS, CLIP_SECONDS_MORE = 2, 7  # clips are longer than training needs, which l
 def weights_of(recorder: Recorder, model: str) -> Path:
     """Return a configuration with the weights of a model, made here or by an earlier unit.
 
-    It follows the model's own configuration, and also has its `load`.
+    The configuration follows the model's own, and also has its `load`.
     """
     folder = recorder.work / "checkpoints"
     config = load_configs([config_file(model)])

@@ -29,7 +29,7 @@ GIB = 2**30
 class Cost:
     """The cost of one checkpoint, in seconds.
 
-    It has the time of the call, the excess of the steps after it, and the time until the checkpoint is complete.
+    The cost has the time of the call, the excess of the steps after it, and the time until the checkpoint is complete.
     """
 
     call: float

@@ -30,8 +30,8 @@ GATHER = sequence_parallel.gather_tokens._opoverload
 class SharedClip(NamedTuple):
     """Memory and traffic of a process.
 
-    They are the peak bytes in sampling and in training, and for a call of the network without gradients the number of
-    exchanges of tokens and heads, the number of gathers of tokens, and the bytes sent to other processes.
+    The values are the peak bytes in sampling and in training, and for a call of the network without gradients the
+    number of exchanges of tokens and heads, the number of gathers of tokens, and the bytes sent to other processes.
     """
 
     sampling: int

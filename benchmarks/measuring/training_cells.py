@@ -1,6 +1,6 @@
 """Compare several training steps of ours and of diffusers in one table.
 
-It is the `--cells` of `training.py`.
+`training.py --cells` uses this table.
 """
 
 import argparse

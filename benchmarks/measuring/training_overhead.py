@@ -183,7 +183,7 @@ class TimedNetwork:
 class TimedTrainer(Trainer):
     """The trainer with timed steps.
 
-    It saves nothing, since checkpoints are not part of a step.
+    The trainer saves nothing, since checkpoints are not part of a step.
     """
 
     def __init__(self, args: TrainingArguments, plan: TrainingPlan):

@@ -1,7 +1,8 @@
 """Count the memory of a whole training step on tensors without content.
 
-It works at any size on any machine. All tensors of the step are counted as they come and go: activations, gradients,
-and the float32 tensors of ZeRO's optimizer. Communication buffers and the workspace within operations are left out.
+The count works at any size on any machine. All tensors of the step are counted as they come and go: activations,
+gradients, and the float32 tensors of ZeRO's optimizer. Communication buffers and the workspace within operations are
+left out.
 """
 
 from typing import Any

@@ -27,7 +27,7 @@ __all__ = [
 class IdentityFirstStage(AbstractAutoencoder):
     """The first stage of a model in pixel space: latents are the pixels.
 
-    It has nothing to train.
+    This first stage has no weights.
     """
 
     def get_input(self, batch: Mapping[str, Any] | Tensor) -> Tensor:

@@ -21,8 +21,8 @@ NAMES = frozenset(
 def loss_keywords(loss: Callable[..., Any]) -> set[str]:
     """Return the names of a loss's arguments besides inputs and reconstructions.
 
-    They are its `forward_keys`, or else its keyword-only parameters, so that a plain loss such as `torch.nn.MSELoss` is
-    called as `loss(inputs, reconstructions)`.
+    The names are the loss's `forward_keys`, or else its keyword-only parameters, so that a plain loss such as
+    `torch.nn.MSELoss` is called as `loss(inputs, reconstructions)`.
     """
     keys = getattr(loss, "forward_keys", None)
     if keys is not None:

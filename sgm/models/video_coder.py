@@ -111,7 +111,7 @@ class VideoCoder(nn.Module):
     def lay_out_weights(self) -> None:
         """Convert the weights of 3D convolutions on a GPU to the layout of their inputs.
 
-        Otherwise cuDNN would convert them at each call. It is for a VAE that is not trained.
+        Otherwise cuDNN would convert the weights at each call. The method is for a VAE that is not trained.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv3d) and module.weight.device.type != "cpu":

@@ -1,7 +1,7 @@
 """Combine the two halves of a guided batch; limit strong guidance to the data's range.
 
 Each class is called with the unconditional and the conditional estimate u and c of the clean samples, (batch, ...,
-channel, height, width), and the guidance scale w, a number or (batch,). It returns an estimate of the same shape, in
+channel, height, width), and the guidance scale w, a number or (batch,). The result is an estimate of the same shape, in
 which a sample depends on its own u, c and w alone. Configurations name these classes as `dyn_thresh_config` of a
 guider, under `sgm.modules.diffusionmodules.sampling_utils`.
 """

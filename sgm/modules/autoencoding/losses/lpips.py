@@ -25,8 +25,8 @@ class LPIPS(nn.Module):
 
     Images (n, 3, h, w) in [-1, 1] -> distances (n, 1, 1, 1). The network and the weights of its heads are those of
     torchmetrics; the backbone's weights are torchvision's, trained on ImageNet. The network is always frozen, in
-    evaluation mode and in float32. It is not in `parameters()` or the state dict, so that optimizers, averages and
-    checkpoints do not contain it.
+    evaluation mode and in float32. `parameters()` and the state dict do not contain the network, and so
+    neither do optimizers, averages and checkpoints.
 
     Args:
         net: "vgg", "alex" or "squeeze".
