@@ -52,7 +52,7 @@ class MeanSquare(nn.Module):
 def video_config(gather_norm: bool = True, **params: Any) -> dict[str, Any]:
     """Return a `VideoAutoencodingEngine` with an adversarial loss.
 
-    It divides time and space by four.
+    The engine divides time and space by four.
     """
     coder = {"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 4, "gather_norm": gather_norm}
     return {

@@ -112,7 +112,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_logfinish() -> None:
     """Exclude the imports of a finished test from garbage collection.
 
-    They are so many that each `gc.collect()` of the tested code would take a second.
+    The imported objects are so many that each `gc.collect()` of the tested code would take a second.
     """
     if len(sys.modules) > Imported.frozen + 100:
         freeze_imports()

@@ -1,8 +1,8 @@
 """Fork processes that have imported PyTorch and other slow packages.
 
-It is the server behind `processes.py`. As a program it takes the file descriptor of a listening socket, whose
-connections ask for processes or hold the server; it ends when none holds it. Each connection sends eight bytes, a
-length. Length 0 holds the server, which answers once. Otherwise the eight bytes come with the standard input, output
+This program is the server behind `processes.py`. Its argument is the file descriptor of a listening socket, whose
+connections ask for processes or hold the server; the server ends when none holds it. Each connection sends eight bytes,
+a length. Length 0 holds the server, which answers once. Otherwise the eight bytes come with the standard input, output
 and error of a process, followed by a `Request` as JSON; the answers are the number of the process and, at its end, its
 exit code as in `subprocess`. An answer is a `processes.ANSWER`.
 

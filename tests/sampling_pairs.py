@@ -119,8 +119,8 @@ def their_latents(folder: Path, run: Run, lora: Path | None = None) -> Tensor:
 def their_latents_from_video(folder: Path, run: Run, strength: float) -> Tensor:
     """Return the latents of the video-to-video pipeline on the models in `folder`.
 
-    It starts from `video()`. The pipeline would draw the clip's latents from their posteriors, and encode the clip in
-    separate pieces; here it takes the means of the whole clip, as ours does.
+    The pipeline starts from `video()`. The original would draw the clip's latents from their posteriors, and encode the
+    clip in separate pieces; here it takes the means of the whole clip, as ours does.
     """
     import diffusers
     from diffusers.pipelines.cogvideo import pipeline_cogvideox_video2video as module

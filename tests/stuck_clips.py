@@ -1,6 +1,6 @@
 """A decoder that never returns.
 
-It is native code that holds the interpreter's lock, so that no signal handler runs.
+The decoder is native code that holds the interpreter's lock, so that no signal handler runs.
 """
 
 import ctypes

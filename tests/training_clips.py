@@ -84,7 +84,7 @@ def convert(source: str | Path, target: str | Path, *options: str, before: Seque
 def vary_rate(source: str | Path, target: str | Path) -> Path:
     """Write a video with a variable frame rate.
 
-    It keeps the first second, and every third of the other frames at its time.
+    The target keeps the first second, and every third of the other frames at its time.
     """
     return convert(source, target, "-vf", "select='lt(t,1)+not(mod(n,3))'", "-fps_mode", "vfr")
 

@@ -1,6 +1,6 @@
 """Changes of a network that the layers' fast functions do not support.
 
-They run by SwissArmyTransformer's hooks.
+The changes run by SwissArmyTransformer's hooks.
 """
 
 from sat.model.finetune.lora2 import LoraMixin
