@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogvideox_sat.configuration.video_records import read_record
 from cogvideox_sat.web.page import build_page
 
 ROOT = Path(__file__).parents[2]
@@ -288,6 +289,21 @@ def test_a_run_is_trained_and_followed(clips, visit, served):
     visit.shot("training")
     (run,) = (served.folder / "runs").iterdir()
     assert (run / "3").is_dir()
+
+
+def test_an_adapter_is_used(visit, served):
+    (run,) = (served.folder / "runs").iterdir()
+    visit.page.get_by_text("More settings").first.click()
+    visit.choose("adapters", run.name)
+    visit.fill("strengths", "0.5")
+    visit.fill("prompt", "a kite")
+    visit.page.get_by_label("Steps", exact=True).first.fill("1")
+    visit.make()
+    visit.status("Done in")
+    newest = max((served.folder / "videos").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    (adapter,) = read_record(newest)["adapters"]
+    assert Path(adapter["path"]) == run
+    assert adapter["scale"] == 0.5
 
 
 def test_pages_are_built_in_python():

@@ -174,6 +174,21 @@ def test_a_picture_is_uploaded_and_used(client, page, tmp_path):
         asked(client, "/picture", "p", _16=handle_file(str(large)))
 
 
+def test_a_prompt_is_written_out_and_failures_tell_nothing(client, monkeypatch):
+    from cogvideox_sat.web import making_tab
+
+    monkeypatch.setattr(making_tab, "refined", lambda prompt, image: f"a long text of {prompt}")
+    assert client.predict("a kite", api_name="/refine")[0] == "a long text of a kite"
+
+    def fails(prompt, image):
+        raise UserError("http://ann:sk-very-secret@service.example refuses OPENAI_API_KEY")
+
+    monkeypatch.setattr(making_tab, "refined", fails)
+    _, said = client.predict("a kite", api_name="/refine")
+    assert "prompt: the service gave no answer that can be used" in said
+    assert "secret" not in said
+
+
 def join(browser, client, values, api="text"):
     """Return the status of a request that a browser would send."""
     number = next(each["id"] for each in client.config["dependencies"] if each["api_name"] == api)

@@ -30,7 +30,7 @@ class DataTab:
         view = gr.HTML(elem_classes=["data_view"])
         look.click(self.look, [recipe, data], view, api_name="data", concurrency_limit=1, show_progress="hidden")
 
-    def offer(self) -> list[Any]:
+    def offer_lists(self) -> list[Any]:
         """Return the data sets that are there now, for each list of them."""
         return [gr.update(choices=self.desk.data.names()) for _ in self.lists]
 

@@ -76,13 +76,17 @@ class MakingTab:
         cancel.click(
             tab.cancel, own_job, status, show_progress="hidden", concurrency_limit=None, api_visibility="private"
         )
-        tab.inputs["model"].change(
+        tab.inputs["model"].input(  # not `change`: settings that are used again choose a model too
             tab.offer, tab.inputs["model"], [tab.inputs[name] for name in tab.offered_names()], api_visibility="private"
         )
         if refine is not None:
             image = [tab.inputs["image"]] if pictures else []
             refine.click(
-                tab.refine, [tab.inputs["prompt"], *image], [tab.inputs["prompt"], status], api_visibility="private"
+                tab.refine,
+                [tab.inputs["prompt"], *image],
+                [tab.inputs["prompt"], status],
+                api_name="refine_picture" if pictures else "refine",
+                concurrency_limit=4,
             )
         tab.status, tab.result = status, result
         return tab
@@ -155,9 +159,13 @@ class MakingTab:
                 label=texts["guidance_schedule"], **self.offer_of("guidance_schedule", model)
             )
         names = self.studio.adapters.names()
-        with gr.Row(visible=bool(names)):
-            add["adapters"] = gr.Dropdown(names, value=[], label=texts["adapters"], multiselect=True)
-            add["strengths"] = gr.Textbox(label=texts["strengths"], info=texts["strengths_hint"])
+        with gr.Row(visible=self.studio.adapters.root is not None):
+            add["adapters"] = gr.Dropdown(
+                names, value=[], label=texts["adapters"], multiselect=True, elem_classes=["adapters"]
+            )
+            add["strengths"] = gr.Textbox(
+                label=texts["strengths"], info=texts["strengths_hint"], elem_classes=["strengths"]
+            )
 
     def offered_names(self) -> list[str]:
         """Return the inputs that depend on the model."""
@@ -187,6 +195,15 @@ class MakingTab:
         if offered.least is None or offered.most is None:
             return {}
         return {"info": f"{offered.least:g} – {offered.most:g}"}
+
+    @property
+    def lists(self) -> list[Any]:
+        """Return the lists of what may be there only since the program was started."""
+        return [self.inputs["adapters"]]
+
+    def offer_lists(self) -> list[Any]:
+        """Return the adapters that are there now, for each list of them."""
+        return [gr.update(choices=self.studio.adapters.names()) for _ in self.lists]
 
     # Answering
 

@@ -40,9 +40,9 @@ def build_page(studio: Studio, texts: Texts) -> gr.Blocks:
         queue = gr.HTML(elem_classes=["waiting"])
         gallery = GallerySection(studio, texts, making, tabs)
         connect(page, studio, texts, own_job, making, queue, gallery)
-        for tab in (training, data):  # which may be others than when the program was started
+        for tab in (*making.values(), training, data):
             if tab.lists:
-                page.load(tab.offer, None, tab.lists, show_progress="hidden", api_visibility="private")
+                page.load(tab.offer_lists, None, tab.lists, show_progress="hidden", api_visibility="private")
     return page
 
 

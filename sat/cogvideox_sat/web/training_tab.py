@@ -111,7 +111,7 @@ class TrainingTab:
             (listed, view),
         ]
 
-    def offer(self) -> list[Any]:
+    def offer_lists(self) -> list[Any]:
         """Return the data sets that are there now, for each list of them."""
         return [gr.update(choices=self.desk.data.names()) for _ in self.lists]
 
