@@ -15,7 +15,7 @@ class DataTab:
 
     def __init__(self, desk: DataDesk, texts: Texts):
         self.desk, self.texts = desk, texts
-        self.lists: list[Any] = []
+        self.lists: list[Any] = []  # of data sets
         if not desk.recipes or desk.data.root is None:
             gr.HTML(markup.note(texts["data_off"]))
             return

@@ -1,8 +1,8 @@
 """The page in one language: tabs, queue and gallery."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 import gradio as gr
 
@@ -40,9 +40,7 @@ def build_page(studio: Studio, texts: Texts) -> gr.Blocks:
         queue = gr.HTML(elem_classes=["waiting"])
         gallery = GallerySection(studio, texts, making, tabs)
         connect(page, studio, texts, own_job, making, queue, gallery)
-        for tab in (*making.values(), training, data):
-            if tab.lists:
-                page.load(tab.offer_lists, None, tab.lists, show_progress="hidden", api_visibility="private")
+        offer_lists(page, [*making.values(), training, data])
     return page
 
 
@@ -76,3 +74,24 @@ def connect(
     page.load(refresh, known, outputs, **quiet)
     first = next(iter(making.values()))
     page.load(go_on, own_job, [first.status, first.result], **quiet)
+
+
+class HasLists(Protocol):
+    """A tab with lists of what may be there only since the program was started."""
+
+    @property
+    def lists(self) -> list[Any]: ...
+
+    def offer_lists(self) -> list[Any]: ...
+
+
+def offer_lists(page: gr.Blocks, tabs: Sequence[HasLists]) -> None:
+    """Let the page offer, each time it is loaded, what is there then."""
+
+    def offered() -> Any:
+        updates = [update for tab in tabs for update in tab.offer_lists()]
+        return updates if len(updates) > 1 else updates[0]  # a list for a single output would be its value
+
+    lists = [each for tab in tabs for each in tab.lists]
+    if lists:
+        page.load(offered, None, lists, show_progress="hidden", concurrency_limit=None, api_visibility="private")
