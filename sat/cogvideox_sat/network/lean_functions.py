@@ -33,7 +33,7 @@ class ModulatedProduct(torch.autograd.Function):
         norm_weight, norm_bias, eps: of the layer norm.
         text: number of text tokens.
         text_shift, text_scale, video_shift, video_scale: (b, 1, d).
-        lora_scale, matrices: as in `AddLowRank`; without matrices, there is no LoRA.
+        lora_scale, matrices: as in `AddLowRank`; without matrices, no LoRA is applied.
     """
 
     @staticmethod

@@ -42,5 +42,5 @@ def disk_full(path: Path, needed: int | None) -> UserError:
     """Return the error for a full disk."""
     return UserError(
         f"cannot write {path}: the disk is full: {room_in_words(path, needed)}; the previous checkpoint is kept: make "
-        "room (keep_last: N helps) and go on with --resume latest"
+        "room (keep_last: N helps) and continue with --resume latest"
     )

@@ -239,7 +239,7 @@ class WandbRun:
             with replaced_when_complete(id_file) as part:
                 part.write_text(uuid.uuid4().hex[:8])
         identity = id_file.read_text().strip()
-        settings = wandb.Settings(login_timeout=60)  # where there is a terminal, it asks for a key
+        settings = wandb.Settings(login_timeout=60)  # with a terminal, wandb asks for a key
 
         def start(mode: Literal["offline"] | None) -> Any:
             return wandb.init(

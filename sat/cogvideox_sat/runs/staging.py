@@ -90,7 +90,7 @@ class StagingMemory:
                 logger.debug("no page-locked memory: %s", error)
                 self.pinned = False
         slab = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Large pages are allocated faster. Processes forked later, to read clips, would otherwise keep it alive.
+        # Large pages are allocated faster. Without DONTFORK, processes forked to read clips would keep this memory.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             with suppress(AttributeError, OSError):  # not supported by this system
                 slab.madvise(getattr(mmap, advice))

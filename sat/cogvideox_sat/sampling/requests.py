@@ -16,7 +16,7 @@ from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, TIME_FACTOR
 from sgm.errors import UserError, shown
 
-STRENGTH = 0.8  # of a video that starts from a clip
+STRENGTH = 0.8  # default strength of a video that starts from a clip
 
 PixelSource: TypeAlias = Tensor | Callable[[], Tensor]
 

@@ -120,7 +120,7 @@ def fill_cache(args: TrainingArguments, output: Path, store: str, dtype: str | N
         encoding["key_frames"] = True
     description = describe(args, dataset, encoding)
     done = check_folder(output, description, dataset)
-    wait_for_all()  # a process that continues changes what the others check
+    wait_for_all()  # the next step changes the folder that the other processes check
     if dist.get_rank() == 0:
         prepare_folder(output, description)
     wait_for_all()

@@ -304,7 +304,7 @@ class Trainer:
             self.skipped.made()
             self.losses += torch.stack((losses, torch.ones_like(losses)))
 
-    # Beside the steps
+    # Between the steps
 
     def log(self, bar: Any) -> None:
         """Write the mean loss since the last line, over all processes, and other metrics."""

@@ -28,7 +28,7 @@ from sgm.modules.diffusionmodules.sigma_sampling import undivided
 
 logger = logging.getLogger(__name__)
 
-# What a comparison shows, from left to right, and what `log_video` calls it.
+# The panels of a comparison, from left to right, with their names in `log_video`.
 PANELS = {"clip": "inputs", "reconstruction": "reconstructions", "sample": "samples"}
 
 
@@ -132,7 +132,7 @@ def save_samples(
                 written.append(_write_latents(path, log["latents"][0], metadata))
                 continue
             written.append(_write_video(path, log["samples"][0], fps))
-            shape = log["samples"].shape  # which all have, unless the engine is the user's own
+            shape = log["samples"].shape  # a user's own engine may give other shapes, which are left out
             panels = {what: log[key][0] for what, key in PANELS.items() if key in log and log[key].shape == shape}
             beside = Path(folder, "comparisons", str(step), f"clip_{path.name}")
             comparison = _write_video(beside, torch.cat(list(panels.values()), dim=-1), fps)
@@ -140,7 +140,7 @@ def save_samples(
                 writer.write_video(step, f"samples/{index}", written[-1], {"prompt": caption})
                 details = {"prompt": caption, "shows": list(panels)}
                 writer.write_video(step, f"comparisons/clip_{index}", comparison, details)
-        except UserError as error:  # a full disk, or a network that went astray: training says so itself
+        except UserError as error:  # for example, a full disk, or a network that diverged; training reports both
             logger.warning("sample left out: %s", error)
     return written
 
