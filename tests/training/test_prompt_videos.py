@@ -173,6 +173,30 @@ def test_latents_alone(tmp_path, tiny, clips, monkeypatch):
     assert not (run / "videos.jsonl").exists()
 
 
+def test_nothing_is_compiled_for_videos(tmp_path, tiny, clips, monkeypatch):
+    """Graphs that a run compiles for its clips would be others after those of videos."""
+    graphs = []
+    make, sample = prompt_videos.PromptVideos.make, prompt_videos.BorrowedSession.sample
+    compiled = torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    def make_compiled(self, *given):
+        self.engine.compiled = True
+        make(self, *given)
+        self.engine.compiled = False
+
+    def calling(self, request):
+        compiled(torch.ones(2))
+        return sample(self, request)
+
+    monkeypatch.setattr(prompt_videos.PromptVideos, "make", make_compiled)
+    monkeypatch.setattr(prompt_videos.BorrowedSession, "sample", calling)
+    prompts = write_prompts(tmp_path, *BOATS[:1])
+    run = train(write_config(tmp_path / "a.yaml", tiny, "5b", clips, valid_prompts=prompts, **FEW_STEPS))
+    assert made(run) == videos_of(2, 0) and not graphs
+    compiled(torch.ones(2))
+    assert len(graphs) == 1
+
+
 # ---------------------------------------------------------------- several processes
 
 

@@ -167,6 +167,8 @@ class PromptVideos:
             stack.enter_context(process_watch.phase("making the videos of valid_prompts"))
             stack.enter_context(random_state.kept(self.engine.device))
             stack.enter_context(evaluating(self.engine))
+            if self.engine.compiled:  # graphs of other sizes would make those of training dynamic
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             session = stack.enter_context(BorrowedSession(self.engine, self.settings, self.texts, self.from_first))
             for first in range(0, count, self.at_once):
                 outcome = Outcome(stopped=stopping())
