@@ -164,18 +164,6 @@ def test_a_text_becomes_a_video(visit, served):
     visit.shot("text")
 
 
-def test_markup_in_a_prompt_stays_text(visit):
-    prompt = f"{EVIL} ${{1+1}} {{{{x}}}} <b>bold</b>"
-    visit.fill("prompt", prompt)
-    visit.page.get_by_label("Steps", exact=True).first.fill("1")
-    visit.make()
-    visit.status("Done in")
-    visit.page.locator(".videos figcaption", has_text="<b>bold</b>").first.wait_for()
-    assert visit.page.locator(".videos figcaption").first.inner_text() == prompt
-    visit.choose("chosen", "<b>bold</b>")
-    visit.page.locator(".details td", has_text=prompt).first.wait_for()
-
-
 def test_a_preview_is_shown_and_a_video_is_cancelled(visit, served):
     before = len(list((served.folder / "videos").iterdir()))
     visit.fill("prompt", "a small green circle moving in a circle on a blue background")
@@ -217,6 +205,18 @@ def test_settings_are_used_again_after_a_restart(browser, served):
     visit.close()
 
 
+def test_markup_in_a_prompt_stays_text(visit):
+    prompt = f"{EVIL} ${{1+1}} {{{{x}}}} <b>bold</b>"
+    visit.fill("prompt", prompt)
+    visit.page.get_by_label("Steps", exact=True).first.fill("1")
+    visit.make()
+    visit.status("Done in")
+    visit.page.locator(".videos figcaption", has_text="<b>bold</b>").first.wait_for()
+    assert visit.page.locator(".videos figcaption").first.inner_text() == prompt
+    visit.choose("chosen", "<b>bold</b>")
+    visit.page.locator(".details td", has_text=prompt).first.wait_for()
+
+
 def test_a_picture_becomes_a_video(visit, served, tmp_path):
     picture, last = tmp_path / f"{EVIL.replace('/', '')}.png", tmp_path / "last.png"
     Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(picture)
@@ -252,20 +252,18 @@ def test_two_people_make_videos_and_one_closes_the_browser(browser, served):
 
 @pytest.fixture(scope="module")
 def clips(served):
-    """Make a data set of four clips, and one of nothing."""
+    """Make a data set of four clips."""
     folder = served.folder / "data" / "clips"
     words = ["tools/make_shapes_dataset.py", "--output", str(folder), "--frames", "9", "--size", "64", "64"]
     words += ["--fps", "8", "--clips", "4", "--seed", "0"]
     assert subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True).returncode == 0
-    (served.folder / "data" / "nothing").mkdir()
     return folder
 
 
 def test_a_data_set_is_shown(clips, visit):
     visit.tab("Data")
-    visit.choose("data_set", "nothing")
     visit.page.locator("button.look").click()
-    visit.page.locator(".data_view .problem", has_text="train_data").first.wait_for()
+    visit.page.locator(".data_view .problem", has_text="train_data: nothing is chosen").first.wait_for()
     visit.choose("data_set", "clips")
     visit.page.locator("button.look").click()
     visit.page.locator(".data_view img.sheet").first.wait_for()
