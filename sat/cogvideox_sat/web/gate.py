@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,6 @@ class Rules:
         uploads: the folder of uploads, where alone a file of a request may lie.
         upload_limit: bytes of a file.
         make_room: called before an upload.
-        ports: others by which browsers call it, where something passes requests on.
     """
 
     hosts: frozenset[str]
@@ -72,7 +71,6 @@ class Rules:
     uploads: Path
     upload_limit: int
     make_room: Callable[[], None] = lambda: None
-    ports: frozenset[int] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def is_own(host: str, rules: Rules) -> bool:
     if match is None:
         return False
     name, port = match[1].strip("[]").lower().rstrip("."), match[2]
-    return name in rules.hosts and (port is None or int(port) in {rules.port, *rules.ports})
+    return name in rules.hosts and (port is None or int(port) == rules.port)
 
 
 def is_from_here(heads: Mapping[str, list[str]], host: str, scope: Message) -> bool:
