@@ -2,6 +2,7 @@
 
 The latents are those that sampling kept because it could not decode them, those that --only_save_latents wrote, or
 those in the samples/ folder of a training run.
+
   python tools/decode_latents.py outputs/0_a_fox/0/000000.latents.safetensors --vae_tile_size 256
   python tools/decode_latents.py checkpoints_finetune/RUN/samples --base configs/cogvideox_2b.yaml
 
