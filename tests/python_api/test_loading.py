@@ -25,7 +25,7 @@ TINY = str(ROOT / "configs" / "tiny" / "cogvideox_tiny.yaml")
 
 def test_the_names_of_shipped_models():
     names = shipped_models()
-    assert {"tiny", "tiny_i2v", "cogvideox_2b", "cogvideox_5b_i2v", "cogvideox1.5_5b"} <= names.keys()
+    assert {"tiny", "tiny_i2v", "tiny_continue", "cogvideox_2b", "cogvideox_5b_i2v", "cogvideox1.5_5b"} <= names.keys()
     assert all(path.is_file() for path in names.values()) and not [name for name in names if "lora" in name]
     assert find_model("CogVideoX-5B").base == [names["cogvideox_5b"]]
     assert find_model(Path(TINY)).base == [Path(TINY)] and find_model([TINY, "more.yaml"]).base == [TINY, "more.yaml"]

@@ -47,7 +47,7 @@ class ModelPlace:
 def shipped_models() -> dict[str, Path]:
     """Return the configurations of the shipped models, by the names that `load` takes."""
     released = {path.stem: path for path in sorted(CONFIGS.glob("cogvideox*.yaml")) if not path.stem.endswith("_lora")}
-    tiny = {"tiny": CONFIGS / "tiny" / "cogvideox_tiny.yaml", "tiny_i2v": CONFIGS / "tiny" / "cogvideox_tiny_i2v.yaml"}
+    tiny = {f"tiny{kind}": CONFIGS / "tiny" / f"cogvideox_tiny{kind}.yaml" for kind in ("", "_i2v", "_continue")}
     return {**tiny, **released}
 
 
