@@ -113,7 +113,7 @@ def test_every_module_is_there(names):
 def test_configurations_and_the_tiny_model_come_along(wheel, names):
     shipped = {name.removeprefix(DATA) for name in names if name.startswith(DATA)}
     configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*") if path.is_file()}
-    weights = {"text_to_video.safetensors", "image_to_video.safetensors", "vae.safetensors"}
+    weights = {f"{part}.safetensors" for part in ("text_to_video", "image_to_video", "continue", "vae")}
     text = {path.relative_to(ROOT).as_posix() for path in (ROOT / "assets" / "tiny" / "t5").iterdir()}
     tiny = {f"assets/tiny/{name}" for name in (*weights, "README.md", "SHA256SUMS")}
     assert shipped == configs | text | tiny

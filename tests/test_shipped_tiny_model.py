@@ -80,7 +80,7 @@ def test_image_to_video_goes_on_from_its_first_frame(tmp_path):
 
 
 def test_a_video_continues_over_two_more_windows(tmp_path):
-    """Shapes keep their motion and their colour; the card counts 50 videos of up to five windows."""
+    """Shapes keep motion and colour; the card counts 50 videos of up to five windows."""
     prompts, output = tmp_path / "prompts.txt", tmp_path / "videos"
     motions = ["moving in a circle", "bouncing", "standing still"]
     assert make_dataset(["--prompts_file", str(prompts), "--prompts", "3", "--seed", "31", "--motions", *motions]) == 0

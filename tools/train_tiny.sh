@@ -147,8 +147,8 @@ export_weights() {
     (cd assets/tiny && sha256sum t5/* ./*.safetensors | sed 's# \./# #' > SHA256SUMS)
 }
 
-parts=(text vae text_to_video image_to_video)
-more=(continue first_last)
+parts=(text vae text_to_video image_to_video continue)
+more=(first_last)
 for part in "$@"; do
     if [[ " ${parts[*]} ${more[*]} " != *" $part "* ]]; then
         echo "train_tiny: part '$part' does not exist; name some of ${parts[*]} ${more[*]}, or none for ${parts[*]}" >&2
