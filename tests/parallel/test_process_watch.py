@@ -88,7 +88,7 @@ def test_a_process_that_waits_says_for_which_and_what_that_does():
 @pytest.mark.parametrize(
     ("scenario", "says"),
     [
-        ("frozen in a step", "error: collective_timeout: rank 0 waited 2 s for another process, at step 7; go on with"),
+        ("frozen in a step", "error: collective_timeout: rank 0 waited 2 s for another process, at step 7; continue"),
         ("frozen between steps", "for the checkpoint, and rank 1 gave no sign of life for 2 s; continue with --resume"),
     ],
 )
