@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(caplog, tmp_path):
     assert "--processes is 0; it must be at least 1" in error("--base", *TINY, "--processes", 0)
     assert "unknown argument --sede" in error("--base", *TINY, "--sede", 1)
     sampling = ("--base", CONFIGS / "cogvideox_2b.yaml")
-    assert "--processes: it is taken for fine-tuning only" in error(*sampling, "--processes", 2)
+    assert "--processes: only fine-tuning takes it" in error(*sampling, "--processes", 2)
     assert "unknown argument --fitt; did you mean --fit?" in error(*sampling, "--fitt", "12GB")
     assert "fit: 12 has no unit; give an amount such as 12GB, or auto" in error(*sampling, "--fit", 12)
     assert "sampling_num_frames is 14; this model takes" in error(*sampling, "--sampling_num_frames", 14)

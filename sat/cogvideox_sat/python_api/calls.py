@@ -54,7 +54,7 @@ def requests_of(
         raise UserError("prompt: the list is empty; give at least one prompt")
     for name in given:
         if name not in FIELDS:
-            raise UserError(f"unknown key '{name}', {nearest_field(name)}")
+            raise UserError(f"unknown key '{name}'; {nearest_field(name)}")
     fields = {name: spread(name, value, len(prompts) if several else None) for name, value in given.items()}
     found = []
     for index, each in enumerate(prompts):
