@@ -30,9 +30,8 @@ from training_clips import write_clip, write_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = {path.stem for path in (REPOSITORY / "tools").glob("*.py")}
-# Scripts whose parser is not one of this project's: the one has torchrun's own options, the second is tested apart, and
-# the third reads and writes no files that are named to it.
-OTHERS = {"torchrun", "setup_environment", "write_api_page"}
+# Scripts with torchrun's options, with tests of their own for paths, and without named files.
+OTHERS = {"torchrun", "setup_environment", "web", "site_links", "write_api_page", "write_configuration_page"}
 
 MODEL, MODEL_CONFIG, VAE = "tiny/5b", "tiny/5b.yaml", "assets/tiny/vae.safetensors"
 CONFIG, DATA_CONFIG = "configs/tiny/cogvideox_tiny.yaml", "configs/tiny/sft.yaml"
