@@ -2,6 +2,7 @@
 
 import pytest
 
+from cogvideox_sat.configuration.sampler_knobs import sampler_class
 from cogvideox_sat.web.making import (
     PICTURE_INPUTS,
     adapters_of,
@@ -162,6 +163,16 @@ def test_a_record_is_filled_in_again(models, shelf, tmp_path):
     assert (values["interval_from"], values["keyframes"], values["keyframes_at"]) == (0.2, ["/k.png"], "-1")
     assert (values["adapters"], values["strengths"], values["extend"]) == (["style"], "0.8", "a\nb")
     assert values["negative_prompt"] is None
+
+
+def test_choices_of_a_record_are_those_that_are_offered(models, shelf):
+    recorded = {"prompt": "p", "sampler": sampler_class("dpmpp_2m_sde"), "guidance_schedule": "constant"}
+    values = filled_in(recorded, {}, models["tiny"], shelf, PICTURE_INPUTS)
+    assert (values["sampler"], values["guidance_schedule"]) == ("dpmpp_2m_sde", "constant")
+    other = filled_in(
+        {"sampler": "x.Other", "guidance_schedule": "y", "num_frames": 99}, {}, models["tiny"], shelf, PICTURE_INPUTS
+    )
+    assert (other["sampler"], other["guidance_schedule"], other["frames"]) == (None, None, None)
 
 
 def test_a_model_that_takes_the_fields_is_chosen(models):

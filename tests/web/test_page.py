@@ -126,6 +126,10 @@ class Visit:
             else:
                 return
 
+    def choose_model(self, name: str) -> None:
+        self.page.locator(".model input:visible").click()
+        self.page.get_by_role("option", name=name, exact=True).first.click()
+
     def shot(self, name: str, top: str = "header.top") -> None:
         """Take a picture for the guide, from an element downwards."""
         if folder := os.environ.get("WEB_SCREENSHOTS"):
@@ -232,6 +236,29 @@ def test_a_picture_becomes_a_video(visit, served, tmp_path):
     visit.status("Done in")
     visit.shot("picture")
     assert len(list((served.folder / "videos" / "inputs").iterdir())) == 2
+
+
+def test_a_clip_is_changed_and_used_again(visit, served):
+    clip = next((served.folder / "videos").glob("*.mp4"))
+    visit.tab("Picture and clip to video")
+    visit.choose_model("tiny")
+    visit.fill("prompt", "a small green circle")
+    visit.page.get_by_label("Steps", exact=True).last.fill("4")
+    visit.page.locator(".clip input[type=file]").set_input_files(str(clip))
+    visit.page.locator(".clip .file-preview").first.wait_for()
+    visit.fill("strength", "0.5")
+    visit.make()
+    visit.status("Done in")
+    newest = max((served.folder / "videos").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    fields = read_record(newest).request()
+    assert fields["strength"] == 0.5
+    assert Path(fields["video"]).read_bytes() == clip.read_bytes()
+    visit.choose("chosen", newest.stem)
+    visit.page.locator("button.again").click()
+    visit.page.locator(".said", has_text="are filled in").first.wait_for()
+    visit.page.locator(".clip .file-preview:visible").first.wait_for()
+    visit.make()
+    visit.page.locator(".videos figure").nth(len(list((served.folder / "videos").glob("*.mp4")))).wait_for()
 
 
 def test_two_people_make_videos_and_one_closes_the_browser(browser, served):

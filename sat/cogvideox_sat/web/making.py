@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cogvideox_sat.configuration.request_fields import LARGEST_SEED, OfferedField
+from cogvideox_sat.configuration.sampler_knobs import sampler_class
 from cogvideox_sat.web.models import OfferedModel
 from cogvideox_sat.web.shelves import Shelf
 from cogvideox_sat.web.uploads import Uploads
@@ -272,6 +273,8 @@ def filled_in(
         values["height"], values["width"] = size
     if "num_frames" in fields:
         values["frames"] = model.limits.video_frames(fields["num_frames"])
+    for name in ("sampler", "frames", "guidance_schedule"):
+        values[name] = offered_choice(values.get(name), model.fields.get(name))
     values["interval_from"], values["interval_to"] = fields.get("guidance_interval") or (None, None)
     there = {str(shelf.path(name)): name for name in shelf.names()}
     kept = {there[path]: strength for path, strength in adapters.items() if path in there}
@@ -282,6 +285,14 @@ def filled_in(
     if isinstance(extend := fields.get("extend"), list | tuple):
         values["extend"] = "\n".join(extend)
     return {name: values.get(name) for name in names}
+
+
+def offered_choice(value: Any, offered: OfferedField | None) -> Any:
+    """Return a value of a record as a field offers it: a record names the class of a sampler; None: it does not."""
+    choices = offered.choices if offered is not None else ()
+    if offered is not None and offered.name == "sampler":
+        return next((choice for choice in choices if value in (choice, sampler_class(choice))), None)
+    return value if value in choices else None
 
 
 def model_for(fields: Mapping[str, Any], models: Mapping[str, OfferedModel], usual: str) -> OfferedModel:

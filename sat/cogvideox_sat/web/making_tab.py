@@ -100,7 +100,11 @@ class MakingTab:
         """Draw the inputs; return the button that writes the prompt out, or None."""
         texts, add = self.texts, self.inputs
         add["model"] = gr.Dropdown(
-            list(self.models), value=model.name, label=texts["model"], visible=len(self.models) > 1
+            list(self.models),
+            value=model.name,
+            label=texts["model"],
+            visible=len(self.models) > 1,
+            elem_classes=["model"],
         )
         add["prompt"] = gr.Textbox(label=texts["prompt"], info=texts["prompt_hint"], lines=3, elem_classes=["prompt"])
         refine = gr.Button(texts["refine"], size="sm") if refines else None
