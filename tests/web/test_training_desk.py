@@ -18,12 +18,14 @@ RECIPES = {"tiny": [str(CONFIGS / "cogvideox_tiny_lora.yaml"), str(CONFIGS / "sf
 
 
 @pytest.fixture
-def desk(tmp_path) -> TrainingDesk:
+def desk(tmp_path):
     for name in ("data/clips", "data/held_out", "runs", "outside"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "data" / "link").symlink_to(tmp_path / "outside")
     data = Shelf(tmp_path / "data", "train_data", is_data)
-    return TrainingDesk(RECIPES, data, Shelf(tmp_path / "runs", "run", is_run))
+    desk = TrainingDesk(RECIPES, data, Shelf(tmp_path / "runs", "run", is_run))
+    yield desk
+    desk.close()
 
 
 GIVEN = {"recipe": "tiny", "train_data": "clips"}
@@ -88,7 +90,8 @@ def test_what_the_command_would_refuse_is_told_at_once(desk, tmp_path):
 
 def test_without_a_folder_for_runs_nothing_is_started(desk):
     with pytest.raises(UserError, match="runs: the page has no folder for runs; start it with --runs DIR"):
-        TrainingDesk(RECIPES, desk.data, Shelf(None, "run")).plan(GIVEN)
+        desk.runs = Shelf(None, "run")
+        desk.plan(GIVEN)
 
 
 def test_one_run_at_a_time_that_is_stopped(desk, monkeypatch, tmp_path):
