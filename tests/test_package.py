@@ -104,7 +104,8 @@ def test_top_level_names_are_those_of_the_program(names):
 
 def test_every_module_is_there(names):
     for package, folder in PACKAGES.items():
-        modules = {path.relative_to(folder).as_posix() for path in (folder / package).rglob("*.py")}
+        files = [path for path in (folder / package).rglob("*") if path.suffix in (".py", ".css")]
+        modules = {path.relative_to(folder).as_posix() for path in files}
         assert len(modules) > 5
         found = {name for name in names if name.startswith(f"{package}/") and not name.startswith(DATA)}
         assert found == modules
