@@ -493,8 +493,8 @@ def test_images_that_do_not_fit_are_refused(tiny):
             (None, "this is an image-to-video model; give the first frame"),
             (torch.zeros(3, 48, 32), "expected floating-point numbers of shape"),
             (torch.zeros(3, 32, 48, dtype=torch.uint8), "image is uint8"),
-            (torch.full((3, 32, 48), 200.0), "not in \\[-1, 1\\]"),
-            (torch.full((3, 32, 48), torch.nan), "not in \\[-1, 1\\]"),
+            (torch.full((3, 32, 48), 200.0), "outside \\[-1, 1\\]"),
+            (torch.full((3, 32, 48), torch.nan), "outside \\[-1, 1\\]"),
         ):
             with pytest.raises(UserError, match=says):
                 session.sample(replace(good, image=image))
