@@ -288,7 +288,10 @@ def filled_in(
 
 
 def offered_choice(value: Any, offered: OfferedField | None) -> Any:
-    """Return a value of a record as a field offers it: a record names the class of a sampler; None: it does not."""
+    """Return a value of a record as a field offers it; None if it does not.
+
+    A record names the class of a sampler.
+    """
     choices = offered.choices if offered is not None else ()
     if offered is not None and offered.name == "sampler":
         return next((choice for choice in choices if value in (choice, sampler_class(choice))), None)
