@@ -26,7 +26,7 @@ def test_by_itself_it_serves_the_tiny_models_to_this_machine(served, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert command.main([]) == 0
     (options,) = served
-    assert list(options.models) == ["tiny", "tiny_i2v"]
+    assert list(options.models) == ["tiny", "tiny_i2v", "tiny_continue"]
     assert (options.host, options.port, options.users) == ("127.0.0.1", 7860, {})
     assert options.output_dir == tmp_path / "outputs" / "web"
     assert not options.output_dir.exists()

@@ -49,8 +49,9 @@ def load(
     `load("tiny")("a large red circle moving left").save("circle.mp4")`
 
     Args:
-        model: `tiny`, `tiny_i2v`, or the name of a released model such as `cogvideox_5b`; one or more configuration
-            files; the folder of a training run or of one of its checkpoints; or the folder of a pipeline of diffusers.
+        model: `tiny`, `tiny_i2v`, `tiny_continue`, or the name of a released model such as `cogvideox_5b`; one or more
+            configuration files; the folder of a training run or of one of its checkpoints; or the folder of a pipeline
+            of diffusers.
         device: cpu, cuda or cuda:N; None: a GPU if available.
         dtype: the dtype of the computation: float16, bfloat16 or float32, as a name or as PyTorch's dtype; None: as in
             the model's configuration.

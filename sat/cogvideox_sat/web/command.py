@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TINY = (("tiny",), ("tiny_i2v",))
+TINY = (("tiny",), ("tiny_i2v",), ("tiny_continue",))
 TINY_RECIPES = tuple(
     (f"configs/tiny/{name}_lora.yaml", "configs/tiny/sft.yaml") for name in ("cogvideox_tiny", "cogvideox_tiny_i2v")
 )
@@ -61,8 +61,8 @@ def build_parser() -> ToolParser:
     parser = ToolParser(__doc__ or "")
     add = parser.add_argument
     add("--model", nargs="+", action="append", metavar="MODEL", help=(
-        "a model: tiny, tiny_i2v, the name of a released one, the folder of a run or of a pipeline of diffusers, or "
-        "configuration files; several times for several models (default: both tiny ones)"
+        "a model: tiny, tiny_i2v, tiny_continue, the name of a released one, the folder of a run or of a pipeline of "
+        "diffusers, or configuration files; several times for several models (default: the tiny ones)"
     ))  # fmt: skip
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--dtype", help="float16, bfloat16 or float32 (default: as the model's configuration says)")
