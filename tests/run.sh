@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment if needed, then checks the layers (tests/architecture.py), the docstrings (tests/prose.py), the
-# style (ruff), the spelling (codespell) and the types (mypy, tests/type_checks.py), and runs the tests (pytest), with one
-# process more than cores, at most eight.
+# style (ruff), the spelling (codespell) and the types (mypy, tests/type_checks.py), and runs the tests (pytest), with two
+# processes more than cores, at most eight.
 # Other arguments go to pytest; paths are relative to the repository root.
 #
 #   bash tests/run.sh
@@ -47,7 +47,7 @@ trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
 
 # The tests of a file share its fixtures, so that they stay together; tests/conftest.py puts the long files first. A test
 # spends a third of its time waiting, for a clip that hangs, a server or a process; another test then uses its core.
-tests=0 processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
+tests=0 processes=$(($(getconf _NPROCESSORS_ONLN) + 2))
 "$python" -m pytest --numprocesses "$((processes < 8 ? processes : 8))" --dist loadfile --no-loadscope-reorder "$@" || tests=$?
 wait "$checker" || style=$?
 cat "$types"
