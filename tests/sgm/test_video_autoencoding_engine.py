@@ -124,7 +124,7 @@ def test_only_the_decoder_is_trained_when_asked():
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((4, 3, 16, 16), "4 frames of 16x16: the number of frames must be 4k"), ((5, 3, 14, 16), "5 frames of 14x16")],
+    [((4, 3, 16, 16), "4 frames of 16x16; the number of frames must be 4k"), ((5, 3, 14, 16), "5 frames of 14x16")],
 )
 def test_unfit_clips_are_refused_in_training(shape, message):
     with pytest.raises(UserError, match=message):
