@@ -7,7 +7,7 @@
 #   bash tests/run.sh
 #   bash tests/run.sh tests/sgm -k sampler
 #   bash tests/run.sh --quick                  without tests that are slow or start several processes
-#   bash tests/run.sh --all                    300 changed configurations rather than 60, and 20 kills of each kind of run
+#   bash tests/run.sh --all                    300 changed configurations, not 60; 20 kills of each kind of run; all benchmarks
 #
 # --long          the same as --all
 set -euo pipefail

@@ -65,7 +65,7 @@ def write_config(
         },
         "data": {
             "target": "data_video.SFTDataset",
-            "params": {"video_size": [64, 96], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0, **(params or {})},
+            "params": {"video_size": [32, 48], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0, **(params or {})},
         },
         "deepspeed": {
             "train_micro_batch_size_per_gpu": micro_batch,

@@ -80,6 +80,7 @@ def tables(text: str) -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("long")
 def test_toy_on_a_cpu(tmp_path):
     """The same code as on a GPU measures all parts, and leaves only the results."""
     temporary, output = tmp_path / "temporary", tmp_path / "output"

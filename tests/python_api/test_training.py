@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cogvideox_sat as cv
+import processes
+from cogvideox_sat.python_api import training
 from cogvideox_sat.python_api.training import TrainingRun
 from sgm.errors import UserError
 from training_clips import write_dataset
@@ -46,7 +49,9 @@ def test_a_run_is_that_of_the_command_and_is_loaded_by_its_folder(tiny, clips, t
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_on_two_processes(tiny, clips, tmp_path, capfd):
+def test_on_two_processes(tiny, clips, tmp_path, capfd, monkeypatch):
+    forked = SimpleNamespace(PIPE=subprocess.PIPE, Popen=lambda words, *, text, **to: processes.start(words[1:], **to))
+    monkeypatch.setattr(training, "subprocess", forked)
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True)
     run = cv.train(config, processes=2, train_iters=1)
     assert [path.name for path in run.checkpoints] == ["1"] and run.folder.parent == tmp_path / "runs"

@@ -32,7 +32,8 @@ def place(tmp_path) -> Path:
 @pytest.fixture
 def config(tiny, place, tmp_path) -> Path:
     """Write the configuration of a model whose weights are gone."""
-    path = write_config(tmp_path / "config.yaml", tiny, "2b", place, max_unreadable_share=0.5, seed=3)
+    settings = {"max_unreadable_share": 0.5, "seed": 3, "params": {"video_size": [64, 96]}}
+    path = write_config(tmp_path / "config.yaml", tiny, "2b", place, **settings)
     content = yaml.safe_load(path.read_text())
     content["args"]["load"] = "/nowhere"
     path.write_text(yaml.safe_dump(content))

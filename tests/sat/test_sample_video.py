@@ -152,8 +152,8 @@ def test_processes_share_the_prompts_and_make_the_same_videos(tiny, tmp_path, ba
     arguments = command(tiny.config("5b"), tmp_path, [*TWO_PROMPTS, "blocked"])
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "2_blocked").touch()  # where its folder belongs
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = run_process(*launcher, str(SCRIPT), *arguments)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = processes.run([*launcher, SCRIPT, *arguments], cwd="/", timeout=180)
     assert result.returncode == 1
     assert result.stderr.count("failed: prompt 3 ('blocked'): cannot write") == 1
     (tmp_path / "videos" / "2_blocked").unlink()

@@ -367,7 +367,8 @@ def test_a_scheduler_of_deepspeed_goes_on_where_it_was(tmp_path, tiny, clips):
 
 
 def test_adam_of_deepspeed_needs_no_compiler_on_a_cpu(tmp_path, tiny, clips):
-    config = write_config(tmp_path / "a.yaml", tiny, "5b", clips, deepspeed={"optimizer": {"type": "AdamW"}})
+    settings = {"params": {"video_size": [64, 96]}, "deepspeed": {"optimizer": {"type": "AdamW"}}}
+    config = write_config(tmp_path / "a.yaml", tiny, "5b", clips, **settings)
     losses = metrics(train(config))
     assert losses[4] < losses[1]
 
