@@ -138,10 +138,10 @@ def test_the_server_may_ask_for_a_longer_wait():
 
 @pytest.mark.slow
 def test_a_timeout_is_tried_again(caplog):
-    with chat_server(lambda request, number: Reply("fine", delay=1.0 if number == 0 else 0)) as server:
-        assert refine([IDEA], endpoint(server, timeout=0.3)) == ["fine"]
+    with chat_server(lambda request, number: Reply("fine", delay=4.0 if number == 0 else 0)) as server:
+        assert refine([IDEA], endpoint(server, timeout=1.5)) == ["fine"]
         assert len(server.requests) == 2
-        server.reply = lambda request, number: Reply(delay=0.5)
+        server.reply = lambda request, number: Reply(delay=4.0)
         assert refine([IDEA], endpoint(server, timeout=0.2, tries=2)) == [None]
     assert "no answer within 0.2 seconds" in caplog.text
 
