@@ -59,7 +59,7 @@ def offered_models(sources: Sequence[Sequence[str]], settings: Mapping[str, Any]
 def offered_model(words: Sequence[str], settings: Mapping[str, Any]) -> OfferedModel:
     """Return a model of the page, see `offered_models`."""
     source: str | tuple[str, ...] = words[0] if len(words) == 1 else tuple(words)
-    args, kept = arguments_of_model(list(source) if isinstance(source, tuple) else source, **settings)
+    args, kept = arguments_of_model(source, **settings)
     with kept:
         limits = ModelLimits.from_config(args.model_config)
         sampler = (args.model_config.get("sampler_config") or {}).get("params") or {}

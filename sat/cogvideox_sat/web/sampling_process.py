@@ -198,8 +198,7 @@ class Workshop:
         try:
             from cogvideox_sat.python_api.loading import load
 
-            source = list(model.source) if isinstance(model.source, tuple) else model.source
-            pipe = load(source, **model.settings)
+            pipe = load(model.source, **model.settings)
             self.pipes[name] = pipe, pipe.lora
         except UserError as error:
             self.broken[name] = f"{name}: {one_line(str(error))}"
