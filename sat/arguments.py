@@ -167,10 +167,10 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
     argument_schema.check_common(args)
     argument_schema.check_exclusive(args, EXCLUSIVE)
     if len(args.sampling_image_size) != 2:
-        raise UserError(f"sampling_image_size is {args.sampling_image_size}; expected height and width")
+        raise UserError(f"sampling_image_size: got {args.sampling_image_size}; expected height and width")
     argument_schema.check_least(args, ("batch_size", "sampling_num_frames"))
     if args.guidance_batch not in (1, 2):
-        raise UserError(f"guidance_batch is {args.guidance_batch}; it can be 1 or 2")
+        raise UserError(f"guidance_batch: got {args.guidance_batch}; it can be 1 or 2")
     check_fit(args)
     for name in ("guidance_scale", "guidance_schedule"):
         check_argument(name, getattr(args, name))
@@ -187,7 +187,7 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
     if args.input_type == "txt" and not args.input_file:
         raise UserError("input_file is missing; give --input_file, or --input_type cli to type prompts")
     if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() != ".png":
-        raise UserError(f"contact_sheet is {args.contact_sheet}; the name of a PNG ends with .png")
+        raise UserError(f"contact_sheet: got {args.contact_sheet}; the name of a PNG ends with .png")
     for name in ("contact_sheet", "looping_previews"):
         if getattr(args, name) and (args.only_save_latents or args.input_type == "cli"):
             raise UserError(

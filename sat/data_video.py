@@ -120,7 +120,7 @@ class SFTDataset(Dataset):
             ("skip_frms_num", skip_frms_num, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise UserError(f"data: {name} is {value!r}; expected a number, at least {least}")
+                raise UserError(f"data: {name}: got {value!r}; expected a number, at least {least}")
         check_options(
             {
                 **{"random_start": random_start, "txt_key": txt_key, "shuffle_buffer": shuffle_buffer},
@@ -348,7 +348,7 @@ def _included(include_dirs: str | None) -> list[str]:
     if include_dirs is None:
         return []
     if not isinstance(include_dirs, str):
-        raise UserError(f"data: include_dirs is {include_dirs!r}; expected folders with commas between")
+        raise UserError(f"data: include_dirs: got {include_dirs!r}; expected folders with commas between")
     shards = []
     for part in include_dirs.split(","):
         folder, _, times = part.strip().partition("*")

@@ -150,7 +150,7 @@ def check_params(taken: Parameters, given: Mapping[str, Any], extra: Collection[
             infinite = isinstance(default, float) and math.isinf(default)
             if problem := problem_of_value(value, taken.hints[name], default, infinite):
                 where, found, fits = problem
-                return Problem((name, *where), f"is {shown(found)}; expected {fits}")
+                return Problem((name, *where), f"got {shown(found)}; expected {fits}")
     return None
 
 

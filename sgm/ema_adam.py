@@ -63,10 +63,10 @@ class EmaAdam(torch.optim.Optimizer):
             raise UserError("optimizer: FusedEmaAdam does not support amsgrad; set amsgrad to false")
         for name, value in {"betas[0]": betas[0], "betas[1]": betas[1], "ema_decay": ema_decay}.items():
             if not 0 <= value < 1:
-                raise UserError(f"optimizer: {name} is {value}; expected at least 0 and below 1")
+                raise UserError(f"optimizer: {name}: got {value}; expected at least 0 and below 1")
         for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
             if not value >= 0:
-                raise UserError(f"optimizer: {name} is {value}; expected at least 0")
+                raise UserError(f"optimizer: {name}: got {value}; expected at least 0")
         self.update = adamw if adam_w_mode else adam
         self.set_grad_none = set_grad_none
         self.ema_decay = ema_decay

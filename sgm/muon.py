@@ -49,11 +49,11 @@ class Muon(Optimizer):
         shares = {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1], "ema_decay": ema_decay or 0.0}
         for name, value in shares.items():
             if not 0 <= value < 1:
-                raise UserError(f"Muon: {name} is {value}; expected at least 0 and below 1")
+                raise UserError(f"Muon: {name}: got {value}; expected at least 0 and below 1")
         rates = {"lr": lr, "adam_lr_factor": adam_lr_factor, "eps": eps, "weight_decay": weight_decay}
         for name, value in rates.items():
             if value < 0:
-                raise UserError(f"Muon: {name} is {value}; expected at least 0")
+                raise UserError(f"Muon: {name}: got {value}; expected at least 0")
         super().__init__(params, {**rates, "momentum": momentum, "betas": tuple(betas), "ema_decay": ema_decay})
 
     @torch.no_grad()

@@ -62,7 +62,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     factory = class_of_config(config, place)
     params = config.get("params")
     if params is not None and not isinstance(params, Mapping):
-        raise error_at(place.below("params"), f"is {shown(params)}; expected keys and values")
+        raise error_at(place.below("params"), f"got {shown(params)}; expected keys and values")
     params = dict(params or {})
     if problem := problem_of_params(factory, params, extra):
         if not place.known:
@@ -106,7 +106,7 @@ def class_of_config(config: Any, place: Place | None = None) -> type:
     """
     place = place or _place_of(config, current_place())
     if not isinstance(config, Mapping):
-        raise error_at(place, f"is {shown(config)}; expected a mapping with the keys target and params")
+        raise error_at(place, f"got {shown(config)}; expected a mapping with the keys target and params")
     if "target" not in config:
         raise error_at(place, f"expected a mapping with the key 'target', got the keys {sorted(map(str, config))}")
     return class_at(config["target"], place.below("target"), place.slot)
@@ -119,7 +119,7 @@ def class_at(target: Any, place: Place, slot: str | None) -> type:
         UserError: the target is not such a class.
     """
     if not isinstance(target, str):
-        raise error_at(place, f"is {shown(target)}; expected an import path of the form package.module.Class")
+        raise error_at(place, f"got {shown(target)}; expected an import path of the form package.module.Class")
     try:
         kind = get_obj_from_str(target)
     except UserError as error:

@@ -108,7 +108,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.lpips_weights and options.lpips_net == "none":
         raise UserError("--lpips_weights is given, but --lpips_net is none; leave one of them out")
     if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise UserError(f"--device is '{options.device}'; use cpu, cuda or cuda:N")
+        raise UserError(f"--device: got '{options.device}'; use cpu, cuda or cuda:N")
     check_folder(options.output, "--output")
     if options.json:
         check_folder(options.json.parent, "--json")
@@ -185,7 +185,7 @@ def find_data(data: Mapping[str, Any], vae_params: Mapping[str, Any]) -> dict[st
         raise UserError("data.target is missing; also name configs/sft.yaml, after the model's file")
     params = data.get("params") or {}
     if not isinstance(params, dict):
-        raise UserError(f"data.params is {shown(params)}; expected keys and values")
+        raise UserError(f"data.params: got {shown(params)}; expected keys and values")
     time_factor, space_factor = compression(vae_params)
     check_clips(params, time_factor, space_factor)
     return {"target": data["target"], "params": {"frame_multiple": time_factor, **params}}

@@ -26,7 +26,7 @@ def engine_class(settings: EngineSettings) -> type[SATVideoDiffusionEngine]:
     chosen, name = settings.model_cls, "model_cls"
     if (chosen is None or chosen is SATVideoDiffusionEngine) and target is not None:
         if not isinstance(target, str):
-            raise UserError(f"model.target is {target!r}; expected the import path of an engine, such as {OWN}")
+            raise UserError(f"model.target: got {target!r}; expected the import path of an engine, such as {OWN}")
         chosen, name = get_obj_from_str(target), f"model.target: {target}"
     if chosen is None:
         return SATVideoDiffusionEngine

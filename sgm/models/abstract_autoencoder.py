@@ -57,7 +57,7 @@ class AbstractAutoencoder(pl.LightningModule, ABC):
         if unknown:
             raise UserError(f"{type(self).__name__} has no setting {_with_nearest(type(self), unknown)}")
         if ema_decay is not None and not 0 <= ema_decay <= 1:
-            raise UserError(f"ema_decay is {ema_decay}; expected a number from 0 to 1")
+            raise UserError(f"ema_decay: got {ema_decay}; expected a number from 0 to 1")
         if ckpt_path is not None and ckpt_engine is not None:
             raise UserError("ckpt_path and ckpt_engine both give initial weights; give one of them")
         self.ema_decay, self.monitor, self.input_key = ema_decay, monitor, input_key

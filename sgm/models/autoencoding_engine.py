@@ -109,7 +109,7 @@ class AutoencodingEngine(AbstractAutoencoder):
         super().__init__(*args, **others)
         self.automatic_optimization = False
         if accumulate_grad_batches < 1:
-            raise UserError(f"accumulate_grad_batches is {accumulate_grad_batches}; expected at least 1")
+            raise UserError(f"accumulate_grad_batches: got {accumulate_grad_batches}; expected at least 1")
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         for name, part in (parts or {}).items():

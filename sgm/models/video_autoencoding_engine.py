@@ -124,7 +124,7 @@ class VideoAutoencodingEngine(VideoCoder, AutoencodingEngine):
         # A loss without these arguments gets the whole clip, on every rank.
         self._loss_takes_shares = {"group", "frames"} <= asked
         if image_taps not in ("all", "last"):
-            raise UserError(f"image_taps is {image_taps!r}; expected 'all' or 'last'")
+            raise UserError(f"image_taps: got {image_taps!r}; expected 'all' or 'last'")
         if image_taps == "last":
             for weight in self._weights_in_time():
                 weight.register_hook(self._last_tap_of_images)

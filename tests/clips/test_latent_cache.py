@@ -387,7 +387,7 @@ def test_a_cache_of_another_model_is_refused(tiny, cache, tmp_path):
 
     model = model_of(tiny, "2b")
     model["network_config"]["params"]["num_frames"] = 5
-    refused(model, "latents are of clips of 9 frames of 32x48: max_num_frames is 9; this model takes")
+    refused(model, "latents are of clips of 9 frames of 32x48: max_num_frames: got 9; this model takes")
 
 
 @pytest.mark.parametrize(

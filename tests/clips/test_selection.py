@@ -280,7 +280,7 @@ def test_the_originals_keywords(folder, tmp_path, caplog):
     for include_dirs, message in (
         ("/nowhere", "holds no .tar"),
         (f"{tmp_path}*x", "write FOLDER"),
-        (3, "include_dirs is 3"),
+        (3, "include_dirs: got 3"),
     ):
         with pytest.raises(UserError, match=message):
             VideoDataset("", [64, 96], include_dirs=include_dirs)

@@ -165,8 +165,8 @@ def test_mistakes_are_named(tmp_path):
     write(tmp_path / "bad/labels/a.txt", "grün".encode("latin-1"))
     no_caption_text = write(tmp_path / "number.jsonl", '{"video": "a.mp4", "caption": 3}')
     for location, message in {
-        "empty": "no videos found in .*empty; expected files such as videos/name.mp4",
-        "packed": "no videos found in .*packed; unpack .*packed/part1.ZIP first",
+        "empty": ".*empty: no videos found; expected files such as videos/name.mp4",
+        "packed": ".*packed: no videos found; unpack .*packed/part1.ZIP first",
         "none": "none does not exist",
         "none-{0..3}.tar": "none-0.tar does not exist",
         "none-*.tar": "no file matches",
@@ -176,12 +176,12 @@ def test_mistakes_are_named(tmp_path):
         write(tmp_path / "a.jsonl", '\n{"video": 3}').name: "a.jsonl, line 2: 'video' must be the path",
         write(tmp_path / "b.jsonl", "{").name: "b.jsonl, line 1: not valid JSON",
         write(tmp_path / "c.jsonl", "[]").name: "c.jsonl, line 1: expected an object",
-        write(tmp_path / "d.jsonl", "").name: "no videos found in .*d.jsonl",
+        write(tmp_path / "d.jsonl", "").name: ".*d.jsonl: no videos found",
         no_caption_text.name: "number.jsonl, line 1: 'caption' must be text",
         write(tmp_path / "a.csv", "file,caption\na.mp4,a").name: "a.csv: the first line must name the columns",
-        write_tar(tmp_path / "text.tar", {"a.txt": b"a"}).name: "no videos found in .*text.tar",
+        write_tar(tmp_path / "text.tar", {"a.txt": b"a"}).name: ".*text.tar: no videos found",
         write_tar(tmp_path / "json.tar", {"a.json": b"{", "a.mp4": b""}).name: "json.tar/a.json: not valid JSON",
-        write(tmp_path / "nothing.tar", b"").name: "no videos found in .*nothing.tar",
+        write(tmp_path / "nothing.tar", b"").name: ".*nothing.tar: no videos found",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             find_clips(str(tmp_path / location))

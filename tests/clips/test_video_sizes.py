@@ -32,5 +32,5 @@ def test_one_size_or_several():
     "value", [None, 480, [], [[]], [480], [480, 720, 3], [480, 721], [-480, 720], [0, 720], [480.0, 720], [True, 16]]
 )
 def test_other_values_are_refused(value):
-    with pytest.raises(UserError, match="data: video_size is"):
+    with pytest.raises(UserError, match="data: video_size: got"):
         parse_sizes(value)

@@ -130,7 +130,7 @@ def test_address_and_port_of_the_user(variables):
         ({**MPIRUN, "OMPI_COMM_WORLD_RANK": "6"}, "says rank 6 of 6"),
         ({"PMI_RANK": "1", "PMI_SIZE": "4", "MASTER_ADDR": "a"}, "does not say which processes share a machine"),
         ({**MPIRUN, "WORLD_SIZE": "1", "RANK": "0"}, "WORLD_SIZE is 1, but mpirun started 6 processes"),
-        ({"WORLD_SIZE": "two"}, "environment variable WORLD_SIZE is 'two'; expected a whole number"),
+        ({"WORLD_SIZE": "two"}, "environment variable WORLD_SIZE: got 'two'; expected a whole number"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
         ({**SRUN, "SLURM_PROCID": ""}, "SLURM_PROCID is not set"),
     ],

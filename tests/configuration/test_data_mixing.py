@@ -112,5 +112,5 @@ def test_weights_are_shares_of_the_samples(places):
     ],
 )
 def test_wrong_options_are_named(option, value):
-    with pytest.raises(UserError, match=f"data.params.{option} is .*; expected "):
+    with pytest.raises(UserError, match=f"data.params.{option}: got .*; expected "):
         check_options({option: value})

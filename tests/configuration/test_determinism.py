@@ -130,7 +130,7 @@ def test_sampling_asks_only_cudnn_for_a_fixed_order(tiny, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("trainer", "says"),
-    [({"deterministic": "always"}, "deterministic is 'always'"), ({"benchmark": True}, "benchmark is on")],
+    [({"deterministic": "always"}, "deterministic: got 'always'"), ({"benchmark": True}, "benchmark is on")],
 )
 def test_lightning_is_not_asked_for_the_contrary(tmp_path, trainer, says):
     config = vae_runs.write_config(tmp_path / "config.yaml", tmp_path, lightning={"trainer": trainer})

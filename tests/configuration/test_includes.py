@@ -49,11 +49,11 @@ def test_files_that_came_with_something_else_include_nothing(write):
     ("text", "message"),
     [
         ("- 1\n", "expected sections"),
-        ("include: 3\n", "include is"),
-        ("include: ['']\n", "include is"),
+        ("include: 3\n", "include: got"),
+        ("include: ['']\n", "include: got"),
         ("modle: {}\n", "unknown section 'modle'"),
         ("1: {}\n", "unknown section 1"),
-        ("args: [1]\n", "the section 'args' is"),
+        ("args: [1]\n", "the section 'args': got"),
         ("include: missing.yaml\n", "missing.yaml"),
     ],
 )

@@ -151,5 +151,5 @@ def test_an_autoencoder_that_no_machine_holds_is_refused_before_it_is_built():
 def test_more_steps_than_there_are_are_refused_by_the_argument_s_name(shipped, steps):
     settings = changed(shipped, "scale_factor", 1.0)
     check_model(settings, (), 1000)
-    with pytest.raises(UserError, match=f"^sampling_num_steps.* is {steps}"):
+    with pytest.raises(UserError, match=f"^sampling_num_steps.*: got {steps}"):
         check_model(settings, (), steps)

@@ -25,7 +25,7 @@ def test_first_generation(name):
         limits.check_clip(frames, 480, 720)
     limits.check_clip(13, 16, 720)
     for frames in (0, 12, 15):
-        with pytest.raises(UserError, match=f"sampling_num_frames is {frames}; this model takes an odd number .* 13"):
+        with pytest.raises(UserError, match=f"sampling_num_frames: got {frames}; this model takes an odd number .* 13"):
             limits.check_clip(frames, 480, 720)
     with pytest.raises(UserError, match=r"height 488 does not fit; this model takes multiples of 16 up to 480, .* 480"):
         limits.check_clip(13, 488, 720)
@@ -41,7 +41,9 @@ def test_second_generation(name):
         limits.check_clip(frames, 768, 1360)
     limits.check_clip(22, 1360, 768)
     for frames in (0, 13, 44):
-        with pytest.raises(UserError, match=f"sampling_num_frames is {frames}; this model takes an even number .* 42"):
+        with pytest.raises(
+            UserError, match=f"sampling_num_frames: got {frames}; this model takes an even number .* 42"
+        ):
             limits.check_clip(frames, 768, 1360)
     with pytest.raises(UserError, match="height 2416 does not fit"):
         limits.check_clip(22, 2416, 768)
@@ -56,7 +58,7 @@ def test_modes(name, image_to_video):
     limits.check_mode(image_to_video, latent_channels=16)
     with pytest.raises(UserError, match="image-to-video model" if image_to_video else "text-to-video model"):
         limits.check_mode(not image_to_video, latent_channels=16)
-    with pytest.raises(UserError, match="latent_channels is 4; this model has 16"):
+    with pytest.raises(UserError, match="latent_channels: got 4; this model has 16"):
         limits.check_mode(image_to_video, latent_channels=4)
 
 
@@ -67,5 +69,5 @@ def test_modes(name, image_to_video):
 def test_numbers_that_are_none_are_named(name, value):
     model = load_configs([CONFIGS / "cogvideox_2b.yaml"], used=())["model"]
     model["network_config"]["params"][name] = value
-    with pytest.raises(UserError, match=f"model.network_config.params.{name} is {value!r}; expected"):
+    with pytest.raises(UserError, match=f"model.network_config.params.{name}: got {value!r}; expected"):
         ModelLimits.from_config(model)

@@ -63,7 +63,7 @@ def test_how_many_samples_the_first_stage_takes_at_once(training, caplog):
     for wrong in (0, "two", 1.5, True):
         args = training({"en_and_decode_n_samples_a_time": wrong})
         place = r"overlay\.yaml: model\.en_and_decode_n_samples_a_time"
-        with pytest.raises(UserError, match=place + ": is .*; expected a whole number from 1"):
+        with pytest.raises(UserError, match=place + ": got .*; expected a whole number from 1"):
             check_model_values(args.model_config, args.sources)
 
 
@@ -98,7 +98,7 @@ def test_all_without_an_adapter_trains_nothing(training):
 
 @pytest.mark.parametrize("prefixes", [7, [7], [""], {"a": 1}])
 def test_prefixes_that_will_not_do(prefixes):
-    with pytest.raises(UserError, match=r"model\.not_trainable_prefixes is"):
+    with pytest.raises(UserError, match=r"model\.not_trainable_prefixes: got"):
         not_trainable_prefixes({"not_trainable_prefixes": prefixes})
 
 
@@ -119,7 +119,7 @@ def test_an_omegaconf_section_is_resolved_and_a_plain_one_kept():
     assert plain_model_section(plain) is plain
     with pytest.raises(UserError, match="model: Interpolation key 'gone' not found"):
         plain_model_section(OmegaConf.create({"a": "${gone}"}))
-    with pytest.raises(UserError, match="model is None"):
+    with pytest.raises(UserError, match="model: got None"):
         plain_model_section(None)
 
 

@@ -20,7 +20,7 @@ def test_attributes_that_are_arguments_are_taken(wrap):
 
 
 def test_a_value_of_a_wrong_type_is_named():
-    with pytest.raises(UserError, match="seed is 'seven'; expected a whole number"):
+    with pytest.raises(UserError, match="seed: got 'seven'; expected a whole number"):
         arguments_from(TrainingArguments, {"model_config": MODEL, "seed": "seven"})
 
 

@@ -41,11 +41,11 @@ def test_in_a_configuration(mode):
 @pytest.mark.parametrize("value", [-1, 1.5, "all", "-2", "1e3", [3], {"n": 1}, "9" * 30, ""])
 def test_what_it_cannot_be_is_one_line(value):
     expected = r"can be true, false, attention, auto or a number of layers$"
-    with pytest.raises(UserError, match=f"^args: checkpoint_activations is .*{expected}"):
+    with pytest.raises(UserError, match=f"^args: checkpoint_activations: got .*{expected}"):
         check_args_section({"checkpoint_activations": value})
-    with pytest.raises(UserError, match=f"^checkpoint_activations is .*{expected}"):
+    with pytest.raises(UserError, match=f"^checkpoint_activations: got .*{expected}"):
         build_parser().parse_args([f"{FLAG}={value}"])
-    with pytest.raises(UserError, match=f"transformer_args.checkpoint_activations: is .*{expected}"):
+    with pytest.raises(UserError, match=f"transformer_args.checkpoint_activations: got .*{expected}"):
         check_model_values(model_of(checkpoint_activations=value), Sources())
 
 
@@ -71,11 +71,11 @@ def model_of(**transformer_args) -> dict:
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"checkpoint_activations": 7}, "checkpoint_activations: is 7, but the network has 6 layers"),
-        ({"checkpoint_skip_layers": 7}, "checkpoint_skip_layers: is 7; the network has 6 layers"),
-        ({"checkpoint_skip_layers": -1}, "checkpoint_skip_layers: is -1"),
-        ({"checkpoint_skip_layers": "two"}, "checkpoint_skip_layers: is 'two'"),
-        ({"checkpoint_num_layers": 0}, "checkpoint_num_layers: is 0"),
+        ({"checkpoint_activations": 7}, "checkpoint_activations: got 7, but the network has 6 layers"),
+        ({"checkpoint_skip_layers": 7}, "checkpoint_skip_layers: got 7; the network has 6 layers"),
+        ({"checkpoint_skip_layers": -1}, "checkpoint_skip_layers: got -1"),
+        ({"checkpoint_skip_layers": "two"}, "checkpoint_skip_layers: got 'two'"),
+        ({"checkpoint_num_layers": 0}, "checkpoint_num_layers: got 0"),
     ],
 )
 def test_layers_that_do_not_exist(values, problem):
@@ -90,10 +90,10 @@ def test_arguments_are_compared_with_the_model():
 
     check_recomputation(Arguments)
     Arguments.checkpoint_skip_layers = 7
-    with pytest.raises(UserError, match="checkpoint_skip_layers is 7"):
+    with pytest.raises(UserError, match="checkpoint_skip_layers: got 7"):
         check_recomputation(Arguments)
     Arguments.checkpoint_activations = 7
-    with pytest.raises(UserError, match="checkpoint_activations is 7"):
+    with pytest.raises(UserError, match="checkpoint_activations: got 7"):
         check_recomputation(Arguments)
 
 

@@ -60,7 +60,7 @@ def test_dashes_do_for_underscores():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("dimm", "sampler is 'dimm'; did you mean ddim?"),
+        ("dimm", "sampler: got 'dimm'; did you mean ddim?"),
         ("VideoDDIMsampler", "did you mean VideoDDIMSampler?"),
         ("os.system", "it can be dpmpp_2m_sde, "),
     ],
@@ -127,7 +127,7 @@ def test_steps_that_the_noise_schedule_does_not_have(section):
     } == {most_steps(section)}
     check_steps(section, 1000, "steps")
     check_steps(section, None, "steps")
-    with pytest.raises(UserError, match="steps is 1001; this model's noise schedule has 1 to 1000 steps"):
+    with pytest.raises(UserError, match="steps: got 1001; this model's noise schedule has 1 to 1000 steps"):
         check_steps(section, 1001, "steps")
     section["params"]["discretization_config"] = {"target": "my.Schedule"}
     check_steps(section, 1001, "steps")

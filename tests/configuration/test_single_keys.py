@@ -66,7 +66,7 @@ def test_what_is_referred_to_can_be_changed_in_one_place(tmp_path):
         ("model.conditioner_config.params.emb_models[1].ucg_rate", "emb_models is a list of 1"),
         ("model.conditioner_config.params.emb_models.x", "emb_models is a list of 1"),
         ("model.scale_factor.x", "model.scale_factor is 1.0, which has no keys"),
-        ("model", "it is 7; expected keys and values"),
+        ("model", "model: got 7; expected keys and values"),
         ("", "the section '' does not exist"),
     ],
 )

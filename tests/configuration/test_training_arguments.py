@@ -203,24 +203,24 @@ def test_both_precisions_in_one_place_are_a_mistake(args_of, flags, sections):
         ("sampling_image_sise", [1, 2], "unknown key 'sampling_image_sise'"),
         ("lr", 1e-4, "args: lr is not read; set deepspeed.optimizer.params.lr instead"),
         ("zero_stage", 2, "is not read; set deepspeed.zero_optimization.stage instead"),
-        ("split", "95,5,0", "split is 95,5,0; training data is not split; name validation data as valid_data"),
-        ("train_data", [1], "train_data is [1]; expected texts"),
-        ("train_iters", "many", "train_iters is 'many'; expected a whole number"),
-        ("train_iters", 0, "train_iters is 0; it must be at least 1"),
-        ("keep_last", 0, "keep_last is 0; it must be at least 1"),
-        ("eval_interval", 0, "eval_interval is 0; it must be at least 1"),
-        ("num_workers", -1, "num_workers is -1; it must be at least 0"),
-        ("warmup", 100, "warmup is 100.0; expected a share, from 0 to 1"),
+        ("split", "95,5,0", "split: got 95,5,0; training data is not split; name validation data as valid_data"),
+        ("train_data", [1], "train_data: got [1]; expected texts"),
+        ("train_iters", "many", "train_iters: got 'many'; expected a whole number"),
+        ("train_iters", 0, "train_iters: got 0; it must be at least 1"),
+        ("keep_last", 0, "keep_last: got 0; it must be at least 1"),
+        ("eval_interval", 0, "eval_interval: got 0; it must be at least 1"),
+        ("num_workers", -1, "num_workers: got -1; it must be at least 0"),
+        ("warmup", 100, "warmup: got 100.0; expected a share, from 0 to 1"),
         ("max_unreadable_share", 10, "expected a share, from 0 to 1"),
         ("clip_timeout", 0, "clip_timeout: 0.0 is not a duration; give a number of seconds above 0"),
         ("collective_timeout", float("inf"), "collective_timeout: inf is not a duration"),
-        ("lr_decay_ratio", 0, "lr_decay_ratio is 0.0; expected a share, above 0"),
-        ("lr_decay_style", "exponential", "lr_decay_style is 'exponential'; it can be constant, linear, cosine"),
-        ("missing_label", "skip", "missing_label is 'skip'; it can be empty, stop"),
-        ("experiment_name", "a/b", "experiment_name is 'a/b'; expected the name of a folder, without"),
-        ("experiment_name", "", "experiment_name is ''"),
+        ("lr_decay_ratio", 0, "lr_decay_ratio: got 0.0; expected a share, above 0"),
+        ("lr_decay_style", "exponential", "lr_decay_style: got 'exponential'; it can be constant, linear, cosine"),
+        ("missing_label", "skip", "missing_label: got 'skip'; it can be empty, stop"),
+        ("experiment_name", "a/b", "experiment_name: got 'a/b'; expected the name of a folder, without"),
+        ("experiment_name", "", "experiment_name: got ''"),
         ("load", None, "load is missing; name the checkpoint to start from, or give --force_train"),
-        ("device", "gpu", "device is 'gpu'; it can be cpu, cuda or cuda:N"),
+        ("device", "gpu", "device: got 'gpu'; it can be cpu, cuda or cuda:N"),
         ("seed", -1, "seed must be between 0 and 2^63 - 1, got -1"),
     ],
 )
@@ -237,7 +237,7 @@ def test_splits_that_keep_all_for_training_say_nothing(args_of, caplog):
         args = args_of(args={"split": split})
         assert (args.train_data, args.valid_data) == (plain.train_data, plain.valid_data)
     assert not [record for record in caplog.records if record.levelname != "INFO"]
-    with pytest.raises(UserError, match="split is 100, 0"):
+    with pytest.raises(UserError, match="split: got 100, 0"):
         args_of(args={"split": "100, 0.1, 0"})
 
 

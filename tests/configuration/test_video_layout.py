@@ -39,8 +39,8 @@ def test_guidance_comes_first_and_the_rest_share_the_sequence(sampler, asked, la
 @pytest.mark.parametrize(
     ("sampler", "asked", "says"),
     [
-        (GUIDED, {"processes_per_video": 0}, "processes_per_video is 0; expected a whole number from 1"),
-        (GUIDED, {"sequence_parallel": -1}, "sequence_parallel is -1"),
+        (GUIDED, {"processes_per_video": 0}, "processes_per_video: got 0; expected a whole number from 1"),
+        (GUIDED, {"sequence_parallel": -1}, "sequence_parallel: got -1"),
         (GUIDED, {"processes_per_video": 3, "guidance_parallel": True}, "cannot share 3 processes evenly"),
         (GUIDED, {"processes_per_video": 8, "sequence_parallel": 3}, r"1 x 3 processes .* are not the 8"),
         (UNGUIDED, {"guidance_parallel": True}, "the sampler has no guidance"),

@@ -268,5 +268,5 @@ def test_differences_leave_out_what_is_not_known(made):
 
 
 def test_parse_record_names_the_key():
-    with pytest.raises(UserError, match="x: prompt is None; expected text"):
+    with pytest.raises(UserError, match="x: prompt: got None; expected text"):
         parse_record('{"format": 1}', "x")

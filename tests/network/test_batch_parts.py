@@ -58,5 +58,5 @@ def sampled(tiny, family: str, guidance_batch: int, steps: int, dtype: torch.dty
 
 
 def test_other_numbers_are_refused(tiny):
-    with pytest.raises(UserError, match="guidance_batch is 3; it can be 1 or 2"):
+    with pytest.raises(UserError, match="guidance_batch: got 3; it can be 1 or 2"):
         get_args(["--base", str(tiny.config("5b")), "--input_file", "prompts.txt", "--guidance_batch", "3"])

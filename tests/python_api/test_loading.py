@@ -37,8 +37,8 @@ def test_the_names_of_shipped_models():
         ("tinny", "model: tinny does not exist.*; did you mean tiny?"),
         ("/nowhere/at/all", "model: /nowhere/at/all does not exist; known are tiny, "),
         ("", "model: '' does not exist"),
-        (3, "model is 3; give a name, a folder, or configuration files"),
-        ([], r"model is \[\]; give a name"),
+        (3, "model: got 3; give a name, a folder, or configuration files"),
+        ([], r"model: got \[\]; give a name"),
         (str(ROOT / "tests"), "tests holds neither training_config.yaml nor model_index.json"),
         (str(ROOT / "README.md"), "README.md holds neither"),
     ],
@@ -53,20 +53,20 @@ def test_what_is_no_model(model, says):
     ("arguments", "says"),
     [
         ({"devise": "cpu"}, "devise: unknown argument; did you mean device?"),
-        ({"device": "gpu"}, "device is 'gpu'; it can be cpu, cuda or cuda:N"),
-        ({"dtype": "int8"}, "dtype is 'int8'; it can be float16, bfloat16 or float32"),
-        ({"offload": "some"}, "offload is 'some'; it can be none, stage, sequential"),
+        ({"device": "gpu"}, "device: got 'gpu'; it can be cpu, cuda or cuda:N"),
+        ({"dtype": "int8"}, "dtype: got 'int8'; it can be float16, bfloat16 or float32"),
+        ({"offload": "some"}, "offload: got 'some'; it can be none, stage, sequential"),
         ({"fit": "much"}, "fit"),
         ({"output_dir": "x"}, "output_dir: only the command takes this argument"),
         ({"set": {"model.scale_facto": 1}}, "--set model.scale_facto: model has no 'scale_facto'; did you mean"),
-        ({"set": 5}, "set is 5; give keys with their values"),
+        ({"set": 5}, "set: got 5; give keys with their values"),
         ({"lora": TINY}, "lora: .*is damaged or not a PyTorch file"),
         ({"load": "nowhere.pt"}, "load: nowhere.pt does not exist"),
-        ({"seed": "x"}, "seed is 'x'; expected a whole number"),
-        ({"frames": 5}, "frames is 5; this model makes 1 frame"),
-        ({"steps": 1001}, "steps is 1001; this model's noise schedule has 1 to 1000 steps"),
+        ({"seed": "x"}, "seed: got 'x'; expected a whole number"),
+        ({"frames": 5}, "frames: got 5; this model makes 1 frame"),
+        ({"steps": 1001}, "steps: got 1001; this model's noise schedule has 1 to 1000 steps"),
         ({"sampler": "euler"}, "sampler is 'EulerEDMSampler', which needs a noise schedule of sigma"),
-        ({"vae_tile_size": 3}, "vae_tile_size is 3"),
+        ({"vae_tile_size": 3}, "vae_tile_size: got 3"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, says):
@@ -87,7 +87,7 @@ def test_mistakes_are_told_before_pytorch_is_imported():
     code += "try: cv.load('tiny', offload='some')\nexcept cv.UserError as error: print(error)\n"
     code += "print(sorted({'torch', 'deepspeed', 'transformers'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PATHS, timeout=120)
-    assert result.stdout == "offload is 'some'; it can be none, stage, sequential\n[]\n", result.stderr
+    assert result.stdout == "offload: got 'some'; it can be none, stage, sequential\n[]\n", result.stderr
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_what_is_no_clip_or_picture_is_told():
     assert fitted_clip(np.full((2, 8, 16, 3), 255, np.uint8), (8, 8)).shape == (2, 3, 8, 8)
     assert fitted_clip(torch.zeros(2, 3, 8, 8), (8, 8)).shape == (2, 3, 8, 8)
     for wrong in ([1, 2], np.zeros((4, 4, 3), np.uint8)):
-        with pytest.raises(UserError, match=r"here is .*; give a path, an array"):
+        with pytest.raises(UserError, match=r"here: got .*; give a path, an array"):
             input_clip(wrong, "here")
-    with pytest.raises(UserError, match="here is 3; give a path"):
+    with pytest.raises(UserError, match="here: got 3; give a path"):
         first_frame(3, "here")

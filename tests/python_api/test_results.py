@@ -47,7 +47,7 @@ def test_a_file_that_is_no_record_is_not_replaced(video, tmp_path, content):
 
 
 def test_paths_that_will_not_do(video, tmp_path):
-    with pytest.raises(UserError, match="path is 5; give the name of a file"):
+    with pytest.raises(UserError, match="path: got 5; give the name of a file"):
         video.save(5)
     for name in ("fox", "fox.gif", "fox.json"):
         with pytest.raises(UserError, match=r"path: .* does not end with \.mp4"):

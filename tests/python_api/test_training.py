@@ -70,12 +70,12 @@ def test_mistakes_are_one_line(tiny, clips, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips)
     for arguments, says in (
         ({"train_itters": 2}, "train_itters: unknown argument; did you mean train_iters?"),
-        ({"train_iters": "x"}, "train_iters is 'x'; expected a whole number"),
+        ({"train_iters": "x"}, "train_iters: got 'x'; expected a whole number"),
         ({"lr": 0.1}, "lr is not an argument; give set={'deepspeed.optimizer.params.lr': …}"),
-        ({"config": 5}, "config is 5; give configuration files"),
-        ({"config": []}, "config is []; give configuration files"),
-        ({"set": 5}, "set is 5; give keys"),
-        ({"processes": 0}, "processes is 0; expected a whole number of at least 1"),
+        ({"config": 5}, "config: got 5; give configuration files"),
+        ({"config": []}, "config: got []; give configuration files"),
+        ({"set": 5}, "set: got 5; give keys"),
+        ({"processes": 0}, "processes: got 0; expected a whole number of at least 1"),
         ({"train_data": "/nowhere"}, "train_data: /nowhere does not exist"),
         ({"set": {"data.parms.fps": 8}}, "data: unknown"),
     ):

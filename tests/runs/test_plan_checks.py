@@ -38,7 +38,7 @@ def test_sizes(params, sizes):
 
 @pytest.mark.parametrize("size", [[], 480, "big", [480], [480, "720"], [480, 0], [[480, 720], [480]], [480.0, 720]])
 def test_what_is_no_size(size):
-    with pytest.raises(UserError, match=r"data\.params\.video_size has .*expected \[height, width\] in pixels"):
+    with pytest.raises(UserError, match=r"data\.params\.video_size: got .*expected \[height, width\] in pixels"):
         list(clip_sizes({"video_size": size}))
 
 

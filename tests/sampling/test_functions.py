@@ -82,7 +82,7 @@ def test_videos_are_written_by_number(tmp_path):
         meta, frames = read_video(tmp_path / "out" / f"00000{number}.mp4")
         assert (meta["fps"], meta["size"], len(frames)) == (8, (96, 64), 3)
         assert (frames.mean() / 2 + 0.5 - video.mean()).abs() < 0.02
-    with pytest.raises(UserError, match="video_batch has the shape"):
+    with pytest.raises(UserError, match="video_batch: got the shape"):
         save_video_as_grid_and_mp4(videos[0], tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_cropping_keeps_dtype_and_drops_a_single_frame():
     cut = resize_for_rectangle_crop(frames, [10, 20], "center")
     assert (cut.shape, cut.dtype) == ((3, 10, 20), torch.uint8)
     assert torch.equal(cut, frames[0, :, 5:15])
-    with pytest.raises(UserError, match="reshape_mode is 'left'"):
+    with pytest.raises(UserError, match="reshape_mode: got 'left'"):
         resize_for_rectangle_crop(frames, [10, 20], "left")
 
 

@@ -130,7 +130,7 @@ def test_every_field_of_a_request_can_be_given_in_json():
         ({"prompt": "a", "guidance_scal": 6}, "line 2: unknown key 'guidance_scal'; did you mean 'guidance_scale'?"),
         ({"prompt": "a", "guidance_interval": [0.8, 0.2]}, "line 2: 'guidance_interval' must be two shares"),
         ({"prompt": "a", "guidance_schedule": "cosine"}, "line 2: 'guidance_schedule' must be one of timestep, "),
-        ({"prompt": "a", "sampler": "dimm"}, "line 2: sampler is 'dimm'; did you mean ddim?"),
+        ({"prompt": "a", "sampler": "dimm"}, "line 2: sampler: got 'dimm'; did you mean ddim?"),
         ({"prompt": "a", "steps": 0}, "line 2: 'steps' must be a positive whole number"),
         ({"prompt": "a", "fps": 8.0}, "line 2: 'fps' must be a whole number"),
         (["a"], "line 2: expected a JSON object"),

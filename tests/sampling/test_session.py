@@ -468,16 +468,16 @@ def test_a_failed_step_keeps_no_tensors(session, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"prompt": None}, "prompt is null; expected text|prompt is None; expected text"),
-        ({"seed": -1}, "seed is -1; expected a whole number from 0"),
+        ({"prompt": None}, "prompt: got null; expected text|prompt: got None; expected text"),
+        ({"seed": -1}, "seed: got -1; expected a whole number from 0"),
         ({"seed": 2**63}, "expected a whole number from 0 to"),
         ({"seed": True}, "seed is "),
-        ({"steps": 0}, "steps is 0; expected a whole number of at least 1"),
+        ({"steps": 0}, "steps: got 0; expected a whole number of at least 1"),
         ({"steps": 10**6}, "steps"),
         ({"fps": 0}, "fps is 0"),
         ({"size": (32,)}, "expected \\(height, width\\) in pixels"),
         ({"size": (33, 48)}, "size: height 33 does not fit"),
-        ({"frames": 2}, "frames is 2; this model takes an odd number of latent frames"),
+        ({"frames": 2}, "frames: got 2; this model takes an odd number of latent frames"),
         ({"image": torch.zeros(3, 32, 48)}, "this is a text-to-video model; leave out the first frame"),
     ],
 )

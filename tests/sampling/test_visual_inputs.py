@@ -113,7 +113,7 @@ def test_key_frames(case):
         "in whatever order, and counted from either end"
     )
     for at, says in (
-        (9, "keyframes: at is 9; the video has 9 frames, expected a number from -9 to 8"),
+        (9, "keyframes: at: got 9; the video has 9 frames, expected a number from -9 to 8"),
         (-10, "keyframes: at is -10"),
         (0.5, "keyframes: at is 0.5"),
         (0, "keyframes: the one at 0 is in the same 4 frames as the first frame"),
@@ -127,14 +127,14 @@ def test_key_frames(case):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"strength": 1.5, "video": clip()}, "strength is 1.5; expected a number from 0 to 1"),
+        ({"strength": 1.5, "video": clip()}, "strength: got 1.5; expected a number from 0 to 1"),
         ({"strength": 0.5}, "strength: `video` is missing; give `video` too"),
         ({"video": clip(8)}, "video: the clip has 8 frames; expected 9"),
         ({"video": clip()[..., 1:]}, "video is float32 of shape"),
         ({"video": 3 * clip()}, r"video: values lie outside \[-1, 1\]"),
         ({"context": clip(9)}, r"context: the clip has 9 frames; expected 4k \+ 1, fewer than 9"),
         ({"context": clip(4)}, "context: the clip has 4 frames"),
-        ({"extend": "more"}, "extend is .more.; expected a tuple of prompts"),
+        ({"extend": "more"}, "extend: got .more.; expected a tuple of prompts"),
         ({"extend": ("more",), "frames": 1}, "extend: a window has 1 frames; expected more than 5"),
         ({"extend": ("more",), "video": clip(4)}, "video: the clip has 4 frames; expected at least 5"),
     ],

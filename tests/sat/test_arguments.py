@@ -80,7 +80,7 @@ def test_keys_of_training_may_stand_in_the_same_file(tmp_path):
 def test_numbers_without_a_point_are_numbers(tmp_path):
     """YAML takes `1e-1` for text."""
     assert args_of(overlay={"lora_scale": "1e-1"}, folder=tmp_path).lora_scale == 0.1
-    with pytest.raises(UserError, match="lora_scale is 'strong'; expected a number"):
+    with pytest.raises(UserError, match="lora_scale: got 'strong'; expected a number"):
         args_of(overlay={"lora_scale": "strong"}, folder=tmp_path)
 
 

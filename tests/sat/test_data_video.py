@@ -180,14 +180,14 @@ def test_shards_give_what_the_folder_gives(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"video_size": [64]}, r"video_size is \[64\]; expected \[height, width\]"),
+        ({"video_size": [64]}, r"video_size: got \[64\]; expected \[height, width\]"),
         ({"video_size": [[64, 96], [64, 97]]}, "multiples of 8"),
-        ({"video_size": 64}, "video_size is 64"),
-        ({"video_size": []}, r"video_size is \[\]"),
-        ({"fps": 0}, "fps is 0; expected a number"),
-        ({"max_num_frames": 0}, "max_num_frames is 0"),
-        ({"max_num_frames": "many"}, "max_num_frames is 'many'"),
-        ({"skip_frms_num": -1}, "skip_frms_num is -1"),
+        ({"video_size": 64}, "video_size: got 64"),
+        ({"video_size": []}, r"video_size: got \[\]"),
+        ({"fps": 0}, "fps: got 0; expected a number"),
+        ({"max_num_frames": 0}, "max_num_frames: got 0"),
+        ({"max_num_frames": "many"}, "max_num_frames: got 'many'"),
+        ({"skip_frms_num": -1}, "skip_frms_num: got -1"),
     ],
 )
 def test_wrong_settings_are_named(folder, changes, message):

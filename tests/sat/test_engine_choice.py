@@ -138,7 +138,7 @@ def test_what_is_no_engine(chosen, says):
 
 @pytest.mark.parametrize(
     ("target", "says"),
-    [("torch.nn.Identity", "model.target: torch.nn.Identity: Identity is no"), (7, "model.target is 7")],
+    [("torch.nn.Identity", "model.target: torch.nn.Identity: Identity is no"), (7, "model.target: got 7")],
 )
 def test_a_target_that_is_no_engine(target, says):
     with pytest.raises(UserError, match=says):

@@ -56,7 +56,7 @@ def test_zero_snr_starts_from_pure_noise(name, n):
 
 @pytest.mark.parametrize("n", [0, -1, 1001])
 def test_impossible_number_of_steps(n):
-    with pytest.raises(UserError, match=f"num_steps is {n}"):
+    with pytest.raises(UserError, match=f"num_steps: got {n}"):
         SCHEDULES["zerosnr_s1"](n)
-    with pytest.raises(UserError, match="num_steps is 0"):
+    with pytest.raises(UserError, match="num_steps: got 0"):
         SCHEDULES["edm"](0)

@@ -306,9 +306,9 @@ def test_state_dict_holds_the_discriminator_and_the_log_variance_only(backbone):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"disc_loss": "wgan"}, "disc_loss is 'wgan'; use 'hinge' or 'vanilla'"),
-        ({"pixel_loss": "lpips"}, "pixel_loss is 'lpips'; use 'l1' or 'l2'"),
-        ({"dims": 4}, "dims is 4; use 2 or 3"),
+        ({"disc_loss": "wgan"}, "disc_loss: got 'wgan'; use 'hinge' or 'vanilla'"),
+        ({"pixel_loss": "lpips"}, "pixel_loss: got 'lpips'; use 'l1' or 'l2'"),
+        ({"dims": 4}, "dims: got 4; use 2 or 3"),
         (
             {"dims": 2, "discriminator_config": DISCRIMINATORS["3d"]},
             "dims is 2, but the discriminator is one for clips",

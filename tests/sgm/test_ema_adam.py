@@ -190,9 +190,9 @@ def test_zero_grad(set_grad_none):
     "settings, message",
     [
         ({"amsgrad": True}, "amsgrad"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
-        ({"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0"),
-        ({"lr": -1.0}, "lr is -1.0"),
+        ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\]: got 1.0"),
+        ({"lr": -1.0}, "lr: got -1.0"),
     ],
 )
 def test_what_it_refuses(settings, message):

@@ -45,5 +45,5 @@ def test_noise_has_one_level_a_sample():
 
 @pytest.mark.parametrize("weights", [{}, {"first": -1}, {"last": 1}, {"first": 0}, [1], "first", {"first": True}])
 def test_other_weights_are_refused(weights):
-    with pytest.raises(UserError, match=r"model\.conditioning is .*; expected weights of first, first_last, random"):
+    with pytest.raises(UserError, match=r"model\.conditioning: got .*; expected weights of first, first_last, random"):
         KeyFrameDraws(weights)

@@ -218,7 +218,7 @@ def test_partial_sampling_in_a_loss_and_over_processes(monkeypatch):
     monkeypatch.setattr(sigma_sampling, "group_rank", lambda group: 2)
     assert sampler.index_range() == (200, 300)
     for wrong in (0, 1001):
-        with pytest.raises(UserError, match=f"partial_num_idx is {wrong}; expected 1 to total_num_idx, 1000"):
+        with pytest.raises(UserError, match=f"partial_num_idx: got {wrong}; expected 1 to total_num_idx, 1000"):
             PartialDiscreteSampling(ZERO_SNR, 1000, wrong)
 
 
@@ -362,12 +362,12 @@ def test_the_number_of_fixed_frames_is_drawn_by_weight():
 
 def test_loss_mistakes():
     for value in (-1, 1.5, "two", {}, {2: -1}, {2: 0}, {"2": 1}, True):
-        with pytest.raises(UserError, match=r"fixed_frames is .*; expected a number of latent frames"):
+        with pytest.raises(UserError, match=r"fixed_frames: got .*; expected a number of latent frames"):
             VideoDiffusionLoss(discrete(), fixed_frames=value)
     free = VideoDiffusionLoss(discrete(), fixed_frames=4).free_frames(torch.zeros(1, 3, 1, 1, 1))
     assert free.flatten().tolist() == [False, False, True], "a clip too short learns its last frame"
     with pytest.raises(UserError, match="does not support block_scale"):
         VideoDiffusionLoss(discrete(), block_scale=0.5)
-    with pytest.raises(UserError, match="type is 'lpips'"):
+    with pytest.raises(UserError, match="type: got 'lpips'"):
         StandardDiffusionLoss(EDM_LEVELS, type="lpips")
     VideoDiffusionLoss(discrete(), fixed_frames=0, block_scale=None, block_size=None, offset_noise_level=0)

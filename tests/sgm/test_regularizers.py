@@ -340,12 +340,12 @@ def test_continuous_regularizers():
     ("build", "says"),
     [
         (lambda: VectorQuantizer(0, 4), "0 codes of 4 channels"),
-        (lambda: EMAVectorQuantizer(4, 4, decay=1.0), "decay is 1.0"),
-        (lambda: FSQ([8, 2]), r"levels is \[8, 2\]; expected whole numbers, each at least 3"),
-        (lambda: FSQ([]), r"levels is \[\]"),
-        (lambda: FSQ([5], num_codebooks=0), "num_codebooks is 0"),
+        (lambda: EMAVectorQuantizer(4, 4, decay=1.0), "decay: got 1.0"),
+        (lambda: FSQ([8, 2]), r"levels: got \[8, 2\]; expected whole numbers, each at least 3"),
+        (lambda: FSQ([]), r"levels: got \[\]"),
+        (lambda: FSQ([5], num_codebooks=0), "num_codebooks: got 0"),
         (lambda: LFQ(), "neither dim nor codebook_size"),
-        (lambda: LFQ(codebook_size=100), "codebook_size is 100; expected a power of two"),
+        (lambda: LFQ(codebook_size=100), "codebook_size: got 100; expected a power of two"),
     ],
 )
 def test_mistakes_are_told(build, says):

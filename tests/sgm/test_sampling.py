@@ -226,9 +226,9 @@ def test_dynamic_guidance_weight():
     assert by_timestep[0, 0].item() == pytest.approx(1 + 3 * (1 - math.cos(math.pi * (k / n) ** 5)), rel=1e-6)
     by_step = DynamicCFG(scale=6, exp=0.5, num_steps=n, count="step")(denoised, None, step_index=k, progress=0.25)
     assert by_step[0, 0].item() == pytest.approx(1 + 3 * (1 - math.cos(math.pi * 0.5)), rel=1e-6)
-    with pytest.raises(UserError, match="count is 'steps'"):
+    with pytest.raises(UserError, match="count: got 'steps'"):
         DynamicCFG(scale=6, exp=5, num_steps=n, count="steps")
-    with pytest.raises(UserError, match=r"exp is 2\.5"):
+    with pytest.raises(UserError, match=r"exp: got 2\.5"):
         DynamicCFG(scale=6, exp=2.5, num_steps=n)
 
 
@@ -276,7 +276,7 @@ def test_guidance_in_an_interval_of_the_steps(name):
 
 @pytest.mark.parametrize("interval", [[0.5], [0.6, 0.2], [0, 1.5]])
 def test_an_interval_that_is_none(interval):
-    with pytest.raises(UserError, match=r"guidance_interval is .*expected two shares of the steps"):
+    with pytest.raises(UserError, match=r"guidance_interval: got .*expected two shares of the steps"):
         make_sampler("VideoDDIMSampler", guidance_interval=interval)
 
 
@@ -416,8 +416,8 @@ def test_thresholding_acts_in_sampling_and_dynamic_guidance_takes_it():
         samples.append(sampler(make_denoiser("VideoDDIMSampler"), noise, cond, uncond))
     assert samples[0].abs().max() > 0.1 and samples[1].abs().max() <= 0.01
     for kind, mistake, message in (
-        ("StaticThresholding", {"limit": 0}, "limit is 0"),
-        ("DynamicThresholdingV1", {"quantile": 1.1}, r"quantile is 1\.1"),
+        ("StaticThresholding", {"limit": 0}, "limit: got 0"),
+        ("DynamicThresholdingV1", {"quantile": 1.1}, r"quantile: got 1\.1"),
     ):
         with pytest.raises(UserError, match=message):
             instantiate_from_config({"target": f"{MODULES}.sampling_utils.{kind}", "params": mistake})
@@ -515,9 +515,9 @@ def test_sampler_mistakes():
     denoiser = make_denoiser("VideoDDIMSampler")
     with pytest.raises(UserError, match="num_steps is missing"):
         make_sampler("VideoDDIMSampler", num_steps=None)(denoiser, noise, cond)
-    with pytest.raises(UserError, match="num_steps is 1001"):
+    with pytest.raises(UserError, match="num_steps: got 1001"):
         make_sampler("VideoDDIMSampler")(denoiser, noise, cond, num_steps=1001)
-    with pytest.raises(UserError, match="fixed_frames is -1; expected a whole number"):
+    with pytest.raises(UserError, match="fixed_frames: got -1; expected a whole number"):
         make_sampler("VideoDDIMSampler", fixed_frames=-1)
     with pytest.raises(UserError, match="EulerEDMSampler needs a schedule of sigma"):
         make_sampler("EulerEDMSampler")(denoiser, noise, cond)

@@ -130,6 +130,6 @@ def test_fixed_frames_are_taken_from_the_noise_as_in_the_original(name, sdedit):
 
 def test_a_start_says_what_does_not_fit():
     for strength in (-0.1, 1.5, "half", math.nan, True):
-        with pytest.raises(UserError, match=r"strength is .*; expected a number from 0 to 1"):
+        with pytest.raises(UserError, match=r"strength: got .*; expected a number from 0 to 1"):
             Start(strength=strength)
     assert [steps_of_strength(strength, 50) for strength in (0, 0.01, 0.58, 0.999, 1)] == [0, 0, 29, 49, 50]

@@ -70,13 +70,13 @@ def test_a_function_is_not_called(model, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("num_idx", "x", ".params.num_idx: is 'x'; expected a whole number"),
-        ("num_idx", True, ".params.num_idx: is True; expected a whole number"),
+        ("num_idx", "x", ".params.num_idx: got 'x'; expected a whole number"),
+        ("num_idx", True, ".params.num_idx: got True; expected a whole number"),
         ("num_ids", 3, ".params.num_ids: unknown; did you mean num_idx?"),
-        ("quantize_c_noise", [], ".params.quantize_c_noise: is []; expected true or false"),
-        ("scaling_config", 1e30, ".params.scaling_config: is 1e+30; expected keys and values"),
+        ("quantize_c_noise", [], ".params.quantize_c_noise: got []; expected true or false"),
+        ("scaling_config", 1e30, ".params.scaling_config: got 1e+30; expected keys and values"),
         ("scaling_config", {}, ".params.scaling_config: expected a mapping with the key 'target'"),
-        ("scaling_config", {"target": None}, ".params.scaling_config.target: is None; expected an import path"),
+        ("scaling_config", {"target": None}, ".params.scaling_config.target: got None; expected an import path"),
         ("scaling_config", {"target": f"{MODULES}.gone.A"}, ".params.scaling_config.target: target"),
         ("scaling_config", {"target": "torch.nn.Linear"}, ".params.scaling_config.params: "),
         ("discretization_config", {"target": f"{MODULES}.discretizer.Discretization"}, "is abstract"),

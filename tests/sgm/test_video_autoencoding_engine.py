@@ -71,7 +71,7 @@ def test_images_can_train_the_last_taps_alone(frames):
                 expected = torch.cat([torch.zeros_like(expected[:, :, :2]), expected[:, :, 2:]], dim=2)
         assert torch.equal(gradients["last"][name], expected), name
     assert in_time > 10
-    with pytest.raises(UserError, match="image_taps is 'first'"):
+    with pytest.raises(UserError, match="image_taps: got 'first'"):
         build(image_taps="first")
 
 

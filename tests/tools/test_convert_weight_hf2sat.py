@@ -173,19 +173,19 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         (lambda f: (f / "model_index.json").unlink(), "is not a pipeline of diffusers, it has no model_index.json"),
         (lambda f: (f / config).unlink(), "does not exist"),
         (lambda f: (f / config).write_text("{"), "cannot read "),
-        (lambda f: change_json(f / config, _class_name="FluxTransformer2DModel"), "is a FluxTransformer2DModel"),
+        (lambda f: change_json(f / config, _class_name="FluxTransformer2DModel"), "got a FluxTransformer2DModel"),
         (lambda f: change_json(f / config, num_layers=30), "num_layers is 30, but the tensors are of 2"),
-        (lambda f: change_json(f / config, sample_frames="many"), "num_frames is 'many'"),
+        (lambda f: change_json(f / config, sample_frames="many"), "num_frames: got 'many'"),
         (
             lambda f: change_json(f / config, sample_frames=10**18),
-            "num_frames is 1000000000000000000; expected",
+            "num_frames: got 1000000000000000000; expected",
         ),
-        (lambda f: change_json(f / config, max_text_seq_length=2.5), "text_length is 2.5; expected a whole number"),
-        (lambda f: change_json(f / config, norm_eps=1e-3), "norm_eps is 0.001; models here have 1e-05"),
-        (lambda f: change_json(f / config, activation_fn="gelu"), "activation_fn is 'gelu'"),
+        (lambda f: change_json(f / config, max_text_seq_length=2.5), "text_length: got 2.5; expected a whole number"),
+        (lambda f: change_json(f / config, norm_eps=1e-3), "norm_eps: got 0.001; models here have 1e-05"),
+        (lambda f: change_json(f / config, activation_fn="gelu"), "activation_fn: got 'gelu'"),
         (
             lambda f: change_json(f / "vae" / "config.json", norm_num_groups=16),
-            "norm_num_groups is 16; models here have",
+            "norm_num_groups: got 16; models here have",
         ),
         (
             lambda f: without(f, "transformer_blocks.1.attn1.to_k.bias"),
@@ -196,7 +196,7 @@ def test_bad_folders_are_one_line_and_leave_nothing(tiny, tmp_path, caplog):
         (lambda f: cut(f, "vae/diffusion_pytorch_model.safetensors"), "is not a readable safetensors file"),
         (lambda f: shutil.rmtree(f / "scheduler"), "does not exist"),
         (lambda f: change_json(f / "text_encoder" / "config.json", d_model=4096), "of width 4096; the network takes"),
-        (lambda f: (f / "tokenizer" / "spiece.model").unlink(), "holds no tokenizer"),
+        (lambda f: (f / "tokenizer" / "spiece.model").unlink(), "no tokenizer"),
     ]
     of_another_file = ("'transformer_blocks.1.attn1.to_k.bias' is missing", "of width 4096; the network takes")
     for i, (damage, message) in enumerate(cases):

@@ -109,20 +109,20 @@ def test_mistakes_are_one_line(caplog, tmp_path):
 
     assert "--base" in error()
     assert "nowhere.yaml" in error("--base", tmp_path / "nowhere.yaml")
-    assert "--processes is 0; it must be at least 1" in error("--base", *TINY, "--processes", 0)
+    assert "--processes: got 0; it must be at least 1" in error("--base", *TINY, "--processes", 0)
     assert "unknown argument --sede" in error("--base", *TINY, "--sede", 1)
     sampling = ("--base", CONFIGS / "cogvideox_2b.yaml")
     assert "--processes: only fine-tuning takes it" in error(*sampling, "--processes", 2)
     assert "unknown argument --fitt; did you mean --fit?" in error(*sampling, "--fitt", "12GB")
     assert "fit: 12 has no unit; give an amount such as 12GB, or auto" in error(*sampling, "--fit", 12)
-    assert "sampling_num_frames is 14; this model takes" in error(*sampling, "--sampling_num_frames", 14)
-    assert "model_parallel_size is 2; the memory of a network" in error(*sampling, "--model_parallel_size", 2)
+    assert "sampling_num_frames: got 14; this model takes" in error(*sampling, "--sampling_num_frames", 14)
+    assert "model_parallel_size: got 2; the memory of a network" in error(*sampling, "--model_parallel_size", 2)
     assert "fit: 1GB is too small for this model and size, which take at least 4" in error(*sampling, "--fit", "1GB")
     config = tmp_path / "shared.yaml"
     files = f"include: [{CONFIGS}/cogvideox_2b.yaml, {CONFIGS}/sft.yaml]\n"
     config.write_text(files + "args: {model_parallel_size: 2}\n")
-    assert "model_parallel_size is 2; the memory of a network that processes share" in error("--base", config)
+    assert "model_parallel_size: got 2; the memory of a network that processes share" in error("--base", config)
     config.write_text(
         f"include: [{CONFIGS}/cogvideox_2b.yaml, {CONFIGS}/sft.yaml]\ndata: {{params: {{video_size: }}}}\n"
     )
-    assert "data.params.video_size is missing" in error("--base", config)
+    assert "data.params.video_size: no value" in error("--base", config)

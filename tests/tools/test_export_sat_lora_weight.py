@@ -180,7 +180,7 @@ def test_bad_input(adapted, tmp_path, caplog):
     (run / "training_config.yaml").write_text(config.replace("r: 4", "r: 8"))
     assert "is of an adapter of rank 8" in message(run)
     (run / "training_config.yaml").write_text(config.replace("lora_alpha: 3", "lora_alpha: many"))
-    assert "lora_alpha is 'many'" in message(run)
+    assert "lora_alpha: got 'many'" in message(run)
 
 
 @pytest.mark.slow

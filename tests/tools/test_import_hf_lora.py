@@ -169,7 +169,7 @@ def test_what_has_no_place_here_is_named(exported, tmp_path, caplog):
     assert "it is a DoRA" in message(**{"attn1.to_q.lora_magnitude_vector.weight": torch.ones(64)})
     assert "it has biases" in message(**{"attn1.to_q.lora_B.bias": torch.ones(64)})
     assert "use_dora is on" in message({"transformer.use_dora": True})
-    assert "the alpha of layer" in message({"transformer.lora_alpha": "much"})
+    assert "alpha of layer" in message({"transformer.lora_alpha": "much"})
     assert "(a|b)" in message({"transformer.alpha_pattern": {"(a|b)+": 2}})
     assert "not a JSON object" in message([])
     larger = {"attn1.to_q.lora_A.weight": torch.ones(8, 64), "attn1.to_q.lora_B.weight": torch.ones(64, 8)}
@@ -204,7 +204,7 @@ def test_bad_files(exported, tmp_path, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *(({"alpha_pattern": value}, "alpha_pattern is") for value in ("to_k", 5, [1], ["to_k"])),
+        *(({"alpha_pattern": value}, "alpha_pattern: got") for value in ("to_k", 5, [1], ["to_k"])),
         *(({"lora_alpha": value}, "expected a positive number") for value in (10**400, "4", [4], True, -1)),
     ],
 )

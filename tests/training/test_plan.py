@@ -111,7 +111,7 @@ def test_clips_that_fit(case, model, size, frames):
     for count in frames:
         plan = plan_run(case.args(model=model, data={"video_size": size, "max_num_frames": count}))
         assert (plan.cached, plan.batch) == (False, BatchSizes(1, 1, 1))
-        with pytest.raises(UserError, match=f"data.params.max_num_frames is {count + 1};"):
+        with pytest.raises(UserError, match=f"data.params.max_num_frames: got {count + 1};"):
             plan_run(case.args(model=model, data={"video_size": size, "max_num_frames": count + 1}))
 
 
@@ -147,15 +147,15 @@ QLORA_MODEL = network(modules={"lora_config": {**LORA, "params": {"r": 4, "qlora
         ((), {"first_stage_config": {"params": {"ckpt_path": "gone"}}}, "ckpt_path: gone does not exist"),
         ((), {"noised_image_input": True}, "noised_image_input is on, but this is a text-to-video model"),
         ((), network(in_channels=32), "model.noised_image_input is off, but this is an image-to-video model"),
-        ((), {"data": {"max_num_frames": 50}}, "params.max_num_frames is 50; this model takes 4k+1 frames up to 49"),
+        ((), {"data": {"max_num_frames": 50}}, "params.max_num_frames: got 50; this model takes 4k+1 frames up to 49"),
         ((), {"data": {"max_num_frames": 48}}, "up to 49, for example 49"),
         ((), {"data": {"max_num_frames": 81}}, "up to 49, for example 49"),
-        ((), {"data": {"max_num_frames": 0}}, "max_num_frames is 0; expected a positive number"),
-        ((), {"data": {"fps": "8 fps"}}, "fps is '8 fps'; expected a positive number"),
-        ((), {"data": {"skip_frms_num": -1}}, "skip_frms_num is -1; expected a number"),
+        ((), {"data": {"max_num_frames": 0}}, "max_num_frames: got 0; expected a positive number"),
+        ((), {"data": {"fps": "8 fps"}}, "fps: got '8 fps'; expected a positive number"),
+        ((), {"data": {"skip_frms_num": -1}}, "skip_frms_num: got -1; expected a number"),
         ((), {"data": {"video_size": [480, 712]}}, "width 712 does not fit; this model takes multiples of 16"),
         ((), {"data": {"video_size": [[480, 720], [720, 480]]}}, "height 720 does not fit"),
-        ((), {"data": {"video_size": 480}}, "video_size has 480; expected [height, width]"),
+        ((), {"data": {"video_size": 480}}, "video_size: got 480; expected [height, width]"),
         (("--model_parallel_size", "2"), {}, "model_parallel_size 2 does not divide the 1 processes"),
     ],
 )  # fmt: skip
@@ -169,8 +169,8 @@ def test_refused(case, flags, changes, says):
 @pytest.mark.parametrize(
     ("size", "changes", "says"),
     [
-        (4, {}, "model_parallel_size is 4; it must divide the model's 30 heads"),
-        (2, QLORA_MODEL, "model_parallel_size is 2; processes cannot share an adapter with qlora"),
+        (4, {}, "model_parallel_size: got 4; it must divide the model's 30 heads"),
+        (2, QLORA_MODEL, "model_parallel_size: got 2; processes cannot share an adapter with qlora"),
         (2, {"first_stage_config": {"params": {"cp_size": 4}}}, "cp_size is 4 and model_parallel_size 2"),
     ],
 )

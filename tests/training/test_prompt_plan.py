@@ -110,7 +110,7 @@ def test_the_usual_clip(model, params, expected):
             {},
             "valid_prompts: .*, prompt 1: size: height",
         ),
-        ("cogvideox_2b", [{"prompt": "a", "frames": 12}], {}, "valid_prompts: .*, prompt 1: frames is 12"),
+        ("cogvideox_2b", [{"prompt": "a", "frames": 12}], {}, "valid_prompts: .*, prompt 1: frames: got 12"),
         (
             "cogvideox_2b",
             [{"prompt": "a", "video": "b.mp4"}],

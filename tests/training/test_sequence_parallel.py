@@ -102,7 +102,7 @@ def test_a_process_that_is_lost_ends_the_others(tmp_path, tiny, clips, fault):
 @pytest.mark.parametrize(
     ("asked", "processes", "says"),
     [
-        ({"sequence_parallel_size": 0}, 1, "sequence_parallel_size is 0; it must be at least 1"),
+        ({"sequence_parallel_size": 0}, 1, "sequence_parallel_size: got 0; it must be at least 1"),
         ({"sequence_parallel_size": 2}, 3, "sequence_parallel_size: 2 does not divide the 3 processes"),
         ({"sequence_parallel_size": 2, "model_parallel_size": 2}, 4, "choose one of them"),
         ({"sequence_parallel_size": 5}, 5, "5 processes cannot share 4 attention heads"),

@@ -146,8 +146,8 @@ def test_memory_falls_with_every_level():
     [
         ([4], r"checkpoint_levels: .* 0 to 3"),
         ([-1], r"checkpoint_levels: .* 0 to 3"),
-        (["0"], r"checkpoint_levels\[0\]: is '0'; expected a whole number"),
-        ([True], r"checkpoint_levels\[0\]: is True; expected a whole number"),
+        (["0"], r"checkpoint_levels\[0\]: got '0'; expected a whole number"),
+        ([True], r"checkpoint_levels\[0\]: got True; expected a whole number"),
     ],
 )
 def test_levels_that_do_not_exist_are_refused(levels, says):

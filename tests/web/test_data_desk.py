@@ -53,7 +53,7 @@ def test_a_data_set_is_looked_at(desk, tmp_path):
         ("tiny", "", "train_data: nothing is chosen; choose a data set"),
         ("tiny", "../outside", "train_data: '../outside' does not exist; choose one of the list"),
         ("tiny", "link", "train_data: 'link' does not exist; choose one of the list"),
-        ("/etc/passwd", "clips", "recipe is '/etc/passwd'; it can be tiny"),
+        ("/etc/passwd", "clips", "recipe: got '/etc/passwd'; it can be tiny"),
     ],
 )
 def test_mistakes_are_one_line(desk, recipe, name, line):

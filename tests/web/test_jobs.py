@@ -23,7 +23,7 @@ class Steps:
 
     def run(self, task, update, is_cancelled):
         if task == -1:
-            raise UserError("steps is -1;\nexpected more")
+            raise UserError("steps: got -1;\nexpected more")
         if task == -2:
             raise ZeroDivisionError("secret")
         for step in range(task):
@@ -101,7 +101,7 @@ def test_who_does_not_know_the_id_cancels_nothing(queue):
 def test_a_mistake_is_one_line(queue):
     job = queue.submit(-1, "wrong")
     until(lambda: job.is_over)
-    assert (job.state, job.message) == (jobs.FAILED, "steps is -1; expected more")
+    assert (job.state, job.message) == (jobs.FAILED, "steps: got -1; expected more")
 
 
 def test_an_error_of_the_program_ends_one_job_alone(queue, runner):

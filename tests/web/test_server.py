@@ -153,7 +153,7 @@ def test_a_video_is_made_and_shown(client, browser, page):
 
 def test_mistakes_are_one_line(client):
     assert "prompt: it is empty; say what the video shows" in asked(client, "/text", "")[0]
-    assert "steps is 0; expected a whole number from 1 to 1000" in asked(client, "/text", "p", _7=0)[0]
+    assert "steps: got 0; expected a whole number from 1 to 1000" in asked(client, "/text", "p", _7=0)[0]
     assert "image: tiny_i2v is an image-to-video model" in asked(client, "/picture", "p")[0]
     assert "sampling: memory is full" in asked(client, "/text", "fails")[0]
 

@@ -55,7 +55,7 @@ def test_a_video_is_put_into_the_queue(studio, tmp_path):
 
 @pytest.mark.parametrize("name", [None, "", "other", "../tiny", ["tiny"]])
 def test_a_model_that_is_not_offered_is_refused(studio, name):
-    with pytest.raises(UserError, match=r"model is .*; it can be tiny"):
+    with pytest.raises(UserError, match=r"model: got .*; it can be tiny"):
         studio.make({"model": name, "prompt": "p"})
     assert not studio.queue.live()
 

@@ -57,19 +57,19 @@ def test_prompts_for_evaluation_name_no_files(desk):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"recipe": None}, "recipe is None; it can be tiny"),
-        ({"recipe": "/etc/x.yaml"}, "recipe is '/etc/x.yaml'; it can be tiny"),
+        ({"recipe": None}, "recipe: got None; it can be tiny"),
+        ({"recipe": "/etc/x.yaml"}, "recipe: got '/etc/x.yaml'; it can be tiny"),
         ({"train_data": ""}, "train_data: nothing is chosen; choose a data set"),
         ({"train_data": "../outside"}, "train_data: '../outside' does not exist; choose one of the list"),
         ({"train_data": "link"}, "train_data: 'link' does not exist; choose one of the list"),
         ({"valid_data": "/etc"}, "train_data: '/etc' does not exist"),
-        ({"name": "../../etc/x"}, "name is '../../etc/x'; expected up to 40 letters, digits, - and _"),
-        ({"name": "--save"}, "name is '--save'; expected up to 40"),
-        ({"name": "a" * 41}, "name is 'aaaaaaa"),
-        ({"train_iters": "0"}, "train_iters is '0'; expected a whole number from 1 to 1e+07"),
-        ({"batch_size": "1 model.x=2"}, "batch_size is '1 model.x=2'; expected a whole number"),
+        ({"name": "../../etc/x"}, "name: got '../../etc/x'; expected up to 40 letters, digits, - and _"),
+        ({"name": "--save"}, "name: got '--save'; expected up to 40"),
+        ({"name": "a" * 41}, "name: got 'aaaaaaa"),
+        ({"train_iters": "0"}, "train_iters: got '0'; expected a whole number from 1 to 10000000"),
+        ({"batch_size": "1 model.x=2"}, "batch_size: got '1 model.x=2'; expected a whole number"),
         ({"prompts": "p\n" * 9}, "prompts: 9 prompts; 8 are the most"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected a number from 0 to 1"),
+        ({"learning_rate": "fast"}, "learning_rate: got 'fast'; expected a number from 0 to 1"),
     ],
 )
 def test_mistakes_are_one_line_and_start_nothing(desk, given, line):

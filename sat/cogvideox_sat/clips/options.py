@@ -62,7 +62,7 @@ def check_options(params: Mapping[str, Any], prefix: str = "data.params.") -> No
     for name, (fits, expected) in OPTIONS.items():
         value = params.get(name)
         if value is not None and not fits(value):
-            raise UserError(f"{prefix}{name} is {value!r}; expected {expected}")
+            raise UserError(f"{prefix}{name}: got {value!r}; expected {expected}")
     most = params.get("max_num_frames", params.get("num_frames"))
     least = params.get("min_frames")
     if least is not None and type(most) in (int, float) and least > most:

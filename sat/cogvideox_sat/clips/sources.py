@@ -94,10 +94,10 @@ def _folder_clips(root: Path, rules: LabelRules) -> Found:
         return _tar_clips(shards, rules)
     if not found.clips:
         if packed := [name for name in tree.names if PACKED.search(name)]:
-            raise UserError(f"no videos found in {root}; unpack {tree.shown(packed[0])} first")
+            raise UserError(f"{root}: no videos found; unpack {tree.shown(packed[0])} first")
         kinds = ", ".join(sorted(CLIP_SUFFIXES))
         raise UserError(
-            f"no videos found in {root}; expected files such as videos/name.mp4 and labels/name.txt ({kinds})"
+            f"{root}: no videos found; expected files such as videos/name.mp4 and labels/name.txt ({kinds})"
         )
     return found
 
@@ -112,7 +112,7 @@ def _manifest_clips(path: Path, rules: LabelRules) -> Found:
         files = threads.map(lambda entry: _file_of(path.parent, entry[0]), entries)
         clips = [ClipSource(file, caption) for file, (_, caption) in zip(files, entries, strict=True)]
     if not clips:
-        raise UserError(f"no videos found in {path}; write one per line, with 'video' and 'caption'")
+        raise UserError(f"{path}: no videos found; write one per line, with 'video' and 'caption'")
     return Found(clips, looked_for="a column 'caption' (or 'prompt', 'text')")
 
 
@@ -152,7 +152,7 @@ def _tar_clips(shards: Sequence[str], rules: LabelRules) -> Found:
         ):
             found.add(each)
     if not found.clips:
-        raise UserError(f"no videos found in {', '.join(shards[:3])}; expected members such as name.mp4 and name.txt")
+        raise UserError(f"{', '.join(shards[:3])}: no videos found; expected members such as name.mp4 and name.txt")
     return found
 
 

@@ -34,7 +34,7 @@ def parse_sizes(video_size: Any) -> list[tuple[int, int]]:
         sides = size if isinstance(size, Sequence) else ()
         if len(sides) != 2 or not all(type(side) is int and side > 0 and side % SPACE_FACTOR == 0 for side in sides):
             raise UserError(
-                f"data: video_size is {video_size}; expected [height, width] or a list of such, in multiples of "
+                f"data: video_size: got {video_size}; expected [height, width] or a list of such, in multiples of "
                 f"{SPACE_FACTOR} pixels"
             )
     return [tuple(size) for size in sizes]

@@ -210,7 +210,7 @@ def _number(variables: Mapping[str, str], name: str) -> int | None:
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"the environment variable {name} is '{value}'; expected a whole number") from None
+        raise UserError(f"environment variable {name}: got '{value}'; expected a whole number") from None
 
 
 def _required(variables: Mapping[str, str], name: str) -> int:

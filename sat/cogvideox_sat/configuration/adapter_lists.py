@@ -57,9 +57,9 @@ def adapter_texts(lora: Any) -> list[str]:
         weights = dict.fromkeys(lora, 1.0)
     for path, weight in weights.items():
         if not isinstance(path, str | Path):
-            raise UserError(f"lora is {shown(lora)}; give paths with their strengths, such as {{'style': 0.8}}")
+            raise UserError(f"lora: got {shown(lora)}; give paths with their strengths, such as {{'style': 0.8}}")
         if type(weight) not in (int, float) or not math.isfinite(weight):
-            raise UserError(f"lora: the strength of {path} is {shown(weight)}; give a number such as 0.8")
+            raise UserError(f"lora: the strength of {path}: got {shown(weight)}; give a number such as 0.8")
     return [f"{path}:{weight!r}" for path, weight in weights.items()]
 
 

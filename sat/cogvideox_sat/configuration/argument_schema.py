@@ -417,10 +417,10 @@ def check_value(f: Field[Any], value: Any) -> Any:
     fits = type(value) is kind and all(type(item) is item_type(f) for item in items)
     if not fits:
         expected = ITEM_NAMES[item_type(f)] if kind is list else TYPE_NAMES[kind]
-        raise UserError(f"args: {f.name} is {value!r}; expected {expected}")
+        raise UserError(f"args: {f.name}: got {value!r}; expected {expected}")
     choices = f.metadata["choices"]
     if choices and value not in choices:
-        raise UserError(f"args: {f.name} is '{value}'; it can be {', '.join(choices)}")
+        raise UserError(f"args: {f.name}: got '{value}'; it can be {', '.join(choices)}")
     return value
 
 
@@ -441,7 +441,7 @@ def check_least(args: Any, names: Sequence[str], least: int = 1) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
+            raise UserError(f"{name}: got {value}; it must be at least {least}")
 
 
 def check_common(args: CommonArguments) -> None:
@@ -449,7 +449,7 @@ def check_common(args: CommonArguments) -> None:
     check_exclusive(args, (PRECISIONS,))
     check_least(args, ("model_parallel_size", "sampling_num_steps", "sampling_fps"))
     if args.sampling_fps > HIGHEST_RATE:
-        raise UserError(f"sampling_fps is {args.sampling_fps}; it must be at most {HIGHEST_RATE}")
+        raise UserError(f"sampling_fps: got {args.sampling_fps}; it must be at most {HIGHEST_RATE}")
     check_tile_size(args.vae_tile_size)
     check_frames_at_once(args.vae_frames_at_once)
     check_seed_and_device(args)
@@ -462,7 +462,7 @@ def check_tile_size(size: int | None) -> None:
         size: None stands for whole images.
     """
     if size is not None and (size < SMALLEST_TILE or size % SPACE_FACTOR):
-        raise UserError(f"vae_tile_size is {size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}")
+        raise UserError(f"vae_tile_size: got {size}; it must be a multiple of {SPACE_FACTOR}, at least {SMALLEST_TILE}")
 
 
 def check_frames_at_once(frames: int | None) -> None:
@@ -473,7 +473,7 @@ def check_frames_at_once(frames: int | None) -> None:
     """
     if frames is not None and (frames < 1 or frames % TIME_FACTOR):
         raise UserError(
-            f"vae_frames_at_once is {frames}; it must be a multiple of {TIME_FACTOR}, at least {TIME_FACTOR}"
+            f"vae_frames_at_once: got {frames}; it must be a multiple of {TIME_FACTOR}, at least {TIME_FACTOR}"
         )
 
 
@@ -482,7 +482,7 @@ def check_seed_and_device(args: Any) -> None:
     if not 0 <= args.seed < 2**63:
         raise UserError(f"seed must be between 0 and 2^63 - 1, got {args.seed}")
     if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UserError(f"device is '{args.device}'; it can be cpu, cuda or cuda:N")
+        raise UserError(f"device: got '{args.device}'; it can be cpu, cuda or cuda:N")
 
 
 def check_run(args: RunArguments) -> None:
@@ -497,7 +497,7 @@ def check_run(args: RunArguments) -> None:
         raise UserError("json: inspect_data is off; give --inspect_data too, or leave json out")
     if not re.fullmatch(r"[^/\\\s]+", args.experiment_name) or args.experiment_name.startswith("."):
         raise UserError(
-            f"experiment_name is '{args.experiment_name}'; expected the name of a folder, without spaces, slashes or "
+            f"experiment_name: got '{args.experiment_name}'; expected the name of a folder, without spaces, slashes or "
             "a leading dot"
         )
 
@@ -507,7 +507,7 @@ def check_shares(args: Any, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(args, name)
         if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; expected a share, from 0 to 1")
+            raise UserError(f"{name}: got {value}; expected a share, from 0 to 1")
 
 
 def check_durations(args: Any, names: Sequence[str]) -> None:

@@ -185,7 +185,7 @@ def checked_section(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     if section is None:
         return {}
     if not isinstance(section, Mapping):
-        raise UserError(f"deepspeed: {place} is {section!r}; expected keys and values")
+        raise UserError(f"deepspeed: {place}: got {section!r}; expected keys and values")
     check_keys(place, section, SECTION_KEYS[place])
     return section
 
@@ -197,11 +197,11 @@ def check_types(place: str, section: Mapping[str, Any]) -> None:
         if value is None or value == "auto":
             continue
         if key in FLAGS and type(value) is not bool and value not in (0, 1):
-            raise UserError(f"deepspeed: {name} is {shown(value)}; expected true or false")
+            raise UserError(f"deepspeed: {name}: got {shown(value)}; expected true or false")
         if key in COUNTS and (type(value) not in (int, float) or not 0 <= value <= LARGEST_COUNT):
-            raise UserError(f"deepspeed: {name} is {shown(value)}; expected a number from 0 to {LARGEST_COUNT:.0e}")
+            raise UserError(f"deepspeed: {name}: got {shown(value)}; expected a number from 0 to {LARGEST_COUNT:.0e}")
         if key in SHARES and (type(value) not in (int, float) or not 0 <= value <= 1):
-            raise UserError(f"deepspeed: {name} is {shown(value)}; expected a share, from 0 to 1")
+            raise UserError(f"deepspeed: {name}: got {shown(value)}; expected a share, from 0 to 1")
         if name in SECTION_KEYS and isinstance(value, Mapping):
             check_types(name, value)
 
@@ -212,7 +212,7 @@ def check_number(name: str, value: Any, least: float, whole: bool = False, below
     if type(value) not in kinds or not least <= value < below:
         kind = "a whole number" if whole else "a number"
         limit = "" if below == math.inf else f" and below {below}"
-        raise UserError(f"deepspeed: {name} is {shown(value)}; expected {kind}, at least {least}{limit}")
+        raise UserError(f"deepspeed: {name}: got {shown(value)}; expected {kind}, at least {least}{limit}")
 
 
 def check_precision(config: Mapping[str, Any]) -> None:
@@ -225,7 +225,7 @@ def check_precision(config: Mapping[str, Any]) -> None:
     for name in PRECISIONS:
         value = checked_section(config, name).get("enabled", False)
         if type(value) is not bool:
-            raise UserError(f"deepspeed: {name}.enabled is {shown(value)}; expected true or false")
+            raise UserError(f"deepspeed: {name}.enabled: got {shown(value)}; expected true or false")
         enabled += [name] * value
     if len(enabled) > 1:
         raise UserError("deepspeed: fp16 and bf16 are both enabled; choose one")
@@ -246,19 +246,19 @@ def check_zero(zero: Any) -> None:
     zero = checked_section({"zero_optimization": zero}, "zero_optimization")
     stage = zero.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= HIGHEST_STAGE:
-        raise UserError(f"deepspeed: zero_optimization.stage is {shown(stage)}; it can be 0, 1, 2 or 3")
+        raise UserError(f"deepspeed: zero_optimization.stage: got {shown(stage)}; it can be 0, 1, 2 or 3")
     for name, least_stage in (("offload_optimizer", 1), ("offload_param", HIGHEST_STAGE)):
         place = f"zero_optimization.{name}"
         offload = checked_section(zero, place)
         device = offload.get("device", "none")
         if device not in ("none", "cpu", "nvme"):
-            raise UserError(f"deepspeed: {place}.device is {shown(device)}; it can be none, cpu or nvme")
+            raise UserError(f"deepspeed: {place}.device: got {shown(device)}; it can be none, cpu or nvme")
         if device != "none" and stage < least_stage:
             stages = "stage 3" if least_stage == HIGHEST_STAGE else "stage 1, 2 or 3"
             raise UserError(f"deepspeed: {place} needs {stages}; zero_optimization.stage is {stage}")
         if device == "nvme" and not Path(str(offload.get("nvme_path"))).is_dir():
             raise UserError(
-                f"deepspeed: {place}.nvme_path is {shown(offload.get('nvme_path'))}; expected an existing folder"
+                f"deepspeed: {place}.nvme_path: got {shown(offload.get('nvme_path'))}; expected an existing folder"
             )
 
 
@@ -271,9 +271,9 @@ def type_and_params(config: Mapping[str, Any], place: str) -> tuple[str, Mapping
     section = checked_section(config, place)
     name, params = section.get("type"), section.get("params")
     if not isinstance(name, str) or not name:
-        raise UserError(f"deepspeed: {place}.type is {shown(name)}; expected a name")
+        raise UserError(f"deepspeed: {place}.type: got {shown(name)}; expected a name")
     if not isinstance(params, Mapping):
-        raise UserError(f"deepspeed: {place}.params is {shown(params)}; expected keys and values")
+        raise UserError(f"deepspeed: {place}.params: got {shown(params)}; expected keys and values")
     return name, params
 
 
@@ -312,11 +312,11 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     if known is not params:
         for key in ADAM_FLAGS & params.keys():
             if params[key] not in (None, True, False):
-                raise UserError(f"deepspeed: optimizer.params.{key} is {shown(params[key])}; expected true or false")
+                raise UserError(f"deepspeed: optimizer.params.{key}: got {shown(params[key])}; expected true or false")
     if "betas" in params:
         betas = params["betas"]
         if not isinstance(betas, list) or len(betas) < 2 or (known is not params and len(betas) > 2):
-            raise UserError(f"deepspeed: optimizer.params.betas is {shown(betas)}; expected two numbers")
+            raise UserError(f"deepspeed: optimizer.params.betas: got {shown(betas)}; expected two numbers")
         for beta in betas:
             check_number("optimizer.params.betas", beta, least=0, below=1)
 

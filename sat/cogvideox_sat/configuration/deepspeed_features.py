@@ -46,13 +46,13 @@ def check_features(config: Mapping[str, Any]) -> None:
     for name in sorted(FEATURES & set(config)):
         part = config[name]
         if not isinstance(part, Mapping):
-            raise UserError(f"deepspeed: {name} is {shown(part)}; expected keys and values")
+            raise UserError(f"deepspeed: {name}: got {shown(part)}; expected keys and values")
         on = part.get("enabled", name == "datastates_ckpt" and bool(part))
         if on is not None and type(on) is not bool and on not in (0, 1):
-            raise UserError(f"deepspeed: {name}.enabled is {shown(on)}; expected true or false")
+            raise UserError(f"deepspeed: {name}.enabled: got {shown(on)}; expected true or false")
         for key in NUMBERS.get(name, ()):
             if part.get(key) is not None and type(part[key]) is not int:
-                raise UserError(f"deepspeed: {name}.{key} is {shown(part[key])}; expected a whole number")
+                raise UserError(f"deepspeed: {name}.{key}: got {shown(part[key])}; expected a whole number")
         package = PACKAGES.get(name)
         if on and package and importlib.util.find_spec(package) is None:
             raise UserError(f"deepspeed: {name} needs the package {package}; install it, or leave {name} out")
@@ -60,14 +60,14 @@ def check_features(config: Mapping[str, Any]) -> None:
         part, _, key = name.rpartition(".")
         value = (config.get(part, {}) if part else config).get(key)
         if value is not None and str(value).lower().removeprefix("torch.") not in choices:
-            raise UserError(f"deepspeed: {name} is {shown(value)}; it can be {', '.join(choices)}")
+            raise UserError(f"deepspeed: {name}: got {shown(value)}; it can be {', '.join(choices)}")
     factor = config.get("gradient_predivide_factor", 1)
     if type(factor) not in (int, float) or not factor > 0:
-        raise UserError(f"deepspeed: gradient_predivide_factor is {shown(factor)}; expected a positive number")
+        raise UserError(f"deepspeed: gradient_predivide_factor: got {shown(factor)}; expected a positive number")
     modules = config.get("torch_autocast", {}).get("lower_precision_safe_modules")
     if modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
         raise UserError(
-            f"deepspeed: torch_autocast.lower_precision_safe_modules is {shown(modules)}; expected a list of texts"
+            f"deepspeed: torch_autocast.lower_precision_safe_modules: got {shown(modules)}; expected a list of texts"
         )
 
 

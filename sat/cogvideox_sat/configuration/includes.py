@@ -55,7 +55,7 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...], files: list[Confi
     includes = content.pop("include", None) or []
     includes = includes if isinstance(includes, list) else [includes]
     if not all(isinstance(include, str) and include for include in includes):
-        raise UserError(f"{path}: include is {shown(includes)}; expected the names of files")
+        raise UserError(f"{path}: include: got {shown(includes)}; expected the names of files")
     if includes and not trusted:
         raise UserError(
             f"{path}: include: a file that came with a checkpoint or a video includes no others; put "
@@ -68,5 +68,5 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...], files: list[Confi
             name = f"'{section}'" if isinstance(section, str) else section
             raise UserError(f"{path}: unknown section {name}; known are {', '.join(SECTIONS)} (and include)")
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{path}: the section '{section}' is {shown(value)}; expected keys and values")
+            raise UserError(f"{path}: the section '{section}': got {shown(value)}; expected keys and values")
     files.append((path, {section: value for section, value in content.items() if value is not None}))

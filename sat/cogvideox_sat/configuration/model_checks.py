@@ -91,7 +91,7 @@ def check_sampler_steps(sampler: Any, steps: int, name: str = "sampling_num_step
     """
     _, most = SIZES["num_steps"]
     if steps > most:  # the table of the schedule would not fit into memory
-        raise UserError(f"{name} is {steps}; it can be up to {most}")
+        raise UserError(f"{name}: got {steps}; it can be up to {most}")
     try:
         if hasattr(sampler, "schedule"):
             sampler.schedule(steps)
@@ -129,7 +129,7 @@ def try_loss(loss: nn.Module, denoiser: nn.Module) -> None:
     """Compute the loss of small latents, with a network that predicts zeros."""
     value = loss(_no_network, denoiser, lambda batch: {"crossattn": torch.zeros(1, 1, 1)}, torch.zeros(TRIED), {})
     if not isinstance(value, Tensor):
-        raise UserError(f"the loss of a batch is {shown(value)}; expected a tensor with one number per sample")
+        raise UserError(f"the loss of a batch: got {shown(value)}; expected a tensor with one number per sample")
 
 
 def _no_network(x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -89,7 +89,7 @@ class ModelLimits:
         if frames not in lengths:
             nearest = min(lengths, key=lambda length: (abs(length - frames), -length))
             step = f", and {lengths[1] - 1}k+1 up to {lengths[-1]}" if len(lengths) > 1 else ""
-            raise UserError(f"{name} is {frames}; this model makes 1 frame{step}, for example {nearest}")
+            raise UserError(f"{name}: got {frames}; this model makes 1 frame{step}, for example {nearest}")
         return (frames - 1) // TIME_FACTOR + 1 + self.extra_frames
 
     def video_frames(self, latent_frames: int) -> int:
@@ -112,8 +112,8 @@ class ModelLimits:
         for at in numbers:
             if type(at) is not int or not -frames <= at < frames:
                 raise UserError(
-                    f"keyframes: at is {shown(at)}; the video has {frames} frames, expected a number from {-frames} to "
-                    f"{frames - 1}"
+                    f"keyframes: at: got {shown(at)}; the video has {frames} frames, expected a number from "
+                    f"{-frames} to {frames - 1}"
                 )
             place = latent_frame_of(at % frames)
             if place in taken:
@@ -145,7 +145,7 @@ class ModelLimits:
             # The first latent frame is a single frame of video only if the number of latent frames is odd.
             kind = "an odd number" if o == 1 else "an even number"
             fits = f"{kind} of latent frames up to {frames_limit}"
-            raise UserError(f"{names[0]} is {latent_frames}; this model takes {fits}")
+            raise UserError(f"{names[0]}: got {latent_frames}; this model takes {fits}")
         self.check_size(height, width, names[1])
 
     def check_training_clip(self, frames: int, height: int, width: int) -> None:
@@ -162,7 +162,7 @@ class ModelLimits:
         if frames % step != 1 or not 1 <= frames <= most:
             nearest = min(max(round((frames - 1) / step), 0) * step + 1, most)
             raise UserError(
-                f"max_num_frames is {frames}; this model takes {step}k+1 frames up to {most}, for example {nearest}"
+                f"max_num_frames: got {frames}; this model takes {step}k+1 frames up to {most}, for example {nearest}"
             )
         self.check_size(height, width, "video_size")
 
@@ -189,7 +189,7 @@ class ModelLimits:
         if self.image_to_video and not image_to_video:
             raise UserError("this is an image-to-video model; set image2video: true and give prompts as prompt@@image")
         if latent_channels != self.latent_channels:
-            raise UserError(f"latent_channels is {latent_channels}; this model has {self.latent_channels}")
+            raise UserError(f"latent_channels: got {latent_channels}; this model has {self.latent_channels}")
 
 
 def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lora_load: str | Path | None) -> None:
@@ -208,10 +208,10 @@ def check_sharing(model_config: Mapping[str, Any], model_parallel_size: int, lor
     adapter_params = adapter.get("params") if isinstance(adapter, dict) else None
     if model_parallel_size > 1 and isinstance(adapter_params, dict) and adapter_params.get("qlora"):
         raise UserError(
-            f"model_parallel_size is {model_parallel_size}; processes cannot share an adapter with qlora, set it to 1"
+            f"model_parallel_size: got {model_parallel_size}; processes cannot share an adapter with qlora, set it to 1"
         )
     if heads % model_parallel_size:
-        raise UserError(f"model_parallel_size is {model_parallel_size}; it must divide the model's {heads} heads")
+        raise UserError(f"model_parallel_size: got {model_parallel_size}; it must divide the model's {heads} heads")
     first_stage = model_config["first_stage_config"].get("params")
     cp_size = (first_stage if isinstance(first_stage, dict) else {}).get("cp_size") or 1
     if cp_size > 1 and cp_size != model_parallel_size:
@@ -229,5 +229,5 @@ def check_offload(offload: str) -> None:
 
 def _positive(value: Any, name: str) -> int:
     if type(value) is not int or value < 1:
-        raise UserError(f"model.network_config.params.{name} is {value!r}; expected a positive whole number")
+        raise UserError(f"model.network_config.params.{name}: got {value!r}; expected a positive whole number")
     return value

@@ -41,7 +41,7 @@ def plain_model_section(section: Any) -> Mapping[str, Any]:
     """
     section = plain(section, "model")
     if not isinstance(section, Mapping):
-        raise UserError(f"model is {section!r}; expected keys and values")
+        raise UserError(f"model: got {section!r}; expected keys and values")
     found = {place: inner["lora_config"] for place in LORA_PLACES if "lora_config" in (inner := _at(section, place))}
     described = {place: lora for place, lora in found.items() if lora is not None}
     if found.keys() <= {LORA_PLACES[-1]} and len(described) == len(found):
@@ -101,7 +101,7 @@ def not_trainable_prefixes(section: Mapping[str, Any]) -> tuple[str, ...]:
         return ("first_stage_model", "conditioner")
     prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
     if not isinstance(prefixes, list | tuple) or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
-        raise UserError(f"model.not_trainable_prefixes is {prefixes!r}; expected a list of beginnings of names")
+        raise UserError(f"model.not_trainable_prefixes: got {prefixes!r}; expected a list of beginnings of names")
     return tuple(prefixes)
 
 

@@ -87,19 +87,19 @@ class Check:
         """Check the value of a key, by the key's name."""
         name = key[-1]
         if type(value) is int and abs(value) >= 2**63:
-            self.refuse(key, f"is {shown(value)}; expected a number of at most 2^63")
+            self.refuse(key, f"got {shown(value)}; expected a number of at most 2^63")
         if name == "emb_models":
             self.embedders(key, value)
         elif (name in SLOTS and name.endswith("_config")) or name == "ckpt_engine":
             self.slot(key, value)
         elif name == "params" and value is not None and not isinstance(value, Mapping):
-            self.refuse(key, f"is {shown(value)}; expected keys and values")
+            self.refuse(key, f"got {shown(value)}; expected keys and values")
         elif name in SIZES and type(value) is int:
             least, most = SIZES[name]
             if not least <= value <= most:
-                self.refuse(key, f"is {shown(value)}; expected a whole number from {least} to {most}")
+                self.refuse(key, f"got {shown(value)}; expected a whole number from {least} to {most}")
         elif name in POSITIVE and value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
-            self.refuse(key, f"is {shown(value)}; expected a positive number")
+            self.refuse(key, f"got {shown(value)}; expected a positive number")
         elif name == "transformer_args" and isinstance(value, Mapping):
             self.transformer_arguments(key, value)
         elif name == "ch_mult" and isinstance(value, list):
@@ -107,7 +107,7 @@ class Check:
                 self.refuse(key, f"has {len(value)} levels; expected 1 to {MOST_LEVELS}")
             for index, multiple in enumerate(value):
                 if type(multiple) is not int or not 1 <= multiple <= 2**12:
-                    self.refuse((*key, index), f"is {shown(multiple)}; expected a whole number from 1 to {2**12}")
+                    self.refuse((*key, index), f"got {shown(multiple)}; expected a whole number from 1 to {2**12}")
 
     def transformer_arguments(self, key: Key, values: Mapping[str, Any]) -> None:
         """Check the arguments of SwissArmyTransformer that configurations hold."""
@@ -119,9 +119,11 @@ class Check:
             elif name == "checkpoint_activations":
                 self.recomputation((*key, name), value)
             elif name in TRANSFORMER_COUNTS and (type(value) is not int or value < TRANSFORMER_COUNTS[name]):
-                self.refuse((*key, name), f"is {shown(value)}; expected a whole number from {TRANSFORMER_COUNTS[name]}")
+                self.refuse(
+                    (*key, name), f"got {shown(value)}; expected a whole number from {TRANSFORMER_COUNTS[name]}"
+                )
             elif name in TRANSFORMER_SIZES and type(value) is not int:
-                self.refuse((*key, name), f"is {shown(value)}; expected a whole number")
+                self.refuse((*key, name), f"got {shown(value)}; expected a whole number")
             elif name in TRANSFORMER_CHOICES and value not in TRANSFORMER_CHOICES[name]:
                 choices = ", ".join(TRANSFORMER_CHOICES[name])
                 self.refuse((*key, name), f"is {shown(value)}; it can be {choices}")
@@ -139,11 +141,11 @@ class Check:
             self.recomputation((*key, "checkpoint_activations"), mode, layers)
         for name, least in TRANSFORMER_COUNTS.items():
             if (values.get(name) or least) > layers:
-                self.refuse((*key, name), f"is {values[name]}; the network has {layers} layers")
+                self.refuse((*key, name), f"got {values[name]}; the network has {layers} layers")
 
     def recomputation(self, key: Key, value: Any, layers: int | None = None) -> None:
         """Check the value of `checkpoint_activations`, and with `layers` that these layers exist."""
-        place = f"{self.sources.place(key)}:"
+        place = self.sources.place(key)
         try:
             mode = recomputation_mode(place, value)
             if layers is not None:
@@ -171,7 +173,7 @@ class Check:
         if isinstance(value, str) and key[-1] == "ckpt_engine":
             return
         if not isinstance(value, Mapping):
-            self.refuse(key, f"is {shown(value)}; expected a mapping with the keys target and params")
+            self.refuse(key, f"got {shown(value)}; expected a mapping with the keys target and params")
         target = value.get("target")
         if not isinstance(target, str):
             there = f"is {shown(target)}" if "target" in value else "is missing"
@@ -183,15 +185,15 @@ class Check:
     def embedders(self, key: Key, value: Any) -> None:
         """Check the list of embedders: text encoders and other conditions of the network."""
         if not isinstance(value, list):
-            self.refuse(key, f"is {shown(value)}; expected a list of embedders")
+            self.refuse(key, f"got {shown(value)}; expected a list of embedders")
         for index, entry in enumerate(value):
             at = (*key, index)
             if not isinstance(entry, Mapping):
-                self.refuse(at, f"is {shown(entry)}; expected a mapping with the keys target and params")
+                self.refuse(at, f"got {shown(entry)}; expected a mapping with the keys target and params")
             if not isinstance(entry.get("target"), str):
                 self.refuse(
                     (*at, "target"),
-                    f"is {shown(entry.get('target'))}; expected an import path of the form package.module.Class",
+                    f"got {shown(entry.get('target'))}; expected an import path of the form package.module.Class",
                 )
             for name in entry:
                 if name not in EMBEDDER_KEYS:
@@ -206,12 +208,12 @@ class Check:
         """Check the values that the engine itself reads, some of them only when they are used."""
         scale = model.get("scale_factor", 1)
         if type(scale) not in (int, float) or not 0 < scale < math.inf:
-            self.refuse(("model", "scale_factor"), f"is {shown(scale)}; expected a positive number")
+            self.refuse(("model", "scale_factor"), f"got {shown(scale)}; expected a positive number")
         for name in FLAGS:
             self.flag(("model", name), model.get(name))
         compiles = model.get("compile_model")
         if not (compiles is None or type(compiles) is bool or compiles == "auto"):
-            self.refuse(("model", "compile_model"), f"is {shown(compiles)}; expected true, false or auto")
+            self.refuse(("model", "compile_model"), f"got {shown(compiles)}; expected true, false or auto")
         for name in TEXTS:
             self.text(("model", name), model.get(name))
         for name in LISTS:
@@ -220,7 +222,7 @@ class Check:
         samples = model.get("en_and_decode_n_samples_a_time")
         if samples is not None and (type(samples) is not int or samples < 1):
             self.refuse(
-                ("model", "en_and_decode_n_samples_a_time"), f"is {shown(samples)}; expected a whole number from 1"
+                ("model", "en_and_decode_n_samples_a_time"), f"got {shown(samples)}; expected a whole number from 1"
             )
 
     def tables(self, model: Mapping[str, Any]) -> None:
@@ -249,21 +251,21 @@ class Check:
 
     def flag(self, key: Key, value: Any) -> None:
         if value is not None and type(value) is not bool and value not in (0, 1):
-            self.refuse(key, f"is {shown(value)}; expected true or false")
+            self.refuse(key, f"got {shown(value)}; expected true or false")
 
     def text(self, key: Key, value: Any) -> None:
         if value is not None and (not isinstance(value, str) or not value):
-            self.refuse(key, f"is {shown(value)}; expected a text")
+            self.refuse(key, f"got {shown(value)}; expected a text")
 
     def texts(self, key: Key, value: Any) -> None:
         value = [value] if isinstance(value, str) else value
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if value is not None and not fits:
-            self.refuse(key, f"is {shown(value)}; expected a list of texts")
+            self.refuse(key, f"got {shown(value)}; expected a list of texts")
 
     def share(self, key: Key, value: Any) -> None:
         if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
-            self.refuse(key, f"is {shown(value)}; expected a share, from 0 to 1")
+            self.refuse(key, f"got {shown(value)}; expected a share, from 0 to 1")
 
 
 def _size(value: Any) -> int | None:
@@ -281,7 +283,7 @@ def check_data_section(data: Mapping[str, Any], sources: Sources) -> None:
     if not isinstance(data.get("target"), str):
         check.refuse(("data", "target"), f"is {shown(data.get('target'))}; name a class, data_video.SFTDataset")
     if not isinstance(data.get("params") or {}, Mapping):
-        check.refuse(("data", "params"), f"is {shown(data['params'])}; expected keys and values")
+        check.refuse(("data", "params"), f"got {shown(data['params'])}; expected keys and values")
     for name in data:
         if name not in ("target", "params"):
             check.refuse(("data", name), "unknown; a dataset is described by target and params")

@@ -33,13 +33,13 @@ def recomputation_mode(name: str, value: Any) -> Mode:
         value = int(text) if text.isdecimal() and len(text) < 7 else value
     if type(value) is bool or (type(value) is int and value >= 0):
         return value
-    raise UserError(f"{name} is {shown(value)}; it can be {EXPECTED}")
+    raise UserError(f"{name}: got {shown(value)}; it can be {EXPECTED}")
 
 
 def check_layers(name: str, mode: Any, layers: int) -> None:
     """Check that a mode does not name more layers than the network has, else raise UserError."""
     if type(mode) is int and mode > layers:
-        raise UserError(f"{name} is {mode}, but the network has {layers} layers; it can be {EXPECTED}")
+        raise UserError(f"{name}: got {mode}, but the network has {layers} layers; it can be {EXPECTED}")
 
 
 @dataclass(frozen=True)

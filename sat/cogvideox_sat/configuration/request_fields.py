@@ -169,7 +169,7 @@ def check_argument(name: str, value: Any) -> None:
         UserError: the field does not take the value.
     """
     if value is not None and not FIELDS[name].accepts(value):
-        raise UserError(f"{name} is {shown(value)}; expected {FIELDS[name].expected}")
+        raise UserError(f"{name}: got {shown(value)}; expected {FIELDS[name].expected}")
 
 
 def nearest_field(name: str) -> str:

@@ -104,7 +104,7 @@ def sampler_class(name: str) -> str:
     if found is None:
         near = difflib.get_close_matches(plain, known, n=1) or difflib.get_close_matches(plain.lower(), SAMPLERS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"it can be {', '.join(SAMPLERS)}, or a class of {MODULE}"
-        raise UserError(f"sampler is {shown(name)}; {advice}")
+        raise UserError(f"sampler: got {shown(name)}; {advice}")
     return found
 
 
@@ -188,7 +188,7 @@ def check_steps(section: Mapping[str, Any], steps: int | None, name: str) -> Non
     """
     most = most_steps(section)
     if steps is not None and most is not None and steps > most:
-        raise UserError(f"{name} is {steps}; this model's noise schedule has 1 to {most} steps")
+        raise UserError(f"{name}: got {steps}; this model's noise schedule has 1 to {most} steps")
 
 
 def _reschedule(section: dict[str, Any], schedule: str) -> None:

@@ -54,7 +54,7 @@ def set_keys(config: dict[str, Any], sources: Sources, settings: Mapping[str, An
             holder[_index(holder, key)] = value
             sources.replace(key, FLAG)
         elif len(key) == 1 and not isinstance(value, dict):
-            raise UserError(f"{FLAG} {name}: it is {shown(value)}; expected keys and values")
+            raise UserError(f"{FLAG} {name}: got {shown(value)}; expected keys and values")
         else:
             content: dict[Any, Any] = {key[-1]: value}
             merge_into(holder, content, key[:-1], FLAG, config, sources)

@@ -172,7 +172,7 @@ def check_split(split: Any) -> None:
         return
     parts = [part.strip() for part in str(split).split(",")]
     if any(part.strip("0.") for part in parts[1:]):
-        raise UserError(f"args: split is {split}; training data is not split; name validation data as valid_data")
+        raise UserError(f"args: split: got {split}; training data is not split; name validation data as valid_data")
 
 
 def check_values(args: TrainingArguments) -> None:
@@ -187,7 +187,7 @@ def check_values(args: TrainingArguments) -> None:
     check_recomputation(args)
     argument_schema.check_shares(args, ("warmup",))
     if not 0 < args.lr_decay_ratio <= 1:
-        raise UserError(f"lr_decay_ratio is {args.lr_decay_ratio}; expected a share, above 0 and up to 1")
+        raise UserError(f"lr_decay_ratio: got {args.lr_decay_ratio}; expected a share, above 0 and up to 1")
     if not (args.load or args.force_train or args.inspect_data):
         raise UserError("load is missing; name the checkpoint to start from, or give --force_train to start at random")
 
@@ -208,4 +208,4 @@ def check_recomputation(args: TrainingArguments) -> None:
             check_layers("checkpoint_activations", mode, layers)
     skipped = args.checkpoint_skip_layers
     if skipped is not None and type(layers) is int and skipped > layers:
-        raise UserError(f"checkpoint_skip_layers is {skipped}; the network has {layers} layers")
+        raise UserError(f"checkpoint_skip_layers: got {skipped}; the network has {layers} layers")

@@ -107,7 +107,7 @@ def check_model_section(model: Mapping[str, Any]) -> None:
         raise UserError("model.params is missing; give encoder_config, decoder_config, loss_config and so on")
     rate = model.get("base_learning_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
-        raise UserError(f"model.base_learning_rate is {shown(rate)}; expected a positive number such as 1.0e-4")
+        raise UserError(f"model.base_learning_rate: got {shown(rate)}; expected a positive number such as 1.0e-4")
     for key in model:
         if key not in (*MODEL_KEYS, *OTHER_MODEL_KEYS):
             near = difflib.get_close_matches(str(key), MODEL_KEYS, n=1)
@@ -126,7 +126,7 @@ def check_lightning_section(lightning: Mapping[str, Any]) -> None:
         )
     trainer = lightning.get("trainer") or {}
     if not isinstance(trainer, dict):
-        raise UserError(f"lightning.trainer is {shown(trainer)}; expected keys and values")
+        raise UserError(f"lightning.trainer: got {shown(trainer)}; expected keys and values")
     known = (*ENGINE_KEYS, *PLACE_KEYS, *TRAINER_KEYS)
     for key in trainer:
         if key in SET_ELSEWHERE:
@@ -137,26 +137,26 @@ def check_lightning_section(lightning: Mapping[str, Any]) -> None:
     batches = trainer.get("accumulate_grad_batches", 1)
     if type(batches) is not int or batches < 1:
         raise UserError(
-            f"lightning.trainer: accumulate_grad_batches is {shown(batches)}; expected a whole number from 1"
+            f"lightning.trainer: accumulate_grad_batches: got {shown(batches)}; expected a whole number from 1"
         )
     clip = trainer.get("gradient_clip_val")
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or clip <= 0):
-        raise UserError(f"lightning.trainer: gradient_clip_val is {shown(clip)}; expected a positive number, or none")
+        raise UserError(f"lightning.trainer: gradient_clip_val: got {shown(clip)}; expected a positive number, or none")
     accelerator = trainer.get("accelerator", "auto")
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"lightning.trainer: accelerator is {shown(accelerator)}; it can be auto, cpu or gpu")
+        raise UserError(f"lightning.trainer: accelerator: got {shown(accelerator)}; it can be auto, cpu or gpu")
     deterministic = trainer.get("deterministic")
     if not (deterministic is None or isinstance(deterministic, bool) or deterministic == "warn"):
-        raise UserError(f"lightning.trainer: deterministic is {deterministic!r}; it can be true, false or warn")
+        raise UserError(f"lightning.trainer: deterministic: got {deterministic!r}; it can be true, false or warn")
     if (precision := trainer.get("precision")) is not None and str(precision) not in PRECISIONS:
-        raise UserError(f"lightning.trainer: precision is {shown(precision)}; it can be {', '.join(PRECISIONS)}")
+        raise UserError(f"lightning.trainer: precision: got {shown(precision)}; it can be {', '.join(PRECISIONS)}")
     for name in FLAGS:
         if trainer.get(name) not in (None, True, False):
-            raise UserError(f"lightning.trainer: {name} is {shown(trainer[name])}; expected true or false")
+            raise UserError(f"lightning.trainer: {name}: got {shown(trainer[name])}; expected true or false")
     if trainer.get("profiler") not in (None, "simple", "advanced", "pytorch"):
         raise UserError(
-            f"lightning.trainer: profiler is {shown(trainer['profiler'])}; it can be simple, advanced or pytorch"
+            f"lightning.trainer: profiler: got {shown(trainer['profiler'])}; it can be simple, advanced or pytorch"
         )
     strategy = trainer.get("strategy", "auto")
     if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
-        raise UserError(f"lightning.trainer: strategy is {shown(strategy)}; it can be auto or ddp")
+        raise UserError(f"lightning.trainer: strategy: got {shown(strategy)}; it can be auto or ddp")

@@ -50,7 +50,7 @@ def plan_layout(
     """
     for name, value in (("processes_per_video", processes_per_video), ("sequence_parallel", sequence_parallel)):
         if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; expected a whole number from 1")
+            raise UserError(f"{name}: got {value}; expected a whole number from 1")
     if processes_per_video is None:
         layout = VideoLayout(2 if guidance_parallel else 1, sequence_parallel or 1)
     else:

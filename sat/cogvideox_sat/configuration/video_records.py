@@ -196,26 +196,28 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
     for key, (kinds, expected) in FIELDS.items():
         value = content.get(key, LEFT_OUT.get(key))
         if key not in content.keys() | LEFT_OUT.keys() or not isinstance(value, kinds) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} is {shown(value)}; expected {expected}")
+            raise UserError(f"{where}: {key}: got {shown(value)}; expected {expected}")
         if isinstance(value, str) and has_half_characters(value):
             raise UserError(f"{where}: {key} is {value!r:.60}, which has half a character; write the character itself")
     if content["precision"] not in PRECISION_NAMES:
-        raise UserError(f"{where}: precision is {shown(content['precision'])}; it can be {', '.join(PRECISION_NAMES)}")
+        raise UserError(
+            f"{where}: precision: got {shown(content['precision'])}; it can be {', '.join(PRECISION_NAMES)}"
+        )
     if not 0 <= content["index"] < 2**63:
         raise UserError(f"{where}: index must be between 0 and 2^63 - 1, got {content['index']}")
     for key in ("checkpoint", "image", "video_from"):
         if content.get(key) is not None and not isinstance(content[key].get("path"), str):
-            raise UserError(f"{where}: {key}.path is {shown(content[key].get('path'))}; expected text")
+            raise UserError(f"{where}: {key}.path: got {shown(content[key].get('path'))}; expected text")
     for entry in content.get("keyframes", []):
         if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and type(entry.get("at")) is int):
-            raise UserError(f"{where}: keyframes holds {shown(entry)}; expected objects with path and at")
+            raise UserError(f"{where}: keyframes: got {shown(entry)}; expected objects with path and at")
     for text in content.get("extend", []):
         if not isinstance(text, str) or has_half_characters(text):
-            raise UserError(f"{where}: extend holds {shown(text)}; expected texts")
+            raise UserError(f"{where}: extend: got {shown(text)}; expected texts")
     for adapter in content["adapters"]:
         fits = isinstance(adapter, dict) and isinstance(adapter.get("path"), str)
         if not fits or isinstance(adapter.get("scale"), bool) or not isinstance(adapter.get("scale"), int | float):
-            raise UserError(f"{where}: adapters holds {shown(adapter)}; expected objects with path and scale")
+            raise UserError(f"{where}: adapters: got {shown(adapter)}; expected objects with path and scale")
     return content
 
 

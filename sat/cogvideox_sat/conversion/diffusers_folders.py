@@ -298,7 +298,7 @@ def read_part(folder: Path, class_name: str) -> tuple[dict[str, Any], StoredWeig
     """
     config = read_json(folder / "config.json")
     if config.get("_class_name") != class_name:
-        raise UserError(f"{folder} is a {config.get('_class_name')}; expected a {class_name}")
+        raise UserError(f"{folder}: got a {config.get('_class_name')}; expected a {class_name}")
     return config, open_weights(safetensors_in(folder))
 
 
@@ -337,9 +337,9 @@ def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
     tokenizer_files = _matching(tokenizer, _TOKENIZER_FILE)
     names = {file.name for file in encoder_files}
     if "config.json" not in names or not any(file.suffix in (".safetensors", ".bin") for file in encoder_files):
-        raise UserError(f"{encoder} holds no T5 encoder; expected config.json and model*.safetensors")
+        raise UserError(f"{encoder}: no T5 encoder; expected config.json and model*.safetensors")
     if not any(file.name in ("spiece.model", "tokenizer.json") for file in tokenizer_files):
-        raise UserError(f"{tokenizer} holds no tokenizer; expected spiece.model or tokenizer.json")
+        raise UserError(f"{tokenizer}: no tokenizer; expected spiece.model or tokenizer.json")
     for index in (file for file in encoder_files if file.name.endswith((INDEX_SUFFIX, ".bin.index.json"))):
         read_weight_map(index)  # checks that the files in the index exist
     return encoder_files, tokenizer_files

@@ -166,7 +166,7 @@ def recorded_alpha(file: Path, rank: int) -> float:
         )
     alpha = params.get("lora_alpha", DEFAULT_ALPHA)
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise UserError(f"{config_file}: lora_alpha is {alpha!r}; expected a positive number")
+        raise UserError(f"{config_file}: lora_alpha: got {alpha!r}; expected a positive number")
     return float(alpha)
 
 
@@ -285,7 +285,7 @@ def _scales(
     general = metadata.get("lora_alpha")
     patterns = metadata.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
-        raise UserError(f"{file}: alpha_pattern is {shown(patterns)}; expected a number for each name of a module")
+        raise UserError(f"{file}: alpha_pattern: got {shown(patterns)}; expected a number for each name of a module")
     if given is None and (odd := [pattern for pattern in patterns if not _NAME_PATTERN.fullmatch(pattern)]):
         raise UserError(f"{file}: alpha_pattern holds {odd[0]!r}, expected names of modules; give --file_alpha")
     if given is None and general is None and not alphas:
@@ -297,7 +297,7 @@ def _scales(
         else:
             alpha = alphas.get(projection, _matching(patterns, projection, rank if general is None else general))
         if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
-            raise UserError(f"{file}: the alpha of {projection} is {shown(alpha)}; expected a positive number")
+            raise UserError(f"{file}: alpha of {projection}: got {shown(alpha)}; expected a positive number")
         scales[projection] = alpha / divisor
     return scales
 

@@ -197,9 +197,9 @@ def read_sizes(
         if value is None:
             found[name] = getattr(usual, name)
         elif name in WHOLE_SIZES and (type(value) is not int or not 0 < value <= LARGEST_SIZE):
-            raise UserError(f"{folder}: its {name} is {shown(value)}; expected a whole number up to {LARGEST_SIZE}")
+            raise UserError(f"{folder}: {name}: got {shown(value)}; expected a whole number up to {LARGEST_SIZE}")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            raise UserError(f"{folder}: its {name} is {shown(value)}; expected a positive number")
+            raise UserError(f"{folder}: {name}: got {shown(value)}; expected a positive number")
     return ModelSizes(**found)
 
 
@@ -207,7 +207,7 @@ def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any], source: str
     """Check that a config.json has the values of `fixed`, or lacks them, else raise UserError."""
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise UserError(f"{source}/config.json: {name} is {shown(config[name])}; models here have {value!r}")
+            raise UserError(f"{source}/config.json: {name}: got {shown(config[name])}; models here have {value!r}")
 
 
 def check_config(config: Mapping[str, Any], family: NetworkFamily, sizes: ModelSizes, source: str) -> None:

@@ -75,7 +75,7 @@ def check_sheet(path: str) -> None:
         UserError: the name is not that of a PNG, or its folder cannot be written to.
     """
     if Path(path).suffix.lower() != ".png":
-        raise UserError(f"contact_sheet is {path}; expected a name that ends with .png")
+        raise UserError(f"contact_sheet: got {path}; expected a name that ends with .png")
     check_folder(Path(path).parent, "contact_sheet")
 
 

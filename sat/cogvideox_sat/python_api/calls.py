@@ -102,7 +102,7 @@ def request_of(fields: dict[str, Any], index: int, where: str, image_to_video: b
     fields, memory = without_memory(fields)
     values = checked_fields(fields, where)
     if not values["prompt"].strip():
-        raise UserError(f"{where}prompt is {shown(values['prompt'])}; say what the video shows")
+        raise UserError(f"{where}prompt: got {shown(values['prompt'])}; say what the video shows")
     told = "image" in values or "keyframes" in values
     if image_to_video != told and not (image_to_video and "video" in values):
         kind, advice = ("an image", "give its first frame as") if image_to_video else ("a text", "leave out")

@@ -135,7 +135,9 @@ def arguments_of_model(
 def check_settings(settings: Any) -> None:
     """Check that `set` maps keys to values, or is None, else raise UserError."""
     if settings is not None and not isinstance(settings, Mapping):
-        raise UserError(f"set is {shown(settings)}; give keys with their values, such as {{'model.scale_factor': 0.7}}")
+        raise UserError(
+            f"set: got {shown(settings)}; give keys with their values, such as {{'model.scale_factor': 0.7}}"
+        )
 
 
 def settle_clip(args: SamplingArguments, limits: ModelLimits) -> None:
@@ -187,5 +189,5 @@ def precision_of(dtype: Any) -> dict[str, bool]:
         return {}
     name = str(dtype).removeprefix("torch.").lower()
     if name not in DTYPES:
-        raise UserError(f"dtype is {shown(dtype)}; it can be float16, bfloat16 or float32")
+        raise UserError(f"dtype: got {shown(dtype)}; it can be float16, bfloat16 or float32")
     return {flag: DTYPES[name] == flag for flag in ("fp16", "bf16")}

@@ -65,7 +65,7 @@ def find_model(model: str | Path | Sequence[str | Path]) -> ModelPlace:
         return ModelPlace(base=[found])
     if not isinstance(model, str | Path):
         if not isinstance(model, list | tuple) or not model or not all(isinstance(name, str | Path) for name in model):
-            raise UserError(f"model is {shown(model)}; give a name, a folder, or configuration files")
+            raise UserError(f"model: got {shown(model)}; give a name, a folder, or configuration files")
         return ModelPlace(base=list(model))
     if str(model).lower().endswith(YAML):
         return ModelPlace(base=[model])

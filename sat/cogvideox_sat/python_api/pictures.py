@@ -30,7 +30,7 @@ def input_clip(video: Any, where: str) -> np.ndarray | Tensor:
     if isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4 and video.shape[3] == 3:
         return video
     what = f"an array of {video.dtype} {video.shape}" if isinstance(video, np.ndarray) else shown(video)
-    raise UserError(f"{where} is {what}; give a path, an array (frames, height, width, 3) of uint8, or a tensor")
+    raise UserError(f"{where}: got {what}; give a path, an array (frames, height, width, 3) of uint8, or a tensor")
 
 
 def fitted_clip(clip: np.ndarray | Tensor, size: tuple[int, int]) -> Tensor:
@@ -58,4 +58,4 @@ def first_frame(image: Any, where: str) -> Image.Image | Tensor:
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(ImageOps.exif_transpose(image))
-    raise UserError(f"{where} is {shown(image)}; give a path, a picture, an array or a tensor")
+    raise UserError(f"{where}: got {shown(image)}; give a path, a picture, an array or a tensor")

@@ -197,7 +197,7 @@ class Pipeline:
         }
         args, seed = self.args, plain(seed)
         if not (progress is None or isinstance(progress, bool) or callable(progress)):
-            raise UserError(f"progress is {shown(progress)}; give a function, True for a bar, or False for nothing")
+            raise UserError(f"progress: got {shown(progress)}; give a function, True for a bar, or False for nothing")
         if isinstance(seed, list | tuple):
             given["seed"] = seed
         elif seed is not None:

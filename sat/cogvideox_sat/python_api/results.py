@@ -55,7 +55,7 @@ class Video:
             UserError: the path has another ending or cannot be written, or `NAME.json` exists and is not a record.
         """
         if not isinstance(path, str | Path):
-            raise UserError(f"path is {shown(path)}; give the name of a file that ends with {SUFFIX}")
+            raise UserError(f"path: got {shown(path)}; give the name of a file that ends with {SUFFIX}")
         path = Path(path)
         if path.suffix.lower() == LATENTS:
             save_latents(path, self.latents, self._metadata())

@@ -79,10 +79,10 @@ def train(
         UserError: an argument does not exist or has an invalid value, a file is missing, or the run cannot continue.
     """
     if type(processes) is not int or processes < 1:
-        raise UserError(f"processes is {shown(processes)}; expected a whole number of at least 1")
+        raise UserError(f"processes: got {shown(processes)}; expected a whole number of at least 1")
     check_settings(set)
     if not isinstance(config, str | Path | list | tuple | TrainingArguments) or not config:
-        raise UserError(f"config is {shown(config)}; give configuration files (.yaml)")
+        raise UserError(f"config: got {shown(config)}; give configuration files (.yaml)")
     if isinstance(config, TrainingArguments):
         if arguments or set:
             raise UserError(

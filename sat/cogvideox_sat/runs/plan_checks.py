@@ -45,7 +45,7 @@ def clip_sizes(params: Mapping[str, Any]) -> Iterator[Sequence[int]]:
     sizes = params.get("video_size", params.get("image_size"))
     for size in () if sizes is None else sizes if _is_list_of_sizes(sizes) else (sizes,):
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
-            raise UserError(f"data.params.video_size has {size!r}; expected [height, width] in pixels")
+            raise UserError(f"data.params.video_size: got {size!r}; expected [height, width] in pixels")
         yield size
 
 

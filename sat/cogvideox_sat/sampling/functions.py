@@ -113,7 +113,7 @@ def save_video_as_grid_and_mp4(
     from cogvideox_sat.media.video_output import VideoWriter
 
     if video_batch.ndim != 5:
-        raise UserError(f"video_batch has the shape {tuple(video_batch.shape)}; expected (videos, frames, 3, h, w)")
+        raise UserError(f"video_batch: got the shape {tuple(video_batch.shape)}; expected (videos, frames, 3, h, w)")
     paths = []
     for number, frames in enumerate(video_batch):
         paths.append(Path(save_path) / f"{number:06d}.mp4")
@@ -149,7 +149,7 @@ def resize_for_rectangle_crop(arr: "Tensor", image_size: Sequence[int], reshape_
     import torch.nn.functional as F
 
     if reshape_mode not in RESHAPE_MODES:
-        raise UserError(f"reshape_mode is {reshape_mode!r}; expected one of {', '.join(RESHAPE_MODES)}")
+        raise UserError(f"reshape_mode: got {reshape_mode!r}; expected one of {', '.join(RESHAPE_MODES)}")
     height, width = image_size
     if arr.shape[3] / arr.shape[2] > width / height:
         size = (height, max(int(arr.shape[3] * height / arr.shape[2]), width))

@@ -101,7 +101,7 @@ def read_header(path: Path, config: Mapping[str, Any] | None, fps: float | None,
     stem = path.name.removesuffix(SUFFIX).removesuffix(KEPT_SUFFIX.removesuffix(SUFFIX))
     dtype = metadata.get("computed_in")
     if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise UserError(f"{path}: computed_in is {shown(dtype)}; expected float32, bfloat16 or float16")
+        raise UserError(f"{path}: computed_in: got {shown(dtype)}; expected float32, bfloat16 or float16")
     return LatentFile(path, first_stage, scale_factor, fps, dtype, record, folder / f"{stem}.mp4", sources)
 
 
@@ -121,7 +121,7 @@ def check_latents(path: Path) -> dict[str, str]:
         raise UserError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
     frames = shape[-4] if len(shape) > 3 else 0
     if len(shape) not in (4, 5) or (len(shape) == 5 and shape[0] != 1) or 0 in shape:
-        raise UserError(f"{path}: latents are of shape {shape}; expected (1, t, c, h, w) or (t, c, h, w)")
+        raise UserError(f"{path}: got latents of shape {shape}; expected (1, t, c, h, w) or (t, c, h, w)")
     if frames % 2 == 0:
         raise UserError(f"{path}: the file has {frames} latent frames; expected an odd number")
     return metadata
@@ -169,7 +169,7 @@ def check_first_stage(first_stage: Any, where: str) -> None:
         raise UserError(f"{where} describes no VAE: it needs target and params")
     weights = params.get("ckpt_path")
     if not isinstance(weights, str):
-        raise UserError(f"{where}.params.ckpt_path is {shown(weights)}; expected the weights of the VAE")
+        raise UserError(f"{where}.params.ckpt_path: got {shown(weights)}; expected the weights of the VAE")
     if not Path(weights).exists():
         problem = not_found(f"{where}.params.ckpt_path", weights)
         raise UserError(f"{problem}; give the model's configuration as --base")
@@ -186,5 +186,5 @@ def number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         result = math.nan
     if not (0 < result < math.inf):
-        raise UserError(f"{where} is {shown(value)}; expected a positive number")
+        raise UserError(f"{where}: got {shown(value)}; expected a positive number")
     return result

@@ -108,7 +108,7 @@ class Endpoint:
             raise UserError("refining prompts needs the openai package: pip install openai")
         base_url = os.environ.get("OPENAI_BASE_URL", "").strip() or None
         if base_url and not re.match(r"https?://[^/\s]", base_url):
-            raise UserError(f"OPENAI_BASE_URL is '{base_url}'; expected an address such as http://localhost:8000/v1")
+            raise UserError(f"OPENAI_BASE_URL: got '{base_url}'; expected an address such as http://localhost:8000/v1")
         api_key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not api_key and not base_url:
             raise UserError("refining prompts needs OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint of your own")

@@ -132,7 +132,7 @@ class SampleRequest:
         """
         for name in ("prompt", "negative_prompt"):
             if not isinstance(value := getattr(self, name), str):
-                raise UserError(f"{name} is {shown(value)}; expected text")
+                raise UserError(f"{name}: got {shown(value)}; expected text")
         whole = {"seed": (0, LARGEST_SEED), "frames": (1, None), "fps": (1, None)}
         if self.steps is not None:
             whole["steps"] = (1, None)
@@ -140,9 +140,9 @@ class SampleRequest:
             value = getattr(self, name)
             if type(value) is not int or value < least or (most is not None and value > most):
                 fits = f"from {least} to 2^63 - 1" if most else f"of at least {least}"
-                raise UserError(f"{name} is {shown(value)}; expected a whole number {fits}")
+                raise UserError(f"{name}: got {shown(value)}; expected a whole number {fits}")
         if not (isinstance(self.size, tuple) and [type(side) for side in self.size] == [int, int]):
-            raise UserError(f"size is {shown(self.size)}; expected (height, width) in pixels")
+            raise UserError(f"size: got {shown(self.size)}; expected (height, width) in pixels")
         limits.check_clip(self.frames, *self.size, names=("frames", "size"))
         self._check_key_frames(limits)
         self._check_clips(limits)
@@ -163,11 +163,11 @@ class SampleRequest:
     def _check_clips(self, limits: ModelLimits) -> None:
         strength = self.strength
         if strength is not None and (type(strength) not in (int, float) or not 0 <= strength <= 1):
-            raise UserError(f"strength is {shown(strength)}; expected a number from 0 to 1")
+            raise UserError(f"strength: got {shown(strength)}; expected a number from 0 to 1")
         if strength is not None and self.video is None:
             raise UserError("strength: `video` is missing; give `video` too, or leave out `strength`")
         if not (isinstance(self.extend, tuple) and all(isinstance(prompt, str) for prompt in self.extend)):
-            raise UserError(f"extend is {shown(self.extend)}; expected a tuple of prompts")
+            raise UserError(f"extend: got {shown(self.extend)}; expected a tuple of prompts")
         frames = limits.video_frames(self.frames)
         if self.extend and frames <= CONTEXT_FRAMES:
             raise UserError(f"extend: a window has {frames} frames; expected more than {CONTEXT_FRAMES}")
@@ -195,7 +195,7 @@ class SampleRequest:
     def _check_pixels(self, name: str, pixels: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(pixels.shape) != expected or not pixels.is_floating_point():
             raise UserError(
-                f"{name} is {str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}; expected "
+                f"{name}: got {str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}; expected "
                 f"floating-point numbers of shape {expected}"
             )
         if not torch.isfinite(pixels).all() or pixels.abs().max() > 1.001:  # 0.001 for rounding in float16

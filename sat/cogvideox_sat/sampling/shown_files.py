@@ -49,7 +49,7 @@ def _parts(text: str) -> tuple[str, int]:
     try:
         return name, int(at)
     except ValueError as error:
-        raise UserError(f"keyframes is {shown(text)}; expected IMAGE:AT, such as last.png:-1") from error
+        raise UserError(f"keyframes: got {shown(text)}; expected IMAGE:AT, such as last.png:-1") from error
 
 
 @lru_cache(maxsize=256)

@@ -85,9 +85,9 @@ def check_options(options: argparse.Namespace) -> None:
     check_tile_size(options.vae_tile_size)
     check_frames_at_once(options.vae_frames_at_once)
     if options.fps is not None and not 0 < options.fps < 1000:
-        raise UserError(f"--fps is {options.fps:g}; it must be above 0 and below 1000")
+        raise UserError(f"--fps: got {options.fps:g}; it must be above 0 and below 1000")
     if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise UserError(f"--device is '{options.device}'; it can be cpu, cuda or cuda:N")
+        raise UserError(f"--device: got '{options.device}'; it can be cpu, cuda or cuda:N")
 
 
 def plan(options: argparse.Namespace) -> list[LatentFile]:

@@ -100,10 +100,10 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
         UserError: such a run is not possible.
     """
     if processes < 1:
-        raise UserError(f"--processes is {processes}; it must be at least 1")
+        raise UserError(f"--processes: got {processes}; it must be at least 1")
     if args.model_parallel_size > 1:
         raise UserError(
-            f"model_parallel_size is {args.model_parallel_size}; the memory of a network that processes share is not "
+            f"model_parallel_size: got {args.model_parallel_size}; the memory of a network that processes share is not "
             "estimated; leave it at 1"
         )
     check_model_values(args.model_config, args.sources)
@@ -120,7 +120,7 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     sizes = sizes if isinstance(sizes[0], list) else [sizes]
     shared = args.sequence_parallel_size
     if processes % shared:
-        raise UserError(f"--processes is {processes}; sequence_parallel_size {shared} does not divide it")
+        raise UserError(f"--processes: got {processes}; sequence_parallel_size {shared} does not divide it")
     micro_batch = batch_sizes(args.deepspeed_config, processes // shared).micro
     return TrainingRequest(args, frames, [(height, width) for height, width in sizes], micro_batch)
 
@@ -137,7 +137,7 @@ def of_sampling(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
         if args.model_parallel_size > 1:
             raise UserError(
-                f"model_parallel_size is {args.model_parallel_size}; the memory of a network that processes share is "
+                f"model_parallel_size: got {args.model_parallel_size}; the memory of a network that processes share is "
                 "not estimated; leave it at 1"
             )
         limits = ModelLimits.from_config(args.model_config)

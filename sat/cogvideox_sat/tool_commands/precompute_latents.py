@@ -142,5 +142,5 @@ def check(args: TrainingArguments, image_variants: int | None) -> int:
         return 0
     variants = IMAGE_VARIANTS if image_variants is None else image_variants
     if variants < 1:
-        raise UserError(f"image_variants is {variants}; it must be at least 1")
+        raise UserError(f"image_variants: got {variants}; it must be at least 1")
     return variants

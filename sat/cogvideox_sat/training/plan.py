@@ -199,7 +199,7 @@ def check_clips(params: dict[str, Any], limits: ModelLimits) -> None:
     for name, least in (("fps", 0.01), ("max_num_frames", 1), ("num_frames", 1), ("skip_frms_num", 0)):
         value = params.get(name, least)
         if type(value) not in (int, float) or value < least:
-            raise UserError(f"data.params.{name} is {value!r}; expected a {'positive ' * (least > 0)}number")
+            raise UserError(f"data.params.{name}: got {value!r}; expected a {'positive ' * (least > 0)}number")
     check_options(params)
     frames = params.get("max_num_frames", params.get("num_frames", 1))
     for size in clip_sizes(params):

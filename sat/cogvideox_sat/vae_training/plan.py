@@ -124,7 +124,7 @@ def check_devices(lightning: Mapping[str, Any], processes: int) -> None:
     if type(devices) is int and devices > 1 and processes == 1:
         start = as_started(f"torchrun --standalone --nproc_per_node={devices} sat/train_vae.py ...")
         raise UserError(f"lightning.trainer: devices is {devices}, but this is one process; start them with `{start}`")
-    raise UserError(f"lightning.trainer: devices is {devices!r}; expected auto, or the number of processes started")
+    raise UserError(f"lightning.trainer: devices: got {devices!r}; expected auto, or the number of processes started")
 
 
 def check_data(args: VaeTrainingArguments) -> None:
@@ -176,12 +176,12 @@ def check_clips(params: Mapping[str, Any], time_factor: int, space_factor: int) 
     if type(frames) is not int or frames < 1 or (frames - 1) % time_factor:
         fits = max(round((frames - 1) / time_factor), 0) * time_factor + 1 if type(frames) in (int, float) else 1
         raise UserError(
-            f"data.params.max_num_frames is {frames!r}; clips are cut to {time_factor}k+1 frames, for example {fits}"
+            f"data.params.max_num_frames: got {frames!r}; clips are cut to {time_factor}k+1 frames, for example {fits}"
         )
     check_options(params)
     sizes = list(clip_sizes(params))
     if not sizes:
-        raise UserError("data.params.video_size is missing; expected [height, width] in pixels")
+        raise UserError("data.params.video_size: no value; expected [height, width] in pixels")
     for size in sizes:
         for name, pixels in zip(("height", "width"), size, strict=True):
             if pixels % space_factor:
@@ -201,7 +201,7 @@ def check_sharing(params: Mapping[str, Any], processes: int, latent_frames: int)
     """
     size = params.get("context_parallel_size") or 1
     if type(size) is not int or size < 1:
-        raise UserError(f"model.params.context_parallel_size is {size!r}; expected a whole number, 0 or 1 for none")
+        raise UserError(f"model.params.context_parallel_size: got {size!r}; expected a whole number, 0 or 1 for none")
     if processes % size:
         raise UserError(f"model.params.context_parallel_size {size} does not divide the {processes} processes")
     if size > latent_frames:

@@ -99,14 +99,14 @@ def checked(given: argparse.Namespace) -> "Options":
     if not users and not is_loopback(given.host):
         raise UserError(f"host: {given.host} can be reached by others; give --auth too, or leave --host out")
     if not 0 <= given.port <= LARGEST_PORT:
-        raise UserError(f"port is {given.port}; expected a number from 0 to {LARGEST_PORT}")
+        raise UserError(f"port: got {given.port}; expected a number from 0 to {LARGEST_PORT}")
     if not 1 <= given.upload_limit <= LARGEST_UPLOAD:
-        raise UserError(f"upload_limit is {given.upload_limit}; expected MiB from 1 to {LARGEST_UPLOAD}")
+        raise UserError(f"upload_limit: got {given.upload_limit}; expected MiB from 1 to {LARGEST_UPLOAD}")
     check_folder(given.output_dir)
     for name in ("adapters", "data", "runs"):
         offered_folder(getattr(given, name), name)
     if given.processes < 1:
-        raise UserError(f"processes is {given.processes}; expected a whole number of at least 1")
+        raise UserError(f"processes: got {given.processes}; expected a whole number of at least 1")
     settings: dict[str, Any] = {
         name: value for name in ("device", "dtype", "offload", "fit") if (value := getattr(given, name)) is not None
     }

@@ -55,7 +55,7 @@ class DataDesk:
             UserError: the recipe or the data set is not offered, or it cannot be looked at.
         """
         if not isinstance(recipe, str) or recipe not in self.recipes:
-            raise UserError(f"recipe is {shown(recipe)}; it can be {', '.join(self.recipes)}")
+            raise UserError(f"recipe: got {shown(recipe)}; it can be {', '.join(self.recipes)}")
         if not name:
             raise UserError("train_data: nothing is chosen; choose a data set")
         place = self.data.path(name)

@@ -96,7 +96,7 @@ def text_of(value: object, name: str) -> str:
         UserError: it is none, or too long.
     """
     if not isinstance(value, str):
-        raise UserError(f"{name} is {shown(value)}; give a text")
+        raise UserError(f"{name}: got {shown(value)}; give a text")
     if len(value) > LONGEST_PROMPT:
         raise UserError(f"{name}: it has {len(value)} characters; {LONGEST_PROMPT} are the most")
     return " ".join(value.split())
@@ -149,16 +149,21 @@ def bounded(found: Any, value: object, name: str, kind: str, least: float | None
     is_low = found is not None and least is not None and found < least
     is_high = found is not None and most is not None and found > most
     if found is None or not math.isfinite(found) or is_low or is_high:
-        bounds = f" from {least:g} to {most:g}" if least is not None and most is not None else ""
-        raise UserError(f"{name} is {shown(value)}; expected {kind}{bounds}")
+        bounds = f" from {plain(least)} to {plain(most)}" if least is not None and most is not None else ""
+        raise UserError(f"{name}: got {shown(value)}; expected {kind}{bounds}")
     return found
+
+
+def plain(bound: float) -> str:
+    """Return a bound with all of its digits: 9223372036854775807, 10, 0.5."""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def choice_of(value: object, offered: OfferedField) -> Any:
     """Return one of the values that a field offers; raises UserError for another one."""
     found = next((choice for choice in offered.choices if str(choice) == str(value)), None)
     if found is None:
-        raise UserError(f"{offered.name} is {shown(value)}; it can be {', '.join(map(str, offered.choices))}")
+        raise UserError(f"{offered.name}: got {shown(value)}; it can be {', '.join(map(str, offered.choices))}")
     return found
 
 
@@ -175,7 +180,7 @@ def size_of(given: Mapping[str, Any], offered: OfferedField | None) -> tuple[int
     for name, limit in zip(("height", "width"), most, strict=True):
         side = whole(given.get(name), name, offered.least, limit)
         if offered.step and side % int(offered.step):
-            raise UserError(f"{name} is {side}; expected a multiple of {offered.step:g}")
+            raise UserError(f"{name}: got {side}; expected a multiple of {offered.step:g}")
         sides.append(side)
     return sides[0], sides[1]
 

@@ -51,7 +51,7 @@ class Studio:
         """
         model = self.models.get(str(values.get("model")))
         if model is None:
-            raise UserError(f"model is {shown(values.get('model'))}; it can be {', '.join(self.models)}")
+            raise UserError(f"model: got {shown(values.get('model'))}; it can be {', '.join(self.models)}")
         self.uploads.prune()
         fields = request_fields(model, values, self.uploads)
         adapters = adapters_of(values.get("adapters"), values.get("strengths"), self.adapters)

@@ -112,7 +112,7 @@ class TrainingDesk:
             raise UserError("train_data: nothing is chosen; choose a data set")
         name = given.get("name", "page")
         if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
-            raise UserError(f"name is {shown(name)}; expected up to 40 letters, digits, - and _")
+            raise UserError(f"name: got {shown(name)}; expected up to 40 letters, digits, - and _")
         numbers = {key: whole(given[key], key, *LIMITS[key]) for key in LIMITS if key in given}
         settings: dict[str, Any] = {}
         if "batch_size" in numbers:
@@ -149,7 +149,7 @@ class TrainingDesk:
     def recipe(self, name: object) -> Sequence[str]:
         """Return the configuration files of a recipe, or raise UserError for an unknown one."""
         if not isinstance(name, str) or name not in self.recipes:
-            raise UserError(f"recipe is {shown(name)}; it can be {', '.join(self.recipes)}")
+            raise UserError(f"recipe: got {shown(name)}; it can be {', '.join(self.recipes)}")
         return self.recipes[name]
 
     def is_running(self) -> bool:

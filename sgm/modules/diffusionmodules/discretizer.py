@@ -23,7 +23,7 @@ def equally_spaced_steps(num_steps: int, num_timesteps: int) -> np.ndarray:
         UserError: `num_steps` is below 1 or above `num_timesteps`.
     """
     if not 1 <= num_steps <= num_timesteps:
-        raise UserError(f"num_steps is {num_steps}; this noise schedule takes 1 to {num_timesteps}")
+        raise UserError(f"num_steps: got {num_steps}; this noise schedule takes 1 to {num_timesteps}")
     return np.linspace(num_timesteps - 1, 0, num_steps, endpoint=False).astype(np.int64)[::-1].copy()
 
 
@@ -107,7 +107,7 @@ class EDMDiscretization(Discretization):
 
     def table(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         if n < 1:
-            raise UserError(f"num_steps is {n}; expected at least 1")
+            raise UserError(f"num_steps: got {n}; expected at least 1")
         ramp = np.linspace(0.0, 1.0, n)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         sigmas = (high + ramp * (low - high)) ** self.rho

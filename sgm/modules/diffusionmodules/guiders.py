@@ -128,9 +128,9 @@ class DynamicCFG(VanillaCFG):
     ):
         super().__init__(scale, dyn_thresh_config)
         if count not in COUNTS:
-            raise UserError(f"DynamicCFG: count is '{count}'; use one of {', '.join(map(repr, COUNTS))}")
+            raise UserError(f"DynamicCFG: count: got '{count}'; use one of {', '.join(map(repr, COUNTS))}")
         if count != "step" and exp != int(exp):
-            raise UserError(f"DynamicCFG: exp is {exp}; expected a whole number unless count is 'step'")
+            raise UserError(f"DynamicCFG: exp: got {exp}; expected a whole number unless count is 'step'")
         self.exp = exp
         self.num_steps = num_steps
         self.count = count

@@ -30,7 +30,7 @@ class KeyFrameDraws:
         )
         if not (numbers and set(weights) <= set(KINDS) and sum(weights.values()) > 0):
             raise UserError(
-                f"model.conditioning is {shown(weights)}; expected weights of {', '.join(KINDS)}, such as "
+                f"model.conditioning: got {shown(weights)}; expected weights of {', '.join(KINDS)}, such as "
                 "{first: 1, first_last: 2}"
             )
         self.weights = {kind: float(weights.get(kind, 0)) for kind in KINDS}

@@ -42,7 +42,7 @@ class DiffusionLoss(nn.Module):
     ):
         super().__init__()
         if type not in ("l2", "l1"):
-            raise UserError(f"loss_fn_config: type is '{type}'; use 'l2' or 'l1'")
+            raise UserError(f"loss_fn_config: type: got '{type}'; use 'l2' or 'l1'")
         self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
         self.type = type
         self.offset_noise_level = offset_noise_level
@@ -219,7 +219,7 @@ def frame_weights(fixed_frames: Any) -> dict[int, float]:
     weights = [type(weight) in (int, float) and 0 <= weight < math.inf for weight in given.values()]
     if not (given and numbers and all(weights) and sum(given.values()) > 0):
         raise UserError(
-            f"loss_fn_config: fixed_frames is {shown(fixed_frames)}; expected a number of latent frames, or weights by "
-            "number such as {0: 1, 2: 3}"
+            f"loss_fn_config: fixed_frames: got {shown(fixed_frames)}; expected a number of latent frames, or weights "
+            "by number such as {0: 1, 2: 3}"
         )
     return {number: weight for number, weight in given.items() if weight}

@@ -231,8 +231,8 @@ def checked_interval(interval: Any) -> tuple[float, float]:
     fits = isinstance(interval, list | tuple) and [type(end) in (int, float) for end in interval] == [True, True]
     if not fits or not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(
-            f"guidance_interval is {shown(interval)}; expected two shares of the steps such as [0.2, 0.8], the smaller "
-            "one first"
+            f"guidance_interval: got {shown(interval)}; expected two shares of the steps such as [0.2, 0.8], the "
+            "smaller one first"
         )
     return interval[0], interval[1]
 
@@ -315,7 +315,7 @@ class VideoSampler(Sampler):
         super().__init__(*args, **kwargs)
         if type(fixed_frames) is not int or fixed_frames < 0:
             raise UserError(
-                f"sampler_config: fixed_frames is {shown(fixed_frames)}; expected a whole number of latent frames"
+                f"sampler_config: fixed_frames: got {shown(fixed_frames)}; expected a whole number of latent frames"
             )
         self.fixed_frames = fixed_frames
         self.sdedit = sdedit
@@ -405,7 +405,7 @@ class DDIMSampler(SigmaSampler):
     def __init__(self, *args: Any, s_noise: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not 0 <= s_noise <= 1:
-            raise UserError(f"sampler_config: s_noise is {s_noise}; expected a number from 0 to 1")
+            raise UserError(f"sampler_config: s_noise: got {s_noise}; expected a number from 0 to 1")
         self.s_noise = s_noise
 
     def sample(self, x: Tensor, run: Run) -> Tensor:

@@ -38,7 +38,7 @@ class Start:
 
     def __post_init__(self) -> None:
         if type(self.strength) not in (int, float) or not 0 <= self.strength <= 1:
-            raise UserError(f"strength is {shown(self.strength)}; expected a number from 0 to 1")
+            raise UserError(f"strength: got {shown(self.strength)}; expected a number from 0 to 1")
 
     def steps(self, num_steps: int) -> int:
         """Return how many of `num_steps` steps are taken."""

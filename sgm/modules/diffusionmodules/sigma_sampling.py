@@ -149,7 +149,7 @@ class PartialDiscreteSampling(DiscreteSampling):
     ):
         if not 1 <= partial_num_idx <= total_num_idx:
             raise UserError(
-                f"sigma_sampler_config: partial_num_idx is {partial_num_idx}; expected 1 to total_num_idx, "
+                f"sigma_sampler_config: partial_num_idx: got {partial_num_idx}; expected 1 to total_num_idx, "
                 f"{total_num_idx}"
             )
         super().__init__(discretization_config, total_num_idx, do_append_zero, flip, **kwargs)

@@ -37,7 +37,7 @@ class StaticThresholding(NoDynamicThresholding):
 
     def __init__(self, limit: float = 1.0):
         if not limit > 0:
-            raise UserError(f"dyn_thresh_config: limit is {limit}; expected a positive number")
+            raise UserError(f"dyn_thresh_config: limit: got {limit}; expected a positive number")
         self.limit = limit
 
     def __call__(self, uncond: Tensor, cond: Tensor, scale: Scale) -> Tensor:
@@ -75,7 +75,7 @@ class DynamicThresholdingV1(NoDynamicThresholding):
 
     def __init__(self, scale_factor: float = 1.0, quantile: float = 0.9995):
         if not 0 < quantile <= 1:
-            raise UserError(f"dyn_thresh_config: quantile is {quantile}; expected a number above 0 and up to 1")
+            raise UserError(f"dyn_thresh_config: quantile: got {quantile}; expected a number above 0 and up to 1")
         self.scale_factor, self.quantile = scale_factor, quantile
 
     def __call__(self, uncond: Tensor, cond: Tensor, scale: Scale) -> Tensor:

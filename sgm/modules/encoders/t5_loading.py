@@ -148,7 +148,7 @@ def check_layers(path: Path) -> None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return
     if isinstance(layers, int | float) and layers > MOST_LAYERS:
-        raise UserError(f"{path}: num_layers is {shown(layers)}; an encoder has up to {MOST_LAYERS}")
+        raise UserError(f"{path}: num_layers: got {shown(layers)}; an encoder has up to {MOST_LAYERS}")
 
 
 def check_folder(folder: Path) -> None:

@@ -354,4 +354,4 @@ _PIXEL_LOSSES = {"l1": torch.abs, "l2": torch.square}
 
 def _check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     if value not in choices:
-        raise UserError(f"loss_config: {name} is {value!r}; use {' or '.join(map(repr, choices))}")
+        raise UserError(f"loss_config: {name}: got {value!r}; use {' or '.join(map(repr, choices))}")

@@ -25,9 +25,9 @@ class FSQ(AbstractQuantizer):
     def __init__(self, levels: Sequence[int], dim: int | None = None, num_codebooks: int = 1):
         levels = list(levels)
         if not levels or not all(type(level) is int and level >= 3 for level in levels):
-            raise UserError(f"FSQ: levels is {levels}; expected whole numbers, each at least 3")
+            raise UserError(f"FSQ: levels: got {levels}; expected whole numbers, each at least 3")
         if num_codebooks < 1:
-            raise UserError(f"FSQ: num_codebooks is {num_codebooks}; expected at least 1")
+            raise UserError(f"FSQ: num_codebooks: got {num_codebooks}; expected at least 1")
         code_dim = len(levels) * num_codebooks
         super().__init__(code_dim if dim is None else dim, code_dim, prod(levels))
         # Imported here, since the import takes seconds, which models with continuous latents need not spend.

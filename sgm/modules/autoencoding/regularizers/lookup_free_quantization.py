@@ -40,7 +40,7 @@ class LFQ(AbstractQuantizer):
             codebook_size = 2**dim
         bits = codebook_size.bit_length() - 1
         if codebook_size < 2 or codebook_size != 2**bits:
-            raise UserError(f"LFQ: codebook_size is {codebook_size}; expected a power of two")
+            raise UserError(f"LFQ: codebook_size: got {codebook_size}; expected a power of two")
         super().__init__(bits if dim is None else dim, bits, codebook_size)
         self.bits = bits
         self.entropy_loss_weight, self.commitment_loss_weight = entropy_loss_weight, commitment_loss_weight

@@ -68,7 +68,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
     ):
         _check_size(n_embed, embedding_dim)
         if not 0 <= decay < 1:
-            raise UserError(f"EMAVectorQuantizer: decay is {decay}; expected at least 0 and less than 1")
+            raise UserError(f"EMAVectorQuantizer: decay: got {decay}; expected at least 0 and less than 1")
         super().__init__(embedding_dim, embedding_dim, n_embed)
         self.beta, self.decay, self.eps, self.revival_threshold = beta, decay, eps, revival_threshold
         self.register_buffer("embedding", torch.empty(n_embed, embedding_dim).uniform_(-1 / n_embed, 1 / n_embed))
