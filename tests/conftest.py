@@ -91,13 +91,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def long(request: pytest.FixtureRequest) -> None:
-    """Leave a test to `tests/run.sh --all`: it takes minutes of processor time."""
-    if not request.config.getoption("soak_kills"):
-        pytest.skip("a long one: ask for it by --soak_kills 20, or bash tests/run.sh --all")
-
-
-@pytest.fixture
 def soak_kills(request: pytest.FixtureRequest) -> int:
     kills = request.config.getoption("soak_kills")
     if not kills:

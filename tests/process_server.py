@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
     *(f"cogvideox_sat.{package}.run" for package in ("sampling", "training", "vae_training")),
     *("cogvideox_sat.weights.diffusers_names", "torch._dynamo", "torch.distributed.run", "pytest"),
+    *("cogvideox_sat.media.pyav_reading", "vae_modules.cp_enc_dec", "transformers.models.t5.modeling_t5", "setuptools"),
 )
 
 # Gives each new process its own random numbers, for libraries that do it on import; `random` does it on a fork.

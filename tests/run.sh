@@ -7,7 +7,7 @@
 #   bash tests/run.sh
 #   bash tests/run.sh tests/sgm -k sampler
 #   bash tests/run.sh --quick                  without tests that are slow or start several processes
-#   bash tests/run.sh --all                    300 changed configurations, not 60; 20 kills of each kind of run; all benchmarks
+#   bash tests/run.sh --all                    all cases of all tests; 300 changed configurations, not 60; 20 kills of each kind of run
 #
 # --long          the same as --all
 set -euo pipefail
@@ -21,11 +21,14 @@ fi
 case ${1:-} in
     --quick)
         shift
-        set -- -m "not slow and not distributed" "$@"
+        set -- -m "not slow and not distributed and not long" "$@"
         ;;
     --all | --long)
         shift
         set -- --fuzz_cases 300 --soak_kills 20 "$@"
+        ;;
+    *)
+        set -- -m "not long" "$@"
         ;;
 esac
 

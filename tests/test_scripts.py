@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from long_cases import long
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = (
     *("tools/make_shapes_dataset.py", "tools/precompute_latents.py", "tools/train_text_encoder.py"),
@@ -97,6 +99,11 @@ def test_the_script_of_the_tests_checks_style_and_runs_them():
     result = run(ROOT, "tests/run.sh", "tests/test_requirements.py", "-k", "imports_are_seen", "-p", "no:cacheprovider")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "All checks passed!" in result.stdout and "1 deselected" not in result.stdout.splitlines()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_script_of_the_tests_fails_without_a_test():
     assert run(ROOT, "tests/run.sh", "tests/test_requirements.py", "-k", "no_such_test").returncode == 5
 
 
@@ -104,10 +111,10 @@ def test_the_script_of_the_tests_checks_style_and_runs_them():
 @pytest.mark.parametrize(
     ("mode", "tests", "count"),
     [
-        ("--quick", ("tests/test_config_fuzz.py", "tests/sat/test_model_parallel.py"), 0),
-        ("--quick", ("tests/sgm/test_seeds.py",), 3),
+        long("--quick", ("tests/test_config_fuzz.py", "tests/sat/test_model_parallel.py"), 0),
+        long("--quick", ("tests/sgm/test_seeds.py",), 3),
         ("--all", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
-        ("--long", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
+        long("--long", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
     ],
 )
 def test_the_script_of_the_tests_runs_few_or_more(mode, tests, count):

@@ -121,6 +121,7 @@ def test_network(run):
     assert all(number(cell) > 0 for row in rows.values() for cell in row)
 
 
+@pytest.mark.long
 def test_autoencoder_counted(run):
     """Twice the pixels are twice the bytes; fewer frames at once take less memory."""
     size = ("--size", "tiny", "--frames", "17", "--width", "64")
@@ -142,6 +143,7 @@ def test_autoencoder(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("frames", "rows_of_diffusers"), [(9, 1), (17, 2)])
+@pytest.mark.long
 def test_autoencoder_training(run, frames, rows_of_diffusers):
     output = run("vae_training", *AUTOENCODER, "--frames", str(frames))
     rows = table(output)
@@ -216,6 +218,7 @@ def test_memory_of_training(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_loading(run, tmp_path):
     sizes = ["--model", "tiny/cogvideox_tiny", "--t5-layers", "1", "--t5-width", "64"]
     rows = table(run("loading", *sizes, "--folder", str(tmp_path), "--forms", "t5 float32"))
@@ -225,6 +228,7 @@ def test_loading(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_training_is_what_a_step_takes(run):
     """For each way to recompute; it ends by itself where one of them is more than 15 % off."""
     output = run("training_memory", "--counted", "--models", "cogvideox_2b", "--layers", "4")
@@ -261,6 +265,7 @@ def test_shared_videos(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_conversion(run, tmp_path):
     config = str(ROOT / "tests" / "configs" / "2b.yaml")
     output = run("conversion", "--config", config, "--folder", str(tmp_path), "--threads", "1")

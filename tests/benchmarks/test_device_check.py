@@ -80,7 +80,7 @@ def tables(text: str) -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("long")
+@pytest.mark.long
 def test_toy_on_a_cpu(tmp_path):
     """The same code as on a GPU measures all parts, and leaves only the results."""
     temporary, output = tmp_path / "temporary", tmp_path / "output"
@@ -184,6 +184,7 @@ def planted(part, tmp_path, monkeypatch) -> Callable[..., int]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_unit_that_crashes(planted, tmp_path, capfd):
     """A crashed unit has a row, the others are measured, and --resume runs only that unit."""
     assert planted() == 1
@@ -208,6 +209,7 @@ def test_a_unit_that_crashes(planted, tmp_path, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_ended_keeps_what_it_measured(tmp_path):
     arguments = ["--device", "cpu", "--size", "toy", "--budget", "3000", "--output", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -27,6 +27,7 @@ from cogvideox_sat.runs.datasets import make_dataset
 from cogvideox_sat.training import latent_encoding
 from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
 from distributed import run_distributed
+from long_cases import shortest
 from sgm.errors import UserError
 from sgm.randomness import per_sample
 from sgm.seeds import sample_seed
@@ -128,7 +129,7 @@ def test_tensors_are_those_of_a_direct_encoding(tiny, clips, cache, family, vari
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["2b", "5b_i2v", "1.5_i2v"])
+@pytest.mark.parametrize("family", shortest("1.5_i2v", "2b", "5b_i2v"))
 def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips, cache, family):
     """Captions and images are dropped at a high rate; stored latents are those of epoch 0."""
     args = arguments(tiny.config(family), clips)
@@ -161,7 +162,7 @@ def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["5b_i2v", "1.5_i2v"])
+@pytest.mark.parametrize("family", shortest("1.5_i2v", "5b_i2v"))
 def test_key_frames_are_encoded_too_and_give_the_same_losses(tiny, clips, cache, tmp_path, family):
     """Any number of key frames is encoded with noise; a cache without them is refused."""
     conditioning = {"first": 1, "first_last": 1, "random": 2}

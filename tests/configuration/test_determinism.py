@@ -88,6 +88,7 @@ def test_a_run_computes_in_a_fixed_order_only_when_asked(tmp_path, tiny, clips, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_vae_is_trained_in_a_fixed_order_only_when_asked(tmp_path, vae_clips, seen, one_thread, caplog):
     def config(name: str, **trainer: object):
         args = {"train_iters": 3, "save_interval": 2, "experiment_name": name}

@@ -12,6 +12,7 @@ from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.video_layout import VideoLayout
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.memory.sampling_peaks import IMAGE, LIBRARIES, NETWORK, TEXT, VIDEO, SamplingMemory, VideoSize, Way
+from long_cases import long
 from sgm.modules.encoders.t5_loading import T5_V1_1_XXL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,10 +31,10 @@ def settings(model: str, layers: int, text_encoder: Path | None = None) -> Engin
 @pytest.mark.parametrize(
     ("model", "video", "way"),
     [
-        ("cogvideox_5b", VideoSize(3, 240, 352), Way("none", 2)),
+        long("cogvideox_5b", VideoSize(3, 240, 352), Way("none", 2)),
         ("cogvideox1.5_5b_i2v", VideoSize(4, 256, 384), Way("sequential", 2)),
         ("cogvideox_2b", VideoSize(3, 240, 352), Way("stage", 1, 4)),
-        ("cogvideox_2b_lora", VideoSize(3, 64, 64), Way("stage", 2)),
+        long("cogvideox_2b_lora", VideoSize(3, 64, 64), Way("stage", 2)),
     ],
 )
 def test_within_15_percent_of_a_run_on_fake_tensors(monkeypatch, tmp_path, model, video, way):

@@ -10,6 +10,7 @@ import vae_runs
 from cogvideox_sat.clips.timeouts import read_record
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.runs.clips import describe_data
+from long_cases import shortest
 from training_clips import write_dataset
 from training_runs import metrics, runs_of, write_config
 
@@ -54,7 +55,7 @@ def resumed(run: Path, step: str, folder: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize(("workers", "others", "processes"), [(0, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize(("workers", "others", "processes"), shortest((2, 1, 2), (0, 2, 1)))
 def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, workers, others, processes):
     """One clip hangs in reading, one in probing; after the resume both could be read."""
     for name in ("003.mp4", "probe-006.mp4"):
@@ -102,7 +103,7 @@ def test_precomputing_lists_it_as_unreadable(tmp_path, tiny, clips, stuck):
         assert [sample.index for _, sample in encoded.samples] == [0, 1, 2, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(("workers", "others", "processes"), [(0, 2, 2), (2, 0, 1)])
+@pytest.mark.parametrize(("workers", "others", "processes"), shortest((2, 0, 1), (0, 2, 2)))
 def test_a_vae_goes_on_and_lists_it(tmp_path, stuck, workers, others, processes):
     data = write_dataset(tmp_path / "data", clips=6, frames=9, sizes=[(32, 32)])
     (stuck / "003.mp4").touch()

@@ -253,6 +253,7 @@ def few(case):
     _, _, engine, clip = case
     stage = engine.first_stage_model
     stage.encoder = OneByOne(stage.encoder)
+    clip = clip[:, :5]
     clips = rearrange(torch.cat([clip, clip.flip(1), -clip]), "b t c h w -> b c t h w")[:3]
     yield engine, clips, stage.encoder.sizes
     stage.encoder, engine.samples_at_a_time = stage.encoder.encoder, None

@@ -35,6 +35,7 @@ from sgm.helpers import (
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sgm_util_offers_them_without_importing_pytorch_itself():
     code = (
         "import sys, sgm, sgm.util, sgm.models\n"

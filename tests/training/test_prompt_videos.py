@@ -19,6 +19,7 @@ from cogvideox_sat.runs.videos import read_videos
 from cogvideox_sat.training import prompt_videos
 from diffusion_video import SATVideoDiffusionEngine
 from distributed import run_distributed
+from long_cases import shortest
 from sgm.errors import UserError
 from train_video import main
 from training_clips import write_clip, write_dataset
@@ -201,7 +202,7 @@ def test_nothing_is_compiled_for_videos(tmp_path, tiny, clips, monkeypatch):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", shortest(3, 0))
 def test_two_processes_make_three_videos(tmp_path, tiny, clips, zero):
     """Each process makes its own, or all together make each, with unchanged losses."""
     prompts = write_prompts(tmp_path, *BOATS)
@@ -224,7 +225,7 @@ def alone(tmp_path_factory, tiny, clips) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", ["model_parallel_size", "sequence_parallel_size"])
+@pytest.mark.parametrize("size", shortest("sequence_parallel_size", "model_parallel_size"))
 def test_processes_that_share_the_network_or_a_clip_make_a_video_together(tmp_path, tiny, clips, alone, size):
     settings = {"valid_prompts": write_prompts(tmp_path, BOATS[0]), size: 2, **FEW_STEPS}
     together = train_in_processes(write_config(tmp_path / "a.yaml", tiny, "5b", clips, **settings), 2)

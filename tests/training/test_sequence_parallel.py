@@ -10,6 +10,7 @@ import torch
 from cogvideox_sat.configuration.training_arguments import get_training_args
 from cogvideox_sat.training.plan import plan_run
 from faulty_processes import ends_of_ranks
+from long_cases import long, shortest
 from sgm.errors import UserError
 from training_clips import write_dataset
 from training_runs import assert_same, metrics, precomputed, runs_of, train, train_in_processes, weights, write_config
@@ -30,9 +31,9 @@ def clips(tmp_path_factory) -> Path:
     ("family", "lora", "cached", "size", "processes", "zero"),
     [
         ("5b", False, False, 2, 2, 0),
-        ("1.5_i2v", False, False, 2, 4, 2),
+        long("1.5_i2v", False, False, 2, 4, 2),
         ("2b", True, True, 4, 4, 3),
-        ("5b_i2v", True, False, 2, 4, 1),
+        long("5b_i2v", True, False, 2, 4, 1),
     ],
 )
 def test_a_step_is_that_of_one_process(tmp_path, tiny, clips, family, lora, cached, size, processes, zero):
@@ -81,7 +82,7 @@ def test_it_resumes_to_the_bit_and_goes_on_in_one_process(tmp_path, tiny, clips)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("fault", ["killed", "full", "terminated"])
+@pytest.mark.parametrize("fault", shortest("killed", "full", "terminated"))
 def test_a_process_that_is_lost_ends_the_others(tmp_path, tiny, clips, fault):
     """Only complete checkpoints stay; a signal to stop lets all processes write one."""
     settings = {"lora": True, "save_interval": 1, "sequence_parallel_size": 2, "train_iters": 9}

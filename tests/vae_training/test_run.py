@@ -140,6 +140,7 @@ def test_processes_that_share_clips_equal_one(tmp_path, data, two_processes):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path):
     data = write_mixed_dataset(tmp_path / "data", images=0)
     expected = train(write_config(tmp_path / "one.yaml", data, **NO_ADVERSARY))

@@ -317,6 +317,7 @@ else:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_peaks_under_the_size_of_the_file(tmp_path):
     """A checkpoint in the network's dtype is used in place, without any copy."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
