@@ -83,8 +83,10 @@ def make_video(
     wanted: dict[Any, float] = {**own_adapters, **task.adapters}
     if wanted != pipe.lora:
         pipe.set_lora(wanted)
-    names = {str(path): path.name for path in shown_files(task.fields)}
+    uploads = shown_files(task.fields)
+    names = {str(path): path.name for path in uploads}
     with named_briefly(names), kept_inputs(task) as fields:
+        names |= {str(copy): path.name for copy, path in zip(shown_files(fields), uploads, strict=True)}
         video = pipe(**fields, progress=progress)
         if is_cancelled():
             raise Cancelled
