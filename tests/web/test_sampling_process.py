@@ -100,8 +100,9 @@ def test_one_that_fails_leaves_nothing_and_names_no_folder(pipe, tmp_path):
 @pytest.mark.slow
 def test_a_damaged_upload_is_called_by_its_own_name(pipe, tmp_path):
     (tmp_path / "holiday.mp4").write_bytes(b"no video")
+    task = task_for(tmp_path, video=str(tmp_path / "holiday.mp4"), strength=0.5)
     with pytest.raises(UserError, match=r"holiday\.mp4") as error:
-        make_video(pipe, task_for(tmp_path, video=str(tmp_path / "holiday.mp4"), strength=0.5), {}, lambda **_: None, NEVER)
+        make_video(pipe, task, {}, lambda **_: None, NEVER)
     assert str(tmp_path) not in str(error.value)
     assert not (tmp_path / "videos").exists() or not list((tmp_path / "videos").iterdir())
 
