@@ -18,8 +18,8 @@ from harness import config_name, counted_with, markdown_table, tell  # noqa: E40
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
-from cogvideox_sat.configuration.argument_schema import PRECISIONS  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
+from cogvideox_sat.configuration.shared_arguments import PRECISIONS  # noqa: E402
 
 if TYPE_CHECKING:
     from cogvideox_sat.configuration.settings import EngineSettings

@@ -22,8 +22,8 @@ from harness import counted_with, markdown_table, tell  # noqa: E402
 
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
-from cogvideox_sat.configuration.argument_schema import PRECISIONS  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
+from cogvideox_sat.configuration.shared_arguments import PRECISIONS  # noqa: E402
 from cogvideox_sat.latent_geometry import Bucket  # noqa: E402
 
 CLIPS = {  # frames, height, width

@@ -12,22 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.commands.input_paths import located
-from cogvideox_sat.configuration import argument_schema
 from cogvideox_sat.configuration.adapter_lists import settle_adapters
+from cogvideox_sat.configuration.argument_fields import argument_fields
+from cogvideox_sat.configuration.argument_limits import check_common, check_exclusive, check_least
 from cogvideox_sat.configuration.argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
-from cogvideox_sat.configuration.argument_schema import argument_fields
+from cogvideox_sat.configuration.argument_parser import parser_for
+from cogvideox_sat.configuration.argument_reading import read_command_line, read_configuration, with_located_inputs
+from cogvideox_sat.configuration.argument_values import check_section, given_values
 from cogvideox_sat.configuration.files import ALTERNATIVES, MergedConfig, check_alternatives
 from cogvideox_sat.configuration.frame_sizes import size_from_image
 from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.model_section import unused_model_keys
 from cogvideox_sat.configuration.request_fields import check_argument
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
+from cogvideox_sat.configuration.shared_arguments import PRECISIONS
 from cogvideox_sat.configuration.video_records import VideoRecord, is_record, read_record
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-EXCLUSIVE = (argument_schema.PRECISIONS, ("overwrite", "skip_existing"))
+EXCLUSIVE = (PRECISIONS, ("overwrite", "skip_existing"))
 
 
 def get_args(command_line: Sequence[str] | None = None, complete: bool = True) -> SamplingArguments:
@@ -40,7 +45,7 @@ def get_args(command_line: Sequence[str] | None = None, complete: bool = True) -
         UserError: a file is missing or malformed, or an argument is unknown or has an invalid value.
         SystemExit: for `--help`.
     """
-    given, config = argument_schema.read_command_line(
+    given, config = read_command_line(
         SamplingArguments,
         build_parser(),
         command_line,
@@ -69,9 +74,9 @@ def arguments_from_names(
     Raises:
         UserError: see `get_args`.
     """
-    given = argument_schema.given_values(SamplingArguments, values)
+    given = given_values(SamplingArguments, values)
     named: dict[str, Any] = {**given, **({"base": list(base)} if base else {})}
-    found = argument_schema.read_configuration(
+    found = read_configuration(
         named, settings, SamplingArguments, used=("model",), exclusive=EXCLUSIVE, otherwise=lambda _: config
     )
     named.pop("base", None)
@@ -86,18 +91,18 @@ def arguments_of(given: Mapping[str, Any], config: MergedConfig, complete: bool 
     """
     with config.sources.naming(given):
         check_alternatives(given)
-        section = argument_schema.check_section(
+        section = check_section(
             SamplingArguments, config.get("args") or {}, foreign={*argument_fields(TrainingArguments), *IGNORED_KEYS}
         )
-        for sentence in argument_schema.unused_model_keys(config.get("model") or {}):
+        for sentence in unused_model_keys(config.get("model") or {}):
             logger.warning(sentence)
         record = recorded_video({**section, **given})
         if record is not None:  # the record of the video overrides the files
-            recorded = argument_schema.check_section(SamplingArguments, record.arguments())
+            recorded = check_section(SamplingArguments, record.arguments())
             section = {name: value for name, value in section.items() if name not in record.arguments()}
             section = without_alternatives(section, recorded) | recorded
         section = without_alternatives(section, given)
-        values = argument_schema.with_located_inputs({**section, **given})
+        values = with_located_inputs({**section, **given})
         args = SamplingArguments(
             **values, model_config=config["model"], sources=config.sources, record=record, given=frozenset(values)
         )
@@ -154,7 +159,7 @@ def recorded_model(given: dict[str, Any]) -> MergedConfig | None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    return argument_schema.build_parser(
+    return parser_for(
         SamplingArguments,
         "Sample videos from prompts.",
         "python sat/sample_video.py --base configs/cogvideox_5b.yaml configs/inference.yaml --seed 42",
@@ -164,11 +169,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_values(args: SamplingArguments, complete: bool = True) -> None:
     """Check the values as far as possible without the model; see `get_args`."""
-    argument_schema.check_common(args)
-    argument_schema.check_exclusive(args, EXCLUSIVE)
+    check_common(args)
+    check_exclusive(args, EXCLUSIVE)
     if len(args.sampling_image_size) != 2:
         raise UserError(f"sampling_image_size: got {args.sampling_image_size}; expected height and width")
-    argument_schema.check_least(args, ("batch_size", "sampling_num_frames"))
+    check_least(args, ("batch_size", "sampling_num_frames"))
     if args.guidance_batch not in (1, 2):
         raise UserError(f"guidance_batch: got {args.guidance_batch}; it can be 1 or 2")
     check_fit(args)

@@ -10,8 +10,8 @@ from functools import cache
 import pytest
 
 from cogvideox_sat.commands.program_names import TOOLS
-from cogvideox_sat.configuration import argument_schema
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
+from cogvideox_sat.configuration.argument_parser import parser_for
 from documents import ROOT, documents
 from sgm.errors import UserError
 
@@ -115,7 +115,7 @@ def parse(program: str, rest: str) -> None:
     words = shlex.split(rest, comments=True)
     if words[-1:] == ["…"] and words[-2:-1] != ["--base"]:
         words.pop()  # whatever else there is
-    argument_schema.build_parser(DECLARED[program], "", "").parse_args(words)
+    parser_for(DECLARED[program], "", "").parse_args(words)
 
 
 @pytest.mark.parametrize("guide", (*GUIDES, "CONTRIBUTING.md"))

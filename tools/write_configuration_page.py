@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.configuration.argument_fields import argument_fields, item_type, value_type  # noqa: E402
 from cogvideox_sat.configuration.argument_lists import (  # noqa: E402
     SamplingArguments,
     TrainingArguments,
     VaeTrainingArguments,
 )
-from cogvideox_sat.configuration.argument_schema import argument_fields, item_type, value_type  # noqa: E402
 from cogvideox_sat.latent_geometry import TIME_FACTOR  # noqa: E402
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402

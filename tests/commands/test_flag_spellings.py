@@ -8,7 +8,7 @@ import pytest
 import arguments
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser, StrictParser
 from cogvideox_sat.configuration import training_arguments, vae_training_arguments
-from cogvideox_sat.configuration.argument_schema import argument_fields
+from cogvideox_sat.configuration.argument_fields import argument_fields
 from sgm.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from typing import ClassVar
 import pytest
 from omegaconf import OmegaConf
 
+from cogvideox_sat.configuration.argument_fields import argument_fields
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
-from cogvideox_sat.configuration.argument_schema import argument_fields
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings, LoopSettings
 from sgm.config_places import Sources
 from sgm.errors import UserError
@@ -111,7 +111,7 @@ class OfClass:
     model_config: ClassVar[dict] = {}
     mine = 7
 
-    def bf61(self):  # a method is no setting
+    def method(self):  # is no setting
         raise AssertionError
 
 

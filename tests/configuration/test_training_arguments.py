@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from arguments import get_args
-from cogvideox_sat.configuration.argument_schema import argument_fields
+from cogvideox_sat.configuration.argument_fields import argument_fields
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, build_parser, get_training_args
 from cogvideox_sat.training.plan import check_clips

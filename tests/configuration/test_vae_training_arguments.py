@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cogvideox_sat.configuration.argument_fields import argument_fields
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
-from cogvideox_sat.configuration.argument_schema import argument_fields
 from cogvideox_sat.configuration.vae_training_arguments import build_parser, get_vae_training_args
 from cogvideox_sat.vae_training.plan import plan_vae_run
 from sgm.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_sat.configuration.argument_schema import RunArguments
+from cogvideox_sat.configuration.shared_arguments import RunArguments
 from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
 from sgm.errors import UserError
 

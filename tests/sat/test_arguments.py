@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from arguments import SamplingArguments, build_parser, get_args
-from cogvideox_sat.configuration.argument_schema import argument_fields
+from cogvideox_sat.configuration.argument_fields import argument_fields
 from sgm.errors import UserError
 
 ROOT = Path(__file__).parents[2]

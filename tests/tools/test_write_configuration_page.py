@@ -1,8 +1,8 @@
 """The page of the configuration is what the argument classes say now."""
 
 from cogvideox_sat.clips.options import OPTIONS
+from cogvideox_sat.configuration.argument_fields import argument_fields
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
-from cogvideox_sat.configuration.argument_schema import argument_fields
 from tools.write_configuration_page import described_arguments, main, page, shown_default
 
 

@@ -7,9 +7,10 @@ Nothing here imports PyTorch.
 from dataclasses import dataclass, field
 from typing import Any
 
-from cogvideox_sat.configuration.argument_schema import MODES, CommonArguments, RunArguments, argument
+from cogvideox_sat.configuration.argument_fields import argument
 from cogvideox_sat.configuration.recomputation import recomputation_mode
 from cogvideox_sat.configuration.sampler_knobs import SAMPLERS, SCHEDULES
+from cogvideox_sat.configuration.shared_arguments import MODES, CommonArguments, RunArguments
 
 MISSING_LABEL = ("empty", "stop")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")

@@ -9,9 +9,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogvideox_sat.configuration.argument_schema import FLOAT, PRECISIONS, nearest
+from cogvideox_sat.configuration.argument_values import FLOAT
 from cogvideox_sat.configuration.deepspeed_features import check_features
 from cogvideox_sat.configuration.deepspeed_keys import KEYS, SECTION_KEYS, installed_keys
+from cogvideox_sat.configuration.shared_arguments import PRECISIONS
+from cogvideox_sat.configuration.similar_names import nearest
 from cogvideox_sat.configuration.targets import why_target_fails
 from sgm.errors import UserError, shown
 

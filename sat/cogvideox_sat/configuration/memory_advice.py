@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments, VaeTrainingArguments
-from cogvideox_sat.configuration.argument_schema import CommonArguments
+from cogvideox_sat.configuration.shared_arguments import CommonArguments
 
 TILE = 256  # pixels
 TILES = f"--vae_tile_size {TILE} (tiles: less memory, slightly different numbers)"

@@ -6,9 +6,10 @@ imports PyTorch.
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cogvideox_sat.configuration.similar_names import nearest
 from sgm.errors import UserError
 
 MODULES = ("pos_embed_config", "patch_embed_config", "adaln_layer_config", "final_layer_config", "lora_config")
@@ -124,6 +125,22 @@ def check_modules(section: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(str(name), MODULES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODULES)}"
             raise UserError(f"model.network_config.params.modules: unknown key '{name}'; {hint}")
+
+
+def unused_model_keys(section: Mapping[str, Any], parts: Sequence[str] = MODEL_PARTS) -> list[str]:
+    """Return a sentence for the log about each key of the `model:` section that nothing reads.
+
+    Raises:
+        UserError: the section does not describe a part of the model.
+    """
+    for part in parts:
+        if not isinstance(section.get(part), dict):
+            raise UserError(f"model.{part} is missing; name a model's file too, as in --help")
+    unused, known = [], [*MODEL_PARTS, *MODEL_KEYS]
+    for key in section:
+        if key not in known:
+            unused.append(f"model.{key} is not used{nearest(str(key), known, otherwise='', least=0.6)}")
+    return unused
 
 
 def _at(section: Any, place: tuple[str, ...]) -> Mapping[str, Any]:

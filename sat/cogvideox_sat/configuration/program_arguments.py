@@ -9,13 +9,15 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+from cogvideox_sat.configuration.argument_fields import argument_fields
 from cogvideox_sat.configuration.argument_lists import (
     IGNORED_KEYS,
     SamplingArguments,
     TrainingArguments,
     VaeTrainingArguments,
 )
-from cogvideox_sat.configuration.argument_schema import argument_fields, check_value, with_located_inputs
+from cogvideox_sat.configuration.argument_reading import with_located_inputs
+from cogvideox_sat.configuration.argument_values import check_value
 from cogvideox_sat.configuration.files import with_located_paths
 from cogvideox_sat.configuration.model_section import plain, plain_model_section
 from sgm.errors import UserError

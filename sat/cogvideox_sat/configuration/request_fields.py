@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cogvideox_sat.configuration.argument_schema import HIGHEST_RATE
+from cogvideox_sat.configuration.argument_limits import HIGHEST_RATE
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.sampler_knobs import SCHEDULES, most_steps, sampler_class, samplers_for, usual_knobs
 from cogvideox_sat.latent_geometry import SPACE_FACTOR

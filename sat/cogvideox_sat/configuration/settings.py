@@ -8,7 +8,6 @@ Commands take settings from their arguments. Programs take them from any object,
 Nothing here imports PyTorch.
 """
 
-import difflib
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
@@ -18,6 +17,7 @@ from typing import Any, Self
 from omegaconf.errors import OmegaConfBaseException
 
 from cogvideox_sat.configuration.program_arguments import check_spelling
+from cogvideox_sat.configuration.similar_names import nearest
 from sgm.config_places import Sources
 from sgm.errors import UserError
 
@@ -49,7 +49,9 @@ class Settings:
         """
         names = {f.name for f in fields(cls)} - {"arguments"}
         for name in changes.keys() - names:
-            raise UserError(f"{name}: {cls.__name__} has no such setting{_nearest(name, names)}")
+            raise UserError(
+                f"{name}: {cls.__name__} has no such setting{nearest(name, sorted(names), otherwise='', least=0.6)}"
+            )
         if isinstance(args, cls):
             return replace(args, **changes) if changes else args
         given = _attributes(args, names)
@@ -106,11 +108,6 @@ def _item(args: Mapping[Any, Any], name: Any) -> Any:
         raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 @dataclass(frozen=True)
 class EngineSettings(Settings):
     """Settings of `diffusion_video.SATVideoDiffusionEngine`.
@@ -129,7 +126,7 @@ class EngineSettings(Settings):
         vae_waiting_bytes: bytes of a GPU's memory for frames that wait meanwhile; None: all free memory.
         guidance_batch: 2: both halves of guidance go through the network together; 1: one after the other, which takes
             half the memory of activations.
-        attention: one of `argument_schema.ATTENTIONS`; see `network.attention_choice`.
+        attention: one of `shared_arguments.ATTENTIONS`; see `network.attention_choice`.
         model_parallel_size: processes that share one network; None: as `model_config` says.
         model_cls: a subclass of the engine to use instead.
     """

@@ -11,15 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogvideox_sat.configuration import argument_schema
+from cogvideox_sat.configuration.argument_fields import argument_fields
+from cogvideox_sat.configuration.argument_limits import check_common, check_least, check_run, check_shares
 from cogvideox_sat.configuration.argument_lists import IGNORED_KEYS, SamplingArguments, TrainingArguments
-from cogvideox_sat.configuration.argument_schema import PRECISIONS, argument_fields
+from cogvideox_sat.configuration.argument_parser import parser_for
+from cogvideox_sat.configuration.argument_reading import read_command_line, read_configuration, with_located_inputs
+from cogvideox_sat.configuration.argument_values import check_section, given_values
 from cogvideox_sat.configuration.data_mixing import split_entries
 from cogvideox_sat.configuration.deepspeed import check_deepspeed_config, enabled_precision, with_precision
 from cogvideox_sat.configuration.determinism import recorded
 from cogvideox_sat.configuration.files import MergedConfig
-from cogvideox_sat.configuration.model_section import has_adapter
+from cogvideox_sat.configuration.model_section import has_adapter, unused_model_keys
 from cogvideox_sat.configuration.recomputation import check_layers, recomputation_mode
+from cogvideox_sat.configuration.shared_arguments import PRECISIONS
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +47,7 @@ def get_training_args(command_line: Sequence[str] | None = None) -> TrainingArgu
         UserError: a file is missing or malformed, or an argument or a key of DeepSpeed is unknown or has a wrong value.
         SystemExit: for `--help`.
     """
-    given, config = argument_schema.read_command_line(
+    given, config = read_command_line(
         TrainingArguments,
         build_parser(),
         command_line,
@@ -71,10 +75,8 @@ def training_arguments_from_names(
     for name, place in SET_ELSEWHERE.items():
         if name in values:
             raise UserError(f"{name} is not an argument; give set={{'deepspeed.{place}': …}}")
-    named: dict[str, Any] = {**argument_schema.given_values(TrainingArguments, values), "base": list(base)}
-    config = argument_schema.read_configuration(
-        named, settings, TrainingArguments, used=("model", "data"), exclusive=(PRECISIONS,)
-    )
+    named: dict[str, Any] = {**given_values(TrainingArguments, values), "base": list(base)}
+    config = read_configuration(named, settings, TrainingArguments, used=("model", "data"), exclusive=(PRECISIONS,))
     return training_arguments_of(named, config)
 
 
@@ -88,14 +90,14 @@ def training_arguments_of(given: dict[str, Any], config: MergedConfig) -> Traini
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "deepspeed")}
         sections["args"] = split_entries(sections["args"], given)
         values = check_args_section(sections["args"])
-        for sentence in argument_schema.unused_model_keys(sections["model"], TRAINED_PARTS):
+        for sentence in unused_model_keys(sections["model"], TRAINED_PARTS):
             logger.warning(sentence)
         if not isinstance(sections["data"].get("target"), str):
             raise UserError("data.target is missing; name configs/sft.yaml too, after the model's file")
         sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
         if enabled := enabled_precision(sections["deepspeed"]):
             values |= {name: name == enabled for name in PRECISIONS}
-        values = argument_schema.with_located_inputs(values | given)
+        values = with_located_inputs(values | given)
         args = TrainingArguments(
             **values,
             model_config=sections["model"],
@@ -138,7 +140,7 @@ def saves_all(args: TrainingArguments) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command that fine-tunes."""
-    return argument_schema.build_parser(
+    return parser_for(
         TrainingArguments,
         "Fine-tune a model on video clips with captions.",
         "python sat/train_video.py --base configs/cogvideox_2b_lora.yaml configs/sft.yaml --seed 42",
@@ -161,7 +163,7 @@ def check_args_section(section: Mapping[str, Any]) -> dict[str, Any]:
     check_split(section.get("split"))
     if ignored := [name for name in section if name in IGNORED_KEYS]:
         logger.info("args: not used here: %s", ", ".join(ignored))
-    return argument_schema.check_section(
+    return check_section(
         TrainingArguments, section, foreign={*argument_fields(SamplingArguments), *IGNORED_KEYS} - {*known}
     )
 
@@ -180,12 +182,12 @@ def check_values(args: TrainingArguments) -> None:
 
     Values that depend on the model, the data or DeepSpeed's section are checked later.
     """
-    argument_schema.check_common(args)
-    argument_schema.check_run(args)
-    argument_schema.check_least(args, ("lr_decay_iters", "max_skipped_steps", "sequence_parallel_size"))
-    argument_schema.check_least(args, ("auto_warmup_steps", "checkpoint_skip_layers"), least=0)
+    check_common(args)
+    check_run(args)
+    check_least(args, ("lr_decay_iters", "max_skipped_steps", "sequence_parallel_size"))
+    check_least(args, ("auto_warmup_steps", "checkpoint_skip_layers"), least=0)
     check_recomputation(args)
-    argument_schema.check_shares(args, ("warmup",))
+    check_shares(args, ("warmup",))
     if not 0 < args.lr_decay_ratio <= 1:
         raise UserError(f"lr_decay_ratio: got {args.lr_decay_ratio}; expected a share, above 0 and up to 1")
     if not (args.load or args.force_train or args.inspect_data):

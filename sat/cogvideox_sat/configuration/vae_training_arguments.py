@@ -4,16 +4,18 @@ An argument is a field of `VaeTrainingArguments` in `argument_lists`. Nothing he
 """
 
 import argparse
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cogvideox_sat.configuration import argument_schema
+from cogvideox_sat.configuration.argument_limits import check_least, check_run, check_seed_and_device
 from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
-from cogvideox_sat.configuration.argument_schema import nearest
+from cogvideox_sat.configuration.argument_parser import parser_for
+from cogvideox_sat.configuration.argument_reading import read_command_line, with_located_inputs
+from cogvideox_sat.configuration.argument_values import check_section
 from cogvideox_sat.configuration.data_mixing import split_entries
 from cogvideox_sat.configuration.determinism import recorded
+from cogvideox_sat.configuration.similar_names import nearest
 from sgm.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
@@ -53,14 +55,14 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
         UserError: a file is missing or malformed, or an argument or a key is unknown or has a wrong value.
         SystemExit: for `--help`.
     """
-    given, config = argument_schema.read_command_line(
+    given, config = read_command_line(
         VaeTrainingArguments, build_parser(), command_line, used=("model", "data"), exclusive=()
     )
     with config.sources.naming(given):
         sections = {name: config.get(name) or {} for name in ("args", "model", "data", "lightning")}
         sections["args"] = split_entries(sections["args"], given)
-        values = argument_schema.check_section(VaeTrainingArguments, sections["args"]) | given
-        values = argument_schema.with_located_inputs(values)
+        values = check_section(VaeTrainingArguments, sections["args"]) | given
+        values = with_located_inputs(values)
         check_model_section(sections["model"])
         if not isinstance(sections["data"].get("target"), str):
             raise UserError("data.target is missing; name the class of the data, data_video.SFTDataset")
@@ -80,15 +82,15 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
             merged_config=recorded({**sections, "args": {**sections["args"], **values}}, values["deterministic"]),
             sources=config.sources,
         )
-        argument_schema.check_run(args)
-        argument_schema.check_seed_and_device(args)
-        argument_schema.check_least(args, ("batch_size",))
+        check_run(args)
+        check_seed_and_device(args)
+        check_least(args, ("batch_size",))
         return args
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command that trains a VAE."""
-    return argument_schema.build_parser(
+    return parser_for(
         VaeTrainingArguments,
         "Train a video autoencoder on clips and images.",
         "python sat/train_vae.py --base configs/vae_3d.yaml --train_data data/train",
@@ -110,8 +112,7 @@ def check_model_section(model: Mapping[str, Any]) -> None:
         raise UserError(f"model.base_learning_rate: got {shown(rate)}; expected a positive number such as 1.0e-4")
     for key in model:
         if key not in (*MODEL_KEYS, *OTHER_MODEL_KEYS):
-            near = difflib.get_close_matches(str(key), MODEL_KEYS, n=1)
-            logger.warning("model.%s is not used%s", key, f"; did you mean {near[0]}?" if near else "")
+            logger.warning("model.%s is not used%s", key, nearest(str(key), MODEL_KEYS, otherwise="", least=0.6))
 
 
 def check_lightning_section(lightning: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.commands.input_paths import not_found
-from cogvideox_sat.configuration.argument_schema import RunArguments
 from cogvideox_sat.configuration.determinism import describe_change
 from cogvideox_sat.configuration.settings import LoopSettings
+from cogvideox_sat.configuration.shared_arguments import RunArguments
 from cogvideox_sat.runs.folders import find_resume
 from sgm.errors import UserError
 

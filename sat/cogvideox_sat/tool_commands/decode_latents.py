@@ -23,7 +23,7 @@ from pathlib import Path
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.startup import quiet_libraries
 from cogvideox_sat.commands.tool_parser import ToolParser
-from cogvideox_sat.configuration.argument_schema import check_frames_at_once, check_tile_size
+from cogvideox_sat.configuration.argument_limits import check_frames_at_once, check_tile_size
 from cogvideox_sat.configuration.files import load_configs, with_located_paths
 from cogvideox_sat.configuration.video_records import record_path
 from cogvideox_sat.files.output_paths import decide_existing
