@@ -26,7 +26,7 @@ from typing import Any
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.launchers import adopt_launcher
 from cogvideox_sat.commands.startup import quiet_libraries, run_command
-from cogvideox_sat.configuration.deepspeed import BatchSizes
+from cogvideox_sat.configuration.deepspeed_runtime import BatchSizes
 from cogvideox_sat.configuration.program_arguments import arguments_from
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, complete, get_training_args
 from cogvideox_sat.training.plan import TrainingPlan, plan_inspection, plan_run

@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from safetensors.torch import save_file
 
-from cogvideox_sat.configuration.deepspeed import runtime_config
+from cogvideox_sat.configuration.deepspeed_runtime import runtime_config
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.training import deepspeed_adapter, deepspeed_engine
 from cogvideox_sat.training.deepspeed_adapter import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cogvideox_sat.configuration.deepspeed import BatchSizes
+from cogvideox_sat.configuration.deepspeed_runtime import BatchSizes
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, get_training_args

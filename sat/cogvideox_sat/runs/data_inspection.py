@@ -21,7 +21,7 @@ from cogvideox_sat.clips.loader import ClipLoader
 from cogvideox_sat.clips.report import SourceReport, counted
 from cogvideox_sat.commands.launchers import is_first_process
 from cogvideox_sat.configuration.argument_lists import TrainingArguments, VaeTrainingArguments
-from cogvideox_sat.configuration.deepspeed import BatchSizes
+from cogvideox_sat.configuration.deepspeed_runtime import BatchSizes
 from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.configuration.shared_arguments import RunArguments
 from cogvideox_sat.media.contact_sheet import FRAMES, spread, write_frames

@@ -25,7 +25,7 @@ from typing import Any
 from arguments import get_args
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.tool_parser import ToolParser, run_tool
-from cogvideox_sat.configuration.deepspeed import batch_sizes
+from cogvideox_sat.configuration.deepspeed_runtime import batch_sizes
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
 from cogvideox_sat.configuration.model_section import check_trained_part

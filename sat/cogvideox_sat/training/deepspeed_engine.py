@@ -16,8 +16,9 @@ from sat.training.learning_rates import AnnealingLR
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cogvideox_sat.configuration.deepspeed import OUR_OPTIMIZERS, runtime_config
 from cogvideox_sat.configuration.deepspeed_features import complaint
+from cogvideox_sat.configuration.deepspeed_optimizers import OUR_OPTIMIZERS
+from cogvideox_sat.configuration.deepspeed_runtime import runtime_config
 from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.training import deepspeed_adapter
 from cogvideox_sat.weights.stored_values import waiting_bytes

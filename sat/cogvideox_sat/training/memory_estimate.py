@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogvideox_sat.configuration.deepspeed import runtime_config
+from cogvideox_sat.configuration.deepspeed_runtime import runtime_config
 from cogvideox_sat.configuration.recomputation import Recomputation
 from cogvideox_sat.files.sizes import in_words
 from cogvideox_sat.latent_geometry import Bucket, video_tokens

@@ -2,7 +2,7 @@
 
 from torch.utils.data import Dataset
 
-from cogvideox_sat.configuration.deepspeed import batch_sizes
+from cogvideox_sat.configuration.deepspeed_runtime import batch_sizes
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, saves_all
 from cogvideox_sat.latent_geometry import video_tokens
 from cogvideox_sat.parallel.process_groups import parallel_groups

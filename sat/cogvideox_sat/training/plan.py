@@ -12,7 +12,7 @@ from typing import Any
 from cogvideox_sat.clips.latent_cache import is_cache
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.commands.input_paths import not_found
-from cogvideox_sat.configuration.deepspeed import BatchSizes, batch_sizes
+from cogvideox_sat.configuration.deepspeed_runtime import BatchSizes, batch_sizes
 from cogvideox_sat.configuration.determinism import check_workspace
 from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
