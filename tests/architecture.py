@@ -31,6 +31,7 @@ LAYERS = (
     ("memory",),
     ("engine_choice",),
     ("diffusion_video",),
+    ("engine",),
     ("arguments", "data_video", "dit_video_concat"),
     ("clips", "weights", "network"),
     ("parallel",),

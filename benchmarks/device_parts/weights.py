@@ -12,8 +12,8 @@ from device_parts.recording import Recorder
 
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.engine.precision import DTYPES
 from cogvideox_sat.media.video_output import VideoWriter
-from diffusion_video import DTYPES
 
 TOKENIZER = CONFIGS.parent / "assets" / "tiny" / "t5" / "spiece.model"
 # google/t5-v1_1-xxl, whose encoder the released models use.

@@ -25,10 +25,11 @@ from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.runs.datasets import make_dataset
 from cogvideox_sat.training import latent_encoding
-from diffusion_video import SATVideoDiffusionEngine, noise_first_frame
+from diffusion_video import SATVideoDiffusionEngine
 from distributed import run_distributed
 from long_cases import shortest
 from sgm.errors import UserError
+from sgm.modules.diffusionmodules.key_frames import noise_pictures
 from sgm.randomness import per_sample
 from sgm.seeds import sample_seed
 from support import assert_close
@@ -122,7 +123,7 @@ def test_tensors_are_those_of_a_direct_encoding(tiny, clips, cache, family, vari
         assert {name: item[name] for name in same} == {name: sample[name] for name in same}
         for epoch in range(variants):
             with per_sample([sample_seed(SEED, epoch, index)]):
-                expected = engine.encode_moments(noise_first_frame(clip[:, :, :1]))[0]
+                expected = engine.encode_moments(noise_pictures(clip[:, :, :1]))[0]
             assert torch.equal(encoded[key(index, epoch)]["image_moments"], expected)
             assert torch.equal(encoded[key(index, epoch + variants)]["image_moments"], expected)
         assert ("image_moments" in item) == bool(variants)

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from arguments import get_args
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs, changed_sampler
+from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.media import video_output
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.parallel.process_groups import destroy_process_groups
 from cogvideox_sat.sampling import session as sampling_session
 from cogvideox_sat.sampling.requests import Encoded, Frames, Latents, Progress, Result, SampleRequest, SessionSettings
 from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
-from diffusion_video import PARTS, SATVideoDiffusionEngine
+from diffusion_video import SATVideoDiffusionEngine
 from sample_video import main
 from sgm.errors import UserError
 from sgm.seeds import derive_seed

@@ -11,10 +11,6 @@ import torch
 from einops import rearrange
 from torch import nn
 
-import diffusion_video
-from cogvideox_sat.configuration.files import load_configs
-from cogvideox_sat.configuration.meta_device import instantiate_on_meta
-from cogvideox_sat.configuration.settings import EngineSettings
 from diffusion_video import SATVideoDiffusionEngine
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
@@ -143,26 +139,6 @@ def test_a_sampler_of_the_users_own_goes_on_from_frames_but_starts_from_no_clip(
     assert torch.equal(given[0][:, :1], clip[:, :1])
     with pytest.raises(UserError, match="video: function takes no `start`"):
         draw(case, start=Start(clip))
-
-
-def test_key_frames_stand_in_their_latent_frames(case, monkeypatch):
-    """A first frame alone gives the usual condition; 1.5 models sample a leading frame."""
-    engine = case[2]
-    monkeypatch.setattr(engine, "noised_image_input", True)
-    first, last = torch.randn(2, 1, 4, 2, 2), torch.randn(2, 1, 4, 2, 2)
-    assert torch.equal(engine.concat_key_frames({0: first}, 3), engine.concat_condition(first, 3))
-    both = engine.concat_key_frames({0: first, 2: last}, 3)
-    assert torch.equal(both, torch.cat((first, torch.zeros_like(first), last), dim=1))
-    monkeypatch.setitem(engine.config["network_config"]["params"], "patch_size", [2, 2, 2])
-    both = engine.concat_key_frames({0: first, 2: last}, 4)
-    assert torch.equal(both, torch.cat((first, torch.zeros(2, 2, 4, 2, 2), last), dim=1))
-    monkeypatch.setattr(engine, "noised_image_all_concat", True)
-    assert torch.equal(engine.concat_condition(first, 3), first.expand(2, 3, 4, 2, 2))
-    with pytest.raises(UserError, match="keyframes: this model takes only the first frame"):
-        engine.concat_key_frames({2: last}, 4)
-    monkeypatch.setattr(engine, "noised_image_input", False)
-    with pytest.raises(UserError, match="keyframes: this is a text-to-video model"):
-        engine.concat_key_frames({0: first, 2: last}, 4)
 
 
 def test_a_clip_is_encoded_without_chance(case):
@@ -316,57 +292,3 @@ def test_the_number_comes_from_the_configuration(case):
     _, reference, _, _ = case
     config = {**reference.case["model"], "en_and_decode_n_samples_a_time": 3}
     assert SATVideoDiffusionEngine(Namespace(model_config=config), parts=()).samples_at_a_time == 3
-    for wrong in (0, -1, "2", 1.5, True, [1]):
-        config["en_and_decode_n_samples_a_time"] = wrong
-        with pytest.raises(UserError, match=r"model\.en_and_decode_n_samples_a_time: .* give a whole number from 1"):
-            SATVideoDiffusionEngine(Namespace(model_config=config), parts=())
-
-
-def test_a_first_stage_without_chunks_or_moments(case):
-    """Diffusion on pixels: nothing is encoded, whatever the number of samples at a time."""
-    from sgm.models.autoencoder import IdentityFirstStage
-
-    _, reference, _, clip = case
-    engine = SATVideoDiffusionEngine(Namespace(model_config=reference.case["model"]), parts=())
-    engine.first_stage_model = IdentityFirstStage()
-    clips = rearrange(torch.cat([clip, -clip]), "b t c h w -> b c t h w")
-    for engine.samples_at_a_time in (None, 1):
-        latents = engine.encode_first_stage(clips)
-        assert torch.equal(latents, engine.scale_factor * clips)
-        assert_close(engine.decode_first_stage(latents), clips, 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "problem", "compiled"),
-    [
-        (None, "cpu", None, False),
-        ("auto", "cpu", None, False),
-        (True, "cpu", None, True),
-        (True, "cpu", "g++ does not exist", False),
-        (True, "cuda", "Triton is missing", False),
-        (False, "cuda", None, False),
-        (None, "cuda", None, True),
-        ("auto", "cuda", "Triton is missing", False),
-    ],
-)
-def test_where_a_network_is_compiled(tiny, monkeypatch, caplog, asked, device, problem, compiled):
-    """`auto`, the default, compiles on a GPU with a working compiler, else logs a line."""
-    config = {**load_configs([tiny.config("5b")])["model"], **({} if asked is None else {"compile_model": asked})}
-    engine = SATVideoDiffusionEngine(EngineSettings(config), parts=())
-    engine.device = torch.device(device)
-    monkeypatch.setattr(diffusion_video, "why_not_compilable", lambda _: problem)
-    network = instantiate_on_meta(config["network_config"])
-    assert engine._compiles(network) == compiled
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [problem in line for line in warnings] == ([True] if problem else [])
-
-
-def test_a_network_that_cannot_be_compiled_by_layers_is_left_alone_by_auto(tiny, monkeypatch):
-    config = load_configs([tiny.config("5b")])["model"]
-    engine = SATVideoDiffusionEngine(EngineSettings(config), parts=())
-    engine.device = torch.device("cuda")
-    monkeypatch.setattr(diffusion_video, "why_not_compilable", lambda _: None)
-    network = instantiate_on_meta(config["network_config"])
-    network.transformer.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert not engine._compiles(network)
-    assert not engine._compiles(torch.nn.Identity())

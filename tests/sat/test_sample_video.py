@@ -412,13 +412,6 @@ def test_a_network_that_is_not_finite_ends_its_video_at_once(tiny, tmp_path, mon
     assert [path.parts[-3] for path in files(tmp_path / "videos")] == ["1_a_red_kite_over_the_hills"]
 
 
-def test_what_to_do_about_values_that_are_not_finite():
-    from diffusion_video import other_precision
-
-    assert "use bf16 (--bf16)" in other_precision(torch.float16)
-    assert "check the weights" in other_precision(torch.float32)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights that do not fit
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def test_parts_without_weights_have_the_size_of_the_loaded_ones(dtype):
 
 def test_an_engine_without_weights_has_the_size_of_the_loaded_one(monkeypatch):
     from cogvideox_sat.configuration.files import load_configs
-    from diffusion_video import PARTS, SATVideoDiffusionEngine
+    from cogvideox_sat.engine.parts import PARTS
+    from diffusion_video import SATVideoDiffusionEngine
 
     monkeypatch.chdir(ROOT)
     config = load_configs([CONFIGS / "tiny" / "cogvideox_tiny.yaml", CONFIGS / "inference.yaml"])

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
+from cogvideox_sat.engine.precision import DTYPES
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, is_adapter, network_weights
 from cogvideox_sat.weights.rank_shares import cuts_by_name, recut
 from conftest import TinyModels
-from diffusion_video import DTYPES
 from long_cases import shortest
 from support import FP16_PROCESSOR, needs_fp16
 from training_clips import write_dataset

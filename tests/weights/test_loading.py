@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from cogvideox_sat.configuration.meta_device import import_compiler, instantiate_on_meta
+from cogvideox_sat.engine.parts import set_lora_scale
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, checkpoint_shares, is_adapter
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from cogvideox_sat.weights.loading import load_network
 from cogvideox_sat.weights.rank_shares import cuts_of, recut
-from diffusion_video import set_lora_scale
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config

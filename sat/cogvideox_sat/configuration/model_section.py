@@ -64,6 +64,19 @@ def tells_key_frames(section: Mapping[str, Any]) -> bool:
     return any(weights.get(kind) for kind in ("first_last", "random"))
 
 
+def samples_at_a_time(value: Any) -> int | None:
+    """Return `en_and_decode_n_samples_a_time` of the `model:` section; None means all.
+
+    Raises:
+        UserError: the value is not a whole number from 1.
+    """
+    if value is not None and (type(value) is not int or value < 1):
+        raise UserError(
+            f"model.en_and_decode_n_samples_a_time: {value!r} does not fit; give a whole number from 1, or leave it out"
+        )
+    return value
+
+
 def plain(value: Any, name: str) -> Any:
     """Return an OmegaConf object as plain mappings and lists, any other value unchanged.
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.video_layout import VideoLayout
+from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from cogvideox_sat.memory.weightless import GIB, FirstOfGroup, WeightlessEngine, module_bytes
 from cogvideox_sat.network import sequence_parallel
 from cogvideox_sat.network.layer_streaming import layer_modules
-from diffusion_video import PARTS
 from sgm.models.video_coder import VideoCoder
 from sgm.models.video_coder_memory import AllocatedBytes
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar

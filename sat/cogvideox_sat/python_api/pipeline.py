@@ -19,6 +19,7 @@ from arguments import SamplingArguments
 from cogvideox_sat.configuration.adapter_lists import adapter_texts, located_adapters, path_and_weight
 from cogvideox_sat.configuration.frame_sizes import size_from_image
 from cogvideox_sat.configuration.request_fields import OfferedField, check_argument, offered_fields
+from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.media.video_output import pixels_of
 from cogvideox_sat.python_api.calls import InMemory, plain, requests_of
 from cogvideox_sat.python_api.pictures import first_frame, fitted, fitted_clip, input_clip
@@ -39,7 +40,6 @@ from cogvideox_sat.sampling.requests import (
     SessionSettings,
 )
 from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
-from diffusion_video import PARTS
 from sgm.errors import UserError, shown
 
 PLACE = Path("000000.mp4")  # path for planning a video that may never be written

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.sampling.requests import SampleRequest, SessionSettings
 from cogvideox_sat.sampling.session import SamplingSession
 from cogvideox_sat.sampling.visual_inputs import Pixels, load_pixels
-from diffusion_video import PARTS, SATVideoDiffusionEngine
+from diffusion_video import SATVideoDiffusionEngine
 
 Texts = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 

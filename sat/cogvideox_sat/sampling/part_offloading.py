@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
+from cogvideox_sat.engine.parts import PART_NAMES
 from cogvideox_sat.network.layer_streaming import LayerStreamer, move_all_but, stream_blocks, stream_layers
 from cogvideox_sat.parallel.devices import processes_here
-from diffusion_video import PART_NAMES, SATVideoDiffusionEngine
+from diffusion_video import SATVideoDiffusionEngine
 from sgm.memory_errors import memory_guard
 from sgm.modules.encoders.modules import FrozenT5Embedder
 

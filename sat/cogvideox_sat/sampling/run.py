@@ -16,6 +16,7 @@ from cogvideox_sat.configuration.memory_advice import DECODING, ENCODING, SAMPLI
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.configuration.video_records import record_path, write_record
+from cogvideox_sat.engine.parts import PART_NAMES
 from cogvideox_sat.media.contact_sheet import write_contact_sheet
 from cogvideox_sat.media.looping_previews import write_looping_preview
 from cogvideox_sat.media.video_output import VideoWriter, save_latents
@@ -38,7 +39,6 @@ from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import Frames, Latents, Progress, SessionSettings
 from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress, attempt_each
-from diffusion_video import PART_NAMES
 from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard

@@ -32,6 +32,8 @@ from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload,
 from cogvideox_sat.configuration.model_section import has_adapter
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler
 from cogvideox_sat.configuration.video_layout import layout_of
+from cogvideox_sat.engine.parts import PARTS
+from cogvideox_sat.engine.precision import dtype_of
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.network.added_adapters import put_on
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
@@ -54,7 +56,7 @@ from cogvideox_sat.sampling.text_embedding import embedded_texts
 from cogvideox_sat.sampling.turns import RandomNumbers, in_turns
 from cogvideox_sat.sampling.visual_inputs import EncodedInputs, Pixels, encode_inputs, load_pixels
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
-from diffusion_video import PARTS, SATVideoDiffusionEngine, dtype_of
+from diffusion_video import SATVideoDiffusionEngine
 from dit_video_concat import DiffusionTransformer
 from sgm.config_places import section
 from sgm.errors import UserError
@@ -205,7 +207,7 @@ class SamplingSession:
         return PARTS
 
     def load(self, part: str) -> None:
-        """Load one of `diffusion_video.PARTS` now; other parts leave the device as `offload` says.
+        """Load one of `engine.parts.PARTS` now; other parts leave the device as `offload` says.
 
         Stages load parts themselves. A caller that takes several requests through a stage together calls this before
         the stage, so that a failure to load is not attributed to one request.

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffusion_video import SATVideoDiffusionEngine, other_precision
+from cogvideox_sat.engine.precision import other_precision
+from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
 
 

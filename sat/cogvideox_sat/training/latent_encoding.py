@@ -43,6 +43,7 @@ from cogvideox_sat.configuration.model_checks import check_model
 from cogvideox_sat.configuration.model_section import tells_key_frames
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
+from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.engine_choice import build_engine, is_overridden
 from cogvideox_sat.files.atomic import replaced_when_complete
 from cogvideox_sat.files.sizes import free_bytes
@@ -54,10 +55,11 @@ from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.runs.clips import same_dataset
 from cogvideox_sat.runs.datasets import make_dataset
-from diffusion_video import PARTS, SATVideoDiffusionEngine, noise_first_frame
+from diffusion_video import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
+from sgm.modules.diffusionmodules.key_frames import noise_pictures
 from sgm.randomness import per_sample
 from sgm.seeds import sample_seed
 
@@ -294,7 +296,7 @@ class Encoder:
         for epoch in range(max(variants, 1)):
             with per_sample([sample_seed(self.encoding["seed"], epoch, index)]):
                 if variants:
-                    encoded[f"{index}.image_{store}.{epoch}"] = self._encode(noise_first_frame(clip[:, :, :1]))
+                    encoded[f"{index}.image_{store}.{epoch}"] = self._encode(noise_pictures(clip[:, :, :1]))
                 if self.encoding.get("key_frames"):
                     encoded[f"{index}.key_{store}.{epoch}"] = self._kept(self.engine.encode_key_frames(clip))
                 if epoch == 0:

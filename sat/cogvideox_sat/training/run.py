@@ -27,6 +27,7 @@ from cogvideox_sat.configuration.recomputation import take_recomputation
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings, LoopSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, saves_all
 from cogvideox_sat.configuration.video_layout import VideoLayout
+from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.files.training_state import STATE_ERRORS, taken_from
 from cogvideox_sat.parallel import process_watch
@@ -60,7 +61,6 @@ from cogvideox_sat.training.evaluations import Evaluations
 from cogvideox_sat.training.optimizer_state import check_storable
 from cogvideox_sat.training.parameter_report import report
 from cogvideox_sat.training.plan import STATE_FILE, TrainingPlan
-from diffusion_video import PARTS
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum
 from sgm.errors import UserError

@@ -1,0 +1,1 @@
+"""The pieces that `diffusion_video.SATVideoDiffusionEngine` is made of."""
