@@ -1,4 +1,4 @@
-"""The engine: conditioner, first stage, network, and the code that connects them."""
+"""The engine: its parts, a training step, a run of sampling."""
 
 import gc
 import logging
@@ -51,7 +51,8 @@ class SATVideoDiffusionEngine(FrameConditioner):
     """Video latent diffusion, with the names that configurations, training and sampling use.
 
     The attributes `conditioner` (text to embeddings), `first_stage_model` (pixels to latents) and `model` (the network
-    in its wrapper) are built on request, so that a program can hold one of them at a time.
+    in its wrapper) are built on request, so that a program can hold one of them at a time. `LatentCoder` has the methods
+    that encode and decode, `FrameConditioner` those for given frames.
 
     Attributes:
         settings: the settings from which the engine is built; `args` is the argument as given, for subclasses that read
@@ -396,6 +397,8 @@ class SATVideoDiffusionEngine(FrameConditioner):
         if self.config["network_config"]["params"].get("ofs_embed_dim") is None:
             return None
         return torch.full((batch_size,), 2.0, device=self.device)
+
+    # Logging
 
     @torch.no_grad()
     def log_video(

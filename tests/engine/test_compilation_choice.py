@@ -1,4 +1,4 @@
-"""Where a network is compiled: as `compile_model` says, or on a GPU with a working compiler."""
+"""A network is compiled as `compile_model` says, or where that is faster."""
 
 import pytest
 import torch

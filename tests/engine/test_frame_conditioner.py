@@ -1,4 +1,4 @@
-"""Given frames stand in their latent frames; with weights in test_diffusion_video.py."""
+"""Given frames stand in their latent frames; test_diffusion_video.py has real VAEs."""
 
 import pytest
 import torch

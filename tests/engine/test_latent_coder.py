@@ -1,4 +1,4 @@
-"""Clips become scaled latents and back, a few samples at a time; with weights in test_diffusion_video.py."""
+"""Clips become scaled latents, and latents clips; test_diffusion_video.py has real VAEs."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def coder(**config) -> LatentCoder:
 
 
 class Halves(nn.Module):
-    """A first stage whose latents have half the values of its clips; it yields one frame at a time."""
+    """A first stage that halves values, and decodes one frame at a time."""
 
     def __init__(self):
         super().__init__()

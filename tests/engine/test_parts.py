@@ -1,4 +1,4 @@
-"""Parts of the engine that are not of this package; those with weights in test_diffusion_video.py and test_loading.py."""
+"""Parts that are not of this package; test_diffusion_video.py builds our own ones."""
 
 import pytest
 import torch

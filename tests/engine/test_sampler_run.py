@@ -1,4 +1,4 @@
-"""A sampler, ours or a user's own, gets what it takes, and calls the network once for each step."""
+"""A sampler gets what it takes, and calls the network once for each step."""
 
 from functools import partial
 

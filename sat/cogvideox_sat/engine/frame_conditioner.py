@@ -1,4 +1,4 @@
-"""Condition a network on given frames: their latents, and their places among the latent frames."""
+"""Condition a network on given frames: their latents and their places."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

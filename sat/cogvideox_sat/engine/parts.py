@@ -1,4 +1,4 @@
-"""Build the three parts of an engine from its configuration: conditioner, first stage, network."""
+"""Build the parts of an engine from its configuration, with their weights."""
 
 import copy
 from collections.abc import Mapping
@@ -119,10 +119,11 @@ def share_tokens(network: nn.Module, sequence: dist.ProcessGroup) -> None:
 
 
 def network_wrapper(section: Mapping[str, Any], sources: Any) -> type:
-    """Return the class that calls the network: `network_wrapper` of a `model:` section, or ours.
+    """Return the class that calls the network: `network_wrapper` in `section`, or ours.
 
     Args:
-        sources: the configuration files, for messages.
+        section: a `model:` section.
+        sources: its configuration files, for messages.
 
     Raises:
         UserError: the class does not exist.

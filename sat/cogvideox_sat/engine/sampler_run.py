@@ -1,4 +1,4 @@
-"""Run a sampler on the engine's network: what it starts from, and what it calls in each step."""
+"""Run a sampler on the engine's network: its start, and what each step calls."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,9 @@ Network = Callable[..., Tensor]
 
 
 def agreed_start(start: Start, shape: tuple[int, ...], device: torch.device, groups: VideoGroups) -> Start:
-    """Return the start of sampling in float32 on `device`, equal in all processes that share a video.
+    """Return the start of sampling, equal in all processes that share a video.
+
+    Its latents are in float32 on `device`.
 
     Args:
         shape: shape (b, t, c, h, w) of the latents to sample.
@@ -107,9 +109,9 @@ class SamplerRun:
         return latents
 
     def asked_levels(self, noise: Tensor) -> list[AskedLevel]:
-        """Return the noise levels that the sampler asks the network for, in order, without running it.
+        """Return the noise levels that the sampler asks the network for, in their order.
 
-        The random state is restored afterwards.
+        The network does not run. The random state is restored afterwards.
 
         Args:
             noise: as in `__call__`; only its batch size and device matter.
