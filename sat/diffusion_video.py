@@ -51,8 +51,8 @@ class SATVideoDiffusionEngine(FrameConditioner):
     """Video latent diffusion, with the names that configurations, training and sampling use.
 
     The attributes `conditioner` (text to embeddings), `first_stage_model` (pixels to latents) and `model` (the network
-    in its wrapper) are built on request, so that a program can hold one of them at a time. `LatentCoder` has the methods
-    that encode and decode, `FrameConditioner` those for given frames.
+    in its wrapper) are built on request, so that a program can hold one of them at a time. Methods that
+    encode and decode are in `LatentCoder`, those for given frames in `FrameConditioner`.
 
     Attributes:
         settings: the settings from which the engine is built; `args` is the argument as given, for subclasses that read

@@ -66,6 +66,7 @@ COVERED_BY = {
     "sampling.latent_decoding": ("tools/test_decode_latents.py", "the decoding of the tool"),
     "sampling.latent_files": ("tools/test_decode_latents.py", "the files of the tool"),
     "sampling.plan": ("sat/test_bad_input.py", "what is planned, by the command"),
+    "sampling.prompt_lines": ("sampling/test_prompt_files.py", "lines of prompt files"),
     "sampling.requests": ("sampling/test_session.py", "requests of a session"),
     "sampling.run": ("sat/test_sample_video.py", "the command is its run"),
     "sgm.config_blame": ("sgm/test_util.py", "errors of what instantiate_from_config builds"),

@@ -10,7 +10,7 @@ import pytest
 
 from cogvideox_sat.files.output_paths import output_path
 from cogvideox_sat.media.image_inputs import load_condition_image
-from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.shapes.input_fidelity import psnr
 from cogvideox_sat.shapes.judge import judge
 from cogvideox_sat.shapes.scenes import parse

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_image, locate_inputs, positive, run_tool  # noqa: E402
 from cogvideox_sat.files.atomic import new_file  # noqa: E402
-from cogvideox_sat.sampling.prompt_inputs import read_prompts, replace_prompts  # noqa: E402
+from cogvideox_sat.sampling.prompt_files import read_prompts, replace_prompts  # noqa: E402
 from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.shapes.input_fidelity import psnr, seam_ratio, window_frames
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from chat_server import Reply, chat_server
-from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
 from tool_runs import error_of
 from tools.convert_demo import main
 

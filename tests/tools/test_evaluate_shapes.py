@@ -11,7 +11,7 @@ import pytest
 
 from cogvideox_sat.files.output_paths import output_path
 from cogvideox_sat.media.video_output import VideoWriter
-from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.shapes.drawing import draw, draw_moments
 from cogvideox_sat.shapes.report import ASPECTS, by_chance, compare
 from cogvideox_sat.shapes.scenes import Item, Scene, parse

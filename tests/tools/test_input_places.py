@@ -22,7 +22,7 @@ from build_tiny_model import main as build_tiny_model
 from chat_server import Reply, chat_server
 from cogvideox_sat.commands import input_paths
 from cogvideox_sat.configuration.files import load_configs
-from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
 from conftest import place_parts
 from lora_adapters import random_adapter
 from lpips_weights import write_backbone

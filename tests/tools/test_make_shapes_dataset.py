@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cogvideox_sat.media.image_inputs import load_condition_image
-from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.shapes.drawing import draw
 from cogvideox_sat.shapes.scenes import parse, random_scenes
 from data_video import SFTDataset

@@ -12,7 +12,7 @@ from PIL import Image
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, training_arguments_from_names
-from cogvideox_sat.sampling.prompt_inputs import read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.training.prompt_plan import plan_prompts, size_for, usual_clip
 from sgm.errors import UserError
 from sgm.seeds import derive_seed

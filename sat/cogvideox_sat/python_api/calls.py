@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.configuration.request_fields import FIELDS, checked_fields, nearest_field
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest, found_files
+from cogvideox_sat.sampling.prompt_lines import found_files
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from sgm.errors import UserError, shown
 
 IN_MEMORY = "in memory"  # replaces a picture or clip that is not a file while fields are checked

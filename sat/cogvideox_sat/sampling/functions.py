@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvideox_sat.clips.options import RESHAPE_MODES
-from cogvideox_sat.sampling.prompt_inputs import IMAGE_SEPARATOR, read_prompts, typed_lines
+from cogvideox_sat.sampling.prompt_files import read_prompts
+from cogvideox_sat.sampling.prompt_lines import IMAGE_SEPARATOR
+from cogvideox_sat.sampling.typed_prompts import typed_lines
 from sgm.errors import UserError
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from cogvideox_sat.configuration.video_layout import check_world, layout_of
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts, request_seed
+from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine
+from cogvideox_sat.sampling.prompt_requests import PromptRequest, request_seed
 from cogvideox_sat.sampling.shown_files import KeyFrameFile, frames_of_video, key_frame_files, video_facts
 from sgm.errors import UserError, shown
 from sgm.seeds import derive_seed

@@ -28,7 +28,7 @@ from cogvideox_sat.files.content_hashes import BackgroundHashes, hash_of_file
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, TIME_FACTOR
 from cogvideox_sat.parallel.devices import processor_name
 from cogvideox_sat.sampling.plan import PlannedVideo
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.shown_files import all_frames_of_video
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import SATVideoDiffusionEngine

@@ -33,11 +33,12 @@ from cogvideox_sat.sampling.plan import (
     refine_videos,
     with_shown,
 )
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest, typed_prompts
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.record_making import Recorder
 from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import Frames, Latents, Progress, SessionSettings
 from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process
+from cogvideox_sat.sampling.typed_prompts import typed_prompts
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress, attempt_each
 from sgm.context_parallel import get_context_parallel_world_size
 from sgm.errors import UserError

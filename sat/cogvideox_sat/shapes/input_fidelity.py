@@ -11,7 +11,7 @@ from torch import Tensor
 from cogvideox_sat.clips.input_video import read_input_video
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
 from cogvideox_sat.media.image_inputs import load_condition_image
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 
 LEAST_DIFFERENCE = 1e-3  # of pixels in [-1, 1]; if the frames of a video differ less, its seams are not visible
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cogvideox_sat.files.output_paths import output_path
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.shapes.scenes import Scene, parse
 from sgm.errors import UserError
 

@@ -12,7 +12,8 @@ from cogvideox_sat.configuration.frame_sizes import size_of_image
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.files.output_paths import safe_name
 from cogvideox_sat.sampling.plan import PlannedVideo, check_request, planned_video
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,4 @@
-"""Prompts are read from files and terminals; errors name their place.
-
-Seeds do not depend on other prompts.
-"""
+"""Prompts are read from files; errors name their place."""
 
 import json
 import logging
@@ -12,7 +9,8 @@ import pytest
 
 from cogvideox_sat.configuration.request_fields import FIELDS
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
-from cogvideox_sat.sampling.prompt_inputs import PromptRequest, read_prompts, request_seed, typed_prompts
+from cogvideox_sat.sampling.prompt_files import read_prompts
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from sgm.errors import UserError
 
 
@@ -171,43 +169,3 @@ def test_images_must_fit_the_kind_of_model(prompt_file):
         read_prompts(prompt_file("a@@cat.png\nb"), image_to_video=True)
     with pytest.raises(UserError, match="line 1: the prompt names an image"):
         read_prompts(prompt_file("a@@cat.png\nb"), image_to_video=False)
-
-
-def answer_with(monkeypatch, *lines: str) -> None:
-    """Let `input()` return the lines one by one, then report the end of the input."""
-    remaining = iter(lines)
-
-    def answer(_question: str) -> str:
-        try:
-            return next(remaining)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", answer)
-
-
-@pytest.mark.parametrize("end", [["q", "c"], ["", "c"], ["  "], []])
-def test_typing_ends_with_an_empty_line_q_or_the_end_of_input(monkeypatch, end):
-    answer_with(monkeypatch, "a", "b", *end)
-    assert list(typed_prompts()) == [PromptRequest(0, "a"), PromptRequest(1, "b")]
-
-
-def test_typed_images_come_with_the_prompt_or_after_it_and_mistakes_are_asked_again(
-    monkeypatch, prompt_file, tmp_path, caplog
-):
-    monkeypatch.chdir(prompt_file("").parent)
-    answer_with(monkeypatch, "a@@cat.png", "b", "dog.png", "b", "cat.png")
-    requests = list(typed_prompts(image_to_video=True))
-    assert requests == [PromptRequest(0, "a", image=Path("cat.png")), PromptRequest(1, "b", image=Path("cat.png"))]
-    assert "image dog.png does not exist" in caplog.text
-
-
-def test_seeds_are_fixed_distinct_and_can_be_overridden():
-    # The numbers are part of the interface: a change would change every video sampled with a given --seed.
-    assert request_seed(42, PromptRequest(0, "a")) == 42
-    assert request_seed(42, PromptRequest(1, "any text")) == 7003778869905922103
-    assert request_seed(42, PromptRequest(1, "any other")) == 7003778869905922103
-    assert request_seed(42, PromptRequest(7, "a", seed=5)) == 5
-    seeds = {request_seed(base, PromptRequest(index, "a")) for base in range(50) for index in range(50)}
-    assert len(seeds) == 2500
-    assert all(0 <= seed < 2**63 for seed in seeds)
