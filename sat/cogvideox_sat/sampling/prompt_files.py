@@ -98,7 +98,7 @@ def _replaced_text(line: str, text: str | None, request: PromptRequest, moved: b
 
 
 def _replaced_json(line: str, text: str | None, request: PromptRequest, moved: bool) -> str | None:
-    """Return a JSON object with another prompt, or None if the line stays as it is; see `_replaced_text`."""
+    """Return a JSON object with another prompt, or None; see `_replaced_text`."""
     record = parse_json(line)
     placed = dict(record)
     for name, file in (("image", request.image), ("video", request.video)):

@@ -17,7 +17,9 @@ IMAGE_SEPARATOR = "@@"  # between prompt and image path on one line of text
 
 
 def parse_text(line: str, index: int, folder: Path, where: str) -> PromptRequest:
-    """Return the request of a line of text: `prompt`, `prompt@@first` or `prompt@@first@@last`.
+    """Return the request of a line of text.
+
+    The line is `prompt`, `prompt@@first` or `prompt@@first@@last`, with names of pictures.
 
     Args:
         index: number of the prompt; see `PromptRequest`.
