@@ -31,6 +31,11 @@ setup(
     # sat/ holds top-level modules and must never become a package: `import sat` is SwissArmyTransformer.
     packages=[*find_packages("sat"), *find_packages(include=["sgm*", "vae_modules*"]), *packages],
     package_dir={"": "sat", "sgm": "sgm", "vae_modules": "vae_modules", **packages},
-    package_data={name: FOLDERS[folder] for name, folder in packages.items()} | {"cogvideox_sat.web": ["style.css"]},
+    package_data={
+        **{name: FOLDERS[folder] for name, folder in packages.items()},
+        "cogvideox_sat.web": ["style.css"],
+        # PEP 561: type checkers of programs that import these packages then use their annotations.
+        **{name: ["py.typed"] for name in ("cogvideox_sat", "sgm", "vae_modules")},
+    },
     cmdclass={"build_py": BuildFromNothing},
 )

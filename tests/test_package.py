@@ -104,11 +104,12 @@ def test_top_level_names_are_those_of_the_program(names):
 
 def test_every_module_is_there(names):
     for package, folder in PACKAGES.items():
-        files = [path for path in (folder / package).rglob("*") if path.suffix in (".py", ".css")]
+        files = [path for path in (folder / package).rglob("*") if path.suffix in (".py", ".css", ".typed")]
         modules = {path.relative_to(folder).as_posix() for path in files}
         assert len(modules) > 5
         found = {name for name in names if name.startswith(f"{package}/") and not name.startswith(DATA)}
         assert found == modules
+        assert f"{package}/py.typed" in found, "type checkers would take every value of it as Any"
 
 
 def test_configurations_and_the_tiny_model_come_along(wheel, names):
