@@ -1,12 +1,15 @@
-"""Run a function of a test in several processes joined by torch.distributed."""
+"""Run functions and commands of tests in several processes joined by torch.distributed."""
 
 import importlib.util
 import os
 import pickle
+import socket
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,36 @@ def check_marked() -> None:
     assert Running.is_marked, "this test starts several processes; mark it with pytest.mark.distributed"
 
 
+def free_port() -> int:
+    """Return the number of a free port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environments_of_ranks(world_size: int) -> list[dict[str, str]]:
+    """Return the environment of each process of a run, in rank order, as a launcher sets it."""
+    run = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    run |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return [own_imports() | run | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def own_imports() -> dict[str, str]:
+    """Return the environment with this process's import path."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@contextmanager
+def killed_at_the_end(ranks: Sequence[processes.Process | subprocess.Popen]) -> Iterator[None]:
+    """Kill those of the processes that still run after the block."""
+    try:
+        yield
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
 def run_distributed(function: Callable, world_size: int, *args: Any) -> list[Any]:
     """Return the results of `function(*args)` in `world_size` processes, in rank order.
 
@@ -42,15 +75,11 @@ def run_distributed(function: Callable, world_size: int, *args: Any) -> list[Any
     check_marked()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "call").write_bytes(pickle.dumps((function.__code__.co_filename, function.__name__, args)))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        environment = own_imports() | {"OMP_NUM_THREADS": "1"}
         ranks = [processes.start([__file__, folder, rank, world_size], env=environment) for rank in range(world_size)]
-        try:
+        with killed_at_the_end(ranks):
             for process in ranks:
                 process.wait(TIMEOUT)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
         outcomes = []
         for rank in range(world_size):
             path = Path(folder, f"result{rank}")

@@ -1,14 +1,11 @@
 """Run a command in two processes with a fault in one of them."""
 
-import os
-import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import processes
-from distributed import check_marked
+from distributed import check_marked, environments_of_ranks, killed_at_the_end
 
 LEFT_ALONE = 60  # seconds within which a process ends after the other one
 
@@ -54,21 +51,15 @@ def ends_of_ranks(folder: Path, fault: str, arguments: Sequence[object]) -> list
     """
     check_marked()
     (folder / "program.py").write_text(FAULTS)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}
     ranks: list[processes.Process] = []
-    for rank in range(2):
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for rank, environment in enumerate(environments_of_ranks(2)):
         with (folder / f"{fault}{rank}.log").open("w") as log:
-            ranks.append(processes.start([folder / "program.py", fault, *arguments], env=own, stdout=log, stderr=log))
-    try:
+            words = [folder / "program.py", fault, *arguments]
+            ranks.append(processes.start(words, env=environment, stdout=log, stderr=log))
+    with killed_at_the_end(ranks):
         wait_for_one(ranks, 180)
         for process in ranks:
             process.wait(LEFT_ALONE)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
     return [
         (process.returncode or 0, (folder / f"{fault}{rank}.log").read_text()) for rank, process in enumerate(ranks)
     ]
@@ -80,10 +71,3 @@ def wait_for_one(running: list[processes.Process], seconds: float) -> None:
     while all(process.poll() is None for process in running):
         assert time.monotonic() < end, "both processes hang"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]

@@ -3,7 +3,6 @@
 Checkpoints are kept.
 """
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from cogvideox_sat.configuration.argument_lists import SamplingArguments, Traini
 from cogvideox_sat.configuration.memory_advice import precompute_advice, sampling_advice, training_advice
 from cogvideox_sat.training import latent_encoding, validation
 from diffusion_video import SATVideoDiffusionEngine
+from distributed import environments_of_ranks, killed_at_the_end
 from sgm.modules.encoders import t5_loading
 from training_clips import write_dataset
 from training_runs import ROOT, runs_of, weights, write_config
@@ -151,17 +151,12 @@ def test_one_of_two_processes(tmp_path, tiny, clips):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, zero=2)
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(ROOT)))
-    port = 20000 + os.getpid() % 20000
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        processes.start(
-            [script, "--base", config, "--device", "cpu"],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
+        processes.start([script, "--base", config, "--device", "cpu"], env=environment, stderr=subprocess.PIPE)
+        for environment in environments_of_ranks(2)
     ]
-    outputs = [process.communicate(timeout=150)[1] for process in ranks]
+    with killed_at_the_end(ranks):
+        outputs = [process.communicate(timeout=150)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], outputs
     assert "error: training: the memory of the GPU is full (2.00 GiB more were asked for); try" in outputs[1]
     assert "error: another process has failed; see its message" in outputs[0]

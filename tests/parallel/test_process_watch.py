@@ -1,9 +1,6 @@
 """Waiting processes name their reason; a silent process ends the others with one line."""
 
-import os
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +8,7 @@ import pytest
 import processes
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.process_watch import Phase, Reading
+from distributed import environments_of_ranks, killed_at_the_end, own_imports
 
 # One of two processes, for which a scenario is given; the first prints what it logs, and is judged by its exit code.
 PROGRAM = """
@@ -43,32 +41,13 @@ with agreement.limited_collectives(limit):
 
 def run_two(scenario: str) -> tuple[int, str]:
     """Return the exit code and the output of the first process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
     ranks = [
-        processes.start(
-            ["-c", PROGRAM, scenario],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
+        processes.start(["-c", PROGRAM, scenario], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for environment in environments_of_ranks(2)
     ]
-    try:
+    with killed_at_the_end(ranks):
         output, _ = ranks[0].communicate(timeout=90)
         return ranks[0].returncode, output
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
 
 
 @pytest.mark.distributed
@@ -118,8 +97,7 @@ with process_watch.watching(1.0, ends_slow_steps=True):
     process_watch.begin("step 4", limited=True)
     time.sleep(30)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = processes.run(["-c", program], env=environment, timeout=60)
+    done = processes.run(["-c", program], env=own_imports(), timeout=60)
     assert done.returncode == 2, done.stderr
     assert done.stdout.startswith("error: collective_timeout: step 4 has taken more than 1 s on rank 0")
 

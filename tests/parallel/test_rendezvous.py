@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import processes
+from distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -29,12 +30,6 @@ def main():
 logging.basicConfig(format="%(message)s")
 sys.exit(exit_code(main, logging.getLogger()))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(**variables: object) -> processes.Process | subprocess.Popen:
