@@ -88,6 +88,18 @@ def integers(low: int, high: int, count: int, *, purpose: str) -> Tensor:
     )
 
 
+def chosen(draws: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the index that each draw chooses by weight: int64, shaped like `draws`.
+
+    Args:
+        draws: numbers in [0, 1), as `uniform` returns them, on the CPU.
+        weights: not negative, and not all zero; index i is chosen with probability weights[i] / sum of the weights.
+    """
+    ends = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    # Float64, in which neighbouring float32 draws and the ends of the shares stay apart.
+    return torch.searchsorted(ends[:-1] / ends[-1], draws.double(), right=True)
+
+
 def keep_mask(count: int, drop_rate: float, *, purpose: str, device: torch.device | str | None = None) -> Tensor:
     """Draw a mask of ones, zeros with probability `drop_rate`: float32 (count,)."""
     if _streams.get() is None:

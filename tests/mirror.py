@@ -96,7 +96,6 @@ COVERED_BY = {
     "sgm.modules.diffusionmodules.sampling_utils": ("sgm/test_sampling.py", "a part of samplers"),
     "sgm.modules.diffusionmodules.sigma_sampling": ("sgm/test_loss.py", "the noise levels of the loss"),
     "sgm.modules.diffusionmodules.wrappers": ("sgm/test_denoiser.py", "what denoisers call"),
-    "sgm.randomness": ("sgm/test_modules.py", "random numbers of samples"),
     "sampling.drawing": ("sampling/test_session.py", "the network's part of a request"),
     "shapes.prompted_videos": ("tools/test_evaluate_shapes.py", "a part of the report"),
     "shapes.report": ("tools/test_evaluate_shapes.py", "the report of the tool"),

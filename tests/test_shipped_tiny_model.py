@@ -10,8 +10,8 @@ import pytest
 
 from cogvideox_sat.files.output_paths import output_path
 from cogvideox_sat.media.image_inputs import load_condition_image
+from cogvideox_sat.media.pixel_error import psnr
 from cogvideox_sat.sampling.prompt_files import read_prompts
-from cogvideox_sat.shapes.input_fidelity import psnr
 from cogvideox_sat.shapes.judge import judge
 from cogvideox_sat.shapes.scenes import parse
 from sample_video import main
@@ -74,7 +74,7 @@ def test_image_to_video_goes_on_from_its_first_frame(tmp_path):
     moves = 0
     for request in read_prompts(prompts, image_to_video=True):
         _, frames = read_video(output_path(output, request.index, request.text, 0))
-        assert psnr(frames[0], load_condition_image(request.image, (64, 64))) > 25
+        assert psnr(frames[:1], load_condition_image(request.image, (64, 64))[None]).item() > 25
         moves += judge(frames).items[0].motion == parse(request.text).items[0].motion
     assert moves >= 3
 

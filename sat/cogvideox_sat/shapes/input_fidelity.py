@@ -1,6 +1,5 @@
 """Measure how a video matches its request's pictures and clip, and how its windows join."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from statistics import fmean
@@ -11,6 +10,7 @@ from torch import Tensor
 from cogvideox_sat.clips.input_video import read_input_video
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
 from cogvideox_sat.media.image_inputs import load_condition_image
+from cogvideox_sat.media.pixel_error import psnr
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 
 LEAST_DIFFERENCE = 1e-3  # of pixels in [-1, 1]; if the frames of a video differ less, its seams are not visible
@@ -43,10 +43,12 @@ class InputFidelity:
         """
         size = (frames.shape[-2], frames.shape[-1])
         if request.image:
-            self.values["first_frame_psnr"].append(psnr(frames[0], load_condition_image(request.image, size)))
+            image = load_condition_image(request.image, size)
+            self.values["first_frame_psnr"].append(psnr(frames[:1], image[None]).item())
         for key_frame in request.keyframes:
             is_last = key_frame.at in (-1, len(frames) - 1)
-            value = psnr(frames[key_frame.at], load_condition_image(key_frame.path, size))
+            image = load_condition_image(key_frame.path, size)
+            value = psnr(frames[key_frame.at][None], image[None]).item()
             self.values["last_frame_psnr" if is_last else "key_frame_psnr"].append(value)
         if request.video and not request.goes_on:
             clip = read_input_video(request.video, size, len(frames), fps)
@@ -84,12 +86,6 @@ def seam_ratio(frames: Tensor, window: int) -> float:
     differences = (frames[1:] - frames[:-1]).abs().mean(dim=(1, 2, 3))
     seams = differences[window - 1 :: window - CONTEXT_FRAMES]
     return (seams.mean() / differences.median().clamp(min=LEAST_DIFFERENCE)).item()
-
-
-def psnr(frame: Tensor, image: Tensor) -> float:
-    """Return the PSNR of two pictures in [-1, 1], in dB."""
-    error = ((frame - image) / 2).square().mean().item()
-    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def lines(numbers: Mapping[str, Any]) -> list[str]:

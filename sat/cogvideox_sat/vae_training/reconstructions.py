@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox_sat.clips.validation_clips import ValidationLoader
+from cogvideox_sat.media.pixel_error import psnr
 from cogvideox_sat.media.video_output import VideoWriter
 from sgm.errors import UserError
 
@@ -21,15 +22,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN = ("clip", "reconstruction", "difference")  # side by side, in a video of an evaluation
 AVERAGED = "_ema"  # suffix for results of the averaged weights
-
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Return the PSNR in dB of each item (batch, ...) in [-1, 1].
-
-    It follows from the mean squared error of the item.
-    """
-    error = ((x.float() - y.float()) / 2).square().flatten(1).mean(1)
-    return -10 * torch.log10(error)
 
 
 class ReconstructionReport:

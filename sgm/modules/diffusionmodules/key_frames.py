@@ -47,9 +47,8 @@ class KeyFrameDraws:
 
     def draw(self, count: int, frames: int) -> Tensor:
         """Return a mask of the conditioning frames: bool (count, frames), on the CPU."""
-        shares = torch.tensor([self.weights[kind] for kind in KINDS], dtype=torch.float64).cumsum(0)
         draws = torch.stack([randomness.uniform(count, purpose="key frames") for _ in range(frames + 3)], dim=1)
-        kind = torch.searchsorted(shares[:-1] / shares[-1], draws[:, 0].double(), right=True)
+        kind = randomness.chosen(draws[:, 0], [self.weights[name] for name in KINDS])
         told = draws[:, 3:] < draws[:, 1:2]
         told |= torch.arange(frames) == (draws[:, 2:3] * frames).long()  # at least one frame
         for number, name in enumerate(KINDS[:2]):

@@ -200,9 +200,7 @@ class VideoDiffusionLoss(DiffusionLoss):
             return None
         choice = torch.zeros(len(clean), dtype=torch.long)
         if len(numbers) > 1:
-            shares = torch.tensor(weights, dtype=torch.float64).cumsum(0) / sum(weights)
-            draws = randomness.uniform(len(clean), purpose="fixed frames").double()
-            choice = torch.searchsorted(shares[:-1], draws, right=True)
+            choice = randomness.chosen(randomness.uniform(len(clean), purpose="fixed frames"), weights)
         fixed = torch.tensor(numbers)[choice].clamp(max=clean.shape[1] - 1)
         free = torch.arange(clean.shape[1]) >= fixed[:, None]
         return append_dims(self.share(free.to(clean.device)), clean.ndim)

@@ -137,9 +137,7 @@ class GeneralConditioner(nn.Module):
 
     def _draw_together(self, count: int) -> Tensor:
         """Draw an index of `cor_p` for each sample by these probabilities: int64 (count,)."""
-        ends = torch.tensor(self.cor_p, dtype=torch.float64).cumsum(0)
-        share = randomness.uniform(count, purpose="correlated caption dropout").double()
-        return torch.searchsorted(ends, share * ends[-1], right=True).clamp(max=len(ends) - 1)
+        return randomness.chosen(randomness.uniform(count, purpose="correlated caption dropout"), self.cor_p)
 
     @staticmethod
     def _entry(batch: Mapping[str, Any], key: str) -> Any:
