@@ -92,7 +92,6 @@ COVERED_BY = {
     "sgm.modules.diffusionmodules.base_sampler": ("sgm/test_sampling.py", "a base of the samplers"),
     "sgm.modules.diffusionmodules.denoiser_scaling": ("sgm/test_denoiser.py", "a part of denoisers"),
     "sgm.modules.diffusionmodules.denoiser_weighting": ("sgm/test_denoiser.py", "a part of denoisers"),
-    "sgm.modules.diffusionmodules.guiders": ("sgm/test_sampling.py", "a part of samplers"),
     "sgm.modules.diffusionmodules.sampling_utils": ("sgm/test_sampling.py", "a part of samplers"),
     "sgm.modules.diffusionmodules.sigma_sampling": ("sgm/test_loss.py", "the noise levels of the loss"),
     "sgm.modules.diffusionmodules.wrappers": ("sgm/test_denoiser.py", "what denoisers call"),

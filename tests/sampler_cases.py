@@ -81,3 +81,16 @@ def make_denoiser(name, schedule="zerosnr", network=None):
     if name in VIDEO_SAMPLERS:
         return video_denoiser(SCHEDULES[schedule], network or video_network)
     return sigma_denoiser(network or sigma_network)
+
+
+class CountingNetwork:
+    """Passes calls on, keeping the batch sizes, the timesteps and the other inputs."""
+
+    def __init__(self, network):
+        self.network, self.batches, self.timesteps, self.model_inputs = network, [], [], []
+
+    def __call__(self, x, t, cond, **model_inputs):
+        self.batches.append(len(x))
+        self.timesteps.append(t.tolist())
+        self.model_inputs.append(model_inputs)
+        return self.network(x, t, cond, **model_inputs)

@@ -162,6 +162,31 @@ class DynamicCFG(VanillaCFG):
         return super().__call__(x, sigma, scale, step_index, shortfall if self.count == "diffusers" else progress)
 
 
+def guided_estimate(
+    guider: Any,
+    denoiser: Callable[..., Tensor],
+    x: Tensor,
+    level: Tensor,
+    cond: Cond,
+    uc: Cond | None,
+    model_inputs: Mapping[str, Tensor],
+    told: Mapping[str, Any],
+) -> Tensor:
+    """Return the guided estimate of the clean samples, float32, from one run of the network.
+
+    Args:
+        denoiser: called as `denoiser(x, level, cond, **model_inputs)`, see `Denoiser.forward`.
+        x, level: (batch, ...) noisy samples, and their noise levels (batch,).
+        cond, uc: conditional and unconditional conditioning by kind, (batch, ...) each.
+        model_inputs: the network's other inputs, (batch, ...) each, the same for both halves of a guided batch.
+        told: values that a guider can ask for by keyword, see `guider_keywords`.
+    """
+    inputs = guider.prepare_inputs(x, level, cond, uc)
+    copies = len(inputs[0]) // len(x)
+    denoised = denoiser(*inputs, **{name: torch.cat([value] * copies) for name, value in model_inputs.items()})
+    return guider(denoised.float(), level, **{name: told[name] for name in guider_keywords(guider)})
+
+
 def guider_keywords(guider: Callable[..., Tensor]) -> set[str]:
     """Return the keywords that a guider takes besides the samples and their levels.
 
