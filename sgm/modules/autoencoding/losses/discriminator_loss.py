@@ -5,23 +5,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sgm.context_parallel import FRAMES, all_reduce_sum, gather_frames, sum_over_ranks
+from sgm.context_parallel import FRAMES, gather_frames, sum_over_ranks
 from sgm.errors import UserError
 from sgm.modules.autoencoding.discriminators import NLayerDiscriminator
+from sgm.modules.autoencoding.losses.adversary import (
+    adaptive_weight,
+    adopt_weight,
+    hinge_d_loss,
+    logits_of,
+    pictures_of_logits,
+    takes_clips,
+    to_images,
+    vanilla_d_loss,
+)
 from sgm.modules.autoencoding.losses.lpips import LPIPS, resize
 from sgm.util import instantiate_from_config
+
+__all__ = ["GeneralLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "vanilla_d_loss"]
 
 
 class GeneralLPIPSWithDiscriminator(nn.Module):
     """The loss of VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 6-7).
 
-    The variance is learned as in Rombach et al. 2022. For an image x and its reconstruction x', or for each frame of a
-    clip (`dims` 3), with s = logvar:
+    The variance is learned as in Rombach et al. 2022 (arXiv:2112.10752).
 
     For an image x and its reconstruction x', or for each frame of a clip (`dims` 3), with s = logvar:
 
@@ -93,8 +103,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         else:
             self.discriminator = instantiate_from_config(discriminator_config)
         self.discriminator.requires_grad_(disc_factor != 0)
-        self.takes_clips = getattr(self.discriminator, "dims", 2) == 3
-        if self.takes_clips and dims == 2:
+        if takes_clips(self.discriminator) and dims == 2:
             raise UserError("loss_config: dims is 2, but the discriminator is one for clips, which go with dims: 3")
         self.disc_start = disc_start
         self.disc_factor = disc_factor
@@ -184,9 +193,9 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         g = d_weight = torch.zeros_like(nll)
         if self._is_adversarial(global_step):
             fake = reconstructions if frames is None else gather_frames(reconstructions, frames, split_group)
-            g = -self._logits(fake, frozen=True).mean()
+            g = -logits_of(self.discriminator, fake, frozen=True).mean()
             if torch.is_grad_enabled():
-                d_weight = self.disc_weight * self._adaptive_weight(nll, g, last_layer, group)
+                d_weight = self.disc_weight * adaptive_weight(nll, g, last_layer, group)
                 loss = loss + self.disc_factor * d_weight * g
         loss = loss + self._penalty(regularization_log)
 
@@ -212,25 +221,8 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         if not self.disc_factor:
             return {}
         inputs, reconstructions = self._prepare(inputs, reconstructions)
-        both = [self._logits(x) for x in (inputs, reconstructions)]
-        largest = (
-            torch.stack([logits.abs().amax() for logits in both]).amax().clamp_min(torch.finfo(torch.float32).tiny)
-        )
-        return {
-            name: self._heat_map(logits / largest, inputs)
-            for name, logits in zip(("logits_real", "logits_fake"), both, strict=True)
-        }
-
-    def _heat_map(self, values: Tensor, like: Tensor) -> Tensor:
-        """Return values of patches in [-1, 1] as pictures shaped like `like`.
-
-        The values have the layout of `_logits`.
-        """
-        if like.ndim == 5 and not self.takes_clips:
-            values = rearrange(values, "(b t) c h w -> b c t h w", b=len(like))
-        values = F.interpolate(values, like.shape[2:], mode="nearest")
-        magenta, green = values.clamp(min=0), (-values).clamp(min=0)  # subtracted from white
-        return 1 - 2 * torch.cat([magenta, green, magenta], dim=1)
+        both = [logits_of(self.discriminator, x) for x in (inputs, reconstructions)]
+        return dict(zip(("logits_real", "logits_fake"), pictures_of_logits(both, inputs), strict=True))
 
     # ------------------------------------------------------------ reconstruction
 
@@ -244,7 +236,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         inputs, reconstructions = inputs.float(), reconstructions.float()
         if self.scale_input_to_tgt_size:
             batch = inputs.shape[0]
-            inputs = _from_images(resize(_to_images(inputs), reconstructions.shape[-2:]), batch, self.dims)
+            inputs = _from_images(resize(to_images(inputs), reconstructions.shape[-2:]), batch, self.dims)
         if inputs.shape != reconstructions.shape:
             raise UserError(
                 f"the loss cannot compare inputs {tuple(inputs.shape)} with reconstructions "
@@ -254,7 +246,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
 
     def _perceptual(self, lpips: LPIPS, inputs: Tensor, reconstructions: Tensor) -> Tensor:
         """Return the LPIPS of each image or frame, with the dimensions of `inputs`."""
-        distances = lpips(_to_images(inputs), _to_images(reconstructions))
+        distances = lpips(to_images(inputs), to_images(reconstructions))
         return _from_images(distances, inputs.shape[0], self.dims)
 
     def _penalty(self, regularization_log: Mapping[str, Tensor]) -> Tensor | float:
@@ -291,61 +283,14 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         real, fake = inputs.detach(), reconstructions.detach()
         if frames is not None:
             real, fake = (gather_frames(x, frames, split_group) for x in (real, fake))
-        real, fake = self._logits(real), self._logits(fake)
+        real, fake = logits_of(self.discriminator, real), logits_of(self.discriminator, fake)
         loss = self.disc_factor * self.discriminator_loss(real, fake)
         log = {"loss/disc": loss, "logits/real": real.mean(), "logits/fake": fake.mean()}
         return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
 
-    def _logits(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """Return the discriminator's logits of `x`; `frozen`: without gradients of its parameters."""
-        if not self.takes_clips:
-            x = _to_images(x)
-        parameters = dict(self.discriminator.named_parameters())
-        x = x.to(next(iter(parameters.values())).dtype)
-        if not frozen:
-            return self.discriminator(x).float()
-        parameters = {name: parameter.detach() for name, parameter in parameters.items()}
-        return torch.func.functional_call(self.discriminator, parameters, (x,)).float()
-
-    def _adaptive_weight(self, nll: Tensor, g: Tensor, last_layer: Tensor | None, group: ProcessGroup | None) -> Tensor:
-        if last_layer is None:
-            return torch.ones_like(nll)
-        if not last_layer.requires_grad:
-            raise UserError(
-                "trainable_ae_params: the weight of the discriminator needs gradients of the decoder's last layer, "
-                "which is not trained; train that layer or set disc_factor: 0"
-            )
-        gradients = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (nll, g)]
-        # Each rank of a group has the gradient of its own frames.
-        whole = all_reduce_sum(torch.stack(gradients).float(), group)
-        of_nll, of_g = whole.flatten(1).norm(dim=1)
-        return (of_nll / (of_g + 1e-4)).clamp(0.0, 1e4)
-
-
-def _to_images(x: Tensor) -> Tensor:
-    """Return the frames of clips as images; images stay as they are."""
-    return x if x.ndim == 4 else rearrange(x, "b c t h w -> (b t) c h w")
-
 
 def _from_images(x: Tensor, batch: int, dims: int) -> Tensor:
     return x if dims == 2 else rearrange(x, "(b t) c h w -> b c t h w", b=batch)
-
-
-def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Return the hinge loss of a discriminator, the mean of both halves."""
-    real, fake = logits_real, logits_fake
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Return the logistic loss of a discriminator, the mean of both halves."""
-    real, fake = logits_real, logits_fake
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-
-
-def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
-    """Return `weight` from the step `threshold` on, and `value` before."""
-    return weight if global_step >= threshold else value
 
 
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
