@@ -266,7 +266,8 @@ def test_a_single_process_within_a_job_of_slurm_trains_a_vae_alone(monkeypatch):
     plan = SimpleNamespace(processes=1, ranks_per_clip=1, accumulation=1)
     keeper = pl.Callback()
     keeper.report = None
-    files = pl.plugins.io.TorchCheckpointIO()
+    keeper.files = pl.plugins.io.TorchCheckpointIO()
     engine = pl.LightningModule()
-    trainer = vae_training_run.make_trainer(VaeTrainingArguments(), plan, engine, "cpu", 1, keeper, files)
+    devices = vae_training_run.Devices("cpu", 1)
+    trainer = vae_training_run.make_trainer(VaeTrainingArguments(), plan, engine, devices, keeper)
     assert trainer.world_size == 1

@@ -7,10 +7,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -34,13 +34,13 @@ from cogvideox_sat.parallel.agreement import (
 )
 from cogvideox_sat.parallel.devices import choose_device, fast_dtype
 from cogvideox_sat.parallel.process_failures import failing_together
-from cogvideox_sat.runs.data import StepShare, open_training_data, open_validation_data
+from cogvideox_sat.runs.data import StepShare, TrainingData, open_training_data, open_validation_data
 from cogvideox_sat.runs.folders import new_run_folder, removed_if_empty
 from cogvideox_sat.runs.retention import last_saved
 from cogvideox_sat.runs.step_clock import StepClock
 from cogvideox_sat.runs.vae_data import vae_data_settings
 from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WholeFiles, check_fits, read_checkpoint
-from cogvideox_sat.vae_training.plan import VaeTrainingPlan
+from cogvideox_sat.vae_training.plan import VaeTrainingPlan, run_of
 from cogvideox_sat.vae_training.reconstructions import ReconstructionReport
 from cogvideox_sat.vae_training.run_keeper import RunKeeper
 from sgm.config_places import section
@@ -59,16 +59,11 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
         UserError: the device, the data, the model or a checkpoint cannot be used.
     """
     quiet_lightning()
-    accelerator, devices = choose_devices(args, plan.processes)
+    devices = choose_devices(args, plan.processes)
     join_processes(args.collective_timeout)
     try:
         resume = from_first_process(lambda: plan.resume)
-        content = read_checkpoint(resume) if resume else None
-        folder = (
-            resume.parent.parent
-            if resume
-            else from_first_process(lambda: new_run_folder(LoopSettings.from_args(args), datetime.now()))
-        )
+        folder = run_of(resume) if resume else from_first_process(lambda: new_folder(args))
         torch.manual_seed(args.seed)  # all processes initialise the same values
         with (
             failing_together(),
@@ -76,53 +71,90 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
             removed_if_empty(folder),
             deterministic_arithmetic(args.deterministic),
         ):
-            fit(args, plan, folder, resume, content, accelerator, devices)
+            fit(args, plan, devices, folder, resume)
         return 0
     finally:
         leave_processes()
 
 
-def fit(
-    args: VaeTrainingArguments,
-    plan: VaeTrainingPlan,
-    folder: Path,
-    resume: Path | None,
-    content: dict[str, Any] | None,
-    accelerator: str,
-    devices: int | list[int],
-) -> None:
+class Devices(NamedTuple):
+    """The arguments `accelerator` and `devices` of Lightning's `Trainer`, for this machine's processes."""
+
+    accelerator: str
+    devices: int | list[int]
+
+
+def new_folder(args: VaeTrainingArguments) -> Path:
+    """Create the folder of a new run."""
+    return new_run_folder(LoopSettings.from_args(args), datetime.now())
+
+
+def fit(args: VaeTrainingArguments, plan: VaeTrainingPlan, devices: Devices, folder: Path, resume: Path | None) -> None:
     """Assemble the parts, and train with Lightning.
 
     Args:
         folder: folder of the run.
-        resume, content: the checkpoint to continue from, and its content.
+        resume: the checkpoint to continue from; None: a new run.
+
+    Raises:
+        UserError: the data, the model or the checkpoint cannot be used, or memory is full.
     """
+    content = read_checkpoint(resume) if resume else None
     state = content[RUN_STATE] if content else None
-    settings = LoopSettings.from_args(args)
-    data_settings = vae_data_settings(args, plan.time_factor)
     share = StepShare(args.batch_size, plan.accumulation, dist.get_rank() // plan.ranks_per_clip, plan.data_ranks)
-    data = open_training_data(folder, data_settings, share, settings.train_iters, state, logger)
-    report = None
-    if data_settings.valid_data and settings.eval_interval:
-        held_out = open_validation_data(folder, data_settings, share)
-        report = ReconstructionReport(held_out.loader, folder, args.num_log_videos, fps=held_out.dataset.sampling.fps)
+    data, report = open_data(args, plan, share, folder, state)
     engine = build_engine(args)
     if content and resume:
         check_fits(content, engine, resume)
-    clock = StepClock()
-    files = WholeFiles(content)
+    clock, files = StepClock(), WholeFiles(content)
+    del content  # the trainer restores it from `files`, which then lets go of it
+    settings = LoopSettings.from_args(args)
     with taken_from(resume) if resume else nullcontext():
         keeper = RunKeeper(settings, plan, share, folder, data, clock, state, report, files)
-    trainer = make_trainer(args, plan, engine, accelerator, devices, keeper, files)
-    del content
+    trainer = make_trainer(args, plan, engine, devices, keeper)
+    with (
+        errors_of_training(resume, keeper),
+        memory_guard("training", lambda _: vae_training_advice(args, last_saved(folder))),
+    ):
+        trainer.fit(
+            engine,
+            train_dataloaders=Batches(data.loader, plan, clock),
+            val_dataloaders=Batches(report.clips, plan) if report else None,
+            ckpt_path=resume,
+        )
+
+
+def open_data(
+    args: VaeTrainingArguments, plan: VaeTrainingPlan, share: StepShare, folder: Path, state: dict[str, Any] | None
+) -> tuple[TrainingData, ReconstructionReport | None]:
+    """Return the training data, and the evaluations; None for these if the run has none.
+
+    Args:
+        folder: folder of the run.
+        state: the state of a run to continue; None: a new run.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    settings, loop = vae_data_settings(args, plan.time_factor), LoopSettings.from_args(args)
+    data = open_training_data(folder, settings, share, loop.train_iters, state, logger)
+    if not settings.valid_data or not loop.eval_interval:
+        return data, None
+    held_out = open_validation_data(folder, settings, share)
+    fps = held_out.dataset.sampling.fps
+    return data, ReconstructionReport(held_out.loader, folder, args.num_log_videos, fps=fps)
+
+
+@contextmanager
+def errors_of_training(resume: Path | None, keeper: RunKeeper) -> Iterator[None]:
+    """Turn Lightning's exceptions in the block into those of a command.
+
+    Raises:
+        UserError: `resume` does not fit, which shows before the run has started.
+        KeyboardInterrupt: the run was interrupted.
+    """
     try:
-        with memory_guard("training", lambda _: vae_training_advice(args, last_saved(folder))):
-            trainer.fit(
-                engine,
-                train_dataloaders=Batches(data.loader, plan, clock),
-                val_dataloaders=Batches(report.clips, plan) if report else None,
-                ckpt_path=resume,
-            )
+        yield
     except (*MISFITS, pl.utilities.exceptions.MisconfigurationException) as error:
         if resume is None or keeper.started:
             raise
@@ -190,8 +222,11 @@ def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
     return engine
 
 
-def choose_devices(args: VaeTrainingArguments, processes: int) -> tuple[str, int | list[int]]:
-    """Return Lightning's `accelerator` and `devices` for the processes of this machine.
+def choose_devices(args: VaeTrainingArguments, processes: int) -> Devices:
+    """Return the devices for the processes of this machine; on GPUs, one for each.
+
+    Args:
+        processes: number of processes of the run, on all machines.
 
     Raises:
         UserError: a GPU does not exist.
@@ -200,16 +235,16 @@ def choose_devices(args: VaeTrainingArguments, processes: int) -> tuple[str, int
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     device = choose_device({"auto": None, "gpu": "cuda"}.get(wanted, wanted))
     if device.type == "cpu":
-        return "cpu", here
+        return Devices("cpu", here)
     if here > torch.cuda.device_count():
         raise UserError(
             f"device: {here} processes need one GPU each, but PyTorch sees {torch.cuda.device_count()}; start fewer "
             "processes, or give --device cpu"
         )
     if processes == 1:
-        return "gpu", [device.index]
+        return Devices("gpu", [device.index])
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL uses the current device
-    return "gpu", here
+    return Devices("gpu", here)
 
 
 def settings_of_trainer(args: VaeTrainingArguments, accelerator: str) -> dict[str, Any]:
@@ -234,22 +269,24 @@ def make_trainer(
     args: VaeTrainingArguments,
     plan: VaeTrainingPlan,
     engine: pl.LightningModule,
-    accelerator: str,
-    devices: int | list[int],
+    devices: Devices,
     keeper: RunKeeper,
-    files: WholeFiles,
 ) -> pl.Trainer:
-    """Return Lightning's trainer for a run."""
-    settings = settings_of_trainer(args, accelerator)
-    plugins: list[Any] = [files]
+    """Return Lightning's trainer for a run.
+
+    Raises:
+        UserError: Lightning refuses a setting.
+    """
+    settings = settings_of_trainer(args, devices.accelerator)
+    plugins: list[Any] = [keeper.files]
     # Whatever started the processes, torchrun's variables give their ranks. Lightning would take the variables of a
     # SLURM job, which a single process within the job sees too, for those of a step with several processes.
     plugins.append(TorchElasticEnvironment() if plan.processes > 1 else LightningEnvironment())
     try:
         return pl.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=plan.processes // devices if isinstance(devices, int) else 1,
+            accelerator=devices.accelerator,
+            devices=devices.devices,
+            num_nodes=plan.processes // devices.devices if isinstance(devices.devices, int) else 1,
             strategy=strategy(plan, engine),
             plugins=plugins,
             callbacks=[keeper],
