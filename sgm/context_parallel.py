@@ -63,18 +63,22 @@ def get_context_parallel_group() -> ProcessGroup | None:
 
 
 def get_context_parallel_world_size() -> int:
+    """Return the number of processes that share a clip."""
     return group_size(_group)
 
 
 def get_context_parallel_rank() -> int:
+    """Return the place of this process among those that share a clip, from 0."""
     return group_rank(_group)
 
 
 def group_size(group: ProcessGroup | None) -> int:
+    """Return the number of processes in a group; 1 without a group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: ProcessGroup | None) -> int:
+    """Return the place of this process in a group, from 0; 0 without a group."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -152,7 +156,11 @@ def split_frames(x: Tensor, frames: Sequence[int], group: ProcessGroup | None) -
 
 
 def gather_frames(x: Tensor, frames: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """Return all ranks' frames in order, on every rank; rank r has `frames[r]` of them."""
+    """Return all ranks' frames in order, on every rank; rank r has `frames[r]` of them.
+
+    Args:
+        x: this rank's frames (batch, channel, time, ...).
+    """
     return x if group is None else _GatherFrames.apply(x, frames, group)
 
 
@@ -211,8 +219,7 @@ def pass_on(x: Tensor | None, like: Tensor, frames: int | None, group: ProcessGr
 
     Returns:
         A tensor of no frames, and the received frames, if any. Concatenate the first, along time, with a tensor that
-            the
-        loss depends on, so that this rank's backward pass receives a gradient. Use the second likewise.
+        the loss depends on, so that this rank's backward pass receives a gradient. Use the second likewise.
     """
     return _PassOn.apply(like[:, :, :0] if x is None else x, like, x is not None, frames, group)
 

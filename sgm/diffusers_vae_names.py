@@ -21,6 +21,7 @@ _DIFFUSERS_MARKS = ("encoder.down_blocks.", "decoder.up_blocks.")
 
 
 def is_diffusers_vae(names: Iterable[str]) -> bool:
+    """Return whether tensors have the names of diffusers' video autoencoder."""
     return any(name.startswith(_DIFFUSERS_MARKS) for name in names)
 
 

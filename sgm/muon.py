@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from sgm.errors import UserError
 from sgm.moving_averages import follow, kept_share
 
-# x -> a x + b x^3 + c x^5, applied repeatedly, takes all of (0, 1] close to 1 (Jordan et al. 2024).
+# a, b, c: x -> a x + b x^3 + c x^5, applied `ITERATIONS` times, takes all of (0, 1] close to 1 (Jordan et al. 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -58,6 +58,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

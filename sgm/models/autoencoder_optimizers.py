@@ -153,6 +153,11 @@ class OptimizedAutoencoder(AbstractAutoencoder):
         return pair_arguments(groups, arguments, what=f"{kind}_optimizer_args")
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
+        """Return the optimizers, the autoencoder's first, and a schedule for each if one is configured.
+
+        Raises:
+            UserError: no learning rate is set, or the loss or an optimizer's arguments do not fit.
+        """
         params = dict(self.optimizer_config.get("params") or {})
         rate = params.pop("lr", self.learning_rate)
         if rate is None:
@@ -182,6 +187,7 @@ class OptimizedAutoencoder(AbstractAutoencoder):
 
     @property
     def has_discriminator(self) -> bool:
+        """Return whether the loss has a discriminator to train."""
         return bool(self._groups[DISCRIMINATOR])
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -192,5 +198,6 @@ class OptimizedAutoencoder(AbstractAutoencoder):
 
 
 def _identities(module: nn.Module, method: str) -> set[int]:
+    """Return the identities of the parameters that a method of `module` returns; none without the method."""
     parameters: Iterable[nn.Parameter] = getattr(module, method, tuple)()
     return {id(parameter) for parameter in parameters}

@@ -211,6 +211,7 @@ class AutoencodingEngine(OptimizedAutoencoder):
         return self._loss(reconstruction, optimizer_idx, split)
 
     def _loss(self, reconstruction: Reconstruction, optimizer_idx: int, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the result of `compute_loss` for a reconstruction that is already made."""
         given = {
             "regularization_log": reconstruction.report,
             "optimizer_idx": optimizer_idx,
@@ -237,6 +238,7 @@ class AutoencodingEngine(OptimizedAutoencoder):
     # ------------------------------------------------------------ validation
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Log and return the numbers of `validate`; Lightning averages them over the processes."""
         log = self.validate(batch, batch_idx)
         self.log_dict(log, sync_dist=True, batch_size=len(batch[self.input_key]))
         return log
@@ -255,6 +257,7 @@ class AutoencodingEngine(OptimizedAutoencoder):
         return log
 
     def _evaluate(self, batch: Mapping[str, Any], batch_idx: int, split: str) -> dict[str, Tensor]:
+        """Return the result of `validate` for the present weights, under names that begin with `split`."""
         with _random_numbers(batch, len(batch[self.input_key]), batch_idx):
             reconstruction = self.reconstruct(self.get_input(batch), **self._decode_options(batch))
         log: dict[str, Tensor] = {}
@@ -289,6 +292,7 @@ class AutoencodingEngine(OptimizedAutoencoder):
     def _images(
         self, batch: Mapping[str, Any], suffix: str, additional_log_kwargs: Mapping[str, Any] | None
     ) -> dict[str, Tensor]:
+        """Return the result of `log_images` for the present weights, under names with a suffix."""
         options = self._decode_options(batch)
         inputs, outputs = self._pictures(batch, options)
         difference = (inputs - outputs).abs() / 2
@@ -317,6 +321,7 @@ class AutoencodingEngine(OptimizedAutoencoder):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        """Use evaluation mode without gradients within the block."""
         training = self.training
         self.eval()
         try:

@@ -36,8 +36,8 @@ POOLING = {
 class Inception3D(nn.Module):
     """Inception network inflated to three dimensions (arXiv:1705.07750, figure 3).
 
-    It maps video (batch, 3, frames, 224, 224) in [-1, 1], with at least 9 frames, to the logits of Kinetics-400,
-    averaged over time: (batch, 400). The paper is by Carreira and Zisserman, 2017. Parameters have the names in the
+    Carreira and Zisserman 2017. Video in [-1, 1], with at least 9 frames, gives the logits of Kinetics-400, averaged
+    over time. Parameters have the names in the
     weight files that are distributed as `rgb_imagenet.pt` and `i3d_pretrained_400.pt`.
     """
 
@@ -54,6 +54,7 @@ class Inception3D(nn.Module):
         self.logits.conv3d = nn.Conv3d(channels, CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (batch, 400) of video (batch, 3, frames, 224, 224)."""
         x = max_pool_same(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))
         x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))
         for name in BLOCKS:
@@ -65,7 +66,11 @@ class Inception3D(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Four branches whose outputs are concatenated along the channels."""
+    """Four branches whose outputs are concatenated along the channels.
+
+    Args:
+        widths: output channels, as in `BLOCKS`.
+    """
 
     def __init__(self, channels: int, widths: Sequence[int]):
         super().__init__()

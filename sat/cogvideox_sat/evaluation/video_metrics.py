@@ -29,10 +29,7 @@ def psnr(reconstruction: Tensor, clip: Tensor) -> Tensor:
 
 
 def ssim(reconstruction: Tensor, clip: Tensor) -> Tensor:
-    """Return the structural similarity, averaged over frames; 1 if equal.
-
-    The measure is by Wang et al., 2004.
-    """
+    """Return the structural similarity (Wang et al. 2004), averaged over frames; 1 if equal."""
 
     def of_images(x: Tensor, y: Tensor) -> Tensor:
         return structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
@@ -51,9 +48,9 @@ def _mean_over_frames(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y:
 
 
 class FrechetVideoDistance:
-    """Fréchet distance of reconstructions from clips, by I3D's logits (arXiv:1812.01717).
+    """Fréchet distance of reconstructions from clips, by I3D's logits.
 
-    The method is by Unterthiner et al., 2018. The distance falls with the number of clips. Only results from equal
+    Unterthiner et al. 2018, arXiv:1812.01717. The distance falls with the number of clips. Only results from equal
     numbers of clips of the same length and size can be compared.
     """
 

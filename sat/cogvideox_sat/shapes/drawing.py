@@ -127,9 +127,8 @@ def _middle(item: Item) -> tuple[float, float]:
     first, second = 2 * item.phase - 1, item.offset
     if item.motion in ("moving left", "moving right"):
         return second, first
-    if (
-        item.motion == "moving in a circle"
-    ):  # its phase is an angle; the digits after the first one are used as a new random number
+    if item.motion == "moving in a circle":
+        # The phase is the angle of the start. Its digits after the first one serve as a further random number.
         return 2 * (10 * item.phase % 1) - 1, second
     return first, second
 

@@ -1,7 +1,4 @@
-"""Measure how well a VAE in training reconstructs validation clips.
-
-The results are PSNR and videos.
-"""
+"""Measure how well a VAE in training reconstructs validation clips, and show it: PSNR and videos."""
 
 import logging
 from collections.abc import Iterator, Mapping

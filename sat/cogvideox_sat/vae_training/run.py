@@ -85,7 +85,7 @@ class Devices(NamedTuple):
 
 
 def new_folder(args: VaeTrainingArguments) -> Path:
-    """Create the folder of a new run."""
+    """Create the folder of a new run, and return it."""
     return new_run_folder(LoopSettings.from_args(args), datetime.now())
 
 
@@ -193,9 +193,8 @@ def own_frames(batch: dict[str, Any], plan: VaeTrainingPlan) -> dict[str, Any]:
     rank = dist.get_rank() % plan.ranks_per_clip
     clips, axis = batch[plan.input_key], plan.time_axis
     latents = split_evenly((clips.shape[axis] - 1) // plan.time_factor + 1, plan.ranks_per_clip)
-    end = (
-        sum(latents[: rank + 1]) - 1
-    ) * plan.time_factor + 1  # the first latent frame is one frame, the others are more
+    # The first latent frame of a clip is one frame, each of the others `time_factor`.
+    end = (sum(latents[: rank + 1]) - 1) * plan.time_factor + 1
     begin = (sum(latents[:rank]) - 1) * plan.time_factor + 1 if rank else 0
     return {**batch, plan.input_key: clips.narrow(axis, begin, end - begin)}
 

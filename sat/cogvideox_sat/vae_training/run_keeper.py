@@ -1,7 +1,4 @@
-"""Everything between the steps of VAE training.
-
-This is counting, the log, checkpoints, evaluations and stopping.
-"""
+"""Everything between the steps of VAE training: counting, the log, checkpoints, evaluations and stopping."""
 
 import logging
 import math
@@ -105,8 +102,10 @@ class RunKeeper(pl.Callback):
     `accumulation` batches. The run ends after `train_iters` steps.
 
     Args:
+        share: this process's part of each step.
         folder: folder of the run.
         data: the training data, whose position is saved in checkpoints.
+        clock: measures the time of steps and of waiting for batches.
         state: the state from an earlier `on_save_checkpoint`, to continue from.
         report: evaluations; None: no evaluations.
         files: the plugin with which the trainer writes checkpoints.
@@ -152,9 +151,8 @@ class RunKeeper(pl.Callback):
         self.stack.enter_context(process_watch.before_the_end(self.saver.settle))
         self.bar = self.stack.enter_context(progress_bar(self.settings.train_iters, self.step, disabled=not self.leads))
         self.stack.enter_context(logging_redirect_tqdm())
-        self.signals = self.stack.enter_context(
-            stop_requests()
-        )  # set here, because Lightning has just set its own handler
+        # Only now, since Lightning has just set its own handlers of signals.
+        self.signals = self.stack.enter_context(stop_requests())
         if not self.leads:
             return
         self.writer = open_run_folder(self.folder, self.settings, self.data.reader, self.step)

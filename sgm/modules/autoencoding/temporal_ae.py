@@ -1,7 +1,8 @@
 """A 2D decoder that is extended in time, so that the frames of a clip are consistent.
 
-Blattmann et al., "Align your Latents", sec. 3.1.1; the parameters have the names of "Stable Video Diffusion". Every
-temporal part starts as the identity, so that the decoder starts from the results of a 2D decoder.
+Blattmann et al. 2023, "Align your Latents" (arXiv:2304.08818), section 3.1.1; the parameters have the names of "Stable
+Video Diffusion". Every temporal part starts as the identity, so that the decoder starts from the results of a 2D
+decoder.
 
 Shapes: frames of b clips of t frames each are a batch (b t, channel, h, w).
 """
@@ -78,8 +79,6 @@ class VideoResBlock(ResnetBlock):
 class VideoBlock(SpatialSelfAttention):
     """Self-attention within each frame and a transformer block over time, blended.
 
-    Args: see `VideoResBlock`; `mix_factor` here is the *spatial* share, 1 - a.
-
     Args: see `VideoResBlock`; `mix_factor` here stands for the *spatial* share, 1 - a.
     """
 
@@ -120,6 +119,7 @@ class AE3DConv(nn.Conv2d):
         nn.init.zeros_(self.time_mix_conv.bias)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """Return the frames of clips of `timesteps` frames, after both convolutions."""
         x = self.time_mix_conv(rearrange(super().forward(x), "(b t) c h w -> b c t h w", t=timesteps))
         return rearrange(x, "b c t h w -> (b t) c h w")
 

@@ -51,9 +51,9 @@ class BaseDiffusionSampler(SamplingBar):
             x: (batch, ...) standard normal noise.
 
         Returns:
-            The noise at the first level; ones (batch,); the noise levels from noisy to clean with a 0 at the end; the
-                number
-            of these levels; the conditioning; the unconditional conditioning, by default `cond`.
+            The noise at the first level; ones (batch,); the noise levels σ from noisy to clean with a 0 at the end,
+            float32 (num_steps + 1,); the number of these levels; the conditioning; the unconditional conditioning, by
+            default `cond`.
 
         Raises:
             UserError: the number of steps is not given, or the schedule is not one of σ.

@@ -106,6 +106,7 @@ class DiscreteDenoiser(Denoiser):
         return (level[:, None] - self.levels).abs().argmin(dim=1)
 
     def idx_to_level(self, idx: Tensor) -> Tensor:
+        """Return the levels of indices of the table: int64 (batch,) → float32 (batch,)."""
         return torch.index_select(self.levels, 0, idx)
 
     def sigma_to_idx(self, sigma: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class IdentityGuider:
         step_index: int | None = None,
         progress: float | None = None,
     ) -> Tensor:
+        """Return the denoised samples `x` (batch, ...) unchanged; see `VanillaCFG` for the others."""
         return x
 
 
@@ -76,6 +77,7 @@ class VanillaCFG:
         return torch.cat([x, x]), torch.cat([s, s]), {kind: torch.cat([uc[kind], c[kind]]) for kind in c}
 
     def weight(self, scale: float | Tensor, step_index: int | None, progress: float | None) -> float | Tensor:
+        """Return the weight w of a step, a number or (batch,); the arguments are those of a call."""
         return scale
 
     def __call__(

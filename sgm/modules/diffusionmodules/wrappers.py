@@ -15,7 +15,6 @@ from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-
 NEEDED = "compile_model: true needs "
 
 

@@ -102,8 +102,8 @@ class GeneralConditioner(nn.Module):
 
         Returns:
             "vector" (batch, features), "crossattn" (batch, tokens, features) and "concat" (batch, [time,] channels,
-                height,
-            width), as far as embedders give them; embeddings of one kind are concatenated on features or channels.
+            height, width), as far as embedders give them; embeddings of one kind are concatenated on features or
+            channels.
 
         Raises:
             UserError: the batch lacks an entry that an embedder takes.

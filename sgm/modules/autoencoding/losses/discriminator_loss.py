@@ -250,6 +250,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         return _from_images(distances, inputs.shape[0], self.dims)
 
     def _penalty(self, regularization_log: Mapping[str, Tensor]) -> Tensor | float:
+        """Return the weighted sum of the regularizer's scalars; 0 without weights."""
         for name in self.regularization_weights:
             if name not in regularization_log:
                 raise UserError(
@@ -259,6 +260,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         return sum(weight * regularization_log[name].float() for name, weight in self.regularization_weights.items())
 
     def _reported(self, regularization_log: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the regularizer's scalars that are logged."""
         wanted = self.additional_log_keys
         return {name: value for name, value in regularization_log.items() if wanted is None or name in wanted}
 
@@ -276,8 +278,14 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         split_group: ProcessGroup | None,
         frames: Sequence[int] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `disc` above and numbers to log; 0 before `disc_start`.
+
+        Args:
+            inputs, reconstructions: float32, of one size.
+            split_group, frames: the ranks that each hold a part of the clip, and its frames on each; None: whole clips.
+        """
         if not self._is_adversarial(global_step):
-            # A zero that can be differentiated, as any loss.
+            # The engine calls `backward` on every loss.
             loss = torch.zeros((), device=inputs.device, requires_grad=torch.is_grad_enabled())
             return loss, {f"{split}/loss/disc": loss.detach()}
         real, fake = inputs.detach(), reconstructions.detach()
@@ -290,6 +298,7 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
 
 
 def _from_images(x: Tensor, batch: int, dims: int) -> Tensor:
+    """Return the clips that `to_images` took apart; with `dims` 2, the images unchanged."""
     return x if dims == 2 else rearrange(x, "(b t) c h w -> b c t h w", b=batch)
 
 

@@ -25,8 +25,8 @@ class LPIPS(nn.Module):
 
     Images (n, 3, h, w) in [-1, 1] -> distances (n, 1, 1, 1). The network and the weights of its heads are those of
     torchmetrics; the backbone's weights are torchvision's, trained on ImageNet. The network is always frozen, in
-    evaluation mode and in float32. `parameters()` and the state dict do not contain the network, and so
-    neither do optimizers, averages and checkpoints.
+    evaluation mode and in float32. `parameters()` and the state dict do not contain the network, and so neither do
+    optimizers, averages and checkpoints.
 
     Args:
         net: "vgg", "alex" or "squeeze".
@@ -46,6 +46,7 @@ class LPIPS(nn.Module):
         object.__setattr__(self, "network", network)  # not as a submodule, which would be saved and trained
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the distance of each image of `x` from that of `y`: float32 (n, 1, 1, 1)."""
         if min(x.shape[-2:]) < SMALLEST_SIDES[self.net]:
             side, (height, width) = SMALLEST_SIDES[self.net], x.shape[-2:]
             raise UserError(
@@ -163,6 +164,12 @@ class LatentLPIPS(nn.Module):
     def forward(
         self, latent_inputs: Tensor, latent_predictions: Tensor, image_inputs: Tensor, split: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, a scalar, and its parts by name.
+
+        Args:
+            latent_inputs, latent_predictions, image_inputs: z, z' and x above.
+            split: the beginning of the names.
+        """
         latent_loss = F.mse_loss(latent_predictions.float(), latent_inputs.float())
         loss = self.latent_weight * latent_loss
         log = {f"{split}/latent_l2_loss": latent_loss.detach()}

@@ -141,4 +141,5 @@ def all_reduce_(x: Tensor) -> Tensor:
 
 
 def processes() -> int:
+    """Return the number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
