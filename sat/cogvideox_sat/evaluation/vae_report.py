@@ -72,12 +72,9 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
         clip = sample["mp4"].to(device)
         video = reconstruct(vae, clip, options.whole)
         original, shown = clip.float() / 255, as_shown(video)
-        values = {"PSNR": psnr(shown, original), "SSIM": ssim(shown, original)}
-        if lpips:
-            values["LPIPS"] = perceptual_distance(lpips, shown, original)
+        values = measures(shown, original, lpips)
         if frechet:
             frechet.add(shown, original)
-        values = {name: value.item() for name, value in values.items()}
         if math.isnan(values["PSNR"]):
             raise UserError(f"clip {index}: the reconstruction is not finite in {options.dtype}; try another --dtype")
         clips.append({"index": index, "name": name_of(dataset, index), "shape": list(clip.shape), **values})
@@ -92,6 +89,18 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
     if options.json:
         write_numbers(options.json, means, clips, options, vae_config["params"]["ckpt_path"])
     return report(means, clips, notes, videos)
+
+
+def measures(reconstruction: Tensor, clip: Tensor, lpips: LPIPS | None) -> dict[str, float]:
+    """Return the measures of one clip by name, LPIPS only with its network.
+
+    Args:
+        reconstruction, clip: (frames, 3, height, width) in [0, 1].
+    """
+    values = {"PSNR": psnr(reconstruction, clip), "SSIM": ssim(reconstruction, clip)}
+    if lpips:
+        values["LPIPS"] = perceptual_distance(lpips, reconstruction, clip)
+    return {name: value.item() for name, value in values.items()}
 
 
 # ---------------------------------------------------------------- parts

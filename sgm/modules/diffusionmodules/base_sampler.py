@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgm.modules.diffusionmodules.guiders import IdentityGuider
+from sgm.modules.diffusionmodules.guiders import Cond, IdentityGuider
 from sgm.modules.diffusionmodules.sampling_bar import SamplingBar
 from sgm.modules.diffusionmodules.sampling_utils import check_schedule_of_sigma, steps_of_call
 from sgm.util import instantiate_from_config
-
-Cond = Mapping[str, Tensor]
 
 
 class BaseDiffusionSampler(SamplingBar):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sgm.errors import UserError
+from sgm.modules.diffusionmodules.building_blocks import make_beta_schedule
 
 
 def equally_spaced_steps(num_steps: int, num_timesteps: int) -> np.ndarray:
@@ -35,10 +36,10 @@ def generate_roughly_equally_spaced_steps(num_substeps: int, max_step: int) -> n
 def linear_alphas_cumprod(start: float, end: float, num_timesteps: int) -> np.ndarray:
     """Return ᾱ of the "scaled linear" β schedule: float64 (num_timesteps,).
 
-    sqrt(β) is linear from sqrt(start) to sqrt(end).
+    Args:
+        start, end: the first and the last β.
     """
-    betas = np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas)
+    return np.cumprod(1.0 - make_beta_schedule("linear", num_timesteps, start, end))
 
 
 class Discretization(ABC):

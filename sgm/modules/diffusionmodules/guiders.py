@@ -16,6 +16,7 @@ from sgm.modules.diffusionmodules.thresholding import NoDynamicThresholding
 from sgm.util import instantiate_from_config
 
 Cond = Mapping[str, Tensor]
+"""Conditioning by kind, (batch, ...) each."""
 
 
 class IdentityGuider:
