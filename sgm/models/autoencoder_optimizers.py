@@ -1,4 +1,4 @@
-"""The optimizers of an autoencoder and of its discriminator: which weights each trains, and how."""
+"""The optimizers of an autoencoder and its discriminator, and the weights they train."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -153,7 +153,7 @@ class OptimizedAutoencoder(AbstractAutoencoder):
         return pair_arguments(groups, arguments, what=f"{kind}_optimizer_args")
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
-        """Return the optimizers, the autoencoder's first, and a schedule for each if one is configured.
+        """Return the optimizers, the autoencoder's first, and the configured schedules.
 
         Raises:
             UserError: no learning rate is set, or the loss or an optimizer's arguments do not fit.
@@ -198,6 +198,6 @@ class OptimizedAutoencoder(AbstractAutoencoder):
 
 
 def _identities(module: nn.Module, method: str) -> set[int]:
-    """Return the identities of the parameters that a method of `module` returns; none without the method."""
+    """Return the identities of the parameters that a method of `module` returns, if any."""
     parameters: Iterable[nn.Parameter] = getattr(module, method, tuple)()
     return {id(parameter) for parameter in parameters}

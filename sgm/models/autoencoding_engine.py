@@ -257,7 +257,7 @@ class AutoencodingEngine(OptimizedAutoencoder):
         return log
 
     def _evaluate(self, batch: Mapping[str, Any], batch_idx: int, split: str) -> dict[str, Tensor]:
-        """Return the result of `validate` for the present weights, under names that begin with `split`."""
+        """Return the result of `validate` for the present weights, named `{split}/...`."""
         with _random_numbers(batch, len(batch[self.input_key]), batch_idx):
             reconstruction = self.reconstruct(self.get_input(batch), **self._decode_options(batch))
         log: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What a sampler does around its loop: guidance, noise, the network's inputs, callbacks."""
+"""Samplers around their loop: guidance, noise, the network's inputs, callbacks."""
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from sampler_cases import (
 )
 from seeded import seeded_input
 from sgm.errors import UserError
+from sgm.modules.diffusionmodules.sampler import checked_interval
 from support import assert_close
 
 
@@ -182,6 +183,10 @@ def test_guidance_in_an_interval_of_the_steps(name):
 def test_an_interval_that_is_none(interval):
     with pytest.raises(UserError, match=r"guidance_interval: got .*expected two shares of the steps"):
         make_sampler("VideoDDIMSampler", guidance_interval=interval)
+
+
+def test_an_interval_may_be_a_list_or_a_tuple():
+    assert checked_interval([0, 1]) == checked_interval((0, 1)) == (0, 1)
 
 
 @pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)

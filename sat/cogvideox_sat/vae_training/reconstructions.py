@@ -1,4 +1,4 @@
-"""Measure how well a VAE in training reconstructs validation clips, and show it: PSNR and videos."""
+"""Measure the PSNR of a VAE in training on validation clips, and write videos of them."""
 
 import logging
 from collections.abc import Iterator, Mapping

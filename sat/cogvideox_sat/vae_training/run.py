@@ -78,7 +78,7 @@ def run(args: VaeTrainingArguments, plan: VaeTrainingPlan) -> int:
 
 
 class Devices(NamedTuple):
-    """The arguments `accelerator` and `devices` of Lightning's `Trainer`, for this machine's processes."""
+    """The devices of this machine's processes, as the arguments of Lightning's `Trainer`."""
 
     accelerator: str
     devices: int | list[int]

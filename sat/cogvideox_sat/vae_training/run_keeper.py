@@ -1,4 +1,4 @@
-"""Everything between the steps of VAE training: counting, the log, checkpoints, evaluations and stopping."""
+"""Count the steps of VAE training; log, save, evaluate and stop between them."""
 
 import logging
 import math

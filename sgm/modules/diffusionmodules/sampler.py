@@ -1,6 +1,6 @@
-"""What all samplers share around their loop: the call, the schedule's levels, guidance, and the frames to continue.
+"""Base class of the samplers: everything around the loop over steps.
 
-The loops themselves are in `sampling`.
+Guidance, noise, the network's inputs, callbacks and a start from a clip are here; the loops are in `sampling`.
 """
 
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""The adversary of an autoencoder: what a discriminator says, its losses, and its weight in the autoencoder's loss."""
+"""The adversary of an autoencoder: its logits, its losses and its weight."""
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: flo
 
 
 def takes_clips(discriminator: nn.Module) -> bool:
-    """Return whether a discriminator judges whole clips, by its attribute `dims`, not single frames."""
+    """Return whether a discriminator judges whole clips (its `dims` is 3), not frames."""
     return getattr(discriminator, "dims", 2) == 3
 
 
@@ -86,9 +86,9 @@ def adaptive_weight(nll: Tensor, g: Tensor, last_layer: Tensor | None, group: Pr
 
 
 def pictures_of_logits(both: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Return pictures of logits shaped like `like`, in [-1, 1]: green where real, magenta where fake.
+    """Return pictures of logits, in [-1, 1]: green where real, magenta where fake.
 
-    Stronger colours are larger logits, on one scale for all pictures; white is zero.
+    They are shaped like `like`. Stronger colours are larger logits, on one scale for all pictures; white is zero.
 
     Args:
         both: results of `logits_of` of inputs and of reconstructions.
@@ -108,5 +108,5 @@ def _heat_map(values: Tensor, like: Tensor) -> Tensor:
 
 
 def to_images(x: Tensor) -> Tensor:
-    """Return the frames of clips (b, c, t, h, w) as images (b * t, c, h, w); images stay as they are."""
+    """Return the frames of clips (b, c, t, h, w) as images (b * t, c, h, w), or images."""
     return x if x.ndim == 4 else rearrange(x, "b c t h w -> (b t) c h w")
