@@ -116,7 +116,7 @@ def build(args: argparse.Namespace) -> dict[str, Callable[[], "torch.Tensor"]]:
     from cogvideox_sat.configuration.meta_device import instantiate_on_meta
     from cogvideox_sat.weights.loading import initialise_missing
     from diffusers_network import build_diffusers_network, diffusers_network, diffusers_rotary
-    from sgm.modules.diffusionmodules.wrappers import compile_network
+    from sgm.compilation import compile_network
 
     params, dtype = args.network_config["params"], getattr(torch, args.dtype)
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sgm.compilation import check_compiler
 from sgm.errors import UserError
-from sgm.modules.diffusionmodules.wrappers import check_compiler
 
 FP16_PROCESSOR = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # DeepSpeed's check on a CPU
 needs_fp16 = pytest.mark.skipif(not FP16_PROCESSOR, reason="DeepSpeed does not train in float16 on this processor")

@@ -15,7 +15,7 @@ from measuring import training_step
 from measuring.training_arguments import arguments
 
 from cogvideox_sat.commands.startup import quiet_libraries
-from sgm.modules.diffusionmodules.wrappers import compile_network
+from sgm.compilation import compile_network
 
 STEPS = 3
 MODES = {  # of `checkpoint_activations`

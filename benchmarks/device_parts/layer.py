@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
-from sgm.modules.diffusionmodules.wrappers import compile_network
+from sgm.compilation import compile_network
 
 SHOWN = 14  # number of the longest operations or kernels to show
 NOT_ELEMENTWISE = ("mm", "linear", "attention", "bmm", "convolution")

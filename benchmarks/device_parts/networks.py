@@ -10,7 +10,8 @@ from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
 from torch import Tensor, nn
 
-from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper, compile_network
+from sgm.compilation import compile_network
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
 REPEATS = {True: 1, False: 3}  # for long and for short sequences
 LONG = 30_000  # tokens

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from sgm.modules.diffusionmodules.wrappers import why_not_compilable
+from sgm.compilation import why_not_compilable
 
 logger = logging.getLogger(__name__)
 

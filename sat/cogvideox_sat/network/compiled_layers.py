@@ -19,8 +19,8 @@ from cogvideox_sat.network.fused_lora import FusedLoraLinear
 from cogvideox_sat.network.layer_runner import RunLayer
 from cogvideox_sat.network.sequence_parallel import TokenShare
 from sgm.attention_kernels import KERNELS, AttentionKernel
+from sgm.compilation import compiler_errors, go_on_without_compiler
 from sgm.flash_attention3 import FLASH3
-from sgm.modules.diffusionmodules.wrappers import compiler_errors, go_on_without_compiler
 
 # Subclasses with the same `forward` are supported, too.
 PLAIN = (ColumnParallelLinear.forward, RowParallelLinear.forward, nn.Linear.forward)
