@@ -2,7 +2,7 @@
 
 autoencoder                  the classes that configurations name
 abstract_autoencoder         their base: batches, initial weights and the average of the weights
-autoencoder_optimizers       which weights are trained, and the optimizers of both players
+autoencoder_optimizers       which weights are trained, and by which optimizers
 autoencoding_engine          training steps and validation; video_autoencoding_engine has those on clips
 video_coder                  encoding and decoding of video; video_coder_memory estimates its memory
 calling_losses               what a loss from any project is called with

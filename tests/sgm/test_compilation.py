@@ -1,4 +1,4 @@
-"""Networks that cannot be compiled: the user is told, or the network runs without the compiler."""
+"""Networks that cannot be compiled: an error, or a run without the compiler."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""The wrapper of a network for a denoiser: conditioning by kind becomes the network's arguments."""
+"""The wrapper of a network for a denoiser: it makes arguments of the conditioning."""
 
 from typing import Any
 
