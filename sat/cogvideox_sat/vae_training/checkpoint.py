@@ -7,7 +7,7 @@
 If the process is killed at any moment, the previous checkpoint remains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, cannot_write, check_roo
 from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
 from cogvideox_sat.runs.staging import StagingMemory, staged
 from cogvideox_sat.vae_training.plan import CHECKPOINTS, step_of
-from sgm.errors import UserError
+from sgm.errors import UserError, some
 from sgm.weights import read_state_dict
 
 RUN_STATE = "run"  # the entry of a checkpoint that the run itself writes
@@ -142,7 +142,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_fits(content: Mapping[str, Any], module: nn.Module, path: Path) -> None:
-    """Check that a checkpoint belongs to this model, else raise UserError."""
+    """Check that a checkpoint belongs to this model.
+
+    Raises:
+        UserError: a name is missing on one side, or a shape differs.
+    """
     ours, theirs = module.state_dict(), content["state_dict"]
     for name in (*ours, *theirs):
         if name not in theirs or name not in ours:
@@ -153,6 +157,25 @@ def check_fits(content: Mapping[str, Any], module: nn.Module, path: Path) -> Non
             raise UserError(
                 f"resume: {path} is of another model: {name} is {theirs_shape} there and {ours_shape} in the model"
             )
+
+
+def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Check that restored optimizer states have the parameters' shapes and equal keys.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for optimizer in optimizers:
+        kinds: set[str] | None = None
+        for parameter, state in optimizer.state.items():
+            kinds = set(state) if kinds is None else kinds
+            if set(state) != kinds:
+                raise ValueError(f"the optimizer has {some(sorted(set(state) ^ kinds))} for some weights only")
+            for kind, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{kind} of a weight of shape {tuple(parameter.shape)} has shape {tuple(value.shape)}"
+                    )
 
 
 def write_weights(state_dict: Mapping[str, Tensor], run_folder: Path) -> None:

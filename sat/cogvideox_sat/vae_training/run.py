@@ -110,7 +110,7 @@ def fit(args: VaeTrainingArguments, plan: VaeTrainingPlan, devices: Devices, fol
     del content  # the trainer restores it from `files`, which then lets go of it
     settings = LoopSettings.from_args(args)
     with taken_from(resume) if resume else nullcontext():
-        keeper = RunKeeper(settings, plan, share, folder, data, clock, state, report, files)
+        keeper = RunKeeper(settings, plan, share, folder, data, clock=clock, state=state, report=report, files=files)
     trainer = make_trainer(args, plan, engine, devices, keeper)
     with (
         errors_of_training(resume, keeper),

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -28,11 +28,10 @@ from cogvideox_sat.runs.skipped_steps import check_finite
 from cogvideox_sat.runs.staging import StagingMemory
 from cogvideox_sat.runs.step_clock import StepClock, peak_memory
 from cogvideox_sat.runs.stop_signals import stop_requests
-from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, WholeFiles
+from cogvideox_sat.vae_training.checkpoint import RUN_STATE, WEIGHTS_FILE, WholeFiles, check_optimizers
 from cogvideox_sat.vae_training.checkpoint_saver import CheckpointSaver
 from cogvideox_sat.vae_training.plan import VaeTrainingPlan
 from cogvideox_sat.vae_training.reconstructions import SHOWN, ReconstructionReport
-from sgm.errors import some
 
 logger = logging.getLogger(__name__)
 
@@ -74,25 +73,6 @@ class Means:
             dist.all_reduce(means)
         self.sums = {}
         return dict(zip(names, (means / dist.get_world_size()).tolist(), strict=True))
-
-
-def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Check that restored optimizer states have the parameters' shapes and equal keys.
-
-    Raises:
-        ValueError: they do not.
-    """
-    for optimizer in optimizers:
-        kinds: set[str] | None = None
-        for parameter, state in optimizer.state.items():
-            kinds = set(state) if kinds is None else kinds
-            if set(state) != kinds:
-                raise ValueError(f"the optimizer has {some(sorted(set(state) ^ kinds))} for some weights only")
-            for kind, value in state.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{kind} of a weight of shape {tuple(parameter.shape)} has shape {tuple(value.shape)}"
-                    )
 
 
 class RunKeeper(pl.Callback):
