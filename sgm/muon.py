@@ -114,6 +114,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def _orthogonalize(x: Tensor) -> Tensor:
+    """Return the result of `orthogonalize` for a float32 matrix."""
     wide = x if x.shape[0] <= x.shape[1] else x.mT
     wide = wide / wide.norm().clamp_min(1e-12)
     gram = wide @ wide.mT

@@ -51,7 +51,13 @@ def run(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config:
 
 
 def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_config: Mapping[str, Any]) -> str:
-    """Evaluate a VAE; see `run`."""
+    """Evaluate a VAE; see `run`.
+
+    `options.dtype` becomes the dtype that is used, which the report and the numbers name.
+
+    Raises:
+        UserError: the data, the weights or the device cannot be used, or a reconstruction is not finite.
+    """
     device = choose_device(options.device)
     settings = DataSettings(data_config, missing_label="ignore")
     dataset = make_dataset(options.data, settings, random_start=False, argument="--data")

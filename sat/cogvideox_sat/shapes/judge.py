@@ -67,6 +67,7 @@ def judge(frames: Tensor, clips: float = 1.0) -> Scene:
 
 
 def _resized(pixels: Tensor) -> Tensor:
+    """Return pixels (t, 3, h, w) in [0, 1], scaled to `SHORTER_SIDE`."""
     scale = SHORTER_SIDE / min(pixels.shape[-2:])
     if scale == 1:
         return pixels
@@ -102,11 +103,13 @@ def find_background(pixels: Tensor) -> tuple[str, str, Tensor]:
 
 
 def _ground(colour: str, mask: Tensor) -> Tensor:
+    """Return the picture (3, h, w) of a background, from its colour and its pattern's mask."""
     first, second = (torch.tensor(values)[:, None, None] for values in (COLOURS[colour], shade(colour)))
     return first + mask * (second - first)
 
 
 def _error(pixels: Tensor, picture: Tensor) -> float:
+    """Return the mean squared colour distance of a video from a picture, each at most `CAP`."""
     return _distances(pixels, picture).square().clamp(max=CAP**2).mean().item()
 
 
@@ -120,6 +123,7 @@ def _shift(pixels: Tensor, picture: Tensor, where: Tensor) -> Tensor:
 
 
 def _distances(pixels: Tensor, colours: Tensor) -> Tensor:
+    """Return the Euclidean colour distances (t, h, w) of a video from a picture or a colour."""
     return (pixels - colours).square().sum(dim=1).sqrt()
 
 
@@ -215,6 +219,11 @@ def _largest_piece(cover: Tensor) -> Tensor:
 
 
 def _find_item(colour: str, cover: Tensor, clips: float) -> Item:
+    """Return the item of a colour, by its coverage (t, h, w) in [0, 1].
+
+    Args:
+        clips: see `judge`.
+    """
     areas = cover.sum(dim=(1, 2))
     seen = areas >= LEAST_AREA
     if 2 * seen.sum() < len(seen):
@@ -236,6 +245,7 @@ def _find_item(colour: str, cover: Tensor, clips: float) -> Item:
 
 
 def _grid(cover: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows (h, 1) and columns (w,) of the middles of pixels."""
     return torch.arange(cover.shape[-2])[:, None] + 0.5, torch.arange(cover.shape[-1]) + 0.5
 
 

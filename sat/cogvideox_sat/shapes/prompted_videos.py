@@ -34,7 +34,11 @@ def from_file(folder: Path, file: Path) -> list[Prompted]:
 
 
 def from_folders(folder: Path) -> list[Prompted]:
-    """Return the prompts in the names of the output folders, in their order."""
+    """Return the prompts in the names of the output folders, in their order.
+
+    Raises:
+        UserError: a name is not the caption of a scene.
+    """
     found = []
     for path in folder.iterdir():
         if path.is_dir() and (match := re.fullmatch(r"(\d+)_(.+)", path.name)):

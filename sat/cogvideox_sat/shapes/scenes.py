@@ -217,6 +217,11 @@ def parse(caption: str) -> Scene:
 
 
 def _tokens(caption: str) -> Iterator[tuple[str, str]]:
+    """Yield the phrases of a caption as (kind, meaning).
+
+    Raises:
+        UserError: a word is none of them.
+    """
     text = caption.lower().replace(",", " ").rstrip(" .\n")
     position = 0
     while rest := text[position:].lstrip():
@@ -282,6 +287,7 @@ def _random_scene(
     concept: str | None,
     words: Mapping[str, Sequence[str]],
 ) -> Scene:
+    """Return a random scene of a split; the order of the draws is part of every seed's result."""
     decided = CONCEPTS[concept] if concept else {}
     sizes = [size for size in words["size"] if size != "large"] if paired else words["size"]
     while True:

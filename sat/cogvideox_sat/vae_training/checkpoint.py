@@ -189,6 +189,9 @@ def publish(checkpoint: Path, run_folder: Path, keep_last: int | None) -> None:
 
     Args:
         keep_last: number of checkpoints to keep; None: all.
+
+    Raises:
+        UserError: an outdated checkpoint cannot be deleted.
     """
     mark_newest(run_folder, checkpoint.name)
     steps = {step: file for file in (run_folder / CHECKPOINTS).iterdir() if (step := step_of(file)) is not None}

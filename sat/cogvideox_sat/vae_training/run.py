@@ -203,7 +203,11 @@ def own_frames(batch: dict[str, Any], plan: VaeTrainingPlan) -> dict[str, Any]:
 
 
 def build_engine(args: VaeTrainingArguments) -> pl.LightningModule:
-    """Return the Lightning module that the `model:` section describes."""
+    """Return the Lightning module that the `model:` section describes.
+
+    Raises:
+        UserError: the section is wrong, or names a class that this command cannot train.
+    """
     trainer = args.lightning_config.get("trainer") or {}
     settings = {name: trainer[name] for name in ENGINE_KEYS if trainer.get(name) is not None}
     described = {name: args.model_config[name] for name in ("target", "params")}

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -169,27 +169,8 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         if optimizer_idx != 0:
             raise ValueError(f"optimizer_idx {optimizer_idx} is neither 0 nor 1")
 
-        log: dict[str, Tensor] = {}
-        images = inputs.shape[0]
-        if self.dims == 3:
-            images *= inputs.shape[FRAMES] if frames is None else sum(frames)
-        image_size = inputs.shape[1] * inputs.shape[-2:].numel()
-
-        def per_image(x: Tensor) -> Tensor:
-            return sum_over_ranks(x.sum(), split_group) / images
-
-        rec = self.pixel_loss(inputs - reconstructions)
-        if self.perceptual_loss is not None:
-            perceptual = self._perceptual(self.perceptual_loss, inputs, reconstructions)
-            rec = rec + self.perceptual_weight * perceptual
-            log["loss/perceptual"] = per_image(perceptual.detach())
-        logvar = self.logvar.float()
-        rec_per_image = per_image(rec)
-        nll = loss = rec_per_image / logvar.exp() + logvar * image_size
-        if weights is not None:
-            weights = torch.ones_like(rec) * weights
-            loss = per_image(weights * rec) / logvar.exp() + logvar * per_image(weights)
-
+        terms = self._likelihood(inputs, reconstructions, weights, split_group, frames)
+        loss, nll = terms.weighted, terms.nll
         g = d_weight = torch.zeros_like(nll)
         if self._is_adversarial(global_step):
             fake = reconstructions if frames is None else gather_frames(reconstructions, frames, split_group)
@@ -199,13 +180,14 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
                 loss = loss + self.disc_factor * d_weight * g
         loss = loss + self._penalty(regularization_log)
 
+        log = {} if terms.perceptual is None else {"loss/perceptual": terms.perceptual}
         log |= {
             "loss/total": loss,
             "loss/nll": nll,
-            "loss/rec": rec_per_image / image_size,
+            "loss/rec": terms.rec,
             "loss/g": g,
             "loss/d_weight": d_weight,
-            "loss/logvar": logvar.clone(),  # a parameter: it changes in place
+            "loss/logvar": self.logvar.float().clone(),  # a parameter: it changes in place
         }
         log |= self._reported(regularization_log)
         return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
@@ -243,6 +225,42 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
                 f"{tuple(reconstructions.shape)}; scale_input_to_tgt_size: true adapts height and width"
             )
         return inputs, reconstructions
+
+    def _likelihood(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        weights: float | Tensor | None,
+        split_group: ProcessGroup | None,
+        frames: Sequence[int] | None,
+    ) -> "Likelihood":
+        """Return the terms of the reconstruction, for the `weights` of `forward`.
+
+        Args:
+            inputs, reconstructions: float32, of one size.
+            split_group, frames: the ranks that each hold a part of the clip, and its frames on each; None: whole clips.
+        """
+        images = inputs.shape[0]
+        if self.dims == 3:
+            images *= inputs.shape[FRAMES] if frames is None else sum(frames)
+        image_size = inputs.shape[1] * inputs.shape[-2:].numel()
+
+        def per_image(x: Tensor) -> Tensor:
+            return sum_over_ranks(x.sum(), split_group) / images
+
+        rec = self.pixel_loss(inputs - reconstructions)
+        perceptual: Tensor | None = None
+        if self.perceptual_loss is not None:
+            distances = self._perceptual(self.perceptual_loss, inputs, reconstructions)
+            rec = rec + self.perceptual_weight * distances
+            perceptual = per_image(distances.detach())
+        logvar = self.logvar.float()
+        rec_per_image = per_image(rec)
+        nll = weighted = rec_per_image / logvar.exp() + logvar * image_size
+        if weights is not None:
+            weights = torch.ones_like(rec) * weights
+            weighted = per_image(weights * rec) / logvar.exp() + logvar * per_image(weights)
+        return Likelihood(nll, weighted, rec_per_image / image_size, perceptual)
 
     def _perceptual(self, lpips: LPIPS, inputs: Tensor, reconstructions: Tensor) -> Tensor:
         """Return the LPIPS of each image or frame, with the dimensions of `inputs`."""
@@ -295,6 +313,22 @@ class GeneralLPIPSWithDiscriminator(nn.Module):
         loss = self.disc_factor * self.discriminator_loss(real, fake)
         log = {"loss/disc": loss, "logits/real": real.mean(), "logits/fake": fake.mean()}
         return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
+
+
+class Likelihood(NamedTuple):
+    """The scalar terms of a reconstruction, means over images or frames.
+
+    Attributes:
+        nll: as above.
+        weighted: nll with a factor for each pixel and channel.
+        rec: the mean of rec over pixels and channels.
+        perceptual: LPIPS; None: it is not part of the loss.
+    """
+
+    nll: Tensor
+    weighted: Tensor
+    rec: Tensor
+    perceptual: Tensor | None
 
 
 def _from_images(x: Tensor, batch: int, dims: int) -> Tensor:

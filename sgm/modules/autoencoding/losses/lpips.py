@@ -46,7 +46,11 @@ class LPIPS(nn.Module):
         object.__setattr__(self, "network", network)  # not as a submodule, which would be saved and trained
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the distance of each image of `x` from that of `y`: float32 (n, 1, 1, 1)."""
+        """Return the distance of each image of `x` from that of `y`: float32 (n, 1, 1, 1).
+
+        Raises:
+            UserError: the images are too small.
+        """
         if min(x.shape[-2:]) < SMALLEST_SIDES[self.net]:
             side, (height, width) = SMALLEST_SIDES[self.net], x.shape[-2:]
             raise UserError(

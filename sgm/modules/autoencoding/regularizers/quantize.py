@@ -89,6 +89,10 @@ class EMAVectorQuantizer(AbstractQuantizer):
 
     @torch.no_grad()
     def _update(self, x: Tensor, tokens: Tensor) -> None:
+        """Update the means by the vectors `x` (n, dim) and their tokens (n,), and replace dead codes.
+
+        Equations 6 to 8 of the appendix: N ← γN + (1 − γ)n, m ← γm + (1 − γ)Σx, code = m/N.
+        """
         size, total = _clusters(x, tokens, self.codebook_size)
         gathered = all_reduce_(torch.cat([size[:, None], total, self._candidates(x)], dim=1))
         size, total, candidates = gathered.split([1, self.dim, self.dim], dim=1)
