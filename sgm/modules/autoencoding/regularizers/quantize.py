@@ -89,7 +89,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
 
     @torch.no_grad()
     def _update(self, x: Tensor, tokens: Tensor) -> None:
-        """Update the means by the vectors `x` (n, dim) and their tokens (n,), and replace dead codes.
+        """Update the means by vectors `x` (n, dim) and their tokens (n,); replace dead codes.
 
         Equations 6 to 8 of the appendix: N ← γN + (1 − γ)n, m ← γm + (1 − γ)Σx, code = m/N.
         """
