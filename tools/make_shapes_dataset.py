@@ -18,7 +18,8 @@ its motion, in clip lengths, as the windows of a continued clip do.
 
 `--prompts_file FILE` writes captions of single shapes for sampling instead of a dataset. `--with_first_frames` adds an
 image to each, `prompt@@prompts/00000.png`, and writes the clip that begins with it, `prompts/00000.mp4`, into the
-folder named like the file. Exit codes: 0 done, 2 the arguments or files are wrong.
+folder named like the file. `--with_last_frames` also adds the last frame of the clip, `@@prompts/00000_last.png`.
+Exit codes: 0 done, 2 the arguments or files are wrong.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts_file", type=Path, metavar="FILE", help="write prompts to this file instead of a dataset")
     add("--prompts", type=int, default=64, help="number of prompts (default: 64)")
     add("--with_first_frames", action="store_true", help="for image-to-video: add images and clips to the prompts")
+    add("--with_last_frames", action="store_true", help="for key frames: add the last frames too")
     return parser
 
 
@@ -103,6 +105,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--prompts must be positive, got {options.prompts}")
     if options.with_first_frames and not options.prompts_file:
         raise UserError("--with_first_frames needs --prompts_file; give both")
+    if options.with_last_frames and not options.with_first_frames:
+        raise UserError("--with_last_frames needs --with_first_frames; give both")
     if options.with_first_frames and not options.prompts_file.suffix:
         raise UserError(f"--prompts_file: {options.prompts_file} needs a suffix such as .txt, for its folder")
 
@@ -211,8 +215,12 @@ def make_prompts(options: argparse.Namespace) -> None:
     chance = random.Random(f"captions {options.seed}")
     words = chosen_words(options)
     scenes = random_scenes(options.prompts, options.seed, options.split, options.concept, pairs=False, **words)
-    images = [f"@@{folder.name}/{number:05d}.png" if options.with_first_frames else "" for number in range(len(scenes))]
-    content = "".join(f"{phrase(scene, chance)}{image}\n" for scene, image in zip(scenes, images, strict=True))
+    moments = {".png": 0.0} if options.with_first_frames else {}  # of the clip that the images show, by their endings
+    moments |= {"_last.png": 1.0} if options.with_last_frames else {}
+    content = ""
+    for number, scene in enumerate(scenes):
+        images = [f"@@{folder.name}/{number:05d}{ending}" for ending in moments]
+        content += f"{phrase(scene, chance)}{''.join(images)}\n"
     settings = {name: getattr(options, name) for name in ("frames", "size", "fps")} | {"version": VERSION}
     marker = folder / MARKER
     try:
@@ -227,7 +235,8 @@ def make_prompts(options: argparse.Namespace) -> None:
                 new = Path(temporary, "new")
                 new.mkdir()
                 for number, scene in enumerate(scenes):
-                    write_image(new / f"{number:05d}.png", scene, 0.0, options.size)
+                    for ending, moment in moments.items():
+                        write_image(new / f"{number:05d}{ending}", scene, moment, options.size)
                     write_clip(new / f"{number:05d}.mp4", scene, settings)
                 (new / MARKER).write_text(json.dumps(settings | {"prompts": content}))
                 new.rename(folder)

@@ -154,6 +154,15 @@ def test_prompts_with_first_frames_begin_the_clips_beside_them(tmp_path):
         assert (load_condition_image(request.image, (64, 96)) - clip[0]).abs().mean() < 0.006
 
 
+def test_last_frames_end_the_clips_beside_them(tmp_path):
+    assert make_prompts(tmp_path / "prompts.txt", "--with_first_frames", "--with_last_frames") == 0
+    for request in read_prompts(tmp_path / "prompts.txt", image_to_video=True):
+        (last,) = request.keyframes
+        assert (last.at, last.path.parent) == (-1, tmp_path / "prompts")
+        _, clip = read_video(request.image.with_suffix(".mp4"))
+        assert (load_condition_image(last.path, (64, 96)) - clip[-1]).abs().mean() < 0.006
+
+
 def test_prompt_files_are_made_again_but_never_replaced(tmp_path):
     for _ in range(2):
         assert make_prompts(tmp_path / "a.txt", "--with_first_frames") == 0
@@ -184,9 +193,10 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
             make_prompts(tmp_path / "new", "--with_first_frames") == make(tmp_path / "new", "--with_first_frames") == 2
         )
         assert make_prompts(tmp_path / "new", prompts=0) == 2
+        assert make_prompts(tmp_path / "new.txt", "--with_last_frames") == 2
         assert make(tmp_path / "new", "--concept", "star", "--shapes", "ring") == 2
         assert make(tmp_path / "new", "--concept", "spiral", "--motions", "growing") == 2
-    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 10
+    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 11
     assert "mine exists and was not made by this tool" in caplog.text
     assert "must be even, got 64 and 97" in caplog.text
     assert (tmp_path / "mine" / "a.txt").read_text() == "precious"
