@@ -64,19 +64,24 @@ def test_videos_show_what_their_prompts_say(videos):
     assert min(right.values()) >= 5, right
 
 
-def test_image_to_video_goes_on_from_its_first_frame(tmp_path):
-    """The first frame has the given content, 28 dB in the card, and moves as prompted."""
+def test_image_to_video_keeps_the_frames_it_is_given(tmp_path):
+    """The first frame, and the last one of two videos, are as given: 30 and 28 dB in the card."""
     prompts, output = tmp_path / "prompts.txt", tmp_path / "videos"
     drawn = ["--prompts_file", str(prompts), "--prompts", "4", "--split", "held_out", "--with_first_frames"]
-    assert make_dataset([*drawn, "--frames", "9", "--size", "64", "64"]) == 0
+    assert make_dataset([*drawn, "--with_last_frames", "--frames", "9", "--size", "64", "64"]) == 0
+    lines = prompts.read_text().splitlines()
+    prompts.write_text("\n".join([*lines[:2], *(line.rpartition("@@")[0] for line in lines[2:])]) + "\n")
     base = [str(ROOT / "configs" / name) for name in ("tiny/cogvideox_tiny_i2v.yaml", "inference.yaml")]
     assert main(["--base", *base, "--input_file", str(prompts), "--output_dir", str(output), "--seed", "7"]) == 0
-    moves = 0
+    moves = ends = 0
     for request in read_prompts(prompts, image_to_video=True):
         _, frames = read_video(output_path(output, request.index, request.text, 0))
         assert psnr(frames[:1], load_condition_image(request.image, (64, 64))[None]).item() > 25
+        for last in request.keyframes or ():
+            assert psnr(frames[-1:], load_condition_image(last.path, (64, 64))[None]).item() > 23
+            ends += 1
         moves += judge(frames).items[0].motion == parse(request.text).items[0].motion
-    assert moves >= 3
+    assert moves >= 3 and ends == 2
 
 
 def test_a_video_continues_over_another_window(tmp_path):
