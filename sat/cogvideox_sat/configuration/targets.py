@@ -145,8 +145,7 @@ def _find_spec(name: str, search_path: Any) -> importlib.machinery.ModuleSpec | 
 def _defined_names(source: Path) -> _Names:
     """Return all names that a module defines, and those that can only be functions or modules."""
     names: set[str] = set()
-    functions: set[str] = set()
-    modules: set[str] = set()
+    stored: set[str] = set()  # by an assignment or a class, in any scope
     imported: dict[str, tuple[int, str, str]] = {}
     tree = ast.parse(source.read_bytes())
     open_ended = False
@@ -154,22 +153,26 @@ def _defined_names(source: Path) -> _Names:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             names.add(node.name)
             open_ended |= node.name == "__getattr__"
+            if isinstance(node, ast.ClassDef):
+                stored.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
             open_ended |= any(alias.name == "*" for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                origins = {
+                    alias.asname or alias.name: (node.level, node.module or "", alias.name) for alias in node.names
+                }
+                imported |= origins
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
+            stored.add(node.id)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             open_ended |= node.func.id in ("globals", "locals", "setattr")
+    names |= stored
+    functions: set[str] = set()
+    modules: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list:
             functions.add(node.name)
         elif isinstance(node, ast.Import):
             modules.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                imported[alias.asname or alias.name] = (node.level, node.module or "", alias.name)
-    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     return _Names(frozenset(names), frozenset(functions - stored), frozenset(modules - stored), imported, open_ended)
