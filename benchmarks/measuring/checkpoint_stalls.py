@@ -15,7 +15,8 @@ from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.parallel.process_groups import destroy_process_groups
 from cogvideox_sat.runs.host_memory import free_host_memory
 from cogvideox_sat.training import deepspeed_engine
-from cogvideox_sat.training.checkpoint import CheckpointSaver, estimated_bytes
+from cogvideox_sat.training.checkpoint_saver import CheckpointSaver
+from cogvideox_sat.training.checkpoint_tensors import estimated_bytes
 from measuring.training_arguments import deepspeed_config
 from measuring.training_step import build_engine, build_network, cached_batch
 from sgm import randomness

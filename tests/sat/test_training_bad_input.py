@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cogvideox_sat.training import checkpoint as training_checkpoint
+from cogvideox_sat.training import checkpoint_folders
 from long_cases import shortest
 from support import needs_fp16
 from train_video import main
@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, m
                 saves.append(path)
                 return usage._replace(free=usage.free if len(saves) == 1 else 1000)
 
-            patch.setattr(training_checkpoint.shutil, "disk_usage", free_for_one)
+            patch.setattr(checkpoint_folders.shutil, "disk_usage", free_for_one)
         else:
             write = torch.save
 
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, m
                     raise OSError(errno.ENOSPC, "No space left on device")
                 write(content, path)
 
-            patch.setattr(training_checkpoint.torch, "save", fail_at_the_second)
+            patch.setattr(checkpoint_folders.torch, "save", fail_at_the_second)
         message = failure(caplog, config)
     assert "disk is full" in message and "MiB are needed" in message
     (run,) = runs_of(config)

@@ -35,7 +35,7 @@ def train(engine, steps, spoilt=()):
 
 
 def weights(engine):
-    from cogvideox_sat.training.checkpoint import gathered_weights
+    from cogvideox_sat.training.checkpoint_tensors import gathered_weights
 
     return dict(gathered_weights(engine.module, full=True))
 

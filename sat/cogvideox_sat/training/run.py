@@ -55,7 +55,8 @@ from cogvideox_sat.runs.stop_signals import stop_requests
 from cogvideox_sat.sampling.borrowed_session import Texts
 from cogvideox_sat.sampling.record_making import model_name
 from cogvideox_sat.training import deepspeed_engine, prompt_videos
-from cogvideox_sat.training.checkpoint import CheckpointSaver, read_state, restore_optimizer
+from cogvideox_sat.training.checkpoint_reading import read_state, restore_optimizer
+from cogvideox_sat.training.checkpoint_saver import CheckpointSaver
 from cogvideox_sat.training.deepspeed_adapter import current_scale, inner_optimizer, step_was_skipped
 from cogvideox_sat.training.evaluations import Evaluations
 from cogvideox_sat.training.optimizer_state import check_storable

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from cogvideox_sat.runs import staging
-from cogvideox_sat.training import checkpoint
-from cogvideox_sat.training.checkpoint import CheckpointSaver
+from cogvideox_sat.training import checkpoint_folders
+from cogvideox_sat.training.checkpoint_saver import CheckpointSaver
 from distributed import run_distributed
 from long_cases import shortest
 from sgm.errors import UserError
@@ -42,12 +42,12 @@ def held_writing(fail=None):
             raise fail
         write(content, path)
 
-    checkpoint.torch.save = late
+    checkpoint_folders.torch.save = late
     try:
         yield go
     finally:
         go.set()
-        checkpoint.torch.save = write
+        checkpoint_folders.torch.save = write
 
 
 def files_of(run):
