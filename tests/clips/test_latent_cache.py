@@ -24,7 +24,8 @@ from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.runs.datasets import make_dataset
-from cogvideox_sat.training import latent_encoding
+from cogvideox_sat.training import latent_cache_shards, latent_encoding
+from cogvideox_sat.training.latent_cache_shards import OpenShard
 from diffusion_video import SATVideoDiffusionEngine
 from distributed import run_distributed
 from long_cases import shortest
@@ -251,24 +252,24 @@ def test_an_option_that_a_cache_was_not_made_with_is_refused(tiny, cache):
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(tiny, clips, tmp_path, monkeypatch):
     """Afterwards the files are those of a run in one go; one that is complete stays as it is."""
-    monkeypatch.setattr(latent_encoding, "SHARD_SAMPLES", 2)
+    monkeypatch.setattr(latent_cache_shards, "SHARD_SAMPLES", 2)
     args = arguments(tiny.config("5b_i2v"), clips)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert latent_encoding.run(args, whole, image_variants=1) == 0
     expected = contents(whole)
     assert len(expected) == 4
 
-    write = latent_encoding.OpenShard.write
+    write = OpenShard.write
 
     def write_first_only(self, encoder):
         if not self.path.name.endswith("00000.safetensors"):
             raise KeyboardInterrupt
         write(self, encoder)
 
-    monkeypatch.setattr(latent_encoding.OpenShard, "write", write_first_only)
+    monkeypatch.setattr(OpenShard, "write", write_first_only)
     with pytest.raises(KeyboardInterrupt):
         latent_encoding.run(args, cut, image_variants=1)
-    monkeypatch.setattr(latent_encoding.OpenShard, "write", write)
+    monkeypatch.setattr(OpenShard, "write", write)
     (cut / ".rank0000-00001.safetensors.123.part").write_bytes(b"half a shard")
     with pytest.raises(UserError, match=r"is unfinished, 2 of 5 samples; run tools/precompute_latents.py again"):
         LatentDataset([cut])

@@ -13,7 +13,7 @@ import processes
 import train_video
 from cogvideox_sat.configuration.argument_lists import SamplingArguments, TrainingArguments
 from cogvideox_sat.configuration.memory_advice import precompute_advice, sampling_advice, training_advice
-from cogvideox_sat.training import latent_encoding, validation
+from cogvideox_sat.training import latent_cache_shards, validation
 from diffusion_video import SATVideoDiffusionEngine
 from distributed import environments_of_ranks, killed_at_the_end
 from sgm.modules.encoders import t5_loading
@@ -135,7 +135,7 @@ def test_encoding_before_training(tmp_path, tiny, clips, caplog, monkeypatch):
 
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips)
     monkeypatch.setattr(SATVideoDiffusionEngine, "encode_moments", on_call(3, SATVideoDiffusionEngine.encode_moments))
-    monkeypatch.setattr(latent_encoding, "SHARD_SAMPLES", 1)
+    monkeypatch.setattr(latent_cache_shards, "SHARD_SAMPLES", 1)
     command = ["--base", str(config), "--device", "cpu", "--output", str(tmp_path / "cache")]
     assert main(command) == 2
     line = last_line(caplog)

@@ -22,18 +22,18 @@ TOOL = ROOT / "tools" / "precompute_latents.py"
 # Is killed while it writes its second shard.
 KILLED = """
 import os, signal, sys
-from cogvideox_sat.training import latent_encoding
+from cogvideox_sat.training import latent_cache_shards
 from tools.precompute_latents import main
 
-save = latent_encoding.save
-latent_encoding.SHARD_SAMPLES = 2
+save = latent_cache_shards.save
+latent_cache_shards.SHARD_SAMPLES = 2
 
 def save_and_die(tensors, metadata):
     if "4.text" in tensors or "2.text" in tensors:
         os.kill(os.getpid(), signal.SIGKILL)
     return save(tensors, metadata)
 
-latent_encoding.save = save_and_die
+latent_cache_shards.save = save_and_die
 main(sys.argv[1:])
 """
 
@@ -125,9 +125,9 @@ def test_a_killed_run_goes_on(folder, monkeypatch):
     left = sorted(path.name for path in (folder / "killed").iterdir())
     assert left[1:] == ["cache.json", "rank0000-00000.safetensors"] and left[0].endswith(".part")
 
-    from cogvideox_sat.training import latent_encoding
+    from cogvideox_sat.training import latent_cache_shards
 
-    monkeypatch.setattr(latent_encoding, "SHARD_SAMPLES", 2)
+    monkeypatch.setattr(latent_cache_shards, "SHARD_SAMPLES", 2)
     for name in ("killed", "whole"):
         assert main([*base, str(folder / name)]) == 0
     killed, whole = ({path.name: path.read_bytes() for path in (folder / n).iterdir()} for n in ("killed", "whole"))

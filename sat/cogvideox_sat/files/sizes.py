@@ -14,6 +14,15 @@ def in_words(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.2f} MiB"
 
 
+def in_units(size: float) -> str:
+    """Return a number of bytes with three digits in its largest unit, such as 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the disk that `path` is on; its folder need not exist."""
     folder = next(folder for folder in path.absolute().parents if folder.exists())

@@ -24,9 +24,9 @@ def on_host(tensor: Tensor) -> Tensor:
 def gathered_weights(
     network: nn.Module, full: bool, keep: bool = True, copy: Callable[[Tensor], Tensor] = on_host
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and copies of the trained parameters, or with `full` of the whole state dict.
+    """Yield names and copies of the trained parameters.
 
-    This is collective: all processes take all items. Tensors are whole and have the network's dtypes.
+    With `full`, the whole state dict is yielded. This is collective: all processes take all items. Tensors are whole and have the network's dtypes.
 
     Args:
         keep: False: yield nothing, only help to assemble what ZeRO-3 has partitioned.
@@ -43,7 +43,10 @@ def gathered_weights(
 def copied(
     tensors: OptimizerTensors, keep: bool, copy: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield copies of the optimizer's tensors, float32 and whole; arguments as `gathered_weights`."""
+    """Yield copies of the optimizer's tensors, whole and in float32.
+
+    The arguments are those of `gathered_weights`.
+    """
     for kind, name, tensor in tensors:
         if keep:
             yield kind, name, copy(tensor)
