@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cogvideox_sat.clips.attempts import CLIP_TIMEOUT
 from cogvideox_sat.clips.files import ClipSource
+from cogvideox_sat.clips.items_in_processes import in_processes
 from cogvideox_sat.clips.reading import FrameSampling, probe, read_clip
-from cogvideox_sat.clips.reading_processes import in_processes
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from cogvideox_sat.media.video_probe import frames_at_rate

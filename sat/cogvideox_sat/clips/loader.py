@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, reading
 from cogvideox_sat.clips.batch_order import SampleKey
-from cogvideox_sat.clips.reading_processes import Done, Failed, ReadingProcesses, Stuck
+from cogvideox_sat.clips.reading_outcomes import Done, Failed, Stuck
+from cogvideox_sat.clips.reading_processes import ReadingProcesses
 from cogvideox_sat.clips.timeouts import ClipTimeouts, TimedOutClip
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.process_watch import Reading

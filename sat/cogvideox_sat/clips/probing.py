@@ -11,8 +11,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt, note_late, refusal
+from cogvideox_sat.clips.items_in_processes import in_processes
 from cogvideox_sat.clips.reading import ClipInfo, probe
-from cogvideox_sat.clips.reading_processes import in_processes
 from cogvideox_sat.clips.sources import READERS, ClipSource
 from cogvideox_sat.files.atomic import replaced_when_complete
 from cogvideox_sat.media.video_facts import UnreadableClip

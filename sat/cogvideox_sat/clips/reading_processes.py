@@ -4,28 +4,24 @@ A decoder that does not return blocks its whole process: neither signal handlers
 never read in the training process. If a clip takes too long, the process that reads it is killed by SIGKILL.
 """
 
-import ctypes
-import gc
 import logging
 import os
-import pickle
 import selectors
 import signal
 import socket
 import sys
 import time
-import traceback
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from cogvideox_sat.clips.attempts import Mark, reading, serve_as_reader
+from cogvideox_sat.clips.attempts import Mark
+from cogvideox_sat.clips.reading_outcomes import Outcome, Stuck
+from cogvideox_sat.clips.reading_worker import REMEDY, serve
 from cogvideox_sat.parallel.process_transfer import receive, send, socket_pair
 from cogvideox_sat.parallel.process_watch import Reading
 from sgm.errors import UserError
@@ -34,62 +30,9 @@ logger = logging.getLogger(__name__)
 
 POLL = 0.5  # seconds between checks of the time limit
 TASKS_AHEAD = 2  # tasks that a process holds, so that it does not wait for new ones
-LARGEST_CHUNK = 32  # items per task
 DEATH = 5  # seconds in which a killed process ends; one that waits for a dead network disk may not
-PR_SET_PDEATHSIG = 1
 # Signals that end a process whose decoder crashes on a clip.
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
-REMEDY = "probably for lack of memory; lower num_workers"
-
-
-@dataclass(frozen=True)
-class Done:
-    """Task that ended with a result."""
-
-    number: int
-    result: Any
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Task that ended with an exception, which `raise_here` raises.
-
-    Attributes:
-        text: the message of a UserError, the traceback of any other exception.
-    """
-
-    number: int
-    kind: type[Exception]
-    text: str
-
-    def raise_here(self) -> None:
-        """Raise the exception, or a RuntimeError with its text."""
-        if issubclass(self.kind, UserError):
-            raise UserError(self.text)
-        try:
-            error = self.kind(f"in a process that reads clips:\n{self.text}")
-        except TypeError:  # the constructor takes other arguments
-            error = RuntimeError(f"{self.kind.__name__} in a process that reads clips:\n{self.text}")
-        raise error
-
-
-@dataclass(frozen=True)
-class Stuck:
-    """Task that ended without a result because of one clip; its process has ended.
-
-    Attributes:
-        place: position of the sample in its batch.
-        name: name of the clip.
-        reason: the reason why the clip counts as unreadable.
-    """
-
-    number: int
-    place: int
-    name: str
-    reason: str
-
-
-Outcome = Done | Failed | Stuck
 
 
 @dataclass
@@ -193,7 +136,7 @@ class ReadingProcesses:
         if pid == 0:
             try:
                 ours.close()
-                _serve(theirs, mark, self.work, self.threads, parent)
+                serve(theirs, mark, self.work, self.threads, parent)
             finally:
                 os._exit(1)
         theirs.close()
@@ -278,118 +221,3 @@ def _end(readers: list[_Reader], owner: int) -> None:
     for reader in readers:
         _status(reader.pid, DEATH)
     readers.clear()
-
-
-# ---------------------------------------------------------------- in the process
-
-
-def _serve(source: socket.socket, mark: Mark, work: Callable[[Any], Any], threads: int, parent: int) -> None:
-    """Run tasks until the parent closes the socket."""
-    # Garbage of the parent may own threads, for example of process groups, which do not exist here. Destroying it would
-    # crash this process.
-    gc.freeze()
-    # When the trainer is asked to stop, it finishes its step and saves, and needs data until then. So signals to the
-    # process group, or to all processes of a job, must not end this process.
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    with suppress(AttributeError):  # without Linux, the process ends when it next looks for a task
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
-    torch.set_num_threads(1)  # the threads of the parent's pool do not exist here, but OpenMP would wait for them
-    serve_as_reader(mark, threads)
-    while True:
-        try:
-            number, task = receive(source)
-        except EOFError:
-            os._exit(0)
-        outcome = _outcome(number, task, work)
-        mark.clear()
-        try:
-            send(source, outcome)
-        except OSError as error:
-            send(
-                source, Failed(number, UserError, f"a clip cannot be sent to the trainer ({error.strerror}), {REMEDY}")
-            )
-        except (pickle.PicklingError, TypeError, AttributeError):  # results of a user's dataset
-            send(source, Failed(number, RuntimeError, traceback.format_exc()))
-
-
-def _outcome(number: int, task: Any, work: Callable[[Any], Any]) -> Outcome:
-    try:
-        return Done(number, work(task))
-    except UserError as error:
-        return Failed(number, UserError, str(error))
-    except MemoryError as error:
-        return Failed(number, UserError, f"a process that reads data has no memory left ({error}), {REMEDY}")
-    except Exception as error:
-        return Failed(number, type(error), traceback.format_exc())
-
-
-# ---------------------------------------------------------------- one call per item
-
-
-def in_processes(
-    work: Callable[[Any], Any],
-    items: Sequence[Any],
-    name: Callable[[Any], str],
-    late: Callable[[Any, str], Any],
-    count: int,
-    limit: float,
-) -> Generator[Any, None, None]:
-    """Yield `work(item)` for every item, in order, computed in processes.
-
-    For an item that takes more than `limit` seconds or crashes its process, yield `late(item, reason)`.
-
-    Args:
-        name: a function that returns the name of an item.
-        count: number of processes; fewer are started for few items.
-
-    Raises:
-        UserError: a process died for another reason than an item.
-    """
-    count = min(count, 1 + len(items) // LARGEST_CHUNK)
-    size = max(1, min(LARGEST_CHUNK, len(items) // (4 * count)))
-    chunks = [range(first, min(first + size, len(items))) for first in range(0, len(items), size)]
-    reasons: dict[int, str] = {}  # by the index in `items`
-
-    def work_through(task: tuple[range, set[int]]) -> list[Any]:
-        results = []
-        for place, index in enumerate(task[0]):
-            with reading(place, name(items[index]), {}):
-                results.append(None if index in task[1] else work(items[index]))
-        return results
-
-    if not chunks:
-        return
-    processes = ReadingProcesses(work_through, count, limit)
-    try:
-        yield from _in_order(processes, chunks, items, reasons, late)
-    finally:
-        processes.close()
-
-
-def _in_order(
-    processes: ReadingProcesses,
-    chunks: Sequence[range],
-    items: Sequence[Any],
-    reasons: dict[int, str],
-    late: Callable[[Any, str], Any],
-) -> Iterator[Any]:
-    for number, chunk in enumerate(chunks):
-        processes.submit(number, (chunk, set()))
-    finished: dict[int, list[Any]] = {}
-    for number, chunk in enumerate(chunks):
-        while number not in finished:
-            for outcome in processes.collect():
-                if isinstance(outcome, Failed):
-                    outcome.raise_here()
-                elif isinstance(outcome, Stuck):
-                    begun = chunks[outcome.number]
-                    reasons[begun[outcome.place]] = outcome.reason
-                    processes.submit(outcome.number, (begun, reasons.keys() & set(begun)), first=True)
-                else:
-                    finished[outcome.number] = outcome.result
-        for index, result in zip(chunk, finished.pop(number), strict=True):
-            yield late(items[index], reasons[index]) if index in reasons else result

@@ -26,7 +26,8 @@ def gathered_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield names and copies of the trained parameters.
 
-    With `full`, the whole state dict is yielded. This is collective: all processes take all items. Tensors are whole and have the network's dtypes.
+    With `full`, the whole state dict is yielded. This is collective: all processes take all items. Tensors are whole
+    and have the network's dtypes.
 
     Args:
         keep: False: yield nothing, only help to assemble what ZeRO-3 has partitioned.
