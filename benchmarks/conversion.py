@@ -54,7 +54,7 @@ TASKS = (
 
 def main() -> None:
     args = arguments()
-    from cogvideox_sat.conversion.diffusers_folders import check_equal  # imports PyTorch
+    from cogvideox_sat.conversion.safetensors_writing import check_equal  # imports PyTorch
     from cogvideox_sat.conversion.stored_weights import open_weights
 
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

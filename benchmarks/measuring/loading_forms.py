@@ -15,7 +15,8 @@ from torch import Tensor
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
-from cogvideox_sat.conversion.diffusers_folders import write_part, write_safetensors
+from cogvideox_sat.conversion.diffusers_folders import write_part
+from cogvideox_sat.conversion.safetensors_writing import write_safetensors
 from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
 from cogvideox_sat.conversion.zero_checkpoints import read_zero
 from cogvideox_sat.parallel.process_groups import initialize_process_groups

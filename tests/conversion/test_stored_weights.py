@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox_sat.conversion import stored_weights
-from cogvideox_sat.conversion.diffusers_folders import check_equal, split, write_part, write_safetensors
+from cogvideox_sat.conversion.diffusers_folders import write_part
+from cogvideox_sat.conversion.safetensors_writing import check_equal, split, write_safetensors
 from cogvideox_sat.conversion.stored_weights import open_weights
 from long_cases import shortest
 from sgm.errors import UserError

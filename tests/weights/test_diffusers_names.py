@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from cogvideox_sat.conversion.diffusers_folders import transformer_config, vae_config
+from cogvideox_sat.conversion.diffusers_configs import transformer_config, vae_config
 from cogvideox_sat.conversion.model_sizes import released_config, sizes_of_config
 from cogvideox_sat.conversion.released_models import CONFIGS
 from cogvideox_sat.conversion.weight_family import detect_autoencoder, detect_network

@@ -9,20 +9,11 @@ from typing import Any
 
 import torch
 
-from cogvideox_sat.conversion.diffusers_folders import (
-    AUTOENCODER,
-    NORM_GROUPS,
-    TRANSFORMER,
-    check_text_encoder,
-    is_pipeline,
-    read_extra_tables,
-    read_json,
-    read_part,
-    text_files,
-    transformer_config,
-)
+from cogvideox_sat.conversion.diffusers_configs import AUTOENCODER, NORM_GROUPS, TRANSFORMER, transformer_config
+from cogvideox_sat.conversion.diffusers_folders import is_pipeline, read_extra_tables, read_json, read_part
 from cogvideox_sat.conversion.model_sizes import ModelSizes, computed_tables, released_config, sizes_of_config
 from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
+from cogvideox_sat.conversion.text_encoder_files import check_text_encoder, text_files
 from cogvideox_sat.conversion.weight_family import (
     AutoencoderFamily,
     NetworkFamily,

@@ -106,9 +106,10 @@ def write(pipeline: "Pipeline", output: Path) -> None:
     from cogvideox_sat.configuration.files import load_configs
     from cogvideox_sat.conversion.checkpoint_folders import FILE, ITERATION, write_tensors
     from cogvideox_sat.conversion.config_writing import inference_config, model_config, write_yaml
-    from cogvideox_sat.conversion.diffusers_folders import check_equal, copy_files
     from cogvideox_sat.conversion.model_sizes import sizes_of_config
+    from cogvideox_sat.conversion.safetensors_writing import check_equal
     from cogvideox_sat.conversion.stored_weights import open_weights
+    from cogvideox_sat.conversion.text_encoder_files import copy_files
     from cogvideox_sat.files.atomic import new_folder
     from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
 

@@ -100,8 +100,8 @@ def convert(arguments: Sequence[str] | None) -> None:
 
     import torch
 
-    from cogvideox_sat.conversion.diffusers_folders import check_text_encoder, text_files
     from cogvideox_sat.conversion.model_sizes import title
+    from cogvideox_sat.conversion.text_encoder_files import check_text_encoder, text_files
 
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None
     parts: dict[str, tuple[dict[str, Any], StoredWeights]] = {}
@@ -158,7 +158,7 @@ def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
     Raises:
         UserError: the checkpoint is not a CogVideoX network.
     """
-    from cogvideox_sat.conversion.diffusers_folders import transformer_config
+    from cogvideox_sat.conversion.diffusers_configs import transformer_config
     from cogvideox_sat.conversion.model_sizes import sizes_of_tables
     from cogvideox_sat.conversion.network_sources import open_network
     from cogvideox_sat.conversion.weight_family import check_shapes, detect_network, table_shapes
@@ -268,7 +268,7 @@ def check_norms(config: dict[str, Any], name: str) -> None:
 
     The tensors do not determine them.
     """
-    from cogvideox_sat.conversion.diffusers_folders import NORM_GROUPS
+    from cogvideox_sat.conversion.diffusers_configs import NORM_GROUPS
 
     coders = config.get("model", {}).get("first_stage_config", {}).get("params", {})
     for coder in ("encoder_config", "decoder_config"):
@@ -286,7 +286,7 @@ def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | 
         UserError: the file is not a CogVideoX autoencoder.
     """
     from cogvideox_sat.configuration.files import load_configs
-    from cogvideox_sat.conversion.diffusers_folders import vae_config
+    from cogvideox_sat.conversion.diffusers_configs import vae_config
     from cogvideox_sat.conversion.stored_weights import StoredWeights, open_weights
     from cogvideox_sat.conversion.weight_family import detect_autoencoder
     from cogvideox_sat.weights.diffusers_names import Piece
@@ -327,17 +327,11 @@ def show(pieces: Any, shapes: Any) -> None:
 
 def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any, dtype: Any) -> None:
     """Write the pipeline, and verify it."""
-    from cogvideox_sat.conversion.diffusers_folders import (
-        check_equal,
-        copy_files,
-        pipeline_index,
-        scheduler_config,
-        write_json,
-        write_part,
-        write_safetensors,
-        write_text_encoder,
-    )
+    from cogvideox_sat.conversion.diffusers_configs import pipeline_index, scheduler_config
+    from cogvideox_sat.conversion.diffusers_folders import write_json, write_part
+    from cogvideox_sat.conversion.safetensors_writing import check_equal, write_safetensors
     from cogvideox_sat.conversion.stored_weights import open_weights
+    from cogvideox_sat.conversion.text_encoder_files import copy_files, write_text_encoder
     from cogvideox_sat.files.atomic import new_folder
     from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES
     from sgm.weights import PIPELINE_FILE
