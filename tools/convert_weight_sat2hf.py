@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.tool_commands.convert_weight_sat2hf import (  # noqa: E402
-    assembled,
     build_parser,
     check_arguments,
     check_flags,
@@ -20,13 +19,9 @@ from cogvideox_sat.tool_commands.convert_weight_sat2hf import (  # noqa: E402
     main,
     read_network,
     read_vae,
-    show,
-    unreproducible,
-    write,
 )
 
 __all__ = [
-    "assembled",
     "build_parser",
     "check_arguments",
     "check_flags",
@@ -36,9 +31,6 @@ __all__ = [
     "main",
     "read_network",
     "read_vae",
-    "show",
-    "unreproducible",
-    "write",
 ]
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cogvideox_sat.conversion.assembled_weights import assembled
 from cogvideox_sat.conversion.diffusers_configs import AUTOENCODER, NORM_GROUPS, TRANSFORMER, transformer_config
 from cogvideox_sat.conversion.diffusers_folders import is_pipeline, read_extra_tables, read_json, read_part
 from cogvideox_sat.conversion.model_sizes import ModelSizes, computed_tables, released_config, sizes_of_config
@@ -25,7 +25,6 @@ from cogvideox_sat.conversion.weight_family import (
 from cogvideox_sat.weights.diffusers_names import (
     TABLES,
     Pieces,
-    assemble,
     assembled_shape,
     check_divisible,
     from_diffusers,
@@ -136,10 +135,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> P
         )
 
     weights = weights.cast(dtype)
-    entries = {
-        name: Stored(torch.Size(ours[name]), weights.entries[parts[0].name].dtype, partial(assemble, parts, weights))
-        for name, parts in pieces.items()
-    }
+    entries = assembled(pieces, weights).entries
     table_dtype = entries["mixins.patch_embed.proj.weight"].dtype
     tables = read_extra_tables(folder / "transformer").cast(dtype).entries
     for name, tensor in computed_tables(family, sizes, table_dtype).items():

@@ -87,14 +87,11 @@ def convert(arguments: Sequence[str] | None) -> None:
 
 def show(pipeline: "Pipeline") -> None:
     """Log how each tensor of the checkpoints is made."""
-    from cogvideox_sat.weights.diffusers_names import Piece, assembled_shape
+    from cogvideox_sat.conversion.assembled_weights import log_pieces
+    from cogvideox_sat.weights.diffusers_names import Piece
 
-    for pieces, shapes in (
-        (pipeline.network_pieces, pipeline.network_shapes),
-        ({ours: (Piece(theirs),) for ours, theirs in pipeline.vae_names.items()}, pipeline.vae_shapes),
-    ):
-        for name, parts in pieces.items():
-            logger.info("%s %s <- %s", name, list(assembled_shape(parts, shapes)), ", ".join(map(str, parts)))
+    log_pieces(pipeline.network_pieces, pipeline.network_shapes)
+    log_pieces({ours: (Piece(theirs),) for ours, theirs in pipeline.vae_names.items()}, pipeline.vae_shapes)
     for name, tensor in pipeline.tables.like.items():
         logger.info("%s %s <- computed, or stored beside diffusers' files", name, list(tensor.shape))
 

@@ -16,7 +16,6 @@ folder is written, 2 the input has an error, and nothing is written.
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,8 @@ from cogvideox_sat.files.hub_upload import check_logged_in, upload
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from cogvideox_sat.conversion.model_sizes import ModelSizes
     from cogvideox_sat.conversion.network_sources import NetworkSource
     from cogvideox_sat.conversion.stored_weights import StoredWeights
@@ -101,24 +102,25 @@ def convert(arguments: Sequence[str] | None) -> None:
     import torch
 
     from cogvideox_sat.conversion.model_sizes import title
+    from cogvideox_sat.conversion.pipeline_writing import PipelineContent, write_pipeline
     from cogvideox_sat.conversion.text_encoder_files import check_text_encoder, text_files
 
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None
-    parts: dict[str, tuple[dict[str, Any], StoredWeights]] = {}
-    tables: StoredWeights | None = None
-    family = sizes = None
+    content = PipelineContent(text_dtype=dtype if options.typecast_text_encoder else None)
     if options.transformer_ckpt_path:
-        family, sizes, parts["transformer"], tables = read_network(options, dtype)
-        logger.info("%s is %s", options.transformer_ckpt_path, title(family))
-        check_flags(options, family, sizes)
+        content.family, content.sizes, content.parts["transformer"], content.tables = read_network(options, dtype)
+        logger.info("%s is %s", options.transformer_ckpt_path, title(content.family))
+        check_flags(options, content.family, content.sizes)
     if options.vae_ckpt_path:
-        parts["vae"] = read_vae(options, family, sizes, dtype)
-    files = text_files(options.text_encoder_cache_dir) if options.text_encoder_cache_dir else None
-    if files and family:
-        check_text_encoder(files[0], family.text_hidden_size)
+        content.parts["vae"] = read_vae(options, content.family, content.sizes, dtype)
+    if options.text_encoder_cache_dir:
+        content.text_files = text_files(options.text_encoder_cache_dir)
+        if content.family:
+            check_text_encoder(content.text_files[0], content.family.text_hidden_size)
     if options.dry_run:
         return
-    write(options, family, sizes, parts, tables, files, dtype)
+    write_pipeline(content, options.output_path, int(options.max_shard_size * GB))
+    logger.info("wrote %s", options.output_path)
     if options.push_to_hub:
         logger.info(
             "uploaded to %s", upload(options.output_path, options.repo_id or options.output_path.resolve().name)
@@ -150,7 +152,7 @@ def check_arguments(options: Any) -> None:
     tell_places()
 
 
-def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
+def read_network(options: Any, dtype: "torch.dtype | None") -> tuple[Any, ...]:
     """Return family and sizes of the network, its part of the pipeline, and extra tables.
 
     The extra tables are those that diffusers' format does not store.
@@ -158,9 +160,11 @@ def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
     Raises:
         UserError: the checkpoint is not a CogVideoX network.
     """
+    from cogvideox_sat.conversion.assembled_weights import assembled, log_pieces
     from cogvideox_sat.conversion.diffusers_configs import transformer_config
     from cogvideox_sat.conversion.model_sizes import sizes_of_tables
     from cogvideox_sat.conversion.network_sources import open_network
+    from cogvideox_sat.conversion.pipeline_writing import unreproducible
     from cogvideox_sat.conversion.weight_family import check_shapes, detect_network, table_shapes
     from cogvideox_sat.weights.diffusers_names import TABLES, check_divisible, to_diffusers
 
@@ -178,7 +182,7 @@ def read_network(options: Any, dtype: Any) -> tuple[Any, ...]:
     source_weights = source.weights.cast(dtype)
     extra = unreproducible(tables.cast(dtype), family, sizes)
     if options.dry_run:
-        show(pieces, shapes)
+        log_pieces(pieces, shapes)
         for name in tables:
             if not any(name == piece.name for parts in pieces.values() for piece in parts):
                 kept = "stored beside diffusers' files" if name in extra else "follows from the sizes"
@@ -202,39 +206,6 @@ def find_sizes(options: Any, source: "NetworkSource", family: "NetworkFamily", f
     released = released_config(family)
     released["model"]["network_config"]["params"] |= family.parameters()
     return combined(sizes_of_config(released, family, "the released model"), found, None)
-
-
-def assembled(pieces: Any, weights: "StoredWeights") -> "StoredWeights":
-    """Return the tensors that the pieces of `weights` make."""
-    import torch
-
-    from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
-    from cogvideox_sat.weights.diffusers_names import assemble, assembled_shape
-
-    shapes = weights.shapes
-    entries = {}
-    for name, parts in pieces.items():
-        shape = torch.Size(assembled_shape(parts, shapes))
-        dtype = weights.entries[parts[0].name].dtype
-        entries[name] = Stored(shape, dtype, partial(assemble, parts, weights))
-    return StoredWeights(entries)
-
-
-def unreproducible(tables: "StoredWeights", family: "NetworkFamily", sizes: "ModelSizes") -> "StoredWeights":
-    """Return the tables that diffusers' format lacks and that cannot be computed identically."""
-    import torch
-
-    from cogvideox_sat.conversion.model_sizes import computed_tables
-    from cogvideox_sat.weights.diffusers_names import UNUSED_TABLE
-
-    if not tables:
-        return tables
-    rows = tables.shapes[UNUSED_TABLE][0] if UNUSED_TABLE in tables else 0
-    dtype = next(iter(tables.entries.values())).dtype
-    computed = computed_tables(family, sizes, dtype, rows)
-    return tables.select(
-        name for name in tables if name in computed and not torch.equal(computed[name], tables[name])
-    )  # fmt: skip
 
 
 def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> None:
@@ -279,13 +250,16 @@ def check_norms(config: dict[str, Any], name: str) -> None:
             )
 
 
-def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | None", dtype: Any) -> tuple[Any, Any]:
+def read_vae(
+    options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | None", dtype: "torch.dtype | None"
+) -> tuple[dict[str, Any], "StoredWeights"]:
     """Return the configuration and the weights of the VAE for diffusers.
 
     Raises:
         UserError: the file is not a CogVideoX autoencoder.
     """
     from cogvideox_sat.configuration.files import load_configs
+    from cogvideox_sat.conversion.assembled_weights import log_pieces
     from cogvideox_sat.conversion.diffusers_configs import vae_config
     from cogvideox_sat.conversion.stored_weights import StoredWeights, open_weights
     from cogvideox_sat.conversion.weight_family import detect_autoencoder
@@ -311,47 +285,7 @@ def read_vae(options: Any, family: "NetworkFamily | None", sizes: "ModelSizes | 
         )  # fmt: skip
     names = to_diffusers(weights)
     if options.dry_run:
-        show({theirs: (Piece(ours),) for theirs, ours in names.items()}, weights.shapes)
+        log_pieces({theirs: (Piece(ours),) for theirs, ours in names.items()}, weights.shapes)
     cast = weights.cast(dtype)
     renamed = StoredWeights({theirs: cast.entries[ours] for theirs, ours in names.items()})
     return vae_config(autoencoder, scale, is_15), renamed
-
-
-def show(pieces: Any, shapes: Any) -> None:
-    """Log how each tensor of the pipeline is made."""
-    from cogvideox_sat.weights.diffusers_names import assembled_shape
-
-    for name, parts in pieces.items():
-        logger.info("%s %s <- %s", name, list(assembled_shape(parts, shapes)), ", ".join(map(str, parts)))
-
-
-def write(options: Any, family: Any, sizes: Any, parts: Any, tables: Any, files: Any, dtype: Any) -> None:
-    """Write the pipeline, and verify it."""
-    from cogvideox_sat.conversion.diffusers_configs import pipeline_index, scheduler_config
-    from cogvideox_sat.conversion.diffusers_folders import write_json, write_part
-    from cogvideox_sat.conversion.safetensors_writing import check_equal, write_safetensors
-    from cogvideox_sat.conversion.stored_weights import open_weights
-    from cogvideox_sat.conversion.text_encoder_files import copy_files, write_text_encoder
-    from cogvideox_sat.files.atomic import new_folder
-    from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES
-    from sgm.weights import PIPELINE_FILE
-
-    needed = sum(weights.nbytes for _, weights in parts.values())
-    needed += sum(file.stat().st_size for group in files or () for file in group)
-    needed += tables.nbytes if tables else 0
-    with new_folder(options.output_path, needed) as folder:
-        for name, (config, weights) in parts.items():
-            write_part(folder / name, config, weights, int(options.max_shard_size * GB))
-        if tables:
-            write_safetensors(folder / "transformer" / EXTRA_TABLES, tables)
-            check_equal(open_weights(folder / "transformer" / EXTRA_TABLES), tables, folder)
-        if files:
-            if options.typecast_text_encoder:
-                write_text_encoder(files[0], folder / "text_encoder", dtype, int(options.max_shard_size * GB))
-            else:
-                copy_files(files[0], folder / "text_encoder")
-            copy_files(files[1], folder / "tokenizer")
-        if len(parts) == 2:
-            write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(family, sizes.shift_scale))
-            write_json(folder / PIPELINE_FILE, pipeline_index(family, files is not None))
-    logger.info("wrote %s", options.output_path)
