@@ -7,7 +7,6 @@ sample = dataset[SampleKey(index=0, seed=1)]
 """
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -21,10 +20,12 @@ from cogvideox_sat.clips.batch_order import Locality, SampleKey
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.clips.reader_record import describe_reader
 from cogvideox_sat.clips.reading import WHOLE, ClipInfo, FrameSampling, Part, read_clip
-from cogvideox_sat.clips.report import SourceReport, counted
-from cogvideox_sat.clips.selection import Selection, SelectionRules, select
+from cogvideox_sat.clips.report import SourceReport
+from cogvideox_sat.clips.samples import SHOWN, check_readable, gather_samples, warn_of_mirrored_captions
+from cogvideox_sat.clips.selection import SelectionRules
 from cogvideox_sat.clips.sources import ClipSource, LabelRules
 from cogvideox_sat.clips.transforms import Framing
+from cogvideox_sat.clips.trees import included_shards
 from cogvideox_sat.clips.video_sizes import nearest_size, parse_sizes
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.settings import DataSettings
@@ -37,9 +38,6 @@ from sgm.util import instantiate_from_config
 __all__ = ["SFTDataset", "VideoDataset", "nearest_size"]
 
 logger = logging.getLogger(__name__)
-
-SIDES = re.compile(r"\b(left|right)(ward|wards|most)?\b", re.IGNORECASE)
-SHOWN = 5  # number of unreadable clips that the log names; the data set lists all of them
 
 
 class SFTDataset(Dataset):
@@ -145,54 +143,24 @@ class SFTDataset(Dataset):
             clips_per_video,
             clip_stride,
         )
-        self.sources: list[ClipSource] = []
-        self.infos: list[ClipInfo] = []
-        self.buckets: list[Bucket] = []
-        self.unreadable: list[str] = []
-        self.parts: dict[int, Part] = {}  # for samples that may start only in a part of their source
-        self.counts: list[int] = []
+        locations = list(map(str, [data_dir] if isinstance(data_dir, str | Path) else data_dir))
+        samples = gather_samples(locations, rules, self.sampling, clip_timeout)
+        check_readable(samples, max_unreadable_share)
+        self.sources: list[ClipSource] = samples.sources
+        self.infos: list[ClipInfo] = samples.infos
+        self.buckets: list[Bucket] = samples.buckets
+        self.unreadable: list[str] = samples.unreadable
+        self.parts: dict[int, Part] = samples.parts
+        self.counts: list[int] = samples.counts
         self.draws: list[float] | None = None
-        self.reports: dict[str, SourceReport] = {}
-        self._add(list(map(str, [data_dir] if isinstance(data_dir, str | Path) else data_dir)), rules)
-        _check_readable(len(self.sources), self.unreadable, max_unreadable_share)
-        captions_used = missing_label != "ignore"
-        self.missing_labels = sum(source.caption is None for source in self.sources) if captions_used else 0
+        self.reports: dict[str, SourceReport] = samples.reports
+        self.missing_labels = samples.missing_labels if missing_label != "ignore" else 0
         if self.missing_labels:
             logger.warning(
                 "%d of %d clips have no caption and are used with an empty one", self.missing_labels, len(self.sources)
             )
-        self._warn_of_mirrored_captions()
-
-    def _add(self, locations: Sequence[str], rules: SelectionRules) -> None:
-        """Add the samples of places; a place that is named several times is read once."""
-        selections: dict[str, Selection] = {}
-        for location in locations:
-            if location in selections:
-                selections[location].report.repeat += 1
-            else:
-                selections[location] = select(location, rules, self.sampling, self.clip_timeout)
-                for level, line in selections[location].report.lines():
-                    logger.log(level, "%s", line)
-            selection = selections[location]
-            parts = {len(self.sources) + i: part for i, part in enumerate(selection.parts) if part != WHOLE}
-            self.parts.update(parts)
-            self.sources += selection.sources
-            self.infos += selection.infos
-            self.buckets += selection.buckets
-            self.unreadable += selection.unreadable
-            self.counts.append(len(selection.sources))
-        self.reports = {location: selection.report for location, selection in selections.items()}
-        if empty := [location for location, selection in selections.items() if not selection.sources]:
-            reasons = [counted(left.count, reason) for reason, left in self.reports[empty[0]].left_out.items()]
-            if reasons and not selections[empty[0]].unreadable:
-                raise UserError(f"{empty[0]}: no clip is left: {'; '.join(reasons)}")
-
-    def _warn_of_mirrored_captions(self) -> None:
         if self.framing.flip:
-            sided = sum(bool(SIDES.search(source.caption or "")) for source in self.sources)
-            if sided:
-                said = counted(sided, "captions say")
-                logger.warning("%s left or right, but horizontal_flip mirrors such clips too: set it to 0", said)
+            warn_of_mirrored_captions(self.sources)
 
     @classmethod
     def create_dataset_function(cls, path: str | Sequence[str], args: Any, **params: Any) -> Self:
@@ -332,7 +300,7 @@ class VideoDataset(SFTDataset):
         places = [str(place) for place in ([path] if isinstance(path, str | Path) else path) if str(place)]
         frames = next((count for count in (num_frames, max_num_frames) if count is not None), 49)
         super().__init__(
-            [*places, *_included(include_dirs)],
+            [*places, *included_shards(include_dirs)],
             video_size or image_size or [],
             fps,
             frames,
@@ -341,36 +309,3 @@ class VideoDataset(SFTDataset):
             txt_key=txt_key,
             **others,
         )
-
-
-def _included(include_dirs: str | None) -> list[str]:
-    """Return the tar files in the folders of `include_dirs`, in a fixed order."""
-    if include_dirs is None:
-        return []
-    if not isinstance(include_dirs, str):
-        raise UserError(f"data: include_dirs: got {include_dirs!r}; expected folders with commas between")
-    shards = []
-    for part in include_dirs.split(","):
-        folder, _, times = part.strip().partition("*")
-        if times and not times.isdecimal():
-            raise UserError(f"data: include_dirs has '{part}'; write FOLDER*2 to read the shards of FOLDER twice")
-        found = sorted(str(shard) for shard in Path(folder).rglob("*.tar") if shard.stat().st_size)
-        if not found:
-            raise UserError(f"data: include_dirs: {folder} holds no .tar file; name a folder of shards")
-        shards += found * int(times or 1)
-    return shards
-
-
-def _check_readable(readable: int, unreadable: Sequence[str], max_share: float) -> None:
-    total = readable + len(unreadable)
-    if not total:
-        raise UserError("data: no clips were found; name a folder, a manifest or tar shards")
-    for line in unreadable[:SHOWN]:
-        logger.warning("left out, unreadable: %s", line)
-    if unreadable and (not readable or len(unreadable) > max_share * total):
-        raise UserError(
-            f"{len(unreadable)} of {total} clips are unreadable, more than max_unreadable_share {max_share:g} allows; "
-            f"the first: {unreadable[0]}"
-        )
-    if len(unreadable) > SHOWN:
-        logger.warning("left out, unreadable: %d clips in all", len(unreadable))

@@ -24,6 +24,7 @@ COVERED_BY = {
     "clips.reading_outcomes": ("clips/test_loader.py", "the processes of a loader"),
     "clips.reading_processes": ("clips/test_loader.py", "the processes of a loader"),
     "clips.reading_worker": ("clips/test_loader.py", "the processes of a loader"),
+    "clips.samples": ("clips/test_selection.py", "the samples of data sets"),
     "clips.trees": ("clips/test_sources.py", "finds the files of a source"),
     "clips.validation_clips": ("training/test_validation.py", "the clips of a validation"),
     "commands.hub_inputs": ("tools/test_convert_weight_hf2sat.py", "reads pipelines of the hub"),

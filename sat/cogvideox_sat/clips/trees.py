@@ -247,3 +247,28 @@ def _plain(name: str) -> str:
 
 def _end(member: tarfile.TarInfo) -> int:
     return member.offset_data + member.size
+
+
+def included_shards(include_dirs: str | None) -> list[str]:
+    """Return the tar files in the folders of `include_dirs`, in a fixed order.
+
+    Args:
+        include_dirs: folders, separated by commas; `FOLDER*2` gives the files of FOLDER twice. None: none.
+
+    Raises:
+        UserError: a folder has no tar file, or a number of repeats is malformed.
+    """
+    if include_dirs is None:
+        return []
+    if not isinstance(include_dirs, str):
+        raise UserError(f"data: include_dirs: got {include_dirs!r}; expected folders with commas between")
+    shards = []
+    for part in include_dirs.split(","):
+        folder, _, times = part.strip().partition("*")
+        if times and not times.isdecimal():
+            raise UserError(f"data: include_dirs has '{part}'; write FOLDER*2 to read the shards of FOLDER twice")
+        found = sorted(str(shard) for shard in Path(folder).rglob("*.tar") if shard.stat().st_size)
+        if not found:
+            raise UserError(f"data: include_dirs: {folder} holds no .tar file; name a folder of shards")
+        shards += found * int(times or 1)
+    return shards
