@@ -4,10 +4,8 @@ It is the part of `train_video.py` that needs PyTorch.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import chain
@@ -18,17 +16,14 @@ import torch
 import torch.distributed as dist
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cogvideox_sat.clips.latent_identity import conditioner_for_cache
-from cogvideox_sat.clips.reader_record import KEY
 from cogvideox_sat.configuration.determinism import deterministic_arithmetic
 from cogvideox_sat.configuration.memory_advice import training_advice
 from cogvideox_sat.configuration.model_checks import check_model
-from cogvideox_sat.configuration.recomputation import take_recomputation
+from cogvideox_sat.configuration.model_section import has_adapter
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings, LoopSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments, saves_all
 from cogvideox_sat.configuration.video_layout import VideoLayout
 from cogvideox_sat.engine.parts import PARTS
-from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.files.training_state import STATE_ERRORS, taken_from
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import (
@@ -42,7 +37,6 @@ from cogvideox_sat.parallel.devices import choose_device, settle_precision
 from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.parallel.video_groups import video_groups
-from cogvideox_sat.runs import random_state
 from cogvideox_sat.runs.background_writing import settled_at_the_end
 from cogvideox_sat.runs.data import StepShare, open_training_data, open_validation_data
 from cogvideox_sat.runs.folders import new_run_folder, open_run_folder, removed_if_empty
@@ -55,16 +49,17 @@ from cogvideox_sat.runs.stop_signals import stop_requests
 from cogvideox_sat.sampling.borrowed_session import Texts
 from cogvideox_sat.sampling.record_making import model_name
 from cogvideox_sat.training import deepspeed_engine, prompt_videos
-from cogvideox_sat.training.checkpoint_reading import read_state, restore_optimizer
+from cogvideox_sat.training.checkpoint_reading import read_state
 from cogvideox_sat.training.checkpoint_saver import CheckpointSaver
 from cogvideox_sat.training.deepspeed_adapter import current_scale, inner_optimizer, step_was_skipped
+from cogvideox_sat.training.engine_loading import load_engine
 from cogvideox_sat.training.evaluations import Evaluations
 from cogvideox_sat.training.optimizer_state import check_storable
 from cogvideox_sat.training.parameter_report import report
 from cogvideox_sat.training.plan import STATE_FILE, TrainingPlan
+from cogvideox_sat.training.run_state import restore, run_state
 from sgm import randomness
 from sgm.context_parallel import all_reduce_sum
-from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 
@@ -105,10 +100,7 @@ class Trainer:
         self.groups = video_groups(VideoLayout(sequence=args.sequence_parallel_size))
         self.leads = dist.get_rank() == 0
         self.batch, self.cached, self.prompts = plan.batch, plan.cached, plan.prompts
-        parts = ("model",) if self.cached and not plan.prompts else PARTS
-        check_model(EngineSettings.from_args(args), parts, args.sampling_num_steps)  # before clips and weights are read
-        if plan.prompts:
-            from_first_process(partial(prompt_videos.check_inputs, plan.prompts), "the inputs of valid_prompts")
+        self._check_before_reading()
         resume = from_first_process(lambda: plan.resume)
         state = read_state(resume) if resume else None
         self.step = state["step"] if state else 0
@@ -116,28 +108,23 @@ class Trainer:
         torch.manual_seed(args.seed)  # all processes initialise the same values
         with removed_if_empty(self.run_folder):
             self._load_data(state)
-            self._build_engine(resume)
+            self._load_engine(resume)
             self._make_optimizer()
         limit_collectives(args.collective_timeout)
         self._set_counters(state)
         if state:
-            self._restore(resume, state)
+            restore(self.network, resume, state, self.device)
         self.untried = resume / STATE_FILE if state else None  # the restored values have not been used in a step yet
-        self.saver = CheckpointSaver(
-            self.run_folder,
-            self.network,
-            full=saves_all(args),
-            keep_last=self.settings.keep_last,
-            background=self.settings.background_checkpoints,
-        )
-        self.clock = StepClock()
-        self.writer = None
-        if self.leads:
-            reader = None if self.cached else self.data.reader
-            self.writer = open_run_folder(self.run_folder, self.settings, reader, self.step)
-        self.evaluations = self._evaluations()
+        self._open_outputs()
 
     # Assembly
+
+    def _check_before_reading(self) -> None:
+        """Check the model and the inputs of `valid_prompts`, before clips and weights are read."""
+        parts = ("model",) if self.cached and not self.prompts else PARTS
+        check_model(EngineSettings.from_args(self.args), parts, self.args.sampling_num_steps)
+        if self.prompts:
+            from_first_process(partial(prompt_videos.check_inputs, self.prompts), "the inputs of valid_prompts")
 
     def _new_run_folder(self) -> Path:
         return from_first_process(lambda: new_run_folder(self.settings, datetime.now()))
@@ -157,31 +144,14 @@ class Trainer:
         if settings.valid_data and self.settings.eval_interval:
             self.validation = open_validation_data(self.run_folder, settings, share)
 
-    def _build_engine(self, resume: Path | None) -> None:
-        args, model = self.args, deepcopy(self.args.model_config)
-        params = model["network_config"]["params"]
-        take_recomputation(params["transformer_args"], args)
-        self.has_adapter = "lora_config" in params["modules"]
-        parts = ("conditioner", "model") if self.cached else ("conditioner", "first_stage_model", "model")
-        if self.cached:
-            model["conditioner_config"] = conditioner_for_cache(model["conditioner_config"])
-        settings = EngineSettings.from_args(
-            args,
-            model_config=model,
-            new_adapter=True,
-            force_inference=args.force_train,
-            weights_in_shares=args.deepspeed_config["zero_optimization"]["stage"] == 3,
-        )
-        if resume:  # trained weights are in the checkpoint, the others in the original files
-            settings = replace(settings, lora_load=resume) if self.has_adapter else replace(settings, load=resume)
+    def _load_engine(self, resume: Path | None) -> None:
+        """Load the model; encode the texts of `valid_prompts` if the model cannot."""
+        args = self.args
         with self.memory_guard("loading the model"), process_watch.phase("loading the model"):
             self.texts: Texts = {}
             if self.prompts and self.cached:  # the conditioner for caches encodes no texts
                 self.texts = prompt_videos.encode_texts(self.prompts, EngineSettings.from_args(args), self.device)
-            self.engine = build_engine(settings, (), self.device, self.groups)
-            logger.info("attention: %s", self.engine.choose_attention(gradients=True))
-            for part in parts:
-                self.engine.build(part)
+            self.engine = load_engine(args, self.device, self.groups, cached=self.cached, resume=resume)
         hide_bar(self.engine.sampler)
         self.engine.disable_untrainable_params()
         self.engine.model.train()
@@ -225,53 +195,73 @@ class Trainer:
         skipped, limit = state["skipped"] if state else None, self.settings.max_skipped_steps
         self.skipped = SkippedSteps(limit, "the learning rate", logger, skipped)
 
-    def _restore(self, resume: Path, state: Mapping[str, Any]) -> None:
-        """Restore optimizer, schedule and random numbers from the checkpoint in `resume`."""
-        optimizer = type(inner_optimizer(self.network)).__name__
-        if state["optimizer_type"] != optimizer:
-            raise UserError(f"resume: {resume} was trained with {state['optimizer_type']}, not with {optimizer}")
-        restore_optimizer(self.network, resume, state)
-        with taken_from(resume / STATE_FILE):
-            self.network.lr_scheduler.load_state_dict(state["schedule"])
-            if len(state["random"]) == dist.get_world_size():
-                random_state.restore(state["random"][dist.get_rank()], self.device)
+    def _open_outputs(self) -> None:
+        """Open what the loop writes to: checkpoints, metrics and evaluations."""
+        self.saver = CheckpointSaver(
+            self.run_folder,
+            self.network,
+            full=saves_all(self.args),
+            keep_last=self.settings.keep_last,
+            background=self.settings.background_checkpoints,
+        )
+        self.clock = StepClock()
+        self.writer = None
+        if self.leads:
+            reader = None if self.cached else self.data.reader
+            self.writer = open_run_folder(self.run_folder, self.settings, reader, self.step)
+        self.evaluations = self._evaluations()
 
     # The loop
 
     def train(self) -> None:
         """Run steps until `train_iters` or a signal, and then write a checkpoint."""
-        first, schedule = self.step + 1, self.schedule
+        first = self.step + 1
         bar = progress_bar(self.settings.train_iters, self.step, disabled=not self.leads)
         ending = settled_at_the_end(self.saver.settle)
         with stop_requests() as signals, bar, logging_redirect_tqdm(), ending:
             if self.step == 0:
-                with self.clock.paused(), self.memory_guard("evaluation"):
-                    self.evaluations.begin(lambda: bool(signals))
-            while not schedule.is_last(self.step):
+                self._evaluate(signals)
+            while not self.schedule.is_last(self.step):
                 with self.memory_guard("training"):
                     self.train_step()
                 self.step += 1
                 bar.update()
                 if self.step == first:
                     check_storable(self.network)
-                if schedule.logs(self.step):
+                if self.schedule.logs(self.step):
                     self.log(bar)
-                if schedule.evaluates(self.step):
-                    with self.clock.paused(), self.memory_guard("evaluation"):
-                        self.evaluations.evaluate(self.step, lambda: bool(signals))
-                stopped, failed = flags_of_any_process(bool(signals), self.saver.failed)
-                if failed:
-                    self.saver.finish()  # raises the error
-                if stopped or schedule.saves(self.step):
-                    with self.clock.paused(), self.memory_guard("saving a checkpoint"):
-                        self.save(wait=stopped or schedule.is_last(self.step))
-                if stopped:
-                    logger.info("stopped after step %d, which is saved; continue with --resume latest", self.step)
+                if self.schedule.evaluates(self.step):
+                    self._evaluate(signals)
+                if self._save_if_due(signals):
                     break
         if self.writer:
             self.writer.close()
-            argument = "--lora_load" if self.has_adapter else "--load"
+            argument = "--lora_load" if has_adapter(self.args.model_config) else "--load"
             logger.info("the run is in %s; to sample with it, add %s %s", self.run_folder, argument, self.run_folder)
+
+    def _evaluate(self, signals: Sequence[int]) -> None:
+        """Evaluate; before the first step, only make the videos of `valid_prompts`."""
+        with self.clock.paused(), self.memory_guard("evaluation"):
+            if self.step == 0:
+                self.evaluations.begin(lambda: bool(signals))
+            else:
+                self.evaluations.evaluate(self.step, lambda: bool(signals))
+
+    def _save_if_due(self, signals: Sequence[int]) -> bool:
+        """Write a checkpoint if it is due; return whether a signal ends the run.
+
+        Raises:
+            UserError: the checkpoint before could not be written.
+        """
+        stopped, failed = flags_of_any_process(bool(signals), self.saver.failed)
+        if failed:
+            self.saver.finish()  # raises the error
+        if stopped or self.schedule.saves(self.step):
+            with self.clock.paused(), self.memory_guard("saving a checkpoint"):
+                self.save(wait=stopped or self.schedule.is_last(self.step))
+        if stopped:
+            logger.info("stopped after step %d, which is saved; continue with --resume latest", self.step)
+        return stopped
 
     def memory_guard(self, where: str) -> AbstractContextManager[None]:
         """Return a `memory_guard` with the run's advice."""
@@ -330,16 +320,13 @@ class Trainer:
 
     def save(self, wait: bool) -> None:
         """Write a checkpoint; with `wait`, return when it is written."""
-        states = [None] * dist.get_world_size()
-        dist.all_gather_object(states, random_state.capture(self.device))
         losses = all_reduce_sum(self.losses.clone(), self.groups.peers)
-        state = {
-            "optimizer_type": type(inner_optimizer(self.network)).__name__,
-            "data": self.data.order.state(self.consumed),
-            "schedule": self.network.lr_scheduler.state_dict(),
-            "random": states,
-            "losses": (losses / self.groups.videos).tolist(),
-            "skipped": self.skipped.state(),
-            KEY: self.data.reader,
-        }
+        state = run_state(
+            self.network,
+            self.device,
+            data=self.data.order.state(self.consumed),
+            losses=(losses / self.groups.videos).tolist(),
+            skipped=self.skipped.state(),
+            reader=self.data.reader,
+        )
         self.saver.save(self.step, state, wait=wait)
