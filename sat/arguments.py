@@ -191,8 +191,6 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
         raise UserError("load is missing; name the checkpoint of the network")
     if args.input_type == "txt" and not args.input_file:
         raise UserError("input_file is missing; give --input_file, or --input_type cli to type prompts")
-    if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() != ".png":
-        raise UserError(f"contact_sheet: got {args.contact_sheet}; the name of a PNG ends with .png")
     for name in ("contact_sheet", "looping_previews"):
         if getattr(args, name) and (args.only_save_latents or args.input_type == "cli"):
             raise UserError(

@@ -144,7 +144,7 @@ CASES = {
     "no image": case(i2v=True, says="needs an image: prompt@@image_path"),
     "missing image": case(prompts="a boat@@gone.png", i2v=True, says="line 1: image gone.png does not exist"),
     "image unasked": case(prompts="a boat@@there", says="this is a text-to-video model"),
-    "sheet no png": case("--contact_sheet", "a.jpg", says="contact_sheet: got a.jpg; the name of a PNG ends with .png"),
+    "sheet no png": case("--contact_sheet", "a.jpg", says="contact_sheet: got a.jpg; expected a name that ends"),
     "previews of latents": case("--looping_previews", "--only_save_latents", says="looping_previews: it needs videos"),
     "sheet of latents": case("--contact_sheet", "a.png", "--only_save_latents", says="out with only_save_latents"),
     "sheet in a file": case("--contact_sheet", "{folder}/there/a.png", says="there is not a folder"),

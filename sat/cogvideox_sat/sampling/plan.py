@@ -21,7 +21,7 @@ from cogvideox_sat.configuration.model_values import check_model_values, check_p
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler, check_steps
 from cogvideox_sat.configuration.video_layout import check_world, layout_of
 from cogvideox_sat.configuration.video_records import kept_path, record_path
-from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path
+from cogvideox_sat.files.output_paths import check_folder, check_sheet, decide_existing, output_path
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
 from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine
@@ -73,7 +73,7 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     check_model_arguments(args)
     check_folder(args.output_dir)
     if args.contact_sheet is not None:
-        check_folder(Path(args.contact_sheet).parent, "contact_sheet")
+        check_sheet(args.contact_sheet)
     if args.input_type == "cli":
         return None
     if args.record is not None:
