@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_sat.configuration.adapter_lists import adapter_texts, path_and_weight, without_adapter
+from cogvideox_sat.configuration.adapter_lists import adapter_texts, path_and_weight
 from cogvideox_sat.configuration.files import load_configs
+from cogvideox_sat.configuration.model_section import without_adapter
 from cogvideox_sat.files.shipped import CONFIGS
 from sgm.errors import UserError
 

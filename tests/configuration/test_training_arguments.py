@@ -221,7 +221,7 @@ def test_both_precisions_in_one_place_are_a_mistake(args_of, flags, sections):
         ("experiment_name", "", "experiment_name: got ''"),
         ("load", None, "load is missing; name the checkpoint to start from, or give --force_train"),
         ("device", "gpu", "device: got 'gpu'; it can be cpu, cuda or cuda:N"),
-        ("seed", -1, "seed must be between 0 and 2^63 - 1, got -1"),
+        ("seed", -1, "seed: got -1; expected a whole number from 0 to 2^63 - 1"),
     ],
 )
 def test_mistakes_in_args(args_of, key, value, says):

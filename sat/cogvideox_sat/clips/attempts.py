@@ -30,9 +30,8 @@ class Mark:
     def set(self, place: int, name: str) -> None:
         """Mark the beginning of a read; the clock starts."""
         text = name.encode("utf-8", "surrogateescape")[:LONGEST_NAME]
-        LAYOUT.pack_into(
-            self._memory, 0, 0.0, place, len(text)
-        )  # 0 means nothing is being read, until the name is complete
+        # The time 0 means that nothing is being read, until the name is complete.
+        LAYOUT.pack_into(self._memory, 0, 0.0, place, len(text))
         self._memory[LAYOUT.size : LAYOUT.size + len(text)] = text
         struct.pack_into("<d", self._memory, 0, time.monotonic())
 

@@ -23,9 +23,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers, while it loads the text encoder
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: record.levelno >= logging.ERROR
-    )  # DeepSpeed sets its own level
+    # A filter, because DeepSpeed sets the level of its logger itself.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 

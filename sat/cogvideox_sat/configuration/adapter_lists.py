@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.commands.input_paths import find_input, required_input
-from cogvideox_sat.configuration.model_section import LORA_PLACES, plain_model_section
+from cogvideox_sat.configuration.model_section import without_adapter
 from sgm.errors import UserError, shown
 
 
@@ -83,17 +83,4 @@ def settle_adapters(args: Any) -> None:
             "with tools/merge_lora.py"
         )
     args.lora = [f"{path}:{weight!r}" for path, weight in located_adapters(args.lora, "lora")]
-    args.model_config = dict(without_adapter(args.model_config))
-
-
-def without_adapter(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a `model:` section without `lora_config`, for adapters that describe themselves."""
-    section = plain_model_section(section)
-
-    def copied(node: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
-        if not place:
-            return {name: value for name, value in node.items() if name != "lora_config"}
-        inner = node.get(place[0])
-        return {**node, place[0]: copied(inner, place[1:])} if isinstance(inner, Mapping) else dict(node)
-
-    return copied(section, LORA_PLACES[-1])
+    args.model_config = without_adapter(args.model_config)

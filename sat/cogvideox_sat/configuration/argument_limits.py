@@ -75,7 +75,7 @@ def check_frames_at_once(frames: int | None) -> None:
 def check_seed_and_device(args: Any) -> None:
     """Check that `seed` and `device` have a form that all commands take, else raise UserError."""
     if not 0 <= args.seed < 2**63:
-        raise UserError(f"seed must be between 0 and 2^63 - 1, got {args.seed}")
+        raise UserError(f"seed: got {args.seed}; expected a whole number from 0 to 2^63 - 1")
     if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise UserError(f"device: got '{args.device}'; it can be cpu, cuda or cuda:N")
 

@@ -37,6 +37,9 @@ def size_from_image(image: tuple[int, int], limits: ModelLimits) -> tuple[int, i
 
     The short side has 768 pixels. The long side keeps the image's shape, rounded to the nearest multiple that the model
     takes, up to the model's largest. If the model is too small for 768 pixels, the whole image is scaled down to fit.
+
+    Args:
+        image: (height, width) in pixels.
     """
     scale = SHORT_SIDE / min(image)
     largest_sides = [side * SPACE_FACTOR for side in limits.largest[1:]]

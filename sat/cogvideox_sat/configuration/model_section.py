@@ -99,6 +99,15 @@ def plain(value: Any, name: str) -> Any:
         raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
+def without_adapter(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `model:` section without `lora_config`, for adapters that describe themselves.
+
+    Raises:
+        UserError: as `plain_model_section`.
+    """
+    return _without_adapter(plain_model_section(section), LORA_PLACES[-1])
+
+
 def has_adapter(section: Mapping[str, Any]) -> bool:
     """Return whether the `model:` section, in its plain form, describes an adapter."""
     return "lora_config" in _at(section, LORA_PLACES[-1])
@@ -166,7 +175,8 @@ def _at(section: Any, place: tuple[str, ...]) -> Mapping[str, Any]:
 def _without_adapter(section: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
     if not place:
         return {name: value for name, value in section.items() if name != "lora_config"}
-    return {**section, place[0]: _without_adapter(section[place[0]], place[1:])}
+    inner = section.get(place[0])
+    return {**section, place[0]: _without_adapter(inner, place[1:])} if isinstance(inner, Mapping) else dict(section)
 
 
 def _with_adapter(section: Mapping[str, Any], place: tuple[str, ...], adapter: Any) -> dict[str, Any]:

@@ -36,12 +36,13 @@ SAMPLERS = VIDEO_SAMPLERS | SIGMA_SAMPLERS
 SCHEDULE_MODULE = "sgm.modules.diffusionmodules.discretizer"
 USUAL_STEPS = 1000  # steps of a noise schedule
 ALPHA_SCHEDULE = "ZeroSNRDDPMDiscretization"
+# Schedules of guidance; all except "constant" are `count` of `DynamicCFG`.
 SCHEDULES = (
     "timestep",
     "diffusers",
     "step",
     "constant",
-)  # of guidance; all except "constant" are `count` of `DynamicCFG`
+)
 USUAL_EXPONENT = 5  # of `DynamicCFG`, if the configuration names another guider
 # Parameters of all samplers; others are specific to a class.
 SHARED_PARAMETERS = ("discretization_config", "num_steps", "guider_config", "verbose", "device", "guidance_interval")

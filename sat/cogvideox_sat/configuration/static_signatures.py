@@ -94,9 +94,8 @@ def _annotation(node: ast.expr | None) -> Any:
     allowed = (ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast.BinOp, ast.BitOr, ast.Constant)
     if not all(isinstance(part, allowed) for part in ast.walk(node)):
         return Any
-    return eval(
-        compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": {}}, NAMES
-    )  # safe: it is our own source
+    # This is safe, because the source is our own.
+    return eval(compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": {}}, NAMES)
 
 
 def _find_class(target: str) -> tuple[str, ast.Module, ast.ClassDef] | None:

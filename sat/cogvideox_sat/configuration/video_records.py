@@ -62,11 +62,12 @@ UNMERGED = "lora"  # argument of a record: true if its adapters are those of `lo
 # Keys that a record holds only if the request gave them, and their values if it did not.
 LEFT_OUT: dict[str, Any] = {"keyframes": [], "video_from": None, "strength": None, "extend": []}
 # Other arguments that change the numbers of a video.
+# A record also has those of `KNOBS` that the video was made with.
 REPEATED_ARGUMENTS = (
     *("image2video", "latent_channels", "vae_tile_size", "model_parallel_size", "force_inference"),
     "vae_frames_at_once",  # in half precision
     *("attention", "guidance_batch"),
-)  # and `KNOBS`, if the video has some
+)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
             f"{where}: precision: got {shown(content['precision'])}; it can be {', '.join(PRECISION_NAMES)}"
         )
     if not 0 <= content["index"] < 2**63:
-        raise UserError(f"{where}: index must be between 0 and 2^63 - 1, got {content['index']}")
+        raise UserError(f"{where}: index: got {content['index']}; expected a whole number from 0 to 2^63 - 1")
     for key in ("checkpoint", "image", "video_from"):
         if content.get(key) is not None and not isinstance(content[key].get("path"), str):
             raise UserError(f"{where}: {key}.path: got {shown(content[key].get('path'))}; expected text")
@@ -293,9 +294,8 @@ def write_record(video: Path, content: Mapping[str, Any]) -> None:
     path = record_path(video)
     with replaced_when_complete(path) as part, reported_as_user_error(path):
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        part.write_text(
-            text + "\n", encoding="utf-8", errors="backslashreplace"
-        )  # half a surrogate pair is written as JSON's escape
+        # Half a surrogate pair is written as JSON's escape.
+        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -30,9 +30,8 @@ def safe_name(text: str, limit: int = 120) -> str:
             kept.append("_")
         elif char not in _NOT_IN_NAMES and unicodedata.category(char)[0] != "C" and char.encode(encoding, "ignore"):
             kept.append(char)
-    name = (
-        "".join(kept).lstrip(".").encode()[:limit].decode(errors="ignore")
-    )  # a character that is cut in two is removed
+    # A character that is cut in two is removed.
+    name = "".join(kept).lstrip(".").encode()[:limit].decode(errors="ignore")
     return name.rstrip("._") or "unnamed"
 
 

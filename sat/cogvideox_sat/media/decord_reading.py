@@ -25,9 +25,8 @@ class DecordVideo:
     def __init__(self, file: str | os.PathLike[str] | BinaryIO, threads: int = 1):
         import decord
 
-        decord.logging.set_level(
-            decord.logging.QUIET
-        )  # FFmpeg's messages about damaged files, which are reported as UnreadableClip
+        # Without FFmpeg's messages about damaged files, which are reported as UnreadableClip.
+        decord.logging.set_level(decord.logging.QUIET)
         try:
             # fault_tol: do not silently replace damaged frames by copies of others.
             path_or_file = os.fspath(file) if isinstance(file, str | os.PathLike) else file

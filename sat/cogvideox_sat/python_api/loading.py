@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from arguments import arguments_from_names
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.startup import quiet_libraries
-from cogvideox_sat.configuration.adapter_lists import adapter_texts, without_adapter
+from cogvideox_sat.configuration.adapter_lists import adapter_texts
 from cogvideox_sat.configuration.argument_lists import SamplingArguments
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.model_section import without_adapter
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from cogvideox_sat.python_api.model_places import find_model
 from cogvideox_sat.sampling.plan import check_model_arguments
@@ -117,7 +118,7 @@ def arguments_of_model(
             values["offload"] = "none"
         args = arguments_from_names(place.base, values, set or {}, place.config)
         if lora is not None or place.lora:  # also if it is empty, so that `set_lora` can be used later
-            args.model_config = dict(without_adapter(args.model_config))
+            args.model_config = without_adapter(args.model_config)
         limits = ModelLimits.from_config(args.model_config)
         args.image2video = limits.image_to_video
         settle_clip(args, limits)

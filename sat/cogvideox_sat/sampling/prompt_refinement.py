@@ -267,9 +267,8 @@ def caption_of(answer: Any) -> str:
     if not isinstance(text, str):
         raise _Unusable("the answer holds no text")
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)  # reasoning models write this
-    text = (
-        text.encode(errors="ignore").decode().replace("\0", "")
-    )  # half surrogate pairs, which cannot be written to a file
+    # Without half surrogate pairs, which cannot be written to a file.
+    text = text.encode(errors="ignore").decode().replace("\0", "")
     text = re.sub("@@+", "@", " ".join(text.split()))  # two would be read as the separator of an image
     if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”"):
         text = text[1:-1].strip()

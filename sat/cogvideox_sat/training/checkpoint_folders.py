@@ -163,9 +163,8 @@ def prune(run_folder: Path, newest: int, keep_last: int | None) -> None:
     for step in outdated(steps, newest, keep_last):
         for name in (str(step), f"{step}-ema"):
             if (run_folder / name).exists():
-                part = _part_of(
-                    run_folder / name
-                )  # renamed first, so that an interruption leaves no incomplete checkpoint
+                # It is renamed first, so that an interruption leaves no incomplete checkpoint.
+                part = _part_of(run_folder / name)
                 (run_folder / name).rename(part)
                 shutil.rmtree(part, ignore_errors=True)
 

@@ -185,9 +185,8 @@ class DividedFromFiles(deepspeed.zero.Init):
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
         parameters = [each for each in param_list if not is_partitioned(each)]
-        rooms: dict[
-            torch.dtype, Tensor
-        ] = {}  # each for one whole parameter at a time; pages that are not touched take no memory
+        # Each holds one whole parameter at a time; pages that are not touched take no memory.
+        rooms: dict[torch.dtype, Tensor] = {}
         for parameter in parameters:
             value = value_of(parameter)
             if value is None:

@@ -151,9 +151,8 @@ def parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str,
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                parameter.model_parallel = getattr(
-                    parameter, "model_parallel", False
-                )  # DeepSpeed's norms read this attribute
+                # DeepSpeed's norms read this attribute.
+                parameter.model_parallel = getattr(parameter, "model_parallel", False)
                 (others if name == "bias" or isinstance(module, nn.LayerNorm) else decayed).append(parameter)
     groups = [{"params": decayed, "lr": learning_rate}, {"params": others, "lr": learning_rate, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -29,9 +29,8 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 HIGHEST_FULL_RATE = 5e-4  # learning rate of full fine-tuning above which a warning is logged
-STATE_FILE = Path(
-    "training_state", "state.json"
-)  # within the folder of an iteration, see `training.checkpoint_folders`
+# Within the folder of an iteration, see `training.checkpoint_folders`.
+STATE_FILE = Path("training_state", "state.json")
 
 
 @dataclass(frozen=True)
