@@ -55,8 +55,8 @@ def rows_of(model: str, layers: int | None, all_ways: bool) -> list[list[str]]:
     """Return a row for each way to sample with a model."""
     from measuring.fake_memory import stage_peaks
 
+    from cogvideox_sat.files.sizes import GIB
     from cogvideox_sat.memory.sampling_peaks import LIBRARIES, NETWORK, TEXT, VIDEO, SamplingMemory, Way
-    from cogvideox_sat.memory.weightless import GIB
 
     request = read(model, layers)
     memory = SamplingMemory(request.settings, [request.video])

@@ -50,7 +50,7 @@ def rows_of(model: str, clip: Bucket, sizes: list[int], layers: int | None) -> l
     """Return a row for each number of processes."""
     from measuring.shared_clips import counted_shares
 
-    from cogvideox_sat.memory.weightless import GIB
+    from cogvideox_sat.files.sizes import GIB
 
     rows = []
     for size in sizes:

@@ -73,7 +73,7 @@ def described(model: str) -> str:
 def cell(model: str, lora: bool, processes: int, zero: dict[str, Any]) -> str:
     """Return the memory of one process, and of the host if something is offloaded to it."""
     engine, layout = planned(model, lora, processes, zero)
-    from cogvideox_sat.memory.weightless import GIB
+    from cogvideox_sat.files.sizes import GIB
     from cogvideox_sat.training.memory_estimate import estimate_memory
 
     memory = estimate_memory(engine, layout, CLIPS[model], 1)
@@ -86,7 +86,7 @@ def counted_rows(model: str, lora: bool, layers: int | None) -> list[list[str]]:
     engine, layout = planned(model, lora, 1, {}, layers)
     from measuring.training_peak import counted_peak
 
-    from cogvideox_sat.memory.weightless import GIB
+    from cogvideox_sat.files.sizes import GIB
     from cogvideox_sat.training.memory_estimate import estimate_memory
 
     network, estimates = engine.network, {}

@@ -13,9 +13,8 @@ save.
 import sys
 from pathlib import Path
 
-if Path(__file__).resolve().parts[-2:-1] == (
-    "sat",
-):  # in a checkout: find sgm and vae_modules, whatever the current working directory
+# In a checkout, find sgm and vae_modules whatever the current working directory is.
+if Path(__file__).resolve().parent.name == "sat":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging

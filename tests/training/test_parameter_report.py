@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import torch
 
+from cogvideox_sat.files.sizes import GIB
 from cogvideox_sat.latent_geometry import Bucket
-from cogvideox_sat.memory.weightless import GIB
 from cogvideox_sat.training.memory_estimate import Layout, encoding_bytes, estimate_memory
 from cogvideox_sat.training.parameter_report import report
 from untrained_engines import ADAM, CLIP, engine_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogvideox_sat.configuration.recomputation import Recomputation
-from cogvideox_sat.memory.weightless import GIB
+from cogvideox_sat.files.sizes import GIB
 from cogvideox_sat.training import recomputation_choice
 from cogvideox_sat.training.memory_estimate import Layout, estimate_memory
 from cogvideox_sat.training.recomputation_choice import candidates, decide, fastest_that_fits, free_memory

@@ -135,8 +135,6 @@ def _read_index(path: Path) -> Index:
 
 
 def _write_index(path: Path, index: Index) -> None:
-    with (
-        suppress(UserError),
-        replaced_when_complete(path) as part,
-    ):  # if it cannot be written, the next run probes again
+    # If the index cannot be written, the next run probes again.
+    with suppress(UserError), replaced_when_complete(path) as part:
         part.write_text(json.dumps({"version": VERSION, "clips": index}))

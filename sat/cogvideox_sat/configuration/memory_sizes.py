@@ -5,12 +5,14 @@ Nothing here imports PyTorch.
 
 import re
 
+from cogvideox_sat.files.sizes import GIB, MIB
 from sgm.errors import UserError, shown
 
 AUTO = "auto"
-GIB = 2**30
 # A GPU sold as 12 GB has 12 GiB, so both units mean the same here.
-UNITS = {prefix + unit: size for prefix, size in (("m", 2**20), ("g", GIB), ("t", 2**40)) for unit in ("", "b", "ib")}
+UNITS = {
+    prefix + unit: size for prefix, size in (("m", MIB), ("g", GIB), ("t", 1024 * GIB)) for unit in ("", "b", "ib")
+}
 AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)")
 EXAMPLE = "give an amount such as 12GB, or auto"
 

@@ -237,9 +237,8 @@ class VideoContainer:
     def _length_by_index(self) -> tuple[int, int] | None:
         """Return the number of frames and the last one's time; None without an index of packets."""
         index = self.stream.index_entries
-        if (
-            "mp4" not in self.container.format.name or not self.stream.frames or not len(index)
-        ):  # fragmented files have no index
+        # Fragmented files have no index.
+        if "mp4" not in self.container.format.name or not self.stream.frames or not len(index):
             return None
         size = self.container.size
         shown, frames, end = 0, 0, 0

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.video_layout import VideoLayout
 from cogvideox_sat.engine.parts import PARTS
+from cogvideox_sat.files.sizes import GIB
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
-from cogvideox_sat.memory.weightless import GIB, FirstOfGroup, WeightlessEngine, module_bytes
+from cogvideox_sat.memory.weightless import FirstOfGroup, WeightlessEngine, module_bytes
 from cogvideox_sat.network import sequence_parallel
 from cogvideox_sat.network.layer_streaming import layer_modules
 from sgm.models.video_coder import VideoCoder

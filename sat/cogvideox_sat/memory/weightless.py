@@ -18,8 +18,6 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.encoders.t5_loading import CONFIG_FILE, empty_t5
 from sgm.util import instantiate_from_config
 
-GIB = 2**30
-
 
 class WeightlessEngine(SATVideoDiffusionEngine):
     """Engine whose parts have the right shapes and dtypes but take no memory.
@@ -33,9 +31,8 @@ class WeightlessEngine(SATVideoDiffusionEngine):
     """
 
     def __init__(self, *args: Any, assumes_t5: bool = False, **options: Any):
-        self.__dict__["assumes_t5"] = (
-            assumes_t5  # set directly, since a module cannot set attributes before it is initialised
-        )
+        # Set directly, since a module cannot set attributes before it is initialised.
+        self.__dict__["assumes_t5"] = assumes_t5
         super().__init__(*args, **options)
 
     def _build_network(self, device: torch.device | str) -> nn.Module:

@@ -151,9 +151,8 @@ def listed_gpus() -> list[str]:
         with suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         raise TimeoutError("nvidia-smi does not answer") from None
-    if (
-        process.returncode or "MIG " in output
-    ):  # PyTorch sees one part of a GPU divided by MIG, however many parts exist
+    # PyTorch sees one part of a GPU divided by MIG, however many parts exist.
+    if process.returncode or "MIG " in output:
         return []
     names = re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", output, flags=re.MULTILINE)
     return names or [line.strip() for line in output.splitlines() if "NVIDIA" in line and "NVIDIA-SMI" not in line]

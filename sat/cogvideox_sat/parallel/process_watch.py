@@ -25,9 +25,7 @@ from cogvideox_sat.parallel.torch_internals import own_store
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.WARNING)  # on every process, since any process may be the one that waits
 
-FIRST_LINE = (
-    30.0  # seconds of waiting before the first line in the log; the next lines follow after twice the time each
-)
+FIRST_LINE = 30.0  # seconds of waiting before the first line in the log; each next line follows after twice the time
 INTERVAL = 2.0  # seconds between two checks
 LEAST_SILENCE = 60.0  # seconds without a sign of life that can be normal, while a large file is read
 STORE_TIMEOUT = timedelta(seconds=20)

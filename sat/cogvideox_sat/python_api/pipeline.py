@@ -248,9 +248,8 @@ class Pipeline:
         if clip is not None:
             used = clip if request.goes_on else clip[: limits.video_frames(planned.frames)]
             pixels = fitted_clip(used, planned.size)
-            if (
-                asked.image is not None and picture is None and request.image is None
-            ):  # the image is the clip's first frame
+            # The image is the clip's first frame.
+            if asked.image is not None and picture is None and request.image is None:
                 asked = replace(asked, image=pixels[0])
             asked = replace(asked, video=pixels)
         self.session.steps_of(planned.steps, planned.knobs, f"{where}steps")

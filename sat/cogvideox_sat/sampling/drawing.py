@@ -46,9 +46,8 @@ class Drawing:
     def __call__(self, report: Callable[[Progress], None]) -> None:
         """Sample, and call `report` after each step."""
         device = self.engine.device
-        with (
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        ):  # the current device is a state of each thread
+        # The current device is a state of each thread.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._draw(report)
 
     def _draw(self, report: Callable[[Progress], None]) -> None:

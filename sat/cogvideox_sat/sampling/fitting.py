@@ -16,8 +16,8 @@ from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.video_layout import layout_of
+from cogvideox_sat.files.sizes import GIB
 from cogvideox_sat.memory.sampling_peaks import VIDEO, SamplingMemory, VideoSize, Way
-from cogvideox_sat.memory.weightless import GIB
 from cogvideox_sat.parallel.agreement import least_over_processes
 from cogvideox_sat.parallel.devices import find_device
 from cogvideox_sat.sampling.adapters import adapter_bytes, read_adapters

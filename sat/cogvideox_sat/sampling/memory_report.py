@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 from arguments import SamplingArguments
-from cogvideox_sat.configuration.memory_sizes import GIB
 from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
-from cogvideox_sat.files.sizes import in_words
+from cogvideox_sat.files.sizes import GIB, in_words
 from cogvideox_sat.latent_geometry import TIME_FACTOR, Bucket
 from cogvideox_sat.memory.sampling_peaks import LIBRARIES, NETWORK, TEXT, VIDEO, SamplingMemory, Way
 from cogvideox_sat.memory.weightless import module_bytes, short_count

@@ -10,10 +10,10 @@ from torch import nn
 from cogvideox_sat.configuration.deepspeed_runtime import runtime_config
 from cogvideox_sat.configuration.recomputation import Recomputation
 from cogvideox_sat.engine.precision import DTYPES
-from cogvideox_sat.files.sizes import in_words
+from cogvideox_sat.files.sizes import GIB, in_words
 from cogvideox_sat.latent_geometry import Bucket, video_tokens
 from cogvideox_sat.memory.encoding_memory import encoding_peak
-from cogvideox_sat.memory.weightless import GIB, module_bytes
+from cogvideox_sat.memory.weightless import module_bytes
 from cogvideox_sat.training.trainable_parameters import trainable_groups
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.context_parallel import group_size

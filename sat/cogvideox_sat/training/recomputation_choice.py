@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from cogvideox_sat.configuration.recomputation import AUTO, Recomputation
+from cogvideox_sat.files.sizes import GIB
 from cogvideox_sat.latent_geometry import Bucket
-from cogvideox_sat.memory.weightless import GIB
 from cogvideox_sat.parallel.devices import processes_here
 from cogvideox_sat.runs.host_memory import free_host_memory
 from cogvideox_sat.training.memory_estimate import Layout, estimate_memory
