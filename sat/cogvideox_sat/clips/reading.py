@@ -39,6 +39,7 @@ class ClipInfo(NamedTuple):
 
     @property
     def frame_duration(self) -> float:
+        """Return the mean seconds between two frames; 0 for a single frame."""
         return self.seconds / (self.frames - 1) if self.frames > 1 else 0.0
 
 

@@ -27,7 +27,7 @@ class Failed:
     text: str
 
     def raise_here(self) -> None:
-        """Raise the exception, or a RuntimeError with its text."""
+        """Raise the exception, or a RuntimeError if its class takes other arguments."""
         if issubclass(self.kind, UserError):
             raise UserError(self.text)
         try:

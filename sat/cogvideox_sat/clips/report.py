@@ -35,6 +35,7 @@ class LeftOut:
     examples: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
+        """Count a file, and keep the first names."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(name)

@@ -93,7 +93,11 @@ class ClipTimeouts:
             self.record([TimedOutClip(**{**asdict(entry), "substitute": substitute})])
 
     def record(self, entries: Iterable[TimedOutClip]) -> None:
-        """Add and write entries of this process."""
+        """Add and write entries of this process.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         entries = list(entries)
         self.learn(entries)
         self._news += entries

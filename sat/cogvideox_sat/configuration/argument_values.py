@@ -43,7 +43,10 @@ def given_values(command: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def without_section() -> Iterator[None]:
-    """Remove `args: ` from the beginning of UserErrors, for values that are from no file."""
+    """Remove `args: ` from the beginning of the block's UserErrors.
+
+    It is for values that are from no file.
+    """
     try:
         yield
     except UserError as error:

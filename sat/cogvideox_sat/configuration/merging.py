@@ -117,6 +117,7 @@ class _Resolver:
         self.written = 0  # values and characters that have replaced references
 
     def refuse(self, key: Key, problem: str) -> NoReturn:
+        """Raise UserError about the reference in the value of a key."""
         raise ConfigError(f"{self.sources.place(key)}: cannot merge: {problem}")
 
     def at(self, key: Key) -> Any:
@@ -133,6 +134,7 @@ class _Resolver:
         return self.done[key]
 
     def expand(self, node: Any, key: Key) -> Any:
+        """Return a value with the references in it replaced."""
         if isinstance(node, dict):
             return {name: self.at((*key, name)) for name in node}
         if isinstance(node, list):
@@ -147,6 +149,7 @@ class _Resolver:
         return value
 
     def interpolate(self, text: str, key: Key) -> Any:
+        """Return a text with its references replaced; a lone reference becomes its value."""
         for _ in range(MOST_VALUES):
             match = _REFERENCE.search(text)
             if match is None:
@@ -172,6 +175,7 @@ class _Resolver:
         return copy.deepcopy(value)
 
     def referred(self, reference: str, key: Key) -> Any:
+        """Return the value that a reference in the value of `key` leads to."""
         if ":" in reference:
             return self.resolver(reference, key)
         ups = len(reference) - len(reference.lstrip("."))
@@ -203,6 +207,7 @@ class _Resolver:
         self.refuse(key, f"{shown('${' + reference + '}')}: '{part}' does not exist")
 
     def resolver(self, reference: str, key: Key) -> Any:
+        """Return the value of one of OmegaConf's resolvers, such as `oc.env:HOME`."""
         if not self.trusted:
             self.refuse(
                 key, f"{shown('${' + reference + '}')} is not read from a file that came with a checkpoint or a video"

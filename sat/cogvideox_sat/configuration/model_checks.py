@@ -110,6 +110,9 @@ def try_sampler(sampler: Any, denoiser: nn.Module) -> None:
     """Take two steps on small latents, with a network that predicts zeros.
 
     The sampler shows no progress bar afterwards.
+
+    Raises:
+        UserError: the latents are not finite.
     """
     cond = {"crossattn": torch.zeros(1, 1, 1)}
     steps = min(sampler.num_steps or 2, 2) if type(sampler.num_steps) in (int, type(None)) else sampler.num_steps
@@ -126,7 +129,11 @@ def try_sampler(sampler: Any, denoiser: nn.Module) -> None:
 
 
 def try_loss(loss: nn.Module, denoiser: nn.Module) -> None:
-    """Compute the loss of small latents, with a network that predicts zeros."""
+    """Compute the loss of small latents, with a network that predicts zeros.
+
+    Raises:
+        UserError: the loss is not a tensor.
+    """
     value = loss(_no_network, denoiser, lambda batch: {"crossattn": torch.zeros(1, 1, 1)}, torch.zeros(TRIED), {})
     if not isinstance(value, Tensor):
         raise UserError(f"the loss of a batch: got {shown(value)}; expected a tensor with one number per sample")

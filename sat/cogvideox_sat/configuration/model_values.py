@@ -70,9 +70,11 @@ class Check:
         self.sources = sources
 
     def refuse(self, key: Key, problem: str) -> NoReturn:
+        """Raise UserError about the value of a key."""
         raise ConfigError(f"{self.sources.place(key)}: {problem}")
 
     def run(self, model: Mapping[str, Any]) -> None:
+        """Check all values of the section; see `check_model_values`."""
         for key, node in walk(model, ("model",)):
             if isinstance(node, Mapping):
                 for name, value in node.items():
@@ -250,20 +252,24 @@ class Check:
             )
 
     def flag(self, key: Key, value: Any) -> None:
+        """Check that a value is missing, true or false."""
         if value is not None and type(value) is not bool and value not in (0, 1):
             self.refuse(key, f"got {shown(value)}; expected true or false")
 
     def text(self, key: Key, value: Any) -> None:
+        """Check that a value is missing, or a text that is not empty."""
         if value is not None and (not isinstance(value, str) or not value):
             self.refuse(key, f"got {shown(value)}; expected a text")
 
     def texts(self, key: Key, value: Any) -> None:
+        """Check that a value is missing, a text, or a list of texts."""
         value = [value] if isinstance(value, str) else value
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if value is not None and not fits:
             self.refuse(key, f"got {shown(value)}; expected a list of texts")
 
     def share(self, key: Key, value: Any) -> None:
+        """Check that a value is missing, or a number from 0 to 1."""
         if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
             self.refuse(key, f"got {shown(value)}; expected a share, from 0 to 1")
 

@@ -117,6 +117,7 @@ class _Builder:
         self.open: set[int] = set()
 
     def build(self, node: yaml.Node) -> Any:
+        """Return the value of a whole file; refuse too many values."""
         if self.size(node) > MOST_VALUES:
             _refuse(
                 self.name, node.start_mark, f"more than {MOST_VALUES} values once its aliases are expanded; use fewer"
@@ -136,6 +137,7 @@ class _Builder:
         return self.sizes[id(node)]
 
     def value(self, node: yaml.Node) -> Any:
+        """Return the value of a node; refuse types other than those of JSON."""
         if node.tag not in _TAGS:
             kind = node.tag.removeprefix(_PREFIX)
             _refuse(self.name, node.start_mark, f"a value of the type '{kind}'; write text, numbers, lists or keys")
@@ -146,6 +148,7 @@ class _Builder:
         return self.scalar(node)
 
     def mapping(self, node: yaml.MappingNode) -> dict[Any, Any]:
+        """Return the keys and values of a node; refuse a key that is given twice."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
@@ -158,6 +161,7 @@ class _Builder:
         return {self.key(key_node): self.value(child) for key_node, child in node.value}
 
     def key(self, node: yaml.Node) -> Any:
+        """Return a key, a text or a whole number; refuse any other."""
         key = self.value(node) if isinstance(node, yaml.ScalarNode) else None
         if type(key) not in (str, int):
             text = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a list or a mapping"
@@ -165,6 +169,7 @@ class _Builder:
         return key
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
+        """Return a text, number, truth value or None; refuse values without a meaning."""
         text = node.value
         if node.tag == _PREFIX + "int" and len(text) > MOST_DIGITS:
             _refuse(self.name, node.start_mark, f"a whole number of {len(text)} digits; at most {MOST_DIGITS} are read")

@@ -85,6 +85,9 @@ class Adapter:
 def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, int]:
     """Return the rank and the width of an adapter, after checking its matrices.
 
+    Args:
+        matrices: A (rank, width) and B (width, rank), of any floating-point dtype.
+
     Raises:
         UserError: a projection has only one of A and B, or ranks or widths differ.
     """
@@ -124,7 +127,11 @@ def read_sat_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
 
 
 def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None = None) -> Adapter:
-    """Return the adapter among weights that were read from `file`; see `read_sat_adapter`."""
+    """Return the adapter among weights that were read from `file`; see `read_sat_adapter`.
+
+    Raises:
+        UserError: the weights hold no adapter, or its matrices do not fit together.
+    """
     found = {name: weights[name] for name in weights if is_adapter(name)}
     if not found:
         raise UserError(f"{file} holds no adapter (no matrix_A or matrix_B)")

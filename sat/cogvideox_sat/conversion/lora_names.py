@@ -30,6 +30,7 @@ class Projection(NamedTuple):
 
     @property
     def part(self) -> int:
+        """Return the number of the projection in its fused layer, from 0."""
         return PROJECTIONS[self.name][1]
 
     def __str__(self) -> str:
@@ -44,12 +45,14 @@ class Slot(NamedTuple):
 
     @property
     def sat_name(self) -> str:
+        """Return the name in SwissArmyTransformer's checkpoints."""
         layer, name = self.projection
         module, number = PROJECTIONS[name]
         return f"transformer.layers.{layer}.attention.{module}.matrix_{self.matrix}.{number}"
 
     @property
     def diffusers_name(self) -> str:
+        """Return the name in diffusers' files."""
         return f"transformer.{diffusers_module(self.projection)}.lora_{self.matrix}.weight"
 
 

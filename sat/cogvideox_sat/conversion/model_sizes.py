@@ -193,7 +193,11 @@ def combined(config: ModelSizes, found: Mapping[str, Any], source: str | None) -
 def computed_tables(
     family: NetworkFamily, sizes: ModelSizes, dtype: torch.dtype, unused_rows: int = UNUSED_POSITIONS
 ) -> dict[str, Tensor]:
-    """Return a checkpoint's tables that follow from the sizes; the unused table holds zeros."""
+    """Return a checkpoint's tables that follow from the sizes, by our names.
+
+    With n tokens of a video, h features and d of a head: positions (1, text length + n, h), zeros for the text; sines
+    and cosines (n, d); the unused table (unused_rows, h), which holds zeros.
+    """
     grid, tables = sizes.grid(family.patch), {}
     if family.rotary:
         tables[UNUSED_TABLE] = torch.zeros(unused_rows, family.hidden_size, dtype=dtype)

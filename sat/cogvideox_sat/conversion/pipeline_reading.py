@@ -164,7 +164,11 @@ def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> P
 def read_sizes(
     folder: Path, config: Mapping[str, Any], vae: Mapping[str, Any], family: NetworkFamily
 ) -> ModelSizes:  # fmt: skip
-    """Return the sizes in a pipeline's files; missing ones are those of the released model."""
+    """Return the sizes in a pipeline's files; missing ones are those of the released model.
+
+    Raises:
+        UserError: a size is not a number in range.
+    """
     released = released_config(family)
     released["model"]["network_config"]["params"] |= family.parameters()
     usual = sizes_of_config(released, family, "the released model")

@@ -55,15 +55,17 @@ class StoredWeights(Mapping[str, Tensor]):
 
     @property
     def like(self) -> dict[str, Tensor]:
-        """Return tensors without values, by name."""
+        """Return tensors on the meta device, by name, with the stored shapes and dtypes."""
         return {name: entry.like for name, entry in self.entries.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes by name."""
         return {name: tuple(entry.shape) for name, entry in self.entries.items()}
 
     @property
     def nbytes(self) -> int:
+        """Return the size of all tensors in bytes."""
         return sum(entry.like.nbytes for entry in self.entries.values())
 
     def select(self, names: Iterable[str]) -> "StoredWeights":
@@ -107,6 +109,7 @@ class Window:
         self.bytes_read = 0
 
     def make_room(self) -> None:
+        """Unmap the files if `WINDOW_BYTES` were read since the last time."""
         if self.bytes_read >= WINDOW_BYTES:
             for file in self.files:
                 file.release()
@@ -135,6 +138,7 @@ class MappedFile:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors of the mapped file, after mapping it again if necessary."""
         if self._tensors is None:
             self._tensors = self._open()
         return self._tensors

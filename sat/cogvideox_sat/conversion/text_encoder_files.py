@@ -73,7 +73,11 @@ def write_text_encoder(files: Sequence[Path], folder: Path, dtype: torch.dtype, 
 
 
 def copy_files(files: Sequence[Path], folder: Path) -> None:
-    """Copy files into a folder, piece by piece, and check their sizes."""
+    """Copy files into a folder, piece by piece, and check their sizes.
+
+    Raises:
+        UserError: a file changed meanwhile.
+    """
     folder.mkdir(exist_ok=True)
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=folder.name, unit="B", unit_scale=True, leave=False) as bar:

@@ -39,26 +39,32 @@ class NetworkFamily:
 
     @property
     def head_dim(self) -> int:
+        """Return the features of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def is_15(self) -> bool:
+        """Return whether the network is of CogVideoX1.5."""
         return self.name.startswith("1.5")
 
     @property
     def image_to_video(self) -> bool:
+        """Return whether the input has the channels of a given picture."""
         return self.name.endswith("i2v")
 
     @property
     def rotary(self) -> bool:
+        """Return whether positions rotate queries and keys; otherwise they are added."""
         return self.name != "2b"
 
     @property
     def learnt_positions(self) -> bool:
+        """Return whether a table of positions is trained."""
         return self.name == "5b_i2v"
 
     @property
     def stores_frequencies(self) -> bool:
+        """Return whether checkpoints hold sines and cosines of the rotation."""
         return self.rotary and not self.is_15
 
     def parameters(self) -> dict[str, Any]:

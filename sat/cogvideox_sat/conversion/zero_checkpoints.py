@@ -103,6 +103,7 @@ class _FlatGroups:
         return pieces
 
     def read(self, group: int, start: int, stop: int) -> Tensor:
+        """Return the entries `start` to `stop` of a flat group of weights, in float32."""
         return self.file.read(str(group), start, stop)
 
 

@@ -21,22 +21,27 @@ STATE_ERRORS = (LookupError, TypeError, AttributeError)  # errors of an optimize
 
 
 def whole(value: Any) -> bool:
+    """Return whether the value is a whole number that all readers of JSON keep."""
     return type(value) is int and abs(value) <= HIGHEST
 
 
 def count(value: Any) -> bool:
+    """Return whether the value is a whole number, at least 0."""
     return whole(value) and value >= 0
 
 
 def text(value: Any) -> bool:
+    """Return whether the value is a text."""
     return isinstance(value, str)
 
 
 def sum_of_losses(value: Any) -> bool:
+    """Return whether the value is a number, which may be infinite or NaN."""
     return type(value) is float or whole(value)
 
 
 def number(value: Any) -> bool:
+    """Return whether the value is a finite number."""
     return sum_of_losses(value) and math.isfinite(value)
 
 
@@ -55,6 +60,7 @@ def mapping_of(entry: Checker) -> Checker:
 
 
 def anything(value: Any) -> bool:
+    """Return True: the reader of the value checks it."""
     return True
 
 
@@ -74,6 +80,7 @@ def phase(value: Any) -> bool:
 
 
 def reader(value: Any) -> bool:
+    """Return whether the value is a record of the decoder, or None."""
     return value is None or mapping_of(text)(value)
 
 

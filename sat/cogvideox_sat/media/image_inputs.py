@@ -42,7 +42,11 @@ def load_condition_image(
 
 
 def fitted_image(image: Image.Image, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """Return an RGB image as a first frame; see `load_condition_image`."""
+    """Return an RGB image as a first frame: float32 (3, height, width), from -1 to 1.
+
+    Args:
+        size, crop: see `load_condition_image`.
+    """
     height, width = size
     pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, centering=crop))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0

@@ -156,6 +156,7 @@ def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] 
     """Write latents, under the key `latents`, to a safetensors file, atomically.
 
     Args:
+        latents: (t, c, h, w), in any dtype.
         metadata: texts about the latents; see `sampling.record_making.latents_metadata`.
 
     Raises:

@@ -56,7 +56,11 @@ def build_parser() -> ToolParser:
 
 
 def convert(arguments: Sequence[str] | None) -> None:
-    """Convert a pipeline as the arguments say."""
+    """Convert a pipeline as the arguments say.
+
+    Raises:
+        UserError: arguments contradict each other, the pipeline cannot be read, or the output cannot be written.
+    """
     options = build_parser().parse_args(arguments)
     if options.fp16 and options.bf16:
         raise UserError("--fp16 and --bf16 are both given; choose one")
@@ -97,7 +101,11 @@ def show(pipeline: "Pipeline") -> None:
 
 
 def write(pipeline: "Pipeline", output: Path) -> None:
-    """Write the checkpoints and configurations, and verify them."""
+    """Write the checkpoints and configurations, and verify them.
+
+    Raises:
+        UserError: they cannot be written, or do not read back as they were written.
+    """
     from tqdm import tqdm
 
     from cogvideox_sat.configuration.files import load_configs

@@ -93,7 +93,11 @@ def build_parser() -> ToolParser:
 
 
 def convert(arguments: Sequence[str] | None) -> None:
-    """Convert a checkpoint as the arguments say."""
+    """Convert a checkpoint as the arguments say.
+
+    Raises:
+        UserError: arguments contradict each other, an input cannot be read, or the output cannot be written.
+    """
     options = build_parser().parse_args(arguments)
     check_arguments(options)
     if options.push_to_hub and not options.dry_run:

@@ -126,7 +126,11 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
 
 
 def of_sampling(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
-    """Return the lines of the estimate for sampling."""
+    """Return the lines of the estimate for sampling.
+
+    Raises:
+        UserError: an argument is wrong, or the memory of such a run is not estimated.
+    """
     if options.processes != 1:
         raise UserError(
             "--processes: only fine-tuning takes it, with a configuration that has a data section; leave it out"

@@ -35,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(arguments: Sequence[str] | None) -> None:
-    """Convert an adapter as the arguments say."""
+    """Convert an adapter as the arguments say.
+
+    Raises:
+        UserError: the checkpoint holds no adapter, or the output exists or cannot be written.
+    """
     parser = ToolParser(__doc__)
     parser.add_argument("--sat_pt_path", type=Path, required=True, metavar="PATH", help="checkpoint with the adapter")
     parser.add_argument(

@@ -27,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(arguments: Sequence[str] | None) -> None:
-    """Write the weights as the arguments say."""
+    """Write the weights as the arguments say.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the output exists or cannot be written.
+    """
     parser = ToolParser(__doc__)
     parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="a checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")

@@ -33,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def merge(arguments: Sequence[str] | None) -> None:
-    """Merge adapters as the arguments say."""
+    """Merge adapters as the arguments say.
+
+    Raises:
+        UserError: an input cannot be read, adapters do not fit the model, or the output exists or cannot be written.
+    """
     parser = ToolParser(__doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="PATH", help="checkpoint of the base model")
     parser.add_argument(

@@ -50,7 +50,11 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def precompute(command_line: Sequence[str] | None) -> int:
-    """Encode the data set that the command line names; return the exit code."""
+    """Encode the data set that the command line names; return the exit code.
+
+    Raises:
+        UserError: an argument is missing or wrong; see `precompute_with` too.
+    """
     adopt_launcher()
     options, rest = build_parser().parse_known_args(command_line)
     if options.output is None:
@@ -61,7 +65,11 @@ def precompute(command_line: Sequence[str] | None) -> int:
 
 
 def precompute_with(args: TrainingArguments, options: argparse.Namespace) -> int:
-    """Encode the data set of the given arguments; return the exit code."""
+    """Encode the data set of the given arguments; return the exit code.
+
+    Raises:
+        UserError: the arguments do not fit each other; see `training.latent_encoding.run` too.
+    """
     if args.inspect_data:
         raise UserError(
             as_started("inspect_data: give it to sat/train_video.py, which shows the clips that are encoded here")

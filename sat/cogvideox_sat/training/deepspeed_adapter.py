@@ -123,7 +123,7 @@ def uses_zero(engine: deepspeed.DeepSpeedEngine) -> bool:
 def pieces(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return the tensors for which the inner optimizer keeps states on this process.
 
-    Without ZeRO, these are the parameters.
+    Without ZeRO, these are the parameters; with ZeRO, flat float32 tensors.
     """
     if not uses_zero(engine):
         return list(parameters)
@@ -222,7 +222,8 @@ def full_shape(parameter: Tensor) -> torch.Size:
 def part_of(parameter: Tensor, value: Tensor, rank: int) -> Tensor:
     """Return the part of `value` that the data-parallel process `rank` holds.
 
-    The parts of a partitioned parameter are flat and equally long; the last one is padded with zeros.
+    The parts of a partitioned parameter are flat and equally long; the last one is padded with zeros. The result has
+    the dtype of `value`, and is on the device of `parameter`.
     """
     length = parameter.ds_tensor.ds_numel
     part = value.flatten()[rank * length : (rank + 1) * length]

@@ -202,9 +202,11 @@ class Annealing(AnnealingLR):
         )
 
     def get_lr(self) -> float:
+        """Return the learning rate of the current step, at least 0."""
         return max(super().get_lr(), 0.0)
 
     def load_state_dict(self, sd: dict[str, Any]) -> None:
+        """Continue at the step of a result of `state_dict`."""
         self.step(sd["num_iters"])
 
 
@@ -231,7 +233,7 @@ def clip_or_skip(engine: deepspeed.DeepSpeedEngine, clipping: float, optimizer: 
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Return the gradient norm over all parameters of all model-parallel processes.
+    """Return the gradient norm over all model-parallel processes, a float32 scalar.
 
     Parameters of which every process has a copy count once.
     """

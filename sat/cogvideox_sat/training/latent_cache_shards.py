@@ -41,6 +41,7 @@ class OpenShard:
 
     @property
     def is_full(self) -> bool:
+        """Return whether the shard has the size or the number of samples to be written."""
         size = sum(tensor.nbytes for tensor in self.tensors.values())
         return size >= SHARD_BYTES or len(self.samples) + len(self.skipped) >= SHARD_SAMPLES
 

@@ -66,7 +66,7 @@ class Encoder:
 
     @torch.no_grad()
     def captions(self, captions: Mapping[int, str]) -> dict[str, Tensor]:
-        """Return the embedding of each caption, named `{index}.text`."""
+        """Return the embedding of each caption (tokens, features), named `{index}.text`."""
         conditioner = self.engine.conditioner
         with memory_guard("the text encoder"), on_device(conditioner, self.engine.device):
             return {

@@ -132,6 +132,10 @@ def recut(shares: Sequence[Mapping[str, Tensor]], cuts: Cuts, rank: int, size: i
 
 
 def recut_tensor(shares: Sequence[Tensor], cut: Cut, rank: int, size: int) -> Tensor:
-    """Return one rank's share of a tensor, given the shares of any number of ranks."""
+    """Return one rank's share of a tensor, given the shares of any number of ranks.
+
+    Raises:
+        UserError: `size` does not divide the tensor.
+    """
     whole = shares[0] if len(shares) == 1 else cut.join(shares)
     return whole if size == 1 else cut.share(whole, rank, size)
