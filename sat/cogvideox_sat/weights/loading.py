@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,53 +51,23 @@ def load_network(
     Raises:
         UserError: a file is missing or unreadable, or its names or shapes do not fit.
     """
-    rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
     is_lora = "lora" in network.mixins
     if lora_load and not is_lora:
         raise UserError("lora_load is given, but the configuration has no lora_config; use its '_lora' variant")
-
     cuts = cuts_of(network)
-
-    def read(path: str | Path, keep: Callable[[str], bool]) -> tuple[dict[str, StoredValue], str]:
-        """Return this rank's share of the kept tensors of a checkpoint, and the checkpoint's name."""
-        files = checkpoint_shares(path)
-        is_own = len(files) == size
-        files = [files[rank]] if is_own else files
-        name = str(files[0] if len(files) == 1 else files[0].parent)
-        shares = [{name: value for name, value in network_values(file).items() if keep(name)} for file in files]
-        tables = as_stored(own_tables(network)) if is_diffusers_file(files[0]) else {}
-        if is_own:
-            return tables | shares[0], name
-        whole = [{name: value.tensor() for name, value in share.items()} for share in shares]
-        return tables | as_stored(recut(whole, cuts, rank, size, name)), name
-
-    weights: dict[str, StoredValue] = {}
-    sources: list[str] = []
-    if load:
-        weights, source = read(load, lambda name: True)
-        sources.append(source)
-    if lora_load:
-        adapter, source = read(lora_load, is_adapter)
-        if not any(map(is_adapter, adapter)):
-            tool = as_started("tools/import_hf_lora.py")
-            raise UserError(
-                f"lora_load: {source} holds no adapter (no matrix_A, matrix_B); convert an adapter of diffusers with "
-                f"{tool}"
-            )
-        weights |= adapter
-        sources.append(source)
+    weights, sources = read_weights(network, cuts, load, lora_load)
+    has_adapter = any(map(is_adapter, weights))
+    if has_adapter and not is_lora:
+        raise UserError(f"load: {load} holds a LoRA adapter; use the '_lora' variant of the configuration")
+    if is_lora and not (has_adapter or allow_missing or new_adapter):
+        raise UserError(f"load: {load} holds no adapter, but the configuration has a lora_config; give lora_load")
     if is_lora:
         weights = rename_for_lora(network, weights)
-        if any(map(is_adapter, weights)):
-            new_adapter = False
-        elif not (allow_missing or new_adapter):
-            raise UserError(f"load: {load} holds no adapter, but the configuration has a lora_config; give lora_load")
-    elif any(map(is_adapter, weights)):
-        raise UserError(f"load: {load} holds a LoRA adapter; use the '_lora' variant of the configuration")
+    starts_adapter = new_adapter and not has_adapter
     may_miss: bool | list[str] = allow_missing
     if allow_missing:
         widen_inputs(network, weights)
-    if new_adapter and not allow_missing:
+    elif starts_adapter:
         may_miss = [name for name in network.state_dict() if is_adapter(name)]
     missing, _ = assign_weights(
         network,
@@ -107,17 +77,72 @@ def load_network(
         device=device,
         convert=entry_in_shares if in_shares else whole_entry,
     )
-    if unforeseen := [name for name in missing if not (new_adapter and is_adapter(name))]:
-        logger.warning(
-            "%s lack %d of the network's tensors, which keep their initial values: %s%s",
-            " and ".join(sources) or "no checkpoint given: files",
-            len(unforeseen),
-            ", ".join(unforeseen[:3]),
-            ", ..." if len(unforeseen) > 3 else "",
-        )
+    warn_of_missing([name for name in missing if not (starts_adapter and is_adapter(name))], sources)
     if missing:
         initialise_missing(network, device, cuts)
         network.to(device)  # for tables that were never on the meta device
+
+
+def read_weights(
+    network: nn.Module, cuts: Cuts, load: str | Path | None, lora_load: str | Path | None
+) -> tuple[dict[str, StoredValue], list[str]]:
+    """Return this rank's share of a checkpoint and of an adapter on it, and their names.
+
+    Raises:
+        UserError: a file is missing or unreadable, or `lora_load` holds no adapter.
+    """
+    weights: dict[str, StoredValue] = {}
+    sources: list[str] = []
+    if load:
+        weights, source = read_share(network, cuts, load)
+        sources.append(source)
+    if lora_load:
+        adapter, source = read_share(network, cuts, lora_load, keep=is_adapter)
+        if not any(map(is_adapter, adapter)):
+            tool = as_started("tools/import_hf_lora.py")
+            raise UserError(
+                f"lora_load: {source} holds no adapter (no matrix_A, matrix_B); convert an adapter of diffusers with "
+                f"{tool}"
+            )
+        weights |= adapter
+        sources.append(source)
+    return weights, sources
+
+
+def read_share(
+    network: nn.Module, cuts: Cuts, path: str | Path, keep: Callable[[str], bool] = lambda _: True
+) -> tuple[dict[str, StoredValue], str]:
+    """Return this rank's share of the kept tensors of a checkpoint, and the checkpoint's name.
+
+    Tensors stay in their files, unless another number of ranks wrote them. Files of diffusers get the network's own
+    tables of positions.
+
+    Raises:
+        UserError: a file is missing or unreadable.
+    """
+    rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
+    files = checkpoint_shares(path)
+    is_own = len(files) == size
+    files = [files[rank]] if is_own else files
+    source = str(files[0] if len(files) == 1 else files[0].parent)
+    shares = [{name: value for name, value in network_values(file).items() if keep(name)} for file in files]
+    tables = as_stored(own_tables(network)) if is_diffusers_file(files[0]) else {}
+    if is_own:
+        return tables | shares[0], source
+    whole = [{name: value.tensor() for name, value in share.items()} for share in shares]
+    return tables | as_stored(recut(whole, cuts, rank, size, source)), source
+
+
+def warn_of_missing(names: Sequence[str], sources: Sequence[str]) -> None:
+    """Warn of tensors that no file holds, if there are any."""
+    if names:
+        logger.warning(
+            "%s lack %d of the network's tensors, which keep their initial values: %s%s",
+            " and ".join(sources) or "no checkpoint given: files",
+            len(names),
+            ", ".join(names[:3]),
+            ", ..." if len(names) > 3 else "",
+        )
 
 
 def as_stored(weights: Mapping[str, Tensor]) -> dict[str, StoredValue]:
