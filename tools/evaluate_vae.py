@@ -12,7 +12,6 @@ are wrong.
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from cogvideox_sat.commands.input_paths import located, not_found, tell_places  
 from cogvideox_sat.commands.launchers import check_alone  # noqa: E402
 from cogvideox_sat.commands.startup import quiet_libraries  # noqa: E402
 from cogvideox_sat.commands.tool_parser import ToolParser, locate_inputs  # noqa: E402
+from cogvideox_sat.configuration.argument_limits import check_device  # noqa: E402
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths  # noqa: E402
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
 from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
@@ -107,8 +107,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if options.lpips_weights and options.lpips_net == "none":
         raise UserError("--lpips_weights is given, but --lpips_net is none; leave one of them out")
-    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise UserError(f"--device: got '{options.device}'; use cpu, cuda or cuda:N")
+    check_device(options.device, "--device")
     check_folder(options.output, "--output")
     if options.json:
         check_folder(options.json.parent, "--json")

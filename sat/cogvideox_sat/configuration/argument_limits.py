@@ -76,8 +76,18 @@ def check_seed_and_device(args: Any) -> None:
     """Check that `seed` and `device` have a form that all commands take, else raise UserError."""
     if not 0 <= args.seed < 2**63:
         raise UserError(f"seed: got {args.seed}; expected a whole number from 0 to 2^63 - 1")
-    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UserError(f"device: got '{args.device}'; it can be cpu, cuda or cuda:N")
+    check_device(args.device)
+
+
+def check_device(name: str | None, argument: str = "device") -> None:
+    """Check that a device has a form that all commands take, else raise UserError.
+
+    Args:
+        name: None stands for a GPU if there is one.
+        argument: the argument in the message.
+    """
+    if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"{argument}: got '{name}'; it can be cpu, cuda or cuda:N")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

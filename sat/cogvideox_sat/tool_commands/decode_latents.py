@@ -16,14 +16,13 @@ videos are written, 1 some files could not be decoded, 2 the arguments or files 
 
 import argparse
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.startup import quiet_libraries
 from cogvideox_sat.commands.tool_parser import ToolParser
-from cogvideox_sat.configuration.argument_limits import check_frames_at_once, check_tile_size
+from cogvideox_sat.configuration.argument_limits import check_device, check_frames_at_once, check_tile_size
 from cogvideox_sat.configuration.files import load_configs, with_located_paths
 from cogvideox_sat.configuration.video_records import record_path
 from cogvideox_sat.files.output_paths import decide_existing
@@ -86,8 +85,7 @@ def check_options(options: argparse.Namespace) -> None:
     check_frames_at_once(options.vae_frames_at_once)
     if options.fps is not None and not 0 < options.fps < 1000:
         raise UserError(f"--fps: got {options.fps:g}; it must be above 0 and below 1000")
-    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise UserError(f"--device: got '{options.device}'; it can be cpu, cuda or cuda:N")
+    check_device(options.device, "--device")
 
 
 def plan(options: argparse.Namespace) -> list[LatentFile]:

@@ -82,8 +82,12 @@ def estimate(arguments: Sequence[str] | None) -> None:
 
 
 def of_training(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """Return the lines of the estimate for fine-tuning.
+
+    Raises:
+        UserError: an argument is wrong, or the memory of such a run is not estimated.
+    """
     # Missing weights do not matter for the estimate.
-    """Return the lines of the estimate for fine-tuning."""
     args = get_training_args(["--base", *options.base, *rest, "--force_train"])
     with args.sources.naming():
         request = plan(args, options.processes)
@@ -101,11 +105,7 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     """
     if processes < 1:
         raise UserError(f"--processes: got {processes}; it must be at least 1")
-    if args.model_parallel_size > 1:
-        raise UserError(
-            f"model_parallel_size: got {args.model_parallel_size}; the memory of a network that processes share is not "
-            "estimated; leave it at 1"
-        )
+    check_whole_network(args.model_parallel_size)
     check_model_values(args.model_config, args.sources)
     check_data_section(args.data_config, args.sources)
     check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
@@ -125,6 +125,15 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     return TrainingRequest(args, frames, [(height, width) for height, width in sizes], micro_batch)
 
 
+def check_whole_network(model_parallel_size: int) -> None:
+    """Check that each process has the whole network, else raise UserError."""
+    if model_parallel_size > 1:
+        raise UserError(
+            f"model_parallel_size: got {model_parallel_size}; the memory of a network that processes share is not "
+            "estimated; leave it at 1"
+        )
+
+
 def of_sampling(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """Return the lines of the estimate for sampling.
 
@@ -139,11 +148,7 @@ def of_sampling(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     with args.sources.naming():
         check_model_values(args.model_config, args.sources)
         check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
-        if args.model_parallel_size > 1:
-            raise UserError(
-                f"model_parallel_size: got {args.model_parallel_size}; the memory of a network that processes share is "
-                "not estimated; leave it at 1"
-            )
+        check_whole_network(args.model_parallel_size)
         limits = ModelLimits.from_config(args.model_config)
         limits.check_clip(args.sampling_num_frames, *args.sampling_image_size)
         tell_places()
