@@ -341,7 +341,7 @@ CASES = {
     "too few clips": (["--i3d_weights", "{folder}/data", "--num_clips", "1"], "--num_clips must be at least 2, got 1"),
     "weights not there": (["--ckpt", "/nowhere/vae.pt"], "--ckpt: /nowhere/vae.pt does not exist"),
     "unused weights": (["--lpips_net", "none", "--lpips_weights", "{folder}/data"], "but --lpips_net is none"),
-    "device": (["--device", "gpu"], "--device: got 'gpu'; use cpu, cuda or cuda:N"),
+    "device": (["--device", "gpu"], "--device: got 'gpu'; it can be cpu, cuda or cuda:N"),
     "no weights": (["--base", "{folder}/training.yaml"], "--ckpt and model.params.ckpt_path are missing"),
     "no VAE": (["--base", "{folder}/no_model.yaml"], "model.first_stage_config.params.encoder_config is missing"),
     "no data section": (["--base", "{folder}/no_data.yaml"], "data.target is missing; also name configs/sft.yaml"),
