@@ -24,7 +24,9 @@ def in_processes(
 
     Args:
         name: a function that returns the name of an item.
+        late: returns the result for an item that could not be computed, given the reason.
         count: number of processes; fewer are started for few items.
+        limit: seconds for an item.
 
     Raises:
         UserError: a process died for another reason than an item.
@@ -57,6 +59,11 @@ def _in_order(
     reasons: dict[int, str],
     late: Callable[[Any, str], Any],
 ) -> Iterator[Any]:
+    """Yield the results of all chunks; a chunk with a late item is computed again without it.
+
+    Args:
+        reasons: filled with the reasons of late items, by their index in `items`.
+    """
     for number, chunk in enumerate(chunks):
         processes.submit(number, (chunk, set()))
     finished: dict[int, list[Any]] = {}
