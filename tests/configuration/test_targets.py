@@ -38,6 +38,7 @@ def test_what_no_file_may_name(target, says):
             "torch.load",
             "dit_video_concat.partial",
         ),
+        *("cogvideox_sat.network.mixins.partial", "cogvideox_sat.files.folders.Path"),
         *("dit_video_concat.nn", "sat.helpers.print_rank0", "torch.optim.optimizer.OrderedDict", "my_module.Mine"),
         *("numpy.load", "dit_video_concat.partial"),
     ],
@@ -50,6 +51,7 @@ def test_what_a_file_from_elsewhere_may_not_name(target):
     "target",
     [
         *("torch.nn.Identity", "torch.optim.Adam", "sgm.modules.GeneralConditioner", "ema_adam.EmaAdam"),
+        *("dit_video_concat.AdaLNMixin", "dit_video_concat.Rotary3DPositionEmbeddingMixin"),
         *("dit_video_concat.DiffusionTransformer", "sat.model.finetune.lora2.LoraMixin", "data_video.SFTDataset"),
         *("vae_modules.regularizers.DiagonalGaussianRegularizer", "vae_modules.autoencoder.VideoAutoencodingEngine"),
     ],

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dit_video_concat
 from cogvideox_sat.configuration.recomputation import Recomputation
+from cogvideox_sat.network import layer_execution
 from cogvideox_sat.network.compiled_layers import NotCompilable
+from reference_networks import network_and_inputs
 from sgm.models.video_coder_memory import AllocatedBytes
 from support import assert_close, needs_compiler
-from test_network_execution import network_and_inputs
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 MODES = [True, "attention", 1, Recomputation(1, 1), "auto"]
@@ -42,7 +42,7 @@ def test_gradients_are_those_without(name, by_hooks, monkeypatch):
     """To the bit, so that a run goes on with the same numbers in another mode."""
     network, inputs = built(name)
     if by_hooks:
-        monkeypatch.setattr(dit_video_concat, "lean_layers", refuse)
+        monkeypatch.setattr(layer_execution, "lean_layers", refuse)
     expected = step(network, inputs, False)
     for mode in MODES:
         found = step(network, inputs, mode)

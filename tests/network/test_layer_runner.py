@@ -13,8 +13,8 @@ from arguments import get_args
 from cogvideox_sat.network.layer_runner import LayerContext, LayerRunner, RunLayer, SamplingProgress
 from cogvideox_sat.network.layer_streaming import stream_layers
 from diffusion_video import SATVideoDiffusionEngine
+from reference_networks import network_and_inputs
 from sgm.modules.diffusionmodules.sampling import VPSDEDPMPP2MSampler
-from test_network_execution import network_and_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

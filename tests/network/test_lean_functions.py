@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvideox_sat.network.lean_functions import GatedSum, GeluProduct, Heads, ModulatedProduct
-from dit_video_concat import apply_rotary
+from cogvideox_sat.network.token_arithmetic import apply_rotary
 from support import assert_close
 
 B, N, TEXT, D, HEADS = 2, 7, 3, 12, 2

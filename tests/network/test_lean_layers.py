@@ -4,13 +4,14 @@ import contextlib
 
 import pytest
 import torch
+from test_layer_execution import FAMILIES
 from torch import Tensor, nn
 
-import dit_video_concat
+from cogvideox_sat.network import layer_execution
 from cogvideox_sat.network.compiled_layers import NotCompilable
 from cogvideox_sat.network.lean_layers import lean_layers
+from reference_networks import network_and_inputs
 from support import assert_close
-from test_network_execution import FAMILIES, network_and_inputs
 from unusual_networks import with_dropout, with_foreign_mixin, with_watched_module
 
 LORA = ["t2v_2b_lora", "i2v_5b_lora"]
@@ -26,7 +27,7 @@ def results(built: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def by_hooks(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(dit_video_concat, "lean_layers", refuse)
+        patch.setattr(layer_execution, "lean_layers", refuse)
         yield
 
 

@@ -10,10 +10,10 @@ from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.network import compiled_layers
 from cogvideox_sat.network.block import block
 from cogvideox_sat.network.layer_streaming import layer_modules, stream_layers, tensors_of
+from cogvideox_sat.network.mixins import AdaLNMixin
 from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.sampling.part_offloading import PartOffloader
 from diffusion_video import SATVideoDiffusionEngine
-from dit_video_concat import AdaLNMixin
 from reference_networks import network_and_inputs
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.util import instantiate_from_config

@@ -18,7 +18,11 @@ from sgm.module_aliases import MODULE_ALIASES
 # Modules that files which came with something else, such as a checkpoint, may name: our own, and those of the libraries
 # that define layers and optimizers.
 TRUSTED_PACKAGES = ("sgm", "vae_modules", "sat", "torch.nn", "torch.optim")
-OWN_MODULES = ("data_video", "diffusion_video", "dit_video_concat", *MODULE_ALIASES)
+OWN_MODULES = (
+    *("data_video", "diffusion_video", "dit_video_concat"),
+    "cogvideox_sat.network.mixins",  # `dit_video_concat` passes its classes on
+    *MODULE_ALIASES,
+)
 LONGEST_TARGET = 300
 
 

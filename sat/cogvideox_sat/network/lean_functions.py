@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cogvideox_sat.network.fused_lora import gradients_of_down, gradients_of_low_rank, product_with_low_rank
+from cogvideox_sat.network.token_arithmetic import rotate_pairs
 
 GELU = "tanh"  # PyTorch's name of the approximation
 
@@ -164,8 +165,8 @@ class Heads(torch.autograd.Function):
                 normed = normed.transpose(1, 2)
             if cos is not None and sin is not None:
                 video = normed[:, :, normed.shape[2] - len(cos) :]
-                exchanged = _exchanged(video)
-                video.mul_(cos).addcmul_(exchanged, sin)
+                rotated = rotate_pairs(video)
+                video.mul_(cos).addcmul_(rotated, sin)
             results.append(normed)
             kept += [mean, rstd]
         ctx.save_for_backward(qkv, cos, sin, *norms, *kept)
@@ -190,8 +191,8 @@ class Heads(torch.autograd.Function):
             if cos is not None and sin is not None:
                 grad = grad.clone(memory_format=torch.contiguous_format)
                 video = grad[:, :, grad.shape[2] - len(cos) :]
-                exchanged = _exchanged(video * sin)
-                video.mul_(cos).sub_(exchanged)
+                rotated = rotate_pairs(video * sin)
+                video.mul_(cos).sub_(rotated)
             mask = [True, *ctx.needs_input_grad[5 + 2 * index : 7 + 2 * index]]
             source, result = sources[index], results[index]
             if index == 0:
@@ -207,15 +208,6 @@ class Heads(torch.autograd.Function):
 def _heads_of(qkv: Tensor, heads: int) -> Sequence[Tensor]:
     """Return q, k, v (b, h, n, e), as views of their joint product (b, n, 3 d)."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _exchanged(x: Tensor) -> Tensor:
-    """Return (−x₁, x₀) for each pair (x₀, x₁) of neighbouring channels.
-
-    The backward function is the negative of this function.
-    """
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((-second, first), dim=-1).flatten(-2)
 
 
 class GeluProduct(torch.autograd.Function):

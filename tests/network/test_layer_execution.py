@@ -9,9 +9,9 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
+from cogvideox_sat.network.layer_execution import OWN_MIXINS
 from reference_networks import network_and_inputs
 from sgm.attention_kernels import KERNELS, WRITTEN_OUT, written_out_attention
-from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import instantiate_from_config
 from support import Reference, needs_compiler
@@ -179,14 +179,12 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_clips_that_do_not_fit_are_refused():
-    config = Reference("dit/t2v_15").case["network_config"]
-    network = instantiate_on_meta(config)
-    assert network.patch_grid(torch.empty(1, 4, 16, 8, 12)) == (2, 4, 6)
-    with pytest.raises(UserError, match="do not divide into patches"):
-        network.patch_grid(torch.empty(1, 3, 16, 8, 12))
-    with pytest.raises(UserError, match=r"exceed this model's \(8, 8, 12\)"):
-        network.patch_grid(torch.empty(1, 4, 16, 8, 14))
+@pytest.mark.parametrize("name", [*FAMILIES, "t2v_2b_lora"])
+def test_the_parts_of_shipped_models_are_known(name):
+    """Of a network with a foreign mixin, layers run neither compiled nor with little memory."""
+    network = instantiate_on_meta(Reference(f"dit/{name}").case["network_config"])
+    assert {type(mixin).__module__ for mixin in network.mixins.values()} <= set(OWN_MIXINS)
+    assert not network.has_foreign_mixin and network.why_layers_are_not_plain() is None
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""The keywords of the network's `forward` are the original's and the mixins'."""
+"""The arguments of the network's `forward` are checked; keywords are the original's."""
 
 import pytest
 import torch
 from sat.model.base_model import BaseMixin
 
+from cogvideox_sat.network.call_arguments import patch_grid
 from reference_networks import network_and_inputs
 from sgm.errors import UserError
 
@@ -45,6 +46,21 @@ def test_channels_that_do_not_fit(channels):
     inputs["x"] = torch.zeros(b, t, channels, h, w)
     with pytest.raises(UserError, match=f"the latents have {channels} channels, but this network takes 16"):
         network(**inputs)
+
+
+def test_clips_that_do_not_fit_are_refused():
+    patch, largest = (2, 2, 2), (4, 4, 6)
+    assert patch_grid(torch.empty(1, 4, 16, 8, 12), patch, largest) == (2, 4, 6)
+    with pytest.raises(UserError, match="do not divide into patches"):
+        patch_grid(torch.empty(1, 3, 16, 8, 12), patch, largest)
+    with pytest.raises(UserError, match=r"exceed this model's \(8, 8, 12\)"):
+        patch_grid(torch.empty(1, 4, 16, 8, 14), patch, largest)
+
+
+def test_the_network_checks_the_size_of_clips():
+    network, _ = network_and_inputs("t2v_15")
+    with pytest.raises(UserError, match=r"exceed this model's \(8, 8, 12\)"):
+        network.patch_grid(torch.empty(1, 4, 16, 8, 14))
 
 
 def test_a_condition_of_another_size():
