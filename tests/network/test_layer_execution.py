@@ -181,7 +181,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.parametrize("name", [*FAMILIES, "t2v_2b_lora"])
 def test_the_parts_of_shipped_models_are_known(name):
-    """Of a network with a foreign mixin, layers run neither compiled nor with little memory."""
+    """With a foreign mixin, layers would run neither compiled nor with little memory."""
     network = instantiate_on_meta(Reference(f"dit/{name}").case["network_config"])
     assert {type(mixin).__module__ for mixin in network.mixins.values()} <= set(OWN_MIXINS)
     assert not network.has_foreign_mixin and network.why_layers_are_not_plain() is None

@@ -1,7 +1,7 @@
 """Run the layers of the network: compiled, in parts that keep little memory, or by hooks.
 
-The results are equal. Compiled layers are fastest. Without a compiler, parts that keep little for the backward pass save
-memory in training. SwissArmyTransformer's hooks alone support layers that a user has changed.
+The results are equal. Compiled layers are fastest. Without a compiler, parts that keep little for the backward pass
+save memory in training. SwissArmyTransformer's hooks alone support layers that a user has changed.
 Shapes: b batch, n tokens (text first), d width.
 """
 
