@@ -7,6 +7,8 @@ from seeded import seed_module_, seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference
 
+FAMILIES = ["t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15"]
+
 
 def network_and_inputs(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the network of the case `dit/{name}`, in evaluation mode, and its inputs."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from sgm.errors import UserError
-from sgm.modules.attention import BasicTransformerBlock, FeedForward, SpatialTransformer, checkpointed, cross_attention
+from sgm.modules.attention_layers import cross_attention
 from sgm.modules.diffusionmodules.util import append_dims, timestep_embedding
+from sgm.modules.transformer_blocks import BasicTransformerBlock, FeedForward, SpatialTransformer, checkpointed
 
 MERGE_STRATEGIES = ("fixed", "learned", "learned_with_images")
 

@@ -10,13 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.network.layer_execution import OWN_MIXINS
-from reference_networks import network_and_inputs
+from reference_networks import FAMILIES, network_and_inputs
 from sgm.attention_kernels import KERNELS, WRITTEN_OUT, written_out_attention
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.util import instantiate_from_config
 from support import Reference, needs_compiler
-
-FAMILIES = ["t2v_2b", "t2v_5b", "i2v_5b", "t2v_15", "i2v_15"]
 
 
 @torch.no_grad()

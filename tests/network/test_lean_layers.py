@@ -4,13 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from test_layer_execution import FAMILIES
 from torch import Tensor, nn
 
 from cogvideox_sat.network import layer_execution
 from cogvideox_sat.network.compiled_layers import NotCompilable
 from cogvideox_sat.network.lean_layers import lean_layers
-from reference_networks import network_and_inputs
+from reference_networks import FAMILIES, network_and_inputs
 from support import assert_close
 from unusual_networks import with_dropout, with_foreign_mixin, with_watched_module
 

@@ -16,7 +16,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sgm.errors import UserError
-from sgm.modules.attention import SpatialSelfAttention, zero_module
+from sgm.modules.attention_layers import SpatialSelfAttention
+from sgm.modules.diffusionmodules.building_blocks import zero_module
 from sgm.modules.diffusionmodules.model import Decoder, ResnetBlock
 from sgm.modules.video_attention import (
     VideoTransformerBlock,

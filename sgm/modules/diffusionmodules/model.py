@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.errors import UserError
-from sgm.modules.attention import LinearAttention, Normalize, SpatialSelfAttention
+from sgm.modules.attention_layers import LinearAttention, Normalize, SpatialSelfAttention
 
 # ---------------------------------------------------------------- layers
 
