@@ -1,8 +1,9 @@
 """The CogVideoX diffusion transformer (arXiv:2408.06072).
 
 Text and video tokens are concatenated and attend to each other. `DiffusionTransformer` is a SwissArmyTransformer
-`BaseModel`, here from its configuration to its output. Its parts are mixins, in the order of the data flow in
-`network.mixins`; configurations name them by this module. How layers run is in `network.layer_execution`.
+`BaseModel`, here from its configuration to its output. Its parts are mixins, which configurations name by this module.
+In the order of the data flow they are in `network.patches`, `network.position_embeddings`, `network.adaptive_layer` and
+again `network.patches`. How layers run is in `network.layer_execution`.
 
 Shapes: b batch, t latent frames, c channels, h and w latent height and width, d `hidden_size`, l text tokens, n = l + v
 tokens, of which v = (t/o)·(h/p)·(w/q) belong to the video, (o, p, q) the patch.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox_sat.latent_geometry import Grid, patch_sizes
+from cogvideox_sat.network.adaptive_layer import AdaLNMixin
 from cogvideox_sat.network.call_arguments import (
     check_channels,
     foreign_arguments,
@@ -23,14 +25,9 @@ from cogvideox_sat.network.call_arguments import (
     patch_grid,
 )
 from cogvideox_sat.network.layer_execution import LayerExecution
-from cogvideox_sat.network.mixins import (
-    AdaLNMixin,
-    Basic3DPositionEmbeddingMixin,
-    FinalLayerMixin,
-    ImagePatchEmbeddingMixin,
-    Rotary3DPositionEmbeddingMixin,
-)
 from cogvideox_sat.network.module_converters import Converter, convert_modules
+from cogvideox_sat.network.patches import FinalLayerMixin, ImagePatchEmbeddingMixin
+from cogvideox_sat.network.position_embeddings import Basic3DPositionEmbeddingMixin, Rotary3DPositionEmbeddingMixin
 from cogvideox_sat.network.sat_transformer import build_transformer
 from cogvideox_sat.network.sequence_parallel import TokenShare
 from cogvideox_sat.parallel.process_groups import initialize_process_groups

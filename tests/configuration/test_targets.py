@@ -38,7 +38,7 @@ def test_what_no_file_may_name(target, says):
             "torch.load",
             "dit_video_concat.partial",
         ),
-        *("cogvideox_sat.network.mixins.partial", "cogvideox_sat.files.folders.Path"),
+        *("cogvideox_sat.network.adaptive_layer.partial", "cogvideox_sat.files.folders.Path"),
         *("dit_video_concat.nn", "sat.helpers.print_rank0", "torch.optim.optimizer.OrderedDict", "my_module.Mine"),
         *("numpy.load", "dit_video_concat.partial"),
     ],

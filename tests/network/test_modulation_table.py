@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.network import compiled_layers
+from cogvideox_sat.network.adaptive_layer import AdaLNMixin
 from cogvideox_sat.network.block import block
 from cogvideox_sat.network.layer_streaming import layer_modules, stream_layers, tensors_of
-from cogvideox_sat.network.mixins import AdaLNMixin
 from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.sampling.part_offloading import PartOffloader
 from diffusion_video import SATVideoDiffusionEngine

@@ -20,7 +20,8 @@ from sgm.module_aliases import MODULE_ALIASES
 TRUSTED_PACKAGES = ("sgm", "vae_modules", "sat", "torch.nn", "torch.optim")
 OWN_MODULES = (
     *("data_video", "diffusion_video", "dit_video_concat"),
-    "cogvideox_sat.network.mixins",  # `dit_video_concat` passes its classes on
+    # `dit_video_concat` passes on the classes of these.
+    *(f"cogvideox_sat.network.{name}" for name in ("adaptive_layer", "patches", "position_embeddings")),
     *MODULE_ALIASES,
 )
 LONGEST_TARGET = 300

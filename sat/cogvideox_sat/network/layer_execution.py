@@ -17,19 +17,22 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cogvideox_sat.configuration.video_layout import check_shares
+from cogvideox_sat.network import adaptive_layer, patches, position_embeddings
 from cogvideox_sat.network.activation_checkpointing import ActivationCheckpointing
 from cogvideox_sat.network.attention_choice import AttentionChoice
 from cogvideox_sat.network.block import tokens_of
 from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_layers, layer_weights
 from cogvideox_sat.network.layer_runner import LayerContext, LayerRunner, RunLayer
 from cogvideox_sat.network.lean_layers import lean_layers
-from cogvideox_sat.network.mixins import AdaLNMixin
 from cogvideox_sat.network.modulation_table import ModulationTable
 from cogvideox_sat.network.sequence_parallel import TokenShare
 from sgm.attention_kernels import KERNELS
 
-# The modules of CogVideoX's mixins and of SwissArmyTransformer's adapter.
-OWN_MIXINS = (AdaLNMixin.__module__, "sat.model.finetune.lora2")
+# The modules of CogVideoX's mixins and of SwissArmyTransformer's adapter, whose import has side effects.
+OWN_MIXINS = (
+    *(patches.__name__, position_embeddings.__name__, adaptive_layer.__name__),
+    "sat.model.finetune.lora2",
+)
 
 
 class LayerExecution(BaseModel):
