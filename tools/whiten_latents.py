@@ -157,7 +157,7 @@ def map_latents(vae: "nn.Module", matrix: "Tensor") -> None:
     """
     import torch
 
-    from vae_modules.layers import SpatialNorm3D
+    from vae_modules.normalization import SpatialNorm3D
 
     channels = len(matrix)
     last = vae.encoder.conv_out.conv

@@ -10,19 +10,12 @@ from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.modules.autoencoding.waiting import WaitingRoom
 from vae_modules import piecewise
+from vae_modules.convolutions import CausalConv3d, left_bias, run_and_leave_bias
 from vae_modules.initialization import NOISE, initialize
-from vae_modules.layers import (
-    CausalConv3d,
-    Downsample3D,
-    GroupNorm,
-    ResnetBlock3D,
-    SpatialNorm3D,
-    Upsample3D,
-    left_bias,
-    normalize_and_convolve,
-    run_and_leave_bias,
-)
+from vae_modules.normalization import GroupNorm, SpatialNorm3D, normalize_and_convolve
 from vae_modules.recomputation import check_levels, run_layer
+from vae_modules.resampling import Downsample3D, Upsample3D
+from vae_modules.residual_block import ResnetBlock3D
 
 
 class ContextParallelEncoder3D(nn.Module):

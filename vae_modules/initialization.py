@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from vae_modules.layers import ResnetBlock3D, SpatialNorm3D
+from vae_modules.normalization import SpatialNorm3D
+from vae_modules.residual_block import ResnetBlock3D
 
 CONDITION = 0.1  # factor of PyTorch's initial weights for the maps that scale norms by the latent
 NOISE = -4.0  # log-variance of the latents of a new encoder; the variance of its means is about 1

@@ -17,16 +17,11 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.waiting import Waiting, WaitingRoom
-from vae_modules.layers import (
-    CausalConv3d,
-    Downsample3D,
-    Norm,
-    ResnetBlock3D,
-    Upsample3D,
-    left_bias,
-    normalize_and_convolve,
-)
+from vae_modules.convolutions import CausalConv3d, left_bias
 from vae_modules.modulation import write_modulated_silu
+from vae_modules.normalization import Norm, normalize_and_convolve
+from vae_modules.resampling import Downsample3D, Upsample3D
+from vae_modules.residual_block import ResnetBlock3D
 
 MAPS = 7
 """Number of feature maps of a piece, at the widest layer, in memory at once. The full size has 5 to 6.2, counted with

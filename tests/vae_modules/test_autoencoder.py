@@ -16,7 +16,7 @@ from sgm.modules.autoencoding import tiling
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.util import instantiate_from_config
 from support import REFERENCE, Reference, assert_close, relative_error
-from vae_modules import layers
+from vae_modules import convolutions
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 from vae_modules.cp_enc_dec import ContextParallelDecoder3D, ContextParallelEncoder3D
 
@@ -350,7 +350,7 @@ def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
     vae = seed_module_(build(Reference("vae/vae_small").case))
 
     def results(dtype: torch.dtype, leaves: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(layers, "leaves_bias", lambda _: leaves)
+        monkeypatch.setattr(convolutions, "leaves_bias", lambda _: leaves)
         vae.to(dtype).use_frames_at_once(at_once)
         encoded = vae.encode(clip.to(dtype), unregularized=True)[0]
         return [encoded.double(), torch.cat(list(vae.decode_chunks(latent.to(dtype))), dim=2).double()]

@@ -5,8 +5,9 @@ import torch
 
 from seeded import seeded_input
 from sgm.modules.autoencoding.clip import Chunk
+from vae_modules.convolutions import CausalConv3d
 from vae_modules.cp_enc_dec import ContextParallelDecoder3D, ContextParallelEncoder3D
-from vae_modules.layers import CausalConv3d, ResnetBlock3D
+from vae_modules.residual_block import ResnetBlock3D
 
 SIZES = {"ch": 32, "z_channels": 4, "ch_mult": (1, 2, 2), "num_res_blocks": 2, "temporal_compress_times": 4}
 

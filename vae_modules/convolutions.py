@@ -1,0 +1,142 @@
+"""Causal convolution of video, and convolutions that treat each frame alone.
+
+Tensors are (batch, channel, time, height, width) in channels-last memory.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgm.modules.autoencoding.clip import Chunk
+from vae_modules import winograd
+
+FEW = 4  # oneDNN has no float32 3D convolution for fewer channels
+
+
+def leaves_bias(weight: Tensor) -> bool:
+    """Return whether a convolution with this weight leaves its bias to the next operation.
+
+    The result is true on a GPU without gradients, where PyTorch adds the bias in another pass over the
+    result; on a CPU PyTorch adds the bias within the convolution.
+    """
+    return weight.device.type != "cpu" and not torch.is_grad_enabled()
+
+
+def left_bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor | None:
+    """Return the bias (channel,) that a convolution leaves to the next operation, or None."""
+    return conv.bias if leaves_bias(conv.weight) else None
+
+
+class Convolving(Protocol):
+    """A layer that ends in a convolution, whose bias it can leave out (`biased`)."""
+
+    conv: nn.Conv2d | nn.Conv3d
+
+    def __call__(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor: ...
+
+
+def run_and_leave_bias(layer: Convolving, x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+    """Return layer(x, chunk), and the bias (channel,) that must still be added, or None."""
+    left = left_bias(layer.conv)
+    return layer(x, chunk, biased=left is None), left
+
+
+class CausalConv3d(nn.Module):
+    """A 3D convolution that only sees the present and earlier frames.
+
+    The frames before the clip are copies of its first frame. Space is padded with zeros; time, height and width keep
+    their sizes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size)
+
+    def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
+        """Return the convolution of `x` (batch, channel, time, height, width).
+
+        `chunk` has the frames before `x`.
+        """
+        weight, bias = self.conv.weight, self.conv.bias if biased else None
+        time, height, width = self.conv.kernel_size
+        padding = (0, height // 2, width // 2)
+        if time == 1:
+            return pointwise_in_time(self.conv, x, biased)
+        before = chunk.frames_before(self, x, time - 1)
+        if x.shape[2] == 0:  # a rank without frames: no output, but a node in the graph for the frames that it sent
+            return F.conv3d(F.pad(before, (0, 0, 0, 0, 0, 1)), weight, bias, padding=padding)[:, :, :0]
+        if before is None and x.shape[2] == 1 and x.dtype == torch.float32:  # all taps see the same frame
+            return F.conv3d(x, weight.sum(2, keepdim=True), bias, padding=padding)
+        if winograd.serves(x, weight):
+            return winograd.causal_conv3d(before, x, weight, bias)
+        if before is None:
+            before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+        frames = torch.cat([before, x], dim=2)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and self.conv.in_channels < FEW:
+            return _with_time_in_channels(self.conv, frames, biased)
+        return F.conv3d(frames, weight, bias, padding=padding)
+
+    def forward_over(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
+        """Return the result of a call, without gradients; `x` may be overwritten."""
+        # Frames that are being sent to another rank must not change.
+        if chunk.group is None and x.shape[2] > 1 and winograd.serves(x, self.conv.weight):
+            before = chunk.frames_before(self, x, self.conv.kernel_size[0] - 1)
+            return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias if biased else None)
+        return self(x, chunk, biased)
+
+    def takes_room(self, x: Tensor) -> bool:
+        """Return whether `after` supports `x`, and saves a copy; only without gradients."""
+        same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` is faster for a single frame
+        return not (torch.is_grad_enabled() or x.shape[2] == 0 or same or winograd.serves(x, self.conv.weight))
+
+    def after(self, room: Tensor, chunk: Chunk, biased: bool = True, tail: Tensor | None = None) -> Tensor:
+        """Return the convolution of all but the first `kernel - 1` frames of `room`.
+
+        The content of these first frames is replaced by the frames before.
+
+        Args:
+            tail: a copy of the last `kernel - 1` frames, or None; see `Chunk.copies_tail`.
+        """
+        time, height, width = self.conv.kernel_size
+        x = room[:, :, time - 1 :]
+        before = chunk.frames_before(self, x, time - 1, tail)
+        room[:, :, : time - 1] = x[:, :, :1] if before is None else before
+        bias = self.conv.bias if biased else None
+        return F.conv3d(room, self.conv.weight, bias, padding=(0, height // 2, width // 2))
+
+
+def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor, biased: bool) -> Tensor:
+    """Apply a convolution without padding in time as a 2D convolution.
+
+    The images have the channels of all frames that the kernel sees.
+    """
+    time, height, width = conv.kernel_size
+    count = frames.shape[2] - time + 1
+    seen = torch.cat([frames[:, :, tap : tap + count] for tap in range(time)], dim=1)
+    seen = seen.contiguous(memory_format=torch.channels_last_3d)
+    kernel = conv.weight.transpose(1, 2).flatten(1, 2)
+    bias = conv.bias if biased else None
+    return framewise(lambda x: F.conv2d(x, kernel, bias, padding=(height // 2, width // 2)), seen)
+
+
+def pointwise_in_time(conv: nn.Conv3d, x: Tensor, biased: bool = True) -> Tensor:
+    """Apply a convolution of length 1 in time.
+
+    Unlike a 3D convolution it also supports an input without frames.
+    """
+    if biased and conv.kernel_size == (1, 1, 1) and leaves_bias(conv.weight):
+        # A matrix product adds the bias while writing its result.
+        return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+    padding = [size // 2 for size in conv.kernel_size[1:]]
+    bias = conv.bias if biased else None
+    return framewise(lambda frames: F.conv2d(frames, conv.weight[:, :, 0], bias, padding=padding), x)
+
+
+def framewise(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an image operation to every frame of `x`."""
+    batch, time = x.shape[0], x.shape[2]
+    y = operation(x.transpose(1, 2).flatten(0, 1))  # b c t h w -> (b t) c h w
+    return y.unflatten(0, (batch, time)).transpose(1, 2)
