@@ -91,6 +91,7 @@ COVERED_BY = {
     "sgm.models.autoencoder_optimizers": ("sgm/test_autoencoder.py", "a base of the engines"),
     "sgm.models.autoencoding_engine": ("sgm/test_autoencoder.py", "`autoencoder` passes its names on"),
     "sgm.flash_attention3": ("network/test_attention_choice.py", "one of the kernels to choose from"),
+    "sgm.models.frames_at_once": ("vae_modules/test_piecewise.py", "a base of `VideoCoder`"),
     "sgm.models.video_coder": ("vae_modules/test_autoencoder.py", "runs its encoders and decoders"),
     "sgm.models.video_coder_memory": ("memory/test_encoding_memory.py", "estimates of encoding"),
     "sgm.module_aliases": ("configuration/test_targets.py", "a table; targets are looked up in it"),

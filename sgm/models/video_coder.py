@@ -3,7 +3,6 @@
 Several processes can share a clip.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from sgm.context_parallel import (
     all_gather_integer,
@@ -24,16 +22,11 @@ from sgm.context_parallel import (
     sum_over_ranks,
 )
 from sgm.errors import UserError
+from sgm.models.frames_at_once import RunsInPieces
 from sgm.modules.autoencoding import tiling
 from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
-from sgm.modules.autoencoding.waiting import WaitingRoom, in_host_memory
-
-USABLE = 0.85
-"""The share of a GPU's free memory that pieces of a clip may take; fragmentation needs the rest."""
-
-logger = logging.getLogger(__name__)
 
 Clip = defaultdict[int, TailCache]
 """The tails of each tile, from one chunk of a clip to the next."""
@@ -52,7 +45,7 @@ def decoding_schedule(latent_frames: int) -> list[int]:
     return [2 + latent_frames % 2] + [2] * (latent_frames // 2 - 1)
 
 
-class VideoCoder(nn.Module):
+class VideoCoder(RunsInPieces):
     """Encodes and decodes video by the `encoder`, `decoder` and `regularization` of a class.
 
     Video is (batch, channel, time, height, width) in [-1, 1], latents are (batch, z_channels, time, height, width).
@@ -62,51 +55,18 @@ class VideoCoder(nn.Module):
     first; the first frame of the clip is a unit by itself. With `input_cp` a call takes this rank's share, otherwise
     every rank passes the whole; `output_cp` does the same for results.
 
-    Attributes:
-        group: the ranks that share a clip; None for one process.
+    Attributes: those of `RunsInPieces`, and
         tile_size: encode and decode in overlapping tiles of this many pixels a side, for images that do not fit into
             memory; results then differ slightly. None: whole images. `use_tiles` changes it.
-        frames_at_once: number of video frames that go through each layer at once, without gradients: the same numbers
-            in less memory. None: all, unless a GPU's memory is full. `use_frames_at_once` changes it.
-        waiting_bytes: GPU memory for the pieces that wait between layers; the others wait in host memory. None: all
-            free memory.
     """
 
-    encoder: nn.Module
-    decoder: nn.Module
     regularization: nn.Module
-    group: ProcessGroup | None = None
     tile_size: int | None = None
-    frames_at_once: int | None = None
-    waiting_bytes: int | None = None
     _open_clip: tuple[tuple[int, ...], Clip] | None = None  # size and tails of a clip, between calls of `decode`
 
     def use_tiles(self, size: int | None) -> None:
         """Use tiles of `size` pixels a side from the next clip on; None: whole images."""
         self.tile_size = size
-
-    def use_frames_at_once(self, frames: int | None, waiting_bytes: int | None = None) -> None:
-        """Pass `frames` video frames through each layer at once, from the next clip on.
-
-        Args:
-            frames: a multiple of the coders' `time_factor`, which is one latent frame. None: all frames.
-            waiting_bytes: see the attribute.
-
-        Raises:
-            UserError: the number does not fit, or the coders do not support pieces.
-        """
-        if frames is not None:
-            factor = self.decoder.time_factor
-            if frames < 1 or frames % factor:
-                raise UserError(
-                    f"vae_frames_at_once: {frames} is not a positive multiple of {factor}; give {factor} or 8"
-                )
-            for coder in (self.encoder, self.decoder):
-                if not hasattr(coder, "in_pieces"):
-                    raise UserError(
-                        f"vae_frames_at_once: {type(coder).__name__} runs on whole clips only; leave it out"
-                    )
-        self.frames_at_once, self.waiting_bytes = frames, waiting_bytes
 
     def lay_out_weights(self) -> None:
         """Convert the weights of 3D convolutions on a GPU to the layout of their inputs.
@@ -195,7 +155,7 @@ class VideoCoder(nn.Module):
         def encode_tile(_: int, tile: Tensor) -> Tensor:
             lead = group_rank(self.group) == 0
             chunk = Chunk(lead, group=self.group, gather_norm=_gather_norm(shares))
-            return self._run(self.encoder, tile, chunk)
+            return self.run_coder(self.encoder, tile, chunk)
 
         factor = self.encoder.space_factor
         grid = self._tiles(x.shape[3] // factor, x.shape[4] // factor)
@@ -314,7 +274,7 @@ class VideoCoder(nn.Module):
     ) -> Tensor:
         def decode_tile(index: int, tile: Tensor) -> Tensor:
             chunk = Chunk(lead, clip[index], last, self.group, gather_norm)
-            return self._run(self.decoder, tile, chunk, **decode_options)
+            return self.run_coder(self.decoder, tile, chunk, **decode_options)
 
         grid = self._tiles(*z.shape[3:])
         return tiling.process(grid, z, decode_tile, factor=(1, self.decoder.space_factor))
@@ -338,59 +298,6 @@ class VideoCoder(nn.Module):
         alone = [int(lead and rank == 0) for rank in range(len(shares))]
         return [factor * (share - first) + first for share, first in zip(shares, alone, strict=True)]
 
-    def _run(self, coder: nn.Module, x: Tensor, chunk: Chunk, **options: Any) -> Tensor:
-        """Return the output of the encoder or decoder for `x`, computed by `frames_at_once`."""
-        x = _channels_last(x)
-        if torch.is_grad_enabled() or options or not hasattr(coder, "in_pieces"):
-            return coder(x, chunk, **options)
-        if self.group is not None:  # no second attempt, which only some ranks would make
-            if self.frames_at_once is None or x.shape[2] == 0:
-                return coder(x, chunk)
-            return self._in_pieces(coder, x, chunk, self.frames_at_once)
-        # For another attempt. On a CPU none follows, since PyTorch does not report full memory there; the meta device
-        # stands for a GPU.
-        tails = {} if x.device.type == "cpu" else dict(chunk.tails)
-        while (result := self._attempt(coder, x, chunk)) is None:
-            chunk.tails.clear()
-            chunk.tails.update(tails)  # some were used, or are from the failed attempt
-            torch.cuda.empty_cache()
-        return result
-
-    def _attempt(self, coder: nn.Module, x: Tensor, chunk: Chunk) -> Tensor | None:
-        """Return the output, or None if memory is full; `frames_at_once` is then smaller.
-
-        Raises:
-            torch.OutOfMemoryError: `frames_at_once` cannot be smaller.
-        """
-        try:
-            if self.frames_at_once is None:
-                return coder(x, chunk)
-            return self._in_pieces(coder, x, chunk, self.frames_at_once)
-        except torch.OutOfMemoryError:
-            least = coder.time_factor
-            if self.frames_at_once is not None and self.frames_at_once <= least:
-                raise
-            self.frames_at_once = 2 * least if self.frames_at_once is None else least
-        frames = self.frames_at_once
-        logger.warning("the memory is too small for all frames at once: the VAE continues with %d at a time", frames)
-        return None
-
-    def _in_pieces(self, coder: nn.Module, x: Tensor, chunk: Chunk, frames: int) -> Tensor:
-        chunk.keep, steps = in_host_memory, frames // coder.time_factor
-        return coder.in_pieces(x, chunk, steps, self._waiting_room(coder, x, steps))
-
-    def _waiting_room(self, coder: nn.Module, x: Tensor, steps: int) -> WaitingRoom:
-        """Return the store of waiting pieces.
-
-        On a GPU it may use the free memory, except what the piece at work needs.
-        """
-        if self.waiting_bytes is not None or x.device.type != "cuda" or not torch.cuda.is_available():
-            return WaitingRoom(self.waiting_bytes or 0)
-        unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        free = torch.cuda.mem_get_info(x.device)[0] + unused
-        at_work = coder.piece_bytes(x, steps)
-        return WaitingRoom(max(0, int(USABLE * free) - at_work))
-
     def _tiles(self, height: int, width: int) -> list[tiling.Tile]:
         """Return the tiles of a latent image."""
         if self.tile_size is None:
@@ -407,7 +314,3 @@ def _gather_norm(shares: list[int]) -> bool | None:
     A single frame has the same statistics either way, and ranks without frames have none of their own.
     """
     return True if sum(shares) == 1 else None
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
