@@ -33,7 +33,8 @@ def left_bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor | None:
 class Convolving(Protocol):
     """A layer that ends in a convolution, whose bias it can leave out (`biased`)."""
 
-    conv: nn.Conv2d | nn.Conv3d
+    @property
+    def conv(self) -> nn.Conv2d | nn.Conv3d: ...
 
     def __call__(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor: ...
 
@@ -87,25 +88,26 @@ class CausalConv3d(nn.Module):
             return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias if biased else None)
         return self(x, chunk, biased)
 
-    def takes_room(self, x: Tensor) -> bool:
-        """Return whether `after` supports `x`, and saves a copy; only without gradients."""
+    def gains_by_buffer(self, x: Tensor) -> bool:
+        """Return whether `convolve_buffer` supports `x`, and saves a copy; only without gradients."""
         same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` is faster for a single frame
         return not (torch.is_grad_enabled() or x.shape[2] == 0 or same or winograd.serves(x, self.conv.weight))
 
-    def after(self, room: Tensor, chunk: Chunk, biased: bool = True, tail: Tensor | None = None) -> Tensor:
-        """Return the convolution of all but the first `kernel - 1` frames of `room`.
+    def convolve_buffer(self, buffer: Tensor, chunk: Chunk, biased: bool = True, tail: Tensor | None = None) -> Tensor:
+        """Return the convolution of all but the first `kernel - 1` frames of a buffer.
 
-        The content of these first frames is replaced by the frames before.
+        The frames before are written to the place of these, which avoids a concatenation.
 
         Args:
+            buffer: (batch, channel, kernel - 1 + time, height, width).
             tail: a copy of the last `kernel - 1` frames, or None; see `Chunk.copies_tail`.
         """
         time, height, width = self.conv.kernel_size
-        x = room[:, :, time - 1 :]
+        x = buffer[:, :, time - 1 :]
         before = chunk.frames_before(self, x, time - 1, tail)
-        room[:, :, : time - 1] = x[:, :, :1] if before is None else before
+        buffer[:, :, : time - 1] = x[:, :, :1] if before is None else before
         bias = self.conv.bias if biased else None
-        return F.conv3d(room, self.conv.weight, bias, padding=(0, height // 2, width // 2))
+        return F.conv3d(buffer, self.conv.weight, bias, padding=(0, height // 2, width // 2))
 
 
 def _with_time_in_channels(conv: nn.Conv3d, frames: Tensor, biased: bool) -> Tensor:

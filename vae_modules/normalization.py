@@ -47,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
         count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // self.num_groups].numel())
         return torch.cat([sums, count])
 
-    def passes(
+    def modulation(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
         """Return the arguments of `write_modulated_silu` that normalize.
@@ -70,7 +70,7 @@ class GroupNorm(nn.GroupNorm):
         return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None], False
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
-        return modulated_silu(x, *self.passes(chunk.total(self.statistics(x), self.gather_norm), x.dtype, chunk))
+        return modulated_silu(x, *self.modulation(chunk.total(self.statistics(x), self.gather_norm), x.dtype, chunk))
 
 
 class SpatialNorm3D(nn.Module):
@@ -94,14 +94,14 @@ class SpatialNorm3D(nn.Module):
         """Return the sums of `f`; see `GroupNorm.statistics`."""
         return self.norm_layer.statistics(f, offset)
 
-    def passes(
+    def modulation(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
-        """Return the arguments of `write_modulated_silu`; see `GroupNorm.passes`.
+        """Return the arguments of `write_modulated_silu`; see `GroupNorm.modulation`.
 
         The arguments are maps (batch, channel, t, h, w) shaped like `z`, and the scale and shift of the normalization.
         """
-        scale, shift, _ = self.norm_layer.passes(statistics, dtype, chunk, offset=offset)
+        scale, shift, _ = self.norm_layer.modulation(statistics, dtype, chunk, offset=offset)
         return self.conv_y(z, chunk), self.conv_b(z, chunk), chunk.lead, scale, shift
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
@@ -111,7 +111,7 @@ class SpatialNorm3D(nn.Module):
             z: the latent (batch, latent_channel, t, h, w) of the same frames.
         """
         statistics = chunk.total(self.statistics(f), self.gather_norm)
-        y, b, lead, scale, shift = self.passes(statistics, f.dtype, chunk, z)
+        y, b, lead, scale, shift = self.modulation(statistics, f.dtype, chunk, z)
         # Pointwise maps commute with nearest resizing, so that all but one multiply-add is at z's resolution.
         return modulated_silu(f, scale * y, shift * y + b, lead)
 
@@ -143,18 +143,18 @@ def normalize_and_convolve(
     x = held.pop()
     if statistics is None:
         statistics = chunk.total(norm.statistics(x, offset), norm.gather_norm)
-    passes = norm.passes(statistics, x.dtype, chunk, *z, offset=offset)
-    if not conv.takes_room(x):
+    modulation = norm.modulation(statistics, x.dtype, chunk, *z, offset=offset)
+    if not conv.gains_by_buffer(x):
         h = x if overwrite else torch.empty_like(x)
-        write_modulated_silu(h, x, *passes)
+        write_modulated_silu(h, x, *modulation)
         del x
         return conv.forward_over(h, chunk, biased)
     before = conv.conv.kernel_size[0] - 1
     shape = (x.shape[0], x.shape[1], before + x.shape[2], *x.shape[3:])
-    room = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     tail = None
     if chunk.copies_tail(x.shape[2], before):
-        tail = torch.empty_like(room[:, :, :before], memory_format=torch.channels_last_3d)
-    write_modulated_silu(room[:, :, before:], x, *passes, tail=tail)
+        tail = torch.empty_like(buffer[:, :, :before], memory_format=torch.channels_last_3d)
+    write_modulated_silu(buffer[:, :, before:], x, *modulation, tail=tail)
     del x
-    return conv.after(room, chunk, biased, tail)
+    return conv.convolve_buffer(buffer, chunk, biased, tail)

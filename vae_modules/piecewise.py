@@ -130,8 +130,8 @@ def _normalized(norm: Norm, pieces: Pieces, index: int) -> Tensor:
     """Return a norm's output for a piece, which stays stored."""
     x, z = pieces.waiting[index].copy(), pieces.latents[index]
     assert pieces.statistics is not None
-    passes = norm.passes(pieces.statistics, x.dtype, pieces.chunks[index], *z, offset=pieces.offset)
-    write_modulated_silu(x, x, *passes)
+    modulation = norm.modulation(pieces.statistics, x.dtype, pieces.chunks[index], *z, offset=pieces.offset)
+    write_modulated_silu(x, x, *modulation)
     return x
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cogvideox_sat.network.added_adapters import AddedLora, LowRankSum, put_on
+from cogvideox_sat.network.added_adapters import AddedLora, put_on
+from cogvideox_sat.network.block import LowRank
 from cogvideox_sat.network.layer_streaming import stream_layers
 from lora_adapters import adapted_network
 
@@ -23,7 +24,7 @@ def sums_of(network, rank: int, seed: int = 0, scale: float = 0.5) -> dict:
         return [torch.randn(*shape, generator=generator) / rank for _ in range(count)]
 
     return {
-        (layer, name): LowRankSum(matrices(count, rank, width), matrices(count, width, rank), scale)
+        (layer, name): LowRank(matrices(count, rank, width), matrices(count, width, rank), scale)
         for layer in range(network.num_layers)
         for name, count in parts.items()
     }

@@ -1,10 +1,10 @@
 """Apply adapters to a loaded network, several at once and unmerged, and remove them."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
+from cogvideox_sat.network.block import LowRank
 from cogvideox_sat.network.fused_lora import FusedLoraLinear
 from cogvideox_sat.network.layer_streaming import LayerStreamer, layer_modules
 
@@ -13,19 +13,7 @@ Place = tuple[int, str]
 """The index of a layer, and one of `MODULES`."""
 
 
-class LowRankSum(NamedTuple):
-    """A term added to a product x·Wᵀ: scale·x·Aᵢᵀ·Bᵢᵀ for the i-th of equal feature parts.
-
-    Args:
-        down, up: the Aᵢ (rank, in) and Bᵢ (out, rank). Those of several adapters are concatenated along the rank.
-    """
-
-    down: Sequence[Tensor]
-    up: Sequence[Tensor]
-    scale: float
-
-
-def put_on(network: nn.Module, sums: Mapping[Place, LowRankSum]) -> None:
+def put_on(network: nn.Module, sums: Mapping[Place, LowRank]) -> None:
     """Let the layers of a `DiffusionTransformer` add these sums, and no earlier ones.
 
     The matrices take the device and dtype of the weights beside them.

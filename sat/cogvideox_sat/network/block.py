@@ -29,7 +29,11 @@ class Norm(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """The LoRA terms of a product: scale·x·Aᵢᵀ·Bᵢᵀ for the i-th of equal feature parts."""
+    """The LoRA terms of a product x·Wᵀ: scale·x·Aᵢᵀ·Bᵢᵀ for the i-th of equal feature parts.
+
+    Args:
+        down, up: the Aᵢ (rank, in) and Bᵢ (out, rank). Those of several adapters are concatenated along the rank.
+    """
 
     down: Sequence[Tensor]
     up: Sequence[Tensor]

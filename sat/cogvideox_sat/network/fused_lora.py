@@ -10,23 +10,12 @@ from sat.model.finetune.lora2 import LoraLinear
 from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from cogvideox_sat.network.parallel_lora import ParallelLoraLinear
+from cogvideox_sat.network.parallel_lora import ParallelLoraLinear, ReplacedLoraLinear
 from sgm.errors import UserError
 
 
-class FusedLoraLinear(LoraLinear):
-    """A `LoraLinear` that needs fewer passes over memory.
-
-    Args:
-        layer: the layer to replace; its tensors are reused, under the same names.
-    """
-
-    def __init__(self, layer: LoraLinear):
-        nn.Module.__init__(self)
-        self.r, self.lora_alpha, self.scaling = layer.r, layer.lora_alpha, layer.scaling
-        self.partition, self.lora_dropout = layer.partition, layer.lora_dropout
-        self.original, self.matrix_A, self.matrix_B = layer.original, layer.matrix_A, layer.matrix_B
-        self.train(layer.training)
+class FusedLoraLinear(ReplacedLoraLinear):
+    """A `LoraLinear` that needs fewer passes over memory."""
 
     @classmethod
     def beside(cls, original: nn.Module, down: Sequence[Tensor], up: Sequence[Tensor], scale: float) -> Self:
@@ -51,10 +40,8 @@ class FusedLoraLinear(LoraLinear):
         """Return the same as a `LoraLinear`: (..., in) becomes (..., out)."""
         drops = self.training and isinstance(self.lora_dropout, nn.Dropout)
         is_plain = isinstance(self.original, ColumnParallelLinear | RowParallelLinear)  # not quantised, as in QLoRA
-        compiles = (
-            torch.compiler.is_compiling()
-        )  # a compiler cannot trace `AddLowRank`, and fuses the plain code itself
-        if drops or not is_plain or compiles:
+        # A compiler cannot trace `AddLowRank`, and fuses the plain code itself.
+        if drops or not is_plain or torch.compiler.is_compiling():
             return super().forward(x)
         original = self.original
         x, weight, bias, *matrices = as_autocast(x, original.weight, original.bias, *self.matrix_A, *self.matrix_B)

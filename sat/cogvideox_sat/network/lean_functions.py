@@ -183,11 +183,8 @@ class Heads(torch.autograd.Function):
         results[2].copy_(grads[2])
         grad_norms: list[Tensor | None] = []
         for index in range(2):
-            grad, (weight, bias), (mean, rstd) = (
-                grads[index],
-                norms[2 * index : 2 * index + 2],
-                kept[2 * index : 2 * index + 2],
-            )
+            pair = slice(2 * index, 2 * index + 2)
+            grad, (weight, bias), (mean, rstd) = grads[index], norms[pair], kept[pair]
             if cos is not None and sin is not None:
                 grad = grad.clone(memory_format=torch.contiguous_format)
                 video = grad[:, :, grad.shape[2] - len(cos) :]

@@ -46,9 +46,8 @@ class ModulationTable:
 
     def __init__(self, modulations: Sequence[nn.Module], device: torch.device):
         self.modulations, self.device = list(modulations), device
-        self.kept: dict[
-            Key, Tensor
-        ] = {}  # in host memory, (layers, b or 1, 12 d) each; the most recently used entry is last
+        # In host memory, (layers, b or 1, 12 d) each; the most recently used entry is last.
+        self.kept: dict[Key, Tensor] = {}
         tensors = [tensor for module in modulations for tensor in (*module.parameters(), *module.buffers())]
         for tensor in tensors:
             tensor.data = tensor.data.to("cpu")

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from sgm.errors import UserError
 
 
-class ParallelLoraLinear(LoraLinear):
-    """A `LoraLinear` whose ranks together compute the same as one process, with its gradients.
+class ReplacedLoraLinear(LoraLinear):
+    """A `LoraLinear` in place of another one, whose names in checkpoints it keeps.
 
     Args:
-        layer: the layer to replace; its tensors are reused, under the same names.
-
-    Raises:
-        UserError: the adapted layer is not one that ranks share.
+        layer: the layer to replace; its tensors are reused.
     """
 
     def __init__(self, layer: LoraLinear):
@@ -34,6 +31,18 @@ class ParallelLoraLinear(LoraLinear):
         self.r, self.lora_alpha, self.scaling = layer.r, layer.lora_alpha, layer.scaling
         self.partition, self.lora_dropout = layer.partition, layer.lora_dropout
         self.original, self.matrix_A, self.matrix_B = layer.original, layer.matrix_A, layer.matrix_B
+        self.train(layer.training)
+
+
+class ParallelLoraLinear(ReplacedLoraLinear):
+    """A `LoraLinear` whose ranks together compute the same as one process, with its gradients.
+
+    Raises:
+        UserError: the adapted layer is not one that ranks share.
+    """
+
+    def __init__(self, layer: LoraLinear):
+        super().__init__(layer)
         if not isinstance(self.original, ColumnParallelLinear | RowParallelLinear):
             raise UserError(
                 f"model_parallel_size: processes cannot share an adapter on {type(self.original).__name__}, as with "
@@ -45,7 +54,6 @@ class ParallelLoraLinear(LoraLinear):
                 matrix.model_parallel = shared
         if self.cuts_inputs:
             self._draw_whole_inputs()
-        self.train(layer.training)
 
     def _draw_whole_inputs(self) -> None:
         """Draw A again as a share of the whole matrix; does nothing on the meta device.

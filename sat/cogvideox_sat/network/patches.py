@@ -49,7 +49,10 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
-        """Initialize the projection of patches like a linear layer, after Xavier and Glorot."""
+        """Initialize the projection as a linear layer of a patch's values.
+
+        Glorot and Bengio 2010, "Understanding the difficulty of training deep feedforward neural networks", eq. 16.
+        """
         del self.transformer.word_embeddings  # tokens come from patches, not from a vocabulary
         nn.init.xavier_uniform_(self.proj.weight.view(self.proj.weight.shape[0], -1))
         if self.proj.bias is not None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cogvideox_sat.conversion.lora_files import Adapter, read_adapter
 from cogvideox_sat.conversion.lora_names import PARTS, Projection, Slot
-from cogvideox_sat.network.added_adapters import LowRankSum, Place
+from cogvideox_sat.network.added_adapters import Place
+from cogvideox_sat.network.block import LowRank
 from sgm.errors import UserError
 
 Chosen = Sequence[tuple[Adapter, float]]
@@ -48,7 +49,7 @@ def fitting(adapter: Adapter, model_config: Mapping[str, Any]) -> Adapter:
     return adapter
 
 
-def added_up(chosen: Chosen) -> dict[Place, LowRankSum]:
+def added_up(chosen: Chosen) -> dict[Place, LowRank]:
     """Return the sum of the adapters for each module of each layer.
 
     Adapters with a strength of 0 are left out. The matrices of a single adapter are kept as they are. Those of several
@@ -56,7 +57,7 @@ def added_up(chosen: Chosen) -> dict[Place, LowRankSum]:
     applied to a network's weights.
     """
     present = [(adapter, strength) for adapter, strength in chosen if strength]
-    sums: dict[Place, LowRankSum] = {}
+    sums: dict[Place, LowRank] = {}
     for layer in sorted({layer for adapter, _ in present for layer in adapter.layers}):
         here = [(adapter, strength) for adapter, strength in present if layer in adapter.layers]
         for module, parts in PARTS.items():
@@ -64,7 +65,7 @@ def added_up(chosen: Chosen) -> dict[Place, LowRankSum]:
             first, strength = here[0]
             scale = strength * first.scales[projections[0]]
             down, up = zip(*(_side_by_side(here, projection, scale) for projection in projections), strict=True)
-            sums[layer, module] = LowRankSum(down, up, scale)
+            sums[layer, module] = LowRank(down, up, scale)
     return sums
 
 
