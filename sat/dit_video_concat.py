@@ -165,6 +165,7 @@ class DiffusionTransformer(LayerExecution):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the weights, in which latents are expected."""
         return self.time_embed[0].weight.dtype
 
     def patch_grid(self, latents: Tensor) -> Grid:

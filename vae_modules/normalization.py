@@ -57,6 +57,7 @@ class GroupNorm(nn.GroupNorm):
         Args:
             statistics: of everything that is normalized together, on all ranks.
             dtype: of the tensor to normalize; the maps are float32 or wider.
+            chunk: without effect; norms with maps need it.
             offset: (channel,), added to the tensor first.
         """
         total, square, count = statistics
@@ -70,6 +71,10 @@ class GroupNorm(nn.GroupNorm):
         return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None], False
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """Return silu(norm(x)), shaped like x (batch, channel, time, height, width).
+
+        `chunk` adds up the statistics of ranks.
+        """
         return modulated_silu(x, *self.modulation(chunk.total(self.statistics(x), self.gather_norm), x.dtype, chunk))
 
 
@@ -88,6 +93,7 @@ class SpatialNorm3D(nn.Module):
 
     @property
     def gather_norm(self) -> bool:
+        """Return whether statistics cover the frames of all ranks."""
         return self.norm_layer.gather_norm
 
     def statistics(self, f: Tensor, offset: Tensor | None = None) -> Tensor:

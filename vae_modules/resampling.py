@@ -22,6 +22,12 @@ class Downsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
+        """Return the smaller `x` (batch, channel, time, height, width).
+
+        Args:
+            chunk: with a `lead`, the first frame stands alone in time and has no pair.
+            biased: add the bias of the convolution.
+        """
         if not torch.is_grad_enabled():
             weight, bias = self.conv.weight, self.conv.bias if biased else None
             padded = self._halved_in_time_and_padded(x, int(chunk.lead))
@@ -59,6 +65,12 @@ class Upsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3)
 
     def forward(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor:
+        """Return the larger `x` (batch, channel, time, height, width).
+
+        Args:
+            chunk: with a `lead`, the first frame stands alone in time and is not doubled.
+            biased: add the bias of the convolution.
+        """
         x = framewise(partial(self._double_and_convolve, bias=self.conv.bias if biased else None), x)
         if self.compress_time:  # after the convolution, which would give equal results for equal frames
             lead = int(chunk.lead)

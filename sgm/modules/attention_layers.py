@@ -48,6 +48,7 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Conv2d(heads * dim_head, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the attended pixels (b, dim, h, w), without a residual."""
         height, width = x.shape[2:]
         q, k, v = rearrange(self.to_qkv(x), "b (qkv heads d) h w -> qkv b heads d (h w)", qkv=3, heads=self.heads)
         summary = v @ k.softmax(dim=-1).transpose(-1, -2)  # (b, heads, d, d): the size does not depend on the image
@@ -74,6 +75,7 @@ class SpatialSelfAttention(nn.Module):
         return rearrange(self.attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the pixels (b, in_channels, h, w) after attention, with the residual."""
         return x + self.proj_out(self.attention(x))
 
 

@@ -29,6 +29,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (..., dim_out) for x (..., dim_in)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -46,6 +47,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(project_in, nn.Dropout(dropout), nn.Linear(inner, dim_out or dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (..., dim_out) for x (..., dim)."""
         return self.net(x)
 
 

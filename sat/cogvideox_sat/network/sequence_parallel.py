@@ -62,6 +62,7 @@ class TokenShare:
 
     @property
     def own_text(self) -> int:
+        """Return how many of this process's tokens are text."""
         return self.text_of(self.rank)
 
     def own_tokens(self, hidden: Tensor) -> Tensor:

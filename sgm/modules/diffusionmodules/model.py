@@ -39,6 +39,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (b, out_channels, h, w) for x (b, in_channels, h, w)."""
         h = self.conv1(silu(self.norm1(x)))
         h = self.conv2(self.dropout(silu(self.norm2(h))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -56,6 +57,7 @@ class Downsample(nn.Module):
             self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (b, channels, h / 2, w / 2) for x (b, channels, h, w)."""
         return self.conv(F.pad(x, (0, 1, 0, 1))) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
 
 
@@ -68,15 +70,18 @@ class Upsample(nn.Module):
             self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (b, channels, 2 h, 2 w) for x (b, channels, h, w)."""
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if hasattr(self, "conv") else x
 
 
 def make_resblock(in_channels: int, out_channels: int, dropout: float) -> nn.Module:
+    """Return the residual block of a 2D network, with the arguments of `ResnetBlock`."""
     return ResnetBlock(in_channels, out_channels, dropout)
 
 
 def make_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+    """Return a 2D convolution that keeps height and width, for an odd kernel."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
@@ -201,6 +206,11 @@ class Encoder(_Coder):
         self.conv_out = make_conv(channels, 2 * z_channels if double_z else z_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the moments (b, 2 * z_channels, h / f, w / f) of images x (b, in_channels, h, w).
+
+        Raises:
+            UserError: height or width is not a multiple of f.
+        """
         height, width = x.shape[2:]
         if height % self.space_factor or width % self.space_factor:
             raise UserError(
@@ -266,6 +276,7 @@ class Decoder(_Coder):
         self.conv_out = self._make_conv(channels, out_ch, 3)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return the images (b, out_ch, f * h, f * w) of latents z (b, z_channels, h, w)."""
         return self._decode(z, lambda layer, h: layer(h))
 
     def get_last_layer(self) -> nn.Parameter:
