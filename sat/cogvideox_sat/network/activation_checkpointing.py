@@ -19,9 +19,11 @@ from cogvideox_sat.network.layer_runner import LayerContext, RunLayer
 
 # PyTorch's attention kernels that do not store the attention weights. Some versions of PyTorch lack some of them.
 FUSED_ATTENTION = (
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
-    *("_scaled_dot_product_fused_attention_overrideable",),
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
 )
 
 
