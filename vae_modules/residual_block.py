@@ -16,6 +16,10 @@ class ResnetBlock3D(nn.Module):
     """Two rounds of norm, SiLU and causal convolution, with a shortcut.
 
     In a decoder the norms are conditioned on the latent.
+
+    Args:
+        latent_channels: of the latent; None: in an encoder.
+        gather_norm, norm_groups: see `GroupNorm`.
     """
 
     def __init__(
@@ -43,9 +47,12 @@ class ResnetBlock3D(nn.Module):
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
-        """Return the block's output for `x`.
+        """Return the block's output (batch, out_channels, time, height, width) for `x`.
+
+        Without gradients each round has one buffer, and the shortcut is added in place.
 
         Args:
+            z: the latent (batch, latent_channels, t, h, w) of the same frames, in a decoder.
             offset: (channel,), added to `x` first; see `left_bias`.
         """
         condition = () if z is None else (z,)
@@ -66,9 +73,9 @@ class ResnetBlock3D(nn.Module):
         statistics: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Tensor:
-        """Return the first norm and convolution of `held`, without a left bias.
+        """Return the first norm and convolution of `held`, without the bias that is left.
 
-        See `normalize_and_convolve`.
+        The arguments are those of `normalize_and_convolve`.
         """
         biased = left_bias(self.conv1.conv) is None
         return normalize_and_convolve(
@@ -76,7 +83,7 @@ class ResnetBlock3D(nn.Module):
         )
 
     def second_round(self, held: list[Tensor], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Return the second norm and convolution of `first_round`'s result, without a left bias."""
+        """Return the second norm and convolution of `first_round`'s result, without the bias that is left."""
         return normalize_and_convolve(
             self.norm2,
             self.conv2,
