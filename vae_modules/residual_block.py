@@ -83,7 +83,7 @@ class ResnetBlock3D(nn.Module):
         )
 
     def second_round(self, held: list[Tensor], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Return the second norm and convolution of `first_round`'s result, without the bias that is left."""
+        """Return the second norm and convolution, of `first_round`'s result, without a left bias."""
         return normalize_and_convolve(
             self.norm2,
             self.conv2,
