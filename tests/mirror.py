@@ -144,6 +144,7 @@ COVERED_BY = {
     "vae_modules.resampling": ("vae_modules/test_autoencoder.py", "layers of the autoencoder"),
     "vae_modules.residual_block": ("vae_modules/test_autoencoder.py", "layers of the autoencoder"),
     "training.memory_forecast": ("tools/test_estimate_memory.py", "what that tool tells"),
+    "vae_training.lightning_trainer": ("vae_training/test_run.py", "a part of the run"),
     "vae_training.plan": ("configuration/test_vae_training_arguments.py", "what is planned from arguments"),
     "vae_training.reconstructions": ("vae_training/test_run.py", "a part of the run"),
     "vae_training.run_keeper": ("vae_training/test_run.py", "a part of the run"),

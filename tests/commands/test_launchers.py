@@ -259,7 +259,7 @@ def test_a_single_process_within_a_job_of_slurm_trains_a_vae_alone(monkeypatch):
     import pytorch_lightning as pl
 
     from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
-    from cogvideox_sat.vae_training import run as vae_training_run
+    from cogvideox_sat.vae_training.lightning_trainer import Devices, make_trainer
 
     for name, value in {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NAME": "vae"}.items():
         monkeypatch.setenv(name, value)
@@ -268,6 +268,5 @@ def test_a_single_process_within_a_job_of_slurm_trains_a_vae_alone(monkeypatch):
     keeper.report = None
     keeper.files = pl.plugins.io.TorchCheckpointIO()
     engine = pl.LightningModule()
-    devices = vae_training_run.Devices("cpu", 1)
-    trainer = vae_training_run.make_trainer(VaeTrainingArguments(), plan, engine, devices, keeper)
+    trainer = make_trainer(VaeTrainingArguments(), plan, engine, Devices("cpu", 1), keeper)
     assert trainer.world_size == 1
