@@ -58,7 +58,8 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, data):
     settings = {"args": {"save_interval": 2, "train_iters": 6}}
     straight = write_config(tmp_path / "straight.yaml", data, **settings)
     broken = write_config(tmp_path / "broken.yaml", data, args={**settings["args"], "save": str(tmp_path / "broken")})
-    process, whole = start(broken), start(straight)
+    whole = start(straight)
+    process = start(broken)  # the last one: to start another may take longer than its six steps
     for line in process.stdout:
         if line.startswith("step 5"):
             process.kill()
