@@ -125,6 +125,19 @@ def test_named_files_are_there(guide):
     assert not {path for path in named if not (ROOT / path).exists() and path not in OF_OTHERS}
 
 
+SELECTION = re.compile(r"(?:python -m pytest|tests/run\.sh)((?: tests/[\w./-]+)+) -k (\"[^\"]+\"|\w+)")
+
+
+def test_selections_of_tests_are_not_empty():
+    found = [(guide, *match) for guide in GUIDES for match in SELECTION.findall(" ".join(text(guide).split()))]
+    assert len(found) > 4
+    for guide, files, chosen in found:
+        code = "\n".join((ROOT / file).read_text() for file in files.split())
+        names = re.findall(r"^def (test_\w+)", code, re.MULTILINE)
+        for word in set(re.findall(r"\w+", chosen)) - {"and", "or", "not"}:
+            assert any(word in name for name in names), f"{guide}: -k {word} selects nothing in {files}"
+
+
 def test_a_wrong_flag_is_seen():
     assert "--seed" in flags_of("sat/sample_video.py")
     assert "--sede" not in flags_of("sat/sample_video.py")
