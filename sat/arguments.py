@@ -188,9 +188,9 @@ def check_values(args: SamplingArguments, complete: bool = True) -> None:
     if not complete:
         return
     if not args.load and not args.force_inference:
-        raise UserError("load is missing; name the checkpoint of the network")
+        raise UserError("load: missing; name the checkpoint of the network")
     if args.input_type == "txt" and not args.input_file:
-        raise UserError("input_file is missing; give --input_file, or --input_type cli to type prompts")
+        raise UserError("input_file: missing; give --input_file, or --input_type cli to type prompts")
     for name in ("contact_sheet", "looping_previews"):
         if getattr(args, name) and (args.only_save_latents or args.input_type == "cli"):
             raise UserError(

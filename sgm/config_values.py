@@ -143,7 +143,7 @@ def check_params(taken: Parameters, given: Mapping[str, Any], extra: Collection[
                 return Problem((name,), f"unknown; {hint}")
     for name in taken.required:
         if name not in given and name not in extra:
-            return Problem((), f"{name} is missing; it needs {expected(taken.hints[name]) or 'a value'}")
+            return Problem((), f"{name}: missing; it needs {expected(taken.hints[name]) or 'a value'}")
     for name, value in given.items():
         if name in taken.hints and name not in extra:
             default = taken.defaults.get(name, NO_DEFAULT)

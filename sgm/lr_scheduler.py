@@ -55,7 +55,8 @@ class _Cycles(ABC):
         for warm_up, length in zip(warm_up_steps, cycle_lengths, strict=True):
             if not 0 <= warm_up < length:
                 raise UserError(
-                    f"{name}: a warm-up must be at least 0 and shorter than its cycle of {length} steps, got {warm_up}"
+                    f"{name}: a warm-up: got {warm_up}; it must be at least 0 and shorter than its cycle of "
+                    f"{length} steps"
                 )
         # Plain lists of numbers, since checkpoints hold the scheduler's state and are read without running code.
         self.warm_up_steps, self.cycle_lengths = list(warm_up_steps), list(cycle_lengths)

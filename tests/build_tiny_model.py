@@ -121,7 +121,7 @@ def text_encoder(config: Mapping[str, Any], source: Path, seed: int) -> Part:
     modules = lookup(config, source, "model.network_config.params.modules")
     hidden_size = lookup(modules, source, "patch_embed_config.params.text_hidden_size")
     if hidden_size % HEAD_DIM:
-        raise UserError(f"{source}: text_hidden_size must be a multiple of {HEAD_DIM}, got {hidden_size}")
+        raise UserError(f"{source}: text_hidden_size: got {hidden_size}; it must be a multiple of {HEAD_DIM}")
     embedders = lookup(config, source, "model.conditioner_config.params.emb_models")
     folder = Path(lookup(embedders[0], source, "params.model_dir"))
     settings = {"kind": "text encoder", "seed": seed, "hidden_size": hidden_size}

@@ -86,7 +86,7 @@ def check(options: argparse.Namespace) -> None:
         if options.prompt is not None or options.image_path:
             raise UserError("--prompt and --image_path cannot be used with --input_file; put them into its lines")
         if options.output_file is None:
-            raise UserError("--output_file is missing; name the file for the refined prompts")
+            raise UserError("--output_file: missing; name the file for the refined prompts")
         if options.output_file.suffix.lower() != options.input_file.suffix.lower():
             raise UserError(
                 f"--output_file: {options.output_file} has another suffix than {options.input_file}; name it "
@@ -96,7 +96,7 @@ def check(options: argparse.Namespace) -> None:
         check_output(options.output_file, options)
     else:
         if not (options.prompt or "").strip() and not options.image_path:
-            raise UserError("--prompt is missing; give it or --input_file")
+            raise UserError("--prompt: missing; give it or --input_file")
         if options.output_file:
             raise UserError("--output_file needs --input_file; a single prompt is written to standard output")
         if options.image_path:

@@ -68,13 +68,13 @@ def check_options(options: argparse.Namespace) -> None:
         UserError: an argument is missing or wrong.
     """
     if options.videos is None:
-        raise UserError("--videos is missing; name the output_dir of sampling, for example outputs/tiny")
+        raise UserError("--videos: missing; name the output_dir of sampling, for example outputs/tiny")
     given = options.videos
     locate_inputs(options, "videos", "input_file")
     if not options.videos.is_dir():
         raise UserError(f"--videos: {given} is a file; name the output_dir of sampling")
     if options.own_accuracy_clips < 0:
-        raise UserError(f"--own_accuracy_clips must be at least 0, got {options.own_accuracy_clips}")
+        raise UserError(f"--own_accuracy_clips: got {options.own_accuracy_clips}; it must be at least 0")
     if options.json:
         check_folder(options.json.parent, "--json")
 

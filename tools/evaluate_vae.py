@@ -97,14 +97,14 @@ def check_options(options: argparse.Namespace) -> None:
         UserError: an argument is missing or wrong.
     """
     if not options.base:
-        raise UserError("--base is missing; name the configuration of the VAE, for example configs/vae_3d.yaml")
+        raise UserError("--base: missing; name the configuration of the VAE, for example configs/vae_3d.yaml")
     if not options.data:
-        raise UserError("--data is missing; name a folder of clips, a .jsonl or .csv manifest, or .tar shards")
+        raise UserError("--data: missing; name a folder of clips, a .jsonl or .csv manifest, or .tar shards")
     options.data = clip_sources(options.data)
     locate_inputs(options, "ckpt", "lpips_weights", "i3d_weights")
     for name, least in (("num_clips", 2 if options.i3d_weights else 1), ("num_videos", 0)):
         if getattr(options, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+            raise UserError(f"--{name}: got {getattr(options, name)}; it must be at least {least}")
     if options.lpips_weights and options.lpips_net == "none":
         raise UserError("--lpips_weights is given, but --lpips_net is none; leave one of them out")
     check_device(options.device, "--device")
@@ -163,7 +163,7 @@ def find_vae(model: Mapping[str, Any], ckpt: Path | None) -> dict[str, Any]:
     params = described.get("params") or {}
     for part in ("encoder_config", "decoder_config", "regularizer_config"):
         if not isinstance(params.get(part), dict):
-            raise UserError(f"{section}.params.{part} is missing; name the configuration of a video autoencoder")
+            raise UserError(f"{section}.params.{part}: missing; name the configuration of a video autoencoder")
     params = {name: params[name] for name in INFERENCE_PARAMS if params.get(name) is not None}
     if ckpt is not None:
         params["ckpt_path"] = str(ckpt)
@@ -181,7 +181,7 @@ def find_data(data: Mapping[str, Any], vae_params: Mapping[str, Any]) -> dict[st
         UserError: the section is missing, or the VAE does not support its sizes.
     """
     if not isinstance(data.get("target"), str):
-        raise UserError("data.target is missing; also name configs/sft.yaml, after the model's file")
+        raise UserError("data.target: missing; also name configs/sft.yaml, after the model's file")
     params = data.get("params") or {}
     if not isinstance(params, dict):
         raise UserError(f"data.params: got {shown(params)}; expected keys and values")

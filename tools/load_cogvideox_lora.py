@@ -151,7 +151,7 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"{package} is not installed; run pip install diffusers peft")
     for name in ("num_videos_per_prompt", "lora_r"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+            raise UserError(f"--{name}: got {getattr(options, name)}; it must be at least 1")
     if options.generate_type is not None and (options.generate_type == "i2v") != bool(options.image_path):
         wanted = "needs --image_path" if options.generate_type == "i2v" else "takes no --image_path"
         raise UserError(f"--generate_type {options.generate_type} {wanted}")
@@ -161,14 +161,14 @@ def check(options: argparse.Namespace) -> None:
     if options.image_path:
         locate_image(options, "image_path")
     if options.size and any(side < SIDE_STEP or side % SIDE_STEP for side in options.size):
-        raise UserError(f"--size must be multiples of {SIDE_STEP}, got {options.size[0]} {options.size[1]}")
+        raise UserError(f"--size: got {options.size[0]} {options.size[1]}; it must be multiples of {SIDE_STEP}")
     if options.num_frames is not None and (options.num_frames < 1 or options.num_frames % 4 != 1):
-        raise UserError(f"--num_frames must be 4k+1, for example 49, got {options.num_frames}")
+        raise UserError(f"--num_frames: got {options.num_frames}; it must be 4k+1, for example 49")
     for name in ("num_inference_steps", "fps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+            raise UserError(f"--{name}: got {getattr(options, name)}; it must be at least 1")
     if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed must be between 0 and 2^63 - 1, got {options.seed}")
+        raise UserError(f"--seed: got {options.seed}; it must be between 0 and 2^63 - 1")
 
 
 def read_model(path: str) -> Model:

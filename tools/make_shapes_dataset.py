@@ -95,14 +95,14 @@ def check_options(options: argparse.Namespace) -> None:
             "clips, frames and fps must be positive, images not negative, and height and width at least 16 pixels"
         )
     if not all(0 <= begin <= 100 for begin in options.begins or []):
-        raise UserError(f"--begins: moments must be between 0 and 100, got {options.begins}")
+        raise UserError(f"--begins: moments: got {options.begins}; it must be between 0 and 100")
     if any(side % 2 for side in options.size):
-        raise UserError(f"height and width must be even, got {options.size[0]} and {options.size[1]}")
+        raise UserError(f"height and width: got {options.size[0]} and {options.size[1]}; it must be even")
     for kind in CONCEPTS.get(options.concept, {}):
         if getattr(options, f"{kind}s", None):
             raise UserError(f"--concept {options.concept} is a {kind}; leave out --{kind}s or the concept")
     if options.prompts < 1:
-        raise UserError(f"--prompts must be positive, got {options.prompts}")
+        raise UserError(f"--prompts: got {options.prompts}; it must be positive")
     if options.with_first_frames and not options.prompts_file:
         raise UserError("--with_first_frames needs --prompts_file; give both")
     if options.with_last_frames and not options.with_first_frames:

@@ -92,7 +92,7 @@ def train_text_encoder(arguments: Sequence[str] | None) -> None:
     if min(options.hidden_size, options.max_length, options.steps, options.batch_size) < 1:
         raise UserError("hidden_size, max_length, steps and batch_size must be positive")
     if options.hidden_size % HEAD_DIM:
-        raise UserError(f"hidden_size must be a multiple of {HEAD_DIM}, got {options.hidden_size}")
+        raise UserError(f"hidden_size: got {options.hidden_size}; it must be a multiple of {HEAD_DIM}")
     check_output(options.output, options)
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)

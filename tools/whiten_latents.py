@@ -60,7 +60,7 @@ def whiten(arguments: Sequence[str] | None) -> None:
     options = build_parser().parse_args(arguments)
     check_safetensors_name(options.output)
     if options.num_clips < 1:
-        raise UserError(f"--num_clips must be at least 1, got {options.num_clips}")
+        raise UserError(f"--num_clips: got {options.num_clips}; it must be at least 1")
     options.data = clip_sources(options.data)
     locate_inputs(options, "ckpt", "near")
     config = load_configs(options.base, used=("model", "data"))

@@ -79,7 +79,7 @@ def chosen(command: str, what: str, words: Sequence[str], known: Iterable[str]) 
     """
     names = {name.replace("-", "_"): name for name in known}
     if not words:
-        raise UserError(f"{command}: {what} is missing; name one of {', '.join(names.values())}")
+        raise UserError(f"{command}: {what}: missing; name one of {', '.join(names.values())}")
     if found := names.get(words[0].replace("-", "_")):
         return found
     near = difflib.get_close_matches(words[0].replace("-", "_"), names, n=1)

@@ -161,7 +161,7 @@ class OptimizedAutoencoder(AbstractAutoencoder):
         params = dict(self.optimizer_config.get("params") or {})
         rate = params.pop("lr", self.learning_rate)
         if rate is None:
-            raise UserError("learning_rate is missing; set it, or lr in the params of optimizer_config")
+            raise UserError("learning_rate: missing; set it, or lr in the params of optimizer_config")
         if isinstance(self.loss, nn.Identity):
             raise UserError("loss_config: torch.nn.Identity cannot train an autoencoder; name a loss")
         check_loss(self.loss)

@@ -28,7 +28,7 @@ class LitEma(nn.Module):
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True, skip: Sequence[str] = ()):
         super().__init__()
         if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be between 0 and 1, got {decay}")
+            raise ValueError(f"decay: got {decay}; it must be between 0 and 1")
         self.decay, self.use_num_updates = decay, use_num_upates
         averaged = {
             name: parameter

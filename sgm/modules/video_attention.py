@@ -31,7 +31,7 @@ def clips(frames: Tensor, timesteps: int | None) -> tuple[int, int]:
         UserError: `timesteps` is missing, or does not divide the batch.
     """
     if timesteps is None:
-        raise UserError("timesteps: the number of frames of a clip is missing; pass it to the call or the constructor")
+        raise UserError("timesteps: the number of frames of a clip: missing; pass it to the call or the constructor")
     if timesteps < 1 or len(frames) % timesteps:
         raise UserError(f"a batch of {len(frames)} frames does not hold whole clips of {timesteps}")
     return len(frames) // timesteps, timesteps
@@ -53,7 +53,7 @@ def register_mix_factor(module: nn.Module, alpha: float, merge_strategy: str) ->
         raise UserError(f"merge_strategy: '{merge_strategy}' is unknown; use one of {', '.join(MERGE_STRATEGIES)}")
     if merge_strategy == "fixed":
         if not 0 <= alpha <= 1:
-            raise UserError(f"alpha: a fixed share must be between 0 and 1, got {alpha:g}")
+            raise UserError(f"alpha: a fixed share: got {alpha:g}; it must be between 0 and 1")
         module.register_buffer("mix_factor", torch.tensor([float(alpha)]))
     else:
         module.mix_factor = nn.Parameter(torch.tensor([float(alpha)]))

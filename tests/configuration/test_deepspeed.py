@@ -134,17 +134,17 @@ def zero(**changes) -> dict:
             "train_micro_batch_size_per_gpu: got 0; expected a whole number, at least 1",
         ),
         ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu: got 'auto'"),
-        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu is missing"),
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu: missing"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps: got 1.5; expected a whole number"),
         ({"gradient_clipping": -1}, "gradient_clipping: got -1; expected a number, at least 0"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; choose one"),
         ({"fp16": {"enabled": "auto"}}, "fp16.enabled: got 'auto'; expected true or false"),
         ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window: got 0; expected a whole number, at least 1"),
         ({"fp16": True}, "fp16: got True; expected keys and values"),
-        ({"optimizer": None}, "optimizer is missing; give its type, such as sat.ops.FusedEmaAdam"),
+        ({"optimizer": None}, "optimizer: missing; give its type, such as sat.ops.FusedEmaAdam"),
         ({"optimizer": {"params": {"lr": 1}}}, "optimizer.type: got None; expected a name"),
         ({"optimizer": {"type": "Adam"}}, "optimizer.params: got None; expected keys and values"),
-        ({"optimizer": {"type": "Adam", "params": {}}}, "optimizer.params.lr is missing"),
+        ({"optimizer": {"type": "Adam", "params": {}}}, "optimizer.params.lr: missing"),
         ({"optimizer": {"type": "RMSProp", "params": {"lr": 1}}}, "type 'RMSProp'; did you mean RMSprop?"),
         ({"optimizer": {"type": "sat.opps.FusedAdam", "params": {"lr": 1}}}, "module 'sat.opps' does not exist"),
         ({"scheduler": {"type": "WarmpLR", "params": {}}}, "unknown scheduler.type 'WarmpLR'; did you mean WarmupLR?"),
@@ -163,5 +163,5 @@ def test_mistakes(changes, says):
 
 
 def test_no_section():
-    with pytest.raises(UserError, match=r"the deepspeed section is missing; name configs/sft\.yaml too"):
+    with pytest.raises(UserError, match=r"the deepspeed section: missing; name configs/sft\.yaml too"):
         check_deepspeed_config({})

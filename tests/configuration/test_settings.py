@@ -45,7 +45,7 @@ def test_a_misspelt_setting_is_an_error():
         EngineSettings.from_args(Namespace(model_config=MODEL, lora_laod="adapter"))
     with pytest.raises(UserError, match=r"train_iter: unknown argument; did you mean train_iters\?"):
         LoopSettings.from_args({"train_iter": 10})
-    with pytest.raises(UserError, match="train_iters is missing; LoopSettings needs it"):
+    with pytest.raises(UserError, match="train_iters: missing; LoopSettings needs it"):
         LoopSettings.from_args({})
     with pytest.raises(FrozenInstanceError):
         EngineSettings(MODEL).load = "other"

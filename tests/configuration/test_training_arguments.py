@@ -219,7 +219,7 @@ def test_both_precisions_in_one_place_are_a_mistake(args_of, flags, sections):
         ("missing_label", "skip", "missing_label: got 'skip'; it can be empty, stop"),
         ("experiment_name", "a/b", "experiment_name: got 'a/b'; expected the name of a folder, without"),
         ("experiment_name", "", "experiment_name: got ''"),
-        ("load", None, "load is missing; name the checkpoint to start from, or give --force_train"),
+        ("load", None, "load: missing; name the checkpoint to start from, or give --force_train"),
         ("device", "gpu", "device: got 'gpu'; it can be cpu, cuda or cuda:N"),
         ("seed", -1, "seed: got -1; expected a whole number from 0 to 2^63 - 1"),
     ],
@@ -244,9 +244,9 @@ def test_splits_that_keep_all_for_training_say_nothing(args_of, caplog):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["cogvideox_2b.yaml"], "data.target is missing; name configs/sft.yaml too"),
-        (["sft.yaml"], "model.network_config is missing; name a model's file too"),
-        ([], "--base is missing"),
+        (["cogvideox_2b.yaml"], "data.target: missing; name configs/sft.yaml too"),
+        (["sft.yaml"], "model.network_config: missing; name a model's file too"),
+        ([], "--base: missing"),
     ],
 )
 def test_missing_files_are_asked_for(files, says):

@@ -78,7 +78,7 @@ def clips(**changes: Any) -> dict[str, Any]:
         ({"args": {"train_itres": 5}}, "args: unknown key 'train_itres'; did you mean train_iters?"),
         ({"args": {"batch_size": 0}}, "batch_size: got 0; it must be at least 1"),
         ({"args": {"device": "gpu"}}, "device: got 'gpu'"),
-        ({"args": {"train_data": []}}, "train_data is missing"),
+        ({"args": {"train_data": []}}, "train_data: missing"),
         ({"args": {"train_data": ["gone"]}}, "train_data: gone does not exist"),
         ({"args": {"valid_data": ["gone"]}}, "valid_data: gone does not exist"),
         ({"args": {"resume": "gone"}}, "resume: gone does not exist"),

@@ -99,7 +99,7 @@ def test_frames_that_are_not_finite_are_refused(tmp_path, value):
 
 def test_bad_sizes_shapes_and_empty_videos_are_refused(tmp_path):
     path = tmp_path / "a.mp4"
-    with pytest.raises(UserError, match="must be even, got 15x16"):
+    with pytest.raises(UserError, match="got 15x16; it must be even"):
         VideoWriter(path, fps=8, height=15, width=16)
     with pytest.raises(UserError, match="must be positive, got 0"):
         VideoWriter(path, fps=0, height=16, width=16)

@@ -37,7 +37,7 @@ def test_the_dataset_of_a_configuration(folder, target, params):
 
 
 def test_wrong_configurations_are_named(folder):
-    with pytest.raises(UserError, match="target is missing"):
+    with pytest.raises(UserError, match="target: missing"):
         make_dataset([str(folder)], DataSettings({"params": SETTINGS}))
     with pytest.raises(UserError, match="is not a class of datasets"):
         make_dataset([str(folder)], DataSettings({"target": "torch.nn.Identity"}))

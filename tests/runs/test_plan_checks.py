@@ -13,7 +13,7 @@ LOG = logging.getLogger(__name__)
 
 
 def test_places_of_data(tmp_path):
-    with pytest.raises(UserError, match="train_data is missing; name a folder"):
+    with pytest.raises(UserError, match="train_data: missing; name a folder"):
         check_places(RunArguments(train_data=[""]), "a folder")
     here = str(tmp_path)
     check_places(RunArguments(train_data=[here, "hf://repo", "shards-{00..09}.tar"], valid_data=[here]), "a folder")

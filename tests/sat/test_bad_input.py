@@ -82,17 +82,17 @@ CASES = {
     "wrong choice": case(config={"args": {"mode": "serve"}}, says="mode: got 'serve'; it can be inference, finetune"),
     "args a list": case(config="args: [load]\n", says="the section 'args': got ['load']; expected keys"),
     # Configuration files
-    "no --base": case(says="--base is missing"),
+    "no --base": case(says="--base: missing"),
     "missing file": case("--base", "{folder}/nothing.yaml", says="nothing.yaml: No such file"),
     "a folder": case("--base", "{folder}", says="Is a directory"),
     "not YAML": case(config="model:\n  - a\n  b: [\n", says="not valid YAML"),
     "no mapping": case(config="- a\n", says="expected sections (args, model, deepspeed, data, lightning)"),
     "not text": case("--base", "{folder}/binary", says="is not UTF-8 text"),
     "unknown section": case(config={"modle": {}}, says="unknown section 'modle'"),
-    "no model": case("--base", "{folder}/empty.yaml", says="model.network_config is missing"),
+    "no model": case("--base", "{folder}/empty.yaml", says="model.network_config: missing"),
     "model a text": case("--base", "{folder}/model_text.yaml", says="the section 'model': got 'text'"),
     "list over mapping": case(config={"model": {"sampler_config": [1]}}, says="cannot merge"),
-    "no sampler": case(config={"model": {"sampler_config": None}}, says="model.sampler_config is missing"),
+    "no sampler": case(config={"model": {"sampler_config": None}}, says="model.sampler_config: missing"),
     "odd include": case(config={"include": [5]}, says="include: got [5]; expected the names of files"),
     "unresolved": case(config={"args": {"output_dir": "${nowhere}"}}, says="cannot merge"),
     "no such module": case(
@@ -121,7 +121,7 @@ CASES = {
     "an adapter without LoRA": case("--lora_load", "{folder}/there", says="use the '_lora' variant"),
     # Files
     "no checkpoint": case("--load", "{folder}/gone", says="gone does not exist"),
-    "no load": case(config={"args": {"load": None}}, says="load is missing"),
+    "no load": case(config={"args": {"load": None}}, says="load: missing"),
     "no T5": case(
         config={"model": {"conditioner_config": {"params": {"emb_models": [
             {"target": "sgm.modules.encoders.modules.FrozenT5Embedder", "params": {"model_dir": "gone"}}
@@ -136,10 +136,10 @@ CASES = {
         config={"model": {"first_stage_config": {"params": {"ckpt_path": 7}}}}, says="ckpt_path: 7 does not exist"
     ),
     "no VAE at all": case(
-        config={"model": {"first_stage_config": {"params": {"ckpt_path": None}}}}, says="ckpt_path is missing"
+        config={"model": {"first_stage_config": {"params": {"ckpt_path": None}}}}, says="ckpt_path: missing"
     ),
     "no prompt file": case("--input_file", "{folder}/gone.txt", says="gone.txt: No such file"),
-    "no input_file": case("--input_file", "", says="input_file is missing"),
+    "no input_file": case("--input_file", "", says="input_file: missing"),
     "no prompt": case(prompts="\n\n", says="holds no prompt"),
     "no image": case(i2v=True, says="needs an image: prompt@@image_path"),
     "missing image": case(prompts="a boat@@gone.png", i2v=True, says="line 1: image gone.png does not exist"),

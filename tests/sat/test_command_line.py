@@ -37,11 +37,11 @@ def test_a_command_gets_the_rest_of_the_line(monkeypatch, words, module, rest):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "error: cogvideox: the command is missing; name one of sample, train, train-vae, convert, web, memory"),
+        ([], "error: cogvideox: the command: missing; name one of sample, train, train-vae, convert, web, memory"),
         (["smaple"], "error: cogvideox: 'smaple' does not exist; did you mean sample?"),
         (["train_vea", "--help"], "error: cogvideox: 'train_vea' does not exist; did you mean train-vae?"),
         (["--base", "x"], "error: cogvideox: '--base' does not exist; name one of sample, train,"),
-        (["convert"], "error: cogvideox convert: the conversion is missing; name one of convert_weight_hf2sat,"),
+        (["convert"], "error: cogvideox convert: the conversion: missing; name one of convert_weight_hf2sat,"),
         (["convert", "merge-lroa"], "error: cogvideox convert: 'merge-lroa' does not exist; did you mean merge_lora?"),
     ],
 )

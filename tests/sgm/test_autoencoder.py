@@ -271,7 +271,7 @@ def test_unfit_settings_are_refused_in_one_line(setting, message):
 
 
 def test_training_without_what_it_needs_is_refused():
-    with pytest.raises(UserError, match="learning_rate is missing"):
+    with pytest.raises(UserError, match="learning_rate: missing"):
         fit(build(), batches(1), steps=1)
     with pytest.raises(UserError, match="the key 'target'"):
         fit(build(optimizer_config={"params": {"lr": 1e-5}}), batches(1), steps=1)
@@ -279,7 +279,7 @@ def test_training_without_what_it_needs_is_refused():
         fit(build(loss_config={"target": "torch.nn.Identity"}, optimizer_config=SGD), batches(1), steps=1)
     with pytest.raises(UserError, match="the batch has no 'png', only jpg, seed"):
         fit(build(input_key="png", optimizer_config=SGD), batches(1), steps=1)
-    with pytest.raises(UserError, match="multiples of 2, got 15x16"):
+    with pytest.raises(UserError, match="got 15x16; it must be multiples of 2"):
         fit(build(optimizer_config=SGD), [{"jpg": torch.zeros(1, 3, 15, 16)}], steps=1)
 
 

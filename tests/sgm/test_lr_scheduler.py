@@ -80,7 +80,7 @@ def test_logs_the_factor_as_often_as_asked(caplog):
 def test_what_does_not_fit_is_said_in_one_line():
     with pytest.raises(UserError, match=r"LambdaLinearScheduler: each list needs one value per cycle.*'f_min': 3"):
         lr_scheduler.LambdaLinearScheduler(**{**CYCLES, "f_min": [1, 2, 3]})
-    with pytest.raises(UserError, match="at least 0 and shorter than its cycle of 10 steps, got 10"):
+    with pytest.raises(UserError, match="a warm-up: got 10; it must be at least 0 and shorter"):
         lr_scheduler.LambdaWarmUpCosineScheduler(10, lr_min=0.1, lr_max=1, lr_start=0, max_decay_steps=10)
     with pytest.raises(UserError, match=r"a warm-up must be at least 0 .* got -1"):
         lr_scheduler.LambdaWarmUpCosineScheduler2(**{**CYCLES, "warm_up_steps": [-1, 0]})

@@ -130,7 +130,7 @@ def test_options_of_the_output():
 
 
 def test_what_does_not_fit_is_said_in_one_line():
-    with pytest.raises(UserError, match="height and width must be multiples of 2, got 17x16"):
+    with pytest.raises(UserError, match="height and width: got 17x16; it must be multiples of 2"):
         Encoder(**TINY)(torch.zeros(1, 3, 17, 16))
     with pytest.raises(UserError, match="attn_type: 'fast' is unknown; use one of 'vanilla', 'vanilla-xformers'"):
         Decoder(**TINY, attn_type="fast")

@@ -214,7 +214,7 @@ def test_progress_bar_only_when_verbose(capsys):
 def test_sampler_mistakes():
     noise, cond, _ = inputs(VIDEO)
     denoiser = make_denoiser("VideoDDIMSampler")
-    with pytest.raises(UserError, match="num_steps is missing"):
+    with pytest.raises(UserError, match="num_steps: missing"):
         make_sampler("VideoDDIMSampler", num_steps=None)(denoiser, noise, cond)
     with pytest.raises(UserError, match="num_steps: got 1001"):
         make_sampler("VideoDDIMSampler")(denoiser, noise, cond, num_steps=1001)

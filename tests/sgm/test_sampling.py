@@ -163,7 +163,7 @@ def test_a_sampler_of_ones_own_on_the_base_of_the_original(guided, capsys):
     assert "3/3" in capsys.readouterr().err
     with pytest.raises(UserError, match="OwnEuler needs a schedule of sigma"):
         OwnEuler(SCHEDULES["zerosnr"], 3)(*arguments)
-    with pytest.raises(UserError, match="num_steps is missing"):
+    with pytest.raises(UserError, match="num_steps: missing"):
         OwnEuler(SCHEDULES["edm"])(*arguments)
 
 

@@ -96,7 +96,7 @@ def test_a_parameter_that_is_missing(model):
     params = {name: value for name, value in config["denoiser_config"]["params"].items() if name != "num_idx"}
     changed = {**config, "denoiser_config": {**config["denoiser_config"], "params": params}}
     line = refused(changed, sources, "denoiser_config")
-    assert "model.denoiser_config.params: num_idx is missing; it needs a whole number" in line
+    assert "model.denoiser_config.params: num_idx: missing; it needs a whole number" in line
 
 
 def test_what_a_class_of_the_users_own_raises_is_reported_with_its_key():

@@ -138,7 +138,7 @@ def test_what_the_temporal_block_attends_to_and_where_the_length_of_a_clip_comes
     block = seed_module_(VideoTransformerBlock(32, 2, 16, context_dim=7, timesteps=3))
     assert torch.equal(block(x, context), block(x, context, 3))  # given to the constructor, or to the call
     assert not torch.equal(block(x, context), block(x, 2 * context))
-    with pytest.raises(UserError, match="timesteps: the number of frames of a clip is missing"):
+    with pytest.raises(UserError, match="timesteps: the number of frames of a clip: missing"):
         VideoTransformerBlock(32, 2, 16)(x)
 
     alone = seed_module_(VideoTransformerBlock(32, 2, 16, switch_temporal_ca_to_sa=True))
@@ -323,7 +323,7 @@ def test_what_does_not_fit_is_said_in_one_line():
         ({"time_mode": "never"}, "time_mode: 'never' is unknown; use one of all, conv-only, attn-only"),
         ({"merge_strategy": "sum"}, "merge_strategy: 'sum' is unknown; use one of fixed, learned"),
         ({"merge_strategy": "learned_with_images"}, "a decoder gets no image_only_indicator"),
-        ({"merge_strategy": "fixed", "alpha": 2}, "a fixed share must be between 0 and 1, got 2"),
+        ({"merge_strategy": "fixed", "alpha": 2}, "a fixed share: got 2; it must be between 0 and 1"),
         ({"video_kernel_size": [3, 3]}, r"video_kernel_size: expected an odd number or three of them, got \[3, 3\]"),
         ({"video_kernel_size": 2}, "video_kernel_size: expected .* got 2"),
         ({"time_mode": "all", "attn_type": "linear"}, "attn_type: 'linear' cannot be extended in time"),

@@ -131,8 +131,8 @@ def test_mistakes(server, tmp_path, image, caplog, monkeypatch):
     def message(*arguments: str | Path) -> str:
         return error_of(main, caplog, *arguments)
 
-    assert "--prompt is missing; give it or --input_file" in message()
-    assert "--output_file is missing" in message(*file)
+    assert "--prompt: missing; give it or --input_file" in message()
+    assert "--output_file: missing" in message(*file)
     assert "cannot be used with --input_file" in message(*file, *out, "--prompt", "a")
     assert "name it '….txt'" in message(*file, "--output_file", tmp_path / "out.jsonl")
     assert "an image-to-video model needs an image" in message(*file, *out, "--type", "i2v")

@@ -169,7 +169,7 @@ def test_latents_without_a_word_need_a_configuration(tiny, made, tmp_path, caplo
     latents = torch.randn(3, 16, 4, 6)
     save_file({"latents": latents}, tmp_path / "0_a_boat.safetensors")
     assert main([str(tmp_path)]) == 2
-    assert ": first_stage_config is missing; give the model's configuration as --base" in caplog.text
+    assert ": first_stage_config: missing; give the model's configuration as --base" in caplog.text
     command = [str(tmp_path / "0_a_boat.safetensors"), "--base", str(tiny.config("5b"))]
     assert main([*command, "--output_dir", str(tmp_path / "out"), "--fps", "24"]) == 0
     meta, frames = read_video(tmp_path / "out" / "0_a_boat.mp4")
@@ -259,7 +259,7 @@ def test_latents_that_are_not_finite_or_of_another_model(tiny, kept, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "PATH is missing"),
+        ([], "PATH: missing"),
         (["/nowhere"], "/nowhere does not exist"),
         (["{folder}"], "holds no .safetensors file"),
         (["x", "--vae_tile_size", "63"], "vae_tile_size: got 63"),

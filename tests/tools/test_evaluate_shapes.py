@@ -142,7 +142,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, caplog):
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"no video")
     cases = {
-        "--videos is missing": [],
+        "--videos: missing": [],
         "nowhere does not exist": ["--videos", tmp_path / "nowhere"],
         "'crimson'": ["--videos", tmp_path / "out"],
         "has no video of": ["--videos", tmp_path / "empty", "--input_file", tmp_path / "prompts.txt"],

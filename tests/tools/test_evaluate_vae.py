@@ -46,7 +46,7 @@ def test_debug_shows_where_an_error_is_from(caplog):
     for flags in ([], ["--debug"]):
         caplog.clear()
         assert main(flags) == 2
-        assert "--base is missing" in caplog.text
+        assert "--base: missing" in caplog.text
         assert ("Traceback" in caplog.text) == bool(flags)
 
 
@@ -332,19 +332,22 @@ def test_unreadable_clips_are_left_out(folder, tmp_path, capsys, caplog):
 
 
 CASES = {
-    "no files": (["--data", "{folder}/data"], "--base is missing; name the configuration of the VAE"),
-    "no data": (["--base", "{folder}/sampling.yaml"], "--data is missing; name a folder of clips"),
+    "no files": (["--data", "{folder}/data"], "--base: missing; name the configuration of the VAE"),
+    "no data": (["--base", "{folder}/sampling.yaml"], "--data: missing; name a folder of clips"),
     "data not there": (["--data", "/nowhere"], "--data: /nowhere does not exist"),
     "latents": (["--data", "{folder}/cache"], "has latents; name the clips that it was made from"),
     "unknown argument": (["--clips", "3"], "unrecognized arguments: --clips; did you mean --num_clips?"),
-    "no clips": (["--num_clips", "0"], "--num_clips must be at least 1, got 0"),
-    "too few clips": (["--i3d_weights", "{folder}/data", "--num_clips", "1"], "--num_clips must be at least 2, got 1"),
+    "no clips": (["--num_clips", "0"], "--num_clips: got 0; it must be at least 1"),
+    "too few clips": (
+        ["--i3d_weights", "{folder}/data", "--num_clips", "1"],
+        "--num_clips: got 1; it must be at least 2",
+    ),
     "weights not there": (["--ckpt", "/nowhere/vae.pt"], "--ckpt: /nowhere/vae.pt does not exist"),
     "unused weights": (["--lpips_net", "none", "--lpips_weights", "{folder}/data"], "but --lpips_net is none"),
     "device": (["--device", "gpu"], "--device: got 'gpu'; it can be cpu, cuda or cuda:N"),
     "no weights": (["--base", "{folder}/training.yaml"], "--ckpt and model.params.ckpt_path are missing"),
-    "no VAE": (["--base", "{folder}/no_model.yaml"], "model.first_stage_config.params.encoder_config is missing"),
-    "no data section": (["--base", "{folder}/no_data.yaml"], "data.target is missing; also name configs/sft.yaml"),
+    "no VAE": (["--base", "{folder}/no_model.yaml"], "model.first_stage_config.params.encoder_config: missing"),
+    "no data section": (["--base", "{folder}/no_data.yaml"], "data.target: missing; also name configs/sft.yaml"),
     "frames": (["--base", "{folder}/even.yaml"], "max_num_frames: got 8; clips are cut to 4k+1"),
     "size": (["--base", "{folder}/odd.yaml"], "width 44 does not fit"),
 }

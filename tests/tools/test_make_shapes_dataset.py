@@ -198,7 +198,7 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
         assert make(tmp_path / "new", "--concept", "spiral", "--motions", "growing") == 2
     assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 11
     assert "mine exists and was not made by this tool" in caplog.text
-    assert "must be even, got 64 and 97" in caplog.text
+    assert "got 64 and 97; it must be even" in caplog.text
     assert (tmp_path / "mine" / "a.txt").read_text() == "precious"
     assert not (tmp_path / "new").exists()
 

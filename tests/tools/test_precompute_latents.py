@@ -75,8 +75,8 @@ def folder(tiny, tmp_path_factory) -> Path:
 
 
 CASES = {
-    "no output": (["--base", "{folder}/2b.yaml"], "--output is missing; name the folder of the cache"),
-    "no files": (["--output", "x"], "--base is missing"),
+    "no output": (["--base", "{folder}/2b.yaml"], "--output: missing; name the folder of the cache"),
+    "no files": (["--output", "x"], "--base: missing"),
     "unknown store": (["--store", "pixels"], "--store: invalid choice: 'pixels'"),
     "unknown argument": (["--trane_data", "x"], "unknown argument --trane_data; did you mean --train_data?"),
     "no data": (["--train_data", "/nowhere"], "train_data: /nowhere does not exist"),

@@ -133,7 +133,7 @@ def test_the_map_changes_latents_least():
     ("more", "says"),
     [
         (["--output", "vae.pt"], "end with .safetensors"),
-        (["--num_clips", "0"], "--num_clips must be at least 1, got 0"),
+        (["--num_clips", "0"], "--num_clips: got 0; it must be at least 1"),
         (["--data", "{folder}/cache"], "has latents"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--ckpt", "/nowhere.pt"], "/nowhere.pt does not exist"),

@@ -195,7 +195,7 @@ def test_frames_of_the_second_generation():
 def test_data_without_a_name(case):
     args = case.args()
     args.train_data = []
-    with pytest.raises(UserError, match="train_data is missing; name a folder"):
+    with pytest.raises(UserError, match="train_data: missing; name a folder"):
         plan_run(args)
 
 

@@ -94,7 +94,7 @@ def read_configuration(
     """
     config = None if "base" in given or otherwise is None else otherwise(given)
     if "base" not in given and config is None:
-        raise UserError(f"--base is missing; {example}")
+        raise UserError(f"--base: missing; {example}")
     deepspeed_file = take_launcher_flags(given, ignored)
     allow_own_modules()
     if config is None:

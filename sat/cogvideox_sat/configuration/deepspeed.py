@@ -26,7 +26,7 @@ def check_deepspeed_config(section: Mapping[str, Any]) -> dict[str, Any]:
         UserError: a key is unknown, a value is of the wrong type or out of range, or values contradict each other.
     """
     if not section:
-        raise UserError("the deepspeed section is missing; name configs/sft.yaml too, after the model's file")
+        raise UserError("the deepspeed section: missing; name configs/sft.yaml too, after the model's file")
     config = {key: value for key, value in as_numbers(section).items() if value is not None}
     config = without_removed_keys(with_modern_spelling(config))
     check_keys("", config, KEYS)
@@ -35,7 +35,7 @@ def check_deepspeed_config(section: Mapping[str, Any]) -> dict[str, Any]:
         if name in config:
             check_number(name, config[name], least=1, whole=True)
     if "train_batch_size" not in config and "train_micro_batch_size_per_gpu" not in config:
-        raise UserError("deepspeed: train_micro_batch_size_per_gpu is missing; give the clips of a process and step")
+        raise UserError("deepspeed: train_micro_batch_size_per_gpu: missing; give the clips of a process and step")
     if "gradient_clipping" in config:
         check_number("gradient_clipping", config["gradient_clipping"], least=0)
     check_precision(config)

@@ -44,7 +44,7 @@ def type_and_params(config: Mapping[str, Any], place: str) -> tuple[str, Mapping
 def check_optimizer(config: Mapping[str, Any]) -> None:
     """Check the type and the parameters of the optimizer, else raise UserError."""
     if "optimizer" not in config:
-        raise UserError(f"deepspeed: optimizer is missing; give its type, such as {OUR_OPTIMIZERS[0]}, and params.lr")
+        raise UserError(f"deepspeed: optimizer: missing; give its type, such as {OUR_OPTIMIZERS[0]}, and params.lr")
     name, params = type_and_params(config, "optimizer")
     check_optimizer_type(name)
     known = OPTIMIZER_PARAMS.get(name if "." in name else name.lower(), params)  # without a table, all are accepted
@@ -72,7 +72,7 @@ def check_optimizer_params(params: Mapping[str, Any], has_table: bool) -> None:
         has_table: the optimizer is in `OPTIMIZER_PARAMS`; others may take the names in another meaning.
     """
     if "lr" not in params:
-        raise UserError("deepspeed: optimizer.params.lr is missing; give the learning rate")
+        raise UserError("deepspeed: optimizer.params.lr: missing; give the learning rate")
     check_number("optimizer.params.lr", params["lr"], least=0)
     for key in ("eps", "weight_decay"):
         if key in params:

@@ -157,7 +157,7 @@ def unused_model_keys(section: Mapping[str, Any], parts: Sequence[str] = MODEL_P
     """
     for part in parts:
         if not isinstance(section.get(part), dict):
-            raise UserError(f"model.{part} is missing; name a model's file too, as in --help")
+            raise UserError(f"model.{part}: missing; name a model's file too, as in --help")
     unused, known = [], [*MODEL_PARTS, *MODEL_KEYS]
     for key in section:
         if key not in known:

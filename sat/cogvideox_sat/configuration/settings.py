@@ -60,7 +60,7 @@ class Settings:
         taken = {name: value for name, value in taken.items() if value is not None or name in changes}
         required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         for name in sorted(required - taken.keys()):
-            raise UserError(f"{name} is missing; {cls.__name__} needs it")
+            raise UserError(f"{name}: missing; {cls.__name__} needs it")
         return cls(**taken, arguments=args.arguments if isinstance(args, Settings) else args)
 
     def as_args(self) -> Any:

@@ -93,7 +93,7 @@ def training_arguments_of(given: dict[str, Any], config: MergedConfig) -> Traini
         for sentence in unused_model_keys(sections["model"], TRAINED_PARTS):
             logger.warning(sentence)
         if not isinstance(sections["data"].get("target"), str):
-            raise UserError("data.target is missing; name configs/sft.yaml too, after the model's file")
+            raise UserError("data.target: missing; name configs/sft.yaml too, after the model's file")
         sections["deepspeed"] = check_deepspeed_config(sections["deepspeed"])
         if enabled := enabled_precision(sections["deepspeed"]):
             values |= {name: name == enabled for name in PRECISIONS}
@@ -191,7 +191,7 @@ def check_values(args: TrainingArguments) -> None:
     if not 0 < args.lr_decay_ratio <= 1:
         raise UserError(f"lr_decay_ratio: got {args.lr_decay_ratio}; expected a share, above 0 and up to 1")
     if not (args.load or args.force_train or args.inspect_data):
-        raise UserError("load is missing; name the checkpoint to start from, or give --force_train to start at random")
+        raise UserError("load: missing; name the checkpoint to start from, or give --force_train to start at random")
 
 
 def check_recomputation(args: TrainingArguments) -> None:

@@ -65,7 +65,7 @@ def get_vae_training_args(command_line: Sequence[str] | None = None) -> VaeTrain
         values = with_located_inputs(values)
         check_model_section(sections["model"])
         if not isinstance(sections["data"].get("target"), str):
-            raise UserError("data.target is missing; name the class of the data, data_video.SFTDataset")
+            raise UserError("data.target: missing; name the class of the data, data_video.SFTDataset")
         check_lightning_section(sections["lightning"])
         trainer = sections["lightning"].get("trainer") or {}
         values.setdefault("deterministic", trainer.get("deterministic") is True)
@@ -104,9 +104,9 @@ def check_model_section(model: Mapping[str, Any]) -> None:
         UserError: one of them is missing or wrong.
     """
     if not isinstance(model.get("target"), str):
-        raise UserError("model.target is missing; name the engine, vae_modules.autoencoder.VideoAutoencodingEngine")
+        raise UserError("model.target: missing; name the engine, vae_modules.autoencoder.VideoAutoencodingEngine")
     if not isinstance(model.get("params"), dict):
-        raise UserError("model.params is missing; give encoder_config, decoder_config, loss_config and so on")
+        raise UserError("model.params: missing; give encoder_config, decoder_config, loss_config and so on")
     rate = model.get("base_learning_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
         raise UserError(f"model.base_learning_rate: got {shown(rate)}; expected a positive number such as 1.0e-4")

@@ -134,7 +134,7 @@ class VideoRecord:
         """
         section = self.content["model"].get("config")
         if not isinstance(section, dict):
-            raise UserError(f"{self.path}: model.config is missing; give the model's configuration as --base")
+            raise UserError(f"{self.path}: model.config: missing; give the model's configuration as --base")
         check_foreign_model(section, self.path, "model.config")
         config = MergedConfig({"model": copy.deepcopy(section)})
         config.sources = Sources([self.path])

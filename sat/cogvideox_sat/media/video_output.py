@@ -48,9 +48,9 @@ class VideoWriter:
         self.encoding = ["-crf", "0", "-pix_fmt", "yuv444p"] if lossless else ["-crf", "17", "-pix_fmt", "yuv420p"]
         self.height, self.width = height, width
         if fps <= 0:
-            raise UserError(f"cannot write {self.path}: frames per second must be positive, got {fps}")
+            raise UserError(f"cannot write {self.path}: frames per second: got {fps}; it must be positive")
         if height <= 0 or width <= 0 or height % 2 or width % 2:
-            raise UserError(f"cannot write {self.path}: height and width must be even, got {height}x{width}")
+            raise UserError(f"cannot write {self.path}: height and width: got {height}x{width}; it must be even")
         self.fps = fps
         self.num_frames = 0
         self._waiting: deque[Future[Any]] = deque()  # chunks that the encoder has not taken yet

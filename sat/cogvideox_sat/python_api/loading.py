@@ -124,7 +124,7 @@ def arguments_of_model(
         settle_clip(args, limits)
         with args.sources.naming():
             if not args.load and not args.force_inference:
-                raise UserError("load is missing; name the checkpoint of the network")
+                raise UserError("load: missing; name the checkpoint of the network")
             check_model_arguments(args)
             tell_places()
         return args, place.kept

@@ -70,7 +70,7 @@ def _clips(paths: Sequence[str], settings: DataSettings, argument: str) -> Any:
     """Return the data set of clips that the `data:` section describes; see `make_dataset`."""
     config = settings.data_config
     if "target" not in config:
-        raise UserError("data: target is missing; name the class of the data set, for example data_video.SFTDataset")
+        raise UserError("data: target: missing; name the class of the data set, for example data_video.SFTDataset")
     place = Place(("data",), config, settings.sources, building=True)
     kind: Any = class_at(config["target"], place.below("target"), "data")
     create, ours = kind.create_dataset_function, inspect.getattr_static(SFTDataset, "create_dataset_function")

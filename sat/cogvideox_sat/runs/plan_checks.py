@@ -26,7 +26,7 @@ def check_places(args: RunArguments, kinds: str) -> None:
         UserError: no training data is given, or a location does not exist.
     """
     if not any(args.train_data):
-        raise UserError(f"train_data is missing; name {kinds}")
+        raise UserError(f"train_data: missing; name {kinds}")
     for name, paths in (("train_data", args.train_data), ("valid_data", args.valid_data)):
         for path in paths:
             is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")

@@ -135,7 +135,7 @@ def own_model(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], 
     """
     missing = [name for name in ("first_stage_config", "scale_factor") if name not in metadata]
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing; give the model's configuration as --base")
+        raise UserError(f"{path}: {missing[0]}: missing; give the model's configuration as --base")
     where = f"{path}: first_stage_config"
     try:
         if len(metadata["first_stage_config"]) > LARGEST:

@@ -79,7 +79,7 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
     if args.record is not None:
         return plan_repetition(args)
     if args.input_file is None:
-        raise UserError("input_file is missing; name a file of prompts")
+        raise UserError("input_file: missing; name a file of prompts")
     try:
         # The arguments of the whole run may give the picture that an image-to-video model needs.
         shows = bool(args.keyframes) or args.video is not None
@@ -179,7 +179,7 @@ def check_combinations(args: SamplingArguments) -> None:
     check_world(layout_of(args), int(os.environ.get("WORLD_SIZE", "1")))
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
-        raise UserError("model.first_stage_config.params.ckpt_path is missing; name the weights of the VAE")
+        raise UserError("model.first_stage_config.params.ckpt_path: missing; name the weights of the VAE")
     check_offload(args.offload)
     if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(

@@ -283,7 +283,7 @@ class SamplingSession:
         if steps is None:
             steps = getattr(sampler, "num_steps", None)
             if steps is None:
-                raise UserError(f"sampler_config: num_steps is missing; give {name}")
+                raise UserError(f"sampler_config: num_steps: missing; give {name}")
         check_sampler_steps(sampler, steps, name)
         return steps
 

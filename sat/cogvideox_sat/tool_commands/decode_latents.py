@@ -77,7 +77,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Check that all options are given and have valid values, else raise UserError."""
     if not options.paths:
         raise UserError(
-            "PATH is missing; name a file of latents, for example outputs/0_a_fox/0/000000.latents.safetensors"
+            "PATH: missing; name a file of latents, for example outputs/0_a_fox/0/000000.latents.safetensors"
         )
     if options.overwrite and options.skip_existing:
         raise UserError("overwrite and skip_existing are both on: choose one")

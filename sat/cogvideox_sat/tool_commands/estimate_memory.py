@@ -116,7 +116,7 @@ def plan(args: TrainingArguments, processes: int) -> TrainingRequest:
     sizes: Any = params.get("video_size", params.get("image_size"))
     for name, value in (("max_num_frames", frames), ("video_size", sizes)):
         if value is None:
-            raise UserError(f"data.params.{name} is missing; the memory depends on it; name it in the configuration")
+            raise UserError(f"data.params.{name}: missing; the memory depends on it; name it in the configuration")
     sizes = sizes if isinstance(sizes[0], list) else [sizes]
     shared = args.sequence_parallel_size
     if processes % shared:

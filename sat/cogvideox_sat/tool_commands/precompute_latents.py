@@ -58,7 +58,7 @@ def precompute(command_line: Sequence[str] | None) -> int:
     adopt_launcher()
     options, rest = build_parser().parse_known_args(command_line)
     if options.output is None:
-        raise UserError("--output is missing; name the folder of the cache")
+        raise UserError("--output: missing; name the folder of the cache")
     args = get_training_args(rest)
     with args.sources.naming():
         return precompute_with(args, options)
@@ -139,7 +139,7 @@ def check(args: TrainingArguments, image_variants: int | None) -> int:
     text_embedder(model["conditioner_config"])
     first_stage = model["first_stage_config"].get("params") or {}
     if not first_stage.get("ckpt_path"):
-        raise UserError("model.first_stage_config.params.ckpt_path is missing; name the weights of the VAE")
+        raise UserError("model.first_stage_config.params.ckpt_path: missing; name the weights of the VAE")
     check_paths({"model": {name: model[name] for name in ("conditioner_config", "first_stage_config")}})
     check_parameters({"model": model, "data": args.data_config}, args.sources)
     if not model.get("noised_image_input"):

@@ -139,7 +139,7 @@ def check_model(args: TrainingArguments) -> None:
         raise UserError("model.conditioner_config.params.emb_models is empty; name the text encoder of the network")
     check_trained_part(args.model_config)
     if has_adapter(args.model_config) and not args.load:
-        raise UserError("load is missing; name the weights of the base model, which an adapter needs")
+        raise UserError("load: missing; name the weights of the base model, which an adapter needs")
     image_to_video = ModelLimits.from_config(args.model_config).image_to_video
     if image_to_video and not args.model_config.get("noised_image_input"):
         raise UserError("model.noised_image_input is off, but this is an image-to-video model; set it to true")
@@ -149,7 +149,7 @@ def check_model(args: TrainingArguments) -> None:
         )
     if samples_videos(args) and not isinstance(args.model_config.get("sampler_config"), dict):
         raise UserError(
-            "model.sampler_config is missing; give one, or num_log_videos: 0 and no valid_prompts, to sample nothing"
+            "model.sampler_config: missing; give one, or num_log_videos: 0 and no valid_prompts, to sample nothing"
         )
 
 

@@ -214,7 +214,7 @@ class Encoder(_Coder):
         height, width = x.shape[2:]
         if height % self.space_factor or width % self.space_factor:
             raise UserError(
-                f"image size: height and width must be multiples of {self.space_factor}, got {height}x{width}"
+                f"image size: height and width: got {height}x{width}; it must be multiples of {self.space_factor}"
             )
         h = self.conv_in(x)
         for level in self.down:

@@ -50,7 +50,7 @@ def steps_of_call(given: int | None, configured: int | None) -> int:
     """
     num_steps = configured if given is None else given
     if num_steps is None:
-        raise UserError("sampler_config: num_steps is missing; set it there or pass it when sampling")
+        raise UserError("sampler_config: num_steps: missing; set it there or pass it when sampling")
     return num_steps
 
 
