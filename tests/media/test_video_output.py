@@ -101,7 +101,7 @@ def test_bad_sizes_shapes_and_empty_videos_are_refused(tmp_path):
     path = tmp_path / "a.mp4"
     with pytest.raises(UserError, match="got 15x16; it must be even"):
         VideoWriter(path, fps=8, height=15, width=16)
-    with pytest.raises(UserError, match="must be positive, got 0"):
+    with pytest.raises(UserError, match="got 0; it must be positive"):
         VideoWriter(path, fps=0, height=16, width=16)
     writer = VideoWriter(path, fps=8, height=16, width=16)
     with pytest.raises(ValueError, match=r"expected frames of shape \(frames, 3, 16, 16\)"), writer as video:
