@@ -205,7 +205,7 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
     Raises:
         UserError: a matrix does not fit, or the file has none.
     """
-    from cogvideox_sat.conversion.lora_files import adapter_metadata, diffusers_file
+    from cogvideox_sat.conversion.diffusers_lora_files import adapter_metadata, diffusers_file
     from cogvideox_sat.conversion.lora_names import diffusers_module, parse_diffusers_name
     from sgm.weights import read_state_dict
 
@@ -241,7 +241,7 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
     Raises:
         UserError: the flags do not agree with the file.
     """
-    from cogvideox_sat.conversion.lora_files import adapter_metadata, diffusers_file
+    from cogvideox_sat.conversion.diffusers_lora_files import adapter_metadata, diffusers_file
     from sgm.weights import read_state_dict
 
     if options.lora_alpha is None and options.lora_r is None:
@@ -326,7 +326,7 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
 
 
 def _file_name(lora: Path) -> str:
-    from cogvideox_sat.conversion.lora_files import diffusers_file
+    from cogvideox_sat.conversion.diffusers_lora_files import diffusers_file
 
     return diffusers_file(lora).name
 

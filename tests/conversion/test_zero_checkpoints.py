@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideox_sat.conversion.lora_files import read_sat_adapter
 from cogvideox_sat.conversion.network_sources import open_network
+from cogvideox_sat.conversion.sat_lora_files import read_sat_adapter
 from cogvideox_sat.conversion.zero_checkpoints import read_zero, zero_folder
 from distributed import run_distributed
 from pipelines import assert_identical

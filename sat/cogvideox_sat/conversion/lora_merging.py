@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from cogvideox_sat.conversion.lora_files import Adapter
+from cogvideox_sat.conversion.lora_matrices import Adapter
 from cogvideox_sat.conversion.lora_names import PARTS, Projection, Slot, base_weight
 from sgm.errors import UserError
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from cogvideox_sat.commands.input_paths import required_input
 from cogvideox_sat.configuration.yaml_reading import read_yaml
-from cogvideox_sat.conversion.lora_files import Adapter, read_adapter, sat_adapter
+from cogvideox_sat.conversion.lora_files import read_adapter
+from cogvideox_sat.conversion.lora_matrices import Adapter
 from cogvideox_sat.conversion.lora_merging import MergedWeights
+from cogvideox_sat.conversion.sat_lora_files import sat_adapter
 from cogvideox_sat.conversion.stored_checkpoints import open_checkpoint
 from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
 from cogvideox_sat.weights.checkpoint_files import is_adapter

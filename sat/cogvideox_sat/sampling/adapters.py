@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox_sat.conversion.lora_files import Adapter, read_adapter
+from cogvideox_sat.conversion.lora_files import read_adapter
+from cogvideox_sat.conversion.lora_matrices import Adapter
 from cogvideox_sat.conversion.lora_names import PARTS, Projection, Slot
 from cogvideox_sat.network.added_adapters import Place
 from cogvideox_sat.network.block import LowRank

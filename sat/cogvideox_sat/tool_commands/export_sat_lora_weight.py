@@ -24,7 +24,7 @@ from cogvideox_sat.conversion.lora_names import LORA_FILE
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
-    from cogvideox_sat.conversion.lora_files import Adapter
+    from cogvideox_sat.conversion.lora_matrices import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def export(arguments: Sequence[str] | None) -> None:
     check_output(target, options)
     tell_places()
 
-    from cogvideox_sat.conversion.lora_files import read_sat_adapter
+    from cogvideox_sat.conversion.sat_lora_files import read_sat_adapter
 
     adapter = read_sat_adapter(options.sat_pt_path, options.lora_alpha)
     alpha = next(iter(adapter.scales.values())) * adapter.rank
@@ -89,7 +89,7 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from cogvideox_sat.conversion.lora_files import METADATA_KEY
+    from cogvideox_sat.conversion.diffusers_lora_files import METADATA_KEY
     from cogvideox_sat.conversion.lora_names import diffusers_module
     from cogvideox_sat.files.atomic import new_file
 

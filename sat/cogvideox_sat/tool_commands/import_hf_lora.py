@@ -51,7 +51,7 @@ def import_lora(arguments: Sequence[str] | None) -> None:
     tell_places()
 
     from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
-    from cogvideox_sat.conversion.lora_files import read_diffusers_adapter
+    from cogvideox_sat.conversion.diffusers_lora_files import read_diffusers_adapter
 
     adapter = read_diffusers_adapter(path, options.file_alpha)
     adapter = adapter.with_alpha(options.lora_alpha)

@@ -1,0 +1,81 @@
+"""The matrices of a LoRA adapter and their strengths, whichever file they are from."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from cogvideox_sat.conversion.lora_names import (
+    Projection,
+    Slot,
+)
+from sgm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Matrices A (rank, width) and B (width, rank) of all adapted projections, of one rank.
+
+    Attributes:
+        source: the file of the adapter.
+        scales: for each projection, the factor alpha/rank of its B·A.
+    """
+
+    source: Path
+    rank: int
+    width: int
+    matrices: dict[Slot, Tensor]
+    scales: dict[Projection, float]
+
+    @property
+    def layers(self) -> list[int]:
+        """Return the numbers of the adapted layers, ascending."""
+        return sorted({projection.layer for projection in self.scales})
+
+    def with_alpha(self, alpha: float) -> "Adapter":
+        """Return the same adapter for a configuration with this alpha, scaling B accordingly.
+
+        Raises:
+            UserError: B's dtype cannot hold the scaled values.
+        """
+        scale, matrices = alpha / self.rank, dict(self.matrices)
+        for slot, tensor in self.matrices.items():
+            factor = self.scales[slot.projection] / scale
+            if slot.matrix == "B" and not math.isclose(factor, 1.0, rel_tol=1e-12):
+                matrices[slot] = (tensor.float() * factor).to(tensor.dtype)
+                if not matrices[slot].isfinite().all():
+                    raise UserError(
+                        f"{self.source}: {slot.projection} times {factor:g} is out of the range of {tensor.dtype}; "
+                        "choose a larger --lora_alpha"
+                    )
+        return Adapter(self.source, self.rank, self.width, matrices, dict.fromkeys(self.scales, scale))
+
+
+def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, int]:
+    """Return the rank and the width of an adapter, after checking its matrices.
+
+    Args:
+        matrices: A (rank, width) and B (width, rank), of any floating-point dtype.
+
+    Raises:
+        UserError: a projection has only one of A and B, or ranks or widths differ.
+    """
+    for slot in matrices:
+        other = Slot(slot.projection, "B" if slot.matrix == "A" else "A")
+        if other not in matrices:
+            raise UserError(f"{source}: {slot.projection} has a matrix {slot.matrix} but no matrix {other.matrix}")
+    ranks: dict[int, Projection] = {}
+    widths: dict[int, Projection] = {}
+    for slot, tensor in sorted(matrices.items()):
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise UserError(f"{source}: {slot.projection}: matrix {slot.matrix} is {tensor.dtype} {list(tensor.shape)}")
+        rank, width = tensor.shape if slot.matrix == "A" else reversed(tensor.shape)
+        ranks.setdefault(rank, slot.projection)
+        widths.setdefault(width, slot.projection)
+    for values, what in ((ranks, "rank"), (widths, "width")):
+        if len(values) != 1:
+            found = ", ".join(f"{value} ({projection})" for value, projection in list(values.items())[:3])
+            raise UserError(f"{source}: the {what} differs between layers: {found}; an adapter here has one {what}")
+    return next(iter(ranks)), next(iter(widths))
