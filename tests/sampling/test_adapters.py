@@ -170,8 +170,8 @@ def test_what_is_wrong_with_one_is_a_line(tiny, adapters, tmp_path, caplog):
     for lora, says in (
         ({"nowhere": 1}, "lora: nowhere does not exist"),
         ({narrow: 1}, "lora: .* is for a network of width 8, but this one has"),
-        ({adapters[0]: "much"}, "lora: the strength of .* is 'much'; give a number"),
-        ({adapters[0]: float("nan")}, "lora: the strength of .* is nan"),
+        ({adapters[0]: "much"}, "lora: the strength of .*: got 'much'; give a number"),
+        ({adapters[0]: float("nan")}, "lora: the strength of .*: got nan"),
         (5, "lora: got 5; give paths with their strengths"),
         ([{}], r"lora: got \[\{\}\]; give paths"),
         (tiny.folder / "5b", "holds no adapter"),
