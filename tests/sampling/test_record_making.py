@@ -1,83 +1,60 @@
-"""The hashes in a record are of the right files, in every form that weights come in."""
+"""A record names the model and the inputs; test_video_records.py has records of whole runs."""
 
-import json
+import hashlib
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from cogvideox_sat.configuration.argument_lists import SamplingArguments
-from cogvideox_sat.sampling.record_making import (
-    network_files,
-    source_hash,
-    text_encoder_files,
-    vae_files,
-    versions,
-    weight_files,
-)
+from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.sampling.prompt_requests import PromptRequest
+from cogvideox_sat.sampling.record_making import entries_of_inputs, frames_of, model_name, readable
+from cogvideox_sat.sampling.shown_files import KeyFrameFile
+from sgm.config_places import Sources
 
 
-def sharded(folder: Path) -> set[Path]:
-    """Write an index and two shards, beside a file that does not belong to them."""
-    folder.mkdir(parents=True)
-    names = ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
-    for name in [*names, "other.safetensors"]:
-        save_file({name: torch.zeros(1)}, folder / name)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: name for name in names}}))
-    return {index, *(folder / name for name in names)}
+def test_the_model_is_named_after_its_first_file():
+    assert (
+        model_name(Namespace(sources=Sources([Path("configs/cogvideox_2b.yaml"), Path("more.yaml")]))) == "cogvideox_2b"
+    )
+    assert model_name(Namespace(sources=Sources())) == "unnamed"
 
 
-def test_a_network_in_shards(tmp_path):
-    expected = sharded(tmp_path / "transformer")
-    assert set(network_files(str(tmp_path / "transformer"))) == expected
-    (tmp_path / "model_index.json").write_text("{}")
-    assert set(network_files(str(tmp_path))) == expected, "a pipeline's"
+def test_a_repeated_record_keeps_its_name():
+    class Record(dict):
+        path = Path("videos/1.json")
+
+    record = Record(model={"name": "cogvideox_5b"})
+    assert model_name(Namespace(sources=Sources([record.path]), record=record)) == "cogvideox_5b"
 
 
-def test_a_network_of_a_training_run(tmp_path):
-    """The hash is that of all model-parallel shares of `latest`, without optimizer states."""
-    for iteration in ("1", "2"):
-        (tmp_path / iteration / "training_state").mkdir(parents=True)
-        for rank in range(2):
-            (tmp_path / iteration / f"mp_rank_0{rank}_model_states.pt").touch()
-        (tmp_path / iteration / "training_state" / "large.pt").touch()
-    (tmp_path / "latest").write_text("2")
-    expected = [tmp_path / "2" / f"mp_rank_0{rank}_model_states.pt" for rank in range(2)]
-    assert network_files(str(tmp_path)) == expected
-    assert network_files(str(tmp_path / "gone")) == []
+def test_texts_that_utf_8_cannot_encode():
+    assert readable("a cat \U0001f408") == "a cat \U0001f408"
+    assert readable("\ud83d") == "\\ud83d"
 
 
-def test_a_vae(tmp_path):
-    (tmp_path / "vae.pt").touch()
-    assert vae_files(tmp_path / "vae.pt") == [tmp_path / "vae.pt"]
-    assert set(vae_files(tmp_path / "pipeline" / "vae")) == set()
-    expected = sharded(tmp_path / "pipeline" / "vae")
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    assert set(vae_files(tmp_path / "pipeline")) == set(vae_files(tmp_path / "pipeline" / "vae")) == expected
-
-
-def test_a_text_encoder(tmp_path):
-    for name in ("model.safetensors", "pytorch_model.bin", "config.json", "spiece.model", "README.md"):
-        (tmp_path / name).touch()
-    names = [path.name for path in text_encoder_files(tmp_path)]
-    assert names == ["model.safetensors", "config.json", "spiece.model"]
-    (tmp_path / "model.safetensors").unlink()
-    assert text_encoder_files(tmp_path)[0].name == "pytorch_model.bin"
-
-
-def test_what_is_not_here_has_no_files(tmp_path):
-    model = {
-        "conditioner_config": {"params": {"emb_models": [{"params": {"model_dir": "google/t5-v1_1-xxl"}}]}},
-        "first_stage_config": {"params": {"ckpt_path": "/nowhere/vae.pt"}},
+def test_inputs_are_named_with_their_hashes(tmp_path):
+    (tmp_path / "last.png").write_bytes(b"picture")
+    digest = f"sha256:{hashlib.sha256(b'picture').hexdigest()}"
+    request = PromptRequest(
+        0,
+        "a",
+        keyframes=(KeyFrameFile(tmp_path / "last.png", -1),),
+        video=tmp_path / "gone.mp4",
+        strength=0.5,
+        extend=("b", "c"),
+    )
+    assert entries_of_inputs(request) == {
+        "keyframes": [{"path": str(tmp_path / "last.png"), "hash": digest, "at": -1}],
+        "video_from": {"path": str(tmp_path / "gone.mp4"), "hash": None},
+        "strength": 0.5,
+        "extend": ["b", "c"],
     }
-    files = weight_files(SamplingArguments(load="/nowhere", lora_load="/nowhere", model_config=model))
-    assert files == {"vae": [], "adapter": [], "checkpoint": [], "text_encoder": []}
+    assert entries_of_inputs(PromptRequest(0, "a")) == {}
 
 
-@pytest.mark.parametrize("name", ["python", "torch", "numpy", "transformers", "safetensors", "ffmpeg", "program"])
-def test_versions(name):
-    found = versions(torch.device("cpu"))
-    assert isinstance(found[name], str) and found[name]
-    assert found["program"] == source_hash()
+@pytest.mark.parametrize(("extend", "frames"), [(None, 49), (2, 49 + 2 * 44)])
+def test_frames_of_a_video_in_windows(extend, frames):
+    """Each further window begins with the last frames of the one before."""
+    request = PromptRequest(0, "a", extend=extend)
+    assert frames_of(PlannedVideo(request, Path("a.mp4"), 1, 13, (480, 720)), 49) == frames
