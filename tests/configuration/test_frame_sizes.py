@@ -10,8 +10,9 @@ from PIL import Image
 from arguments import get_args
 from cogvideox_sat.configuration.frame_sizes import share_cut_away, size_from_image, size_of_image
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from cogvideox_sat.sampling.plan import plan_videos, video_size
+from cogvideox_sat.sampling.planned_videos import plan_videos
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
+from cogvideox_sat.sampling.request_checks import video_size
 
 ROOT = Path(__file__).parents[2]
 I2V_15 = str(ROOT / "configs" / "cogvideox1.5_5b_i2v.yaml")

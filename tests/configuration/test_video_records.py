@@ -156,10 +156,10 @@ def test_each_fact_that_differs_is_a_warning(tiny, made, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_refined_prompt_is_recorded_with_the_users_own(tiny, tmp_path, monkeypatch):
-    from cogvideox_sat.sampling import plan as sampling_plan
+    from cogvideox_sat.sampling import planned_videos
 
-    monkeypatch.setattr(sampling_plan.Endpoint, "from_environment", lambda: None)
-    monkeypatch.setattr(sampling_plan, "refine", lambda prompts, endpoint: ["a boat, written out"])
+    monkeypatch.setattr(planned_videos.Endpoint, "from_environment", lambda: None)
+    monkeypatch.setattr(planned_videos, "refine", lambda prompts, endpoint: ["a boat, written out"])
     assert sample(tiny.config("5b"), tmp_path, [PROMPT], "--refine_prompts") == 0
     (record,) = (tmp_path / "videos").rglob("*.json")
     content = json.loads(record.read_text())

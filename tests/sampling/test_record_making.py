@@ -1,4 +1,4 @@
-"""A record names the model and the inputs; test_video_records.py has records of whole runs."""
+"""A record names the model and the inputs; test_video_records.py has whole records."""
 
 import hashlib
 from argparse import Namespace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.record_making import entries_of_inputs, frames_of, model_name, readable
 from cogvideox_sat.sampling.shown_files import KeyFrameFile

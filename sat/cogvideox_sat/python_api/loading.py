@@ -18,7 +18,7 @@ from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.model_section import without_adapter
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 from cogvideox_sat.python_api.model_places import find_model
-from cogvideox_sat.sampling.plan import check_model_arguments
+from cogvideox_sat.sampling.model_arguments import check_model_arguments
 from sgm.errors import UserError, shown
 
 if TYPE_CHECKING:

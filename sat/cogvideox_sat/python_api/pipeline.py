@@ -24,9 +24,10 @@ from cogvideox_sat.media.video_output import pixels_of
 from cogvideox_sat.python_api.calls import InMemory, plain, requests_of
 from cogvideox_sat.python_api.pictures import first_frame, fitted, fitted_clip, input_clip
 from cogvideox_sat.python_api.results import Video
-from cogvideox_sat.sampling.plan import PlannedVideo, check_request, planned_video
+from cogvideox_sat.sampling.planned_videos import PlannedVideo, planned_video
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.record_making import Recorder
+from cogvideox_sat.sampling.request_checks import check_request
 from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import (
     Encoded,

@@ -19,7 +19,7 @@ from cogvideox_sat.configuration.video_records import (
 )
 from cogvideox_sat.files.content_hashes import BackgroundHashes, hash_of_file
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, TIME_FACTOR
-from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.recorded_files import (
     adapters_of,

@@ -25,16 +25,11 @@ from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.sampling.fitting import fitted
 from cogvideox_sat.sampling.kept_latents import keeping_latents, where_latents_are
-from cogvideox_sat.sampling.plan import (
-    PlannedVideo,
-    SamplingPlan,
-    check_request,
-    plan_videos,
-    refine_videos,
-    with_shown,
-)
+from cogvideox_sat.sampling.plan import SamplingPlan, with_shown
+from cogvideox_sat.sampling.planned_videos import PlannedVideo, plan_videos, refine_videos
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.record_making import Recorder
+from cogvideox_sat.sampling.request_checks import check_request
 from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import Frames, Latents, Progress, SessionSettings
 from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process

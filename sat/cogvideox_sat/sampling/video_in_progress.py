@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.requests import SampleEvent, SampleRequest
 from sgm.errors import UserError
 from sgm.memory_errors import describe_shortage, is_out_of_memory

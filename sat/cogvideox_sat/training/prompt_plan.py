@@ -11,9 +11,10 @@ from cogvideox_sat.configuration.argument_lists import SamplingArguments, Traini
 from cogvideox_sat.configuration.frame_sizes import size_of_image
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.files.output_paths import safe_name
-from cogvideox_sat.sampling.plan import PlannedVideo, check_request, planned_video
+from cogvideox_sat.sampling.planned_videos import PlannedVideo, planned_video
 from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
+from cogvideox_sat.sampling.request_checks import check_request
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)

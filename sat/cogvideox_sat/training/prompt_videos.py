@@ -23,7 +23,7 @@ from cogvideox_sat.parallel.video_groups import VideoGroups
 from cogvideox_sat.runs import random_state
 from cogvideox_sat.runs.metrics import MetricsWriter
 from cogvideox_sat.sampling.borrowed_session import BorrowedSession, Texts
-from cogvideox_sat.sampling.plan import PlannedVideo
+from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.record_making import latents_metadata
 from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import Frames, Latents, SampleEvent, SampleRequest, SessionSettings
