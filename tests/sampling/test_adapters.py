@@ -19,8 +19,9 @@ from cogvideox_sat.conversion.lora_files import read_adapter
 from cogvideox_sat.memory.sampling_peaks import Way
 from cogvideox_sat.sampling import fitting as fitting_module
 from cogvideox_sat.sampling.adapters import adapter_bytes, added_up, fitting
+from cogvideox_sat.sampling.open_sessions import sessions_of_process
 from cogvideox_sat.sampling.requests import SessionSettings
-from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process
+from cogvideox_sat.sampling.session import SamplingSession
 from diffusion_video import SATVideoDiffusionEngine
 from lora_adapters import random_adapter, with_lora
 from sample_video import main

@@ -18,6 +18,7 @@ from cogvideox_sat.media import video_output
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.parallel.process_groups import destroy_process_groups
 from cogvideox_sat.sampling import session as sampling_session
+from cogvideox_sat.sampling.open_sessions import sessions_of_process
 from cogvideox_sat.sampling.requests import Encoded, Frames, Latents, Progress, Result, SampleRequest, SessionSettings
 from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
 from diffusion_video import SATVideoDiffusionEngine
@@ -60,7 +61,7 @@ def frames(events: list) -> torch.Tensor:
 @pytest.fixture
 def plain_process(monkeypatch):
     """Check that no session is open, and remove state of other tests."""
-    assert sampling_session.sessions_of_process.count == 0
+    assert sessions_of_process.count == 0
     destroy_process_groups()
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
 

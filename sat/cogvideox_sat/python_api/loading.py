@@ -160,8 +160,8 @@ def opened(args: SamplingArguments, kept: Any) -> "Pipeline":
     # These imports take seconds (PyTorch), so that they come after all checks.
     from cogvideox_sat.python_api.pipeline import Pipeline
     from cogvideox_sat.sampling.fitting import fitted
+    from cogvideox_sat.sampling.open_sessions import sessions_of_process
     from cogvideox_sat.sampling.requests import SessionSettings
-    from cogvideox_sat.sampling.session import sessions_of_process
     from sgm.memory_errors import memory_guard
 
     sessions_of_process.enter(args.model_parallel_size)  # `fit` needs the process groups of the session

@@ -25,6 +25,7 @@ from cogvideox_sat.parallel.process_failures import failing_together
 from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.sampling.fitting import fitted
 from cogvideox_sat.sampling.kept_latents import keeping_latents, where_latents_are
+from cogvideox_sat.sampling.open_sessions import sessions_of_process
 from cogvideox_sat.sampling.plan import SamplingPlan, with_shown
 from cogvideox_sat.sampling.planned_videos import PlannedVideo, plan_videos, refine_videos
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
@@ -32,7 +33,7 @@ from cogvideox_sat.sampling.record_making import Recorder
 from cogvideox_sat.sampling.request_checks import check_request
 from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import Frames, Latents, Progress, SessionSettings
-from cogvideox_sat.sampling.session import SamplingSession, sessions_of_process
+from cogvideox_sat.sampling.session import SamplingSession
 from cogvideox_sat.sampling.typed_prompts import typed_prompts
 from cogvideox_sat.sampling.video_in_progress import VideoInProgress, attempt_each
 from sgm.context_parallel import get_context_parallel_world_size

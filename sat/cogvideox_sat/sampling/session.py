@@ -18,31 +18,31 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from weakref import WeakSet
 
-import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
 from cogvideox_sat.configuration.memory_advice import DECODING, ENCODING, SAMPLING, TEXT
-from cogvideox_sat.configuration.model_checks import check_model, check_sampler_steps, try_sampler
+from cogvideox_sat.configuration.model_checks import check_model
 from cogvideox_sat.configuration.model_limits import ModelLimits, check_offload, check_sharing
 from cogvideox_sat.configuration.model_section import has_adapter
-from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs, changed_sampler
+from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.engine.precision import dtype_of
 from cogvideox_sat.engine_choice import build_engine
 from cogvideox_sat.network.added_adapters import put_on
 from cogvideox_sat.parallel.devices import choose_device, settle_precision
-from cogvideox_sat.parallel.process_groups import destroy_process_groups, initialize_process_groups
 from cogvideox_sat.parallel.video_groups import video_groups
 from cogvideox_sat.sampling.adapters import Chosen, added_up, read_adapters
 from cogvideox_sat.sampling.drawing import Drawing
 from cogvideox_sat.sampling.extension import extended
+from cogvideox_sat.sampling.open_sessions import sessions_of_process
 from cogvideox_sat.sampling.part_offloading import PartOffloader
+from cogvideox_sat.sampling.request_samplers import RequestSamplers
 from cogvideox_sat.sampling.requests import (
     Encoded,
     Frames,
@@ -58,51 +58,14 @@ from cogvideox_sat.sampling.visual_inputs import EncodedInputs, Pixels, encode_i
 from cogvideox_sat.weights.checkpoint_files import checkpoint_shares
 from diffusion_video import SATVideoDiffusionEngine
 from dit_video_concat import DiffusionTransformer
-from sgm.config_places import section
 from sgm.errors import UserError
 from sgm.memory_errors import memory_guard
 from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 from sgm.modules.diffusionmodules.sampling_start import steps_of_strength
-from sgm.util import instantiate_from_config
 
 
 class SamplingCancelled(Exception):
     """A request ended before its result, because `SamplingSession.cancel` was called."""
-
-
-class SessionsOfProcess:
-    """State that the open sessions of a process share.
-
-    It consists of the process groups and of PyTorch's switch for deterministic cuDNN, which is on so that a seed always
-    gives the same video. When the last session ends, both are as they were before the first.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def enter(self, model_parallel_size: int) -> None:
-        """Count a session in.
-
-        Raises:
-            UserError: the processes cannot be divided into such groups, or are already divided into others.
-        """
-        if not self.count:
-            self.makes_groups = not dist.is_initialized()
-            self.was_deterministic = torch.backends.cudnn.deterministic
-        initialize_process_groups(model_parallel_size)
-        torch.backends.cudnn.deterministic = True
-        self.count += 1
-
-    def leave(self) -> None:
-        """Count a session out."""
-        self.count -= 1
-        if not self.count:
-            torch.backends.cudnn.deterministic = self.was_deterministic
-            if self.makes_groups:
-                destroy_process_groups()
-
-
-sessions_of_process = SessionsOfProcess()
 
 
 class SamplingSession:
@@ -127,13 +90,13 @@ class SamplingSession:
         self._cancellations = 0
         self._stage_runs = Lock()
         self._open: WeakSet[Generator[SampleEvent, None, None]] = WeakSet()
-        self._samplers: dict[SamplerKnobs, Any] = {}
         self._last_texts: tuple[tuple[str, str], tuple[Tensor, Tensor]] | None = None
         sessions_of_process.enter(settings.model_parallel_size)
         try:
             self.groups = video_groups(layout_of(settings))
             self.engine = self._build_engine(settings)
             self.parts = PartOffloader(self.engine, settings.offload)
+            self._samplers = RequestSamplers(self.engine)
         except BaseException:
             sessions_of_process.leave()
             raise
@@ -250,42 +213,9 @@ class SamplingSession:
 
     # Requests
 
-    def sampler_of(self, knobs: SamplerKnobs) -> Any:
-        """Return the configured sampler with the given changes; no weights are read for it.
-
-        Raises:
-            UserError: the sampler does not have one of these settings, or a value does not fit the model.
-        """
-        if not knobs.given():
-            return self.engine.sampler
-        if knobs not in self._samplers:
-            config = dict(self.engine.config)
-            config["sampler_config"] = changed_sampler(config["sampler_config"], knobs)
-            with torch.random.fork_rng(devices=[]), section("model", config, None):
-                sampler = instantiate_from_config(config["sampler_config"])
-                if config["sampler_config"]["target"].startswith("sgm."):
-                    try_sampler(sampler, self.engine.denoiser)
-            hide_bar(sampler)
-            self._samplers[knobs] = self.engine.shared_sampler(sampler)
-        return self._samplers[knobs]
-
     def steps_of(self, steps: int | None, knobs: SamplerKnobs = NO_KNOBS, name: str = "sampling_num_steps") -> int:
-        """Return the number of steps of a request that asks for `steps`.
-
-        Args:
-            steps: None for the sampler's own number.
-            name: the caller's name for the number, for messages.
-
-        Raises:
-            UserError: the sampler has no number of its own, or cannot take that many steps; or see `sampler_of`.
-        """
-        sampler = self.sampler_of(knobs)
-        if steps is None:
-            steps = getattr(sampler, "num_steps", None)
-            if steps is None:
-                raise UserError(f"sampler_config: num_steps: missing; give {name}")
-        check_sampler_steps(sampler, steps, name)
-        return steps
+        """Return the number of steps of a request; see `RequestSamplers.steps_of`."""
+        return self._samplers.steps_of(steps, knobs, name)
 
     def steps_taken(self, request: SampleRequest) -> int:
         """Return the total number of steps of a request, as `Progress` counts them.
@@ -353,7 +283,7 @@ class SamplingSession:
             yield Encoded(what)
             go_on()
         with self._stage("model", SAMPLING):
-            sampler = self.sampler_of(request.knobs)
+            sampler = self._samplers.of(request.knobs)
             drawing = Drawing(self.engine, request, asked_steps, texts, inputs, self.limits.latent_channels, sampler)
             with closing(in_turns(drawing, random_numbers)) as steps:
                 for progress in steps:
