@@ -6,10 +6,10 @@ Use it as `import cogvideox_sat as cv`, then `cv.load("tiny")`. CONTRIBUTING.md 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cogvideox_sat.python_api.call_progress import Update as Update
     from cogvideox_sat.python_api.converting import convert as convert
     from cogvideox_sat.python_api.loading import load as load
     from cogvideox_sat.python_api.pipeline import Pipeline as Pipeline
-    from cogvideox_sat.python_api.pipeline import Update as Update
     from cogvideox_sat.python_api.results import Video as Video
     from cogvideox_sat.python_api.training import TrainingRun as TrainingRun
     from cogvideox_sat.python_api.training import train as train
@@ -24,7 +24,7 @@ _NAMES = {
     "convert": "cogvideox_sat.python_api.converting",
     "TrainingRun": "cogvideox_sat.python_api.training",
     "Pipeline": "cogvideox_sat.python_api.pipeline",
-    "Update": "cogvideox_sat.python_api.pipeline",
+    "Update": "cogvideox_sat.python_api.call_progress",
     "Video": "cogvideox_sat.python_api.results",
     "SamplingCancelled": "cogvideox_sat.sampling.session",
     "UserError": "sgm.errors",

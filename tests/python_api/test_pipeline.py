@@ -15,8 +15,9 @@ from PIL import Image
 import cogvideox_sat as cv
 from cogvideox_sat.configuration.request_fields import FIELDS
 from cogvideox_sat.configuration.video_records import read_record
+from cogvideox_sat.python_api.call_progress import Update
 from cogvideox_sat.python_api.pictures import first_frame
-from cogvideox_sat.python_api.pipeline import Pipeline, Update
+from cogvideox_sat.python_api.pipeline import Pipeline
 from cogvideox_sat.sampling.open_sessions import sessions_of_process
 from diffusion_video import SATVideoDiffusionEngine
 from sample_video import main

@@ -6,11 +6,14 @@ Nothing here imports PyTorch.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cogvideox_sat.commands.input_paths import find_input, required_input
 from cogvideox_sat.configuration.model_section import without_adapter
 from sgm.errors import UserError, shown
+
+Adapters: TypeAlias = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
+"""Paths of adapters with their strengths; or one or more paths, each with strength 1."""
 
 
 def path_and_weight(text: str, argument: str = "--lora") -> tuple[Path, float]:

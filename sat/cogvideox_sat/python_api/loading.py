@@ -3,21 +3,20 @@
 PyTorch is imported after the arguments are checked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arguments import arguments_from_names
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.startup import quiet_libraries
-from cogvideox_sat.configuration.adapter_lists import adapter_texts
+from cogvideox_sat.configuration.adapter_lists import Adapters, adapter_texts
 from cogvideox_sat.configuration.argument_lists import SamplingArguments
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.model_section import without_adapter
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
-from cogvideox_sat.python_api.model_places import find_model
+from cogvideox_sat.python_api.model_places import ModelName, find_model
 from cogvideox_sat.sampling.model_arguments import check_model_arguments
 from sgm.errors import UserError, shown
 
@@ -35,12 +34,12 @@ OF_THE_COMMAND = (
 
 
 def load(
-    model: str | Path | Sequence[str | Path],
+    model: ModelName,
     *,
     device: Any = None,
     dtype: Any = None,
     offload: str | None = None,
-    lora: Mapping[str | Path, float] | Sequence[str | Path] | str | Path | None = None,
+    lora: Adapters | None = None,
     fit: str | None = None,
     set: Mapping[str, Any] | None = None,  # as the flag is called
     **arguments: Any,
@@ -81,12 +80,12 @@ def load(
 
 
 def arguments_of_model(
-    model: str | Path | Sequence[str | Path],
+    model: ModelName,
     *,
     device: Any = None,
     dtype: Any = None,
     offload: str | None = None,
-    lora: Mapping[str | Path, float] | Sequence[str | Path] | str | Path | None = None,
+    lora: Adapters | None = None,
     fit: str | None = None,
     set: Mapping[str, Any] | None = None,
     **arguments: Any,

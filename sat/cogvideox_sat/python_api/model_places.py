@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cogvideox_sat.commands.input_paths import find_input, places
 from cogvideox_sat.configuration.files import MergedConfig, load_configs
@@ -23,6 +23,9 @@ PIPELINE_FILE = "model_index.json"  # same as in `sgm.weights`, which imports Py
 YAML = (".yaml", ".yml")
 # Arguments of a training run that describe the training and have another meaning for sampling.
 OF_TRAINING = ("lora_load", "resume", "seed", "device", "mode", "vae_tile_size", "vae_frames_at_once")
+
+ModelName: TypeAlias = str | Path | Sequence[str | Path]
+"""Name of a shipped model, path of a folder, or one or more configuration files."""
 
 
 @dataclass
@@ -51,7 +54,7 @@ def shipped_models() -> dict[str, Path]:
     return {**tiny, **released}
 
 
-def find_model(model: str | Path | Sequence[str | Path]) -> ModelPlace:
+def find_model(model: ModelName) -> ModelPlace:
     """Return the location of a model.
 
     Args:

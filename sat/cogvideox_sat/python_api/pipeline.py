@@ -1,9 +1,8 @@
 """A model that is loaded once and makes a video for each call."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -16,23 +15,21 @@ from einops import rearrange
 from torch import Tensor
 
 from arguments import SamplingArguments
-from cogvideox_sat.configuration.adapter_lists import adapter_texts, located_adapters, path_and_weight
-from cogvideox_sat.configuration.frame_sizes import size_from_image
+from cogvideox_sat.configuration.adapter_lists import Adapters, adapter_texts, located_adapters, path_and_weight
 from cogvideox_sat.configuration.request_fields import OfferedField, check_argument, offered_fields
 from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.media.video_output import pixels_of
+from cogvideox_sat.python_api.call_planning import plan_call
+from cogvideox_sat.python_api.call_progress import Update, shown_progress
 from cogvideox_sat.python_api.calls import InMemory, plain, requests_of
-from cogvideox_sat.python_api.pictures import first_frame, fitted, fitted_clip, input_clip
 from cogvideox_sat.python_api.results import Video
-from cogvideox_sat.sampling.planned_videos import PlannedVideo, planned_video
+from cogvideox_sat.python_api.video_fields import fields_of
+from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.record_making import Recorder
-from cogvideox_sat.sampling.request_checks import check_request
-from cogvideox_sat.sampling.request_making import sample_request
 from cogvideox_sat.sampling.requests import (
     Encoded,
     Frames,
-    KeyFrame,
     Latents,
     Progress,
     Result,
@@ -43,30 +40,7 @@ from cogvideox_sat.sampling.requests import (
 from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
 from sgm.errors import UserError, shown
 
-PLACE = Path("000000.mp4")  # path for planning a video that may never be written
-
 Prompt = str | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Update:
-    """The progress of a call.
-
-    Attributes:
-        stage: the current or next stage: `text`, `image` (or `video`), `sampling`, `decoding`, or `done`.
-        step, steps: completed and total sampling steps of this video; `step` is 0 before the first one.
-        video, videos: index of the video, from 0, and number of videos of the call.
-        denoised: after a step, the current estimate of the video's `latents`, on the pipeline's device, which must not
-            be changed; see `Pipeline.preview`. It costs nothing. None: no estimate exists yet, or the sampler reports
-            none.
-    """
-
-    stage: str
-    step: int
-    steps: int
-    video: int
-    videos: int
-    denoised: Tensor | None = None
 
 
 class Pipeline:
@@ -209,7 +183,10 @@ class Pipeline:
             {name: value for name, value in given.items() if value is not None},
             self.session.limits.image_to_video,
         )
-        jobs = [self._planned(request, memory, args, several) for request, memory in found]
+        jobs = [
+            self._planned(request, memory, args, f"prompt {request.index + 1}: " if several else "")
+            for request, memory in found
+        ]
         cancellations = self._cancellations
         with self._turn, shown_progress(progress, jobs, self.session) as tell:
             args = replace(args, lora=self.args.lora)
@@ -223,38 +200,19 @@ class Pipeline:
         return videos if several else videos[0]
 
     def _planned(
-        self, request: PromptRequest, memory: InMemory, args: SamplingArguments, several: bool
+        self, request: PromptRequest, memory: InMemory, args: SamplingArguments, where: str
     ) -> tuple[PlannedVideo, SampleRequest]:
-        """Return the planned video of a request, and its request to the session."""
-        where, limits = f"prompt {request.index + 1}: " if several else "", self.session.limits
-        picture = None if memory.image is None else first_frame(memory.image, f"{where}image")
-        if picture is not None and request.size is None and args.size_from_image:
-            height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
-            request = replace(request, size=size_from_image((height, width), limits))
-        clip = None if memory.video is None else input_clip(memory.video, f"{where}video")
-        if clip is not None and not request.goes_on and request.latent_frames(limits) is None:
-            longest = limits.video_frames(args.sampling_num_frames)
-            fitting = [length for length in limits.lengths() if 1 < length <= min(len(clip), longest)]
-            request = replace(request, frames=fitting[-1] if fitting else longest)
-        check_request(request, args, where)
-        planned = planned_video(request, args, PLACE)
-        asked = sample_request(planned, args)
-        if picture is not None:
-            asked = replace(asked, image=fitted(picture, planned.size))
-        key_frames = [
-            KeyFrame(fitted(first_frame(image, f"{where}keyframes"), planned.size), at)
-            for image, at in memory.keyframes
-        ]
-        asked = replace(asked, key_frames=(*asked.key_frames, *key_frames))
-        if clip is not None:
-            used = clip if request.goes_on else clip[: limits.video_frames(planned.frames)]
-            pixels = fitted_clip(used, planned.size)
-            # The image is the clip's first frame.
-            if asked.image is not None and picture is None and request.image is None:
-                asked = replace(asked, image=pixels[0])
-            asked = replace(asked, video=pixels)
+        """Return the planned video of a request, and its request to the session.
+
+        Args:
+            where: beginning of the message of an error.
+
+        Raises:
+            UserError: the model cannot make the video, or a picture or clip in memory is of another type.
+        """
+        planned, asked = plan_call(request, memory, args, self.session.limits, where)
         self.session.steps_of(planned.steps, planned.knobs, f"{where}steps")
-        asked.check(limits)
+        asked.check(self.session.limits)
         return planned, asked
 
     def _made(
@@ -312,7 +270,7 @@ class Pipeline:
         """Return the adapters in use, by path, with their strengths."""
         return {str(path): weight for path, weight in map(path_and_weight, self.args.lora)}
 
-    def set_lora(self, lora: Mapping[str | Path, float] | Sequence[str | Path] | str | Path) -> None:
+    def set_lora(self, lora: Adapters) -> None:
         """Use exactly these adapters from the next call on, without loading the network again.
 
         Args:
@@ -368,66 +326,3 @@ class Pipeline:
         name = Path(self.args.sources.names[0]).stem if self.args.sources.names else "model"
         engine = self.session.engine
         return f"Pipeline({name}, {engine.device}, {str(engine.dtype).removeprefix('torch.')})"
-
-
-def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[str, Any]:
-    """Return the fields of a request with all defaults filled in: they make the video again."""
-    image = planned.request.image if planned.request.image is not None else asked.image
-    if isinstance(image, partial):
-        image = image.args[0]
-    fields = {
-        "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "image": str(image) if isinstance(image, Path) else image,
-        **shown_fields(planned, asked),
-        "seed": planned.seed,
-        "size": planned.size,
-        "num_frames": planned.frames,
-        "fps": planned.fps,
-        "steps": steps,
-        **planned.knobs.given(),
-    }
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def shown_fields(planned: PlannedVideo, asked: SampleRequest) -> dict[str, Any]:
-    """Return the fields for key frames, a clip and further windows; None for absent ones."""
-    request = planned.request
-    files = {key_frame.at: str(key_frame.path) for key_frame in request.keyframes}
-    told = [{"image": files.get(key_frame.at, key_frame.image), "at": key_frame.at} for key_frame in asked.key_frames]
-    return {
-        "keyframes": told or None,
-        "video": asked.video if isinstance(asked.video, Tensor) else request.video and str(request.video),
-        "strength": request.strength,
-        "extend": list(request.windows) or None,
-    }
-
-
-@contextmanager
-def shown_progress(
-    progress: Callable[[Update], None] | bool | None,
-    jobs: Sequence[tuple[PlannedVideo, SampleRequest]],
-    session: SamplingSession,
-) -> Iterator[Callable[..., None]]:
-    """Yield the function that reports the progress of a call, with `Update`'s attributes."""
-    if callable(progress):
-        yield lambda *values, **named: progress(Update(*values, **named))
-        return
-    if progress is False or (progress is None and not is_interactive()):
-        yield lambda *values, **named: None
-        return
-    from tqdm.auto import tqdm
-
-    total = sum(session.steps_taken(asked) for _, asked in jobs)
-    with tqdm(total=total, desc="sampling", unit="step") as bar:
-
-        def count(stage: str, step: int, steps: int, denoised: Tensor | None = None, **_: Any) -> None:
-            if denoised is not None or (stage == "sampling" and step):
-                bar.update()
-
-        yield count
-
-
-def is_interactive() -> bool:
-    """Return whether the output is a notebook or a terminal."""
-    return "ipykernel" in sys.modules or sys.stderr.isatty()

@@ -34,7 +34,7 @@ class Job:
         title: what it makes, as the page shows it.
         task: what `Runner.run` gets.
         state: waiting, running, done, failed or cancelled.
-        stage, step, steps: of what runs, as `python_api.pipeline.Update` has them.
+        stage, step, steps: of what runs, as `python_api.call_progress.Update` has them.
         preview: a picture of the present estimate, JPEG; None: there is none yet.
         message: why it failed, in one line.
         result: what it made.

@@ -23,7 +23,8 @@ from cogvideox_sat.web.uploads import kept_copy, shown_files, with_files
 from sgm.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from cogvideox_sat.python_api.pipeline import Pipeline, Update
+    from cogvideox_sat.python_api.call_progress import Update
+    from cogvideox_sat.python_api.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
