@@ -15,7 +15,7 @@ from cogvideox_sat.clips.options import KEPT_IN_CACHES
 from cogvideox_sat.clips.reader_record import KEY, describe_reader, recorded_backend
 from cogvideox_sat.configuration.merging import first_difference
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from cogvideox_sat.configuration.model_section import tells_key_frames
+from cogvideox_sat.configuration.model_section import conditions_on_key_frames
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND
 from sgm.errors import UserError
@@ -79,7 +79,7 @@ class LatentDataset:
         self.with_key_frames = all(encoding.get("key_frames") for encoding in self.encodings.values())
         if model_config is not None:
             self.with_image = model_config.get("noised_image_input", False)
-            self.with_key_frames = tells_key_frames(model_config)
+            self.with_key_frames = conditions_on_key_frames(model_config)
             check_buckets(self, ModelLimits.from_config(model_config))
         self._open: OrderedDict[Path, Any] = OrderedDict()
 
@@ -181,7 +181,7 @@ def check_model(folder: Path, description: Mapping[str, Any], model_config: Mapp
         raise UserError(
             f"{folder} has no first frames, since it was made with a text-to-video model; {REMEDY} into another folder"
         )
-    if tells_key_frames(model_config) and not description["encoding"].get("key_frames"):
+    if conditions_on_key_frames(model_config) and not description["encoding"].get("key_frames"):
         raise UserError(f"{folder} has no key frames, which model.conditioning needs; {REMEDY} into another folder")
 
 

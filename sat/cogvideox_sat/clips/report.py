@@ -28,7 +28,7 @@ MUCH = 1 / 3 + 1e-6  # share of a picture; if a crop removes more, there is a wa
 
 
 @dataclass
-class LeftOut:
+class ExcludedFiles:
     """Number of files that are left out for one reason, and the names of some."""
 
     count: int = 0
@@ -77,7 +77,7 @@ class SourceReport:
     captions_missing: int | None = 0
     long_labels: int = 0
     label_lines: str = "first"
-    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    left_out: dict[str, ExcludedFiles] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     hints: list[str] = field(default_factory=list)
     shapes: Counter[str] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ class SourceReport:
 
     def leave_out(self, reason: str, name: str) -> None:
         """Count a file that is not used."""
-        self.left_out.setdefault(reason, LeftOut()).add(printable(name))
+        self.left_out.setdefault(reason, ExcludedFiles()).add(printable(name))
 
     def lines(self) -> list[tuple[int, str]]:
         """Return the lines for the log, each with its level."""

@@ -62,7 +62,7 @@ def share_cut_away(image: tuple[int, int], size: tuple[int, int]) -> float:
     return 1 - min(shape, target) / max(shape, target)
 
 
-def warn_of_crop(name: str, image: tuple[int, int], size: tuple[int, int], advice: str) -> None:
+def warn_if_cropped(name: str, image: tuple[int, int], size: tuple[int, int], advice: str) -> None:
     """Warn if fitting an image to `size` removes more than a third of it.
 
     Args:

@@ -56,7 +56,7 @@ def plain_model_section(section: Any) -> Mapping[str, Any]:
     return _with_adapter(section, LORA_PLACES[-1], adapters[0]) if adapters else section
 
 
-def tells_key_frames(section: Mapping[str, Any]) -> bool:
+def conditions_on_key_frames(section: Mapping[str, Any]) -> bool:
     """Return whether a model's `conditioning` shows the network other frames than the first."""
     weights = section.get("conditioning")
     if not section.get("noised_image_input") or not isinstance(weights, Mapping):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arguments import SamplingArguments
 from cogvideox_sat.commands.program_names import as_started
-from cogvideox_sat.configuration.frame_sizes import size_of_image, warn_of_crop
+from cogvideox_sat.configuration.frame_sizes import size_of_image, warn_if_cropped
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import decide_existing, output_path
@@ -85,13 +85,13 @@ def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArgum
     image = size_of_image(request.image) if request.image else None
     if request.video is not None and (facts := video_facts(request.video)) is not None:
         name = f"prompt {request.index + 1}, {request.video}"
-        warn_of_crop(name, (facts.height, facts.width), size, "size sets another one")
+        warn_if_cropped(name, (facts.height, facts.width), size, "size sets another one")
     if image is None:
         return
     name = f"prompt {request.index + 1}, {request.image}"
     if args.size_from_image and request.size is None:
         logger.info("%s: the video has %dx%d pixels (height x width), which follows from the image", name, *size)
-    warn_of_crop(name, image, size, "sampling_image_size, or size in a .jsonl file, sets another one")
+    warn_if_cropped(name, image, size, "sampling_image_size, or size in a .jsonl file, sets another one")
 
 
 def outputs(request: PromptRequest, args: SamplingArguments) -> list[tuple[str, Path]]:

@@ -19,7 +19,7 @@ from cogvideox_sat.clips.loader import ClipLoader
 from cogvideox_sat.clips.transforms import Framing
 from cogvideox_sat.configuration.memory_advice import precompute_advice
 from cogvideox_sat.configuration.model_checks import check_model
-from cogvideox_sat.configuration.model_section import tells_key_frames
+from cogvideox_sat.configuration.model_section import conditions_on_key_frames
 from cogvideox_sat.configuration.settings import DataSettings, EngineSettings
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
 from cogvideox_sat.engine.parts import PARTS
@@ -117,7 +117,7 @@ def encoding_of(
         "image_variants": image_variants,
         "seed": args.seed,
     }
-    if tells_key_frames(args.model_config):
+    if conditions_on_key_frames(args.model_config):
         encoding["key_frames"] = True
     return encoding
 
