@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cogvideox_sat.sampling.input_files import KeyFrameFile
 from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.record_making import entries_of_inputs, frames_of, model_name, readable
-from cogvideox_sat.sampling.shown_files import KeyFrameFile
 from sgm.config_places import Sources
 
 

@@ -35,7 +35,7 @@ class Update:
 
 
 @contextmanager
-def shown_progress(
+def reporting(
     progress: Callable[[Update], None] | bool | None,
     jobs: Sequence[tuple[PlannedVideo, SampleRequest]],
     session: SamplingSession,

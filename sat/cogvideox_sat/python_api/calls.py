@@ -104,8 +104,8 @@ def request_of(fields: dict[str, Any], index: int, where: str, image_to_video: b
     values = checked_fields(fields, where)
     if not values["prompt"].strip():
         raise UserError(f"{where}prompt: got {shown(values['prompt'])}; say what the video shows")
-    told = "image" in values or "keyframes" in values
-    if image_to_video != told and not (image_to_video and "video" in values):
+    has_pictures = "image" in values or "keyframes" in values
+    if image_to_video != has_pictures and not (image_to_video and "video" in values):
         kind, advice = ("an image", "give its first frame as") if image_to_video else ("a text", "leave out")
         raise UserError(f"{where}image: this is {kind}-to-video model; {advice} `image`")
     files = {name: value for name, value in values.items() if value != IN_MEMORY}

@@ -20,7 +20,7 @@ from cogvideox_sat.configuration.request_fields import OfferedField, check_argum
 from cogvideox_sat.engine.parts import PARTS
 from cogvideox_sat.media.video_output import pixels_of
 from cogvideox_sat.python_api.call_planning import plan_call
-from cogvideox_sat.python_api.call_progress import Update, shown_progress
+from cogvideox_sat.python_api.call_progress import Update, reporting
 from cogvideox_sat.python_api.calls import InMemory, plain, requests_of
 from cogvideox_sat.python_api.results import Video
 from cogvideox_sat.python_api.video_fields import fields_of
@@ -188,15 +188,15 @@ class Pipeline:
             for request, memory in found
         ]
         cancellations = self._cancellations
-        with self._turn, shown_progress(progress, jobs, self.session) as tell:
+        with self._turn, reporting(progress, jobs, self.session) as report:
             args = replace(args, lora=self.args.lora)
             videos = []
             for number, (planned, asked) in enumerate(jobs):
-                told = partial(tell, video=number, videos=len(jobs))
+                report_video = partial(report, video=number, videos=len(jobs))
                 with closing(self.session.sample(asked)) as events:
                     if self._cancellations != cancellations:  # cancelled while this call waited, or between two videos
                         raise SamplingCancelled("the call is cancelled")
-                    videos.append(self._made(events, planned, asked, told, args))
+                    videos.append(self._made(events, planned, asked, report_video, args))
         return videos if several else videos[0]
 
     def _planned(
@@ -220,29 +220,29 @@ class Pipeline:
         events: Iterable[SampleEvent],
         planned: PlannedVideo,
         asked: SampleRequest,
-        tell: Callable[..., None],
+        report: Callable[..., None],
         args: SamplingArguments,
     ) -> Video:
         """Return the video that results from the events of a request."""
         frames: list[Tensor] = []
         latents = torch.empty(0)
         steps = self.session.steps_taken(asked)
-        tell("text", 0, steps)
+        report("text", 0, steps)
         for event in events:
             match event:
                 case Encoded(what="prompt"):
-                    tell(asked.shows or "sampling", 0, steps)
+                    report(asked.shows or "sampling", 0, steps)
                 case Encoded():
-                    tell("sampling", 0, steps)
+                    report("sampling", 0, steps)
                 case Progress():
-                    tell("sampling", event.step, event.steps, denoised=event.denoised)
+                    report("sampling", event.step, event.steps, denoised=event.denoised)
                 case Latents():
-                    tell("decoding", steps, steps)
+                    report("decoding", steps, steps)
                 case Frames():
                     frames.append(pixels_of(event.frames))
                 case Result():
                     latents = event.latents
-        tell("done", steps, steps)
+        report("done", steps, steps)
         pixels: np.ndarray = torch.cat(frames).numpy()
         return Video(
             pixels,

@@ -19,7 +19,7 @@ def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[s
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
         "image": str(image) if isinstance(image, Path) else image,
-        **shown_fields(planned, asked),
+        **fields_of_inputs(planned, asked),
         "seed": planned.seed,
         "size": planned.size,
         "num_frames": planned.frames,
@@ -30,13 +30,15 @@ def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[s
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def shown_fields(planned: PlannedVideo, asked: SampleRequest) -> dict[str, Any]:
+def fields_of_inputs(planned: PlannedVideo, asked: SampleRequest) -> dict[str, Any]:
     """Return the fields for key frames, a clip and further windows; None for absent ones."""
     request = planned.request
     files = {key_frame.at: str(key_frame.path) for key_frame in request.keyframes}
-    told = [{"image": files.get(key_frame.at, key_frame.image), "at": key_frame.at} for key_frame in asked.key_frames]
+    key_frames = [
+        {"image": files.get(key_frame.at, key_frame.image), "at": key_frame.at} for key_frame in asked.key_frames
+    ]
     return {
-        "keyframes": told or None,
+        "keyframes": key_frames or None,
         "video": asked.video if isinstance(asked.video, Tensor) else request.video and str(request.video),
         "strength": request.strength,
         "extend": list(request.windows) or None,

@@ -56,8 +56,8 @@ class Drawing:
         concat_images = ofs = None
         if inputs.key_frames:
             torch.set_rng_state(inputs.random_state)
-            told = {number: latent.to(engine.device) for number, latent in inputs.key_frames.items()}
-            concat_images = engine.concat_key_frames(told, request.frames)
+            key_frames = {number: latent.to(engine.device) for number, latent in inputs.key_frames.items()}
+            concat_images = engine.concat_key_frames(key_frames, request.frames)
             ofs = engine.default_ofs(1)
         cond, uncond = self.texts
         height, width = (side // SPACE_FACTOR for side in request.size)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from arguments import SamplingArguments
 from cogvideox_sat.commands.input_paths import required_input
 from cogvideox_sat.files.output_paths import check_folder, check_sheet
+from cogvideox_sat.sampling.input_files import KeyFrameFile, key_frame_files
 from cogvideox_sat.sampling.model_arguments import check_model_arguments
 from cogvideox_sat.sampling.planned_videos import PlannedVideo, outputs, plan_videos
 from cogvideox_sat.sampling.prompt_files import read_prompts
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.request_checks import check_request
-from cogvideox_sat.sampling.shown_files import KeyFrameFile, key_frame_files
 from sgm.errors import UserError, shown
 
 
@@ -24,7 +24,7 @@ class SamplingPlan(NamedTuple):
     """The videos to make, and all prompts with their files, including existing files."""
 
     videos: list[PlannedVideo]
-    shown: list[tuple[str, Path]]
+    files: list[tuple[str, Path]]
 
 
 def plan_run(args: SamplingArguments) -> SamplingPlan | None:
@@ -45,18 +45,18 @@ def plan_run(args: SamplingArguments) -> SamplingPlan | None:
         raise UserError("input_file: missing; name a file of prompts")
     try:
         # The arguments of the whole run may give the picture that an image-to-video model needs.
-        shows = bool(args.keyframes) or args.video is not None
-        requests = read_prompts(args.input_file, None if args.image2video and shows else args.image2video)
+        has_inputs = bool(args.keyframes) or args.video is not None
+        requests = read_prompts(args.input_file, None if args.image2video and has_inputs else args.image2video)
     except UserError as error:
         raise UserError(f"input_file: {error}") from error
-    requests = [with_shown(request, args) for request in requests]
+    requests = [with_inputs_of_run(request, args) for request in requests]
     for request in requests:
         check_request(request, args, f"{args.input_file}, prompt {request.index + 1}: ")
-    shown = [output for request in requests for output in outputs(request, args)]
-    return SamplingPlan(plan_videos(requests, args), shown)
+    files = [output for request in requests for output in outputs(request, args)]
+    return SamplingPlan(plan_videos(requests, args), files)
 
 
-def with_shown(request: PromptRequest, args: SamplingArguments) -> PromptRequest:
+def with_inputs_of_run(request: PromptRequest, args: SamplingArguments) -> PromptRequest:
     """Return a request with the run's pictures and clip where it names none itself.
 
     Raises:
@@ -85,8 +85,8 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
     image = record["image"] and Path(record["image"]["path"])
     key_frames = tuple(KeyFrameFile(Path(entry["path"]), entry["at"]) for entry in record["keyframes"])
     clip = record["video_from"] and Path(record["video_from"]["path"])
-    told = image is not None or bool(key_frames)
-    if told != args.image2video and not (args.image2video and clip is not None):
+    has_pictures = image is not None or bool(key_frames)
+    if has_pictures != args.image2video and not (args.image2video and clip is not None):
         kind = "an image" if args.image2video else "a text"
         raise UserError(f"{record.path}: image is {shown(record['image'])}, but this is {kind}-to-video model")
     files = [("image", image), ("video_from", clip), *(("keyframes", key_frame.path) for key_frame in key_frames)]

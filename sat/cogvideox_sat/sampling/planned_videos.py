@@ -11,10 +11,10 @@ from cogvideox_sat.configuration.frame_sizes import size_of_image, warn_if_cropp
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.configuration.video_records import kept_path, record_path
 from cogvideox_sat.files.output_paths import decide_existing, output_path
+from cogvideox_sat.sampling.input_files import video_facts
 from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine
 from cogvideox_sat.sampling.prompt_requests import PromptRequest, request_seed
 from cogvideox_sat.sampling.request_checks import knobs_of, latent_frames, video_size
-from cogvideox_sat.sampling.shown_files import video_facts
 from sgm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def plan_videos(requests: Iterable[PromptRequest], args: SamplingArguments) -> l
                 continue
             videos.append(planned_video(request, args, path, sample))
         if videos and videos[-1].request is request:
-            tell_size(request, videos[-1].size, args)
+            log_size(request, videos[-1].size, args)
     return videos
 
 
@@ -80,7 +80,7 @@ def planned_video(request: PromptRequest, args: SamplingArguments, path: Path, s
     )
 
 
-def tell_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:
+def log_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:
     """Log a size that follows from an image, and warn if much of the image is cut away."""
     image = size_of_image(request.image) if request.image else None
     if request.video is not None and (facts := video_facts(request.video)) is not None:

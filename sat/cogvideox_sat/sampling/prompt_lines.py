@@ -8,8 +8,8 @@ from typing import Any
 from cogvideox_sat.clips.files import IMAGE_SUFFIXES
 from cogvideox_sat.commands.input_paths import ROOT, find_input
 from cogvideox_sat.configuration.request_fields import checked_fields
+from cogvideox_sat.sampling.input_files import KeyFrameFile, key_frame_files
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
-from cogvideox_sat.sampling.shown_files import KeyFrameFile, key_frame_files
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs
-from cogvideox_sat.sampling.shown_files import KeyFrameFile
+from cogvideox_sat.sampling.input_files import KeyFrameFile
 from sgm.seeds import derive_seed
 
 

@@ -19,6 +19,7 @@ from cogvideox_sat.configuration.video_records import (
 )
 from cogvideox_sat.files.content_hashes import BackgroundHashes, hash_of_file
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, TIME_FACTOR
+from cogvideox_sat.sampling.input_files import all_frames_of_video
 from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.recorded_files import (
@@ -31,7 +32,6 @@ from cogvideox_sat.sampling.recorded_files import (
     weight_files,
 )
 from cogvideox_sat.sampling.recorded_software import device_name, processors, versions
-from cogvideox_sat.sampling.shown_files import all_frames_of_video
 from diffusion_video import SATVideoDiffusionEngine
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Recorder:
             "config": with_absolute_paths(asked.model_config),
         }
         self.versions = versions(engine.device)
-        self.told: set[str] = set()
+        self.logged: set[str] = set()
 
     def record(self, video: PlannedVideo, wait: bool = True) -> dict[str, Any]:
         """Return the record of a video, with the types that reading its file returns.
@@ -123,7 +123,7 @@ class Recorder:
             "record": json.dumps(record),
         }
 
-    def tell_differences(self, video: PlannedVideo, wait: bool = False) -> None:
+    def log_differences(self, video: PlannedVideo, wait: bool = False) -> None:
         """Warn of each difference from the repeated record, once per run.
 
         Args:
@@ -132,8 +132,8 @@ class Recorder:
         if self.repeats is None:
             return
         for line in differences(self.repeats.content, self.record(video, wait)):
-            if line not in self.told:
-                self.told.add(line)
+            if line not in self.logged:
+                self.logged.add(line)
                 logger.warning("repeating %s: %s", self.repeats.path, line)
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_ima
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs, changed_sampler, check_steps
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
+from cogvideox_sat.sampling.input_files import frames_of_video
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
-from cogvideox_sat.sampling.shown_files import frames_of_video
 from sgm.errors import UserError
 
 
@@ -24,14 +24,14 @@ def check_request(request: PromptRequest, args: SamplingArguments, where: str) -
         )
         frames = latent_frames(request, args)
         limits.check_clip(frames, *video_size(request, args), names=names)
-        check_shown(request, args, limits, frames)
+        check_inputs(request, args, limits, frames)
         changed_sampler(args.model_config["sampler_config"], knobs_of(request, args))
         check_steps(args.model_config["sampler_config"], request.steps, "steps")
     except UserError as error:
         raise UserError(f"{where}{error}") from error
 
 
-def check_shown(request: PromptRequest, args: SamplingArguments, limits: ModelLimits, frames: int) -> None:
+def check_inputs(request: PromptRequest, args: SamplingArguments, limits: ModelLimits, frames: int) -> None:
     """Check that a model of the given limits can use the pictures and clip of a request.
 
     Args:

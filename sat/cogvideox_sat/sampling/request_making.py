@@ -15,9 +15,9 @@ from cogvideox_sat.clips.input_video import read_input_video
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
 from cogvideox_sat.media.image_inputs import load_condition_image
+from cogvideox_sat.sampling.input_files import all_frames_of_video
 from cogvideox_sat.sampling.planned_videos import PlannedVideo
 from cogvideox_sat.sampling.requests import KeyFrame, SampleRequest
-from cogvideox_sat.sampling.shown_files import all_frames_of_video
 
 
 def sample_request(planned: PlannedVideo, args: SamplingArguments) -> SampleRequest:

@@ -148,8 +148,8 @@ class SampleRequest:
         self._check_clips(limits)
 
     def _check_key_frames(self, limits: ModelLimits) -> None:
-        told = self.image is not None or bool(self.key_frames)
-        if limits.image_to_video != told and not (self.goes_on and not told):
+        has_pictures = self.image is not None or bool(self.key_frames)
+        if limits.image_to_video != has_pictures and not (self.goes_on and not has_pictures):
             kind, remedy = ("an image", "give") if limits.image_to_video else ("a text", "leave out")
             name = "keyframes" if self.key_frames and self.image is None else "image"
             raise UserError(f"{name}: this is {kind}-to-video model; {remedy} the first frame")

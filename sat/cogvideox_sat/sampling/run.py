@@ -26,7 +26,7 @@ from cogvideox_sat.parallel.process_groups import destroy_process_groups, initia
 from cogvideox_sat.sampling.fitting import fitted
 from cogvideox_sat.sampling.kept_latents import keeping_latents, where_latents_are
 from cogvideox_sat.sampling.open_sessions import sessions_of_process
-from cogvideox_sat.sampling.plan import SamplingPlan, with_shown
+from cogvideox_sat.sampling.plan import SamplingPlan, with_inputs_of_run
 from cogvideox_sat.sampling.planned_videos import PlannedVideo, plan_videos, refine_videos
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
 from cogvideox_sat.sampling.record_making import Recorder
@@ -60,14 +60,14 @@ def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
             args = fitted(args, plan)
             failed = sample_everywhere(args, plan.videos if plan else None)
         if plan and dist.get_rank() == 0:
-            show(args, [(text, path) for text, path in plan.shown if path.exists()])
+            write_previews(args, [(text, path) for text, path in plan.files if path.exists()])
         return 1 if failed else 0
     finally:
         if not others:
             destroy_process_groups()
 
 
-def show(args: SamplingArguments, videos: list[tuple[str, Path]]) -> None:
+def write_previews(args: SamplingArguments, videos: list[tuple[str, Path]]) -> None:
     """Write the contact sheet and the looping previews that the arguments ask for."""
     if args.contact_sheet is not None:
         write_contact_sheet(Path(args.contact_sheet), videos)
@@ -161,7 +161,7 @@ class CommandRun:
     def sample_typed(self, request: PromptRequest) -> int:
         """Make the videos of one typed prompt; return how many failed."""
         try:
-            request = with_shown(request, self.args)
+            request = with_inputs_of_run(request, self.args)
             check_request(request, self.args, f"prompt {request.index + 1}: ")
             videos = plan_videos([request], self.args)
             if self.args.refine_prompts:
@@ -177,7 +177,7 @@ class CommandRun:
             return 0
         args = self.args
         videos = [VideoInProgress(video, video.fps) for video in planned]
-        self.recorder.tell_differences(planned[0])
+        self.recorder.log_differences(planned[0])
         self.load("conditioner")
         self.attempt(videos, self.advised(TEXT, self.encode_prompt))
         if not keep_text_encoder:
@@ -255,7 +255,7 @@ class CommandRun:
     def complete(self, video: VideoInProgress) -> None:
         """Write the record beside the video, and remove the latents kept in case of a failure."""
         planned = video.planned
-        self.recorder.tell_differences(planned, wait=True)
+        self.recorder.log_differences(planned, wait=True)
         write_record(planned.path, self.recorder.with_content(planned, planned.path))
         if video.kept is not None:
             video.kept.unlink(missing_ok=True)

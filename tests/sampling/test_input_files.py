@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from cogvideox_sat.sampling.shown_files import (
+from cogvideox_sat.sampling.input_files import (
     KeyFrameFile,
     all_frames_of_video,
     frames_of_video,
