@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR, latent_frame_of, patch_sizes
+from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, SPACE_FACTOR, TIME_FACTOR, latent_frame_of, patch_sizes
 from sgm.errors import UserError, shown
 
 OFFLOAD_POLICIES = ("none", "stage", "sequential")
@@ -122,6 +122,12 @@ class ModelLimits:
                 )
             taken[place] = f"the one at {at}"
         return list(taken)[int(first) :]
+
+    def check_window(self, latent_frames: int) -> None:
+        """Check that further windows can continue one of `latent_frames`, else raise UserError."""
+        frames = self.video_frames(latent_frames)
+        if frames <= CONTEXT_FRAMES:
+            raise UserError(f"extend: a window has {frames} frames; expected more than {CONTEXT_FRAMES}")
 
     def check_clip(
         self,

@@ -40,7 +40,13 @@ def reporting(
     jobs: Sequence[tuple[PlannedVideo, SampleRequest]],
     session: SamplingSession,
 ) -> Iterator[Callable[..., None]]:
-    """Yield the function that reports the progress of a call, with `Update`'s attributes."""
+    """Yield the function that reports the progress of a call, with `Update`'s attributes.
+
+    Args:
+        progress: called with each `Update`; True: a bar; False: nothing; None: a bar if there is someone to see it.
+        jobs: the videos of the call.
+        session: counts their steps.
+    """
     if callable(progress):
         yield lambda *values, **named: progress(Update(*values, **named))
         return

@@ -58,7 +58,11 @@ def convert(name: Conversion, *paths: str | Path, **options: Any) -> None:
 
 
 def flag(name: str, value: Any) -> list[str]:
-    """Return the words of a command line that set an option."""
+    """Return the words of a command line that set an option.
+
+    Args:
+        value: None and False leave it out; True is a switch; a list has several values; a mapping has values by path.
+    """
     if value is None or value is False:
         return []
     if value is True:

@@ -153,8 +153,15 @@ def settle_clip(args: SamplingArguments, limits: ModelLimits) -> None:
         args.sampling_image_size = [SPACE_FACTOR * side for side in limits.largest[1:]]
 
 
-def opened(args: SamplingArguments, kept: Any) -> "Pipeline":
-    """Return the loaded model for checked arguments."""
+def opened(args: SamplingArguments, kept: ExitStack) -> "Pipeline":
+    """Return the loaded model for checked arguments.
+
+    Args:
+        kept: resources that the model closes at its end.
+
+    Raises:
+        UserError: `fit` allows too little memory, the device does not exist, or weights cannot be read or do not fit.
+    """
     quiet_libraries()
     # These imports take seconds (PyTorch), so that they come after all checks.
     from cogvideox_sat.python_api.pipeline import Pipeline

@@ -223,7 +223,15 @@ class Pipeline:
         report: Callable[..., None],
         args: SamplingArguments,
     ) -> Video:
-        """Return the video that results from the events of a request."""
+        """Return the video that results from the events of a request.
+
+        Args:
+            report: called with the stage, the step and the number of steps; see `Update`.
+            args: the arguments of the call, for the video's record.
+
+        Raises:
+            UserError, OutOfMemory, SamplingCancelled: see `SamplingSession.sample`.
+        """
         frames: list[Tensor] = []
         latents = torch.empty(0)
         steps = self.session.steps_taken(asked)

@@ -117,6 +117,9 @@ def last_change(run: Path) -> int:
 def train_in_processes(args: TrainingArguments, processes: int) -> None:
     """Train in several processes, whose output goes to this process's output.
 
+    Args:
+        args: complete arguments, with the merged configuration.
+
     Raises:
         UserError: the training failed; the message is the error line of the training.
     """

@@ -11,7 +11,11 @@ from cogvideox_sat.sampling.requests import SampleRequest
 
 
 def fields_of(planned: PlannedVideo, asked: SampleRequest, steps: int) -> dict[str, Any]:
-    """Return the fields of a request with all defaults filled in: they make the video again."""
+    """Return the fields of a request with all defaults filled in: they make the video again.
+
+    Args:
+        steps: number of sampling steps of each window.
+    """
     image = planned.request.image if planned.request.image is not None else asked.image
     if isinstance(image, partial):
         image = image.args[0]

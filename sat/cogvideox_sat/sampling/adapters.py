@@ -73,7 +73,7 @@ def added_up(chosen: Chosen) -> dict[Place, LowRank]:
 def _side_by_side(chosen: Chosen, projection: Projection, scale: float) -> tuple[Tensor, Tensor]:
     """Return A (Σ rank, in) and B (out, Σ rank) of several adapters for one projection.
 
-    Their product has to be multiplied by `scale`.
+    Their product has to be multiplied by `scale`. Matrices of several adapters are float32.
     """
     downs, ups = [], []
     for adapter, strength in chosen:

@@ -14,6 +14,7 @@ from cogvideox_sat.sampling.visual_inputs import Pixels, load_pixels
 from diffusion_video import SATVideoDiffusionEngine
 
 Texts = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+"""Embeddings (1, tokens, features) of prompt and negative prompt, by both texts."""
 
 
 class BorrowedSession(SamplingSession):
@@ -24,7 +25,7 @@ class BorrowedSession(SamplingSession):
     Args:
         engine: engine whose network may be inside an optimizer's wrapper.
         settings: settings of the engine, and how processes share the work; `offload` has no effect.
-        texts: embeddings by prompt and negative prompt, for an engine whose conditioner encodes no texts.
+        texts: embeddings for an engine whose conditioner encodes no texts.
         from_first: returns on all processes that take part in a request what a function returns on the first of them;
             None: the session's groups do this.
     """

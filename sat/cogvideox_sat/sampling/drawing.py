@@ -14,11 +14,13 @@ from diffusion_video import SATVideoDiffusionEngine
 
 
 class Drawing:
-    """Sampler of a request's latents: `drawing(report)` sets `latents`.
+    """The sampling of a request's latents: `drawing(report)` sets `latents`.
 
-    The latents have the shape (1, t, c, h, w) and are on the CPU.
+    Attributes:
+        latents: (1, t, c, h, w), float32, scaled, on the CPU, without the leading frame that 1.5 models add.
 
     Args:
+        request: request with one window.
         asked_steps: number of steps; None: the sampler's own number.
         texts: embeddings (1, tokens, features) of the prompt and of the negative prompt.
         inputs: the encoded pictures and clips of the request.
@@ -44,9 +46,13 @@ class Drawing:
 
     @torch.no_grad()
     def __call__(self, report: Callable[[Progress], None]) -> None:
-        """Sample, and call `report` after each step."""
+        """Sample, and call `report` after each step.
+
+        Raises:
+            UserError: an output of the network is not finite, or the sampler cannot start from the request's clip.
+        """
         device = self.engine.device
-        # The current device is a state of each thread.
+        # The current device is a state of each thread, and this may be another thread than the caller's.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._draw(report)
 

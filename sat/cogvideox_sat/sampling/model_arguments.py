@@ -37,12 +37,13 @@ def check_combinations(args: SamplingArguments) -> None:
         UserError: they do not.
     """
     check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
-    check_world(layout_of(args), int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as the launcher sets it
+    check_world(layout_of(args), processes)
     first_stage = args.model_config["first_stage_config"].get("params")
     if not isinstance(first_stage, dict) or not (first_stage.get("ckpt_path") or args.force_inference):
         raise UserError("model.first_stage_config.params.ckpt_path: missing; name the weights of the VAE")
     check_offload(args.offload)
-    if args.input_type == "cli" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if args.input_type == "cli" and processes > 1:
         raise UserError(
             "input_type: prompts are typed into one process; start it without torchrun, or give an input_file"
         )

@@ -21,7 +21,12 @@ from sgm.errors import UserError, shown
 
 
 class SamplingPlan(NamedTuple):
-    """The videos to make, and all prompts with their files, including existing files."""
+    """The result of planning a run.
+
+    Attributes:
+        videos: the videos to make.
+        files: each prompt with its file, including files that exist and are kept.
+    """
 
     videos: list[PlannedVideo]
     files: list[tuple[str, Path]]
@@ -77,6 +82,9 @@ def plan_repetition(args: SamplingArguments) -> SamplingPlan:
     """Return the plan for the video that a record describes.
 
     The video gets the same folder name as before, within `output_dir`.
+
+    Args:
+        args: arguments with a `record`, whose values they have already taken over.
 
     Raises:
         UserError: the record's image does not fit the model or does not exist, or the output exists.

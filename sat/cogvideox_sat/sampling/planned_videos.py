@@ -25,6 +25,8 @@ class PlannedVideo:
     """One video to make.
 
     Args:
+        path: the file to write.
+        seed: seed of the video's noise.
         frames: latent frames.
         size: (height, width) in pixels.
         original_prompt: the user's prompt, if a language model has refined it.
@@ -81,7 +83,11 @@ def planned_video(request: PromptRequest, args: SamplingArguments, path: Path, s
 
 
 def log_size(request: PromptRequest, size: tuple[int, int], args: SamplingArguments) -> None:
-    """Log a size that follows from an image, and warn if much of the image is cut away."""
+    """Log a size that follows from an image, and warn if much of an input is cut away.
+
+    Args:
+        size: (height, width) of the request's videos in pixels.
+    """
     image = size_of_image(request.image) if request.image else None
     if request.video is not None and (facts := video_facts(request.video)) is not None:
         name = f"prompt {request.index + 1}, {request.video}"

@@ -168,9 +168,9 @@ class SampleRequest:
             raise UserError("strength: `video` is missing; give `video` too, or leave out `strength`")
         if not (isinstance(self.extend, tuple) and all(isinstance(prompt, str) for prompt in self.extend)):
             raise UserError(f"extend: got {shown(self.extend)}; expected a tuple of prompts")
+        if self.extend:
+            limits.check_window(self.frames)
         frames = limits.video_frames(self.frames)
-        if self.extend and frames <= CONTEXT_FRAMES:
-            raise UserError(f"extend: a window has {frames} frames; expected more than {CONTEXT_FRAMES}")
         for name in ("video", "context"):
             if isinstance(clip := getattr(self, name), Tensor):
                 self._check_clip(name, clip, frames)

@@ -129,7 +129,13 @@ def sample_all(args: SamplingArguments, videos: list[PlannedVideo] | None) -> in
 
 
 class CommandRun:
-    """Takes many videos at a time through the stages of a session, and writes their files."""
+    """Takes many videos at a time through the stages of a session, and writes their files.
+
+    A failure ends only its own video, unless other processes take part in it.
+
+    Args:
+        recorder: makes the records beside the videos.
+    """
 
     def __init__(self, session: SamplingSession, recorder: Recorder, args: SamplingArguments):
         self.session, self.recorder, self.args = session, recorder, args
@@ -172,7 +178,14 @@ class CommandRun:
         return self.sample_videos(videos, keep_text_encoder=True)
 
     def sample_videos(self, planned: Sequence[PlannedVideo], keep_text_encoder: bool) -> int:
-        """Take videos through the stages; return how many failed."""
+        """Take videos through the stages; return how many failed.
+
+        Args:
+            keep_text_encoder: for further prompts; otherwise, it leaves memory after the last prompt.
+
+        Raises:
+            UserError: a part cannot be loaded, or every video failed because memory is full.
+        """
         if not planned:
             return 0
         args = self.args

@@ -102,6 +102,7 @@ class SamplingSession:
             raise
 
     def _build_engine(self, settings: SessionSettings) -> SATVideoDiffusionEngine:
+        """Return the session's engine without parts, after all checks that need no weights."""
         dtype_of(settings)  # raises if two are on
         check_sharing(settings.model_config, settings.model_parallel_size, settings.lora_load)
         check_offload(settings.offload)
@@ -218,10 +219,10 @@ class SamplingSession:
         return self._samplers.steps_of(steps, knobs, name)
 
     def steps_taken(self, request: SampleRequest) -> int:
-        """Return the total number of steps of a request, as `Progress` counts them.
+        """Return the total number of steps of a request's windows, as `Progress` counts them.
 
         Raises:
-            UserError: see `steps_of`.
+            UserError: see `RequestSamplers.steps_of`.
         """
         steps = self.steps_of(request.steps, request.knobs)
         further = steps * len(request.extend)
@@ -267,6 +268,13 @@ class SamplingSession:
     def _events(
         self, request: SampleRequest, asked_steps: int | None, cancellations: int
     ) -> Generator[SampleEvent, None, None]:
+        """Yield the events of a request with one window and a number of steps.
+
+        Args:
+            asked_steps: number of steps as the caller gave it; None: the sampler's own number.
+            cancellations: number of cancellations when the request was made; one more ends it.
+        """
+
         def go_on() -> None:
             if self._cancellations != cancellations:
                 raise SamplingCancelled("the request is cancelled")

@@ -12,8 +12,8 @@ from sgm.errors import UserError
 def embedded_texts(engine: SATVideoDiffusionEngine, prompt: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
     """Return the embeddings (1, tokens, features) of both texts, on the CPU.
 
-    The engine's conditioner computes them. Without a negative prompt, the unconditional embedding is zeros, as in
-    training, where a dropped caption becomes zeros.
+    The engine's conditioner computes them in its dtype. Without a negative prompt, the unconditional embedding is
+    zeros, as in training, where a dropped caption becomes zeros.
 
     Raises:
         UserError: the embeddings are not finite.

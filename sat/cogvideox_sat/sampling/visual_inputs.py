@@ -33,8 +33,8 @@ class EncodedInputs(NamedTuple):
     """The pictures and clips of a request, as latents on the CPU.
 
     Args:
-        key_frames: (1, 1, c, h, w) by latent frame.
-        start: what sampling starts from; for 1.5 models the first latent is repeated.
+        key_frames: (1, 1, c, h, w) by latent frame, in the engine's dtype.
+        start: what sampling starts from, in float32; for 1.5 models the first latent is repeated.
         random_state: random state of the request after its key frames are drawn; None: the request has no key frames.
     """
 
