@@ -6,6 +6,7 @@ Each field is given once for all prompts, or once per prompt. This module import
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from cogvideox_sat.configuration.request_fields import FIELDS, checked_fields, nearest_field
@@ -70,6 +71,7 @@ def spread(name: str, value: Any, count: int | None) -> list[Any]:
     """Return the value of a field for each prompt.
 
     Args:
+        value: one value, or a list with one value per prompt.
         count: number of prompts in a list; None: one prompt, not in a list.
 
     Raises:
@@ -77,8 +79,7 @@ def spread(name: str, value: Any, count: int | None) -> list[Any]:
     """
     is_list = isinstance(value, list | tuple)
     if name in LISTS and is_list and value:  # a list of lists holds one value per prompt; other lists are one value
-        inner = list | tuple | int | None.__class__ if name == "extend" else list | tuple | None.__class__
-        is_list = isinstance(value[0], inner)
+        is_list = isinstance(value[0], list | tuple | NoneType) or (name == "extend" and isinstance(value[0], int))
     if count is None or not is_list:
         return [value] * (count or 1)
     if len(value) != count:
