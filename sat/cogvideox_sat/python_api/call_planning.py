@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -20,8 +21,8 @@ from cogvideox_sat.sampling.requests import KeyFrame, SampleRequest
 
 PLACE = Path("000000.mp4")  # path for planning a video that may never be written
 
-Picture = Image.Image | Tensor
-Clip = np.ndarray | Tensor
+Picture: TypeAlias = Image.Image | Tensor
+Clip: TypeAlias = np.ndarray | Tensor
 
 
 def plan_call(
