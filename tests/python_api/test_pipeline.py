@@ -256,7 +256,7 @@ def test_first_frames_that_are_none(of_images):
         ("gone.png", "image: image gone.png does not exist"),
         (np.zeros((4, 4)), "image is an array of float64"),
         (5, "image: got 5; give a path"),
-        (torch.zeros(3, 8, 8), "image is float32 of shape"),
+        (torch.zeros(3, 8, 8), "image: got float32 of shape"),
     ):
         with pytest.raises(cv.UserError, match=says):
             of_images(BOAT, image=image, **FEW)
