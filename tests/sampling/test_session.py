@@ -473,10 +473,10 @@ def test_a_failed_step_keeps_no_tensors(session, monkeypatch):
         ({"prompt": None}, "prompt: got null; expected text|prompt: got None; expected text"),
         ({"seed": -1}, "seed: got -1; expected a whole number from 0"),
         ({"seed": 2**63}, "expected a whole number from 0 to"),
-        ({"seed": True}, "seed is "),
+        ({"seed": True}, "seed: got "),
         ({"steps": 0}, "steps: got 0; expected a whole number of at least 1"),
         ({"steps": 10**6}, "steps"),
-        ({"fps": 0}, "fps is 0"),
+        ({"fps": 0}, "fps: got 0"),
         ({"size": (32,)}, "expected \\(height, width\\) in pixels"),
         ({"size": (33, 48)}, "size: height 33 does not fit"),
         ({"frames": 2}, "frames: got 2; this model takes an odd number of latent frames"),
@@ -494,7 +494,7 @@ def test_images_that_do_not_fit_are_refused(tiny):
         for image, says in (
             (None, "this is an image-to-video model; give the first frame"),
             (torch.zeros(3, 48, 32), "expected floating-point numbers of shape"),
-            (torch.zeros(3, 32, 48, dtype=torch.uint8), "image is uint8"),
+            (torch.zeros(3, 32, 48, dtype=torch.uint8), "image: got uint8"),
             (torch.full((3, 32, 48), 200.0), "outside \\[-1, 1\\]"),
             (torch.full((3, 32, 48), torch.nan), "outside \\[-1, 1\\]"),
         ):

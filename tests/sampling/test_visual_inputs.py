@@ -120,7 +120,7 @@ def test_key_frames(case):
     ):
         with pytest.raises(UserError, match=says):
             session.sample(replace(request, key_frames=(KeyFrame(picture(5), at),)))
-    with pytest.raises(UserError, match="keyframes is float32 of shape"):
+    with pytest.raises(UserError, match="keyframes: got float32 of shape"):
         session.sample(replace(request, key_frames=(KeyFrame(picture(5)[:, 1:], -1),)))
 
 
@@ -130,7 +130,7 @@ def test_key_frames(case):
         ({"strength": 1.5, "video": clip()}, "strength: got 1.5; expected a number from 0 to 1"),
         ({"strength": 0.5}, "strength: `video` is missing; give `video` too"),
         ({"video": clip(8)}, "video: the clip has 8 frames; expected 9"),
-        ({"video": clip()[..., 1:]}, "video is float32 of shape"),
+        ({"video": clip()[..., 1:]}, "video: got float32 of shape"),
         ({"video": 3 * clip()}, r"video: values lie outside \[-1, 1\]"),
         ({"context": clip(9)}, r"context: the clip has 9 frames; expected 4k \+ 1, fewer than 9"),
         ({"context": clip(4)}, "context: the clip has 4 frames"),
