@@ -114,8 +114,8 @@ def test_key_frames(case):
     )
     for at, says in (
         (9, "keyframes: at: got 9; the video has 9 frames, expected a number from -9 to 8"),
-        (-10, "keyframes: at is -10"),
-        (0.5, "keyframes: at is 0.5"),
+        (-10, "keyframes: at: got -10"),
+        (0.5, "keyframes: at: got 0.5"),
         (0, "keyframes: the one at 0 is in the same 4 frames as the first frame"),
     ):
         with pytest.raises(UserError, match=says):
