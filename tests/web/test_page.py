@@ -188,7 +188,7 @@ def test_mistakes_are_one_line(visit):
     visit.fill("prompt", "p")
     visit.fill("seed", EVIL)
     visit.make()
-    assert EVIL in visit.status("seed is")
+    assert EVIL in visit.status("seed: got")
     visit.tab("Picture and clip to video")
     visit.fill("prompt", "p")
     visit.make()
