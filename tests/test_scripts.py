@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from long_cases import long
-
 ROOT = Path(__file__).parents[1]
 PROGRAMS = (
     *("tools/make_shapes_dataset.py", "tools/precompute_latents.py", "tools/train_text_encoder.py"),
@@ -111,12 +109,13 @@ def test_the_script_of_the_tests_fails_without_a_test():
 @pytest.mark.parametrize(
     ("mode", "tests", "count"),
     [
-        long("--quick", ("tests/test_config_fuzz.py", "tests/sat/test_model_parallel.py"), 0),
-        long("--quick", ("tests/sgm/test_seeds.py",), 3),
+        ("--quick", ("tests/test_config_fuzz.py", "tests/sat/test_model_parallel.py"), 0),
+        ("--quick", ("tests/sgm/test_seeds.py",), 3),
         ("--all", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
-        long("--long", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
+        ("--long", ("tests/test_config_fuzz.py", "-k", "changed"), 300),
     ],
 )
+@pytest.mark.long
 def test_the_script_of_the_tests_runs_few_or_more(mode, tests, count):
     result = run(ROOT, "tests/run.sh", mode, *tests, "--numprocesses", "0", "--collect-only", "-p", "no:cacheprovider")
     assert result.returncode == (0 if count else 5), result.stdout + result.stderr

@@ -32,7 +32,7 @@ def settings(model: str, layers: int, text_encoder: Path | None = None) -> Engin
     ("model", "video", "way"),
     [
         long("cogvideox_5b", VideoSize(3, 240, 352), Way("none", 2)),
-        ("cogvideox1.5_5b_i2v", VideoSize(4, 256, 384), Way("sequential", 2)),
+        long("cogvideox1.5_5b_i2v", VideoSize(4, 256, 384), Way("sequential", 2)),
         ("cogvideox_2b", VideoSize(3, 240, 352), Way("stage", 1, 4)),
         long("cogvideox_2b_lora", VideoSize(3, 64, 64), Way("stage", 2)),
     ],

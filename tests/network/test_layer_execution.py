@@ -106,6 +106,7 @@ def test_the_compiler_sees_one_graph(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_compiler_sees_one_graph_of_a_network_with_an_adapter():
     """In sampling and in training; the numbers are those without the compiler."""
     network, inputs = network_and_inputs("t2v_2b_lora")

@@ -37,7 +37,7 @@ def test_a_clip_in_memory_is_that_of_its_file(tiny, tmp_path):
         assert [len(video.frames) for video in several] == [13, 9]
         with pytest.raises(UserError, match="prompt 2: strength: `video` is missing"):
             pipe(["a", "b"], strength=[None, 0.5], **FEW)
-        with pytest.raises(UserError, match="video is an array of float64"):
+        with pytest.raises(UserError, match="video: got an array of float64"):
             pipe("a boat", video=np.zeros((9, 32, 48, 3)), **FEW)
 
 

@@ -123,6 +123,7 @@ def test_no_weights_are_read_by_calls(tiny, tmp_path, monkeypatch):
     assert sessions_of_process.count == 0 or pipe.session.closed
 
 
+@pytest.mark.long
 def test_memory_stays_what_it_is_over_a_hundred_calls(pipe):
     few = {"size": (32, 32), "frames": 1, "steps": 1}
 

@@ -87,6 +87,7 @@ def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, w
     assert metrics(copy) == expected
 
 
+@pytest.mark.long
 def test_precomputing_lists_it_as_unreadable(tmp_path, tiny, clips, stuck):
     """The caches of two processes, and of one that has no workers of its own, are the same."""
     from cogvideox_sat.clips.latent_dataset import LatentDataset

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import nn
 
 from diffusion_video import SATVideoDiffusionEngine
+from long_cases import shortest
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
@@ -236,7 +237,7 @@ def few(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeded_samples", [False, True])
+@pytest.mark.parametrize("seeded_samples", shortest(True, False))
 def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_samples):
     engine, clips, sizes = few
     latents = {}
@@ -254,6 +255,7 @@ def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_sam
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_samples_are_decoded_a_few_at_a_time(few):
     """Samples equal those of each group to the bit, and those of one batch up to rounding."""
     engine, clips, _ = few

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from distributed import run_distributed
-from long_cases import shortest
 from sgm.errors import UserError
 from sgm.modules.autoencoding.regularizers import (
     FSQ,
@@ -280,7 +279,8 @@ TRAINED = {  # with the weight of the penalties
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", shortest(*reversed(TRAINED)))
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.long
 def test_a_video_autoencoder_trains_with_each_quantizer(name, shapes):
     """The reconstruction loss falls to a fraction in seconds, with many codes in use."""
     regularizer, weight = TRAINED[name]

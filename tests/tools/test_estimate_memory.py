@@ -126,4 +126,4 @@ def test_mistakes_are_one_line(caplog, tmp_path):
     config.write_text(
         f"include: [{CONFIGS}/cogvideox_2b.yaml, {CONFIGS}/sft.yaml]\ndata: {{params: {{video_size: }}}}\n"
     )
-    assert "data.params.video_size: no value" in error("--base", config)
+    assert "data.params.video_size: missing" in error("--base", config)

@@ -74,7 +74,6 @@ def fresh(tmp_path, wheels) -> Repository:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_two_runs_at_once_make_one_environment_and_the_next_installs_nothing(repository):
     runs = [repository.start(), repository.start()]
     outcomes = [(*run.communicate(timeout=120), run.returncode) for run in runs]

@@ -94,6 +94,7 @@ def test_the_bytes_are_those_of_the_moment_of_saving(tmp_path, stage):
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_on_two_processes(tmp_path):
     run_distributed(stages_written_both_ways, 2, str(tmp_path), [1, 2, 3])
     check_both_ways(tmp_path, [1, 2, 3])

@@ -263,6 +263,7 @@ def train_with_failures(config: str, picture: str) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_a_failure_of_one_of_the_processes_that_make_a_video_together_stops_none(tmp_path, tiny, clips):
     red, blue = (picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
     prompts = write_prompts(tmp_path, f"a@@{red}", f"b@@{blue}", f"c@@{blue}")

@@ -112,6 +112,7 @@ def test_model_parallel_processes_equal_one(tmp_path, tiny, clips, one_process):
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_an_adapter_that_processes_share_trains_as_on_one(tmp_path, tiny, clips):
     """A resumed run is equal to the bit, and one process can continue the parts of two."""
     settings = {"lora": True, "micro_batch": 2, "save_interval": 2, "zero": 1}
@@ -212,6 +213,7 @@ def test_cached_latents_give_the_losses_of_the_clips(tmp_path, tiny, clips, fami
     assert_same(weights(run), weights(expected), 1e-5)
 
 
+@pytest.mark.long
 def test_eight_clips_are_learnt_by_heart(tmp_path, tiny, clips):
     """The loss falls to a tenth.
 

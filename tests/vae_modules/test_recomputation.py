@@ -121,6 +121,7 @@ def test_frozen_encoder_and_inference():
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_recompute_as_they_computed():
     """Each rank recomputes alone, with own or common statistics, also without frames."""
     cases = [(9, {"gather_norm": True}), (5, {"gather_norm": False}), (1, {"gather_norm": True})]
