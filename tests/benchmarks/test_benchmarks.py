@@ -131,6 +131,7 @@ def test_autoencoder_counted(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_autoencoder(run):
     """17 frames are two slices of diffusers."""
     rows = table(run("vae", *AUTOENCODER, "--frames", "17"))

@@ -255,6 +255,7 @@ def runner(part, tmp_path) -> Callable[..., object]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_unit_that_hangs(part, runner, tmp_path, monkeypatch):
     """It is ended with all that it started."""
     pids = tmp_path / "pids"

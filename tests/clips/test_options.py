@@ -30,6 +30,7 @@ def config(tiny: TinyModels, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_run_with_weights_goes_on_to_the_bit(config):
     whole = metrics(train(config))
     assert len(set(whole.values())) == 6

@@ -66,6 +66,7 @@ def seen(monkeypatch) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_computes_in_a_fixed_order_only_when_asked(tmp_path, tiny, clips, seen, one_thread, caplog):
     config = write_config(tmp_path / "config.yaml", tiny, "2b", clips, train_iters=2, save_interval=1)
     plain = train(config)

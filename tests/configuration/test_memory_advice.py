@@ -146,6 +146,7 @@ def test_encoding_before_training(tmp_path, tiny, clips, caplog, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_of_two_processes(tmp_path, tiny, clips):
     """The other process does not wait within a step, and neither shows a traceback."""
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, zero=2)

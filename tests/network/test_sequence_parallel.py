@@ -170,6 +170,7 @@ def compiled_on_a_rank(name: str) -> Tensor:
 
 
 @needs_compiler
+@pytest.mark.long
 def test_compiled_layers_exchange_too():
     network = build("t2v_5b")
     with torch.no_grad():

@@ -29,7 +29,6 @@ from cogvideox_sat.weights.diffusers_names import TABLES, assemble, to_diffusers
 from cogvideox_sat.weights.loading import load_network
 from cogvideox_sat.weights.stored_values import StoredValue
 from distributed import run_distributed
-from long_cases import shortest
 from seeded import seed_module_
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
@@ -182,7 +181,8 @@ def divided(files: list[str], case: dict, dtype: torch.dtype, persistent: int) -
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", shortest(torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.long
 def test_each_process_reads_its_part_of_the_weights(tmp_path, dtype):
     """Each of two processes reads half of the bytes of both layouts, to the bit."""
     case = Reference("dit/t2v_2b").case["network_config"]

@@ -97,6 +97,7 @@ def test_the_run_is_the_same_to_the_bit_and_its_videos_are_those_of_inference(tm
     assert ours == [path.read_bytes() for path in sorted((tmp_path / "sampled").rglob("*.mp4"))]
 
 
+@pytest.mark.long
 def test_inputs_are_beside_samples(tmp_path, tiny, clips):
     """They are beside samples of prompts, and of validation clips with a reconstruction."""
     red, blue = (picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
@@ -225,7 +226,8 @@ def alone(tmp_path_factory, tiny, clips) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", shortest("sequence_parallel_size", "model_parallel_size"))
+@pytest.mark.parametrize("size", ["model_parallel_size", "sequence_parallel_size"])
+@pytest.mark.long
 def test_processes_that_share_the_network_or_a_clip_make_a_video_together(tmp_path, tiny, clips, alone, size):
     settings = {"valid_prompts": write_prompts(tmp_path, BOATS[0]), size: 2, **FEW_STEPS}
     together = train_in_processes(write_config(tmp_path / "a.yaml", tiny, "5b", clips, **settings), 2)

@@ -62,6 +62,7 @@ def test_free_memory_of_a_cpu_is_shared_by_the_processes(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_in_another_mode_to_the_bit(tmp_path, tiny, caplog):
     """Four steps without recomputation equal two, and two more with `auto`, which logs it."""
     clips = write_dataset(tmp_path / "clips", clips=4, frames=12, sizes=[(64, 96)])

@@ -413,6 +413,7 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, cli
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_a_run_goes_on_with_other_processes_and_stages(tmp_path, tiny, clips, one_process):
     """One process at batch 2 is resumed by two at batch 1 with ZeRO-2, in the background."""
     behind = {"background_checkpoints": True}

@@ -30,7 +30,7 @@ def clips(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("family", "lora", "cached", "size", "processes", "zero"),
     [
-        ("5b", False, False, 2, 2, 0),
+        long("5b", False, False, 2, 2, 0),
         long("1.5_i2v", False, False, 2, 4, 2),
         ("2b", True, True, 4, 4, 3),
         long("5b_i2v", True, False, 2, 4, 1),

@@ -194,6 +194,7 @@ def test_an_evaluation_writes_losses_psnr_and_videos_and_changes_nothing(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_autoencoder_learns(tmp_path):
     """A new one learns a few images in seconds (`image_taps: last`).
 
