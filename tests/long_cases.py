@@ -10,6 +10,6 @@ def long(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.long)
 
 
-def shortest(first: Any, *others: Any) -> list[Any]:
+def others_long(first: Any, *others: Any) -> list[Any]:
     """Return the cases of a parameter, of which all but the first are long."""
     return [first, *(long(*case) if isinstance(case, tuple) else long(case) for case in others)]

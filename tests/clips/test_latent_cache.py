@@ -28,7 +28,7 @@ from cogvideox_sat.training import latent_cache_shards, latent_encoding
 from cogvideox_sat.training.latent_cache_shards import OpenShard
 from diffusion_video import SATVideoDiffusionEngine
 from distributed import run_distributed
-from long_cases import shortest
+from long_cases import others_long
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.key_frames import noise_pictures
 from sgm.randomness import per_sample
@@ -131,7 +131,7 @@ def test_tensors_are_those_of_a_direct_encoding(tiny, clips, cache, family, vari
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", shortest("1.5_i2v", "2b", "5b_i2v"))
+@pytest.mark.parametrize("family", others_long("1.5_i2v", "2b", "5b_i2v"))
 def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips, cache, family):
     """Captions and images are dropped at a high rate; stored latents are those of epoch 0."""
     args = arguments(tiny.config(family), clips)
@@ -164,7 +164,7 @@ def test_losses_are_those_of_the_clips_without_vae_and_text_encoder(tiny, clips,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", shortest("1.5_i2v", "5b_i2v"))
+@pytest.mark.parametrize("family", others_long("1.5_i2v", "5b_i2v"))
 def test_key_frames_are_encoded_too_and_give_the_same_losses(tiny, clips, cache, tmp_path, family):
     """Any number of key frames is encoded with noise; a cache without them is refused."""
     conditioning = {"first": 1, "first_last": 1, "random": 2}

@@ -20,7 +20,7 @@ from cogvideox_sat.network.attention_choice import choose_attention
 from cogvideox_sat.network.block import LayerWeights, Norm, Product, block, tokens_of
 from cogvideox_sat.network.compiled_layers import NotCompilable, compiled_block, layer_weights
 from cogvideox_sat.network.layer_streaming import stream_layers
-from long_cases import shortest
+from long_cases import others_long
 from reference_networks import network_and_inputs
 from seeded import seeded_input
 from support import assert_close, needs_compiler, relative_error
@@ -243,7 +243,7 @@ def whole_bytes(graph, name: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "heads", "rotary"), shortest((1920, 30, False), (3072, 48, True)))
+@pytest.mark.parametrize(("width", "heads", "rotary"), others_long((1920, 30, False), (3072, 48, True)))
 @torch.no_grad()
 def test_launches_and_bytes_of_a_layer(width, heads, rotary, graphs):
     """At the width of the 2B and of the 5B, in bfloat16; in units of the bytes of all tokens."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cogvideox_sat.memory.weightless import FirstOfGroup
 from cogvideox_sat.network.sequence_parallel import TokenShare
 from distributed import run_distributed
-from long_cases import shortest
+from long_cases import others_long
 from seeded import seed_module_, seeded_input
 from sgm.attention_kernels import attend
 from sgm.context_parallel import sum_over_ranks
@@ -133,7 +133,7 @@ def network_of_a_rank(names: list[str]) -> list[tuple[dict[str, Tensor], set[int
 
 @pytest.mark.parametrize(
     ("processes", "names"),
-    shortest((2, NETWORKS), (3, ["t2v_2b", "i2v_5b_lora"]), (4, ["t2v_5b", "i2v_15"])),
+    others_long((2, NETWORKS), (3, ["t2v_2b", "i2v_5b_lora"]), (4, ["t2v_5b", "i2v_15"])),
     ids=["2", "3", "4"],
 )
 def test_networks_over_processes_are_those_of_one(processes, names):

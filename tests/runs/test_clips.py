@@ -10,7 +10,7 @@ import vae_runs
 from cogvideox_sat.clips.timeouts import read_record
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.runs.clips import describe_data
-from long_cases import shortest
+from long_cases import others_long
 from training_clips import write_dataset
 from training_runs import metrics, runs_of, write_config
 
@@ -55,7 +55,7 @@ def resumed(run: Path, step: str, folder: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize(("workers", "others", "processes"), shortest((2, 1, 2), (0, 2, 1)))
+@pytest.mark.parametrize(("workers", "others", "processes"), others_long((2, 1, 2), (0, 2, 1)))
 def test_training_goes_on_and_resumes_to_the_bit(tmp_path, tiny, clips, stuck, workers, others, processes):
     """One clip hangs in reading, one in probing; after the resume both could be read."""
     for name in ("003.mp4", "probe-006.mp4"):

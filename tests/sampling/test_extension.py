@@ -18,7 +18,7 @@ from cogvideox_sat.sampling.requests import (
     SessionSettings,
 )
 from cogvideox_sat.sampling.session import SamplingCancelled, SamplingSession
-from long_cases import shortest
+from long_cases import others_long
 from sgm.seeds import derive_seed
 
 SIZE = (16, 16)
@@ -129,7 +129,7 @@ def test_closing_ends_the_window():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("family", shortest("5b", "1.5_i2v"))
+@pytest.mark.parametrize("family", others_long("5b", "1.5_i2v"))
 def test_with_a_model(tiny, family):
     """The first window is the plain video; memory has one window; cancelling ends all."""
     config = load_configs([tiny.config(family)])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cogvideox_sat.clips.input_video import read_input_video
-from long_cases import shortest
+from long_cases import others_long
 from sample_video import main
 from training_clips import write_clip
 from videos import read_video
@@ -45,7 +45,7 @@ def record_of(video: Path) -> dict:
     return json.loads(video.with_suffix(".json").read_text())
 
 
-@pytest.mark.parametrize("family", shortest("1.5_i2v", "5b"))
+@pytest.mark.parametrize("family", others_long("1.5_i2v", "5b"))
 def test_lines_and_flags_say_the_same(tiny, tmp_path, clip, family):
     """A video starts from a clip, its first frame, or continues it; the record repeats it."""
     line = {"prompt": TEXT, "video": str(clip), "strength": 0.5}

@@ -17,7 +17,7 @@ from cogvideox_sat.sampling.requests import Frames, Latents, SampleRequest, Sess
 from cogvideox_sat.sampling.session import SamplingSession
 from distributed import check_marked, run_distributed
 from faulty_processes import ends_of_ranks
-from long_cases import shortest
+from long_cases import others_long
 from seeded import seeded_input
 from sgm.errors import UserError
 
@@ -161,7 +161,7 @@ def test_the_command(tiny, tmp_path, fails):
         assert result.stderr.count("wrote") == 3 and videos == ["000000.json"] * 3 + ["000000.mp4"] * 3
 
 
-@pytest.mark.parametrize("fault", shortest("killed", "terminated", "full", "full in the text encoder"))
+@pytest.mark.parametrize("fault", others_long("killed", "terminated", "full", "full in the text encoder"))
 def test_a_process_that_is_lost_ends_the_others(tiny, tmp_path, fault):
     (tmp_path / "prompts.txt").write_text("a boat\na kite\n")
     arguments = ["--base", tiny.config("5b"), "--input_file", tmp_path / "prompts.txt", "--sampling_num_steps", "2"]

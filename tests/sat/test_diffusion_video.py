@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import nn
 
 from diffusion_video import SATVideoDiffusionEngine
-from long_cases import shortest
+from long_cases import others_long
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
@@ -237,7 +237,7 @@ def few(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeded_samples", shortest(True, False))
+@pytest.mark.parametrize("seeded_samples", others_long(True, False))
 def test_samples_are_encoded_a_few_at_a_time_with_the_same_noise(few, seeded_samples):
     engine, clips, sizes = few
     latents = {}

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cogvideox_sat.training import checkpoint_folders
-from long_cases import shortest
+from long_cases import others_long
 from support import needs_fp16
 from train_video import main
 from training_clips import write_dataset
@@ -128,7 +128,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path, tiny, clips, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", shortest("during", "before", "behind the steps"))
+@pytest.mark.parametrize("moment", others_long("during", "before", "behind the steps"))
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny, clips, caplog, monkeypatch, moment):
     behind = moment == "behind the steps"
     config = write_config(
@@ -189,7 +189,7 @@ def test_another_optimizer_is_named(tmp_path, tiny, clips, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", shortest("half a state", "no optimizer", "another network split"))
+@pytest.mark.parametrize("damage", others_long("half a state", "no optimizer", "another network split"))
 def test_a_training_state_that_does_not_do(tmp_path, tiny, clips, caplog, damage):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, lora=True, train_iters=1)
     run = train(config)

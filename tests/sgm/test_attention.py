@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from conftest import ROOT
-from long_cases import shortest
+from long_cases import others_long
 from seeded import seed_module_, seeded_input
 from sgm import attention_kernels
 from sgm.attention_kernels import attend_with_xformers
@@ -310,7 +310,7 @@ NAMES = ["sgm.modules.attention", "sgm.modules.diffusionmodules.model", "sgm.mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", shortest(*NAMES))
+@pytest.mark.parametrize("first", others_long(*NAMES))
 def test_importable_first_and_in_any_order(first):
     """In a fresh process, and without xformers."""
     rest = [name for name in reversed(NAMES) if name != first]

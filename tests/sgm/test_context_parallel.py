@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from distributed import run_distributed
-from long_cases import shortest
+from long_cases import others_long
 from seeded import seed_module_, seeded_input
 from sgm.context_parallel import (
     get_context_parallel_group,
@@ -128,7 +128,7 @@ def misuse() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "encoded", "decoded", "streamed"),
-    shortest((3, [9], [2, 3], [7]), (2, [1, 9, 17], [1, 2, 3, 5], [3, 5, 8]), (4, [17], [3], [5])),
+    others_long((3, [9], [2, 3], [7]), (2, [1, 9, 17], [1, 2, 3, 5], [3, 5, 8]), (4, [17], [3], [5])),
 )
 def test_results_equal_one_process(ranks, encoded, decoded, streamed):
     """Also where ranks get unequal numbers of frames, or none."""
@@ -141,7 +141,7 @@ def test_results_equal_one_process(ranks, encoded, decoded, streamed):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", shortest(2, 4))
+@pytest.mark.parametrize("ranks", others_long(2, 4))
 def test_gradients_equal_one_process(ranks):
     expected = gradients(1, 9)
     for result in run_distributed(gradients, ranks, ranks, 9):

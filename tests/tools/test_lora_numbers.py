@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from long_cases import shortest
+from long_cases import others_long
 from lora_adapters import save, with_lora
 from pipelines import FAMILIES, pipelines  # noqa: F401
 from sampling_pairs import DDIM, DPM, model_config, our_latents, their_latents
@@ -37,7 +37,7 @@ def write_adapter(folder: Path, config: dict) -> None:
     (folder / "training_config.yaml").write_text(yaml.safe_dump({"model": config}))
 
 
-@pytest.mark.parametrize("family", shortest("5b_i2v", "2b", "5b", "1.5", "1.5_i2v"))
+@pytest.mark.parametrize("family", others_long("5b_i2v", "2b", "5b", "1.5", "1.5_i2v"))
 def test_a_full_run(tiny, pipelines, tmp_path, family):  # noqa: F811
     run = (DPM if family in ("5b", "1.5_i2v") else DDIM, 5)
     plain, base, adapter = model_config(tiny.config(family)), tiny.folder / family, tmp_path / "run"

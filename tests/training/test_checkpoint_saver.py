@@ -13,7 +13,7 @@ from cogvideox_sat.runs import staging
 from cogvideox_sat.training import checkpoint_folders
 from cogvideox_sat.training.checkpoint_saver import CheckpointSaver
 from distributed import run_distributed
-from long_cases import shortest
+from long_cases import others_long
 from sgm.errors import UserError
 from small_engines import arguments, build, linear_as_before  # noqa: F401  (a fixture)
 
@@ -121,7 +121,7 @@ def failing_behind(folder, failing_rank, model_parallel):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize(("failing_rank", "model_parallel"), shortest((1, True), (0, False)))
+@pytest.mark.parametrize(("failing_rank", "model_parallel"), others_long((1, True), (0, False)))
 def test_all_processes_end_with_the_line_of_the_one_that_fails(tmp_path, failing_rank, model_parallel):
     first, second = run_distributed(failing_behind, 2, str(tmp_path), failing_rank, model_parallel)
     assert first == second

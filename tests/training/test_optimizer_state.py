@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distributed import run_distributed
-from long_cases import shortest
+from long_cases import others_long
 from small_engines import arguments, build, linear_as_before  # noqa: F401  (a fixture)
 from support import assert_close, needs_fp16
 
@@ -59,7 +59,7 @@ def without_master(tensors):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", shortest(2, 0, 1, 3))
+@pytest.mark.parametrize("stage", others_long(2, 0, 1, 3))
 @pytest.mark.parametrize("optimizer", ["sat.ops.FusedEmaAdam", "torch.optim.AdamW"])
 def test_every_stage_and_two_processes_compute_the_same(stage, optimizer):
     losses, final, state = trained(0, optimizer)
@@ -118,7 +118,7 @@ def test_a_restored_optimizer_goes_on_to_the_bit(stage, optimizer, dtype):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), shortest((3, 1), (0, 3), (2, 0)))
+@pytest.mark.parametrize(("before", "after"), others_long((3, 1), (0, 3), (2, 0)))
 def test_a_state_fits_other_stages_and_more_processes(before, after):
     saved, straight = first_half(before, "sat.ops.FusedEmaAdam")
     for again in run_distributed(resumed, 2, after, "sat.ops.FusedEmaAdam", *saved):

@@ -15,7 +15,7 @@ from cogvideox_sat.engine.precision import DTYPES
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, is_adapter, network_weights
 from cogvideox_sat.weights.rank_shares import cuts_by_name, recut
 from conftest import TinyModels
-from long_cases import shortest
+from long_cases import others_long
 from support import FP16_PROCESSOR, needs_fp16
 from training_clips import write_dataset
 from training_runs import (
@@ -57,7 +57,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, tiny, clips, one
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero", shortest(3, 2, 1))
+@pytest.mark.parametrize("zero", others_long(3, 2, 1))
 def test_zero_stages_on_two_processes_equal_one_process_without(tmp_path, tiny, clips, one_process, zero):
     run = train_in_processes(write_config(tmp_path / "config.yaml", tiny, "5b", clips, zero=zero), 2)
     assert metrics(run) == pytest.approx(metrics(one_process), rel=1e-5)
@@ -150,7 +150,7 @@ def shares_of(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("family", "lora", "cached"),
-    shortest(("5b", False, False), ("2b", True, False), ("1.5_i2v", False, True), ("5b_i2v", True, True)),
+    others_long(("5b", False, False), ("2b", True, False), ("1.5_i2v", False, True), ("5b_i2v", True, True)),
 )
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, tiny, clips, family, lora, cached):
     """Ten steps equal five, a kill -9 in the seventh, and five more from `latest`.
@@ -197,7 +197,7 @@ def conditioner_without_files(tiny: TinyModels, family: str, folder: Path) -> di
     return config
 
 
-@pytest.mark.parametrize("family", shortest("1.5_i2v", "2b", "1.5", "5b_i2v"))
+@pytest.mark.parametrize("family", others_long("1.5_i2v", "2b", "1.5", "5b_i2v"))
 def test_cached_latents_give_the_losses_of_the_clips(tmp_path, tiny, clips, family):
     """Losses are equal in the first epoch, with the same clips, without VAE and T5."""
     expected = train(write_config(tmp_path / "clips.yaml", tiny, family, clips))
@@ -244,7 +244,7 @@ def test_eight_clips_are_learnt_by_heart(tmp_path, tiny, clips):
     assert losses[-1] < losses[0] / 10
 
 
-@pytest.mark.parametrize("family", shortest("2b", "5b", "5b_i2v", "1.5", "1.5_i2v"))
+@pytest.mark.parametrize("family", others_long("2b", "5b", "5b_i2v", "1.5", "1.5_i2v"))
 def test_lora_changes_the_adapter_alone(tmp_path, tiny, clips, family):
     """The checkpoint has only the adapter, or with save_full also an unchanged base."""
     config = write_config(tmp_path / "config.yaml", tiny, family, clips, lora=True, train_iters=2, save_full=True)
@@ -316,7 +316,7 @@ def test_sampling_with_a_trained_adapter(tmp_path, tiny, clips):
     assert not torch.equal(sample("average", lora, "--lora_load", f"{run}/3-ema"), base)
 
 
-@pytest.mark.parametrize("number", shortest(signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", others_long(signal.SIGTERM, signal.SIGINT))
 def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, clips, number):
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, train_iters=1000)
     process = start(config)
@@ -391,7 +391,7 @@ def test_muon_learns_and_goes_on_to_the_bit(tmp_path, tiny, clips):
     assert_same(weights(run), result)
 
 
-@pytest.mark.parametrize("background", shortest(True, False))
+@pytest.mark.parametrize("background", others_long(True, False))
 def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, clips, background):
     args = {"train_iters": 1000, "save_interval": 1, "keep_last": 2, "background_checkpoints": background}
     config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, **args)

@@ -10,7 +10,7 @@ import torch
 from cogvideox_sat.configuration.training_arguments import get_training_args
 from cogvideox_sat.training.plan import plan_run
 from faulty_processes import ends_of_ranks
-from long_cases import long, shortest
+from long_cases import long, others_long
 from sgm.errors import UserError
 from training_clips import write_dataset
 from training_runs import assert_same, metrics, precomputed, runs_of, train, train_in_processes, weights, write_config
@@ -82,7 +82,7 @@ def test_it_resumes_to_the_bit_and_goes_on_in_one_process(tmp_path, tiny, clips)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("fault", shortest("killed", "full", "terminated"))
+@pytest.mark.parametrize("fault", others_long("killed", "full", "terminated"))
 def test_a_process_that_is_lost_ends_the_others(tmp_path, tiny, clips, fault):
     """Only complete checkpoints stay; a signal to stop lets all processes write one."""
     settings = {"lora": True, "save_interval": 1, "sequence_parallel_size": 2, "train_iters": 9}

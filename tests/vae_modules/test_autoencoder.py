@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_vae import as_diffusers, diffusers_name
-from long_cases import shortest
+from long_cases import others_long
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
 from sgm.models.video_coder import decoding_schedule
@@ -340,7 +340,7 @@ def adds_bias_later(convolve):
     return run
 
 
-@pytest.mark.parametrize("at_once", shortest(4, None))
+@pytest.mark.parametrize("at_once", others_long(4, None))
 @torch.no_grad()
 def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
     """Norms and sums add the biases, as on a GPU: the same numbers, also in bfloat16."""

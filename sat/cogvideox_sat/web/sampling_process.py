@@ -85,10 +85,10 @@ def make_video(
     if wanted != pipe.lora:
         pipe.set_lora(wanted)
     uploads = shown_files(task.fields)
-    names = {str(path): path.name for path in uploads}
-    with named_briefly(names), kept_inputs(task) as fields:
-        names |= {str(copy): path.name for copy, path in zip(shown_files(fields), uploads, strict=True)}
-        video = pipe(**fields, progress=progress)
+    with named_briefly({str(path): path.name for path in uploads}), kept_inputs(task) as fields:
+        copies = zip(shown_files(fields), uploads, strict=True)
+        with named_briefly({str(copy): path.name for copy, path in copies}):
+            video = pipe(**fields, progress=progress)
         if is_cancelled():
             raise Cancelled
         task.target.parent.mkdir(parents=True, exist_ok=True)
