@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.commands.generated_page import run_page_tool  # noqa: E402
 from cogvideox_sat.configuration.argument_fields import argument_fields, item_type, value_type  # noqa: E402
 from cogvideox_sat.configuration.argument_lists import (  # noqa: E402
     SamplingArguments,
@@ -25,7 +25,6 @@ from cogvideox_sat.configuration.argument_lists import (  # noqa: E402
 )
 from cogvideox_sat.latent_geometry import TIME_FACTOR  # noqa: E402
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND  # noqa: E402
-from sgm.exit_codes import exit_code  # noqa: E402
 
 logger = logging.getLogger("write_configuration_page")
 
@@ -156,21 +155,7 @@ def described_arguments(doc: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return exit_code(lambda: run(arguments), logger, command_line=arguments)
-
-
-def run(arguments: Sequence[str] | None) -> int:
-    """Write the page, or say whether it is current; return the exit code."""
-    parser = ToolParser(__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(arguments)
-    text = page()
-    if options.check:
-        return 0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else 1
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return run_page_tool(arguments, __doc__, PAGE, page, logger)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from cogvideox_sat.clips.attempts import decoding_threads
 from cogvideox_sat.clips.sources import ClipSource
 from cogvideox_sat.clips.transforms import CENTRED, Placement, cover
 from cogvideox_sat.files.file_part import FilePart
+from cogvideox_sat.files.image_size import image_size
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.frame_times import ROUNDING
 from cogvideox_sat.media.image_inputs import load_condition_image
@@ -192,13 +193,8 @@ def _opened(source: ClipSource) -> Iterator[str | BinaryIO]:
 
 
 def _probe_image(file: str | BinaryIO) -> ClipInfo:
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: stored rotated by 90 degrees
-                width, height = height, width
+        height, width = image_size(file)
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableClip("not an image, or too damaged to open") from error
     return ClipInfo(width, height, 1, 0.0)

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.files.image_size import image_size
 from cogvideox_sat.latent_geometry import SPACE_FACTOR
 
 logger = logging.getLogger(__name__)
@@ -23,13 +24,10 @@ def size_of_image(path: str | Path) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
-            width, height = file.size
-            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # by 90 degrees
+        return image_size(path)
     # Pillow's decoders raise any of these for damaged files; the error is reported when the image is loaded.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
         return None
-    return (width, height) if turned else (height, width)
 
 
 def size_from_image(image: tuple[int, int], limits: ModelLimits) -> tuple[int, int]:

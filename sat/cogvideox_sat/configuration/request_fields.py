@@ -172,6 +172,16 @@ def check_argument(name: str, value: Any) -> None:
         raise UserError(f"{name}: got {shown(value)}; expected {FIELDS[name].expected}")
 
 
+def check_strength(strength: float | None, has_video: bool) -> None:
+    """Check that a request with a `strength` has the video that it applies to.
+
+    Raises:
+        UserError: it has none.
+    """
+    if strength is not None and not has_video:
+        raise UserError("strength: `video` is missing; give `video` too, or leave out `strength`")
+
+
 def nearest_field(name: str) -> str:
     """Return the advice for a field that does not exist."""
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)

@@ -3,6 +3,7 @@
 from arguments import SamplingArguments
 from cogvideox_sat.configuration.frame_sizes import size_from_image, size_of_image
 from cogvideox_sat.configuration.model_limits import ModelLimits
+from cogvideox_sat.configuration.request_fields import check_strength
 from cogvideox_sat.configuration.sampler_knobs import SamplerKnobs, changed_sampler, check_steps
 from cogvideox_sat.sampling.input_files import frames_of_video
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
@@ -72,8 +73,7 @@ def check_inputs(request: PromptRequest, args: SamplingArguments, limits: ModelL
     Raises:
         UserError: it cannot.
     """
-    if request.strength is not None and request.video is None:
-        raise UserError("strength: `video` is missing; give `video` too, or leave out `strength`")
+    check_strength(request.strength, request.video is not None)
     if request.keyframes and not limits.image_to_video:
         raise UserError("keyframes: this is a text-to-video model; use an '_i2v' configuration")
     numbers = [key_frame.at for key_frame in request.keyframes]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cogvideox_sat.configuration.adapter_lists import path_and_weight
 from cogvideox_sat.configuration.model_limits import ModelLimits
-from cogvideox_sat.configuration.request_fields import LARGEST_SEED
+from cogvideox_sat.configuration.request_fields import LARGEST_SEED, check_strength
 from cogvideox_sat.configuration.sampler_knobs import NO_KNOBS, SamplerKnobs
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.latent_geometry import CONTEXT_FRAMES, TIME_FACTOR
@@ -164,8 +164,7 @@ class SampleRequest:
         strength = self.strength
         if strength is not None and (type(strength) not in (int, float) or not 0 <= strength <= 1):
             raise UserError(f"strength: got {shown(strength)}; expected a number from 0 to 1")
-        if strength is not None and self.video is None:
-            raise UserError("strength: `video` is missing; give `video` too, or leave out `strength`")
+        check_strength(strength, self.video is not None)
         if not (isinstance(self.extend, tuple) and all(isinstance(prompt, str) for prompt in self.extend)):
             raise UserError(f"extend: got {shown(self.extend)}; expected a tuple of prompts")
         if self.extend:
