@@ -8,7 +8,7 @@ TURNED = (5, 6, 7, 8)  # its values for images that are stored rotated by 90 deg
 
 
 def image_size(file: str | Path | BinaryIO) -> tuple[int, int]:
-    """Return the (height, width) of an image in pixels, after the rotation that its EXIF orientation asks for.
+    """Return the (height, width) of an image in pixels, after its EXIF rotation.
 
     Raises:
         OSError, SyntaxError, ValueError, EOFError, IndexError or PIL.Image.DecompressionBombError: the image is
