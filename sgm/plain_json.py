@@ -1,6 +1,7 @@
-"""Read JSON from untrusted files."""
+"""Read JSON from untrusted files, and write JSON that every program reads."""
 
 import json
+import math
 from typing import Any
 
 
@@ -27,3 +28,20 @@ def parse_json(text: str | bytes) -> Any:
         raise
     except ValueError as error:
         raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+def standard_json(content: Any) -> str:
+    """Return content as indented JSON that ends a line, with null for infinity and NaN.
+
+    Python would write `Infinity` and `NaN`, which other programs refuse, since they are not JSON.
+    """
+    return json.dumps(_with_null(content), indent=2, allow_nan=False) + "\n"
+
+
+def _with_null(node: Any) -> Any:
+    """Return the node with None in place of numbers that are not finite."""
+    if isinstance(node, dict):
+        return {key: _with_null(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_with_null(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", type=Path, metavar="FILE", help="the prompt file of sampling (default: the folders' names)")
     add("--own_accuracy_clips", type=int, default=200, help="number of clips to test the judge; 0: none (default: 200)")
     add("--seed", type=int, default=0, help="seed of these clips (default: 0)")
-    add("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    add("--json", type=Path, metavar="FILE", help="write the numbers; null is the infinite PSNR of equal frames")
     return parser
 
 

@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_clips", type=int, default=64, help="number of clips, spread over the data (default: 64)")
     add("--num_videos", type=int, default=4, help="number of first clips to write videos of (default: 4)")
     add("--output", type=Path, default=Path("outputs/vae"), help="folder of the videos (default: outputs/vae)")
-    add("--json", type=Path, metavar="FILE", help="write all numbers, also of each clip; null is infinity")
+    add("--json", type=Path, metavar="FILE", help="write all numbers; null is the infinite PSNR of equal clips")
     add("--lpips_net", choices=("alex", "vgg", "squeeze", "none"), default="alex", help="network (default: alex)")
     add("--lpips_weights", type=Path, metavar="FILE", help="torchvision's weights of it (default: downloaded once)")
     add("--i3d_weights", type=Path, metavar="FILE", help="rgb_imagenet.pt or i3d_pretrained_400.pt, for rFVD")

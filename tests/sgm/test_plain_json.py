@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sgm.plain_json import has_half_characters, parse_json
+from sgm.plain_json import has_half_characters, parse_json, standard_json
 
 
 def test_json_is_read():
@@ -25,3 +25,13 @@ def test_bytes_that_are_no_text():
 def test_halves_of_characters_are_seen():
     assert has_half_characters(parse_json('"\\ud83d"'))
     assert not has_half_characters(parse_json('"\\ud83d\\ude00"'))
+
+
+def test_numbers_that_json_lacks_are_written_as_null():
+    text = standard_json({"psnr": [float("inf"), -float("inf"), 1.5], "loss": (float("nan"), True), "name": "inf"})
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "psnr": [None, None, 1.5],
+        "loss": [None, True],
+        "name": "inf",
+    }
+    assert text.endswith("}\n")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from cogvideox_sat.files.output_paths import output_path
 from cogvideox_sat.media.video_output import VideoWriter
@@ -80,6 +82,18 @@ def test_first_frames_are_compared_with_their_images(tmp_path):
     assert evaluate(folder, "--input_file", file) == 0
     assert numbers(folder)["one_shape"]["right"] == dict.fromkeys(ASPECTS, 2)
     assert numbers(folder)["first_frame_psnr"] > 24
+
+
+def test_the_infinite_psnr_of_an_equal_frame_is_null(tmp_path, capsys):
+    folder, file = tmp_path / "out", tmp_path / "prompts.txt"
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    file.write_text(f"{RED.caption}@@white.png\n")
+    with VideoWriter(output_path(folder, 0, RED.caption, 0), 8, 64, 64) as video:
+        video.write(torch.ones(2, 3, 64, 64))
+    assert evaluate(folder, "--input_file", file) == 0
+    assert "First frame against its image, dB PSNR: inf" in capsys.readouterr().out
+    text = (tmp_path / "numbers.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["first_frame_psnr"] is None
 
 
 def test_videos_of_several_windows_are_judged_as_long_as_they_are(tmp_path):

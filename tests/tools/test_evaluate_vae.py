@@ -317,8 +317,10 @@ def test_a_training_configuration_and_what_is_missing(folder, tmp_path, capsys, 
     assert not (tmp_path / "videos").exists()
 
 
-def test_unreadable_clips_are_left_out(folder, tmp_path, capsys, caplog):
-    """Another clip must not count twice in their place."""
+def test_unreadable_clips_are_left_out(folder, tmp_path, capsys, caplog, monkeypatch):
+    """Another clip must not count twice in their place, and the other measures are reported."""
+    features = torch.nn.Flatten()
+    monkeypatch.setattr("cogvideox_sat.evaluation.vae_report.load_inception3d", lambda _: features)
     write_dataset(tmp_path / "data", 2, frames=12)
     content = bytearray((tmp_path / "data" / "videos" / "001.mp4").read_bytes())
     begin = content.index(b"mdat") + 4
@@ -326,8 +328,11 @@ def test_unreadable_clips_are_left_out(folder, tmp_path, capsys, caplog):
     (tmp_path / "data" / "videos" / "001.mp4").write_bytes(content)
     command = ["--base", f"{folder}/sampling.yaml", "--data", f"{tmp_path}/data", "--device", "cpu"]
     with caplog.at_level(logging.WARNING, "evaluate_vae"):
-        assert main([*command, "--lpips_net", "none", "--num_videos", "0"]) == 0
-    assert capsys.readouterr().out.startswith("1 clip of 9 frames")
+        more = ["--lpips_net", "none", "--num_videos", "0", "--i3d_weights", f"{folder}/vae.pt"]
+        assert main([*command, *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 clip of 9 frames") and lines[1].startswith("PSNR")
+    assert lines[-1] == "rFVD: not computed: 1 clip could be read, and at least 2 are needed"
     assert "left out, unreadable" in caplog.text and "001.mp4" in caplog.text
 
 

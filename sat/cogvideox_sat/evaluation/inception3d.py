@@ -37,8 +37,7 @@ class Inception3D(nn.Module):
     """Inception network inflated to three dimensions (arXiv:1705.07750, figure 3).
 
     Carreira and Zisserman 2017. Video in [-1, 1], with at least 9 frames, gives the logits of Kinetics-400, averaged
-    over time. Parameters have the names in the
-    weight files that are distributed as `rgb_imagenet.pt` and `i3d_pretrained_400.pt`.
+    over time. Parameters have the names in the weight files `rgb_imagenet.pt` and `i3d_pretrained_400.pt`.
     """
 
     def __init__(self) -> None:
@@ -68,7 +67,10 @@ class Inception3D(nn.Module):
 class Mixed(nn.Module):
     """Four branches whose outputs are concatenated along the channels.
 
+    The attributes have the names in the weight files.
+
     Args:
+        channels: input channels.
         widths: output channels, as in `BLOCKS`.
     """
 
@@ -107,7 +109,7 @@ def max_pool_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Te
 
 
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Pad with zeros so that ceil(size / stride) positions fit.
+    """Pad x (batch, channels, t, h, w) with zeros so that ceil(size / stride) positions fit.
 
     If the padding is odd, the additional zero is at the end.
     """
@@ -138,6 +140,6 @@ def load_inception3d(path: str | Path) -> Inception3D:
 
 
 def prepare(frames: Tensor) -> Tensor:
-    """Return frames (t, 3, h, w) in [0, 1] as a batch of one for the network."""
+    """Return frames (t, 3, h, w) in [0, 1] as the network's input (1, 3, t, 224, 224) in [-1, 1]."""
     frames = F.interpolate(frames, (SIZE, SIZE), mode="bilinear", align_corners=False)
     return (2 * frames - 1).transpose(0, 1)[None]

@@ -1,7 +1,6 @@
 """Reconstruct clips and measure their quality, for `tools/evaluate_vae.py`."""
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,14 @@ from cogvideox_sat.configuration.memory_advice import one_of
 from cogvideox_sat.configuration.model_checks import check_autoencoder_sizes
 from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.evaluation.inception3d import load_inception3d
-from cogvideox_sat.evaluation.video_metrics import FrechetVideoDistance, as_shown, perceptual_distance, psnr, ssim
+from cogvideox_sat.evaluation.video_metrics import (
+    LEAST_CLIPS,
+    FrechetVideoDistance,
+    as_shown,
+    perceptual_distance,
+    psnr,
+    ssim,
+)
 from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.parallel.devices import choose_device, fast_dtype
@@ -29,6 +35,7 @@ from sgm.memory_errors import memory_guard
 from sgm.models.video_coder import VideoCoder
 from sgm.modules.autoencoding.losses.lpips import LPIPS
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
+from sgm.plain_json import standard_json
 from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -90,7 +97,9 @@ def evaluate(options: argparse.Namespace, vae_config: Mapping[str, Any], data_co
 
     names = [name for name in ("PSNR", "SSIM", "LPIPS") if name in clips[0]]
     means: dict[str, float] = {name: fmean(clip[name] for clip in clips) for name in names}
-    if frechet:
+    if frechet and len(clips) < LEAST_CLIPS:
+        notes.append(f"rFVD: not computed: {len(clips)} clip could be read, and at least {LEAST_CLIPS} are needed")
+    elif frechet:
         means["rFVD"] = frechet.compute().item()
     if options.json:
         write_numbers(options.json, means, clips, options, vae_config["params"]["ckpt_path"])
@@ -200,20 +209,11 @@ def write_side_by_side(path: Path, clip: Tensor, reconstruction: Tensor, fps: fl
 def write_numbers(
     path: Path, means: Mapping[str, float], clips: Sequence[dict[str, Any]], options: argparse.Namespace, weights: str
 ) -> None:
-    """Write the measures and settings as JSON."""
+    """Write the measures and settings as JSON; null is the infinite PSNR of equal clips."""
     settings = {"weights": weights, "data": options.data, "dtype": options.dtype, "whole": options.whole}
     content = {"settings": settings, "lpips_net": options.lpips_net, "means": means, "clips": clips}
     with replaced_when_complete(path) as part, reported_as_user_error(path):
-        part.write_text(json.dumps(_without_infinity(content), indent=2) + "\n", encoding="utf-8")
-
-
-def _without_infinity(node: Any) -> Any:
-    """Return the node with None in place of infinity, which JSON cannot represent."""
-    if isinstance(node, dict):
-        return {key: _without_infinity(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_without_infinity(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
+        part.write_text(standard_json(content), encoding="utf-8")
 
 
 def report(

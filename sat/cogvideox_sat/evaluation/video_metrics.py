@@ -13,6 +13,7 @@ from cogvideox_sat.evaluation.inception3d import LEAST_FRAMES, Inception3D, prep
 from sgm.errors import UserError
 
 FRAMES_AT_ONCE = 8  # for measures that are means over frames; all frames would need several times the clip's memory
+LEAST_CLIPS = 2  # of a Fréchet distance; one clip has no covariance
 
 PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
 """Maps two tensors of images (n, 3, height, width) in [-1, 1] to n distances."""
@@ -73,10 +74,12 @@ class FrechetVideoDistance:
         """Return the distance over all clips that were added.
 
         Raises:
-            UserError: fewer than two clips were added, so that no covariance exists.
+            UserError: fewer than `LEAST_CLIPS` clips were added.
         """
-        if len(self.features) < 2:
-            raise UserError(f"rFVD: got {len(self.features)} clip; at least 2 are needed, and 256 are recommended")
+        if len(self.features) < LEAST_CLIPS:
+            raise UserError(
+                f"rFVD: got {len(self.features)} clip; at least {LEAST_CLIPS} are needed, and 256 are recommended"
+            )
         return frechet_distance(*(torch.stack(side) for side in zip(*self.features, strict=True)))
 
 

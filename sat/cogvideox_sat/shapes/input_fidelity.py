@@ -12,6 +12,7 @@ from cogvideox_sat.latent_geometry import CONTEXT_FRAMES
 from cogvideox_sat.media.image_inputs import load_condition_image
 from cogvideox_sat.media.pixel_error import psnr
 from cogvideox_sat.sampling.prompt_requests import PromptRequest
+from sgm.errors import UserError
 
 LEAST_DIFFERENCE = 1e-3  # of pixels in [-1, 1]; if the frames of a video differ less, its seams are not visible
 
@@ -39,13 +40,15 @@ class InputFidelity:
             fps: frames per second.
 
         Raises:
-            UserError: a picture or the clip of the request cannot be read.
+            UserError: a picture or the clip of the request cannot be read, or the video is shorter than the request.
         """
         size = (frames.shape[-2], frames.shape[-1])
         if request.image:
             image = load_condition_image(request.image, size)
             self.values["first_frame_psnr"].append(psnr(frames[:1], image[None]).item())
         for key_frame in request.keyframes:
+            if key_frame.at >= len(frames):
+                raise too_short(request, len(frames), f"key frame {key_frame.at}")
             is_last = key_frame.at in (-1, len(frames) - 1)
             image = load_condition_image(key_frame.path, size)
             value = psnr(frames[key_frame.at][None], image[None]).item()
@@ -69,11 +72,25 @@ def window_frames(request: PromptRequest, frames: int) -> int | None:
 
     Args:
         frames: number of frames of the video.
+
+    Raises:
+        UserError: the video has too few frames for its windows.
     """
     windows = len(request.windows)
     if not windows:
         return None
-    return (frames + CONTEXT_FRAMES * windows) // (windows + 1)
+    window = (frames + CONTEXT_FRAMES * windows) // (windows + 1)
+    if window <= CONTEXT_FRAMES:
+        raise too_short(request, frames, f"{windows + 1} windows")
+    return window
+
+
+def too_short(request: PromptRequest, frames: int, wanted: str) -> UserError:
+    """Return the error about a video that was not made for this request."""
+    return UserError(
+        f"--videos: the video of prompt {request.index} has {frames} frames, too few for {wanted}; give the "
+        "--input_file that the videos were made with"
+    )
 
 
 def seam_ratio(frames: Tensor, window: int) -> float:

@@ -1,7 +1,6 @@
 """Judge videos against their prompts and report it, for `tools/evaluate_shapes.py`."""
 
 import argparse
-import json
 import logging
 import tempfile
 from collections import Counter
@@ -24,6 +23,7 @@ from cogvideox_sat.shapes.judge import NONE, judge
 from cogvideox_sat.shapes.prompted_videos import Prompted
 from cogvideox_sat.shapes.scenes import Item, Scene, random_scenes
 from sgm.errors import UserError
+from sgm.plain_json import standard_json
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
     numbers |= fidelity.means()
     if options.json:
         with replaced_when_complete(options.json) as part, reported_as_user_error(options.json):
-            part.write_text(json.dumps(numbers, indent=2) + "\n")
+            part.write_text(standard_json(numbers), encoding="utf-8")
     return report(numbers)
 
 
