@@ -103,8 +103,10 @@ def check(options: argparse.Namespace) -> None:
             locate_image(options, "image_path")
         if options.type and (options.type == "i2v") != bool(options.image_path):
             raise UserError(f"--type {options.type} {'needs' if options.type == 'i2v' else 'takes no'} --image_path")
-    if options.retry_times < 0 or not 1 <= options.workers <= 16:
-        raise UserError("--retry_times must be at least 0, and --workers must be between 1 and 16")
+    if options.retry_times < 0:
+        raise UserError(f"--retry_times: got {options.retry_times}; it must be at least 0")
+    if not 1 <= options.workers <= 16:
+        raise UserError(f"--workers: got {options.workers}; it must be between 1 and 16")
 
 
 def refine_with_bar(prompts: Sequence[Prompt], endpoint: Endpoint) -> list[str | None]:

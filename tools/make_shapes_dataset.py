@@ -27,7 +27,6 @@ import json
 import logging
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
+from cogvideox_sat.files.atomic import new_folder, replaced_when_complete, reported_as_user_error  # noqa: E402
 from cogvideox_sat.shapes.scenes import CONCEPTS, MOTIONS, SHAPES, SIZES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from sgm.errors import UserError, shown  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
 
 logger = logging.getLogger("make_shapes_dataset")
@@ -90,19 +90,18 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: a setting is out of range, or settings do not fit together.
     """
-    if min(options.clips, options.frames) < 1 or options.images < 0 or not options.fps > 0 or min(options.size) < 16:
-        raise UserError(
-            "clips, frames and fps must be positive, images not negative, and height and width at least 16 pixels"
-        )
+    for name, least in (("clips", 1), ("frames", 1), ("images", 0), ("prompts", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name}: got {getattr(options, name)}; it must be at least {least}")
+    if not 0 < options.fps < 1000:
+        raise UserError(f"--fps: got {options.fps:g}; it must be above 0 and below 1000")
+    if any(side < 16 or side % 2 for side in options.size):
+        raise UserError(f"--size: got {options.size[0]} {options.size[1]}; both must be even and at least 16")
     if not all(0 <= begin <= 100 for begin in options.begins or []):
-        raise UserError(f"--begins: moments: got {options.begins}; it must be between 0 and 100")
-    if any(side % 2 for side in options.size):
-        raise UserError(f"height and width: got {options.size[0]} and {options.size[1]}; it must be even")
+        raise UserError(f"--begins: got {shown(options.begins)}; each must be between 0 and 100")
     for kind in CONCEPTS.get(options.concept, {}):
         if getattr(options, f"{kind}s", None):
             raise UserError(f"--concept {options.concept} is a {kind}; leave out --{kind}s or the concept")
-    if options.prompts < 1:
-        raise UserError(f"--prompts: got {options.prompts}; it must be positive")
     if options.with_first_frames and not options.prompts_file:
         raise UserError("--with_first_frames needs --prompts_file; give both")
     if options.with_last_frames and not options.with_first_frames:
@@ -132,22 +131,14 @@ def make_dataset(options: argparse.Namespace) -> None:
         return
     if output.exists() and not marker.is_file() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and was not made by this tool; give another folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".shapes-") as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
-            write_clips(new, settings)
-            if output.exists():
-                output.rename(old)
-            new.rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    with new_folder(output, needed=0) as new:
+        write_clips(new, settings)
     images = f" and {options.images} images" if options.images else ""
     logger.info("%s: %d clips of %d frames%s", output, options.clips, options.frames, images)
 
 
 def write_clips(folder: Path, settings: dict) -> None:
-    (folder / "labels").mkdir(parents=True)
+    (folder / "labels").mkdir()
     chance = random.Random(f"captions {settings['seed']}")
     begin_of = random.Random(f"begins {settings['seed']}")
     scenes = scenes_of(settings, settings["clips"], settings["seed"])
@@ -223,27 +214,22 @@ def make_prompts(options: argparse.Namespace) -> None:
         content += f"{phrase(scene, chance)}{''.join(images)}\n"
     settings = {name: getattr(options, name) for name in ("frames", "size", "fps")} | {"version": VERSION}
     marker = folder / MARKER
-    try:
+    described = json.dumps(settings | {"prompts": content})
+    with reported_as_user_error(file):
         if file.exists() and file.read_bytes() != content.encode():
             raise UserError(f"--prompts_file: {file} exists with other content; give another file")
         if options.with_first_frames and folder.exists():
-            if not marker.is_file() or marker.read_text() != json.dumps(settings | {"prompts": content}):
+            if not marker.is_file() or marker.read_text() != described:
                 raise UserError(f"--prompts_file: {folder} exists with other content; give another file")
         elif options.with_first_frames:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shapes-") as temporary:
-                new = Path(temporary, "new")
-                new.mkdir()
+            with new_folder(folder, needed=0) as new:
                 for number, scene in enumerate(scenes):
                     for ending, moment in moments.items():
                         write_image(new / f"{number:05d}{ending}", scene, moment, options.size)
                     write_clip(new / f"{number:05d}.mp4", scene, settings)
-                (new / MARKER).write_text(json.dumps(settings | {"prompts": content}))
-                new.rename(folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+                (new / MARKER).write_text(described)
+        with replaced_when_complete(file) as part:
+            part.write_text(content)
     logger.info("%s: %d prompts", file, options.prompts)
 
 

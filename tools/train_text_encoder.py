@@ -14,7 +14,6 @@ T5, the encoder knows words of things that the video model has not seen. The out
 import logging
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool  # noqa: E402
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output_folder, run_tool  # noqa: E402
+from cogvideox_sat.files.atomic import new_folder  # noqa: E402
 from cogvideox_sat.shapes.scenes import (  # noqa: E402
     COLOURS,
     CONCEPT_SHAPES,
@@ -89,22 +89,14 @@ def train_text_encoder(arguments: Sequence[str] | None) -> None:
         UserError: the folder exists or cannot be written, or a number is out of range.
     """
     options = build_parser().parse_args(arguments)
-    if min(options.hidden_size, options.max_length, options.steps, options.batch_size) < 1:
-        raise UserError("hidden_size, max_length, steps and batch_size must be positive")
+    for name in ("hidden_size", "max_length", "steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: got {getattr(options, name)}; it must be at least 1")
     if options.hidden_size % HEAD_DIM:
-        raise UserError(f"hidden_size: got {options.hidden_size}; it must be a multiple of {HEAD_DIM}")
-    check_output(options.output, options)
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".t5-") as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
-            new.mkdir()
-            train(new, options.hidden_size, options.max_length, options.steps, options.batch_size, options.seed)
-            if options.output.exists():
-                options.output.rename(old)
-            new.rename(options.output)
-    except OSError as error:
-        raise UserError(f"cannot write {options.output}: {error.strerror or error}") from error
+        raise UserError(f"--hidden_size: got {options.hidden_size}; it must be a multiple of {HEAD_DIM}")
+    check_output_folder(options.output, options, ["spiece.model"])
+    with new_folder(options.output, needed=0) as new:
+        train(new, options.hidden_size, options.max_length, options.steps, options.batch_size, options.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from cogvideox_sat.commands import input_paths
 from cogvideox_sat.commands.tool_parser import (
     ToolParser,
     check_output,
+    check_output_folder,
     check_safetensors_name,
     locate_image,
     locate_inputs,
@@ -41,14 +42,44 @@ def test_what_exists_is_kept(tmp_path):
         check_output(path, KEEP)
     check_output(path, REPLACE)
     check_output(path, TRY)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        check_output(path, REPLACE)
 
 
 @pytest.mark.parametrize("options", [REPLACE, TRY])
 def test_what_is_read_is_never_replaced(tmp_path, options):
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="is read from"):
-        check_output(tmp_path, options, [None, tmp_path / "run"])
-    check_output(tmp_path / "run", options, [tmp_path / "other"])
+        check_output_folder(tmp_path, options, ["run"], [None, tmp_path / "run"])
+    check_output_folder(tmp_path / "run", options, ["latest"], [tmp_path / "other"])
+
+
+@pytest.mark.parametrize("options", [REPLACE, TRY])
+def test_a_folder_of_other_content_is_never_replaced(tmp_path, monkeypatch, options):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    check_output_folder(folder, options, ["latest"])  # nothing is lost
+    (folder / "chapter.tex").touch()
+    with pytest.raises(UserError, match="thesis was not written by this tool and is not replaced; choose another name"):
+        check_output_folder(folder, options, ["latest"])
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        check_output_folder(folder / "chapter.tex", options, ["latest"])
+    (folder / "latest").touch()
+    check_output_folder(folder, options, ["latest"])
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    for path in (folder, Path(".."), Path()):
+        with pytest.raises(UserError, match="holds the current working directory and is not replaced"):
+            check_output_folder(path, options, ["latest"])
+
+
+@pytest.mark.parametrize("check", [check_output, lambda path, options: check_output_folder(path, options, ["latest"])])
+def test_an_output_that_cannot_be_written_is_named_before_any_work(tmp_path, check):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output .*below: .*file is not a folder"):
+        check(tmp_path / "file" / "below" / "model", KEEP)
 
 
 def test_names_and_sources_are_checked(tmp_path):

@@ -49,6 +49,19 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert names(folder) == ["two"] and names(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_the_folder_of_a_symbolic_link_is_written(tmp_path, exists):
+    """A link to another disk stays, also one whose folder does not exist yet."""
+    there, link = tmp_path / "disk" / "there", tmp_path / "link"
+    link.symlink_to(there)
+    if exists:
+        there.mkdir(parents=True)
+        (there / "old").touch()
+    with new_folder(link, needed=0) as part:
+        (part / "new").touch()
+    assert link.is_symlink() and names(there) == names(link) == ["new"] and names(tmp_path / "disk") == ["there"]
+
+
 @pytest.mark.parametrize("make", [new_folder, new_file])
 def test_nothing_is_left_after_an_error_in_folders_that_were_made(tmp_path, make):
     with pytest.raises(ZeroDivisionError), make(tmp_path / "a" / "b", needed=0):

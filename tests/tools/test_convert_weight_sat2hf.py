@@ -31,7 +31,7 @@ assert main(sys.argv[1:]) == 2
 out = Path(sys.argv[-1])
 assert not out.parent.exists()
 out.mkdir(parents=True)
-(out / "kept").touch()
+(out / "model_index.json").touch()
 assert main([*sys.argv[1:], "--overwrite"]) == 2
 """
 
@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_nothing_behind(tiny, tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if "error" in line]
     assert len(lines) == 2 and all(f"cannot write {out}: File too large" in line for line in lines)
-    assert [path.name for path in out.parent.rglob("*")] == ["out", "kept"]
+    assert [path.name for path in out.parent.rglob("*")] == ["out", "model_index.json"]
 
 
 def test_a_cache_of_the_hub_as_text_encoder(tiny, tmp_path, pipelines):  # noqa: F811

@@ -187,7 +187,7 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
     (tmp_path / "file").touch()
     with caplog.at_level(logging.ERROR):
         assert make(tmp_path / "mine") == make(tmp_path / "file") == make(tmp_path / "file" / "below") == 2
-        assert make(tmp_path / "new", frames=0) == 2
+        assert make(tmp_path / "new", frames=0) == make(tmp_path / "new", "--fps", "inf") == 2
         assert main(["--output", str(tmp_path / "new"), "--size", "64", "97"]) == 2
         assert (
             make_prompts(tmp_path / "new", "--with_first_frames") == make(tmp_path / "new", "--with_first_frames") == 2
@@ -196,9 +196,9 @@ def test_mistakes_are_named_and_files_of_others_left_alone(tmp_path, caplog):
         assert make_prompts(tmp_path / "new.txt", "--with_last_frames") == 2
         assert make(tmp_path / "new", "--concept", "star", "--shapes", "ring") == 2
         assert make(tmp_path / "new", "--concept", "spiral", "--motions", "growing") == 2
-    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 11
+    assert [record.getMessage().count("\n") for record in caplog.records] == [0] * 12
     assert "mine exists and was not made by this tool" in caplog.text
-    assert "got 64 and 97; it must be even" in caplog.text
+    assert "--size: got 64 97; both must be even" in caplog.text
     assert (tmp_path / "mine" / "a.txt").read_text() == "precious"
     assert not (tmp_path / "new").exists()
 

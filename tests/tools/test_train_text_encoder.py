@@ -119,7 +119,11 @@ def test_captions_are_not_cut():
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--hidden_size", "40"], "multiple of 16"), (["--steps", "0"], "positive"), (["--stepps", "1"], "--stepps")],
+    [
+        (["--hidden_size", "40"], "--hidden_size: got 40; it must be a multiple of 16"),
+        (["--steps", "0"], "--steps: got 0; it must be at least 1"),
+        (["--stepps", "1"], "--stepps"),
+    ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, caplog, arguments, named):
     assert main(["--output", str(tmp_path / "t5"), *arguments]) == 2

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cogvideox_sat.commands.input_paths import required_input
 from cogvideox_sat.commands.launchers import check_alone
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.commands.startup import quiet_libraries
+from cogvideox_sat.files.output_paths import check_folder
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
 
@@ -62,13 +63,51 @@ class ToolParser(StrictParser):
 
 
 def check_output(path: Path, options: argparse.Namespace, sources: Iterable[Path | None] = ()) -> None:
-    """Check that an output may be written.
+    """Check that a file may be written, before any work is done.
+
+    Args:
+        sources: files and folders that are read.
 
     Raises:
-        UserError: it exists and `--overwrite` is not given, or it holds one of `sources`.
+        UserError: it exists and `--overwrite` is not given, it is a folder or one of `sources`, or its folder cannot be
+            written to.
     """
+    check_folder(path.parent, "output")
+    if path.exists():
+        _check_replaced(path, options, sources)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file")
+
+
+def check_output_folder(
+    path: Path, options: argparse.Namespace, own_names: Collection[str], sources: Iterable[Path | None] = ()
+) -> None:
+    """Check that a folder may be written, before any work is done.
+
+    A folder is replaced as a whole, so that `--overwrite` with a wrong name would delete all that it holds.
+
+    Args:
+        own_names: files and folders of which the tool writes at least one into its folder.
+        sources: files and folders that are read.
+
+    Raises:
+        UserError: it exists and `--overwrite` is not given, it is a file, holds one of `sources`, holds the current
+            working directory or only content of other programs, or its parent cannot be written to.
+    """
+    check_folder(path.parent, "output")
     if not path.exists():
         return
+    _check_replaced(path, options, sources)
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path} holds the current working directory and is not replaced; choose another name")
+    if any(path.iterdir()) and not any((path / name).exists() for name in own_names):
+        raise UserError(f"{path} was not written by this tool and is not replaced; choose another name")
+
+
+def _check_replaced(path: Path, options: argparse.Namespace, sources: Iterable[Path | None]) -> None:
+    """Check that the flags allow to replace a path, which holds none of `sources`."""
     if not options.overwrite and not options.dry_run:
         raise UserError(f"{path} exists; give --overwrite to replace it, or another name")
     if any(source and source.resolve().is_relative_to(path.resolve()) for source in sources):

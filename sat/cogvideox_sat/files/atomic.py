@@ -50,7 +50,8 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 def new_folder(folder: Path, needed: int) -> Iterator[Path]:
     """Yield a hidden folder beside `folder`, which replaces `folder` when the block succeeds.
 
-    After an exception the hidden folder and the parent folders made for it are removed.
+    After an exception the hidden folder and the parent folders made for it are removed. If `folder` is a symbolic link,
+    the folder that the link names is replaced or made.
 
     Args:
         needed: bytes that will be written.
@@ -59,6 +60,7 @@ def new_folder(folder: Path, needed: int) -> Iterator[Path]:
         UserError: the operating system refuses, or the disk has too little free space.
     """
     with no_empty_folders(folder), reported_as_user_error(folder):
+        folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         check_room(folder, needed)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as temporary:

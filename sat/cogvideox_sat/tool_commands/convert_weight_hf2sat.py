@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from cogvideox_sat.commands.hub_inputs import local_folder
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.program_names import as_started
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, run_tool
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output_folder, run_tool
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T5_FOLDER = "t5-v1_1-xxl"
+OWN_NAMES = ("model.yaml",)
 DOWNLOADED = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*")
 
 
@@ -65,9 +66,9 @@ def convert(arguments: Sequence[str] | None) -> None:
     if options.fp16 and options.bf16:
         raise UserError("--fp16 and --bf16 are both given; choose one")
     output = options.output_path
-    check_output(output, options)
+    check_output_folder(output, options, OWN_NAMES, [Path(options.hf_path)])  # before anything is downloaded
     folder = local_folder(options.hf_path, DOWNLOADED, "--hf_path", options.revision, options.cache_dir)
-    check_output(output, options, [folder])
+    check_output_folder(output, options, OWN_NAMES, [folder])
     tell_places()
 
     import torch

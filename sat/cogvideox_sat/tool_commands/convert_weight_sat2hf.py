@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvideox_sat.commands.input_paths import tell_places
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_inputs, positive, run_tool
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output_folder, locate_inputs, positive, run_tool
 from cogvideox_sat.files.hub_upload import check_logged_in, upload
 from sgm.errors import UserError
 
@@ -152,7 +152,7 @@ def check_arguments(options: Any) -> None:
         raise UserError("--typecast_text_encoder needs --fp16 or --bf16, the dtype to write")
     if options.repo_id and not options.push_to_hub:
         raise UserError("--repo_id needs --push_to_hub; give both or neither")
-    check_output(options.output_path, options, sources)
+    check_output_folder(options.output_path, options, ["model_index.json", "transformer", "vae"], sources)
     tell_places()
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from cogvideox_sat.commands.hub_inputs import local_file
 from cogvideox_sat.commands.input_paths import tell_places
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, positive, run_tool
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output_folder, positive, run_tool
 from cogvideox_sat.conversion.lora_names import LORA_FILE
 
 logger = logging.getLogger(__name__)
+
+OWN_NAMES = ("latest",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,9 +47,9 @@ def import_lora(arguments: Sequence[str] | None) -> None:
     )
     parser.add_writing_arguments()
     options = parser.parse_args(arguments)
-    check_output(options.output, options)
+    check_output_folder(options.output, options, OWN_NAMES, [Path(options.lora_path)])  # before a download
     path = local_file(options.lora_path, LORA_FILE, "--lora_path")
-    check_output(options.output, options, [path])
+    check_output_folder(options.output, options, OWN_NAMES, [path])
     tell_places()
 
     from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvideox_sat.commands.input_paths import tell_places
-from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_inputs, positive, run_tool
+from cogvideox_sat.commands.tool_parser import ToolParser, check_output_folder, locate_inputs, positive, run_tool
 from cogvideox_sat.configuration.adapter_lists import located_adapters
 from cogvideox_sat.configuration.adapter_lists import path_and_weight as path_and_weight
 from sgm.errors import UserError
@@ -51,7 +51,7 @@ def merge(arguments: Sequence[str] | None) -> None:
     options = parser.parse_args(arguments)
     chosen = located_adapters(options.lora or [], "--lora")
     sources = [*locate_inputs(options, "load"), *(path for path, _ in chosen)]
-    check_output(options.output, options, sources)
+    check_output_folder(options.output, options, ["latest"], sources)
     tell_places()
 
     from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
