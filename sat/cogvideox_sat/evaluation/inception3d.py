@@ -140,6 +140,6 @@ def load_inception3d(path: str | Path) -> Inception3D:
 
 
 def prepare(frames: Tensor) -> Tensor:
-    """Return frames (t, 3, h, w) in [0, 1] as the network's input (1, 3, t, 224, 224) in [-1, 1]."""
+    """Return frames (t, 3, h, w) in [0, 1] as input (1, 3, t, 224, 224) in [-1, 1]."""
     frames = F.interpolate(frames, (SIZE, SIZE), mode="bilinear", align_corners=False)
     return (2 * frames - 1).transpose(0, 1)[None]
