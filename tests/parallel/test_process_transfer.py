@@ -1,6 +1,8 @@
 """Objects arrive as they were sent, tensors of any kind in shared memory, or not at all."""
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,21 @@ def test_tensors_outlive_the_process_that_sent_them():
         os._exit(0)
     os.waitpid(pid, 0)
     assert receive(theirs).sum() == 7e6
+
+
+def test_tensors_for_which_no_file_can_be_opened_are_not_taken_for_the_end():
+    ours, theirs = socket_pair()
+    send(ours, torch.ones(3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 1, hard))
+    try:
+        with contextlib.suppress(OSError):  # until no number below the limit is free
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(OSError, match="Too many open files"):
+            receive(theirs)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in opened:
+            os.close(descriptor)

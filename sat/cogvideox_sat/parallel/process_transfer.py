@@ -5,6 +5,7 @@ even from a process that is killed while it sends. The shared memory has no name
 it, however the processes end, and it is not limited by the size of /dev/shm.
 """
 
+import errno
 import io
 import mmap
 import os
@@ -61,6 +62,7 @@ def receive(source: socket.socket) -> Any:
 
     Raises:
         EOFError: the other process has ended, and all its messages have been received.
+        OSError: this process has too many open files to receive tensors.
     """
     try:
         packet, descriptors, _, _ = socket.recv_fds(source, HEADER.size + PACKET, 1)
@@ -69,6 +71,8 @@ def receive(source: socket.socket) -> Any:
     if not packet:
         raise EOFError
     size, listed_at, listed = HEADER.unpack_from(packet)
+    if listed and not descriptors:  # the system drops descriptors for which there is no room
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if not descriptors:
         return pickle.loads(packet[HEADER.size : HEADER.size + size])
     try:

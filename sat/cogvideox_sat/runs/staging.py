@@ -33,7 +33,7 @@ class StagingMemory:
     def __init__(self, pinned: bool):
         self.pinned = pinned
         self.slabs: list[memoryview] = []
-        self._slab = self._used = 0
+        self.start_over()
 
     def allows(self, needed: int) -> bool:
         """Return whether the machine has room for `needed` bytes; log it if not."""
