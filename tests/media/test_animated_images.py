@@ -76,3 +76,14 @@ def test_damage_is_told(tmp_path, suffix):
     cut = truncate(path, tmp_path / f"b{suffix}", 0.6)
     with pytest.raises(UnreadableClip, match="damaged"), open_video(cut) as video:
         assert list(video.frames_at([0, 0.3])) == []
+
+
+def test_the_default_image_of_a_png_is_no_frame(tmp_path):
+    """Programs that cannot animate show it; browsers do not."""
+    frames = [Image.new("RGB", (24, 16), colour) for colour in COLOURS]
+    path = tmp_path / "a.png"
+    frames[0].save(path, save_all=True, append_images=frames[1:], default_image=True, duration=100)
+    with open_video(path) as video:
+        assert video.facts == (24, 16, 3, pytest.approx(0.2))
+        assert colours(video.all_frames()) == [1, 2, 3]
+        assert colours(video.frames_at([0, 0.2])) == [1, 3]

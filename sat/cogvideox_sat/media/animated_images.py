@@ -24,7 +24,9 @@ class Animation:
         try:
             self._image = Image.open(file)
         except OSError as error:
-            raise UnreadableClip(_missing(error) or NOT_A_VIDEO) from error
+            # Without a number, it is an error of Pillow about the content.
+            reason = error.strerror if error.errno else None
+            raise UnreadableClip(reason or NOT_A_VIDEO) from error
         except Exception as error:  # Pillow's decoders raise many kinds
             raise UnreadableClip(NOT_A_VIDEO) from error
 
@@ -57,7 +59,9 @@ class Animation:
         """Yield the time and the image of every frame; transparent areas become white."""
         milliseconds = 0
         try:
-            for number in range(getattr(self._image, "n_frames", 1)):
+            # The default image of a PNG, which is shown without animation, need not be a frame of the animation.
+            first = int(getattr(self._image, "default_image", False) and self._image.is_animated)
+            for number in range(first, getattr(self._image, "n_frames", 1)):
                 self._image.seek(number)
                 self._image.load()
                 yield milliseconds / 1000, to_rgb(ImageOps.exif_transpose(self._image))
@@ -65,7 +69,3 @@ class Animation:
                 milliseconds += duration if duration > SHORTEST else USUAL
         except Exception as error:  # Pillow's decoders raise many kinds
             raise UnreadableClip(DAMAGED) from error
-
-
-def _missing(error: OSError) -> str | None:
-    return error.strerror if error.errno else None
