@@ -19,7 +19,7 @@ from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt
 from cogvideox_sat.clips.batch_order import Locality, SampleKey
 from cogvideox_sat.clips.options import check_options
 from cogvideox_sat.clips.reader_record import describe_reader
-from cogvideox_sat.clips.reading import WHOLE, ClipInfo, FrameSampling, Part, read_clip
+from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part, read_clip
 from cogvideox_sat.clips.report import SourceReport
 from cogvideox_sat.clips.samples import SHOWN, check_readable, gather_samples, warn_of_mirrored_captions
 from cogvideox_sat.clips.selection import SelectionRules
@@ -30,7 +30,7 @@ from cogvideox_sat.clips.video_sizes import nearest_size, parse_sizes
 from cogvideox_sat.configuration.model_limits import ModelLimits
 from cogvideox_sat.configuration.settings import DataSettings
 from cogvideox_sat.latent_geometry import TIME_FACTOR, Bucket
-from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND, load_decoder
 from sgm.errors import UserError, printable
 from sgm.util import instantiate_from_config
@@ -147,7 +147,7 @@ class SFTDataset(Dataset):
         samples = gather_samples(locations, rules, self.sampling, clip_timeout)
         check_readable(samples, max_unreadable_share)
         self.sources: list[ClipSource] = samples.sources
-        self.infos: list[ClipInfo] = samples.infos
+        self.infos: list[VideoFacts] = samples.infos
         self.buckets: list[Bucket] = samples.buckets
         self.unreadable: list[str] = samples.unreadable
         self.parts: dict[int, Part] = samples.parts

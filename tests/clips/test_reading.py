@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvideox_sat.clips.reading import ClipInfo, FrameSampling, probe, read_clip
+from cogvideox_sat.clips.reading import FrameSampling, probe, read_clip
 from cogvideox_sat.clips.sources import ClipSource
 from cogvideox_sat.latent_geometry import Bucket
-from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from training_clips import convert, damage, frame_numbers, truncate, vary_rate, write_clip, write_tar
 
 SIZE = (64, 96)
@@ -56,7 +56,7 @@ def test_starts_cover_the_window_and_follow_from_the_seed(tmp_path):
 )
 def test_a_short_source_gives_the_longest_clip_that_the_model_takes(frames, skip, multiple, expected):
     sampling = FrameSampling(8, max_frames=49, skip_frames=skip, multiple=multiple)
-    info = ClipInfo(96, 64, frames, (frames - 1) / 8)
+    info = VideoFacts(96, 64, frames, (frames - 1) / 8)
     assert sampling.num_frames(info) == expected
     for seed in range(20):
         first, *_, last = sampling.times(info, expected, seed).tolist() * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_sat.clips.sources import ClipSource, find_clips
+from cogvideox_sat.clips.sources import ClipSource, LabelRules, search
 from sgm.errors import UserError
 from training_clips import write_tar
 
@@ -28,7 +28,10 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def captions(location, root: Path, **options) -> dict[str, str | None]:
-    return {str(Path(clip.name).relative_to(root)): clip.caption for clip in find_clips(str(location), **options)}
+    return {
+        str(Path(clip.name).relative_to(root)): clip.caption
+        for clip in search(str(location), LabelRules(**options)).clips
+    }
 
 
 def test_the_caption_is_the_first_line_of_the_label_of_the_same_name(tmp_path):
@@ -67,7 +70,7 @@ def test_linked_folders(tmp_path):
     for split, caption in (("train", "to train"), ("valid", "to hold out")):
         write(tmp_path / split / "labels" / "a.txt", caption)
         (tmp_path / split / "videos").symlink_to(tmp_path / "all")
-    assert [(Path(clip.path).name, clip.caption) for clip in find_clips(str(tmp_path))] == [
+    assert [(Path(clip.path).name, clip.caption) for clip in search(str(tmp_path)).clips] == [
         ("b.mp4", None),
         ("a.mp4", "to train"),
         ("a.mp4", "to hold out"),
@@ -99,7 +102,7 @@ def test_links_in_tar_files(tmp_path, caplog):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, target
             tar.addfile(member)
-    clips = find_clips(str(tmp_path / "a.tar"))
+    clips = search(str(tmp_path / "a.tar")).clips
     assert [(clip.member, clip.caption) for clip in clips] == [
         ("x/a.mp4", None),
         ("x/b.mp4", "the b"),
@@ -113,7 +116,7 @@ def test_a_manifest_finds_clips_as_a_list_in_a_folder_does(tmp_path):
     touch(tmp_path, "videos/a.mp4", "videos/e\u0301.mp4", "sub/b.mp4")
     entries = [{"video": "a.mp4"}, {"video": "videos/\u00e9.mp4"}, {"video": "sub\\b.mp4"}, {"video": "none.mp4"}]
     write(tmp_path / "set.jsonl", "\n".join(json.dumps(entry) for entry in entries))
-    names = [os.path.relpath(clip.path, tmp_path) for clip in find_clips(str(tmp_path / "set.jsonl"))]
+    names = [os.path.relpath(clip.path, tmp_path) for clip in search(str(tmp_path / "set.jsonl")).clips]
     assert names == ["videos/a.mp4", "videos/e\u0301.mp4", "sub/b.mp4", "none.mp4"]
 
 
@@ -138,14 +141,14 @@ def test_tar_shards(tmp_path):
     for location in (tmp_path, tmp_path / "set-{000..001}.tar", tmp_path / "set-*.tar"):
         assert captions(location, tmp_path) == expected
     assert captions(tmp_path, tmp_path, txt_key="short")["set-001.tar/in/y.webm"] == "y"
-    (clip,) = find_clips(str(first))
+    (clip,) = search(str(first)).clips
     assert clip.read() == b"x" * 700
 
 
 def test_of_a_cut_off_shard_the_whole_clips_are_used(tmp_path, caplog):
     whole = write_tar(tmp_path / "whole.tar", {f"{i}.mp4": bytes([i]) * 3000 for i in range(4)})
     cut = write(tmp_path / "cut.tar", whole.read_bytes()[:9000])
-    assert [clip.member for clip in find_clips(str(cut))] == ["0.mp4", "1.mp4"]
+    assert [clip.member for clip in search(str(cut)).clips] == ["0.mp4", "1.mp4"]
     assert "cut.tar: damaged or cut off" in caplog.text
 
 
@@ -184,16 +187,16 @@ def test_mistakes_are_named(tmp_path):
         write(tmp_path / "nothing.tar", b"").name: ".*nothing.tar: no videos found",
     }.items():
         with pytest.raises(UserError, match=message) as error:
-            find_clips(str(tmp_path / location))
+            search(str(tmp_path / location))
         assert "\n" not in str(error.value)
     for location in ("https://host/a.tar", "pipe:cat a.tar", "s3://bucket/{000..010}.tar"):
         with pytest.raises(UserError, match="download them, or mount"):
-            find_clips(location)
+            search(location)
 
 
 def test_an_empty_place_is_not_the_current_folder():
     with pytest.raises(UserError, match="a path is empty"):
-        find_clips("")
+        search("")
 
 
 def test_pytorch_is_not_imported():
@@ -201,3 +204,14 @@ def test_pytorch_is_not_imported():
     code += "from cogvideox_sat.media import packet_window, video_reading; sys.exit('torch' in sys.modules)"
     folders = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "sat")]
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(folders)})
+
+
+def test_names_and_patterns_may_be_too_long_for_the_file_system(tmp_path):
+    names = [f"a-long-name-of-a-shard-{number:06d}" for number in range(12)]
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", {"a.mp4": b"video", "a.txt": b"a cat"})
+    pattern = tmp_path / ("{" + ",".join(names) + "}.tar")
+    assert len(pattern.name) > 255
+    assert len(search(str(pattern)).clips) == 12
+    with pytest.raises(UserError, match=r"a+ cannot be read: File name too long; shorten it$"):
+        search(str(tmp_path / ("a" * 300)))

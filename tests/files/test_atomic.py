@@ -1,5 +1,7 @@
 """Test that files and folders are written atomically, and errors are one line."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideox_sat.files import atomic, sizes
-from cogvideox_sat.files.atomic import new_file, new_folder, replaced_when_complete, write_safetensors
+from cogvideox_sat.files.atomic import new_file, new_folder, replaced_when_complete, write_atomically, write_safetensors
 from sgm.errors import UserError
 
 
@@ -94,3 +96,42 @@ def test_others_may_read_weights_as_far_as_the_umask_says(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_content_in_memory_is_written_whole(tmp_path):
+    path = tmp_path / "deep" / "file"
+    write_atomically(path, "é\n")
+    assert path.read_bytes() == b"\xc3\xa9\n"
+    write_atomically(path, b"\xff")
+    assert path.read_bytes() == b"\xff" and names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_disk_that_takes_nothing_more_keeps_the_file(tmp_path, monkeypatch, number):
+    path = tmp_path / "file"
+    path.write_text("one")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError, match=f"^cannot write {path}: {os.strerror(number)}"):
+        write_atomically(path, "two")
+    assert path.read_text() == "one" and names(tmp_path) == ["file"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    with new_folder(folder, needed=0) as part:
+        (part / "one").touch()
+    rename = Path.rename
+
+    def refuse_new(path, target):
+        if path.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(UserError, match=r"cannot write .*folder: Input/output error"), new_folder(folder, 0) as part:
+        (part / "two").touch()
+    assert names(folder) == ["one"] and names(tmp_path) == ["folder"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -134,3 +135,23 @@ def test_giving_up_while_another_process_reads(tmp_path):
         hashes.close()
         assert time.monotonic() - began < 10 and hashes.so_far() == {}
     assert BackgroundHashes({"checkpoint": [file]}).all()["checkpoint"].startswith("sha256:")
+
+
+def test_names_need_not_be_text(tmp_path):
+    named = write(tmp_path / "models" / os.fsdecode(b"\xff"), b"one")
+    other = write(tmp_path / "models" / "other", b"two")
+    assert content_hash([named, other]).startswith("sha256:")
+
+
+def test_a_forked_process_does_not_keep_the_lock():
+    """It may read a clip, hang, and outlive the computation during which it was forked."""
+    with content_hashes._exclusively(None):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        with memory_file().with_suffix(".lock").open("w") as file:
+            assert content_hashes._locked(file)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

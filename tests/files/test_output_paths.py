@@ -1,10 +1,11 @@
 """Test that names are legal for all prompts, and no file is replaced unasked."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from cogvideox_sat.files.output_paths import check_folder, decide_existing, output_path, safe_name
+from cogvideox_sat.files.output_paths import check_folder, check_sheet, decide_existing, output_path, safe_name
 from sgm.errors import UserError
 
 
@@ -64,6 +65,26 @@ def test_existing_files_are_never_replaced_unasked(tmp_path):
 def test_folders_that_cannot_take_files_are_named_before_anything_is_made(tmp_path):
     check_folder(tmp_path / "new" / "newer")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output_dir .*file is not a folder"):
+    with pytest.raises(UserError, match=r"output_dir: .*file is not a folder; name another path"):
         check_folder(tmp_path / "file" / "videos")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_names_that_no_folder_can_have_are_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "broken").symlink_to("gone")
+    with pytest.raises(UserError, match=r"^save: .*/a+: File name too long; shorten it$"):
+        check_folder(tmp_path / ("a" * 300), "save")
+    with pytest.raises(UserError, match=r"^output_dir: .*broken/videos: .*broken is not a folder; name another path$"):
+        check_folder(tmp_path / "broken" / "videos")
+    (tmp_path / "sheet.png").mkdir()
+    with pytest.raises(UserError, match=r"^contact_sheet: .*sheet.png is a folder; name a file$"):
+        check_sheet(str(tmp_path / "sheet.png"))
+
+
+def test_a_folder_above_that_may_not_be_searched_is_one_line(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "lstat", refuse)
+    with pytest.raises(UserError, match=r"^output_dir: .*videos: Permission denied; change the permissions or "):
+        check_folder(tmp_path / "videos")

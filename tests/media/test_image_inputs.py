@@ -101,3 +101,17 @@ def test_missing_unreadable_and_truncated_images_are_named(tmp_path):
     for name, message in (("text.png", "cannot read the image {}"), ("none.png", "^image {} does not exist$")):
         with pytest.raises(UserError, match=message.format(tmp_path / name)):
             load_condition_image(tmp_path / name, (8, 8))
+
+
+def test_damage_that_pillow_does_not_expect_is_one_line(tmp_path):
+    path = tmp_path / "a.dds"
+    Image.new("RGB", (8, 8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[80:84] = bytes(4)  # the flags of the pixel format
+    path.write_bytes(content)
+    with pytest.raises(NotImplementedError), Image.open(path):
+        pass
+    with pytest.raises(UserError, match=f"^cannot read the image {path}: Unknown .*; save it again, as PNG or JPEG$"):
+        load_condition_image(path, (8, 8))
+    with pytest.raises(UserError, match=f"^cannot read the image {tmp_path}: Is a directory; name a file$"):
+        load_condition_image(tmp_path, (8, 8))

@@ -1,5 +1,6 @@
 """The folder of a new run, and which run `resume: latest` means."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cogvideox_sat.runs import folders
 from cogvideox_sat.runs.folders import claim, find_resume, new_run_folder, removed_if_empty, runs_of, write_config
 from sgm.errors import UserError
 
@@ -114,3 +116,54 @@ def test_a_file_system_without_locks_claims_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.lockf", refuse)
     assert claim(tmp_path) is None
+
+
+def test_of_processes_that_resume_together_one_continues(tmp_path, monkeypatch):
+    """The other one has opened the configuration that the first one then replaces."""
+    write_config(tmp_path, {"args": {}})
+    lockf, late = fcntl.lockf, []
+
+    def lock_late(file, how):
+        if not late:
+            late.append(True)
+            write_config(tmp_path, {"args": {"of": "the first"}})
+        return lockf(file, how)
+
+    monkeypatch.setattr("fcntl.lockf", lock_late)
+    with claim(tmp_path) as file:
+        assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "training_config.yaml").stat())
+
+
+def test_a_run_stays_claimed_while_its_configuration_is_replaced(tmp_path, monkeypatch):
+    settings = Namespace(merged_config={"args": {}}, tensorboard=False, wandb=False, wandb_project=None)
+    write_config(tmp_path, {"args": {}})
+    others: list[int] = []
+
+    def write(folder, config):
+        others.append(os.waitstatus_to_exitcode(os.waitpid(forked_claim(folder), 0)[1]))
+        write_config(folder, config)
+
+    monkeypatch.setattr(folders, "write_config", write)
+    writer = folders.open_run_folder(tmp_path, settings, None, 0)
+    others.append(os.waitstatus_to_exitcode(os.waitpid(forked_claim(tmp_path), 0)[1]))
+    assert others == [1, 1], "refused before and after"
+    writer.held.close()
+    writer.close()
+
+
+def forked_claim(folder: Path) -> int:
+    """Return the process that tries to claim a folder, and ends with 1 if it must not."""
+    child = os.fork()
+    if not child:
+        try:
+            claim(folder)
+        except UserError:
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory; a part of the path is a file"):
+        folders.open_run_folder(tmp_path / "file" / "run", Namespace(merged_config={}), None, 0)

@@ -1,8 +1,12 @@
 """The checkpoints that are kept."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from cogvideox_sat.runs.retention import last_saved, mark_newest, outdated, remove_unfinished
+from sgm.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,15 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         (tmp_path / kept).touch()
     remove_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"10", "latest", ".hidden", "mine.part"}
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_name(tmp_path, monkeypatch):
+    mark_newest(tmp_path, "10")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*latest: No space left on device; make room"):
+        mark_newest(tmp_path, "20")
+    assert (tmp_path / "latest").read_text() == "10"

@@ -143,7 +143,7 @@ QLORA_MODEL = network(modules={"lora_config": {**LORA, "params": {"r": 4, "qlora
         (("--valid_data", "{folder}/cache"), {}, "/cache is a cache of latents and"),
         (("--load", "gone"), {}, "args.load: gone does not exist"),
         (("--lora_load", "{folder}/clips"), {}, "lora_load is given, but the model has no lora_config"),
-        (("--save", "{folder}/vae.pt/runs"), {}, "save {folder}/vae.pt/runs: {folder}/vae.pt is not a folder"),
+        (("--save", "{folder}/vae.pt/runs"), {}, "save: {folder}/vae.pt/runs: {folder}/vae.pt is not a folder; name"),
         ((), {"first_stage_config": {"params": {"ckpt_path": "gone"}}}, "ckpt_path: gone does not exist"),
         ((), {"noised_image_input": True}, "noised_image_input is on, but this is a text-to-video model"),
         ((), network(in_channels=32), "model.noised_image_input is off, but this is an image-to-video model"),

@@ -14,7 +14,7 @@ from cogvideox_sat.clips.files import ClipSource
 from cogvideox_sat.clips.items_in_processes import in_processes
 from cogvideox_sat.clips.reading import FrameSampling, probe, read_clip
 from cogvideox_sat.latent_geometry import Bucket
-from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
+from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_probe import frames_at_rate
 from cogvideox_sat.media.video_reading import load_decoder
 from sgm.errors import UserError
@@ -41,7 +41,7 @@ def read_input_video(path: Path, size: tuple[int, int], frames: int, fps: float,
     def read(_: Any) -> Tensor | str:
         try:
             info = probe(source)
-            if (available := frames_at_rate(VideoFacts(*info), fps)) < frames:
+            if (available := frames_at_rate(info, fps)) < frames:
                 return (
                     f"it has {available} frames at {fps:g} frames per second, but {frames} are needed; ask for fewer, "
                     "or give a longer clip"

@@ -21,6 +21,7 @@ For the sample i of the data set, a shard holds
 Clips start where they start in epoch 0. Nothing here imports PyTorch until a shard is opened.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cogvideox_sat.commands.program_names import as_started
+from cogvideox_sat.files.refusals import refusal, why_unreadable
 from cogvideox_sat.files.training_state import anything, count, find_misfit, list_of, mapping_of, number, reader, text
 from sgm.errors import UserError, shown
 from sgm.plain_json import parse_json
@@ -42,7 +44,7 @@ REMEDY = as_started("run tools/precompute_latents.py")
 
 def is_cache(path: str | Path) -> bool:
     """Return whether a path is a folder of `tools/precompute_latents.py`, complete or not."""
-    return (Path(path) / DESCRIPTION).is_file()
+    return os.path.isfile(Path(path) / DESCRIPTION)  # noqa: PTH113, `Path.is_file` may raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         content = parse_json(path.read_text(encoding="utf-8"))
         version = content["format"]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {refusal(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe latents; {REMEDY} into another folder") from error
     if version != FORMAT:
@@ -154,5 +156,7 @@ def open_shard(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if unreadable := why_unreadable(path):  # the library reports this as a missing file
+            raise UserError(f"cannot read {path}: {unreadable}") from error
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged ({reason}); delete it and {REMEDY} again") from error

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cogvideox_sat.files.refusals import refusal
 from sgm.errors import UserError
 
 
@@ -51,17 +52,23 @@ def weights_stamp(files: Sequence[Path]) -> str | None:
 
     The result is None if there are no files or one is missing. Names do not count, so that files may be moved. The end
     of a file of `torch.save` holds the CRCs of all its tensors.
+
+    Raises:
+        UserError: a file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
     if not files or not all(path.is_file() for path in files):
         return None
     for path in files:
-        size, end = path.stat().st_size, 2**20
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(end))
-            file.seek(max(size - end, 0))
-            digest.update(file.read(end))
+        try:
+            size, end = path.stat().st_size, 2**20
+            digest.update(str(size).encode())
+            with path.open("rb") as file:
+                digest.update(file.read(end))
+                file.seek(max(size - end, 0))
+                digest.update(file.read(end))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {refusal(error)}") from error
     return digest.hexdigest()
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt, note_late, refusal
 from cogvideox_sat.clips.items_in_processes import in_processes
-from cogvideox_sat.clips.reading import ClipInfo, probe
+from cogvideox_sat.clips.reading import probe
 from cogvideox_sat.clips.sources import READERS, ClipSource
-from cogvideox_sat.files.atomic import replaced_when_complete
-from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.files.atomic import write_atomically
+from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from sgm.errors import UserError, printable
 from sgm.plain_json import parse_json
 
@@ -26,12 +26,12 @@ VERSION = 2
 REPORT_EVERY = 10  # seconds
 
 Stamp = tuple[int, int]  # size in bytes and time of the last change in nanoseconds
-Index = dict[str, tuple[Stamp, ClipInfo]]
+Index = dict[str, tuple[Stamp, VideoFacts]]
 
 
 def probe_clips(
     sources: Sequence[ClipSource], folder: Path, clip_timeout: float = CLIP_TIMEOUT
-) -> tuple[list[ClipInfo | None], list[str]]:
+) -> tuple[list[VideoFacts | None], list[str]]:
     """Probe all clips, except unchanged clips in the index of `folder`.
 
     If several processes start together, the others wait for the first to write the index, if the file system supports
@@ -43,10 +43,10 @@ def probe_clips(
     """
     with _taking_turns(folder):
         known = _read_index(folder / INDEX)
-        infos: list[ClipInfo | None] = []
+        infos: list[VideoFacts | None] = []
         problems: list[str] = []
         index: Index = {}
-        found: dict[str, ClipInfo | str] = {}
+        found: dict[str, VideoFacts | str] = {}
         said = time.monotonic()
         with ThreadPoolExecutor(READERS) as threads:
             stamps = list(threads.map(lambda source: _stamp(source, folder), sources))
@@ -60,7 +60,7 @@ def probe_clips(
         with closing(probed):
             for source, (key, stamp) in zip(sources, stamps, strict=True):
                 result = found[source.name] if source.name in found else next(probed)
-                if isinstance(result, ClipInfo):
+                if isinstance(result, VideoFacts):
                     infos.append(result)
                     if stamp is not None:  # None: the file appeared while others were probed
                         index[key] = (stamp, result)
@@ -93,7 +93,7 @@ def _note_late(source: ClipSource, reason: str) -> str:
     return note_late(source.name, reason)
 
 
-def _probe(source: ClipSource) -> ClipInfo | str:
+def _probe(source: ClipSource) -> VideoFacts | str:
     """Return the facts of a clip, or the reason why it cannot be read."""
     try:
         with attempt(source.name):
@@ -107,6 +107,7 @@ def _probe(source: ClipSource) -> ClipInfo | str:
 
 @contextmanager
 def _taking_turns(folder: Path) -> Iterator[None]:
+    """Let one process at a time probe the clips of a folder, if the folder is writable."""
     descriptor = None
     with suppress(OSError):  # the folder does not exist, or the file system has no locks
         if os.access(folder, os.W_OK):  # otherwise no index will be written
@@ -120,6 +121,9 @@ def _taking_turns(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
+            with suppress(OSError):
+                # Closing it is not enough: a process that reads a clip, and cannot be killed, has it open, too.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
@@ -129,12 +133,18 @@ def _read_index(path: Path) -> Index:
         content = parse_json(path.read_bytes())
         if content["version"] != VERSION:
             return {}
-        return {key: (tuple(stamp), ClipInfo(*info)) for key, (stamp, info) in content["clips"].items()}
+        index = {key: (tuple(stamp), VideoFacts(*info)) for key, (stamp, info) in content["clips"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    return {key: (stamp, info) for key, (stamp, info) in index.items() if _are_facts(info)}
+
+
+def _are_facts(info: VideoFacts) -> bool:
+    """Return whether the values are those of a clip; otherwise the index is damaged."""
+    *sizes, seconds = info
+    return all(type(size) is int and size > 0 for size in sizes) and type(seconds) in (int, float) and seconds >= 0
 
 
 def _write_index(path: Path, index: Index) -> None:
-    # If the index cannot be written, the next run probes again.
-    with suppress(UserError), replaced_when_complete(path) as part:
-        part.write_text(json.dumps({"version": VERSION, "clips": index}))
+    with suppress(UserError):  # for example a full disk; the next run probes again
+        write_atomically(path, json.dumps({"version": VERSION, "clips": index}))

@@ -20,28 +20,10 @@ from cogvideox_sat.files.image_size import image_size
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.frame_times import ROUNDING
 from cogvideox_sat.media.image_inputs import load_condition_image
-from cogvideox_sat.media.video_facts import UnreadableClip
+from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from cogvideox_sat.media.video_reading import DEFAULT_BACKEND, open_video
 from sgm.errors import UserError
 from sgm.seeds import hashed_seed
-
-
-class ClipInfo(NamedTuple):
-    """Facts about a clip before it is read.
-
-    Attributes:
-        seconds: time from the first frame to the last; a mean frame lasts `seconds / (frames - 1)`.
-    """
-
-    width: int
-    height: int
-    frames: int
-    seconds: float
-
-    @property
-    def frame_duration(self) -> float:
-        """Return the mean seconds between two frames; 0 for a single frame."""
-        return self.seconds / (self.frames - 1) if self.frames > 1 else 0.0
 
 
 class Part(NamedTuple):
@@ -80,12 +62,12 @@ class FrameSampling:
     multiple: int = 4
     random_start: bool = True
 
-    def window(self, info: ClipInfo) -> tuple[float, float]:
+    def window(self, info: VideoFacts) -> tuple[float, float]:
         """Return the times of the first and last usable frame, in seconds from the first frame."""
         skipped = min(self.skip_frames, (info.frames - 1) // 2) * info.frame_duration
         return skipped, info.seconds - skipped
 
-    def num_frames(self, info: ClipInfo) -> int:
+    def num_frames(self, info: VideoFacts) -> int:
         """Return the number of frames of the clip."""
         # The last frame is the nearest one for half its duration.
         first, last = self.window(info)
@@ -93,7 +75,7 @@ class FrameSampling:
         frames = min(fit, self.max_frames)
         return frames - (frames - 1) % self.multiple
 
-    def parts(self, info: ClipInfo, frames: int, most: int | None, stride: float | None) -> list[Part]:
+    def parts(self, info: VideoFacts, frames: int, most: int | None, stride: float | None) -> list[Part]:
         """Return the parts of a source; one clip of `frames` starts in each.
 
         Args:
@@ -101,31 +83,34 @@ class FrameSampling:
             stride: seconds between the beginnings of parts; None: equally long parts, as many as clips fit in without
                 overlap.
         """
-        first, last = self.window(info)
-        duration = info.frame_duration
-        slack = max(last - first + duration / 2 - (frames - 1) / self.fps, 0.0)
-        starts = max(math.floor(slack / duration + ROUNDING) + 1, 1) if duration else 1
+        slack, starts = self._slack(info, frames), self._starts(info, frames)
         if stride is None:
             count = min(most or 1, math.floor(slack * self.fps / frames + ROUNDING) + 1, starts)
             return [Part(i / count, (i + 1) / count) for i in range(count)]
         count = max(min(math.floor(slack / stride + ROUNDING) + 1, starts), 1)
-        share = stride / duration / starts if duration else 1.0
+        share = stride / info.frame_duration / starts if info.frame_duration else 1.0
         parts = [Part(i * share, (i + 1) * share if i + 1 < count else 1.0) for i in range(count)]
         return parts[:most]
 
-    def times(self, info: ClipInfo, frames: int, seed: int, part: Part = WHOLE) -> np.ndarray:
+    def times(self, info: VideoFacts, frames: int, seed: int, part: Part = WHOLE) -> np.ndarray:
         """Return the times of the frames of a clip, in seconds from the source's first frame."""
-        first, last = self.window(info)
-        duration = info.frame_duration
-        slack = last - first + duration / 2 - (frames - 1) / self.fps
-        starts = max(math.floor(slack / duration + ROUNDING) + 1, 1) if duration else 1
-        start, end = part.within(starts)
+        start, end = part.within(self._starts(info, frames))
         if self.random_start:
             start = random.Random(hashed_seed(seed, "clip start")).randrange(start, end)
-        return first + start * duration + np.arange(frames) / self.fps
+        return self.window(info)[0] + start * info.frame_duration + np.arange(frames) / self.fps
+
+    def _slack(self, info: VideoFacts, frames: int) -> float:
+        """Return by how many seconds the start of a clip of `frames` can vary."""
+        first, last = self.window(info)
+        return max(last - first + info.frame_duration / 2 - (frames - 1) / self.fps, 0.0)
+
+    def _starts(self, info: VideoFacts, frames: int) -> int:
+        """Return the number of frames of the source at which a clip of `frames` can start."""
+        duration = info.frame_duration
+        return math.floor(self._slack(info, frames) / duration + ROUNDING) + 1 if duration else 1
 
 
-def probe(source: ClipSource) -> ClipInfo:
+def probe(source: ClipSource) -> VideoFacts:
     """Return the facts of a clip; most containers are read only at the beginning and the end.
 
     Raises:
@@ -135,7 +120,7 @@ def probe(source: ClipSource) -> ClipInfo:
         if source.is_image:
             return _probe_image(file)
         with open_video(file) as video:
-            return ClipInfo(*video.facts)
+            return video.facts
 
 
 def read_clip(
@@ -145,7 +130,7 @@ def read_clip(
     seed: int,
     placement: Placement = CENTRED,
     part: Part = WHOLE,
-    info: ClipInfo | None = None,
+    info: VideoFacts | None = None,
     backend: str = DEFAULT_BACKEND,
 ) -> Tensor:
     """Return the pixels of a clip: uint8 (frames, 3, height, width), RGB, not contiguous.
@@ -164,7 +149,7 @@ def read_clip(
         if source.is_image:
             return _read_image(file, bucket, placement)
         with open_video(file, threads=decoding_threads(), backend=backend) as video:
-            info = info or ClipInfo(*video.facts)
+            info = info or video.facts
             times = sampling.times(info, bucket.frames, seed, part)
             # More than rounding, since single frames may be longer than the mean.
             beyond = 1.5 * info.frame_duration + ROUNDING
@@ -192,12 +177,12 @@ def _opened(source: ClipSource) -> Iterator[str | BinaryIO]:
         yield file
 
 
-def _probe_image(file: str | BinaryIO) -> ClipInfo:
+def _probe_image(file: str | BinaryIO) -> VideoFacts:
     try:
         height, width = image_size(file)
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableClip("not an image, or too damaged to open") from error
-    return ClipInfo(width, height, 1, 0.0)
+    return VideoFacts(width, height, 1, 0.0)
 
 
 def _read_image(file: str | BinaryIO, bucket: Bucket, placement: Placement) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 from cogvideox_sat.clips.attempts import Mark
 from cogvideox_sat.clips.reading_outcomes import Outcome, Stuck
 from cogvideox_sat.clips.reading_worker import REMEDY, serve
+from cogvideox_sat.files.refusals import refusal
 from cogvideox_sat.parallel.process_transfer import receive, send, socket_pair
 from cogvideox_sat.parallel.process_watch import Reading
 from sgm.errors import UserError
@@ -87,7 +88,7 @@ class ReadingProcesses:
         """Return the outcomes of tasks since the last call; if there are none, wait up to `POLL`.
 
         Raises:
-            UserError: a process died for another reason than a clip.
+            UserError: a process died for another reason than a clip, or this process has too many open files.
         """
         self._assign()
         outcomes: list[Outcome] = []
@@ -111,7 +112,7 @@ class ReadingProcesses:
                 return
             number, task = self._waiting.popleft()
             reader.tasks[number] = task
-            with suppress(OSError):  # the process has ended, which `collect` handles
+            with suppress(ConnectionError):  # the process has ended, which `collect` handles
                 send(reader.socket, (number, task))
 
     def _received(self, reader: _Reader) -> list[Outcome]:
@@ -119,6 +120,8 @@ class ReadingProcesses:
             outcome = receive(reader.socket)
         except EOFError:
             return self._replace_dead(reader)
+        except OSError as error:
+            raise UserError(f"clips cannot be received from the process that reads them: {refusal(error)}") from error
         reader.tasks.pop(outcome.number)
         return [outcome]
 

@@ -5,11 +5,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cogvideox_sat.clips.reading import WHOLE, ClipInfo, FrameSampling, Part
+from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part
 from cogvideox_sat.clips.report import SourceReport, counted
 from cogvideox_sat.clips.selection import Selection, SelectionRules, select
 from cogvideox_sat.clips.sources import ClipSource
 from cogvideox_sat.latent_geometry import Bucket
+from cogvideox_sat.media.video_facts import VideoFacts
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Samples:
     """
 
     sources: list[ClipSource] = field(default_factory=list)
-    infos: list[ClipInfo] = field(default_factory=list)
+    infos: list[VideoFacts] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
     parts: dict[int, Part] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)

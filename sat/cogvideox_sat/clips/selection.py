@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogvideox_sat.clips.probing import probe_clips
-from cogvideox_sat.clips.reading import WHOLE, ClipInfo, FrameSampling, Part
+from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part
 from cogvideox_sat.clips.report import SourceReport
 from cogvideox_sat.clips.sources import READERS, ClipSource, Found, LabelRules, search
 from cogvideox_sat.clips.video_sizes import nearest_size
 from cogvideox_sat.configuration.frame_sizes import share_cut_away
 from cogvideox_sat.latent_geometry import Bucket
+from cogvideox_sat.media.video_facts import VideoFacts
 from sgm.errors import UserError
 
 
@@ -50,7 +51,7 @@ class Selection:
 
     report: SourceReport
     sources: list[ClipSource] = field(default_factory=list)
-    infos: list[ClipInfo] = field(default_factory=list)
+    infos: list[VideoFacts] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)

@@ -21,30 +21,24 @@ from cogvideox_sat.clips.caption_tables import TABLE_SUFFIXES, caption_of, decod
 from cogvideox_sat.clips.captions import CLIP_FOLDERS, METADATA, READERS, VIDEO_LISTS, Found, LabelRules, clips_of
 from cogvideox_sat.clips.files import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, ClipSource, other_forms
 from cogvideox_sat.clips.trees import Folder, TarFile
-from cogvideox_sat.commands.input_paths import places
+from cogvideox_sat.commands.input_paths import missing, places
+from cogvideox_sat.files.refusals import refusal, why_unreadable
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
-__all__ = ["IMAGE_SUFFIXES", "READERS", "VIDEO_SUFFIXES", "ClipSource", "Found", "LabelRules", "find_clips", "search"]
+__all__ = ["IMAGE_SUFFIXES", "READERS", "VIDEO_SUFFIXES", "ClipSource", "Found", "LabelRules", "search"]
 
 
 PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|zip|7z|rar)$", re.IGNORECASE)
 
 
-def find_clips(location: str, txt_key: str = "caption") -> list[ClipSource]:
-    """Return all clips of a folder, a manifest or tar shards, in the same order everywhere.
+def search(location: str, rules: LabelRules | None = None) -> Found:
+    """Return the clips of a folder, a manifest or tar shards, and observations on files.
+
+    The order of the clips is the same on every machine.
 
     Args:
-        txt_key: the key of captions in records.
-
-    Raises:
-        UserError: the place has no clips, or a file cannot be parsed.
-    """
-    return search(location, LabelRules(txt_key)).clips
-
-
-def search(location: str, rules: LabelRules | None = None) -> Found:
-    """Return the clips of a place as `find_clips` does, with observations about its files.
+        rules: rules for reading captions; None: the default ones.
 
     Raises:
         UserError: the place has no clips, or a file cannot be parsed.
@@ -52,7 +46,11 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
     rules = rules or LabelRules()
     if not location:
         raise UserError("a path is empty; write . for the current working directory")
-    if re.match(r"[a-z][a-z0-9+.-]*:", location) and not Path(location).exists():
+    is_pattern = any(char in location for char in "{*?[")  # as a whole it may be too long for a name
+    if not is_pattern and (reason := why_unreadable(location)):
+        raise UserError(f"{location} cannot be read: {reason}")
+    exists = os.path.exists(location)  # noqa: PTH110, `Path.exists` may raise
+    if re.match(r"[a-z][a-z0-9+.-]*:", location) and not exists:
         raise UserError(
             f"{location}: clips are read from files; download them, or mount their file system, and give that path"
         )
@@ -61,7 +59,7 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
             f"{location}: compressed tar files cannot be read in any order; unpack the file to a plain .tar"
         )
     path = Path(location)
-    if path.is_dir():
+    if exists and path.is_dir():
         shards = sorted(str(file) for file in path.glob("*.tar"))
         return _with_files_beside(_tar_clips(shards, rules), path) if shards else _folder_clips(path, rules)
     suffix = path.suffix.lower()
@@ -69,8 +67,8 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
         return _manifest_clips(path, rules)
     if suffix == ".tar":
         return _tar_clips(_expand(location), rules)
-    what = "is not a folder or a .jsonl, .csv or .tar file" if path.exists() else f"does not exist{places(path)}"
-    if path.exists() and suffix in (".txt", *CLIP_SUFFIXES):
+    what = "is not a folder or a .jsonl, .csv or .tar file" if exists else missing(path)
+    if exists and suffix in (".txt", *CLIP_SUFFIXES):
         what += f"; give its folder, {path.parent}"
     raise UserError(f"{location} {what}")
 
@@ -106,7 +104,7 @@ def _manifest_clips(path: Path, rules: LabelRules) -> Found:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the manifest {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read the manifest {path}: {refusal(error)}") from error
     entries = entries_of_table(content, str(path), rules.txt_key if rules.used else None)
     with ThreadPoolExecutor(READERS) as threads:
         files = threads.map(lambda entry: _file_of(path.parent, entry[0]), entries)
@@ -132,12 +130,12 @@ def _expand(pattern: str) -> list[str]:
 
     shards = []
     for part in braceexpand(pattern):
-        if Path(part).exists():
+        if os.path.exists(part):  # noqa: PTH110, `Path.exists` may raise
             shards.append(part)
         elif any(char in part for char in "*?["):
             shards += sorted(glob(part))  # noqa: PTH207
         else:
-            raise UserError(f"{part} does not exist{places(part)}")
+            raise UserError(f"{part} {missing(part)}")
     if not shards:
         raise UserError(f"no file matches {pattern}{places(pattern)}")
     return shards

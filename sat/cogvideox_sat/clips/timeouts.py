@@ -17,11 +17,12 @@ for earlier steps.
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from cogvideox_sat.clips.batch_order import SampleKey
+from cogvideox_sat.files.refusals import refusal
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
 
@@ -89,8 +90,7 @@ class ClipTimeouts:
         """Record the clips that were noted for a sample, once another clip has replaced them."""
         occasion = self._occasion(key, step)
         for place in [place for place in self._pending if place[:2] == occasion]:
-            entry = self._pending.pop(place)
-            self.record([TimedOutClip(**{**asdict(entry), "substitute": substitute})])
+            self.record([replace(self._pending.pop(place), substitute=substitute)])
 
     def record(self, entries: Iterable[TimedOutClip]) -> None:
         """Add and write entries of this process.
@@ -108,7 +108,7 @@ class ClipTimeouts:
                     _end_line(file)
                     file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
             except OSError as error:
-                raise UserError(f"cannot write {self.file}: {error.strerror or error}") from error
+                raise UserError(f"cannot write {self.file}: {refusal(error)}") from error
 
     def take_news(self) -> list[TimedOutClip]:
         """Return the entries that were recorded since the last call."""
@@ -130,7 +130,8 @@ def read_record(folder: Path) -> list[TimedOutClip]:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"resume: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+            reason = refusal(error) if isinstance(error, OSError) else "not UTF-8 text; delete it"
+            raise UserError(f"resume: cannot read {path}: {reason}") from error
         for number, line in enumerate(lines, start=1):
             try:
                 entries.append(_entry(parse_json(line)))

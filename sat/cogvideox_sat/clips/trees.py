@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from cogvideox_sat.clips.files import CLIP_SUFFIXES, IMAGE_SUFFIXES, ClipSource, moves
+from cogvideox_sat.files.refusals import refusal
 from sgm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Folder(Tree):
         try:
             return self._path(name).read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the label {self._path(name)}: {error.strerror or error}") from error
+            raise UserError(f"cannot read the label {self._path(name)}: {refusal(error)}") from error
 
     def source(self, name: str, caption: str | None) -> ClipSource:
         path = str(self.root / name)
@@ -212,7 +213,7 @@ class TarFile(Tree):
         except tarfile.ReadError as error:
             logger.warning("%s: damaged or cut off (%s); the clips before that are used", self.path, error)
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {self.path}: {refusal(error)}") from error
 
     def has(self, name: str) -> bool:
         return name in self.members
@@ -224,7 +225,7 @@ class TarFile(Tree):
         try:
             return self.source(name, None).read()
         except OSError as error:
-            raise UserError(f"cannot read {self.shown(name)}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {self.shown(name)}: {refusal(error)}") from error
 
     def source(self, name: str, caption: str | None) -> ClipSource:
         member, start, size = self.members[name]

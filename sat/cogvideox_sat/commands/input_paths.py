@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_sat.commands.launchers import is_first_process
+from cogvideox_sat.files.refusals import why_unreadable
 from cogvideox_sat.files.shipped import ROOT
 from sgm.errors import UserError
 
@@ -127,12 +128,18 @@ def located(path: Any, argument: str) -> Any:
 
 
 def not_found(argument: str, path: str | Path) -> str:
-    """Return the message for an input that exists in neither place."""
-    return f"{argument}: {path} does not exist{places(path)}"
+    """Return the message for an input that exists in neither place, or cannot be read."""
+    return f"{argument}: {path} {missing(path)}"
+
+
+def missing(path: str | Path) -> str:
+    """Return the end of that message: where the path does not exist, or why it is unreadable."""
+    reason = why_unreadable(path)
+    return f"does not exist{places(path)}" if reason is None else f"cannot be read: {reason}"
 
 
 def places(path: str | Path) -> str:
-    """Return the end of such a message, which names both places; "" if there is only one."""
+    """Return the places where a path was looked for, for a message; "" if there is only one."""
     path = Path(path)
     if path.is_absolute() or _is_home(path) or Path.cwd() == ROOT:
         return ""

@@ -16,7 +16,7 @@ from cogvideox_sat.configuration.files import PATH_KEYS, MergedConfig
 from cogvideox_sat.configuration.merging import first_difference
 from cogvideox_sat.configuration.sampler_knobs import KNOBS
 from cogvideox_sat.configuration.targets import iterate_targets, why_target_fails
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import write_atomically
 from sgm.config_places import Sources
 from sgm.errors import UserError, shown
 from sgm.plain_json import has_half_characters
@@ -291,11 +291,9 @@ def write_record(video: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: the record cannot be written.
     """
-    path = record_path(video)
-    with replaced_when_complete(path) as part, reported_as_user_error(path):
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        # Half a surrogate pair is written as JSON's escape.
-        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Half a surrogate pair is written as JSON's escape.
+    write_atomically(record_path(video), text.encode("utf-8", "backslashreplace"))
 
 
 def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from cogvideox_sat.files.refusals import refusal
 from cogvideox_sat.files.sizes import free_bytes, room_in_words
 from sgm.errors import UserError
 
@@ -46,6 +47,16 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: bytes, or text in UTF-8; missing parent folders are made.
+
+    Raises:
+        UserError: the operating system refuses (permissions, disk full, ...).
+    """
+    with replaced_when_complete(path) as part, reported_as_user_error(path):
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @contextmanager
 def new_folder(folder: Path, needed: int) -> Iterator[Path]:
     """Yield a hidden folder beside `folder`, which replaces `folder` when the block succeeds.
@@ -59,23 +70,28 @@ def new_folder(folder: Path, needed: int) -> Iterator[Path]:
     Raises:
         UserError: the operating system refuses, or the disk has too little free space.
     """
-    with no_empty_folders(folder), reported_as_user_error(folder):
+    with reported_as_user_error(folder), no_empty_folders(folder):
         folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         check_room(folder, needed)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as temporary:
-            part = Path(temporary) / "new"
+            part, old = Path(temporary) / "new", Path(temporary) / "old"
             part.mkdir()
             yield part
-            if folder.exists():
-                folder.rename(Path(temporary) / "old")
-            part.rename(folder)
+            try:
+                if folder.exists():
+                    folder.rename(old)
+                part.rename(folder)
+            except BaseException:
+                if old.exists():  # else it would be removed with the temporary folder
+                    old.rename(folder)
+                raise
 
 
 @contextmanager
 def new_file(path: Path, needed: int) -> Iterator[Path]:
     """Yield a temporary file beside `path`; otherwise the same as `new_folder`."""
-    with no_empty_folders(path), reported_as_user_error(path):
+    with reported_as_user_error(path), no_empty_folders(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path, needed)
         with replaced_when_complete(path) as part:
@@ -120,6 +136,6 @@ def reported_as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {refusal(error)}") from error
     except SafetensorError as error:
         raise UserError(f"cannot write {path}: {error}") from error

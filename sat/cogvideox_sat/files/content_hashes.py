@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cogvideox_sat.files.atomic import replaced_when_complete
+from cogvideox_sat.files.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def content_hash(files: Iterable[Path], stop: threading.Event | None = None) -> 
     if len(files) == 1:
         return f"sha256:{hashes[0]}"
     lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(hashes, files, strict=True))
-    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+    digest_of_all = hashlib.sha256(lines.encode("utf-8", "surrogateescape"))  # a name may be no valid text
+    return f"sha256:{digest_of_all.hexdigest()}"
 
 
 def hash_of_file(path: Path, stop: threading.Event | None = None) -> str:
@@ -116,7 +117,12 @@ def _exclusively(stop: threading.Event | None) -> Iterator[None]:
                 if stop is not None and stop.is_set():
                     raise Stopped
                 time.sleep(LOCK_SECONDS)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                # Closing the file is not enough: a process that was forked meanwhile, to read a clip, has it open, too.
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _locked(file: IO[str]) -> bool:
@@ -142,8 +148,7 @@ def _remember(path: str, entry: dict[str, Any]) -> None:
     content[path] = entry  # the newest last
     content = dict(list(content.items())[-MOST_REMEMBERED:])
     try:
-        with replaced_when_complete(memory_file()) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomically(memory_file(), json.dumps(content, indent=1) + "\n")
     except Exception as error:  # for example a full disk; the hash is computed again the next time
         logger.debug("hashes are not remembered: %s", error)
 

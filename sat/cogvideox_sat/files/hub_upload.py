@@ -42,7 +42,10 @@ def upload(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder)
     except Exception as error:
-        raise UserError(f"--push_to_hub: {folder} is written, but not uploaded: {_reason(error)}") from error
+        raise UserError(
+            f"--push_to_hub: {folder} is written, but not uploaded: {_reason(error)}; upload it with `hf upload "
+            f"{repository} {folder}`"
+        ) from error
     return str(address)
 
 

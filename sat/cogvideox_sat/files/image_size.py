@@ -11,8 +11,7 @@ def image_size(file: str | Path | BinaryIO) -> tuple[int, int]:
     """Return the (height, width) of an image in pixels, after its EXIF rotation.
 
     Raises:
-        OSError, SyntaxError, ValueError, EOFError, IndexError or PIL.Image.DecompressionBombError: the image is
-            missing or damaged.
+        Exception: the image is missing or damaged; Pillow's decoders raise many kinds.
     """
     from PIL import Image
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cogvideox_sat.files.refusals import refusal
 from sgm.errors import UserError, shown
 
 MOST_BYTES = 255  # longest name of a file on common file systems
@@ -25,7 +26,7 @@ def newest(folder: Path, argument: str) -> str | None:
             content = opened.read(MOST_BYTES + 2)
         name = content.decode("utf-8").strip()
     except OSError as error:
-        raise UserError(f"{argument}: cannot read {file}: {error.strerror or error}") from error
+        raise UserError(f"{argument}: cannot read {file}: {refusal(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{argument}: {file} is not text; {advice}") from error
     is_name = name == Path(name).name and name not in ("", "..") and name.isprintable()

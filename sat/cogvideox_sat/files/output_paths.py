@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from cogvideox_sat.files.refusals import refusal
 from sgm.errors import UserError
 
 # Illegal on some file systems, or special in a shell (typographic quotes included).
@@ -75,6 +76,8 @@ def check_sheet(path: str) -> None:
     """
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"contact_sheet: got {path}; expected a name that ends with .png")
+    if os.path.isdir(path):  # noqa: PTH112, `Path.is_dir` may raise
+        raise UserError(f"contact_sheet: {path} is a folder; name a file")
     check_folder(Path(path).parent, "contact_sheet")
 
 
@@ -85,8 +88,27 @@ def check_folder(folder: str | Path, argument: str = "output_dir") -> None:
         UserError: about `argument`: they cannot.
     """
     folder = Path(folder)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{argument} {folder}: {nearest} is not a folder")
+    nearest = _nearest_existing(folder, argument)
+    if not os.path.isdir(nearest):  # noqa: PTH112, `Path.is_dir` may raise
+        raise UserError(f"{argument}: {folder}: {nearest} is not a folder; name another path")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{argument} {folder}: no permission to write to {nearest}")
+        raise UserError(
+            f"{argument}: {folder}: no permission to write to {nearest}; change its permissions or name another folder"
+        )
+
+
+def _nearest_existing(folder: Path, argument: str) -> Path:
+    """Return the folder, or the nearest path above it that exists, even a broken link.
+
+    Raises:
+        UserError: about `argument`: the name is too long, or a folder above may not be searched.
+    """
+    for path in (folder, *folder.absolute().parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise UserError(f"{argument}: {folder}: {refusal(error)}") from error
+        return path
+    return Path(folder.anchor)

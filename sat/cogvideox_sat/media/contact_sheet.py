@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import write_atomically
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_reading import open_video
 from sgm.errors import UserError
@@ -53,8 +53,7 @@ def write_frames(path: Path, videos: Sequence[tuple[str, Sequence[Image.Image]]]
         top += FRAME_HEIGHT + GAP
     content = io.BytesIO()
     sheet.save(content, "PNG", optimize=True)
-    with replaced_when_complete(path) as part, reported_as_user_error(path):
-        part.write_bytes(content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def spread(total: int, most: int) -> list[int]:
@@ -66,11 +65,10 @@ def spread(total: int, most: int) -> list[int]:
 def _frames(file: Path) -> list[Image.Image]:
     try:
         with open_video(file) as video:
-            frames, seconds = video.facts[2:]
-            times = [seconds * index / max(frames - 1, 1) for index in spread(frames, FRAMES)]
+            times = [index * video.facts.frame_duration for index in spread(video.facts.frames, FRAMES)]
             return [Image.fromarray(frame) for frame in video.frames_at(times)]
     except UnreadableClip as error:
-        raise UserError(f"contact_sheet: {file} cannot be read: {error}") from error
+        raise UserError(f"contact_sheet: {file} cannot be read: {error}; make it again") from error
 
 
 def _scaled_to_row(frame: Image.Image) -> Image.Image:

@@ -5,10 +5,11 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sgm.errors import UserError
+from cogvideox_sat.files.refusals import refusal
+from sgm.errors import UserError, one_line
 
 
 def load_condition_image(
@@ -35,10 +36,17 @@ def load_condition_image(
             image = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
         raise UserError(f"image {path} does not exist") from error
-    # Pillow's decoders raise any of these for damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"cannot read the image {path}: {_reason(error)}") from error
     return fitted_image(image, size, crop)
+
+
+def _reason(error: Exception) -> str:
+    """Return why an image cannot be read, and what to do."""
+    if isinstance(error, OSError) and error.errno:
+        return refusal(error)
+    reason = "not an image" if isinstance(error, UnidentifiedImageError) else one_line(str(error), 200)
+    return f"{reason}; save it again, as PNG or JPEG"
 
 
 def fitted_image(image: Image.Image, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import write_atomically
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_reading import open_video
 from sgm.errors import UserError
@@ -24,17 +24,16 @@ def write_looping_preview(video: Path) -> Path:
     path = video.with_suffix(".webp")
     try:
         with open_video(video) as opened:
-            frames, seconds = opened.facts[2:]
+            facts = opened.facts
             first, *others = (_reduced(Image.fromarray(frame)) for frame in opened.all_frames())
     except UnreadableClip as error:
-        raise UserError(f"looping_previews: {video} cannot be read: {error}") from error
-    milliseconds = round(1000 * seconds / (frames - 1)) if frames > 1 else SINGLE
+        raise UserError(f"looping_previews: {video} cannot be read: {error}; make it again") from error
+    milliseconds = round(1000 * facts.frame_duration) if facts.frames > 1 else SINGLE
     content = io.BytesIO()
     first.save(
         content, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=QUALITY, method=6
     )
-    with replaced_when_complete(path) as part, reported_as_user_error(path):
-        part.write_bytes(content.getvalue())
+    write_atomically(path, content.getvalue())
     return path
 
 

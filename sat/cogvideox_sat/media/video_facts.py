@@ -16,10 +16,15 @@ class VideoFacts(NamedTuple):
     Attributes:
         width, height: of a frame in square pixels, after the rotation that the file asks for.
         frames: number of frames that are shown; frames hidden by an edit list do not count.
-        seconds: time from the first frame to the last; a mean frame lasts `seconds / (frames - 1)`.
+        seconds: time from the first frame to the last.
     """
 
     width: int
     height: int
     frames: int
     seconds: float
+
+    @property
+    def frame_duration(self) -> float:
+        """Return the mean seconds between two frames; 0 for a single frame."""
+        return self.seconds / (self.frames - 1) if self.frames > 1 else 0.0

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error, write_atomically
 from sgm.errors import UserError
 
 CHUNKS_AHEAD = 2  # chunks that may wait for the encoder; each holds the frames of one `write`
@@ -164,10 +164,8 @@ def save_latents(path: str | Path, latents: Tensor, metadata: Mapping[str, str] 
     """
     from safetensors.torch import save
 
-    path = Path(path)
-    with replaced_when_complete(path) as part, reported_as_user_error(path):
-        # safetensors' own save_file would make the file readable only by its owner.
-        part.write_bytes(_in_order(save({"latents": latents.detach().contiguous()}, dict(metadata or {}))))
+    # safetensors' own save_file would make the file readable only by its owner.
+    write_atomically(Path(path), _in_order(save({"latents": latents.detach().contiguous()}, dict(metadata or {}))))
 
 
 def _in_order(content: bytes) -> bytes:

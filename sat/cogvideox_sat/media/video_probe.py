@@ -13,6 +13,7 @@ from cogvideox_sat.media.frame_times import ROUNDING
 from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from cogvideox_sat.media.video_reading import load_decoder, open_video
 
+DEATH = 5.0  # seconds in which a killed process ends; one that waits for a dead network disk may not
 LIMIT = 60.0  # seconds for opening a video; a file without an index of frames is read to its end
 
 
@@ -38,7 +39,7 @@ def facts_in_time(path: Path, limit: float = LIMIT) -> VideoFacts:
         raise UnreadableClip("the process that opened it crashed") from error
     finally:
         process.kill()
-        process.join()
+        process.join(DEATH)
         answers.close()
     if isinstance(answer, str):
         raise UnreadableClip(answer)
@@ -58,5 +59,4 @@ def frames_at_rate(facts: VideoFacts, fps: float) -> int:
 
     The last frame counts as long as a mean frame.
     """
-    duration = facts.seconds / (facts.frames - 1) if facts.frames > 1 else 0.0
-    return math.floor((facts.seconds + duration / 2) * fps + ROUNDING) + 1
+    return math.floor((facts.seconds + facts.frame_duration / 2) * fps + ROUNDING) + 1

@@ -76,7 +76,8 @@ class BackgroundWriter:
             thread.join(LIMIT)
         if thread.is_alive():
             raise UserError(
-                f"cannot write {self._what}: the disk has not stored it in {LIMIT:g} s; the previous checkpoint is kept"
+                f"cannot write {self._what}: the disk has not stored it in {LIMIT:g} s; the previous checkpoint is "
+                "kept: check the disk and continue with --resume latest"
             )
         error, self._error = self._error, None
         if error is not None:

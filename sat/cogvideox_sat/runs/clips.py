@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from cogvideox_sat.clips.attempts import noting_late, refusing
 from cogvideox_sat.clips.timeouts import BEFORE_TRAINING, ClipTimeouts, TimedOutClip, left_out, read_record, record_file
+from cogvideox_sat.files.refusals import refusal
 from cogvideox_sat.parallel import process_watch
 from cogvideox_sat.parallel.agreement import from_first_process, meet
 from sgm.errors import UserError
@@ -132,7 +133,7 @@ class UnreadableClips:
                 with self.file.open("a", encoding="utf-8") as file:
                     file.writelines(f"{clip}\n" for clip in new)
             except OSError as error:
-                raise UserError(f"cannot write {self.file}: {error.strerror or error}") from error
+                raise UserError(f"cannot write {self.file}: {refusal(error)}") from error
         return new
 
     @property

@@ -5,9 +5,10 @@ This module imports no PyTorch.
 
 import fcntl
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,8 @@ import yaml
 
 from cogvideox_sat.clips.reader_record import with_backend
 from cogvideox_sat.configuration.settings import LoopSettings
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import reported_as_user_error, write_atomically
+from cogvideox_sat.files.refusals import refusal
 from cogvideox_sat.runs.metrics import MetricsWriter
 from cogvideox_sat.runs.retention import LATEST
 from sgm.errors import UserError
@@ -44,7 +46,7 @@ def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
             number += 1
             folder = stem.with_name(f"{stem.name}-{number}")
         except OSError as error:
-            raise UserError(f"cannot make {folder}: {error.strerror}") from error
+            raise UserError(f"cannot make {folder}: {refusal(error)}") from error
 
 
 def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, str] | None, step: int) -> MetricsWriter:
@@ -59,11 +61,12 @@ def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, s
     Raises:
         UserError: a file cannot be written, or another process has opened the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder)
+    with reported_as_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     config = with_backend(settings.merged_config, reader)
-    write_config(folder, config)
-    held = claim(folder)
+    with claim(folder) or nullcontext():  # of the file that is replaced now
+        write_config(folder, config)
+        held = claim(folder)
     writer = MetricsWriter(
         folder,
         tensorboard=settings.tensorboard,
@@ -87,21 +90,25 @@ def claim(folder: Path) -> IO[bytes] | None:
     Raises:
         UserError: another process has claimed it.
     """
-    try:
-        file = (folder / CONFIG_FILE).open("r+b")
-    except OSError:
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise UserError(
-            f"resume: another process already continues {folder}; wait until it has ended, or stop it"
-        ) from error
-    except OSError:
-        file.close()
-        return None
-    return file
+    path = folder / CONFIG_FILE
+    while True:
+        try:
+            file = path.open("r+b")
+        except OSError:
+            return None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise UserError(
+                f"resume: another process already continues {folder}; wait until it has ended, or stop it"
+            ) from error
+        except OSError:
+            file.close()
+            return None
+        file.close()  # another process replaced the file between opening and locking
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -110,9 +117,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    path = folder / CONFIG_FILE
-    with replaced_when_complete(path) as part, reported_as_user_error(path):
-        part.write_text(yaml.safe_dump(config, sort_keys=False))
+    write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
 def find_resume(settings: LoopSettings, locate: Callable[[Path], Path]) -> Path | None:

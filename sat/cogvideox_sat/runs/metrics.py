@@ -7,11 +7,11 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import reported_as_user_error, write_atomically
 from cogvideox_sat.runs.videos import VIDEOS_FILE, video_entry
 from sgm.plain_json import parse_json
 
@@ -123,8 +123,7 @@ class LineFile:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start_step]
         if kept != lines:
-            with replaced_when_complete(path) as part, reported_as_user_error(path):
-                part.write_bytes(b"".join(kept))
+            write_atomically(path, b"".join(kept))
         self._torn = False
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
@@ -143,8 +142,7 @@ class JsonLines:
     def __init__(self, path: Path, start_step: int):
         self._file = LineFile(path, start_step)
         if not path.exists():
-            with replaced_when_complete(path):
-                pass
+            write_atomically(path, b"")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.add(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
@@ -236,8 +234,7 @@ class WandbRun:
 
         id_file = folder / "wandb_id"
         if not id_file.exists():
-            with replaced_when_complete(id_file) as part:
-                part.write_text(uuid.uuid4().hex[:8])
+            write_atomically(id_file, uuid.uuid4().hex[:8])
         identity = id_file.read_text().strip()
         settings = wandb.Settings(login_timeout=60)  # with a terminal, wandb asks for a key
 
@@ -283,11 +280,13 @@ def video_as_gif(path: Path, max_side: int = MAX_SIDE) -> tuple[bytes, int, int]
     from imageio_ffmpeg import read_frames
     from PIL import Image
 
-    reader = read_frames(path)
-    meta = next(reader)
-    images = [Image.frombuffer("RGB", meta["size"], bytes(frame)) for frame in reader]
-    for image in images:
-        image.thumbnail((max_side, max_side))
+    images = []
+    with closing(read_frames(path)) as reader:  # closing it ends its process
+        meta = next(reader)
+        for frame in reader:
+            image = Image.frombuffer("RGB", meta["size"], bytes(frame))
+            image.thumbnail((max_side, max_side))
+            images.append(image)
     file = BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / meta["fps"], loop=0)
     return file.getvalue(), *images[0].size

@@ -4,6 +4,7 @@ This module imports no PyTorch.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def check_places(args: RunArguments, kinds: str) -> None:
     for name, paths in (("train_data", args.train_data), ("valid_data", args.valid_data)):
         for path in paths:
             is_pattern = path.endswith(".tar") and any(char in path for char in "{*?[")
-            if not path or not (is_pattern or "://" in path or Path(path).exists()):
+            if not path or not (is_pattern or "://" in path or os.path.exists(path)):  # noqa: PTH110
                 raise UserError(not_found(name, path))
 
 

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from cogvideox_sat.files.atomic import replaced_when_complete
+from cogvideox_sat.files.atomic import write_atomically
 
 LATEST = "latest"
 
@@ -15,8 +15,7 @@ def mark_newest(run_folder: Path, name: str) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with replaced_when_complete(run_folder / LATEST) as file:
-        file.write_text(name)
+    write_atomically(run_folder / LATEST, name)
 
 
 def last_saved(run_folder: Path) -> Path | None:

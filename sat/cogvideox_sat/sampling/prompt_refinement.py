@@ -167,7 +167,7 @@ class _Conversation:
         """Return the caption, or None if refining failed, which is logged as a warning."""
         try:
             messages = messages_for(prompt)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for damaged images
+        except Exception as error:  # Pillow's decoders raise many kinds for damaged images
             logger.warning("prompt kept as it is ('%.60s'): cannot read %s: %s", prompt.text, prompt.image, error)
             return None
         text, reason = self.ask(messages)
@@ -222,7 +222,7 @@ def messages_for(prompt: Prompt) -> list[dict[str, Any]]:
     """Return the messages that ask for a caption.
 
     Raises:
-        OSError, SyntaxError or ValueError: the image is missing or damaged.
+        Exception: the image is missing or damaged; Pillow's decoders raise many kinds.
     """
     if prompt.image is None:
         messages = [("system", TEXT_INSTRUCTIONS), ("user", EXAMPLE[0]), ("assistant", EXAMPLE[1])]
