@@ -84,6 +84,7 @@ def test_a_home_is_one_place(root, monkeypatch):
     assert named_place(Path("~/a.pt"), required_input("~/a.pt", "PATH")) == root / "a.pt"
     with pytest.raises(UserError, match=r"^PATH: ~/gone\.pt does not exist$"):
         required_input("~/gone.pt", "PATH")
+    assert located("~/shards/{000..001}.tar", "PATH") == str(root / "shards/{000..001}.tar")
 
 
 def test_patterns_lists_weighted_entries_and_urls(root):
@@ -91,8 +92,8 @@ def test_patterns_lists_weighted_entries_and_urls(root):
     (root / "shards" / "000.tar").touch()
     (root / "clips").mkdir()
     here, there = "shards/{000..001}.tar", str(root / "shards/{000..001}.tar")
-    given = [here, "shards/*.tar", "none/*.tar", "https://a.b/c.tar", {"path": "clips", "weight": 2}, 7]
-    there = [str(root / here), str(root / "shards/*.tar"), "none/*.tar", "https://a.b/c.tar"]
+    given = [here, "shards/*.tar", "none/**.tar", "https://a.b/c.tar", {"path": "clips", "weight": 2}, 7]
+    there = [str(root / here), str(root / "shards/*.tar"), "none/**.tar", "https://a.b/c.tar"]
     assert located(given, "train_data") == [*there, {"path": str(root / "clips"), "weight": 2}, 7]
 
 

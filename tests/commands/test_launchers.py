@@ -64,6 +64,11 @@ def test_mpirun_on_one_machine(variables):
     assert not is_first_process()
 
 
+def test_variables_that_are_set_are_kept(variables):
+    given = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node7", "MASTER_PORT": "4242"}
+    assert variables(**MPIRUN, **given) == {"RANK": "5", "WORLD_SIZE": "6", **given}
+
+
 def test_srun_on_several_machines(variables):
     adopted = variables(**SRUN)
     assert 1024 < int(adopted.pop("MASTER_PORT")) < 32768

@@ -10,9 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox_sat.conversion import stored_weights
+from cogvideox_sat.conversion.assembled_weights import assembled
 from cogvideox_sat.conversion.diffusers_folders import write_part
 from cogvideox_sat.conversion.safetensors_writing import check_equal, split, write_safetensors
-from cogvideox_sat.conversion.stored_weights import open_weights
+from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights, open_weights
+from cogvideox_sat.weights.diffusers_names import Piece
 from sgm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +41,9 @@ print(peak() - before)
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int64)
-    return {f"w{i}": (torch.randn(3, i + 1) * 9).to(dtypes[i % 4]) for i in range(9)} | {"number": torch.tensor(2.5)}
+    small = {"bits": torch.tensor([True, False]), "small": torch.tensor([0.5, -448.0]).to(torch.float8_e4m3fn)}
+    small |= {"number": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
+    return {f"w{i}": (torch.randn(3, i + 1) * 9).to(dtypes[i % 4]) for i in range(9)} | small
 
 
 @pytest.mark.parametrize("window", [0, 50, 10**9])
@@ -114,3 +118,12 @@ def test_memory_does_not_grow_with_files_or_their_number(tmp_path, megabytes):
     command = [sys.executable, "-c", CONVERT, tmp_path / "a.pt", tmp_path / "one", tmp_path / "two", megabytes]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
     assert int(result.stdout.split()[-1]) < 2 * stored_weights.WINDOW_BYTES / 2**20 + 16
+
+
+def test_pieces_of_different_dtypes_make_a_tensor_of_the_widest():
+    """The announced dtype is that of the tensor which is read, whichever piece comes first."""
+    parts = {"a": torch.ones(1, 2, dtype=torch.bfloat16), "b": torch.full((1, 2), 1 / 3)}
+    stored = StoredWeights({name: Stored.of(tensor) for name, tensor in parts.items()})
+    made = assembled({"ab": (Piece("a"), Piece("b"))}, stored)
+    assert made["ab"].dtype == made.entries["ab"].dtype == torch.float32
+    assert torch.equal(made["ab"], torch.cat(list(parts.values())))

@@ -141,9 +141,24 @@ def test_tables_of_other_sizes_are_found_and_wrong_ones_refused():
         sizes_of_tables(tables, rotary, "file")
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (5,), (4, 8), (2, 4, 64)])
+def test_tables_of_impossible_shapes_are_named(shape):
+    rotary, added = (replace(detect_network(small(name), "small"), hidden_size=96) for name in ("5b", "2b"))
+    for table in FREQUENCIES:
+        tables = dict.fromkeys(FREQUENCIES, torch.zeros(7, rotary.head_dim)) | {table: torch.zeros(shape)}
+        with pytest.raises(UserError, match=rf"file: {table} has the shape .*; expected \[n, {rotary.head_dim}\]"):
+            sizes_of_tables(tables, rotary, "file")
+    with pytest.raises(UserError, match=r"pos_embedding has the shape .*; expected \[1, n, 96\]"):
+        sizes_of_tables({POSITION_TABLE: torch.zeros(shape)}, added, "file")
+
+
 def test_a_configuration_of_another_model_is_refused():
     detected = detect_network(small("5b"), "small")
     with pytest.raises(UserError, match="it has num_layers 42, the weights have 3"):
         sizes_of_config(released_config(detected), detected, "cogvideox_5b.yaml")
-    with pytest.raises(UserError, match="does not describe a model"):
+    with pytest.raises(UserError, match=r"sft.yaml does not describe a model: 'model' is missing; give a model's file"):
         sizes_of_config({"args": {}}, detected, "sft.yaml")
+    endless = released_config(detected)
+    endless["model"]["network_config"]["params"]["num_frames"] = float("inf")
+    with pytest.raises(UserError, match=r"a.yaml does not describe a model: cannot convert float infinity"):
+        sizes_of_config(endless, detected, "a.yaml")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cogvideox_sat.files import sizes
-from cogvideox_sat.files.sizes import GIB, MIB, free_bytes, in_words, room_in_words
+from cogvideox_sat.files.sizes import GIB, MIB, free_bytes, in_units, in_words, room_in_words
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,13 @@ from cogvideox_sat.files.sizes import GIB, MIB, free_bytes, in_words, room_in_wo
 )
 def test_small_sizes_have_a_small_unit(size, words):
     assert in_words(size) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(1010, "1010 bytes"), (1536, "1.5 KiB"), (1023 * MIB, "1023 MiB"), (1.5 * GIB, "1.5 GiB")]
+)
+def test_sizes_in_their_largest_unit(size, words):
+    assert in_units(size) == words
 
 
 def test_the_disk_of_a_folder_that_is_not_there(tmp_path, monkeypatch):

@@ -42,12 +42,14 @@ def test_a_vae_keeps_its_dtype_without_another(tmp_path):
 def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, caplog):
     (tmp_path / "there.safetensors").touch()
     torch.save({"module": {"layer.weight": torch.tensor([1e6])}}, tmp_path / "large.pt")
+    torch.save({"module": {"layer.weight": torch.tensor([float("nan")])}}, tmp_path / "nan.pt")
     before = sorted(tmp_path.rglob("*"))
     for given, output, says in (
         (checkpoint, "a.pt", "end with .safetensors"),
         (checkpoint, "there.safetensors", "exists; give --overwrite"),
         (tmp_path / "gone", "a.safetensors", "gone does not exist"),
-        (tmp_path / "large.pt", "a.safetensors", "layer.weight is not finite, or too large for float16"),
+        (tmp_path / "nan.pt", "a.safetensors", "nan.pt: layer.weight is not finite; name another checkpoint"),
+        (tmp_path / "large.pt", "a.safetensors", "layer.weight is too large for float16; choose another --dtype"),
     ):
         caplog.clear()
         assert main(["--input", str(given), "--output", str(tmp_path / output), "--dtype", "float16"]) == 2
@@ -60,3 +62,13 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, caplog):
 def test_a_dry_run_writes_nothing(checkpoint, tmp_path):
     assert main(["--input", str(checkpoint), "--output", str(tmp_path / "a.safetensors"), "--dry_run"]) == 0
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_tied_and_eight_bit_tensors_are_written(tmp_path):
+    """safetensors refuses tensors that share memory, and PyTorch does not test 8-bit floats."""
+    small, tied = torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn), torch.arange(6.0).view(2, 3)
+    torch.save({"module": {"a": tied, "b": tied, "small": small}}, tmp_path / "tied.pt")
+    assert main(["--input", str(tmp_path / "tied.pt"), "--output", str(tmp_path / "a.safetensors")]) == 0
+    weights = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(weights["a"], tied) and torch.equal(weights["b"], tied)
+    assert weights["small"].dtype == torch.float8_e4m3fn and weights["small"].tolist() == [0.5, -2.0]

@@ -1,5 +1,6 @@
 """LoRA files of diffusers and peft become adapters; unsupported files are refused."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -176,6 +177,10 @@ def test_what_has_no_place_here_is_named(exported, tmp_path, caplog):
     assert "the rank differs between layers: 4 (layer 0 to_k), 8 (layer 0 to_q)" in message(**larger)
 
 
+def refused(*_: object, **__: object) -> str:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
 def test_bad_files(exported, tmp_path, caplog, monkeypatch):
     def message(path: Path | str, *flags: str) -> str:
         text = error_of(main, caplog, "--lora_path", path, "--output", tmp_path / "new" / "out", *flags)
@@ -189,6 +194,17 @@ def test_bad_files(exported, tmp_path, caplog, monkeypatch):
     assert "nowhere.safetensors does not exist" in message(tmp_path / "nowhere.safetensors")
     torch.save({"a": torch.save}, tmp_path / "code.bin")
     assert "code in a weight file is never run" in message(tmp_path / "code.bin")
+    torch.save({0: torch.ones(2, 2)}, tmp_path / "numbers.bin")
+    assert "it holds more than named tensors; name a LoRA file" in message(tmp_path / "numbers.bin")
+    save_file({name: tensor[:0] for name, tensor in load_file(exported).items()}, tmp_path / "no_rank.safetensors")
+    text = message(tmp_path / "no_rank.safetensors", "--file_alpha", "1")
+    assert "matrix A is torch.float32 [0, 64]; expected floating-point numbers (rank, width)" in text
+    (tmp_path / "peft").mkdir()
+    save_file(load_file(exported), tmp_path / "peft" / "adapter_model.safetensors")  # without a header
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refused)
+        assert "adapter_config.json: Permission denied; it holds the adapter's alpha" in message(tmp_path / "peft")
     big = {name: tensor.half() * 3000 if "lora_B" in name else tensor for name, tensor in load_file(exported).items()}
     save_file(big, tmp_path / "big.safetensors")
     assert "out of the range of torch.float16" in message(tmp_path / "big.safetensors", "--file_alpha", "900")

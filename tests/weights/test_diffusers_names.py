@@ -90,10 +90,10 @@ def test_autoencoder_at_full_size():
 
 
 def test_a_foreign_or_incomplete_set_of_names_is_refused():
-    with pytest.raises(UserError, match=r"'lm_head.weight' is not a tensor"):
-        to_diffusers(["lm_head.weight"])
-    with pytest.raises(UserError, match=r"'vision.weight' is not a tensor"):
-        from_diffusers(["vision.weight"])
+    with pytest.raises(UserError, match=r"a.pt: 'lm_head.weight' is not a tensor"):
+        to_diffusers(["lm_head.weight"], "a.pt")
+    with pytest.raises(UserError, match=r"transformer: 'vision.weight' is not a tensor"):
+        from_diffusers(["vision.weight"], "transformer")
     with pytest.raises(UserError, match=r"'transformer_blocks.0.attn1.to_v.weight' is missing"):
         from_diffusers([f"transformer_blocks.0.attn1.to_{part}.weight" for part in "qk"])
     name = "transformer.layers.0.attention.query_key_value.weight"

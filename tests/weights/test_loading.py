@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 
 from cogvideox_sat.configuration.meta_device import import_compiler, instantiate_on_meta
 from cogvideox_sat.engine.parts import set_lora_scale
-from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX, checkpoint_file, checkpoint_shares, is_adapter
+from cogvideox_sat.weights.checkpoint_files import (
+    NETWORK_PREFIX,
+    checkpoint_file,
+    checkpoint_shares,
+    is_adapter,
+    network_values,
+)
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from cogvideox_sat.weights.loading import load_network
 from cogvideox_sat.weights.rank_shares import cuts_of, recut
@@ -244,6 +250,23 @@ def test_image_to_video_starts_as_text_to_video(tmp_path, base, caplog):
     with torch.no_grad():
         expected = given(x, torch.tensor([37]), context)
         assert_close(network(torch.cat((x, image), dim=2), torch.tensor([37]), context), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ({"norm1.linear": (5, 2), "norm2.linear": (6, 2)}, r"norm1.linear.weight has shape \[5, 2\], which does not"),
+        ({"attn1.to_q": (2, 3), "attn1.to_k": (2, 4), "attn1.to_v": (2, 3)}, "do not fit together as"),
+        ({"attn1.to_q": (), "attn1.to_k": (), "attn1.to_v": ()}, r"has shape \[\], which does not divide"),
+        ({"attn1.to_q": (2, 3)}, "attn1.to_k.weight' is missing, but"),
+        ({"attn9.to_q": (2, 3)}, "is not a tensor of a CogVideoX network of diffusers"),
+    ],
+)
+def test_files_of_diffusers_that_do_not_fit_together_are_named(tmp_path, shapes, says):
+    file = tmp_path / DIFFUSERS_FILES[1]
+    save_file({f"transformer_blocks.0.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}, file)
+    with pytest.raises(UserError, match=f"{file}: .*{says}"):
+        network_values(file)
 
 
 def test_layouts_that_are_no_checkpoint(tmp_path):

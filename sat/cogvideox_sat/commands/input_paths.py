@@ -100,14 +100,24 @@ def tell_places() -> None:
 def find_pattern(pattern: str, argument: str) -> str:
     """Return a pattern of file names, relative to the place where it matches.
 
-    Patterns are such as `shards/*.tar` or `{000..010}.tar`. A pattern that matches in neither place is returned
-    unchanged.
+    Patterns are such as `shards/*.tar` or `{000..010}.tar`; `~` is the home directory. A pattern that matches in
+    neither place is returned unchanged.
     """
+    if _is_home(Path(pattern)):
+        with suppress(RuntimeError):  # the user has no home directory
+            return str(Path(pattern).expanduser())
     names = re.sub(r"\{[^}]*\}", "*", pattern)
-    if Path(pattern).is_absolute() or any(Path().glob(names)) or not any(ROOT.glob(names)):
+    if Path(pattern).is_absolute() or _matches(Path(), names) or not _matches(ROOT, names):
         return pattern
     _note(f"{argument}: {pattern} is taken from {ROOT}")
     return str(ROOT / pattern)
+
+
+def _matches(folder: Path, names: str) -> bool:
+    try:
+        return any(folder.glob(names))
+    except (OSError, ValueError):  # pathlib refuses some patterns, such as `**.tar`
+        return False
 
 
 def located(path: Any, argument: str) -> Any:

@@ -87,7 +87,7 @@ def adopt_launcher() -> None:
         )
     variables["LOCAL_RANK"] = local_rank
     if launch.local_size is not None:
-        variables.setdefault("LOCAL_WORLD_SIZE", launch.local_size)
+        variables["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", launch.local_size)
     os.environ.update({name: str(value) for name, value in variables.items()})
     if launch.rank == 0:
         logger.info(

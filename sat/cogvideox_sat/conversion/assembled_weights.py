@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
 
 import torch
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def assembled(pieces: Mapping[str, Pieces], weights: StoredWeights) -> StoredWeights:
-    """Return the tensors that pieces of `weights` make, each in the dtype of its first piece.
+    """Return the tensors that pieces of `weights` make, each in the widest dtype of its pieces.
 
     Args:
         pieces: for each new name, the pieces of its tensor.
@@ -22,7 +22,7 @@ def assembled(pieces: Mapping[str, Pieces], weights: StoredWeights) -> StoredWei
     entries = {}
     for name, parts in pieces.items():
         shape = torch.Size(assembled_shape(parts, shapes))
-        dtype = weights.entries[parts[0].name].dtype
+        dtype = reduce(torch.promote_types, (weights.entries[piece.name].dtype for piece in parts))
         entries[name] = Stored(shape, dtype, partial(assemble, parts, weights))
     return StoredWeights(entries)
 

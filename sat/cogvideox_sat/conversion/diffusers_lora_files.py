@@ -46,9 +46,7 @@ def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adap
         UserError: the file cannot be read, or adapts modules that SwissArmyTransformer's adapters do not.
     """
     file = diffusers_file(Path(path))
-    weights = read_state_dict(file)
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(f"{file} is not a LoRA file, it holds more than tensors; name a LoRA file")
+    weights = lora_tensors(file)
     matrices: dict[Slot, Tensor] = {}
     alphas: dict[Projection, float] = {}
     foreign: list[str] = []
@@ -69,6 +67,20 @@ def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adap
     scales = _scales(file, {slot.projection for slot in matrices}, rank, alphas, alpha)
     _fill_with_zeros(file, matrices, scales)
     return Adapter(file, rank, width, matrices, scales)
+
+
+def lora_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors in a LoRA file by name.
+
+    Raises:
+        UserError: the file cannot be read, or holds more than named tensors.
+    """
+    weights = read_state_dict(file)
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
+        raise UserError(f"{file} is not a LoRA file, it holds more than named tensors; name a LoRA file")
+    return dict(weights)
 
 
 def diffusers_file(path: Path) -> Path:
@@ -94,7 +106,7 @@ def adapter_metadata(file: Path) -> dict[str, Any] | None:
     """Return a file's metadata about its adapter in peft's terms (`r`, `lora_alpha`), or None.
 
     Raises:
-        UserError: the metadata cannot be parsed.
+        UserError: the metadata cannot be read or parsed.
     """
     where, text = file, None
     if file.suffix == ".safetensors":
@@ -103,15 +115,23 @@ def adapter_metadata(file: Path) -> dict[str, Any] | None:
         with safe_open(file, "pt") as content:  # the caller has checked that the file is complete
             text = (content.metadata() or {}).get(METADATA_KEY)
     if text is None and (beside := file.with_name("adapter_config.json")).is_file():
-        where, text = beside, beside.read_text(encoding="utf-8", errors="replace")
+        where = beside
+        try:
+            text = beside.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(
+                f"cannot read {beside}: {error.strerror or error}; it holds the adapter's alpha, so make it readable"
+            ) from error
     if text is None:
         return None
     try:
         metadata = parse_json(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: the description of the adapter is not valid JSON: {error}") from error
+        raise UserError(
+            f"{where}: the description of the adapter is not valid JSON: {error}; download the file again"
+        ) from error
     if not isinstance(metadata, dict):
-        raise UserError(f"{where}: the description of the adapter is not a JSON object")
+        raise UserError(f"{where}: the description of the adapter is not a JSON object; download the file again")
     return {key.removeprefix("transformer."): value for key, value in metadata.items()}
 
 

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from cogvideox_sat.conversion.lora_names import (
-    Projection,
-    Slot,
-)
+from cogvideox_sat.conversion.lora_names import Projection, Slot
 from sgm.errors import UserError
 
 
@@ -44,7 +42,8 @@ class Adapter:
         for slot, tensor in self.matrices.items():
             factor = self.scales[slot.projection] / scale
             if slot.matrix == "B" and not math.isclose(factor, 1.0, rel_tol=1e-12):
-                matrices[slot] = (tensor.float() * factor).to(tensor.dtype)
+                wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                matrices[slot] = (wide * factor).to(tensor.dtype)
                 if not matrices[slot].isfinite().all():
                     raise UserError(
                         f"{self.source}: {slot.projection} times {factor:g} is out of the range of {tensor.dtype}; "
@@ -60,7 +59,7 @@ def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, 
         matrices: A (rank, width) and B (width, rank), of any floating-point dtype.
 
     Raises:
-        UserError: a projection has only one of A and B, or ranks or widths differ.
+        UserError: a projection has only one of A and B, a matrix is empty, or ranks or widths differ.
     """
     for slot in matrices:
         other = Slot(slot.projection, "B" if slot.matrix == "A" else "A")
@@ -69,8 +68,11 @@ def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, 
     ranks: dict[int, Projection] = {}
     widths: dict[int, Projection] = {}
     for slot, tensor in sorted(matrices.items()):
-        if tensor.ndim != 2 or not tensor.is_floating_point():
-            raise UserError(f"{source}: {slot.projection}: matrix {slot.matrix} is {tensor.dtype} {list(tensor.shape)}")
+        if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
+            raise UserError(
+                f"{source}: {slot.projection}: matrix {slot.matrix} is {tensor.dtype} {list(tensor.shape)}; expected "
+                f"floating-point numbers {'(rank, width)' if slot.matrix == 'A' else '(width, rank)'}"
+            )
         rank, width = tensor.shape if slot.matrix == "A" else reversed(tensor.shape)
         ranks.setdefault(rank, slot.projection)
         widths.setdefault(width, slot.projection)

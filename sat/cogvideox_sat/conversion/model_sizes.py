@@ -82,8 +82,10 @@ def sizes_of_config(config: Mapping[str, Any], family: NetworkFamily, source: st
             scale_factor=float(model["scale_factor"]),
             shift_scale=float(schedule.get("shift_scale", 1.0)),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} does not describe a model: {type(error).__name__} {error}") from error
+    except KeyError as error:
+        raise UserError(f"{source} does not describe a model: {error} is missing; give a model's file too") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{source} does not describe a model: {error}; give a model's file") from error
     for name, value in family.parameters().items():
         if ours[name] != value:
             raise UserError(f"{source} is of another model: it has {name} {ours[name]}, the weights have {value}")
@@ -93,9 +95,13 @@ def sizes_of_config(config: Mapping[str, Any], family: NetworkFamily, source: st
 def sizes_of_tables(tables: Mapping[str, Tensor], family: NetworkFamily, source: str) -> dict[str, Any]:
     """Return the `ModelSizes` that the tables of positions in a checkpoint determine, by name.
 
+    Args:
+        tables: of any dtype; sines and cosines (n, features of a head), positions (1, text length + n, hidden_size).
+
     Raises:
         UserError: a table is not one that the network would compute, so that diffusers could not compute it either.
     """
+    _check_table_shapes(tables, family, source)
     if family.stores_frequencies and all(name in tables for name in FREQUENCIES):
         sin, cos = (tables[name].float() for name in FREQUENCIES)
         axes = (family.head_dim // 4, family.head_dim // 4 + family.head_dim * 3 // 8)
@@ -110,6 +116,18 @@ def sizes_of_tables(tables: Mapping[str, Tensor], family: NetworkFamily, source:
     if not family.rotary and POSITION_TABLE in tables:
         return _sizes_of_sincos(tables[POSITION_TABLE][0].float(), family, source)
     return {}
+
+
+def _check_table_shapes(tables: Mapping[str, Tensor], family: NetworkFamily, source: str) -> None:
+    """Check the dimensions of the tables that `sizes_of_tables` reads, else raise UserError."""
+    wanted = {name: (-1, family.head_dim) for name in FREQUENCIES if family.stores_frequencies}
+    # The width of a learnt table, of which only the length is read, is checked with the network's other tensors.
+    wanted[POSITION_TABLE] = (1, -1, -1 if family.rotary else family.hidden_size)
+    for name, shape in wanted.items():
+        found = tuple(tables[name].shape) if name in tables else shape
+        if len(found) != len(shape) or 0 in found or any(a != b for a, b in zip(found, shape, strict=True) if b > 0):
+            expected = str(list(shape)).replace("-1", "n")
+            raise UserError(f"{source}: {name} has the shape {list(found)}; expected {expected}")
 
 
 def _sizes_of_sincos(table: Tensor, family: NetworkFamily, source: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> P
     config, weights = read_part(folder / "transformer", TRANSFORMER)
     source = str(folder / "transformer")
     shapes = weights.shapes
-    pieces = from_diffusers(shapes)
+    pieces = from_diffusers(shapes, source)
     check_divisible(pieces, shapes, source)
     ours = {name: assembled_shape(parts, shapes) for name, parts in pieces.items()}
     family = detect_network(ours, source, bool(config.get("use_rotary_positional_embeddings")))

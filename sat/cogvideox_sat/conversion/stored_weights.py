@@ -96,9 +96,15 @@ class StoredWeights(Mapping[str, Tensor]):
 def _read_as(dtype: torch.dtype, name: str, entry: Stored) -> Tensor:
     tensor = entry.read()
     cast = tensor.to(dtype)
-    if tensor.isfinite().all() and not cast.isfinite().all():
+    if not all_finite(cast) and all_finite(tensor):
         raise UserError(f"{name} is out of the range of {str(dtype).removeprefix('torch.')}; choose another dtype")
     return cast
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite, also of 8-bit floats, for which PyTorch does not tell."""
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return bool(wide.isfinite().all())
 
 
 class Window:

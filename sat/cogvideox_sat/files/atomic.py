@@ -101,13 +101,20 @@ def new_file(path: Path, needed: int) -> Iterator[Path]:
 def write_safetensors(path: Path, weights: "Mapping[str, Tensor]") -> None:
     """Write contiguous tensors by name to a safetensors file, atomically.
 
+    A tensor with several names is written once for each, since safetensors refuses tensors that share memory.
+
     Raises:
         UserError: the operating system refuses, or the disk has too little free space.
     """
     from safetensors.torch import save
 
-    with new_file(path, sum(tensor.nbytes for tensor in weights.values())) as part:
-        part.write_bytes(save(weights))  # save_file would make the file readable only by its owner
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    with new_file(path, sum(tensor.nbytes for tensor in apart.values())) as part:
+        part.write_bytes(save(apart))  # save_file would make the file readable only by its owner
 
 
 def check_room(path: Path, needed: int) -> None:

@@ -15,10 +15,10 @@ def in_words(size: int) -> str:
 
 
 def in_units(size: float) -> str:
-    """Return a number of bytes with three digits in its largest unit, such as 1.5 GiB."""
+    """Return a number of bytes with three or four digits in its largest unit, such as 1.5 GiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
-            return f"{size:.3g} {unit}"
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
 

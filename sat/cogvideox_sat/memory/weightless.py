@@ -81,6 +81,6 @@ def module_bytes(module: nn.Module) -> int:
 def short_count(number: int) -> str:
     """Return a number of parameters in three digits and a unit: `5.57 B`."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
+        if number >= 0.9995 * size:  # which rounds to one
             return f"{number / size:.3g} {unit}"
     return str(number)

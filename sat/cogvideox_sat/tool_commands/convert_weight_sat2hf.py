@@ -181,7 +181,7 @@ def read_network(options: Any, dtype: "torch.dtype | None") -> tuple[Any, ...]:
     given = {name: shape for name, shape in tables.shapes.items() if name in expected}
     check_shapes(given, {name: expected[name] for name in given}, source.name, ())
     config = transformer_config(family, sizes)
-    pieces = to_diffusers(shapes)
+    pieces = to_diffusers(shapes, source.name)
     check_divisible(pieces, shapes, source.name)
     source_weights = source.weights.cast(dtype)
     extra = unreproducible(tables.cast(dtype), family, sizes)

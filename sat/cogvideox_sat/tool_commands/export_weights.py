@@ -44,6 +44,7 @@ def export(arguments: Sequence[str] | None) -> None:
 
     import torch
 
+    from cogvideox_sat.conversion.stored_weights import all_finite
     from cogvideox_sat.files.atomic import write_safetensors
     from cogvideox_sat.weights.checkpoint_files import checkpoint_shares, network_weights
     from cogvideox_sat.weights.rank_shares import cuts_by_name, recut
@@ -53,14 +54,16 @@ def export(arguments: Sequence[str] | None) -> None:
     shares = [network_weights(each) for each in files]
     weights = shares[0] if len(shares) == 1 else recut(shares, cuts_by_name(shares[0]), 0, 1, str(file))
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    weights = {
+    cast = {
         name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous() for name, tensor in weights.items()
     }
-    if spoilt := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise UserError(f"{file}: {spoilt[0]} is not finite, or too large for {options.dtype}")
-    size = sum(tensor.nbytes for tensor in weights.values())
-    logger.info("%s: %d tensors, %.2f MB", file, len(weights), size / 1e6)
+    if spoilt := [name for name, tensor in cast.items() if not all_finite(tensor)]:
+        if all_finite(weights[spoilt[0]]):
+            raise UserError(f"{file}: {spoilt[0]} is too large for {options.dtype}; choose another --dtype")
+        raise UserError(f"{file}: {spoilt[0]} is not finite; name another checkpoint")
+    size = sum(tensor.nbytes for tensor in cast.values())
+    logger.info("%s: %d tensors, %.2f MB", file, len(cast), size / 1e6)
     if options.dry_run:
         return
-    write_safetensors(options.output, weights)
+    write_safetensors(options.output, cast)
     logger.info("wrote %s", options.output)

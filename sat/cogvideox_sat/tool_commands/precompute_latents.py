@@ -41,9 +41,8 @@ IMAGE_VARIANTS = 4
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    # Otherwise, each process of a launcher would log the same lines.
     """Run the command; return its exit code."""
-    level = logging.INFO if is_first_process() else logging.ERROR
+    level = logging.INFO if is_first_process() else logging.ERROR  # or each process would log the same lines
     logging.basicConfig(level=level, format="%(message)s")
     interrupted = "interrupted; start the same command again to continue"
     return exit_code(lambda: precompute(command_line), logger, interrupted, command_line)

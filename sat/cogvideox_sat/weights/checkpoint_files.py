@@ -10,7 +10,13 @@ from torch import Tensor
 
 from cogvideox_sat.commands.input_paths import not_found
 from cogvideox_sat.files.latest_file import newest
-from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES, from_diffusers, is_diffusers_network, rows_of
+from cogvideox_sat.weights.diffusers_names import (
+    EXTRA_TABLES,
+    check_divisible,
+    from_diffusers,
+    is_diffusers_network,
+    rows_of,
+)
 from cogvideox_sat.weights.stored_values import StoredValue
 from sgm.errors import UserError
 from sgm.weights import DIFFUSERS_FILES, PIPELINE_FILE, module_weights, read_state_dict, safetensors_in
@@ -31,7 +37,7 @@ def checkpoint_file(path: str | Path) -> Path:
     shares = checkpoint_shares(path)
     if len(shares) > 1:
         raise UserError(
-            f"load: {shares[0].parent} is split over {len(shares)} model-parallel ranks; one file is needed here"
+            f"load: {shares[0].parent} is split over {len(shares)} model-parallel ranks; name a checkpoint of one rank"
         )
     return shares[0]
 
@@ -88,6 +94,9 @@ def network_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights of the network in a file, named as in the network's state dict.
 
     Files of diffusers lack `TABLES`, unless a file `EXTRA_TABLES` beside them holds some.
+
+    Raises:
+        UserError: the file cannot be read, or tensors of diffusers do not fit together.
     """
     return {name: value.tensor() for name, value in network_values(path).items()}
 
@@ -96,7 +105,9 @@ def network_values(path: Path) -> dict[str, StoredValue]:
     """Return the same as `network_weights`, without joining any pieces yet."""
     weights = module_weights(read_state_dict(path), what=str(path))
     if is_diffusers_network(weights):
-        values = {name: StoredValue(rows_of(pieces, weights)) for name, pieces in from_diffusers(weights).items()}
+        pieces = from_diffusers(weights, str(path))
+        check_divisible(pieces, {name: tuple(tensor.shape) for name, tensor in weights.items()}, str(path))
+        values = {name: StoredValue(rows_of(parts, weights)) for name, parts in pieces.items()}
         if (beside := path.parent / EXTRA_TABLES).is_file():
             values |= {name: StoredValue([tensor]) for name, tensor in read_state_dict(beside).items()}
         return values

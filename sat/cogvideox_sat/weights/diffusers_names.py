@@ -82,11 +82,12 @@ def is_diffusers_network(names: Iterable[str]) -> bool:
     return any(name.startswith("transformer_blocks.") for name in names)
 
 
-def to_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
+def to_diffusers(names: Iterable[str], where: str = "the checkpoint") -> dict[str, Pieces]:
     """Return the composition of each tensor of diffusers' network.
 
     Args:
         names: names of all our tensors, including `TABLES`.
+        where: the file of the tensors, for errors.
 
     Raises:
         UserError: a name does not belong to a CogVideoX network.
@@ -112,15 +113,16 @@ def to_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
         elif pattern in _OUTSIDE_LAYERS:
             pieces[_OUTSIDE_LAYERS[pattern] + end] = (Piece(name),)
         else:
-            raise UserError(f"'{name}' is not a tensor of a CogVideoX network")
+            raise UserError(f"{where}: '{name}' is not a tensor of a CogVideoX network; name a checkpoint of one")
     return pieces
 
 
-def from_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
+def from_diffusers(names: Iterable[str], where: str = "the checkpoint") -> dict[str, Pieces]:
     """Return the composition of each tensor of our network, except for computed `TABLES`.
 
     Args:
         names: names of all tensors of diffusers.
+        where: the file of the tensors, for errors.
 
     Raises:
         UserError: a name does not belong to a CogVideoX network, or a part of a tensor is missing.
@@ -149,9 +151,11 @@ def from_diffusers(names: Iterable[str]) -> dict[str, Pieces]:
             pieces[outside[pattern] + end] = (Piece(name),)
             continue
         else:
-            raise UserError(f"'{name}' is not a tensor of a CogVideoX network of diffusers")
+            raise UserError(
+                f"{where}: '{name}' is not a tensor of a CogVideoX network of diffusers; name a checkpoint of one"
+            )
         if missing := [part for part in parts if part not in there]:
-            raise UserError(f"'{missing[0]}' is missing, but '{name}' exists")
+            raise UserError(f"{where}: '{missing[0]}' is missing, but '{name}' exists; copy or download all files")
     return pieces
 
 
@@ -185,9 +189,10 @@ def check_divisible(pieces: Mapping[str, Pieces], shapes: Mapping[str, tuple[int
     """Check that all tensors can be divided and joined as `pieces` say, else raise UserError."""
     for target, parts in pieces.items():
         for name, _, count in parts:
-            if count > 1 and (not shapes[name] or shapes[name][0] % count):
+            shape = shapes[name]
+            if len(parts) * count > 1 and (not shape or shape[0] % count):
                 raise UserError(
-                    f"{where}: {name} has shape {list(shapes[name])}, which does not divide into {count} for {target}"
+                    f"{where}: {name} has shape {list(shape)}, which does not divide into {count} for {target}"
                 )
         if len({shapes[name][1:] for name, _, _ in parts}) > 1:
             raise UserError(f"{where}: {', '.join(map(str, parts))} do not fit together as {target}")
