@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.tool_commands.convert_weight_hf2sat import build_parser, convert, main, show, write  # noqa: E402
+from cogvideox_sat.tool_commands.convert_weight_hf2sat import main  # noqa: E402
 
-__all__ = ["build_parser", "convert", "main", "show", "write"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

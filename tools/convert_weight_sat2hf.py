@@ -9,29 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.tool_commands.convert_weight_sat2hf import (  # noqa: E402
-    build_parser,
-    check_arguments,
-    check_flags,
-    check_norms,
-    convert,
-    find_sizes,
-    main,
-    read_network,
-    read_vae,
-)
+from cogvideox_sat.tool_commands.convert_weight_sat2hf import main  # noqa: E402
 
-__all__ = [
-    "build_parser",
-    "check_arguments",
-    "check_flags",
-    "check_norms",
-    "convert",
-    "find_sizes",
-    "main",
-    "read_network",
-    "read_vae",
-]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

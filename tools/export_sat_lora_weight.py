@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.tool_commands.export_sat_lora_weight import export, main, write  # noqa: E402
+from cogvideox_sat.tool_commands.export_sat_lora_weight import main  # noqa: E402
 
-__all__ = ["export", "main", "write"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ Exit codes: 0 the video is written, 2 the arguments or files are wrong.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,7 @@ from cogvideox_sat.commands.input_paths import find_input, tell_places  # noqa: 
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_image, positive, run_tool  # noqa: E402
 from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
 from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
-from sgm.errors import UserError  # noqa: E402
+from sgm.errors import UserError, shown  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,8 +71,8 @@ def sample(arguments: Sequence[str] | None) -> None:
     strength = options.lora_scale * strength_of_flags(options, lora)
     if options.dry_run:
         return
-    videos = run(options, model, lora, strength)
-    for path, frames in zip(output_paths(options), videos, strict=True):
+    videos = sampled_videos(options, model, lora, strength)
+    for path, frames in zip(output_paths(options), videos, strict=True):  # each is written before the next is sampled
         write(options, model, frames, path)
         logger.info("wrote %s", path)
 
@@ -205,12 +205,11 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
     Raises:
         UserError: a matrix does not fit, or the file has none.
     """
-    from cogvideox_sat.conversion.diffusers_lora_files import adapter_metadata, diffusers_file
+    from cogvideox_sat.conversion.diffusers_lora_files import adapter_metadata, diffusers_file, lora_tensors
     from cogvideox_sat.conversion.lora_names import diffusers_module, parse_diffusers_name
-    from sgm.weights import read_state_dict
 
     file = diffusers_file(path)
-    weights = read_state_dict(file)
+    weights = lora_tensors(file)
     try:
         layers, width = (
             transformer["num_layers"],
@@ -222,6 +221,8 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
     if not slots:
         raise UserError(f"--lora_path: {file} has no LoRA of a CogVideoX attention")
     for name, slot in slots.items():
+        if weights[name].ndim != 2:
+            raise UserError(f"--lora_path: {file}: {name} has shape {list(weights[name].shape)}; expected a matrix")
         side = weights[name].shape[1 if slot.matrix == "A" else 0]
         if slot.projection.layer >= layers or side != width:
             raise UserError(
@@ -241,13 +242,17 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
     Raises:
         UserError: the flags do not agree with the file.
     """
-    from cogvideox_sat.conversion.diffusers_lora_files import adapter_metadata, diffusers_file
-    from sgm.weights import read_state_dict
+    from cogvideox_sat.conversion.diffusers_lora_files import adapter_metadata, diffusers_file, lora_tensors
+    from cogvideox_sat.conversion.lora_names import parse_diffusers_name
 
     if options.lora_alpha is None and options.lora_r is None:
         return 1.0
     file = diffusers_file(lora)
-    ranks = {tensor.shape[0] for name, tensor in read_state_dict(file).items() if "lora_A" in name}
+    ranks = {
+        tensor.shape[0]
+        for name, tensor in lora_tensors(file).items()
+        if (slot := parse_diffusers_name(name)) and slot.matrix == "A"
+    }
     if options.lora_r is not None and ranks != {options.lora_r}:
         raise UserError(f"--lora_r is {options.lora_r}, but {file} has rank {', '.join(map(str, sorted(ranks)))}")
     if options.lora_alpha is None:
@@ -257,13 +262,14 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
         return options.lora_alpha / min(ranks)
     if said != options.lora_alpha:
         raise UserError(
-            f"--lora_alpha is {options.lora_alpha:g}, but {file} has {said:g}; use --lora_scale to change its strength"
+            f"--lora_alpha is {options.lora_alpha:g}, but {file} has {shown(said)}; use --lora_scale to change its "
+            "strength"
         )
     return 1.0
 
 
-def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) -> "Sequence[np.ndarray]":
-    """Return the frames of each video, (frames, height, width, 3) in [0, 1].
+def sampled_videos(options: argparse.Namespace, model: Model, lora: Path, strength: float) -> "Iterator[np.ndarray]":
+    """Yield the frames of each video, (frames, height, width, 3) in [0, 1].
 
     Raises:
         UserError: diffusers cannot load the files.
@@ -282,7 +288,7 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
         try:
             with Image.open(options.image_path) as file:
                 inputs["image"] = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # Pillow's decoders raise many kinds
             raise UserError(f"cannot read the image {options.image_path}: {error}") from error
     if options.size:
         inputs |= {"height": options.size[0], "width": options.size[1]}
@@ -309,8 +315,8 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
         pipe.to(device)
     dynamic = "DPM" in model.scheduler if options.dynamic_cfg is None else options.dynamic_cfg
     generator = torch.Generator().manual_seed(options.seed)
-    return [  # one call for each, since the pipelines return one video per prompt
-        pipe(
+    for _ in range(options.num_videos_per_prompt):  # one call for each, since pipelines return one video per prompt
+        yield pipe(
             prompt=options.prompt,
             negative_prompt=options.negative_prompt,
             num_inference_steps=options.num_inference_steps,
@@ -321,8 +327,6 @@ def run(options: argparse.Namespace, model: Model, lora: Path, strength: float) 
             output_type="np",
             **inputs,
         ).frames[0]
-        for _ in range(options.num_videos_per_prompt)
-    ]
 
 
 def _file_name(lora: Path) -> str:

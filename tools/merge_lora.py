@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.tool_commands.merge_lora import main, merge, path_and_weight, show  # noqa: E402
+from cogvideox_sat.tool_commands.merge_lora import main  # noqa: E402
 
-__all__ = ["main", "merge", "path_and_weight", "show"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,15 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
-from cogvideox_sat.tool_commands.precompute_latents import (  # noqa: E402
-    build_parser,
-    check,
-    main,
-    precompute,
-    precompute_with,
-)
+from cogvideox_sat.tool_commands.precompute_latents import main  # noqa: E402
 
-__all__ = ["build_parser", "check", "main", "precompute", "precompute_with"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -42,6 +42,10 @@ def main() -> int:
     except SetupError as error:
         logger.error("%s", error)
         return 1
+    except OSError as error:
+        place = error.filename or VENV
+        logger.error("%s: %s; make room there, or check its permissions", place, error.strerror or error)
+        return 1
     except KeyboardInterrupt:
         logger.error("interrupted; the next run starts over")
         return 130
@@ -180,10 +184,11 @@ def make_venv() -> None:
         if importlib.util.find_spec(module) is None:
             package = "python{}.{}-venv".format(*sys.version_info)
             raise SetupError(f"{base} has no module {module}; install it (Debian, Ubuntu: apt install {package})")
-    if VENV.exists():
+    folder = VENV.resolve()  # .venv may be a link to another disk, whose folder may not exist yet
+    if folder.exists():
         logger.info("replacing the incomplete %s", VENV)
-        shutil.rmtree(VENV)
-    VENV.mkdir()
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     UNFINISHED.touch()
     run([base, "-m", "venv", str(VENV)], f"{base} could not make {VENV}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "assets/tiny/README.md")
+PICTURES = (".png", ".webp")
 HOME = "index.md"  # takes the place of the README
 LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
 
@@ -19,7 +20,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the documents that lie beside docs/, and the pictures of the tiny model."""
     from mkdocs.structure.files import File
 
-    pictures = (ROOT / "assets" / "tiny").rglob("*.[pw][ne][gb]*")
+    pictures = (path for path in (ROOT / "assets" / "tiny").rglob("*") if path.suffix in PICTURES)
     for path in (*(ROOT / name for name in OTHERS), *pictures):
         uri = str(path.relative_to(ROOT))
         files.append(File.generated(config, site_path(uri), abs_src_path=str(path)))

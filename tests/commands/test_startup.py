@@ -37,7 +37,7 @@ def test_debug_shows_where_a_mistake_was_found(alone, caplog):
     assert caplog.records[0].exc_info
 
 
-@pytest.mark.parametrize(("first", "waits"), [(True, []), (False, [startup.SILENCE])])
+@pytest.mark.parametrize(("first", "waits"), [(True, []), (False, [startup.FIRST_REPORTS_WITHIN])])
 def test_the_other_processes_leave_the_first_one_time_to_tell(alone, monkeypatch, first, waits):
     slept: list[float] = []
     monkeypatch.setattr(startup, "is_first_process", lambda: first)

@@ -24,6 +24,13 @@ def test_a_program_names_them_as_it_likes():
         path_and_weight("a:b")
 
 
+def test_a_file_may_have_a_colon_in_its_name(tmp_path):
+    (tmp_path / "a:2").touch()
+    assert path_and_weight("x/y") == (Path("x/y"), 1.0)
+    assert path_and_weight("x:y:-0.5") == (Path("x:y"), -0.5)
+    assert path_and_weight(f"{tmp_path}/a:2") == (tmp_path / "a:2", 1.0)
+
+
 def test_a_model_without_the_place_for_one():
     tiny, twin = (
         load_configs([CONFIGS / "tiny" / f"cogvideox_{name}.yaml"])["model"] for name in ("tiny", "tiny_lora")

@@ -197,17 +197,15 @@ def test_a_refused_prompt_is_not_sent_again(caplog):
     assert "content_filter" in caplog.text
 
 
-def test_a_damaged_image_costs_no_request(tmp_path, caplog):
+def test_a_damaged_image_costs_no_request(tmp_path, caplog, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    Image.new("RGB", (60, 40)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses images of twice as many pixels
+    prompts = [Prompt("a", tmp_path / f"{name}.png") for name in ("broken", "missing", "huge")]
     with chat_server() as server:
-        missing = Prompt("b", tmp_path / "missing.png")
-        assert refine([Prompt("a", tmp_path / "broken.png"), missing, IDEA], endpoint(server)) == [
-            None,
-            None,
-            "A long description.",
-        ]
+        assert refine([*prompts, IDEA], endpoint(server)) == [None, None, None, "A long description."]
         assert len(server.requests) == 1
-    assert "cannot read" in caplog.text
+    assert all(f"cannot read {prompt.image}" in caplog.text for prompt in prompts)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Text-to-video and image-to-video are tested.
 """
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cogvideox_sat.conversion.diffusers_lora_files import METADATA_KEY
 from cogvideox_sat.conversion.lora_names import LORA_FILE
 from lora_adapters import random_adapter
 from pipelines import convert
+from sgm.errors import UserError
 from tool_runs import error_of
 from tools.export_sat_lora_weight import main as export
 from tools.load_cogvideox_lora import main, strength_of_flags
@@ -82,6 +85,7 @@ def test_flags_of_the_public_tools(folder, tmp_path, caplog):
     assert main(given) == 0
     assert read_video(tmp_path / "output.mp4")[0]["size"] == (48, 32)
     assert (tmp_path / "output-1.mp4").read_bytes() != (tmp_path / "output.mp4").read_bytes()
+    assert (tmp_path / "output.mp4").stat().st_mtime < (tmp_path / "output-1.mp4").stat().st_mtime
 
     def mistake(*flags: object) -> str:
         return error_of(main, caplog, *given, "--overwrite", *flags)
@@ -99,6 +103,20 @@ def test_alpha_of_a_file_that_does_not_say_it(folder, tmp_path, alpha, expected)
     options = Namespace(lora_alpha=alpha, lora_r=RANK)
     assert strength_of_flags(options, tmp_path / LORA_FILE) == expected
     assert strength_of_flags(Namespace(lora_alpha=1.0, lora_r=None), folder / "lora") == 1.0
+
+
+def test_the_rank_of_a_file_with_older_names(folder, tmp_path):
+    """`down` and `up` are A and B; alpha does not need to be a number to be compared."""
+    older = {"lora_A": "lora.down", "lora_B": "lora.up"}
+    tensors = load_file(folder / "lora" / LORA_FILE)
+    renamed = {re.sub("lora_[AB]", lambda match: older[match[0]], name): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / LORA_FILE)
+    assert strength_of_flags(Namespace(lora_alpha=8.0, lora_r=RANK), tmp_path / LORA_FILE) == 8 / RANK
+    with pytest.raises(UserError, match=f"--lora_r is 8, but .* has rank {RANK}$"):
+        strength_of_flags(Namespace(lora_alpha=None, lora_r=8), tmp_path / LORA_FILE)
+    save_file(renamed, tmp_path / LORA_FILE, {METADATA_KEY: json.dumps({"transformer.lora_alpha": "much"})})
+    with pytest.raises(UserError, match=r"--lora_alpha is 8, but .* has 'much'; use --lora_scale"):
+        strength_of_flags(Namespace(lora_alpha=8.0, lora_r=None), tmp_path / LORA_FILE)
 
 
 def test_image_to_video(folder, tmp_path, image):
@@ -140,6 +158,11 @@ def test_mistakes(folder, tmp_path, image, caplog, monkeypatch):
     save_file(deeper, tmp_path / "deeper.safetensors")
     text = message("--lora_path", tmp_path / "deeper.safetensors")
     assert "does not fit: layer 5 to_k has width 256; the network has 2 layers of 256" in text
+    (flat,) = (name for name in tensors if "0.attn1.to_q.lora_A" in name)
+    save_file({**tensors, flat: torch.ones(4)}, tmp_path / "flat.safetensors")
+    assert "lora_A.weight has shape [4]; expected a matrix" in message("--lora_path", tmp_path / "flat.safetensors")
+    torch.save([torch.ones(2)], tmp_path / "list.bin")
+    assert "is not a LoRA file" in message("--lora_path", tmp_path / "list.bin")
     (tmp_path / "cut.safetensors").write_bytes((folder / "lora" / LORA_FILE).read_bytes()[:-100])
     assert "not a readable safetensors file" in message("--lora_path", tmp_path / "cut.safetensors")
     broken = tmp_path / "broken"

@@ -15,7 +15,7 @@ from support import assert_close, relative_error
 from tool_runs import error_of, error_on_a_full_disk
 from tools.export_sat_lora_weight import main as export
 from tools.export_weights import main as export_weights
-from tools.merge_lora import main, path_and_weight
+from tools.merge_lora import main
 from training_clips import write_dataset
 from training_runs import assert_same, train, write_config
 
@@ -147,13 +147,6 @@ def test_a_dry_run_says_what_is_merged(adapted, tmp_path, caplog):
     assert "transformer.layers.0.attention.dense.weight [64, 64] float32: merged" in caplog.text
     assert "transformer.layers.0.mlp.dense_h_to_4h.weight [256, 64] float32: unchanged" in caplog.text
     assert not list(tmp_path.iterdir())
-
-
-def test_weights_on_the_command_line(tmp_path):
-    (tmp_path / "a:2").touch()
-    assert path_and_weight("x/y") == (Path("x/y"), 1.0)
-    assert path_and_weight("x:y:-0.5") == (Path("x:y"), -0.5)
-    assert path_and_weight(f"{tmp_path}/a:2") == (tmp_path / "a:2", 1.0)
 
 
 def test_bad_input(adapted, tmp_path, caplog):

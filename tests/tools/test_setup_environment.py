@@ -4,6 +4,7 @@ Every test runs the scripts in a copy of them, in a folder with a space in its n
 that is installed, comes from a folder of wheels instead of the package index.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tools import setup_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,3 +140,28 @@ def test_a_missing_requirement_file_is_named(fresh):
     code, python, message = fresh.run("none.txt")
     assert (code, python) == (1, "")
     assert message.startswith("setup: none.txt does not exist") and message.endswith(f" nor in {fresh.root}\n")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_another_disk_stays(tmp_path, monkeypatch, there):
+    """The folder that .venv links to is replaced if it is incomplete, and made if it does not exist."""
+    disk, link = tmp_path / "disk" / "venv", tmp_path / ".venv"
+    link.symlink_to(disk)
+    if there:
+        (disk / "lib").mkdir(parents=True)
+    made = []
+    for name, path in (("VENV", link), ("PYTHON", link / "bin" / "python"), ("UNFINISHED", link / "unfinished")):
+        monkeypatch.setattr(setup_environment, name, path)
+    monkeypatch.setattr(setup_environment, "run", lambda command, _: made.append(command[-1]))
+    setup_environment.make_venv()
+    assert link.is_symlink() and [path.name for path in disk.iterdir()] == ["unfinished"] and made == [str(link)]
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, caplog):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/.venv")
+
+    monkeypatch.setattr(setup_environment, "environment_with", refuse)
+    monkeypatch.setattr(sys, "argv", ["setup_environment.py"])
+    assert setup_environment.main() == 1
+    assert caplog.messages == ["/disk/.venv: No space left on device; make room there, or check its permissions"]

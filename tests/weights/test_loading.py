@@ -216,6 +216,7 @@ def test_misfits_are_named(seeded_base, seeded_lora, tmp_path):
     refused("(64, 16, 2, 2) instead of (96, 16, 2, 2)", "more", network=build("t2v_2b_wide"), load=base)
     refused("pos_embedding", network=build("t2v_5b"), load=base)
     refused("holds no adapter", network=build("t2v_2b_lora"), load=base)
+    refused("lora_load: missing; name the adapter", network=build("t2v_2b_lora"), load=None)
     refused("_lora", network=build("t2v_2b"), load=lora)
     refused("lora_load", "_lora", network=build("t2v_2b"), load=base, lora_load=lora)
     refused("holds no adapter", network=build("t2v_2b_lora"), load=base, lora_load=base)

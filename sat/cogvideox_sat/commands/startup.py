@@ -14,7 +14,7 @@ from sgm.exit_codes import exit_code
 
 # Seconds that the first of several processes has to report an error that all of them find. Its launcher then ends the
 # other processes, which would report the same.
-SILENCE = 5
+FIRST_REPORTS_WITHIN = 5
 
 
 def quiet_libraries() -> None:
@@ -51,7 +51,7 @@ def run_command(
             planned = plan()
         except UserError:
             if not leads:
-                time.sleep(SILENCE)
+                time.sleep(FIRST_REPORTS_WITHIN)
             raise
         tell_places()
         return train(planned)

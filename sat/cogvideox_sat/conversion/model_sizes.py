@@ -120,7 +120,9 @@ def sizes_of_tables(tables: Mapping[str, Tensor], family: NetworkFamily, source:
 
 def _check_table_shapes(tables: Mapping[str, Tensor], family: NetworkFamily, source: str) -> None:
     """Check the dimensions of the tables that `sizes_of_tables` reads, else raise UserError."""
-    wanted = {name: (-1, family.head_dim) for name in FREQUENCIES if family.stores_frequencies}
+    wanted: dict[str, tuple[int, ...]] = {}
+    if family.stores_frequencies:
+        wanted = dict.fromkeys(FREQUENCIES, (-1, family.head_dim))
     # The width of a learnt table, of which only the length is read, is checked with the network's other tensors.
     wanted[POSITION_TABLE] = (1, -1, -1 if family.rotary else family.hidden_size)
     for name, shape in wanted.items():

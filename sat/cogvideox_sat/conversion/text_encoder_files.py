@@ -52,11 +52,12 @@ def _matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 def check_text_encoder(encoder_files: Sequence[Path], hidden_size: int) -> None:
     """Check that the encoder is a T5 of the width `hidden_size`, else raise UserError."""
-    config = read_json(next(file for file in encoder_files if file.name == "config.json"))
+    file = next(file for file in encoder_files if file.name == "config.json")
+    config = read_json(file)
     if config.get("model_type") != "t5" or config.get("d_model") != hidden_size:
         raise UserError(
-            f"the text encoder is a {config.get('model_type')} of width {config.get('d_model')}; the network takes a "
-            f"t5 of width {hidden_size}"
+            f"{file}: the text encoder is a {config.get('model_type')} of width {config.get('d_model')}; the network "
+            f"takes a t5 of width {hidden_size}"
         )
 
 

@@ -33,7 +33,16 @@ logger = logging.getLogger(__name__)
 
 T5_FOLDER = "t5-v1_1-xxl"
 OWN_NAMES = ("model.yaml",)
-DOWNLOADED = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*")
+# Patterns of the files to download; the text encoder has half of their bytes.
+WITHOUT_T5 = (
+    "model_index.json",
+    "scheduler/*.json",
+    "transformer/*.json",
+    "transformer/*.safetensors",
+    "vae/*.json",
+    "vae/*.safetensors",
+)
+WITH_T5 = (*WITHOUT_T5, "text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +76,8 @@ def convert(arguments: Sequence[str] | None) -> None:
         raise UserError("--fp16 and --bf16 are both given; choose one")
     output = options.output_path
     check_output_folder(output, options, OWN_NAMES, [Path(options.hf_path)])  # before anything is downloaded
-    folder = local_folder(options.hf_path, DOWNLOADED, "--hf_path", options.revision, options.cache_dir)
+    patterns = WITH_T5 if options.text_encoder else WITHOUT_T5
+    folder = local_folder(options.hf_path, patterns, "--hf_path", options.revision, options.cache_dir)
     check_output_folder(output, options, OWN_NAMES, [folder])
     tell_places()
 

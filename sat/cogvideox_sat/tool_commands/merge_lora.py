@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from cogvideox_sat.commands.input_paths import tell_places
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output_folder, locate_inputs, positive, run_tool
 from cogvideox_sat.configuration.adapter_lists import located_adapters
-from cogvideox_sat.configuration.adapter_lists import path_and_weight as path_and_weight
 from sgm.errors import UserError
 
 if TYPE_CHECKING:

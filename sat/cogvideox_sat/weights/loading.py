@@ -60,6 +60,8 @@ def load_network(
     if has_adapter and not is_lora:
         raise UserError(f"load: {load} holds a LoRA adapter; use the '_lora' variant of the configuration")
     if is_lora and not (has_adapter or allow_missing or new_adapter):
+        if not load:
+            raise UserError("lora_load: missing; name the adapter of the configuration's lora_config")
         raise UserError(f"load: {load} holds no adapter, but the configuration has a lora_config; give lora_load")
     if is_lora:
         weights = rename_for_lora(network, weights)
