@@ -144,7 +144,7 @@ def test_a_missing_requirement_file_is_named(fresh):
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_link_to_another_disk_stays(tmp_path, monkeypatch, there):
-    """The folder that .venv links to is replaced if it is incomplete, and made if it does not exist."""
+    """The folder that .venv links to is replaced if incomplete, and made if missing."""
     disk, link = tmp_path / "disk" / "venv", tmp_path / ".venv"
     link.symlink_to(disk)
     if there:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def assembled(pieces: Mapping[str, Pieces], weights: StoredWeights) -> StoredWeights:
-    """Return the tensors that pieces of `weights` make, each in the widest dtype of its pieces.
+    """Return the tensors that pieces of `weights` make, each in its pieces' widest dtype.
 
     Args:
         pieces: for each new name, the pieces of its tensor.

@@ -102,7 +102,7 @@ def _read_as(dtype: torch.dtype, name: str, entry: Stored) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite, also of 8-bit floats, for which PyTorch does not tell."""
+    """Return whether all values are finite, also of 8-bit floats, unlike `isfinite`."""
     wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
     return bool(wide.isfinite().all())
 
