@@ -26,7 +26,7 @@ from measuring.process_memory import Usage, watched  # noqa: E402
 from cogvideox_sat.commands.flag_spellings import EitherSpellingParser  # noqa: E402
 from cogvideox_sat.commands.input_paths import find_input, not_found  # noqa: E402
 from cogvideox_sat.configuration.files import load_configs  # noqa: E402
-from cogvideox_sat.conversion.lora_names import PROJECTIONS, Projection, Slot, base_weight  # noqa: E402
+from cogvideox_sat.conversion.lora_names import PROJECTIONS, MatrixKey, Projection, base_weight  # noqa: E402
 from cogvideox_sat.conversion.released_models import CONFIGS, TITLES  # noqa: E402
 from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER  # noqa: E402
 
@@ -132,8 +132,8 @@ def adapter_like(network: Mapping[str, "Tensor"], dtype: "torch.dtype") -> dict[
     for layer in layers:
         for part in PROJECTIONS:
             for matrix, shape in (("A", (RANK, width)), ("B", (width, RANK))):
-                slot = Slot(Projection(layer, part), matrix)
-                matrices[slot.sat_name] = torch.empty(shape, dtype=dtype, device="meta")
+                key = MatrixKey(Projection(layer, part), matrix)
+                matrices[key.sat_name] = torch.empty(shape, dtype=dtype, device="meta")
     return matrices
 
 

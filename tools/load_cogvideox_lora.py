@@ -217,19 +217,19 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"transformer/config.json: the size of the network is missing: {error}") from error
-    slots = {name: slot for name in weights if (slot := parse_diffusers_name(name))}
-    if not slots:
+    keys = {name: key for name in weights if (key := parse_diffusers_name(name))}
+    if not keys:
         raise UserError(f"--lora_path: {file} has no LoRA of a CogVideoX attention")
-    for name, slot in slots.items():
+    for name, key in keys.items():
         if weights[name].ndim != 2:
             raise UserError(f"--lora_path: {file}: {name} has shape {list(weights[name].shape)}; expected a matrix")
-        side = weights[name].shape[1 if slot.matrix == "A" else 0]
-        if slot.projection.layer >= layers or side != width:
+        side = weights[name].shape[1 if key.matrix == "A" else 0]
+        if key.projection.layer >= layers or side != width:
             raise UserError(
-                f"{file} does not fit: {slot.projection} has width {side}; the network has {layers} layers of {width}"
+                f"{file} does not fit: {key.projection} has width {side}; the network has {layers} layers of {width}"
             )
         if show:
-            logger.info("%s %s -> %s", name, list(weights[name].shape), diffusers_module(slot.projection))
+            logger.info("%s %s -> %s", name, list(weights[name].shape), diffusers_module(key.projection))
     if not adapter_metadata(file):
         logger.warning("%s: alpha is missing, and diffusers uses the rank instead; see --lora_scale", file)
 
@@ -251,7 +251,7 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
     ranks = {
         tensor.shape[0]
         for name, tensor in lora_tensors(file).items()
-        if (slot := parse_diffusers_name(name)) and slot.matrix == "A"
+        if (key := parse_diffusers_name(name)) and key.matrix == "A"
     }
     if options.lora_r is not None and ranks != {options.lora_r}:
         raise UserError(f"--lora_r is {options.lora_r}, but {file} has rank {', '.join(map(str, sorted(ranks)))}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cogvideox_sat.conversion.lora_names import (
-    PARTS,
+    PROJECTIONS_OF,
     base_weight,
     parse_alpha_name,
     parse_diffusers_name,
@@ -28,9 +28,9 @@ EXAMPLES = {
 def test_names_map_both_ways(sat, theirs):
     for layer in (0, 7, 41):
         ours, other = f"transformer.layers.{layer}.attention.{sat}", f"transformer.transformer_blocks.{layer}.{theirs}"
-        slot = parse_sat_name(ours)
-        assert (slot.diffusers_name, slot.sat_name) == (other, ours)
-        assert parse_diffusers_name(other) == slot
+        key = parse_sat_name(ours)
+        assert (key.diffusers_name, key.sat_name) == (other, ours)
+        assert parse_diffusers_name(other) == key
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_the_weights_that_adapters_add_to_are_those_of_the_models(name):
     keys = json.loads((MANIFESTS / f"{name}.json").read_text())["keys"]
     names = {key.removeprefix("model.diffusion_model.") for key in keys}
     layers = 30 if name == "cogvideox_2b" else 42
-    expected = {base_weight(layer, module) for layer in range(layers) for module in PARTS}
+    expected = {base_weight(layer, module) for layer in range(layers) for module in PROJECTIONS_OF}
     assert expected <= names
     assert base_weight(layers, "dense") not in names
 

@@ -204,7 +204,10 @@ def test_bad_files(exported, tmp_path, caplog, monkeypatch):
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_text", refused)
-        assert "adapter_config.json: Permission denied; it holds the adapter's alpha" in message(tmp_path / "peft")
+        assert (
+            "adapter_config.json, which holds the adapter's alpha: Permission denied; change the permissions"
+            in message(tmp_path / "peft")
+        )
     big = {name: tensor.half() * 3000 if "lora_B" in name else tensor for name, tensor in load_file(exported).items()}
     save_file(big, tmp_path / "big.safetensors")
     assert "out of the range of torch.float16" in message(tmp_path / "big.safetensors", "--file_alpha", "900")

@@ -15,12 +15,13 @@ from cogvideox_sat.conversion.lora_matrices import Adapter, check_matrices
 from cogvideox_sat.conversion.lora_names import (
     LORA_FILE,
     PROJECTIONS,
+    MatrixKey,
     Projection,
-    Slot,
     diffusers_module,
     parse_alpha_name,
     parse_diffusers_name,
 )
+from cogvideox_sat.files.refusals import refusal
 from sgm.errors import UserError, shown, some
 from sgm.plain_json import parse_json
 from sgm.weights import read_state_dict
@@ -47,14 +48,14 @@ def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adap
     """
     file = diffusers_file(Path(path))
     weights = lora_tensors(file)
-    matrices: dict[Slot, Tensor] = {}
+    matrices: dict[MatrixKey, Tensor] = {}
     alphas: dict[Projection, float] = {}
     foreign: list[str] = []
     for name, tensor in weights.items():
-        if slot := parse_diffusers_name(name):
-            if slot in matrices:
-                raise UserError(f"{file} holds {slot.projection} twice, under {name} and another name")
-            matrices[slot] = tensor
+        if key := parse_diffusers_name(name):
+            if key in matrices:
+                raise UserError(f"{file} holds {key.projection} twice, under {name} and another name")
+            matrices[key] = tensor
         elif (projection := parse_alpha_name(name)) and tensor.numel() == 1:
             alphas[projection] = float(tensor)
         else:
@@ -64,7 +65,7 @@ def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adap
     if not matrices:
         raise UserError(f"{file} holds no LoRA matrices")
     rank, width = check_matrices(file, matrices)
-    scales = _scales(file, {slot.projection for slot in matrices}, rank, alphas, alpha)
+    scales = _scales(file, {key.projection for key in matrices}, rank, alphas, alpha)
     _fill_with_zeros(file, matrices, scales)
     return Adapter(file, rank, width, matrices, scales)
 
@@ -119,9 +120,7 @@ def adapter_metadata(file: Path) -> dict[str, Any] | None:
         try:
             text = beside.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
-            raise UserError(
-                f"cannot read {beside}: {error.strerror or error}; it holds the adapter's alpha, so make it readable"
-            ) from error
+            raise UserError(f"cannot read {beside}, which holds the adapter's alpha: {refusal(error)}") from error
     if text is None:
         return None
     try:
@@ -177,15 +176,15 @@ def _matching(patterns: Mapping[str, Any], projection: Projection, otherwise: An
     return otherwise
 
 
-def _fill_with_zeros(file: Path, matrices: dict[Slot, Tensor], scales: dict[Projection, float]) -> None:
+def _fill_with_zeros(file: Path, matrices: dict[MatrixKey, Tensor], scales: dict[Projection, float]) -> None:
     added = []
     for layer in sorted({projection.layer for projection in scales}):
-        present = next(slot for slot in matrices if slot.projection.layer == layer and slot.matrix == "A")
-        a, b = matrices[present], matrices[Slot(present.projection, "B")]
+        present = next(key for key in matrices if key.projection.layer == layer and key.matrix == "A")
+        a, b = matrices[present], matrices[MatrixKey(present.projection, "B")]
         for name in PROJECTIONS:
             projection = Projection(layer, name)
             if projection not in scales:
-                matrices[Slot(projection, "A")], matrices[Slot(projection, "B")] = (
+                matrices[MatrixKey(projection, "A")], matrices[MatrixKey(projection, "B")] = (
                     a.new_zeros(a.shape),
                     b.new_zeros(b.shape),
                 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogvideox_sat.conversion.lora_names import Projection, Slot
+from cogvideox_sat.conversion.lora_names import MatrixKey, Projection
 from sgm.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Adapter:
     source: Path
     rank: int
     width: int
-    matrices: dict[Slot, Tensor]
+    matrices: dict[MatrixKey, Tensor]
     scales: dict[Projection, float]
 
     @property
@@ -39,20 +39,20 @@ class Adapter:
             UserError: B's dtype cannot hold the scaled values.
         """
         scale, matrices = alpha / self.rank, dict(self.matrices)
-        for slot, tensor in self.matrices.items():
-            factor = self.scales[slot.projection] / scale
-            if slot.matrix == "B" and not math.isclose(factor, 1.0, rel_tol=1e-12):
+        for key, tensor in self.matrices.items():
+            factor = self.scales[key.projection] / scale
+            if key.matrix == "B" and not math.isclose(factor, 1.0, rel_tol=1e-12):
                 wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-                matrices[slot] = (wide * factor).to(tensor.dtype)
-                if not matrices[slot].isfinite().all():
+                matrices[key] = (wide * factor).to(tensor.dtype)
+                if not matrices[key].isfinite().all():
                     raise UserError(
-                        f"{self.source}: {slot.projection} times {factor:g} is out of the range of {tensor.dtype}; "
+                        f"{self.source}: {key.projection} times {factor:g} is out of the range of {tensor.dtype}; "
                         "choose a larger --lora_alpha"
                     )
         return Adapter(self.source, self.rank, self.width, matrices, dict.fromkeys(self.scales, scale))
 
 
-def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, int]:
+def check_matrices(source: Path, matrices: Mapping[MatrixKey, Tensor]) -> tuple[int, int]:
     """Return the rank and the width of an adapter, after checking its matrices.
 
     Args:
@@ -61,21 +61,21 @@ def check_matrices(source: Path, matrices: Mapping[Slot, Tensor]) -> tuple[int, 
     Raises:
         UserError: a projection has only one of A and B, a matrix is empty, or ranks or widths differ.
     """
-    for slot in matrices:
-        other = Slot(slot.projection, "B" if slot.matrix == "A" else "A")
+    for key in matrices:
+        other = MatrixKey(key.projection, "B" if key.matrix == "A" else "A")
         if other not in matrices:
-            raise UserError(f"{source}: {slot.projection} has a matrix {slot.matrix} but no matrix {other.matrix}")
+            raise UserError(f"{source}: {key.projection} has a matrix {key.matrix} but no matrix {other.matrix}")
     ranks: dict[int, Projection] = {}
     widths: dict[int, Projection] = {}
-    for slot, tensor in sorted(matrices.items()):
+    for key, tensor in sorted(matrices.items()):
         if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
             raise UserError(
-                f"{source}: {slot.projection}: matrix {slot.matrix} is {tensor.dtype} {list(tensor.shape)}; expected "
-                f"floating-point numbers {'(rank, width)' if slot.matrix == 'A' else '(width, rank)'}"
+                f"{source}: {key.projection}: matrix {key.matrix} is {tensor.dtype} {list(tensor.shape)}; expected "
+                f"floating-point numbers {'(rank, width)' if key.matrix == 'A' else '(width, rank)'}"
             )
-        rank, width = tensor.shape if slot.matrix == "A" else reversed(tensor.shape)
-        ranks.setdefault(rank, slot.projection)
-        widths.setdefault(width, slot.projection)
+        rank, width = tensor.shape if key.matrix == "A" else reversed(tensor.shape)
+        ranks.setdefault(rank, key.projection)
+        widths.setdefault(width, key.projection)
     for values, what in ((ranks, "rank"), (widths, "width")):
         if len(values) != 1:
             found = ", ".join(f"{value} ({projection})" for value, projection in list(values.items())[:3])

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from cogvideox_sat.conversion.lora_matrices import Adapter
-from cogvideox_sat.conversion.lora_names import PARTS, Projection, Slot, base_weight
+from cogvideox_sat.conversion.lora_names import PROJECTIONS_OF, MatrixKey, Projection, base_weight
 from sgm.errors import UserError
 
 
@@ -23,7 +23,7 @@ class MergedWeights(Mapping[str, Tensor]):
         self.adapted: dict[str, tuple[int, str]] = {}
         for adapter, _ in adapters:
             for layer in adapter.layers:
-                for module in PARTS:
+                for module in PROJECTIONS_OF:
                     self.adapted[base_weight(layer, module)] = (layer, module)
             check_fit(base, adapter)
 
@@ -35,9 +35,9 @@ class MergedWeights(Mapping[str, Tensor]):
         merged = weight.float() if weight.element_size() < 4 else weight.clone()
         for adapter, strength in self.adapters:
             if layer in adapter.layers:
-                for rows, part in zip(merged.chunk(len(PARTS[module])), PARTS[module], strict=True):
+                for rows, part in zip(merged.chunk(len(PROJECTIONS_OF[module])), PROJECTIONS_OF[module], strict=True):
                     projection = Projection(layer, part)
-                    a, b = (adapter.matrices[Slot(projection, matrix)].to(merged.dtype) for matrix in "AB")
+                    a, b = (adapter.matrices[MatrixKey(projection, matrix)].to(merged.dtype) for matrix in "AB")
                     rows.addmm_(b, a, alpha=strength * adapter.scales[projection])
         merged = merged.to(weight.dtype)
         if not merged.isfinite().all():
@@ -58,7 +58,7 @@ def check_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
         UserError: a weight is missing, or has another shape.
     """
     for layer in adapter.layers:
-        for module, parts in PARTS.items():
+        for module, parts in PROJECTIONS_OF.items():
             weight = base.get(base_weight(layer, module))
             if weight is None:
                 raise UserError(

@@ -1,6 +1,6 @@
 """Translate names of LoRA tensors between SwissArmyTransformer and diffusers.
 
-Nothing here imports PyTorch. One projection of one layer has two matrices, A (rank, in) and B (out, rank):
+Nothing here imports PyTorch. One projection of one layer has two matrices, A (rank, in) and B (out, rank).
 """
 
 import re
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the file that diffusers looks for in a folder
 # For each module of SwissArmyTransformer's layer, its adapted projections by their names in diffusers, in order.
-PARTS = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0",)}
+PROJECTIONS_OF = {"query_key_value": ("to_q", "to_k", "to_v"), "dense": ("to_out.0",)}
 # For each projection, its module and the number of its A and B there.
-PROJECTIONS = {name: (module, number) for module, names in PARTS.items() for number, name in enumerate(names)}
+PROJECTIONS = {name: (module, number) for module, names in PROJECTIONS_OF.items() for number, name in enumerate(names)}
 
 _SAT = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)")
 # Names begin with `transformer.` in files of diffusers' pipelines, with nothing in files of its models, and with
@@ -37,8 +37,8 @@ class Projection(NamedTuple):
         return f"layer {self.layer} {self.name}"
 
 
-class Slot(NamedTuple):
-    """One matrix of an adapter, `A` or `B`."""
+class MatrixKey(NamedTuple):
+    """The place of one matrix in an adapter; `matrix` is "A" or "B"."""
 
     projection: Projection
     matrix: str
@@ -61,20 +61,20 @@ def diffusers_module(projection: Projection) -> str:
     return f"transformer_blocks.{projection.layer}.attn1.{projection.name}"
 
 
-def parse_sat_name(name: str) -> Slot | None:
+def parse_sat_name(name: str) -> MatrixKey | None:
     """Return the matrix that a tensor of a SwissArmyTransformer checkpoint is; None if none."""
     if not (match := _SAT.fullmatch(name)):
         return None
     layer, module, matrix, number = match.groups()
-    parts = PARTS[module]
-    return Slot(Projection(int(layer), parts[int(number)]), matrix) if int(number) < len(parts) else None
+    parts = PROJECTIONS_OF[module]
+    return MatrixKey(Projection(int(layer), parts[int(number)]), matrix) if int(number) < len(parts) else None
 
 
-def parse_diffusers_name(name: str) -> Slot | None:
+def parse_diffusers_name(name: str) -> MatrixKey | None:
     """Return the matrix that a tensor of a diffusers or peft file is; None if not one of ours."""
     if not (match := _MATRIX.fullmatch(name)) or not (projection := parse_diffusers_module(match[1])):
         return None
-    return Slot(projection, "A" if match[2] in ("lora_A", "lora.down", "lora_down") else "B")
+    return MatrixKey(projection, "A" if match[2] in ("lora_A", "lora.down", "lora_down") else "B")
 
 
 def parse_alpha_name(name: str) -> Projection | None:
@@ -90,5 +90,5 @@ def parse_diffusers_module(name: str) -> Projection | None:
 
 
 def base_weight(layer: int, module: str) -> str:
-    """Return the name of the weight whose rows are the projections of `module`, as in `PARTS`."""
+    """Return the name of the weight whose rows are the `PROJECTIONS_OF` a module."""
     return f"transformer.layers.{layer}.attention.{module}.weight"

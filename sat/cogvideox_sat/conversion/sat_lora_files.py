@@ -12,8 +12,8 @@ from cogvideox_sat.configuration.yaml_reading import read_yaml
 from cogvideox_sat.conversion.lora_matrices import Adapter, check_matrices
 from cogvideox_sat.conversion.lora_names import (
     PROJECTIONS,
+    MatrixKey,
     Projection,
-    Slot,
     parse_sat_name,
 )
 from cogvideox_sat.conversion.stored_checkpoints import open_checkpoint
@@ -49,18 +49,18 @@ def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None =
     found = {name: weights[name] for name in weights if is_adapter(name)}
     if not found:
         raise UserError(f"{file} holds no adapter (no matrix_A or matrix_B)")
-    slots = {name: slot for name in found if (slot := parse_sat_name(name)) is not None}
-    if foreign := [name for name in found if name not in slots]:
+    keys = {name: key for name in found if (key := parse_sat_name(name)) is not None}
+    if foreign := [name for name in found if name not in keys]:
         raise UserError(f"{file}: its adapter is on modules that CogVideoX does not have: {some(foreign)}")
-    matrices = {slots[name]: tensor for name, tensor in found.items()}
+    matrices = {keys[name]: tensor for name, tensor in found.items()}
     rank, width = check_matrices(file, matrices)
-    for layer in {slot.projection.layer for slot in matrices}:
+    for layer in {key.projection.layer for key in matrices}:
         for name in PROJECTIONS:
-            if Slot(Projection(layer, name), "A") not in matrices:
+            if MatrixKey(Projection(layer, name), "A") not in matrices:
                 raise UserError(f"{file}: its adapter is incomplete: layer {layer} has no {name}")
     if alpha is None:
         alpha = recorded_alpha(file, rank)
-    return Adapter(file, rank, width, matrices, {slot.projection: alpha / rank for slot in matrices})
+    return Adapter(file, rank, width, matrices, {key.projection: alpha / rank for key in matrices})
 
 
 def recorded_alpha(file: Path, rank: int) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cogvideox_sat.conversion.lora_files import read_adapter
 from cogvideox_sat.conversion.lora_matrices import Adapter
-from cogvideox_sat.conversion.lora_names import PARTS, Projection, Slot
+from cogvideox_sat.conversion.lora_names import PROJECTIONS_OF, MatrixKey, Projection
 from cogvideox_sat.network.added_adapters import Place
 from cogvideox_sat.network.block import LowRank
 from sgm.errors import UserError
@@ -61,7 +61,7 @@ def added_up(chosen: Chosen) -> dict[Place, LowRank]:
     sums: dict[Place, LowRank] = {}
     for layer in sorted({layer for adapter, _ in present for layer in adapter.layers}):
         here = [(adapter, strength) for adapter, strength in present if layer in adapter.layers]
-        for module, parts in PARTS.items():
+        for module, parts in PROJECTIONS_OF.items():
             projections = [Projection(layer, part) for part in parts]
             first, strength = here[0]
             scale = strength * first.scales[projections[0]]
@@ -78,8 +78,8 @@ def _side_by_side(chosen: Chosen, projection: Projection, scale: float) -> tuple
     downs, ups = [], []
     for adapter, strength in chosen:
         factor = strength * adapter.scales[projection] / scale
-        up = adapter.matrices[Slot(projection, "B")]
-        downs.append(adapter.matrices[Slot(projection, "A")])
+        up = adapter.matrices[MatrixKey(projection, "B")]
+        downs.append(adapter.matrices[MatrixKey(projection, "A")])
         ups.append(up if factor == 1 else up.float() * factor)
     if len(downs) == 1:
         return downs[0], ups[0]

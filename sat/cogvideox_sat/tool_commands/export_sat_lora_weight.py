@@ -70,9 +70,9 @@ def export(arguments: Sequence[str] | None) -> None:
     count = len(adapter.layers)
     logger.info("%s: %d layers, width %d, rank %d, alpha %g", adapter.source, count, adapter.width, adapter.rank, alpha)
     if options.dry_run:
-        for slot, tensor in adapter.matrices.items():
+        for key, tensor in adapter.matrices.items():
             shape = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            logger.info("%s -> %s %s", slot.sat_name, slot.diffusers_name, shape)
+            logger.info("%s -> %s %s", key.sat_name, key.diffusers_name, shape)
         return
     write(target, adapter, alpha)
     logger.info("wrote %s: pipe.load_lora_weights('%s')", target, options.lora_save_directory)
@@ -101,9 +101,9 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
         METADATA_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True),
     }
     tensors = {}
-    for slot, tensor in tqdm(adapter.matrices.items(), desc="reading", unit="tensor", leave=False):
+    for key, tensor in tqdm(adapter.matrices.items(), desc="reading", unit="tensor", leave=False):
         is_part = tensor.untyped_storage().nbytes() != tensor.nbytes  # of a larger tensor, which safetensors refuses
-        tensors[slot.diffusers_name] = tensor.clone() if is_part else tensor.contiguous()
+        tensors[key.diffusers_name] = tensor.clone() if is_part else tensor.contiguous()
     with new_file(target, sum(tensor.nbytes for tensor in tensors.values())) as part:
         mode = part.stat().st_mode  # safetensors would make the file private
         save_file(tensors, part, header)

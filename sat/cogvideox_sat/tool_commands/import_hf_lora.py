@@ -60,11 +60,11 @@ def import_lora(arguments: Sequence[str] | None) -> None:
     count = len(adapter.layers)
     logger.info("%s: %d layers, width %d, rank %d", adapter.source, count, adapter.width, adapter.rank)
     if options.dry_run:
-        for slot, tensor in adapter.matrices.items():
+        for key, tensor in adapter.matrices.items():
             shape = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            logger.info("%s -> %s %s", slot.diffusers_name, slot.sat_name, shape)
+            logger.info("%s -> %s %s", key.diffusers_name, key.sat_name, shape)
         return
-    tensors = {slot.sat_name: adapter.matrices[slot] for slot in sorted(adapter.matrices)}
+    tensors = {key.sat_name: adapter.matrices[key] for key in sorted(adapter.matrices)}
     config = configuration(options.output, adapter.rank, options.lora_alpha, adapter.layers)
     write_checkpoint(options.output, tensors, tensors.__getitem__, {"lora.yaml": config})
     logger.info("wrote %s: add %s after the model's configuration", options.output, options.output / "lora.yaml")

@@ -70,10 +70,13 @@ def merge(arguments: Sequence[str] | None) -> None:
 
 def show(source: "NetworkSource") -> None:
     """Log each tensor, and whether it is merged."""
-    from cogvideox_sat.conversion.lora_names import PARTS, base_weight
+    from cogvideox_sat.conversion.lora_names import PROJECTIONS_OF, base_weight
 
     adapted = {
-        base_weight(layer, module) for adapter, _ in source.adapters for layer in adapter.layers for module in PARTS
+        base_weight(layer, module)
+        for adapter, _ in source.adapters
+        for layer in adapter.layers
+        for module in PROJECTIONS_OF
     }
     for name, tensor in source.weights.like.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
