@@ -41,7 +41,7 @@ def main() -> None:
     parser = EitherSpellingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=config_name, default=list(MODELS), metavar="NAME")
     parser.add_argument("--layers", type=int, help="layers of the network, for a quick test (default: all)")
-    parser.add_argument("--all", action="store_true", help="every way, not only the default and the least")
+    parser.add_argument("--all", action="store_true", help="every policy, not only the default and the least")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RESULTS.md")
     options = parser.parse_args()
     quiet_libraries()
@@ -51,27 +51,28 @@ def main() -> None:
     tell(SECTION, text, options.write)
 
 
-def rows_of(model: str, layers: int | None, all_ways: bool) -> list[list[str]]:
-    """Return a row for each way to sample with a model."""
+def rows_of(model: str, layers: int | None, all_policies: bool) -> list[list[str]]:
+    """Return a row for each policy of sampling with a model."""
     from measuring.fake_memory import stage_peaks
 
     from cogvideox_sat.files.sizes import GIB
-    from cogvideox_sat.memory.sampling_peaks import LIBRARIES, NETWORK, TEXT, VIDEO, SamplingMemory, Way
+    from cogvideox_sat.memory.sampling_peaks import LIBRARIES, NETWORK, TEXT, VIDEO, MemoryPolicy, SamplingMemory
 
     request = read(model, layers)
     memory = SamplingMemory(request.settings, [request.video])
-    ways = [Way("stage", 2), Way("sequential", 1, 4)]
-    if all_ways:
-        ways = [
-            Way(*each) for each in (("none", 2), ("stage", 2), ("stage", 1, 8), ("sequential", 2), ("sequential", 1, 4))
+    policies = [MemoryPolicy("stage", 2), MemoryPolicy("sequential", 1, 4)]
+    if all_policies:
+        policies = [
+            MemoryPolicy(*each)
+            for each in (("none", 2), ("stage", 2), ("stage", 1, 8), ("sequential", 2), ("sequential", 1, 4))
         ]
     rows = []
-    for way in ways:
-        counted = stage_peaks(request.settings, request.video, way, steps=2)
-        largest, told = max(counted.values()), memory.peak(way) - LIBRARIES
+    for policy in policies:
+        counted = stage_peaks(request.settings, request.video, policy, steps=2)
+        largest, told = max(counted.values()), memory.peak(policy) - LIBRARIES
         cells = [f"{counted[stage] / GIB:.2f}" for stage in (TEXT, NETWORK, VIDEO)]
         figures = [f"{largest / GIB:.2f}", f"{told / GIB:.2f}", f"{told / largest:.2f}"]
-        rows.append([f"{model}, {described(request.video)}, {way}", *cells, *figures])
+        rows.append([f"{model}, {described(request.video)}, {policy}", *cells, *figures])
     return rows
 
 

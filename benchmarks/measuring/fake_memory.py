@@ -21,8 +21,8 @@ from cogvideox_sat.memory.sampling_peaks import (
     NETWORK,
     TEXT,
     VIDEO,
+    MemoryPolicy,
     VideoSize,
-    Way,
     attention_without_scores,
 )
 from cogvideox_sat.memory.weightless import WeightlessEngine
@@ -96,14 +96,14 @@ def on_fake_tensors() -> Iterator[AllocatedBytes]:
         yield allocated
 
 
-def stage_peaks(settings: EngineSettings, video: VideoSize, way: Way, steps: int) -> dict[str, int]:
+def stage_peaks(settings: EngineSettings, video: VideoSize, policy: MemoryPolicy, steps: int) -> dict[str, int]:
     """Return the peak bytes on the device in each stage of sampling one video.
 
     Args:
         video: latent frames, height and width in pixels.
         steps: number of sampling steps; all have the same peak.
     """
-    arguments = way._asdict()
+    arguments = policy._asdict()
     offload = arguments.pop("offload")
     settings = replace(settings, **arguments)
     frames, height, width = video

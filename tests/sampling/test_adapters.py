@@ -16,7 +16,7 @@ import cogvideox_sat as cv
 from arguments import get_args
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.conversion.lora_files import read_adapter
-from cogvideox_sat.memory.sampling_peaks import Way
+from cogvideox_sat.memory.sampling_peaks import MemoryPolicy
 from cogvideox_sat.sampling import fitting as fitting_module
 from cogvideox_sat.sampling.adapters import adapter_bytes, added_up, fitting
 from cogvideox_sat.sampling.open_sessions import sessions_of_process
@@ -188,12 +188,12 @@ def test_what_is_wrong_with_one_is_a_line(tiny, adapters, tmp_path, caplog):
 def test_what_they_take_is_left_of_the_memory_to_stay_within(tiny, adapters, monkeypatch):
     asked = []
 
-    def choose(memory, ways, budget, fit):
+    def choose(memory, policies, budget, fit):
         asked.append(budget)
-        return Way("none", 2), ""
+        return MemoryPolicy("none", 2), ""
 
     monkeypatch.setattr(fitting_module, "choose", choose)
-    monkeypatch.setattr(fitting_module, "with_way", lambda args, way, left: args)
+    monkeypatch.setattr(fitting_module, "with_policy", lambda args, policy, left: args)
     given = ["--base", str(tiny.config("5b")), "--fit", "8GB", "--sampling_image_size", "32", "48"]
     given += ["--sampling_num_frames", "3"]
     sessions_of_process.enter(1)

@@ -1,4 +1,4 @@
-"""`--fit` picks the fastest way within the memory, keeps given options, and reports."""
+"""`--fit` picks the fastest policy within the memory, keeps given options, and reports."""
 
 import json
 import logging
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from arguments import SamplingArguments, get_args
-from cogvideox_sat.memory.sampling_peaks import NETWORK, TEXT, VIDEO, Way
+from cogvideox_sat.memory.sampling_peaks import NETWORK, TEXT, VIDEO, MemoryPolicy
 from cogvideox_sat.parallel.process_groups import initialize_process_groups
 from cogvideox_sat.sampling import fitting
-from cogvideox_sat.sampling.fitting import choose, device_budget, fitted, ways
+from cogvideox_sat.sampling.fitting import choose, device_budget, fitted, policies
 from cogvideox_sat.sampling.plan import SamplingPlan
 from distributed import run_distributed
 from sample_video import main
@@ -28,62 +28,62 @@ class Memory:
 
     takes_pieces, longest_side = True, 720
 
-    def stages(self, way: Way) -> dict[str, int]:
-        resident = {"none": 30, "stage": 10, "sequential": 2}[way.offload]
-        decoding = {None: 12, 8: 6, 4: 4}[way.vae_frames_at_once] - 2 * (way.vae_tile_size is not None)
-        sizes = {TEXT: resident, NETWORK: resident + 3 * way.guidance_batch, VIDEO: decoding}
+    def stages(self, policy: MemoryPolicy) -> dict[str, int]:
+        resident = {"none": 30, "stage": 10, "sequential": 2}[policy.offload]
+        decoding = {None: 12, 8: 6, 4: 4}[policy.vae_frames_at_once] - 2 * (policy.vae_tile_size is not None)
+        sizes = {TEXT: resident, NETWORK: resident + 3 * policy.guidance_batch, VIDEO: decoding}
         return {stage: size * GIB for stage, size in sizes.items()}
 
-    def peak(self, way: Way) -> int:
-        return max(self.stages(way).values())
+    def peak(self, policy: MemoryPolicy) -> int:
+        return max(self.stages(policy).values())
 
 
 @pytest.mark.parametrize(
-    ("budget", "given", "way"),
+    ("budget", "given", "policy"),
     [
-        (40, {}, Way("none", 2)),
-        (34, {}, Way("none", 1)),
-        (16, {}, Way("stage", 2)),
-        (13, {}, Way("stage", 1)),
-        (12, {}, Way("sequential", 2)),
-        (11, {}, Way("sequential", 2, 8)),
-        (5, {}, Way("sequential", 1, 4)),
-        (40, {"offload": "sequential"}, Way("sequential", 2)),
-        (15, {"guidance_batch": 1}, Way("stage", 1)),
-        (16, {"guidance_batch": 1, "vae_frames_at_once": 8}, Way("stage", 1, 8)),
-        (14, {"vae_tile_size": 256}, Way("stage", 1, None, 256)),
+        (40, {}, MemoryPolicy("none", 2)),
+        (34, {}, MemoryPolicy("none", 1)),
+        (16, {}, MemoryPolicy("stage", 2)),
+        (13, {}, MemoryPolicy("stage", 1)),
+        (12, {}, MemoryPolicy("sequential", 2)),
+        (11, {}, MemoryPolicy("sequential", 2, 8)),
+        (5, {}, MemoryPolicy("sequential", 1, 4)),
+        (40, {"offload": "sequential"}, MemoryPolicy("sequential", 2)),
+        (15, {"guidance_batch": 1}, MemoryPolicy("stage", 1)),
+        (16, {"guidance_batch": 1, "vae_frames_at_once": 8}, MemoryPolicy("stage", 1, 8)),
+        (14, {"vae_tile_size": 256}, MemoryPolicy("stage", 1, None, 256)),
     ],
 )
-def test_the_fastest_that_fits(budget, given, way):
+def test_the_fastest_that_fits(budget, given, policy):
     args = SamplingArguments(**given, given=frozenset(given))
-    picked, reason = choose(Memory(), ways(args), budget * GIB, f"{budget}GB")
-    assert picked == way
-    assert reason.startswith(f"{way}, which takes up to ") and "\n" not in reason
-    fastest = next(ways(args))
-    assert reason.endswith(f"; {fastest} would take {Memory().peak(fastest) / GIB} GiB") == (way != fastest)
+    picked, reason = choose(Memory(), policies(args), budget * GIB, f"{budget}GB")
+    assert picked == policy
+    assert reason.startswith(f"{policy}, which takes up to ") and "\n" not in reason
+    fastest = next(policies(args))
+    assert reason.endswith(f"; {fastest} would take {Memory().peak(fastest) / GIB} GiB") == (policy != fastest)
 
 
 def test_too_small_says_the_least():
     with pytest.raises(UserError) as error:
-        choose(Memory(), ways(SamplingArguments()), 4 * GIB, "4GB")
+        choose(Memory(), policies(SamplingArguments()), 4 * GIB, "4GB")
     assert str(error.value) == (
         "fit: 4GB is too small for this model and size, which take at least 5.0 GiB with --offload sequential "
         "--guidance_batch 1 --vae_frames_at_once 4 (the network takes most); give --fit 5.0GB, fewer frames or "
         "a smaller size"
     )
     with pytest.raises(UserError, match=r"\(the VAE takes most\); give --fit 12.0GB, --vae_tile_size 256 \(tiles: "):
-        choose(Memory(), ways(SamplingArguments(), takes_pieces=False), 4 * GIB, "4GB")
+        choose(Memory(), policies(SamplingArguments(), takes_pieces=False), 4 * GIB, "4GB")
     small = Memory()
     small.longest_side = 256  # a single tile
     with pytest.raises(UserError, match=r"give --fit 12.0GB, fewer frames"):
-        choose(small, ways(SamplingArguments(), takes_pieces=False), 4 * GIB, "4GB")
+        choose(small, policies(SamplingArguments(), takes_pieces=False), 4 * GIB, "4GB")
     with pytest.raises(UserError, match=r"at least 36\.0 GiB with --offload none --guidance_batch 2 \(the network"):
         given = {"offload": "none", "guidance_batch": 2}
-        choose(Memory(), ways(SamplingArguments(**given, given=frozenset(given))), 20 * GIB, "20GB")
+        choose(Memory(), policies(SamplingArguments(**given, given=frozenset(given))), 20 * GIB, "20GB")
 
 
 def test_a_vae_without_pieces_is_left_whole():
-    assert {way.vae_frames_at_once for way in ways(SamplingArguments(), takes_pieces=False)} == {None}
+    assert {policy.vae_frames_at_once for policy in policies(SamplingArguments(), takes_pieces=False)} == {None}
 
 
 def test_auto_is_what_the_device_has_free(monkeypatch):

@@ -31,12 +31,14 @@ LAYERS, STEPS = 2, 3  # that are simulated; more of them take no more memory
 DEFAULT_TOKENS = 77  # of `FrozenT5Embedder`
 LATENT_STEPS = 6  # latent frames that are decoded (4 with tiles, of which there are many); more take no more memory
 LONGEST_CHUNK = 12  # frames
-EXCHANGES = tuple(each._opoverload for each in (sequence_parallel.tokens_to_heads, sequence_parallel.heads_to_tokens))
+TO_HEADS, TO_TOKENS = (
+    each._opoverload for each in (sequence_parallel.tokens_to_heads, sequence_parallel.heads_to_tokens)
+)
 TEXT, IMAGE, NETWORK, VIDEO = "text encoder", "first frame", "network", "VAE"
 
 
-class Way(NamedTuple):
-    """Arguments that determine how much device memory sampling needs, by their names."""
+class MemoryPolicy(NamedTuple):
+    """Arguments that trade device memory for time in sampling, by their names."""
 
     offload: str
     guidance_batch: int
@@ -73,7 +75,7 @@ class SamplingMemory:
     """Device memory that sampling takes, including `LIBRARIES`.
 
     Args:
-        settings: of the engine; settings that a `Way` contains are not read.
+        settings: of the engine; settings that a `MemoryPolicy` contains are not read.
         videos: the sizes of the videos.
         keeps_text_encoder: the text encoder stays for further prompts, as when prompts are typed.
         decodes: latents are decoded.
@@ -115,10 +117,10 @@ class SamplingMemory:
         if network.why_layers_are_not_plain() is None:
             network.modulation_table = TabulatedOnMeta(network.mixins["adaln_layer"].adaLN_modulations)
             tabulated = sum(map(module_bytes, network.modulation_table.modulations))
-        whole, rest, slots = streamed(network, layer_modules(network))
+        whole, rest, slots = streamed_bytes(network, layer_modules(network))
         self.tabulated = tabulated
         return {
-            TEXT: streamed(encoder, [[block] for block in encoder.encoder.block]),
+            TEXT: streamed_bytes(encoder, [[block] for block in encoder.encoder.block]),
             NETWORK: PartBytes(whole, rest - tabulated, slots),
             VIDEO: PartBytes(module_bytes(self.vae), 0, 0),
         }
@@ -128,15 +130,15 @@ class SamplingMemory:
         """Return the longest side of the videos in pixels."""
         return max(max(video.height, video.width) for video in self.videos)
 
-    def peak(self, way: Way) -> int:
-        """Return the bytes of device memory that sampling takes in a way."""
-        return max(self.stages(way).values())
+    def peak(self, policy: MemoryPolicy) -> int:
+        """Return the bytes of device memory that sampling takes under a policy."""
+        return max(self.stages(policy).values())
 
-    def stages(self, way: Way) -> dict[str, int]:
-        """Return the bytes of device memory that each stage takes in a way."""
+    def stages(self, policy: MemoryPolicy) -> dict[str, int]:
+        """Return the bytes of device memory that each stage takes under a policy."""
         text, network, vae = self.parts[TEXT], self.parts[NETWORK], self.parts[VIDEO].whole
         keeps_vae = self.decodes or self.takes_image
-        if way.offload == "none":
+        if policy.offload == "none":
             beside = vae * keeps_vae + text.whole * self.keeps_text_encoder
             weights = {
                 TEXT: vae * keeps_vae + text.whole + network.whole * self.keeps_text_encoder,
@@ -144,7 +146,7 @@ class SamplingMemory:
                 NETWORK: beside + network.whole,
                 VIDEO: beside + network.whole,
             }
-        elif way.offload == "stage":
+        elif policy.offload == "stage":
             weights = {TEXT: text.whole, IMAGE: vae, NETWORK: network.whole - self.tabulated, VIDEO: vae}
         else:
             waiting = network.rest  # weights outside of the layers stay once they are loaded
@@ -156,14 +158,14 @@ class SamplingMemory:
                 VIDEO: vae + waiting,
             }
         activations = {TEXT: self.text_activations}
-        batch = 1 if self.layout.guidance > 1 else way.guidance_batch
-        activations[NETWORK] = self.network_activations(batch, way.offload != "none")
+        batch = 1 if self.layout.guidance > 1 else policy.guidance_batch
+        activations[NETWORK] = self.network_activations(batch, policy.offload != "none")
         if self.takes_image:
             activations[IMAGE] = self.image_activations
         if self.decodes:
-            activations[VIDEO] = self.decoding_activations(way.vae_frames_at_once, way.vae_tile_size)
+            activations[VIDEO] = self.decoding_activations(policy.vae_frames_at_once, policy.vae_tile_size)
         needed = {stage: LIBRARIES + weights[stage] + taken for stage, taken in activations.items()}
-        if way.offload == "stage":  # the network is loaded before its modulations are computed
+        if policy.offload == "stage":  # the network is loaded before its modulations are computed
             needed[NETWORK] = max(needed[NETWORK], LIBRARIES + network.whole)
         return needed
 
@@ -244,9 +246,9 @@ class BytesWithExchanges(AllocatedBytes):
         The received tensor becomes the result, or has its size.
         """
         own = super().during(function, args, result)
-        if function is EXCHANGES[0]:
+        if function is TO_HEADS:
             return own + sum(part.nbytes for part in args[0])
-        return own + (args[0].nbytes + result.nbytes if function is EXCHANGES[1] else 0)
+        return own + (args[0].nbytes + result.nbytes if function is TO_TOKENS else 0)
 
 
 class TabulatedOnMeta:
@@ -278,7 +280,7 @@ def attention_without_scores(q: Tensor, k: Tensor, v: Tensor, dropout_p: float =
     return torch.empty_like(q) if normalizers.numel() else q
 
 
-def streamed(module: nn.Module, layers: Iterable[Iterable[nn.Module]]) -> PartBytes:
+def streamed_bytes(module: nn.Module, layers: Iterable[Iterable[nn.Module]]) -> PartBytes:
     """Return the bytes of a part that has two layers on the device at a time."""
     sizes = [sum(map(module_bytes, modules)) for modules in layers]
     whole = module_bytes(module)

@@ -1,4 +1,4 @@
-"""`--fit`: choose a way of sampling whose expected memory fits on a device."""
+"""`--fit`: choose the offloading and batches whose expected memory fits on a device."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
 from cogvideox_sat.configuration.settings import EngineSettings
 from cogvideox_sat.configuration.video_layout import layout_of
 from cogvideox_sat.files.sizes import GIB
-from cogvideox_sat.memory.sampling_peaks import VIDEO, SamplingMemory, VideoSize, Way
+from cogvideox_sat.memory.sampling_peaks import VIDEO, MemoryPolicy, SamplingMemory, VideoSize
 from cogvideox_sat.parallel.agreement import least_over_processes
 from cogvideox_sat.parallel.devices import find_device
 from cogvideox_sat.sampling.adapters import adapter_bytes, read_adapters
@@ -37,8 +37,8 @@ def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArgume
     The choices and their reason are logged in one line.
 
     Raises:
-        UserError: the memory that `fit` allows is too small for every way (the message names the least that works), or
-            the memory of the model cannot be determined.
+        UserError: the memory that `fit` allows is too small for every policy (the message names the least that works),
+            or the memory of the model cannot be determined.
     """
     if args.fit is None or (plan is not None and not plan.videos):
         return replace(args, fit=None)
@@ -46,7 +46,7 @@ def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArgume
     budget = least_over_processes(device_budget(args.fit, args.device)) - adapter_bytes(adapters)
     try:
         memory = memory_of(args, video_sizes(args, plan))
-        way, reason = choose(memory, ways(args, memory.takes_pieces), budget, args.fit)
+        policy, reason = choose(memory, policies(args, memory.takes_pieces), budget, args.fit)
     except UserError:
         raise
     except Exception as error:  # of any kind, from a user's own modules that cannot run on the meta device
@@ -55,16 +55,16 @@ def fitted(args: SamplingArguments, plan: SamplingPlan | None) -> SamplingArgume
     if dist.get_rank() == 0:
         each = " for each process" if layout_of(args).processes > 1 else ""
         logger.info("fit: %s%s: %s", args.fit, each, reason)
-    return with_way(args, way, budget - memory.peak(way))
+    return with_policy(args, policy, budget - memory.peak(policy))
 
 
-def with_way(args: SamplingArguments, way: Way, left: int) -> SamplingArguments:
-    """Return the arguments changed to a way of sampling.
+def with_policy(args: SamplingArguments, policy: MemoryPolicy, left: int) -> SamplingArguments:
+    """Return the arguments changed to a policy.
 
     Args:
-        left: bytes of the device that the way leaves free.
+        left: bytes of the device that the policy leaves free.
     """
-    return replace(args, **way._asdict(), vae_waiting_bytes=left, fit=None)
+    return replace(args, **policy._asdict(), vae_waiting_bytes=left, fit=None)
 
 
 def memory_of(args: SamplingArguments, videos: Iterable[VideoSize]) -> SamplingMemory:
@@ -102,8 +102,8 @@ def device_budget(fit: str, device: str | None) -> int:
     return torch.cuda.mem_get_info(found)[0]
 
 
-def ways(args: SamplingArguments, takes_pieces: bool = True) -> Iterator[Way]:
-    """Yield the ways of sampling that compute the same values, the fastest first.
+def policies(args: SamplingArguments, takes_pieces: bool = True) -> Iterator[MemoryPolicy]:
+    """Yield the policies that compute the same values, the fastest first.
 
     Options that the user has given stay fixed.
 
@@ -116,19 +116,21 @@ def ways(args: SamplingArguments, takes_pieces: bool = True) -> Iterator[Way]:
     halves_are_apart = layout_of(args).guidance > 1
     batches = [args.guidance_batch] if "guidance_batch" in args.given or halves_are_apart else GUIDANCE_BATCHES
     for offload, at_once, batch in product(offloads, frames, batches):
-        yield Way(offload, batch, at_once, args.vae_tile_size)
+        yield MemoryPolicy(offload, batch, at_once, args.vae_tile_size)
 
 
-def choose(memory: SamplingMemory, candidates: Iterable[Way], budget: int, fit: str) -> tuple[Way, str]:
-    """Return the first way that stays within `budget` bytes, and the reason in words.
+def choose(
+    memory: SamplingMemory, candidates: Iterable[MemoryPolicy], budget: int, fit: str
+) -> tuple[MemoryPolicy, str]:
+    """Return the first policy that stays within `budget` bytes, and the reason in words.
 
     Raises:
-        UserError: no way stays within the budget.
+        UserError: no policy stays within the budget.
     """
     candidates = list(candidates)
-    for way in candidates:
-        if memory.peak(way) <= budget:
-            return way, reason_for(memory, way, candidates[0])
+    for policy in candidates:
+        if memory.peak(policy) <= budget:
+            return policy, reason_for(memory, policy, candidates[0])
     least = min(candidates, key=memory.peak)
     needed, stage = memory.peak(least), largest_stage(memory, least)
     tiles_help = stage == VIDEO and least.vae_tile_size is None and memory.longest_side > TILE
@@ -139,17 +141,18 @@ def choose(memory: SamplingMemory, candidates: Iterable[Way], budget: int, fit: 
     )
 
 
-def reason_for(memory: SamplingMemory, way: Way, fastest: Way) -> str:
-    """Return the expected memory of a way, and why the way is not the fastest."""
-    text = f"{way}, which takes up to {gib_up(memory.peak(way))} GiB (the {largest_stage(memory, way)} takes most)"
-    if way == fastest:
+def reason_for(memory: SamplingMemory, policy: MemoryPolicy, fastest: MemoryPolicy) -> str:
+    """Return the expected memory of a policy, and why the policy is not the fastest."""
+    peak, stage = memory.peak(policy), largest_stage(memory, policy)
+    text = f"{policy}, which takes up to {gib_up(peak)} GiB (the {stage} takes most)"
+    if policy == fastest:
         return text
     return f"{text}; {fastest} would take {gib_up(memory.peak(fastest))} GiB"
 
 
-def largest_stage(memory: SamplingMemory, way: Way) -> str:
-    """Return the stage that takes the most memory in a way."""
-    stages = memory.stages(way)
+def largest_stage(memory: SamplingMemory, policy: MemoryPolicy) -> str:
+    """Return the stage that takes the most memory under a policy."""
+    stages = memory.stages(policy)
     return max(stages, key=lambda stage: stages[stage])
 
 

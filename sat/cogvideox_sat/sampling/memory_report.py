@@ -1,4 +1,4 @@
-"""Report the memory that sampling takes on a device, for each way, as lines of text."""
+"""Report the memory that sampling takes on a device, for each policy, as lines of text."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ from arguments import SamplingArguments
 from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
 from cogvideox_sat.files.sizes import GIB, in_words
 from cogvideox_sat.latent_geometry import TIME_FACTOR, Bucket
-from cogvideox_sat.memory.sampling_peaks import LIBRARIES, NETWORK, TEXT, VIDEO, SamplingMemory, Way
+from cogvideox_sat.memory.sampling_peaks import LIBRARIES, NETWORK, TEXT, VIDEO, MemoryPolicy, SamplingMemory
 from cogvideox_sat.memory.weightless import module_bytes, short_count
-from cogvideox_sat.sampling.fitting import choose, device_budget, gib_up, memory_of, video_sizes, ways
+from cogvideox_sat.sampling.fitting import choose, device_budget, gib_up, memory_of, policies, video_sizes
 
 CARDS = (6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB
 
@@ -20,7 +20,7 @@ def report(args: SamplingArguments) -> list[str]:
     for the given value, or for common sizes of GPU memory.
 
     Raises:
-        UserError: a part of the model cannot be built, or the memory that `fit` allows is too small for every way.
+        UserError: a part of the model cannot be built, or the memory that `fit` allows is too small for every policy.
     """
     (size,) = video_sizes(args)
     memory = memory_of(args, [size])
@@ -31,7 +31,7 @@ def report(args: SamplingArguments) -> list[str]:
         f"GiB of the device for {clip}, {LIBRARIES / GIB:g} of them for CUDA itself:",
         *table(memory, args),
     ]
-    candidates = list(ways(args, memory.takes_pieces))
+    candidates = list(policies(args, memory.takes_pieces))
     if args.fit is not None:
         _, reason = choose(memory, candidates, device_budget(args.fit, args.device), args.fit)
         return [*lines, f"--fit {args.fit} picks {reason}"]
@@ -57,14 +57,14 @@ def table(memory: SamplingMemory, args: SamplingArguments) -> list[str]:
     """
     rows: list[tuple[str, dict[str, int]]] = []
     for offload in OFFLOAD_POLICIES if "offload" not in args.given else (args.offload,):
-        found = list(ways(replace(args, offload=offload, given=args.given | {"offload"}), memory.takes_pieces))
+        found = list(policies(replace(args, offload=offload, given=args.given | {"offload"}), memory.takes_pieces))
         fastest = found[0]
         rows.append((f"--offload {offload}", memory.stages(fastest)))
-        for way in found[1:]:
-            changed = {name: value for name, value in way._asdict().items() if value != getattr(fastest, name)}
+        for policy in found[1:]:
+            changed = {name: value for name, value in policy._asdict().items() if value != getattr(fastest, name)}
             if len(changed) == 1:
                 ((name, value),) = changed.items()
-                rows.append((f"  with --{name} {value}", differences(memory.stages(way), memory.stages(fastest))))
+                rows.append((f"  with --{name} {value}", differences(memory.stages(policy), memory.stages(fastest))))
     stages = list(rows[0][1])
     width = max(len(title) for title, _ in rows)
     lines = [" " * width + "".join(f"  {stage}" for stage in stages)]
@@ -80,14 +80,14 @@ def differences(stages: dict[str, int], others: dict[str, int]) -> dict[str, int
     return {stage: taken for stage, taken in stages.items() if taken != others[stage]}
 
 
-def fit_lines(memory: SamplingMemory, candidates: list[Way]) -> list[str]:
+def fit_lines(memory: SamplingMemory, candidates: list[MemoryPolicy]) -> list[str]:
     """Return the choices of `--fit` for common GPUs, one line per choice."""
-    picked: dict[Way, list[int]] = {}
+    picked: dict[MemoryPolicy, list[int]] = {}
     for card in CARDS:
-        fitting = (way for way in candidates if memory.peak(way) <= card * GIB)
-        if way := next(fitting, None):
-            picked.setdefault(way, []).append(card)
-    return [f"--fit {cards_in_words(cards)}: {way}" for way, cards in reversed(picked.items())]
+        fitting = (policy for policy in candidates if memory.peak(policy) <= card * GIB)
+        if policy := next(fitting, None):
+            picked.setdefault(policy, []).append(card)
+    return [f"--fit {cards_in_words(cards)}: {policy}" for policy, cards in reversed(picked.items())]
 
 
 def cards_in_words(cards: list[int]) -> str:
