@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
 from cogvideox_sat.commands.tool_parser import ToolParser, locate_inputs  # noqa: E402
-from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
+from cogvideox_sat.files.output_paths import check_file  # noqa: E402
 from cogvideox_sat.shapes.prompted_videos import from_file, from_folders  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
@@ -41,7 +41,10 @@ def evaluate(command_line: Sequence[str] | None) -> int:
     check_options(options)
     prompted = from_file(options.videos, options.input_file) if options.input_file else from_folders(options.videos)
     if not any(prompt.videos for prompt in prompted):
-        raise UserError(f"--videos: {options.videos} has no video of these prompts, such as 0_a_prompt/0/000000.mp4")
+        raise UserError(
+            f"--videos: {options.videos} has no video of these prompts, such as 0_a_prompt/0/000000.mp4; name the "
+            "output_dir of sampling"
+        )
     tell_places()
     # Imported here, since PyTorch takes seconds to load: only after the arguments are checked
     from cogvideox_sat.shapes.report import run
@@ -76,7 +79,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.own_accuracy_clips < 0:
         raise UserError(f"--own_accuracy_clips: got {options.own_accuracy_clips}; it must be at least 0")
     if options.json:
-        check_folder(options.json.parent, "--json")
+        check_file(options.json, "--json")
 
 
 if __name__ == "__main__":

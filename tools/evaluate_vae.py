@@ -28,7 +28,7 @@ from cogvideox_sat.commands.tool_parser import ToolParser, locate_inputs  # noqa
 from cogvideox_sat.configuration.argument_limits import check_device  # noqa: E402
 from cogvideox_sat.configuration.files import MergedConfig, load_configs, with_located_paths  # noqa: E402
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters  # noqa: E402
-from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
+from cogvideox_sat.files.output_paths import check_file, check_folder  # noqa: E402
 from cogvideox_sat.vae_training.plan import check_clips, compression  # noqa: E402
 from sgm.config_places import section  # noqa: E402
 from sgm.errors import UserError, shown  # noqa: E402
@@ -110,7 +110,7 @@ def check_options(options: argparse.Namespace) -> None:
     check_device(options.device, "--device")
     check_folder(options.output, "--output")
     if options.json:
-        check_folder(options.json.parent, "--json")
+        check_file(options.json, "--json")
 
 
 def clip_sources(given: Sequence[str]) -> list[str]:

@@ -24,7 +24,6 @@ from cogvideox_sat.commands.hub_inputs import local_file  # noqa: E402
 from cogvideox_sat.commands.input_paths import find_input, tell_places  # noqa: E402
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_image, positive, run_tool  # noqa: E402
 from cogvideox_sat.conversion.lora_names import LORA_FILE  # noqa: E402
-from cogvideox_sat.files.output_paths import check_folder  # noqa: E402
 from sgm.errors import UserError, shown  # noqa: E402
 
 if TYPE_CHECKING:
@@ -157,7 +156,6 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--generate_type {options.generate_type} {wanted}")
     for path in output_paths(options):
         check_output(path, options)
-    check_folder(options.output_path.parent, "output_path")
     if options.image_path:
         locate_image(options, "image_path")
     if options.size and any(side < SIDE_STEP or side % SIDE_STEP for side in options.size):
@@ -219,7 +217,7 @@ def check_lora(path: Path, transformer: dict[str, Any], show: bool) -> None:
         raise UserError(f"transformer/config.json: the size of the network is missing: {error}") from error
     keys = {name: key for name in weights if (key := parse_diffusers_name(name))}
     if not keys:
-        raise UserError(f"--lora_path: {file} has no LoRA of a CogVideoX attention")
+        raise UserError(f"--lora_path: {file} has no LoRA of a CogVideoX attention; name a LoRA of this model")
     for name, key in keys.items():
         if weights[name].ndim != 2:
             raise UserError(f"--lora_path: {file}: {name} has shape {list(weights[name].shape)}; expected a matrix")
@@ -254,7 +252,8 @@ def strength_of_flags(options: argparse.Namespace, lora: Path) -> float:
         if (key := parse_diffusers_name(name)) and key.matrix == "A"
     }
     if options.lora_r is not None and ranks != {options.lora_r}:
-        raise UserError(f"--lora_r is {options.lora_r}, but {file} has rank {', '.join(map(str, sorted(ranks)))}")
+        found = ", ".join(map(str, sorted(ranks)))
+        raise UserError(f"--lora_r is {options.lora_r}, but {file} has rank {found}; leave --lora_r out")
     if options.lora_alpha is None:
         return 1.0
     said = (adapter_metadata(file) or {}).get("lora_alpha")
@@ -289,7 +288,9 @@ def sampled_videos(options: argparse.Namespace, model: Model, lora: Path, streng
             with Image.open(options.image_path) as file:
                 inputs["image"] = ImageOps.exif_transpose(file).convert("RGB")
         except Exception as error:  # Pillow's decoders raise many kinds
-            raise UserError(f"cannot read the image {options.image_path}: {error}") from error
+            raise UserError(
+                f"cannot read the image {options.image_path}: {error}; save it again, as PNG or JPEG"
+            ) from error
     if options.size:
         inputs |= {"height": options.size[0], "width": options.size[1]}
     if options.num_frames:

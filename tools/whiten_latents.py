@@ -87,6 +87,8 @@ def whiten_with(config: MergedConfig, options: argparse.Namespace) -> None:
         dataset = make_dataset(options.data, settings, random_start=False, argument="--data")
         samples = readable_samples(dataset, options.num_clips)
         joint = covariance_of(torch.cat([encode(each, sample["mp4"]) for each in vaes], dim=1) for _, sample in samples)
+        if not joint.isfinite().all():
+            raise UserError("--ckpt: the latents are not finite; name other weights of the VAE")
         channels = len(joint) // len(vaes)
         covariance = joint[:channels, :channels]
         variances = torch.linalg.eigvalsh(covariance)
@@ -172,8 +174,8 @@ def map_latents(vae: "nn.Module", matrix: "Tensor") -> None:
 
     inverse = torch.linalg.inv(matrix)
     norms = [module for module in vae.decoder.modules() if isinstance(module, SpatialNorm3D)]
-    for seer in (vae.decoder.conv_in, *(conv for norm in norms for conv in (norm.conv_y, norm.conv_b))):
-        weight = seer.conv.weight
+    for layer in (vae.decoder.conv_in, *(conv for norm in norms for conv in (norm.conv_y, norm.conv_b))):
+        weight = layer.conv.weight
         weight.copy_(torch.einsum("oi...,ij->oj...", weight.double(), inverse))
 
 

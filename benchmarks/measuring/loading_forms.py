@@ -16,7 +16,7 @@ from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.meta_device import instantiate_on_meta
 from cogvideox_sat.conversion.checkpoint_folders import write_checkpoint
 from cogvideox_sat.conversion.diffusers_folders import write_part
-from cogvideox_sat.conversion.safetensors_writing import write_safetensors
+from cogvideox_sat.conversion.safetensors_writing import stream_safetensors
 from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
 from cogvideox_sat.conversion.zero_checkpoints import read_zero
 from cogvideox_sat.parallel.process_groups import initialize_process_groups
@@ -96,7 +96,7 @@ def make(args: argparse.Namespace, form: str, folder: Path) -> float:
         }
         write_checkpoint(folder / "lora", adapter, lambda name: numbers.like(adapter[name]))
     if kind == "safetensors":
-        write_safetensors(folder / "network.safetensors", numbers.stored(state))
+        stream_safetensors(folder / "network.safetensors", numbers.stored(state))
     if kind == "sharded":
         write_part(folder, {}, numbers.stored(state), shard_bytes, "model.safetensors")
     if kind == "diffusers":
@@ -148,7 +148,7 @@ def _make_t5(args: argparse.Namespace, folder: Path) -> float:
     with torch.device("meta"):
         state = T5EncoderModel(config).to(torch.bfloat16).state_dict()
     state.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
-    write_safetensors(folder / "model.safetensors", _Numbers().stored(state))
+    stream_safetensors(folder / "model.safetensors", _Numbers().stored(state))
     described: dict[str, Any] = {**config.to_dict(), "architectures": ["T5EncoderModel"], "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(described))
     shutil.copy(TOKENIZER, folder)

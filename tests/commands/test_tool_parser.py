@@ -78,8 +78,10 @@ def test_a_folder_of_other_content_is_never_replaced(tmp_path, monkeypatch, opti
 @pytest.mark.parametrize("check", [check_output, lambda path, options: check_output_folder(path, options, ["latest"])])
 def test_an_output_that_cannot_be_written_is_named_before_any_work(tmp_path, check):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output .*below: .*file is not a folder"):
+    with pytest.raises(UserError, match=r"output: .*below: .*file is not a folder"):
         check(tmp_path / "file" / "below" / "model", KEEP)
+    with pytest.raises(UserError, match=r"output: .*a: File name too long; shorten it"):
+        check(tmp_path / ("a" * 300), KEEP)
 
 
 def test_names_and_sources_are_checked(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cogvideox_sat.conversion import stored_weights
 from cogvideox_sat.conversion.assembled_weights import assembled
 from cogvideox_sat.conversion.diffusers_folders import write_part
-from cogvideox_sat.conversion.safetensors_writing import check_equal, split, write_safetensors
+from cogvideox_sat.conversion.safetensors_writing import check_equal, split, stream_safetensors
 from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights, open_weights
 from cogvideox_sat.weights.diffusers_names import Piece
 from sgm.errors import UserError
@@ -63,7 +63,7 @@ def test_reading_whatever_the_window(tmp_path, monkeypatch, window):
 
 def test_what_is_written_is_what_the_library_writes(tmp_path):
     save_file(weights(), tmp_path / "theirs.safetensors")
-    write_safetensors(tmp_path / "ours.safetensors", open_weights(tmp_path / "theirs.safetensors"))
+    stream_safetensors(tmp_path / "ours.safetensors", open_weights(tmp_path / "theirs.safetensors"))
     ours, theirs = load_file(tmp_path / "ours.safetensors"), weights()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
@@ -120,10 +120,20 @@ def test_memory_does_not_grow_with_files_or_their_number(tmp_path, megabytes):
     assert int(result.stdout.split()[-1]) < 2 * stored_weights.WINDOW_BYTES / 2**20 + 16
 
 
-def test_pieces_of_different_dtypes_make_a_tensor_of_the_widest():
-    """The announced dtype is that of the tensor which is read, whichever piece comes first."""
-    parts = {"a": torch.ones(1, 2, dtype=torch.bfloat16), "b": torch.full((1, 2), 1 / 3)}
+@pytest.mark.parametrize(
+    ("first", "second", "widest"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float8_e4m3fn, torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16),
+    ],
+)
+def test_pieces_of_different_dtypes_make_a_tensor_of_the_widest(first, second, widest):
+    """The announced dtype is that of the tensor which is read, and no value changes."""
+    parts = {"a": torch.full((1, 2), 1 / 3).to(first), "b": torch.full((1, 2), 200.0).to(second)}
     stored = StoredWeights({name: Stored.of(tensor) for name, tensor in parts.items()})
     made = assembled({"ab": (Piece("a"), Piece("b"))}, stored)
-    assert made["ab"].dtype == made.entries["ab"].dtype == torch.float32
-    assert torch.equal(made["ab"], torch.cat(list(parts.values())))
+    assert made["ab"].dtype == made.entries["ab"].dtype == widest
+    assert torch.equal(made["ab"].float(), torch.cat([tensor.float() for tensor in parts.values()]))

@@ -79,6 +79,8 @@ def test_names_that_no_folder_can_have_are_refused_before_anything_is_made(tmp_p
     (tmp_path / "sheet.png").mkdir()
     with pytest.raises(UserError, match=r"^contact_sheet: .*sheet.png is a folder; name a file$"):
         check_sheet(str(tmp_path / "sheet.png"))
+    with pytest.raises(UserError, match=r"^contact_sheet: .*/a+\.png: File name too long; shorten it$"):
+        check_sheet(f"{tmp_path}/{'a' * 300}.png")
 
 
 def test_a_folder_above_that_may_not_be_searched_is_one_line(tmp_path, monkeypatch):

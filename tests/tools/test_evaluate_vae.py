@@ -349,6 +349,7 @@ CASES = {
     ),
     "weights not there": (["--ckpt", "/nowhere/vae.pt"], "--ckpt: /nowhere/vae.pt does not exist"),
     "unused weights": (["--lpips_net", "none", "--lpips_weights", "{folder}/data"], "but --lpips_net is none"),
+    "folder for numbers": (["--json", "{folder}"], "is a folder; name a file"),
     "device": (["--device", "gpu"], "--device: got 'gpu'; it can be cpu, cuda or cuda:N"),
     "no weights": (["--base", "{folder}/training.yaml"], "--ckpt and model.params.ckpt_path are missing"),
     "no VAE": (["--base", "{folder}/no_model.yaml"], "model.first_stage_config.params.encoder_config: missing"),

@@ -172,7 +172,10 @@ def test_bad_input(adapted, tmp_path, caplog):
     assert "its adapter needs [" in message(folder / "base", "--lora", save(wide, tmp_path / "wide", "1"))
     half = {name: tensor.half() for name, tensor in weights_in(folder / "base").items()}
     text = message(save(half, tmp_path / "half", "1"), "--lora", f"{folder / 'run'}:1e6")
-    assert "is not finite after merging in torch.float16" in text
+    assert "is not finite after merging in torch.float16; lower the strength" in text
+    half["transformer.layers.0.attention.dense.weight"].fill_(float("nan"))
+    text = message(save(half, tmp_path / "nan", "1"), "--lora", folder / "run")
+    assert "is not finite after merging in torch.float16; name another base" in text
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes((folder / "base" / "1" / "mp_rank_00_model_states.pt").read_bytes()[:5000])
     assert "damaged" in message(damaged, "--lora", folder / "run")

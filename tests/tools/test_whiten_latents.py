@@ -156,4 +156,8 @@ def test_too_few_clips_to_measure_on(folder, tmp_path, caplog):
     torch.save({"state_dict": vae.state_dict()}, tmp_path / "flat.pt")
     assert main(command(folder, tmp_path / "new.safetensors", "--ckpt", str(tmp_path / "flat.pt"))) == 2
     assert "do not vary in all directions" in caplog.text
+    vae.encoder.conv_out.conv.bias.data[0] = float("nan")
+    torch.save({"state_dict": vae.state_dict()}, tmp_path / "flat.pt")
+    assert main(command(folder, tmp_path / "new.safetensors", "--ckpt", str(tmp_path / "flat.pt"))) == 2
+    assert "the latents are not finite; name other weights" in caplog.text
     assert not (tmp_path / "new.safetensors").exists()

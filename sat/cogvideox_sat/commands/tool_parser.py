@@ -16,7 +16,7 @@ from cogvideox_sat.commands.input_paths import required_input
 from cogvideox_sat.commands.launchers import check_alone
 from cogvideox_sat.commands.program_names import as_started
 from cogvideox_sat.commands.startup import quiet_libraries
-from cogvideox_sat.files.output_paths import check_folder
+from cogvideox_sat.files.output_paths import check_file, check_folder, nearest_existing
 from sgm.errors import UserError
 from sgm.exit_codes import exit_code
 
@@ -72,11 +72,9 @@ def check_output(path: Path, options: argparse.Namespace, sources: Iterable[Path
         UserError: it exists and `--overwrite` is not given, it is a folder or one of `sources`, or its folder cannot be
             written to.
     """
-    check_folder(path.parent, "output")
+    check_file(path, "output")
     if path.exists():
         _check_replaced(path, options, sources)
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name a file")
 
 
 def check_output_folder(
@@ -94,6 +92,7 @@ def check_output_folder(
         UserError: it exists and `--overwrite` is not given, it is a file, holds one of `sources`, holds the current
             working directory or only content of other programs, or its parent cannot be written to.
     """
+    nearest_existing(path, "output")  # refuses a name that is too long
     check_folder(path.parent, "output")
     if not path.exists():
         return

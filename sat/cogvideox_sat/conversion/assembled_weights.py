@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
-from cogvideox_sat.weights.diffusers_names import Pieces, assemble, assembled_shape
+from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights, widest_dtype
+from cogvideox_sat.weights.diffusers_names import Pieces, assembled_shape, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,14 @@ def assembled(pieces: Mapping[str, Pieces], weights: StoredWeights) -> StoredWei
     entries = {}
     for name, parts in pieces.items():
         shape = torch.Size(assembled_shape(parts, shapes))
-        dtype = reduce(torch.promote_types, (weights.entries[piece.name].dtype for piece in parts))
-        entries[name] = Stored(shape, dtype, partial(assemble, parts, weights))
+        dtype = widest_dtype(weights.entries[piece.name].dtype for piece in parts)
+        entries[name] = Stored(shape, dtype, partial(_joined, parts, weights, dtype))
     return StoredWeights(entries)
+
+
+def _joined(parts: Pieces, weights: StoredWeights, dtype: torch.dtype) -> Tensor:
+    rows = rows_of(parts, weights)
+    return rows[0] if len(rows) == 1 else torch.cat([part.to(dtype) for part in rows])
 
 
 def log_pieces(pieces: Mapping[str, Pieces], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -13,6 +13,8 @@ from cogvideox_sat.files.shipped import CONFIGS as CONFIG_FOLDER
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
 from sgm.errors import UserError
 
+CLIP_SIZES = ("num_frames", "latent_height", "latent_width")  # keys of the network's params
+
 
 def model_config(
     family: NetworkFamily,
@@ -58,7 +60,7 @@ def model_config(
     }
     released = released_config(family)
     content = _difference(wanted, released)
-    if any(name in content["model"].get("network_config", {}).get("params", {}) for name in _CLIP):
+    if any(name in content["model"].get("network_config", {}).get("params", {}) for name in CLIP_SIZES):
         # The size of the released model's clip, which is the default, may be larger than this model takes.
         content["args"]["sampling_image_size"] = [SPACE_FACTOR * sizes.latent_height, SPACE_FACTOR * sizes.latent_width]
         content["args"]["sampling_num_frames"] = (sizes.num_frames - 1) // TIME_FACTOR + family.patch[0]
@@ -67,9 +69,6 @@ def model_config(
         embedders[0]["params"] |= {"model_dir": str(text_encoder), "max_length": sizes.text_length}
         content["model"]["conditioner_config"] = {"params": {"emb_models": embedders}}
     return {"include": str(CONFIG_FOLDER / f"{CONFIGS[family.name]}.yaml"), **content}
-
-
-_CLIP = ("num_frames", "latent_height", "latent_width")
 
 
 def _positions(family: NetworkFamily, sizes: ModelSizes) -> dict[str, Any]:

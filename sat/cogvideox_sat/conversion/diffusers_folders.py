@@ -14,8 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cogvideox_sat.conversion.safetensors_writing import check_equal, split, write_safetensors
+from cogvideox_sat.conversion.safetensors_writing import check_equal, split, stream_safetensors
 from cogvideox_sat.conversion.stored_weights import StoredWeights, open_weights
+from cogvideox_sat.files.refusals import refusal
 from cogvideox_sat.weights.diffusers_names import EXTRA_TABLES
 from sgm.errors import UserError
 from sgm.plain_json import parse_json
@@ -59,7 +60,7 @@ def write_part(
         write_json(folder / f"{stem}{INDEX_SUFFIX}", index)
     with tqdm(total=2 * len(weights), desc=folder.name, unit="tensor", leave=False) as bar:
         for name, shard in zip(names, shards, strict=True):
-            write_safetensors(folder / name, shard, bar.update)
+            stream_safetensors(folder / name, shard, bar.update)
         check_equal(open_weights(safetensors_in(folder)), weights, folder, bar.update)
 
 
@@ -72,11 +73,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} does not exist; copy or download the whole folder") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {refusal(error)}") from error
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: not JSON: {' '.join(str(error).split())}; download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
+        raise UserError(f"{path} does not hold a JSON object; download it again")
     return content
 
 

@@ -54,7 +54,7 @@ def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adap
     for name, tensor in weights.items():
         if key := parse_diffusers_name(name):
             if key in matrices:
-                raise UserError(f"{file} holds {key.projection} twice, under {name} and another name")
+                raise UserError(f"{file} holds {key.projection} twice, under {name} and another name; keep one")
             matrices[key] = tensor
         elif (projection := parse_alpha_name(name)) and tensor.numel() == 1:
             alphas[projection] = float(tensor)
@@ -63,7 +63,7 @@ def read_diffusers_adapter(path: str | Path, alpha: float | None = None) -> Adap
     if foreign:
         raise UserError(f"{file}: {_why_foreign(foreign)}")
     if not matrices:
-        raise UserError(f"{file} holds no LoRA matrices")
+        raise UserError(f"{file} holds no LoRA matrices; name a LoRA file of diffusers or peft")
     rank, width = check_matrices(file, matrices)
     scales = _scales(file, {key.projection for key in matrices}, rank, alphas, alpha)
     _fill_with_zeros(file, matrices, scales)
@@ -141,7 +141,7 @@ def _scales(
     metadata = adapter_metadata(file) or {}
     for key in ("use_dora", "lora_bias"):
         if metadata.get(key):
-            raise UserError(f"{file}: {key} is on, which SwissArmyTransformer's adapters do not support")
+            raise UserError(f"{file}: {key} is on, which adapters here do not support; name one trained without it")
     divisor = math.sqrt(rank) if metadata.get("use_rslora") else rank
     general = metadata.get("lora_alpha")
     patterns = metadata.get("alpha_pattern") or {}

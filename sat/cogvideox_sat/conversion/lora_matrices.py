@@ -64,7 +64,10 @@ def check_matrices(source: Path, matrices: Mapping[MatrixKey, Tensor]) -> tuple[
     for key in matrices:
         other = MatrixKey(key.projection, "B" if key.matrix == "A" else "A")
         if other not in matrices:
-            raise UserError(f"{source}: {key.projection} has a matrix {key.matrix} but no matrix {other.matrix}")
+            raise UserError(
+                f"{source}: {key.projection} has a matrix {key.matrix} but no matrix {other.matrix}; copy the whole "
+                "adapter"
+            )
     ranks: dict[int, Projection] = {}
     widths: dict[int, Projection] = {}
     for key, tensor in sorted(matrices.items()):

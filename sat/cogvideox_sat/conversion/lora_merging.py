@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cogvideox_sat.conversion.lora_matrices import Adapter
 from cogvideox_sat.conversion.lora_names import PROJECTIONS_OF, MatrixKey, Projection, base_weight
+from cogvideox_sat.conversion.stored_weights import all_finite
 from sgm.errors import UserError
 
 
@@ -40,8 +41,10 @@ class MergedWeights(Mapping[str, Tensor]):
                     a, b = (adapter.matrices[MatrixKey(projection, matrix)].to(merged.dtype) for matrix in "AB")
                     rows.addmm_(b, a, alpha=strength * adapter.scales[projection])
         merged = merged.to(weight.dtype)
-        if not merged.isfinite().all():
-            raise UserError(f"{name} is not finite after merging in {weight.dtype}; lower the strength of the adapter")
+        if not all_finite(merged):
+            problem = f"{name} is not finite after merging in {weight.dtype}"
+            advice = "lower the strength of the adapter" if all_finite(weight) else "name another base, this one is not"
+            raise UserError(f"{problem}; {advice}")
         return merged
 
     def __iter__(self) -> Iterator[str]:
@@ -63,11 +66,11 @@ def check_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
             if weight is None:
                 raise UserError(
                     f"{adapter.source} does not fit: it adapts layer {layer}, and the base has no "
-                    f"{base_weight(layer, module)}"
+                    f"{base_weight(layer, module)}; name the model that it was trained on"
                 )
             expected = (len(parts) * adapter.width, adapter.width)
             if weight.shape != expected or not weight.is_floating_point():
                 raise UserError(
                     f"{adapter.source} does not fit: {base_weight(layer, module)} is {weight.dtype} "
-                    f"{list(weight.shape)}, its adapter needs {list(expected)}"
+                    f"{list(weight.shape)}, its adapter needs {list(expected)}; name the model that it was trained on"
                 )

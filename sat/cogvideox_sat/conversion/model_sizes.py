@@ -88,7 +88,10 @@ def sizes_of_config(config: Mapping[str, Any], family: NetworkFamily, source: st
         raise UserError(f"{source} does not describe a model: {error}; give a model's file") from error
     for name, value in family.parameters().items():
         if ours[name] != value:
-            raise UserError(f"{source} is of another model: it has {name} {ours[name]}, the weights have {value}")
+            raise UserError(
+                f"{source} is of another model: it has {name} {ours[name]}, the weights have {value}; name the "
+                "configuration of these weights"
+            )
     return sizes
 
 
@@ -206,7 +209,10 @@ def combined(config: ModelSizes, found: Mapping[str, Any], source: str | None) -
     for name, value in found.items():
         stated = getattr(config, name)
         if source and not math.isclose(stated, value, rel_tol=1e-3):
-            raise UserError(f"{source} is of another model: it has {name} {stated:g}, the weights have {value:g}")
+            raise UserError(
+                f"{source} is of another model: it has {name} {stated:g}, the weights have {value:g}; name the "
+                "configuration of these weights"
+            )
     return ModelSizes(**{**asdict(config), **found})
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cogvideox_sat.commands.input_paths import required_input
@@ -20,7 +19,7 @@ from cogvideox_sat.conversion.lora_matrices import Adapter
 from cogvideox_sat.conversion.lora_merging import MergedWeights
 from cogvideox_sat.conversion.sat_lora_files import sat_adapter
 from cogvideox_sat.conversion.stored_checkpoints import open_checkpoint
-from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights
+from cogvideox_sat.conversion.stored_weights import Stored, StoredWeights, widest_dtype
 from cogvideox_sat.weights.checkpoint_files import is_adapter
 from sgm.errors import UserError
 
@@ -133,7 +132,4 @@ def _read(weights: MergedWeights, name: str) -> Tensor:
 def _unified(weights: StoredWeights) -> StoredWeights:
     """Return the weights in their widest dtype, since trained weights may be in float32 alone."""
     dtypes = {entry.dtype for entry in weights.entries.values() if entry.dtype.is_floating_point}
-    widest = None
-    for dtype in dtypes:
-        widest = dtype if widest is None else torch.promote_types(widest, dtype)
-    return weights.cast(widest) if len(dtypes) > 1 else weights
+    return weights.cast(widest_dtype(dtypes)) if len(dtypes) > 1 else weights

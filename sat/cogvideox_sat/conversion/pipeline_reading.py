@@ -131,7 +131,8 @@ def read_pipeline(folder: Path, dtype: torch.dtype | None, with_text: bool) -> P
     autoencoder = detect_autoencoder(vae.shapes, str(folder / "vae"))
     if autoencoder.z_channels != family.out_channels:
         raise UserError(
-            f"{folder}: the VAE's latents have {autoencoder.z_channels} channels, the network's {family.out_channels}"
+            f"{folder}: the VAE's latents have {autoencoder.z_channels} channels, the network's {family.out_channels}; "
+            "copy both from one pipeline"
         )
 
     weights = weights.cast(dtype)
@@ -212,5 +213,6 @@ def check_config(config: Mapping[str, Any], family: NetworkFamily, sizes: ModelS
     for name in TOLD_TWICE:
         if config.get(name) not in (None, told[name]):
             raise UserError(
-                f"{source}/config.json: {name} is {shown(config[name])}, but the tensors are of {told[name]!r}"
+                f"{source}/config.json: {name} is {shown(config[name])}, but the tensors are of {told[name]!r}; "
+                "copy both from one pipeline"
             )

@@ -10,7 +10,7 @@ import torch
 from cogvideox_sat.conversion.diffusers_configs import pipeline_index, scheduler_config
 from cogvideox_sat.conversion.diffusers_folders import write_json, write_part
 from cogvideox_sat.conversion.model_sizes import ModelSizes, computed_tables
-from cogvideox_sat.conversion.safetensors_writing import check_equal, write_safetensors
+from cogvideox_sat.conversion.safetensors_writing import check_equal, stream_safetensors
 from cogvideox_sat.conversion.stored_weights import StoredWeights, open_weights
 from cogvideox_sat.conversion.text_encoder_files import copy_files, write_text_encoder
 from cogvideox_sat.conversion.weight_family import NetworkFamily
@@ -63,7 +63,7 @@ def write_pipeline(content: PipelineContent, output: Path, shard_bytes: int) -> 
             write_part(folder / name, config, weights, shard_bytes)
         if content.tables:
             tables = folder / "transformer" / EXTRA_TABLES
-            write_safetensors(tables, content.tables)
+            stream_safetensors(tables, content.tables)
             check_equal(open_weights(tables), content.tables, folder)
         if content.text_files:
             encoder, tokenizer = content.text_files

@@ -40,7 +40,7 @@ def split(weights: StoredWeights, shard_bytes: int) -> list[StoredWeights]:
     return [weights.select(group) for group in groups]
 
 
-def write_safetensors(path: Path, weights: StoredWeights, done: Callable[[], Any] = lambda: None) -> None:
+def stream_safetensors(path: Path, weights: StoredWeights, done: Callable[[], Any] = lambda: None) -> None:
     """Write the file that safetensors' `save_file` writes, one tensor in memory at a time.
 
     The file consists of the length of a JSON header, the header with dtypes, shapes and positions, and the bytes of the

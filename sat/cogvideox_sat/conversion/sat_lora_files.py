@@ -48,7 +48,7 @@ def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None =
     """
     found = {name: weights[name] for name in weights if is_adapter(name)}
     if not found:
-        raise UserError(f"{file} holds no adapter (no matrix_A or matrix_B)")
+        raise UserError(f"{file} holds no adapter (no matrix_A or matrix_B); name a checkpoint of training with LoRA")
     keys = {name: key for name in found if (key := parse_sat_name(name)) is not None}
     if foreign := [name for name in found if name not in keys]:
         raise UserError(f"{file}: its adapter is on modules that CogVideoX does not have: {some(foreign)}")
@@ -57,7 +57,7 @@ def sat_adapter(file: Path, weights: Mapping[str, Tensor], alpha: float | None =
     for layer in {key.projection.layer for key in matrices}:
         for name in PROJECTIONS:
             if MatrixKey(Projection(layer, name), "A") not in matrices:
-                raise UserError(f"{file}: its adapter is incomplete: layer {layer} has no {name}")
+                raise UserError(f"{file}: its adapter is incomplete: layer {layer} has no {name}; copy the whole file")
     if alpha is None:
         alpha = recorded_alpha(file, rank)
     return Adapter(file, rank, width, matrices, {key.projection: alpha / rank for key in matrices})

@@ -6,7 +6,7 @@ so that a checkpoint of any size is converted in the memory of a few of its tens
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from weakref import WeakSet
 
@@ -99,6 +99,17 @@ def _read_as(dtype: torch.dtype, name: str, entry: Stored) -> Tensor:
     if not all_finite(cast) and all_finite(tensor):
         raise UserError(f"{name} is out of the range of {str(dtype).removeprefix('torch.')}; choose another dtype")
     return cast
+
+
+def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the dtype that holds the values of all floating-point dtypes.
+
+    PyTorch promotes no 8-bit floats; their values are among those of float16 and of bfloat16.
+    """
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return reduce(torch.promote_types, [dtype for dtype in found if dtype.itemsize > 1] or [torch.float16])
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -95,7 +95,7 @@ def detect_network(shapes: Shapes, source: str, rotary: bool | None = None) -> N
     needed = ("mixins.patch_embed.proj.weight", "mixins.patch_embed.text_proj.weight", "time_embed.0.weight",
               "mixins.final_layer.linear.weight", "mixins.adaln_layer.query_layernorm_list.0.weight")  # fmt: skip
     if missing := [name for name in needed if name not in shapes]:
-        raise UserError(f"{source} is not a CogVideoX network: it has no {missing[0]}")
+        raise UserError(f"{source} is not a CogVideoX network: it has no {missing[0]}; name a checkpoint of one")
     proj, text, time = shapes[needed[0]], shapes[needed[1]], shapes[needed[2]]
     rows, head_dim = shapes[needed[3]][0], shapes[needed[4]][0]
     if len(proj) not in (2, 4) or len(text) != 2 or len(time) != 2 or not head_dim or proj[0] % head_dim:
@@ -309,7 +309,7 @@ def check_shapes(shapes: Shapes, expected: Shapes, source: str, ignored: tuple[s
         UserError: tensors are missing, unknown or of another shape.
     """
     if missing := [name for name in expected if name not in shapes]:
-        raise UserError(f"{source} lacks {some(missing)}")
+        raise UserError(f"{source} lacks {some(missing)}; copy or download all files")
     if unknown := [name for name in shapes if name not in expected and name not in ignored]:
         raise UserError(f"{source} has {some(unknown)}, which such a model does not have")
     wrong = [name for name in expected if tuple(shapes[name]) != tuple(expected[name])]

@@ -24,6 +24,7 @@ from cogvideox_sat.files.latest_file import newest
 from sgm.errors import UserError
 from sgm.weights import read_state_dict
 
+COPY_ALL = "copy all files of one checkpoint there"  # ends the errors about files that do not fit together
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
@@ -65,7 +66,8 @@ def _optimizer_files(folder: Path) -> list[Path]:
     if sorted(by_rank) != list(range(len(by_rank))):
         missing = next(rank for rank in range(max(by_rank)) if rank not in by_rank)
         raise UserError(
-            f"{folder} lacks the file of process {missing}, zero_pp_rank_{missing}_mp_rank_00_optim_states.pt"
+            f"{folder} lacks the file of process {missing}, zero_pp_rank_{missing}_mp_rank_00_optim_states.pt; copy it "
+            "there"
         )
     return [by_rank[rank] for rank in sorted(by_rank)]
 
@@ -147,7 +149,7 @@ def _whole(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeig
     states = _model_states(file)
     entries = _module(file, window)
     if any(len(rank.sizes) != len(states["param_shapes"]) for rank in ranks):
-        raise UserError(f"{folder}: the number of parameter groups differs between the files")
+        raise UserError(f"{folder}: the number of parameter groups differs between the files; {COPY_ALL}")
     for group, shapes in enumerate(states["param_shapes"]):
         paddings = ranks[0].paddings[group] if ranks[0].paddings else [0] * len(shapes)
         ends = [sum(rank.sizes[group] for rank in ranks[: i + 1]) for i in range(len(ranks))]
@@ -162,7 +164,9 @@ def _whole(folder: Path, ranks: list[_FlatGroups], window: Window) -> StoredWeig
             offset += shape.numel() + padding
         align = 2 * len(ranks)  # DeepSpeed pads groups to this multiple on some devices
         if math.ceil(offset / align) != math.ceil(ends[-1] / align):
-            raise UserError(f"{folder}: group {group} has {ends[-1]} numbers, but its parameters take {offset}")
+            raise UserError(
+                f"{folder}: group {group} has {ends[-1]} numbers, but its parameters take {offset}; {COPY_ALL}"
+            )
     return _with_aliases(entries, states)
 
 
@@ -177,7 +181,7 @@ def _partitioned(folder: Path, ranks: list[_FlatGroups], window: Window) -> Stor
     entries = _module(files[0], window)
     for name in states[0].get("frozen_param_shapes") or {}:
         if any(name not in (state.get("frozen_param_fragments") or {}) for state in states):
-            raise UserError(f"{folder}: a process has no piece of {name}")
+            raise UserError(f"{folder}: a process has no piece of {name}; {COPY_ALL}")
     if states[0].get("frozen_param_shapes"):
         fragments = [MappedFile(partial(_frozen_fragments, file), window) for file in files]
         for name, shape in states[0]["frozen_param_shapes"].items():
@@ -195,7 +199,9 @@ def _partitioned(folder: Path, ranks: list[_FlatGroups], window: Window) -> Stor
             offset += size
     if any(sum(rank.sizes) != offset for rank in ranks):
         sizes = sorted({sum(rank.sizes) for rank in ranks})
-        raise UserError(f"{folder}: processes hold {sizes} numbers, but the parameters take {offset} of each")
+        raise UserError(
+            f"{folder}: processes hold {sizes} numbers, but the parameters take {offset} of each; {COPY_ALL}"
+        )
     return _with_aliases(entries, states[0])
 
 

@@ -167,7 +167,7 @@ def readable_samples(dataset: Any, count: int) -> Iterator[tuple[int, dict[str, 
             found += 1
             yield index, sample
     if not found:
-        raise UserError(f"--data: none of the {count} clips can be read")
+        raise UserError(f"--data: none of the {count} clips can be read, for the reasons above; name other clips")
 
 
 def name_of(dataset: Any, index: int) -> str | None:

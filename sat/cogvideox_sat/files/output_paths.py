@@ -76,9 +76,19 @@ def check_sheet(path: str) -> None:
     """
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"contact_sheet: got {path}; expected a name that ends with .png")
+    check_file(path, "contact_sheet")
+
+
+def check_file(path: str | Path, argument: str) -> None:
+    """Check that a file can be written to `path`, whose folder need not exist yet.
+
+    Raises:
+        UserError: about `argument`: it cannot.
+    """
     if os.path.isdir(path):  # noqa: PTH112, `Path.is_dir` may raise
-        raise UserError(f"contact_sheet: {path} is a folder; name a file")
-    check_folder(Path(path).parent, "contact_sheet")
+        raise UserError(f"{argument}: {path} is a folder; name a file")
+    nearest_existing(Path(path), argument)  # refuses a name that is too long
+    check_folder(Path(path).parent, argument)
 
 
 def check_folder(folder: str | Path, argument: str = "output_dir") -> None:
@@ -88,7 +98,7 @@ def check_folder(folder: str | Path, argument: str = "output_dir") -> None:
         UserError: about `argument`: they cannot.
     """
     folder = Path(folder)
-    nearest = _nearest_existing(folder, argument)
+    nearest = nearest_existing(folder, argument)
     if not os.path.isdir(nearest):  # noqa: PTH112, `Path.is_dir` may raise
         raise UserError(f"{argument}: {folder}: {nearest} is not a folder; name another path")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -97,18 +107,18 @@ def check_folder(folder: str | Path, argument: str = "output_dir") -> None:
         )
 
 
-def _nearest_existing(folder: Path, argument: str) -> Path:
-    """Return the folder, or the nearest path above it that exists, even a broken link.
+def nearest_existing(path: Path, argument: str) -> Path:
+    """Return the path, or the nearest path above it that exists, even a broken link.
 
     Raises:
         UserError: about `argument`: the name is too long, or a folder above may not be searched.
     """
-    for path in (folder, *folder.absolute().parents):
+    for candidate in (path, *path.absolute().parents):
         try:
-            path.lstat()
+            candidate.lstat()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise UserError(f"{argument}: {folder}: {refusal(error)}") from error
-        return path
-    return Path(folder.anchor)
+            raise UserError(f"{argument}: {path}: {refusal(error)}") from error
+        return candidate
+    return Path(path.anchor)

@@ -85,7 +85,7 @@ def read_video(path: Path) -> tuple[Tensor, float]:
             frames = torch.from_numpy(np.stack(list(video.all_frames())))
             seconds = video.facts.seconds
     except UnreadableClip as error:
-        raise UserError(f"cannot read the video {path}: {error}") from error
+        raise UserError(f"cannot read the video {path}: {error}; sample it again or remove it") from error
     return frames.permute(0, 3, 1, 2).float() / 127.5 - 1, (len(frames) - 1) / seconds if seconds else 8.0
 
 

@@ -229,7 +229,8 @@ def _tokens(caption: str) -> Iterator[tuple[str, str]]:
         match = _PHRASE.match(text, position)
         if match is None:
             raise UserError(
-                f"the caption '{caption.strip()}' has a word that no scene's caption uses: '{rest.split()[0]}'"
+                f"the caption '{caption.strip()}' has a word that no scene's caption uses: '{rest.split()[0]}'; use "
+                "the words of tools/make_shapes_dataset.py"
             )
         yield _KNOWN[match.group()]
         position = match.end()

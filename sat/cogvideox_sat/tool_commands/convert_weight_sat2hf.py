@@ -221,14 +221,16 @@ def check_flags(options: Any, family: "NetworkFamily", sizes: "ModelSizes") -> N
     version = "1.5" if family.is_15 else "1.0"
     for flag, is_so in (("i2v", family.image_to_video), ("use_rotary_positional_embeddings", family.rotary)):
         if getattr(options, flag) and not is_so:
-            raise UserError(f"--{flag} is given, but according to its weights the model is {title(family)}")
+            raise UserError(
+                f"--{flag} is given, but according to its weights the model is {title(family)}; leave it out"
+            )
     for flag, value in (
         ("num_layers", family.num_layers),
         ("num_attention_heads", family.num_attention_heads),
         ("version", version),
     ):
         if getattr(options, flag) not in (None, value):
-            raise UserError(f"--{flag} is {getattr(options, flag)}, but the weights have {value}")
+            raise UserError(f"--{flag} is {getattr(options, flag)}, but the weights have {value}; leave it out")
     for flag, factor in (("scaling_factor", sizes.scale_factor), ("snr_shift_scale", sizes.shift_scale)):
         given = getattr(options, flag)
         if given is not None and not math.isclose(given, factor, rel_tol=1e-6):
@@ -285,7 +287,8 @@ def read_vae(
     is_15 = options.version == "1.5" if family is None else family.is_15
     if family and family.out_channels != autoencoder.z_channels:
         raise UserError(
-            f"{path} has latents of {autoencoder.z_channels} channels, but the network has {family.out_channels}"
+            f"{path} has latents of {autoencoder.z_channels} channels, but the network has {family.out_channels}; "
+            "name the VAE of this model"
         )  # fmt: skip
     names = to_diffusers(weights)
     if options.dry_run:

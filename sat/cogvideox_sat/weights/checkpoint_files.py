@@ -62,7 +62,10 @@ def checkpoint_shares(path: str | Path) -> list[Path]:
     if (name := newest(path, "load")) is not None:
         folder = path / name
         if not folder.is_dir():
-            raise UserError(f"load: {path / 'latest'} names the iteration '{name}', but {folder} does not exist")
+            raise UserError(
+                f"load: {path / 'latest'} names the iteration '{name}', but {folder} does not exist; correct it, "
+                "or name an iteration"
+            )
     if shares := shares_in(folder):
         return shares
     if list(folder.glob("*.safetensors*")):
@@ -85,7 +88,8 @@ def shares_in(folder: Path) -> list[Path]:
     expected = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(shares))]
     if missing := [file.name for file in expected if file not in shares]:
         raise UserError(
-            f"load: {folder} holds {len(shares)} files of model-parallel ranks, but {missing[0]} is missing"
+            f"load: {folder} holds {len(shares)} files of model-parallel ranks, but {missing[0]} is missing; copy it "
+            "there"
         )
     return expected
 

@@ -192,10 +192,12 @@ def check_divisible(pieces: Mapping[str, Pieces], shapes: Mapping[str, tuple[int
             shape = shapes[name]
             if len(parts) * count > 1 and (not shape or shape[0] % count):
                 raise UserError(
-                    f"{where}: {name} has shape {list(shape)}, which does not divide into {count} for {target}"
+                    f"{where}: {name} has shape {list(shape)}, which does not divide into {count} for {target}; "
+                    "download the files again"
                 )
         if len({shapes[name][1:] for name, _, _ in parts}) > 1:
-            raise UserError(f"{where}: {', '.join(map(str, parts))} do not fit together as {target}")
+            described = ", ".join(map(str, parts))
+            raise UserError(f"{where}: {described} do not fit together as {target}; download the files again")
 
 
 def assembled_shape(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -38,7 +38,10 @@ class Cut(NamedTuple):
         """
         count = whole.shape[self.dim]
         if count % (sum(self.parts) * size):
-            raise UserError(f"model_parallel_size: {size} does not divide a tensor of shape {tuple(whole.shape)}")
+            raise UserError(
+                f"model_parallel_size: {size} does not divide a tensor of shape {tuple(whole.shape)}; choose another "
+                "number"
+            )
         parts = whole.split(self._sizes(count), self.dim)
         return torch.cat([part.chunk(size, self.dim)[rank] for part in parts], self.dim)
 
@@ -108,7 +111,10 @@ def check_alike(shares: Sequence[Mapping[str, object]], what: str) -> None:
         UserError: they do not.
     """
     if any(share.keys() != shares[0].keys() for share in shares):
-        raise UserError(f"load: {what}: the files of the model-parallel ranks do not hold the same tensors")
+        raise UserError(
+            f"load: {what}: the files of the model-parallel ranks do not hold the same tensors; copy all files of one "
+            "iteration there"
+        )
 
 
 def recut(shares: Sequence[Mapping[str, Tensor]], cuts: Cuts, rank: int, size: int, what: str) -> dict[str, Tensor]:
