@@ -275,6 +275,8 @@ def test_the_originals_keywords(folder, tmp_path, caplog):
     assert [dataset[i]["txt"] for i in range(5)] == ["a", "deep/er/c", "deep/er/c", "deep/b", "deep/er/c"]
     assert dataset.locality.window == 10
     assert dataset.buckets == [Bucket(9, 64, 96)] * 5
+    (tmp_path / "deep" / "broken.tar").symlink_to("gone.tar")
+    (tmp_path / "deep" / "folder.tar").mkdir()
     only = VideoDataset("", image_size=[64, 96], include_dirs=str(tmp_path / "deep"), txt_key="short")
     assert len(only) == 2
     for include_dirs, message in (

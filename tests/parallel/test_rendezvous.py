@@ -22,7 +22,7 @@ from sgm.exit_codes import exit_code
 
 def main():
     adopt_launcher()
-    rendezvous.MEETING = timedelta(seconds=int(os.environ.get("MEETING", 3)))
+    rendezvous.LIMIT = timedelta(seconds=int(os.environ.get("LIMIT", 3)))
     join_processes()
     assert any_process(True)
     return 0
@@ -47,7 +47,7 @@ def outcome(process: processes.Process | subprocess.Popen) -> tuple[int, list[st
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_processes_meet():
-    variables = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MEETING": 60}
+    variables = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LIMIT": 60}
     assert [outcome(process)[0] for process in [start(RANK=rank, **variables) for rank in range(2)]] == [0, 0]
 
 
@@ -67,7 +67,7 @@ def test_processes_meet():
     ],
 )
 def test_processes_of_mpirun_and_srun_meet(rank, common):
-    started = [start(MEETING=60, **common, **dict.fromkeys(rank, number)) for number in range(2)]
+    started = [start(LIMIT=60, **common, **dict.fromkeys(rank, number)) for number in range(2)]
     assert [outcome(process)[0] for process in started] == [0, 0]
 
 
@@ -75,7 +75,7 @@ def test_processes_of_mpirun_and_srun_meet(rank, common):
 @pytest.mark.slow
 def test_two_of_three():
     """The first process waits for the third, and the second for the word of the first."""
-    variables = {"WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MEETING": 10}
+    variables = {"WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LIMIT": 10}
     for process in [start(RANK=rank, **variables) for rank in range(2)]:
         code, lines = outcome(process)
         assert code == 2, lines
@@ -94,14 +94,14 @@ def test_a_port_in_use():
 
 @pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_missing_variable(monkeypatch, missing):
-    from cogvideox_sat.parallel.rendezvous import meet
+    from cogvideox_sat.parallel.rendezvous import connect
     from sgm.errors import UserError
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(missing)
     with pytest.raises(UserError, match=f"{missing} is not set, but WORLD_SIZE is 2"):
-        meet()
+        connect()
 
 
 @pytest.mark.slow

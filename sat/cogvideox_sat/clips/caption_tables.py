@@ -180,11 +180,11 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     # Not str.splitlines, which also breaks at characters such as U+2028 that may stand inside a caption.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield f"line {number}", _object(_parsed(line, f"{name}, line {number}"), f"{name}, line {number}")
+            yield f"line {number}", _object(parsed(line, f"{name}, line {number}"), f"{name}, line {number}")
 
 
 def _json_list(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = _parsed(text, name)
+    content = parsed(text, name)
     if isinstance(content, dict) and content and all(isinstance(caption, str) for caption in content.values()):
         content = [{"video": video, "caption": caption} for video, caption in content.items()]
     if not isinstance(content, list):
@@ -193,10 +193,15 @@ def _json_list(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"entry {number}", _object(record, f"{name}, entry {number}")
 
 
-def _parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """Return the content of a JSON text.
+
+    Raises:
+        UserError: it is not JSON; `where` begins the message.
+    """
     try:
         return parse_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error})") from error
 
 

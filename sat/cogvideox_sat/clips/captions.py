@@ -25,11 +25,11 @@ from cogvideox_sat.clips.caption_tables import (
     entries_of_lists,
     entries_of_table,
     names_clips,
+    parsed,
 )
 from cogvideox_sat.clips.files import CLIP_SUFFIXES, ClipSource, other_forms, unread_kind
 from cogvideox_sat.clips.trees import Tree
 from sgm.errors import UserError
-from sgm.plain_json import parse_json
 
 READERS = 16  # threads; reading small files from a network file system is mostly waiting
 LABEL_SUFFIXES = (".txt", ".TXT", ".caption", ".json")
@@ -106,7 +106,7 @@ def clips_of(tree: Tree, rules: LabelRules, extra: Mapping[str, str] | None = No
     with ThreadPoolExecutor(READERS) as threads:
         sources = list(threads.map(lambda name: tree.source(name, None), names))
         if not rules.used:
-            return replace(found, clips=list(tree.once(sources)))
+            return replace(found, clips=list(tree.without_doubles(sources)))
         labels = _labels_of(tree, names, sources)
         read = list(threads.map(lambda label: _caption_in(tree, label, rules) if label else (None, False), labels))
     found.long_labels = sum(several for _, several in read)
@@ -122,7 +122,7 @@ def clips_of(tree: Tree, rules: LabelRules, extra: Mapping[str, str] | None = No
         found.clips += listed.others
     else:
         found.clips = [replace(source, caption=caption) for source, caption in zip(sources, own, strict=True)]
-    found.clips = list(tree.once(found.clips))
+    found.clips = list(tree.without_doubles(found.clips))
     return found
 
 
@@ -185,10 +185,7 @@ def _caption_in(tree: Tree, label: str, rules: LabelRules) -> tuple[str | None, 
     """Return the caption of a label file, None if it has none; and whether it has more lines."""
     content, name = tree.read(label), tree.shown(label)
     if label.endswith(".json"):
-        try:
-            record = parse_json(decoded(content, name))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: not valid JSON ({error})") from error
+        record = parsed(decoded(content, name), name)
         return (caption_of(record, name, rules.txt_key) if isinstance(record, dict) else None), False
     lines = [line for line in map(str.strip, decoded(content, f"the label {name}").split("\n")) if line]
     caption = " ".join(lines if rules.lines == "all" else lines[:1])

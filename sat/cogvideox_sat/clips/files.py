@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
+from cogvideox_sat.files.file_part import FilePart
+
 VIDEO_SUFFIXES = frozenset(
     {
         *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".qt", ".3gp", ".3g2", ".f4v", ".flv", ".wmv", ".asf"),
@@ -61,12 +63,12 @@ class ClipSource:
         suffix = PurePath(self.member or self.path).suffix.lower()
         if suffix not in IMAGE_SUFFIXES:
             return False
-        return not (moves(self.path, suffix, self.start) if self.animated is None else self.animated)
+        return not (is_animated(self.path, suffix, self.start) if self.animated is None else self.animated)
 
-    def settled(self) -> "ClipSource":
+    def with_known_kind(self) -> "ClipSource":
         """Return the source with `animated` known, so that the file is not read again for it."""
-        named_like_picture = PurePath(self.member or self.path).suffix.lower() in IMAGE_SUFFIXES
-        if self.animated is not None or not named_like_picture:
+        named_like_image = PurePath(self.member or self.path).suffix.lower() in IMAGE_SUFFIXES
+        if self.animated is not None or not named_like_image:
             return self
         return replace(self, animated=not self.is_image)
 
@@ -78,12 +80,8 @@ class ClipSource:
         """
         if not self.member:
             return Path(self.path).read_bytes()
-        with Path(self.path).open("rb") as file:
-            file.seek(self.start)
-            data = file.read(self.size)
-        if len(data) < self.size:
-            raise OSError(f"it ends after {len(data)} of {self.size} bytes")
-        return data
+        with io.BufferedReader(FilePart(self.path, self.start, self.size)) as file:
+            return file.read()
 
 
 def other_forms(name: str) -> list[str]:
@@ -108,12 +106,17 @@ def unread_kind(name: str) -> str | None:
 # ---------------------------------------------------------------- animated images
 
 
-def moves(path: str, suffix: str, start: int = 0) -> bool:
+def is_animated(path: str, suffix: str, start: int = 0) -> bool:
     """Return whether an image file, which begins at byte `start` of `path`, is animated.
 
     The result is False for a file that cannot be read; the error is reported when its pixels are read.
     """
-    look = {".webp": _webp_moves, ".gif": _gif_moves, ".png": _png_moves, ".apng": _png_moves}.get(suffix)
+    look = {
+        ".webp": _is_animated_webp,
+        ".gif": _is_animated_gif,
+        ".png": _is_animated_png,
+        ".apng": _is_animated_png,
+    }.get(suffix)
     if look is None:
         return False
     try:
@@ -131,13 +134,13 @@ def _read(file: BinaryIO, count: int) -> bytes:
     return data
 
 
-def _webp_moves(file: BinaryIO) -> bool:
+def _is_animated_webp(file: BinaryIO) -> bool:
     """Return whether a WebP is animated, as a flag in its extended header says."""
     head = _read(file, 21)
     return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
 
 
-def _png_moves(file: BinaryIO) -> bool:
+def _is_animated_png(file: BinaryIO) -> bool:
     """Return whether a PNG is animated: a chunk before its pixels has the number of frames."""
     if _read(file, 8) != b"\x89PNG\r\n\x1a\n":
         return False
@@ -150,7 +153,7 @@ def _png_moves(file: BinaryIO) -> bool:
         file.seek(length + 4, io.SEEK_CUR)
 
 
-def _gif_moves(file: BinaryIO) -> bool:
+def _is_animated_gif(file: BinaryIO) -> bool:
     """Return whether a GIF is animated: then its blocks hold a second image."""
     head = _read(file, 13)
     if head[:4] != b"GIF8":

@@ -13,16 +13,16 @@ from typing import Any
 
 from sgm.errors import printable
 
-PLURALS = (
-    *(("videos are", "video is"), ("pictures beside videos have", "picture beside videos has")),
-    *(
-        ("clips have", "clip has"),
-        ("clips lie", "clip lies"),
-        ("clips could", "clip could"),
-        ("labels have", "label has"),
-    ),
-    *(("files look", "file looks"), ("captions say", "caption says")),
-)
+SINGULAR = {  # beginnings of reasons
+    "videos are": "video is",
+    "pictures beside videos have": "picture beside videos has",
+    "clips have": "clip has",
+    "clips lie": "clip lies",
+    "clips could": "clip could",
+    "labels have": "label has",
+    "files look": "file looks",
+    "captions say": "caption says",
+}
 EXAMPLES = 5  # names of files to keep for each reason
 MUCH = 1 / 3 + 1e-6  # share of a picture; if a crop removes more, there is a warning
 
@@ -43,8 +43,8 @@ class ExcludedFiles:
 
 def counted(count: int, reason: str) -> str:
     """Return a count with its reason: "3 videos are shorter", or "1 video is shorter" for 1."""
-    for plural, singular in PLURALS if count == 1 else ():
-        if reason.startswith(plural):
+    for plural, singular in SINGULAR.items():
+        if count == 1 and reason.startswith(plural):
             return f"1 {singular}{reason[len(plural) :]}"
     return f"{count} {reason}"
 

@@ -125,7 +125,7 @@ def _without_stray_pictures(
     that uses no captions takes all images.
     """
     with ThreadPoolExecutor(READERS) as threads:
-        kinds = [(clip, clip.is_image) for clip in threads.map(ClipSource.settled, clips)]
+        kinds = [(clip, clip.is_image) for clip in threads.map(ClipSource.with_known_kind, clips)]
     if missing_label == "ignore" or all(is_image for _, is_image in kinds):
         return kinds
     chosen = []

@@ -165,7 +165,7 @@ def _meta_captions(shard: str, rules: LabelRules) -> Iterator[tuple[str, str]]:
         try:
             record = parse_json(line)
             key = record["key"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: expected an object with 'key' and a caption") from error
         if caption := caption_of(record, f"{path}, line {number}", rules.txt_key):
             yield str(key), caption

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from cogvideox_sat.clips.files import CLIP_SUFFIXES, IMAGE_SUFFIXES, ClipSource, moves
+from cogvideox_sat.clips.files import CLIP_SUFFIXES, ClipSource
 from cogvideox_sat.files.refusals import refusal
 from sgm.errors import UserError
 
@@ -51,7 +51,7 @@ class Tree(ABC):
         """Return the clip outside of the tree that a list names; None if there can be none."""
         return None
 
-    def once(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
+    def without_doubles(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
         """Return the clips without those that a link to their folder shows a second time.
 
         With different captions both are kept. If only one of them has a caption, that one is kept.
@@ -128,9 +128,7 @@ class Folder(Tree):
             raise UserError(f"cannot read the label {self._path(name)}: {refusal(error)}") from error
 
     def source(self, name: str, caption: str | None) -> ClipSource:
-        path = str(self.root / name)
-        suffix = PurePosixPath(name).suffix.lower()
-        return ClipSource(path, caption, animated=moves(path, suffix) if suffix in IMAGE_SUFFIXES else None)
+        return ClipSource(str(self.root / name), caption).with_known_kind()
 
     def shown(self, name: str) -> str:
         return str(self._path(name))
@@ -138,7 +136,7 @@ class Folder(Tree):
     def elsewhere(self, path: str, caption: str | None) -> ClipSource | None:
         return ClipSource(os.path.normpath(self.root / path), caption)
 
-    def once(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
+    def without_doubles(self, clips: Sequence[ClipSource]) -> Sequence[ClipSource]:
         if not self.has_doubles:
             return clips
         files = [os.path.realpath(clip.path) for clip in clips]
@@ -228,10 +226,7 @@ class TarFile(Tree):
             raise UserError(f"cannot read {self.shown(name)}: {refusal(error)}") from error
 
     def source(self, name: str, caption: str | None) -> ClipSource:
-        member, start, size = self.members[name]
-        suffix = PurePosixPath(name).suffix.lower()
-        animated = moves(self.path, suffix, start) if suffix in IMAGE_SUFFIXES else None
-        return ClipSource(self.path, caption, member, start, size, animated)
+        return ClipSource(self.path, caption, *self.members[name]).with_known_kind()
 
     def shown(self, name: str) -> str:
         return f"{self.path}/{name}"
@@ -268,7 +263,7 @@ def included_shards(include_dirs: str | None) -> list[str]:
         folder, _, times = part.strip().partition("*")
         if times and not times.isdecimal():
             raise UserError(f"data: include_dirs has '{part}'; write FOLDER*2 to read the shards of FOLDER twice")
-        found = sorted(str(shard) for shard in Path(folder).rglob("*.tar") if shard.stat().st_size)
+        found = sorted(str(shard) for shard in Path(folder).rglob("*.tar") if shard.is_file() and shard.stat().st_size)
         if not found:
             raise UserError(f"data: include_dirs: {folder} holds no .tar file; name a folder of shards")
         shards += found * int(times or 1)

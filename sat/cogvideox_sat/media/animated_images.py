@@ -60,8 +60,9 @@ class Animation:
         milliseconds = 0
         try:
             # The default image of a PNG, which is shown without animation, need not be a frame of the animation.
-            first = int(getattr(self._image, "default_image", False) and self._image.is_animated)
-            for number in range(first, getattr(self._image, "n_frames", 1)):
+            count = getattr(self._image, "n_frames", 1)
+            first = 1 if count > 1 and getattr(self._image, "default_image", False) else 0
+            for number in range(first, count):
                 self._image.seek(number)
                 self._image.load()
                 yield milliseconds / 1000, to_rgb(ImageOps.exif_transpose(self._image))

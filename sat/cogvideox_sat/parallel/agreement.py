@@ -44,7 +44,7 @@ def join_processes(limit: float | None = None) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # At the end of a run, processes wait for the slowest one, however long its work takes.
-        store, rank, size = rendezvous.meet()
+        store, rank, size = rendezvous.connect()
         store.set_timeout(LONGEST_WAIT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_backend_limit(limit))
     else:

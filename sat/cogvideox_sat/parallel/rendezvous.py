@@ -13,16 +13,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from sgm.errors import UserError
 
-MEETING = timedelta(seconds=120)
+LIMIT = timedelta(seconds=120)  # for connecting
 
 
-def meet() -> tuple[Store, int, int]:
+def connect() -> tuple[Store, int, int]:
     """Return the shared store, this process's rank, and the number of processes.
 
     They follow from the launcher's environment variables.
 
     Raises:
-        UserError: a variable is missing, the port is taken, or not all processes came within `MEETING`.
+        UserError: a variable is missing, the port is taken, or not all processes came within `LIMIT`.
     """
     size = os.environ["WORLD_SIZE"]
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -34,7 +34,7 @@ def meet() -> tuple[Store, int, int]:
             own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             if own_store and os.environ["RANK"] != "0":
                 _wait_for_first(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-            store, rank, number = next(rendezvous("env://", timeout=MEETING))
+            store, rank, number = next(rendezvous("env://", timeout=LIMIT))
             if own_store:  # otherwise torchrun itself notices missing processes
                 _wait_for_all(store, number)
         return store, rank, number
@@ -46,17 +46,17 @@ def meet() -> tuple[Store, int, int]:
                 f"the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT): {error}; start with torchrun"
             ) from error
         raise UserError(
-            f"WORLD_SIZE is {size}, but fewer processes connected to {place} within {MEETING.total_seconds():.0f} s; "
+            f"WORLD_SIZE is {size}, but fewer processes connected to {place} within {LIMIT.total_seconds():.0f} s; "
             "start all of them, or unset RANK and WORLD_SIZE to run alone"
         ) from error
 
 
 def _wait_for_first(address: str, port: int) -> None:
-    """Wait until a process listens at the address; raise OSError after `MEETING`.
+    """Wait until a process listens at the address; raise OSError after `LIMIT`.
 
     PyTorch's own attempts would exceed this limit.
     """
-    end = time.monotonic() + MEETING.total_seconds()
+    end = time.monotonic() + LIMIT.total_seconds()
     while True:
         try:
             socket.create_connection((address, port), timeout=max(end - time.monotonic(), 1)).close()
@@ -68,10 +68,10 @@ def _wait_for_first(address: str, port: int) -> None:
 
 
 def _wait_for_all(store: Store, number: int) -> None:
-    """Wait until `number` processes have called this; raise RuntimeError after `MEETING`."""
+    """Wait until `number` processes have called this; raise RuntimeError after `LIMIT`."""
     if store.add("processes that came", 1) == number:
         store.set("all came", "")
-    store.wait(["all came"], MEETING)
+    store.wait(["all came"], LIMIT)
 
 
 @contextmanager

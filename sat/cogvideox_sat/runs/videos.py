@@ -64,7 +64,7 @@ def read_videos(folder: Path) -> list[RunVideo]:
 
 def _video_of(folder: Path, line: bytes) -> RunVideo | None:
     """Return the video of a line; None for a line that is incomplete or malformed."""
-    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
         if line.endswith(b"\n"):
             entry = parse_json(line)
             prompt, shows = entry.get("prompt"), entry.get("shows", ["sample"])
