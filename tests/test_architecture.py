@@ -9,10 +9,12 @@ import pytest
 from architecture import ROOT, broken_layers, broken_promises
 
 
+@pytest.mark.long  # tests/run.sh checks the tree too, by the command
 def test_layers_hold():
     assert broken_layers(ROOT) == []
 
 
+@pytest.mark.long  # tests/run.sh checks the tree too, by the command
 def test_what_plans_imports_no_pytorch():
     assert broken_promises(ROOT) == []
 

@@ -105,6 +105,7 @@ def messages() -> list[str]:
     return [*found, *(ROOT / "tools/setup_environment.sh").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_listed_errors_are_those_of_the_programs():
     lines, known = listed_errors(), messages()
     assert len(lines) > 30

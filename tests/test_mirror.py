@@ -9,6 +9,7 @@ import pytest
 from mirror import COVERED_BY, ROOT, wrong
 
 
+@pytest.mark.long  # tests/run.sh checks the tree too, by the command
 def test_every_module_has_tests():
     assert wrong() == []
 

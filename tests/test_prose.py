@@ -10,6 +10,7 @@ from prose import ROOT, problem_of, wrong
 CLEAN = '"""Return the sum.\n\nWhat it is for, and how it is used."""\n'
 
 
+@pytest.mark.long  # tests/run.sh checks the tree too, by the command
 def test_docstrings_of_the_tree():
     assert wrong() == []
 
@@ -44,6 +45,7 @@ def test_words_that_only_begin_alike():
     assert problem_of("Offload the sum.") is None
 
 
+@pytest.mark.long  # tests/run.sh checks the tree too, by the command
 def test_the_command():
     done = subprocess.run([sys.executable, ROOT / "tests/prose.py"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")

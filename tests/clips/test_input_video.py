@@ -47,6 +47,7 @@ def test_a_clip_that_is_too_short_says_how_long_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "reason"), [(stuck_clips.hang, "not read within 1 s$"), (stuck_clips.crash, r"crashed \(SIGABRT\)")]
 )
+@pytest.mark.slow
 def test_a_decoder_that_hangs_or_crashes_costs_its_video_alone(tmp_path, monkeypatch, fault, reason):
     monkeypatch.setattr(input_video, "probe", lambda source: fault())
     with pytest.raises(UserError, match=f"^video: a.mp4: .*{reason}"):

@@ -218,6 +218,7 @@ def test_several_caches_are_one_dataset_and_travel_to_workers(tiny, cache):
     assert torch.equal(travelled[key(6)]["moments"], sample["moments"])
 
 
+@pytest.mark.slow
 def test_the_data_module_recognises_a_cache(tiny, cache):
     args = arguments(tiny.config("2b"), cache("2b"))
     dataset = make_dataset(args.train_data, DataSettings.from_args(args))

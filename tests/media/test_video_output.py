@@ -156,6 +156,7 @@ def test_decoding_goes_on_while_the_encoder_works_and_waits_when_it_is_far_behin
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("video")]
 
 
+@pytest.mark.slow
 def test_an_exception_while_the_encoder_is_behind_ends_its_thread(tmp_path):
     with pytest.raises(KeyError), VideoWriter(tmp_path / "v.mp4", 8, 512, 512) as writer:
         for _ in range(video_output.CHUNKS_AHEAD):

@@ -67,6 +67,7 @@ def test_the_process_watch_waits_too(monkeypatch):
     assert ended == ["settled", 2, 2]
 
 
+@pytest.mark.slow
 def test_waiting_for_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(background_writing, "SILENCE", 0.5)
     monkeypatch.setattr(background_writing, "INTERVAL", 0.05)

@@ -115,6 +115,7 @@ def test_waits_grow():
     assert second > 0.74
 
 
+@pytest.mark.slow
 def test_tries_are_counted_whatever_fails():
     """The client's retries and useless answers count together."""
     replies = [Reply(status=503, body="{}"), Reply(text=""), Reply(body="{not json"), Reply("fine")]

@@ -12,6 +12,7 @@ from sgm.errors import UserError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
 
+@pytest.mark.slow
 def test_compiling_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"on a CPU, and .* does not exist; install one, name another"):

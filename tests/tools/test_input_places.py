@@ -204,6 +204,7 @@ def contents(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("tool", COMMANDS)
+@pytest.mark.slow
 def test_inputs_are_found_in_the_root_and_outputs_are_here(tool, root, here, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     before = contents(root)

@@ -47,6 +47,7 @@ def test_it_is_read_as_training_data(tmp_path):
     assert (frames - draw(scenes[1], 9, 64, 96)).abs().mean() < 0.006  # not a compressed video
 
 
+@pytest.mark.slow
 def test_clips_begin_at_the_moments_asked_for(tmp_path):
     """Clips have the captions of those from the start; other moments are another dataset."""
     assert make(tmp_path / "shapes", "--begins", "0", "0.5", clips=8, frames=9) == 0

@@ -211,6 +211,7 @@ def test_samples_are_videos(tiny, clips, tmp_path, family):
     assert (clip - read_video(clips / "videos" / "1.mp4")[1][:9]).abs().mean() < 0.04
 
 
+@pytest.mark.slow
 def test_samples_have_a_number_of_frames_that_the_vae_decodes(tiny, clips, tmp_path):
     """A clip of 5 frames has two latent frames, which are fine for training."""
     dataset = dataset_of(clips, frames=5)

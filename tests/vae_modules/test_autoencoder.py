@@ -240,6 +240,7 @@ def test_blended_tiles_of_a_pointwise_operation_are_the_whole(height, width, siz
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_tiles_in_encode_and_decode(vae):
     """The corner of the first tile alone equals that tile's result, with its own past."""
     x, z = video(5, 32, 80), latent(5, 4, 10)
@@ -342,6 +343,7 @@ def adds_bias_later(convolve):
 
 @pytest.mark.parametrize("at_once", others_long(4, None))
 @torch.no_grad()
+@pytest.mark.slow
 def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
     """Norms and sums add the biases, as on a GPU: the same numbers, also in bfloat16."""
     for name in ("conv2d", "conv3d"):  # with a pass for the bias, as PyTorch has it there
@@ -368,6 +370,7 @@ def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_causal_frames_are_kept_as_they_are_written(monkeypatch):
     """By the norm that writes them, or copied for the next chunk: the same."""
     z = latent(7).double()

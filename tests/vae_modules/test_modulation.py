@@ -52,6 +52,7 @@ def test_pieces_in_the_cache_change_nothing(monkeypatch, dtype, cached):
 
 
 @pytest.mark.parametrize(("task", "most"), [("encode", 155e9), ("decode", 320e9)])
+@pytest.mark.slow
 def test_bytes_beside_convolutions_at_full_size(task, most):
     """49 frames of 480x720 in bfloat16: each norm reads twice and writes once.
 

@@ -48,6 +48,7 @@ def decode(vae, z):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.slow
 def test_pieces_are_the_whole(vae, dtype, tolerance):
     """Any number of frames works, with or without a lone first frame, in uneven pieces."""
     vae.to(dtype)
@@ -86,6 +87,7 @@ def test_pieces_in_tiles(vae):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_nothing_is_computed_twice(vae):
     vae.to(torch.float64)  # one convolution a layer, whatever the number of frames
     counts = {}
