@@ -8,6 +8,7 @@ import pytest
 from cogvideox_sat.clips import attempts
 from cogvideox_sat.clips.attempts import Mark, attempt, note_late, noting_late, reading, refusal, refusing
 from cogvideox_sat.media.video_facts import UnreadableClip
+from sgm.forking import garbage_left_alone
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def test_a_mark_is_seen_by_the_process_that_made_it():
     assert mark.get() is None
     before = time.monotonic()
     child = multiprocessing.get_context("fork").Process(target=mark.set, args=(7, "a\udcff\u00e4.mp4"))
-    child.start()
+    with garbage_left_alone():
+        child.start()
     child.join()
     began, place, name = mark.get()
     assert before <= began <= time.monotonic() and (place, name) == (7, "a\udcff\u00e4.mp4")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cogvideox_sat.parallel.process_transfer import receive, send, socket_pair
+from sgm.forking import garbage_left_alone
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -48,7 +49,9 @@ def test_what_was_sent_before_the_end_arrives():
 
 def test_tensors_outlive_the_process_that_sent_them():
     ours, theirs = socket_pair()
-    if (pid := os.fork()) == 0:
+    with garbage_left_alone():
+        pid = os.fork()
+    if pid == 0:
         torch.set_num_threads(1)  # the threads of this process's pool are not there, but OpenMP would wait for them
         send(ours, torch.full((1000, 1000), 7.0))
         os._exit(0)

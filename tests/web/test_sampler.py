@@ -1,5 +1,6 @@
 """The client passes on the sampling process's messages and restarts a dead process."""
 
+import gc
 import multiprocessing
 import os
 import time
@@ -36,6 +37,7 @@ def pretended(connection, models):
 def page(monkeypatch):
     monkeypatch.setattr(sampling_process, "run", pretended)
     monkeypatch.setattr(sampler, "CONTEXT", multiprocessing.get_context("fork"))
+    gc.collect()  # see `sgm.forking`
     page = Sampler(["good", "bad"])
     yield page
     page.close()

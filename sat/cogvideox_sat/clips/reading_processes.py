@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import time
-import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from cogvideox_sat.files.refusals import refusal
 from cogvideox_sat.parallel.process_transfer import receive, send, socket_pair
 from cogvideox_sat.parallel.process_watch import Reading
 from sgm.errors import UserError
+from sgm.forking import garbage_left_alone
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +132,7 @@ class ReadingProcesses:
         mark, parent = Mark(), os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():
-            # Python warns about threads, whose locks the child might need. It only reads clips and needs none of them.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with garbage_left_alone():
             pid = os.fork()
         if pid == 0:
             try:

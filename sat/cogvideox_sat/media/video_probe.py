@@ -5,13 +5,13 @@ The file is opened in a process of its own, since a decoder may hang or crash. N
 
 import math
 import multiprocessing
-import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from cogvideox_sat.media.frame_times import ROUNDING
 from cogvideox_sat.media.video_facts import UnreadableClip, VideoFacts
 from cogvideox_sat.media.video_reading import load_decoder, open_video
+from sgm.forking import garbage_left_alone
 
 DEATH = 5.0  # seconds in which a killed process ends; one that waits for a dead network disk may not
 LIMIT = 60.0  # seconds for opening a video; a file without an index of frames is read to its end
@@ -27,8 +27,7 @@ def facts_in_time(path: Path, limit: float = LIMIT) -> VideoFacts:
     context = multiprocessing.get_context("fork")
     answers, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_look, args=(path, theirs), daemon=True)
-    with warnings.catch_warnings():  # about threads, whose locks the child does not need
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with garbage_left_alone():
         process.start()
     theirs.close()
     try:
