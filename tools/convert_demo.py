@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.commands.input_paths import tell_places  # noqa: E402
 from cogvideox_sat.commands.tool_parser import ToolParser, check_output, locate_image, locate_inputs, positive, run_tool  # noqa: E402
-from cogvideox_sat.files.atomic import new_file  # noqa: E402
+from cogvideox_sat.files.atomic import write_atomically  # noqa: E402
 from cogvideox_sat.sampling.prompt_files import read_prompts, replace_prompts  # noqa: E402
 from cogvideox_sat.sampling.prompt_refinement import Endpoint, Prompt, refine  # noqa: E402
 from sgm.errors import UserError  # noqa: E402
@@ -55,7 +55,8 @@ def convert(arguments: Sequence[str] | None) -> None:
         return
     texts = refine_with_bar(prompts, endpoint)
     if options.input_file:
-        write(options.output_file, replace_prompts(options.input_file, texts, options.output_file.parent))
+        refined = replace_prompts(options.input_file, texts, options.output_file.parent)
+        write_atomically(options.output_file, refined)
         logger.info("refined %d of %d prompts: %s", sum(map(bool, texts)), len(texts), options.output_file)
     else:
         sys.stdout.write(f"{texts[0] or prompts[0].text}\n")
@@ -115,17 +116,6 @@ def refine_with_bar(prompts: Sequence[Prompt], endpoint: Endpoint) -> list[str |
 
     with tqdm(total=len(prompts), desc="refining", unit="prompt", leave=False) as bar, logging_redirect_tqdm():
         return refine(prompts, endpoint, done=bar.update)
-
-
-def write(path: Path, content: str) -> None:
-    """Write a file atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    data = content.encode()
-    with new_file(path, len(data)) as part:
-        part.write_bytes(data)
 
 
 if __name__ == "__main__":

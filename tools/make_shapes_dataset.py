@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sat")]
 
 from cogvideox_sat.commands.tool_parser import ToolParser  # noqa: E402
-from cogvideox_sat.files.atomic import new_folder, replaced_when_complete, reported_as_user_error  # noqa: E402
+from cogvideox_sat.files.atomic import new_folder, reported_as_user_error, write_atomically  # noqa: E402
 from cogvideox_sat.shapes.scenes import CONCEPTS, MOTIONS, SHAPES, SIZES, SPLITS, Scene, phrase, random_scenes  # noqa: E402
 from sgm.errors import UserError, shown  # noqa: E402
 from sgm.exit_codes import exit_code  # noqa: E402
@@ -228,8 +228,7 @@ def make_prompts(options: argparse.Namespace) -> None:
                         write_image(new / f"{number:05d}{ending}", scene, moment, options.size)
                     write_clip(new / f"{number:05d}.mp4", scene, settings)
                 (new / MARKER).write_text(described)
-        with replaced_when_complete(file) as part:
-            part.write_text(content)
+    write_atomically(file, content)
     logger.info("%s: %d prompts", file, options.prompts)
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from cogvideox_sat.conversion.lora_names import LORA_FILE
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
 from diffusers_network import build_diffusers_network, diffusers_rotary, map_weights
-from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, save
+from lora_adapters import FAMILIES, AdaptedNetwork, adapted_network, random_adapter, save
 from support import assert_close, relative_error
 from tool_runs import error_of, error_on_a_full_disk
 from tools.export_sat_lora_weight import main
@@ -96,6 +96,18 @@ def test_alpha_and_rank_are_in_the_header(adapted, tmp_path):
     assert (header()["transformer.r"], header()["transformer.lora_alpha"]) == (4, 3)
     assert header("--lora_alpha", "0.5")["transformer.lora_alpha"] == 0.5
     assert header("--fold_scale")["transformer.lora_alpha"] == 4
+
+
+def test_alpha_is_not_rounded_and_values_are_not_judged(tmp_path):
+    """1/49 * 49 is less than 1 in floating point; NaN is copied like any other value."""
+    random_adapter(tmp_path / "run", width=8, layers=1, rank=49)
+    (file,) = (tmp_path / "run").rglob("*.pt")
+    weights = torch.load(file)
+    next(tensor for name, tensor in weights["module"].items() if "matrix_B" in name)[0, 0] = float("nan")
+    torch.save(weights, file)
+    tensors, header = content(export(tmp_path / "run", tmp_path / "exported", "--lora_alpha", "1"))
+    assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 1
+    assert any(tensor.isnan().any() for tensor in tensors.values())
 
 
 def test_some_layers_alone(tmp_path, caplog):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cogvideox_sat.conversion.stored_weights import StoredWeights
 from sgm.errors import UserError
@@ -75,9 +76,12 @@ def check_equal(
     if written.shapes != meant.shapes:
         raise UserError(f"{where} does not read back as it was written, it holds other tensors; check the disk")
     for name in meant:
-        ours, theirs = written[name], meant[name]
-        if ours.dtype != theirs.dtype or not torch.equal(
-            *(t.contiguous().view(-1).view(torch.uint8) for t in (ours, theirs))
-        ):
+        if not equal_bits(written[name], meant[name]):
             raise UserError(f"{where} does not read back as it was written, {name} differs; check the disk")
         done()
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bits, so that NaN equals NaN."""
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b)))

@@ -26,7 +26,7 @@ from cogvideox_sat.evaluation.video_metrics import (
     psnr,
     ssim,
 )
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import write_atomically
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.parallel.devices import choose_device, fast_dtype
 from cogvideox_sat.runs.datasets import make_dataset
@@ -212,8 +212,7 @@ def write_numbers(
     """Write the measures and settings as JSON; null is the infinite PSNR of equal clips."""
     settings = {"weights": weights, "data": options.data, "dtype": options.dtype, "whole": options.whole}
     content = {"settings": settings, "lpips_net": options.lpips_net, "means": means, "clips": clips}
-    with replaced_when_complete(path) as part, reported_as_user_error(path):
-        part.write_text(standard_json(content), encoding="utf-8")
+    write_atomically(path, standard_json(content))
 
 
 def report(

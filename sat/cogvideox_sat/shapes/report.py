@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideox_sat.files.atomic import replaced_when_complete, reported_as_user_error
+from cogvideox_sat.files.atomic import write_atomically
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_output import VideoWriter
 from cogvideox_sat.media.video_reading import open_video
@@ -69,8 +69,7 @@ def run(options: argparse.Namespace, prompted: Sequence[Prompted]) -> str:
             numbers[name] = summary(results[count]) | {"by_chance": by_chance(scenes)}
     numbers |= fidelity.means()
     if options.json:
-        with replaced_when_complete(options.json) as part, reported_as_user_error(options.json):
-            part.write_text(standard_json(numbers), encoding="utf-8")
+        write_atomically(options.json, standard_json(numbers))
     return report(numbers)
 
 

@@ -63,7 +63,7 @@ def export(arguments: Sequence[str] | None) -> None:
     from cogvideox_sat.conversion.sat_lora_files import read_sat_adapter
 
     adapter = read_sat_adapter(options.sat_pt_path, options.lora_alpha)
-    alpha = next(iter(adapter.scales.values())) * adapter.rank
+    alpha = float(f"{next(iter(adapter.scales.values())) * adapter.rank:.15g}")  # 1/49 * 49 is not 1
     if options.fold_scale:
         alpha = float(adapter.rank)
         adapter = adapter.with_alpha(alpha)
@@ -84,13 +84,13 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
     from tqdm import tqdm
 
     from cogvideox_sat.conversion.diffusers_lora_files import METADATA_KEY
     from cogvideox_sat.conversion.lora_names import diffusers_module
+    from cogvideox_sat.conversion.safetensors_writing import equal_bits
     from cogvideox_sat.files.atomic import new_file
 
     whole_alpha = int(alpha) if alpha.is_integer() else alpha
@@ -111,5 +111,5 @@ def write(target: Path, adapter: "Adapter", alpha: float) -> None:
         with safe_open(part, "pt") as file:
             same = file.metadata() == header and set(file.keys()) == tensors.keys()
             bar = tqdm(tensors.items(), desc="reading back", unit="tensor", leave=False)
-            if not same or not all(torch.equal(file.get_tensor(name), tensor) for name, tensor in bar):
+            if not same or not all(equal_bits(file.get_tensor(name), tensor) for name, tensor in bar):
                 raise UserError(f"{target} does not read back as it was written; the file was removed")
