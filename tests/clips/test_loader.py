@@ -5,12 +5,14 @@ Dead workers are reported.
 
 import itertools
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import stuck_clips
 from cogvideox_sat.clips.batch_order import BatchOrder, SampleKey
 from cogvideox_sat.clips.loader import ClipLoader, collate
 from cogvideox_sat.clips.probing import INDEX
+from cogvideox_sat.clips.reading_processes import ReadingProcesses
 from cogvideox_sat.clips.timeouts import ClipTimeouts, TimedOutClip
 from cogvideox_sat.latent_geometry import Bucket
 from data_video import SFTDataset
@@ -125,6 +128,7 @@ import os, signal, sys
 from pathlib import Path
 from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.clips.probing import INDEX
+from cogvideox_sat.clips.reading_processes import ReadingProcesses
 from cogvideox_sat.clips.timeouts import ClipTimeouts, TimedOutClip
 from cogvideox_sat.clips.loader import ClipLoader
 from data_video import SFTDataset
@@ -272,6 +276,7 @@ from pathlib import Path
 import data_video, stuck_clips
 from cogvideox_sat.clips.batch_order import SampleKey
 from cogvideox_sat.clips.probing import INDEX
+from cogvideox_sat.clips.reading_processes import ReadingProcesses
 from cogvideox_sat.clips.timeouts import ClipTimeouts, TimedOutClip
 from cogvideox_sat.clips.loader import ClipLoader
 dataset = data_video.SFTDataset({str(folder)!r}, [64, 96], 8, 9)
@@ -297,3 +302,22 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_too_many_open_files_are_named():
+    """Each batch that the caller keeps may hold one."""
+    readers = ReadingProcesses(lambda _: torch.ones(3), 1, limit=60)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kept: list[Any] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 10, limits[1]))
+    try:
+        for number in range(30):
+            readers.submit(number, None)
+        with pytest.raises(UserError, match=r"Too many open files; raise the limit of open files \(ulimit -n\)$"):
+            while len(kept) < 30:
+                kept += readers.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        readers.close()

@@ -117,13 +117,9 @@ class ReadingProcesses:
 
     def _received(self, reader: _Reader) -> list[Outcome]:
         try:
-            outcome = receive(reader.socket)
+            return [_receive(reader)]
         except EOFError:
             return self._replace_dead(reader)
-        except OSError as error:
-            raise UserError(f"clips cannot be received from the process that reads them: {refusal(error)}") from error
-        reader.tasks.pop(outcome.number)
-        return [outcome]
 
     # ------------------------------------------------------------ processes
 
@@ -155,9 +151,7 @@ class ReadingProcesses:
         with suppress(EOFError, BlockingIOError):  # results that it has just finished
             reader.socket.setblocking(False)
             while True:
-                outcome = receive(reader.socket)
-                reader.tasks.pop(outcome.number)
-                outcomes.append(outcome)
+                outcomes.append(_receive(reader))
         reading = self._late(reader)  # the process is dead, so the mark is final
         if reading is not None and reader.tasks:
             outcomes.append(self._blame(reader, reading, f"not read within {self.limit:g} s (clip_timeout)"))
@@ -191,6 +185,24 @@ class ReadingProcesses:
             os.kill(reader.pid, signal.SIGKILL)
         if _status(reader.pid, DEATH) is None:
             logger.warning("process %d, which reads clips, does not end when it is killed, and is ignored", reader.pid)
+
+
+def _receive(reader: _Reader) -> Outcome:
+    """Return the next outcome that a process has sent, whose task is then finished.
+
+    Raises:
+        EOFError: the process has ended.
+        BlockingIOError: nothing has arrived, and the socket does not block.
+        UserError: this process has too many open files.
+    """
+    try:
+        outcome = receive(reader.socket)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise UserError(f"a clip cannot be received from the process that read it: {refusal(error)}") from error
+    reader.tasks.pop(outcome.number)
+    return outcome
 
 
 def _status(pid: int, seconds: float) -> int | None:
