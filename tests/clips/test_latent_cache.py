@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox_sat.clips.batch_order import SampleKey
-from cogvideox_sat.clips.latent_cache import is_cache, read_description, read_shards
+from cogvideox_sat.clips.latent_cache import is_cache, open_shard, read_description, read_shards
 from cogvideox_sat.clips.latent_dataset import LatentDataset
-from cogvideox_sat.clips.latent_identity import conditioner_for_cache
+from cogvideox_sat.clips.latent_identity import conditioner_for_cache, weights_stamp
 from cogvideox_sat.clips.loader import collate
 from cogvideox_sat.configuration.files import load_configs
 from cogvideox_sat.configuration.settings import DataSettings
@@ -501,3 +501,20 @@ def test_tiles_are_part_of_what_a_cache_is(tiny, clips, tmp_path, cache):
     assert whole.shape == tiled.shape and 0 < (whole - tiled).norm() / whole.norm() < 0.5
     with pytest.raises(UserError, match=r"encoding.tile_size is 64 there and null now"):
         latent_encoding.run(arguments(config, clips, data_config=data), folders[64])
+
+
+def test_files_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "shard.safetensors").write_bytes(b"damaged")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(UserError, match=r"^cannot read .*shard\.safetensors: Permission denied; change the permi"):
+            open_shard(tmp_path / "shard.safetensors")
+    with pytest.raises(UserError, match=r"shard\.safetensors is damaged .*; delete it and run "):
+        open_shard(tmp_path / "shard.safetensors")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"^cannot read .*shard\.safetensors: Permission denied; change the permi"):
+        weights_stamp([tmp_path / "shard.safetensors"])

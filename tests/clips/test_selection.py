@@ -277,6 +277,7 @@ def test_the_originals_keywords(folder, tmp_path, caplog):
     assert dataset.buckets == [Bucket(9, 64, 96)] * 5
     (tmp_path / "deep" / "broken.tar").symlink_to("gone.tar")
     (tmp_path / "deep" / "folder.tar").mkdir()
+    (tmp_path / "deep" / "._b.tar").write_text("notes of macOS")
     only = VideoDataset("", image_size=[64, 96], include_dirs=str(tmp_path / "deep"), txt_key="short")
     assert len(only) == 2
     for include_dirs, message in (

@@ -215,3 +215,26 @@ def test_names_and_patterns_may_be_too_long_for_the_file_system(tmp_path):
     assert len(search(str(pattern)).clips) == 12
     with pytest.raises(UserError, match=r"a+ cannot be read: File name too long; shorten it$"):
         search(str(tmp_path / ("a" * 300)))
+
+
+def test_hidden_files_are_no_shards(tmp_path, caplog):
+    """Copies from macOS have notes such as `._a.tar` beside each file."""
+    write_tar(tmp_path / "a.tar", {"a.mp4": b"video", "a.txt": b"a cat"})
+    (tmp_path / "._a.tar").write_bytes(b"notes")
+    assert len(search(str(tmp_path)).clips) == 1
+    assert not caplog.records
+
+
+def test_captions_that_may_not_be_read_are_named(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", {"a.mp4": b"video"})
+    (tmp_path / "a.meta.jsonl").write_text("{}")
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "a.meta.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*a\.meta\.jsonl: Permission denied; change the permissions or"):
+        search(str(tmp_path / "a.tar"))

@@ -60,7 +60,7 @@ def search(location: str, rules: LabelRules | None = None) -> Found:
         )
     path = Path(location)
     if exists and path.is_dir():
-        shards = sorted(str(file) for file in path.glob("*.tar"))
+        shards = sorted(str(file) for file in path.glob("[!.]*.tar"))
         return _with_files_beside(_tar_clips(shards, rules), path) if shards else _folder_clips(path, rules)
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
@@ -159,7 +159,11 @@ def _meta_captions(shard: str, rules: LabelRules) -> Iterator[tuple[str, str]]:
     path = Path(shard).with_name(Path(shard).name.partition(".")[0] + ".meta.jsonl")
     if not (rules.used and path.is_file()):
         return
-    for number, line in enumerate(decoded(path.read_bytes(), str(path)).split("\n"), start=1):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {refusal(error)}") from error
+    for number, line in enumerate(decoded(content, str(path)).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -246,7 +246,9 @@ def _end(member: tarfile.TarInfo) -> int:
 
 
 def included_shards(include_dirs: str | None) -> list[str]:
-    """Return the tar files in the folders of `include_dirs`, in a fixed order.
+    """Return the tar files below the folders of `include_dirs`, in a fixed order.
+
+    Hidden and empty files are left out.
 
     Args:
         include_dirs: folders, separated by commas; `FOLDER*2` gives the files of FOLDER twice. None: none.
@@ -263,7 +265,9 @@ def included_shards(include_dirs: str | None) -> list[str]:
         folder, _, times = part.strip().partition("*")
         if times and not times.isdecimal():
             raise UserError(f"data: include_dirs has '{part}'; write FOLDER*2 to read the shards of FOLDER twice")
-        found = sorted(str(shard) for shard in Path(folder).rglob("*.tar") if shard.is_file() and shard.stat().st_size)
+        found = sorted(
+            str(shard) for shard in Path(folder).rglob("[!.]*.tar") if shard.is_file() and shard.stat().st_size
+        )
         if not found:
             raise UserError(f"data: include_dirs: {folder} holds no .tar file; name a folder of shards")
         shards += found * int(times or 1)
