@@ -238,3 +238,20 @@ def test_captions_that_may_not_be_read_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(UserError, match=r"cannot read .*a\.meta\.jsonl: Permission denied; change the permissions or"):
         search(str(tmp_path / "a.tar"))
+
+
+def test_a_folder_of_labels_that_may_not_be_read_is_a_warning(tmp_path, monkeypatch, caplog):
+    for name in ("videos/a.mp4", "labels/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("a cat")
+    listdir = os.listdir
+
+    def refuse(path):
+        if Path(path).name == "labels":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    (clip,) = search(str(tmp_path / "videos")).clips
+    assert clip.caption is None
+    assert f"{tmp_path}/labels cannot be read (Permission denied); its content is left out" in caplog.text

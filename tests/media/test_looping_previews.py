@@ -32,6 +32,7 @@ def test_frames_come_in_order_and_for_ever(tmp_path):
 def test_high_videos_are_reduced(tmp_path):
     picture = Image.open(write_looping_preview(grey_video(tmp_path / "a.mp4", 2 * LARGEST_HEIGHT, 2 * 320)))
     assert picture.size == (320, LARGEST_HEIGHT)
+    assert Image.open(write_looping_preview(grey_video(tmp_path / "a.mp4", 1200, 2))).size == (1, LARGEST_HEIGHT)
 
 
 def test_what_is_no_video_is_named(tmp_path):

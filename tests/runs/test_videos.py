@@ -30,6 +30,7 @@ def test_what_is_not_complete_or_gone_is_left_out(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     good = {"step": 0, "name": "samples/0", "file": "a.mp4"}
     strange = [{**good, name: value} for name, value in (("step", "x"), ("file", 5), ("shows", "all"), ("prompt", 1))]
+    strange += [{**good, "file": name} for name in ("a" * 300, "a\0b")]
     write_lines(
         tmp_path, *strange, "[]\n", "5\n", "{\n", "\n", {"step": 0, "name": "b", "file": "b.mp4"}, good, '{"step": 20'
     )

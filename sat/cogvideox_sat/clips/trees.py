@@ -114,8 +114,13 @@ class Folder(Tree):
 
     def _outside(self, folder: str) -> set[str]:
         if folder not in self._listed:
-            path = self._path(folder)
-            self._listed[folder] = set(os.listdir(path)) if path.is_dir() else set()  # noqa: PTH208
+            try:
+                self._listed[folder] = set(os.listdir(self._path(folder)))  # noqa: PTH208
+            except NotADirectoryError:
+                self._listed[folder] = set()
+            except OSError as error:
+                _warn_of_folder(error)
+                self._listed[folder] = set()
         return self._listed[folder]
 
     def _path(self, name: str) -> Path:

@@ -40,4 +40,5 @@ def write_looping_preview(video: Path) -> Path:
 def _reduced(frame: Image.Image) -> Image.Image:
     if frame.height <= LARGEST_HEIGHT:
         return frame
-    return frame.resize((round(frame.width * LARGEST_HEIGHT / frame.height), LARGEST_HEIGHT), Image.Resampling.LANCZOS)
+    width = max(round(frame.width * LARGEST_HEIGHT / frame.height), 1)
+    return frame.resize((width, LARGEST_HEIGHT), Image.Resampling.LANCZOS)

@@ -3,6 +3,7 @@
 This module imports no PyTorch.
 """
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_videos(folder: Path) -> list[RunVideo]:
     found: dict[tuple[int, str], RunVideo] = {}
     for line in lines:
         video = _video_of(folder, line)
-        if video is not None and video.path.is_file():
+        if video is not None and os.path.isfile(video.path):  # noqa: PTH113, `Path.is_file` may raise
             found.pop((video.step, video.name), None)
             found[video.step, video.name] = video
     return list(found.values())
