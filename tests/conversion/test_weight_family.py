@@ -23,7 +23,7 @@ from cogvideox_sat.conversion.weight_family import (
     table_shapes,
 )
 from cogvideox_sat.weights.checkpoint_files import NETWORK_PREFIX
-from cogvideox_sat.weights.diffusers_names import FREQUENCIES, POSITION_TABLE, UNUSED_TABLE
+from cogvideox_sat.weights.diffusers_names import FREQUENCIES, POSITION_TABLE, TABLES, UNUSED_TABLE
 from sgm.errors import UserError
 from support import REFERENCE
 
@@ -51,6 +51,26 @@ def test_the_released_models(family):
     sizes = sizes_of_config(released_config(detected), detected, family)
     tables = table_shapes(detected, sizes.grid(detected.patch), sizes.text_length)
     assert network_shapes(detected) | tables == shapes
+
+
+IMPOSSIBLE = [(), (0,), (3,), (0, 0), (0, 16, 2, 2), (256, 16, 0, 2), (256, 0, 2, 2), (5, 5, 5, 5, 5)]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_impossible_shapes_are_refused_by_one_kind_of_error(family):
+    shapes = small(family)
+    for name in (name for name in shapes if name not in TABLES and ".1." not in name):
+        for shape in IMPOSSIBLE:
+            with pytest.raises(UserError):
+                detect_network({**shapes, name: shape}, "small")
+
+
+def test_impossible_shapes_of_an_autoencoder_are_refused_by_one_kind_of_error():
+    shapes = manifest("vae")
+    for name in (name for name in shapes if name.endswith((".block.0.conv1.conv.weight", "conv_in.conv.weight"))):
+        for shape in IMPOSSIBLE:
+            with pytest.raises(UserError):
+                detect_autoencoder({**shapes, name: shape}, "vae")
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -191,3 +191,33 @@ def test_bookkeeping_is_read_as_plain_values(saved):
     state = read_state_dict(file)["optimizer_state_dict"]
     assert state["zero_stage"] == 2 and type(state["zero_stage"]) is int
     assert type(state["loss_scaler"]).__module__ == "sgm.weights"
+
+
+def folder_of_two(folder: Path, stage: int, **changes: object) -> Path:
+    """Write the files of two processes of a tiny model; `changes` replace values of both, by their keys."""
+    pieces = {"single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups": [torch.ones(5)]}
+    optimizer = {"zero_stage": stage, "partition_count": 2, "param_alignment_paddings": None, **pieces}
+    frozen = {"frozen_param_shapes": {"f": torch.Size((3,))}, "frozen_param_fragments": {"f": torch.ones(2)}}
+    model = {"module": {}, "param_shapes": [{"a": torch.Size((2, 3)), "b": torch.Size((3,))}], "shared_params": {}}
+    model |= frozen if stage == 3 else {}
+    folder.mkdir()
+    for rank in range(2):
+        name = f"zero_pp_rank_{rank}_mp_rank_00"
+        state = {"optimizer_state_dict": {key: changes.get(key, value) for key, value in optimizer.items()}}
+        torch.save(state, folder / f"{name}_optim_states.pt")
+        described = {key: changes.get(key, value) for key, value in model.items()}
+        torch.save(described, folder / (f"{name}_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"))
+    return folder
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_values_of_a_wrong_kind_are_damage(tmp_path, stage):
+    weights = read_zero(folder_of_two(tmp_path / "good", stage))
+    assert {name: tuple(weights[name].shape) for name in ("a", "b")} == {"a": (2, 3), "b": (3,)}
+    changes = [("partition_count", []), ("param_shapes", [{"a": 3}]), ("shared_params", 5), ("module", [1])]
+    if stage == 3:
+        changes += [("frozen_param_shapes", 1.5), ("frozen_param_fragments", {"f": None})]
+        changes += [("frozen_param_shapes", {"f": torch.Size((100,))})]  # found when the tensor is read
+    for number, (key, value) in enumerate(changes):
+        with pytest.raises(UserError):
+            dict(read_zero(folder_of_two(tmp_path / f"{stage}-{number}", stage, **{key: value})))

@@ -96,15 +96,17 @@ def detect_network(shapes: Shapes, source: str, rotary: bool | None = None) -> N
               "mixins.final_layer.linear.weight", "mixins.adaln_layer.query_layernorm_list.0.weight")  # fmt: skip
     if missing := [name for name in needed if name not in shapes]:
         raise UserError(f"{source} is not a CogVideoX network: it has no {missing[0]}; name a checkpoint of one")
-    proj, text, time = shapes[needed[0]], shapes[needed[1]], shapes[needed[2]]
-    rows, head_dim = shapes[needed[3]][0], shapes[needed[4]][0]
-    if len(proj) not in (2, 4) or len(text) != 2 or len(time) != 2 or not head_dim or proj[0] % head_dim:
-        raise UserError(f"{source} is not a CogVideoX network: {needed[0]} is {list(proj)}, {needed[4]} [{head_dim}]")
+    proj, text, time, last, norm = (shapes[name] for name in needed)
+    ofs = shapes.get("ofs_embed.0.weight")
+    dimensions = [len(shape) for shape in (text, time, last, norm, ofs or time)]
+    if len(proj) not in (2, 4) or dimensions != [2, 2, 2, 1, 2] or 0 in (*proj, *norm) or proj[0] % norm[0]:
+        described = ", ".join(f"{name} is {list(shapes[name])}" for name in needed)
+        raise UserError(f"{source} is not a CogVideoX network: {described}; name a checkpoint of one")
+    rows, head_dim = last[0], norm[0]
     is_15 = len(proj) == 2
     patch = (2, 2, 2) if is_15 else (1, proj[2], proj[3])
     volume = patch[0] * patch[1] * patch[2]
     in_channels, out_channels = (proj[1] // volume if is_15 else proj[1]), rows // volume
-    ofs = shapes.get("ofs_embed.0.weight")
     if rotary is None:
         rotary = is_15 or any(name in shapes for name in FREQUENCIES)
     family = NetworkFamily(
@@ -250,8 +252,8 @@ def _levels(shapes: Shapes, where: str) -> tuple[tuple[int, ...], int]:
     """Return the channels of a coder's levels, finest first, and the finest level's blocks."""
     first = [m[1] for name in shapes if (m := re.fullmatch(rf"{where}\.(\d+)\.block\.0\.conv1\.conv\.weight", name))]
     blocks = [name for name in shapes if re.fullmatch(rf"{where}\.0\.block\.\d+\.conv1\.conv\.weight", name)]
-    widths = tuple(shapes[f"{where}.{i}.block.0.conv1.conv.weight"][0] for i in sorted(map(int, first)))
-    return widths, len(blocks)
+    convolutions = [shapes[f"{where}.{i}.block.0.conv1.conv.weight"] for i in sorted(map(int, first))]
+    return tuple(shape[0] if shape else 0 for shape in convolutions), len(blocks)
 
 
 def autoencoder_shapes(family: AutoencoderFamily) -> dict[str, tuple[int, ...]]:

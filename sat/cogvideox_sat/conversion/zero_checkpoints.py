@@ -11,7 +11,8 @@ each parameter into equal pieces, of which the last is padded, and concatenates 
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from cogvideox_sat.conversion.stored_weights import MappedFile, Stored, StoredWeights, Window
 from cogvideox_sat.files.latest_file import newest
-from sgm.errors import UserError
+from cogvideox_sat.files.training_state import MISFITS
+from sgm.errors import UserError, one_line
 from sgm.weights import read_state_dict
 
 COPY_ALL = "copy all files of one checkpoint there"  # ends the errors about files that do not fit together
@@ -41,8 +43,34 @@ def read_zero(folder: Path) -> StoredWeights:
     """Return the module's tensors by name, trained ones in float32, others as in the module.
 
     Raises:
-        UserError: files are missing, damaged, or do not fit together.
+        UserError: files are missing, damaged, or do not fit together; also when a tensor is read.
     """
+    with _damage_reported(folder):
+        entries = _read_files(folder).entries
+        return StoredWeights(
+            {
+                name: Stored(torch.Size(entry.shape), entry.dtype, partial(_read, folder, entry))
+                for name, entry in entries.items()
+            }
+        )
+
+
+@contextmanager
+def _damage_reported(folder: Path) -> Iterator[None]:
+    """Report errors of the block, which only takes values from files, as damage of the files."""
+    try:
+        yield
+    except MISFITS as error:
+        reason = one_line(str(error).partition("\n")[0] or type(error).__name__, 200)
+        raise UserError(f"{folder} holds damaged files: {reason}; {COPY_ALL}") from error
+
+
+def _read(folder: Path, entry: Stored) -> Tensor:
+    with _damage_reported(folder):
+        return entry.read()
+
+
+def _read_files(folder: Path) -> StoredWeights:
     files = _optimizer_files(folder)
     window = Window()
     groups = [_FlatGroups(file, window) for file in files]
