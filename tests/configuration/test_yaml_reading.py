@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cogvideox_sat.configuration.yaml_reading import MOST_BYTES, parse_yaml, read_yaml
+from cogvideox_sat.configuration.yaml_reading import MOST_BYTES, parse_yaml, read_yaml, value_at
 from sgm.errors import UserError
 
 
@@ -97,3 +97,11 @@ def test_files_that_cannot_be_read(tmp_path):
         read_yaml(tmp_path)
     with pytest.raises(UserError, match="File name too long"):
         read_yaml(tmp_path / ("a" * 300))
+
+
+def test_a_value_in_nested_mappings():
+    content = {"model": {"params": {"r": 4}, "empty": None}}
+    assert value_at(content, "model", "params", "r") == 4 and value_at(content) is content
+    for keys in (("args", "load"), ("model", "empty", "r"), ("model", "params", "r", "more")):
+        assert value_at(content, *keys) is None
+    assert value_at([1], "model") is None

@@ -194,7 +194,11 @@ def test_bookkeeping_is_read_as_plain_values(saved):
 
 
 def folder_of_two(folder: Path, stage: int, **changes: object) -> Path:
-    """Write the files of two processes of a tiny model; `changes` replace values of both, by their keys."""
+    """Write the files of two processes of a tiny model.
+
+    Args:
+        changes: values that replace those of both processes, by their keys.
+    """
     pieces = {"single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups": [torch.ones(5)]}
     optimizer = {"zero_stage": stage, "partition_count": 2, "param_alignment_paddings": None, **pieces}
     frozen = {"frozen_param_shapes": {"f": torch.Size((3,))}, "frozen_param_fragments": {"f": torch.ones(2)}}

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import processes
+from cogvideox_sat.tool_commands.convert_weight_sat2hf import check_norms
 from cogvideox_sat.weights.diffusers_names import assemble, to_diffusers
 from pipelines import FAMILIES, assert_identical, checkpoint, convert, pipelines  # noqa: F401
 from sgm.weights import read_state_dict
@@ -191,6 +192,8 @@ def test_flags_that_are_right_are_taken_and_wrong_ones_refused(tiny, tmp_path, c
     base = ("--base", tiny.variant("2b", tmp_path / "groups.yaml", model=groups))
     for more in ((), ("--transformer_ckpt_path", tiny.folder / "2b")):
         assert "groups.yaml: the VAE has norms of 4 groups" in mistake(caplog, *vae, *more, *base)
+    for coder in (None, {"params": None}):  # a part without settings has the usual norms
+        check_norms({"model": {"first_stage_config": coder}}, "empty.yaml")
 
 
 def test_mistakes_are_told_before_pytorch_comes_in(tiny, tmp_path):

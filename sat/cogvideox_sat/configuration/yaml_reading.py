@@ -89,6 +89,13 @@ def parse_yaml(text: str, name: str) -> Any:
         _refuse(name, mark, f"not valid YAML: {' '.join(problem.split())}")
 
 
+def value_at(content: Any, *keys: str) -> Any:
+    """Return the value below `keys` in nested mappings; None if one of them is missing."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
 def _refuse(name: str, mark: Any, problem: str) -> NoReturn:
     where = f", line {mark.line + 1}" if mark else ""
     raise UserError(f"{name}{where}: {problem}") from None

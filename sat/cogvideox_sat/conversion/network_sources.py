@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cogvideox_sat.commands.input_paths import required_input
-from cogvideox_sat.configuration.yaml_reading import read_yaml
+from cogvideox_sat.configuration.yaml_reading import read_yaml, value_at
 from cogvideox_sat.conversion.lora_files import read_adapter
 from cogvideox_sat.conversion.lora_matrices import Adapter
 from cogvideox_sat.conversion.lora_merging import MergedWeights
@@ -108,8 +108,8 @@ def _trained_on(config: Path | None) -> Path | None:
     if config is None:
         return None
     try:
-        load = read_yaml(config)["args"]["load"]
-    except (UserError, KeyError, TypeError):
+        load = value_at(read_yaml(config), "args", "load")
+    except UserError:
         return None
     return required_input(load, f"{config}: args.load") if isinstance(load, str) else None
 

@@ -4,11 +4,10 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from cogvideox_sat.configuration.yaml_reading import read_yaml
+from cogvideox_sat.configuration.yaml_reading import read_yaml, value_at
 from cogvideox_sat.conversion.lora_matrices import Adapter, check_matrices
 from cogvideox_sat.conversion.lora_names import (
     PROJECTIONS,
@@ -75,12 +74,11 @@ def recorded_alpha(file: Path, rank: int) -> float:
         logger.info("%s: no training_config.yaml beside it, so alpha is assumed to be %g", file, DEFAULT_ALPHA)
         return DEFAULT_ALPHA
     try:
-        node: Any = read_yaml(config_file, "the configuration beside the adapter,")
+        config = read_yaml(config_file, "the configuration beside the adapter,")
     except UserError as error:
         raise UserError(f"cannot read {config_file} ({error}); give --lora_alpha instead") from error
-    for key in ("model", "network_config", "params", "modules", "lora_config", "params"):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    params = node if isinstance(node, Mapping) else {}
+    params = value_at(config, "model", "network_config", "params", "modules", "lora_config", "params")
+    params = params if isinstance(params, dict) else {}
     if params.get("r", rank) != rank:
         raise UserError(
             f"{config_file} is of an adapter of rank {params['r']}, but {file} has rank {rank}; give --lora_alpha"

@@ -245,11 +245,12 @@ def check_norms(config: dict[str, Any], name: str) -> None:
 
     The tensors do not determine them.
     """
+    from cogvideox_sat.configuration.yaml_reading import value_at
     from cogvideox_sat.conversion.diffusers_configs import NORM_GROUPS
 
-    coders = config.get("model", {}).get("first_stage_config", {}).get("params", {})
     for coder in ("encoder_config", "decoder_config"):
-        groups = coders.get(coder, {}).get("params", {}).get("norm_groups") or NORM_GROUPS
+        place = ("model", "first_stage_config", "params", coder, "params", "norm_groups")
+        groups = value_at(config, *place) or NORM_GROUPS
         if groups != NORM_GROUPS:
             raise UserError(
                 f"{name}: the VAE has norms of {groups} groups of channels; diffusers' pipelines have {NORM_GROUPS}"
