@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cogvideox_sat.clips.reading import WHOLE, FrameSampling, Part
 from cogvideox_sat.clips.report import SourceReport, counted
-from cogvideox_sat.clips.selection import Selection, SelectionRules, select
+from cogvideox_sat.clips.selection import TOO_SHORT, Selection, SelectionRules, select
 from cogvideox_sat.clips.sources import ClipSource
 from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_facts import VideoFacts
@@ -16,6 +16,7 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 SIDES = re.compile(r"\b(left|right)(ward|wards|most)?\b", re.IGNORECASE)
+ADVICE_FOR_SHORT = "; give longer videos, lower skip_frms_num, or set min_frames: 1 to train them as pictures"
 SHOWN = 5  # number of unreadable clips that the log names; the data set lists all of them
 
 
@@ -79,7 +80,8 @@ def gather_samples(
     if empty := [location for location, selection in selections.items() if not selection.sources]:
         reasons = [counted(left.count, reason) for reason, left in samples.reports[empty[0]].left_out.items()]
         if reasons and not selections[empty[0]].unreadable:
-            raise UserError(f"{empty[0]}: no clip is left: {'; '.join(reasons)}")
+            short = any(reason.startswith(TOO_SHORT) for reason in samples.reports[empty[0]].left_out)
+            raise UserError(f"{empty[0]}: no clip is left: {'; '.join(reasons)}{ADVICE_FOR_SHORT if short else ''}")
     return samples
 
 

@@ -15,6 +15,8 @@ from cogvideox_sat.latent_geometry import Bucket
 from cogvideox_sat.media.video_facts import VideoFacts
 from sgm.errors import UserError
 
+TOO_SHORT = "videos are shorter than"  # the beginning of the reason to leave out short videos
+
 
 class UnusablePlace(UserError):
     """Raised if a place has no clips or cannot be parsed; the caller adds the argument's name."""
@@ -167,4 +169,4 @@ def least_frames(sampling: FrameSampling, min_frames: int | None) -> int:
 
 def _too_short(sampling: FrameSampling, least: int) -> str:
     kept = f" without {sampling.skip_frames} frames at each end" if sampling.skip_frames else ""
-    return f"videos are shorter than {(least - 1) / sampling.fps:.3g} s{kept} (clips have {least} frames at least)"
+    return f"{TOO_SHORT} {(least - 1) / sampling.fps:.3g} s{kept} (clips have {least} frames at least)"
