@@ -55,7 +55,7 @@ python sat/sample_video.py --base configs/cogvideox_5b.yaml configs/inference.ya
 
 * `include: other.yaml`, or a list of files, stands at the top of a file. Keys of the file override included keys.
 * A key without a value means "not set".
-* `${a.b.c}` stands for the value of another key.
+* `${a.b.c}` stands for the value of another key, `${args.output_dir}` for that of the flag if it is given.
 * An unknown key in `args` is an error that names the nearest known key.
 * Flags have two spellings, `--output_dir` and `--output-dir`; `--no-name` turns a switch off.
 * Configurations of the original load unchanged, in both dialects: `patch_size: 2` and `patch_size: [2, 2, 2]`;

@@ -61,6 +61,21 @@ def test_references_within_the_merged_files(write):
     assert load_configs([first, second])["args"]["load"] == "y/x"
 
 
+def test_references_lead_to_the_arguments_of_the_command_line(write):
+    path = write("a.yaml", {"args": {"contact_sheet": "${args.output_dir}/x", "output_dir": "y"}})
+    assert load_configs([path], given={"output_dir": None})["args"]["contact_sheet"] == "y/x"
+    config = load_configs([path], given={"output_dir": "z", "seed": 1})
+    assert config["args"] == {"contact_sheet": "z/x", "output_dir": "y"}
+
+
+def test_the_contact_sheet_of_the_tiny_model_is_beside_its_videos():
+    base = ["--base", *(str(CONFIGS / "tiny" / name) for name in ("cogvideox_tiny.yaml", "inference.yaml"))]
+    assert get_args(base).contact_sheet == "outputs/tiny/contact_sheet.png"
+    assert get_args([*base, "--output-dir", "videos"]).contact_sheet == "videos/contact_sheet.png"
+    assert get_args([*base, "--set", "args.output_dir=videos"]).contact_sheet == "videos/contact_sheet.png"
+    assert get_args([*base, "--output_dir", "videos", "--contact_sheet", "a.png"]).contact_sheet == "a.png"
+
+
 def test_an_empty_section_changes_nothing(write):
     first, second = write("a.yaml", {"args": {"seed": 1}}), write("b.yaml", "args:\nmodel:\n")
     assert load_configs([first, second]) == {"args": {"seed": 1}}

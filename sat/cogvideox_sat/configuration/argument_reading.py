@@ -98,7 +98,7 @@ def read_configuration(
     deepspeed_file = take_launcher_flags(given, ignored)
     allow_own_modules()
     if config is None:
-        config = load_configs(given.pop("base"), used, exclusive, settings=settings)
+        config = load_configs(given.pop("base"), used, exclusive, settings=settings, given=given)
     elif settings:
         set_keys(config, config.sources, settings)
     config.sources.arguments = set(argument_fields(command))

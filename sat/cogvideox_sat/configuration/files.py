@@ -42,6 +42,7 @@ def load_configs(
     exclusive: Sequence[tuple[str, str]] = (),
     trusted: bool = True,
     settings: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> MergedConfig:
     """Return the merged content of configuration files, later ones overriding earlier ones.
 
@@ -53,6 +54,7 @@ def load_configs(
         trusted: False for files that came with something else, such as a downloaded checkpoint: they may not include
             files or read environment variables, and may name only classes of this project.
         settings: keys that are set on top of all files, by their dotted names; see `single_keys`.
+        given: arguments of the command line by name, to which references such as `${args.output_dir}` lead.
 
     Raises:
         UserError: a file is missing, unreadable, not YAML, or has an unknown section; a reference does not resolve; a
@@ -65,7 +67,7 @@ def load_configs(
     merged, sources = merge_files(files, paths)
     if settings:
         set_keys(merged, sources, settings)
-    config = MergedConfig(resolve(merged, sources, trusted))
+    config = MergedConfig(resolve(merged, sources, trusted, given))
     config.sources = sources
     sources.build_reference = build_reference
     for key, target in iterate_targets({section: config.get(section) for section in used}):

@@ -5,7 +5,7 @@ The file of each key is recorded, and the size of the result is bounded. Nothing
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,7 +93,9 @@ def _record(content: dict[str, Any], key: Key, file: Path, sources: Sources) -> 
             _record(value, (*key, name), file, sources)
 
 
-def resolve(config: dict[str, Any], sources: Sources, trusted: bool) -> dict[str, Any]:
+def resolve(
+    config: dict[str, Any], sources: Sources, trusted: bool, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return a configuration in which every reference is replaced by the value it refers to.
 
     `${args.load}` is a key from the top, `${.r}` one in the mapping that holds the reference, `${..r}` one in the
@@ -101,16 +103,18 @@ def resolve(config: dict[str, Any], sources: Sources, trusted: bool) -> dict[str
 
     Args:
         trusted: the files may use such resolvers, which read environment variables.
+        given: arguments of the command line by name: `${args.NAME}` is their value, whatever the files say.
 
     Raises:
         UserError: a reference leads to a key that does not exist, to itself, or to too many values.
     """
-    return _Resolver(config, sources, trusted).at(())
+    return _Resolver(config, sources, trusted, given).at(())
 
 
 class _Resolver:
-    def __init__(self, root: dict[str, Any], sources: Sources, trusted: bool):
+    def __init__(self, root: dict[str, Any], sources: Sources, trusted: bool, given: Mapping[str, Any] | None = None):
         self.root, self.sources, self.trusted = root, sources, trusted
+        self.given = {("args", name): value for name, value in (given or {}).items() if value is not None}
         self.done: dict[Key, Any] = {}
         self.open: list[Key] = []
         self.depth = 0
@@ -182,6 +186,8 @@ class _Resolver:
         if ups > len(key):
             self.refuse(key, f"{shown('${' + reference + '}')} leads above the top")
         path = (*key[: len(key) - ups], *parse_key(reference)) if ups else parse_key(reference)
+        if path in self.given:
+            return self.given[path]
         node: Any = self.root
         place: Key = ()
         for length, part in enumerate(path):
