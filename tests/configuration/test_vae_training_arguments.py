@@ -95,7 +95,7 @@ def clips(**changes: Any) -> dict[str, Any]:
         (clips(max_num_frames=10), "max_num_frames: got 10; clips are cut to 4k+1 frames, for example 9"),
         (clips(video_size=[20, 16]), "height 20 does not fit; this autoencoder takes multiples of 8, for example 16"),
         (clips(video_size="big"), "video_size: got 'big'; expected [height, width]"),
-        (params(context_parallel_size=2), "context_parallel_size 2 does not divide the 1 processes"),
+        (params(context_parallel_size=2), "context_parallel_size: 2 does not divide the 1 process of"),
         (params(ckpt_path="gone.pt"), "ckpt_path: gone.pt does not exist"),
         (params(trainable_ae_params=[["decoder.conv_last"]]), "decoder.conv_last"),
         (params(encoder_config={"params": {"chanels": 3}}), "chanels"),
@@ -111,7 +111,7 @@ def test_mistakes_are_one_line_before_anything_is_written(failure, changes, says
 @pytest.mark.parametrize(
     ("processes", "size", "frames", "says"),
     [
-        (4, 3, 17, "context_parallel_size 3 does not divide the 4 processes"),
+        (4, 3, 17, "context_parallel_size: 3 does not divide the 4 processes"),
         (4, 4, 9, "context_parallel_size is 4, but a clip has 3 latent frames to share"),
     ],
 )

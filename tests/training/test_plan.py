@@ -156,7 +156,7 @@ QLORA_MODEL = network(modules={"lora_config": {**LORA, "params": {"r": 4, "qlora
         ((), {"data": {"video_size": [480, 712]}}, "width 712 does not fit; this model takes multiples of 16"),
         ((), {"data": {"video_size": [[480, 720], [720, 480]]}}, "height 720 does not fit"),
         ((), {"data": {"video_size": 480}}, "video_size: got 480; expected [height, width]"),
-        (("--model_parallel_size", "2"), {}, "model_parallel_size 2 does not divide the 1 processes"),
+        (("--model_parallel_size", "2"), {}, "model_parallel_size: 2 does not divide the 1 process of"),
     ],
 )  # fmt: skip
 def test_refused(case, flags, changes, says):

@@ -131,8 +131,20 @@ def check_shares(processes: int, what: str, count: int, name: str = "sequence_pa
 
 def check_world(layout: VideoLayout, world: int) -> None:
     """Check that `world` processes are whole groups of the layout, else raise UserError."""
-    if world % layout.processes:
+    check_divides("processes_per_video", layout.processes, world)
+
+
+def check_divides(name: str, size: int, processes: int) -> None:
+    """Check that the processes of a run form whole groups of `size`.
+
+    Args:
+        name: the argument that says `size`.
+
+    Raises:
+        UserError: some processes would be left over.
+    """
+    if processes % size:
         raise UserError(
-            f"processes_per_video: {layout.processes} does not divide the {world} process{'es' if world > 1 else ''} "
-            f"of this run; start a multiple of it, with torchrun --nproc_per_node={layout.processes}"
+            f"{name}: {size} does not divide the {processes} process{'es' if processes > 1 else ''} of this run; start "
+            f"a multiple of it, with torchrun --nproc_per_node={size}"
         )

@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from sat import mpu
 
+from cogvideox_sat.configuration.video_layout import check_divides
 from cogvideox_sat.parallel.agreement import join_processes, leave_processes
 from sgm.errors import UserError
 
@@ -26,9 +27,7 @@ def initialize_process_groups(model_parallel_size: int = 1, limit: float | None 
                 f"model_parallel_size is {model_parallel_size}, but this process already runs with {current}"
             )
         return
-    world_size = dist.get_world_size()
-    if world_size % model_parallel_size:
-        raise UserError(f"model_parallel_size {model_parallel_size} does not divide the {world_size} processes")
+    check_divides("model_parallel_size", model_parallel_size, dist.get_world_size())
     mpu.initialize_model_parallel(model_parallel_size)
 
 

@@ -19,7 +19,7 @@ from cogvideox_sat.configuration.model_limits import ModelLimits, check_sharing
 from cogvideox_sat.configuration.model_section import check_trained_part, has_adapter
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters
 from cogvideox_sat.configuration.training_arguments import TrainingArguments
-from cogvideox_sat.configuration.video_layout import check_sequence
+from cogvideox_sat.configuration.video_layout import check_divides, check_sequence
 from cogvideox_sat.files.latest_file import newest
 from cogvideox_sat.files.output_paths import check_folder, check_sheet
 from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
@@ -110,8 +110,7 @@ def check_processes(args: TrainingArguments) -> BatchSizes:
         UserError: processes or clips cannot be divided in this way.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes % args.model_parallel_size:
-        raise UserError(f"model_parallel_size {args.model_parallel_size} does not divide the {processes} processes")
+    check_divides("model_parallel_size", args.model_parallel_size, processes)
     check_sharing(args.model_config, args.model_parallel_size, args.lora_load)
     shared = args.sequence_parallel_size
     if shared > 1 and args.model_parallel_size > 1:
@@ -119,11 +118,7 @@ def check_processes(args: TrainingArguments) -> BatchSizes:
             f"sequence_parallel_size: {shared} processes share a clip and model_parallel_size "
             f"{args.model_parallel_size} the network; choose one of them"
         )
-    if processes % shared:
-        raise UserError(
-            f"sequence_parallel_size: {shared} does not divide the {processes} process{'es' * (processes > 1)} of this "
-            "run; start a multiple of it, with torchrun --nproc_per_node"
-        )
+    check_divides("sequence_parallel_size", shared, processes)
     check_sequence(shared, args.model_config, "sequence_parallel_size")
     return batch_sizes(args.deepspeed_config, processes // (args.model_parallel_size * shared))
 

@@ -19,6 +19,7 @@ from cogvideox_sat.configuration.argument_lists import VaeTrainingArguments
 from cogvideox_sat.configuration.determinism import check_workspace
 from cogvideox_sat.configuration.files import check_paths
 from cogvideox_sat.configuration.model_values import check_data_section, check_model_values, check_parameters
+from cogvideox_sat.configuration.video_layout import check_divides
 from cogvideox_sat.files.latest_file import newest
 from cogvideox_sat.files.output_paths import check_folder, check_sheet
 from cogvideox_sat.latent_geometry import SPACE_FACTOR, TIME_FACTOR
@@ -202,8 +203,7 @@ def check_sharing(params: Mapping[str, Any], processes: int, latent_frames: int)
     size = params.get("context_parallel_size") or 1
     if type(size) is not int or size < 1:
         raise UserError(f"model.params.context_parallel_size: got {size!r}; expected a whole number, 0 or 1 for none")
-    if processes % size:
-        raise UserError(f"model.params.context_parallel_size {size} does not divide the {processes} processes")
+    check_divides("model.params.context_parallel_size", size, processes)
     if size > latent_frames:
         raise UserError(
             f"model.params.context_parallel_size is {size}, but a clip has {latent_frames} latent frames to share; "
