@@ -249,6 +249,13 @@ def test_pictures_show_all_videos_old_and_new(tiny, tmp_path, caplog):
     assert 2 * FRAME_HEIGHT < Image.open(tmp_path / "sheet.png").height < 3 * FRAME_HEIGHT
     assert caplog.text.count("skipped, it is empty") == 1
 
+    damaged, whole = sorted(videos)
+    damaged.write_bytes(b"no video")
+    whole.with_suffix(".webp").unlink()
+    assert main(command(tiny.config("5b"), tmp_path, TWO_PROMPTS, *size, *pictures)) == 1
+    assert caplog.text.count(f"{damaged} cannot be read") == 2, "once for the sheet, once for its preview"
+    assert whole.with_suffix(".webp").exists(), "other videos get their previews"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ways of computing the same

@@ -1,6 +1,7 @@
 """Write one image of many videos: a line of text and a row of frames for each."""
 
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from cogvideox_sat.files.atomic import write_atomically
 from cogvideox_sat.media.video_facts import UnreadableClip
 from cogvideox_sat.media.video_reading import open_video
 from sgm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 FRAMES = 9  # most frames of a video, evenly spread, including the first and the last
 FRAME_HEIGHT = 128  # pixels
@@ -29,6 +32,7 @@ def write_contact_sheet(path: Path, videos: Sequence[tuple[str, Path]]) -> None:
     if not videos:
         raise UserError(f"{path}: no videos to show; sample some first")
     write_frames(path, [(text, _frames(file)) for text, file in videos])
+    logger.info("wrote %s", path)
 
 
 def write_frames(path: Path, videos: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:

@@ -60,21 +60,28 @@ def run(args: SamplingArguments, plan: SamplingPlan | None) -> int:
             args = fitted(args, plan)
             failed = sample_everywhere(args, plan.videos if plan else None)
         if plan and dist.get_rank() == 0:
-            write_previews(args, [(text, path) for text, path in plan.files if path.exists()])
+            failed += write_previews(args, [(text, path) for text, path in plan.files if path.exists()])
         return 1 if failed else 0
     finally:
         if not others:
             destroy_process_groups()
 
 
-def write_previews(args: SamplingArguments, videos: list[tuple[str, Path]]) -> None:
-    """Write the contact sheet and the looping previews that the arguments ask for."""
+def write_previews(args: SamplingArguments, videos: list[tuple[str, Path]]) -> int:
+    """Write the contact sheet and looping previews that are asked for; return how many failed."""
+    writers: list[Callable[[], object]] = []
     if args.contact_sheet is not None:
-        write_contact_sheet(Path(args.contact_sheet), videos)
-        logger.info("wrote %s", args.contact_sheet)
+        writers.append(partial(write_contact_sheet, Path(args.contact_sheet), videos))
     if args.looping_previews:
-        for _, path in videos:
-            write_looping_preview(path)
+        writers += [partial(write_looping_preview, path) for _, path in videos]
+    failed = 0
+    for write in writers:
+        try:
+            write()
+        except UserError as error:
+            logger.error("%s", error)
+            failed += 1
+    return failed
 
 
 def sample_everywhere(args: SamplingArguments, videos: list[PlannedVideo] | None) -> int:
