@@ -46,11 +46,9 @@ def killed(process: Popen, seconds: float) -> bool:
         output, _ = process.communicate(timeout=seconds)
     except TimeoutExpired:
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        return True
-    assert process.returncode == 0, output
-    return False
+        output, _ = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), output
+    return process.returncode != 0  # it may end by itself just before the kill
 
 
 def soak(start: Start, configs: Callable[[str], Path], kills: int, check: Callable[[Path], None]) -> list[Path]:
