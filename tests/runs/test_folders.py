@@ -1,6 +1,5 @@
 """The folder of a new run, and which run `resume: latest` means."""
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +11,15 @@ import pytest
 import yaml
 
 from cogvideox_sat.runs import folders
-from cogvideox_sat.runs.folders import claim, find_resume, new_run_folder, removed_if_empty, runs_of, write_config
+from cogvideox_sat.runs.folders import (
+    LOCK_FILE,
+    claim,
+    find_resume,
+    new_run_folder,
+    removed_if_empty,
+    runs_of,
+    write_config,
+)
 from sgm.errors import UserError
 
 NOW = datetime(2024, 3, 1, 9, 5)
@@ -84,7 +91,7 @@ def test_a_folder_goes_when_nothing_was_written(tmp_path, files):
 
 HOLDS = """
 import fcntl, sys
-file = open(sys.argv[1], "r+b")
+file = open(sys.argv[1], "ab")
 fcntl.lockf(file, fcntl.LOCK_EX)
 print("holds", flush=True)
 sys.stdin.read()
@@ -92,25 +99,20 @@ sys.stdin.read()
 
 
 def test_a_run_belongs_to_one_process(tmp_path):
-    """Until that ends, however it does; a process may claim what is its own again."""
-    assert claim(tmp_path) is None, "of a new run there is nothing yet"
-    write_config(tmp_path, {"args": {}})
-    command = [sys.executable, "-S", "-c", HOLDS, str(tmp_path / "training_config.yaml")]
+    """Until that ends, however it does."""
+    command = [sys.executable, "-S", "-c", HOLDS, str(tmp_path / LOCK_FILE)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"holds\n"
         with pytest.raises(UserError, match=r"resume: another process already continues "):
             claim(tmp_path)
         other.kill()
         other.wait()
-        first, second = claim(tmp_path), claim(tmp_path)
-        assert first is not None and second is not None
-        first.close()
-        second.close()
+        file = claim(tmp_path)
+        assert file is not None
+        file.close()
 
 
 def test_a_file_system_without_locks_claims_nothing(tmp_path, monkeypatch):
-    write_config(tmp_path, {"args": {}})
-
     def refuse(*_):
         raise OSError(37, "No locks available")
 
@@ -118,37 +120,30 @@ def test_a_file_system_without_locks_claims_nothing(tmp_path, monkeypatch):
     assert claim(tmp_path) is None
 
 
-def test_of_processes_that_resume_together_one_continues(tmp_path, monkeypatch):
-    """The other one has opened the configuration that the first one then replaces."""
-    write_config(tmp_path, {"args": {}})
-    lockf, late = fcntl.lockf, []
-
-    def lock_late(file, how):
-        if not late:
-            late.append(True)
-            write_config(tmp_path, {"args": {"of": "the first"}})
-        return lockf(file, how)
-
-    monkeypatch.setattr("fcntl.lockf", lock_late)
-    with claim(tmp_path) as file:
-        assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "training_config.yaml").stat())
-
-
-def test_a_run_stays_claimed_while_its_configuration_is_replaced(tmp_path, monkeypatch):
+def test_a_run_stays_claimed_as_long_as_its_writer_exists(tmp_path):
+    """Also when the process reads the run's files: a lock ends with any descriptor of its file."""
     settings = Namespace(merged_config={"args": {}}, tensorboard=False, wandb=False, wandb_project=None)
-    write_config(tmp_path, {"args": {}})
-    others: list[int] = []
-
-    def write(folder, config):
-        others.append(os.waitstatus_to_exitcode(os.waitpid(forked_claim(folder), 0)[1]))
-        write_config(folder, config)
-
-    monkeypatch.setattr(folders, "write_config", write)
+    write_config(tmp_path, {"args": {"of": "an earlier process"}})
     writer = folders.open_run_folder(tmp_path, settings, None, 0)
-    others.append(os.waitstatus_to_exitcode(os.waitpid(forked_claim(tmp_path), 0)[1]))
-    assert others == [1, 1], "refused before and after"
-    writer.held.close()
+    for path in tmp_path.iterdir():
+        if path.name != LOCK_FILE:
+            path.read_bytes()
+    write_config(tmp_path, {"args": {}})
+    assert os.waitstatus_to_exitcode(os.waitpid(forked_claim(tmp_path), 0)[1]) == 1
     writer.close()
+    del writer
+    assert os.waitstatus_to_exitcode(os.waitpid(forked_claim(tmp_path), 0)[1]) == 0
+
+
+@pytest.mark.parametrize(("names", "stays"), [((), False), ((LOCK_FILE,), False), ((LOCK_FILE, "latest"), True)])
+def test_the_folder_of_a_run_that_fails_at_once_is_removed(tmp_path, names, stays):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(ZeroDivisionError), removed_if_empty(folder):
+        1 / 0  # noqa: B018
+    assert folder.exists() == stays and all((folder / name).exists() == stays for name in names)
 
 
 def forked_claim(folder: Path) -> int:

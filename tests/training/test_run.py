@@ -412,6 +412,24 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint(tmp_path, tiny, cli
     assert {path.name for path in run.glob("*-ema")} == {f"{step + 1}-ema", f"{step + 2}-ema"}
 
 
+@pytest.mark.slow
+def test_a_run_is_refused_to_others_while_it_goes_on(tmp_path, tiny, clips, caplog):
+    """Also after it has saved: a lock ends when its process closes any descriptor of the file."""
+    from train_video import main
+
+    config = write_config(tmp_path / "config.yaml", tiny, "5b", clips, train_iters=1000, save_interval=5)
+    process = start(config)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any((run / "latest").is_file() and int((run / "latest").read_text()) > 5 for run in runs_of(config)):
+            break
+    assert main(["--base", str(config), "--resume", "latest"]) == 2
+    assert "resume: another process already continues" in caplog.text
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
 @pytest.mark.distributed
 @pytest.mark.long
 def test_a_run_goes_on_with_other_processes_and_stages(tmp_path, tiny, clips, one_process):

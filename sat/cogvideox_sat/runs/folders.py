@@ -5,10 +5,9 @@ This module imports no PyTorch.
 
 import fcntl
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +25,7 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.yaml"
+LOCK_FILE = ".lock"  # nothing else opens it: a process loses its lock when it closes any descriptor of the file
 
 
 def new_run_folder(settings: LoopSettings, now: datetime) -> Path:
@@ -63,10 +63,9 @@ def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, s
     """
     with reported_as_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    held = claim(folder)
     config = with_backend(settings.merged_config, reader)
-    with claim(folder) or nullcontext():  # of the file that is replaced now
-        write_config(folder, config)
-        held = claim(folder)
+    write_config(folder, config)
     writer = MetricsWriter(
         folder,
         tensorboard=settings.tensorboard,
@@ -81,34 +80,29 @@ def open_run_folder(folder: Path, settings: LoopSettings, reader: Mapping[str, s
 
 
 def claim(folder: Path) -> IO[bytes] | None:
-    """Return the configuration file of a run, opened and locked.
+    """Return the lock file of a run's folder, opened and locked; None if locks do not work.
 
-    No other process can claim it until it is closed or the process ends. The result is None if the file does not exist,
-    or the file system has no locks. The lock belongs to the process alone: forked processes that read clips, and may
-    outlive it, do not hold it.
+    No other process can claim the folder until the file is closed or the process ends. The lock belongs to the process
+    alone: forked processes that read clips, and may outlive it, do not hold it.
 
     Raises:
         UserError: another process has claimed it.
     """
-    path = folder / CONFIG_FILE
-    while True:
-        try:
-            file = path.open("r+b")
-        except OSError:
-            return None
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except (BlockingIOError, PermissionError) as error:
-            file.close()
-            raise UserError(
-                f"resume: another process already continues {folder}; wait until it has ended, or stop it"
-            ) from error
-        except OSError:
-            file.close()
-            return None
-        file.close()  # another process replaced the file between opening and locking
+    try:
+        file = (folder / LOCK_FILE).open("ab")
+    except OSError:  # the folder cannot be written to: the first file of the run reports it
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(
+            f"resume: another process already continues {folder}; wait until it has ended, or stop it"
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -154,10 +148,12 @@ def runs_of(settings: LoopSettings) -> list[Path]:
 
 @contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the folder if the block fails and the folder is empty."""
+    """Remove the folder if the block fails and the folder holds at most its lock file."""
     try:
         yield
     except BaseException:
         with suppress(OSError):  # the folder is not empty, or another process has removed it
+            if [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()
             folder.rmdir()
         raise

@@ -77,11 +77,11 @@ class CheckpointFolders:
         (self.part / STATE_FILE).write_text(self.state)
         for source, target in ((self.ema_part, self.ema_folder), (self.part, self.folder)):
             if source.exists():
-                _sync(source)
+                _sync_tree(source)
                 if target.exists():
                     shutil.rmtree(target)
                 source.rename(target)
-        _sync(self.run_folder)
+        _sync(self.run_folder)  # its names alone: other files in it are not ours to open
         mark_newest(self.run_folder, str(self.step))
         _sync(self.run_folder)
         prune(self.run_folder, self.step, keep_last)
@@ -169,12 +169,17 @@ def prune(run_folder: Path, newest: int, keep_last: int | None) -> None:
                 shutil.rmtree(part, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def _sync_tree(folder: Path) -> None:
     """Sync a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Sync a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
