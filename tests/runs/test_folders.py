@@ -121,7 +121,7 @@ def test_a_file_system_without_locks_claims_nothing(tmp_path, monkeypatch):
 
 
 def test_a_run_stays_claimed_as_long_as_its_writer_exists(tmp_path):
-    """Also when the process reads the run's files: a lock ends with any descriptor of its file."""
+    """Also when the process reads the files: a lock ends with any descriptor of its file."""
     settings = Namespace(merged_config={"args": {}}, tensorboard=False, wandb=False, wandb_project=None)
     write_config(tmp_path, {"args": {"of": "an earlier process"}})
     writer = folders.open_run_folder(tmp_path, settings, None, 0)
