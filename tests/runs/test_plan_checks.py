@@ -1,11 +1,15 @@
 """Checks in both trainers' plans."""
 
 import logging
+import os
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from cogvideox_sat.configuration.shared_arguments import RunArguments
+from cogvideox_sat.runs.folders import claim
 from cogvideox_sat.runs.plan_checks import check_places, clip_sizes, plan_resume
 from sgm.errors import UserError
 
@@ -53,6 +57,27 @@ def test_what_a_run_goes_on_from(tmp_path):
     assert planned(tmp_path, None, resume="run") == (Path("run/found"), False)
     with pytest.raises(UserError, match=r"resume: run/found is at step 20 of 20; raise train_iters"):
         planned(tmp_path, 20, resume="run")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_run_in_which_another_process_trains_is_refused_by_the_first_process(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    run = tmp_path / "run"
+    run.mkdir()
+    assert planned(tmp_path, 10, resume=str(run)) == (run / "found", False)
+    assert not list(run.iterdir()), "planning writes nothing"
+    read, write = os.pipe()
+    other = os.fork()
+    if other == 0:
+        kept = claim(run)  # the lock ends with the file
+        os.write(write, b"claimed" if kept else b"refused")
+        signal.pause()
+    assert os.read(read, 7) == b"claimed"
+    with nullcontext() if rank == "1" else pytest.raises(UserError, match="another process already continues"):
+        planned(tmp_path, 10, resume=str(run))
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    assert planned(tmp_path, 10, resume=str(run)) == (run / "found", False)
 
 
 def test_a_complete_run_that_latest_means_is_no_mistake(tmp_path):

@@ -105,6 +105,12 @@ def claim(folder: Path) -> IO[bytes] | None:
     return file
 
 
+def check_unclaimed(folder: Path) -> None:
+    """Check that no other process trains in a run's folder, else raise UserError."""
+    if (folder / LOCK_FILE).exists() and (file := claim(folder)):
+        file.close()
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `training_config.yaml` in a run's folder, in place of an existing file or link.
 

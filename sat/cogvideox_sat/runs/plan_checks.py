@@ -13,7 +13,7 @@ from cogvideox_sat.commands.input_paths import not_found
 from cogvideox_sat.configuration.determinism import describe_change
 from cogvideox_sat.configuration.settings import LoopSettings
 from cogvideox_sat.configuration.shared_arguments import RunArguments
-from cogvideox_sat.runs.folders import find_resume
+from cogvideox_sat.runs.folders import check_unclaimed, find_resume
 from sgm.errors import UserError
 
 
@@ -71,7 +71,8 @@ def plan_resume(
         run_of: returns the folder of a checkpoint's run.
 
     Raises:
-        UserError: the checkpoint does not exist, or a run that is named by its path is complete.
+        UserError: the checkpoint does not exist, a run that is named by its path is complete, or another process trains
+            in the folder of the run.
     """
     checkpoint = find_resume(LoopSettings.from_args(args), locate)
     if checkpoint is None:
@@ -80,6 +81,9 @@ def plan_resume(
     complete = step is not None and step >= args.train_iters
     if complete and args.resume != "latest":  # `latest` is for commands that are started again until all is done
         raise UserError(f"resume: {checkpoint} is at step {step} of {args.train_iters}; raise train_iters to continue")
+    # One process of this run looks, since any that looks holds the lock for a moment.
+    if not complete and os.environ.get("RANK", "0") == "0":
+        check_unclaimed(run_of(checkpoint))
     if not complete and (change := describe_change(run_of(checkpoint), args.deterministic)):
         log.warning("%s", change)
     return checkpoint, complete
