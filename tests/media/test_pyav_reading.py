@@ -98,6 +98,7 @@ CODECS = {
 
 
 @pytest.mark.parametrize("name", CODECS)
+@pytest.mark.slow
 def test_codecs_and_containers(numbered, tmp_path, name):
     suffix, *options = CODECS[name]
     check(convert(numbered, tmp_path / f"a{suffix}", *options), ALL)

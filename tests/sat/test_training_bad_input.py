@@ -286,6 +286,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_a_damaged_run_is_one_line_and_stays_as_it_is(tmp_path, adapter_run, caplog, damage):
     config, whole = adapter_run
     run = shutil.copytree(whole, tmp_path / "runs" / whole.name)

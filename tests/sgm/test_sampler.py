@@ -68,6 +68,7 @@ def test_scale_of_a_call_replaces_the_guiders():
 
 @pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
 @pytest.mark.parametrize("num_steps", [1, 2, 1000])
+@pytest.mark.slow
 def test_any_number_of_steps(name, schedule, num_steps):
     """One step up to every timestep works, and the call's number has priority."""
     network = CountingNetwork(video_network if name in VIDEO_SAMPLERS else sigma_network)
@@ -144,6 +145,7 @@ class NoTransfers(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "schedule"), EVERY_COMBINATION)
 @pytest.mark.parametrize("generator", [False, True])
+@pytest.mark.slow
 def test_the_loop_never_waits_for_the_device(name, schedule, generator):
     """Tensors without values run through it, so that nothing reads a value."""
     dynamic = {"target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": 5}}

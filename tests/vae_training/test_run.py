@@ -312,6 +312,7 @@ def test_the_tiny_configuration_trains_the_first_stage_of_the_tiny_models():
         (("state_dict",), 3, "state_dict cannot be 3"),
     ],
 )
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(small_run, tmp_path, caplog, place, value, says):
     config, whole = small_run
     run = shutil.copytree(whole, tmp_path / "runs" / whole.name)
