@@ -114,13 +114,13 @@ class Folder(Tree):
 
     def _outside(self, folder: str) -> set[str]:
         if folder not in self._listed:
+            self._listed[folder] = set()
             try:
-                self._listed[folder] = set(os.listdir(self._path(folder)))  # noqa: PTH208
+                self._listed[folder] |= set(os.listdir(self._path(folder)))  # noqa: PTH208
             except NotADirectoryError:
-                self._listed[folder] = set()
+                pass
             except OSError as error:
                 _warn_of_folder(error)
-                self._listed[folder] = set()
         return self._listed[folder]
 
     def _path(self, name: str) -> Path:

@@ -81,9 +81,11 @@ def plan_resume(
     complete = step is not None and step >= args.train_iters
     if complete and args.resume != "latest":  # `latest` is for commands that are started again until all is done
         raise UserError(f"resume: {checkpoint} is at step {step} of {args.train_iters}; raise train_iters to continue")
-    # One process of this run looks, since any that looks holds the lock for a moment.
-    if not complete and os.environ.get("RANK", "0") == "0":
-        check_unclaimed(run_of(checkpoint))
-    if not complete and (change := describe_change(run_of(checkpoint), args.deterministic)):
+    if complete:
+        return checkpoint, True
+    run = run_of(checkpoint)
+    if os.environ.get("RANK", "0") == "0":  # one process looks, since any that looks holds the lock for a moment
+        check_unclaimed(run)
+    if change := describe_change(run, args.deterministic):
         log.warning("%s", change)
-    return checkpoint, complete
+    return checkpoint, False
