@@ -13,6 +13,7 @@ difference of slices is not an error of either side, since norms of slices see l
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ KINDS = {  # kinds of operations besides convolutions, with their names
     "norms' statistics": ("channel_sums",),
     "sums with shortcuts": ("add_and_sum",),
     "causal frames and other copies": ("clone", "copy_", "cat"),
-    "up and down": ("upsample", "lerp"),
+    "sums, halved or doubled": ("halved_sum", "doubled_sum"),
     "biases": ("bias",),
 }
 
@@ -85,18 +86,30 @@ def counted(args: argparse.Namespace) -> str:
         torch.empty((1, channels, *each), dtype=dtype, device="meta")
         for channels, each in ((3, size), (LATENT_CHANNELS, latent_size))
     )
-    tasks = {"encode": lambda: vae.encode(clip, unregularized=True), "decode": lambda: list(vae.decode_chunks(latent))}
+    whole = args.frames - 1
+    tasks = [
+        ("encode", None, lambda: vae.encode(clip, unregularized=True)),
+        ("decode", None, lambda: list(vae.decode_chunks(latent))),
+        ("decode", whole, lambda: list(vae.decode_chunks(latent))),
+    ]
     rows, parts = [], []
-    for task, run in tasks.items():
-        peaks = [(peak_bytes(vae, task, *size, frames_at_once=at_once) + weights) / 2**30 for at_once in (None, 8, 4)]
+    for task, at_once, run in tasks:
+        peak = peak_bytes(vae, task, *size, frames_at_once=at_once) + weights
+        vae.use_frames_at_once(at_once)
         traffic = traffic_of(run)
-        rows.append([task, f"{traffic.total / 1e9:.1f}", *(f"{peak:.2f}" for peak in peaks)])
+        vae.use_frames_at_once(None)
+        if at_once is not None:
+            task = f"{task} all chunks at once, --vae_frames_at_once {at_once}"
+        rows.append([task, f"{traffic.total / 1e9:.1f}", f"{peak / 2**30:.2f}"])
         of_kind = [
             sum(traffic.bytes[name] for name in traffic.bytes if any(map(name.count, kind))) for kind in KINDS.values()
         ]
         parts.append([f"{task}, by kind", *(f"{size / 1e9:.1f}" for size in of_kind)])
-    whole = markdown_table(["", "GB beside convolutions", "GiB, all frames", "GiB, by 8", "GiB, by 4"], rows)
-    return f"{counted_with()}\n\n{whole}\n\nGB by kind:\n\n{markdown_table(['', *KINDS], parts)}"
+    for task, at_once in itertools.product(("encode", "decode"), (8, 4)):
+        peak = peak_bytes(vae, task, *size, frames_at_once=at_once) + weights
+        rows.append([f"{task}, --vae_frames_at_once {at_once}", "", f"{peak / 2**30:.2f}"])
+    table = markdown_table(["", "GB beside convolutions", "GiB"], rows)
+    return f"{counted_with()}\n\n{table}\n\nGB by kind:\n\n{markdown_table(['', *KINDS], parts)}"
 
 
 def arguments() -> argparse.Namespace:

@@ -4,7 +4,6 @@ Tensors are (batch, channel, time, height, width) in channels-last memory.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
+from vae_modules.summands import Summands
 
 FEW = 4  # oneDNN has no float32 3D convolution for fewer channels
 
@@ -28,21 +28,6 @@ def leaves_bias(weight: Tensor) -> bool:
 def left_bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor | None:
     """Return the bias (channel,) that a convolution leaves to the next operation, or None."""
     return conv.bias if leaves_bias(conv.weight) else None
-
-
-class Convolving(Protocol):
-    """A layer that ends in a convolution, whose bias it can leave out (`biased`)."""
-
-    @property
-    def conv(self) -> nn.Conv2d | nn.Conv3d: ...
-
-    def __call__(self, x: Tensor, chunk: Chunk, biased: bool = True) -> Tensor: ...
-
-
-def run_and_leave_bias(layer: Convolving, x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-    """Return layer(x, chunk), and the bias (channel,) that must still be added, or None."""
-    left = left_bias(layer.conv)
-    return layer(x, chunk, biased=left is None), left
 
 
 class CausalConv3d(nn.Module):
@@ -88,10 +73,15 @@ class CausalConv3d(nn.Module):
             return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias if biased else None)
         return self(x, chunk, biased)
 
-    def gains_by_buffer(self, x: Tensor) -> bool:
-        """Return whether `convolve_buffer` supports `x`, and saves a copy; only without gradients."""
-        same = x.shape[2] == 1 and x.dtype == torch.float32  # `forward` is faster for a single frame
-        return not (torch.is_grad_enabled() or x.shape[2] == 0 or same or winograd.serves(x, self.conv.weight))
+    def run(self, parts: Summands, chunk: Chunk, *z: Tensor) -> Summands:
+        """Return the convolution of a sum, without gradients; the latent `z` has no effect."""
+        left = left_bias(self.conv)
+        return Summands(self(parts.added(chunk), chunk, biased=left is None), offset=left)
+
+    def gains_by_buffer(self, x: Tensor, frames: int) -> bool:
+        """Return whether `convolve_buffer` supports `frames` like those of `x`, and saves a copy; without gradients."""
+        same = frames == 1 and x.dtype == torch.float32  # `forward` is faster for a single frame
+        return not (torch.is_grad_enabled() or frames == 0 or same or winograd.serves(x, self.conv.weight))
 
     def convolve_buffer(self, buffer: Tensor, chunk: Chunk, biased: bool = True, tail: Tensor | None = None) -> Tensor:
         """Return the convolution of all but the first `kernel - 1` frames of a buffer.

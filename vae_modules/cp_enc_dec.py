@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.modules.autoencoding.waiting import WaitingRoom
-from vae_modules import piecewise
-from vae_modules.convolutions import CausalConv3d, left_bias, run_and_leave_bias
+from vae_modules import piecewise, whole
+from vae_modules.convolutions import CausalConv3d
 from vae_modules.initialization import NOISE, initialize
-from vae_modules.normalization import GroupNorm, SpatialNorm3D, normalize_and_convolve
+from vae_modules.normalization import GroupNorm, SpatialNorm3D
 from vae_modules.recomputation import check_levels, run_layer
 from vae_modules.resampling import Downsample3D, Upsample3D
 from vae_modules.residual_block import ResnetBlock3D
@@ -80,7 +80,7 @@ class ContextParallelEncoder3D(nn.Module):
             zq_ch=zq_ch in (None, z_channels),
         )
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
-        self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
+        self.checkpoint_levels, self.dropout = check_levels(checkpoint_levels, len(ch_mult)), dropout
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
@@ -113,19 +113,24 @@ class ContextParallelEncoder3D(nn.Module):
     def forward(self, x: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Return the moments of a whole clip, or of the part that `chunk` describes."""
         chunk = chunk or Chunk(lead=x.shape[2] % 2 == 1)
-        h, left = run_and_leave_bias(self.conv_in, x, chunk)
+        if not (torch.is_grad_enabled() or self._drops_out):
+            return whole.run(self._layers(), self.norm_out, self.conv_out, x, chunk)
+        h = self.conv_in(x, chunk)
         for level, down in enumerate(self.down):
             recompute = level in self.checkpoint_levels
-            for block in down.block:
-                h, left = run_layer(block, h, chunk, None, left, recompute=recompute), None
-            if hasattr(down, "downsample"):
-                left = left_bias(down.downsample.conv)
-                h = run_layer(down.downsample, h, chunk, left is None, recompute=recompute)
-        h = self.mid.block_1(h, chunk)
-        h = self.mid.block_2(h, chunk)
-        if torch.is_grad_enabled():
-            return self.conv_out(self.norm_out(h, chunk), chunk)
-        return normalize_and_convolve(self.norm_out, self.conv_out, [h], chunk, overwrite=True)
+            for layer in _layers_of(down):
+                h = run_layer(layer, h, chunk, recompute=recompute)
+        h = self.mid.block_2(self.mid.block_1(h, chunk), chunk)
+        return self.conv_out(self.norm_out(h, chunk), chunk)
+
+    @property
+    def _drops_out(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def _layers(self) -> list[whole.Layer]:
+        """Return the layers before `norm_out`, in order."""
+        down = [layer for level in self.down for layer in _layers_of(level)]
+        return [self.conv_in, *down, self.mid.block_1, self.mid.block_2]
 
     def in_pieces(self, x: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
         """Return the result of a call, computed by `steps` latent frames at a time.
@@ -137,10 +142,7 @@ class ContextParallelEncoder3D(nn.Module):
         """
         lengths = _lengths(x.shape[2], steps * self.time_factor, self.time_factor - 1 if chunk.lead else 0)
         pieces = piecewise.cut(x, lengths, chunk, None, room)
-        layers = [self.conv_in]
-        for down in self.down:
-            layers += [*down.block, *([down.downsample] if hasattr(down, "downsample") else [])]
-        return piecewise.run([*layers, self.mid.block_1, self.mid.block_2], self.norm_out, self.conv_out, pieces)
+        return piecewise.run(self._layers(), self.norm_out, self.conv_out, pieces)
 
     def piece_bytes(self, x: Tensor, steps: int) -> int:
         """Return an estimate of the bytes of `in_pieces`, without weights and stored pieces."""
@@ -196,7 +198,7 @@ class ContextParallelDecoder3D(nn.Module):
             zq_ch=zq_ch in (None, z_channels),
         )
         time_levels = _time_levels(temporal_compress_times, len(ch_mult))
-        self.checkpoint_levels = check_levels(checkpoint_levels, len(ch_mult))
+        self.checkpoint_levels, self.dropout = check_levels(checkpoint_levels, len(ch_mult)), dropout
         self.time_factor, self.space_factor = temporal_compress_times, 2 ** (len(ch_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> ResnetBlock3D:
@@ -228,18 +230,24 @@ class ContextParallelDecoder3D(nn.Module):
     def forward(self, z: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Decode a whole clip at once; `chunk` says otherwise."""
         chunk = chunk or Chunk(lead=z.shape[2] % 2 == 1)
-        h, left = run_and_leave_bias(self.conv_in, z, chunk)
-        h, left = self.mid.block_1(h, chunk, z, left), None
-        h = self.mid.block_2(h, chunk, z)
+        if not (torch.is_grad_enabled() or self._drops_out):
+            return whole.run(self._layers(), self.norm_out, self.conv_out, z, chunk, z)
+        h = self.conv_in(z, chunk)
+        h = self.mid.block_2(self.mid.block_1(h, chunk, z), chunk, z)
         for level, up in reversed(list(enumerate(self.up))):
             recompute = level in self.checkpoint_levels
-            for block in up.block:
-                h, left = run_layer(block, h, chunk, z, left, recompute=recompute), None
-            if hasattr(up, "upsample"):
-                h, left = run_and_leave_bias(up.upsample, h, chunk)
-        if torch.is_grad_enabled():
-            return self.conv_out(self.norm_out(h, z, chunk), chunk)
-        return normalize_and_convolve(self.norm_out, self.conv_out, [h], chunk, z, overwrite=True)
+            for layer in _layers_of(up):
+                h = run_layer(layer, h, chunk, z, recompute=recompute)
+        return self.conv_out(self.norm_out(h, z, chunk), chunk)
+
+    @property
+    def _drops_out(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def _layers(self) -> list[whole.Layer]:
+        """Return the layers before `norm_out`, in order."""
+        up = [layer for level in reversed(self.up) for layer in _layers_of(level)]
+        return [self.conv_in, self.mid.block_1, self.mid.block_2, *up]
 
     def in_pieces(self, z: Tensor, chunk: Chunk, steps: int, room: WaitingRoom) -> Tensor:
         """Return the result of a call, computed by `steps` latent frames at a time.
@@ -251,10 +259,7 @@ class ContextParallelDecoder3D(nn.Module):
         """
         lengths = _lengths(z.shape[2], steps)
         pieces = piecewise.cut(z, lengths, chunk, list(z.split(lengths, dim=2)), room)
-        layers = [self.conv_in, self.mid.block_1, self.mid.block_2]
-        for up in reversed(self.up):
-            layers += [*up.block, *([up.upsample] if hasattr(up, "upsample") else [])]
-        return piecewise.run(layers, self.norm_out, self.conv_out, pieces)
+        return piecewise.run(self._layers(), self.norm_out, self.conv_out, pieces)
 
     def piece_bytes(self, z: Tensor, steps: int) -> int:
         """Return an estimate of the bytes of `in_pieces`, without weights and stored pieces."""
@@ -286,6 +291,12 @@ def _check_neutral(**given: Any) -> None:
 def _refuse_attention(attn_resolutions: Sequence[int]) -> None:
     if len(attn_resolutions):
         raise UserError(f"attn_resolutions: {list(attn_resolutions)} is not supported; the video autoencoder needs []")
+
+
+def _layers_of(level: nn.Module) -> list[whole.Layer]:
+    """Return the blocks of a level, and the layer that changes the size after them, if any."""
+    resampling = (getattr(level, name) for name in ("downsample", "upsample") if hasattr(level, name))
+    return [*level.block, *resampling]
 
 
 def _lengths(frames: int, length: int, less: int = 0) -> list[int]:

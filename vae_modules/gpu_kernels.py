@@ -1,8 +1,8 @@
 """The VAE's passes over large tensors on a GPU, each reading and writing them once.
 
-The kernels are written in Triton. Tensors are (batch, channel, time, height, width) in channels-last memory, where
-every place is a row of channels. If Triton is missing or fails, `serve` returns False, and `modulation` computes the
-same in several passes.
+The kernels are those of `triton_kernels`. Tensors are (batch, channel, time, height, width) in channels-last memory,
+where every place is a row of channels. If Triton is missing or fails, `serve` returns False, and the callers compute
+the same in several passes.
 """
 
 import functools
@@ -13,7 +13,8 @@ from torch import Tensor
 
 try:
     import triton
-    import triton.language as tl
+
+    from vae_modules import triton_kernels
 except ImportError:  # on a CPU, or Windows
     triton = None
 
@@ -24,117 +25,6 @@ IN_HAND = 4096  # values that a program keeps in registers at once
 PLACES_EACH = 2048  # places that a program sums in float32; their sums are added in float64
 WIDEST = 2048  # channels
 
-if triton is not None:
-
-    @triton.jit
-    def _sums_kernel(  # type: ignore[no-untyped-def]
-        x,
-        other,
-        offset,
-        partial,
-        rows,
-        channels,
-        x_batch,
-        other_batch,
-        ADD: tl.constexpr,
-        OFFSET: tl.constexpr,
-        CHANNELS: tl.constexpr,
-        ROWS: tl.constexpr,
-        ROWS_EACH: tl.constexpr,
-    ):
-        """Sum rows and their squares.
-
-        With ADD the rows of `other` are added to those of `x` first, with OFFSET also a number for each channel.
-        """
-        block, batch = tl.program_id(0), tl.program_id(1)
-        channel = tl.arange(0, CHANNELS)
-        total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
-        square = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
-        added = tl.zeros((CHANNELS,), dtype=tl.float32)
-        if OFFSET:
-            added = tl.load(offset + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        for start in range(0, ROWS_EACH, ROWS):
-            row = block.to(tl.int64) * ROWS_EACH + start + tl.arange(0, ROWS)
-            mask = (row < rows)[:, None] & (channel < channels)[None, :]
-            offsets = row[:, None] * channels + channel[None, :]
-            place = x + batch.to(tl.int64) * x_batch + offsets
-            value = tl.load(place, mask=mask, other=0.0)
-            if ADD:
-                more = tl.load(other + batch.to(tl.int64) * other_batch + offsets, mask=mask, other=0.0)
-                both = value.to(tl.float32) + more.to(tl.float32) + added[None, :]
-                value = tl.where(mask, both, 0.0).to(value.dtype)
-                tl.store(place, value, mask=mask)
-            wide = value.to(tl.float32)
-            total += wide
-            square += wide * wide
-        to = partial + (batch.to(tl.int64) * tl.num_programs(0) + block) * channels + channel
-        tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
-        half = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * channels
-        tl.store(to + half, tl.sum(square, axis=0), mask=channel < channels)
-
-    @triton.jit
-    def _modulated_silu_kernel(  # type: ignore[no-untyped-def]
-        out,
-        tail,
-        x,
-        scale,
-        shift,
-        outer_scale,
-        outer_shift,
-        channels,
-        frames,
-        height,
-        width,
-        out_batch,
-        tail_batch,
-        tail_frames,
-        x_batch,
-        map_batch,
-        map_channel,
-        map_frame,
-        map_row,
-        map_column,
-        alone,
-        per_frame,
-        per_row,
-        per_column,
-        OUTER: tl.constexpr,
-        TAIL: tl.constexpr,
-        CHANNELS: tl.constexpr,
-        PLACES: tl.constexpr,
-    ):
-        """Write silu(x * scale + shift) for some places of a row of an image.
-
-        With OUTER, another scale and shift per channel apply first; with TAIL the last frames are also written to
-        `tail`.
-        """
-        line = tl.program_id(0).to(tl.int64)  # counts all rows of all frames of all clips
-        row, frame, batch = line % height, line // height % frames, line // height // frames
-        column = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
-        channel = tl.arange(0, CHANNELS)
-        mask = (column < width)[:, None] & (channel < channels)[None, :]
-        step = tl.where(frame < alone, frame, alone + (frame - alone) // per_frame)
-        at = batch * map_batch + step * map_frame + row // per_row * map_row
-        maps = at + (column // per_column)[:, None] * map_column + channel[None, :] * map_channel
-        factor = tl.load(scale + maps, mask=mask, other=0.0).to(tl.float32)
-        summand = tl.load(shift + maps, mask=mask, other=0.0).to(tl.float32)
-        if OUTER:
-            inside = channel < channels
-            first = tl.load(outer_shift + batch * channels + channel, mask=inside, other=0.0)
-            summand += first[None, :] * factor
-            factor *= tl.load(outer_scale + batch * channels + channel, mask=inside, other=0.0)[None, :]
-        offsets = ((frame * height + row) * width + column)[:, None] * channels + channel[None, :]
-        value = tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
-        value = value * factor + summand
-        value = value / (1.0 + tl.exp(-value))
-        result = value.to(out.dtype.element_ty)
-        tl.store(out + batch * out_batch + offsets, result, mask=mask)
-        if TAIL:
-            in_tail = frame - frames + tail_frames
-            offsets = ((in_tail * height + row) * width + column)[:, None] * channels + channel[None, :]
-            tl.store(tail + batch * tail_batch + offsets, result, mask=mask & (in_tail >= 0))
-
-
 def channel_sums(x: Tensor) -> Tensor:
     """Return the sums of `x` and of its square over space and time.
 
@@ -144,9 +34,9 @@ def channel_sums(x: Tensor) -> Tensor:
     return _launch_sums(x, None)
 
 
-def add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Add `other` and `offset` (channel,) to `x` in place; return the result's `channel_sums`."""
-    return _launch_sums(x, other, offset)
+def add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None = None, lead: bool = False) -> Tensor:
+    """Add `other` and `offset` (channel,) to `x`; return the result's `channel_sums`: see `channel_sums.add_in_place`."""
+    return _launch_sums(x, other, offset, lead)
 
 
 def write_modulated_silu(
@@ -159,22 +49,23 @@ def write_modulated_silu(
     tail: Tensor | None = None,
 ) -> None:
     """Write silu(x * scale + shift) into `out`; see `modulation.write_modulated_silu`."""
-    batch, channels, frames, height, width = x.shape
+    batch, channels, frames, height, width = out.shape
     if shift.stride() != scale.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     alone = int(lead and frames > 1)
     steps, rows, columns = scale.shape[2:]
+    outer = [each.flatten(2).transpose(1, 2).contiguous() for each in before or ()]  # batch, time, channel
     at_once = triton.next_power_of_2(channels)
     places = max(IN_HAND // at_once, 1)
     grid = batch * frames * height, triton.cdiv(width, places)
     with torch.cuda.device_of(x):
-        _modulated_silu_kernel[grid](
+        triton_kernels.modulated_silu_kernel[grid](
             out,
             out if tail is None else tail,
             x,
             scale,
             shift,
-            *(each.flatten() for each in before or (scale, shift)),
+            *(outer or (scale, shift)),
             channels,
             frames,
             height,
@@ -183,9 +74,12 @@ def write_modulated_silu(
             0 if tail is None else tail.stride(0),
             0 if tail is None else tail.shape[2],
             x.stride(0),
+            _per_frame(frames, x.shape[2], alone),
             *(0 if size == 1 else stride for size, stride in zip(scale.shape, scale.stride(), strict=True)),
+            outer[0].stride(0) if outer else 0,
+            channels if outer and outer[0].shape[1] > 1 else 0,
             alone,
-            max((frames - alone) // max(steps - alone, 1), 1),
+            _per_frame(frames, steps, alone),
             height // rows,
             width // columns,
             OUTER=before is not None,
@@ -193,6 +87,18 @@ def write_modulated_silu(
             CHANNELS=at_once,
             PLACES=places,
         )
+
+
+def write_halved_sum(
+    out: Tensor, x: Tensor, other: Tensor | None, offset: Tensor | None, halve_time: bool, lead: bool
+) -> None:
+    """Write x + other + offset into `out`, halved in time and padded; see `resized_sums.halved_sum`."""
+    _launch_resized_sum(out, x, other, offset, int(lead) if halve_time else x.shape[2], double=False)
+
+
+def write_doubled_sum(out: Tensor, x: Tensor, other: Tensor | None, offset: Tensor | None) -> None:
+    """Write x + other + offset into `out`, each pixel as 2x2; see `resized_sums.doubled_sum`."""
+    _launch_resized_sum(out, x, other, offset, x.shape[2], double=True)
 
 
 def serve(*tensors: Tensor) -> bool:
@@ -240,27 +146,40 @@ def _try_out(device: str = "cuda") -> None:
 
     x, other = (drawn(2, 3, 6, 5, 48).permute(0, 4, 1, 2, 3) for _ in range(2))
     scale, shift = (drawn(2, 48, 2, 3, 5) for _ in range(2))
-    first_scale, first_shift = (drawn(2, 48, 1, 1, 1) for _ in range(2))
-    factor, summand = (
-        torch.cat([m[:, :, :1], m[:, :, 1:], m[:, :, 1:]], 2).repeat_interleave(2, 3) for m in (scale, shift)
-    )
+    first_scale, first_shift = (drawn(2, 48, 2, 1, 1) for _ in range(2))
+    factor, summand = (_twice(m).repeat_interleave(2, 3) for m in (scale, shift))
     expected, out = torch.nn.functional.silu(x * factor + summand), torch.empty_like(x)
     write_modulated_silu(out, x, scale, shift, True)
-    normed_expected = torch.nn.functional.silu((x * first_scale + first_shift) * factor + summand)
-    normed_out = torch.empty_like(x)
+    normed = (_twice(x[:, :, :2]) * _twice(first_scale) + _twice(first_shift)) * factor + summand
+    normed_expected, normed_out = torch.nn.functional.silu(normed), torch.empty_like(x)
     tail = torch.empty_like(x[:, :, :2], memory_format=torch.channels_last_3d)
-    write_modulated_silu(normed_out, x, scale, shift, True, (first_scale, first_shift), tail)
+    write_modulated_silu(normed_out, x[:, :, :2], scale, shift, True, (first_scale, first_shift), tail)
     offset = drawn(48)
-    total, shifted = x + other, x + other + offset[:, None, None, None]
+    added = x + other + offset[:, None, None, None]
+    halved, doubled = (
+        torch.empty(shape, device=device).to(memory_format=torch.channels_last_3d)
+        for shape in ((2, 48, 2, 7, 6), (2, 48, 3, 12, 10))
+    )
+    write_halved_sum(halved, x, other, offset, True, True)
+    write_doubled_sum(doubled, x, other, offset)
+    pairs = torch.cat([added[:, :, :1], added[:, :, 1:2].lerp(added[:, :, 2:], 0.5)], dim=2)
+    total, shifted = x + other, x + _twice(other[:, :, :2]) + offset[:, None, None, None]
     sums, shifted_sums = (
         torch.stack([each.double().sum((2, 3, 4)), each.double().square().sum((2, 3, 4))]) for each in (total, shifted)
     )
     with_offset = x.clone()
-    found, shifted_found = add_and_sum(x, other), add_and_sum(with_offset, other, offset)
-    pairs = [(out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums)]
-    pairs += [(with_offset, shifted), (shifted_found, shifted_sums), (tail, normed_expected[:, :, -2:])]
-    if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in pairs):
+    found, shifted_found = add_and_sum(x, other), add_and_sum(with_offset, other[:, :, :2], offset, True)
+    same = [(out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums)]
+    same += [(with_offset, shifted), (shifted_found, shifted_sums), (tail, normed_expected[:, :, -2:])]
+    same += [(halved, torch.nn.functional.pad(pairs, (0, 1, 0, 1)))]
+    same += [(doubled, added.repeat_interleave(2, 3).repeat_interleave(2, 4))]
+    if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in same):
         raise ArithmeticError("they give other numbers than PyTorch")
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Return the two frames of `x`, the last of them twice."""
+    return torch.cat([x, x[:, :, 1:]], dim=2)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -268,14 +187,20 @@ def _is_dense(x: Tensor) -> bool:
     return x.ndim == 5 and x[:1].is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _launch_sums(x: Tensor, other: Tensor | None, offset: Tensor | None = None) -> Tensor:
-    batch, channels = x.shape[:2]
+def _per_frame(frames: int, stored: int, alone: int) -> int:
+    """Return how many of `frames` each stored frame stands for, except the first `alone`."""
+    return max((frames - alone) // max(stored - alone, 1), 1)
+
+
+def _launch_sums(x: Tensor, other: Tensor | None, offset: Tensor | None = None, lead: bool = False) -> Tensor:
+    batch, channels, frames = x.shape[:3]
+    alone = int(lead and frames > 1)
     places, at_once = x[0, 0].numel(), triton.next_power_of_2(channels)
     shape = (2, batch, triton.cdiv(places, PLACES_EACH), channels)
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     grid = partial.shape[2], batch
     with torch.cuda.device_of(x):
-        _sums_kernel[grid](
+        triton_kernels.sums_kernel[grid](
             x,
             x if other is None else other,
             x if offset is None else offset,
@@ -284,6 +209,9 @@ def _launch_sums(x: Tensor, other: Tensor | None, offset: Tensor | None = None) 
             channels,
             x.stride(0),
             0 if other is None else other.stride(0),
+            places // frames,
+            alone,
+            1 if other is None else _per_frame(frames, other.shape[2], alone),
             ADD=other is not None,
             OFFSET=offset is not None,
             CHANNELS=at_once,
@@ -291,3 +219,31 @@ def _launch_sums(x: Tensor, other: Tensor | None, offset: Tensor | None = None) 
             ROWS_EACH=PLACES_EACH,
         )
     return partial.double().sum(2)
+
+
+def _launch_resized_sum(
+    out: Tensor, x: Tensor, other: Tensor | None, offset: Tensor | None, alone: int, double: bool
+) -> None:
+    batch, channels, _, height, width = x.shape
+    frames, at_once = out.shape[2], triton.next_power_of_2(channels)
+    places = max(IN_HAND // at_once, 1)
+    rows, columns = (height, width) if double else (height + 1, width + 1)
+    with torch.cuda.device_of(x):
+        triton_kernels.resized_sum_kernel[batch * frames * rows, triton.cdiv(columns, places)](
+            out,
+            x,
+            x if other is None else other,
+            x if offset is None else offset,
+            channels,
+            frames,
+            height,
+            width,
+            x.stride(0),
+            0 if other is None else other.stride(0),
+            alone,
+            OTHER=other is not None,
+            OFFSET=offset is not None,
+            DOUBLE=double,
+            CHANNELS=at_once,
+            PLACES=places,
+        )

@@ -4,6 +4,7 @@ In a decoder, maps from the latent scale and shift the result.
 Tensors are (batch, channel, time, height, width) in channels-last memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
+from vae_modules.channel_sums import channel_sums
 from vae_modules.convolutions import CausalConv3d
-from vae_modules.modulation import channel_sums, modulated_silu, write_modulated_silu
+from vae_modules.modulation import modulated_silu, write_modulated_silu
+from vae_modules.summands import Summands
 
 
 class GroupNorm(nn.GroupNorm):
@@ -27,55 +30,71 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.gather_norm = gather_norm
 
-    def statistics(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Return the sums of `x`, of its square and of ones over each group.
+    def statistics(self, sums: Tensor, places: Sequence[int], offset: Tensor | None = None) -> Tensor:
+        """Return the sums of a tensor, of its square and of ones over each group.
 
         The sums of pieces add up to those of the whole.
 
         Args:
-            offset: (channel,), added to `x` first.
+            sums: of each channel, (2, batch, part, channel), for each part that is normalized by itself.
+            places: number of places of each part.
+            offset: (channel,), added to the tensor first.
 
         Returns:
-            float64 (3, batch, groups).
+            float64 (3, batch, part, groups).
         """
-        sums = channel_sums(x)
+        count = sums.new_tensor(places)[:, None]
         if offset is not None:
             total, square = sums
-            places, offset = x[0, 0].numel(), offset.double()
-            sums = torch.stack([total + places * offset, square + offset * (2 * total + places * offset)])
-        sums = sums.unflatten(2, (self.num_groups, -1)).sum(3)
-        count = sums.new_full((1, *sums.shape[1:]), x[0, : x.shape[1] // self.num_groups].numel())
-        return torch.cat([sums, count])
+            offset = offset.double()
+            sums = torch.stack([total + count * offset, square + offset * (2 * total + count * offset)])
+        sums = sums.unflatten(3, (self.num_groups, -1)).sum(4)
+        per_group = self.num_channels // self.num_groups
+        return torch.cat([sums, (per_group * count).expand(1, *sums.shape[1:])])
 
     def modulation(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
         """Return the arguments of `write_modulated_silu` that normalize.
 
-        The arguments are a scale and a shift, each (batch, channel, 1, 1, 1), and whether a first frame has its own.
+        The arguments are a scale and a shift, each (batch, channel, time, 1, 1), and whether a first frame has its own.
+        Time is 1, or with several parts the latent frames of the chunk.
 
         Args:
             statistics: of everything that is normalized together, on all ranks.
             dtype: of the tensor to normalize; the maps are float32 or wider.
-            chunk: without effect; norms with maps need it.
             offset: (channel,), added to the tensor first.
         """
         total, square, count = statistics
         mean = total / count
         variance = (square / count - mean.square()).clamp_min(0)
         per_group = self.num_channels // self.num_groups
-        scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1)
-        mean = mean.repeat_interleave(per_group, dim=1)
+        scale = self.weight * torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=2)
+        mean = mean.repeat_interleave(per_group, dim=2)
         shift = self.bias - scale * (mean if offset is None else mean - offset)
         wide = torch.promote_types(dtype, torch.float32)
-        return scale.to(wide)[:, :, None, None, None], shift.to(wide)[:, :, None, None, None], False
+
+        def of_frames(each: Tensor) -> Tensor:
+            each = each.to(wide).transpose(1, 2)  # batch, channel, part
+            if len(chunk.parts) > 1:
+                each = torch.cat(
+                    [part.expand(-1, -1, n) for part, n in zip(each.split(1, 2), chunk.parts, strict=True)], dim=2
+                )
+            return each[..., None, None]
+
+        return of_frames(scale), of_frames(shift), chunk.lead and len(chunk.parts) > 1
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return silu(norm(x)), shaped like x (batch, channel, time, height, width).
 
         `chunk` adds up the statistics of ranks.
         """
-        return modulated_silu(x, *self.modulation(chunk.total(self.statistics(x), self.gather_norm), x.dtype, chunk))
+        return modulated_silu(x, *self.modulation(self._own_statistics(x, chunk), x.dtype, chunk))
+
+    def _own_statistics(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """Return the statistics that normalize `x`."""
+        sums = channel_sums(x).unsqueeze(2)
+        return chunk.total(self.statistics(sums, [x[0, 0].numel()]), self.gather_norm)
 
 
 class SpatialNorm3D(nn.Module):
@@ -96,9 +115,9 @@ class SpatialNorm3D(nn.Module):
         """Return whether statistics cover the frames of all ranks."""
         return self.norm_layer.gather_norm
 
-    def statistics(self, f: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Return the sums of `f`; see `GroupNorm.statistics`."""
-        return self.norm_layer.statistics(f, offset)
+    def statistics(self, sums: Tensor, places: Sequence[int], offset: Tensor | None = None) -> Tensor:
+        """Return the sums over groups; see `GroupNorm.statistics`."""
+        return self.norm_layer.statistics(sums, places, offset)
 
     def modulation(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, *, offset: Tensor | None = None
@@ -116,7 +135,7 @@ class SpatialNorm3D(nn.Module):
         Args:
             z: the latent (batch, latent_channel, t, h, w) of the same frames.
         """
-        statistics = chunk.total(self.statistics(f), self.gather_norm)
+        statistics = self.norm_layer._own_statistics(f, chunk)
         y, b, lead, scale, shift = self.modulation(statistics, f.dtype, chunk, z)
         # Pointwise maps commute with nearest resizing, so that all but one multiply-add is at z's resolution.
         return modulated_silu(f, scale * y, shift * y + b, lead)
@@ -128,39 +147,50 @@ Norm = GroupNorm | SpatialNorm3D
 def normalize_and_convolve(
     norm: Norm,
     conv: CausalConv3d,
-    held: list[Tensor],
+    held: list[Summands],
     chunk: Chunk,
     *z: Tensor,
     statistics: Tensor | None = None,
-    offset: Tensor | None = None,
     overwrite: bool = False,
     biased: bool = True,
 ) -> Tensor:
-    """Return conv(norm(x)), without gradients.
+    """Return conv(norm(sum)), without gradients.
 
     Args:
-        held: a list with `x`, which is removed as soon as it is not needed, so that the convolution may use its memory.
+        held: a list with the summands, which are removed as soon as they are not needed, so that the convolution may
+            use their memory.
         z: the latent, for a norm that is conditioned on it.
-        statistics: of everything that is normalized together, if that is more than `x`.
-        offset: (channel,), added to `x` first.
-        overwrite: the caller does not need `x`, and its memory may be overwritten.
+        statistics: of everything that is normalized together, if that is more than the sum.
+        overwrite: the caller does not need the sum, and its memory may be overwritten.
         biased: add the bias of the convolution.
     """
-    x = held.pop()
+    parts = held.pop()
     if statistics is None:
-        statistics = chunk.total(norm.statistics(x, offset), norm.gather_norm)
-    modulation = norm.modulation(statistics, x.dtype, chunk, *z, offset=offset)
-    if not conv.gains_by_buffer(x):
-        h = x if overwrite else torch.empty_like(x)
+        statistics = statistics_of(parts, norm, chunk)
+    x, frames = parts.x, parts.frames
+    modulation = norm.modulation(statistics, x.dtype, chunk, *z, offset=parts.offset)
+    shape = (*x.shape[:2], frames, *x.shape[3:])
+    if not conv.gains_by_buffer(x, frames):
+        h = x if overwrite and not parts.repeats else _empty(x, *shape)
         write_modulated_silu(h, x, *modulation)
-        del x
+        del x, parts
         return conv.forward_over(h, chunk, biased)
     before = conv.conv.kernel_size[0] - 1
-    shape = (x.shape[0], x.shape[1], before + x.shape[2], *x.shape[3:])
-    buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    buffer = _empty(x, *shape[:2], before + frames, *shape[3:])
     tail = None
-    if chunk.copies_tail(x.shape[2], before):
+    if chunk.copies_tail(frames, before):
         tail = torch.empty_like(buffer[:, :, :before], memory_format=torch.channels_last_3d)
     write_modulated_silu(buffer[:, :, before:], x, *modulation, tail=tail)
-    del x
+    del x, parts
     return conv.convolve_buffer(buffer, chunk, biased, tail)
+
+
+def statistics_of(parts: Summands, norm: Norm, chunk: Chunk) -> Tensor:
+    """Return the statistics that normalize a sum, which is taken in the same pass."""
+    places = parts.places(chunk)
+    sums = parts.sums(chunk)
+    return chunk.total(norm.statistics(sums, places, parts.offset), norm.gather_norm)
+
+
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)

@@ -17,18 +17,16 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.waiting import Waiting, WaitingRoom
-from vae_modules.convolutions import CausalConv3d, left_bias
+from vae_modules.convolutions import CausalConv3d
 from vae_modules.modulation import write_modulated_silu
 from vae_modules.normalization import Norm, normalize_and_convolve
-from vae_modules.resampling import Downsample3D, Upsample3D
 from vae_modules.residual_block import ResnetBlock3D
+from vae_modules.summands import Summands, with_repeated_frames
+from vae_modules.whole import Layer
 
 MAPS = 7
 """Number of feature maps of a piece, at the widest layer, in memory at once. The full size has 5 to 6.2, counted with
 the workspaces of convolutions."""
-
-Layer = CausalConv3d | ResnetBlock3D | Downsample3D | Upsample3D
-
 
 @dataclass
 class Pieces:
@@ -41,7 +39,7 @@ class Pieces:
         latents: the latent frames of each piece, for norms that are conditioned on them; or none.
         room: the store of pieces.
         statistics: the sums of the waiting frames, for the next norm.
-        offset: (channel,), still to be added to the waiting frames; see `layers.left_bias`.
+        offset: (channel,), still to be added to the waiting frames; see `convolutions.left_bias`.
     """
 
     waiting: list[Waiting]
@@ -52,22 +50,25 @@ class Pieces:
     statistics: Tensor | None = None
     offset: Tensor | None = None
 
-    def replace(self, step: Callable[[int, Waiting], Tensor], norm: Norm | None, offset: Tensor | None = None) -> None:
+    def replace(self, step: Callable[[int, Waiting], Summands], norm: Norm | None) -> None:
         """Replace each piece by step(index, piece), and take the sums for the next `norm`.
 
         Args:
             norm: None: no sums are taken.
-            offset: (channel,), still to be added to each piece.
         """
         total = None
-        for index in range(len(self.waiting)):
-            y = step(index, self.waiting[index])
+        for index, chunk in enumerate(self.chunks):
+            parts = step(index, self.waiting[index])
             if norm is not None:
-                sums = norm.statistics(y, offset)
+                places = parts.places(chunk)
+                sums = norm.statistics(parts.sums(chunk), places, parts.offset)
                 total = sums if total is None else total + sums
-            self.waiting[index] = self.room.keep(y)
-            del y
-        self.statistics, self.offset = None if norm is None else self.clip.total(total, norm.gather_norm), offset
+            elif parts.other is not None:
+                parts = Summands(parts.added(chunk))
+            x = with_repeated_frames(parts.x, parts.frames, int(chunk.lead)) if parts.repeats else parts.x
+            self.waiting[index], self.offset = self.room.keep(x), parts.offset
+            del parts, x
+        self.statistics = None if norm is None else self.clip.total(total, norm.gather_norm)
 
     def exchange_tails(self, conv: CausalConv3d, of: Callable[[int], Tensor]) -> None:
         """Exchange last frames with the other ranks: for the first piece, and for the next rank.
@@ -95,7 +96,7 @@ def run(layers: Iterable[Layer], norm_out: Norm, conv_out: CausalConv3d, pieces:
         _run_layer(layer, pieces, _first_norm(following))
     pieces.exchange_tails(conv_out, lambda index: _normalized(norm_out, pieces, index))
     results = [
-        normalize_and_convolve(norm_out, conv_out, [piece.take()], chunk, *z, statistics=pieces.statistics)
+        normalize_and_convolve(norm_out, conv_out, [Summands(piece.take())], chunk, *z, statistics=pieces.statistics)
         for piece, chunk, z in zip(pieces.waiting, pieces.chunks, pieces.latents, strict=True)
     ]
     return torch.cat(results, dim=2)
@@ -147,26 +148,27 @@ def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
     if not isinstance(layer, ResnetBlock3D):
         if isinstance(layer, CausalConv3d):
             pieces.exchange_tails(layer, lambda index: pieces.waiting[index].copy())
-        left = left_bias(layer.conv)
-        pieces.replace(lambda index, piece: layer(piece.take(), pieces.chunks[index], biased=left is None), norm, left)
+        offset = pieces.offset
+        pieces.replace(lambda index, piece: layer.run(Summands(piece.take(), offset=offset), pieces.chunks[index]), norm)
         return
     shortcuts: list[Waiting] = []
     before, offset = pieces.statistics, pieces.offset
+    assert before is not None
 
-    def first(index: int, piece: Waiting) -> Tensor:
-        held = [piece.take()]
-        shortcuts.append(pieces.room.keep(layer.shortcut(held[0], biased=False)))
+    def first(index: int, piece: Waiting) -> Summands:
         chunk, z = pieces.chunks[index], pieces.latents[index]
-        return layer.first_round(held, chunk, *z, statistics=before, offset=offset)
+        held = [Summands(piece.take(), offset=offset)]
+        shortcuts.append(pieces.room.keep(layer.shortcut(held[0].x)))
+        return layer.first_round(held, chunk, *z, statistics=before)
 
     pieces.exchange_tails(layer.conv1, lambda index: _normalized(layer.norm1, pieces, index))
-    pieces.replace(first, layer.norm2, left_bias(layer.conv1.conv))
-    between = pieces.statistics
+    pieces.replace(first, layer.norm2)
+    between, bias = pieces.statistics, pieces.offset
 
-    def second(index: int, piece: Waiting) -> Tensor:
+    def second(index: int, piece: Waiting) -> Summands:
         chunk, z = pieces.chunks[index], pieces.latents[index]
-        h = layer.second_round([piece.take()], chunk, *z, statistics=between)
-        return layer.add_shortcut(h, shortcuts[index].take(), offset)
+        h = layer.second_round([Summands(piece.take(), offset=bias)], chunk, *z, statistics=between)
+        return layer.with_shortcut(h, shortcuts[index].take(), offset)
 
     pieces.exchange_tails(layer.conv2, lambda index: _normalized(layer.norm2, pieces, index))
     pieces.replace(second, norm)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.convolutions import CausalConv3d, left_bias, pointwise_in_time
-from vae_modules.modulation import add_in_place
-from vae_modules.normalization import GroupNorm, SpatialNorm3D, normalize_and_convolve
+from vae_modules.normalization import GroupNorm, SpatialNorm3D, normalize_and_convolve, statistics_of
+from vae_modules.summands import Summands
 
 
 class ResnetBlock3D(nn.Module):
@@ -46,44 +46,42 @@ class ResnetBlock3D(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, z: Tensor | None = None) -> Tensor:
         """Return the block's output (batch, out_channels, time, height, width) for `x`.
-
-        Without gradients each round has one buffer, and the shortcut is added in place.
 
         Args:
             z: the latent (batch, latent_channels, t, h, w) of the same frames, in a decoder.
-            offset: (channel,), added to `x` first; see `left_bias`.
         """
         condition = () if z is None else (z,)
-        if torch.is_grad_enabled() or (self.training and self.dropout.p):
-            x = x if offset is None else x + offset[:, None, None, None]
-            h = self.conv1(self.norm1(x, *condition, chunk), chunk)
-            h = self.conv2(self.dropout(self.norm2(h, *condition, chunk)), chunk)
-            return self.shortcut(x) + h
-        held = [self.first_round([x], chunk, *condition, offset=offset)]
-        h = self.second_round(held, chunk, *condition)
-        return self.add_shortcut(h, self.shortcut(x, biased=False), offset)
+        h = self.conv1(self.norm1(x, *condition, chunk), chunk)
+        h = self.conv2(self.dropout(self.norm2(h, *condition, chunk)), chunk)
+        return (pointwise_in_time(self.nin_shortcut, x) if self.changes_channels else x) + h
 
-    def first_round(
-        self,
-        held: list[Tensor],
-        chunk: Chunk,
-        *z: Tensor,
-        statistics: Tensor | None = None,
-        offset: Tensor | None = None,
-    ) -> Tensor:
-        """Return the first norm and convolution of `held`, without the bias that is left.
+    @property
+    def changes_channels(self) -> bool:
+        """Return whether the shortcut is a convolution."""
+        return hasattr(self, "nin_shortcut")
 
-        The arguments are those of `normalize_and_convolve`.
+    def run(self, parts: Summands, chunk: Chunk, *z: Tensor) -> Summands:
+        """Return the block's output for a sum, without gradients and dropout.
+
+        The sum is taken while the first norm's statistics are, and each round has one buffer.
         """
-        biased = left_bias(self.conv1.conv) is None
-        return normalize_and_convolve(
-            self.norm1, self.conv1, held, chunk, *z, statistics=statistics, offset=offset, biased=biased
-        )
+        statistics = statistics_of(parts, self.norm1, chunk)
+        held = [self.first_round([parts], chunk, *z, statistics=statistics)]
+        h = self.second_round(held, chunk, *z)
+        return self.with_shortcut(h, self.shortcut(parts.x), parts.offset)
 
-    def second_round(self, held: list[Tensor], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Return the second norm and convolution, of `first_round`'s result, without a left bias."""
+    def first_round(self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor) -> Summands:
+        """Return the first norm and convolution of `held`; the arguments are those of `normalize_and_convolve`."""
+        left = left_bias(self.conv1.conv)
+        h = normalize_and_convolve(self.norm1, self.conv1, held, chunk, *z, statistics=statistics, biased=left is None)
+        return Summands(h, offset=left)
+
+    def second_round(
+        self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None
+    ) -> Tensor:
+        """Return the second norm and convolution of `held`, `first_round`'s result, without a left bias."""
         return normalize_and_convolve(
             self.norm2,
             self.conv2,
@@ -91,32 +89,32 @@ class ResnetBlock3D(nn.Module):
             chunk,
             *z,
             statistics=statistics,
-            offset=left_bias(self.conv1.conv),
             overwrite=True,
             biased=left_bias(self.conv2.conv) is None,
         )
 
-    def add_shortcut(self, h: Tensor, shortcut: Tensor, offset: Tensor | None) -> Tensor:
-        """Return the output from those of `second_round` and `shortcut`, in the memory of `h`.
+    def with_shortcut(self, h: Tensor, shortcut: Tensor, offset: Tensor | None) -> Summands:
+        """Return the block's output.
 
         Args:
-            offset: of the input, see `forward`.
+            h: the result of `second_round`.
+            shortcut: that of the input.
+            offset: (channel,), still to be added to the input.
         """
         left = left_bias(self.conv2.conv)
-        if hasattr(self, "nin_shortcut"):
+        if left is None:
+            return Summands(h, shortcut)
+        if self.changes_channels:
+            left = left + self.nin_shortcut.bias
             if offset is not None:  # through the shortcut's product
-                offset = self.nin_shortcut.weight[:, :, 0, 0, 0] @ offset
-            left = left if left is None else left + self.nin_shortcut.bias
-        if offset is not None:
-            left = offset if left is None else left + offset
-        return add_in_place(h, shortcut, left)
+                offset = self.nin_shortcut.weight.flatten(1) @ offset
+        return Summands(h, shortcut, left if offset is None else left + offset)
 
-    def shortcut(self, x: Tensor, biased: bool = True) -> Tensor:
+    def shortcut(self, x: Tensor) -> Tensor:
         """Return the tensor that is added to the result: `x`, or `x` with the result's channels.
 
-        Args:
-            biased: add the shortcut's bias, even if it may be left to `add_shortcut`.
+        A bias is left to `with_shortcut` if that of the last convolution is.
         """
-        if not hasattr(self, "nin_shortcut"):
+        if not self.changes_channels:
             return x
-        return pointwise_in_time(self.nin_shortcut, x, biased or left_bias(self.conv2.conv) is None)
+        return pointwise_in_time(self.nin_shortcut, x, left_bias(self.conv2.conv) is None)

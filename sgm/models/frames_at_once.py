@@ -5,6 +5,7 @@ number of frames is set, or found by attempts that fill the memory, and the stor
 """
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.distributed import ProcessGroup
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.modules.autoencoding.waiting import WaitingRoom, in_host_memory
+
+CHUNK = 2
+"""The number of latent frames that are decoded, and normalized, together; an odd clip starts with one more."""
 
 USABLE = 0.85
 """The share of a GPU's free memory that pieces of a clip may take; fragmentation needs the rest."""
@@ -27,7 +31,8 @@ class RunsInPieces(nn.Module):
     Attributes:
         group: the ranks that share a clip; None for one process.
         frames_at_once: number of video frames that go through each layer at once, without gradients: the same numbers
-            in less memory. None: all, unless a GPU's memory is full. `use_frames_at_once` changes it.
+            in less memory. None: all of a clip to encode, and of a chunk to decode, unless a GPU's memory is full. With
+            room for several chunks, so many are decoded at once. `use_frames_at_once` changes it.
         waiting_bytes: GPU memory for the pieces that wait between layers; the others wait in host memory. None: all
             free memory.
     """
@@ -61,6 +66,11 @@ class RunsInPieces(nn.Module):
                     )
         self.frames_at_once, self.waiting_bytes = frames, waiting_bytes
 
+    @property
+    def chunks_at_once(self) -> int:
+        """Return how many chunks of a clip are decoded at once."""
+        return max((self.frames_at_once or 0) // (CHUNK * self.decoder.time_factor), 1)
+
     def run_coder(self, coder: nn.Module, x: Tensor, chunk: Chunk, **options: Any) -> Tensor:
         """Return the output of the encoder or decoder for `x`, computed by `frames_at_once`.
 
@@ -92,17 +102,30 @@ class RunsInPieces(nn.Module):
             torch.OutOfMemoryError: `frames_at_once` cannot be smaller.
         """
         try:
-            if self.frames_at_once is None:
-                return coder(x, chunk)
-            return self._in_pieces(coder, x, chunk, self.frames_at_once)
+            return self._by_parts(coder, x, chunk)
         except torch.OutOfMemoryError:
-            least = coder.time_factor
-            if self.frames_at_once is not None and self.frames_at_once <= least:
+            least, frames = coder.time_factor, self.frames_at_once
+            if frames is not None and frames <= least:
                 raise
-            self.frames_at_once = 2 * least if self.frames_at_once is None else least
+            self.frames_at_once = 2 * least if frames is None or frames > 2 * least else least
         frames = self.frames_at_once
         logger.warning("the memory is too small for all frames at once: the VAE continues with %d at a time", frames)
         return None
+
+    def _by_parts(self, coder: nn.Module, x: Tensor, chunk: Chunk) -> Tensor:
+        """Return the output of a chunk, whose parts are computed one after the other if not all are allowed at once."""
+        frames = self.frames_at_once
+        if frames is None or 1 < len(chunk.parts) <= self.chunks_at_once:
+            return coder(x, chunk)
+        if len(chunk.parts) < 2:
+            return self._in_pieces(coder, x, chunk, frames)
+        last = len(chunk.parts) - 1
+        parts = [
+            replace(chunk, lead=chunk.lead and index == 0, last=chunk.last and index == last, parts=())
+            for index in range(last + 1)
+        ]
+        pieces = x.split(chunk.parts, dim=2)
+        return torch.cat([self._by_parts(coder, *each) for each in zip(pieces, parts, strict=True)], dim=2)
 
     def _in_pieces(self, coder: nn.Module, x: Tensor, chunk: Chunk, frames: int) -> Tensor:
         chunk.keep, steps = in_host_memory, frames // coder.time_factor

@@ -22,7 +22,7 @@ from sgm.context_parallel import (
     sum_over_ranks,
 )
 from sgm.errors import UserError
-from sgm.models.frames_at_once import RunsInPieces
+from sgm.models.frames_at_once import CHUNK, RunsInPieces
 from sgm.modules.autoencoding import tiling
 from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.distributions import DiagonalGaussianDistribution
@@ -42,7 +42,7 @@ def decoding_schedule(latent_frames: int) -> list[int]:
         raise UserError(f"latent frames: expected at least 1, got {latent_frames}")
     if latent_frames == 1:
         return [1]
-    return [2 + latent_frames % 2] + [2] * (latent_frames // 2 - 1)
+    return [CHUNK + latent_frames % CHUNK] + [CHUNK] * (latent_frames // CHUNK - 1)
 
 
 class VideoCoder(RunsInPieces):
@@ -232,22 +232,26 @@ class VideoCoder(RunsInPieces):
     def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
         """Yield the frames of a clip, (batch, channel, frames, height, width), chunk by chunk.
 
-        The chunks are those of `decoding_schedule`. With context parallelism each rank decodes one chunk of every
-        round, and all ranks yield the frames of the round. A consumer may stop early, if all ranks do.
+        The chunks are those of `decoding_schedule`, or several of them at once, as `frames_at_once` allows. With context
+        parallelism each rank decodes one chunk of every round, and all ranks yield the frames of the round. A consumer
+        may stop early, if all ranks do.
         """
         schedule = decoding_schedule(z.shape[2])
         ranks, rank = group_size(self.group), group_rank(self.group)
         clip: Clip = defaultdict(dict)
-        done = 0
-        for first in range(0, len(schedule), ranks):
-            shares = schedule[first : first + ranks]
-            shares += [0] * (ranks - len(shares))
+        done = first = 0
+        while first < len(schedule):
+            together = self.chunks_at_once if ranks == 1 and not torch.is_grad_enabled() else 1
+            parts = schedule[first : first + together * ranks]
+            first += len(parts)
+            shares = [sum(parts)] if together > 1 else parts + [0] * (ranks - len(parts))
             lead = shares[0] % 2 == 1
             start = done + sum(shares[:rank])
             done += sum(shares)
             chunk = z[:, :, start : start + shares[rank]]
-            last = first + ranks >= len(schedule)
-            frames = self._decode(chunk, clip, lead and rank == 0, last, gather_norm=False)
+            last = first == len(schedule)
+            normed = tuple(parts) if together > 1 else ()
+            frames = self._decode(chunk, clip, lead and rank == 0, last, gather_norm=False, parts=normed)
             yield gather_frames(frames, self._frames(shares, lead), self.group)
 
     def decode_at_once(
@@ -270,10 +274,17 @@ class VideoCoder(RunsInPieces):
         return self._decode(z, defaultdict(dict), lead, last=True, gather_norm=_gather_norm(shares), **decode_options)
 
     def _decode(
-        self, z: Tensor, clip: Clip, lead: bool, last: bool, gather_norm: bool | None, **decode_options: Any
+        self,
+        z: Tensor,
+        clip: Clip,
+        lead: bool,
+        last: bool,
+        gather_norm: bool | None,
+        parts: tuple[int, ...] = (),
+        **decode_options: Any,
     ) -> Tensor:
         def decode_tile(index: int, tile: Tensor) -> Tensor:
-            chunk = Chunk(lead, clip[index], last, self.group, gather_norm)
+            chunk = Chunk(lead, clip[index], last, self.group, gather_norm, parts=parts)
             return self.run_coder(self.decoder, tile, chunk, **decode_options)
 
         grid = self._tiles(*z.shape[3:])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sgm.models.frames_at_once import CHUNK
 from sgm.models.video_coder import VideoCoder
 
 # Clips of this length and one more latent step are traced; beyond that, memory is linear in the length.
@@ -114,9 +115,10 @@ def peak_bytes(
     if frames_at_once is not None:
         vae.use_frames_at_once(frames_at_once, waiting_bytes=2**62 if on_cpu else 0)
     try:
-        if task == "decode":  # by chunks, so that only the first chunk depends on the length
+        if task == "decode":  # by chunks, so that only the first chunks depend on the length
             steps = -(-frames // vae.decoder.time_factor)
-            return int(peak(min(steps, 6 + steps % 2)) * extra)
+            traced = CHUNK * max(2 * vae.chunks_at_once, 3) + steps % 2
+            return int(peak(min(steps, traced)) * extra)
         clip_bytes = 3 * frames * height * width * dtype.itemsize
         return int(clip_bytes + _of_length(peak, frames, frames_at_once) * extra)
     finally:

@@ -1,5 +1,6 @@
 """The VAE's GPU kernels equal PyTorch in Triton's interpreter, and compile."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from support import assert_close
-from vae_modules import gpu_kernels, modulation
+from vae_modules import gpu_kernels
+from vae_modules.channel_sums import channel_sums
 
-pytest.importorskip("triton")
+triton_kernels = pytest.importorskip("vae_modules.triton_kernels")
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,8 +47,8 @@ def cases(dtype: torch.dtype, channels: int) -> None:
             total = x.double() + other + (0 if offset is None else offset[:, None, None, None])
             sums = gpu_kernels.add_and_sum(x, other, offset)
             assert_close(x, total, tolerance)  # the interpreter cuts off where a GPU rounds
-            assert_close(sums, modulation._sums(x), 1e-6)  # sums of the stored values
-        assert_close(gpu_kernels.channel_sums(room), modulation._sums(room), 1e-6)
+            assert_close(sums, channel_sums(x), 1e-6)  # sums of the stored values
+        assert_close(gpu_kernels.channel_sums(room), channel_sums(room), 1e-6)
 
 
 @pytest.mark.slow
@@ -69,20 +71,14 @@ def test_they_compile(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    sizes = {
-        "CHANNELS": 128,
-        "ROWS": 32,
-        "ROWS_EACH": 2048,
-        "PLACES": 32,
-        "ADD": True,
-        "OUTER": True,
-        "OFFSET": True,
-        "TAIL": True,
-    }
+    sizes = {"CHANNELS": 128, "ROWS": 32, "ROWS_EACH": 2048, "PLACES": 32}
+    flags = dict.fromkeys(("ADD", "OUTER", "OFFSET", "OTHER", "TAIL"), True)
     pointers = {"partial": "*fp32", "outer_scale": "*fp32", "outer_shift": "*fp32"}
     pointers |= dict.fromkeys(("x", "other", "offset", "out", "tail", "scale", "shift"), "*bf16")
-    for kernel in (gpu_kernels._sums_kernel, gpu_kernels._modulated_silu_kernel):
-        constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+    kernels = triton_kernels.sums_kernel, triton_kernels.modulated_silu_kernel, triton_kernels.resized_sum_kernel
+    for kernel, double in itertools.product(kernels, (False, True)):
+        known = {**sizes, **flags, "DOUBLE": double}
+        constants = {name: known[name] for name in kernel.arg_names if name in known}
         types = {name: "constexpr" if name in constants else pointers.get(name, "i64") for name in kernel.arg_names}
         target = GPUTarget("cuda", capability, 32)
         assert compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target).asm["cubin"]

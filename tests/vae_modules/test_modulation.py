@@ -8,7 +8,9 @@ from memory_traffic import traffic_of
 from seeded import seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
-from vae_modules import modulation
+from vae_modules import modulation, pieces_in_cache
+from vae_modules.channel_sums import add_in_place, channel_sums
+from vae_modules.resized_sums import doubled_sum, halved_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,36 +21,51 @@ def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tens
     return seeded_input("passes", shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
+def sums_of(x: torch.Tensor) -> torch.Tensor:
+    wide = x.double()
+    return torch.stack([wide.sum((2, 3, 4)), wide.square().sum((2, 3, 4))])
+
+
+def repeated(x: torch.Tensor) -> torch.Tensor:
+    """Return the three frames of `x`, all but the first twice."""
+    return x.repeat_interleave(torch.tensor([1, 2, 2]), 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cached", [2**9, 2**18])
 def test_pieces_in_the_cache_change_nothing(monkeypatch, dtype, cached):
-    monkeypatch.setattr(modulation, "CACHED", cached)
+    monkeypatch.setattr(pieces_in_cache, "CACHED", cached)
     x, other = channels_last(2, 8, 5, 12, 6, dtype=dtype), channels_last(2, 8, 5, 12, 6, dtype=dtype).flip(2)
-    wide = x.double()
-    sums = modulation.channel_sums(x)
-    assert_close(sums, torch.stack([wide.sum((2, 3, 4)), wide.square().sum((2, 3, 4))]), 1e-5)
+    wide, offset = x.double(), seeded_input("offset", (8,)).to(dtype)
+    assert_close(channel_sums(x), sums_of(x), 1e-5)
     maps = [seeded_input(name, (2, 8, 3, 4, 3)).to(torch.promote_types(dtype, torch.float32)) for name in "ab"]
-    full = [
-        m.repeat_interleave(torch.tensor([1, 2, 2]), 2).repeat_interleave(3, 3).repeat_interleave(2, 4) for m in maps
-    ]
+    full = [repeated(m).repeat_interleave(3, 3).repeat_interleave(2, 4) for m in maps]
     expected = F.silu(wide * full[0] + full[1])
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
     assert_close(modulation.modulated_silu(x, *maps, lead=True), expected, tolerance)
-    norm = [seeded_input(name, (2, 8, 1, 1, 1)).to(maps[0].dtype) for name in "cd"]
-    room = torch.zeros(2, 8, 7, 12, 6, dtype=dtype)
-    tail = torch.zeros(2, 8, 2, 12, 6, dtype=dtype)
-    modulation.write_modulated_silu(room[:, :, 2:], x, *maps, True, *norm, tail=tail)
-    assert torch.equal(tail, room[:, :, -2:])
-    assert_close(room[:, :, 2:], F.silu((wide * norm[0] + norm[1]) * full[0] + full[1]), tolerance)
+    for steps, short in ((1, False), (3, False), (3, True)):  # norms of the whole and of parts; frames that are repeated
+        norm = [seeded_input(name, (2, 8, steps, 1, 1)).to(maps[0].dtype) for name in "cd"]
+        room, tail = torch.zeros(2, 8, 7, 12, 6, dtype=dtype), torch.zeros(2, 8, 2, 12, 6, dtype=dtype)
+        source = x[:, :, :3] if short else x
+        modulation.write_modulated_silu(room[:, :, 2:], source, *maps, True, *norm, tail=tail)
+        assert torch.equal(tail, room[:, :, -2:])
+        scale, shift = (repeated(each) if steps > 1 else each for each in norm)
+        values = repeated(source.double()) if short else wide
+        assert_close(room[:, :, 2:], F.silu((values * scale + shift) * full[0] + full[1]), tolerance)
     modulation.write_modulated_silu(x, x, *maps, True)
     assert_close(x, expected, tolerance)
-    total = x + other
-    added = modulation.add_in_place(x, other)
-    assert added is x and torch.equal(x, total)
-    assert_close(modulation.channel_sums(x), modulation._sums(total), 1e-6)
-    offset = seeded_input("offset", (8,)).to(dtype)
-    assert_close(modulation.add_in_place(x, other, offset), total + other + offset[:, None, None, None], tolerance)
-    assert_close(modulation.channel_sums(x), modulation._sums(x.clone()), 1e-6)
+    for summand, more in ((other, other), (other[:, :, :3], repeated(other[:, :, :3]))):
+        for added in (None, offset):
+            to = x.clone(memory_format=torch.preserve_format)
+            sums = add_in_place(to, summand, added, lead=True)
+            assert_close(to, x.double() + more + (0 if added is None else added[:, None, None, None]), tolerance)
+            assert_close(sums, sums_of(to), 1e-5)
+    total = x.double() + other + offset[:, None, None, None]
+    pairs = torch.cat([total[:, :, :1], (total[:, :, 1::2] + total[:, :, 2::2]) / 2], dim=2)
+    assert_close(halved_sum(x, other, offset, True, True), F.pad(pairs, (0, 1, 0, 1)), tolerance)
+    assert_close(halved_sum(x, None, None, False, True), F.pad(x, (0, 1, 0, 1)), 0)
+    assert_close(doubled_sum(x, other, offset), total.repeat_interleave(2, 3).repeat_interleave(2, 4), tolerance)
+    assert_close(doubled_sum(x, None, None), x.repeat_interleave(2, 3).repeat_interleave(2, 4), 0)
 
 
 @pytest.mark.parametrize(("task", "most"), [("encode", 155e9), ("decode", 320e9)])

@@ -117,7 +117,7 @@ def test_memory_that_does_not_do_is_made_to(vae, monkeypatch, caplog):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     pieces = vae.decoder.in_pieces
-    monkeypatch.setattr(vae.decoder.up[0].block[0], "forward", full)
+    monkeypatch.setattr(vae.decoder.up[0].block[0], "run", full)
     monkeypatch.setattr(
         vae.decoder, "in_pieces", lambda x, c, steps, room: (pieces if steps < 2 else full)(x, c, steps, room)
     )

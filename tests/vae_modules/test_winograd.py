@@ -9,7 +9,8 @@ from seeded import seeded_input, seeded_tensor
 from sgm.modules.autoencoding.clip import Chunk
 from support import assert_close
 from vae_modules import winograd
-from vae_modules.modulation import channel_sums, modulated_silu
+from vae_modules.channel_sums import channel_sums
+from vae_modules.modulation import modulated_silu
 from vae_modules.normalization import GroupNorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,6 +24,8 @@ class Chunk:
         group: the ranks that hold neighbouring frames, in order; None for a single process.
         gather_norm: whether normalization statistics cover the frames of all ranks. None: each layer decides.
         keep: returns a copy of a tail for the next chunk; the copy may be on another device.
+        parts: the latent frames of each part of the chunk that is normalized by itself, or empty for one part; only
+            without a group.
     """
 
     lead: bool
@@ -32,6 +34,16 @@ class Chunk:
     group: ProcessGroup | None = None
     gather_norm: bool | None = None
     keep: Callable[[Tensor], Tensor] = torch.clone
+    parts: tuple[int, ...] = ()
+
+    def lengths(self, frames: int) -> list[int]:
+        """Return the number of frames of each part that is normalized by itself, for a layer's `frames`."""
+        if len(self.parts) < 2:
+            return [frames]
+        alone = int(self.lead)
+        factor = (frames - alone) // (sum(self.parts) - alone)
+        first, *rest = (factor * part for part in self.parts)
+        return [first - (factor - 1) * alone, *rest]
 
     def copies_tail(self, frames: int, count: int) -> bool:
         """Return whether `frames_before` stores a plain copy of the last `count` input frames.

@@ -1,0 +1,193 @@
+"""Triton kernels of the VAE's passes over large tensors; `gpu_kernels` launches them.
+
+A tensor is rows of channels, one row after the other for each place, in the order batch, frame, height, width.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _stored(frame, alone, per_frame):  # type: ignore[no-untyped-def]
+    """Return which stored frame stands for a frame: the first `alone` for one each, others for `per_frame`."""
+    return tl.where(frame < alone, frame, alone + (frame - alone) // per_frame)
+
+
+@triton.jit
+def sums_kernel(  # type: ignore[no-untyped-def]
+    x,
+    other,
+    offset,
+    partial,
+    rows,
+    channels,
+    x_batch,
+    other_batch,
+    frame_rows,
+    alone,
+    per_frame,
+    ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_EACH: tl.constexpr,
+):
+    """Sum rows and their squares.
+
+    With ADD the rows of `other`, whose frames may be repeated, are added to those of `x` first; with OFFSET also a
+    number for each channel.
+    """
+    block, batch = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, CHANNELS)
+    total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    square = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    added = tl.zeros((CHANNELS,), dtype=tl.float32)
+    if OFFSET:
+        added = tl.load(offset + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    for start in range(0, ROWS_EACH, ROWS):
+        row = block.to(tl.int64) * ROWS_EACH + start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (channel < channels)[None, :]
+        place = x + batch.to(tl.int64) * x_batch + row[:, None] * channels + channel[None, :]
+        value = tl.load(place, mask=mask, other=0.0)
+        if ADD:
+            row = _stored(row // frame_rows, alone, per_frame) * frame_rows + row % frame_rows
+            offsets = row[:, None] * channels + channel[None, :]
+            more = tl.load(other + batch.to(tl.int64) * other_batch + offsets, mask=mask, other=0.0)
+            both = value.to(tl.float32) + more.to(tl.float32) + added[None, :]
+            value = tl.where(mask, both, 0.0).to(value.dtype)
+            tl.store(place, value, mask=mask)
+        wide = value.to(tl.float32)
+        total += wide
+        square += wide * wide
+    to = partial + (batch.to(tl.int64) * tl.num_programs(0) + block) * channels + channel
+    tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
+    half = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * channels
+    tl.store(to + half, tl.sum(square, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def modulated_silu_kernel(  # type: ignore[no-untyped-def]
+    out,
+    tail,
+    x,
+    scale,
+    shift,
+    outer_scale,
+    outer_shift,
+    channels,
+    frames,
+    height,
+    width,
+    out_batch,
+    tail_batch,
+    tail_frames,
+    x_batch,
+    x_per_frame,
+    map_batch,
+    map_channel,
+    map_frame,
+    map_row,
+    map_column,
+    outer_batch,
+    outer_frame,
+    alone,
+    per_frame,
+    per_row,
+    per_column,
+    OUTER: tl.constexpr,
+    TAIL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Write silu(x * scale + shift) for some places of a row of an image.
+
+    With OUTER, another scale and shift per channel apply first; with TAIL the last frames are also written to `tail`.
+    The frames of `x`, of the maps and of the outer ones may be repeated.
+    """
+    line = tl.program_id(0).to(tl.int64)  # counts all rows of all frames of all clips
+    row, frame, batch = line % height, line // height % frames, line // height // frames
+    column = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    channel = tl.arange(0, CHANNELS)
+    mask = (column < width)[:, None] & (channel < channels)[None, :]
+    step = _stored(frame, alone, per_frame)
+    at = batch * map_batch + step * map_frame + row // per_row * map_row
+    maps = at + (column // per_column)[:, None] * map_column + channel[None, :] * map_channel
+    factor = tl.load(scale + maps, mask=mask, other=0.0).to(tl.float32)
+    summand = tl.load(shift + maps, mask=mask, other=0.0).to(tl.float32)
+    if OUTER:
+        inside, at = channel < channels, batch * outer_batch + step * outer_frame + channel
+        first = tl.load(outer_shift + at, mask=inside, other=0.0)
+        summand += first[None, :] * factor
+        factor *= tl.load(outer_scale + at, mask=inside, other=0.0)[None, :]
+    source = _stored(frame, alone, x_per_frame)
+    offsets = ((source * height + row) * width + column)[:, None] * channels + channel[None, :]
+    value = tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = value * factor + summand
+    value = value / (1.0 + tl.exp(-value))
+    result = value.to(out.dtype.element_ty)
+    offsets = ((frame * height + row) * width + column)[:, None] * channels + channel[None, :]
+    tl.store(out + batch * out_batch + offsets, result, mask=mask)
+    if TAIL:
+        in_tail = frame - frames + tail_frames
+        offsets = ((in_tail * height + row) * width + column)[:, None] * channels + channel[None, :]
+        tl.store(tail + batch * tail_batch + offsets, result, mask=mask & (in_tail >= 0))
+
+
+@triton.jit
+def resized_sum_kernel(  # type: ignore[no-untyped-def]
+    out,
+    x,
+    other,
+    offset,
+    channels,
+    frames,
+    height,
+    width,
+    x_batch,
+    other_batch,
+    alone,
+    OTHER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Write x + other + offset for some places of a row of the result's `frames`.
+
+    With DOUBLE each value is written to 2x2 pixels; without, frames after the first `alone` are the averages of pairs,
+    and a row and a column of zeros follow the image. `height` and `width` are those of `x`.
+    """
+    lines = height if DOUBLE else height + 1
+    line = tl.program_id(0).to(tl.int64)
+    row, frame, batch = line % lines, line // lines % frames, line // lines // frames
+    column = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    channel = tl.arange(0, CHANNELS)
+    mask = ((column < width) & (row < height))[:, None] & (channel < channels)[None, :]
+    first = tl.where(frame < alone, frame, 2 * frame - alone)
+    offsets = ((first * height + row) * width + column)[:, None] * channels + channel[None, :]
+    value = tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
+    if OTHER:
+        value += tl.load(other + batch * other_batch + offsets, mask=mask, other=0.0).to(tl.float32)
+    if DOUBLE:
+        if OFFSET:
+            value += tl.load(offset + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+        result = value.to(out.dtype.element_ty)
+        top = ((batch * frames + frame) * 2 * height + 2 * row) * 2 * width
+        corner = (top + 2 * column)[:, None] * channels + channel[None, :]
+        for down in tl.static_range(2):
+            for right in tl.static_range(2):
+                tl.store(out + corner + (down * 2 * width + right) * channels, result, mask=mask)
+    else:
+        if frame >= alone:
+            offsets += height * width * channels
+            value += tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
+            if OTHER:
+                value += tl.load(other + batch * other_batch + offsets, mask=mask, other=0.0).to(tl.float32)
+            value *= 0.5
+        if OFFSET:
+            value += tl.load(offset + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+        value = tl.where(mask, value, 0.0)
+        place = ((batch * frames + frame) * (height + 1) + row) * (width + 1) + column
+        at = place[:, None] * channels + channel[None, :]
+        written = (column < width + 1)[:, None] & (channel < channels)[None, :]
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=written)
