@@ -60,10 +60,10 @@ def main() -> None:
 
 
 KINDS = {  # kinds of operations besides convolutions, with their names
-    "norms applied": ("modulated_silu",),
+    "norms applied": ("modulated_silu", "product_silu"),
     "norms' statistics": ("channel_sums",),
-    "sums with shortcuts": ("add_and_sum",),
-    "causal frames and other copies": ("clone", "copy_", "cat"),
+    "sums with shortcuts": ("add_and_sum", "add_product_and_sum"),
+    "causal frames and other copies": ("clone", "copy_", "cat", "pad"),
     "sums, halved or doubled": ("halved_sum", "doubled_sum"),
     "biases": ("bias",),
 }

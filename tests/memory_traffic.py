@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 ONLY_WRITE = ("aten::copy_", "aten::zero_", "aten::fill_", "cogvideox_vae::modulated_silu")
 PRODUCTS = ("aten::addmm", "aten::mm")  # matrix products, which are pointwise convolutions
+UNWRITTEN = "cogvideox_vae::product_"  # operators of `products` that do not write a convolution's result
+ADDED = "cogvideox_vae::add_product_"  # adds it to a tensor
 MAKE_NOTHING = ("aten::empty", "aten::new_empty", "prim::")
 
 
@@ -20,7 +22,8 @@ class MemoryTraffic(TorchDispatchMode):
 
     Convolutions, also as matrix products, views and allocations are left out. A convolution with a bias, unless it is a
     matrix product, counts as reading and writing its result once more, since PyTorch adds the bias on a GPU after
-    cuDNN. A tensor that is changed in place counts as read and written, unless the operation ignores its content.
+    cuDNN. An operator of `vae_modules.products` counts as what it does besides a convolution: reading the tensor that it
+    adds to, or writing a normalized one. A tensor that is changed in place counts as read and written, unless the operation ignores its content.
     """
 
     def __init__(self) -> None:
@@ -41,6 +44,9 @@ class MemoryTraffic(TorchDispatchMode):
             self.bytes["bias of a convolution"] += 2 * _bytes(result)
         if not (function.is_view or "convolution" in name or name in PRODUCTS or name.startswith(MAKE_NOTHING)):
             written = list(_written(function, args, kwargs))
+            if name.startswith((UNWRITTEN, ADDED)):
+                self.bytes[name] += sum(map(_bytes, written))
+                return result
             results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
             fresh = [each for each in results if not any(each is other for other in written)]
             read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
+from vae_modules.products import Product, stay_unwritten
 from vae_modules.summands import Summands
 
-FEW = 4  # oneDNN has no float32 3D convolution for fewer channels
+FEW = 4
+"""Number of channels, and of fewer, that convolutions treat by other methods: oneDNN has no float32 3D convolution for
+them, and cuDNN is slow."""
 
 
 def leaves_bias(weight: Tensor) -> bool:
@@ -75,8 +78,17 @@ class CausalConv3d(nn.Module):
 
     def run(self, parts: Summands, chunk: Chunk, *z: Tensor) -> Summands:
         """Return the convolution of a sum, without gradients; the latent `z` has no effect."""
-        left = left_bias(self.conv)
-        return Summands(self(parts.added(chunk), chunk, biased=left is None), offset=left)
+        x, left = parts.added(chunk), left_bias(self.conv)
+        time, height, width = self.conv.kernel_size
+        if left is None or self.conv.in_channels > FEW or time == 1 or x.shape[2] == 0 or not stay_unwritten(x):
+            return Summands(self(x, chunk, biased=left is None), offset=left)
+        before = chunk.frames_before(self, x, time - 1)
+        if before is None:
+            before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+        more = FEW - self.conv.in_channels  # a row of `FEW` channels is read at once
+        space = (width // 2, width // 2, height // 2, height // 2, 0, 0, 0, more)
+        frames = F.pad(torch.cat([before, x], dim=2), space).contiguous(memory_format=torch.channels_last_3d)
+        return Summands(Product(frames, F.pad(self.conv.weight, (0, 0, 0, 0, 0, 0, 0, more))), offset=left)
 
     def gains_by_buffer(self, x: Tensor, frames: int) -> bool:
         """Return whether `convolve_buffer` supports `frames` like those of `x`, and saves a copy; without gradients."""

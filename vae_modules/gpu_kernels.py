@@ -24,6 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IN_HAND = 4096  # values that a program keeps in registers at once
 PLACES_EACH = 2048  # places that a program sums in float32; their sums are added in float64
 WIDEST = 2048  # channels
+PRODUCT_ROWS, PRODUCT_INNER, PRODUCT_CHANNELS = 64, 64, 128  # sizes of a product that a program makes at once
 
 def channel_sums(x: Tensor) -> Tensor:
     """Return the sums of `x` and of its square over space and time.
@@ -101,6 +102,21 @@ def write_doubled_sum(out: Tensor, x: Tensor, other: Tensor | None, offset: Tens
     _launch_resized_sum(out, x, other, offset, x.shape[2], double=True)
 
 
+def product_sums(source: Tensor, weight: Tensor) -> Tensor:
+    """Return the `channel_sums` of a convolution; see `products.Product`."""
+    return _launch_product(None, source, weight)
+
+
+def add_product_and_sum(x: Tensor, source: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
+    """Add a convolution and an offset to `x`, and return its `channel_sums`; see `products.Product.add_to`."""
+    return _launch_product(x, source, weight, offset=offset)
+
+
+def write_product_silu(out: Tensor, source: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Write silu(convolution * scale + shift) into `out`; see `products.Product.write_modulated_silu`."""
+    _launch_product(out, source, weight, modulation=(scale, shift))
+
+
 def serve(*tensors: Tensor) -> bool:
     """Return whether the kernels support these tensors.
 
@@ -173,6 +189,18 @@ def _try_out(device: str = "cuda") -> None:
     same += [(with_offset, shifted), (shifted_found, shifted_sums), (tail, normed_expected[:, :, -2:])]
     same += [(halved, torch.nn.functional.pad(pairs, (0, 1, 0, 1)))]
     same += [(doubled, added.repeat_interleave(2, 3).repeat_interleave(2, 4))]
+    for window in ((1, 1, 1), (3, 3, 3)):
+        weight = drawn(40, 48, *window) / 10
+        product = torch.nn.functional.conv3d(x, weight)
+        sums = torch.stack([product.double().sum((2, 3, 4)), product.double().square().sum((2, 3, 4))])
+        same += [(product_sums(x, weight), sums)]
+        out = torch.empty_like(product, memory_format=torch.channels_last_3d)
+        factor, summand = drawn(2, 40, 1, 1, 1), drawn(2, 40, 1, 1, 1)
+        write_product_silu(out, x, weight, factor, summand)
+        same += [(out.clone(), torch.nn.functional.silu(product * factor + summand))]
+        expected = out + product + offset[:40, None, None, None]
+        found = add_product_and_sum(out, x, weight, offset[:40])
+        same += [(out, expected), (found[0], expected.double().sum((2, 3, 4)))]
     if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in same):
         raise ArithmeticError("they give other numbers than PyTorch")
 
@@ -247,3 +275,53 @@ def _launch_resized_sum(
             CHANNELS=at_once,
             PLACES=places,
         )
+
+
+def _launch_product(
+    out: Tensor | None,
+    source: Tensor,
+    weight: Tensor,
+    offset: Tensor | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    batch, in_channels = source.shape[:2]
+    channels, window = len(weight), weight.shape[2:]
+    frames, height, width = (size - extent + 1 for size, extent in zip(source.shape[2:], window, strict=True))
+    factors = weight.permute(2, 3, 4, 1, 0).reshape(-1, channels).contiguous()
+    places, at_once = frames * height * width, max(min(triton.next_power_of_2(channels), PRODUCT_CHANNELS), 16)
+    blocks, has_sums = triton.cdiv(places, PLACES_EACH), modulation is None
+    shape = (2, batch, blocks, channels) if has_sums else (1,)
+    partial = torch.empty(shape, dtype=torch.float32, device=source.device)
+    scale, shift = (each.flatten(1).contiguous() for each in modulation or (partial, partial))
+    to = partial if out is None else out
+    with torch.cuda.device_of(source):
+        triton_kernels.product_kernel[blocks, batch, triton.cdiv(channels, at_once)](
+            to,
+            source,
+            factors,
+            factors if offset is None else offset,
+            scale,
+            shift,
+            partial,
+            places,
+            channels,
+            len(factors),
+            height,
+            width,
+            to.stride(0),
+            source.stride(0),
+            *source.stride()[2:],
+            ADD=out is not None and modulation is None,
+            OFFSET=offset is not None,
+            SILU=modulation is not None,
+            SUMS=has_sums,
+            IN_CHANNELS=in_channels,
+            WINDOW_HEIGHT=window[1],
+            WINDOW_WIDTH=window[2],
+            PRECISION="ieee" if source.dtype == torch.float32 else "tf32",
+            CHANNELS=at_once,
+            INNER=PRODUCT_INNER,
+            ROWS=PRODUCT_ROWS,
+            ROWS_EACH=PLACES_EACH,
+        )
+    return partial.double().sum(2) if has_sums else partial

@@ -15,6 +15,7 @@ from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.channel_sums import channel_sums
 from vae_modules.convolutions import CausalConv3d
 from vae_modules.modulation import modulated_silu, write_modulated_silu
+from vae_modules.products import Product, written
 from vae_modules.summands import Summands
 
 
@@ -171,8 +172,8 @@ def normalize_and_convolve(
     modulation = norm.modulation(statistics, x.dtype, chunk, *z, offset=parts.offset)
     shape = (*x.shape[:2], frames, *x.shape[3:])
     if not conv.gains_by_buffer(x, frames):
-        h = x if overwrite and not parts.repeats else _empty(x, *shape)
-        write_modulated_silu(h, x, *modulation)
+        h = x if overwrite and not parts.repeats and isinstance(x, Tensor) else _empty(x, *shape)
+        _write_normalized(h, x, *modulation)
         del x, parts
         return conv.forward_over(h, chunk, biased)
     before = conv.conv.kernel_size[0] - 1
@@ -180,7 +181,7 @@ def normalize_and_convolve(
     tail = None
     if chunk.copies_tail(frames, before):
         tail = torch.empty_like(buffer[:, :, :before], memory_format=torch.channels_last_3d)
-    write_modulated_silu(buffer[:, :, before:], x, *modulation, tail=tail)
+    _write_normalized(buffer[:, :, before:], x, *modulation, tail=tail)
     del x, parts
     return conv.convolve_buffer(buffer, chunk, biased, tail)
 
@@ -192,5 +193,13 @@ def statistics_of(parts: Summands, norm: Norm, chunk: Chunk) -> Tensor:
     return chunk.total(norm.statistics(sums, places, parts.offset), norm.gather_norm)
 
 
-def _empty(x: Tensor, *shape: int) -> Tensor:
+def _write_normalized(out: Tensor, x: Tensor | Product, *modulation: Any, tail: Tensor | None = None) -> None:
+    scale, shift, lead, *before = modulation
+    if isinstance(x, Product) and tail is None and scale.numel() == scale.shape[:2].numel():
+        x.write_modulated_silu(out, scale, shift)
+    else:
+        write_modulated_silu(out, written(x), scale, shift, lead, *before, tail=tail)
+
+
+def _empty(x: Tensor | Product, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)

@@ -20,6 +20,7 @@ from sgm.modules.autoencoding.waiting import Waiting, WaitingRoom
 from vae_modules.convolutions import CausalConv3d
 from vae_modules.modulation import write_modulated_silu
 from vae_modules.normalization import Norm, normalize_and_convolve
+from vae_modules.products import written
 from vae_modules.residual_block import ResnetBlock3D
 from vae_modules.summands import Summands, with_repeated_frames
 from vae_modules.whole import Layer
@@ -65,7 +66,9 @@ class Pieces:
                 total = sums if total is None else total + sums
             elif parts.other is not None:
                 parts = Summands(parts.added(chunk))
-            x = with_repeated_frames(parts.x, parts.frames, int(chunk.lead)) if parts.repeats else parts.x
+            x = written(parts.x)
+            if parts.repeats:
+                x = with_repeated_frames(x, parts.frames, int(chunk.lead))
             self.waiting[index], self.offset = self.room.keep(x), parts.offset
             del parts, x
         self.statistics = None if norm is None else self.clip.total(total, norm.gather_norm)
@@ -158,7 +161,7 @@ def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
     def first(index: int, piece: Waiting) -> Summands:
         chunk, z = pieces.chunks[index], pieces.latents[index]
         held = [Summands(piece.take(), offset=offset)]
-        shortcuts.append(pieces.room.keep(layer.shortcut(held[0].x)))
+        shortcuts.append(pieces.room.keep(written(layer.shortcut(held[0].x))))
         return layer.first_round(held, chunk, *z, statistics=before)
 
     pieces.exchange_tails(layer.conv1, lambda index: _normalized(layer.norm1, pieces, index))

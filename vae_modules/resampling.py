@@ -39,7 +39,7 @@ class Downsample3D(nn.Module):
         """Return the result of a call for a sum, without gradients."""
         left = left_bias(self.conv)
         bias = self.conv.bias if left is None else None
-        padded = halved_sum(parts.x, parts.other, parts.offset, self.compress_time, chunk.lead)
+        padded = halved_sum(*parts.tensors(), parts.offset, self.compress_time, chunk.lead)
         return Summands(framewise(lambda frames: F.conv2d(frames, self.conv.weight, bias, stride=2), padded), offset=left)
 
 
@@ -75,12 +75,12 @@ class Upsample3D(nn.Module):
         """
         left = left_bias(self.conv)
         bias = self.conv.bias if left is None else None
-        if _takes_sums_of_taps(parts.x):
+        if _takes_sums_of_taps(parts):
             x = framewise(partial(self._convolve_small, bias=bias), parts.added(chunk))
         else:
             if parts.repeats or (parts.other is not None and parts.other.shape[2] < parts.frames):
                 parts = Summands(parts.added(chunk))
-            doubled = doubled_sum(parts.x, parts.other, parts.offset)
+            doubled = doubled_sum(*parts.tensors(), parts.offset)
             x = framewise(lambda frames: F.conv2d(frames, self.conv.weight, bias, padding=1), doubled)
         frames, lead = x.shape[2], int(chunk.lead)
         return Summands(x, None, left, 2 * frames - lead if self.compress_time else frames)
@@ -100,7 +100,7 @@ class Upsample3D(nn.Module):
         return F.conv_transpose2d(frames, kernel, bias, stride=2, padding=1)
 
 
-def _takes_sums_of_taps(x: Tensor) -> bool:
+def _takes_sums_of_taps(x: Tensor | Summands) -> bool:
     """Return whether `_convolve_small` is exact and faster for `x`."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.convolutions import CausalConv3d, left_bias, pointwise_in_time
 from vae_modules.normalization import GroupNorm, SpatialNorm3D, normalize_and_convolve, statistics_of
+from vae_modules.products import Product, stay_unwritten, written
 from vae_modules.summands import Summands
 
 
@@ -70,7 +71,7 @@ class ResnetBlock3D(nn.Module):
         statistics = statistics_of(parts, self.norm1, chunk)
         held = [self.first_round([parts], chunk, *z, statistics=statistics)]
         h = self.second_round(held, chunk, *z)
-        return self.with_shortcut(h, self.shortcut(parts.x), parts.offset)
+        return self.with_shortcut(h, self.shortcut(parts.x, parts.repeats), parts.offset)
 
     def first_round(self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor) -> Summands:
         """Return the first norm and convolution of `held`; the arguments are those of `normalize_and_convolve`."""
@@ -93,7 +94,7 @@ class ResnetBlock3D(nn.Module):
             biased=left_bias(self.conv2.conv) is None,
         )
 
-    def with_shortcut(self, h: Tensor, shortcut: Tensor, offset: Tensor | None) -> Summands:
+    def with_shortcut(self, h: Tensor, shortcut: Tensor | Product, offset: Tensor | None) -> Summands:
         """Return the block's output.
 
         Args:
@@ -110,11 +111,17 @@ class ResnetBlock3D(nn.Module):
                 offset = self.nin_shortcut.weight.flatten(1) @ offset
         return Summands(h, shortcut, left if offset is None else left + offset)
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Return the tensor that is added to the result: `x`, or `x` with the result's channels.
+    def shortcut(self, x: Tensor | Product, repeats: bool = False) -> Tensor | Product:
+        """Return what is added to the result: `x`, or `x` with the result's channels.
 
         A bias is left to `with_shortcut` if that of the last convolution is.
+
+        Args:
+            repeats: the frames of `x` will be repeated.
         """
         if not self.changes_channels:
             return x
-        return pointwise_in_time(self.nin_shortcut, x, left_bias(self.conv2.conv) is None)
+        biased, x = left_bias(self.conv2.conv) is None, written(x)
+        if biased or repeats or not stay_unwritten(x):
+            return pointwise_in_time(self.nin_shortcut, x, biased)
+        return Product(x, self.nin_shortcut.weight)

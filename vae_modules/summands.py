@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.channel_sums import add_in_place, channel_sums
+from vae_modules.products import Product, written
 
 
 @dataclass
@@ -18,14 +19,14 @@ class Summands:
     """The sum of `x`, `other` and `offset`.
 
     Attributes:
-        x: its memory may be overwritten.
+        x: its memory may be overwritten. A `Product` is not written.
         other: like `x`, or with fewer frames, which are repeated (see `pieces_in_cache.frame_of`).
         offset: (channel,), such as the bias of a convolution; see `convolutions.left_bias`.
         frames: the number of frames that the sum stands for, if those of `x` are repeated.
     """
 
-    x: Tensor
-    other: Tensor | None = None
+    x: Tensor | Product
+    other: Tensor | Product | None = None
     offset: Tensor | None = None
     frames: int = 0
 
@@ -36,6 +37,14 @@ class Summands:
     def repeats(self) -> bool:
         """Return whether the frames of `x` stand for more frames."""
         return self.frames > self.x.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
 
     def places(self, chunk: Chunk) -> list[int]:
         """Return the number of places, of time, height and width, of each part that is normalized by itself."""
@@ -49,11 +58,13 @@ class Summands:
         Returns:
             float64 (2, batch, part, channel), for each part that is normalized by itself.
         """
+        if self.other is not None:
+            self.x = written(self.x)
         parts = self.x.split(chunk.lengths(self.x.shape[2]), dim=2)
         if self.other is not None:
             others = self.other.split(chunk.lengths(self.other.shape[2]), dim=2)
             leads = [chunk.lead, *[False] * (len(parts) - 1)]
-            each = [add_in_place(*both, self.offset, lead) for *both, lead in zip(parts, others, leads, strict=True)]
+            each = [self._add(*both) for both in zip(parts, others, leads, strict=True)]
             self.other = self.offset = None
         elif self.repeats:
             alone = int(chunk.lead)
@@ -62,14 +73,25 @@ class Summands:
             if alone:
                 each[0] = each[0] + channel_sums(parts[0][:, :, :1])
         else:
-            each = [channel_sums(part) for part in parts]
+            each = [part.sums() if isinstance(part, Product) else channel_sums(part) for part in parts]
         return torch.stack(each, dim=2)
+
+    def _add(self, x: Tensor, other: Tensor | Product, lead: bool) -> Tensor:
+        if isinstance(other, Product):
+            return other.add_to(x, self.offset)
+        return add_in_place(x, other, self.offset, lead)
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Return `x` and `other` as tensors."""
+        return written(self.x), None if self.other is None else written(self.other)
 
     def added(self, chunk: Chunk) -> Tensor:
         """Return the sum, with its frames repeated if there are fewer."""
         if self.other is not None:
             self.sums(chunk)
-        x = self.x if self.offset is None else self.x.add_(self.offset[:, None, None, None])
+        x = written(self.x)
+        if self.offset is not None:
+            x.add_(self.offset[:, None, None, None])
         return with_repeated_frames(x, self.frames, int(chunk.lead)) if self.repeats else x
 
 

@@ -191,3 +191,90 @@ def resized_sum_kernel(  # type: ignore[no-untyped-def]
         at = place[:, None] * channels + channel[None, :]
         written = (column < width + 1)[:, None] & (channel < channels)[None, :]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def product_kernel(  # type: ignore[no-untyped-def]
+    out,
+    source,
+    weight,
+    offset,
+    scale,
+    shift,
+    partial,
+    rows,
+    channels,
+    inner,
+    height,
+    width,
+    out_batch,
+    source_batch,
+    source_frame,
+    source_row,
+    source_column,
+    ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SILU: tl.constexpr,
+    SUMS: tl.constexpr,
+    IN_CHANNELS: tl.constexpr,
+    WINDOW_HEIGHT: tl.constexpr,
+    WINDOW_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_EACH: tl.constexpr,
+):
+    """Convolve `source` without padding; the result's rows are places of images of `height` and `width`.
+
+    Row `k` of `weight` (inner, channels) is for one input channel of one tap. With ADD the result and, with OFFSET, a
+    number for each channel are added to `out`; with SILU silu(result * scale + shift) is written to `out`; with SUMS the
+    sums of the rows and of their squares are written to `partial`.
+    """
+    block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    square = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    for start in range(0, ROWS_EACH, ROWS):
+        row = block.to(tl.int64) * ROWS_EACH + start + tl.arange(0, ROWS)
+        column, line = row % width, row // width
+        corner = line // height * source_frame + line % height * source_row + column * source_column
+        value = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+        for first in range(0, inner, INNER):
+            k = first + tl.arange(0, INNER)
+            tap = k // IN_CHANNELS
+            in_window = tap % WINDOW_WIDTH * source_column + tap // WINDOW_WIDTH % WINDOW_HEIGHT * source_row
+            in_window += tap // (WINDOW_WIDTH * WINDOW_HEIGHT) * source_frame + k % IN_CHANNELS
+            seen = tl.load(
+                source + batch * source_batch + corner[:, None] + in_window[None, :],
+                mask=(row < rows)[:, None] & (k < inner)[None, :],
+                other=0.0,
+            )
+            factors = tl.load(
+                weight + k[:, None] * channels + channel[None, :],
+                mask=(k < inner)[:, None] & inside[None, :],
+                other=0.0,
+            )
+            value = tl.dot(seen, factors, value, input_precision=PRECISION)
+        mask = (row < rows)[:, None] & inside[None, :]
+        place = out + batch * out_batch + row[:, None] * channels + channel[None, :]
+        if ADD:
+            value += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+            if OFFSET:
+                value += tl.load(offset + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+            result = tl.where(mask, value, 0.0).to(out.dtype.element_ty)
+            tl.store(place, result, mask=mask)
+            value = result.to(tl.float32)
+        if SILU:
+            value *= tl.load(scale + batch * channels + channel, mask=inside, other=0.0)[None, :]
+            value += tl.load(shift + batch * channels + channel, mask=inside, other=0.0)[None, :]
+            tl.store(place, (value / (1.0 + tl.exp(-value))).to(out.dtype.element_ty), mask=mask)
+        if SUMS:
+            total += value
+            square += value * value
+    if SUMS:
+        to = partial + (batch * tl.num_programs(0) + block) * channels + channel
+        tl.store(to, tl.sum(total, axis=0), mask=inside)
+        half = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * channels
+        tl.store(to + half, tl.sum(square, axis=0), mask=inside)

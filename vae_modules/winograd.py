@@ -25,7 +25,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
     )
     # The method adds frames and makes six kernels of three; for small layers this costs more than it saves.
-    cached, pixels = weight.numel() < 2**20, len(x) * x.shape[3] * x.shape[4]
+    cached, pixels = weight.numel() < 2**20, x.shape[0] * x.shape[3] * x.shape[4]
     return applies and min(weight.shape[:2]) >= 16 and (cached or pixels >= 256)
 
 
