@@ -11,6 +11,8 @@ import logging
 import torch
 from torch import Tensor
 
+from vae_modules.latent_maps import LatentMaps
+
 try:
     import triton
 
@@ -24,7 +26,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IN_HAND = 4096  # values that a program keeps in registers at once
 PLACES_EACH = 2048  # places that a program sums in float32; their sums are added in float64
 WIDEST = 2048  # channels
+LEAST_OF_A_PRODUCT = 16  # rows, inner size and channels of Triton's products
 PRODUCT_ROWS, PRODUCT_INNER, PRODUCT_CHANNELS = 64, 64, 128  # sizes of a product that a program makes at once
+
 
 def channel_sums(x: Tensor) -> Tensor:
     """Return the sums of `x` and of its square over space and time.
@@ -36,7 +40,7 @@ def channel_sums(x: Tensor) -> Tensor:
 
 
 def add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None = None, lead: bool = False) -> Tensor:
-    """Add `other` and `offset` (channel,) to `x`; return the result's `channel_sums`: see `channel_sums.add_in_place`."""
+    """Add `other` and `offset` (channel,) to `x`, and return its `channel_sums`; see `channel_sums.add_in_place`."""
     return _launch_sums(x, other, offset, lead)
 
 
@@ -46,7 +50,7 @@ def write_modulated_silu(
     scale: Tensor,
     shift: Tensor,
     lead: bool,
-    before: tuple[Tensor, Tensor] | None = None,
+    maps: LatentMaps | None = None,
     tail: Tensor | None = None,
 ) -> None:
     """Write silu(x * scale + shift) into `out`; see `modulation.write_modulated_silu`."""
@@ -54,20 +58,24 @@ def write_modulated_silu(
     if shift.stride() != scale.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     alone = int(lead and frames > 1)
-    steps, rows, columns = scale.shape[2:]
-    outer = [each.flatten(2).transpose(1, 2).contiguous() for each in before or ()]  # batch, time, channel
+    latent, weight, bias = scale, scale, scale
+    if maps is not None:
+        latent, bias = maps.latent, torch.stack([maps.scale_bias, maps.shift_bias])
+        weight = torch.stack([maps.scale_weight.t(), maps.shift_weight.t()]).contiguous()
     at_once = triton.next_power_of_2(channels)
-    places = max(IN_HAND // at_once, 1)
-    grid = batch * frames * height, triton.cdiv(width, places)
+    places = max(IN_HAND // at_once, LEAST_OF_A_PRODUCT)
     with torch.cuda.device_of(x):
-        triton_kernels.modulated_silu_kernel[grid](
+        triton_kernels.modulated_silu_kernel[batch * frames * height, triton.cdiv(width, places)](
             out,
             out if tail is None else tail,
             x,
             scale,
             shift,
-            *(outer or (scale, shift)),
+            latent,
+            weight,
+            bias,
             channels,
+            latent.shape[1],
             frames,
             height,
             width,
@@ -76,18 +84,28 @@ def write_modulated_silu(
             0 if tail is None else tail.shape[2],
             x.stride(0),
             _per_frame(frames, x.shape[2], alone),
-            *(0 if size == 1 else stride for size, stride in zip(scale.shape, scale.stride(), strict=True)),
-            outer[0].stride(0) if outer else 0,
-            channels if outer and outer[0].shape[1] > 1 else 0,
             alone,
-            _per_frame(frames, steps, alone),
-            height // rows,
-            width // columns,
-            OUTER=before is not None,
+            *_places_of(scale, out, alone),
+            *_places_of(latent, out, alone),
+            LATENT=maps is not None,
             TAIL=tail is not None,
+            PRECISION=_precision(x),
+            LATENT_CHANNELS=max(triton.next_power_of_2(latent.shape[1]), LEAST_OF_A_PRODUCT) if maps else 1,
             CHANNELS=at_once,
             PLACES=places,
         )
+
+
+def _places_of(maps: Tensor, out: Tensor, alone: int) -> tuple[int, ...]:
+    """Return a smaller tensor's strides, 0 for a size of 1, and the frames, rows and columns that a place is for."""
+    strides = (0 if size == 1 else stride for size, stride in zip(maps.shape, maps.stride(), strict=True))
+    frames, height, width = out.shape[2:]
+    return *strides, _per_frame(frames, maps.shape[2], alone), height // maps.shape[3], width // maps.shape[4]
+
+
+def _precision(x: Tensor) -> str:
+    """Return the precision of products of float32; others are exact."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def write_halved_sum(
@@ -163,13 +181,15 @@ def _try_out(device: str = "cuda") -> None:
     x, other = (drawn(2, 3, 6, 5, 48).permute(0, 4, 1, 2, 3) for _ in range(2))
     scale, shift = (drawn(2, 48, 2, 3, 5) for _ in range(2))
     first_scale, first_shift = (drawn(2, 48, 2, 1, 1) for _ in range(2))
+    maps = LatentMaps(drawn(2, 5, 2, 3, 5), *(drawn(48, *more) for more in ((5,), (), (5,), ())))
+    outer_scale, outer_shift = (_twice(m).repeat_interleave(2, 3) for m in maps.scale_and_shift())
     factor, summand = (_twice(m).repeat_interleave(2, 3) for m in (scale, shift))
     expected, out = torch.nn.functional.silu(x * factor + summand), torch.empty_like(x)
     write_modulated_silu(out, x, scale, shift, True)
-    normed = (_twice(x[:, :, :2]) * _twice(first_scale) + _twice(first_shift)) * factor + summand
+    normed = (_twice(x[:, :, :2]) * _twice(first_scale) + _twice(first_shift)) * outer_scale + outer_shift
     normed_expected, normed_out = torch.nn.functional.silu(normed), torch.empty_like(x)
     tail = torch.empty_like(x[:, :, :2], memory_format=torch.channels_last_3d)
-    write_modulated_silu(normed_out, x[:, :, :2], scale, shift, True, (first_scale, first_shift), tail)
+    write_modulated_silu(normed_out, x[:, :, :2], first_scale, first_shift, True, maps, tail)
     offset = drawn(48)
     added = x + other + offset[:, None, None, None]
     halved, doubled = (
@@ -288,7 +308,10 @@ def _launch_product(
     channels, window = len(weight), weight.shape[2:]
     frames, height, width = (size - extent + 1 for size, extent in zip(source.shape[2:], window, strict=True))
     factors = weight.permute(2, 3, 4, 1, 0).reshape(-1, channels).contiguous()
-    places, at_once = frames * height * width, max(min(triton.next_power_of_2(channels), PRODUCT_CHANNELS), 16)
+    places, at_once = (
+        frames * height * width,
+        max(min(triton.next_power_of_2(channels), PRODUCT_CHANNELS), LEAST_OF_A_PRODUCT),
+    )
     blocks, has_sums = triton.cdiv(places, PLACES_EACH), modulation is None
     shape = (2, batch, blocks, channels) if has_sums else (1,)
     partial = torch.empty(shape, dtype=torch.float32, device=source.device)
@@ -318,7 +341,7 @@ def _launch_product(
             IN_CHANNELS=in_channels,
             WINDOW_HEIGHT=window[1],
             WINDOW_WIDTH=window[2],
-            PRECISION="ieee" if source.dtype == torch.float32 else "tf32",
+            PRECISION=_precision(source),
             CHANNELS=at_once,
             INNER=PRODUCT_INNER,
             ROWS=PRODUCT_ROWS,

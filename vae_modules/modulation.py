@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vae_modules.gpu_support import kernels_for
+from vae_modules.latent_maps import LatentMaps
 from vae_modules.pieces_in_cache import blocks, by_frame, one_each, rows_in_cache
 
 
@@ -29,19 +30,26 @@ def modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tenso
 
 
 def write_modulated_silu(
-    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, *before: Tensor, tail: Tensor | None = None
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    lead: bool,
+    maps: LatentMaps | None = None,
+    tail: Tensor | None = None,
 ) -> None:
     """Write the result of `modulated_silu` into `out`, which may be `x` or a part of a tensor.
 
     Args:
         x: like `out`, or with fewer frames, which are repeated as those of the maps are.
-        before: another scale and shift (batch, channel, t, 1, 1), which apply to `x` first; t is that of the maps or 1.
+        maps: applied after `scale` and `shift`, and before SiLU; t of the maps is that of `scale`, or `scale` has 1.
         tail: receives a copy of its number of last frames; only if `out` is not `x`.
     """
+    more = [] if maps is None else list(maps)
     if out is x:
-        _overwrite_with_modulated_silu(x, scale, shift, lead, list(before))
+        _overwrite_with_modulated_silu(x, scale, shift, lead, more)
     else:
-        _write_modulated_silu(out, x, scale, shift, lead, list(before), tail)
+        _write_modulated_silu(out, x, scale, shift, lead, more, tail)
 
 
 # ---------------------------------------------------------------- operators
@@ -49,44 +57,40 @@ def write_modulated_silu(
 
 @torch.library.custom_op("cogvideox_vae::modulated_silu", mutates_args=("out", "tail"))
 def _write_modulated_silu(
-    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor], tail: Tensor | None
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, maps: list[Tensor], tail: Tensor | None
 ) -> None:
-    _modulate(out, x, scale, shift, lead, before, tail)
+    _modulate(out, x, scale, shift, lead, maps, tail)
 
 
 @torch.library.custom_op("cogvideox_vae::modulated_silu_", mutates_args=("x",))
-def _overwrite_with_modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
-    _modulate(x, x, scale, shift, lead, before)
+def _overwrite_with_modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool, maps: list[Tensor]) -> None:
+    _modulate(x, x, scale, shift, lead, maps)
 
 
 @_write_modulated_silu.register_fake
 def _(
-    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor], tail: Tensor | None
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, maps: list[Tensor], tail: Tensor | None
 ) -> None:
     return None
 
 
 @_overwrite_with_modulated_silu.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, lead: bool, before: list[Tensor]) -> None:
+def _(x: Tensor, scale: Tensor, shift: Tensor, lead: bool, maps: list[Tensor]) -> None:
     return None
 
 
 def _modulate(
-    out: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    lead: bool,
-    before: list[Tensor],
-    tail: Tensor | None = None,
+    out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, lead: bool, maps: list[Tensor], tail: Tensor | None = None
 ) -> None:
     if x.shape[2] == 0:
         return
+    of_latent = LatentMaps(*maps) if maps else None
     if kernels := kernels_for(x, out, *([] if tail is None else [tail])):
-        kernels.write_modulated_silu(out, x, scale, shift, lead, (before[0], before[1]) if before else None, tail)
+        kernels.write_modulated_silu(out, x, scale, shift, lead, of_latent, tail)
         return
-    if before:
-        scale, shift = before[0] * scale, before[1] * scale + shift
+    if of_latent is not None:
+        y, b = of_latent.scale_and_shift()
+        scale, shift = scale * y, shift * y + b
     for frames, at, source in by_frame(out, lead, scale.shape[2], x.shape[2]):
         a, b = one_each(scale[:, :, at]), one_each(shift[:, :, at])
         one = a.shape[4] == 1  # for all rows

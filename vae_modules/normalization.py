@@ -14,6 +14,7 @@ from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.channel_sums import channel_sums
 from vae_modules.convolutions import CausalConv3d
+from vae_modules.latent_maps import LatentMaps
 from vae_modules.modulation import modulated_silu, write_modulated_silu
 from vae_modules.products import Product, written
 from vae_modules.summands import Summands
@@ -123,12 +124,13 @@ class SpatialNorm3D(nn.Module):
     def modulation(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, *, offset: Tensor | None = None
     ) -> tuple[Any, ...]:
-        """Return the arguments of `write_modulated_silu`; see `GroupNorm.modulation`.
+        """Return the arguments of `write_modulated_silu` that normalize; see `GroupNorm.modulation`.
 
-        The arguments are maps (batch, channel, t, h, w) shaped like `z`, and the scale and shift of the normalization.
+        The last one is the maps from the latent `z`.
         """
         scale, shift, _ = self.norm_layer.modulation(statistics, dtype, chunk, offset=offset)
-        return self.conv_y(z, chunk), self.conv_b(z, chunk), chunk.lead, scale, shift
+        y, b = self.conv_y.conv, self.conv_b.conv
+        return scale, shift, chunk.lead, LatentMaps(z, y.weight.flatten(1), y.bias, b.weight.flatten(1), b.bias)
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
         """Return the normalized f (batch, channel, T, H, W).
@@ -137,9 +139,10 @@ class SpatialNorm3D(nn.Module):
             z: the latent (batch, latent_channel, t, h, w) of the same frames.
         """
         statistics = self.norm_layer._own_statistics(f, chunk)
-        y, b, lead, scale, shift = self.modulation(statistics, f.dtype, chunk, z)
+        scale, shift, _ = self.norm_layer.modulation(statistics, f.dtype, chunk)
         # Pointwise maps commute with nearest resizing, so that all but one multiply-add is at z's resolution.
-        return modulated_silu(f, scale * y, shift * y + b, lead)
+        y = self.conv_y(z, chunk)
+        return modulated_silu(f, scale * y, shift * y + self.conv_b(z, chunk), chunk.lead)
 
 
 Norm = GroupNorm | SpatialNorm3D
@@ -194,11 +197,11 @@ def statistics_of(parts: Summands, norm: Norm, chunk: Chunk) -> Tensor:
 
 
 def _write_normalized(out: Tensor, x: Tensor | Product, *modulation: Any, tail: Tensor | None = None) -> None:
-    scale, shift, lead, *before = modulation
-    if isinstance(x, Product) and tail is None and scale.numel() == scale.shape[:2].numel():
+    scale, shift, lead, *maps = modulation
+    if isinstance(x, Product) and tail is None and scale.shape[2] == 1 and not maps:
         x.write_modulated_silu(out, scale, shift)
     else:
-        write_modulated_silu(out, written(x), scale, shift, lead, *before, tail=tail)
+        write_modulated_silu(out, written(x), scale, shift, lead, *maps, tail=tail)
 
 
 def _empty(x: Tensor | Product, *shape: int) -> Tensor:

@@ -29,6 +29,7 @@ MAPS = 7
 """Number of feature maps of a piece, at the widest layer, in memory at once. The full size has 5 to 6.2, counted with
 the workspaces of convolutions."""
 
+
 @dataclass
 class Pieces:
     """The pieces of a clip.
@@ -152,7 +153,9 @@ def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
         if isinstance(layer, CausalConv3d):
             pieces.exchange_tails(layer, lambda index: pieces.waiting[index].copy())
         offset = pieces.offset
-        pieces.replace(lambda index, piece: layer.run(Summands(piece.take(), offset=offset), pieces.chunks[index]), norm)
+        pieces.replace(
+            lambda index, piece: layer.run(Summands(piece.take(), offset=offset), pieces.chunks[index]), norm
+        )
         return
     shortcuts: list[Waiting] = []
     before, offset = pieces.statistics, pieces.offset

@@ -1,8 +1,8 @@
 """Convolutions whose result is not written: it is added, summed or normalized at once, without gradients.
 
 This saves passes where the result is large and a value of it is cheap: a 1x1x1 convolution, or one of few channels.
-Tensors are (batch, channel, time, height, width) in channels-last memory. Each pass is one operator, on a GPU one kernel
-(see `gpu_kernels`).
+Tensors are (batch, channel, time, height, width) in channels-last memory. Each pass is one operator, on a GPU one
+kernel (see `gpu_kernels`).
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,9 @@ class Downsample3D(nn.Module):
         left = left_bias(self.conv)
         bias = self.conv.bias if left is None else None
         padded = halved_sum(*parts.tensors(), parts.offset, self.compress_time, chunk.lead)
-        return Summands(framewise(lambda frames: F.conv2d(frames, self.conv.weight, bias, stride=2), padded), offset=left)
+        return Summands(
+            framewise(lambda frames: F.conv2d(frames, self.conv.weight, bias, stride=2), padded), offset=left
+        )
 
 
 class Upsample3D(nn.Module):

@@ -3,7 +3,6 @@
 Tensors are (batch, channel, time, height, width) in channels-last memory.
 """
 
-import torch
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk
@@ -79,9 +78,7 @@ class ResnetBlock3D(nn.Module):
         h = normalize_and_convolve(self.norm1, self.conv1, held, chunk, *z, statistics=statistics, biased=left is None)
         return Summands(h, offset=left)
 
-    def second_round(
-        self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None
-    ) -> Tensor:
+    def second_round(self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Return the second norm and convolution of `held`, `first_round`'s result, without a left bias."""
         return normalize_and_convolve(
             self.norm2,

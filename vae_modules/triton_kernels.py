@@ -72,9 +72,11 @@ def modulated_silu_kernel(  # type: ignore[no-untyped-def]
     x,
     scale,
     shift,
-    outer_scale,
-    outer_shift,
+    latent,
+    weight,
+    bias,
     channels,
+    latent_channels,
     frames,
     height,
     width,
@@ -83,42 +85,60 @@ def modulated_silu_kernel(  # type: ignore[no-untyped-def]
     tail_frames,
     x_batch,
     x_per_frame,
+    alone,
     map_batch,
     map_channel,
     map_frame,
     map_row,
     map_column,
-    outer_batch,
-    outer_frame,
-    alone,
-    per_frame,
-    per_row,
-    per_column,
-    OUTER: tl.constexpr,
+    map_per_frame,
+    map_per_row,
+    map_per_column,
+    latent_batch,
+    latent_channel,
+    latent_frame,
+    latent_row,
+    latent_column,
+    latent_per_frame,
+    latent_per_row,
+    latent_per_column,
+    LATENT: tl.constexpr,
     TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LATENT_CHANNELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
     """Write silu(x * scale + shift) for some places of a row of an image.
 
-    With OUTER, another scale and shift per channel apply first; with TAIL the last frames are also written to `tail`.
-    The frames of `x`, of the maps and of the outer ones may be repeated.
+    With LATENT, another scale and shift apply before SiLU: `weight` (2, latent_channels, channels) times the latent,
+    plus `bias` (2, channels). With TAIL the last frames are also written to `tail`. The frames of `x`, the maps and the
+    latent may be repeated.
     """
     line = tl.program_id(0).to(tl.int64)  # counts all rows of all frames of all clips
     row, frame, batch = line % height, line // height % frames, line // height // frames
     column = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     channel = tl.arange(0, CHANNELS)
-    mask = (column < width)[:, None] & (channel < channels)[None, :]
-    step = _stored(frame, alone, per_frame)
-    at = batch * map_batch + step * map_frame + row // per_row * map_row
-    maps = at + (column // per_column)[:, None] * map_column + channel[None, :] * map_channel
+    inside = channel < channels
+    mask = (column < width)[:, None] & inside[None, :]
+    at = batch * map_batch + _stored(frame, alone, map_per_frame) * map_frame + row // map_per_row * map_row
+    maps = at + (column // map_per_column)[:, None] * map_column + channel[None, :] * map_channel
     factor = tl.load(scale + maps, mask=mask, other=0.0).to(tl.float32)
     summand = tl.load(shift + maps, mask=mask, other=0.0).to(tl.float32)
-    if OUTER:
-        inside, at = channel < channels, batch * outer_batch + step * outer_frame + channel
-        first = tl.load(outer_shift + at, mask=inside, other=0.0)
-        summand += first[None, :] * factor
-        factor *= tl.load(outer_scale + at, mask=inside, other=0.0)[None, :]
+    if LATENT:
+        k = tl.arange(0, LATENT_CHANNELS)
+        at = batch * latent_batch + _stored(frame, alone, latent_per_frame) * latent_frame
+        at += row // latent_per_row * latent_row
+        places = at + (column // latent_per_column)[:, None] * latent_column + k[None, :] * latent_channel
+        z = tl.load(latent + places, mask=(column < width)[:, None] & (k < latent_channels)[None, :], other=0.0)
+        cells = k[:, None] * channels + channel[None, :]
+        used = (k < latent_channels)[:, None] & inside[None, :]
+        second = latent_channels * channels
+        outer = tl.dot(z, tl.load(weight + cells, mask=used, other=0.0), input_precision=PRECISION)
+        outer += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+        factor, summand = factor * outer, summand * outer
+        summand += tl.dot(z, tl.load(weight + second + cells, mask=used, other=0.0), input_precision=PRECISION)
+        summand += tl.load(bias + channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     source = _stored(frame, alone, x_per_frame)
     offsets = ((source * height + row) * width + column)[:, None] * channels + channel[None, :]
     value = tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -228,8 +248,8 @@ def product_kernel(  # type: ignore[no-untyped-def]
     """Convolve `source` without padding; the result's rows are places of images of `height` and `width`.
 
     Row `k` of `weight` (inner, channels) is for one input channel of one tap. With ADD the result and, with OFFSET, a
-    number for each channel are added to `out`; with SILU silu(result * scale + shift) is written to `out`; with SUMS the
-    sums of the rows and of their squares are written to `partial`.
+    number for each channel are added to `out`; with SILU silu(result * scale + shift) is written to `out`; with SUMS
+    the sums of the rows and of their squares are written to `partial`.
     """
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)

@@ -19,9 +19,7 @@ Layer = CausalConv3d | ResnetBlock3D | Downsample3D | Upsample3D
 
 
 @torch.no_grad()
-def run(
-    layers: Sequence[Layer], norm_out: Norm, conv_out: CausalConv3d, x: Tensor, chunk: Chunk, *z: Tensor
-) -> Tensor:
+def run(layers: Sequence[Layer], norm_out: Norm, conv_out: CausalConv3d, x: Tensor, chunk: Chunk, *z: Tensor) -> Tensor:
     """Return conv_out(norm_out(...)) of the layers' result for `x` (batch, channel, time, height, width).
 
     Args:

@@ -232,9 +232,9 @@ class VideoCoder(RunsInPieces):
     def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
         """Yield the frames of a clip, (batch, channel, frames, height, width), chunk by chunk.
 
-        The chunks are those of `decoding_schedule`, or several of them at once, as `frames_at_once` allows. With context
-        parallelism each rank decodes one chunk of every round, and all ranks yield the frames of the round. A consumer
-        may stop early, if all ranks do.
+        The chunks are those of `decoding_schedule`, or several of them at once, as `frames_at_once` allows. With
+        context parallelism each rank decodes one chunk of every round, and all ranks yield the frames of the round. A
+        consumer may stop early, if all ranks do.
         """
         schedule = decoding_schedule(z.shape[2])
         ranks, rank = group_size(self.group), group_rank(self.group)

@@ -16,7 +16,7 @@ from sgm.modules.autoencoding import tiling
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.util import instantiate_from_config
 from support import REFERENCE, Reference, assert_close, relative_error
-from vae_modules import convolutions
+from vae_modules import convolutions, residual_block
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 from vae_modules.cp_enc_dec import ContextParallelDecoder3D, ContextParallelEncoder3D
 
@@ -341,11 +341,11 @@ def adds_bias_later(convolve):
     return run
 
 
-@pytest.mark.parametrize("at_once", others_long(4, None))
+@pytest.mark.parametrize("at_once", others_long(4, None, 16))
 @torch.no_grad()
 @pytest.mark.slow
-def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
-    """Norms and sums add the biases, as on a GPU: the same numbers, also in bfloat16."""
+def test_biases_and_products_that_are_left_to_what_follows(monkeypatch, at_once):
+    """Norms and sums add them, as on a GPU: the same numbers, also in bfloat16."""
     for name in ("conv2d", "conv3d"):  # with a pass for the bias, as PyTorch has it there
         monkeypatch.setattr(torch.nn.functional, name, adds_bias_later(getattr(torch.nn.functional, name)))
     clip, latent = seeded_input("video", (1, 3, 9, 32, 32)).clamp(-1, 1), seeded_input("latent", (1, 16, 5, 4, 4))
@@ -353,6 +353,8 @@ def test_biases_that_are_left_to_what_follows(monkeypatch, at_once):
 
     def results(dtype: torch.dtype, leaves: bool) -> list[torch.Tensor]:
         monkeypatch.setattr(convolutions, "leaves_bias", lambda _: leaves)
+        for module in (convolutions, residual_block):
+            monkeypatch.setattr(module, "stay_unwritten", lambda _: leaves)
         vae.to(dtype).use_frames_at_once(at_once)
         encoded = vae.encode(clip.to(dtype), unregularized=True)[0]
         return [encoded.double(), torch.cat(list(vae.decode_chunks(latent.to(dtype))), dim=2).double()]

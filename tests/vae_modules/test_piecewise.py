@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seeded import seed_module_, seeded_input
 from sgm.errors import UserError
+from sgm.models.video_coder import decoding_schedule
 from sgm.models.video_coder_memory import peak_bytes
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.modules.autoencoding.waiting import WaitingRoom
@@ -68,6 +69,22 @@ def test_pieces_are_the_whole(vae, dtype, tolerance):
         vae.use_frames_at_once(None)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("frames", "counts"), [(1, [1]), (2, [8]), (5, [17]), (6, [16, 8]), (7, [17, 8])])
+def test_several_chunks_at_once(vae, frames, counts):
+    """Each chunk is still normalized by itself."""
+    z = latent(frames, torch.float64)
+    vae.double()
+    one_by_one = decode(vae, z)
+    vae.use_frames_at_once(16)
+    chunks = list(vae.decode_chunks(z))
+    assert [chunk.shape[2] for chunk in chunks] == counts
+    assert_close(torch.cat(chunks, dim=2), one_by_one, 1e-10)
+    z.requires_grad_()
+    with torch.enable_grad():
+        assert len(list(vae.decode_chunks(z))) == len(decoding_schedule(frames))
+
+
 def test_only_the_last_piece_leaves_something_for_the_next_chunk():
     chunk = Chunk(lead=True, last=False, keep=torch.zeros_like)
     pieces = piecewise.cut(latent(5, torch.float32), [1, 2, 2], chunk, None, WaitingRoom())
@@ -121,6 +138,7 @@ def test_memory_that_does_not_do_is_made_to(vae, monkeypatch, caplog):
     monkeypatch.setattr(
         vae.decoder, "in_pieces", lambda x, c, steps, room: (pieces if steps < 2 else full)(x, c, steps, room)
     )
+    vae.use_frames_at_once(16)
     with caplog.at_level(logging.WARNING):
         assert_close(decode(vae, z), expected, 1e-5)
     assert "with 8 at a time" in caplog.text and "with 4 at a time" in caplog.text
