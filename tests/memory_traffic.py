@@ -22,8 +22,8 @@ class MemoryTraffic(TorchDispatchMode):
 
     Convolutions, also as matrix products, views and allocations are left out. A convolution with a bias, unless it is a
     matrix product, counts as reading and writing its result once more, since PyTorch adds the bias on a GPU after
-    cuDNN. An operator of `vae_modules.products` counts as what it does besides a convolution: reading the tensor that
-    it adds to, or writing a normalized one. A tensor that is changed in place counts as read and written, unless the
+    cuDNN. An operator of `passes.products` counts as what it does besides a convolution: reading the tensor that it
+    adds to, or writing a normalized one. A tensor that is changed in place counts as read and written, unless the
     operation ignores its content.
     """
 

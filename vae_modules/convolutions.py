@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
-from vae_modules.products import Product, stay_unwritten
+from vae_modules.passes.products import Product, stay_unwritten
 from vae_modules.summands import Summands
 
 FEW = 4
@@ -91,7 +91,10 @@ class CausalConv3d(nn.Module):
         return Summands(Product(frames, F.pad(self.conv.weight, (0, 0, 0, 0, 0, 0, 0, more))), offset=left)
 
     def gains_by_buffer(self, x: Tensor, frames: int) -> bool:
-        """Return whether `convolve_buffer` supports `frames` like those of `x`, and saves a copy; without gradients."""
+        """Return whether `convolve_buffer` supports `frames` like those of `x`, and saves a copy.
+
+        Only without gradients.
+        """
         same = frames == 1 and x.dtype == torch.float32  # `forward` is faster for a single frame
         return not (torch.is_grad_enabled() or frames == 0 or same or winograd.serves(x, self.conv.weight))
 

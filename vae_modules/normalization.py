@@ -5,19 +5,34 @@ Tensors are (batch, channel, time, height, width) in channels-last memory.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sgm.errors import UserError
 from sgm.modules.autoencoding.clip import Chunk
-from vae_modules.channel_sums import channel_sums
 from vae_modules.convolutions import CausalConv3d
-from vae_modules.latent_maps import LatentMaps
-from vae_modules.modulation import modulated_silu, write_modulated_silu
-from vae_modules.products import Product, written
+from vae_modules.passes.channel_sums import channel_sums
+from vae_modules.passes.latent_maps import LatentMaps
+from vae_modules.passes.modulation import modulated_silu, write_modulated_silu
+from vae_modules.passes.products import Product, written
 from vae_modules.summands import Summands
+
+
+class Modulation(NamedTuple):
+    """The scale and shift of a norm, as arguments of `write_modulated_silu`.
+
+    Attributes:
+        scale, shift: (batch, channel, time, 1, 1).
+        lead: the first frame has a scale and a shift of its own.
+        maps: applied next, in a decoder.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    lead: bool
+    maps: LatentMaps | None = None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -56,11 +71,10 @@ class GroupNorm(nn.GroupNorm):
 
     def modulation(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, *, offset: Tensor | None = None
-    ) -> tuple[Any, ...]:
-        """Return the arguments of `write_modulated_silu` that normalize.
+    ) -> Modulation:
+        """Return the modulation that normalizes.
 
-        The arguments are a scale and a shift, each (batch, channel, time, 1, 1), and whether a first frame has its own.
-        Time is 1, or with several parts the latent frames of the chunk.
+        Its time is 1, or with several parts the latent frames of the chunk.
 
         Args:
             statistics: of everything that is normalized together, on all ranks.
@@ -84,14 +98,15 @@ class GroupNorm(nn.GroupNorm):
                 )
             return each[..., None, None]
 
-        return of_frames(scale), of_frames(shift), chunk.lead and len(chunk.parts) > 1
+        return Modulation(of_frames(scale), of_frames(shift), chunk.lead and len(chunk.parts) > 1)
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return silu(norm(x)), shaped like x (batch, channel, time, height, width).
 
         `chunk` adds up the statistics of ranks.
         """
-        return modulated_silu(x, *self.modulation(self._own_statistics(x, chunk), x.dtype, chunk))
+        modulation = self.modulation(self._own_statistics(x, chunk), x.dtype, chunk)
+        return modulated_silu(x, modulation.scale, modulation.shift, modulation.lead)
 
     def _own_statistics(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return the statistics that normalize `x`."""
@@ -123,14 +138,12 @@ class SpatialNorm3D(nn.Module):
 
     def modulation(
         self, statistics: Tensor, dtype: torch.dtype, chunk: Chunk, z: Tensor, *, offset: Tensor | None = None
-    ) -> tuple[Any, ...]:
-        """Return the arguments of `write_modulated_silu` that normalize; see `GroupNorm.modulation`.
-
-        The last one is the maps from the latent `z`.
-        """
-        scale, shift, _ = self.norm_layer.modulation(statistics, dtype, chunk, offset=offset)
+    ) -> Modulation:
+        """Return the modulation that normalizes, with maps from the latent `z`."""
         y, b = self.conv_y.conv, self.conv_b.conv
-        return scale, shift, chunk.lead, LatentMaps(z, y.weight.flatten(1), y.bias, b.weight.flatten(1), b.bias)
+        return self.norm_layer.modulation(statistics, dtype, chunk, offset=offset)._replace(
+            lead=chunk.lead, maps=LatentMaps(z, y.weight.flatten(1), y.bias, b.weight.flatten(1), b.bias)
+        )
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
         """Return the normalized f (batch, channel, T, H, W).
@@ -139,7 +152,7 @@ class SpatialNorm3D(nn.Module):
             z: the latent (batch, latent_channel, t, h, w) of the same frames.
         """
         statistics = self.norm_layer._own_statistics(f, chunk)
-        scale, shift, _ = self.norm_layer.modulation(statistics, f.dtype, chunk)
+        scale, shift, *_ = self.norm_layer.modulation(statistics, f.dtype, chunk)
         # Pointwise maps commute with nearest resizing, so that all but one multiply-add is at z's resolution.
         y = self.conv_y(z, chunk)
         return modulated_silu(f, scale * y, shift * y + self.conv_b(z, chunk), chunk.lead)
@@ -176,7 +189,7 @@ def normalize_and_convolve(
     shape = (*x.shape[:2], frames, *x.shape[3:])
     if not conv.gains_by_buffer(x, frames):
         h = x if overwrite and not parts.repeats and isinstance(x, Tensor) else _empty(x, *shape)
-        _write_normalized(h, x, *modulation)
+        _write_normalized(h, x, modulation)
         del x, parts
         return conv.forward_over(h, chunk, biased)
     before = conv.conv.kernel_size[0] - 1
@@ -184,7 +197,7 @@ def normalize_and_convolve(
     tail = None
     if chunk.copies_tail(frames, before):
         tail = torch.empty_like(buffer[:, :, :before], memory_format=torch.channels_last_3d)
-    _write_normalized(buffer[:, :, before:], x, *modulation, tail=tail)
+    _write_normalized(buffer[:, :, before:], x, modulation, tail)
     del x, parts
     return conv.convolve_buffer(buffer, chunk, biased, tail)
 
@@ -196,12 +209,12 @@ def statistics_of(parts: Summands, norm: Norm, chunk: Chunk) -> Tensor:
     return chunk.total(norm.statistics(sums, places, parts.offset), norm.gather_norm)
 
 
-def _write_normalized(out: Tensor, x: Tensor | Product, *modulation: Any, tail: Tensor | None = None) -> None:
-    scale, shift, lead, *maps = modulation
-    if isinstance(x, Product) and tail is None and scale.shape[2] == 1 and not maps:
+def _write_normalized(out: Tensor, x: Tensor | Product, modulation: Modulation, tail: Tensor | None = None) -> None:
+    scale, shift, lead, maps = modulation
+    if isinstance(x, Product) and tail is None and scale.shape[2] == 1 and maps is None:
         x.write_modulated_silu(out, scale, shift)
     else:
-        write_modulated_silu(out, written(x), scale, shift, lead, *maps, tail=tail)
+        write_modulated_silu(out, written(x), scale, shift, lead, maps, tail)
 
 
 def _empty(x: Tensor | Product, *shape: int) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.waiting import Waiting, WaitingRoom
 from vae_modules.convolutions import CausalConv3d
-from vae_modules.modulation import write_modulated_silu
 from vae_modules.normalization import Norm, normalize_and_convolve
-from vae_modules.products import written
+from vae_modules.passes.modulation import write_modulated_silu
+from vae_modules.passes.products import written
 from vae_modules.residual_block import ResnetBlock3D
 from vae_modules.summands import Summands, with_repeated_frames
 from vae_modules.whole import Layer

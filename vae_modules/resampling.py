@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.convolutions import framewise, left_bias
-from vae_modules.resized_sums import doubled_sum, halved_sum
+from vae_modules.passes.resized_sums import doubled_sum, halved_sum
 from vae_modules.summands import Summands
 
 
@@ -92,10 +92,11 @@ class Upsample3D(nn.Module):
         return F.conv2d(doubled, self.conv.weight, self.conv.bias, padding=1)
 
     def _convolve_small(self, frames: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the convolution of the doubled frames (batch, channel, height, width), from the small ones.
+        """Return the convolution of the doubled frames, from the small ones.
 
-        A 3x3 kernel sees only 2x2 different pixels of a doubled image. With the sums of the taps for a pixel it is a
-        transposed convolution of the small image, with 4 instead of 9 products per pixel.
+        Frames are (batch, channel, height, width). A 3x3 kernel sees only 2x2 different pixels of a doubled image. With
+        the sums of the taps for a pixel it is a transposed convolution of the small image, with 4 instead of 9 products
+        per pixel.
         """
         weight = self.conv.weight
         kernel = _overlapping_sums(_overlapping_sums(weight, dim=2), dim=3).transpose(0, 1).flip(2, 3)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.convolutions import CausalConv3d, left_bias, pointwise_in_time
 from vae_modules.normalization import GroupNorm, SpatialNorm3D, normalize_and_convolve, statistics_of
-from vae_modules.products import Product, stay_unwritten, written
+from vae_modules.passes.products import Product, stay_unwritten, written
 from vae_modules.summands import Summands
 
 
@@ -73,13 +73,13 @@ class ResnetBlock3D(nn.Module):
         return self.with_shortcut(h, self.shortcut(parts.x, parts.repeats), parts.offset)
 
     def first_round(self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor) -> Summands:
-        """Return the first norm and convolution of `held`; the arguments are those of `normalize_and_convolve`."""
+        """Return the first norm and convolution of `held`; see `normalize_and_convolve`."""
         left = left_bias(self.conv1.conv)
         h = normalize_and_convolve(self.norm1, self.conv1, held, chunk, *z, statistics=statistics, biased=left is None)
         return Summands(h, offset=left)
 
     def second_round(self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Return the second norm and convolution of `held`, `first_round`'s result, without a left bias."""
+        """Return the second norm and convolution of `first_round`'s result, without a left bias."""
         return normalize_and_convolve(
             self.norm2,
             self.conv2,

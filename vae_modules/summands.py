@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sgm.modules.autoencoding.clip import Chunk
-from vae_modules.channel_sums import add_in_place, channel_sums
-from vae_modules.products import Product, written
+from vae_modules.passes.channel_sums import add_in_place, channel_sums
+from vae_modules.passes.products import Product, written
 
 
 @dataclass
@@ -47,39 +47,45 @@ class Summands:
         return self.x.device
 
     def places(self, chunk: Chunk) -> list[int]:
-        """Return the number of places, of time, height and width, of each part that is normalized by itself."""
+        """Return the number of places of each part that is normalized by itself."""
         return [frames * self.x.shape[3] * self.x.shape[4] for frames in chunk.lengths(self.frames)]
 
     def sums(self, chunk: Chunk) -> Tensor:
-        """Return the channel sums of x + other, and add `other` and `offset` to `x` if there is an `other`.
+        """Return the channel sums of x + other; an `other` and the offset are added to `x`.
 
-        Otherwise the offset is left, and the sums are those of `x`.
+        Without an `other` the offset is left, and the sums are those of `x`.
 
         Returns:
             float64 (2, batch, part, channel), for each part that is normalized by itself.
         """
-        if self.other is not None:
-            self.x = written(self.x)
-        parts = self.x.split(chunk.lengths(self.x.shape[2]), dim=2)
-        if self.other is not None:
-            others = self.other.split(chunk.lengths(self.other.shape[2]), dim=2)
-            leads = [chunk.lead, *[False] * (len(parts) - 1)]
-            each = [self._add(*both) for both in zip(parts, others, leads, strict=True)]
-            self.other = self.offset = None
-        elif self.repeats:
-            alone = int(chunk.lead)
-            times = (self.frames - alone) // (self.x.shape[2] - alone)
-            each = [times * channel_sums(part) for part in (parts[0][:, :, alone:], *parts[1:])]
-            if alone:
-                each[0] = each[0] + channel_sums(parts[0][:, :, :1])
-        else:
-            each = [part.sums() if isinstance(part, Product) else channel_sums(part) for part in parts]
-        return torch.stack(each, dim=2)
+        return torch.stack(self._sums_of_parts(chunk) if self.other is None else self._add_in_parts(chunk), dim=2)
 
-    def _add(self, x: Tensor, other: Tensor | Product, lead: bool) -> Tensor:
-        if isinstance(other, Product):
-            return other.add_to(x, self.offset)
-        return add_in_place(x, other, self.offset, lead)
+    def _sums_of_parts(self, chunk: Chunk) -> list[Tensor]:
+        lengths = chunk.lengths(self.x.shape[2])
+        if isinstance(self.x, Product):
+            return [part.sums() for part in self.x.split(lengths)]
+        parts = self.x.split(lengths, dim=2)
+        if not self.repeats:
+            return [channel_sums(part) for part in parts]
+        alone = int(chunk.lead)
+        times = (self.frames - alone) // (self.x.shape[2] - alone)
+        each = [times * channel_sums(part) for part in (parts[0][:, :, alone:], *parts[1:])]
+        return [each[0] + channel_sums(parts[0][:, :, :1]), *each[1:]] if alone else each
+
+    def _add_in_parts(self, chunk: Chunk) -> list[Tensor]:
+        """Return the channel sums of each part of x + other + offset, and leave that as `x`."""
+        assert self.other is not None
+        self.x = written(self.x)
+        parts, others = self.x.split(chunk.lengths(self.frames), dim=2), chunk.lengths(self.other.shape[2])
+        if isinstance(self.other, Product):
+            pairs = zip(parts, self.other.split(others), strict=True)
+            sums = [other.add_to(part, self.offset) for part, other in pairs]
+        else:
+            leads = (chunk.lead and index == 0 for index in range(len(parts)))
+            triples = zip(parts, self.other.split(others, dim=2), leads, strict=True)
+            sums = [add_in_place(part, other, self.offset, lead) for part, other, lead in triples]
+        self.other = self.offset = None
+        return sums
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return `x` and `other` as tensors."""

@@ -20,10 +20,11 @@ Layer = CausalConv3d | ResnetBlock3D | Downsample3D | Upsample3D
 
 @torch.no_grad()
 def run(layers: Sequence[Layer], norm_out: Norm, conv_out: CausalConv3d, x: Tensor, chunk: Chunk, *z: Tensor) -> Tensor:
-    """Return conv_out(norm_out(...)) of the layers' result for `x` (batch, channel, time, height, width).
+    """Return conv_out(norm_out(...)) of the layers' result.
 
     Args:
         layers: the first is a convolution, which does not overwrite `x`.
+        x: (batch, channel, time, height, width).
         z: the latent, for norms that are conditioned on it.
     """
     parts = Summands(x)

@@ -113,7 +113,7 @@ class RunsInPieces(nn.Module):
         return None
 
     def _by_parts(self, coder: nn.Module, x: Tensor, chunk: Chunk) -> Tensor:
-        """Return the output of a chunk, whose parts are computed one after the other if not all are allowed at once."""
+        """Return the output of a chunk, all parts at once or one after the other."""
         frames = self.frames_at_once
         if frames is None or 1 < len(chunk.parts) <= self.chunks_at_once:
             return coder(x, chunk)

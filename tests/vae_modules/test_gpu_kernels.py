@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from support import assert_close
-from vae_modules import gpu_kernels
-from vae_modules.channel_sums import channel_sums
-from vae_modules.latent_maps import LatentMaps
+from vae_modules.passes import gpu_kernels
+from vae_modules.passes.channel_sums import channel_sums
+from vae_modules.passes.latent_maps import LatentMaps
 
-triton_kernels = pytest.importorskip("vae_modules.triton_kernels")
+triton_kernels = pytest.importorskip("vae_modules.passes.triton_kernels")
 
 KERNELS = [getattr(triton_kernels, f"{name}_kernel") for name in ("sums", "modulated_silu", "resized_sum", "product")]
 ROOT = Path(__file__).resolve().parents[2]

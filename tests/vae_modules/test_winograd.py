@@ -9,9 +9,9 @@ from seeded import seeded_input, seeded_tensor
 from sgm.modules.autoencoding.clip import Chunk
 from support import assert_close
 from vae_modules import winograd
-from vae_modules.channel_sums import channel_sums
-from vae_modules.modulation import modulated_silu
 from vae_modules.normalization import GroupNorm
+from vae_modules.passes.channel_sums import channel_sums
+from vae_modules.passes.modulation import modulated_silu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

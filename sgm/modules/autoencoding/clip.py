@@ -37,7 +37,7 @@ class Chunk:
     parts: tuple[int, ...] = ()
 
     def lengths(self, frames: int) -> list[int]:
-        """Return the number of frames of each part that is normalized by itself, for a layer's `frames`."""
+        """Return how many of a layer's `frames` are in each part that is normalized by itself."""
         if len(self.parts) < 2:
             return [frames]
         alone = int(self.lead)

@@ -12,6 +12,6 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
     """
     if tensors[0].device.type != "cuda":
         return None
-    from vae_modules import gpu_kernels
+    from vae_modules.passes import gpu_kernels
 
     return gpu_kernels if gpu_kernels.serve(*tensors) else None

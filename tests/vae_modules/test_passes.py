@@ -8,10 +8,11 @@ from memory_traffic import traffic_of
 from seeded import seeded_input
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
-from vae_modules import modulation, pieces_in_cache
-from vae_modules.channel_sums import add_in_place, channel_sums
-from vae_modules.latent_maps import LatentMaps
-from vae_modules.resized_sums import doubled_sum, halved_sum
+from vae_modules.passes import modulation, pieces_in_cache
+from vae_modules.passes.channel_sums import add_in_place, channel_sums
+from vae_modules.passes.latent_maps import LatentMaps
+from vae_modules.passes.products import Product
+from vae_modules.passes.resized_sums import doubled_sum, halved_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,3 +96,23 @@ def test_bytes_beside_convolutions_at_full_size(task, at_once, most):
     run = {"encode": lambda: vae.encode(clip, unregularized=True), "decode": lambda: list(vae.decode_chunks(latent))}
     vae.use_frames_at_once(at_once)
     assert 0.9 * most < traffic_of(run[task]).total <= most
+
+
+@pytest.mark.parametrize("window", [(1, 1, 1), (3, 3, 3)], ids=str)
+def test_products_equal_their_tensors(window):
+    source, weight = channels_last(2, 4, 5, 6, 7), seeded_input("weight", (8, 4, *window))
+    product = Product(source, weight)
+    tensor = product.written()
+    assert product.shape == tensor.shape and product.dtype == tensor.dtype
+    assert_close(product.sums(), sums_of(tensor), 1e-6)
+    scale, shift, offset = (seeded_input(name, (2, 8, 1, 1, 1)) for name in "abc")
+    out, offset = torch.empty_like(tensor), offset[0].flatten()
+    product.write_modulated_silu(out, scale, shift)
+    assert_close(out, F.silu(tensor * scale + shift), 1e-6)
+    expected = out + tensor + offset[:, None, None, None]
+    assert_close(product.add_to(out, offset), sums_of(expected), 1e-6)
+    assert_close(out, expected, 1e-6)
+    if window[0] == 1:
+        assert torch.equal(torch.cat([part.written() for part in product.split([1, 4])], dim=2), tensor)
+    else:
+        assert product.split([3]) == [product]

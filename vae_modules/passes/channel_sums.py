@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vae_modules.gpu_support import kernels_for
-from vae_modules.pieces_in_cache import by_frame, rows_in_cache
+from vae_modules.passes.gpu_support import kernels_for
+from vae_modules.passes.pieces_in_cache import by_frame, rows_in_cache
 
 
 def channel_sums(x: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import logging
 import torch
 from torch import Tensor
 
-from vae_modules.latent_maps import LatentMaps
+from vae_modules.passes.latent_maps import LatentMaps
 
 try:
     import triton
 
-    from vae_modules import triton_kernels
+    from vae_modules.passes import triton_kernels
 except ImportError:  # on a CPU, or Windows
     triton = None
 
@@ -27,7 +27,8 @@ IN_HAND = 4096  # values that a program keeps in registers at once
 PLACES_EACH = 2048  # places that a program sums in float32; their sums are added in float64
 WIDEST = 2048  # channels
 LEAST_OF_A_PRODUCT = 16  # rows, inner size and channels of Triton's products
-PRODUCT_ROWS, PRODUCT_INNER, PRODUCT_CHANNELS = 64, 64, 128  # sizes of a product that a program makes at once
+PRODUCT_ROWS, PRODUCT_INNER, PRODUCT_CHANNELS = 32, 32, 128  # sizes of a product that a program makes at once
+WARPS = 8  # of a program with products: with four, registers spill on compute capability 8.0 and 9.0 (ptxas -v)
 
 
 def channel_sums(x: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def channel_sums(x: Tensor) -> Tensor:
 
 
 def add_and_sum(x: Tensor, other: Tensor, offset: Tensor | None = None, lead: bool = False) -> Tensor:
-    """Add `other` and `offset` (channel,) to `x`, and return its `channel_sums`; see `channel_sums.add_in_place`."""
+    """Return the sums of `channel_sums.add_in_place`, and add in place."""
     return _launch_sums(x, other, offset, lead)
 
 
@@ -93,11 +94,15 @@ def write_modulated_silu(
             LATENT_CHANNELS=max(triton.next_power_of_2(latent.shape[1]), LEAST_OF_A_PRODUCT) if maps else 1,
             CHANNELS=at_once,
             PLACES=places,
+            num_warps=4 if maps is None else WARPS,
         )
 
 
 def _places_of(maps: Tensor, out: Tensor, alone: int) -> tuple[int, ...]:
-    """Return a smaller tensor's strides, 0 for a size of 1, and the frames, rows and columns that a place is for."""
+    """Return a smaller tensor's strides, and the frames, rows and columns that a place is for.
+
+    The stride of a size of 1 is 0.
+    """
     strides = (0 if size == 1 else stride for size, stride in zip(maps.shape, maps.stride(), strict=True))
     frames, height, width = out.shape[2:]
     return *strides, _per_frame(frames, maps.shape[2], alone), height // maps.shape[3], width // maps.shape[4]
@@ -111,27 +116,27 @@ def _precision(x: Tensor) -> str:
 def write_halved_sum(
     out: Tensor, x: Tensor, other: Tensor | None, offset: Tensor | None, halve_time: bool, lead: bool
 ) -> None:
-    """Write x + other + offset into `out`, halved in time and padded; see `resized_sums.halved_sum`."""
+    """Write the result of `resized_sums.halved_sum` into `out`."""
     _launch_resized_sum(out, x, other, offset, int(lead) if halve_time else x.shape[2], double=False)
 
 
 def write_doubled_sum(out: Tensor, x: Tensor, other: Tensor | None, offset: Tensor | None) -> None:
-    """Write x + other + offset into `out`, each pixel as 2x2; see `resized_sums.doubled_sum`."""
+    """Write the result of `resized_sums.doubled_sum` into `out`."""
     _launch_resized_sum(out, x, other, offset, x.shape[2], double=True)
 
 
 def product_sums(source: Tensor, weight: Tensor) -> Tensor:
-    """Return the `channel_sums` of a convolution; see `products.Product`."""
+    """Return the result of `products.Product.sums`."""
     return _launch_product(None, source, weight)
 
 
 def add_product_and_sum(x: Tensor, source: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
-    """Add a convolution and an offset to `x`, and return its `channel_sums`; see `products.Product.add_to`."""
+    """Return the sums of `products.Product.add_to`, and add to `x`."""
     return _launch_product(x, source, weight, offset=offset)
 
 
 def write_product_silu(out: Tensor, source: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Write silu(convolution * scale + shift) into `out`; see `products.Product.write_modulated_silu`."""
+    """Do the same as `products.Product.write_modulated_silu`."""
     _launch_product(out, source, weight, modulation=(scale, shift))
 
 
@@ -346,5 +351,6 @@ def _launch_product(
             INNER=PRODUCT_INNER,
             ROWS=PRODUCT_ROWS,
             ROWS_EACH=PLACES_EACH,
+            num_warps=WARPS,
         )
     return partial.double().sum(2) if has_sums else partial

@@ -1,7 +1,7 @@
-"""Divide a large tensor for passes over it: into pieces that stay in a CPU's cache, and by the frames of its maps.
+"""Divide a large tensor for passes over it.
 
-Tensors are (batch, channel, time, height, width) in channels-last memory. A tensor may stand for more frames than it
-has: see `frame_of`.
+Pieces stay in a CPU's cache, or have frames that one operation supports. Tensors are (batch, channel, time, height,
+width) in channels-last memory. A tensor may stand for more frames than it has: see `frame_of`.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ CACHED = 2**18  # bytes of a piece that stay in a CPU's cache between operations
 
 
 def frame_of(frame: int, frames: int, stored: int, lead: bool) -> int:
-    """Return which of `stored` frames stands for number `frame` of `frames`, as nearest neighbour resizing does.
+    """Return which of `stored` frames stands for number `frame` of `frames`.
 
-    With `lead` the first frame is one by itself, and does not count in either number. A single stored frame stands for
-    all.
+    This is nearest neighbour resizing. With `lead` the first frame is one by itself, and does not count in either
+    number. A single stored frame stands for all.
     """
     if stored == 1:
         return 0
@@ -41,10 +41,10 @@ def rows_in_cache(x: Tensor, multiple: int = 1) -> Iterator[slice]:
 
 
 def by_frame(x: Tensor, lead: bool, *stored: int) -> Iterator[tuple[slice, ...]]:
-    """Yield frames of `x` with the frames that stand for them in tensors of `stored` frames; see `frame_of`.
+    """Yield frames of `x` with the frames that stand for them in smaller tensors.
 
-    On a CPU this is a single frame, which stays in the cache between operations; otherwise as many as one operation
-    supports.
+    Those have `stored` frames; see `frame_of`. On a CPU this is a single frame, which stays in the cache between
+    operations; otherwise as many as one operation supports.
     """
     frames = x.shape[2]
     if x.device.type == "cpu":

@@ -1,19 +1,21 @@
-"""Sums of two large tensors that are written halved or doubled, without the sum itself, and without gradients.
+"""Sums of two large tensors that are written halved or doubled, without gradients.
 
-Each is one operator that reads its tensors and writes its result once: on a GPU one kernel (see `gpu_kernels`; several
-PyTorch operations if it does not work), on a CPU piece by piece in the cache. Tensors are (batch, channel, time,
-height, width) in channels-last memory.
+The sum itself is not written. Each is one operator that reads its tensors and writes its result once: on a GPU one
+kernel (see `gpu_kernels`; several PyTorch operations if it does not work), on a CPU piece by piece in the cache.
+Tensors are (batch, channel, time, height, width) in channels-last memory.
 """
 
 import torch
 from torch import Tensor
 
-from vae_modules.gpu_support import kernels_for
-from vae_modules.pieces_in_cache import blocks, one_each, rows_in_cache
+from vae_modules.passes.gpu_support import kernels_for
+from vae_modules.passes.pieces_in_cache import blocks, one_each, rows_in_cache
 
 
 def halved_sum(x: Tensor, other: Tensor | None, offset: Tensor | None, halve_time: bool, lead: bool) -> Tensor:
-    """Return x + other + offset, with pairs of frames averaged, and with a row and a column of zeros at the end.
+    """Return x + other + offset with pairs of frames averaged, for a convolution of stride 2.
+
+    A row and a column of zeros follow the image.
 
     Args:
         other: like `x`; None: nothing.

@@ -1,8 +1,8 @@
-"""The pass of normalization over a large tensor: a scale and a shift, then SiLU, with its own backward pass.
+"""The pass of normalization over a large tensor: a scale and a shift, then SiLU.
 
-The pass keeps only its arguments for the backward pass. It is one operator that reads and writes its tensors once: on a
-GPU one kernel (see `gpu_kernels`; several PyTorch operations if it does not work), on a CPU piece by piece in the
-cache. Tensors are (batch, channel, time, height, width) in channels-last memory.
+It has its own backward pass, for which it keeps only its arguments. It is one operator that reads and writes its
+tensors once: on a GPU one kernel (see `gpu_kernels`; several PyTorch operations if it does not work), on a CPU piece by
+piece in the cache. Tensors are (batch, channel, time, height, width) in channels-last memory.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vae_modules.gpu_support import kernels_for
-from vae_modules.latent_maps import LatentMaps
-from vae_modules.pieces_in_cache import blocks, by_frame, one_each, rows_in_cache
+from vae_modules.passes.gpu_support import kernels_for
+from vae_modules.passes.latent_maps import LatentMaps
+from vae_modules.passes.pieces_in_cache import blocks, by_frame, one_each, rows_in_cache
 
 
 def modulated_silu(x: Tensor, scale: Tensor, shift: Tensor, lead: bool) -> Tensor:

@@ -1,8 +1,8 @@
-"""Convolutions whose result is not written: it is added, summed or normalized at once, without gradients.
+"""Convolutions whose result is not written, but added, summed or normalized at once.
 
-This saves passes where the result is large and a value of it is cheap: a 1x1x1 convolution, or one of few channels.
-Tensors are (batch, channel, time, height, width) in channels-last memory. Each pass is one operator, on a GPU one
-kernel (see `gpu_kernels`).
+No gradients are taken. This saves passes where the result is large and a value of it is cheap: a 1x1x1 convolution, or
+one of few channels. Tensors are (batch, channel, time, height, width) in channels-last memory. Each pass is one
+operator, on a GPU one kernel (see `gpu_kernels`).
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from vae_modules.channel_sums import add_in_place, channel_sums
-from vae_modules.gpu_support import kernels_for
-from vae_modules.modulation import write_modulated_silu
+from vae_modules.passes.channel_sums import add_in_place, channel_sums
+from vae_modules.passes.gpu_support import kernels_for
+from vae_modules.passes.modulation import write_modulated_silu
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Product:
     def device(self) -> torch.device:
         return self.source.device
 
-    def split(self, lengths: Sequence[int], dim: int) -> "list[Product]":
-        """Return the parts along time, `dim` 2, with `lengths` frames."""
-        assert dim == 2 and (len(lengths) == 1 or self.weight.shape[2] == 1)
+    def split(self, lengths: Sequence[int]) -> "list[Product]":
+        """Return parts of `lengths` frames; several only of a convolution of length 1 in time."""
         if len(lengths) == 1:
             return [self]
+        assert self.weight.shape[2] == 1
         return [Product(source, self.weight) for source in self.source.split(list(lengths), dim=2)]
 
     def written(self) -> Tensor:
@@ -64,7 +64,7 @@ class Product:
         return _add_product_and_sum(x, self.source, self.weight, offset)
 
     def write_modulated_silu(self, out: Tensor, scale: Tensor, shift: Tensor) -> None:
-        """Write silu(result * scale + shift) into `out`; `scale` and `shift` are (batch, channel, 1, 1, 1)."""
+        """Write silu(result * scale + shift) into `out`, with (batch, channel, 1, 1, 1) maps."""
         _product_silu(out, self.source, self.weight, scale, shift)
 
 
@@ -74,7 +74,7 @@ def written(x: Tensor | Product) -> Tensor:
 
 
 def stay_unwritten(x: Tensor) -> bool:
-    """Return whether `Product`s of `x` are faster than their tensors: where the GPU kernels work.
+    """Return whether `Product`s of `x` are faster than tensors: where the GPU kernels work.
 
     Tensors without content stand for those of such a GPU.
     """

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _stored(frame, alone, per_frame):  # type: ignore[no-untyped-def]
-    """Return which stored frame stands for a frame: the first `alone` for one each, others for `per_frame`."""
+    """Return which stored frame stands for a frame: `alone` for one each, then `per_frame`."""
     return tl.where(frame < alone, frame, alone + (frame - alone) // per_frame)
 
 
@@ -245,17 +245,18 @@ def product_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     ROWS_EACH: tl.constexpr,
 ):
-    """Convolve `source` without padding; the result's rows are places of images of `height` and `width`.
+    """Convolve `source` without padding.
 
-    Row `k` of `weight` (inner, channels) is for one input channel of one tap. With ADD the result and, with OFFSET, a
-    number for each channel are added to `out`; with SILU silu(result * scale + shift) is written to `out`; with SUMS
-    the sums of the rows and of their squares are written to `partial`.
+    The result's rows are places of images of `height` and `width`. Row `k` of `weight` (inner, channels) is for one
+    input channel of one tap. With ADD the result and, with OFFSET, a number for each channel are added to `out`; with
+    SILU silu(result * scale + shift) is written to `out`; with SUMS the sums of the rows and of their squares are
+    written to `partial`.
     """
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
-    total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
-    square = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    total = tl.zeros((CHANNELS,), dtype=tl.float32)
+    square = tl.zeros((CHANNELS,), dtype=tl.float32)
     for start in range(0, ROWS_EACH, ROWS):
         row = block.to(tl.int64) * ROWS_EACH + start + tl.arange(0, ROWS)
         column, line = row % width, row // width
@@ -291,10 +292,10 @@ def product_kernel(  # type: ignore[no-untyped-def]
             value += tl.load(shift + batch * channels + channel, mask=inside, other=0.0)[None, :]
             tl.store(place, (value / (1.0 + tl.exp(-value))).to(out.dtype.element_ty), mask=mask)
         if SUMS:
-            total += value
-            square += value * value
+            total += tl.sum(value, axis=0)
+            square += tl.sum(value * value, axis=0)
     if SUMS:
         to = partial + (batch * tl.num_programs(0) + block) * channels + channel
-        tl.store(to, tl.sum(total, axis=0), mask=inside)
+        tl.store(to, total, mask=inside)
         half = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * channels
-        tl.store(to + half, tl.sum(square, axis=0), mask=inside)
+        tl.store(to + half, square, mask=inside)

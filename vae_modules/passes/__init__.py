@@ -1,0 +1,1 @@
+"""Passes over large tensors, each of which reads and writes them once."""
