@@ -153,6 +153,7 @@ COVERED_BY = {
     "vae_modules.whole": ("vae_modules/test_autoencoder.py", "runs the layers of the autoencoder"),
     "vae_modules.passes.channel_sums": ("vae_modules/test_passes.py", "passes on a CPU"),
     "vae_modules.passes.gpu_support": ("vae_modules/test_gpu_kernels.py", "passes on a GPU"),
+    "vae_modules.passes.gpu_trial": ("vae_modules/test_gpu_kernels.py", "passes on a GPU"),
     "vae_modules.passes.latent_maps": ("vae_modules/test_passes.py", "passes on a CPU"),
     "vae_modules.passes.modulation": ("vae_modules/test_passes.py", "passes on a CPU"),
     "vae_modules.passes.pieces_in_cache": ("vae_modules/test_passes.py", "passes on a CPU"),

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from support import assert_close
-from vae_modules.passes import gpu_kernels
+from vae_modules.passes import gpu_support
 from vae_modules.passes.channel_sums import channel_sums
 from vae_modules.passes.latent_maps import LatentMaps
 
-triton_kernels = pytest.importorskip("vae_modules.passes.triton_kernels")
+gpu_kernels, gpu_trial, triton_kernels = (
+    pytest.importorskip(f"vae_modules.passes.{name}") for name in ("gpu_kernels", "gpu_trial", "triton_kernels")
+)
 
 KERNELS = [getattr(triton_kernels, f"{name}_kernel") for name in ("sums", "modulated_silu", "resized_sum", "product")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +99,7 @@ def wide(maps: LatentMaps) -> LatentMaps:
 def test_in_the_interpreter():
     code = (
         "import torch, test_gpu_kernels as test\n"
-        "test.gpu_kernels._try_out('cpu')\n"
+        "for dtype in (torch.float32, torch.float16): test.gpu_trial.try_out(dtype, 'cpu')\n"
         "for dtype, channels in ((torch.float32, 48), (torch.float16, 128), (torch.bfloat16, 128)):\n"
         "    test.cases(dtype, channels)\n"
     )
@@ -128,17 +130,26 @@ def test_they_compile(capability):
             assert compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target).asm["cubin"]
 
 
-def test_without_a_gpu_pytorch_serves(monkeypatch, caplog):
-    x = torch.randn(1, 2, 3, 4, 8).permute(0, 4, 1, 2, 3)
-    assert not gpu_kernels.serve(x)
+def test_a_kernel_that_computes_something_else_is_noticed(monkeypatch):
+    def skewed(dtype, device):
+        yield torch.ones(3), torch.ones(3).double()
+        yield torch.tensor([1.0, 1.0, torch.nan]), torch.ones(3).double()
 
-    def broken(device="cuda"):
+    monkeypatch.setattr(gpu_trial, "_results", skewed)
+    with pytest.raises(ArithmeticError, match="they give other numbers than PyTorch"):
+        gpu_trial.try_out(torch.float32)
+
+
+def test_without_a_gpu_pytorch_serves(monkeypatch, caplog):
+    assert gpu_support.kernels_for(torch.randn(1, 2, 3, 4, 8).permute(0, 4, 1, 2, 3)) is None
+
+    def broken(dtype):
         raise RuntimeError("no kernel image\nfor this device")
 
-    gpu_kernels.works.cache_clear()
-    monkeypatch.setattr(gpu_kernels, "_try_out", broken)
+    gpu_support.work_in.cache_clear()
+    monkeypatch.setattr(gpu_trial, "try_out", broken)
     try:
-        assert not gpu_kernels.works() and not gpu_kernels.works()
+        assert not gpu_support.work_in(torch.bfloat16) and not gpu_support.work_in(torch.bfloat16)
     finally:
-        gpu_kernels.works.cache_clear()
+        gpu_support.work_in.cache_clear()
     assert caplog.text.count("without its own GPU kernels, which fail on this machine: no kernel image") == 1

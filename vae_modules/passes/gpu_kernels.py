@@ -1,31 +1,18 @@
 """The VAE's passes over large tensors on a GPU, each reading and writing them once.
 
 The kernels are those of `triton_kernels`. Tensors are (batch, channel, time, height, width) in channels-last memory,
-where every place is a row of channels. If Triton is missing or fails, `serve` returns False, and the callers compute
-the same in several passes.
+where every place is a row of channels. `gpu_support` decides whether they serve.
 """
 
-import functools
-import logging
-
 import torch
+import triton
 from torch import Tensor
 
+from vae_modules.passes import triton_kernels
 from vae_modules.passes.latent_maps import LatentMaps
 
-try:
-    import triton
-
-    from vae_modules.passes import triton_kernels
-except ImportError:  # on a CPU, or Windows
-    triton = None
-
-logger = logging.getLogger(__name__)
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IN_HAND = 4096  # values that a program keeps in registers at once
 PLACES_EACH = 2048  # places that a program sums in float32; their sums are added in float64
-WIDEST = 2048  # channels
 LEAST_OF_A_PRODUCT = 16  # rows, inner size and channels of Triton's products
 PRODUCT_ROWS, PRODUCT_INNER, PRODUCT_CHANNELS = 32, 32, 128  # sizes of a product that a program makes at once
 WARPS = 8  # of a program with products: with four, registers spill on compute capability 8.0 and 9.0 (ptxas -v)
@@ -138,106 +125,6 @@ def add_product_and_sum(x: Tensor, source: Tensor, weight: Tensor, offset: Tenso
 def write_product_silu(out: Tensor, source: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
     """Do the same as `products.Product.write_modulated_silu`."""
     _launch_product(out, source, weight, modulation=(scale, shift))
-
-
-def serve(*tensors: Tensor) -> bool:
-    """Return whether the kernels support these tensors.
-
-    The tensors must be on a GPU, with rows of channels one after the other.
-    """
-    first = tensors[0]
-    return (
-        first.device.type == "cuda"
-        and all(x.dtype == first.dtype and x.numel() > 0 and _is_dense(x) for x in tensors)
-        and first.dtype in DTYPES
-        and first.shape[1] <= WIDEST
-        and works()
-    )
-
-
-@functools.cache
-def works() -> bool:
-    """Return whether the kernels give the results of PyTorch on this machine.
-
-    The kernels are tried once, and a failure is logged.
-    """
-    if triton is None:
-        return False
-    try:
-        _try_out()
-    except Exception as error:  # Triton, its compiler or the driver raises many kinds
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning("the VAE runs without its own GPU kernels, which fail on this machine: %s", reason)
-        return False
-    return True
-
-
-def _try_out(device: str = "cuda") -> None:
-    """Check that the kernels agree with PyTorch on small tensors.
-
-    Raises:
-        ArithmeticError: the results differ.
-    """
-    own = torch.Generator(device).manual_seed(0)  # the global generators stay untouched
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=own, device=device)
-
-    x, other = (drawn(2, 3, 6, 5, 48).permute(0, 4, 1, 2, 3) for _ in range(2))
-    scale, shift = (drawn(2, 48, 2, 3, 5) for _ in range(2))
-    first_scale, first_shift = (drawn(2, 48, 2, 1, 1) for _ in range(2))
-    maps = LatentMaps(drawn(2, 5, 2, 3, 5), *(drawn(48, *more) for more in ((5,), (), (5,), ())))
-    outer_scale, outer_shift = (_twice(m).repeat_interleave(2, 3) for m in maps.scale_and_shift())
-    factor, summand = (_twice(m).repeat_interleave(2, 3) for m in (scale, shift))
-    expected, out = torch.nn.functional.silu(x * factor + summand), torch.empty_like(x)
-    write_modulated_silu(out, x, scale, shift, True)
-    normed = (_twice(x[:, :, :2]) * _twice(first_scale) + _twice(first_shift)) * outer_scale + outer_shift
-    normed_expected, normed_out = torch.nn.functional.silu(normed), torch.empty_like(x)
-    tail = torch.empty_like(x[:, :, :2], memory_format=torch.channels_last_3d)
-    write_modulated_silu(normed_out, x[:, :, :2], first_scale, first_shift, True, maps, tail)
-    offset = drawn(48)
-    added = x + other + offset[:, None, None, None]
-    halved, doubled = (
-        torch.empty(shape, device=device).to(memory_format=torch.channels_last_3d)
-        for shape in ((2, 48, 2, 7, 6), (2, 48, 3, 12, 10))
-    )
-    write_halved_sum(halved, x, other, offset, True, True)
-    write_doubled_sum(doubled, x, other, offset)
-    pairs = torch.cat([added[:, :, :1], added[:, :, 1:2].lerp(added[:, :, 2:], 0.5)], dim=2)
-    total, shifted = x + other, x + _twice(other[:, :, :2]) + offset[:, None, None, None]
-    sums, shifted_sums = (
-        torch.stack([each.double().sum((2, 3, 4)), each.double().square().sum((2, 3, 4))]) for each in (total, shifted)
-    )
-    with_offset = x.clone()
-    found, shifted_found = add_and_sum(x, other), add_and_sum(with_offset, other[:, :, :2], offset, True)
-    same = [(out, expected), (normed_out, normed_expected), (x, total), (found, sums), (channel_sums(x), sums)]
-    same += [(with_offset, shifted), (shifted_found, shifted_sums), (tail, normed_expected[:, :, -2:])]
-    same += [(halved, torch.nn.functional.pad(pairs, (0, 1, 0, 1)))]
-    same += [(doubled, added.repeat_interleave(2, 3).repeat_interleave(2, 4))]
-    for window in ((1, 1, 1), (3, 3, 3)):
-        weight = drawn(40, 48, *window) / 10
-        product = torch.nn.functional.conv3d(x, weight)
-        sums = torch.stack([product.double().sum((2, 3, 4)), product.double().square().sum((2, 3, 4))])
-        same += [(product_sums(x, weight), sums)]
-        out = torch.empty_like(product, memory_format=torch.channels_last_3d)
-        factor, summand = drawn(2, 40, 1, 1, 1), drawn(2, 40, 1, 1, 1)
-        write_product_silu(out, x, weight, factor, summand)
-        same += [(out.clone(), torch.nn.functional.silu(product * factor + summand))]
-        expected = out + product + offset[:40, None, None, None]
-        found = add_product_and_sum(out, x, weight, offset[:40])
-        same += [(out, expected), (found[0], expected.double().sum((2, 3, 4)))]
-    if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in same):
-        raise ArithmeticError("they give other numbers than PyTorch")
-
-
-def _twice(x: Tensor) -> Tensor:
-    """Return the two frames of `x`, the last of them twice."""
-    return torch.cat([x, x[:, :, 1:]], dim=2)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Return whether the places of each clip are rows of channels without gaps."""
-    return x.ndim == 5 and x[:1].is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def _per_frame(frames: int, stored: int, alone: int) -> int:
