@@ -76,9 +76,9 @@ class CausalConv3d(nn.Module):
             return winograd.overwriting_conv3d(before, x, self.conv.weight, self.conv.bias if biased else None)
         return self(x, chunk, biased)
 
-    def run(self, parts: Summands, chunk: Chunk, *z: Tensor) -> Summands:
+    def run(self, summands: Summands, chunk: Chunk, *z: Tensor) -> Summands:
         """Return the convolution of a sum, without gradients; the latent `z` has no effect."""
-        x, left = parts.added(chunk), left_bias(self.conv)
+        x, left = summands.added(chunk), left_bias(self.conv)
         time, height, width = self.conv.kernel_size
         if left is None or self.conv.in_channels > FEW or time == 1 or x.shape[2] == 0 or not stay_unwritten(x):
             return Summands(self(x, chunk, biased=left is None), offset=left)

@@ -181,16 +181,16 @@ def normalize_and_convolve(
         overwrite: the caller does not need the sum, and its memory may be overwritten.
         biased: add the bias of the convolution.
     """
-    parts = held.pop()
+    summands = held.pop()
     if statistics is None:
-        statistics = statistics_of(parts, norm, chunk)
-    x, frames = parts.x, parts.frames
-    modulation = norm.modulation(statistics, x.dtype, chunk, *z, offset=parts.offset)
+        statistics = statistics_of(summands, norm, chunk)
+    x, frames = summands.x, summands.frames
+    modulation = norm.modulation(statistics, x.dtype, chunk, *z, offset=summands.offset)
     shape = (*x.shape[:2], frames, *x.shape[3:])
     if not conv.gains_by_buffer(x, frames):
-        h = x if overwrite and not parts.repeats and isinstance(x, Tensor) else _empty(x, *shape)
+        h = x if overwrite and not summands.repeats and isinstance(x, Tensor) else _empty(x, *shape)
         _write_normalized(h, x, modulation)
-        del x, parts
+        del x, summands
         return conv.forward_over(h, chunk, biased)
     before = conv.conv.kernel_size[0] - 1
     buffer = _empty(x, *shape[:2], before + frames, *shape[3:])
@@ -198,15 +198,15 @@ def normalize_and_convolve(
     if chunk.copies_tail(frames, before):
         tail = torch.empty_like(buffer[:, :, :before], memory_format=torch.channels_last_3d)
     _write_normalized(buffer[:, :, before:], x, modulation, tail)
-    del x, parts
+    del x, summands
     return conv.convolve_buffer(buffer, chunk, biased, tail)
 
 
-def statistics_of(parts: Summands, norm: Norm, chunk: Chunk) -> Tensor:
+def statistics_of(summands: Summands, norm: Norm, chunk: Chunk) -> Tensor:
     """Return the statistics that normalize a sum, which is taken in the same pass."""
-    places = parts.places(chunk)
-    sums = parts.sums(chunk)
-    return chunk.total(norm.statistics(sums, places, parts.offset), norm.gather_norm)
+    places = summands.places(chunk)
+    sums = summands.sums(chunk)
+    return chunk.total(norm.statistics(sums, places, summands.offset), norm.gather_norm)
 
 
 def _write_normalized(out: Tensor, x: Tensor | Product, modulation: Modulation, tail: Tensor | None = None) -> None:

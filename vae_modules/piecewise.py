@@ -60,18 +60,18 @@ class Pieces:
         """
         total = None
         for index, chunk in enumerate(self.chunks):
-            parts = step(index, self.waiting[index])
+            summands = step(index, self.waiting[index])
             if norm is not None:
-                places = parts.places(chunk)
-                sums = norm.statistics(parts.sums(chunk), places, parts.offset)
+                places = summands.places(chunk)
+                sums = norm.statistics(summands.sums(chunk), places, summands.offset)
                 total = sums if total is None else total + sums
-            elif parts.other is not None:
-                parts = Summands(parts.added(chunk))
-            x = written(parts.x)
-            if parts.repeats:
-                x = with_repeated_frames(x, parts.frames, int(chunk.lead))
-            self.waiting[index], self.offset = self.room.keep(x), parts.offset
-            del parts, x
+            elif summands.other is not None:
+                summands = Summands(summands.added(chunk))
+            x = written(summands.x)
+            if summands.repeats:
+                x = with_repeated_frames(x, summands.frames, int(chunk.lead))
+            self.waiting[index], self.offset = self.room.keep(x), summands.offset
+            del summands, x
         self.statistics = None if norm is None else self.clip.total(total, norm.gather_norm)
 
     def exchange_tails(self, conv: CausalConv3d, of: Callable[[int], Tensor]) -> None:

@@ -35,11 +35,11 @@ class Downsample3D(nn.Module):
             x = torch.cat([x[:, :, :1], pairs], dim=2) if lead else pairs
         return framewise(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
 
-    def run(self, parts: Summands, chunk: Chunk) -> Summands:
+    def run(self, summands: Summands, chunk: Chunk) -> Summands:
         """Return the result of a call for a sum, without gradients."""
         left = left_bias(self.conv)
         bias = self.conv.bias if left is None else None
-        padded = halved_sum(*parts.tensors(), parts.offset, self.compress_time, chunk.lead)
+        padded = halved_sum(*summands.tensors(), summands.offset, self.compress_time, chunk.lead)
         return Summands(
             framewise(lambda frames: F.conv2d(frames, self.conv.weight, bias, stride=2), padded), offset=left
         )
@@ -70,19 +70,19 @@ class Upsample3D(nn.Module):
             x = torch.cat([x[:, :, :lead], doubled], dim=2)
         return x
 
-    def run(self, parts: Summands, chunk: Chunk, *z: Tensor) -> Summands:
+    def run(self, summands: Summands, chunk: Chunk, *z: Tensor) -> Summands:
         """Return the result of a call for a sum, without gradients.
 
         Frames are doubled by the operations that follow.
         """
         left = left_bias(self.conv)
         bias = self.conv.bias if left is None else None
-        if _takes_sums_of_taps(parts):
-            x = framewise(partial(self._convolve_small, bias=bias), parts.added(chunk))
+        if _takes_sums_of_taps(summands):
+            x = framewise(partial(self._convolve_small, bias=bias), summands.added(chunk))
         else:
-            if parts.repeats or (parts.other is not None and parts.other.shape[2] < parts.frames):
-                parts = Summands(parts.added(chunk))
-            doubled = doubled_sum(*parts.tensors(), parts.offset)
+            if summands.repeats or (summands.other is not None and summands.other.shape[2] < summands.frames):
+                summands = Summands(summands.added(chunk))
+            doubled = doubled_sum(*summands.tensors(), summands.offset)
             x = framewise(lambda frames: F.conv2d(frames, self.conv.weight, bias, padding=1), doubled)
         frames, lead = x.shape[2], int(chunk.lead)
         return Summands(x, None, left, 2 * frames - lead if self.compress_time else frames)

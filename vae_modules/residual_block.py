@@ -62,15 +62,15 @@ class ResnetBlock3D(nn.Module):
         """Return whether the shortcut is a convolution."""
         return hasattr(self, "nin_shortcut")
 
-    def run(self, parts: Summands, chunk: Chunk, *z: Tensor) -> Summands:
+    def run(self, summands: Summands, chunk: Chunk, *z: Tensor) -> Summands:
         """Return the block's output for a sum, without gradients and dropout.
 
         The sum is taken while the first norm's statistics are, and each round has one buffer.
         """
-        statistics = statistics_of(parts, self.norm1, chunk)
-        held = [self.first_round([parts], chunk, *z, statistics=statistics)]
+        statistics = statistics_of(summands, self.norm1, chunk)
+        held = [self.first_round([summands], chunk, *z, statistics=statistics)]
         h = self.second_round(held, chunk, *z)
-        return self.with_shortcut(h, self.shortcut(parts.x, parts.repeats), parts.offset)
+        return self.with_shortcut(h, self.shortcut(summands.x, summands.repeats), summands.offset)
 
     def first_round(self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor) -> Summands:
         """Return the first norm and convolution of `held`; see `normalize_and_convolve`."""

@@ -27,9 +27,9 @@ def run(layers: Sequence[Layer], norm_out: Norm, conv_out: CausalConv3d, x: Tens
         x: (batch, channel, time, height, width).
         z: the latent, for norms that are conditioned on it.
     """
-    parts = Summands(x)
+    summands = Summands(x)
     for layer in layers:
-        parts = layer.run(parts, chunk, *z)
-    held = [parts]
-    del parts
+        summands = layer.run(summands, chunk, *z)
+    held = [summands]
+    del summands
     return normalize_and_convolve(norm_out, conv_out, held, chunk, *z, overwrite=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from device_parts.recording import Recorder
 from device_parts.timing import measure as timed
-from measuring.autoencoders import build
+from measuring.autoencoders import AT_ONCE, build
 from measuring.vae_arguments import CLIPS, DEFAULTS, OURS, WHOLE
 from vae import CONTENDERS
 
@@ -16,7 +16,7 @@ TOY_CLIP = (9, 32, 32)
 
 def measure(recorder: Recorder) -> None:
     """Write a row for each task and contender."""
-    size = "tiny" if recorder.toy else "full"
+    size, prefix = ("tiny", "toy, ") if recorder.toy else ("full", "")
     frames, height, width = TOY_CLIP if recorder.toy else CLIPS["full", "cuda"]
     args = argparse.Namespace(size=size, frames=frames, height=height, width=width)
     args.device, args.dtype = recorder.device, str(recorder.dtype).removeprefix("torch.")
@@ -31,7 +31,9 @@ def measure(recorder: Recorder) -> None:
             for task, contending in CONTENDERS.items():
                 for name in names:
                     if name in contending:
-                        measure_task(recorder, f"{'toy, ' if recorder.toy else ''}{task}, {name}", built[name][task])
+                        measure_task(recorder, f"{prefix}{task}, {name}", built[name][task])
+            if OURS in names:
+                measure_task(recorder, f"{prefix}{AT_ONCE}, {OURS}", built[OURS][AT_ONCE])
             del built
 
 

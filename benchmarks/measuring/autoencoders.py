@@ -15,6 +15,7 @@ from seeded import seed_module_, seeded_input
 from vae_modules.autoencoder import VideoAutoencoderInferenceWrapper
 
 LATENT_CHANNELS = 16
+AT_ONCE = "decode all chunks at once"  # a task of ours
 
 
 def autoencoder(size: str, **coder: object) -> VideoAutoencoderInferenceWrapper:
@@ -55,7 +56,7 @@ def seeded_video(args: argparse.Namespace) -> torch.Tensor:
 def build(args: argparse.Namespace, *contenders: str) -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
     """Return the two tasks of each contender, as functions without arguments.
 
-    The contenders of diffusers share one network.
+    Ours has a third one, `AT_ONCE`. The contenders of diffusers share one network.
     """
     placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     x = seeded_video(args).to(**placement)
@@ -67,6 +68,7 @@ def build(args: argparse.Namespace, *contenders: str) -> dict[str, dict[str, Cal
         built[OURS] = {
             "encode": lambda: vae.encode(x, unregularized=True)[0],
             "decode": lambda: torch.cat(list(vae.decode_chunks(z)), dim=2),
+            AT_ONCE: lambda: _decoded_at_once(vae, z),
         }
     if theirs := [name for name in contenders if name != OURS]:
         other = diffusers_autoencoder(args.size).to(**placement)
@@ -79,3 +81,12 @@ def build(args: argparse.Namespace, *contenders: str) -> dict[str, dict[str, Cal
         for name in theirs:
             built[name] = {"encode": partial(encode, name), "decode": lambda: other.decode(z).sample}
     return {name: {task: torch.no_grad()(run) for task, run in tasks.items()} for name, tasks in built.items()}
+
+
+def _decoded_at_once(vae: VideoAutoencoderInferenceWrapper, z: torch.Tensor) -> torch.Tensor:
+    vae.use_frames_at_once(vae.decoder.time_factor * z.shape[2])
+    try:
+        (frames,) = vae.decode_chunks(z)
+    finally:
+        vae.use_frames_at_once(None)
+    return frames

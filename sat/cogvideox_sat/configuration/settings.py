@@ -122,7 +122,8 @@ class EngineSettings(Settings):
         weights_in_shares: leave the network's weights in their files until ZeRO-3 loads each process's share.
         fp16, bf16: compute in float16 or bfloat16; if neither is set, in float32.
         vae_tile_size: run the VAE in overlapping tiles of this many pixels: less memory, slightly different numbers.
-        vae_frames_at_once: run each layer of the VAE on this many frames at a time: less memory, the same numbers.
+        vae_frames_at_once: run each layer of the VAE on this many frames at a time: less memory, the same numbers. 16
+            or more decode several chunks at once.
         vae_waiting_bytes: bytes of a GPU's memory for frames that wait meanwhile; None: all free memory.
         guidance_batch: 2: both halves of guidance go through the network together; 1: one after the other, which takes
             half the memory of activations.

@@ -38,7 +38,8 @@ class CommonArguments:
     vae_frames_at_once: int | None = argument(
         None,
         "run each layer of the VAE on this many frames at a time, a multiple of 4; the others wait in host memory: "
-        "less memory, the same numbers (default: all frames, or fewer if a GPU's memory is too small)",
+        "less memory, the same numbers (default: all frames to encode, a chunk of 8 to decode, fewer if a GPU's memory "
+        "is too small); 16 or more decode several chunks at once, in more memory",
     )
     attention: str = argument(
         "auto",
