@@ -114,6 +114,7 @@ COVERED_BY = {
     "sgm.modules.autoencoding.regularizers.lookup_free_quantization": ("sgm/test_regularizers.py", "one set for all"),
     "sgm.modules.autoencoding.regularizers.quantize": ("sgm/test_regularizers.py", "one set for all"),
     "sgm.modules.autoencoding.temporal_ae": ("sgm/test_video_attention.py", "layers over time"),
+    "sgm.modules.autoencoding.meta_device": ("memory/test_encoding_memory.py", "estimates for a CPU"),
     "sgm.modules.autoencoding.tiling": ("vae_modules/test_autoencoder.py", "tiles of the decoder"),
     "sgm.modules.attention_layers": ("sgm/test_attention.py", "`attention` passes its names on"),
     "sgm.modules.checkpoint": ("sgm/test_autoencoder.py", "weights of the engines"),

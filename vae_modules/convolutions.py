@@ -15,8 +15,8 @@ from vae_modules.passes.products import Product, stay_unwritten
 from vae_modules.summands import Summands
 
 FEW = 4
-"""Number of channels, and of fewer, that convolutions treat by other methods: oneDNN has no float32 3D convolution for
-them, and cuDNN is slow."""
+"""Convolutions of few input channels take other paths: on a CPU of less than this number (oneDNN has no float32 3D
+convolution for them), on a GPU also of this number (cuDNN is slow)."""
 
 
 def leaves_bias(weight: Tensor) -> bool:
@@ -80,7 +80,8 @@ class CausalConv3d(nn.Module):
         """Return the convolution of a sum, without gradients; the latent `z` has no effect."""
         x, left = summands.added(chunk), left_bias(self.conv)
         time, height, width = self.conv.kernel_size
-        if left is None or self.conv.in_channels > FEW or time == 1 or x.shape[2] == 0 or not stay_unwritten(x):
+        small = self.conv.in_channels <= FEW and time > 1 and x.shape[2] > 0 and len(chunk.parts) < 2
+        if left is None or not small or not stay_unwritten(x, self.conv.weight):
             return Summands(self(x, chunk, biased=left is None), offset=left)
         before = chunk.frames_before(self, x, time - 1)
         if before is None:

@@ -235,9 +235,10 @@ class ContextParallelDecoder3D(nn.Module):
         h = self.conv_in(z, chunk)
         h = self.mid.block_2(self.mid.block_1(h, chunk, z), chunk, z)
         for level, up in reversed(list(enumerate(self.up))):
-            recompute = level in self.checkpoint_levels
-            for layer in _layers_of(up):
-                h = run_layer(layer, h, chunk, z, recompute=recompute)
+            for block in up.block:
+                h = run_layer(block, h, chunk, z, recompute=level in self.checkpoint_levels)
+            if hasattr(up, "upsample"):
+                h = up.upsample(h, chunk)
         return self.conv_out(self.norm_out(h, z, chunk), chunk)
 
     @property

@@ -60,7 +60,7 @@ class GroupNorm(nn.GroupNorm):
         Returns:
             float64 (3, batch, part, groups).
         """
-        count = sums.new_tensor(places)[:, None]
+        count = torch.cat([sums.new_full((1,), each) for each in places])[:, None]  # no copy that waits for a GPU
         if offset is not None:
             total, square = sums
             offset = offset.double()
@@ -110,8 +110,9 @@ class GroupNorm(nn.GroupNorm):
 
     def _own_statistics(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return the statistics that normalize `x`."""
-        sums = channel_sums(x).unsqueeze(2)
-        return chunk.total(self.statistics(sums, [x[0, 0].numel()]), self.gather_norm)
+        parts = x.split(chunk.lengths(x.shape[2]), dim=2)
+        sums = torch.stack([channel_sums(part) for part in parts], dim=2)
+        return chunk.total(self.statistics(sums, [part[0, 0].numel() for part in parts]), self.gather_norm)
 
 
 class SpatialNorm3D(nn.Module):
@@ -141,9 +142,10 @@ class SpatialNorm3D(nn.Module):
     ) -> Modulation:
         """Return the modulation that normalizes, with maps from the latent `z`."""
         y, b = self.conv_y.conv, self.conv_b.conv
-        return self.norm_layer.modulation(statistics, dtype, chunk, offset=offset)._replace(
-            lead=chunk.lead, maps=LatentMaps(z, y.weight.flatten(1), y.bias, b.weight.flatten(1), b.bias)
-        )
+        tensors = z, y.weight.flatten(1), y.bias, b.weight.flatten(1), b.bias
+        same = torch.promote_types(z.dtype, y.weight.dtype)  # they differ under autocast
+        maps = LatentMaps(*(each.to(same) for each in tensors))
+        return self.norm_layer.modulation(statistics, dtype, chunk, offset=offset)._replace(lead=chunk.lead, maps=maps)
 
     def forward(self, f: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
         """Return the normalized f (batch, channel, T, H, W).

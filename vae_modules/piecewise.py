@@ -164,7 +164,7 @@ def _run_layer(layer: Layer, pieces: Pieces, norm: Norm | None) -> None:
     def first(index: int, piece: Waiting) -> Summands:
         chunk, z = pieces.chunks[index], pieces.latents[index]
         held = [Summands(piece.take(), offset=offset)]
-        shortcuts.append(pieces.room.keep(written(layer.shortcut(held[0].x))))
+        shortcuts.append(pieces.room.keep(layer.shortcut(held[0].x, may_stay_unwritten=False)))
         return layer.first_round(held, chunk, *z, statistics=before)
 
     pieces.exchange_tails(layer.conv1, lambda index: _normalized(layer.norm1, pieces, index))

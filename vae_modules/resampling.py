@@ -53,12 +53,11 @@ class Upsample3D(nn.Module):
         self.compress_time = compress_time
         self.conv = nn.Conv2d(channels, channels, kernel_size=3)
 
-    def forward(self, x: Tensor, chunk: Chunk, *z: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return the larger `x` (batch, channel, time, height, width).
 
         Args:
             chunk: with a `lead`, the first frame stands alone in time and is not doubled.
-            z: the latent, without effect.
         """
         if _takes_sums_of_taps(x):
             x = framewise(partial(self._convolve_small, bias=self.conv.bias), x)
@@ -71,7 +70,7 @@ class Upsample3D(nn.Module):
         return x
 
     def run(self, summands: Summands, chunk: Chunk, *z: Tensor) -> Summands:
-        """Return the result of a call for a sum, without gradients.
+        """Return the result of a call for a sum, without gradients; `z` has no effect.
 
         Frames are doubled by the operations that follow.
         """

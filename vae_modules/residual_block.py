@@ -70,7 +70,7 @@ class ResnetBlock3D(nn.Module):
         statistics = statistics_of(summands, self.norm1, chunk)
         held = [self.first_round([summands], chunk, *z, statistics=statistics)]
         h = self.second_round(held, chunk, *z)
-        return self.with_shortcut(h, self.shortcut(summands.x, summands.repeats), summands.offset)
+        return self.with_shortcut(h, self.shortcut(summands.x, not summands.repeats), summands.offset)
 
     def first_round(self, held: list[Summands], chunk: Chunk, *z: Tensor, statistics: Tensor) -> Summands:
         """Return the first norm and convolution of `held`; see `normalize_and_convolve`."""
@@ -108,17 +108,17 @@ class ResnetBlock3D(nn.Module):
                 offset = self.nin_shortcut.weight.flatten(1) @ offset
         return Summands(h, shortcut, left if offset is None else left + offset)
 
-    def shortcut(self, x: Tensor | Product, repeats: bool = False) -> Tensor | Product:
+    def shortcut(self, x: Tensor | Product, may_stay_unwritten: bool) -> Tensor | Product:
         """Return what is added to the result: `x`, or `x` with the result's channels.
 
         A bias is left to `with_shortcut` if that of the last convolution is.
 
         Args:
-            repeats: the frames of `x` will be repeated.
+            may_stay_unwritten: return a `Product` if that is faster.
         """
         if not self.changes_channels:
             return x
-        biased, x = left_bias(self.conv2.conv) is None, written(x)
-        if biased or repeats or not stay_unwritten(x):
-            return pointwise_in_time(self.nin_shortcut, x, biased)
-        return Product(x, self.nin_shortcut.weight)
+        biased, x, weight = left_bias(self.conv2.conv) is None, written(x), self.nin_shortcut.weight
+        if may_stay_unwritten and not biased and stay_unwritten(x, weight):
+            return Product(x, weight)
+        return pointwise_in_time(self.nin_shortcut, x, biased)

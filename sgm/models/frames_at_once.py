@@ -31,8 +31,8 @@ class RunsInPieces(nn.Module):
     Attributes:
         group: the ranks that share a clip; None for one process.
         frames_at_once: number of video frames that go through each layer at once, without gradients: the same numbers
-            in less memory. None: all of a clip to encode, and of a chunk to decode, unless a GPU's memory is full. With
-            room for several chunks, so many are decoded at once. `use_frames_at_once` changes it.
+            in less memory. None: all of a clip to encode, and of a chunk to decode, unless a GPU's memory is full. From
+            16 on, as many whole chunks as fit into this number are decoded at once. `use_frames_at_once` changes it.
         waiting_bytes: GPU memory for the pieces that wait between layers; the others wait in host memory. None: all
             free memory.
     """
@@ -71,6 +71,14 @@ class RunsInPieces(nn.Module):
         """Return how many chunks of a clip are decoded at once."""
         return max((self.frames_at_once or 0) // (CHUNK * self.decoder.time_factor), 1)
 
+    def traced_latents(self, latent_frames: int) -> int:
+        """Return how many latent frames need as much memory to decode as a long clip.
+
+        Args:
+            latent_frames: of the long clip.
+        """
+        return CHUNK * max(2 * self.chunks_at_once, 3) + latent_frames % CHUNK
+
     def run_coder(self, coder: nn.Module, x: Tensor, chunk: Chunk, **options: Any) -> Tensor:
         """Return the output of the encoder or decoder for `x`, computed by `frames_at_once`.
 
@@ -104,18 +112,19 @@ class RunsInPieces(nn.Module):
         try:
             return self._by_parts(coder, x, chunk)
         except torch.OutOfMemoryError:
-            least, frames = coder.time_factor, self.frames_at_once
-            if frames is not None and frames <= least:
+            least, tried = coder.time_factor, self.frames_at_once
+            if tried is not None and tried <= least:
                 raise
-            self.frames_at_once = 2 * least if frames is None or frames > 2 * least else least
-        frames = self.frames_at_once
-        logger.warning("the memory is too small for all frames at once: the VAE continues with %d at a time", frames)
+            frames = self.frames_at_once = 2 * least if tried is None or tried > 2 * least else least
+        logger.warning(
+            "the memory is too small for %s frames at once: the VAE continues with %d at a time", tried or "all", frames
+        )
         return None
 
     def _by_parts(self, coder: nn.Module, x: Tensor, chunk: Chunk) -> Tensor:
         """Return the output of a chunk, all parts at once or one after the other."""
         frames = self.frames_at_once
-        if frames is None or 1 < len(chunk.parts) <= self.chunks_at_once:
+        if frames is None or (self.chunks_at_once > 1 and 0 < len(chunk.parts) <= self.chunks_at_once):
             return coder(x, chunk)
         if len(chunk.parts) < 2:
             return self._in_pieces(coder, x, chunk, frames)

@@ -232,7 +232,7 @@ class VideoCoder(RunsInPieces):
     def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
         """Yield the frames of a clip, (batch, channel, frames, height, width), chunk by chunk.
 
-        The chunks are those of `decoding_schedule`, or several of them at once, as `frames_at_once` allows. With
+        The chunks are those of `decoding_schedule`; several are decoded at once if `frames_at_once` allows it. With
         context parallelism each rank decodes one chunk of every round, and all ranks yield the frames of the round. A
         consumer may stop early, if all ranks do.
         """
@@ -241,7 +241,7 @@ class VideoCoder(RunsInPieces):
         clip: Clip = defaultdict(dict)
         done = first = 0
         while first < len(schedule):
-            together = self.chunks_at_once if ranks == 1 and not torch.is_grad_enabled() else 1
+            together = self.chunks_at_once if self.group is None and not torch.is_grad_enabled() else 1
             parts = schedule[first : first + together * ranks]
             first += len(parts)
             shares = [sum(parts)] if together > 1 else parts + [0] * (ranks - len(parts))
@@ -252,7 +252,10 @@ class VideoCoder(RunsInPieces):
             last = first == len(schedule)
             normed = tuple(parts) if together > 1 else ()
             frames = self._decode(chunk, clip, lead and rank == 0, last, gather_norm=False, parts=normed)
-            yield gather_frames(frames, self._frames(shares, lead), self.group)
+            if together > 1:
+                yield from frames.split(self._frames(parts, lead), dim=2)
+            else:
+                yield gather_frames(frames, self._frames(shares, lead), self.group)
 
     def decode_at_once(
         self, z: Tensor, input_cp: bool = False, output_cp: bool = False, **decode_options: Any

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sgm.models.frames_at_once import CHUNK
 from sgm.models.video_coder import VideoCoder
+from sgm.modules.autoencoding.meta_device import standing_for
 
 # Clips of this length and one more latent step are traced; beyond that, memory is linear in the length.
 SHORT, STEP = 17, 4
@@ -108,7 +108,7 @@ def peak_bytes(
 
     def peak(count: int) -> int:
         call = run(vae, count, height, width, dtype)
-        with torch.no_grad(), AllocatedBytes(workspaces=not on_cpu) as bytes_:
+        with torch.no_grad(), standing_for(device_type), AllocatedBytes(workspaces=not on_cpu) as bytes_:
             call()
         return bytes_.peak
 
@@ -117,8 +117,7 @@ def peak_bytes(
     try:
         if task == "decode":  # by chunks, so that only the first chunks depend on the length
             steps = -(-frames // vae.decoder.time_factor)
-            traced = CHUNK * max(2 * vae.chunks_at_once, 3) + steps % 2
-            return int(peak(min(steps, traced)) * extra)
+            return int(peak(min(steps, vae.traced_latents(steps))) * extra)
         clip_bytes = 3 * frames * height * width * dtype.itemsize
         return int(clip_bytes + _of_length(peak, frames, frames_at_once) * extra)
     finally:

@@ -354,7 +354,7 @@ def test_biases_and_products_that_are_left_to_what_follows(monkeypatch, at_once)
     def results(dtype: torch.dtype, leaves: bool) -> list[torch.Tensor]:
         monkeypatch.setattr(convolutions, "leaves_bias", lambda _: leaves)
         for module in (convolutions, residual_block):
-            monkeypatch.setattr(module, "stay_unwritten", lambda _: leaves)
+            monkeypatch.setattr(module, "stay_unwritten", lambda *_: leaves)
         vae.to(dtype).use_frames_at_once(at_once)
         encoded = vae.encode(clip.to(dtype), unregularized=True)[0]
         return [encoded.double(), torch.cat(list(vae.decode_chunks(latent.to(dtype))), dim=2).double()]
@@ -381,3 +381,16 @@ def test_causal_frames_are_kept_as_they_are_written(monkeypatch):
     monkeypatch.setattr(Chunk, "copies_tail", lambda *_: False)
     copied = list(wide.decode_chunks(z))
     assert len(written) > 2 and all(torch.equal(one, two) for one, two in zip(written, copied, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_autocast_without_gradients(monkeypatch):
+    """As in a VAE's training in bf16-mixed: float32 weights, and activations of both kinds."""
+    monkeypatch.setattr(convolutions, "leaves_bias", lambda _: True)
+    vae = seed_module_(build(Reference("vae/vae_small").case))
+    expected = vae.encode(video(9), unregularized=True)[0], torch.cat(list(vae.decode_chunks(latent(3))), dim=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vae.encode(video(9), unregularized=True)[0], torch.cat(list(vae.decode_chunks(latent(3))), dim=2)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one.float(), other) < 0.05

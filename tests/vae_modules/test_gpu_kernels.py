@@ -22,6 +22,9 @@ KERNELS = [getattr(triton_kernels, f"{name}_kernel") for name in ("sums", "modul
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PRODUCTS = ((1, 1, 1), 72), ((3, 3, 3), 4)  # windows and input channels
+
+
 def cases(dtype: torch.dtype, channels: int) -> None:
     """Compare with float64, in the interpreting process of `test_in_the_interpreter`."""
     torch.manual_seed(0)
@@ -72,7 +75,7 @@ def cases(dtype: torch.dtype, channels: int) -> None:
             gpu_kernels.add_and_sum(x, other[:, :, :steps], offset, lead)
             assert_close(x, expected, tolerance)
         assert_close(gpu_kernels.channel_sums(room), channel_sums(room), 1e-6)
-        for window, in_channels in (((1, 1, 1), 72), ((3, 3, 3), 4)) if multiplies else ():
+        for window, in_channels in PRODUCTS if multiplies and frames == 5 else ():
             sizes = [size + more - 1 for size, more in zip(x.shape[2:], window, strict=True)]
             source = torch.randn(2, *sizes, in_channels).permute(0, 4, 1, 2, 3).to(dtype)
             weight = torch.randn(channels, in_channels, *window).to(dtype)
@@ -99,8 +102,9 @@ def wide(maps: LatentMaps) -> LatentMaps:
 def test_in_the_interpreter():
     code = (
         "import torch, test_gpu_kernels as test\n"
+        "test.gpu_kernels.PLACES_EACH = 128  # fewer steps of a program, and several programs\n"
         "for dtype in (torch.float32, torch.float16): test.gpu_trial.try_out(dtype, 'cpu')\n"
-        "for dtype, channels in ((torch.float32, 48), (torch.float16, 128), (torch.bfloat16, 128)):\n"
+        "for dtype, channels in ((torch.float32, 48), (torch.float16, 160), (torch.bfloat16, 128)):\n"
         "    test.cases(dtype, channels)\n"
     )
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "sat", ROOT / "tests", Path(__file__).parent)))
@@ -116,7 +120,8 @@ def test_they_compile(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    sizes = {"CHANNELS": 128, "ROWS": 32, "ROWS_EACH": 2048, "PLACES": 32, "LATENT_CHANNELS": 16, "INNER": 64}
+    sizes = {"CHANNELS": 128, "PLACES": 32, "LATENT_CHANNELS": 16, "ROWS": gpu_kernels.PRODUCT_ROWS}
+    sizes |= {"INNER": gpu_kernels.PRODUCT_INNER, "ROWS_EACH": gpu_kernels.PLACES_EACH}
     sizes |= {"IN_CHANNELS": 4, "WINDOW_HEIGHT": 3, "WINDOW_WIDTH": 3, "PRECISION": "tf32"}
     flags = dict.fromkeys(("OFFSET", "OTHER", "TAIL", "LATENT", "SUMS"), True)
     pointers = dict.fromkeys(("partial", "scale", "shift"), "*fp32")

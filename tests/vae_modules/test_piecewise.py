@@ -70,19 +70,21 @@ def test_pieces_are_the_whole(vae, dtype, tolerance):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("frames", "counts"), [(1, [1]), (2, [8]), (5, [17]), (6, [16, 8]), (7, [17, 8])])
-def test_several_chunks_at_once(vae, frames, counts):
-    """Each chunk is still normalized by itself."""
+@pytest.mark.parametrize(("frames", "calls"), [(1, [1]), (2, [2]), (5, [5]), (6, [4, 2]), (7, [5, 2])])
+def test_several_chunks_at_once(vae, monkeypatch, frames, calls):
+    """Each chunk is still normalized by itself, and the consumer gets the same chunks."""
     z = latent(frames, torch.float64)
     vae.double()
-    one_by_one = decode(vae, z)
+    one_by_one, seen = list(vae.decode_chunks(z)), []
+    decoder = vae.decoder.forward
+    monkeypatch.setattr(vae.decoder, "forward", lambda z, chunk: seen.append(z.shape[2]) or decoder(z, chunk))
     vae.use_frames_at_once(16)
-    chunks = list(vae.decode_chunks(z))
-    assert [chunk.shape[2] for chunk in chunks] == counts
-    assert_close(torch.cat(chunks, dim=2), one_by_one, 1e-10)
-    z.requires_grad_()
+    for together, alone in zip(vae.decode_chunks(z), one_by_one, strict=True):
+        assert_close(together, alone, 1e-10)
+    assert seen == calls
+    seen.clear()
     with torch.enable_grad():
-        assert len(list(vae.decode_chunks(z))) == len(decoding_schedule(frames))
+        assert len(list(vae.decode_chunks(z.requires_grad_()))) == len(seen) == len(decoding_schedule(frames))
 
 
 def test_only_the_last_piece_leaves_something_for_the_next_chunk():
@@ -141,6 +143,7 @@ def test_memory_that_does_not_do_is_made_to(vae, monkeypatch, caplog):
     vae.use_frames_at_once(16)
     with caplog.at_level(logging.WARNING):
         assert_close(decode(vae, z), expected, 1e-5)
+    assert "too small for 16 frames at once" in caplog.text
     assert "with 8 at a time" in caplog.text and "with 4 at a time" in caplog.text
     assert_close(vae.encode(x, unregularized=True)[0], moments, 1e-5)
     monkeypatch.setattr(vae.decoder, "in_pieces", full)
@@ -167,4 +170,6 @@ def test_released_size_in_little_memory():
         vae = build(ch=128, num_res_blocks=1).to(torch.bfloat16)
     assert peak_bytes(vae, "encode", 49, 480, 720, frames_at_once=4) + WEIGHTS < 3 * GIB
     assert peak_bytes(vae, "decode", 49, 480, 720, frames_at_once=4) + WEIGHTS < 4 * GIB
+    chunk, pair, clip = (peak_bytes(vae, "decode", 49, 480, 720, frames_at_once=each) for each in (None, 16, 48))
+    assert 1.5 * chunk < pair < 0.6 * clip
     assert vae.frames_at_once is None

@@ -51,7 +51,7 @@ def write_modulated_silu(
         latent, bias = maps.latent, torch.stack([maps.scale_bias, maps.shift_bias])
         weight = torch.stack([maps.scale_weight.t(), maps.shift_weight.t()]).contiguous()
     at_once = triton.next_power_of_2(channels)
-    places = max(IN_HAND // at_once, LEAST_OF_A_PRODUCT)
+    places = max(IN_HAND // at_once, 1 if maps is None else LEAST_OF_A_PRODUCT)
     with torch.cuda.device_of(x):
         triton_kernels.modulated_silu_kernel[batch * frames * height, triton.cdiv(width, places)](
             out,
@@ -77,7 +77,7 @@ def write_modulated_silu(
             *_places_of(latent, out, alone),
             LATENT=maps is not None,
             TAIL=tail is not None,
-            PRECISION=_precision(x),
+            PRECISION=_precision(latent),
             LATENT_CHANNELS=max(triton.next_power_of_2(latent.shape[1]), LEAST_OF_A_PRODUCT) if maps else 1,
             CHANNELS=at_once,
             PLACES=places,

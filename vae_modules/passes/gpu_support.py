@@ -48,6 +48,8 @@ def work_in(dtype: torch.dtype) -> bool:
 
     try:
         gpu_trial.try_out(dtype)
+    except torch.OutOfMemoryError:  # says nothing about the kernels; the caller continues with fewer frames
+        raise
     except Exception as error:  # Triton, its compiler or the driver raises many kinds
         reason = str(error).strip().partition("\n")[0]
         logger.warning("the VAE runs without its own GPU kernels, which fail on this machine: %s", reason)

@@ -60,9 +60,10 @@ def _results(dtype: torch.dtype, device: str) -> Iterator[tuple[Tensor, Tensor]]
     yield kernels.add_and_sum(out, other[:, :, :2], offset, True), _sums(exact := wide + _twice(more[:, :, :2]) + added)
     yield out, exact
 
-    for window in ((1, 1, 1), (3, 3, 3)):
-        weight = drawn(48, 48, *window) / 16
-        exact = F.conv3d(wide, weight.double())
+    for window, channels in (((1, 1, 1), 48), ((3, 3, 3), 4)):
+        x = drawn(2, 3, 6, 5, channels).permute(0, 4, 1, 2, 3)
+        weight = drawn(48, channels, *window) / 4
+        exact = F.conv3d(x.double(), weight.double())
         out, (factor, summand) = empty(*exact.shape[2:]), drawn(2, 2, 48, 1, 1, 1, dtype=torch.float32)
         kernels.write_product_silu(out, x, weight, factor, summand)
         yield from ((kernels.product_sums(x, weight), _sums(exact)), (out, F.silu(exact * factor + summand)))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sgm.modules.autoencoding import meta_device
 from vae_modules.passes.channel_sums import add_in_place, channel_sums
 from vae_modules.passes.gpu_support import kernels_for
 from vae_modules.passes.modulation import write_modulated_silu
@@ -73,12 +74,20 @@ def written(x: Tensor | Product) -> Tensor:
     return x.written() if isinstance(x, Product) else x
 
 
-def stay_unwritten(x: Tensor) -> bool:
-    """Return whether `Product`s of `x` are faster than tensors: where the GPU kernels work.
+def stay_unwritten(x: Tensor, weight: Tensor) -> bool:
+    """Return whether a `Product` is faster than its tensor: where the GPU kernels work.
 
-    Tensors without content stand for those of such a GPU.
+    Tensors without content are as on the device that they stand for.
     """
-    return x.device.type == "meta" or isinstance(x, FakeTensor) or kernels_for(x) is not None
+    if x.dtype != weight.dtype or torch.compiler.is_compiling():
+        return False
+    if x.device.type == "meta":
+        return meta_device.stands_for() != "cpu"
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if isinstance(x, FakeTensor):
+        return x.device.type != "cpu"
+    return kernels_for(x) is not None
 
 
 # ---------------------------------------------------------------- operators

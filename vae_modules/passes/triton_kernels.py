@@ -199,7 +199,7 @@ def resized_sum_kernel(  # type: ignore[no-untyped-def]
                 tl.store(out + corner + (down * 2 * width + right) * channels, result, mask=mask)
     else:
         if frame >= alone:
-            offsets += height * width * channels
+            offsets += tl.cast(height, tl.int64) * width * channels
             value += tl.load(x + batch * x_batch + offsets, mask=mask, other=0.0).to(tl.float32)
             if OTHER:
                 value += tl.load(other + batch * other_batch + offsets, mask=mask, other=0.0).to(tl.float32)

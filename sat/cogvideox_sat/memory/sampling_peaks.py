@@ -29,7 +29,6 @@ from sgm.modules.diffusionmodules.sampling_bar import hide_bar
 LIBRARIES = GIB  # memory of CUDA and its libraries, besides tensors
 LAYERS, STEPS = 2, 3  # that are simulated; more of them take no more memory
 DEFAULT_TOKENS = 77  # of `FrozenT5Embedder`
-LATENT_STEPS = 6  # latent frames that are decoded (4 with tiles, of which there are many); more take no more memory
 LONGEST_CHUNK = 12  # frames
 TO_HEADS, TO_TOKENS = (
     each._opoverload for each in (sequence_parallel.tokens_to_heads, sequence_parallel.heads_to_tokens)
@@ -214,10 +213,10 @@ class SamplingMemory:
         size = (height // SPACE_FACTOR, width // SPACE_FACTOR)
         latents = torch.empty(1, self.network.out_channels, frames, *size, device="meta")
         if isinstance(self.vae, VideoCoder):
-            latents = latents[:, :, : (LATENT_STEPS if tile_size is None else 4) + frames % 2]
             self.vae.use_tiles(tile_size)
             if self.takes_pieces:
                 self.vae.use_frames_at_once(frames_at_once, waiting_bytes=0)
+            latents = latents[:, :, : self.vae.traced_latents(frames)]
 
         def decode() -> None:
             for _ in self.engine.decode_stream(latents):

@@ -18,14 +18,13 @@ class Chunk:
     """The place of the current frames in their clip, perhaps spread over the ranks of `group`.
 
     Attributes:
-        lead: the first of the current frames stands alone when time is halved or doubled.
-        tails: the last input frames of each convolution in the chunk before; this chunk replaces them by its own.
-        last: no chunk follows, so that no tails are kept.
-        group: the ranks that hold neighbouring frames, in order; None for a single process.
-        gather_norm: whether normalization statistics cover the frames of all ranks. None: each layer decides.
-        keep: returns a copy of a tail for the next chunk; the copy may be on another device.
-        parts: the latent frames of each part of the chunk that is normalized by itself, or empty for one part; only
-            without a group.
+        lead: the first of the current frames stands alone when time is halved or doubled. tails: the last input frames
+        of each convolution in the chunk before; this chunk replaces them by its own. last: no chunk follows, so that no
+        tails are kept. group: the ranks that hold neighbouring frames, in order; None for a single process.
+        gather_norm: whether normalization statistics cover the frames of all ranks. None: each layer decides. keep:
+        returns a copy of a tail for the next chunk; the copy may be on another device. parts: the number of latent
+        frames of each part of the chunk that is normalized by itself, or empty for one part;
+            only without a group.
     """
 
     lead: bool
@@ -35,6 +34,9 @@ class Chunk:
     gather_norm: bool | None = None
     keep: Callable[[Tensor], Tensor] = torch.clone
     parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not (self.parts and self.group is not None)
 
     def lengths(self, frames: int) -> list[int]:
         """Return how many of a layer's `frames` are in each part that is normalized by itself."""
