@@ -4,8 +4,8 @@
     python benchmarks/vae.py --count --dtype bfloat16 --frames 49 --height 480 --width 720 [--write]
 
 Both have the same weights and inputs. The second command counts, without computing anything, the bytes that ours reads
-and writes outside of convolutions (a pass that adds a bias included), and its memory on a GPU with all frames at once
-and with fewer.
+and writes outside of convolutions (a pass that adds a bias included), and its memory on a GPU: as it runs by default,
+with all chunks decoded at once, and with fewer frames.
 
 Ours encodes the clip at once, as the original does. diffusers encodes it in slices of eight frames, unless slices are
 off: both are measured. Both sides decode in chunks of two latent frames. Ratios are to diffusers at its defaults; the
