@@ -75,6 +75,15 @@ def test_each_means_takes_from_its_stage():
 
 
 @pytest.mark.slow
+def test_chunks_that_are_decoded_at_once():
+    memory = SamplingMemory(settings("cogvideox_2b", layers=1), [VideoSize(13, 64, 96)])
+    one, two, three, clip = (
+        memory.stages(MemoryPolicy("stage", 2, frames))[VIDEO] - LIBRARIES for frames in (8, 16, 24, 48)
+    )
+    assert one < two < three and clip - three > 2 * (three - two)
+
+
+@pytest.mark.slow
 def test_what_is_not_made_is_not_counted():
     asked, video = settings("cogvideox_5b", layers=2), VideoSize(1, 64, 64)
     state = torch.get_rng_state()

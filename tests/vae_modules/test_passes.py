@@ -6,12 +6,13 @@ import torch.nn.functional as F
 
 from memory_traffic import traffic_of
 from seeded import seeded_input
+from sgm.modules.autoencoding.meta_device import standing_for
 from sgm.util import instantiate_from_config
 from support import Reference, assert_close
 from vae_modules.passes import modulation, pieces_in_cache
 from vae_modules.passes.channel_sums import add_in_place, channel_sums
 from vae_modules.passes.latent_maps import LatentMaps
-from vae_modules.passes.products import Product
+from vae_modules.passes.products import Product, stay_unwritten
 from vae_modules.passes.resized_sums import doubled_sum, halved_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +97,14 @@ def test_bytes_beside_convolutions_at_full_size(task, at_once, most):
     run = {"encode": lambda: vae.encode(clip, unregularized=True), "decode": lambda: list(vae.decode_chunks(latent))}
     vae.use_frames_at_once(at_once)
     assert 0.9 * most < traffic_of(run[task]).total <= most
+
+
+def test_products_stay_unwritten_on_a_gpu_only():
+    x, weight = torch.empty(1, 4, 1, 2, 2, device="meta"), torch.empty(8, 4, 1, 1, 1, device="meta")
+    assert stay_unwritten(x, weight) and not stay_unwritten(x.bfloat16(), weight)  # as under autocast
+    with standing_for("cpu"):
+        assert not stay_unwritten(x, weight)
+    assert not stay_unwritten(torch.empty(x.shape), torch.empty(weight.shape))
 
 
 @pytest.mark.parametrize("window", [(1, 1, 1), (3, 3, 3)], ids=str)

@@ -87,6 +87,18 @@ def test_several_chunks_at_once(vae, monkeypatch, frames, calls):
         assert len(list(vae.decode_chunks(z.requires_grad_()))) == len(seen) == len(decoding_schedule(frames))
 
 
+@torch.no_grad()
+def test_several_chunks_of_few_channels_and_with_dropout():
+    """A first convolution of few channels takes no parts; dropout takes the plain path."""
+    with torch.device("meta"):
+        small = build(ch=8, norm_groups=4, z_channels=4).to(torch.bfloat16)
+        dropping = build(ch=8, norm_groups=4, dropout=0.1).train()
+    for each, channels in ((small, 4), (dropping, 16)):
+        each.use_frames_at_once(16)
+        z = torch.empty(1, channels, 5, 2, 3, device="meta", dtype=next(each.parameters()).dtype)
+        assert [chunk.shape[2] for chunk in each.decode_chunks(z)] == [9, 8]
+
+
 def test_only_the_last_piece_leaves_something_for_the_next_chunk():
     chunk = Chunk(lead=True, last=False, keep=torch.zeros_like)
     pieces = piecewise.cut(latent(5, torch.float32), [1, 2, 2], chunk, None, WaitingRoom())
