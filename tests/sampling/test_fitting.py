@@ -30,7 +30,7 @@ class Memory:
 
     def stages(self, policy: MemoryPolicy) -> dict[str, int]:
         resident = {"none": 30, "stage": 10, "sequential": 2}[policy.offload]
-        decoding = {None: 12, 8: 6, 4: 4}[policy.vae_frames_at_once] - 2 * (policy.vae_tile_size is not None)
+        decoding = {None: 12, 48: 40, 8: 6, 4: 4}[policy.vae_frames_at_once] - 2 * (policy.vae_tile_size is not None)
         sizes = {TEXT: resident, NETWORK: resident + 3 * policy.guidance_batch, VIDEO: decoding}
         return {stage: size * GIB for stage, size in sizes.items()}
 
@@ -73,6 +73,9 @@ def test_too_small_says_the_least():
     )
     with pytest.raises(UserError, match=r"\(the VAE takes most\); give --fit 12.0GB, --vae_tile_size 256 \(tiles: "):
         choose(Memory(), policies(SamplingArguments(), takes_pieces=False), 4 * GIB, "4GB")
+    many = SamplingArguments(vae_frames_at_once=48, given=frozenset({"vae_frames_at_once"}))
+    with pytest.raises(UserError, match=r"give --fit 40.0GB, --vae_frames_at_once 4 \(each .*, --vae_tile_size 256 \("):
+        choose(Memory(), policies(many), 4 * GIB, "4GB")
     small = Memory()
     small.longest_side = 256  # a single tile
     with pytest.raises(UserError, match=r"give --fit 12.0GB, fewer frames"):

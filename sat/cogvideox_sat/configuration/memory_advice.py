@@ -12,7 +12,8 @@ from cogvideox_sat.configuration.shared_arguments import CommonArguments
 
 TILE = 256  # pixels
 TILES = f"--vae_tile_size {TILE} (tiles: less memory, slightly different numbers)"
-FRAMES = "--vae_frames_at_once 4 (each layer of the VAE on 4 frames at a time: less memory, the same numbers)"
+FEWEST = 4  # frames that the VAE can process at a time
+FRAMES = f"--vae_frames_at_once {FEWEST} (each layer of the VAE on few frames at a time: less memory, the same numbers)"
 ENCODING, DECODING, SAMPLING, TEXT = "encoding clips", "decoding", "sampling", "the text encoder"
 
 
@@ -102,7 +103,7 @@ def vae_training_advice(args: VaeTrainingArguments, checkpoint: Path | None) -> 
 
 def vae_options(args: CommonArguments) -> list[str]:
     """Return the options that reduce a VAE's memory and are not in use."""
-    options = [FRAMES] if args.vae_frames_at_once is None else []
+    options = [FRAMES] if args.vae_frames_at_once != FEWEST else []
     return [*options, TILES] if args.vae_tile_size is None else options
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from arguments import SamplingArguments
 from cogvideox_sat.configuration.adapter_lists import path_and_weight
-from cogvideox_sat.configuration.memory_advice import TILE, TILES
+from cogvideox_sat.configuration.memory_advice import FEWEST, FRAMES, TILE, TILES
 from cogvideox_sat.configuration.memory_sizes import parse_fit
 from cogvideox_sat.configuration.model_limits import OFFLOAD_POLICIES
 from cogvideox_sat.configuration.settings import EngineSettings
@@ -134,7 +134,8 @@ def choose(
     least = min(candidates, key=memory.peak)
     needed, stage = memory.peak(least), largest_stage(memory, least)
     tiles_help = stage == VIDEO and least.vae_tile_size is None and memory.longest_side > TILE
-    further = f"{TILES}, " if tiles_help else ""
+    frames_help = stage == VIDEO and (least.vae_frames_at_once or 0) > FEWEST  # given by the user
+    further = (f"{FRAMES}, " if frames_help else "") + (f"{TILES}, " if tiles_help else "")
     raise UserError(
         f"fit: {fit} is too small for this model and size, which take at least {gib_up(needed)} GiB with {least} "
         f"(the {stage} takes most); give --fit {gib_up(needed)}GB, {further}fewer frames or a smaller size"
