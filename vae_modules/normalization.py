@@ -16,6 +16,7 @@ from vae_modules.convolutions import CausalConv3d
 from vae_modules.passes.channel_sums import channel_sums
 from vae_modules.passes.latent_maps import LatentMaps
 from vae_modules.passes.modulation import modulated_silu, write_modulated_silu
+from vae_modules.passes.pieces_in_cache import empty_channels_last
 from vae_modules.passes.products import Product, written
 from vae_modules.summands import Summands
 
@@ -190,12 +191,12 @@ def normalize_and_convolve(
     modulation = norm.modulation(statistics, x.dtype, chunk, *z, offset=summands.offset)
     shape = (*x.shape[:2], frames, *x.shape[3:])
     if not conv.gains_by_buffer(x, frames):
-        h = x if overwrite and not summands.repeats and isinstance(x, Tensor) else _empty(x, *shape)
+        h = x if overwrite and not summands.repeats and isinstance(x, Tensor) else empty_channels_last(x, shape)
         _write_normalized(h, x, modulation)
         del x, summands
         return conv.forward_over(h, chunk, biased)
     before = conv.conv.kernel_size[0] - 1
-    buffer = _empty(x, *shape[:2], before + frames, *shape[3:])
+    buffer = empty_channels_last(x, (*shape[:2], before + frames, *shape[3:]))
     tail = None
     if chunk.copies_tail(frames, before):
         tail = torch.empty_like(buffer[:, :, :before], memory_format=torch.channels_last_3d)
@@ -206,9 +207,13 @@ def normalize_and_convolve(
 
 def statistics_of(summands: Summands, norm: Norm, chunk: Chunk) -> Tensor:
     """Return the statistics that normalize a sum, which is taken in the same pass."""
-    places = summands.places(chunk)
+    return chunk.total(own_statistics(summands, norm, chunk), norm.gather_norm)
+
+
+def own_statistics(summands: Summands, norm: Norm, chunk: Chunk) -> Tensor:
+    """Return the statistics of a sum, which is taken in the same pass, on this rank."""
     sums = summands.sums(chunk)
-    return chunk.total(norm.statistics(sums, places, summands.offset), norm.gather_norm)
+    return norm.statistics(sums, summands.places(chunk), summands.offset)
 
 
 def _write_normalized(out: Tensor, x: Tensor | Product, modulation: Modulation, tail: Tensor | None = None) -> None:
@@ -217,7 +222,3 @@ def _write_normalized(out: Tensor, x: Tensor | Product, modulation: Modulation, 
         x.write_modulated_silu(out, scale, shift)
     else:
         write_modulated_silu(out, written(x), scale, shift, lead, maps, tail)
-
-
-def _empty(x: Tensor | Product, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sgm.modules.autoencoding.clip import Chunk, TailCache
 from sgm.modules.autoencoding.waiting import Waiting, WaitingRoom
 from vae_modules.convolutions import CausalConv3d
-from vae_modules.normalization import Norm, normalize_and_convolve
+from vae_modules.normalization import Norm, normalize_and_convolve, own_statistics
 from vae_modules.passes.modulation import write_modulated_silu
 from vae_modules.passes.products import written
 from vae_modules.residual_block import ResnetBlock3D
@@ -62,8 +62,7 @@ class Pieces:
         for index, chunk in enumerate(self.chunks):
             summands = step(index, self.waiting[index])
             if norm is not None:
-                places = summands.places(chunk)
-                sums = norm.statistics(summands.sums(chunk), places, summands.offset)
+                sums = own_statistics(summands, norm, chunk)
                 total = sums if total is None else total + sums
             elif summands.other is not None:
                 summands = Summands(summands.added(chunk))

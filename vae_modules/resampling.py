@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.convolutions import framewise, left_bias
+from vae_modules.passes.products import Product
 from vae_modules.passes.resized_sums import doubled_sum, halved_sum
 from vae_modules.summands import Summands
 
@@ -76,7 +77,7 @@ class Upsample3D(nn.Module):
         """
         left = left_bias(self.conv)
         bias = self.conv.bias if left is None else None
-        if _takes_sums_of_taps(summands):
+        if _takes_sums_of_taps(summands.x):
             x = framewise(partial(self._convolve_small, bias=bias), summands.added(chunk))
         else:
             if summands.repeats or (summands.other is not None and summands.other.shape[2] < summands.frames):
@@ -102,7 +103,7 @@ class Upsample3D(nn.Module):
         return F.conv_transpose2d(frames, kernel, bias, stride=2, padding=1)
 
 
-def _takes_sums_of_taps(x: Tensor | Summands) -> bool:
+def _takes_sums_of_taps(x: Tensor | Product) -> bool:
     """Return whether `_convolve_small` is exact and faster for `x`."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.passes.channel_sums import add_in_place, channel_sums
+from vae_modules.passes.pieces_in_cache import empty_channels_last
 from vae_modules.passes.products import Product, written
 
 
@@ -37,14 +38,6 @@ class Summands:
     def repeats(self) -> bool:
         """Return whether the frames of `x` stand for more frames."""
         return self.frames > self.x.shape[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
 
     def places(self, chunk: Chunk) -> list[int]:
         """Return the number of places of each part that is normalized by itself."""
@@ -104,8 +97,7 @@ class Summands:
 def with_repeated_frames(x: Tensor, frames: int, alone: int) -> Tensor:
     """Return `frames` frames: the first `alone` of `x`, and each of the others repeated."""
     first, rest = x[:, :, :alone], x[:, :, alone:]
-    shape = (*x.shape[:2], frames, *x.shape[3:])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    out = empty_channels_last(x, (*x.shape[:2], frames, *x.shape[3:]))
     out[:, :, :alone] = first
     out[:, :, alone:].unflatten(2, (rest.shape[2], -1)).copy_(rest.unsqueeze(3))
     return out

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vae_modules.passes.pieces_in_cache import empty_channels_last
+
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Return whether `causal_conv3d` supports this input and is faster."""
@@ -124,8 +126,7 @@ def _add_multiples(coefficients: Sequence[float], product: Tensor, frames: Seque
 
 
 def _empty_result(x: Tensor, weight: Tensor) -> Tensor:
-    shape = (x.shape[0], len(weight), *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    return empty_channels_last(x, (x.shape[0], len(weight), *x.shape[2:]))
 
 
 def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:

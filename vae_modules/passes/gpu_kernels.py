@@ -200,10 +200,8 @@ def _launch_product(
     channels, window = len(weight), weight.shape[2:]
     frames, height, width = (size - extent + 1 for size, extent in zip(source.shape[2:], window, strict=True))
     factors = weight.permute(2, 3, 4, 1, 0).reshape(-1, channels).contiguous()
-    places, at_once = (
-        frames * height * width,
-        max(min(triton.next_power_of_2(channels), PRODUCT_CHANNELS), LEAST_OF_A_PRODUCT),
-    )
+    places = frames * height * width
+    at_once = max(min(triton.next_power_of_2(channels), PRODUCT_CHANNELS), LEAST_OF_A_PRODUCT)
     blocks, has_sums = triton.cdiv(places, PLACES_EACH), modulation is None
     shape = (2, batch, blocks, channels) if has_sums else (1,)
     partial = torch.empty(shape, dtype=torch.float32, device=source.device)

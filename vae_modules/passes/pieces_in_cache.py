@@ -4,9 +4,11 @@ Pieces stay in a CPU's cache, or have frames that one operation supports. Tensor
 width) in channels-last memory. A tensor may stand for more frames than it has: see `frame_of`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
 CACHED = 2**18  # bytes of a piece that stay in a CPU's cache between operations, beside other tensors
@@ -60,6 +62,14 @@ def by_frame(x: Tensor, lead: bool, *stored: int) -> Iterator[tuple[slice, ...]]
 
 def _rest(stored: int, alone: int) -> slice:
     return slice(alone if stored > 1 else 0, stored)
+
+
+def empty_channels_last(like: Any, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of `shape` without content, in channels-last memory.
+
+    Its dtype and device are those of `like`, a tensor or a `Product`.
+    """
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
 def blocks(full: Tensor, like: Tensor) -> Tensor:

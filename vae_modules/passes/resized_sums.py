@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vae_modules.passes.gpu_support import kernels_for
-from vae_modules.passes.pieces_in_cache import blocks, one_each, rows_in_cache
+from vae_modules.passes.pieces_in_cache import blocks, empty_channels_last, one_each, rows_in_cache
 
 
 def halved_sum(x: Tensor, other: Tensor | None, offset: Tensor | None, halve_time: bool, lead: bool) -> Tensor:
@@ -88,11 +88,9 @@ def _(x: Tensor, other: Tensor | None, offset: Tensor | None) -> Tensor:
 def _empty_halved(x: Tensor, halve_time: bool, lead: bool) -> Tensor:
     batch, channels, time, height, width = x.shape
     frames = int(lead) + (time - int(lead)) // 2 if halve_time else time
-    shape = (batch, channels, frames, height + 1, width + 1)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    return empty_channels_last(x, (batch, channels, frames, height + 1, width + 1))
 
 
 def _empty_doubled(x: Tensor) -> Tensor:
     batch, channels, time, height, width = x.shape
-    shape = (batch, channels, time, 2 * height, 2 * width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    return empty_channels_last(x, (batch, channels, time, 2 * height, 2 * width))
