@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgm.modules.autoencoding import meta_device
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules import winograd
 from vae_modules.passes.products import Product, stay_unwritten
@@ -25,7 +26,7 @@ def leaves_bias(weight: Tensor) -> bool:
     The result is true on a GPU without gradients, where PyTorch adds the bias in another pass over the
     result; on a CPU PyTorch adds the bias within the convolution.
     """
-    return weight.device.type != "cpu" and not torch.is_grad_enabled()
+    return meta_device.type_of(weight) != "cpu" and not torch.is_grad_enabled()
 
 
 def left_bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor | None:
@@ -64,7 +65,7 @@ class CausalConv3d(nn.Module):
         if before is None:
             before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
         frames = torch.cat([before, x], dim=2)
-        if x.device.type == "cpu" and x.dtype == torch.float32 and self.conv.in_channels < FEW:
+        if meta_device.type_of(x) == "cpu" and x.dtype == torch.float32 and self.conv.in_channels < FEW:
             return _with_time_in_channels(self.conv, frames, biased)
         return F.conv3d(frames, weight, bias, padding=padding)
 

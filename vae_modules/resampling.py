@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgm.modules.autoencoding import meta_device
 from sgm.modules.autoencoding.clip import Chunk
 from vae_modules.convolutions import framewise, left_bias
 from vae_modules.passes.products import Product
@@ -105,7 +106,7 @@ class Upsample3D(nn.Module):
 
 def _takes_sums_of_taps(x: Tensor | Product) -> bool:
     """Return whether `_convolve_small` is exact and faster for `x`."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return meta_device.type_of(x) == "cpu" and x.dtype == torch.float32
 
 
 def _overlapping_sums(kernel: Tensor, dim: int) -> Tensor:

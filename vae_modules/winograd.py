@@ -5,7 +5,8 @@ Convolutional Neural Networks", section 4.1): n output frames of a three-tap fil
 2D convolutions, instead of 3n. On a GPU and in half precision a plain 3D convolution is faster, or more exact.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,21 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sgm.modules.autoencoding import meta_device
 from vae_modules.passes.pieces_in_cache import empty_channels_last
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Return whether `causal_conv3d` supports this input and is faster."""
     applies = (
-        x.device.type == "cpu"
+        meta_device.type_of(x) == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.shape[2:] == (3, 3, 3)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
     # The method adds frames and makes six kernels of three; for small layers this costs more than it saves.
-    cached, pixels = weight.numel() < 2**20, x.shape[0] * x.shape[3] * x.shape[4]
-    return applies and min(weight.shape[:2]) >= 16 and (cached or pixels >= 256)
+    cached, places = weight.numel() < 2**20, math.prod((x.shape[0], *x.shape[2:]))
+    return applies and min(weight.shape[:2]) >= 16 and (cached or places >= 576)
 
 
 def causal_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,29 +64,35 @@ def overwriting_conv3d(before: Tensor | None, x: Tensor, weight: Tensor, bias: T
 class Filtering(NamedTuple):
     """A filter of three taps g: n + 2 inputs d give n outputs.
 
-    outputs @ ((taps @ g) * (inputs @ d)). All outputs have the first product with the factor 1. Matrices are lists of
-    rows of floats.
+    outputs @ B @ ((taps @ g) * (B @ inputs @ d)), where B replaces each of the first `pairs` pairs of values by their
+    sum and difference. All outputs have the first product with the factor 1. Matrices are lists of rows of floats.
     """
 
     inputs: list[list[float]]
     taps: list[list[float]]
     outputs: list[list[float]]
+    pairs: int = 0
 
 
-def _minimal_filtering(points: Sequence[float]) -> Filtering:
+def _minimal_filtering(points: Sequence[float], pairs: int = 0) -> Filtering:
     """Return F(n, 3) by Toom and Cook: interpolation at `points` and at infinity.
 
-    The n + 1 points are different, and the first is 1.
+    The n + 1 points are different, and the first is 1. The first `pairs` pairs are a and -a: their products share
+    even and odd powers, which saves sums.
     """
     n = len(points) - 1
     others = [[b for b in points if b != a] for a in points]
     inputs = [[*np.poly(roots)[::-1], 0.0] for roots in others] + [list(np.poly(points)[::-1])]
     taps = [[a**k / np.prod([a - b for b in rest]) for k in range(3)] for a, rest in zip(points, others, strict=True)]
     outputs = [[a**k for a in points] + [float(k == n - 1)] for k in range(n)]
-    return Filtering(*(np.array(matrix).tolist() for matrix in (inputs, [*taps, [0, 0, 1]], outputs)))
+    halves = np.eye(n + 2)  # the inverse of B
+    for first in range(0, 2 * pairs, 2):
+        halves[first : first + 2, first : first + 2] = [[0.5, 0.5], [0.5, -0.5]]
+    of_taps = np.array([*taps, [0, 0, 1]])
+    return Filtering((halves @ inputs).tolist(), of_taps.tolist(), (np.array(outputs) @ halves).tolist(), pairs)
 
 
-FOUR_FRAMES = _minimal_filtering([1, -1, 0.5, -0.5, 0])
+FOUR_FRAMES = _minimal_filtering([1, -1, 0.5, -0.5, 0], pairs=2)
 TWO_FRAMES = _minimal_filtering([1, -1, 0])
 ONE_FRAME = Filtering(np.eye(3).tolist(), np.eye(3).tolist(), [[1, 1, 1]])
 FIRST_FRAME = Filtering([[0, 0, 1]], [[1, 1, 1]], [[1]])  # the frames before it are copies of it
@@ -115,6 +123,30 @@ def _combination(coefficients: Sequence[float], frames: Sequence[Tensor], out: T
     return total
 
 
+def _sums_and_differences(values: Iterable[Tensor], pairs: int) -> Iterator[Tensor]:
+    """Yield values; each of the first `pairs` pairs is overwritten by its sum and difference."""
+    values = iter(values)
+    for _ in range(pairs):
+        a, b = next(values), next(values)
+        a.add_(b)
+        torch.add(a, b, alpha=-2, out=b)
+        yield a
+        yield b
+    yield from values
+
+
+Room = tuple[Tensor, Tensor]
+"""Memory for two frames, used again and again.
+
+To allocate each frame would be slower than the sums."""
+
+
+def _mixed(matrix: Sequence[Sequence[float]], pairs: int, frames: Sequence[Tensor], room: Room) -> Iterator[Tensor]:
+    """Yield B @ matrix @ frames, each in memory that a later one overwrites."""
+    sums = (_combination(row, frames, room[index % 2]) for index, row in enumerate(matrix))
+    return _sums_and_differences(sums, pairs)
+
+
 def _add_multiples(coefficients: Sequence[float], product: Tensor, frames: Sequence[Tensor]) -> None:
     """Add `product` times a coefficient to each of the frames."""
     for c, frame in zip(coefficients, frames, strict=True):
@@ -131,33 +163,22 @@ def _empty_result(x: Tensor, weight: Tensor) -> Tensor:
 
 def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Write the convolution of `x` into `y`, which may be `x` itself."""
-    frames = _with_frames_before(before, x)
-    mixed = torch.empty_like(frames[-1])  # reused for all products, since allocation is slower than the sums
+    frames, taps, room = _with_frames_before(before, x), _taps(weight), _room(x)
     # From the last frames to the first, so that none is overwritten before it has been used.
     for filtering, starts in reversed(list(_division(x.shape[2], before is None))):
-        kernels = _kernels(filtering, weight)
+        kernels, pairs = _kernels(filtering, taps), filtering.pairs
         for start in reversed(starts):
-            d = frames[start : start + len(filtering.outputs) + 2]
+            end = start + len(filtering.outputs)
+            mixed = _mixed(filtering.inputs, pairs, frames[start : end + 2], room)
             products = (
-                F.conv2d(_combination(row, d, mixed), kernel, None if index else bias, padding=1)
-                for index, (row, kernel) in enumerate(zip(filtering.inputs, kernels, strict=True))
+                F.conv2d(frame, kernel, None if index else bias, padding=1)
+                for index, (frame, kernel) in enumerate(zip(mixed, kernels, strict=True))
             )
-            out = y[:, :, start : start + len(filtering.outputs)].unbind(2)
-            _write_sums(filtering, iter(list(products)) if y is x else products, out)
-
-
-def _write_sums(filtering: Filtering, products: Iterator[Tensor], out: Sequence[Tensor]) -> None:
-    """Write the output frames from the products."""
-    first = next(products)
-    for index, product in enumerate(products, 1):
-        factors = [row[index] for row in filtering.outputs]
-        if index > 1:
-            _add_multiples(factors, product, out)
-        else:  # with the first product, which every frame contains once
-            for c, frame in zip(factors, out, strict=True):
-                torch.add(first, product, alpha=c, out=frame)
-    if len(filtering.inputs) == 1:
-        out[0].copy_(first)
+            terms = list(_sums_and_differences(products, pairs))
+            for row, out in zip(filtering.outputs, y[:, :, start:end].unbind(2), strict=True):
+                total = _combination(row, terms, out)
+                if total is not out:
+                    out.copy_(total)
 
 
 class _CausalConv3d(torch.autograd.Function):
@@ -181,23 +202,25 @@ class _CausalConv3d(torch.autograd.Function):
         # Channels-last, as the result of convolution_backward.
         d_taps = weight.new_zeros((3, len(weight), *weight.shape[3:], weight.shape[1])).permute(0, 1, 4, 2, 3)
 
-        frames, d_y = _with_frames_before(before, x), gradient.unbind(2)
+        frames, taps, d_y = _with_frames_before(before, x), _taps(weight), gradient.unbind(2)
+        room, d_room, wanted = _room(x), _room(gradient), [wants_frames, wants_weight, False]
         for filtering, starts in _division(x.shape[2], before is None):
-            kernels = _kernels(filtering, weight)
+            kernels, pairs = _kernels(filtering, taps), filtering.pairs
             for start in starts:
-                window = slice(start, start + len(filtering.outputs) + 2)
-                d_out = d_y[start : start + len(filtering.outputs)]
-                for index, kernel in enumerate(kernels):
-                    mixed = _combination(filtering.inputs[index], frames[window])
-                    d_product = _combination([row[index] for row in filtering.outputs], d_out)
-                    wanted = [wants_frames, wants_weight, False]
-                    d_mixed, d_kernel, _ = torch.ops.aten.convolution_backward(
-                        d_product, mixed, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+                end = start + len(filtering.outputs)
+                mixed = _mixed(filtering.inputs, pairs, frames[start : end + 2], room)
+                d_products = _mixed(list(zip(*filtering.outputs, strict=True)), pairs, d_y[start:end], d_room)
+                d_mixed = []
+                for d_product, frame, kernel, factors in zip(d_products, mixed, kernels, filtering.taps, strict=True):
+                    d_frame, d_kernel, _ = torch.ops.aten.convolution_backward(
+                        d_product, frame, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
                     )
-                    if d_frames is not None:
-                        _add_multiples(filtering.inputs[index], d_mixed, d_frames[window])
+                    d_mixed.append(d_frame)
                     if wants_weight:
-                        _add_multiples(filtering.taps[index], d_kernel, d_taps)
+                        _add_multiples(factors, d_kernel, d_taps)
+                if d_frames is not None:
+                    for row, d_frame in zip(filtering.inputs, _sums_and_differences(d_mixed, pairs), strict=True):
+                        _add_multiples(row, d_frame, d_frames[start : end + 2])
         d_weight = d_taps.movedim(0, 2) if wants_weight else None
         d_bias = gradient.sum((0, 2, 3, 4)) if wants_bias else None
         return d_before, d_x, d_weight, d_bias
@@ -212,7 +235,16 @@ def _with_frames_before(before: Tensor | None, x: Tensor) -> list[Tensor]:
     return [*(frames[:1] * 2 if before is None else before.unbind(2)), *frames]
 
 
-def _kernels(filtering: Filtering, weight: Tensor) -> list[Tensor]:
+def _room(x: Tensor) -> Room:
+    """Return memory for two frames like those of `x`."""
+    return torch.empty_like(x[:, :, 0]), torch.empty_like(x[:, :, 0])
+
+
+def _taps(weight: Tensor) -> list[Tensor]:
+    """Return the 2D kernel of each tap, as conv2d would otherwise copy it each time."""
+    return [tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2)]
+
+
+def _kernels(filtering: Filtering, taps: list[Tensor]) -> list[Tensor]:
     """Return the 2D kernel of each product."""
-    taps = weight.movedim(2, 0).contiguous()  # contiguous taps, which conv2d would otherwise copy each time
-    return [_combination(row, taps.unbind()) for row in filtering.taps]
+    return [_combination(row, taps) for row in filtering.taps]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sgm.errors import UserError
+from sgm.modules.autoencoding import meta_device
 from sgm.modules.autoencoding.clip import Chunk
 from sgm.modules.autoencoding.waiting import WaitingRoom, in_host_memory
 
@@ -94,9 +95,8 @@ class RunsInPieces(nn.Module):
             if self.frames_at_once is None or x.shape[2] == 0:
                 return coder(x, chunk)
             return self._in_pieces(coder, x, chunk, self.frames_at_once)
-        # For another attempt. On a CPU none follows, since PyTorch does not report full memory there; the meta device
-        # stands for a GPU.
-        tails = {} if x.device.type == "cpu" else dict(chunk.tails)
+        # For another attempt. On a CPU none follows, since PyTorch does not report full memory there.
+        tails = {} if meta_device.type_of(x) == "cpu" else dict(chunk.tails)
         while (result := self._attempt(coder, x, chunk)) is None:
             chunk.tails.clear()
             chunk.tails.update(tails)  # some were used, or are from the failed attempt

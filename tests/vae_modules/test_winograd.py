@@ -96,6 +96,9 @@ def test_convolution_is_fast_only_where_that_is_exact_and_pays():
     assert not winograd.serves(x[:, :3], weight[:, :3])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not winograd.serves(x, weight)
+    large = torch.empty(512, 512, 3, 3, 3)
+    assert winograd.serves(torch.empty(1, 512, 4, 12, 18), large)
+    assert not winograd.serves(torch.empty(1, 512, 4, 8, 12), large)
 
 
 # ---------------------------------------------------------------- normalization

@@ -81,12 +81,11 @@ def stay_unwritten(x: Tensor, weight: Tensor) -> bool:
     """
     if x.dtype != weight.dtype or torch.compiler.is_compiling():
         return False
-    if x.device.type == "meta":
-        return meta_device.stands_for() != "cpu"
-    if torch.is_autocast_enabled(x.device.type):
+    on_meta = x.device.type == "meta"
+    if not on_meta and torch.is_autocast_enabled(x.device.type):
         return False
-    if isinstance(x, FakeTensor):
-        return x.device.type != "cpu"
+    if on_meta or isinstance(x, FakeTensor):
+        return meta_device.type_of(x) != "cpu"
     return kernels_for(x) is not None
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 _device_type = ContextVar("_device_type", default="cuda")
 
 
-def stands_for() -> str:
-    """Return the type of the device, such as "cuda"."""
-    return _device_type.get()
+def type_of(x: Any) -> str:
+    """Return the type of the device of `x`, such as "cuda"; on the meta device that which it stands for."""
+    return _device_type.get() if x.device.type == "meta" else x.device.type
 
 
 @contextmanager
