@@ -33,7 +33,7 @@ def first_stage(**sizes: int) -> dict:
 def allocated(
     config: dict, clip: Bucket, dtype: torch.dtype, tile_size: int | None = None, decode: bool = False
 ) -> int:
-    """Return the peak of PyTorch's allocator while a clip is encoded or decoded, without weights."""
+    """Return the peak of PyTorch's allocator while a VAE runs, without weights."""
     vae = instantiate_from_config(config).to(dtype).eval().requires_grad_(False)
     vae.use_tiles(tile_size)
     pixels = torch.zeros(1, 3, *clip, dtype=dtype)

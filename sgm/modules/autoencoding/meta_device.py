@@ -9,7 +9,7 @@ _device_type = ContextVar("_device_type", default="cuda")
 
 
 def type_of(x: Any) -> str:
-    """Return the type of the device of `x`, such as "cuda"; on the meta device that which it stands for."""
+    """Return the device type of `x`, such as "cuda", or the one that meta stands for."""
     return _device_type.get() if x.device.type == "meta" else x.device.type
 
 
