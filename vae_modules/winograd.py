@@ -77,8 +77,9 @@ class Filtering(NamedTuple):
 def _minimal_filtering(points: Sequence[float], pairs: int = 0) -> Filtering:
     """Return F(n, 3) by Toom and Cook: interpolation at `points` and at infinity.
 
-    The n + 1 points are different, and the first is 1. The first `pairs` pairs are a and -a: their products share
-    even and odd powers, which saves sums.
+    The n + 1 points are different, and the first is 1. The first `pairs` pairs are a and -a: the sums for their
+    products have even and odd parts in common. Only from n = 4 on, where no part is a single frame, which would be
+    overwritten.
     """
     n = len(points) - 1
     others = [[b for b in points if b != a] for a in points]

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cogvideox_sat.clips import attempts
-from cogvideox_sat.clips.attempts import Mark, attempt, note_late, noting_late, reading, refusal, refusing
+from cogvideox_sat.clips.attempts import Mark, attempt, note_late, noting_late, reading, reason_refused, refusing
 from cogvideox_sat.media.video_facts import UnreadableClip
 from sgm.forking import garbage_left_alone
 
@@ -60,12 +60,12 @@ def test_the_mark_goes_when_reading_fails(mark):
 
 def test_refused_clips_are_not_read():
     with refusing({"a.mp4": "too slow"}):
-        assert refusal("a.mp4") == "too slow" and refusal("b.mp4") is None
+        assert reason_refused("a.mp4") == "too slow" and reason_refused("b.mp4") is None
         with pytest.raises(UnreadableClip, match="too slow"), attempt("a.mp4"):
             pytest.fail("it was read")
         with attempt("b.mp4"):
             pass
-    assert refusal("a.mp4") is None
+    assert reason_refused("a.mp4") is None
 
 
 def test_late_clips_are_collected_within_the_block_alone():

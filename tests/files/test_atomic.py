@@ -51,6 +51,26 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert names(folder) == ["two"] and names(tmp_path) == ["folder"]
 
 
+def test_a_folder_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    """Otherwise a power failure could delete the old folder and leave empty files."""
+    events, rename, fsync = [], Path.rename, os.fsync
+
+    def note_sync(handle):
+        events.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        fsync(handle)
+
+    def note_rename(path, target):
+        events.append(f"{path.name} to {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    with new_folder(tmp_path / "folder", needed=0) as part:
+        (part / "within").mkdir()
+        (part / "within" / "file").write_text("content")
+    assert sorted(events[:3]) == ["file", "new", "within"] and events[3:] == ["new to folder"]
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_the_folder_of_a_symbolic_link_is_written(tmp_path, exists):
     """A link to another disk stays, also one whose folder does not exist yet."""

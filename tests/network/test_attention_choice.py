@@ -128,7 +128,7 @@ def test_a_kernel_that_the_device_does_not_have(asked):
 def test_the_order_on_a_gpu_is_ours(monkeypatch, capability, refused, kernel):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     refuses = {BACKENDS[name] for name in refused}
-    monkeypatch.setattr(attention_choice, "refusal", lambda backend, *_: "no" if backend in refuses else None)
+    monkeypatch.setattr(attention_choice, "failure", lambda backend, *_: "no" if backend in refuses else None)
     choice = choose_attention("auto", CUDA, torch.bfloat16, 64, False)
     assert (choice.kernel, set(choice.backends), choice.function) == (kernel, set(BACKENDS.values()), None)
     with choice.applied():

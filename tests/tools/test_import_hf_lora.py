@@ -69,8 +69,11 @@ def test_another_alpha_gives_the_same_strength(adapted, exported, tmp_path):
         assert_same(again, adapted.adapter, 1e-5)
 
 
-def test_the_written_configuration_completes_a_models_own(tiny, adapted, exported, tmp_path):
-    run_import(exported, tmp_path / "lora")
+def test_the_written_configuration_completes_a_models_own(tiny, adapted, exported, tmp_path, monkeypatch):
+    """The adapter is found from any working directory."""
+    monkeypatch.chdir(tmp_path)
+    run_import(exported.resolve(), Path("lora"))
+    monkeypatch.undo()
     extra = ["--input_type", "cli", "--load", str(tmp_path)]
     args = get_args(["--base", str(tiny.config("5b")), str(tmp_path / "lora" / "lora.yaml"), *extra])
     assert args.lora_load == str(tmp_path / "lora")

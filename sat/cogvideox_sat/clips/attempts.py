@@ -107,7 +107,7 @@ def refusing(refused: Mapping[str, str]) -> Iterator[None]:
         _State.refused = before
 
 
-def refusal(name: str) -> str | None:
+def reason_refused(name: str) -> str | None:
     """Return the reason why the clip `name` is refused; None if it is not refused."""
     return _State.refused.get(name)
 

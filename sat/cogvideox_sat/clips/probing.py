@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt, note_late, refusal
+from cogvideox_sat.clips.attempts import CLIP_TIMEOUT, attempt, note_late, reason_refused
 from cogvideox_sat.clips.items_in_processes import in_processes
 from cogvideox_sat.clips.reading import probe
 from cogvideox_sat.clips.sources import READERS, ClipSource
@@ -51,7 +51,7 @@ def probe_clips(
         with ThreadPoolExecutor(READERS) as threads:
             stamps = list(threads.map(lambda source: _stamp(source, folder), sources))
         for source, (key, stamp) in zip(sources, stamps, strict=True):
-            if reason := refusal(source.name):
+            if reason := reason_refused(source.name):
                 found[source.name] = reason
             elif stamp is not None and key in known and known[key][0] == stamp:
                 found[source.name] = known[key][1]

@@ -39,8 +39,7 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
             part.touch()
         yield part
         with reported_as_user_error(path):
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(part)
             part.replace(path)
     finally:
         with suppress(OSError):
@@ -61,8 +60,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def new_folder(folder: Path, needed: int) -> Iterator[Path]:
     """Yield a hidden folder beside `folder`, which replaces `folder` when the block succeeds.
 
-    After an exception the hidden folder and the parent folders made for it are removed. If `folder` is a symbolic link,
-    the folder that the link names is replaced or made.
+    Its content is on the disk before it is renamed. After an exception the hidden folder and the parent folders made
+    for it are removed. If `folder` is a symbolic link, the folder that the link names is replaced or made.
 
     Args:
         needed: bytes that will be written.
@@ -78,6 +77,7 @@ def new_folder(folder: Path, needed: int) -> Iterator[Path]:
             part, old = Path(temporary) / "new", Path(temporary) / "old"
             part.mkdir()
             yield part
+            sync_tree(part)
             try:
                 if folder.exists():
                     folder.rename(old)
@@ -115,6 +115,22 @@ def write_safetensors(path: Path, weights: "Mapping[str, Tensor]") -> None:
         seen.add(tensor.data_ptr())
     with new_file(path, sum(tensor.nbytes for tensor in apart.values())) as part:
         part.write_bytes(save(apart))  # save_file would make the file readable only by its owner
+
+
+def sync_tree(folder: Path) -> None:
+    """Write a folder and everything in it from the system's cache to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Write a file, or the names in a folder, from the system's cache to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_room(path: Path, needed: int) -> None:

@@ -89,8 +89,8 @@ def choose_attention(
     if asked == FLASH3:
         return _flash3(device, dtype, head_dim, gradients)
     backend = BACKENDS[asked]
-    if reason := refusal(backend, device, dtype, head_dim, gradients):
-        working = [name for name, each in BACKENDS.items() if not refusal(each, device, dtype, head_dim, gradients)]
+    if reason := failure(backend, device, dtype, head_dim, gradients):
+        working = [name for name, each in BACKENDS.items() if not failure(each, device, dtype, head_dim, gradients)]
         raise UserError(
             f"attention: {asked} does not compute {_described(dtype, head_dim, gradients)} on {_named(device)} "
             f"({reason}); choose auto, or {' or '.join(working)}"
@@ -105,7 +105,7 @@ def _first(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: b
         order: tuple[str, ...] = next(names for least, names in PRIORITY.items() if major >= least)
     else:
         order = CPU_PRIORITY
-    names = [name for name in order if not refusal(BACKENDS[name], device, dtype, head_dim, gradients)]
+    names = [name for name in order if not failure(BACKENDS[name], device, dtype, head_dim, gradients)]
     kernel = names[0] if names else "math"
     return AttentionChoice(AUTO, kernel, tuple(BACKENDS[name] for name in order) if device.type == "cuda" else ())
 
@@ -135,7 +135,7 @@ def _flash3(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: 
     return choice
 
 
-def refusal(
+def failure(
     backend: SDPBackend, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool
 ) -> str | None:
     """Return why a kernel of PyTorch fails on a small example, or None if it succeeds."""

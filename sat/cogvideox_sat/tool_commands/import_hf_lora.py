@@ -77,7 +77,7 @@ def configuration(folder: Path, rank: int, alpha: float, layers: list[int]) -> s
     params = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "layer_range": layers}
     lora_config = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
     content = {
-        "args": {"lora_load": str(folder)},
+        "args": {"lora_load": str(folder.resolve())},  # from any working directory
         "model": {"network_config": {"params": {"modules": {"lora_config": lora_config}}}},
     }
     comment = "# The adapter beside this file; give it after the model's own file, which is one without LoRA.\n"

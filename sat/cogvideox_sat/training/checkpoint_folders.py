@@ -11,7 +11,6 @@ All files are written into a hidden folder, synced and renamed; `latest` is upda
 moment, also while it writes in the background, the previous checkpoint remains.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from sat import mpu
 from torch import Tensor
 
+from cogvideox_sat.files.atomic import sync, sync_tree
 from cogvideox_sat.runs.disk_errors import WRITE_ERRORS, check_room_for_checkpoint
 from cogvideox_sat.runs.retention import mark_newest, outdated, remove_unfinished
 from cogvideox_sat.training.checkpoint_tensors import SHADOW, OptimizerTensors, Weights
@@ -77,13 +77,13 @@ class CheckpointFolders:
         (self.part / STATE_FILE).write_text(self.state)
         for source, target in ((self.ema_part, self.ema_folder), (self.part, self.folder)):
             if source.exists():
-                _sync_tree(source)
+                sync_tree(source)
                 if target.exists():
                     shutil.rmtree(target)
                 source.rename(target)
-        _sync(self.run_folder)  # its names alone: other files in it are not ours to open
+        sync(self.run_folder)  # its names alone: other files in it are not ours to open
         mark_newest(self.run_folder, str(self.step))
-        _sync(self.run_folder)
+        sync(self.run_folder)
         prune(self.run_folder, self.step, keep_last)
 
     def give_up(self) -> None:
@@ -167,19 +167,3 @@ def prune(run_folder: Path, newest: int, keep_last: int | None) -> None:
                 part = _part_of(run_folder / name)
                 (run_folder / name).rename(part)
                 shutil.rmtree(part, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Sync a folder and everything in it to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        if path.is_file() or path.is_dir():
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Sync a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
