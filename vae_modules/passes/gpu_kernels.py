@@ -85,21 +85,6 @@ def write_modulated_silu(
         )
 
 
-def _places_of(maps: Tensor, out: Tensor, alone: int) -> tuple[int, ...]:
-    """Return a smaller tensor's strides, and the frames, rows and columns that a place is for.
-
-    The stride of a size of 1 is 0.
-    """
-    strides = (0 if size == 1 else stride for size, stride in zip(maps.shape, maps.stride(), strict=True))
-    frames, height, width = out.shape[2:]
-    return *strides, _per_frame(frames, maps.shape[2], alone), height // maps.shape[3], width // maps.shape[4]
-
-
-def _precision(x: Tensor) -> str:
-    """Return the precision of products of float32; others are exact."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 def write_halved_sum(
     out: Tensor, x: Tensor, other: Tensor | None, offset: Tensor | None, halve_time: bool, lead: bool
 ) -> None:
@@ -125,6 +110,21 @@ def add_product_and_sum(x: Tensor, source: Tensor, weight: Tensor, offset: Tenso
 def write_product_silu(out: Tensor, source: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
     """Do the same as `products.Product.write_modulated_silu`."""
     _launch_product(out, source, weight, modulation=(scale, shift))
+
+
+def _places_of(maps: Tensor, out: Tensor, alone: int) -> tuple[int, ...]:
+    """Return a smaller tensor's strides, and the frames, rows and columns that a place is for.
+
+    The stride of a size of 1 is 0.
+    """
+    strides = (0 if size == 1 else stride for size, stride in zip(maps.shape, maps.stride(), strict=True))
+    frames, height, width = out.shape[2:]
+    return *strides, _per_frame(frames, maps.shape[2], alone), height // maps.shape[3], width // maps.shape[4]
+
+
+def _precision(x: Tensor) -> str:
+    """Return the precision of products of float32; others are exact."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def _per_frame(frames: int, stored: int, alone: int) -> int:
