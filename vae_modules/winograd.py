@@ -167,19 +167,24 @@ def _convolve(before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | N
     frames, taps, room = _with_frames_before(before, x), _taps(weight), _room(x)
     # From the last frames to the first, so that none is overwritten before it has been used.
     for filtering, starts in reversed(list(_division(x.shape[2], before is None))):
-        kernels, pairs = _kernels(filtering, taps), filtering.pairs
+        kernels = _kernels(filtering, taps)
         for start in reversed(starts):
             end = start + len(filtering.outputs)
-            mixed = _mixed(filtering.inputs, pairs, frames[start : end + 2], room)
+            mixed = _mixed(filtering.inputs, filtering.pairs, frames[start : end + 2], room)
             products = (
                 F.conv2d(frame, kernel, None if index else bias, padding=1)
                 for index, (frame, kernel) in enumerate(zip(mixed, kernels, strict=True))
             )
-            terms = list(_sums_and_differences(products, pairs))
-            for row, out in zip(filtering.outputs, y[:, :, start:end].unbind(2), strict=True):
-                total = _combination(row, terms, out)
-                if total is not out:
-                    out.copy_(total)
+            _write_outputs(filtering, products, y[:, :, start:end].unbind(2))
+
+
+def _write_outputs(filtering: Filtering, products: Iterator[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Write the output frames from the products, after the last product has been taken."""
+    terms = list(_sums_and_differences(products, filtering.pairs))
+    for row, out in zip(filtering.outputs, outputs, strict=True):
+        total = _combination(row, terms, out)
+        if total is not out:
+            out.copy_(total)
 
 
 class _CausalConv3d(torch.autograd.Function):
