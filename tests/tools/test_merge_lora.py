@@ -1,6 +1,9 @@
 """A merged checkpoint runs without LoRA and computes what base and adapters together do."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,24 @@ def test_merged_weights_equal_base_and_adapter(tmp_path, name):
     merge(tmp_path / "base", tmp_path / "merged", "--lora", tmp_path / "run")
     assert relative_error(adapted.output(adapted.loaded(tmp_path / "base")), adapted.output()) > 0.01
     assert_close(adapted.output(adapted.loaded(tmp_path / "merged")), adapted.output(), 1e-4)
+
+
+@pytest.mark.slow
+def test_tools_for_adapters_do_not_import_the_engine(adapted, tmp_path):
+    """DeepSpeed and SwissArmyTransformer would take seconds and 300 MB."""
+    base, run, exported, imported, merged = (
+        str(path) for path in (adapted.folder / "base", adapted.folder / "run", *(tmp_path / name for name in "abc"))
+    )
+    code = f"""
+import sys
+from tools import export_sat_lora_weight, import_hf_lora, merge_lora
+assert export_sat_lora_weight.main(["--sat_pt_path", {run!r}, "--lora_save_directory", {exported!r}]) == 0
+assert import_hf_lora.main(["--lora_path", {exported!r}, "--output", {imported!r}]) == 0
+assert merge_lora.main(["--load", {base!r}, "--lora", {run!r}, "--output", {merged!r}]) == 0
+assert not {{"deepspeed", "sat.mpu", "transformers"}} & sys.modules.keys()
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'sat'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_every_form_of_base_and_adapter_gives_the_same(adapted, tmp_path):

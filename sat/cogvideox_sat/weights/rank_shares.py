@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from sat.mpu import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from sgm.errors import UserError
@@ -85,6 +84,9 @@ def cuts_by_name(names: Iterable[str]) -> dict[str, Cut]:
 
 def cuts_of(network: nn.Module) -> dict[str, Cut]:
     """Return the cuts of a network, which may be on the meta device."""
+    # Imported here, since it takes seconds and 300 MB, and tools for files divide tensors by name.
+    from sat.mpu import ColumnParallelLinear, RowParallelLinear
+
     cuts: dict[str, Cut] = {}
     for prefix, module in network.named_modules():
         start = f"{prefix}." if prefix else ""
