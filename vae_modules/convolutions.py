@@ -98,7 +98,7 @@ class CausalConv3d(nn.Module):
         Only without gradients.
         """
         same = frames == 1 and x.dtype == torch.float32  # `forward` is faster for a single frame
-        return not (torch.is_grad_enabled() or frames == 0 or same or winograd.serves(x, self.conv.weight))
+        return not (torch.is_grad_enabled() or frames == 0 or same or winograd.serves(x, self.conv.weight, frames))
 
     def convolve_buffer(self, buffer: Tensor, chunk: Chunk, biased: bool = True, tail: Tensor | None = None) -> Tensor:
         """Return the convolution of all but the first `kernel - 1` frames of a buffer.

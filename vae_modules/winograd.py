@@ -6,6 +6,7 @@ Convolutional Neural Networks", section 4.1): n output frames of a three-tap fil
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from sgm.modules.autoencoding import meta_device
 from vae_modules.passes.pieces_in_cache import empty_channels_last
+from vae_modules.passes.products import Product
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `causal_conv3d` supports this input and is faster."""
+def serves(x: Tensor | Product, weight: Tensor, frames: int | None = None) -> bool:
+    """Return whether `causal_conv3d` supports `frames` like those of `x`, and is faster.
+
+    `frames` None: those of `x`.
+    """
     applies = (
         meta_device.type_of(x) == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -29,7 +34,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
     )
     # The method adds frames and makes six kernels of three; for small layers this costs more than it saves.
-    cached, places = weight.numel() < 2**20, math.prod((x.shape[0], *x.shape[2:]))
+    cached, places = weight.numel() < 2**20, math.prod((x.shape[0], frames or x.shape[2], *x.shape[3:]))
     return applies and min(weight.shape[:2]) >= 16 and (cached or places >= 576)
 
 
@@ -65,7 +70,7 @@ class Filtering(NamedTuple):
     """A filter of three taps g: n + 2 inputs d give n outputs.
 
     outputs @ B @ ((taps @ g) * (B @ inputs @ d)), where B replaces each of the first `pairs` pairs of values by their
-    sum and difference. All outputs have the first product with the factor 1. Matrices are lists of rows of floats.
+    sum and difference. In outputs @ B the factors of the first product are 1. Matrices are lists of rows of floats.
     """
 
     inputs: list[list[float]]
@@ -78,8 +83,8 @@ def _minimal_filtering(points: Sequence[float], pairs: int = 0) -> Filtering:
     """Return F(n, 3) by Toom and Cook: interpolation at `points` and at infinity.
 
     The n + 1 points are different, and the first is 1. The first `pairs` pairs are a and -a: the sums for their
-    products have even and odd parts in common. Only from n = 4 on, where no part is a single frame, which would be
-    overwritten.
+    products have even and odd parts in common. These need n >= 4: for less, a part is a single frame of the caller's,
+    which would be overwritten.
     """
     n = len(points) - 1
     others = [[b for b in points if b != a] for a in points]
@@ -143,7 +148,7 @@ To allocate each frame would be slower than the sums."""
 
 
 def _mixed(matrix: Sequence[Sequence[float]], pairs: int, frames: Sequence[Tensor], room: Room) -> Iterator[Tensor]:
-    """Yield B @ matrix @ frames, each in memory that a later one overwrites."""
+    """Yield B @ matrix @ frames: one of the frames, or in `room` until that is overwritten."""
     sums = (_combination(row, frames, room[index % 2]) for index, row in enumerate(matrix))
     return _sums_and_differences(sums, pairs)
 
@@ -209,27 +214,44 @@ class _CausalConv3d(torch.autograd.Function):
         d_taps = weight.new_zeros((3, len(weight), *weight.shape[3:], weight.shape[1])).permute(0, 1, 4, 2, 3)
 
         frames, taps, d_y = _with_frames_before(before, x), _taps(weight), gradient.unbind(2)
-        room, d_room, wanted = _room(x), _room(gradient), [wants_frames, wants_weight, False]
+        room, d_room, wanted = _room(x), _room(gradient), (wants_frames, wants_weight, False)
         for filtering, starts in _division(x.shape[2], before is None):
             kernels, pairs = _kernels(filtering, taps), filtering.pairs
             for start in starts:
                 end = start + len(filtering.outputs)
                 mixed = _mixed(filtering.inputs, pairs, frames[start : end + 2], room)
                 d_products = _mixed(list(zip(*filtering.outputs, strict=True)), pairs, d_y[start:end], d_room)
-                d_mixed = []
-                for d_product, frame, kernel, factors in zip(d_products, mixed, kernels, filtering.taps, strict=True):
-                    d_frame, d_kernel, _ = torch.ops.aten.convolution_backward(
-                        d_product, frame, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
-                    )
-                    d_mixed.append(d_frame)
-                    if wants_weight:
-                        _add_multiples(factors, d_kernel, d_taps)
-                if d_frames is not None:
-                    for row, d_frame in zip(filtering.inputs, _sums_and_differences(d_mixed, pairs), strict=True):
-                        _add_multiples(row, d_frame, d_frames[start : end + 2])
+                triples = zip(d_products, mixed, kernels, strict=True)
+                d_mixed = _products_backward(triples, filtering, wanted, d_taps)
+                if d_frames is None:
+                    deque(d_mixed, maxlen=0)
+                    continue
+                for row, d_frame in zip(filtering.inputs, _sums_and_differences(d_mixed, pairs), strict=True):
+                    _add_multiples(row, d_frame, d_frames[start : end + 2])
         d_weight = d_taps.movedim(0, 2) if wants_weight else None
         d_bias = gradient.sum((0, 2, 3, 4)) if wants_bias else None
         return d_before, d_x, d_weight, d_bias
+
+
+def _products_backward(
+    triples: Iterable[tuple[Tensor, Tensor, Tensor]],
+    filtering: Filtering,
+    wanted: tuple[bool, bool, bool],
+    d_taps: Tensor,
+) -> Iterator[Tensor]:
+    """Yield the gradients of the frames of the products; those of kernels go to `d_taps`.
+
+    Args:
+        triples: for each product its gradient, frame and kernel.
+        wanted: gradients of frame, kernel and bias.
+    """
+    for (d_product, frame, kernel), factors in zip(triples, filtering.taps, strict=True):
+        d_frame, d_kernel, _ = torch.ops.aten.convolution_backward(
+            d_product, frame, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+        )
+        if wanted[1]:
+            _add_multiples(factors, d_kernel, d_taps)
+        yield d_frame
 
 
 def _with_frames_before(before: Tensor | None, x: Tensor) -> list[Tensor]:
@@ -247,7 +269,7 @@ def _room(x: Tensor) -> Room:
 
 
 def _taps(weight: Tensor) -> list[Tensor]:
-    """Return the 2D kernel of each tap, as conv2d would otherwise copy it each time."""
+    """Return the 2D kernel of each tap, since conv2d would copy it each time."""
     return [tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2)]
 
 

@@ -96,7 +96,7 @@ def peak_bytes(
     Args:
         vae: on the meta device, in the dtype of the computation, for one process and whole images.
         frames: of the video, as height and width (pixels).
-        frames_at_once: see `VideoCoder`; all waiting pieces count as in host memory.
+        frames_at_once: see `VideoCoder`; waiting pieces are in host memory, which only counts on a CPU.
         device_type: "cpu" or "cuda".
     """
     dtype = next(vae.parameters()).dtype

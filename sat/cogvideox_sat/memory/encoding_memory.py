@@ -33,7 +33,8 @@ def encoding_peak(
         dtype: dtype of the computation.
         device_type: "cpu" or "cuda".
         tile_size: the side of the VAE's tiles in pixels; None: whole frames.
-        processes: processes that share the frames of a clip.
+        processes: processes that share the frames of a clip. On a CPU in float32 they take more: convolutions of
+            frames that are sent do not overwrite their input, which is not counted.
         frames_at_once: frames that pass through a layer at a time; None: all.
     """
     frames = -(-(bucket.frames - 1) // processes) + 1 if processes > 1 else bucket.frames

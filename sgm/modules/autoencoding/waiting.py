@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sgm.modules.autoencoding import meta_device
+
 
 class WaitingRoom:
     """A store for pieces of a clip between two layers.
@@ -23,8 +25,8 @@ class WaitingRoom:
 
         The caller should hold no other reference to the tensor, since that would keep its memory in use.
         """
-        if x.device.type == "cpu" or x.nbytes <= self.room:
-            if x.device.type != "cpu":
+        if meta_device.type_of(x) == "cpu" or x.nbytes <= self.room:
+            if meta_device.type_of(x) != "cpu":
                 self.room -= x.nbytes
             return Waiting(self, x, x.device)
         self.host_bytes += x.nbytes
@@ -49,7 +51,7 @@ class Waiting:
         if x.device != self._device:
             self._place.host_bytes -= x.nbytes
             return x.to(self._device, non_blocking=True)
-        if x.device.type != "cpu":
+        if meta_device.type_of(x) != "cpu":
             self._place.room += x.nbytes
         return x
 
@@ -59,5 +61,7 @@ def in_host_memory(x: Tensor) -> Tensor:
 
     On a GPU the copy is filled in the order of the operations on the device, and only such operations may read it.
     """
+    if x.device.type == "meta":  # memory is only estimated
+        return torch.empty_like(x, device="meta" if meta_device.type_of(x) == "cpu" else "cpu")
     copy = torch.empty_like(x, device="cpu", pin_memory=x.device.type == "cuda" and torch.cuda.is_available())
-    return copy if x.device.type == "meta" else copy.copy_(x, non_blocking=True)  # meta: memory is only estimated
+    return copy.copy_(x, non_blocking=True)
