@@ -106,6 +106,7 @@ def test_toy_on_a_cpu(tmp_path):
         {
             *(f"toy, encode, {name}" for name in ("ours", "diffusers", "diffusers, slices off")),
             *(f"toy, decode, {name}" for name in ("ours", "diffusers")),
+            "toy, decode all chunks at once, ours",
         },
         {f"toy, LoRA, {mode}{compiled}" for mode in modes for compiled in ("", ", compiled")},
         {*offloads, "toy, train_video.py, LoRA from clips"},
