@@ -269,7 +269,7 @@ def _room(x: Tensor) -> Room:
 
 
 def _taps(weight: Tensor) -> list[Tensor]:
-    """Return the 2D kernel of each tap, since conv2d would copy it each time."""
+    """Return a channels-last 2D kernel of each tap; conv2d would copy others each time."""
     return [tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2)]
 
 
